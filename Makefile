@@ -1,0 +1,51 @@
+PYTHON ?= python3
+# Debian packages that the tests need; installed by `make setup` when it runs as root.
+DEBIAN_PACKAGES ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: help setup quickstart test test-slow test-all check docs clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install the package with its development tools.
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+ifneq ($(strip $(DEBIAN_PACKAGES)),)
+	if [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(DEBIAN_PACKAGES); \
+	else echo "not root: these Debian packages are expected to be there: $(DEBIAN_PACKAGES)"; fi
+endif
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: setup ## The whole story on real text, from training to the comparison table.
+	$(BIN)/python examples/quickstart/run.py
+
+test: setup ## Run the tests, without the slow ones and those that need a GPU.
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: setup ## Run only the slow tests.
+	$(BIN)/pytest -m "slow and not gpu" || [ $$? = 5 ]
+
+test-all: setup ## Run every test that needs no GPU.
+	$(BIN)/pytest -m "not gpu"
+
+check: setup ## Format, lint, types, generated pages, documentation links.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python docs/tools/configuration.py --check
+	$(BIN)/mkdocs build --strict
+
+docs: setup ## Regenerate docs/configuration.md and build the site into site/.
+	$(BIN)/python docs/tools/configuration.py
+	$(BIN)/mkdocs build --strict
+
+clean: ## Remove caches and built files; .venv and runs/ stay.
+	rm -rf site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

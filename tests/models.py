@@ -1,0 +1,161 @@
+"""The judged model: every kind of tensor that averaging sharded weights has to get right, in a few thousand numbers.
+
+A convolution with BatchNorm, two transformer blocks, an embedding tied to the head, a frozen tensor, a parameter of shape
+(), and tensors with fewer rows than three ranks.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+VOCAB, WIDTH, LENGTH, PIXELS, CHANNELS = 11, 8, 5, 6, 3
+NUM_CANDIDATES = 4
+FROZEN = "stem.gain"
+EQUAL = "blocks.0.norm1.bias"  # the same values in every candidate, so all its deltas are zero
+TINY = "embed_mix.rows"  # two rows: fewer than three ranks
+SCALAR = "embed_mix.scale"
+PATTERNS = [r"^stem\.", r"^blocks\.\d\.(qkv|out)", r"norm"]  # leaves "rest": the embedding, the mlp, the mix
+
+Batch = dict[str, Tensor]
+
+
+class Stem(nn.Module):
+    """A picture becomes one token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, CHANNELS, 3, bias=False)
+        self.norm = nn.BatchNorm2d(CHANNELS)
+        self.gain = nn.Parameter(torch.ones(CHANNELS, 2), requires_grad=False)
+        self.project = nn.Linear(CHANNELS * 16, WIDTH)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.conv(image))) * self.gain.mean(dim=1)[:, None, None]
+        return self.project(x.flatten(1))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.norm2 = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.out(attended)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Mix(nn.Module):
+    """A scalar, and a tensor of two rows: how much the picture says to the text."""
+
+    def __init__(self, scalar_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(scalar_shape))
+        self.rows = nn.Parameter(torch.zeros(2, WIDTH))
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        return text * self.scale + image[:, None] * (1 + self.rows[0]) + self.rows[1]
+
+
+class Judged(nn.Module):
+    """Next-token prediction of a text that goes with a picture."""
+
+    def __init__(self, scalar_shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.stem = Stem()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.embed_mix = Mix(scalar_shape)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        x = self.embed_mix(self.embed(tokens), self.stem(image))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def build(seed: int = 0, scalar_shape: tuple[int, ...] = ()) -> Judged:
+    """The model in float32, with the same values everywhere for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Judged(scalar_shape)
+        for name, p in model.named_parameters():
+            if p.dim() < 2 or name in (TINY, FROZEN):  # norms and biases leave their special values 0 and 1
+                p.data += 0.3 * torch.randn_like(p)
+    return model
+
+
+def candidates(n: int = NUM_CANDIDATES, size: float = 0.05, scalar_shape: tuple[int, ...] = ()) -> list[dict[str, Tensor]]:
+    """n state dicts around one base; every tensor but EQUAL differs by about `size` relative, each candidate by its own amount.
+
+    The amounts and a shared drift keep the eigenvalues of their Gram matrix apart.
+    """
+    base = build(scalar_shape=scalar_shape).state_dict()
+    noise = torch.Generator().manual_seed(1)
+    drift = {name: torch.randn(value.shape, generator=noise) for name, value in base.items()}
+    states: list[dict[str, Tensor]] = []
+    for i in range(n):
+        state: dict[str, Tensor] = {}
+        for name, value in base.items():
+            own = torch.randn(value.shape, generator=noise)
+            if name == "head.weight":
+                state[name] = state["embed.weight"]
+            elif name == EQUAL:
+                state[name] = value.clone()
+            elif not value.is_floating_point():
+                state[name] = value + 100 + i
+            elif name.endswith("running_var"):
+                state[name] = value * (1 + 0.1 * i)
+            else:
+                spread = value.square().mean().sqrt().clamp(min=0.3) * size
+                state[name] = value + spread * ((1 + 0.5 * i) * own + (i - n / 2) * drift[name])
+        states.append(state)
+    return states
+
+
+def batch(step: int, size: int = 12) -> Batch:
+    """The data of one step, over all ranks: `size` pictures (2, 6, 6) and texts of 6 tokens."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return {
+        "image": torch.randn(size, 2, PIXELS, PIXELS, generator=generator),
+        "text": torch.randint(VOCAB, (size, LENGTH + 1), generator=generator),
+    }
+
+
+def part(data: Batch, rank: int, size: int) -> Batch:
+    """The rows of a batch that rank `rank` of `size` sees."""
+    return {key: value.chunk(size)[rank] for key, value in data.items()}
+
+
+def loss(model: nn.Module, data: Batch) -> Tensor:
+    """Mean cross entropy over all tokens; pictures are cast to the type of the model that is asked."""
+    dtype = next(p.dtype for p in model.parameters())
+    logits = model(data["image"].to(dtype), data["text"][:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), data["text"][:, 1:].flatten())
+
+
+def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
+    """Hand the model to an engine: `plain`, `ddp` or `fsdp2`; the latter cannot shard the parameter of shape ()."""
+    if engine == "plain":
+        return model
+    if engine == "ddp":
+        return DistributedDataParallel(model)
+    options = {} if policy is None else {"mp_policy": policy}
+    assert isinstance(model, Judged)
+    scalars = {p for p in model.parameters() if p.dim() == 0}
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, ignored_params=scalars or None, **options)
+    return model

@@ -1,0 +1,206 @@
+"""A pool of rank processes that lives as long as the test session: real process groups, without paying for start-up.
+
+Each call runs one module-level function on ranks 0..size-1 in a fresh gloo group of exactly that size, which meets
+through a file. Workers are forked from a server that has imported torch once.
+"""
+
+import faulthandler
+import gc
+import importlib
+import multiprocessing
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from twa_scale.errors import TwaError
+
+PRELOAD = ["torch", "torch.distributed.fsdp", "torch.nn.parallel", "safetensors.torch", "tests.pool"]
+MAX_RANKS = 3
+GRACE = 10.0  # seconds the other ranks have to come back after the first one raised
+
+
+class RanksDisagree(AssertionError):
+    """Some ranks raised, and others did not or raised something else."""
+
+
+class RanksHang(AssertionError):
+    """Ranks that had to be killed because they did not come back in time."""
+
+
+@dataclass
+class Outcome:
+    """What one rank came back with: a value, or an error and its traceback."""
+
+    value: Any = None
+    error: BaseException | None = None
+    trace: str = ""
+
+    def same_error(self, other: "Outcome") -> bool:
+        return type(self.error) is type(other.error) and str(self.error) == str(other.error)
+
+
+@dataclass
+class Worker:
+    """The parent's end of one rank process."""
+
+    process: BaseProcess
+    pipe: Connection
+    stack: Path
+
+
+class Pool:
+    """Calls functions on ranks: `ranks(function, world_size, **kwargs)` returns their results by rank."""
+
+    def __init__(self) -> None:
+        self._workers: list[Worker] = []
+        self._calls = 0
+        self._directory = tempfile.TemporaryDirectory(prefix="ranks-")
+
+    def __call__(self, function: Callable[..., Any], world_size: int, *, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
+        """Return the results by rank; raise the error that every rank raised, or RanksDisagree, or RanksHang."""
+        outcomes = self.outcomes(function, world_size, timeout=timeout, **kwargs)
+        raised = [rank for rank, outcome in enumerate(outcomes) if outcome.error is not None]
+        if not raised:
+            return [outcome.value for outcome in outcomes]
+        first = outcomes[raised[0]]
+        traces = "\n".join(f"rank {rank}:\n{outcomes[rank].trace}" for rank in raised)
+        if len(raised) < world_size or not all(outcome.same_error(first) for outcome in outcomes):
+            raise RanksDisagree(f"{_summary(outcomes)}\n{traces}")
+        assert first.error is not None
+        first.error.add_note(f"on all {world_size} ranks; rank 0:\n{first.trace}")
+        raise first.error
+
+    def error(self, function: Callable[..., Any], world_size: int, **kwargs: Any) -> TwaError:
+        """Return the TwaError that every rank raised: same class, same message."""
+        try:
+            values = self(function, world_size, **kwargs)
+        except TwaError as error:
+            return error
+        raise AssertionError(f"no rank raised; the results are {values!r}")
+
+    def outcomes(self, function: Callable[..., Any], world_size: int, *, timeout: float = 60.0, **kwargs: Any) -> list[Outcome]:
+        """Run and return what each rank came back with, whatever it was."""
+        self._start(world_size)
+        self._calls += 1
+        store = str(Path(self._directory.name) / f"store-{self._calls}")
+        call = pickle.dumps((function.__module__, function.__qualname__, kwargs))
+        workers = self._workers[:world_size]
+        for rank, worker in enumerate(workers):
+            worker.pipe.send((call, rank, world_size, store, timeout))
+        return self._collect(workers, time.monotonic() + timeout)
+
+    def close(self) -> None:
+        """Kill the workers and forget their files."""
+        self._kill()
+        self._directory.cleanup()
+
+    def _start(self, size: int) -> None:
+        if size > MAX_RANKS:
+            raise ValueError(f"{size} ranks; the pool has at most {MAX_RANKS}")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        while len(self._workers) < size:
+            here, there = context.Pipe()
+            stack = Path(self._directory.name) / f"stack-{self._calls}-{len(self._workers)}"
+            process = context.Process(target=_work, args=(there, str(stack)), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append(Worker(process, here, stack))
+
+    def _collect(self, workers: list[Worker], deadline: float) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        pipes = {worker.pipe: rank for rank, worker in enumerate(workers)}
+        while pipes:
+            ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = sorted(pipes.values())
+                message = f"{_summary(outcomes, late)}\n" + "\n".join(_where(rank, workers[rank]) for rank in late)
+                message += "".join(f"\nrank {rank}:\n{outcome.trace}" for rank, outcome in outcomes.items() if outcome.error)
+                self._kill()
+                raise (RanksDisagree if any(o.error for o in outcomes.values()) else RanksHang)(message)
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = pipes.pop(pipe)
+                try:
+                    outcomes[rank] = pipe.recv()
+                except EOFError:
+                    workers[rank].process.join()
+                    code = workers[rank].process.exitcode
+                    self._kill()
+                    raise RanksHang(f"rank {rank} died with exit code {code}") from None
+                if outcomes[rank].error is not None:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return [outcomes[rank] for rank in range(len(workers))]
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.join()
+            worker.pipe.close()
+        self._workers = []
+
+
+def _summary(outcomes: "list[Outcome] | dict[int, Outcome]", late: list[int] | None = None) -> str:
+    pairs = list(outcomes.items()) if isinstance(outcomes, dict) else list(enumerate(outcomes))
+    said = [f"rank {r} raised {type(o.error).__name__}: {o.error}" for r, o in pairs if o.error is not None]
+    quiet = [str(r) for r, o in pairs if o.error is None]
+    if quiet:
+        said.append(f"rank{'s' * (len(quiet) > 1)} {', '.join(quiet)} did not raise")
+    if late:
+        said.append(f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))} did not come back and were killed")
+    return "; ".join(said)
+
+
+def _where(rank: int, worker: Worker) -> str:
+    stack = worker.stack.read_text().strip() if worker.stack.exists() else ""
+    return f"rank {rank} was last seen in:\n{stack or '(no stack was written)'}"
+
+
+def _work(pipe: Connection, stack: str) -> None:
+    """The life of a worker: take a call, run it in a group of its own, send what came of it."""
+    torch.set_num_threads(1)
+    gc.freeze()
+    with open(stack, "w") as file:
+        while True:
+            try:
+                call, rank, size, store, timeout = pipe.recv()
+            except EOFError:
+                return
+            faulthandler.dump_traceback_later(0.9 * timeout, file=file)
+            outcome = _run(call, rank, size, store)
+            faulthandler.cancel_dump_traceback_later()
+            try:
+                pipe.send(outcome)
+            except Exception as error:
+                pipe.send(Outcome(error=RuntimeError(f"the result cannot be pickled: {error}")))
+
+
+def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    try:
+        module, name, kwargs = pickle.loads(call)
+        return Outcome(value=getattr(importlib.import_module(module), name)(**kwargs))
+    except Exception as error:
+        return Outcome(error=_portable(error), trace=traceback.format_exc())
+    finally:
+        dist.destroy_process_group()
+        gc.collect()
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+        assert str(copy) == str(error)
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

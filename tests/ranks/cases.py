@@ -1,0 +1,102 @@
+"""What ranks run: module-level functions that train the judged model and return plain tensors."""
+
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+import twa_scale
+from tests import models
+
+NUM_STEPS = 20
+BATCH = 12
+
+
+@dataclass
+class Run:
+    """One run to make: how the model is held, what is trained, and how many backward passes make a step."""
+
+    config: Mapping[str, Any]
+    steps: int = NUM_STEPS
+    scalar_shape: tuple[int, ...] = ()
+    accumulate: int = 1
+    bf16: bool = False
+    compile: bool = False
+
+
+@dataclass
+class Ended:
+    """How a run ended on one rank: its weights, gathered, and its coefficients; or the error as text."""
+
+    weights: dict[str, Tensor]
+    coefficients: Tensor
+    error: str = ""
+
+
+def train_all(engine: str, runs: Mapping[str, Run]) -> dict[str, Ended]:
+    """Make all runs, one after another, in this process group."""
+    return {name: _try(engine, run) for name, run in runs.items()}
+
+
+def _try(engine: str, run: Run) -> Ended:
+    try:
+        return train(engine, run)
+    except Exception:
+        return Ended({}, torch.empty(0), traceback.format_exc())
+
+
+def train(engine: str, run: Run) -> Ended:
+    """Attach, train `run.steps` steps on this rank's part of each batch, and gather."""
+    model, twa = attach(engine, run)
+    for step in range(run.steps):
+        one_step(model, twa, step, run.accumulate)
+    result = Ended(gathered(model), twa.coefficients.clone())
+    twa.close()
+    return result
+
+
+def attach(engine: str, run: Run, states: Sequence[Any] | None = None) -> tuple[nn.Module, Any]:
+    """A fresh model with values of its own, which the candidates have to overwrite, and its average."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if run.bf16 else None
+    model = models.wrap(models.build(seed=99, scalar_shape=run.scalar_shape), engine, policy)
+    states = models.candidates(scalar_shape=run.scalar_shape) if states is None else states
+    return model, twa_scale.attach(model, candidates=states, config=dict(run.config))
+
+
+def one_step(model: nn.Module, twa: Any, step: int, accumulate: int = 1) -> None:
+    """One TWA step on this rank's part of batch `step`."""
+    rank, size = where()
+    for pass_ in range(accumulate):
+        models.loss(model, micro_batches(step, size, accumulate)[rank * accumulate + pass_]).div(accumulate).backward()
+    twa.step()
+    twa.zero_grad()
+
+
+def micro_batches(step: int, size: int, accumulate: int = 1) -> list[models.Batch]:
+    """The parts of batch `step`, in the order of the ranks and, within a rank, of its backward passes."""
+    data = models.batch(step, BATCH)
+    return [models.part(data, i, size * accumulate) for i in range(size * accumulate)]
+
+
+def where() -> tuple[int, int]:
+    """This rank and the number of ranks; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters by their plain names, on every rank; what the next forward pass would use."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    result = {}
+    for name, p in model.named_parameters():
+        value = p.full_tensor() if isinstance(p, DTensor) else p
+        result[name.removeprefix("module.")] = value.detach().clone()
+    return result

@@ -1,0 +1,156 @@
+"""Every engine at every number of ranks does what one process with whole float64 candidates does."""
+
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import models, reference
+from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Ended, Run
+
+ENGINES = ["plain", "ddp", "fsdp2"]
+SIZES = [1, 2, 3]
+BASES = ["normalized", "orthonormal", "pca", "simplex"]
+GROUPINGS: dict[str, Any] = {"global": "global", "block": "block", "tensor": "tensor", "patterns": models.PATTERNS}
+ADAMW = {"delta": {"name": "adamw", "lr": 0.03}, "weight": {"name": "adamw", "lr": 0.005}}
+SGD = {"delta": {"name": "sgd", "lr": 0.005, "momentum": 0.9}, "weight": {"name": "sgd", "lr": 3e-4, "momentum": 0.9}}
+
+
+def _grid() -> dict[str, Run]:
+    """Every basis with every grouping; optimizers and units turn, so that each basis and each grouping sees all four."""
+    settings = list(product(["delta", "weight"], [ADAMW, SGD]))
+    runs = {}
+    for (i, basis), (j, grouping) in product(enumerate(BASES), enumerate(GROUPINGS)):
+        units, optimizer = settings[(i + j) % 4]
+        config = {"basis": basis, "groups": GROUPINGS[grouping], "units": units, "optimizer": optimizer[units]}
+        if basis == "simplex" and optimizer is SGD:
+            config["optimizer"] = SGD["delta"] | {"lr": 0.05}
+        runs[f"{basis}-{grouping}"] = Run(config)
+    return runs
+
+
+GRID = _grid()
+MORE = {
+    "accumulated": Run({"groups": "block", "optimizer": ADAMW["delta"]}, accumulate=2),
+    "start-last": Run({"groups": "block", "start": "last", "optimizer": ADAMW["delta"]}),
+    "start-index-orthonormal": Run({"basis": "orthonormal", "groups": "block", "start": 1, "optimizer": ADAMW["delta"]}),
+    "start-first-pca": Run({"basis": "pca", "start": "first", "optimizer": SGD["delta"]}),
+    "center-ema": Run({"center": "ema:0.6", "groups": "block", "optimizer": ADAMW["delta"]}),
+    "center-ema-simplex": Run({"basis": "simplex", "center": "ema:0.6", "optimizer": ADAMW["delta"]}),
+    "center-ema-pca": Run({"basis": "pca", "center": "ema:0.6", "optimizer": ADAMW["delta"]}),
+    "center-last": Run({"center": "last", "groups": "tensor", "optimizer": ADAMW["delta"]}),
+    "center-last-orthonormal": Run({"basis": "orthonormal", "center": "last", "optimizer": ADAMW["delta"]}),
+    "center-index": Run({"center": 1, "optimizer": SGD["delta"]}),
+    "center-linear": Run({"center": "linear", "optimizer": SGD["delta"]}),
+    "center-minus-sqrt": Run({"center": "minus-sqrt", "optimizer": SGD["delta"]}),
+    "center-explicit": Run({"center": [0.4, 0.3, 0.2, 0.1], "groups": "block", "optimizer": ADAMW["delta"]}),
+    "center-explicit-negative": Run({"center": [-0.5, 0.5, 0.5, 0.5], "basis": "pca", "optimizer": ADAMW["delta"]}),
+    "include": Run({"include": ["blocks", "embed"], "groups": "block", "optimizer": ADAMW["delta"]}),
+    "exclude": Run({"exclude": ["norm", r"\.bias$"], "center": "ema:0.6", "optimizer": ADAMW["delta"]}),
+    "clipped": Run({"max_grad_norm": 0.5, "groups": "block", "optimizer": SGD["delta"] | {"lr": 0.05}}),
+    "two-components": Run({"basis": "pca", "num_components": 2, "groups": "block", "optimizer": ADAMW["delta"]}),
+    "decayed": Run({"groups": "block", "optimizer": ADAMW["delta"] | {"weight_decay": 0.5}}),
+    "decayed-orthonormal": Run(
+        {"basis": "orthonormal", "groups": "tensor", "units": "weight", "optimizer": SGD["weight"] | {"weight_decay": 3.0}}
+    ),
+    "scalar-of-shape-1": Run({"groups": "tensor", "optimizer": ADAMW["delta"]}, scalar_shape=(1,)),
+}
+ROUNDED = {
+    "dense16": Run({"store": "dense16", "groups": "block", "optimizer": SGD["delta"]}),
+    "bfloat16": Run({"groups": "block", "optimizer": SGD["delta"]}, bf16=True),
+}
+ALL = GRID | MORE | ROUNDED
+
+Ends = Callable[[str, int], list[dict[str, Ended]]]
+
+
+@pytest.fixture(scope="session")
+def ends(ranks: Pool) -> Ends:
+    """All runs of one engine and number of ranks, made once: a list by rank of results by name."""
+
+    @cache
+    def run_all(engine: str, size: int) -> list[dict[str, Ended]]:
+        runs = {name: run for name, run in ALL.items() if engine == "fsdp2" or not run.bf16}
+        return ranks(cases.train_all, size, timeout=300, engine=engine, runs=runs)
+
+    return run_all
+
+
+@cache
+def expected(name: str, size: int) -> reference.Trained:
+    run = ALL[name]
+    steps = [cases.micro_batches(step, size, run.accumulate) for step in range(run.steps)]
+    candidates = models.candidates(scalar_shape=run.scalar_shape)
+    return reference.train(models.build(scalar_shape=run.scalar_shape), models.loss, candidates, run.config, steps)
+
+
+def errors(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of each tensor, in norm."""
+    assert weights.keys() == expected.keys()
+    return {name: float((weights[name].double() - w).norm() / w.norm()) for name, w in expected.items()}
+
+
+def require_close(ended: Ended, weights: dict[str, Tensor], tolerance: float) -> None:
+    assert not ended.error, ended.error
+    wrong = {name: f"{e:.1e}" for name, e in errors(ended.weights, weights).items() if not e <= tolerance}
+    assert not wrong, f"relative errors above {tolerance}: {wrong}"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", [*GRID, *MORE])
+class TestEquality:
+    def test_weights_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
+        want = expected(name, size).weights[-1]
+        for by_name in ends(engine, size):
+            require_close(by_name[name], want, 1e-5)
+
+    def test_coefficients_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
+        """Also where dependent candidates leave several a to choose from: then they must give the right weights."""
+        want = expected(name, size)
+        ended = ends(engine, size)[0][name]
+        assert not ended.error, ended.error
+        a = ended.coefficients.double()
+        assert a.shape == want.coefficients[-1].shape
+        states = models.candidates(scalar_shape=ALL[name].scalar_shape)
+        for column, members in enumerate(want.groups.values()):
+            unique = want.coefficients[-1][:, column]
+            if not unique.isnan().any():
+                torch.testing.assert_close(a[:, column], unique, rtol=1e-4, atol=1e-4)
+            for member in members:
+                given = sum(a_i * state[member].double() for a_i, state in zip(a[:, column], states, strict=True))
+                assert (given - want.weights[-1][member]).norm() <= 1e-4 * want.weights[-1][member].norm(), member
+
+    def test_coefficients_are_the_same_bits_on_every_rank(self, ends: Ends, engine: str, size: int, name: str) -> None:
+        by_rank = [by_name[name].coefficients for by_name in ends(engine, size)]
+        assert all(torch.equal(by_rank[0], other) for other in by_rank)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bfloat16_store_stays_near(ends: Ends, engine: str, size: int) -> None:
+    for by_name in ends(engine, size):
+        require_close(by_name["dense16"], expected("dense16", size).weights[-1], 1e-2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bfloat16_computation_stays_near(ends: Ends, size: int) -> None:
+    """The gradients of MixedPrecisionPolicy(param_dtype=bfloat16) are rounded; the weights stay float32."""
+    for by_name in ends("fsdp2", size):
+        require_close(by_name["bfloat16"], expected("bfloat16", size).weights[-1], 3e-2)
+        assert all(value.dtype == torch.float32 for value in by_name["bfloat16"].weights.values())
+
+
+def test_training_moves_the_weights() -> None:
+    """The tests above mean something: every run went farther than ten times the tolerance, in every trained group."""
+    for name in [*GRID, *MORE]:
+        result = expected(name, 1)
+        for group, members in result.groups.items():
+            moved = max(errors(result.weights[-1], result.weights[0])[m] for m in members)
+            assert moved > 1e-4 or members == [models.EQUAL], (name, group, moved)

@@ -1,0 +1,211 @@
+"""What training an average means, in one process: whole candidates in float64, textbook bases, gradients by autograd.
+
+Nothing here is shared with the package: the two only agree when both are right.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+State = Mapping[str, Tensor]
+Loss = Callable[[nn.Module, Any], Tensor]
+ZERO = 1e-9  # relative size below which a float64 direction is rounding, not information
+
+
+@dataclass
+class Group:
+    """Tensors that share coefficients, as one vector of D elements: w = origin + vectors @ x, or candidates @ softmax(x)."""
+
+    name: str
+    shapes: dict[str, torch.Size]
+    candidates: Tensor  # D x n
+    center_weights: Tensor  # n
+    origin: Tensor  # D
+    vectors: Tensor  # D x k
+    convex: bool
+    x: Tensor  # k, trained
+
+    def flat(self) -> Tensor:
+        """The weights at x, D elements."""
+        return self.candidates @ self.x.softmax(0) if self.convex else self.origin + self.vectors @ self.x
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights at x, by tensor name."""
+        pieces = self.flat().split([shape.numel() for shape in self.shapes.values()])
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+
+    def coefficients(self) -> Tensor:
+        """a of w = sum_i a_i w_i, n elements; NaN when dependent candidates leave the choice open."""
+        a = _solve(self.candidates, self.flat().detach())
+        return a if a is not None else torch.full((self.candidates.shape[1],), torch.nan, dtype=torch.float64)
+
+
+@dataclass
+class Trained:
+    """The weights by name and the averaging coefficients (n x G) after each step, first those before any step."""
+
+    weights: list[dict[str, Tensor]]
+    coefficients: list[Tensor]
+    groups: dict[str, list[str]]
+
+
+def train(model: nn.Module, loss: Loss, candidates: Sequence[State], config: Mapping[str, Any], steps: Sequence[Any]) -> Trained:
+    """Train the average of `candidates` on `steps`, each a list of micro-batches whose mean loss is the step's loss.
+
+    `config` holds the keys of TwaConfig. `model` gives the architecture; it is left in float64 with the last values.
+    """
+    model.double()
+    b = _center_weights(config.get("center", "mean"), len(candidates))
+    trainable = _selected(model, config)
+    groups = [
+        _group(name, members, candidates, b, config)
+        for name, members in _grouped(trainable, config.get("groups", "global")).items()
+    ]
+    fixed = {
+        name: sum(b_i * state[name].double() for b_i, state in zip(b, candidates, strict=True))
+        for name, _ in model.named_parameters()
+        if name not in trainable
+    }
+    options = {"name": "adamw", "lr": 0.03, "weight_decay": 0.0} | dict(config.get("optimizer", {}))
+    optimizer = _optimizer_class(options.pop("name"))([group.x for group in groups], **options)
+    scored = Scored(model, loss)
+    result = Trained([], [], {group.name: list(group.shapes) for group in groups})
+
+    def weights() -> dict[str, Tensor]:
+        return {name: value for group in groups for name, value in group.tensors().items()}
+
+    def record() -> None:
+        result.weights.append({name: value.detach().clone() for name, value in (fixed | weights()).items()})
+        result.coefficients.append(torch.stack([group.coefficients() for group in groups], dim=1))
+
+    record()
+    for micro_batches in steps:
+        optimizer.zero_grad()
+        for data in micro_batches:
+            values = {f"model.{name}": value for name, value in (fixed | weights()).items()}
+            (functional_call(scored, values, (data,)) / len(micro_batches)).backward()
+        if config.get("max_grad_norm"):
+            torch.nn.utils.clip_grad_norm_([group.x for group in groups], config["max_grad_norm"])
+        optimizer.step()
+        record()
+    return result
+
+
+class Scored(nn.Module):
+    """A model and its loss as one module, so that functional_call can put weights into it: names begin with "model."."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, data: Any) -> Tensor:
+        return self.loss(self.model, data)
+
+
+def _group(name: str, members: list[str], candidates: Sequence[State], b: Tensor, config: Mapping[str, Any]) -> Group:
+    w = torch.stack([torch.cat([state[m].double().flatten() for m in members]) for state in candidates], dim=1)
+    center = w @ b
+    basis = config.get("basis", "normalized")
+    deltas = w - center[:, None]
+    norms = deltas.norm(dim=0)
+    norms = norms.where(norms > ZERO * w.norm(dim=0), 0)
+    start = _start(config.get("start", "center"), center, w)
+    shapes = {m: candidates[0][m].shape for m in members}
+    if basis == "simplex":
+        assert config.get("start", "center") == "center", "the corners of the simplex are infinitely far away"
+        return Group(name, shapes, w, b, center, deltas, True, b.log().requires_grad_())
+    if basis == "normalized":
+        origin, vectors = center, deltas[:, norms > 0] / norms[norms > 0]
+    elif basis == "orthonormal":
+        origin, vectors = torch.zeros_like(center), _schmidt(w)
+    else:
+        origin, vectors = center, _principal(w, config.get("num_components"))
+    if config.get("units", "delta") == "delta":
+        vectors = vectors * norms.mean()
+    if not vectors.any():
+        origin, vectors = center, vectors[:, :0]
+    x = torch.linalg.lstsq(vectors, (start - origin)[:, None]).solution[:, 0] if vectors.numel() else vectors[0].clone()
+    return Group(name, shapes, w, b, origin, vectors, False, x.requires_grad_())
+
+
+def _schmidt(w: Tensor) -> Tensor:
+    """Gram-Schmidt on the columns, in order (TWA, ICLR 2023, Algorithm 1); dependent columns give no direction."""
+    found: list[Tensor] = []
+    for column in w.T:
+        rest = column.clone()
+        for _ in range(2):  # the second pass takes away what rounding left of the first
+            for direction in found:
+                rest = rest - (direction @ rest) * direction
+        if rest.norm() > 1e-7 * column.norm():
+            found.append(rest / rest.norm())
+    return torch.stack(found, dim=1) if found else w[:, :0]
+
+
+def _principal(w: Tensor, keep: int | None) -> Tensor:
+    """Leading left singular vectors of the mean-centered candidates (DLDR, arXiv 2103.11154)."""
+    u, s, _ = torch.linalg.svd(w - w.mean(dim=1, keepdim=True), full_matrices=False)
+    return u[:, s > ZERO * w.norm() + 1e-7 * s.max()][:, :keep]
+
+
+def _solve(w: Tensor, target: Tensor) -> Tensor | None:
+    """The a with w @ a = target, when there is one and no other."""
+    s = torch.linalg.svdvals(w)
+    if w.shape[0] < w.shape[1] or s[-1] < 1e-6 * s[0]:
+        return None
+    return torch.linalg.lstsq(w, target[:, None], driver="gelsd").solution[:, 0]
+
+
+def _start(start: str | int, center: Tensor, w: Tensor) -> Tensor:
+    return center if start == "center" else w[:, {"first": 0, "last": -1}.get(str(start), start)]
+
+
+def _selected(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    include, exclude = config.get("include") or [""], config.get("exclude", [])
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and any(re.search(i, name) for i in include) and not any(re.search(e, name) for e in exclude)
+    ]
+
+
+def _grouped(names: list[str], groups: str | list[str]) -> dict[str, list[str]]:
+    def key(name: str) -> str:
+        if isinstance(groups, list):
+            return next((pattern for pattern in groups if re.search(pattern, name)), "rest")
+        if groups == "block":
+            number = re.match(r".*?\.\d+(?=\.)", name)
+            return number[0] if number else name.split(".")[0]
+        return {"global": "global", "tensor": name}[groups]
+
+    result: dict[str, list[str]] = {}
+    for name in names:
+        result.setdefault(key(name), []).append(name)
+    return result
+
+
+def _center_weights(center: Any, n: int) -> Tensor:
+    match center:
+        case "mean":
+            b = [1.0] * n
+        case "first" | "last" | int():
+            b = [0.0] * n
+            b[{"first": 0, "last": -1}.get(center, center)] = 1.0
+        case "linear":
+            b = [1.0] * n  # a rate that falls by the same amount at every candidate
+        case "minus-sqrt":
+            b = [((i + 1) / n) ** 0.5 - (i / n) ** 0.5 for i in range(n)]  # rate 1 - sqrt(t)
+        case str():
+            b = [float(center.removeprefix("ema:")) ** (n - 1 - i) for i in range(n)]
+        case _:
+            b = center
+    weights = torch.tensor(b, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    return {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}[name]

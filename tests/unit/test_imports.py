@@ -1,0 +1,174 @@
+"""The house has one staircase: every module imports only from the rooms before its own."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "twa_scale"
+ORDER = [
+    "errors",
+    "config",
+    "world",
+    "names",
+    "spans",
+    "comm",
+    "kernels",
+    "store",
+    "sources",
+    "engines",
+    "streaming",
+    "basis",
+    "writer",
+    "merge",
+    "batchnorm",
+    "state",
+    "average",
+    "snapshots",
+    "tasks",
+    "plan",
+    "inspection",
+    "plots",
+    "train",
+    "cli",
+]
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Return dotted module name -> file; `sources/__init__.py` is `twa_scale.sources`."""
+    return {
+        ".".join((package.name, *file.relative_to(package).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): file
+        for file in sorted(package.rglob("*.py"))
+    }
+
+
+def imports(module: str, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
+    """Yield (line, module of the package) of every import of a file, also inside functions and branches."""
+    root = module.split(".")[0]
+    home = module if known[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(known[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = home.split(".")[: len(home.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            # `from package import name`: a module of that name, or else what the package itself defines
+            names = [name if name in known else base for name in names]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names if name.split(".")[0] == root)
+
+
+def room(module: str) -> str:
+    """Return the top-level module or package that a module belongs to; empty for the package itself."""
+    return (*module.split(".")[1:], "")[0]
+
+
+def violations(module: str, known: dict[str, Path], order: list[str]) -> list[str]:
+    """Return one message for each import from a room that is neither earlier nor the module's own."""
+    own = room(module)
+    if not own:  # the door of the package stands after every room
+        return []
+    if own not in order:
+        return [f"{module}: `{own}` has no place in the import order; give it one in {Path(__file__).name}"]
+    allowed = order[: order.index(own) + 1]
+    return [
+        f"{known[module].name}:{line}: {module} imports {target}, which does not come before `{own}`"
+        for line, target in imports(module, known)
+        if room(target) not in allowed
+    ]
+
+
+def circle(known: dict[str, Path]) -> list[str]:
+    """Return the modules of an import cycle; empty when there is none."""
+    graph = {module: {target for _, target in imports(module, known)} for module in known}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+MODULES = modules(PACKAGE)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module: str) -> None:
+    assert not violations(module, MODULES, ORDER)
+
+
+def test_no_room_imports_in_circles() -> None:
+    assert not circle(MODULES)
+
+
+@pytest.mark.parametrize("module", [name for name, file in MODULES.items() if file.name == "__init__.py"])
+def test_doors_only_re_export(module: str) -> None:
+    body = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]  # the docstring
+    for node in body:
+        if isinstance(node, ast.Assign):
+            assert [ast.unparse(target) for target in node.targets] in (["__all__"], ["__version__"])
+        else:
+            assert isinstance(node, ast.Import | ast.ImportFrom), f"{module}:{node.lineno} is logic"
+
+
+@pytest.mark.parametrize("module", ["errors", "config"])
+def test_imports_no_torch(module: str) -> None:
+    """Loaded without the package's own door, which re-exports what needs torch."""
+    program = f"""
+import sys, types
+package = types.ModuleType("twa_scale")
+package.__path__ = [{str(PACKAGE)!r}]
+sys.modules["twa_scale"] = package
+import twa_scale.{module}
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "found"),
+    [
+        ("low.py", "import os, torch\n", []),
+        ("high.py", "from house.low import x\nfrom house import low\n", []),
+        ("low.py", "import house.high\n", ["house.high"]),
+        ("low.py", "from house import high\n", ["house.high"]),
+        ("low.py", "from . import high\n", ["house.high"]),
+        ("low.py", "def f():\n    from house.wide.inner import x\n", ["house.wide.inner"]),
+        ("low.py", "from house import attach\n", ["imports house,"]),
+        (
+            "wide/inner.py",
+            "from ..low import x\nfrom .other import y\nfrom ..high import z\n",
+            ["house.high"],
+        ),
+        ("attic.py", "", ["no place in the import order"]),
+    ],
+)
+def test_the_rule_itself(tmp_path: Path, file: str, text: str, found: list[str]) -> None:
+    house = tmp_path / "house"
+    (house / "wide").mkdir(parents=True)
+    for name in ("__init__.py", "low.py", "wide/__init__.py", "wide/inner.py", "wide/other.py", "high.py"):
+        (house / name).touch()
+    (house / file).write_text(text)
+    known = modules(house)
+    module = next(name for name, path in known.items() if path == house / file)
+    messages = violations(module, known, ["low", "wide", "high"])
+    assert len(messages) == len(found)
+    assert all(part in message for part, message in zip(found, messages, strict=True))
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    house = tmp_path / "house"
+    house.mkdir()
+    (house / "one.py").write_text("import house.two\n")
+    assert circle(modules(house)) == []
+    (house / "two.py").write_text("def f():\n    from house.one import x\n")
+    assert set(circle(modules(house))) == {"house.one", "house.two"}

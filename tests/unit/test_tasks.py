@@ -1,0 +1,453 @@
+"""The shipped tasks on real data, and what they say about input that cannot be used."""
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from twa_scale.config import TaskConfig
+from twa_scale.errors import ConfigError
+from twa_scale.tasks import SPLITS, Examples, Task, build_task, stack
+from twa_scale.tasks.gpt import ByteGPT
+
+TINY_GPT = {"byte_gpt": {"n_layer": 2, "n_head": 2, "d_model": 32}}
+SENTENCES = {
+    "good": "a warm and lovely film",
+    "bad": "dull , loud and far too long",
+    "odd": "it is set in a lift",
+}
+
+
+def task_of(name: str, **options: object) -> Task:
+    return build_task(TaskConfig.model_validate({"name": name, **options}))
+
+
+def batch_of(examples: Examples, size: int) -> dict[str, torch.Tensor]:
+    return stack([examples[i] for i in range(size)])
+
+
+def first_loss_and_last(
+    task: Task, split: str = "train", steps: int = 12, size: int = 16
+) -> tuple[float, float]:
+    """Train for a few steps: loss on the first batch before and after, through `loss` and `metrics`."""
+    torch.manual_seed(0)
+    model, data = task.model(), task.dataset(split)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = batch_of(data, min(size, len(data)))
+    before = task.loss(model.eval(), batch).item()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()
+        optimizer.step()
+    total, count = task.metrics(model, batch)["loss"]
+    assert total.item() / count == pytest.approx(task.loss(model, batch).item(), rel=1e-5)
+    return before, total.item() / count
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("bert")
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer.train_from_iterator(SENTENCES.values(), trainers.WordLevelTrainer(special_tokens=special))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(directory)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertForSequenceClassification(config).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([Path(math.__doc__ or "math").name, *SENTENCES.values()], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    images, labels = load_digits(return_X_y=True)
+    images = (images * 15.9).astype(np.uint8).reshape(-1, 1, 8, 8)
+    arrays = {"train_images": images[:1000], "train_labels": labels[:1000]}
+    path = tmp_path / "digits.npz"
+    np.savez(path, **arrays, test_images=images[1000:], test_labels=labels[1000:])
+    return path
+
+
+def linear(inputs: int = 64, classes: int = 10) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A module of the user's own, importable."""
+    (tmp_path / "mine_for_twa.py").write_text(
+        "from torch import nn\n"
+        "def classifier(inputs=64, classes=10): return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))\n"
+        "def number(): return 3\n"
+        "def task(data, *, size=2):\n"
+        "    from twa_scale.tasks import build_task\n"
+        "    from twa_scale.config import TaskConfig\n"
+        "    return build_task(TaskConfig(name='image_classification', data=data, model='mine_for_twa:classifier'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield "mine_for_twa"
+    sys.modules.pop("mine_for_twa", None)
+
+
+# The byte-level GPT
+
+
+def test_gpt_predicts_from_the_past_alone() -> None:
+    model = ByteGPT(context=16, n_layer=2, n_head=2, d_model=32)
+    tokens = torch.randint(0, 256, (2, 16))
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 256
+    same = (model(tokens) - model(changed)).abs().amax((0, 2))
+    assert model(tokens).shape == (2, 16, 256)
+    assert same[:9].max() == 0 and same[9:].min() > 0
+
+
+def test_gpt_has_no_buffers_and_can_be_built_without_memory() -> None:
+    with torch.device("meta"):
+        model = ByteGPT()
+    assert not list(model.buffers())
+    model.to_empty(device="cpu")
+    model.init_weights()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert 0.9e6 < size < 1.1e6
+    loss = nn.functional.cross_entropy(model(torch.randint(0, 256, (1, 64)))[0], torch.randint(0, 256, (64,)))
+    assert loss.item() == pytest.approx(math.log(256), abs=0.3)
+
+
+# causal_lm
+
+
+def test_causal_lm_learns_the_standard_library() -> None:
+    task = task_of("causal_lm", model=TINY_GPT, text="stdlib", context=64)
+    before, after = first_loss_and_last(task)
+    assert after < before - 0.5
+    metrics = task.metrics(task.model(), batch_of(task.dataset("test"), 3))
+    assert metrics["loss"][1] == 3 * 64
+    assert metrics["bits_per_byte"][0].item() == pytest.approx(metrics["loss"][0].item() / math.log(2))
+
+
+def test_windows_hold_every_byte_once_and_in_order(tmp_path: Path) -> None:
+    texts = [b"x" * 3, b"", b"0123456789", b"ab"]
+    paths = [tmp_path / f"{i}.txt" for i in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_bytes(text)
+    task = task_of("causal_lm", model=TINY_GPT, text={"train": [str(path) for path in paths]}, context=3)
+    windows = task.dataset("train")
+    read = b"".join(bytes(windows[i]["tokens"].tolist()) for i in range(len(windows)))
+    assert len(windows) == 3
+    assert read == b"".join(texts)[:12]
+    with pytest.raises(IndexError):
+        windows[3]
+
+
+def test_a_file_is_in_one_split_and_stays_there(tmp_path: Path) -> None:
+    def files_of(number: int) -> dict[str, set[bytes]]:
+        for i in range(number):
+            (tmp_path / f"{i}.txt").write_bytes(b"%4d" % i)
+        fractions = {"train": 0.5, "validation": 0.25, "test": 0.25}
+        task = task_of("causal_lm", model=TINY_GPT, text=str(tmp_path), context=3, fractions=fractions)
+        data = {split: task.dataset(split) for split in SPLITS}
+        return {s: {bytes(d[i]["tokens"].tolist()) for i in range(len(d))} for s, d in data.items()}
+
+    few, many = files_of(60), files_of(120)
+    assert sum(len(texts) for texts in many.values()) == 120 == len(set().union(*many.values()))
+    assert all(few[split] <= many[split] for split in SPLITS)
+    assert 40 < len(many["train"]) < 80
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32"])
+@pytest.mark.parametrize("suffix", [".npy", ".bin"])
+def test_token_files_of_every_type(tmp_path: Path, dtype: str, suffix: str) -> None:
+    tokens = np.arange(100).astype(dtype)
+    path = tmp_path / f"tokens{suffix}"
+    if suffix == ".npy":
+        np.save(path, tokens)
+    else:
+        tokens.tofile(path)
+    task = task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path)}, token_dtype=dtype, context=9)
+    data = task.dataset("train")
+    assert len(data) == 10
+    assert data[7]["tokens"].tolist() == list(range(70, 80))
+
+
+def test_causal_lm_with_a_hugging_face_model(llama: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(SENTENCES.values()) * 20)
+    task = task_of("causal_lm", model=llama, text={"train": str(tmp_path / "*.txt")}, context=32)
+    before, after = first_loss_and_last(task)
+    assert after < before - 0.3
+    assert set(task.metrics(task.model(), batch_of(task.dataset("train"), 2))) == {"loss"}
+    assert {p.dtype for p in task.model().parameters()} == {torch.float32}
+
+
+# sequence_classification
+
+
+def write_tables(directory: Path, rows: list[tuple[str, str]]) -> dict[str, str]:
+    lines = [json.dumps({"sentence": SENTENCES[kind], "mood": label}) for kind, label in rows]
+    (directory / "train.jsonl").write_text("\n".join(lines) + "\n")
+    table = "".join(f'"{SENTENCES[kind]}",{label}\n' for kind, label in rows[:2])
+    (directory / "validation.csv").write_text("sentence,mood\n" + table)
+    return {"train": str(directory / "train.jsonl"), "validation": str(directory / "validation.csv")}
+
+
+def test_sequence_classification_learns_named_labels(bert: str, tmp_path: Path) -> None:
+    paths = write_tables(tmp_path, [("good", "up"), ("bad", "down"), ("odd", "none")] * 4)
+    options = {"model": bert, "text": "sentence", "label": "mood", "max_length": 16}
+    task = task_of("sequence_classification", **options, **paths)
+    before, after = first_loss_and_last(task, steps=20)
+    assert after < before / 2
+    example = task.dataset("validation")[0]
+    assert example["labels"] == 2  # of down, none, up
+    assert example["input_ids"].shape == example["attention_mask"].shape == (16,)
+    metrics = task.metrics(task.model(), batch_of(task.dataset("validation"), 2))
+    assert metrics["accuracy"][1] == 2 and 0 <= metrics["accuracy"][0] <= 2
+
+
+def test_padding_changes_nothing(bert: str, tmp_path: Path) -> None:
+    paths = write_tables(tmp_path, [("good", "0"), ("bad", "1"), ("odd", "0")])
+    options = {"model": bert, "text": "sentence", "label": "mood"}
+    short, long = (task_of("sequence_classification", **options, **paths, max_length=n) for n in (16, 48))
+    model = short.model().eval()
+    losses = [task.loss(model, batch_of(task.dataset("train"), 3)).item() for task in (short, long)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_labels_that_the_model_names_keep_its_numbers(bert: str, tmp_path: Path) -> None:
+    paths = write_tables(tmp_path, [("good", "up"), ("bad", "down")])
+    config = json.loads(Path(bert, "config.json").read_text())
+    config |= {
+        "label2id": {"up": 0, "level": 1, "down": 2},
+        "id2label": {"0": "up", "1": "level", "2": "down"},
+    }
+    for file in Path(bert).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    task = task_of("sequence_classification", model=str(tmp_path), text="sentence", label="mood", **paths)
+    assert [task.dataset("train")[i]["labels"].item() for i in range(2)] == [0, 2]
+    assert task.model().config.num_labels == 3
+
+
+# image_classification
+
+
+def test_image_classification_learns_the_digits(digits: Path, mine: str) -> None:
+    options = {"mean": [0.3], "std": [0.4]}
+    task = task_of("image_classification", data=str(digits), model=f"{mine}:classifier", **options)
+    before, after = first_loss_and_last(task, steps=60, size=1000)
+    assert after < before / 2
+    assert task.dataset("train")[0]["images"].shape == (1, 8, 8)
+    assert len(task.dataset("test")) == 797
+
+
+def test_signals_keep_their_shape_and_values(tmp_path: Path, mine: str) -> None:
+    signals = np.random.default_rng(0).normal(size=(20, 40)).astype(">f8")
+    np.savez(tmp_path / "one.npz", images=signals, labels=np.arange(20) % 4)
+    options = {"model_options": {"inputs": 40, "classes": 4}, "validation": str(tmp_path / "one.npz")}
+    task = task_of("image_classification", model=f"{mine}:classifier", **options)
+    assert np.allclose(task.dataset("validation")[3]["images"].numpy(), signals[3])
+    assert task.loss(task.model(), batch_of(task.dataset("validation"), 20)).item() > 0
+
+
+def test_image_folder(tmp_path: Path, mine: str) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for name, color in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(3):
+            image.new("RGB", (20 + i, 12), color).save(tmp_path / "train" / name / f"{i}.png")
+    options = {"model_options": {"inputs": 192, "classes": 2}, "image_size": 8}
+    task = task_of(
+        "image_classification", train=str(tmp_path / "train"), model=f"{mine}:classifier", **options
+    )
+    data = task.dataset("train")
+    assert len(data) == 6
+    assert data[5]["labels"] == 1
+    assert data[5]["images"][:, 4, 4].tolist() == [0, 0, 255]
+    before, after = first_loss_and_last(task)
+    assert after < before
+
+
+# A task of the user's own
+
+
+def test_own_task_by_import_path(digits: Path, mine: str) -> None:
+    task = task_of(f"{mine}:task", data=str(digits))
+    assert isinstance(task, Task)
+    assert len(task.dataset("train")) == 1000
+
+
+# What cannot be used
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"name": "causal_ml"}, ["causal_ml", "did you mean 'causal_lm'"]),
+        ({"name": "nowhere_at_all:task"}, ["nowhere_at_all", "PYTHONPATH"]),
+        ({"name": "mine_for_twa:tusk"}, ["tusk", "did you mean 'task'"]),
+        ({"name": "mine_for_twa:number"}, ["int", "lacks model, dataset, loss, metrics"]),
+        (
+            {"name": "mine_for_twa:task", "data": "x", "sise": 3},
+            ["sise", "did you mean 'size'", "data, size"],
+        ),
+        ({"name": "mine_for_twa:task"}, ["missing", "data"]),
+        ({"name": "causal_lm"}, ["exactly one of `text` and `tokens`"]),
+        ({"name": "causal_lm", "text": "stdlib", "contxt": 3}, ["task", "contxt", "did you mean 'context'"]),
+        (
+            {"name": "causal_lm", "text": "stdlib", "model": {"byte_gpt": {"layers": 3}}},
+            ["layers", "n_layer"],
+        ),
+        ({"name": "causal_lm", "text": "stdlib", "model": {"byte_gpt": {"n_head": 3}}}, ["128", "n_head 3"]),
+        ({"name": "causal_lm", "text": {"valid": "a"}}, ["text.valid", "did you mean 'validation'"]),
+        ({"name": "causal_lm", "text": "nowhere/*.txt"}, ["task.text", "nowhere/*.txt", "matches no file"]),
+        ({"name": "causal_lm", "text": "stdlib", "fractions": {"train": 0.5}}, ["do not sum to 1"]),
+        (
+            {"name": "causal_lm", "text": "stdlib", "model": "nowhere"},
+            ["task.model", "nowhere", "config.json"],
+        ),
+        ({"name": "image_classification", "model": "mine_for_twa:number"}, ["`data`"]),
+        ({"name": "image_classification", "model": "m:f", "data": "a", "train": "b"}, ["`data`"]),
+        ({"name": "image_classification", "model": "mine_for_twa:number", "data": "gone.npz"}, ["gone.npz"]),
+        ({"name": "sequence_classification", "model": "m"}, ["at least one of"]),
+        ({"name": "sequence_classification", "model": "m", "train": "a.parquet"}, ["task.train", ".jsonl"]),
+        ({"name": "sequence_classification", "model": "m", "test": "gone.csv"}, ["task.test", "gone.csv"]),
+    ],
+)
+def test_refusals_name_the_key_and_the_fix(section: dict[str, object], words: list[str], mine: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_task(TaskConfig.model_validate(section))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_splits_without_data(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    task = task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path / "a.txt")}, context=8)
+    with pytest.raises(ConfigError, match=r"split 'train'.*1 files with 3 tokens"):
+        task.dataset("train")
+    with pytest.raises(ConfigError, match=r"split 'test'.*0 files"):
+        task.dataset("test")
+    with pytest.raises(ConfigError, match="did you mean 'validation'"):
+        task.dataset("valid")
+
+
+def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.full(100, 300, dtype=np.int32))
+    task = task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / "t.npy")}, context=8)
+    with pytest.raises(ConfigError, match=r"t\.npy.*300.*0 to 255"):
+        task.dataset("train")[2]
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"\x93NUMPY\x01\x00"])
+def test_token_files_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.npy").write_bytes(content)
+    task = task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / "t.npy")})
+    with pytest.raises(ConfigError, match=r"t\.npy"):
+        task.dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("a.csv", "sentence,label\nfine,1\n", ["a.csv, line 2", "'text'", "sentence"]),
+        ("a.csv", "text,label\n", ["holds no examples"]),
+        ("a.csv", "text,label\nfine,-1\n", ["label -1", "a.csv"]),
+        ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": "fine"\n', ["a.jsonl, line 2", "not JSON"]),
+        ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": "fine"}\n', ["a.jsonl, line 2", "'label'"]),
+        ("a.jsonl", "[1, 2]\n", ["line 1", "list"]),
+        ("a.csv", b"text,label\n\xff\xfe,1\n", ["a.csv", "cannot be read"]),
+    ],
+)
+def test_tables_that_cannot_be_used(
+    bert: str, tmp_path: Path, file: str, content: str | bytes, words: list[str]
+) -> None:
+    path = tmp_path / file
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as caught:
+        task_of("sequence_classification", model=bert, train=str(path))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_labels_outside_the_training_data(bert: str, tmp_path: Path) -> None:
+    for name, labels in (("train", ["up", "down"]), ("test", ["up", "donw"])):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"fine,{label}\n" for label in labels))
+    paths = {name: str(tmp_path / f"{name}.csv") for name in ("train", "test")}
+    with pytest.raises(ConfigError, match=r"task\.test.*'donw'.*did you mean 'down'"):
+        task_of("sequence_classification", model=bert, **paths)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        (
+            {"train_image": np.zeros((2, 3)), "train_labels": np.zeros(2, int)},
+            ["train_images", "train_image"],
+        ),
+        ({"train_images": np.zeros((2, 3)), "train_labels": np.zeros(3, int)}, ["(2, 3)", "(3,)"]),
+        ({"train_images": np.zeros((2, 3)), "train_labels": np.zeros(2)}, ["integer"]),
+        ({"train_images": np.zeros((2, 3)), "train_labels": np.array(["a", "b"])}, ["d.npz"]),
+        ({"train_images": np.array([{}, {}]), "train_labels": np.zeros(2, int)}, ["d.npz"]),
+    ],
+)
+def test_arrays_that_cannot_be_used(
+    tmp_path: Path, mine: str, arrays: dict[str, np.ndarray], words: list[str]
+) -> None:
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(ConfigError) as caught:
+        task_of("image_classification", model=f"{mine}:classifier", data=str(tmp_path / "d.npz"))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_transformers_missing(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match="pip install transformers"):
+        task_of("causal_lm", text="stdlib", model=bert)

@@ -1,0 +1,137 @@
+"""Attaching to a model: match, stream the candidates into the store once, choose the basis, write the first weights."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from twa_scale.average import TrainableAverage
+from twa_scale.basis import Gram, equal_candidates, make_basis
+from twa_scale.config import TwaConfig, candidate_index, center_weights, validated
+from twa_scale.engines import Engine, choose_engine
+from twa_scale.layout import Layout, match
+from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources.checksum import checksum
+from twa_scale.spans import Span, whole
+from twa_scale.state import Fingerprint, fingerprint_of
+from twa_scale.store import Store, make_store
+from twa_scale.streaming import Progress, Stream
+
+Candidates = str | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
+
+
+def attach(
+    model: nn.Module,
+    candidates: Candidates,
+    config: TwaConfig | dict[str, Any] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> TrainableAverage:
+    """Put a trainable average of `candidates` into `model`, whatever shards it. Collective.
+
+    The weights that the model has are overwritten; each rank reads only the spans that it holds. The model stays
+    yours: run forward and backward as before, then `step()` in place of your optimizer's.
+
+    Args:
+        model: a plain module, DistributedDataParallel, or a module sharded by `fully_shard`.
+        candidates: a glob, a list of paths, or a list of state dicts, in training order.
+        config: a `TwaConfig`, or a dict of its fields.
+        progress: called on every rank with the number of bytes that it has just read.
+
+    Raises:
+        ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the fault.
+    """
+    engine = choose_engine(model)
+    group = engine.shard_group
+    with group.agree():
+        config = validated(TwaConfig, config)
+        opened = open_candidates(candidates)
+        layout = match(engine.parameters, engine.buffers(), opened, config)
+        weights = center_weights(config.center, len(opened))
+        store = make_store(config.store, len(opened), engine.device)
+        stream = Stream(opened, weights, engine.device, progress)
+        gram = Gram(len(layout.groups), len(opened), engine.device)
+        _read_spans(engine, layout, stream, store, gram)
+        buffers = _read_buffers(engine, layout, opened, stream, config) if group.rank == 0 else {}
+    group.sum_(gram.values)
+    fingerprint = _fingerprint(engine, layout, opened, stream)
+    _write_rest(engine, layout, buffers)
+    if group.rank == 0:
+        _warn_of_equals(gram.values, opened)
+    basis = make_basis(
+        config.basis,
+        gram.values,
+        torch.tensor(weights, dtype=torch.float64, device=engine.device),
+        units=config.units,
+        num_components=config.num_components,
+    )
+    return TrainableAverage(config, engine, layout, store, basis, fingerprint, opened)
+
+
+def _read_spans(engine: Engine, layout: Layout, stream: Stream, store: Store, gram: Gram) -> None:
+    """Stream this rank's spans: those that are trained into the store, the others at once into the model."""
+    live = {Span(layout.source[span.name], span.start, span.stop): span for span in engine.spans()}
+    for span in live.values():
+        if span.name in layout.group_of:
+            store.reserve(span)
+    for chunk in stream.chunks(list(live)):
+        span = live[chunk.span]
+        if span.name in layout.group_of:
+            gram.add(layout.group_of[span.name], chunk.rows)
+            store.fill(span, chunk.start, chunk.deltas, chunk.center)
+        else:
+            engine.live(span)[chunk.start : chunk.start + len(chunk.center)] = chunk.center
+
+
+def _read_buffers(
+    engine: Engine, layout: Layout, candidates: Sequence[Candidate], stream: Stream, config: TwaConfig
+) -> dict[str, torch.Tensor]:
+    """Read every buffer that the candidates hold: floating ones averaged or from one candidate, others from the last."""
+    n = len(candidates)
+    weights = [1 / n] * n
+    if config.buffers != "mean":
+        chosen = candidate_index(config.buffers, n, "buffers")
+        weights = [float(i == chosen) for i in range(n)]
+    live = engine.buffers()
+    averaged = Stream(candidates, weights, torch.device("cpu"))
+    values = {}
+    for name in layout.buffers:
+        if live[name].is_floating_point():
+            values[name] = torch.empty(live[name].numel())
+        else:
+            values[name] = torch.empty(live[name].numel(), dtype=candidates[-1].dtype(name))
+            candidates[-1].read(name, 0, values[name])
+            stream.checksums[name] = torch.zeros(n, dtype=torch.int64)
+            stream.checksums[name][-1] = checksum(values[name])
+    for chunk in averaged.chunks([whole(n, tuple(live[n].shape)) for n in values if live[n].is_floating_point()]):
+        values[chunk.span.name][chunk.start : chunk.start + len(chunk.center)] = chunk.center
+    stream.checksums |= averaged.checksums
+    return values
+
+
+def _fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate], stream: Stream) -> Fingerprint:
+    names = [*(layout.source[name] for name in engine.parameters), *layout.buffers]
+    shapes = {name: candidates[0].shape(name) for name in names}
+    fingerprint = fingerprint_of([candidate.label for candidate in candidates], shapes, stream.checksums)
+    sums = engine.shard_group.sum_(fingerprint.checksums.to(engine.device))
+    return replace(fingerprint, checksums=sums.cpu())
+
+
+def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]) -> None:
+    """Make the fixed parameters visible and give every rank the buffers that rank 0 has read."""
+    engine.publish(layout.fixed)
+    live = engine.buffers()
+    for name, value in engine.shard_group.broadcast(buffers).items():
+        live[name].copy_(value.view(live[name].shape))
+
+
+def _warn_of_equals(gram: torch.Tensor, candidates: Sequence[Candidate]) -> None:
+    for i, j in equal_candidates(gram):
+        warnings.warn(
+            f"candidates {candidates[i].label} and {candidates[j].label} are the same weights: the second adds nothing.",
+            stacklevel=3,
+        )

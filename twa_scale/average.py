@@ -1,0 +1,280 @@
+"""The heart: gradients are projected onto the deltas, coefficients are trained, weights are combined anew."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from twa_scale import batchnorm
+from twa_scale.basis import Basis
+from twa_scale.clock import Clock
+from twa_scale.config import TwaConfig, candidate_index
+from twa_scale.engines import Engine
+from twa_scale.errors import ConfigError, StateError, TwaError
+from twa_scale.layout import Layout
+from twa_scale.sources import Candidate
+from twa_scale.spans import Span
+from twa_scale.state import Fingerprint
+from twa_scale.store import Store
+
+Which = str | int | Sequence[float] | torch.Tensor
+
+
+class TrainableAverage:
+    """A model whose weights are an average of candidates with trained coefficients. Made by `attach`.
+
+    One step: backward hands gradients to `_project` span by span; `step` sums s = <delta, gradient> over the ranks,
+    takes x.grad from it through the basis, steps the optimizer, and writes w = (1 + u_c) c + sum_i u_i delta_i.
+    """
+
+    def __init__(
+        self,
+        config: TwaConfig,
+        engine: Engine,
+        layout: Layout,
+        store: Store,
+        basis: Basis,
+        fingerprint: Fingerprint,
+        candidates: Sequence[Candidate],
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.fingerprint = fingerprint
+        self._engine = engine
+        self._store = store
+        self._basis = basis
+        self._candidates = candidates
+        self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
+        self._x = nn.Parameter(basis.locate(self._start()))
+        self._products = torch.zeros(len(candidates) + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
+        self._streams: set[torch.cuda.Stream] = set()
+        self.clock = Clock(engine.device)
+        self.optimizer = make_optimizer(config, self._x)
+        self._shown: list[torch.Tensor | None] = []
+        self._write()
+        engine.watch(self._project)
+
+    @property
+    def num_candidates(self) -> int:
+        """n."""
+        return len(self._candidates)
+
+    @property
+    def coefficients(self) -> torch.Tensor:
+        """The averaging coefficients a, (n, G) float64, with w_g = sum_i a[i, g] w_i; of centered bases they sum to 1."""
+        return self._basis.averaging(self._basis.expand(self._x.detach()))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the candidates that this rank has read."""
+        return sum(candidate.bytes_read for candidate in self._candidates)
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes of deltas and center that this rank holds."""
+        return self._store.nbytes
+
+    def cost(self, steps: int) -> dict[str, dict[str, float]]:
+        """Return the mean seconds of the parts of a step since the last call, and the bytes of memory each moves.
+
+        `project` reads the deltas and the gradient, `combine` reads the deltas and the center and writes the weights;
+        `publish` makes them visible to the engine.
+        """
+        seconds = self.clock.read()
+        elements = sum(len(span) for span in self._spans)
+        weights = sum(self._engine.live(span).nbytes for span in self._spans)
+        deltas = self._store.nbytes - 4 * elements
+        nbytes = {"project": deltas + 4 * elements, "reduce": 0, "combine": deltas + 4 * elements + weights, "publish": 0}
+        return {
+            part: {"seconds": seconds.get(part, 0.0) / max(steps, 1), "bytes": moved} for part, moved in nbytes.items()
+        }
+
+    def step(self) -> None:
+        """Take one step of the optimizer on the coefficients, and write the new weights. Collective.
+
+        Call it after one or more backward passes; like any optimizer it sees the sum of their gradients.
+
+        Raises:
+            TwaError: a gradient that is not finite; the coefficients are as they were.
+        """
+        self._engine.drain()
+        for stream in self._streams:  # hooks may run on the stream that reduced the gradient
+            torch.cuda.current_stream().wait_stream(stream)
+        with self.clock.part("reduce"):
+            products = self._engine.shard_group.sum_(self._products)
+            products = self._engine.replica_group.sum_(products) / self._engine.replica_group.size
+        if not bool(torch.isfinite(products).all()):
+            self.zero_grad()
+            raise TwaError("the gradient is not finite: look for a diverging loss or an overflow, then lower the rate.")
+        (self._x.grad,) = torch.autograd.grad(self._basis.expand(self._x), self._x, products)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_([self._x], self.config.max_grad_norm)
+        self.optimizer.step()
+        self._products.zero_()
+        self._write()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the coefficients and what backward passes have added since the last step."""
+        self.optimizer.zero_grad()
+        self._products.zero_()
+
+    @contextmanager
+    def weights(self, which: Which) -> Iterator[None]:
+        """Show the model with other weights for the length of a `with` block; then restore weights and buffers. Collective.
+
+        Args:
+            which: "trained", "mean" (uniform), "center", "first", "last", the index of a candidate, or coefficients a:
+                n numbers, or (n, G).
+        """
+        chosen = None if isinstance(which, str) and which == "trained" else self._resolve(which)
+        buffers = {name: buffer.clone() for name, buffer in self._engine.buffers().items()}
+        self._shown.append(chosen)
+        try:
+            self._write()
+            yield
+        finally:
+            self._shown.pop()
+            self._write()
+            for name, buffer in self._engine.buffers().items():
+                buffer.copy_(buffers[name])
+
+    def recalibrate_batchnorm(
+        self, batches: Iterable[Any], forward: Callable[[nn.Module, Any], object] | None = None
+    ) -> int:
+        """Measure the BatchNorm statistics of the present weights on `batches` of all ranks. Collective.
+
+        Returns the number of batches seen over all ranks. See `batchnorm.recalibrate` for the arguments.
+        """
+        engine = self._engine
+        group = engine.shard_group if engine.shard_group.size > 1 else engine.replica_group
+        seen = batchnorm.recalibrate(engine.module, batches, group, engine.device, forward)
+        engine.publish(())
+        return seen
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs to continue on any engine and number of ranks: kilobytes, the same on every rank."""
+        layers = {id(b) for layer in batchnorm.batchnorm_layers(self._engine.module) for b in layer.buffers()}
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "groups": list(self.layout.groups),
+            "group_of": {self.layout.source[name]: group for name, group in self.layout.group_of.items()},
+            "x": self._x.detach().cpu().clone(),
+            "coefficients": self.coefficients.cpu(),
+            "center_weights": self._basis.center_weights.cpu(),
+            "optimizer": self.optimizer.state_dict(),
+            "buffers": {n: b.detach().cpu().clone() for n, b in self._engine.buffers().items() if id(b) in layers},
+            "fingerprint": self.fingerprint.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`. Collective.
+
+        Raises:
+            StateError: other candidates, or settings under which the coefficients would mean something else.
+        """
+        self.fingerprint.require(Fingerprint.from_state_dict(state["fingerprint"]))
+        self._require_same_settings(state["config"])
+        x = state["x"].to(self._x)
+        if x.shape != self._x.shape or list(self.layout.groups) != state["groups"]:
+            raise StateError(f"the state has {tuple(x.shape)} coefficients, this run {tuple(self._x.shape)}: other groups.")
+        a = self._basis.averaging(self._basis.expand(x))
+        if not torch.allclose(a, state["coefficients"].to(a), rtol=1e-6, atol=1e-6):
+            raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
+        with torch.no_grad():
+            self._x.copy_(x)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.zero_grad()
+        self._write()
+        live = self._engine.buffers()
+        for name, value in state["buffers"].items():
+            live[name].copy_(value)
+
+    def close(self) -> None:
+        """Take the hooks off the model and release the store and the candidates; the model keeps its weights."""
+        self._engine.close()
+        self._store.close()
+        for candidate in self._candidates:
+            candidate.close()
+
+    def _project(self, span: Span, gradient: torch.Tensor) -> None:
+        group = self._spans.get(span)
+        if group is None or not len(span):
+            return
+        if gradient.is_cuda:
+            self._streams.add(torch.cuda.current_stream())
+        with self.clock.part("project"):
+            self._products[:, group] += self._store.project(span, gradient, self._basis.needs_center)
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        """Write the weights that are shown now, computed from the center, into the live spans."""
+        shown = self._shown[-1] if self._shown else None
+        u = self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
+        columns = u.T.contiguous().to("cpu" if self._engine.device.type == "cpu" else u.device)
+        with self.clock.part("combine"):
+            for span, group in self._spans.items():
+                self._store.combine(span, columns[group], self._engine.live(span))
+        with self.clock.part("publish"):
+            self._engine.publish(self.layout.group_of.keys())
+
+    def _start(self) -> torch.Tensor:
+        if self.config.start == "center":
+            return self._columns(self._basis.center_weights)
+        return self._resolve(self.config.start)
+
+    def _resolve(self, which: Which) -> torch.Tensor:
+        """Return the averaging coefficients (n, G) that `which` names."""
+        n, b = self.num_candidates, self._basis.center_weights
+        if isinstance(which, str) and which == "mean":
+            return self._columns(torch.full_like(b, 1 / n))
+        if isinstance(which, str) and which == "center":
+            return self._columns(b)
+        if isinstance(which, int) or (isinstance(which, str) and which in ("first", "last")):
+            i = candidate_index(which, n, "weights")
+            return self._columns(torch.eye(n, dtype=b.dtype, device=b.device)[i])
+        if isinstance(which, str):
+            raise ConfigError(
+                f"weights: {which!r} is none of trained, mean, center, first, last, an index, or coefficients."
+            )
+        a = torch.as_tensor(which).to(b)
+        a = self._columns(a) if a.ndim == 1 else a
+        if a.shape != (n, len(self.layout.groups)):
+            raise ConfigError(
+                f"weights: coefficients of shape {tuple(torch.as_tensor(which).shape)}; give ({n},) or "
+                f"({n}, {len(self.layout.groups)}): candidates x groups."
+            )
+        return a
+
+    def _columns(self, a: torch.Tensor) -> torch.Tensor:
+        return a[:, None].expand(-1, len(self.layout.groups)).contiguous()
+
+    def _require_same_settings(self, saved: dict[str, Any]) -> None:
+        now = self.config.model_dump(mode="json")
+        for key in ("basis", "groups", "center", "units", "num_components", "include", "exclude"):
+            if saved[key] != now[key]:
+                raise StateError(
+                    f"{key}: the state was trained with {saved[key]!r}, this run has {now[key]!r}; its coefficients would "
+                    "mean something else. Use the saved setting, or start a new run."
+                )
+
+
+def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
+    """Build the optimizer of the coefficients by its name in torch.optim.
+
+    Raises:
+        ConfigError: an unknown class, one that needs a closure, or options that it does not take.
+    """
+    known: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+    }
+    settings = config.optimizer
+    if settings.name.lower() not in known:
+        raise ConfigError(f"optimizer.name: {settings.name!r} is none of {', '.join(sorted(known))}.")
+    try:
+        return known[settings.name.lower()]([x], lr=settings.lr, **settings.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {settings.name} refuses these options: {error}.") from error

@@ -1,0 +1,105 @@
+"""BatchNorm statistics of averaged weights: measured anew, since they are not the average of the statistics."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from twa_scale.comm import Group
+
+
+def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
+    """Return the layers that keep running statistics."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    return [layer for layer in layers if layer.running_mean is not None]
+
+
+@torch.no_grad()
+def recalibrate(
+    module: nn.Module,
+    batches: Iterable[Any],
+    group: Group,
+    device: torch.device,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+) -> int:
+    """Reset the running statistics of `module` and take their plain mean over `batches` of all ranks of `group`.
+
+    All other layers are in evaluation mode meanwhile. Every rank stops with the first that has no batch left: a rank
+    that went on alone would wait for the others in a sharded forward pass.
+
+    Args:
+        module: the model; forward passes may be collective.
+        batches: tensors, dicts (passed by keyword), or sequences whose first item is the input.
+        group: the data-parallel ranks.
+        device: where the batches go.
+        forward: how to run one batch, when it is not module(input).
+
+    Returns:
+        The number of batches over all ranks; 0 leaves the statistics as they were.
+    """
+    layers = batchnorm_layers(module)
+    if not layers:
+        return 0
+    modes = {child: child.training for child in module.modules()}
+    momenta = [layer.momentum for layer in layers]
+    before = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
+    count = 0
+    try:
+        module.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # the cumulative mean
+            layer.train()
+        iterator = iter(batches)
+        while (batch := _next_on_all(iterator, group, device)) is not None:
+            batch = _to(batch, device)
+            forward(module, batch) if forward else _call(module, batch)
+            count += 1
+        total = int(group.sum_(torch.tensor([count], device=device)).item())
+        if total:
+            _average(layers, count / total, total, group)
+        else:
+            for layer, buffers in zip(layers, before, strict=True):
+                for buffer, value in zip(layer.buffers(), buffers, strict=True):
+                    buffer.copy_(value)
+    finally:
+        for child, training in modes.items():
+            child.training = training
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+    return total
+
+
+def _average(layers: list[_BatchNorm], part: float, total: int, group: Group) -> None:
+    """Weigh each rank's statistics by its part of the batches: the mean that one process would have got from all."""
+    for layer in layers:
+        for buffer in (layer.running_mean, layer.running_var):
+            assert buffer is not None
+            buffer.copy_(group.sum_(buffer.to(torch.float64) * part))
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(total)
+
+
+def _next_on_all(iterator: Any, group: Group, device: torch.device) -> Any:
+    """Return the next batch if every rank has one, else None."""
+    batch = next(iterator, None)
+    have = group.sum_(torch.tensor([batch is not None], dtype=torch.int64, device=device))
+    return batch if int(have.item()) == group.size else None
+
+
+def _call(module: nn.Module, batch: Any) -> object:
+    if isinstance(batch, dict):
+        return module(**batch)
+    return module(batch[0] if isinstance(batch, list | tuple) else batch)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [_to(value, device) for value in batch]
+    return batch

@@ -1,0 +1,56 @@
+"""Seconds and bytes of the parts of a step, on CPU and GPU."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_Event = tuple[str, torch.cuda.Event, torch.cuda.Event]
+
+
+class Clock:
+    """Adds up what named parts cost. On a GPU it records events, which wait for nothing until the sums are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._pending: list[_Event] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the body towards part `name`."""
+        if self._cuda:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            yield
+            last.record()
+            self._pending.append((name, first, last))
+        else:
+            start = time.perf_counter()
+            yield
+            self._add(name, time.perf_counter() - start)
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of each part since the last call, and start anew."""
+        for name, first, last in self._pending:
+            last.synchronize()
+            self._add(name, first.elapsed_time(last) / 1e3)
+        seconds, self._seconds, self._pending = self._seconds, {}, []
+        return seconds
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+
+def read_bandwidth(device: torch.device, nbytes: int = 1 << 28) -> float:
+    """Measure bytes per second of reading memory in this process: the best of five sums over `nbytes` of float32."""
+    data = torch.ones(nbytes // 4, device=device)
+    clock = Clock(device)
+    data.sum()
+    times = []
+    for _ in range(5):
+        with clock.part("read"):
+            data.sum()
+        times.append(clock.read()["read"])
+    return data.nbytes / min(times)

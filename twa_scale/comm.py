@@ -1,0 +1,97 @@
+"""A group of ranks: sums of small tensors, exchange of small objects, and errors that reach every rank."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from twa_scale.errors import TwaError
+
+T = TypeVar("T")
+
+
+class Group:
+    """Ranks that act together; works unchanged on a single process."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None, *, alone: bool = False) -> None:
+        self._process_group = process_group
+        self.size: int = 1 if alone else dist.get_world_size(process_group)
+        self.rank: int = 0 if alone else dist.get_rank(process_group)
+
+    @classmethod
+    def alone(cls) -> "Group":
+        """A group of this process only."""
+        return cls(None, alone=True)
+
+    @classmethod
+    def world(cls) -> "Group":
+        """All ranks of the default process group, or this process alone when there is none."""
+        return cls(None) if dist.is_available() and dist.is_initialized() else cls.alone()
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """SUM `tensor` over the ranks, in place; every rank ends with the same bits."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self._process_group)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's `value`, by rank, on every rank. For small objects."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._process_group)
+        return values
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Return the `value` of rank `source` of this group on every rank. For small objects."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self._process_group, group_src=source)
+        return box[0]
+
+    def broadcast_(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+        """Overwrite `tensor` with that of rank `source` of this group."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self._process_group, group_src=source)
+        return tensor
+
+    def all_gather(self, out: torch.Tensor, local: torch.Tensor) -> None:
+        """Fill 1-D `out` (size * len(local) elements) with every rank's 1-D `local`, by rank."""
+        if self.size == 1:
+            out.copy_(local)
+        else:
+            dist.all_gather_into_tensor(out, local, group=self._process_group)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            self.gather(None)  # an object exchange needs no device to be named, unlike dist.barrier under NCCL
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """Turn an error of the body on any rank into the same error on every rank, so that none waits forever.
+
+        The body must hold no collective: a rank that failed would miss it.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        failures = [(rank, error) for rank, error in enumerate(self.gather(_portable(failure))) if error is not None]
+        if not failures:
+            return
+        rank, first = failures[0]
+        if failure is not None and rank == self.rank:
+            raise failure
+        raise first from failure
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """Return an error that survives the trip to another process: ours as they are, others as their text."""
+    if error is None or isinstance(error, TwaError):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")

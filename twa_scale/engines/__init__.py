@@ -1,0 +1,6 @@
+"""What shards the model: plain, DDP, FSDP2."""
+
+from twa_scale.engines.choose import choose_engine
+from twa_scale.engines.protocol import Consume, Engine, ParameterInfo
+
+__all__ = ["Consume", "Engine", "ParameterInfo", "choose_engine"]

@@ -1,0 +1,57 @@
+"""What engines share: naming the parameters and buffers of a module."""
+
+import torch
+from torch import nn
+
+from twa_scale.engines.protocol import ParameterInfo
+from twa_scale.errors import EngineError
+from twa_scale.names import normalize
+
+
+def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, ParameterInfo]]:
+    """Return the parameters of `module` and their descriptions, tied ones once, by normalized name.
+
+    Raises:
+        EngineError: two different parameters whose names are the same once wrappers are taken off.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    aliases: dict[int, list[str]] = {}
+    for raw, parameter in module.named_parameters(remove_duplicate=False):
+        name = normalize(raw)
+        known = aliases.setdefault(id(parameter), [])
+        if name in known:  # a module reached twice, as under an activation-checkpoint wrapper
+            continue
+        known.append(name)
+        if len(known) == 1:
+            if name in parameters:
+                raise EngineError(f"two parameters of the model are both called {name!r}; rename one of them.")
+            parameters[name] = parameter
+    infos = {
+        name: ParameterInfo(name, tuple(p.shape), p.dtype, p.requires_grad, tuple(aliases[id(p)]))
+        for name, p in parameters.items()
+    }
+    return parameters, infos
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that `module.state_dict()` holds, by normalized name."""
+    buffers = {}
+    for prefix, child in module.named_modules():
+        for key, buffer in child._buffers.items():
+            if buffer is not None and key not in child._non_persistent_buffers_set:
+                buffers[normalize(f"{prefix}.{key}" if prefix else key)] = buffer
+    return buffers
+
+
+def flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the 1-D live view of a parameter's memory.
+
+    Raises:
+        EngineError: memory that is not row-major, which has no such view.
+    """
+    if not tensor.is_contiguous():
+        raise EngineError(
+            f"parameter {name!r} is not contiguous in memory (channels_last, perhaps): a span of it cannot be written in "
+            "place. Call .contiguous() on it before attach."
+        )
+    return tensor.detach().view(-1)

@@ -1,0 +1,61 @@
+"""A model that every rank holds whole: alone, or as one of several replicas that see different data."""
+
+from collections.abc import Collection
+from functools import partial
+
+import torch
+from torch import nn
+
+from twa_scale.comm import Group
+from twa_scale.engines.describe import flat, named_parameters, persistent_buffers
+from twa_scale.engines.protocol import Consume
+from twa_scale.spans import Span, whole
+
+
+class PlainEngine:
+    """An ordinary module. With several ranks each is a shard group of its own, and they exchange only coefficients."""
+
+    def __init__(self, module: nn.Module, replica_group: Group) -> None:
+        self.module = module
+        self._parameters, self.parameters = named_parameters(module)
+        self.device = next(iter(self._parameters.values())).device
+        self.shard_group = Group.alone()
+        self.replica_group = replica_group
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def spans(self) -> list[Span]:
+        """Return every tensor, whole."""
+        return [whole(name, info.shape) for name, info in self.parameters.items()]
+
+    def live(self, span: Span) -> torch.Tensor:
+        """Return the parameter's own memory."""
+        return flat(span.name, self._parameters[span.name])[span.start : span.stop]
+
+    def publish(self, names: Collection[str]) -> None:
+        """Do nothing: the memory that was written is the model's."""
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Return the module's buffers."""
+        return persistent_buffers(self.module)
+
+    def watch(self, consume: Consume) -> None:
+        """Consume each gradient as soon as autograd has accumulated it, so that few exist at a time."""
+
+        def take(parameter: torch.Tensor, span: Span) -> None:
+            assert parameter.grad is not None
+            consume(span, parameter.grad.reshape(-1))
+            parameter.grad = None
+
+        for span in self.spans():
+            if self.parameters[span.name].trainable:
+                hook = partial(take, span=span)
+                handle = self._parameters[span.name].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._hooks.append(handle)
+
+    def drain(self) -> None:
+        """Do nothing: the hooks have consumed every gradient."""
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        while self._hooks:
+            self._hooks.pop().remove()

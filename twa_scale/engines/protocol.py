@@ -1,0 +1,66 @@
+"""What the average needs of whatever shards a model."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from twa_scale.comm import Group
+from twa_scale.spans import Span
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One parameter of the model, described alike on every rank; tied parameters are one, under their first name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    aliases: tuple[str, ...]
+    """Every name it goes by, its own first."""
+
+
+Consume = Callable[[Span, torch.Tensor], None]
+"""Called with a local span and its gradient (1-D, averaged over the data-parallel ranks), which is freed afterwards."""
+
+
+class Engine(Protocol):
+    """A model whose weights are held by one shard group, each rank knowing only its spans.
+
+    Left out on purpose: forward, backward and the optimizer, which stay the user's; full tensors, which no rank has;
+    and everything about candidates.
+    """
+
+    module: nn.Module
+    """The model to run a forward pass with."""
+    device: torch.device
+    shard_group: Group
+    """The ranks that hold the weights once: coefficient gradients are summed over it."""
+    replica_group: Group
+    """Ranks that hold the same spans and see other data: coefficient gradients are averaged over it."""
+    parameters: dict[str, ParameterInfo]
+    """By normalized name, in the model's order."""
+
+    def spans(self) -> list[Span]:
+        """Return the spans of this rank: over the shard group they tile every parameter exactly once."""
+
+    def live(self, span: Span) -> torch.Tensor:
+        """Return the live memory of a local span: 1-D, contiguous, what is written there is what the model uses."""
+
+    def publish(self, names: Collection[str]) -> None:
+        """Make what was written to `live` of these parameters visible to the next forward pass. Collective."""
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Return the buffers that a checkpoint holds, live and whole on every rank, by normalized name."""
+
+    def watch(self, consume: Consume) -> None:
+        """From now on hand every gradient of a local span to `consume`, as soon as it is final, and free it."""
+
+    def drain(self) -> None:
+        """Hand over the gradients that could not be handed over during backward. Collective."""
+
+    def close(self) -> None:
+        """Stop watching."""

@@ -1,0 +1,102 @@
+"""Matching a model with its candidates: which tensors are trained, which are fixed, and who shares coefficients."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from twa_scale.config import TwaConfig
+from twa_scale.engines import ParameterInfo
+from twa_scale.errors import CandidateError, ConfigError
+from twa_scale.names import group_names, matches_any, nearest, selected, some
+from twa_scale.sources import Candidate
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The part that each tensor of the model plays. The same on every rank."""
+
+    groups: tuple[str, ...]
+    """Names of the groups; the order is that of the columns of the coefficients."""
+    group_of: dict[str, int]
+    """Group of each trained tensor, by the model's name."""
+    fixed: tuple[str, ...]
+    """Parameters that stay at the center: frozen, or left out by `include` and `exclude`."""
+    buffers: tuple[str, ...]
+    """Buffers that the candidates hold."""
+    source: dict[str, str]
+    """The name under which the candidates hold each tensor: that of a tied tensor may be any of its names."""
+
+
+def match(
+    parameters: Mapping[str, ParameterInfo],
+    buffers: Mapping[str, torch.Tensor],
+    candidates: Sequence[Candidate],
+    config: TwaConfig,
+) -> Layout:
+    """Find every tensor of the model in the candidates, which are known to be alike.
+
+    Raises:
+        CandidateError: a tensor that is missing, left over or of another shape.
+        ConfigError: patterns that match nothing, or that leave nothing to train.
+    """
+    held = [name for name in candidates[0].names() if not matches_any(name, config.ignore)]
+    source = _sources(parameters, held, candidates[0])
+    found_buffers = tuple(name for name in buffers if name in held)
+    aliases = {alias for info in parameters.values() for alias in info.aliases}
+    _refuse_leftovers([n for n in held if n not in aliases and n not in buffers], [*aliases, *buffers], candidates[0])
+    for name, info in parameters.items():
+        _check_shape(source[name], info.shape, candidates[0])
+    for name in found_buffers:
+        _check_shape(name, tuple(buffers[name].shape), candidates[0])
+    trainable = [name for name, info in parameters.items() if info.trainable]
+    trained = selected(trainable, config.include, config.exclude)
+    if not trained:
+        raise ConfigError(
+            f"nothing to train: of {len(parameters)} parameters {len(trainable)} require a gradient, and include and exclude "
+            "leave none of them. Widen the patterns, or set requires_grad."
+        )
+    by_group = group_names(trained, config.groups)
+    groups = tuple(dict.fromkeys(by_group.values()))
+    return Layout(
+        groups=groups,
+        group_of={name: groups.index(group) for name, group in by_group.items()},
+        fixed=tuple(name for name in parameters if name not in by_group),
+        buffers=found_buffers,
+        source={**source, **{name: name for name in found_buffers}},
+    )
+
+
+def _sources(parameters: Mapping[str, ParameterInfo], held: list[str], first: Candidate) -> dict[str, str]:
+    known = set(held)
+    source = {}
+    missing = []
+    for name, info in parameters.items():
+        alias = next((alias for alias in info.aliases if alias in known), None)
+        if alias is None:
+            missing.append(name)
+        else:
+            source[name] = alias
+    if missing:
+        raise CandidateError(
+            f"{first.label}: tensor {missing[0]!r} of the model is missing{nearest(missing[0], held)} "
+            f"({len(missing)} missing in all: {some(missing)}). Candidates must hold every parameter of the model."
+        )
+    return source
+
+
+def _refuse_leftovers(leftover: list[str], known: list[str], first: Candidate) -> None:
+    if leftover:
+        raise CandidateError(
+            f"{first.label}: the model has no tensor {leftover[0]!r}{nearest(leftover[0], known)} "
+            f"({len(leftover)} such tensors: {some(leftover)}). Use the model that the candidates are of, or name "
+            "tensors to skip in `ignore`."
+        )
+
+
+def _check_shape(name: str, shape: tuple[int, ...], first: Candidate) -> None:
+    if first.shape(name) != shape:
+        raise CandidateError(
+            f"{first.label}: tensor {name!r} has shape {first.shape(name)}, the model's is {shape}; candidates must be of "
+            "the same architecture as the model."
+        )

@@ -1,0 +1,82 @@
+"""Tensor names: taking wrappers off, choosing tensors by pattern, and putting them into groups."""
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from twa_scale.errors import ConfigError
+
+# Wrappers that torch puts inside a path. "module." is only stripped at the front: models own attributes of that name.
+_INNER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTER = re.compile(r"^(module\.)+")
+
+REST = "rest"
+
+
+def normalize(name: str) -> str:
+    """Return `name` without the prefixes of DDP, FSDP1, torch.compile and activation checkpointing."""
+    return _OUTER.sub("", _INNER.sub("", name))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the known name closest to `name`, or an empty string."""
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """Return the first few names, quoted, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
+
+
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the regular expressions is found anywhere in `name`."""
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def selected(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Return the names that `include` keeps and `exclude` does not drop, in order.
+
+    Raises:
+        ConfigError: a pattern that matches no tensor, which would silently train something else.
+    """
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        _refuse_unused(key, patterns, names)
+    return [n for n in names if (not include or matches_any(n, include)) and not matches_any(n, exclude)]
+
+
+def group_names(names: Sequence[str], groups: str | Sequence[str]) -> dict[str, str]:
+    """Map each tensor name to the name of its group, as `groups` of TwaConfig says.
+
+    `block` reads the block from the name: the path up to its first number ("layers.3"), or the top module of a
+    tensor that stands in no block. A list holds regular expressions: the first that is found wins, and tensors
+    that none matches share the group "rest".
+    """
+    if groups == "global":
+        return dict.fromkeys(names, "global")
+    if groups == "tensor":
+        return {name: name for name in names}
+    if groups == "block":
+        return {name: _block(name) for name in names}
+    assert not isinstance(groups, str)
+    _refuse_unused("groups", groups, names)
+    return {name: next((p for p in groups if re.search(p, name)), REST) for name in names}
+
+
+def _block(name: str) -> str:
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: depth + 1])
+    return parts[0]
+
+
+def _refuse_unused(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ConfigError(
+                f"{key}: the pattern {pattern!r} matches none of the {len(names)} tensors. Each pattern must match "
+                f"at least one, so that nothing is trained by mistake. Names look like {some(names)}."
+            )

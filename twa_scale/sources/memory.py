@@ -1,0 +1,76 @@
+"""Candidates that are state dicts in memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from twa_scale.errors import CandidateError
+from twa_scale.names import some
+from twa_scale.sources.flat import copy_flat
+from twa_scale.sources.unwrapped import unwrapped
+
+_NESTED = ("state_dict", "model", "model_state_dict", "module")
+
+
+class MemoryCandidate:
+    """Tensors on any device, in any layout. They are not copied: clone what training goes on changing."""
+
+    def __init__(self, state_dict: Mapping[str, Any], label: str, directory: Path | None = None) -> None:
+        tensors = _tensors(state_dict, label)
+        self.label = label
+        self.directory = directory
+        self.bytes_read = 0
+        self._tensors = {name: tensors[raw].detach() for name, raw in unwrapped(tensors, label).items()}
+        for name, tensor in self._tensors.items():
+            _refuse_unreadable(tensor, name, label)
+
+    def names(self) -> list[str]:
+        """Return the normalized tensor names, sorted."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which `read` delivers a tensor."""
+        return self._tensors[name].dtype
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the elements from `start` on, in row-major order."""
+        copy_flat(self._tensors[name], start, out)
+        self.bytes_read += out.nbytes
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._tensors = {}
+
+
+def _tensors(state_dict: Mapping[str, Any], label: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state dict, bare or under a usual key; other entries are no weights."""
+    inner = next((state_dict[key] for key in _NESTED if isinstance(state_dict.get(key), Mapping)), state_dict)
+    tensors = {str(name): value for name, value in inner.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise CandidateError(
+            f"{label}: holds no tensors, neither by name nor under one of {some(_NESTED)}; its keys are "
+            f"{some(map(str, state_dict)) or 'none at all'}. Give a state dict, as model.state_dict() "
+            "returns it."
+        )
+    return tensors
+
+
+def _refuse_unreadable(tensor: torch.Tensor, name: str, label: str) -> None:
+    if isinstance(tensor, DTensor):
+        problem = "a DTensor, only this rank's part. Save it with twa_scale.Snapshots and give the paths"
+    elif tensor.is_meta:
+        problem = "on the meta device, which holds no values. Give a materialized tensor"
+    elif tensor.layout != torch.strided:
+        problem = f"stored as {tensor.layout}, which has no row-major slices. Give a dense tensor"
+    elif tensor.is_quantized:
+        problem = "quantized. Give the floating point weights"
+    else:
+        return
+    raise CandidateError(f"{label}: tensor {name!r} is {problem}.")

@@ -1,0 +1,197 @@
+"""safetensors files: the header parsed once, tensor data read by exact byte ranges."""
+
+import errno
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.errors import CandidateError
+from twa_scale.sources.unwrapped import unwrapped
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+MAX_HEADER = 100_000_000  # what the format's own library accepts
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: `offset` is in bytes from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsCandidate:
+    """One .safetensors file. Nothing is mapped: each read asks for its own bytes, and only those."""
+
+    def __init__(self, path: Path, directory: Path | None = None) -> None:
+        self.label = str(path)
+        self.directory = directory
+        self.bytes_read = 0
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            hint = "; raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else ""
+            raise CandidateError(f"{path}: cannot be opened: {error.strerror}{hint}.") from error
+        try:
+            entries = _read_header(self._file, self.label)
+            self._entries = {name: entries[raw] for name, raw in unwrapped(entries, self.label).items()}
+        except BaseException:
+            self.close()
+            raise
+
+    def names(self) -> list[str]:
+        """Return the normalized tensor names, sorted."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which `read` delivers a tensor."""
+        return self._entries[name].dtype
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the elements from `start` on, straight from the file into its memory."""
+        entry = self._entries[name]
+        assert out.dtype == entry.dtype and start + out.numel() <= prod(entry.shape)
+        problem = _read_exactly(
+            self._file, out.view(torch.uint8).numpy().data, entry.offset + start * out.itemsize
+        )
+        if problem:
+            raise CandidateError(
+                f"{self.label}: tensor {name!r} cannot be read: {problem}. The file was changed or removed "
+                "while it was in use, or its disk fails; candidates must stay as they are until the run has "
+                "ended."
+            )
+        self.bytes_read += out.nbytes
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _read_exactly(file: int, buffer: memoryview, offset: int) -> str | None:
+    """Fill `buffer` from the file; return what went wrong, if anything did."""
+    done = 0
+    while done < len(
+        buffer
+    ):  # one call reads at most 2 GiB, and a network file system may give less than asked
+        try:
+            count = os.preadv(file, [buffer[done:]], offset + done)
+        except OSError as error:
+            return error.strerror
+        if count == 0:
+            return f"it ends at byte {offset + done}, {len(buffer) - done} bytes too early"
+        done += count
+    return None
+
+
+def _read_header(file: int, label: str) -> dict[str, Entry]:
+    """Parse and check the header; the entries are checked against the size of the file."""
+    size = os.fstat(file).st_size
+    raw_length = bytearray(8)
+    if size < 8 or _read_exactly(file, memoryview(raw_length), 0):
+        raise CandidateError(
+            f"{label}: has {size} bytes, too few for a safetensors file: it is truncated. Copy it again."
+        )
+    length = int.from_bytes(raw_length, "little")
+    if raw_length == b"version ":
+        raise CandidateError(
+            f"{label}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`."
+        )
+    if length > min(size - 8, MAX_HEADER):
+        raise CandidateError(
+            f"{label}: its first 8 bytes promise a header of {length} bytes, but {size - 8} bytes follow: it "
+            "is no safetensors file, or it is truncated. Write or copy it again."
+        )
+    raw = bytearray(length)
+    if problem := _read_exactly(file, memoryview(raw), 8):
+        raise CandidateError(f"{label}: the header cannot be read: {problem}.")
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = [(_entry(name, value, 8 + length, label), name) for name, value in header.items()]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CandidateError(
+            f"{label}: the header is not the JSON that a safetensors file starts with ({error}). Write it "
+            "again."
+        ) from error
+    if not entries:
+        raise CandidateError(f"{label}: holds no tensors. Write it again from a model's state dict.")
+    _check_tiling(entries, 8 + length, size, label)
+    return {name: entry for entry, name in entries}
+
+
+def _entry(name: str, value: Any, data_start: int, label: str) -> Entry:
+    where = f"{label}: tensor {name!r}"
+    try:
+        kind, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        numbers = (*shape, begin, end)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CandidateError(
+            f"{where}: the header must give its dtype, shape and two data_offsets, but says {value!r}. Write "
+            "the file again."
+        ) from error
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise CandidateError(
+            f"{where}: shape and data_offsets must be integers from 0 on, not {value!r}. Write the file "
+            "again."
+        )
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise CandidateError(
+            f"{where}: dtype {kind!r} is not supported; supported: {', '.join(DTYPES)}. Convert the tensor."
+        )
+    needed = prod(shape) * DTYPES[kind].itemsize
+    if end - begin != needed:
+        raise CandidateError(
+            f"{where}: shape {list(shape)} of {kind} needs {needed} bytes, but its data_offsets [{begin}, "
+            f"{end}] hold {end - begin}. Write the file again."
+        )
+    return Entry(DTYPES[kind], shape, data_start + begin)
+
+
+def _check_tiling(entries: list[tuple[Entry, str]], data_start: int, size: int, label: str) -> None:
+    """Tensors must follow each other without hole or overlap, from the header to the end of the file."""
+    end = data_start
+    for entry, name in sorted(entries, key=lambda item: (item[0].offset, prod(item[0].shape))):
+        if entry.offset != end:
+            raise CandidateError(
+                f"{label}: tensor {name!r} starts at byte {entry.offset} where {end} was expected: the "
+                "header leaves a hole or an overlap. Write the file again."
+            )
+        end += prod(entry.shape) * entry.dtype.itemsize
+        if end > size:
+            raise CandidateError(
+                f"{label}: tensor {name!r} ends at byte {end}, but the file has {size}: it is truncated. "
+                "Copy it again, or leave this candidate out if its writer died."
+            )
+    if end != size:
+        raise CandidateError(
+            f"{label}: {size - end} bytes follow the last tensor, where the file must end. Write it again."
+        )

@@ -1,0 +1,24 @@
+"""Normalized names of the tensors in a file, and the names that the file itself uses."""
+
+from collections.abc import Iterable
+
+from twa_scale.errors import CandidateError
+from twa_scale.names import normalize
+
+
+def unwrapped(raw_names: Iterable[str], label: str) -> dict[str, str]:
+    """Map each normalized name to the one in the file, sorted.
+
+    Raises:
+        CandidateError: two tensors that are the same one once wrappers are taken off.
+    """
+    raw_of: dict[str, str] = {}
+    for raw in raw_names:
+        name = normalize(raw)
+        if name in raw_of:
+            raise CandidateError(
+                f"{label}: tensors {raw_of[name]!r} and {raw!r} are both {name!r} once wrapper prefixes are "
+                "taken off; a candidate holds each tensor once. Remove one of the two from the file."
+            )
+        raw_of[name] = raw
+    return dict(sorted(raw_of.items()))

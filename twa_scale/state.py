@@ -1,0 +1,107 @@
+"""What a run leaves behind to be continued: the fingerprint of its candidates, and a file written atomically."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.errors import OutputError, StateError
+from twa_scale.names import nearest
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the candidates were: their labels, tensors, shapes and a checksum of the bits of each tensor."""
+
+    labels: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    checksums: torch.Tensor
+    """(n, tensors), int64; columns in the order of `shapes`. Additive over spans, so independent of the ranks."""
+
+    def require(self, saved: "Fingerprint") -> None:
+        """Refuse to go on with candidates that are not those of a saved state.
+
+        Raises:
+            StateError: names the first candidate and tensor that differ.
+        """
+        if len(self.labels) != len(saved.labels):
+            raise StateError(
+                f"the state was trained on {len(saved.labels)} candidates ({saved.labels[0]} to {saved.labels[-1]}), this "
+                f"run has {len(self.labels)}; give the same ones, in the same order."
+            )
+        for name, shape in saved.shapes.items():
+            if self.shapes.get(name) != shape:
+                raise StateError(
+                    f"the state was trained on a tensor {name!r} of shape {shape}, the candidates now have "
+                    f"{self.shapes.get(name, 'none')}{nearest(name, self.shapes) if name not in self.shapes else ''}."
+                )
+        columns = {name: column for column, name in enumerate(self.shapes)}
+        for column, name in enumerate(saved.shapes):
+            changed = torch.nonzero(self.checksums[:, columns[name]] != saved.checksums[:, column])
+            if len(changed):
+                i = int(changed[0, 0])
+                raise StateError(
+                    f"{self.labels[i]}: tensor {name!r} is not what it was when the state was saved (then as "
+                    f"{saved.labels[i]}); the coefficients belong to the old candidates. Restore them, or start a new run."
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"labels": list(self.labels), "shapes": dict(self.shapes), "checksums": self.checksums}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Fingerprint":
+        """Rebuild from `state_dict`."""
+        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        return cls(tuple(state["labels"]), shapes, state["checksums"])
+
+
+def fingerprint_of(
+    labels: Sequence[str], shapes: dict[str, tuple[int, ...]], checksums: dict[str, torch.Tensor]
+) -> Fingerprint:
+    """Put the checksums of single tensors, (n,) each, together; a tensor of which this rank read nothing counts zero."""
+    none = torch.zeros(len(labels), dtype=torch.int64)
+    return Fingerprint(tuple(labels), shapes, torch.stack([checksums.get(name, none) for name in shapes], dim=1))
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path`: complete, or not at all.
+
+    Raises:
+        OutputError: the file could not be written; an older one is as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{path}: the run state could not be written: {error}. The previous one is untouched.") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote; nothing in the file is executed.
+
+    Raises:
+        StateError: missing, damaged, or not a run state.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise StateError(f"{path}: there is no run state here; give the output directory of a run.") from None
+    except Exception as error:
+        raise StateError(f"{path}: is not a run state that can be read: {error}") from error
+    if not isinstance(state, dict) or "fingerprint" not in state.get("twa", {}):
+        raise StateError(f"{path}: is not a run state of twa_scale.")
+    return state

@@ -1,0 +1,33 @@
+"""What holds the deltas of the local spans."""
+
+from typing import Protocol
+
+import torch
+
+from twa_scale.spans import Span
+
+
+class Store(Protocol):
+    """The deltas and the center of this rank's spans, one after the other filled and then only read.
+
+    Left out on purpose: groups, bases and ranks, which are small mathematics above it, and reading candidates.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the deltas and the center occupy."""
+
+    def reserve(self, span: Span) -> None:
+        """Make room for a span."""
+
+    def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
+        """Store deltas (n, m) and center (m,), float32, of the elements of `span` from its `start`-th on."""
+
+    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
+        """Return <delta_i, gradient> and, last, <center, gradient> (zero unless `with_center`): (n + 1,), float64."""
+
+    def combine(self, span: Span, weights: torch.Tensor, out: torch.Tensor) -> None:
+        """Write (1 + weights_n) * center + sum_i weights_i delta_i into `out`; weights are (n + 1,), float64."""
+
+    def close(self) -> None:
+        """Release the memory."""

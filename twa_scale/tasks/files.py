@@ -1,0 +1,129 @@
+"""Which files hold the data of a split: patterns, the standard library, and a division by whole files."""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from glob import glob, has_magic
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from twa_scale.config import Section
+from twa_scale.errors import ConfigError
+from twa_scale.tasks.protocol import SPLITS
+
+STDLIB = "stdlib"
+# Not on every installation, not Python's own, or written for the machine at hand.
+_NOT_STDLIB = ("site-packages", "dist-packages", "test", "tests", "idle_test", "config-", "_sysconfigdata")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class Fractions(Section):
+    """Parts of the files that each split gets, on average."""
+
+    train: Fraction = 0.9
+    validation: Fraction = 0.05
+    test: Fraction = 0.05
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> "Fractions":
+        if abs(self.train + self.validation + self.test - 1) > 1e-6:
+            raise ValueError(f"{self.train}, {self.validation} and {self.test} do not sum to 1")
+        return self
+
+
+class SplitFiles(Section):
+    """Files, globs or directories: one list that is divided by whole files, or one list for each split."""
+
+    all: Paths = Field([], description="Divided over the splits by whole files; a list alone means this.")
+    train: Paths = Field([], description="Files of the training data.")
+    validation: Paths = Field([], description="Files of the validation data.")
+    test: Paths = Field([], description="Files of the test data.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_list(cls, value: Any) -> Any:
+        return {"all": value} if isinstance(value, str | list) else value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "SplitFiles":
+        if bool(self.all) == bool(self.train or self.validation or self.test):
+            raise ValueError("give one list of paths, or lists for `train`, `validation` and `test`")
+        return self
+
+
+def split_files(
+    files: SplitFiles, fractions: Fractions, seed: int, suffixes: tuple[str, ...], key: str
+) -> dict[str, list[Path]]:
+    """Return the files of each split, every path found.
+
+    A file's split follows from its name below the directory or pattern that named it, and from the seed: new
+    files never move old ones to another split, and no file is in two.
+
+    Args:
+        files: Where to look.
+        fractions: How to divide one list.
+        seed: Seed of that division.
+        suffixes: What names in a directory must end with, one of these.
+        key: Setting to name in messages.
+
+    Raises:
+        ConfigError: a path or pattern that matches no file.
+    """
+    if not files.all:
+        return {s: [path for path, _ in _find(getattr(files, s), suffixes, f"{key}.{s}")] for s in SPLITS}
+    splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for path, name in _find(files.all, suffixes, key):
+        splits[_split_of(name, fractions, seed)].append(path)
+    return splits
+
+
+def _split_of(name: str, fractions: Fractions, seed: int) -> str:
+    place = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
+    if place < fractions.train:
+        return "train"
+    return "validation" if place < fractions.train + fractions.validation or fractions.test == 0 else "test"
+
+
+def _find(entries: list[str], suffixes: tuple[str, ...], key: str) -> list[tuple[Path, str]]:
+    found: dict[Path, str] = {}
+    for entry in entries:
+        files = _standard_library() if entry == STDLIB else _matches(entry, suffixes)
+        if not files:
+            raise ConfigError(
+                f"{key}: {entry!r} matches no file. Give files, globs or directories that exist."
+            )
+        for path, name in files:
+            found.setdefault(path, name)
+    return list(found.items())
+
+
+def _matches(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
+    path = Path(entry).expanduser()
+    if path.is_file():
+        return [(path, path.name)]
+    if path.is_dir():
+        return sorted((p, name) for p, name in _below(path) if name.endswith(suffixes))
+    root = Path(*takewhile(lambda part: not has_magic(part), path.parts))
+    found = (Path(match) for match in glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob knows no absolute patterns)
+    return sorted((p, p.relative_to(root).as_posix()) for p in found if p.is_file())
+
+
+def _standard_library() -> list[tuple[Path, str]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted((path, name) for path, name in _below(root, _NOT_STDLIB) if name.endswith(".py"))
+
+
+def _below(root: Path, without: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
+    """Yield each file below `root` and its name there; nothing that starts with a dot or one of `without`."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith((".", *without))]
+        for name in files:
+            if not name.startswith((".", *without)):
+                path = Path(folder, name)
+                yield path, path.relative_to(root).as_posix()

@@ -1,0 +1,122 @@
+"""Task `image_classification`: arrays or image folders, and a model by import path."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from twa_scale.config import Section
+from twa_scale.errors import ConfigError
+from twa_scale.tasks.classification import TensorExamples, classification_metrics, cross_entropy, given_split
+from twa_scale.tasks.images import ImageFolder, class_names, read_npz
+from twa_scale.tasks.imports import call, import_function
+from twa_scale.tasks.protocol import SPLITS, Batch, Examples, Metrics
+
+
+class ImageClassificationOptions(Section):
+    """What task `image_classification` can be told."""
+
+    model: str = Field(description="`package.module:function` of a function that returns the model.")
+    model_options: dict[str, Any] = Field({}, description="What that function is called with.")
+    data: str | None = Field(
+        None,
+        description="All splits at once: an `.npz` file with `train_images`, `train_labels`, ..., or a "
+        "folder with `train/CLASS/*`, ...; or name the splits one by one.",
+    )
+    train: str | None = Field(
+        None, description="Training data: an `.npz` with `images` and `labels`, or a folder of classes."
+    )
+    validation: str | None = Field(None, description="Validation data.")
+    test: str | None = Field(None, description="Test data.")
+    image_size: PositiveInt | None = Field(
+        None, description="Side of the squares that images of a folder are cut to."
+    )
+    mean: list[float] = Field([], description="Subtracted per channel (first dimension of an example).")
+    std: list[float] = Field([], description="Divided by per channel, after `mean`.")
+
+    @model_validator(mode="after")
+    def _data_once(self) -> "ImageClassificationOptions":
+        if bool(self.data) == bool(self.train or self.validation or self.test):
+            raise ValueError("give `data` for all splits, or `train`, `validation` and `test` one by one")
+        if len(self.mean) != len(self.std) or 0 in self.std:
+            raise ValueError("give `mean` and `std` together, one number for each channel, no `std` of 0")
+        return self
+
+
+class ImageClassification:
+    """Cross-entropy and accuracy of model(images).
+
+    Examples keep the shape that they are stored in, signals as well as images; bytes become numbers from 0 to
+    1. Nothing is augmented: the few coefficients do not overfit, and an evaluation sees the data as it is.
+    """
+
+    def __init__(self, options: ImageClassificationOptions) -> None:
+        """Read the arrays, or list the folders.
+
+        Raises:
+            ConfigError: data or a model function that cannot be used.
+        """
+        self._options = options
+        self._function = import_function(options.model, "task.model")
+        paths = {s: Path(path).expanduser() for s in SPLITS if (path := options.data or getattr(options, s))}
+        self._datasets = _read(paths, options, "task.data" if options.data else "task")
+
+    def model(self) -> nn.Module:
+        """Return what the model function returns.
+
+        Raises:
+            ConfigError: options that it does not take, or a result that is no module.
+        """
+        model = call(self._function, self._options.model_options, "task.model_options", self._options.model)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"task.model: {self._options.model!r} returned {type(model).__name__}, not a torch.nn.Module."
+            )
+        return model
+
+    def dataset(self, split: str) -> Examples:
+        """Return examples {"images": stored shape and type, "labels": int64}."""
+        given_split(split, dict.fromkeys(self._datasets, ""))
+        return self._datasets[split]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy per image, in nats."""
+        return cross_entropy(model(self._values(batch)), batch["labels"])
+
+    def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
+        """Return sums over the images of `loss` (nats) and `accuracy`."""
+        return classification_metrics(model(self._values(batch)), batch["labels"])
+
+    def _values(self, batch: Batch) -> Tensor:
+        images = batch["images"]
+        values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if not self._options.mean:
+            return values
+        channels = (1, -1) + (1,) * (values.dim() - 2)
+        mean, std = (values.new_tensor(of).view(channels) for of in (self._options.mean, self._options.std))
+        return (values - mean) / std
+
+
+def _read(paths: dict[str, Path], options: ImageClassificationOptions, key: str) -> dict[str, Examples]:
+    folders = {s: path / s if options.data else path for s, path in paths.items() if path.is_dir()}
+    arrays = {s: path for s, path in paths.items() if s not in folders}
+    datasets: dict[str, Examples] = {}
+    for split, path in arrays.items():
+        prefix = f"{split}_" if options.data else ""
+        images, labels = read_npz(path, prefix, f"{key}.{split}")
+        datasets[split] = TensorExamples({"images": images, "labels": labels})
+    if folders:
+        datasets |= _folders(folders, options, key)
+    return datasets
+
+
+def _folders(folders: dict[str, Path], options: ImageClassificationOptions, key: str) -> dict[str, Examples]:
+    if options.image_size is None:
+        raise ConfigError(
+            "task.image_size: is not set; images of a folder are cut to squares of this side. Set it."
+        )
+    names = {split: class_names(root, f"{key}.{split}") for split, root in folders.items()}
+    classes = sorted({name for of in names.values() for name in of})
+    return {s: ImageFolder(root, classes, options.image_size, f"{key}.{s}") for s, root in folders.items()}

@@ -1,0 +1,69 @@
+"""Columns of CSV, TSV and JSONL files."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from twa_scale.errors import ConfigError
+from twa_scale.names import nearest
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def read_columns(path: Path, columns: Sequence[str], where: str) -> list[list[Any]]:
+    """Return the values of each column, in file order. CSV and TSV files have a header and hold text.
+
+    Args:
+        path: The file.
+        columns: Names of the columns.
+        where: Setting to name in messages.
+
+    Raises:
+        ConfigError: a missing, empty, malformed file or one of another kind, or a column that a row lacks.
+    """
+    if path.suffix not in (*_DELIMITERS, ".jsonl"):
+        raise ConfigError(f"{where}: {path} is not .csv, .tsv or .jsonl. Convert it to one of these.")
+    values: list[list[Any]] = [[] for _ in columns]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for line, row in _rows(file, path):
+                for column, into in zip(columns, values, strict=True):
+                    if row.get(column) is None:
+                        raise ConfigError(_missing(path, line, column, row))
+                    into.append(row[column])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
+    if not values[0]:
+        raise ConfigError(f"{where}: {path} holds no examples.")
+    return values
+
+
+def _rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix in _DELIMITERS:
+        reader = csv.DictReader(file, delimiter=_DELIMITERS[path.suffix], strict=True)
+        for row in reader:
+            yield reader.line_num, row
+        return
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, _json_object(line, f"{path}, line {number}")
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: is not JSON: {error}. Write one object a line.") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: holds {type(row).__name__}. Write one object a line.")
+    return row
+
+
+def _missing(path: Path, line: int, column: str, row: dict[str, Any]) -> str:
+    known = [key for key in row if key]
+    return (
+        f"{path}, line {line}: has no value in column {column!r}{nearest(column, known)}. Its columns are "
+        f"{', '.join(known)}: name the right one with `text` or `label`."
+    )

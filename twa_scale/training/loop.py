@@ -1,0 +1,218 @@
+"""The config-driven run: attach, train the coefficients, evaluate, save, export."""
+
+import json
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from twa_scale.attach import attach
+from twa_scale.average import TrainableAverage
+from twa_scale.batchnorm import batchnorm_layers
+from twa_scale.clock import Clock, read_bandwidth
+from twa_scale.comm import Group
+from twa_scale.config import RunConfig, dump
+from twa_scale.errors import StateError
+from twa_scale.plots import plot_training
+from twa_scale.state import load_state, save_state
+from twa_scale.tasks import Task, build_task
+from twa_scale.training.batches import Batches, make_batches
+from twa_scale.training.evaluate import evaluate
+from twa_scale.training.model import autocast, build_model
+from twa_scale.training.records import Records, read_records
+from twa_scale.training.report import Report
+from twa_scale.training.schedule import make_scheduler
+from twa_scale.world import World
+
+STATE = "state.pt"
+
+
+def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
+    """Train the coefficients as `config` says, on all ranks of the launcher. Returns the summary of the run.
+
+    Writes into `config.output`: config.json, metrics.jsonl, tensorboard/, state.pt, average/ (the exported model),
+    coefficients.png and summary.json.
+
+    Raises:
+        TwaError: bad settings, data or candidates, on every rank.
+    """
+    world = World.from_environment()
+    device = world.device(config.device)
+    with world.joined(device):
+        return Run(config, world, device, report or Report(active=False)).train()
+
+
+class Run:
+    """One run on one rank."""
+
+    def __init__(self, config: RunConfig, world: World, device: torch.device, report: Report) -> None:
+        self.config = config
+        self.device = device
+        self.group = Group.world()
+        self.report = report if self.group.rank == 0 else Report(active=False)
+        self.output = Path(config.output)
+        with self.group.agree():
+            self.task: Task = build_task(config.task)
+            self.training = self._batches(config.split)
+            held_out = self._batches(config.evaluate_split)
+            self.held_out = replace(held_out, micro_batch_size=self.training.micro_batch_size)
+            self.num_steps = config.steps or max(1, round(float(config.epochs or 0) * self.training.per_epoch))
+            self.model: nn.Module = build_model(config, self.task, world, device)
+        self._save_config()
+        with self.report.bytes("reading candidates") as progress:
+            self.twa: TrainableAverage = attach(self.model, config.candidates, config, progress=progress)
+        self.scheduler = make_scheduler(config.schedule, self.twa.optimizer, self.num_steps)
+        self.step = 0
+        self._resume()
+        self.records = Records(self.output, active=self.group.rank == 0, step=self.step)
+        self.clock = Clock(device)
+        self.twa.clock.read()  # what attach cost is not what a step costs
+        self._steps_here = 0
+
+    def train(self) -> dict[str, Any]:
+        """Run from the present step to the last; then evaluate, export and summarize."""
+        config = self.config
+        if self.step == 0:
+            self._evaluate()
+        with self.report.steps("training coefficients", self.num_steps, self.step) as advance:
+            while self.step < self.num_steps:
+                values = self._one_step()
+                advance(values)
+                if self.step % config.log_every == 0 or self.step == self.num_steps:
+                    self.records.write(self.step, values)
+                if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                    self._save()
+                if config.evaluate_every and self.step % config.evaluate_every == 0 and self.step < self.num_steps:
+                    self._evaluate()
+        return self._finish()
+
+    def _one_step(self) -> dict[str, float]:
+        start = time.perf_counter()
+        self._seed(self.step)
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in self.training.training(self.step):
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            with self.clock.part("forward+backward"):
+                with autocast(self.config, self.model, self.device):
+                    loss = self.task.loss(self.model, batch) / self.training.num_micro
+                loss.backward()
+            total += loss.detach()
+        rate = self.scheduler.get_last_lr()[0]
+        self.twa.step()
+        self.twa.zero_grad()
+        self.scheduler.step()
+        self.step += 1
+        self._steps_here += 1
+        mean = float(self.group.sum_(total)) / self.group.size
+        return {"loss": mean, "lr": float(rate), "seconds": time.perf_counter() - start}
+
+    def _seed(self, step: int) -> None:
+        """Make the randomness of a step depend on the seed, the step and the rank: that is the whole random state."""
+        seed = (self.config.seed * 1_000_003 + step) * 1_009 + self.group.rank
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+    def _evaluate(self) -> dict[str, float]:
+        self._recalibrate()
+        with autocast(self.config, self.model, self.device):
+            limit = self.config.evaluate_batches
+            metrics = evaluate(self.task, self.model, self.held_out, self.group, self.device, limit)
+        values = {f"{self.config.evaluate_split}/{name}": value for name, value in metrics.items()}
+        self.records.write(self.step, values)
+        self.report.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        return values
+
+    def _recalibrate(self) -> None:
+        if not batchnorm_layers(self.model):
+            return
+        limit = self.config.recalibrate_batches
+        steps = range(min(limit, self.training.per_epoch))
+        batches = (batch for step in steps for batch in self.training.training(step))
+        self.twa.recalibrate_batchnorm(batches, forward=lambda model, batch: self.task.loss(model, batch))
+
+    def _finish(self) -> dict[str, Any]:
+        final = self._evaluate()
+        self._save()
+        with self.report.waiting("writing the average"):
+            self.twa.export(
+                self.output / "average", max_shard_size=self.config.max_shard_size, overwrite=True
+            )
+        summary = self._summary(final)
+        self.records.close()
+        if self.group.rank == 0:
+            (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            plot_training(
+                self.output / "coefficients.png",
+                self.twa.coefficients.cpu().numpy(),
+                [Path(label).name for label in self.twa.fingerprint.labels],
+                list(self.twa.layout.groups),
+                read_records(self.output),
+            )
+        self.report.finish(self.output, summary)
+        self.twa.close()
+        return summary
+
+    def _summary(self, final: dict[str, float]) -> dict[str, Any]:
+        """Return the results, and what a step of this process cost on average: seconds, and bytes moved in memory."""
+        steps = self._steps_here
+        seconds = {part: total / max(steps, 1) for part, total in self.clock.read().items()}
+        cost = self.twa.cost(steps)
+        return {
+            "steps": self.step,
+            "ranks": self.group.size,
+            "evaluation": final,
+            "bytes_read_per_rank": self.group.gather(self.twa.bytes_read),
+            "store_bytes_per_rank": self.group.gather(self.twa.store_bytes),
+            "forward_backward_seconds": seconds.get("forward+backward", 0.0) - cost["project"]["seconds"],
+            "cost": cost,
+            "read_bandwidth": read_bandwidth(self.device),
+        }
+
+    def _save(self) -> None:
+        state = {
+            "twa": self.twa.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "random": {"seed": self.config.seed},
+            "candidates": [str(Path(label).resolve()) for label in self.twa.fingerprint.labels],
+        }
+        with self.group.agree():
+            if self.group.rank == 0:
+                save_state(self.output / STATE, state)
+
+    def _resume(self) -> None:
+        path = self.output / STATE
+        with self.group.agree():
+            state = load_state(path) if self.config.resume and path.exists() else None
+            if state is not None and state["num_steps"] != self.num_steps:
+                raise StateError(
+                    f"{path}: was saved in a run of {state['num_steps']} steps, this one has {self.num_steps}; the schedule "
+                    "would jump. Give the same number, another output, or resume=false."
+                )
+        if state is None:
+            return
+        self.twa.load_state_dict(state["twa"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step = state["step"]
+        self.report.say(f"continuing from step {self.step} of {self.num_steps}")
+
+    def _save_config(self) -> None:
+        with self.group.agree():
+            if self.group.rank == 0:
+                self.output.mkdir(parents=True, exist_ok=True)
+                (self.output / "config.json").write_text(dump(self.config))
+
+    def _batches(self, split: str) -> Batches:
+        config = self.config
+        examples = self.task.dataset(split)
+        return make_batches(
+            examples, split, config.batch_size, config.micro_batch_size, self.group.rank, self.group.size, config.seed
+        )

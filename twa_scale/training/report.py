@@ -1,0 +1,75 @@
+"""What a person sees of a run: progress bars and a closing table, on rank 0 only."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+
+class Report:
+    """Draws on standard error; silent unless `active`."""
+
+    def __init__(self, *, active: bool = True) -> None:
+        self._active = active
+        self._console = Console(stderr=True, quiet=not active)
+
+    def say(self, text: str) -> None:
+        """Print one line, above a running bar."""
+        self._console.print(text, highlight=False)
+
+    @contextmanager
+    def bytes(self, description: str) -> Iterator[Callable[[int], None]]:
+        """Show how many bytes have passed and how fast; the body calls what it is given with each number of bytes."""
+        columns = (TextColumn("{task.description}"), SpinnerColumn(), DownloadColumn(), TransferSpeedColumn())
+        with self._progress(*columns, TimeElapsedColumn()) as progress:
+            task = progress.add_task(description, total=None)
+            yield lambda nbytes: progress.advance(task, nbytes)
+
+    @contextmanager
+    def steps(self, description: str, total: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
+        """Show steps and the time left; the body calls what it is given with the values of each step."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with self._progress(*columns, TextColumn("{task.fields[note]}")) as progress:
+            task = progress.add_task(description, total=total, completed=done, note="")
+
+            def advance(values: dict[str, float]) -> None:
+                progress.update(task, advance=1, note=f"loss {values['loss']:.4f}")
+
+            yield advance
+
+    @contextmanager
+    def waiting(self, description: str) -> Iterator[None]:
+        """Show that something is going on."""
+        with self._console.status(description):
+            yield
+
+    def finish(self, output: Path, summary: dict[str, Any]) -> None:
+        """Print what the run cost and where its results are."""
+        table = Table(title=f"One step of rank 0, {summary['ranks']} ranks")
+        for column in ("part", "ms", "MB moved", "GB/s", "of read bandwidth"):
+            table.add_column(column, justify="left" if column == "part" else "right")
+        steps, bandwidth = summary["steps"], summary["read_bandwidth"]
+        table.add_row("forward + backward", f"{summary['forward_backward_seconds'] * 1e3:.2f}", "", "", "")
+        for part, cost in summary["cost"].items():
+            speed = cost["bytes"] / cost["seconds"] if cost["seconds"] else 0.0
+            moved = (f"{cost['bytes'] / 1e6:.2f}", f"{speed / 1e9:.2f}", f"{speed / bandwidth:.0%}") if cost["bytes"] else ("",) * 3
+            table.add_row(part, f"{cost['seconds'] * 1e3:.2f}", *moved)
+        self._console.print(table)
+        self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")
+
+    def _progress(self, *columns: Any) -> Progress:
+        return Progress(*columns, console=self._console, transient=True, disable=not self._active)

@@ -1,0 +1,35 @@
+"""The learning rate of the coefficients over a run."""
+
+import math
+
+import torch
+
+from twa_scale.config import ScheduleConfig
+
+
+def factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
+    """Return what the learning rate is multiplied by at `step` of `num_steps`, counted from 0.
+
+    The warmup rises linearly and reaches 1 at its last step; cosine and linear end at `final` with the last step.
+    """
+    warmup = round(config.warmup * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup + 1) / max(1, num_steps - warmup)
+    match config.name:
+        case "cosine":
+            return config.final + (1 - config.final) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+        case "linear":
+            return config.final + (1 - config.final) * (1 - min(progress, 1))
+        case "step":
+            assert config.every is not None
+            return config.factor ** ((step - warmup) // config.every)
+        case "constant":
+            return 1.0
+
+
+def make_scheduler(
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return a scheduler to be stepped once per update."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(config, step, num_steps))
