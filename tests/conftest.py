@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.pool import Pool
+
+torch.set_num_threads(1)  # on tensors this small, more threads only cost
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,9 @@ def build(seed: int = 0, scalar_shape: tuple[int, ...] = ()) -> Judged:
     return model
 
 
-def candidates(n: int = NUM_CANDIDATES, size: float = 0.05, scalar_shape: tuple[int, ...] = ()) -> list[dict[str, Tensor]]:
+def candidates(
+    n: int = NUM_CANDIDATES, size: float = 0.05, scalar_shape: tuple[int, ...] = ()
+) -> list[dict[str, Tensor]]:
     """n state dicts around one base; every tensor but EQUAL differs by about `size` relative, each candidate by its own amount.
 
     The amounts and a shared drift keep the eigenvalues of their Gram matrix apart.
@@ -143,7 +145,9 @@ def loss(model: nn.Module, data: Batch) -> Tensor:
     """Mean cross entropy over all tokens; pictures are cast to the type of the model that is asked."""
     dtype = next(p.dtype for p in model.parameters())
     logits = model(data["image"].to(dtype), data["text"][:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), data["text"][:, 1:].flatten())
+    return F.cross_entropy(
+        logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), data["text"][:, 1:].flatten()
+    )
 
 
 def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = None) -> nn.Module:

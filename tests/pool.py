@@ -66,7 +66,9 @@ class Pool:
         self._calls = 0
         self._directory = tempfile.TemporaryDirectory(prefix="ranks-")
 
-    def __call__(self, function: Callable[..., Any], world_size: int, *, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
+    def __call__(
+        self, function: Callable[..., Any], world_size: int, *, timeout: float = 60.0, **kwargs: Any
+    ) -> list[Any]:
         """Return the results by rank; raise the error that every rank raised, or RanksDisagree, or RanksHang."""
         outcomes = self.outcomes(function, world_size, timeout=timeout, **kwargs)
         raised = [rank for rank, outcome in enumerate(outcomes) if outcome.error is not None]
@@ -88,7 +90,9 @@ class Pool:
             return error
         raise AssertionError(f"no rank raised; the results are {values!r}")
 
-    def outcomes(self, function: Callable[..., Any], world_size: int, *, timeout: float = 60.0, **kwargs: Any) -> list[Outcome]:
+    def outcomes(
+        self, function: Callable[..., Any], world_size: int, *, timeout: float = 60.0, **kwargs: Any
+    ) -> list[Outcome]:
         """Run and return what each rank came back with, whatever it was."""
         self._start(world_size)
         self._calls += 1
@@ -125,7 +129,9 @@ class Pool:
             if not ready:
                 late = sorted(pipes.values())
                 message = f"{_summary(outcomes, late)}\n" + "\n".join(_where(rank, workers[rank]) for rank in late)
-                message += "".join(f"\nrank {rank}:\n{outcome.trace}" for rank, outcome in outcomes.items() if outcome.error)
+                message += "".join(
+                    f"\nrank {rank}:\n{outcome.trace}" for rank, outcome in outcomes.items() if outcome.error
+                )
                 self._kill()
                 raise (RanksDisagree if any(o.error for o in outcomes.values()) else RanksHang)(message)
             for pipe in ready:

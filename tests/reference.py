@@ -54,7 +54,9 @@ class Trained:
     groups: dict[str, list[str]]
 
 
-def train(model: nn.Module, loss: Loss, candidates: Sequence[State], config: Mapping[str, Any], steps: Sequence[Any]) -> Trained:
+def train(
+    model: nn.Module, loss: Loss, candidates: Sequence[State], config: Mapping[str, Any], steps: Sequence[Any]
+) -> Trained:
     """Train the average of `candidates` on `steps`, each a list of micro-batches whose mean loss is the step's loss.
 
     `config` holds the keys of TwaConfig. `model` gives the architecture; it is left in float64 with the last values.
@@ -208,4 +210,9 @@ def _center_weights(center: Any, n: int) -> Tensor:
 
 
 def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    return {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}[name]
+    return {
+        "adamw": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+        "rmsprop": torch.optim.RMSprop,
+        "adam": torch.optim.Adam,
+    }[name]

@@ -1,0 +1,23 @@
+"""Trainable weight averaging (TWA) of checkpoints of models that exist only sharded."""
+
+from twa_scale.attach import attach
+from twa_scale.average import TrainableAverage
+from twa_scale.config import RunConfig, TwaConfig
+from twa_scale.errors import CandidateError, ConfigError, EngineError, OutputError, StateError, TwaError
+from twa_scale.snapshots import Snapshots
+
+__all__ = [
+    "CandidateError",
+    "ConfigError",
+    "EngineError",
+    "OutputError",
+    "RunConfig",
+    "Snapshots",
+    "StateError",
+    "TrainableAverage",
+    "TwaConfig",
+    "TwaError",
+    "attach",
+]
+
+__version__ = "0.1.0"

@@ -74,7 +74,7 @@ def attach(
 
 def _read_spans(engine: Engine, layout: Layout, stream: Stream, store: Store, gram: Gram) -> None:
     """Stream this rank's spans: those that are trained into the store, the others at once into the model."""
-    live = {Span(layout.source[span.name], span.start, span.stop): span for span in engine.spans()}
+    live = {replace(span, name=layout.source(span.name)): span for span in engine.spans()}
     for span in live.values():
         if span.name in layout.group_of:
             store.reserve(span)
@@ -114,7 +114,7 @@ def _read_buffers(
 
 
 def _fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate], stream: Stream) -> Fingerprint:
-    names = [*(layout.source[name] for name in engine.parameters), *layout.buffers]
+    names = [*(layout.source(name) for name in engine.parameters), *layout.buffers]
     shapes = {name: candidates[0].shape(name) for name in names}
     fingerprint = fingerprint_of([candidate.label for candidate in candidates], shapes, stream.checksums)
     sums = engine.shard_group.sum_(fingerprint.checksums.to(engine.device))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from twa_scale.clock import Clock
 from twa_scale.config import TwaConfig, candidate_index
 from twa_scale.engines import Engine
 from twa_scale.errors import ConfigError, StateError, TwaError
+from twa_scale.export import export
 from twa_scale.layout import Layout
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
@@ -153,13 +155,46 @@ class TrainableAverage:
         engine.publish(())
         return seen
 
+    def export(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_size: str | int = "5GB",
+        overwrite: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Write the live weights as safetensors into the directory `path`, as the candidates were written. Collective.
+
+        See `export.export` for the arguments and errors.
+        """
+        provenance = {
+            "wrote": "the live weights",
+            "config": self.config.model_dump(mode="json"),
+            "candidates": list(self.fingerprint.labels),
+            "groups": list(self.layout.groups),
+            "coefficients": self.coefficients.tolist(),
+        }
+        export(
+            self._engine,
+            self.layout,
+            self._candidates,
+            path,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            provenance=provenance,
+            progress=progress,
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to continue on any engine and number of ranks: kilobytes, the same on every rank."""
         layers = {id(b) for layer in batchnorm.batchnorm_layers(self._engine.module) for b in layer.buffers()}
         return {
             "config": self.config.model_dump(mode="json"),
             "groups": list(self.layout.groups),
-            "group_of": {self.layout.source[name]: group for name, group in self.layout.group_of.items()},
+            "group_of": {a: group for n, group in self.layout.group_of.items() for a in self.layout.held_as[n]},
+            "buffer_names": list(self.layout.buffers),
             "x": self._x.detach().cpu().clone(),
             "coefficients": self.coefficients.cpu(),
             "center_weights": self._basis.center_weights.cpu(),

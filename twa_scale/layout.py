@@ -24,8 +24,12 @@ class Layout:
     """Parameters that stay at the center: frozen, or left out by `include` and `exclude`."""
     buffers: tuple[str, ...]
     """Buffers that the candidates hold."""
-    source: dict[str, str]
-    """The name under which the candidates hold each tensor: that of a tied tensor may be any of its names."""
+    held_as: dict[str, tuple[str, ...]]
+    """The names under which the candidates hold each tensor: a tied one may have any or all of its own."""
+
+    def source(self, name: str) -> str:
+        """Return the name under which a tensor is read."""
+        return self.held_as[name][0]
 
 
 def match(
@@ -41,12 +45,13 @@ def match(
         ConfigError: patterns that match nothing, or that leave nothing to train.
     """
     held = [name for name in candidates[0].names() if not matches_any(name, config.ignore)]
-    source = _sources(parameters, held, candidates[0])
+    held_as = _held_as(parameters, held, candidates[0])
     found_buffers = tuple(name for name in buffers if name in held)
     aliases = {alias for info in parameters.values() for alias in info.aliases}
     _refuse_leftovers([n for n in held if n not in aliases and n not in buffers], [*aliases, *buffers], candidates[0])
     for name, info in parameters.items():
-        _check_shape(source[name], info.shape, candidates[0])
+        for alias in held_as[name]:
+            _check_shape(alias, info.shape, candidates[0])
     for name in found_buffers:
         _check_shape(name, tuple(buffers[name].shape), candidates[0])
     trainable = [name for name, info in parameters.items() if info.trainable]
@@ -63,26 +68,22 @@ def match(
         group_of={name: groups.index(group) for name, group in by_group.items()},
         fixed=tuple(name for name in parameters if name not in by_group),
         buffers=found_buffers,
-        source={**source, **{name: name for name in found_buffers}},
+        held_as={**held_as, **{name: (name,) for name in found_buffers}},
     )
 
 
-def _sources(parameters: Mapping[str, ParameterInfo], held: list[str], first: Candidate) -> dict[str, str]:
+def _held_as(
+    parameters: Mapping[str, ParameterInfo], held: list[str], first: Candidate
+) -> dict[str, tuple[str, ...]]:
     known = set(held)
-    source = {}
-    missing = []
-    for name, info in parameters.items():
-        alias = next((alias for alias in info.aliases if alias in known), None)
-        if alias is None:
-            missing.append(name)
-        else:
-            source[name] = alias
+    names = {name: tuple(a for a in info.aliases if a in known) for name, info in parameters.items()}
+    missing = [name for name, found in names.items() if not found]
     if missing:
         raise CandidateError(
             f"{first.label}: tensor {missing[0]!r} of the model is missing{nearest(missing[0], held)} "
             f"({len(missing)} missing in all: {some(missing)}). Candidates must hold every parameter of the model."
         )
-    return source
+    return names
 
 
 def _refuse_leftovers(leftover: list[str], known: list[str], first: Candidate) -> None:

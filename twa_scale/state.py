@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,24 @@ class Fingerprint:
                     f"the state was trained on a tensor {name!r} of shape {shape}, the candidates now have "
                     f"{self.shapes.get(name, 'none')}{nearest(name, self.shapes) if name not in self.shapes else ''}."
                 )
-        columns = {name: column for column, name in enumerate(self.shapes)}
-        for column, name in enumerate(saved.shapes):
-            changed = torch.nonzero(self.checksums[:, columns[name]] != saved.checksums[:, column])
-            if len(changed):
-                i = int(changed[0, 0])
-                raise StateError(
-                    f"{self.labels[i]}: tensor {name!r} is not what it was when the state was saved (then as "
-                    f"{saved.labels[i]}); the coefficients belong to the old candidates. Restore them, or start a new run."
-                )
+        columns = {name: self.checksums[:, column].tolist() for column, name in enumerate(self.shapes)}
+        saved.require_checksums(
+            [{name: column[i] for name, column in columns.items()} for i in range(len(self.labels))], self.labels
+        )
+
+    def require_checksums(self, found: Sequence[Mapping[str, int]], labels: Sequence[str] = ()) -> None:
+        """Refuse tensors whose bits are not those of this fingerprint; `found` holds, by candidate, what was read.
+
+        Raises:
+            StateError: names the first candidate and tensor that differ.
+        """
+        for name, expected in zip(self.shapes, self.checksums.T.tolist(), strict=True):
+            for i, sums in enumerate(found):
+                if sums.get(name, expected[i]) != expected[i]:
+                    raise StateError(
+                        f"{(labels or self.labels)[i]}: tensor {name!r} is not what it was when the state was saved (then as "
+                        f"{self.labels[i]}); the coefficients belong to the old candidates. Restore them, or start a new run."
+                    )
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data."""

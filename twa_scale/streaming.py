@@ -16,6 +16,17 @@ Progress = Callable[[int], None]
 """Called with the number of bytes that were just read."""
 
 
+def chunk_elements(n: int) -> int:
+    """Return how many elements of each of n candidates are in memory at a time."""
+    return max(1, _CHUNK_BYTES // (4 * (n + 1)))
+
+
+def scratch_bytes(n: int, longest: int) -> int:
+    """Return what a pass over n candidates needs when its longest span has `longest` elements."""
+    chunk = min(chunk_elements(n), longest)
+    return chunk * (4 * (n + 1) + 8)  # the rows, the bytes as they were read, one row of temporaries
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A part of a span. The tensors are reused: copy what has to outlive the next chunk."""
@@ -56,7 +67,7 @@ class Stream:
         self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
         self._reference = max(range(len(weights)), key=lambda i: weights[i])
         self._progress = progress or (lambda _: None)
-        self.chunk = max(1, _CHUNK_BYTES // (4 * (len(candidates) + 1)))
+        self.chunk = chunk_elements(len(candidates))
         self._rows = torch.empty(0)
         self._raw = torch.empty(0, dtype=torch.uint8)
         self.checksums: dict[str, torch.Tensor] = {}

@@ -2,7 +2,6 @@
 
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import twa_scale
+import twa_scale.attach  # TEMPORARY
 from tests import models
 
 NUM_STEPS = 20
@@ -67,7 +67,9 @@ def attach(engine: str, run: Run, states: Sequence[Any] | None = None) -> tuple[
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if run.bf16 else None
     model = models.wrap(models.build(seed=99, scalar_shape=run.scalar_shape), engine, policy)
     states = models.candidates(scalar_shape=run.scalar_shape) if states is None else states
-    return model, twa_scale.attach(model, candidates=states, config=dict(run.config))
+    return model, (twa_scale.attach if callable(twa_scale.attach) else twa_scale.attach.attach)(
+        model, candidates=states, config=dict(run.config)
+    )
 
 
 def one_step(model: nn.Module, twa: Any, step: int, accumulate: int = 1) -> None:

@@ -1,6 +1,7 @@
 """Every engine at every number of ranks does what one process with whole float64 candidates does."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -39,7 +40,9 @@ GRID = _grid()
 MORE = {
     "accumulated": Run({"groups": "block", "optimizer": ADAMW["delta"]}, accumulate=2),
     "start-last": Run({"groups": "block", "start": "last", "optimizer": ADAMW["delta"]}),
-    "start-index-orthonormal": Run({"basis": "orthonormal", "groups": "block", "start": 1, "optimizer": ADAMW["delta"]}),
+    "start-index-orthonormal": Run(
+        {"basis": "orthonormal", "groups": "block", "start": 1, "optimizer": ADAMW["delta"]}
+    ),
     "start-first-pca": Run({"basis": "pca", "start": "first", "optimizer": SGD["delta"]}),
     "center-ema": Run({"center": "ema:0.6", "groups": "block", "optimizer": ADAMW["delta"]}),
     "center-ema-simplex": Run({"basis": "simplex", "center": "ema:0.6", "optimizer": ADAMW["delta"]}),
@@ -57,7 +60,12 @@ MORE = {
     "two-components": Run({"basis": "pca", "num_components": 2, "groups": "block", "optimizer": ADAMW["delta"]}),
     "decayed": Run({"groups": "block", "optimizer": ADAMW["delta"] | {"weight_decay": 0.5}}),
     "decayed-orthonormal": Run(
-        {"basis": "orthonormal", "groups": "tensor", "units": "weight", "optimizer": SGD["weight"] | {"weight_decay": 3.0}}
+        {
+            "basis": "orthonormal",
+            "groups": "tensor",
+            "units": "weight",
+            "optimizer": SGD["weight"] | {"weight_decay": 3.0},
+        }
     ),
     "scalar-of-shape-1": Run({"groups": "tensor", "optimizer": ADAMW["delta"]}, scalar_shape=(1,)),
 }
@@ -65,7 +73,7 @@ ROUNDED = {
     "dense16": Run({"store": "dense16", "groups": "block", "optimizer": SGD["delta"]}),
     "bfloat16": Run({"groups": "block", "optimizer": SGD["delta"]}, bf16=True),
 }
-ALL = GRID | MORE | ROUNDED
+ALL = GRID | {name: replace(run, steps=8) for name, run in (MORE | ROUNDED).items()}
 
 Ends = Callable[[str, int], list[dict[str, Ended]]]
 

@@ -118,21 +118,19 @@ def digits(tmp_path: Path) -> Path:
     return path
 
 
-def linear(inputs: int = 64, classes: int = 10) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))
-
-
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A module of the user's own, importable."""
     (tmp_path / "mine_for_twa.py").write_text(
         "from torch import nn\n"
-        "def classifier(inputs=64, classes=10): return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))\n"
+        "def classifier(inputs=64, classes=10):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))\n"
         "def number(): return 3\n"
         "def task(data, *, size=2):\n"
         "    from twa_scale.tasks import build_task\n"
         "    from twa_scale.config import TaskConfig\n"
-        "    return build_task(TaskConfig(name='image_classification', data=data, model='mine_for_twa:classifier'))\n"
+        "    options = {'data': data, 'model': 'mine_for_twa:classifier'}\n"
+        "    return build_task(TaskConfig(name='image_classification', **options))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
@@ -215,7 +213,8 @@ def test_token_files_of_every_type(tmp_path: Path, dtype: str, suffix: str) -> N
         np.save(path, tokens)
     else:
         tokens.tofile(path)
-    task = task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path)}, token_dtype=dtype, context=9)
+    options = {"tokens": {"train": str(tmp_path)}, "token_dtype": dtype}
+    task = task_of("causal_lm", model=TINY_GPT, context=9, **options)
     data = task.dataset("train")
     assert len(data) == 10
     assert data[7]["tokens"].tolist() == list(range(70, 80))
@@ -310,8 +309,7 @@ def test_image_folder(tmp_path: Path, mine: str) -> None:
         "image_classification", train=str(tmp_path / "train"), model=f"{mine}:classifier", **options
     )
     data = task.dataset("train")
-    assert len(data) == 6
-    assert data[5]["labels"] == 1
+    assert len(data) == 6 and data[5]["labels"] == 1
     assert data[5]["images"][:, 4, 4].tolist() == [0, 0, 255]
     before, after = first_loss_and_last(task)
     assert after < before
@@ -358,6 +356,7 @@ def test_own_task_by_import_path(digits: Path, mine: str) -> None:
         ({"name": "image_classification", "model": "mine_for_twa:number"}, ["`data`"]),
         ({"name": "image_classification", "model": "m:f", "data": "a", "train": "b"}, ["`data`"]),
         ({"name": "image_classification", "model": "mine_for_twa:number", "data": "gone.npz"}, ["gone.npz"]),
+        ({"name": "image_classification", "model": "mine_for_twa:number", "data": "."}, ["subfolder train"]),
         ({"name": "sequence_classification", "model": "m"}, ["at least one of"]),
         ({"name": "sequence_classification", "model": "m", "train": "a.parquet"}, ["task.train", ".jsonl"]),
         ({"name": "sequence_classification", "model": "m", "test": "gone.csv"}, ["task.test", "gone.csv"]),
@@ -443,7 +442,8 @@ def test_arrays_that_cannot_be_used(
 ) -> None:
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(ConfigError) as caught:
-        task_of("image_classification", model=f"{mine}:classifier", data=str(tmp_path / "d.npz"))
+        options = {"model": f"{mine}:classifier", "data": str(tmp_path / "d.npz")}
+        task_of("image_classification", **options).dataset("train")
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 

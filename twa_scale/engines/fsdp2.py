@@ -93,7 +93,7 @@ class FSDP2Engine:
         for name, parameter in self._sharded.items():
             if self.parameters[name].trainable:
                 hook = partial(self._take, span=self._spans[name])
-                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(hook)
                 self._hooks.append(handle)
 
     def _take(self, parameter: torch.Tensor, span: Span) -> None:

@@ -49,7 +49,7 @@ class PlainEngine:
         for span in self.spans():
             if self.parameters[span.name].trainable:
                 hook = partial(take, span=span)
-                handle = self._parameters[span.name].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                handle = self._parameters[span.name].register_post_accumulate_grad_hook(hook)
                 self._hooks.append(handle)
 
     def drain(self) -> None:

@@ -110,9 +110,9 @@ def _open_file(path: Path, directory: Path | None, label: str) -> Candidate:
     if path.name.endswith(".index.json"):
         return ShardedCandidate(path, lambda file: _open_file(file, None, str(file)), label)
     if path.suffix == ".safetensors":
-        return SafetensorsCandidate(path, directory)
+        return SafetensorsCandidate(path, directory, label)
     if path.suffix in _TORCH_SUFFIXES:
-        return TorchFileCandidate(path, directory)
+        return TorchFileCandidate(path, directory, label)
     raise CandidateError(
         f"{path}: is no file of weights; a candidate is a .safetensors, .pt, .pth or .bin file, a Hugging "
         "Face index (*.index.json), or a directory that holds one."

@@ -46,8 +46,9 @@ class Entry:
 class SafetensorsCandidate:
     """One .safetensors file. Nothing is mapped: each read asks for its own bytes, and only those."""
 
-    def __init__(self, path: Path, directory: Path | None = None) -> None:
-        self.label = str(path)
+    def __init__(self, path: Path, directory: Path | None = None, label: str | None = None) -> None:
+        self.label = label or str(path)
+        self._path = str(path)
         self.directory = directory
         self.bytes_read = 0
         try:
@@ -56,8 +57,8 @@ class SafetensorsCandidate:
             hint = "; raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else ""
             raise CandidateError(f"{path}: cannot be opened: {error.strerror}{hint}.") from error
         try:
-            entries = _read_header(self._file, self.label)
-            self._entries = {name: entries[raw] for name, raw in unwrapped(entries, self.label).items()}
+            entries = _read_header(self._file, self._path)
+            self._entries = {name: entries[raw] for name, raw in unwrapped(entries, self._path).items()}
         except BaseException:
             self.close()
             raise
@@ -78,12 +79,10 @@ class SafetensorsCandidate:
         """Fill `out` with the elements from `start` on, straight from the file into its memory."""
         entry = self._entries[name]
         assert out.dtype == entry.dtype and start + out.numel() <= prod(entry.shape)
-        problem = _read_exactly(
-            self._file, out.view(torch.uint8).numpy().data, entry.offset + start * out.itemsize
-        )
+        problem = _read_exactly(self._file, out.view(torch.uint8).numpy().data, entry.offset + start * out.itemsize)
         if problem:
             raise CandidateError(
-                f"{self.label}: tensor {name!r} cannot be read: {problem}. The file was changed or removed "
+                f"{self._path}: tensor {name!r} cannot be read: {problem}. The file was changed or removed "
                 "while it was in use, or its disk fails; candidates must stay as they are until the run has "
                 "ended."
             )
@@ -99,9 +98,7 @@ class SafetensorsCandidate:
 def _read_exactly(file: int, buffer: memoryview, offset: int) -> str | None:
     """Fill `buffer` from the file; return what went wrong, if anything did."""
     done = 0
-    while done < len(
-        buffer
-    ):  # one call reads at most 2 GiB, and a network file system may give less than asked
+    while done < len(buffer):  # one call reads at most 2 GiB, and a network file system may give less than asked
         try:
             count = os.preadv(file, [buffer[done:]], offset + done)
         except OSError as error:
@@ -122,9 +119,7 @@ def _read_header(file: int, label: str) -> dict[str, Entry]:
         )
     length = int.from_bytes(raw_length, "little")
     if raw_length == b"version ":
-        raise CandidateError(
-            f"{label}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`."
-        )
+        raise CandidateError(f"{label}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
     if length > min(size - 8, MAX_HEADER):
         raise CandidateError(
             f"{label}: its first 8 bytes promise a header of {length} bytes, but {size - 8} bytes follow: it "
@@ -135,12 +130,13 @@ def _read_header(file: int, label: str) -> dict[str, Entry]:
         raise CandidateError(f"{label}: the header cannot be read: {problem}.")
     try:
         header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a {type(header).__name__}")
         header.pop("__metadata__", None)
         entries = [(_entry(name, value, 8 + length, label), name) for name, value in header.items()]
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CandidateError(
-            f"{label}: the header is not the JSON that a safetensors file starts with ({error}). Write it "
-            "again."
+            f"{label}: the header is not the JSON that a safetensors file starts with ({error}). Write it again."
         ) from error
     if not entries:
         raise CandidateError(f"{label}: holds no tensors. Write it again from a model's state dict.")
@@ -160,8 +156,7 @@ def _entry(name: str, value: Any, data_start: int, label: str) -> Entry:
         ) from error
     if any(type(number) is not int or number < 0 for number in numbers):
         raise CandidateError(
-            f"{where}: shape and data_offsets must be integers from 0 on, not {value!r}. Write the file "
-            "again."
+            f"{where}: shape and data_offsets must be integers from 0 on, not {value!r}. Write the file again."
         )
     if not isinstance(kind, str) or kind not in DTYPES:
         raise CandidateError(

@@ -79,12 +79,8 @@ def _weight_map(index: Path) -> dict[str, str]:
             f"{index}: is not a Hugging Face index, which is JSON with a 'weight_map': {error!r}."
         ) from error
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CandidateError(
-            f"{index}: its 'weight_map' must map tensor names to files; it is {weight_map!r}."
-        )
+        raise CandidateError(f"{index}: its 'weight_map' must map tensor names to files; it is {weight_map!r}.")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CandidateError(
-                f"{index}: tensor {name!r}: {file!r} must be the name of a file beside the index."
-            )
+            raise CandidateError(f"{index}: tensor {name!r}: {file!r} must be the name of a file beside the index.")
     return weight_map

@@ -16,14 +16,13 @@ from twa_scale.sources.memory import MemoryCandidate
 class TorchFileCandidate(MemoryCandidate):
     """One .pt, .pth or .bin file. It is mapped: only the pages of a slice are read."""
 
-    def __init__(self, path: Path, directory: Path | None = None) -> None:
+    def __init__(self, path: Path, directory: Path | None = None, label: str | None = None) -> None:
         content = _load(path)
         if not isinstance(content, Mapping):
             raise CandidateError(
-                f"{path}: holds {type(content).__name__}, not a dict of tensors. Save model.state_dict() "
-                "there."
+                f"{path}: holds {type(content).__name__}, not a dict of tensors. Save model.state_dict() there."
             )
-        super().__init__(content, str(path), directory)
+        super().__init__(content, label or str(path), directory)
         self._path, self._size = path, path.stat().st_size
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
@@ -32,12 +31,10 @@ class TorchFileCandidate(MemoryCandidate):
         try:
             size = self._path.stat().st_size
         except OSError as error:
-            raise CandidateError(
-                f"{self.label}: tensor {name!r} cannot be read: {error.strerror}."
-            ) from error
+            raise CandidateError(f"{self._path}: tensor {name!r} cannot be read: {error.strerror}.") from error
         if size != self._size:
             raise CandidateError(
-                f"{self.label}: tensor {name!r} cannot be read: the file had {self._size} bytes when it was "
+                f"{self._path}: tensor {name!r} cannot be read: the file had {self._size} bytes when it was "
                 f"opened and has {size} now; candidates must stay as they are until the run has ended."
             )
         super().read(name, start, out)
@@ -50,9 +47,7 @@ def _load(path: Path) -> Any:
     except OSError as error:
         raise CandidateError(f"{path}: cannot be opened: {error.strerror}.") from error
     if magic == b"version ":
-        raise CandidateError(
-            f"{path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`."
-        )
+        raise CandidateError(f"{path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
     if not magic.startswith(b"PK\x03\x04"):
         raise CandidateError(
             f"{path}: is not the zip archive that torch.save writes since torch 1.6, but a legacy file, a "
@@ -75,6 +70,4 @@ def _load(path: Path) -> Any:
     except Exception as error:
         # A damaged archive makes torch raise RuntimeError, KeyError, EOFError and more.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CandidateError(
-            f"{path}: is damaged: {reason}. Copy it again, or leave this candidate out."
-        ) from error
+        raise CandidateError(f"{path}: is damaged: {reason}. Copy it again, or leave this candidate out.") from error

@@ -1,5 +1,8 @@
 """What the classification tasks share: examples in memory, loss and accuracy."""
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +10,8 @@ from torch import Tensor
 from twa_scale.errors import ConfigError
 from twa_scale.names import nearest
 from twa_scale.tasks.protocol import SPLITS, Batch, Metrics
+
+T = TypeVar("T")
 
 
 class TensorExamples:
@@ -54,7 +59,7 @@ def integer_labels(labels: Tensor, num_labels: int | None, where: str) -> Tensor
     return labels
 
 
-def given_split(split: str, given: dict[str, str]) -> str:
+def given_split(split: str, given: Mapping[str, T]) -> T:
     """Return where the data of `split` lies.
 
     Raises:

@@ -53,15 +53,24 @@ class ImageClassification:
     """
 
     def __init__(self, options: ImageClassificationOptions) -> None:
-        """Read the arrays, or list the folders.
+        """Find the data and the model function; a split is read when it is first asked for.
 
         Raises:
-            ConfigError: data or a model function that cannot be used.
+            ConfigError: paths, folders or a model function that cannot be used.
         """
         self._options = options
         self._function = import_function(options.model, "task.model")
-        paths = {s: Path(path).expanduser() for s in SPLITS if (path := options.data or getattr(options, s))}
-        self._datasets = _read(paths, options, "task.data" if options.data else "task")
+        self._paths = _paths(options)
+        folders = {split: path for split, path in self._paths.items() if path.is_dir()}
+        if folders and options.image_size is None:
+            raise ConfigError(
+                "task.image_size: is not set; images of a folder are cut to squares of this side. Set it."
+            )
+        # One numbering for all splits, also where one of them lacks a class.
+        self._classes = sorted(
+            {name for s, path in folders.items() for name in class_names(path, f"task.{s}")}
+        )
+        self._datasets: dict[str, Examples] = {}
 
     def model(self) -> nn.Module:
         """Return what the model function returns.
@@ -78,7 +87,9 @@ class ImageClassification:
 
     def dataset(self, split: str) -> Examples:
         """Return examples {"images": stored shape and type, "labels": int64}."""
-        given_split(split, dict.fromkeys(self._datasets, ""))
+        path = given_split(split, self._paths)
+        if split not in self._datasets:
+            self._datasets[split] = self._read(split, path)
         return self._datasets[split]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -98,25 +109,31 @@ class ImageClassification:
         mean, std = (values.new_tensor(of).view(channels) for of in (self._options.mean, self._options.std))
         return (values - mean) / std
 
-
-def _read(paths: dict[str, Path], options: ImageClassificationOptions, key: str) -> dict[str, Examples]:
-    folders = {s: path / s if options.data else path for s, path in paths.items() if path.is_dir()}
-    arrays = {s: path for s, path in paths.items() if s not in folders}
-    datasets: dict[str, Examples] = {}
-    for split, path in arrays.items():
-        prefix = f"{split}_" if options.data else ""
-        images, labels = read_npz(path, prefix, f"{key}.{split}")
-        datasets[split] = TensorExamples({"images": images, "labels": labels})
-    if folders:
-        datasets |= _folders(folders, options, key)
-    return datasets
+    def _read(self, split: str, path: Path) -> Examples:
+        if path.is_dir():
+            assert self._options.image_size is not None
+            return ImageFolder(path, self._classes, self._options.image_size, f"task.{split}")
+        images, labels = read_npz(path, f"{split}_" if self._options.data else "", f"task.{split}")
+        return TensorExamples({"images": images, "labels": labels})
 
 
-def _folders(folders: dict[str, Path], options: ImageClassificationOptions, key: str) -> dict[str, Examples]:
-    if options.image_size is None:
-        raise ConfigError(
-            "task.image_size: is not set; images of a folder are cut to squares of this side. Set it."
+def _paths(options: ImageClassificationOptions) -> dict[str, Path]:
+    if options.data is None:
+        named = {split: getattr(options, split) for split in SPLITS}
+        paths = {split: Path(path).expanduser() for split, path in named.items() if path}
+    else:
+        root = Path(options.data).expanduser()
+        paths = (
+            {s: root / s for s in SPLITS if (root / s).is_dir()}
+            if root.is_dir()
+            else dict.fromkeys(SPLITS, root)
         )
-    names = {split: class_names(root, f"{key}.{split}") for split, root in folders.items()}
-    classes = sorted({name for of in names.values() for name in of})
-    return {s: ImageFolder(root, classes, options.image_size, f"{key}.{s}") for s, root in folders.items()}
+        if not paths:
+            raise ConfigError(
+                f"task.data: {root} has no subfolder {', '.join(SPLITS)}. Name each split on its own."
+            )
+    for split, path in paths.items():
+        if not path.exists():
+            key = "data" if options.data else split
+            raise ConfigError(f"task.{key}: {path} does not exist. Give an .npz file or a folder.")
+    return paths

@@ -166,7 +166,7 @@ class Windows:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self._vocabulary:
             raise ConfigError(
-                f"{sequence.where}: token {low if low < 0 else high} near position {start}; the model knows "
-                f"0 to {self._vocabulary - 1}. Use its own tokenizer, and the right `token_dtype` of bare files."
+                f"{sequence.where}: token {low if low < 0 else high} near {start}; the model knows "
+                f"0 to {self._vocabulary - 1}. Use its own tokenizer; name the `token_dtype` of bare files."
             )
         return tokens

@@ -1,0 +1,446 @@
+"""Candidates: slices equal whole reads, and everything that is wrong with a file is said by name."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from twa_scale.errors import CandidateError
+from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources.checksum import checksum, wrap
+from twa_scale.sources.flat import copy_flat
+from twa_scale.sources.side_files import side_files
+
+Tensors = dict[str, torch.Tensor]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def tensors(seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    made = {str(d).removeprefix("torch."): (torch.randn(3, 5, 7, generator=generator) * 3).to(d) for d in DTYPES}
+    return made | {
+        "scalar": torch.randn((), generator=generator),
+        "empty": torch.empty(0, 4),
+        "layers.0.weight": torch.randn(11, 3, generator=generator),
+        "layers.1.weight": torch.randn(11, 3, generator=generator),
+    }
+
+
+def save_whole(path: Path, state: Tensors) -> Path:
+    path.mkdir(parents=True)
+    save_file(state, path / "model.safetensors")
+    return path
+
+
+def save_shards(path: Path, state: Tensors) -> Path:
+    path.mkdir(parents=True)
+    names = sorted(state)
+    weight_map = {}
+    for i in range(3):
+        file = f"model-{i + 1:05d}-of-00003.safetensors"
+        save_file({name: state[name] for name in names[i::3]}, path / file)
+        weight_map |= dict.fromkeys(names[i::3], file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+def save_torch(path: Path, state: Tensors) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": state, "step": 3}, path.with_suffix(".pt"))
+    return path.with_suffix(".pt")
+
+
+def save_torch_shards(path: Path, state: Tensors) -> Path:
+    path.mkdir(parents=True)
+    torch.save(state, path / "pytorch_model-00001-of-00001.bin")
+    weight_map = dict.fromkeys(state, "pytorch_model-00001-of-00001.bin")
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def keep(path: Path, state: Tensors) -> Tensors:
+    return state
+
+
+SAVERS: list[Callable[[Path, Tensors], Path | Tensors]] = [
+    save_whole,
+    save_shards,
+    save_torch,
+    save_torch_shards,
+    keep,
+]
+
+
+def read(candidate: Candidate, name: str, start: int, stop: int) -> torch.Tensor:
+    out = torch.empty(stop - start, dtype=candidate.dtype(name))
+    candidate.read(name, start, out)
+    return out
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def refused(spec: object, minimum: int = 2) -> str:
+    with pytest.raises(CandidateError) as error:
+        open_candidates(spec, minimum=minimum)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("save", SAVERS)
+def test_every_source_reads_the_same_slices(tmp_path: Path, save: Callable[[Path, Tensors], Path | Tensors]) -> None:
+    states = [tensors(0), tensors(1)]
+    candidates = open_candidates([save(tmp_path / f"step-{i}", s) for i, s in enumerate(states)])  # type: ignore[arg-type]
+    for candidate, state in zip(candidates, states, strict=True):
+        assert candidate.names() == sorted(state)
+        total = 0
+        for name, tensor in state.items():
+            assert candidate.shape(name) == tuple(tensor.shape)
+            assert candidate.dtype(name) == tensor.dtype
+            n = tensor.numel()
+            for start, stop in [(0, n), (0, 0), (n // 3, n), (n // 3, n // 2)]:
+                assert torch.equal(bits(read(candidate, name, start, stop)), bits(tensor.reshape(-1)[start:stop]))
+                total += (stop - start) * tensor.itemsize
+        assert candidate.bytes_read == total
+        candidate.close()
+
+
+def test_names_are_without_wrappers(tmp_path: Path) -> None:
+    state = {
+        "module._orig_mod.a._fsdp_wrapped_module.w": torch.ones(2),
+        "b._checkpoint_wrapped_module.module.w": torch.ones(1),
+    }
+    save_file(state, tmp_path / "x.safetensors")
+    (candidate,) = open_candidates([tmp_path / "x.safetensors"], minimum=1)
+    assert candidate.names() == ["a.w", "b.module.w"]
+
+
+def test_the_directory_is_that_of_a_candidate_of_its_own(tmp_path: Path) -> None:
+    path = save_whole(tmp_path / "a", tensors())
+    save_file(tensors(), tmp_path / "b.safetensors")
+    spec = [path, path / "model.safetensors", tmp_path / "b.safetensors"]
+    assert [candidate.directory for candidate in open_candidates(spec)] == [path, path, None]
+
+
+@given(st.data())
+def test_slices_of_any_layout(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    order = data.draw(st.permutations(range(len(shape))))
+    tensor = torch.arange(torch.Size(shape).numel()).view(shape).permute(order)
+    if data.draw(st.booleans()):
+        tensor = torch.stack([tensor, tensor])[:1].expand(2, *tensor.shape)
+    start = data.draw(st.integers(0, tensor.numel()))
+    stop = data.draw(st.integers(start, tensor.numel()))
+    out = torch.full((stop - start,), -1)
+    copy_flat(tensor, start, out)
+    assert torch.equal(out, tensor.reshape(-1)[start:stop])
+
+
+@given(st.data())
+def test_checksums_add_up_over_any_split(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(DTYPES))
+    values = (torch.randn(data.draw(st.integers(1, 40))) * 100).to(dtype)
+    cut = data.draw(st.integers(0, len(values)))
+    assert checksum(values) == wrap(checksum(values[:cut]) + checksum(values[cut:]))
+    changed = values.clone().view(torch.uint8)
+    changed[data.draw(st.integers(0, len(changed) - 1))] ^= 1
+    assert checksum(changed.view(dtype)) != checksum(values)
+
+
+def test_checksums_wrap_around() -> None:
+    assert checksum(torch.tensor([2**63 - 1, 1])) == -(2**63) == wrap(2**63)
+    assert checksum(torch.tensor([-1.5, 0.0])) == torch.tensor(-1.5).view(torch.int32).item()
+
+
+# Finding them
+
+
+def test_globs_are_in_natural_order(here: Path) -> None:
+    for i in (10, 2, 1):
+        save_whole(here / f"run/step-{i}", tensors(i))
+    assert [c.label for c in open_candidates("run/step-*")] == ["run/step-1", "run/step-2", "run/step-10"]
+    assert [c.label for c in open_candidates(["run/step-10", "run/step-?"])] == [
+        "run/step-10",
+        "run/step-1",
+        "run/step-2",
+    ]
+
+
+def test_unfinished_outputs_are_not_matched(here: Path) -> None:
+    for name in ("step-1", "step-2", ".step-3.tmp-0a1b2c3d", "step-4.tmp-0a1b2c3d"):
+        save_whole(here / ".cache" / name, tensors())
+    assert len(open_candidates(str(here / ".cache/*"))) == 2
+    assert len(open_candidates(".cache/**/model.safetensors")) == 2
+
+
+def test_what_a_directory_may_hold(here: Path) -> None:
+    for name, file in [("a", "adapter.safetensors"), ("b", "pytorch_model.bin")]:
+        (here / name).mkdir()
+        (save_file if file.endswith("s") else torch.save)(tensors(), here / name / file)  # type: ignore[operator]
+    assert len(open_candidates(["a", "b"])) == 2
+    (here / "c").mkdir()
+    message = refused(["a", "c"])
+    assert message.startswith("c: ") and "model.safetensors" in message and "'c/*'" in message
+    save_file(tensors(), here / "a/second.safetensors")
+    assert "2 *.safetensors files without an index" in refused(["a", "b"])
+
+
+def test_too_few(here: Path) -> None:
+    save_whole(here / "step-1", tensors())
+    message = refused("step-*")
+    assert "found 1 (step-1)" in message and "at least 2" in message
+    assert len(open_candidates("step-*", minimum=1)) == 1
+    assert "the list is empty" in refused([])
+    message = refused("nowhere/*")
+    assert "'nowhere/*'" in message and str(here) in message
+    assert "nowhere" in refused(["step-1", "nowhere"])
+
+
+def test_a_pattern_that_matches_something_else(here: Path) -> None:
+    save_whole(here / "step-1", tensors())
+    (here / "log.txt").write_text("loss 1.0")
+    message = refused("*")
+    assert "'log.txt'" in message and "'*'" in message and str(here) in message
+    assert "no file of weights" in refused(["step-1", "log.txt"])
+
+
+# Candidates that differ
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("layers.1.weight"), ["'layers.1.weight' is missing"]),
+        (lambda s: s.update(extra=torch.ones(1)), ["holds tensor 'extra'"]),
+        (
+            lambda s: s.update({"layers.1.weigth": s.pop("layers.1.weight")}),
+            ["'layers.1.weight' is missing", "did you mean 'layers.1.weigth'?"],
+        ),
+        (lambda s: s.update(scalar=torch.ones(2)), ["'scalar'", "(2,)", "()"]),
+        (lambda s: s.update(scalar=torch.ones((), dtype=torch.int64)), ["'scalar' is int64", "floating point"]),
+        (lambda s: s.update(int64=s["int64"].float()), ["'int64' is floating point", "have it int64"]),
+    ],
+)
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_the_odd_one_out_is_named(here: Path, change: Callable[[Tensors], None], said: list[str], odd: int) -> None:
+    for i in range(3):
+        state = tensors(i)
+        if i == odd:
+            change(state)
+        save_whole(here / f"step-{i}", state)
+    message = refused("step-*")
+    assert message.startswith(f"step-{odd}") and all(part in message for part in said), message
+
+
+def test_floating_types_may_differ() -> None:
+    first, second = {"w": torch.ones(3)}, {"w": torch.ones(3, dtype=torch.bfloat16)}
+    assert [c.dtype("w") for c in open_candidates([first, second])] == [torch.float32, torch.bfloat16]
+
+
+def test_names_that_collide() -> None:
+    state = {"w": torch.ones(1), "module.w": torch.zeros(1)}
+    message = refused([state, state])
+    assert "'w'" in message and "'module.w'" in message
+
+
+def test_tensors_that_cannot_be_read() -> None:
+    for tensor, said in [
+        (torch.ones(2, device="meta"), "meta"),
+        (torch.ones(2).to_sparse(), "sparse"),
+    ]:
+        assert said in refused([{"w": tensor}, {"w": tensor}])
+    assert "holds no tensors" in refused([{"epoch": 1}, {"epoch": 2}])
+
+
+# Damaged files
+
+
+def damaged(here: Path, damage: Callable[[bytearray], bytes]) -> str:
+    save_whole(here / "step-1", tensors())
+    save_whole(here / "step-2", tensors())
+    file = here / "step-2/model.safetensors"
+    file.write_bytes(damage(bytearray(file.read_bytes())))
+    message = refused("step-*")
+    assert message.startswith("step-2/model.safetensors: ")
+    return message
+
+
+def header(raw: bytes) -> tuple[dict[str, object], bytes]:
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def rewritten(change: Callable[[dict[str, object]], None]) -> Callable[[bytearray], bytes]:
+    def damage(raw: bytearray) -> bytes:
+        entries, data = header(raw)
+        change(entries)
+        text = json.dumps(entries).encode()
+        return len(text).to_bytes(8, "little") + text + data
+
+    return damage
+
+
+def test_truncated(here: Path) -> None:
+    message = damaged(here, lambda raw: raw[:-3])
+    assert "truncated" in message and "tensor" in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda raw: raw[:5], "truncated"),
+        (lambda raw: b"", "truncated"),
+        (lambda raw: raw[:100], "truncated"),
+        (lambda raw: b"\xff" * 8 + raw[8:], "no safetensors file"),
+        (lambda raw: raw[:8] + os.urandom(64).replace(b"{", b"x") + raw[72:], "not the JSON"),
+        (lambda raw: raw[:8] + b"\xff" + raw[9:], "not the JSON"),
+        (lambda raw: (2).to_bytes(8, "little") + b"[]", "not the JSON"),
+        (lambda raw: (2).to_bytes(8, "little") + b"{}", "holds no tensors"),
+        (lambda raw: raw + b"xx", "2 bytes follow"),
+        (lambda raw: b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (rewritten(lambda e: e["scalar"].update(dtype="F3")), "'F3' is not supported"),  # type: ignore[attr-defined]
+        (rewritten(lambda e: e["scalar"].update(shape=[2])), "tensor 'scalar'"),  # type: ignore[attr-defined]
+        (rewritten(lambda e: e["scalar"].update(shape=[-1])), "integers from 0 on"),  # type: ignore[attr-defined]
+        (rewritten(lambda e: e["scalar"].pop("dtype")), "must give its dtype"),  # type: ignore[attr-defined]
+        (rewritten(lambda e: e.update(scalar=[])), "must give its dtype"),
+        (rewritten(lambda e: e.pop("scalar")), "a hole or an overlap"),
+        (rewritten(lambda e: e.update(twin=e["scalar"])), "a hole or an overlap"),
+    ],
+)
+def test_garbage(here: Path, damage: Callable[[bytearray], bytes], said: str) -> None:
+    assert said in damaged(here, damage)
+
+
+def test_a_file_that_shrinks_while_in_use(here: Path) -> None:
+    for save, name in ((save_whole, "step-1/model.safetensors"), (save_torch, "other.pt")):
+        path = here / name
+        save(path.parent if save is save_whole else path, tensors())
+        (candidate,) = open_candidates([path], minimum=1)
+        path.write_bytes(path.read_bytes()[:-400])
+        with pytest.raises(CandidateError, match=r"cannot be read: (it ends|the file had)"):
+            for tensor in candidate.names():
+                read(candidate, tensor, 0, torch.Size(candidate.shape(tensor)).numel())
+
+
+def test_index_problems(here: Path) -> None:
+    path = save_shards(here / "step-1", tensors())
+    save_whole(here / "step-2", tensors())
+    assert len(open_candidates("step-*")) == 2
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+
+    content["weight_map"]["layers.0.weigth"] = content["weight_map"]["layers.0.weight"]
+    index.write_text(json.dumps(content))
+    message = refused("step-*")
+    assert "'layers.0.weigth' is missing" in message and "did you mean 'layers.0.weight'?" in message
+
+    (path / "model-00002-of-00003.safetensors").unlink()
+    assert "'model-00002-of-00003.safetensors', which is not there" in refused("step-*")
+    content["weight_map"]["scalar"] = "../step-2/model.safetensors"
+    index.write_text(json.dumps(content))
+    assert "beside the index" in refused("step-*")
+    for text in ("{", "[]", '{"weight_map": []}'):
+        index.write_text(text)
+        assert "model.safetensors.index.json" in refused("step-*")
+
+
+# Torch files
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_runs_code(here: Path, legacy: bool) -> None:
+    torch.save({"w": torch.ones(2), "x": Malicious()}, "bad.pt", _use_new_zipfile_serialization=not legacy)
+    message = refused(["bad.pt", "bad.pt"])
+    assert message.startswith("bad.pt: ") and "refused and nothing in it was run" in message
+    assert legacy or ".system" in message
+    assert not Path("ran").exists()
+
+
+def test_a_bare_pickle_that_runs_code(here: Path) -> None:
+    Path("bad.bin").write_bytes(pickle.dumps({"w": Malicious()}))
+    assert "nothing in it was run" in refused(["bad.bin", "bad.bin"])
+    assert not Path("ran").exists()
+
+
+def test_torch_files_that_are_damaged(here: Path) -> None:
+    torch.save(tensors(), "whole.pt")
+    raw = Path("whole.pt").read_bytes()
+    Path("cut.pt").write_bytes(raw[: len(raw) // 2])
+    assert "truncated" in refused(["whole.pt", "cut.pt"])
+    Path("garbled.pt").write_bytes(raw.replace(b"torch._utils", b"torch._xtils"))
+    assert refused(["whole.pt", "garbled.pt"]).startswith("garbled.pt: ")
+    torch.save([1], "list.pt")
+    assert "holds list, not a dict of tensors" in refused(["whole.pt", "list.pt"])
+    torch.save({"epoch": 3}, "none.pt")
+    assert "holds no tensors" in refused(["whole.pt", "none.pt"])
+    Path("lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refused(["whole.pt", "lfs.pt"])
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "module", None])
+def test_where_a_torch_file_keeps_its_weights(here: Path, key: str | None) -> None:
+    state = {"w": torch.randn(4, 6).t(), "conv": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
+    content: dict[str, object] = {key: state, "best": torch.ones(1)} if key else dict(state)
+    torch.save(content | {"epoch": 3, "optimizer": {"state": {}}}, "x.pt")
+    first, _ = open_candidates(["x.pt", "x.pt"])
+    assert first.names() == ["conv", "w"]
+    for name, tensor in state.items():
+        assert torch.equal(read(first, name, 5, 17), tensor.reshape(-1)[5:17])
+
+
+def test_side_files(tmp_path: Path) -> None:
+    carried = [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "modeling_x.py",
+        "chat_template.jinja",
+    ]
+    for name in [
+        *carried,
+        "model.safetensors",
+        "optimizer.pt",
+        "trainer_state.json",
+        "training_args.bin",
+        "tokenizer.bin",
+    ]:
+        (tmp_path / name).write_text('{"dtype": "bfloat16", "layers": 2}')
+    files = side_files(tmp_path)
+    assert sorted(files) == sorted(carried)
+    changed = side_files(tmp_path, torch.float32)["config.json"]
+    assert isinstance(changed, bytes) and json.loads(changed) == {"dtype": "float32", "layers": 2}
+    assert side_files(None) == {}

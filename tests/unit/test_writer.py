@@ -1,0 +1,342 @@
+"""Outputs: standard readers read them, every rank writes its part, and nothing is ever half there."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.pool import Pool
+from twa_scale.comm import Group
+from twa_scale.errors import CandidateError, ConfigError, OutputError
+from twa_scale.sources import open_candidates
+from twa_scale.spans import share
+from twa_scale.writer import TensorSpec, parse_size, write, writing
+from twa_scale.writer.shards import lay_out
+
+Tensors = dict[str, torch.Tensor]
+
+
+def tensors() -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "odd": torch.randn(7, generator=generator).bfloat16(),  # leaves the next tensor unaligned unless sorted
+        "weight": torch.randn(5, 3, generator=generator),
+        "scalar": torch.tensor(4),
+        "flag": torch.tensor([True, False, True]),
+        "wide": torch.randn(2, 2, generator=generator, dtype=torch.float64),
+        "half": torch.randn(9, generator=generator).half(),
+        "tiny": torch.randn(3, generator=generator).to(torch.float8_e4m3fn),
+        "empty": torch.empty(0, 3),
+    }
+
+
+def specs_of(state: Tensors) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in state.items()]
+
+
+def write_share(out: Path, group: Group, **options: Any) -> None:
+    """Write this rank's part of every tensor."""
+    state = tensors()
+    with writing(out, specs_of(state), group, **options) as writer:
+        for name, tensor in state.items():
+            start, stop = share(tensor.numel(), group.rank, group.size)
+            writer.write(name, start, tensor.reshape(-1)[start:stop])
+
+
+def on_ranks(out: Path, **options: Any) -> None:
+    write_share(out, Group.world(), **options)
+
+
+def load(out: Path) -> Tensors:
+    found: Tensors = {}
+    for file in out.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert torch.equal(found[name].view(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def left(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("limit", ["5GB", 40])
+def test_ranks_write_one_candidate(ranks: Pool, tmp_path: Path, size: int, limit: str | int) -> None:
+    out = tmp_path / "deep/er/out"
+    ranks(on_ranks, size, out=out, max_shard_size=limit, files={"note.txt": b"hello"})
+    assert_same(load(out), tensors())
+    assert (out / "note.txt").read_text() == "hello"
+    assert left(out.parent) == ["out"]
+    (candidate,) = open_candidates([out], minimum=1)
+    assert candidate.names() == sorted(tensors())
+
+
+def test_what_a_single_file_looks_like(tmp_path: Path) -> None:
+    write_share(tmp_path / "out", Group.alone())
+    assert left(tmp_path / "out") == ["model.safetensors"]
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert (tmp_path / "out/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_what_the_index_says(tmp_path: Path) -> None:
+    write_share(tmp_path / "out", Group.alone(), max_shard_size="40B")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    state = tensors()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "out" / file)[name].float(), state[name].float())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+
+
+@given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 60))
+def test_layout(numels: list[int], limit: int) -> None:
+    specs = [TensorSpec(str(i), (numel,), [torch.int8, torch.float32][i % 2]) for i, numel in enumerate(numels)]
+    shards = lay_out(specs, limit)
+    assert [name for shard in shards for name in sorted(shard.offsets, key=int)] == [spec.name for spec in specs]
+    by_name = {spec.name: spec for spec in specs}
+    for shard in shards:
+        data = sum(by_name[name].nbytes for name in shard.offsets)
+        assert shard.nbytes == len(shard.header) + data
+        assert data <= limit or len([n for n in shard.offsets if by_name[n].nbytes]) == 1
+        assert all(offset % by_name[name].dtype.itemsize == 0 for name, offset in shard.offsets.items())
+
+
+def test_values_are_converted_once_to_the_type_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "_PIECE_BYTES", 16)
+    values = torch.randn(1000, dtype=torch.float64)
+    with writing(tmp_path / "out", [TensorSpec("w", (10, 100), torch.bfloat16)], Group.alone()) as writer:
+        writer.write("w", 600, values[600:])
+        writer.write("w", 0, values[:600])
+    assert torch.equal(load(tmp_path / "out")["w"].view(-1), values.bfloat16())
+
+
+def test_from_pretrained_reads_it(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    model = transformers.BertModel(config)
+    model.save_pretrained(tmp_path / "in")
+    state = model.state_dict()
+    files = {"config.json": tmp_path / "in/config.json"}
+    for limit in (2000, "1GB"):
+        with writing(
+            tmp_path / "out", specs_of(state), Group.alone(), files=files, max_shard_size=limit, overwrite=True
+        ) as writer:
+            for name, tensor in state.items():
+                writer.write(name, 0, tensor.reshape(-1) * 2)
+        read = transformers.BertModel.from_pretrained(tmp_path / "out").state_dict()
+        assert all(torch.equal(read[name].double(), state[name].double() * 2) for name in state)
+
+
+# What must not be published
+
+
+def fail_in_body(out: Path, bad_rank: int, overwrite: bool) -> None:
+    group = Group.world()
+    state = tensors()
+    with writing(out, specs_of(state), group, overwrite=overwrite) as writer:
+        for name, tensor in state.items():
+            start, stop = share(tensor.numel(), group.rank, group.size)
+            writer.write(name, start, tensor.reshape(-1)[start:stop])
+        if group.rank == bad_rank:
+            raise CandidateError("step-3: is broken")
+
+
+@pytest.mark.parametrize(("size", "bad_rank"), [(1, 0), (2, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_error_of_one_rank_is_that_of_all(
+    ranks: Pool, tmp_path: Path, size: int, bad_rank: int, overwrite: bool
+) -> None:
+    if overwrite:
+        write_share(tmp_path / "out", Group.alone(), files={"old": b""})
+    before = left(tmp_path)
+    error = ranks.error(fail_in_body, size, out=tmp_path / "out", bad_rank=bad_rank, overwrite=overwrite)
+    assert isinstance(error, CandidateError) and str(error) == "step-3: is broken"
+    assert left(tmp_path) == before
+    if overwrite:
+        assert_same(load(tmp_path / "out"), tensors())
+
+
+def leave_a_hole(out: Path) -> None:
+    group = Group.world()
+    with writing(out, [TensorSpec("w", (10,), torch.float32)], group) as writer:
+        if group.rank == 0:
+            writer.write("w", 0, torch.ones(9))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_hole_is_never_published(ranks: Pool, tmp_path: Path, size: int) -> None:
+    with pytest.raises(AssertionError, match="'w'"):
+        ranks(leave_a_hole, size, out=tmp_path / "out")
+    assert left(tmp_path) == []
+
+
+def write_elsewhere(out: Path) -> None:
+    """Rank 1 is told another place than rank 0's, as a node that does not mount it sees it."""
+    group = Group.world()
+    given = group.broadcast
+
+    def broadcast(value: Any, source: int = 0) -> Any:
+        target, temporary = given(value, source)
+        return (target, temporary / "unseen") if group.rank == 1 else (target, temporary)
+
+    group.broadcast = broadcast  # type: ignore[method-assign]
+    write_share(out / "out", group)
+
+
+def test_a_rank_on_another_file_system(ranks: Pool, tmp_path: Path) -> None:
+    error = ranks.error(write_elsewhere, 2, out=tmp_path)
+    assert isinstance(error, OutputError) and "not on a shared file system" in str(error)
+    assert left(tmp_path) == []
+
+
+def test_an_output_that_exists(ranks: Pool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_share(out, Group.alone())  # empty: taken
+    (out / "model.safetensors").write_bytes(b"precious")
+    error = ranks.error(on_ranks, 2, out=out)
+    assert isinstance(error, OutputError) and "not empty" in str(error) and str(out) in str(error)
+    assert (out / "model.safetensors").read_bytes() == b"precious"
+    ranks(on_ranks, 2, out=out, overwrite=True)
+    assert_same(load(out), tensors())
+    assert left(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda out: out.write_bytes(b""), "is a file"),
+        (lambda out: (out.mkdir(), (out / "thesis.tex").touch()), "holds no weights"),
+        (lambda out: (out / "logs").mkdir(parents=True), "holds the directory 'logs'"),
+    ],
+)
+def test_overwriting_spares_what_is_no_output(tmp_path: Path, make: Callable[[Path], object], said: str) -> None:
+    out = tmp_path / "out"
+    make(out)
+    with pytest.raises(OutputError, match=said):
+        write_share(out, Group.alone(), overwrite=True)
+    assert left(tmp_path) == ["out"]
+
+
+def test_a_side_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"elsewhere/config\.json"):
+        write_share(tmp_path / "a/out", Group.alone(), files={"config.json": tmp_path / "elsewhere/config.json"})
+    assert left(tmp_path / "a") == []
+
+
+# Disks
+
+
+def test_not_enough_space(tmp_path: Path) -> None:
+    specs = [TensorSpec("w", (1 << 50,), torch.float32)]
+    with pytest.raises(OutputError, match="GB are free"), writing(tmp_path / "out", specs, Group.alone()):
+        pass
+    assert left(tmp_path) == []
+
+
+def test_an_unwritable_parent(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Not a directory"):
+        write_share(tmp_path / "file/out", Group.alone())
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"):
+        write_share(tmp_path / "out", Group.alone())
+
+
+def write_much(out: Path, limit: int | None = None) -> None:
+    """Half of a file on each rank; the disk is sparse enough to promise it and too small to hold it."""
+    group = Group.world()
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        numel = 1 << 20
+        with writing(out, [TensorSpec("w", (numel,), torch.float32)], group) as writer:
+            start, stop = share(numel, group.rank, group.size)
+            writer.write("w", start, torch.ones(stop - start))
+    finally:
+        if limit:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_limit_on_file_sizes(ranks: Pool, tmp_path: Path, size: int) -> None:
+    error = ranks.error(write_much, size, out=tmp_path / "out", limit=1 << 16)
+    assert isinstance(error, OutputError) and os.strerror(errno.EFBIG) in str(error) and "ulimit -f" in str(error)
+    assert left(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", mount], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+def fill_while_writing(out: Path) -> None:
+    """Another process takes the space after the check."""
+    group = Group.world()
+    numel = 1 << 20
+    with writing(out, [TensorSpec("w", (numel,), torch.float32)], group) as writer:
+        if group.rank == 0:
+            (out.parent / "other").write_bytes(bytes(4 << 20))
+        group.barrier()
+        start, stop = share(numel, group.rank, group.size)
+        writer.write("w", start, torch.ones(stop - start))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_disk_that_fills_up(ranks: Pool, small_disk: Path, size: int) -> None:
+    error = ranks.error(fill_while_writing, size, out=small_disk / "out")
+    assert isinstance(error, OutputError) and os.strerror(errno.ENOSPC) in str(error) and "out" in str(error)
+    assert left(small_disk) == ["other"]
+    with pytest.raises(OutputError, match="mount point"):
+        write_share(small_disk, Group.alone())
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("5GB", 5 * 10**9), ("5 gb", 5 * 10**9), ("1.5GiB", 3 << 29), ("2Mi", 2 << 20), ("7", 7), (9, 9), ("10B", 10)],
+)
+def test_sizes(text: str | int, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1", "5 apples", "0.1B"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="5GB"):
+        parse_size(text)

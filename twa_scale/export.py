@@ -1,0 +1,71 @@
+"""The live weights of a model as safetensors: every rank writes its own spans, none gathers."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from twa_scale.engines import Engine
+from twa_scale.layout import Layout
+from twa_scale.sources import Candidate
+from twa_scale.sources.side_files import side_files
+from twa_scale.writer import TensorSpec, writing
+
+PROVENANCE = "twa_scale.json"
+
+
+def export(
+    engine: Engine,
+    layout: Layout,
+    candidates: Sequence[Candidate],
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    provenance: Mapping[str, object] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write what the model holds now to the directory `out`, under the candidates' names and types. Collective.
+
+    The result has the tensors of the last candidate that the model knows, tied ones under each of their names that
+    it has, and its configuration and tokenizer files, so that what reads the candidates reads the average.
+
+    Args:
+        engine: the model.
+        layout: which of its tensors the candidates hold.
+        candidates: the last one gives names, types and side files.
+        out: a directory that is new, empty, or to be overwritten.
+        dtype: type of all floating point tensors; the candidate's own when not given.
+        max_shard_size: most bytes of one file.
+        overwrite: replace an earlier output.
+        provenance: written beside the weights as twa_scale.json.
+        progress: called on every rank with the bytes that it has just written.
+
+    Raises:
+        OutputError: on every rank; what stood at `out` is as it was.
+    """
+    last = candidates[-1]
+    written = layout.held_as
+    specs = [
+        TensorSpec(name, last.shape(name), dtype if dtype and last.dtype(name).is_floating_point else last.dtype(name))
+        for names in written.values()
+        for name in names
+    ]
+    files = side_files(last.directory, dtype)
+    files[PROVENANCE] = (json.dumps(provenance or {}, indent=2) + "\n").encode()
+    group = engine.shard_group
+    with engine.replica_group.agree():
+        if engine.replica_group.rank != 0:
+            return
+        with writing(out, specs, group, max_shard_size=max_shard_size, files=files, overwrite=overwrite) as writer:
+            for span in engine.spans():
+                for name in written[span.name]:
+                    writer.write(name, span.start, engine.live(span))
+                if progress:
+                    progress(engine.live(span).nbytes)
+            for name, buffer in engine.buffers().items():
+                if group.rank == 0 and name in layout.buffers:
+                    writer.write(name, 0, buffer.reshape(-1))
+

@@ -1,0 +1,140 @@
+"""Merges that people ask for by name: fixed weights, and the trained coefficients of a run."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from twa_scale.comm import Group
+from twa_scale.config import TwaConfig, candidate_index, center_weights, validated
+from twa_scale.errors import ConfigError
+from twa_scale.merge import merge
+from twa_scale.names import nearest
+from twa_scale.sources import open_candidates
+from twa_scale.sources.side_files import side_files
+from twa_scale.state import Fingerprint, load_state
+
+Progress = Callable[[int], None]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def average_fixed(
+    candidates: Sequence[str],
+    out: str | Path,
+    weights: str = "uniform",
+    *,
+    max_shard_size: str | int = "5GB",
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Average `candidates` (paths, globs, or PATH:WEIGHT) and write the result to `out`.
+
+    Returns:
+        The weight of each candidate by its label.
+
+    Raises:
+        ConfigError: unknown weights, or some paths with a weight and some without.
+        CandidateError, OutputError: see `merge`.
+    """
+    paths, explicit = _split(candidates)
+    chosen = parse_dtype(dtype)
+    opened = open_candidates(paths, minimum=1)
+    if explicit is None:
+        center = validated(TwaConfig, {"center": "mean" if weights == "uniform" else weights}, "--weights").center
+        explicit = center_weights(center, len(opened))
+    elif len(explicit) != len(opened):
+        raise ConfigError(f"{len(explicit)} weights for {len(opened)} candidates: a PATH:WEIGHT must name one candidate.")
+    fixed = explicit
+    merge(
+        opened,
+        out,
+        lambda _: fixed,
+        Group.world(),
+        max_shard_size=max_shard_size,
+        dtype=chosen,
+        files=side_files(opened[-1].directory, chosen),
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return dict(zip((candidate.label for candidate in opened), fixed, strict=True))
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    *,
+    max_shard_size: str | int = "5GB",
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> tuple[int, int]:
+    """Write sum_i a_i w_i with the trained coefficients of `run`, from its state and the candidates alone.
+
+    Returns:
+        The number of candidates, and the step of the coefficients.
+
+    Raises:
+        StateError: no run state, or candidates that are no longer those of the run; nothing is written.
+        CandidateError, OutputError: see `merge`.
+    """
+    state = load_state(Path(run) / "state.pt")
+    twa = state["twa"]
+    chosen = parse_dtype(dtype)
+    config = validated(TwaConfig, twa["config"], "the run's configuration")
+    opened = open_candidates(state["candidates"])
+    saved = Fingerprint.from_state_dict(twa["fingerprint"])
+    coefficients = twa["coefficients"].T.tolist()
+    n = len(opened)
+
+    def weights(name: str) -> Sequence[float] | int:
+        if name in twa["group_of"]:
+            return list(coefficients[twa["group_of"][name]])
+        if name not in twa["buffer_names"]:
+            return list(twa["center_weights"])
+        return [1 / n] * n if config.buffers == "mean" else candidate_index(config.buffers, n, "buffers")
+
+    merge(
+        opened,
+        out,
+        weights,
+        Group.world(),
+        max_shard_size=max_shard_size,
+        dtype=chosen,
+        replace=twa["buffers"],
+        files=side_files(opened[-1].directory, chosen),
+        overwrite=overwrite,
+        progress=progress,
+        verify=saved.require_checksums,
+    )
+    return n, int(state["step"])
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """Return the floating point type called `name`; None stays None.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name is not None and name not in _DTYPES:
+        raise ConfigError(f"dtype: {name!r} is none of {', '.join(_DTYPES)}{nearest(name, _DTYPES)}.")
+    return _DTYPES[name] if name else None
+
+
+def _split(candidates: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """Take the weights off PATH:WEIGHT arguments; none has one, or all have."""
+    pairs = [_pair(candidate) for candidate in candidates]
+    paths = [path for path, _ in pairs]
+    weights = [weight for _, weight in pairs if weight is not None]
+    if weights and len(weights) < len(pairs):
+        bare = next(path for path, weight in pairs if weight is None)
+        raise ConfigError(f"{bare}: has no weight while others have; write each candidate as PATH:WEIGHT, or none.")
+    return paths, weights or None
+
+
+def _pair(candidate: str) -> tuple[str, float | None]:
+    path, colon, weight = candidate.rpartition(":")
+    try:
+        return (path, float(weight)) if colon and path else (candidate, None)
+    except ValueError:
+        return candidate, None

@@ -1,0 +1,190 @@
+"""What a run will need, before anything starts: memory of a rank, bytes read, bytes on the wire of a step."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from twa_scale.config import RunConfig
+from twa_scale.engines import ParameterInfo
+from twa_scale.engines.describe import named_parameters, persistent_buffers
+from twa_scale.errors import ConfigError
+from twa_scale.layout import Layout, match
+from twa_scale.sources import Candidate, open_candidates
+from twa_scale.spans import share
+from twa_scale.store import bytes_per_element
+from twa_scale.streaming import scratch_bytes
+from twa_scale.tasks import Task, build_task, stack
+from twa_scale.training.model import blocks_of, resolve_engine
+from twa_scale.world import World
+
+_ELEMENT = 4  # weights and gradients are float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of a run. Memory is that of the rank that holds most, in bytes."""
+
+    num_candidates: int
+    num_groups: int
+    trained_elements: int
+    memory: dict[str, int]
+    """What is there from attach to the end."""
+    attach: dict[str, int]
+    """What comes on top while candidates are read."""
+    step: dict[str, int]
+    """What comes on top while a step is taken."""
+    bytes_read: int
+    """Of the candidates, per rank."""
+    wire: dict[str, int]
+    """Bytes that a rank sends in a step, by what they are."""
+    notes: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """Peak of resident memory of a rank."""
+        return sum(self.memory.values()) + max(sum(self.attach.values()), sum(self.step.values()))
+
+
+def make_plan(config: RunConfig, ranks: int) -> Plan:
+    """Work out the needs of `config` on `ranks` ranks.
+
+    Reads the headers of the candidates and builds the model without memory, so that it finds what does not fit
+    together, too.
+
+    Raises:
+        TwaError: whatever `run` would raise before it reads the candidates.
+    """
+    runtime = _resident()
+    engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0))
+    if config.batch_size % ranks:
+        raise ConfigError(f"batch_size: {config.batch_size} examples cannot be shared equally by {ranks} ranks.")
+    task = build_task(config.task)
+    with torch.device("meta"):
+        model = task.model().to(torch.float32)
+    _, parameters = named_parameters(model)
+    buffers = persistent_buffers(model)
+    candidates = open_candidates(config.candidates)
+    layout = match(parameters, buffers, candidates, config)
+    micro = min(config.micro_batch_size or config.batch_size // ranks, config.batch_size // ranks)
+    activations, notes = _activations(task, model, config, micro)
+    n = len(candidates)
+    trained = [parameters[name] for name in layout.group_of]
+    held = sum(_local(info, ranks, engine == "fsdp2", engine) for info in parameters.values())
+    store = bytes_per_element(config.store, n) * sum(_local(info, ranks, engine != "plain", engine) for info in trained)
+    longest = max(_local(info, ranks, engine != "plain", engine) for info in parameters.values())
+    elements = sum(prod(info.shape) for info in trained)
+    coefficients = 8 * (n + 1) * len(layout.groups)
+    return Plan(
+        num_candidates=n,
+        num_groups=len(layout.groups),
+        trained_elements=elements,
+        memory={
+            "python and libraries": runtime,
+            "weights": held * _ELEMENT,
+            "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
+            f"store ({config.store})": int(store),
+        },
+        attach={"streaming": scratch_bytes(n, longest)},
+        step={"activations": activations, **_transient(model, parameters, ranks, engine, config)},
+        bytes_read=_bytes_read(candidates, layout, parameters, ranks, engine),
+        wire=_wire(parameters, ranks, engine, config, coefficients),
+        notes=tuple(notes),
+    )
+
+
+def _local(info: ParameterInfo, ranks: int, split: bool, engine: str) -> int:
+    """Elements of one parameter on the first rank, which never has fewer than others."""
+    numel = prod(info.shape)
+    if not split:
+        return numel
+    if engine == "fsdp2":  # whole rows
+        rows = info.shape[0] if info.shape else 1
+        return share(rows, 0, ranks)[1] * (numel // max(rows, 1))
+    return share(numel, 0, ranks)[1]
+
+
+def _transient(
+    model: nn.Module, parameters: dict[str, ParameterInfo], ranks: int, engine: str, config: RunConfig
+) -> dict[str, int]:
+    """Whole parameters and gradients that exist for a moment of a step."""
+    total = sum(prod(info.shape) for info in parameters.values())
+    largest = max(prod(info.shape) for info in parameters.values())
+    if engine == "plain":
+        return {"gradients": 2 * largest * _ELEMENT}
+    if engine == "ddp":
+        return {"gradients and buckets": 2 * total * _ELEMENT}
+    blocks = blocks_of(model)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    root = total - sum(sizes)
+    block = max(sizes, default=0)
+    compute = 2 if config.precision == "bfloat16" else 4
+    # Gathered: the root, and the block at work beside the one that is prefetched. Reduced: the block's own gradient, its
+    # copy in the order of the ranks, and those of the root at the end.
+    return {
+        "gathered parameters": (root + 2 * block) * compute,
+        "gradients": max(2 * block, 2 * root) * _ELEMENT,
+    }
+
+
+def _activations(task: Task, model: nn.Module, config: RunConfig, micro: int) -> tuple[int, list[str]]:
+    """Bytes that autograd keeps for backward, found by a forward pass without memory."""
+    example = task.dataset(config.split)[0]
+    batch = {key: value.to("meta") for key, value in stack([example] * micro).items()}
+    own = {id(parameter) for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in own and not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            task.loss(model, batch)
+    except Exception as error:
+        return 0, [f"activations are not counted: the model does not run without memory ({type(error).__name__})"]
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    scale = 0.5 if config.precision == "bfloat16" else 1.0
+    return int(scale * (sum(sizes) + 2 * max(sizes, default=0))), []
+
+
+def _bytes_read(
+    candidates: Sequence[Candidate], layout: Layout, parameters: dict[str, ParameterInfo], ranks: int, engine: str
+) -> int:
+    total = 0
+    for name, info in parameters.items():
+        source = layout.source(name)
+        local = _local(info, ranks, engine != "plain", engine)
+        total += local * sum(candidate.dtype(source).itemsize for candidate in candidates)
+    return total
+
+
+def _wire(
+    parameters: dict[str, ParameterInfo], ranks: int, engine: str, config: RunConfig, coefficients: int
+) -> dict[str, int]:
+    """Ring algorithms: (R - 1) / R of the data for a gather or a scatter, twice that for an all-reduce."""
+    part = (ranks - 1) / ranks
+    weights = sum(prod(info.shape) for info in parameters.values())
+    gradients = sum(prod(info.shape) for info in parameters.values() if info.trainable)
+    compute = 2 if config.precision == "bfloat16" else 4
+    wire = {"coefficient gradients (twa_scale)": int(2 * part * coefficients)}
+    if engine == "ddp":
+        wire["gradient all-reduce (DDP)"] = int(2 * part * gradients * _ELEMENT)
+        wire["weights all-gather (twa_scale)"] = int(part * gradients * _ELEMENT)
+    if engine == "fsdp2":
+        wire["parameter all-gathers (FSDP2)"] = int(2 * part * weights * compute)
+        wire["gradient reduce-scatter (FSDP2)"] = int(part * gradients * _ELEMENT)
+    return wire
+
+
+def _resident() -> int:
+    """Resident memory of this process, which has imported what a rank imports; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,46 @@
+"""What commands print: tables for people, JSON for machines."""
+
+import json
+from dataclasses import asdict
+
+from rich.table import Table
+
+from twa_scale.plan import Plan
+
+
+def human_bytes(nbytes: float) -> str:
+    """Return 1234567 as "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def plan_json(plan: Plan) -> str:
+    """Return the plan and its peak as JSON; sizes in bytes."""
+    return json.dumps({**asdict(plan), "peak": plan.peak}, indent=2)
+
+
+def plan_table(plan: Plan, ranks: int) -> Table:
+    """Return the plan as a table."""
+    title = (
+        f"{plan.num_candidates} candidates, {plan.trained_elements:,} trained elements in {plan.num_groups} groups, "
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'}"
+    )
+    table = Table(title=title, caption="; ".join(plan.notes) or None)
+    for column in ("", "per rank", "bytes"):
+        table.add_column(column, justify="right" if column == "bytes" else "left")
+    sections = {
+        "memory, always": plan.memory,
+        "memory, while reading candidates": plan.attach,
+        "memory, during a step": plan.step,
+        "peak memory": {"": plan.peak},
+        "read from the candidates": {"": plan.bytes_read},
+        "sent in a step": plan.wire,
+    }
+    for section, rows in sections.items():
+        for i, (name, nbytes) in enumerate(rows.items()):
+            table.add_row(section if i == 0 else "", name, human_bytes(nbytes))
+        table.add_section()
+    return table

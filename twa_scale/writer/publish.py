@@ -1,0 +1,120 @@
+"""A directory that appears complete or not at all: prepared under a temporary name, then renamed."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from twa_scale.errors import OutputError
+
+_HINTS = {
+    errno.ENOSPC: "Free some space, or choose another disk",
+    errno.EDQUOT: "Your quota is used up: free some space, or choose another disk",
+    errno.EFBIG: "Raise the limit on file sizes (`ulimit -f`), or write smaller shards",
+    errno.EACCES: "Choose a directory that you may write to",
+    errno.EPERM: "Choose a directory that you may write to",
+    errno.EROFS: "Choose a directory that you may write to",
+}
+
+
+@contextmanager
+def reported(target: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into an OutputError that names the target and the fix."""
+    try:
+        yield
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "Choose another directory, or repair this one")
+        raise OutputError(
+            f"{target}: could not be written: {error.strerror or error}{_other(error, target)}. {hint}. "
+            "Nothing is left behind, and what stood there is as it was."
+        ) from error
+
+
+def _other(error: OSError, target: Path) -> str:
+    """Name the file at fault when it is not one of the output, such as a side file that cannot be read."""
+    foreign = error.filename and not Path(error.filename).is_relative_to(target.parent)
+    return f" ({error.filename})" if foreign else ""
+
+
+def temporary_beside(target: Path) -> Path:
+    """Return an unused name on the same file system; a leading dot hides it from globs."""
+    return target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
+
+
+def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
+    """Refuse, before anything is written, a target that could not be published.
+
+    Raises:
+        OutputError: names the rule and the fix.
+    """
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target}: is a file; the output is a directory. Choose another name.")
+    if target.is_dir():
+        if target.is_mount():
+            raise OutputError(f"{target}: is a mount point, which no rename can replace. Name a directory below it.")
+        _check_replaceable(target, overwrite)
+    parent = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OutputError(
+            f"{target}: needs {nbytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free there. Free some "
+            "space, or choose another disk."
+        )
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    content = sorted(target.iterdir())
+    if not content:
+        return
+    if not overwrite:
+        raise OutputError(
+            f"{target}: exists and is not empty; it is left alone. Choose another name, remove it, or ask to "
+            "overwrite it."
+        )
+    ours = any(path.suffix == ".safetensors" for path in content)
+    lost = next((path.name for path in content if path.is_dir()), None)
+    if not ours or lost:
+        found = f"holds the directory {lost!r}" if lost else "holds no weights"
+        raise OutputError(
+            f"{target}: {found}, so it is no earlier output that could be overwritten as a whole. Choose "
+            "another name, or remove it yourself."
+        )
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Rename the finished directory to its name; an older one goes only when the new one stands there."""
+    sync(temporary)
+    aside = None
+    if target.exists() and any(target.iterdir()):
+        aside = temporary_beside(target)
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if aside:
+            aside.rename(target)
+        raise
+    sync(target.parent)
+    if aside:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(directory: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    with suppress(OSError):  # not every file system can do it, and by now nothing would be won by an error
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_file(path: Path, content: bytes | Path) -> None:
+    """Write a small file, or copy one, and make its content survive a power cut."""
+    with path.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.read_bytes())
+        file.flush()
+        os.fsync(file.fileno())

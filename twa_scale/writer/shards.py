@@ -1,0 +1,119 @@
+"""Which tensor lies at which byte of which file: headers and index, before any value is known."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from twa_scale.errors import ConfigError, OutputError
+from twa_scale.sources.safetensors import DTYPES
+
+INDEX = "model.safetensors.index.json"
+_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; a scalar has one."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file."""
+
+    file: str
+    header: bytes
+    """The first bytes of the file: the length of the JSON, then the JSON."""
+    offsets: dict[str, int]
+    """Byte at which each tensor starts, from the start of the file."""
+    nbytes: int
+    """Size of the whole file."""
+
+
+def lay_out(specs: Sequence[TensorSpec], max_shard_size: int) -> list[Shard]:
+    """Put the tensors, in order, into files of at most `max_shard_size` bytes; a larger tensor has its own.
+
+    Names are those of Hugging Face: `model.safetensors`, or `model-00001-of-0000N.safetensors`.
+
+    Raises:
+        OutputError: a type that the format does not have.
+    """
+    for spec in specs:
+        if spec.dtype not in _KINDS:
+            raise OutputError(f"tensor {spec.name!r}: the format cannot hold {spec.dtype}; choose another dtype.")
+    files: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if files[-1] and size + spec.nbytes > max_shard_size:
+            files.append([])
+            size = 0
+        files[-1].append(spec)
+        size += spec.nbytes
+    if len(files) == 1:
+        return [_shard("model.safetensors", files[0])]
+    return [_shard(f"model-{i:05d}-of-{len(files):05d}.safetensors", file) for i, file in enumerate(files, 1)]
+
+
+def _shard(file: str, specs: list[TensorSpec]) -> Shard:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins = {}
+    end = 0
+    # Widest types first: readers view the bytes as the type in place, which needs aligned starts.
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+        begins[spec.name] = end
+        end += spec.nbytes
+        offsets = [begins[spec.name], end]
+        entries[spec.name] = {"dtype": _KINDS[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets_in_file = {name: start + begin for name, begin in begins.items()}
+    return Shard(file, len(text).to_bytes(8, "little") + text, offsets_in_file, start + end)
+
+
+def index_of(shards: Sequence[Shard], specs: Sequence[TensorSpec]) -> bytes:
+    """Return the Hugging Face index of several files."""
+    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    total = sum(spec.nbytes for spec in specs)
+    return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def parse_size(size: str | int) -> int:
+    """Return the bytes that "5GB" (10^9 each), "512MiB" (2^20 each) or a plain number means.
+
+    Raises:
+        ConfigError: anything else, or no byte at all.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]I?)?B?\s*", str(size).upper())
+    nbytes = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if nbytes < 1:
+        raise ConfigError(f"size {size!r}: write it as a number of bytes, or like 5GB, 500MB or 2GiB.")
+    return nbytes

@@ -1,0 +1,171 @@
+"""Ranks that write their spans of the same files at once."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from twa_scale.comm import Group
+from twa_scale.errors import OutputError
+from twa_scale.writer.publish import check_target, publish, reported, temporary_beside, write_file
+from twa_scale.writer.shards import INDEX, Shard, TensorSpec, index_of, lay_out, parse_size
+
+Files = Mapping[str, bytes | Path]
+"""Small files to put beside the weights: content, or what to copy, by name."""
+
+_PIECE_BYTES = 16 << 20  # what a conversion to the file's type may hold in memory
+
+
+class Writer:
+    """One rank's access to the files; made by `writing`."""
+
+    def __init__(self, directory: Path, target: Path, specs: Sequence[TensorSpec], shards: Sequence[Shard]) -> None:
+        self._directory = directory
+        self._target = target
+        self._specs = {spec.name: spec for spec in specs}
+        self._shard_of = {name: shard for shard in shards for name in shard.offsets}
+        self._handles: dict[str, int] = {}
+        self.elements: dict[str, int] = dict.fromkeys(self._specs, 0)
+        """Number of elements written by this rank, by tensor."""
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Write elements [start, start + len(values)) of a tensor, converted to its type once.
+
+        `values` is 1-D, of any type and on any device.
+
+        Raises:
+            OutputError: the disk is full, or fails.
+        """
+        spec, shard = self._specs[name], self._shard_of[name]
+        assert values.ndim == 1 and 0 <= start <= start + len(values) <= spec.numel
+        with reported(self._target):
+            for piece in values.detach().split(max(1, _PIECE_BYTES // spec.dtype.itemsize)):
+                data = piece.to(spec.dtype).cpu().contiguous().view(torch.uint8).numpy().data
+                _write_exactly(self._handle(shard), data, shard.offsets[name] + start * spec.dtype.itemsize)
+                start += len(piece)
+        self.elements[name] += len(values)
+
+    def sync(self) -> None:
+        """Make what this rank wrote survive a power cut."""
+        with reported(self._target):
+            for handle in self._handles.values():
+                os.fsync(handle)
+
+    def close(self) -> None:
+        """Close the files."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles = {}
+
+    def _handle(self, shard: Shard) -> int:
+        if shard.file not in self._handles:
+            self._handles[shard.file] = os.open(self._directory / shard.file, os.O_WRONLY)
+        return self._handles[shard.file]
+
+
+@contextmanager
+def writing(
+    out: str | Path,
+    specs: Sequence[TensorSpec],
+    group: Group,
+    *,
+    max_shard_size: str | int = "5GB",
+    files: Files | None = None,
+    overwrite: bool = False,
+) -> Iterator[Writer]:
+    """Write `specs` to the directory `out`; it appears when the body has succeeded on every rank. Collective.
+
+    The body writes this rank's spans; over the group they must tile every tensor. It may hold collectives
+    only where an error of one rank reaches all (`Group.agree`). `files` are taken from rank 0 when the body
+    has ended.
+
+    Args:
+        out: the directory; its parents are made. The same file system on every rank.
+        specs: the same on every rank; their order is that of the files.
+        group: the ranks that write.
+        max_shard_size: most bytes of tensor data in one file, unless a single tensor is larger.
+        files: further files for the directory.
+        overwrite: replace an earlier output; without it a directory that is not empty is refused.
+
+    Raises:
+        OutputError: on every rank; nothing is left behind, and what stood at `out` is as it was.
+    """
+    target, temporary = group.broadcast(_names(out))
+    try:
+        with group.agree():
+            shards = lay_out(specs, parse_size(max_shard_size))
+            if group.rank == 0:
+                _prepare(target, temporary, shards, overwrite)
+        with group.agree():
+            _check_shared(target, temporary, shards[0])
+            writer = Writer(temporary, target, specs, shards)
+        with group.agree():
+            try:
+                yield writer
+                writer.sync()
+            finally:
+                writer.close()
+        _check_complete(writer, specs, group)
+        with group.agree():
+            if group.rank == 0:
+                _finish(target, temporary, shards, specs, files or {})
+    finally:
+        if group.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # no longer there once it is published
+
+
+def _names(out: str | Path) -> tuple[Path, Path]:
+    target = Path(out).expanduser().resolve()
+    return target, temporary_beside(target)
+
+
+def _prepare(target: Path, temporary: Path, shards: Sequence[Shard], overwrite: bool) -> None:
+    with reported(target):
+        check_target(target, sum(shard.nbytes for shard in shards), overwrite)
+        temporary.mkdir(parents=True)
+        for shard in shards:
+            with (temporary / shard.file).open("wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.nbytes)
+
+
+def _check_shared(target: Path, temporary: Path, shard: Shard) -> None:
+    path = temporary / shard.file
+    if not path.exists() or path.stat().st_size != shard.nbytes:
+        raise OutputError(
+            f"{target}: this rank does not see the file that rank 0 made there: it is not on a shared file "
+            "system. Choose a directory that every node mounts."
+        )
+
+
+def _check_complete(writer: Writer, specs: Sequence[TensorSpec], group: Group) -> None:
+    """A hole would be a wrong span list: our bug, but one that must never reach a published file."""
+    total = sum(group.gather(sum(writer.elements.values())))
+    if total != sum(spec.numel for spec in specs):
+        written = group.gather(writer.elements)
+        wrong = [spec.name for spec in specs if sum(counts[spec.name] for counts in written) != spec.numel]
+        raise AssertionError(f"spans do not tile the tensors {wrong}: nothing was published")
+
+
+def _finish(target: Path, temporary: Path, shards: Sequence[Shard], specs: Sequence[TensorSpec], files: Files) -> None:
+    extra = dict(files)
+    if len(shards) > 1:
+        extra[INDEX] = index_of(shards, specs)
+    with reported(target):
+        for name, content in extra.items():
+            assert Path(name).name == name and name not in {shard.file for shard in shards}
+            write_file(temporary / name, content)
+        publish(temporary, target)
+
+
+def _write_exactly(handle: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        count = os.pwrite(handle, data[done:], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += count
