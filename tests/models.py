@@ -4,6 +4,8 @@ A convolution with BatchNorm, two transformer blocks, an embedding tied to the h
 (), and tensors with fewer rows than three ranks.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -151,13 +153,19 @@ def loss(model: nn.Module, data: Batch) -> Tensor:
 
 
 def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
-    """Hand the model to an engine: `plain`, `ddp` or `fsdp2`; the latter cannot shard the parameter of shape ()."""
+    """Hand the model to an engine: `plain`, `ddp` or `fsdp2`.
+
+    FSDP2 cannot shard a parameter of shape (), and the statistics of BatchNorm need float32.
+    """
     if engine == "plain":
         return model
     if engine == "ddp":
         return DistributedDataParallel(model)
-    options = {} if policy is None else {"mp_policy": policy}
     assert isinstance(model, Judged)
+    options: dict[str, Any] = {}
+    if policy is not None:
+        options["mp_policy"] = policy
+        fully_shard(model.stem.norm, mp_policy=MixedPrecisionPolicy(torch.float32, output_dtype=policy.param_dtype))
     scalars = {p for p in model.parameters() if p.dim() == 0}
     for block in model.blocks:
         fully_shard(block, **options)

@@ -16,7 +16,7 @@ from twa_scale.engines import Engine, choose_engine
 from twa_scale.layout import Layout, match
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.checksum import checksum
-from twa_scale.spans import Span, whole
+from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
 from twa_scale.store import Store, make_store
 from twa_scale.streaming import Progress, Stream
@@ -90,7 +90,7 @@ def _read_spans(engine: Engine, layout: Layout, stream: Stream, store: Store, gr
 def _read_buffers(
     engine: Engine, layout: Layout, candidates: Sequence[Candidate], stream: Stream, config: TwaConfig
 ) -> dict[str, torch.Tensor]:
-    """Read every buffer that the candidates hold: floating ones averaged or from one candidate, others from the last."""
+    """Read every buffer that the candidates hold: floating ones averaged or from one, others from the last."""
     n = len(candidates)
     weights = [1 / n] * n
     if config.buffers != "mean":
@@ -132,6 +132,7 @@ def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]
 def _warn_of_equals(gram: torch.Tensor, candidates: Sequence[Candidate]) -> None:
     for i, j in equal_candidates(gram):
         warnings.warn(
-            f"candidates {candidates[i].label} and {candidates[j].label} are the same weights: the second adds nothing.",
+            f"candidates {candidates[i].label} and {candidates[j].label} are the same weights: the second adds "
+            "nothing.",
             stacklevel=3,
         )

@@ -65,7 +65,7 @@ class TrainableAverage:
 
     @property
     def coefficients(self) -> torch.Tensor:
-        """The averaging coefficients a, (n, G) float64, with w_g = sum_i a[i, g] w_i; of centered bases they sum to 1."""
+        """The averaging coefficients a, (n, G) float64: w_g = sum_i a[i, g] w_i; in centered bases they sum to 1."""
         return self._basis.averaging(self._basis.expand(self._x.detach()))
 
     @property
@@ -88,7 +88,12 @@ class TrainableAverage:
         elements = sum(len(span) for span in self._spans)
         weights = sum(self._engine.live(span).nbytes for span in self._spans)
         deltas = self._store.nbytes - 4 * elements
-        nbytes = {"project": deltas + 4 * elements, "reduce": 0, "combine": deltas + 4 * elements + weights, "publish": 0}
+        nbytes = {
+            "project": deltas + 4 * elements,
+            "reduce": 0,
+            "combine": deltas + 4 * elements + weights,
+            "publish": 0,
+        }
         return {
             part: {"seconds": seconds.get(part, 0.0) / max(steps, 1), "bytes": moved} for part, moved in nbytes.items()
         }
@@ -124,7 +129,7 @@ class TrainableAverage:
 
     @contextmanager
     def weights(self, which: Which) -> Iterator[None]:
-        """Show the model with other weights for the length of a `with` block; then restore weights and buffers. Collective.
+        """Show the model with other weights in a `with` block, then restore weights and buffers. Collective.
 
         Args:
             which: "trained", "mean" (uniform), "center", "first", "last", the index of a candidate, or coefficients a:
@@ -170,7 +175,7 @@ class TrainableAverage:
         """
         provenance = {
             "wrote": "the live weights",
-            "config": self.config.model_dump(mode="json"),
+            "config": self._settings(),
             "candidates": list(self.fingerprint.labels),
             "groups": list(self.layout.groups),
             "coefficients": self.coefficients.tolist(),
@@ -191,7 +196,7 @@ class TrainableAverage:
         """Return what a run needs to continue on any engine and number of ranks: kilobytes, the same on every rank."""
         layers = {id(b) for layer in batchnorm.batchnorm_layers(self._engine.module) for b in layer.buffers()}
         return {
-            "config": self.config.model_dump(mode="json"),
+            "config": self._settings(),
             "groups": list(self.layout.groups),
             "group_of": {a: group for n, group in self.layout.group_of.items() for a in self.layout.held_as[n]},
             "buffer_names": list(self.layout.buffers),
@@ -213,7 +218,9 @@ class TrainableAverage:
         self._require_same_settings(state["config"])
         x = state["x"].to(self._x)
         if x.shape != self._x.shape or list(self.layout.groups) != state["groups"]:
-            raise StateError(f"the state has {tuple(x.shape)} coefficients, this run {tuple(self._x.shape)}: other groups.")
+            raise StateError(
+                f"the state has {tuple(x.shape)} coefficients, this run {tuple(self._x.shape)}: other groups."
+            )
         a = self._basis.averaging(self._basis.expand(x))
         if not torch.allclose(a, state["coefficients"].to(a), rtol=1e-6, atol=1e-6):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
@@ -285,12 +292,17 @@ class TrainableAverage:
     def _columns(self, a: torch.Tensor) -> torch.Tensor:
         return a[:, None].expand(-1, len(self.layout.groups)).contiguous()
 
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings of the average alone, also where the configuration is that of a whole run."""
+        return self.config.model_dump(mode="json", include=set(TwaConfig.model_fields))
+
     def _require_same_settings(self, saved: dict[str, Any]) -> None:
-        now = self.config.model_dump(mode="json")
+        now = self._settings()
         for key in ("basis", "groups", "center", "units", "num_components", "include", "exclude"):
             if saved[key] != now[key]:
                 raise StateError(
-                    f"{key}: the state was trained with {saved[key]!r}, this run has {now[key]!r}; its coefficients would "
+                    f"{key}: the state was trained with {saved[key]!r}, this run has {now[key]!r}; its coefficients "
+                    "would "
                     "mean something else. Use the saved setting, or start a new run."
                 )
 

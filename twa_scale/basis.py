@@ -78,7 +78,8 @@ class Basis:
         if self.kind == "simplex":
             if bool((a <= 0).any()):
                 raise ConfigError(
-                    "basis 'simplex' must start where every candidate has a positive weight: at its corners and edges the "
+                    "basis 'simplex' must start where every candidate has a positive weight: at its corners and "
+                    "edges the "
                     "softmax has no gradient. Choose start: center, and a center that uses all candidates."
                 )
             return torch.log(a)
@@ -95,8 +96,8 @@ def make_basis(
     """Choose T for each group from its Gram matrix.
 
     `normalized` divides each delta by its norm (TWA v4), `orthonormal` is Schmidt's basis of the candidates themselves
-    (TWA, ICLR 2023), `pca` the leading directions of the candidates around their mean (DLDR, arXiv 2103.11154), `simplex`
-    has no T. With `units` "delta" T is scaled by the group's mean delta norm.
+    (TWA, ICLR 2023), `pca` the leading directions of the candidates around their mean (DLDR, arXiv 2103.11154),
+    `simplex` has no T. With `units` "delta" T is scaled by the group's mean delta norm.
 
     Raises:
         ConfigError: more components asked for than the candidates have.

@@ -21,7 +21,9 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings that replace those of the file: `optimizer.lr=3e-3 groups=block`.", show_default=False),
+    typer.Argument(
+        help="Settings that replace those of the file: `optimizer.lr=3e-3 groups=block`.", show_default=False
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Directory to write; it appears only when it is complete.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file: `5GB`, `512MiB`, ...")]
@@ -112,9 +114,9 @@ def average(
 ) -> None:
     """Average candidates with fixed weights: streamed, in bounded memory, no model code needed.
 
-        twa-scale average 'runs/a/step-*' --weights ema:0.9 --out merged
+    twa-scale average 'runs/a/step-*' --weights ema:0.9 --out merged
 
-        twa-scale average runs/a:0.7 runs/b:0.3 --out merged
+    twa-scale average runs/a:0.7 runs/b:0.3 --out merged
     """
     from twa_scale.merging import average_fixed
     from twa_scale.training.report import Report

@@ -29,7 +29,9 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = Field("adamw", description="Class of torch.optim, in any case: `adamw`, `sgd`, `lbfgs` is not supported.")
+    name: str = Field(
+        "adamw", description="Class of torch.optim, in any case: `adamw`, `sgd`, `lbfgs` is not supported."
+    )
     lr: PositiveFloat = Field(0.03, description="Learning rate, in the units that `units` names.")
 
     @property
@@ -46,26 +48,32 @@ class TwaConfig(Section):
 
     basis: Literal["normalized", "orthonormal", "pca", "simplex"] = Field(
         "normalized",
-        description="What the coefficients multiply: `normalized` deltas (TWA v4), an `orthonormal` basis of the candidates "
+        description="What the coefficients multiply: `normalized` deltas (TWA v4), an `orthonormal` basis of the "
+        "candidates "
         "(TWA, ICLR 2023), leading `pca` directions (DLDR), or softmax weights on the `simplex` (learned soup).",
     )
     groups: Literal["global", "block", "tensor"] | list[str] = Field(
         "global",
-        description="Tensors that share one coefficient per candidate: all of them, one group per `block` or `tensor`, or "
-        "one group per regular expression of a list (the first that is found in the name wins; the others share a group).",
+        description="Tensors that share one coefficient per candidate: all of them, one group per `block` or "
+        "`tensor`, or "
+        "one group per regular expression of a list (the first that is found in the name wins; the others share a "
+        "group).",
     )
     center: Center = Field(
         "mean",
-        description="Fixed-weight average that training starts around: `mean`, `ema:0.9` (decay per candidate), `linear`, "
+        description="Fixed-weight average that training starts around: `mean`, `ema:0.9` (decay per candidate), "
+        "`linear`, "
         "`minus-sqrt` (WSM's decay shapes), `first`, `last`, the index of a candidate, or one weight per candidate.",
     )
     units: Literal["delta", "weight"] = Field(
         "delta",
-        description="`delta` scales the basis of a group by its mean delta norm, so that one learning rate means the same on "
+        description="`delta` scales the basis of a group by its mean delta norm, so that one learning rate means "
+        "the same on "
         "every model; `weight` leaves unit-norm basis vectors, as published.",
     )
     start: Literal["center", "first", "last"] | int = Field(
-        "center", description="Where the coefficients start: at the `center`, or at a candidate (`first`, `last`, an index)."
+        "center",
+        description="Where the coefficients start: at the `center`, or at a candidate (`first`, `last`, an index).",
     )
     store: Literal["dense32", "dense16"] = Field(
         "dense32", description="How the deltas are held beside the weights: float32 or bfloat16."
@@ -79,7 +87,8 @@ class TwaConfig(Section):
     exclude: list[str] = Field([], description="Regular expressions of tensor names to leave at the center.")
     ignore: list[str] = Field([], description="Regular expressions of candidate tensors that the model does not have.")
     buffers: Literal["mean", "first", "last"] | int = Field(
-        "mean", description="Floating point buffers: the candidates' `mean`, or those of one candidate. Integers: the last's."
+        "mean",
+        description="Floating point buffers: the candidates' `mean`, or those of one candidate. Integers: the last's.",
     )
 
     @field_validator("center")
@@ -100,8 +109,12 @@ class ScheduleConfig(Section):
     """Learning rate of the coefficients over the run: a warmup, then a shape."""
 
     name: Literal["cosine", "linear", "step", "constant"] = Field("cosine", description="Shape after the warmup.")
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="Part of all steps in which the rate rises linearly.")
-    final: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Part of the rate left at the end (cosine, linear).")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.2, description="Part of all steps in which the rate rises linearly."
+    )
+    final: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Part of the rate left at the end (cosine, linear)."
+    )
     every: PositiveInt | None = Field(None, description="`step`: steps between two cuts of the rate.")
     factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="`step`: what one cut multiplies the rate by.")
 
@@ -137,12 +150,20 @@ class RunConfig(TwaConfig):
     engine: Literal["auto", "plain", "ddp", "fsdp2"] = Field(
         "auto", description="How the model is held: `auto` shards it with FSDP2 when there are several ranks."
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="Type of forward and backward computation.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU of the rank when there is one.")
-    split: str = Field("train", description="Data that the coefficients are trained on: `train` (TWA-t), `validation` (TWA-v).")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of forward and backward computation."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="`auto` takes the GPU of the rank when there is one."
+    )
+    split: str = Field(
+        "train", description="Data that the coefficients are trained on: `train` (TWA-t), `validation` (TWA-v)."
+    )
     steps: PositiveInt | None = Field(None, description="Coefficient updates; give this or `epochs`.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the split; give this or `steps`.")
-    batch_size: PositiveInt = Field(32, description="Examples per update, over all ranks: the same run on any number of ranks.")
+    batch_size: PositiveInt = Field(
+        32, description="Examples per update, over all ranks: the same run on any number of ranks."
+    )
     micro_batch_size: PositiveInt | None = Field(
         None, description="Examples per rank and backward pass; gradients are accumulated in coefficient space."
     )
@@ -151,9 +172,13 @@ class RunConfig(TwaConfig):
     log_every: PositiveInt = Field(1, description="Steps between two lines of metrics.jsonl.")
     evaluate_every: PositiveInt | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
     evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")
-    evaluate_batches: PositiveInt | None = Field(None, description="Batches per evaluation; the whole split when not given.")
+    evaluate_batches: PositiveInt | None = Field(
+        None, description="Batches per evaluation; the whole split when not given."
+    )
     checkpoint_every: PositiveInt | None = Field(None, description="Steps between two saves of the run state.")
-    recalibrate_batches: PositiveInt = Field(50, description="Batches for BatchNorm statistics, when the model has them.")
+    recalibrate_batches: PositiveInt = Field(
+        50, description="Batches for BatchNorm statistics, when the model has them."
+    )
     resume: bool = Field(True, description="Continue from the run state in `output` when there is one.")
     max_shard_size: str = Field("5GB", description="Largest file of the exported average.")
 
@@ -182,7 +207,8 @@ def center_weights(center: Center, n: int) -> list[float]:
     """Return the weights b_1..b_n (sum 1) of the center c = sum_i b_i w_i, candidates in training order.
 
     `ema:d` weighs candidate i by d^(n-i); `linear` and `minus-sqrt` are the averages that a learning rate decayed by
-    that shape would have made of the last n steps (WSM, arXiv 2507.17634): candidate i enters with the rate's drop at i.
+    that shape would have made (WSM, arXiv 2507.17634): candidate i enters with the drop of the rate at i. A linear
+    decay drops evenly, so for evenly spaced candidates `linear` is their mean.
 
     Raises:
         ConfigError: an index out of range, or weights that are not n numbers of sum 1.
@@ -197,7 +223,8 @@ def center_weights(center: Center, n: int) -> list[float]:
     if isinstance(center, list):
         if len(center) != n or abs(sum(center) - 1) > 1e-6:
             raise ConfigError(
-                f"center: {len(center)} weights of sum {sum(center):g} for {n} candidates; give one weight for each, of sum 1."
+                f"center: {len(center)} weights of sum {sum(center):g} for {n} candidates; give one weight for "
+                "each, of sum 1."
             )
         return [float(b) for b in center]
     if center == "mean":

@@ -68,4 +68,3 @@ def export(
             for name, buffer in engine.buffers().items():
                 if group.rank == 0 and name in layout.buffers:
                     writer.write(name, 0, buffer.reshape(-1))
-

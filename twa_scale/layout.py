@@ -58,7 +58,8 @@ def match(
     trained = selected(trainable, config.include, config.exclude)
     if not trained:
         raise ConfigError(
-            f"nothing to train: of {len(parameters)} parameters {len(trainable)} require a gradient, and include and exclude "
+            f"nothing to train: of {len(parameters)} parameters {len(trainable)} require a gradient, and include "
+            "and exclude "
             "leave none of them. Widen the patterns, or set requires_grad."
         )
     by_group = group_names(trained, config.groups)
@@ -72,9 +73,7 @@ def match(
     )
 
 
-def _held_as(
-    parameters: Mapping[str, ParameterInfo], held: list[str], first: Candidate
-) -> dict[str, tuple[str, ...]]:
+def _held_as(parameters: Mapping[str, ParameterInfo], held: list[str], first: Candidate) -> dict[str, tuple[str, ...]]:
     known = set(held)
     names = {name: tuple(a for a in info.aliases if a in known) for name, info in parameters.items()}
     missing = [name for name, found in names.items() if not found]
@@ -98,6 +97,7 @@ def _refuse_leftovers(leftover: list[str], known: list[str], first: Candidate) -
 def _check_shape(name: str, shape: tuple[int, ...], first: Candidate) -> None:
     if first.shape(name) != shape:
         raise CandidateError(
-            f"{first.label}: tensor {name!r} has shape {first.shape(name)}, the model's is {shape}; candidates must be of "
+            f"{first.label}: tensor {name!r} has shape {first.shape(name)}, the model's is {shape}; candidates must "
+            "be of "
             "the same architecture as the model."
         )

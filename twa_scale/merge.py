@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
+from math import fsum, isclose
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,9 @@ class _Merger:
         compute = torch.float64 if wide else torch.float32
         first = max(range(len(a)), key=lambda i: abs(a[i]))
         reference = self._finite(piece, first, compute)
-        result = reference * (fsum(a) - 1)
+        total = fsum(a)
+        # Weights of sum 1 that were rounded must not move float64 candidates that agree by a last bit.
+        result = reference * (0.0 if isclose(total, 1, rel_tol=1e-12) else total - 1)
         for i, weight in enumerate(a):
             if i != first and weight != 0:
                 result.add_(self._finite(piece, i, compute).sub_(reference), alpha=weight)

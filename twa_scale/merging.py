@@ -44,7 +44,9 @@ def average_fixed(
         center = validated(TwaConfig, {"center": "mean" if weights == "uniform" else weights}, "--weights").center
         explicit = center_weights(center, len(opened))
     elif len(explicit) != len(opened):
-        raise ConfigError(f"{len(explicit)} weights for {len(opened)} candidates: a PATH:WEIGHT must name one candidate.")
+        raise ConfigError(
+            f"{len(explicit)} weights for {len(opened)} candidates: a PATH:WEIGHT must name one candidate."
+        )
     fixed = explicit
     merge(
         opened,

@@ -123,7 +123,7 @@ def _transient(
     root = total - sum(sizes)
     block = max(sizes, default=0)
     compute = 2 if config.precision == "bfloat16" else 4
-    # Gathered: the root, and the block at work beside the one that is prefetched. Reduced: the block's own gradient, its
+    # Gathered: the root, and the block at work beside the one that is prefetched. Reduced: the block's gradient, its
     # copy in the order of the ranks, and those of the root at the end.
     return {
         "gathered parameters": (root + 2 * block) * compute,

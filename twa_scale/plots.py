@@ -208,16 +208,10 @@ def _bars(axes: Axes, values: Array, candidates: Sequence[str]) -> None:
     _name_ticks(axes, "y", candidates)
     if len(values) <= MOST_NUMBERS:
         for place, value in zip(places, values, strict=True):
-            away, align = (4, "left") if value >= 0 else (-4, "right")
-            axes.annotate(
-                _number(value, 2),
-                (value, place),
-                (away, 0),
-                textcoords="offset points",
-                ha=align,
-                va="center",
-                fontsize=8,
-            )
+            at: dict[str, Any] = {"xytext": (4, 0), "ha": "left"} if value >= 0 else {"xytext": (-4, 0), "ha": "right"}
+            page = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # so that the dashed line passes behind
+            number = _number(value, 2)
+            axes.annotate(number, (value, place), **at, textcoords="offset points", va="center", fontsize=8, bbox=page)
     axes.set_title("Coefficients by candidate")
     axes.set_xlabel("averaging coefficient; dashed: uniform")
 
@@ -277,5 +271,8 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(picture, format="png", dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.2)
     temporary = temporary_beside(path)
     with reported(path):
-        write_file(temporary, picture.getvalue())
-        temporary.replace(path)
+        try:
+            write_file(temporary, picture.getvalue())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

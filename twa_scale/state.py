@@ -1,16 +1,16 @@
 """What a run leaves behind to be continued: the fingerprint of its candidates, and a file written atomically."""
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from twa_scale.errors import OutputError, StateError
+from twa_scale.errors import StateError
 from twa_scale.names import nearest
+from twa_scale.writer.publish import reported, sync, temporary_beside, write_file
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Fingerprint:
         """
         if len(self.labels) != len(saved.labels):
             raise StateError(
-                f"the state was trained on {len(saved.labels)} candidates ({saved.labels[0]} to {saved.labels[-1]}), this "
+                f"the state was trained on {len(saved.labels)} candidates ({saved.labels[0]} to "
+                f"{saved.labels[-1]}), this "
                 f"run has {len(self.labels)}; give the same ones, in the same order."
             )
         for name, shape in saved.shapes.items():
@@ -54,8 +55,10 @@ class Fingerprint:
             for i, sums in enumerate(found):
                 if sums.get(name, expected[i]) != expected[i]:
                     raise StateError(
-                        f"{(labels or self.labels)[i]}: tensor {name!r} is not what it was when the state was saved (then as "
-                        f"{self.labels[i]}); the coefficients belong to the old candidates. Restore them, or start a new run."
+                        f"{(labels or self.labels)[i]}: tensor {name!r} is not what it was when the state was saved "
+                        "(then as "
+                        f"{self.labels[i]}); the coefficients belong to the old candidates. Restore them, or start "
+                        "a new run."
                     )
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,7 +75,7 @@ class Fingerprint:
 def fingerprint_of(
     labels: Sequence[str], shapes: dict[str, tuple[int, ...]], checksums: dict[str, torch.Tensor]
 ) -> Fingerprint:
-    """Put the checksums of single tensors, (n,) each, together; a tensor of which this rank read nothing counts zero."""
+    """Put the checksums of single tensors, (n,) each, together; what this rank did not read counts zero."""
     none = torch.zeros(len(labels), dtype=torch.int64)
     return Fingerprint(tuple(labels), shapes, torch.stack([checksums.get(name, none) for name in shapes], dim=1))
 
@@ -83,20 +86,17 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OutputError: the file could not be written; an older one is as it was.
     """
-    try:
+    content = BytesIO()
+    torch.save(state, content)
+    temporary = temporary_beside(path)
+    with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except (OSError, RuntimeError) as error:
-        raise OutputError(f"{path}: the run state could not be written: {error}. The previous one is untouched.") from error
+            write_file(temporary, content.getvalue())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.table import Table
 
+from twa_scale.inspection import Inspection
 from twa_scale.plan import Plan
 
 
@@ -43,4 +45,30 @@ def plan_table(plan: Plan, ranks: int) -> Table:
         for i, (name, nbytes) in enumerate(rows.items()):
             table.add_row(section if i == 0 else "", name, human_bytes(nbytes))
         table.add_section()
+    return table
+
+
+def inspection_json(found: Inspection) -> str:
+    """Return what was found as JSON; a cosine with a delta of zero norm is null."""
+    plain = asdict(found)
+    cosines = [[None if value != value else value for value in row] for row in found.cosines.tolist()]
+    return json.dumps({**plain, "cosines": cosines, "distances": found.distances.tolist()}, indent=2)
+
+
+def inspection_table(found: Inspection) -> Table:
+    """Return one row for each candidate."""
+    table = Table(caption="delta: to the mean of these candidates; cosine: of a delta and the one above")
+    table.add_column("candidate", overflow="fold")
+    for column in ("tensors", "elements", "dtype", "norm", "delta", "cosine"):
+        table.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=column != "dtype")
+    for i, label in enumerate(found.labels):
+        table.add_row(
+            Path(label).name,
+            f"{found.tensors[i]:,}",
+            f"{found.elements[i]:,}",
+            found.dtypes[i],
+            f"{found.norms[i]:.4g}",
+            f"{found.delta_norms[i]:.4g}",
+            f"{found.cosines[i, i - 1]:+.3f}" if i else "",
+        )
     return table

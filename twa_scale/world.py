@@ -31,7 +31,9 @@ class World:
         if not found:
             return cls(0, 1, 0)
         if len(found) < len(keys):
-            raise ConfigError(f"the environment sets {', '.join(found)} but not all of {', '.join(keys)}; use torchrun.")
+            raise ConfigError(
+                f"the environment sets {', '.join(found)} but not all of {', '.join(keys)}; use torchrun."
+            )
         return cls(*(int(environment[key]) for key in keys))
 
     def device(self, wanted: str = "auto") -> torch.device:
@@ -49,7 +51,7 @@ class World:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Be part of the process group for the length of a `with` block: NCCL on GPUs, gloo on CPUs, none when alone."""
+        """Be part of the process group in a `with` block: NCCL on GPUs, gloo on CPUs, none when alone."""
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.size == 1 or dist.is_initialized():

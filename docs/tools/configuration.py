@@ -105,9 +105,7 @@ def undescribed(run: Schema) -> list[str]:
 def main() -> int:
     """Write the page, or with `--check` compare it with what would be written; 1 when it is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 when the page is stale"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is stale")
     arguments = parser.parse_args()
     if missing := undescribed(RunConfig.model_json_schema()):
         print(f"no description in twa_scale/config.py: {', '.join(missing)}", file=sys.stderr)

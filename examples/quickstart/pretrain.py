@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True, help="steps of the constant run")
-    parser.add_argument("--budget", type=int, required=True, help="steps of the decayed run: constant run and TWA together")
+    parser.add_argument(
+        "--budget", type=int, required=True, help="steps of the decayed run: constant run and TWA together"
+    )
     parser.add_argument("--candidates", type=int, required=True)
     parser.add_argument("--every", type=int, required=True, help="steps between two candidates")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -117,7 +119,13 @@ def pretrain(training: Training, arguments: argparse.Namespace) -> None:
         training.update(step, (budget - step) / (budget - branch))
     name_it(writer.save(training.model, 1), "decayed")
     if rank == 0:
-        facts = {"steps": steps, "budget": budget, "branch": branch, "seconds_per_step": seconds, "losses": losses[::10]}
+        facts = {
+            "steps": steps,
+            "budget": budget,
+            "branch": branch,
+            "seconds_per_step": seconds,
+            "losses": losses[::10],
+        }
         (arguments.out / "pretrain.json").write_text(json.dumps(facts) + "\n")
 
 

@@ -87,7 +87,8 @@ def table(out: Path, rows: list[dict[str, object]]) -> None:
         result.add_row(row["method"], str(row["steps"]), f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}")
     console.print(result)
     console.print(
-        f"TWA's {TWA_STEPS} steps train {CANDIDATES} coefficients per tensor; its average is in {out}/twa-train/average,\n"
+        f"TWA's {TWA_STEPS} steps train {CANDIDATES} coefficients per tensor; its average is in "
+        f"{out}/twa-train/average,\n"
         f"its picture in {out}/twa-train/coefficients.png. The decayed run had the steps of training and TWA together."
     )
 

@@ -45,9 +45,7 @@ ORDER = [
 def modules(package: Path) -> dict[str, Path]:
     """Return dotted module name -> file; `sources/__init__.py` is `twa_scale.sources`."""
     return {
-        ".".join((package.name, *file.relative_to(package).with_suffix("").parts)).removesuffix(
-            ".__init__"
-        ): file
+        ".".join((package.name, *file.relative_to(package).with_suffix("").parts)).removesuffix(".__init__"): file
         for file in sorted(package.rglob("*.py"))
     }
 

@@ -42,9 +42,7 @@ def batch_of(examples: Examples, size: int) -> dict[str, torch.Tensor]:
     return stack([examples[i] for i in range(size)])
 
 
-def first_loss_and_last(
-    task: Task, split: str = "train", steps: int = 12, size: int = 16
-) -> tuple[float, float]:
+def first_loss_and_last(task: Task, split: str = "train", steps: int = 12, size: int = 16) -> tuple[float, float]:
     """Train for a few steps: loss on the first batch before and after, through `loss` and `metrics`."""
     torch.manual_seed(0)
     model, data = task.model(), task.dataset(split)
@@ -305,9 +303,7 @@ def test_image_folder(tmp_path: Path, mine: str) -> None:
         for i in range(3):
             image.new("RGB", (20 + i, 12), color).save(tmp_path / "train" / name / f"{i}.png")
     options = {"model_options": {"inputs": 192, "classes": 2}, "image_size": 8}
-    task = task_of(
-        "image_classification", train=str(tmp_path / "train"), model=f"{mine}:classifier", **options
-    )
+    task = task_of("image_classification", train=str(tmp_path / "train"), model=f"{mine}:classifier", **options)
     data = task.dataset("train")
     assert len(data) == 6 and data[5]["labels"] == 1
     assert data[5]["images"][:, 4, 4].tolist() == [0, 0, 255]
@@ -437,9 +433,7 @@ def test_labels_outside_the_training_data(bert: str, tmp_path: Path) -> None:
         ({"train_images": np.array([{}, {}]), "train_labels": np.zeros(2, int)}, ["d.npz"]),
     ],
 )
-def test_arrays_that_cannot_be_used(
-    tmp_path: Path, mine: str, arrays: dict[str, np.ndarray], words: list[str]
-) -> None:
+def test_arrays_that_cannot_be_used(tmp_path: Path, mine: str, arrays: dict[str, np.ndarray], words: list[str]) -> None:
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(ConfigError) as caught:
         options = {"model": f"{mine}:classifier", "data": str(tmp_path / "d.npz")}

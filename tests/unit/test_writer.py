@@ -273,25 +273,22 @@ def test_an_unwritable_parent(tmp_path: Path) -> None:
         write_share(tmp_path / "out", Group.alone())
 
 
-def write_much(out: Path, limit: int | None = None) -> None:
-    """Half of a file on each rank; the disk is sparse enough to promise it and too small to hold it."""
+def write_limited(out: Path, limit: int) -> None:
     group = Group.world()
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         numel = 1 << 20
         with writing(out, [TensorSpec("w", (numel,), torch.float32)], group) as writer:
             start, stop = share(numel, group.rank, group.size)
             writer.write("w", start, torch.ones(stop - start))
     finally:
-        if limit:
-            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_limit_on_file_sizes(ranks: Pool, tmp_path: Path, size: int) -> None:
-    error = ranks.error(write_much, size, out=tmp_path / "out", limit=1 << 16)
+    error = ranks.error(write_limited, size, out=tmp_path / "out", limit=1 << 16)
     assert isinstance(error, OutputError) and os.strerror(errno.EFBIG) in str(error) and "ulimit -f" in str(error)
     assert left(tmp_path) == []
 

@@ -45,15 +45,19 @@ class FSDP2Engine:
         for name, parameter in self._sharded.items():
             if meshes[name].ndim != 1 or parameter.placements != (Shard(0),):
                 raise EngineError(
-                    f"parameter {name!r} is placed as {parameter.placements} on a {meshes[name].ndim}-D mesh; FSDP2 models are "
-                    "supported when sharded on dim 0 over a 1-D mesh. Leave shard_placement_fn and tensor parallelism out."
+                    f"parameter {name!r} is placed as {parameter.placements} on a {meshes[name].ndim}-D mesh; FSDP2 "
+                    "models are "
+                    "supported when sharded on dim 0 over a 1-D mesh. Leave shard_placement_fn and tensor "
+                    "parallelism out."
                 )
             if meshes[name] != first:
-                raise EngineError(f"parameter {name!r} is sharded over another mesh than the first; use one mesh for all.")
+                raise EngineError(
+                    f"parameter {name!r} is sharded over another mesh than the first; use one mesh for all."
+                )
         return Group(first.get_group())
 
     def _place(self) -> dict[str, Span]:
-        """Learn where the local rows start from how many rows the ranks before this one hold: any uneven split will do."""
+        """Learn where the local rows start from how many the ranks before hold: any uneven split will do."""
         counts = self.shard_group.gather([len(local) for local in self._local.values()])
         before = counts[: self.shard_group.rank]
         spans = {}
@@ -93,7 +97,7 @@ class FSDP2Engine:
         for name, parameter in self._sharded.items():
             if self.parameters[name].trainable:
                 hook = partial(self._take, span=self._spans[name])
-                handle = parameter.register_post_accumulate_grad_hook(hook)
+                handle = cast(torch.Tensor, parameter).register_post_accumulate_grad_hook(hook)
                 self._hooks.append(handle)
 
     def _take(self, parameter: torch.Tensor, span: Span) -> None:

@@ -68,12 +68,8 @@ class CausalLMOptions(Section):
     tokens: SplitFiles | None = Field(
         None, description="Files of tokens, `.npy` or bare (`.bin`), as for `text`. Give this or `text`."
     )
-    token_dtype: Literal["uint8", "uint16", "int32"] = Field(
-        "uint16", description="Type of the tokens in bare files."
-    )
-    context: PositiveInt = Field(
-        256, description="Tokens that one example predicts; each is read once per epoch."
-    )
+    token_dtype: Literal["uint8", "uint16", "int32"] = Field("uint16", description="Type of the tokens in bare files.")
+    context: PositiveInt = Field(256, description="Tokens that one example predicts; each is read once per epoch.")
     fractions: Fractions = Field(
         default_factory=Fractions, description="Parts of the files for each split, where one list is divided."
     )
@@ -105,9 +101,7 @@ class CausalLM:
         self._vocabulary = self._config.vocab_size if self._config else VOCABULARY
         limit = getattr(self._config, "max_position_embeddings", None)
         if limit and options.context > limit:
-            raise ConfigError(
-                f"task.context: {options.context} is longer than the model allows. Use at most {limit}."
-            )
+            raise ConfigError(f"task.context: {options.context} is longer than the model allows. Use at most {limit}.")
         self._key = "task.text" if options.text else "task.tokens"
         files = options.text or options.tokens
         assert files is not None

@@ -69,6 +69,4 @@ def given_split(split: str, given: Mapping[str, T]) -> T:
         return given[split]
     if split not in SPLITS:
         raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS)}.")
-    raise ConfigError(
-        f"task.{split}: is not set, and the run asks for it. Name its data, or use {', '.join(given)}."
-    )
+    raise ConfigError(f"task.{split}: is not set, and the run asks for it. Name its data, or use {', '.join(given)}.")

@@ -95,9 +95,7 @@ def _find(entries: list[str], suffixes: tuple[str, ...], key: str) -> list[tuple
     for entry in entries:
         files = _standard_library() if entry == STDLIB else _matches(entry, suffixes)
         if not files:
-            raise ConfigError(
-                f"{key}: {entry!r} matches no file. Give files, globs or directories that exist."
-            )
+            raise ConfigError(f"{key}: {entry!r} matches no file. Give files, globs or directories that exist.")
         for path, name in files:
             found.setdefault(path, name)
     return list(found.items())

@@ -17,9 +17,7 @@ def load_config(directory: str) -> Any:
         ConfigError: transformers is not installed, or there is no usable config.json.
     """
     if not Path(directory).expanduser().joinpath("config.json").is_file():
-        raise ConfigError(
-            f"task.model: {directory!r} has no config.json. Give a Hugging Face model directory on disk."
-        )
+        raise ConfigError(f"task.model: {directory!r} has no config.json. Give a Hugging Face model directory on disk.")
     return _from_pretrained("AutoConfig", directory, "config.json")
 
 

@@ -30,9 +30,7 @@ class ImageClassificationOptions(Section):
     )
     validation: str | None = Field(None, description="Validation data.")
     test: str | None = Field(None, description="Test data.")
-    image_size: PositiveInt | None = Field(
-        None, description="Side of the squares that images of a folder are cut to."
-    )
+    image_size: PositiveInt | None = Field(None, description="Side of the squares that images of a folder are cut to.")
     mean: list[float] = Field([], description="Subtracted per channel (first dimension of an example).")
     std: list[float] = Field([], description="Divided by per channel, after `mean`.")
 
@@ -67,9 +65,7 @@ class ImageClassification:
                 "task.image_size: is not set; images of a folder are cut to squares of this side. Set it."
             )
         # One numbering for all splits, also where one of them lacks a class.
-        self._classes = sorted(
-            {name for s, path in folders.items() for name in class_names(path, f"task.{s}")}
-        )
+        self._classes = sorted({name for s, path in folders.items() for name in class_names(path, f"task.{s}")})
         self._datasets: dict[str, Examples] = {}
 
     def model(self) -> nn.Module:
@@ -123,15 +119,9 @@ def _paths(options: ImageClassificationOptions) -> dict[str, Path]:
         paths = {split: Path(path).expanduser() for split, path in named.items() if path}
     else:
         root = Path(options.data).expanduser()
-        paths = (
-            {s: root / s for s in SPLITS if (root / s).is_dir()}
-            if root.is_dir()
-            else dict.fromkeys(SPLITS, root)
-        )
+        paths = {s: root / s for s in SPLITS if (root / s).is_dir()} if root.is_dir() else dict.fromkeys(SPLITS, root)
         if not paths:
-            raise ConfigError(
-                f"task.data: {root} has no subfolder {', '.join(SPLITS)}. Name each split on its own."
-            )
+            raise ConfigError(f"task.data: {root} has no subfolder {', '.join(SPLITS)}. Name each split on its own.")
     for split, path in paths.items():
         if not path.exists():
             key = "data" if options.data else split

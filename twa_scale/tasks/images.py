@@ -39,9 +39,7 @@ def read_npz(path: Path, prefix: str, where: str) -> tuple[Tensor, Tensor]:
                 )
             images, labels = (torch.from_numpy(_native(arrays[name])) for name in names)
     except (OSError, ValueError, TypeError, zipfile.BadZipFile, AttributeError) as error:
-        raise ConfigError(
-            f"{where}: {path} cannot be read as arrays: {error}. Write it with numpy.savez."
-        ) from error
+        raise ConfigError(f"{where}: {path} cannot be read as arrays: {error}. Write it with numpy.savez.") from error
     if images.dim() < 2 or len(images) != len(labels) or not len(images):
         raise ConfigError(
             f"{where}: {path} has images of shape {tuple(images.shape)} and labels of shape "
@@ -83,16 +81,12 @@ class ImageFolder:
         try:
             self._image, self._ops = import_module("PIL.Image"), import_module("PIL.ImageOps")
         except ImportError as error:
-            raise ConfigError(
-                f"{where}: an image folder needs Pillow. Install it: pip install pillow."
-            ) from error
+            raise ConfigError(f"{where}: an image folder needs Pillow. Install it: pip install pillow.") from error
         found = ((p, i) for i, name in enumerate(classes) for p in sorted((root / name).rglob("*")))
         self._files = [(p, i) for p, i in found if p.suffix.lower() in SUFFIXES]
         self._size = size
         if not self._files:
-            raise ConfigError(
-                f"{where}: {root} has no images. Put {', '.join(SUFFIXES)} files into its subfolders."
-            )
+            raise ConfigError(f"{where}: {root} has no images. Put {', '.join(SUFFIXES)} files into its subfolders.")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -101,9 +95,7 @@ class ImageFolder:
         path, label = self._files[index]
         try:
             with self._image.open(path) as image:
-                square = self._ops.fit(
-                    image.convert("RGB"), (self._size, self._size), self._image.Resampling.BILINEAR
-                )
+                square = self._ops.fit(image.convert("RGB"), (self._size, self._size), self._image.Resampling.BILINEAR)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read as an image: {error}. Repair or remove it.") from error
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)

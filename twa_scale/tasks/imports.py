@@ -30,9 +30,7 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise ConfigError(
-            f"{key}: the module {module_name!r} has no function {name!r}{nearest(name, public)}."
-        )
+        raise ConfigError(f"{key}: the module {module_name!r} has no function {name!r}{nearest(name, public)}.")
     return function  # type: ignore[no-any-return]
 
 
@@ -46,15 +44,9 @@ def call(function: Callable[..., Any], options: dict[str, Any], key: str, path: 
     try:
         signature.bind(**options)
     except TypeError as error:
-        valid = [
-            p.name
-            for p in signature.parameters.values()
-            if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
+        valid = [p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
         wrong = next((name for name in options if name not in valid), "")
         hint = nearest(wrong, valid) if wrong else ""
         known = f"It takes {', '.join(valid)}." if valid else "It takes none."
-        raise ConfigError(
-            f"{key}: {path!r} cannot be called with these options: {error}{hint}. {known}"
-        ) from error
+        raise ConfigError(f"{key}: {path!r} cannot be called with these options: {error}{hint}. {known}") from error
     return function(**options)

@@ -69,9 +69,7 @@ class SequenceClassification:
         number_of = _numbering(labels, config.label2id)
         self.num_labels = options.num_labels or len(number_of)
         self._labels = {
-            split: integer_labels(
-                torch.tensor([number_of[x] for x in of]), self.num_labels, self._paths[split]
-            )
+            split: integer_labels(torch.tensor([number_of[x] for x in of]), self.num_labels, self._paths[split])
             for split, of in labels.items()
         }
         self._tokenizer = _padding_tokenizer(options.model)

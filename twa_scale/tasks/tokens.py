@@ -94,9 +94,7 @@ class TokenFile:
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be read: {error.strerror}.") from error
         if len(tokens) < stop - start:
-            raise ConfigError(
-                f"{self.path}: has become shorter since the run began. Start again with files at rest."
-            )
+            raise ConfigError(f"{self.path}: has become shorter since the run began. Start again with files at rest.")
         return tokens
 
 

@@ -3,7 +3,7 @@
 import json
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,7 @@ class Run:
         final = self._evaluate()
         self._save()
         with self.report.waiting("writing the average"):
-            self.twa.export(
-                self.output / "average", max_shard_size=self.config.max_shard_size, overwrite=True
-            )
+            self.twa.export(self.output / "average", max_shard_size=self.config.max_shard_size, overwrite=True)
         summary = self._summary(final)
         self.records.close()
         if self.group.rank == 0:
@@ -194,7 +192,8 @@ class Run:
             state = load_state(path) if self.config.resume and path.exists() else None
             if state is not None and state["num_steps"] != self.num_steps:
                 raise StateError(
-                    f"{path}: was saved in a run of {state['num_steps']} steps, this one has {self.num_steps}; the schedule "
+                    f"{path}: was saved in a run of {state['num_steps']} steps, this one has {self.num_steps}; the "
+                    "schedule "
                     "would jump. Give the same number, another output, or resume=false."
                 )
         if state is None:

@@ -66,7 +66,11 @@ class Report:
         table.add_row("forward + backward", f"{summary['forward_backward_seconds'] * 1e3:.2f}", "", "", "")
         for part, cost in summary["cost"].items():
             speed = cost["bytes"] / cost["seconds"] if cost["seconds"] else 0.0
-            moved = (f"{cost['bytes'] / 1e6:.2f}", f"{speed / 1e9:.2f}", f"{speed / bandwidth:.0%}") if cost["bytes"] else ("",) * 3
+            moved = (
+                (f"{cost['bytes'] / 1e6:.2f}", f"{speed / 1e9:.2f}", f"{speed / bandwidth:.0%}")
+                if cost["bytes"]
+                else ("",) * 3
+            )
             table.add_row(part, f"{cost['seconds'] * 1e3:.2f}", *moved)
         self._console.print(table)
         self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")

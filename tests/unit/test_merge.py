@@ -1,0 +1,192 @@
+"""Merging: equal to a dense float64 sum, exact where candidates agree, and nothing bad gets through."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from tests.pool import Pool
+from twa_scale import merge as merging
+from twa_scale.comm import Group
+from twa_scale.errors import CandidateError, OutputError, StateError
+from twa_scale.merge import Checksums, merge
+from twa_scale.sources import open_candidates
+from twa_scale.sources.checksum import checksum
+
+Tensors = dict[str, torch.Tensor]
+A = [0.7, -0.4, 0.5]  # of sum 0.8: nothing may rely on a sum of 1
+
+
+def tensors(seed: int) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "big": torch.randn(37, 11, generator=generator),
+        "half": torch.randn(50, generator=generator).bfloat16(),
+        "wide": torch.randn(5, generator=generator, dtype=torch.float64),
+        "bias": torch.randn(3, generator=generator),
+        "scalar": torch.randn((), generator=generator),
+        "steps": torch.tensor(seed),
+        "flags": torch.tensor([seed == 2, True]),
+    }
+
+
+def save(root: Path, states: Sequence[Tensors]) -> str:
+    for i, state in enumerate(states):
+        (root / f"step-{i}").mkdir(parents=True)
+        save_file(state, root / f"step-{i}/model.safetensors")
+    return str(root / "step-*")
+
+
+def by_name(name: str) -> Sequence[float] | int:
+    return 1 if name == "bias" else A
+
+
+def work(pattern: str, out: Path, chunk: int, **options: Any) -> tuple[Checksums, list[int]]:
+    before, merging._CHUNK = merging._CHUNK, chunk
+    candidates = open_candidates(pattern)
+    try:
+        checksums = merge(candidates, out, by_name, Group.world(), **options)
+    finally:
+        merging._CHUNK = before
+    return checksums, [candidate.bytes_read for candidate in candidates]
+
+
+def expected(states: Sequence[Tensors]) -> Tensors:
+    sums = {n: sum(a * s[n].double() for a, s in zip(A, states, strict=True)) for n in states[0]}  # type: ignore[misc]
+    return sums | {"bias": states[1]["bias"], "steps": states[-1]["steps"], "flags": states[-1]["flags"]}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("chunk", [16, 1 << 21])
+def test_equals_the_dense_sum_on_any_number_of_ranks(ranks: Pool, tmp_path: Path, size: int, chunk: int) -> None:
+    states = [tensors(i) for i in range(3)]
+    results = ranks(work, size, pattern=save(tmp_path, states), out=tmp_path / "out", chunk=chunk, max_shard_size=900)
+    found: Tensors = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(file)
+    for name, value in expected(states).items():
+        assert found[name].dtype == states[-1][name].dtype and found[name].shape == states[-1][name].shape
+        tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-14}.get(found[name].dtype, 0)
+        torch.testing.assert_close(found[name].double(), value.double(), rtol=tolerance, atol=tolerance)
+
+    floats = ["big", "half", "wide", "scalar"]
+    copied = {1: ["bias"], 2: ["steps", "flags"]}
+    total = [sum(result[1][i] for result in results) for i in range(3)]
+    for i, state in enumerate(states):
+        read = floats + copied.get(i, [])
+        assert total[i] == sum(state[name].nbytes for name in read)  # each byte once, by one rank
+        for checksums, _ in results:
+            assert checksums[i] == {name: checksum(state[name].reshape(-1)) for name in read}
+    if size > 1 and chunk == 16:
+        shares = [sum(result[1]) for result in results]
+        assert max(shares) < 1.3 * sum(shares) / size
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(data=st.data())
+def test_where_candidates_agree_the_result_is_theirs_to_the_bit(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    n = data.draw(st.integers(2, 9))
+    kind = data.draw(st.sampled_from(["uniform", "ema", "one"]))
+    a = {"uniform": [1 / n] * n, "ema": [0.9**i for i in range(n)], "one": [float(i == 1) for i in range(n)]}[kind]
+    a = [value / sum(a) for value in a]
+    state = {"w": torch.randn(100).to(dtype) * 7}
+    states = [state] * n if kind != "one" else [{"w": state["w"] + i} for i in range(n)]
+    out = tmp_path_factory.mktemp("merge") / "out"
+    merge(open_candidates(states), out, lambda _: a, Group.alone())
+    assert torch.equal(load_file(out / "model.safetensors")["w"], states[1]["w"])
+
+
+def test_candidates_of_weight_zero_are_not_read(tmp_path: Path) -> None:
+    candidates = open_candidates([{"w": torch.ones(4)}, {"w": torch.full((4,), torch.nan)}])
+    checksums = merge(candidates, tmp_path / "out", lambda _: [1.0, 0.0], Group.alone())
+    assert candidates[1].bytes_read == 0 and list(checksums[0]) == ["w"] and checksums[1] == {}
+
+
+def test_types_and_replacements(tmp_path: Path) -> None:
+    states = [tensors(i) for i in range(3)]
+    done: list[int] = []
+    merge(
+        open_candidates(states),
+        tmp_path / "out",
+        by_name,
+        Group.alone(),
+        dtype=torch.float16,
+        replace={"scalar": torch.tensor(9.0), "steps": torch.tensor(7)},
+        files={"config.json": b"{}"},
+        progress=done.append,
+    )
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert {n for n, t in found.items() if t.dtype == torch.float16} == {"big", "half", "wide", "bias", "scalar"}
+    assert found["scalar"] == 9 and found["steps"] == 7 and found["flags"].dtype == torch.bool
+    assert (tmp_path / "out/config.json").read_bytes() == b"{}"
+    assert sum(done) == sum(s[n].nbytes for s in states for n in ("big", "half", "wide")) + 12 + 2
+
+
+# What must not be published
+
+
+def spoil(root: Path, value: float, tensor: str = "big") -> str:
+    states = [tensors(i) for i in range(3)]
+    states[1][tensor].view(-1)[-1] = value
+    return save(root, states)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(ranks: Pool, tmp_path: Path, size: int, value: float) -> None:
+    error = ranks.error(work, size, pattern=spoil(tmp_path, value), out=tmp_path / "out", chunk=16)
+    assert isinstance(error, CandidateError)
+    assert all(part in str(error) for part in ("step-1", "'big'", "element 406"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0", "step-1", "step-2"]
+
+
+def test_copies_refuse_nan_only(tmp_path: Path) -> None:
+    work(spoil(tmp_path / "inf", float("-inf"), "bias"), tmp_path / "out", 16)
+    assert load_file(tmp_path / "out/model.safetensors")["bias"][-1] == float("-inf")
+    with pytest.raises(CandidateError, match="'bias' holds NaN"):
+        work(spoil(tmp_path / "nan", float("nan"), "bias"), tmp_path / "out2", 16)
+
+
+def refuse(checksums: Checksums) -> None:
+    raise StateError("step-1: tensor 'big' is not what it was")
+
+
+def work_refused(pattern: str, out: Path) -> None:
+    work(pattern, out, 16, verify=refuse)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_verification_comes_before_publishing(ranks: Pool, tmp_path: Path, size: int) -> None:
+    pattern = save(tmp_path, [tensors(i) for i in range(3)])
+    assert isinstance(ranks.error(work_refused, size, pattern=pattern, out=tmp_path / "out"), StateError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_the_type_cannot_hold(tmp_path: Path) -> None:
+    candidates = open_candidates([{"w": torch.full((2,), 70000.0)}] * 2)
+    with pytest.raises(OutputError, match=r"'w'.*70000.*65504"):
+        merge(candidates, tmp_path / "out", lambda _: [0.5, 0.5], Group.alone(), dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacements_must_fit(tmp_path: Path) -> None:
+    candidates = open_candidates([tensors(0), tensors(1)])
+    for name, said in (("bias", r"\(4,\)"), ("bais", "did you mean 'bias'")):
+        with pytest.raises(CandidateError, match=said):
+            merge(candidates, tmp_path / "out", lambda _: 0, Group.alone(), replace={name: torch.ones(4)})
+
+
+def test_the_output_is_none_of_the_candidates(tmp_path: Path) -> None:
+    pattern = save(tmp_path, [tensors(i) for i in range(3)])
+    for out in (tmp_path / "step-2", tmp_path):
+        with pytest.raises(OutputError, match="holds the candidate"):
+            work(pattern, out, 16, overwrite=True)
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,0 +1,103 @@
+"""Snapshots of every kind of model at every number of ranks hold what the model held."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import models
+from tests.pool import Pool
+from twa_scale.comm import Group
+from twa_scale.errors import ConfigError, EngineError, OutputError
+from twa_scale.snapshots import Snapshots
+from twa_scale.sources import open_candidates
+
+Tensors = dict[str, torch.Tensor]
+
+
+def expected(step: int) -> Tensors:
+    """The state dict of the model of a step, its tied tensor once, under its first name."""
+    return {name: value for name, value in models.build(step).state_dict().items() if name != "head.weight"}
+
+
+def snap(directory: Path, engine: str, steps: list[int], forward: bool = False, **options: Any) -> list[str | None]:
+    snapshots = Snapshots(directory, **options)
+    written = []
+    for step in steps:
+        model = models.wrap(models.build(step), engine)
+        if forward:  # FSDP2 may leave whole weights in the module after it
+            group = Group.world()
+            model.eval()
+            models.loss(model, models.part(models.batch(0), group.rank, group.size))
+        path = snapshots.step(model, step)
+        written.append(path and path.name)
+    return written
+
+
+def left(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def assert_same(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("forward", [False, True])
+def test_files_hold_what_the_model_held(ranks: Pool, tmp_path: Path, engine: str, size: int, forward: bool) -> None:
+    options = {"every_n_steps": 4, "start_step": 2}
+    written = ranks(snap, size, directory=tmp_path, engine=engine, steps=list(range(8)), forward=forward, **options)
+    assert written == [[None, None, "step-00000002", None, None, None, "step-00000006", None]] * size
+    assert left(tmp_path) == ["step-00000002", "step-00000006"]
+    for step in (2, 6):
+        assert_same(load_file(tmp_path / f"step-{step:08d}/model.safetensors"), expected(step))
+    assert [c.label[-1] for c in open_candidates(str(tmp_path / "step-*"))] == ["2", "6"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_only_the_newest_are_kept(ranks: Pool, tmp_path: Path, size: int) -> None:
+    (tmp_path / "step-notes").mkdir()
+    ranks(snap, size, directory=tmp_path, engine="fsdp2", steps=[1, 2, 3, 4, 5], every_n_steps=1, keep_last=2)
+    assert left(tmp_path) == ["step-00000004", "step-00000005", "step-notes"]
+
+
+def test_types_files_and_shards(ranks: Pool, tmp_path: Path) -> None:
+    options = {"dtype": torch.bfloat16, "files": {"config.json": b"{}"}, "max_shard_size": 500}
+    ranks(snap, 2, directory=tmp_path, engine="fsdp2", steps=[3], every_n_steps=3, **options)
+    out = tmp_path / "step-00000003"
+    assert (out / "config.json").read_bytes() == b"{}" and (out / "model.safetensors.index.json").exists()
+    found: Tensors = {}
+    for file in out.glob("*.safetensors"):
+        found |= load_file(file)
+    wanted = expected(3)
+    assert_same(found, {n: t.bfloat16() if t.is_floating_point() else t for n, t in wanted.items()})
+
+
+def test_a_step_written_again_is_replaced(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path, every_n_steps=10)
+    assert snapshots.save(models.build(1), 7) == snapshots.save(models.build(2), 7)
+    assert_same(load_file(tmp_path / "step-00000007/model.safetensors"), expected(2))
+    assert left(tmp_path) == ["step-00000007"]
+
+
+@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
+def test_a_directory_that_cannot_be_made(ranks: Pool, tmp_path: Path, engine: str) -> None:
+    (tmp_path / "file").touch()
+    error = ranks.error(snap, 2, directory=tmp_path / "file", engine=engine, steps=[1], every_n_steps=1)
+    assert isinstance(error, OutputError) and str(tmp_path / "file") in str(error)
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"every_n_steps": 1, "keep_last": 0}])
+def test_numbers_that_make_no_sense(tmp_path: Path, options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="every_n_steps="):
+        Snapshots(tmp_path, **options)
+
+
+def test_something_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(EngineError):
+        Snapshots(tmp_path, every_n_steps=1).step({}, 1)  # type: ignore[arg-type]

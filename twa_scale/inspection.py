@@ -1,0 +1,71 @@
+"""What candidates hold and how they lie to each other, from one streamed pass."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from twa_scale.basis import Gram
+from twa_scale.sources import open_candidates
+from twa_scale.spans import whole
+from twa_scale.streaming import Progress, Stream
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """n candidates. Deltas are those to their mean, over all floating point tensors together."""
+
+    labels: list[str]
+    tensors: list[int]
+    elements: list[int]
+    dtypes: list[str]
+    norms: list[float]
+    """||w_i||."""
+    delta_norms: list[float]
+    """||delta_i||."""
+    cosines: npt.NDArray[np.float64]
+    """(n, n): cosine between delta_i and delta_j; NaN where one is zero."""
+    distances: npt.NDArray[np.float64]
+    """(n, n): ||w_i - w_j||."""
+
+
+def inspect(paths: str | Sequence[str | Path], progress: Progress | None = None) -> Inspection:
+    """Read every byte of the candidates once, in bounded memory.
+
+    Raises:
+        CandidateError: candidates that are damaged, not alike, or hold NaN or Inf.
+    """
+    candidates = open_candidates(paths if isinstance(paths, str) else list(paths), minimum=1)
+    n = len(candidates)
+    names = [name for name in candidates[0].names() if candidates[0].dtype(name).is_floating_point]
+    device = torch.device("cpu")
+    gram = Gram(1, n, device)
+    for chunk in Stream(candidates, [1 / n] * n, device, progress).chunks(
+        [whole(name, candidates[0].shape(name)) for name in names]
+    ):
+        gram.add(0, chunk.rows)
+    products = gram.values[0].numpy()
+    deltas, center = products[:n, :n], products[n]
+    squares = np.diag(deltas)
+    lengths = np.sqrt(squares)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = deltas / lengths[:, None] / lengths[None, :]
+    return Inspection(
+        labels=[candidate.label for candidate in candidates],
+        tensors=[len(candidate.names()) for candidate in candidates],
+        elements=[sum(prod(c.shape(name)) for name in c.names()) for c in candidates],
+        dtypes=[_dtypes(Counter(str(c.dtype(name)).removeprefix("torch.") for name in c.names())) for c in candidates],
+        norms=np.sqrt(squares + 2 * center[:n] + center[n]).tolist(),
+        delta_norms=lengths.tolist(),
+        cosines=cosines,
+        distances=np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * deltas, 0)),
+    )
+
+
+def _dtypes(counts: Counter[str]) -> str:
+    return ", ".join(name for name, _ in counts.most_common())
