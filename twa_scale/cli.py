@@ -118,7 +118,7 @@ def average(
 
     twa-scale average runs/a:0.7 runs/b:0.3 --out merged
     """
-    from twa_scale.merging import average_fixed
+    from twa_scale.merge import average_fixed
     from twa_scale.training.report import Report
 
     with Report().bytes("averaging") as progress:
@@ -143,7 +143,7 @@ def export(
     The candidates must be where they were, unchanged. The result is the exact merge sum_i a_i w_i; `run` itself exports
     the live weights, which differ from it by the rounding of the store.
     """
-    from twa_scale.merging import export_run
+    from twa_scale.merge import export_run
     from twa_scale.training.report import Report
 
     with Report().bytes("merging") as progress:

@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import twa_scale
-import twa_scale.attach  # TEMPORARY
 from tests import models
 
 NUM_STEPS = 20
@@ -67,7 +66,7 @@ def attach(engine: str, run: Run, states: Sequence[Any] | None = None) -> tuple[
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if run.bf16 else None
     model = models.wrap(models.build(seed=99, scalar_shape=run.scalar_shape), engine, policy)
     states = models.candidates(scalar_shape=run.scalar_shape) if states is None else states
-    return model, (twa_scale.attach if callable(twa_scale.attach) else twa_scale.attach.attach)(
+    return model, twa_scale.attach(
         model, candidates=states, config=dict(run.config)
     )
 

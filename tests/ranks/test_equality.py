@@ -40,6 +40,7 @@ GRID = _grid()
 MORE = {
     "accumulated": Run({"groups": "block", "optimizer": ADAMW["delta"]}, accumulate=2),
     "start-last": Run({"groups": "block", "start": "last", "optimizer": ADAMW["delta"]}),
+    "orthonormal-tensor-delta": Run({"basis": "orthonormal", "groups": "tensor", "optimizer": ADAMW["delta"]}),
     "start-index-orthonormal": Run(
         {"basis": "orthonormal", "groups": "block", "start": 1, "optimizer": ADAMW["delta"]}
     ),
@@ -73,7 +74,7 @@ ROUNDED = {
     "dense16": Run({"store": "dense16", "groups": "block", "optimizer": SGD["delta"]}),
     "bfloat16": Run({"groups": "block", "optimizer": SGD["delta"]}, bf16=True),
 }
-ALL = GRID | {name: replace(run, steps=8) for name, run in (MORE | ROUNDED).items()}
+ALL = GRID | {name: replace(run, steps=6) for name, run in (MORE | ROUNDED).items()}
 
 EVERYWHERE = [*GRID, "accumulated", "scalar-of-shape-1"]
 PLACES = [(engine, size) for engine in ENGINES for size in SIZES]

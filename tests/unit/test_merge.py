@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.pool import Pool
-from twa_scale import merge as merging
 from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, OutputError, StateError
 from twa_scale.merge import Checksums, merge
+from twa_scale.merge import streamed as merging
 from twa_scale.sources import open_candidates
 from twa_scale.sources.checksum import checksum
 

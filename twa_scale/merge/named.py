@@ -8,7 +8,7 @@ import torch
 from twa_scale.comm import Group
 from twa_scale.config import TwaConfig, candidate_index, center_weights, validated
 from twa_scale.errors import ConfigError
-from twa_scale.merge import merge
+from twa_scale.merge.streamed import merge
 from twa_scale.names import nearest
 from twa_scale.sources import open_candidates
 from twa_scale.sources.side_files import side_files

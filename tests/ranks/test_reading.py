@@ -1,0 +1,234 @@
+"""Candidates are read once, by slices; what is wrong with one of them is said alike on every rank."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import twa_scale
+from tests import models
+from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Run
+from twa_scale import CandidateError, TwaError
+
+ENGINES = ["plain", "ddp", "fsdp2"]
+SIZES = [1, 2, 3]
+
+
+def save(directory: Path, states: list[dict[str, Tensor]]) -> list[Path]:
+    """Write one file for each state dict, tied tensors once: step-10, step-20, .."""
+    paths = [directory / f"step-{10 * (i + 1)}.safetensors" for i in range(len(states))]
+    for path, state in zip(paths, states, strict=True):
+        save_file({name: value.contiguous() for name, value in state.items() if name != "head.weight"}, path)
+    return paths
+
+
+def wide() -> nn.Module:
+    """About a million numbers; 501 rows go evenly into no two ranks."""
+    return nn.Sequential(nn.Linear(700, 501), nn.Linear(501, 1200), nn.Linear(1200, 1))
+
+
+def attach_wide(engine: str, paths: list[Path]) -> tuple[int, int]:
+    """Return the bytes that attaching read: by the candidates' counters, and by the kernel's."""
+    model = wide()
+    if engine == "ddp":
+        model = DistributedDataParallel(model)
+    elif engine == "fsdp2":
+        fully_shard(model)
+    before = kernel_count()
+    twa = twa_scale.attach(model, candidates=paths)
+    return twa.bytes_read, kernel_count() - before
+
+
+def kernel_count() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("rchar")).split()[1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_byte_is_read_by_one_rank_of_a_shard_group_once(
+    ranks: Pool, tmp_path: Path, engine: str, size: int
+) -> None:
+    n = 3
+    base = wide().state_dict()
+    paths = save(tmp_path, [{k: v + 0.01 * i * torch.randn_like(v) for k, v in base.items()} for i in range(n)])
+    total = n * sum(value.nbytes for value in base.values())
+    counted, kernel = zip(*ranks(attach_wide, size, engine=engine, paths=paths), strict=True)
+    if engine == "plain":  # every rank is a shard group of its own
+        assert all(count == total for count in counted)
+        assert all(total <= count <= 1.02 * total for count in kernel)
+        return
+    assert sum(counted) == total
+    assert max(counted) <= 1.05 * total / size
+    if engine == "fsdp2":  # DDP's exchange of weights goes through the same counter
+        assert total <= sum(kernel) <= 1.02 * total + size * 100_000
+
+
+def attach_judged(engine: str, paths: Any) -> dict[str, Tensor]:
+    model, _ = cases.attach(engine, Run({}), paths)
+    return cases.gathered(model)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_attach_writes_the_mean_over_what_the_model_had(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
+    """Files hold the tied tensor once, a glob finds them, frozen tensors are averaged too."""
+    states = models.candidates()
+    save(tmp_path, states)
+    for weights in ranks(attach_judged, size, engine=engine, paths=str(tmp_path / "step-*.safetensors")):
+        for name, value in weights.items():
+            mean = torch.stack([state[name].double() for state in states]).mean(0)
+            torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-7)
+
+
+def attached_buffers(engine: str, paths: list[Path]) -> dict[str, Tensor]:
+    model, _ = cases.attach(engine, Run({}), paths)
+    return {name.removeprefix("module."): value.clone() for name, value in model.named_buffers()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_buffers_are_averaged_and_integers_are_the_last(ranks: Pool, tmp_path: Path, engine: str) -> None:
+    states = models.candidates()
+    for buffers in ranks(attached_buffers, 2, engine=engine, paths=save(tmp_path, states)):
+        var, count = "stem.norm.running_var", "stem.norm.num_batches_tracked"
+        torch.testing.assert_close(buffers[var], torch.stack([state[var] for state in states]).mean(0))
+        assert torch.equal(buffers[count], states[-1][count])
+
+
+def damage(kind: str, paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """Spoil the candidates; return them and what the message has to name."""
+    spoiled = paths[2]
+    state = load_file(spoiled)
+    match kind:
+        case "nan" | "inf":
+            state["blocks.1.up.weight"][13, 5] = float(kind)
+            names = [spoiled.name, "blocks.1.up.weight"]
+        case "missing":
+            del state["blocks.1.up.bias"]
+            names = [spoiled.name, "blocks.1.up.bias"]
+        case "extra":
+            state["blocks.1.upper.bias"] = torch.zeros(3)
+            names = [spoiled.name, "blocks.1.upper.bias"]
+        case "shape":
+            state["blocks.1.up.bias"] = torch.zeros(17)
+            names = [spoiled.name, "blocks.1.up.bias", "16", "17"]
+        case "dtype":
+            state["blocks.1.up.bias"] = torch.zeros(16, dtype=torch.int64)
+            names = [spoiled.name, "blocks.1.up.bias"]
+        case "truncated" | "garbage":
+            whole = spoiled.read_bytes()
+            spoiled.write_bytes(whole[: len(whole) - 99] if kind == "truncated" else b"\xff" * 200)
+            return paths, [spoiled.name]
+        case "none":
+            return [], []
+        case "one":
+            return paths[:1], []
+        case "gone":
+            spoiled.unlink()
+            return paths, [spoiled.name]
+        case _:
+            for path in paths:  # all alike, but not like the model
+                state = load_file(path)
+                value = state.pop("blocks.1.up.bias")
+                if kind == "all-renamed":
+                    state["blocks.1.upp.bias"] = value
+                elif kind == "all-wider":
+                    state["blocks.1.up.bias"] = torch.zeros(17)
+                save_file(state, path)
+            return paths, ["blocks.1.up.bias"]
+    save_file(state, spoiled)
+    return paths, names
+
+
+KINDS = ["nan", "inf", "missing", "extra", "shape", "dtype", "truncated", "garbage", "none", "one", "gone"]
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("plain", 2), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
+@pytest.mark.parametrize("kind", [*KINDS, "all-renamed", "all-wider", "all-missing"])
+def test_a_bad_candidate_is_the_same_error_on_every_rank(
+    ranks: Pool, tmp_path: Path, kind: str, engine: str, size: int
+) -> None:
+    paths, names = damage(kind, save(tmp_path, models.candidates()))
+    error = ranks.error(attach_judged, size, engine=engine, paths=paths)
+    assert isinstance(error, CandidateError), repr(error)
+    for name in names:
+        assert name in str(error), str(error)
+
+
+def attach_where_one_rank_sees_no_file(engine: str, paths: list[Path]) -> None:
+    rank, _ = cases.where()
+    cases.attach(engine, Run({}), paths if rank != 1 else [Path("elsewhere") / path.name for path in paths])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_only_one_rank_cannot_read_stops_all(ranks: Pool, tmp_path: Path, engine: str) -> None:
+    paths = save(tmp_path, models.candidates())
+    error = ranks.error(attach_where_one_rank_sees_no_file, 3, engine=engine, paths=paths)
+    assert isinstance(error, CandidateError) and "elsewhere" in str(error)
+
+
+def attach_wrong_config(engine: str, config: dict[str, Any]) -> None:
+    cases.attach(engine, Run(config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bassis": "pca"},
+        {"basis": "pcaa"},
+        {"center": 7},
+        {"center": [0.5, 0.5]},
+        {"groups": ["no such tensor"]},
+        {"include": ["no such tensor"]},
+        {"exclude": [""]},
+        {"basis": "pca", "num_components": 9},
+        {"optimizer": {"name": "adamv"}},
+        {"optimizer": {"name": "sgd", "momentun": 0.9}},
+        {"start": -9},
+        {"basis": "simplex", "start": "last"},
+        {"groups": ["("]},
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_a_config_error_on_every_rank(ranks: Pool, config: dict[str, Any]) -> None:
+    assert isinstance(ranks.error(attach_wrong_config, 2, engine="fsdp2", config=config), twa_scale.ConfigError)
+
+
+def train_with_twins(engine: str, basis: str, paths: list[Path]) -> tuple[list[str], bool]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, twa = cases.attach(engine, Run({"basis": basis, "groups": "tensor"}), paths)
+    for step in range(3):
+        cases.one_step(model, twa, step)
+    finite = all(bool(value.isfinite().all()) for value in [*cases.gathered(model).values(), twa.coefficients])
+    return [str(warning.message) for warning in caught if "same" in str(warning.message)], finite
+
+
+@pytest.mark.parametrize("basis", ["normalized", "orthonormal", "pca", "simplex"])
+def test_two_identical_candidates_work_with_a_warning_that_names_both(ranks: Pool, tmp_path: Path, basis: str) -> None:
+    states = models.candidates()
+    paths = save(tmp_path, [*states[:3], states[1]])
+    results = ranks(train_with_twins, 2, engine="fsdp2", basis=basis, paths=paths)
+    said = [message for messages, _ in results for message in messages]
+    assert len(said) == 1 and paths[1].name in said[0] and paths[3].name in said[0]
+    assert all(finite for _, finite in results)
+
+
+def test_all_candidates_the_same_is_said_or_refused(tmp_path: Path) -> None:
+    paths = save(tmp_path, models.candidates()[:1] * 2)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, twa = cases.attach("plain", Run({}), paths)
+        twa.close()
+        assert any(paths[0].name in str(w.message) and paths[1].name in str(w.message) for w in caught)
+    except TwaError as error:
+        assert paths[0].name in str(error)

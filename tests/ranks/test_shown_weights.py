@@ -1,0 +1,106 @@
+"""`weights(which)` shows what it says and gives back, bit for bit, what was there."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import models
+from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Run
+
+N = models.NUM_CANDIDATES
+GROUPS = ["stem", "embed", "embed_mix", "blocks.0", "blocks.1"]  # of `block`, in the order of the model
+BY_GROUP = torch.randn(N, len(GROUPS), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+SHOWN: dict[str, Any] = {
+    "mean": "mean",
+    "center": "center",
+    "first": "first",
+    "last": "last",
+    "index": 2,
+    "negative-index": -2,
+    "vector": [0.7, -0.4, 0.5, 0.2],
+    "vector-of-another-sum": [0.1, 0.2, 0.3, 0.1],
+    "matrix": BY_GROUP / BY_GROUP.sum(0),
+    "trained": "trained",
+}
+BATCHNORM = "stem.norm.running_mean"
+
+
+def coefficients(which: str) -> Tensor:
+    """What each name stands for, as n x G averaging coefficients; the center is ema:0.5."""
+    rows = {"first": 0, "last": N - 1, "index": 2, "negative-index": N - 2}
+    if which in rows:
+        return torch.eye(N, dtype=torch.float64)[rows[which], :, None].expand(N, len(GROUPS))
+    if which in ("mean", "center"):
+        decay = torch.tensor([1.0 if which == "mean" else 0.5 ** (N - 1 - i) for i in range(N)], dtype=torch.float64)
+        return (decay / decay.sum())[:, None].expand(N, len(GROUPS))
+    a = torch.as_tensor(SHOWN[which], dtype=torch.float64)
+    return a if a.ndim == 2 else a[:, None].expand(N, len(GROUPS))
+
+
+class Boom(Exception):
+    """Raised inside the context."""
+
+
+def show(engine: str, basis: str) -> dict[str, Any]:
+    """Train a little, then look at the weights before, inside and after each context that is left by an exception."""
+    run = Run({"basis": basis, "groups": "block", "center": "ema:0.5"})
+    model, twa = cases.attach(engine, run)
+    for step in range(3):
+        cases.one_step(model, twa, step)
+    rank, size = cases.where()
+    result: dict[str, Any] = {"before": everything(model), "inside": {}, "after": {}}
+    for name, which in SHOWN.items():
+        try:
+            with twa.weights(which):
+                result["inside"][name] = cases.gathered(model)
+                models.loss(model, models.part(models.batch(77), rank, size))  # in training mode: moves BatchNorm
+                raise Boom
+        except Boom:
+            result["after"][name] = everything(model)
+    with twa.weights("last"):
+        with twa.weights("first"):
+            pass
+        result["nested"] = cases.gathered(model)
+    cases.one_step(model, twa, 3)
+    result["went on"] = cases.gathered(model)
+    return result
+
+
+def everything(model: Any) -> dict[str, Tensor]:
+    buffers = {name.removeprefix("module."): value.clone() for name, value in model.named_buffers()}
+    return cases.gathered(model) | buffers
+
+
+def trained_without_looking(engine: str, basis: str) -> dict[str, Tensor]:
+    return cases.train(engine, Run({"basis": basis, "groups": "block", "center": "ema:0.5"}, steps=4)).weights
+
+
+@pytest.mark.parametrize("basis", ["normalized", "orthonormal", "simplex"])
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 3)])
+def test_weights_are_shown_and_restored(ranks: Pool, engine: str, size: int, basis: str) -> None:
+    states = models.candidates()
+    straight = ranks(trained_without_looking, size, engine=engine, basis=basis)
+    for result, undisturbed in zip(ranks(show, size, engine=engine, basis=basis), straight, strict=True):
+        for name, weights in result["inside"].items():
+            for tensor, value in weights.items():
+                if tensor == models.FROZEN:
+                    continue
+                if name == "trained":
+                    assert torch.equal(value, result["before"][tensor])
+                    continue
+                column = next(i for i in reversed(range(len(GROUPS))) if tensor.startswith(GROUPS[i] + "."))
+                a = coefficients(name)[:, column]
+                want = sum(a_i * state[tensor].double() for a_i, state in zip(a, states, strict=True))
+                assert isinstance(want, Tensor)
+                assert (value.double() - want).norm() <= 2e-6 * want.norm(), (name, tensor)
+        for name, after in result["after"].items():
+            for tensor, value in result["before"].items():
+                assert torch.equal(after[tensor], value), f"{tensor} is not what it was before {name}"
+        for tensor, value in result["inside"]["last"].items():
+            assert torch.equal(result["nested"][tensor], value), f"{tensor} is not restored inside the outer context"
+        for tensor, value in undisturbed.items():
+            assert torch.equal(result["went on"][tensor], value), f"looking has changed how {tensor} is trained"
