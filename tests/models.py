@@ -1,7 +1,7 @@
-"""The judged model: every kind of tensor that averaging sharded weights has to get right, in a few thousand numbers.
+"""The judged model: every kind of tensor that averaging has to get right, in a few thousand numbers.
 
-A convolution with BatchNorm, two transformer blocks, an embedding tied to the head, a frozen tensor, a parameter of shape
-(), and tensors with fewer rows than three ranks.
+A convolution with BatchNorm, two transformer blocks, an embedding tied to the head, a frozen tensor, a parameter
+of shape (), and tensors with fewer rows than three ranks.
 """
 
 from typing import Any
@@ -102,9 +102,10 @@ def build(seed: int = 0, scalar_shape: tuple[int, ...] = ()) -> Judged:
 def candidates(
     n: int = NUM_CANDIDATES, size: float = 0.05, scalar_shape: tuple[int, ...] = ()
 ) -> list[dict[str, Tensor]]:
-    """n state dicts around one base; every tensor but EQUAL differs by about `size` relative, each candidate by its own amount.
+    """n state dicts around one base; every tensor but EQUAL differs from it by about `size` relative.
 
-    The amounts and a shared drift keep the eigenvalues of their Gram matrix apart.
+    Each candidate has its own amount of noise and of a shared drift: that keeps the eigenvalues of their Gram matrix
+    apart.
     """
     base = build(scalar_shape=scalar_shape).state_dict()
     noise = torch.Generator().manual_seed(1)

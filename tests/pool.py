@@ -176,7 +176,7 @@ def _work(pipe: Connection, stack: str) -> None:
     """The life of a worker: take a call, run it in a group of its own, send what came of it."""
     torch.set_num_threads(1)
     gc.freeze()
-    with open(stack, "w") as file:
+    with Path(stack).open("w") as file:
         while True:
             try:
                 call, rank, size, store, timeout = pipe.recv()
@@ -194,6 +194,7 @@ def _work(pipe: Connection, stack: str) -> None:
 def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     try:
+        dist.barrier()  # a rank that is done at once must not leave while others still connect
         module, name, kwargs = pickle.loads(call)
         return Outcome(value=getattr(importlib.import_module(module), name)(**kwargs))
     except Exception as error:

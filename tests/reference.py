@@ -19,7 +19,7 @@ ZERO = 1e-9  # relative size below which a float64 direction is rounding, not in
 
 @dataclass
 class Group:
-    """Tensors that share coefficients, as one vector of D elements: w = origin + vectors @ x, or candidates @ softmax(x)."""
+    """Tensors that share coefficients, as one D-vector: w = origin + vectors @ x, or candidates @ softmax(x)."""
 
     name: str
     shapes: dict[str, torch.Size]
@@ -99,7 +99,7 @@ def train(
 
 
 class Scored(nn.Module):
-    """A model and its loss as one module, so that functional_call can put weights into it: names begin with "model."."""
+    """A model and its loss as one module, so that functional_call can put weights into it as "model.NAME"."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()

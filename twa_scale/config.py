@@ -221,7 +221,7 @@ def center_weights(center: Center, n: int) -> list[float]:
         i = candidate_index(center, n, "center")
         return [float(j == i) for j in range(n)]
     if isinstance(center, list):
-        if len(center) != n or abs(sum(center) - 1) > 1e-6:
+        if len(center) != n or not abs(sum(center) - 1) <= 1e-6:  # also for NaN
             raise ConfigError(
                 f"center: {len(center)} weights of sum {sum(center):g} for {n} candidates; give one weight for "
                 "each, of sum 1."
@@ -270,11 +270,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
+        # YAML takes JSON as it is, but for tabs.
+        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds {type(data).__name__}, not a mapping of keys to values.")
     for override in overrides or []:
@@ -285,14 +287,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def _override(data: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     *parents, key = path.split(".")
-    if not equals or not key:
+    if not equals or not all((*parents, key)):
         raise ConfigError(f"override {override!r}: write it as key=value or section.key=value.")
     node = data
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} holds {node!r}, which has no keys.")
-    node[key] = yaml.load(value, Loader=_Loader)
+    try:
+        node[key] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: its value is not valid YAML: {error}") from error
 
 
 def validated(model: type[M], data: "M | dict[str, Any] | None", where: str = "config") -> M:
@@ -306,10 +311,16 @@ def validated(model: type[M], data: "M | dict[str, Any] | None", where: str = "c
         raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
 
 
+_BRANCHES = ("str", "int", "float")
+
+
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     location: tuple[str | int, ...] = error["loc"]
-    key = ".".join(str(part) for part in location if isinstance(part, int) or part.isidentifier())
+    # Beside keys and indices pydantic names the branches of a union: `str`, `list[float]`.
+    parts = [part for part in location if isinstance(part, int) or (part.isidentifier() and part not in _BRANCHES)]
+    key = ".".join(map(str, parts))
     if error["type"] == "extra_forbidden":
+        key = ".".join(map(str, location))
         known = _keys(model, location[:-1])
         nearest = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(known))}"

@@ -1,10 +1,8 @@
 """What a run will need, before anything starts: memory of a rank, bytes read, bytes on the wire of a step."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +12,7 @@ from twa_scale.engines import ParameterInfo
 from twa_scale.engines.describe import named_parameters, persistent_buffers
 from twa_scale.errors import ConfigError
 from twa_scale.layout import Layout, match
+from twa_scale.memory import resident
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.spans import share
 from twa_scale.store import bytes_per_element
@@ -59,7 +58,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     Raises:
         TwaError: whatever `run` would raise before it reads the candidates.
     """
-    runtime = _resident()
+    runtime = resident()
     engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0))
     if config.batch_size % ranks:
         raise ConfigError(f"batch_size: {config.batch_size} examples cannot be shared equally by {ranks} ranks.")
@@ -135,12 +134,13 @@ def _activations(task: Task, model: nn.Module, config: RunConfig, micro: int) ->
     """Bytes that autograd keeps for backward, found by a forward pass without memory."""
     example = task.dataset(config.split)[0]
     batch = {key: value.to("meta") for key, value in stack([example] * micro).items()}
-    own = {id(parameter) for parameter in model.parameters()}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in own and not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor
+        storage = tensor.untyped_storage()._cdata  # views of one memory, as transposed weights are, count once
+        if storage not in own:
+            kept[storage] = tensor
         return tensor
 
     try:
@@ -180,11 +180,3 @@ def _wire(
         wire["parameter all-gathers (FSDP2)"] = int(2 * part * weights * compute)
         wire["gradient reduce-scatter (FSDP2)"] = int(part * gradients * _ELEMENT)
     return wire
-
-
-def _resident() -> int:
-    """Resident memory of this process, which has imported what a rank imports; 0 where the system does not tell."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return 0
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

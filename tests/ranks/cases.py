@@ -27,7 +27,6 @@ class Run:
     scalar_shape: tuple[int, ...] = ()
     accumulate: int = 1
     bf16: bool = False
-    compile: bool = False
 
 
 @dataclass
@@ -66,9 +65,7 @@ def attach(engine: str, run: Run, states: Sequence[Any] | None = None) -> tuple[
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if run.bf16 else None
     model = models.wrap(models.build(seed=99, scalar_shape=run.scalar_shape), engine, policy)
     states = models.candidates(scalar_shape=run.scalar_shape) if states is None else states
-    return model, twa_scale.attach(
-        model, candidates=states, config=dict(run.config)
-    )
+    return model, twa_scale.attach(model, candidates=states, config=dict(run.config))
 
 
 def one_step(model: nn.Module, twa: Any, step: int, accumulate: int = 1) -> None:

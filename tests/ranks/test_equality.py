@@ -24,7 +24,7 @@ SGD = {"delta": {"name": "sgd", "lr": 0.005, "momentum": 0.9}, "weight": {"name"
 
 
 def _grid() -> dict[str, Run]:
-    """Every basis with every grouping; optimizers and units turn, so that each basis and each grouping sees all four."""
+    """Every basis with every grouping; optimizers and units turn: each basis and each grouping sees all four."""
     settings = list(product(["delta", "weight"], [ADAMW, SGD]))
     runs = {}
     for (i, basis), (j, grouping) in product(enumerate(BASES), enumerate(GROUPINGS)):

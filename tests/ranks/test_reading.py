@@ -42,6 +42,7 @@ def attach_wide(engine: str, paths: list[Path]) -> tuple[int, int]:
         model = DistributedDataParallel(model)
     elif engine == "fsdp2":
         fully_shard(model)
+    twa_scale.attach(nn.Linear(2, 2), candidates=[nn.Linear(2, 2).state_dict()] * 2)  # imports read files, too
     before = kernel_count()
     twa = twa_scale.attach(model, candidates=paths)
     return twa.bytes_read, kernel_count() - before
@@ -86,6 +87,31 @@ def test_attach_writes_the_mean_over_what_the_model_had(ranks: Pool, tmp_path: P
     for weights in ranks(attach_judged, size, engine=engine, paths=str(tmp_path / "step-*.safetensors")):
         for name, value in weights.items():
             mean = torch.stack([state[name].double() for state in states]).mean(0)
+            torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-7)
+
+
+def attach_cast(engine: str, dtype: torch.dtype, states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    model = models.wrap(models.build(seed=99).to(dtype), engine)
+    twa_scale.attach(model, candidates=states)
+    return cases.gathered(model)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bfloat16_weights_are_rounded_once(ranks: Pool, engine: str) -> None:
+    states = models.candidates()
+    for weights in ranks(attach_cast, 2, engine=engine, dtype=torch.bfloat16, states=states):
+        for name, value in weights.items():
+            mean = torch.stack([state[name].double() for state in states]).mean(0)
+            assert value.dtype == torch.bfloat16
+            assert bool(((value.double() - mean).abs() <= 1.001 * 2**-8 * mean.abs()).all()), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_candidates_may_be_bfloat16_and_saved_from_a_wrapper(ranks: Pool, engine: str) -> None:
+    states = [{f"module.{k}": v.bfloat16() for k, v in s.items() if v.is_floating_point()} for s in models.candidates()]
+    for weights in ranks(attach_cast, 2, engine=engine, dtype=torch.float32, states=states):
+        for name, value in weights.items():
+            mean = torch.stack([state[f"module.{name}"].double() for state in states]).mean(0)
             torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-7)
 
 

@@ -79,8 +79,17 @@ def trained_without_looking(engine: str, basis: str) -> dict[str, Tensor]:
     return cases.train(engine, Run({"basis": basis, "groups": "block", "center": "ema:0.5"}, steps=4)).weights
 
 
-@pytest.mark.parametrize("basis", ["normalized", "orthonormal", "simplex"])
-@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 3)])
+@pytest.mark.parametrize(
+    ("engine", "size", "basis"),
+    [
+        ("plain", 1, "normalized"),
+        ("plain", 2, "pca"),
+        ("ddp", 2, "orthonormal"),
+        ("fsdp2", 1, "simplex"),
+        ("fsdp2", 3, "normalized"),
+        ("fsdp2", 3, "orthonormal"),
+    ],
+)
 def test_weights_are_shown_and_restored(ranks: Pool, engine: str, size: int, basis: str) -> None:
     states = models.candidates()
     straight = ranks(trained_without_looking, size, engine=engine, basis=basis)

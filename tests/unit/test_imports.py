@@ -18,6 +18,7 @@ ORDER = [
     "spans",
     "comm",
     "clock",
+    "memory",
     "kernels",
     "store",
     "sources",

@@ -18,6 +18,7 @@ from twa_scale.clock import Clock, read_bandwidth
 from twa_scale.comm import Group
 from twa_scale.config import RunConfig, dump
 from twa_scale.errors import StateError
+from twa_scale.memory import peak_resident, return_freed_memory
 from twa_scale.plots import plot_training
 from twa_scale.state import load_state, save_state
 from twa_scale.tasks import Task, build_task
@@ -43,6 +44,8 @@ def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
     """
     world = World.from_environment()
     device = world.device(config.device)
+    if device.type == "cpu":
+        return_freed_memory()
     with world.joined(device):
         return Run(config, world, device, report or Report(active=False)).train()
 
@@ -168,6 +171,7 @@ class Run:
             "evaluation": final,
             "bytes_read_per_rank": self.group.gather(self.twa.bytes_read),
             "store_bytes_per_rank": self.group.gather(self.twa.store_bytes),
+            "peak_resident_bytes_per_rank": self.group.gather(peak_resident()),
             "forward_backward_seconds": seconds.get("forward+backward", 0.0) - cost["project"]["seconds"],
             "cost": cost,
             "read_bandwidth": read_bandwidth(self.device),

@@ -1,0 +1,164 @@
+"""What a user brings: small real data, candidates from real training, a task of their own; and how they start a run."""
+
+import os
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twa_scale import Snapshots
+from twa_scale.config import RunConfig, TaskConfig, validated
+from twa_scale.tasks import Task, build_task, stack
+from twa_scale.tasks.protocol import SPLITS
+from twa_scale.training import run
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+TEXT = {
+    "name": "causal_lm",
+    "model": {"byte_gpt": {"n_layer": 2, "n_head": 2, "d_model": 32}},
+    "text": {"train": [str(STDLIB / "argparse.py")], "validation": [str(STDLIB / "textwrap.py")]},
+    "context": 32,
+}
+N = 3
+
+
+class Tensors:
+    """Examples that are rows of tensors in memory."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self._tensors.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self._tensors.items()}
+
+
+class Scores:
+    """A user's own task: the mean of a small regression on the digits. It can be told to die, as a crash would."""
+
+    def __init__(self, die_at: int = 0, broken_rank: int = -1) -> None:
+        if broken_rank == int(os.environ.get("RANK", "0")):
+            raise RuntimeError("the data is not mounted on this node")
+        self._losses_left = die_at
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 7), nn.Tanh(), nn.Dropout(0.0), nn.Linear(7, 1))
+
+    def dataset(self, split: str) -> Tensors:
+        images, labels = load_digits(return_X_y=True)
+        part = slice(SPLITS.index(split), None, 30)
+        values = torch.from_numpy(images[part]).float() / 16
+        return Tensors(x=values, y=torch.from_numpy(labels[part]).float() / 9)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if self._losses_left:
+            self._losses_left -= 1
+            if not self._losses_left:
+                raise RuntimeError("the machine is gone")
+        return F.mse_loss(model(batch["x"])[:, 0], batch["y"])
+
+    def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+        return {"loss": (F.mse_loss(model(batch["x"])[:, 0], batch["y"], reduction="sum"), len(batch["y"]))}
+
+
+def scores(die_at: int = 0, broken_rank: int = -1) -> Scores:
+    """The import path of this function is what a configuration names; `die_at` counts calls of the loss."""
+    return Scores(die_at, broken_rank)
+
+
+def half_a_task() -> object:
+    return nn.Linear(2, 2)
+
+
+def convnet(width: int = 4) -> nn.Module:
+    """Two convolutions with BatchNorm for 8 x 8 digits."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * width, 10),
+    )
+
+
+SCORES = {"name": "tests.commands.material:scores"}
+
+
+def digits(path: Path) -> dict[str, Any]:
+    """Write the digits; return the task section."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images * 15.9).astype(np.uint8).reshape(-1, 1, 8, 8)
+    cuts = {"train": slice(0, 480), "validation": slice(480, 640)}
+    arrays = {f"{s}_images": images[cut] for s, cut in cuts.items()} | {
+        f"{s}_labels": labels[cut] for s, cut in cuts.items()
+    }
+    np.savez(path, **arrays)
+    return {"name": "image_classification", "model": "tests.commands.material:convnet", "data": str(path)}
+
+
+def train_candidates(
+    task: Mapping[str, Any], directory: Path, steps: int = 40, every: int = 10, lr: float = 3e-3, **options: Any
+) -> str:
+    """Train from scratch; leave the last N candidates in `directory` and return their glob."""
+    torch.manual_seed(0)
+    made: Task = build_task(validated(TaskConfig, dict(task)))
+    model, data = made.model(), made.dataset("train")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    snapshots = Snapshots(directory, every_n_steps=every, keep_last=N, **options)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, steps + 1):
+        indices = torch.randint(len(data), (16,), generator=generator).tolist()
+        optimizer.zero_grad()
+        made.loss(model.train(), stack([data[i] for i in indices])).backward()
+        optimizer.step()
+        snapshots.step(model, step)
+    return str(directory / "step-*")
+
+
+def settings(candidates: str, task: Mapping[str, Any], output: Path, **changes: Any) -> dict[str, Any]:
+    """A run of 4 steps."""
+    usual = {"steps": 4, "batch_size": 12, "groups": "tensor", "optimizer": {"name": "adamw", "lr": 0.1}}
+    return {"candidates": candidates, "task": dict(task), "output": str(output), "evaluate_batches": 2, **usual} | changes
+
+
+def run_here(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`twa-scale run`, without the shell: on one rank, or on this rank of a pool."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    launcher = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    with patch.dict(os.environ, launcher):
+        return run(validated(RunConfig, dict(data)))
+
+
+def load(directory: Path) -> dict[str, Tensor]:
+    """All tensors of an output, from however many files."""
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def state_of(output: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(output / "state.pt", weights_only=True)
+    return state
+
+
+def by_hand(candidates: str, output: Path) -> dict[str, Tensor]:
+    """sum_i a_i w_i in float64, from what the run says its coefficients are; trained tensors only."""
+    twa = state_of(output)["twa"]
+    pattern = Path(candidates)
+    states = [load(path) for path in sorted(pattern.parent.glob(pattern.name))]
+    return {
+        name: sum(a * state[name].double() for a, state in zip(twa["coefficients"][:, group], states, strict=True))
+        for name, group in twa["group_of"].items()
+    }

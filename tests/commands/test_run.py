@@ -1,0 +1,239 @@
+"""`run`: what it leaves behind is complete, and what it exports is what it trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from tests.commands import material
+from tests.commands.conftest import Brought
+from tests.commands.material import by_hand, load, run_here, settings, state_of
+from tests.pool import Pool
+from twa_scale.config import RunConfig, TaskConfig, validated
+from twa_scale.tasks import build_task, stack
+from twa_scale.training.loop import Run
+from twa_scale.training.report import Report
+from twa_scale.world import World
+
+FILES = ["average", "coefficients.png", "config.json", "metrics.jsonl", "state.pt", "summary.json", "tensorboard"]
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def ended(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has ended; look, do not touch."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    run_here(settings(text.candidates, text.task, output, steps=6, evaluate_every=2))
+    return output
+
+
+def test_everything_promised_is_there(ended: Path) -> None:
+    assert sorted(path.name for path in ended.iterdir()) == FILES
+    assert sorted(path.name for path in (ended / "average").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "twa_scale.json",
+    ]  # fmt: skip
+    assert (ended / "coefficients.png").read_bytes().startswith(b"\x89PNG")
+    assert any(path.name.startswith("events") for path in (ended / "tensorboard").iterdir())
+    assert (ended / "state.pt").stat().st_size < 100_000  # kilobytes
+
+
+def test_metrics_have_every_step_once(ended: Path) -> None:
+    steps = [line["step"] for line in lines(ended) if "loss" in line]
+    evaluations = [line["step"] for line in lines(ended) if "validation/loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6] and evaluations == [0, 2, 4, 6]
+    rates = [line["lr"] for line in lines(ended) if "lr" in line]
+    assert rates[0] == max(rates) and rates[-1] == 0
+    bits = [line["validation/bits_per_byte"] for line in lines(ended) if "validation/loss" in line]
+    assert bits[-1] == pytest.approx(lines(ended)[-1]["validation/loss"] / 0.6931471805599453)
+
+
+def test_the_configuration_is_written_with_its_defaults(ended: Path) -> None:
+    config = RunConfig.model_validate_json((ended / "config.json").read_text())
+    assert config.steps == 6 and config.basis == "normalized" and config.optimizer.lr == 0.1
+
+
+def test_the_summary_counts_what_was_read(ended: Path, text: Brought) -> None:
+    summary = json.loads((ended / "summary.json").read_text())
+    candidates = [load(path) for path in Path(text.candidates).parent.glob("step-*")]
+    assert summary["bytes_read_per_rank"] == [sum(value.nbytes for state in candidates for value in state.values())]
+    elements = sum(value.numel() for value in candidates[0].values())
+    assert summary["store_bytes_per_rank"] == [4 * (material.N + 1) * elements]
+    assert summary["steps"] == 6 and summary["ranks"] == 1 and summary["evaluation"]["validation/loss"] > 0
+    assert summary["forward_backward_seconds"] > 0 and summary["cost"]["project"]["seconds"] > 0
+
+
+def test_the_export_is_the_sum_by_hand(ended: Path, text: Brought) -> None:
+    exported, expected = load(ended / "average"), by_hand(text.candidates, ended)
+    assert exported.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(exported[name].double(), value, rtol=1e-6, atol=1e-7)
+    assert (state_of(ended)["twa"]["coefficients"] - 1 / material.N).abs().max() > 0.02  # it has moved
+
+
+def test_the_export_evaluates_as_the_run_said(ended: Path, text: Brought) -> None:
+    task = build_task(validated(TaskConfig, text.task))
+    model, data = task.model(), task.dataset("validation")
+    model.load_state_dict(load(ended / "average"))
+    total, count = task.metrics(model.eval(), stack([data[i] for i in range(24)]))["loss"]
+    summary = json.loads((ended / "summary.json").read_text())
+    assert float(total) / count == pytest.approx(summary["evaluation"]["validation/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("shards", ["5GB", "40kB"])
+def test_the_command_export_writes_the_same(ended: Path, tmp_path: Path, shell: Any, shards: str) -> None:
+    said = shell("export", ended, "--out", tmp_path / "merged", "--max-shard-size", shards)
+    assert said.code == 0 and "exact merge of 3 candidates" in said.out and "step 6" in said.out
+    live, merged = load(ended / "average"), load(tmp_path / "merged")
+    assert live.keys() == merged.keys()
+    for name, value in live.items():
+        assert float((merged[name] - value).norm()) <= 1e-6 * float(value.norm())
+    assert ((tmp_path / "merged/model.safetensors.index.json").exists()) == (shards != "5GB")
+    assert (tmp_path / "merged/tokenizer.json").exists()
+
+
+def test_the_live_weights_are_exported_bit_for_bit(text: Brought, tmp_path: Path) -> None:
+    config = validated(RunConfig, settings(text.candidates, text.task, tmp_path / "out", max_shard_size="40kB"))
+    trained = Run(config, World(0, 1, 0), torch.device("cpu"), Report(active=False))
+    trained.train()
+    exported = load(tmp_path / "out/average")
+    assert len(list((tmp_path / "out/average").glob("*.safetensors"))) > 1
+    assert all(torch.equal(exported[name], value) for name, value in trained.model.state_dict().items())
+
+
+def test_training_lowers_the_loss_that_it_is_trained_on(scores: Brought, tmp_path: Path) -> None:
+    """Full batches of a user's own task: the objective itself, not a sample of it."""
+    changes = {"steps": 30, "batch_size": 60, "split": "validation", "evaluate_batches": None, "evaluate_every": 10}
+    run_here(settings(scores.candidates, scores.task, tmp_path / "out", **changes))
+    losses = [line["validation/loss"] for line in lines(tmp_path / "out") if "validation/loss" in line]
+    assert losses[-1] < 0.98 * losses[0] and losses[-1] < losses[1] + 1e-6
+
+
+def test_epochs_are_counted_in_whole_batches(scores: Brought, tmp_path: Path) -> None:
+    changes = {"steps": None, "epochs": 2.5, "batch_size": 20}  # 60 examples
+    assert run_here(settings(scores.candidates, scores.task, tmp_path / "out", **changes))["steps"] == 8
+
+
+@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
+def test_batchnorm_statistics_are_measured_and_exported(
+    ranks: Pool, digits: Brought, tmp_path: Path, shell: Any, engine: str
+) -> None:
+    output = tmp_path / "out"
+    changes = {"engine": engine, "batch_size": 24, "evaluate_batches": None, "recalibrate_batches": 20}
+    ranks(run_here, 1 if engine == "plain" else 2, data=settings(digits.candidates, digits.task, output, **changes))
+    exported = load(output / "average")
+    assert shell("export", output, "--out", tmp_path / "merged").code == 0
+    merged = load(tmp_path / "merged")
+    for name, value in exported.items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6)
+
+    task = build_task(validated(TaskConfig, digits.task))
+    model, data = task.model(), task.dataset("train")
+    assert isinstance(model, nn.Sequential)
+    model.load_state_dict(exported)
+    with torch.no_grad():  # 20 batches of 24 are the whole split, so the first layer's mean knows no order
+        images = stack([data[i] for i in range(len(data))])["images"].float() / 255
+        mean = model[0](images).mean((0, 2, 3))
+        var = model[3](model[:3].eval()(images)).var((0, 2, 3))
+    torch.testing.assert_close(exported["1.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    assert ((exported["4.running_var"] - var) / var).abs().max() < 0.15  # unequal batches: near, not equal
+    last = load(sorted(Path(digits.candidates).parent.glob("step-*"))[-1])
+    assert (exported["1.running_mean"] - last["1.running_mean"]).abs().max() > 1e-3
+
+    held_out = task.dataset("validation")
+    metrics = task.metrics(model.eval(), stack([held_out[i] for i in range(len(held_out))]))
+    summary = json.loads((output / "summary.json").read_text())["evaluation"]
+    for name, (total, count) in metrics.items():
+        assert float(total) / count == pytest.approx(summary[f"validation/{name}"], rel=1e-4)
+
+
+# The same run, held in other ways
+
+
+@pytest.fixture(scope="module")
+def alone(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    output = tmp_path_factory.mktemp("alone")
+    run_here(settings(text.candidates, text.task, output))
+    return load(output / "average")
+
+
+@pytest.mark.parametrize(
+    ("engine", "size", "micro"),
+    [
+        ("plain", 1, 3),
+        ("plain", 1, 1),
+        ("plain", 2, None),
+        ("ddp", 2, None),
+        ("ddp", 2, 2),
+        ("fsdp2", 2, None),
+        ("fsdp2", 2, 3),
+        ("auto", 3, 2),
+    ],
+)
+def test_engines_ranks_and_micro_batches_make_no_difference(
+    ranks: Pool,
+    alone: dict[str, torch.Tensor],
+    text: Brought,
+    tmp_path: Path,
+    engine: str,
+    size: int,
+    micro: int | None,
+) -> None:
+    data = settings(text.candidates, text.task, tmp_path, engine=engine, micro_batch_size=micro)
+    summaries = ranks(run_here, size, data=data)
+    assert len({json.dumps(summary["evaluation"]) for summary in summaries}) == 1
+    if engine != "plain":
+        total = sum(value.nbytes for value in alone.values())
+        assert sum(summaries[0]["bytes_read_per_rank"]) == material.N * total
+    exported = load(tmp_path / "average")
+    for name, value in alone.items():
+        assert float((exported[name] - value).norm()) <= 2e-6 * float(value.norm()), name
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
+def test_bfloat16_computation_stays_near(
+    ranks: Pool, alone: dict[str, torch.Tensor], text: Brought, tmp_path: Path, engine: str
+) -> None:
+    data = settings(text.candidates, text.task, tmp_path, engine=engine, precision="bfloat16")
+    ranks(run_here, 1 if engine == "plain" else 2, data=data)
+    exported = load(tmp_path / "average")
+    for name, value in alone.items():
+        assert exported[name].dtype == torch.float32
+        assert float((exported[name] - value).norm()) <= 2e-2 * float(value.norm()), name
+
+
+@pytest.mark.parametrize("basis", ["orthonormal", "pca", "simplex"])
+@pytest.mark.parametrize("store", ["dense32", "dense16"])
+def test_every_basis_and_store_exports_what_its_coefficients_say(
+    scores: Brought, tmp_path: Path, basis: str, store: str
+) -> None:
+    run_here(settings(scores.candidates, scores.task, tmp_path, basis=basis, store=store, groups=["^0", "bias"]))
+    exported = load(tmp_path / "average")
+    for name, value in by_hand(scores.candidates, tmp_path).items():
+        error = float((exported[name].double() - value).norm() / value.norm())
+        assert error <= (1e-6 if store == "dense32" else 1e-3), name
+
+
+def test_fixed_tensors_stay_at_the_center(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    run_here(settings(scores.candidates, scores.task, tmp_path / "out", exclude=["bias"], center="last"))
+    last = load(sorted(Path(scores.candidates).parent.glob("step-*"))[-1])
+    assert shell("export", tmp_path / "out", "--out", tmp_path / "merged").code == 0
+    for where in (tmp_path / "out/average", tmp_path / "merged"):
+        found = load(where)
+        assert all(torch.equal(found[name], last[name]) == ("bias" in name) for name in last)
+
+
+def test_from_the_shell_with_overrides(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out")))
+    said = shell("run", config, "steps=2", "optimizer.lr=3e-3", "groups=block")
+    assert said.code == 0, said.err
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert (written["steps"], written["optimizer"]["lr"], written["groups"]) == (2, 0.003, "block")
+    assert said.out == "" and "one step of rank 0" in said.err.lower() and "coefficients.png" in said.err

@@ -1,0 +1,229 @@
+"""Gradients: freed when they are projected, forgotten when asked, refused when they are not finite."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import twa_scale
+from tests import models, reference
+from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Run
+from twa_scale import TwaError
+
+ENGINES = ["plain", "ddp", "fsdp2"]
+SIZES = [1, 2, 3]
+RUN = Run({"groups": "block"}, steps=3)
+
+
+def own_part(step: int) -> models.Batch:
+    rank, size = cases.where()
+    return models.part(models.batch(step), rank, size)
+
+
+def gradients_left(engine: str) -> tuple[list[str], list[str]]:
+    """Names of the tensors that hold a gradient after backward, and after a step."""
+    model, twa = cases.attach(engine, RUN)
+    models.loss(model, own_part(0)).backward()
+    after_backward = [name for name, p in model.named_parameters() if p.grad is not None]
+    twa.step()
+    return after_backward, [name for name, p in model.named_parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_gradient_outlives_its_use(ranks: Pool, engine: str) -> None:
+    """DDP has them all when its buckets are reduced, and FSDP2 those of parameters that it ignores."""
+    for after_backward, after_step in ranks(gradients_left, 2, engine=engine):
+        allowed = {"plain": [], "ddp": after_backward, "fsdp2": [models.SCALAR]}[engine]
+        assert after_backward == allowed
+        assert after_step == []
+
+
+def forget_a_backward(engine: str, forget: bool) -> dict[str, Tensor]:
+    model, twa = cases.attach(engine, RUN)
+    for step in range(RUN.steps):
+        if forget:
+            models.loss(model, own_part(100 + step)).mul(50).backward()
+            twa.zero_grad()
+        cases.one_step(model, twa, step)
+    return cases.gathered(model)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_zero_grad_forgets_a_backward_pass(ranks: Pool, engine: str) -> None:
+    for size in (1, 2):
+        plain, forgetful = (ranks(forget_a_backward, size, engine=engine, forget=forget)[0] for forget in (False, True))
+        for name, value in plain.items():
+            torch.testing.assert_close(forgetful[name], value, rtol=1e-6, atol=1e-7, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def step_without_zero_grad(engine: str, zero: bool) -> dict[str, Tensor]:
+    model, twa = cases.attach(engine, RUN)
+    for step in range(2):
+        models.loss(model, own_part(step)).backward()
+        twa.step()
+        if zero:
+            twa.zero_grad()
+    return cases.gathered(model)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_accumulates_alike_without_zero_grad(ranks: Pool, engine: str) -> None:
+    """Whether a step keeps the gradients is one choice; it must not hang on what shards the model."""
+    want = ranks(step_without_zero_grad, 1, engine="plain", zero=False)[0]
+    for name, value in ranks(step_without_zero_grad, 1, engine=engine, zero=False)[0].items():
+        assert (value - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+
+def accumulate(engine: str, late: bool) -> dict[str, Tensor]:
+    """Two backward passes a step; with `late` the engine reduces gradients in the second one only."""
+    model, twa = cases.attach(engine, RUN)
+    rank, size = cases.where()
+    for step in range(RUN.steps):
+        first, second = cases.micro_batches(step, size, 2)[2 * rank : 2 * rank + 2]
+        with model.no_sync() if late and isinstance(model, DistributedDataParallel) else nullcontext():
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(not late)
+            (models.loss(model, first) / 2).backward()
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(True)
+        (models.loss(model, second) / 2).backward()
+        twa.step()
+        twa.zero_grad()
+    return cases.gathered(model)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_gradients_that_are_reduced_late_are_the_same(ranks: Pool, engine: str) -> None:
+    at_once, late = (ranks(accumulate, 2, engine=engine, late=late) for late in (False, True))
+    for want, weights in zip(at_once, late, strict=True):
+        for name, value in want.items():
+            assert (weights[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def skip_a_tensor(engine: str) -> dict[str, Tensor]:
+    """Train with a loss that does not reach the embedding mix or the blocks."""
+    model, twa = cases.attach(engine, RUN)
+    for step in range(RUN.steps):
+        stem_loss(model, own_part(step)).backward()
+        twa.step()
+        twa.zero_grad()
+    return cases.gathered(model)
+
+
+def stem_loss(model: nn.Module, data: models.Batch) -> Tensor:
+    dtype = next(p.dtype for p in model.parameters())
+    return model.stem(data["image"].to(dtype)).square().mean()  # type: ignore[operator, union-attr]
+
+
+def test_tensors_that_the_loss_does_not_reach_stay(ranks: Pool) -> None:
+    for size in (1, 2):
+        steps = [cases.micro_batches(step, size) for step in range(RUN.steps)]
+        want = reference.train(models.build(), stem_loss, models.candidates(), RUN.config, steps).weights[-1]
+        for weights in ranks(skip_a_tensor, size, engine="plain"):
+            for name, value in want.items():
+                assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
+
+
+def overflow(engine: str, rank: int) -> tuple[str, bool, bool]:
+    """A loss that is infinite on one rank; return the error, and whether the weights and the training survived."""
+    model, twa = cases.attach(engine, RUN)
+    cases.one_step(model, twa, 0)
+    before = cases.gathered(model)
+    loss = models.loss(model, own_part(1))
+    (loss * float("inf") if cases.where()[0] == rank else loss).backward()
+    message = ""
+    try:
+        twa.step()
+    except TwaError as error:
+        message = str(error)
+    same = all(torch.equal(value, before[name]) for name, value in cases.gathered(model).items())
+    twa.zero_grad()
+    cases.one_step(model, twa, 2)
+    return message, same, all(bool(value.isfinite().all()) for value in cases.gathered(model).values())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_that_is_not_finite_is_refused_on_every_rank(ranks: Pool, engine: str) -> None:
+    for size, rank in ((1, 0), (3, 1)):
+        results = ranks(overflow, size, engine=engine, rank=rank)
+        assert results[0][0] and len({message for message, _, _ in results}) == 1
+        assert all(same for _, same, _ in results), "the weights have changed"
+        assert all(finite for _, _, finite in results), "the run cannot go on after zero_grad"
+
+
+def narrow() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return nn.Linear(4, 2)
+
+
+def narrow_loss(model: nn.Module, data: Tensor) -> Tensor:
+    return F.cross_entropy(model(data.to(next(model.parameters()).dtype)), torch.arange(len(data)) % 2)
+
+
+def narrow_candidates() -> list[dict[str, Tensor]]:
+    base = narrow().state_dict()
+    noise = torch.Generator().manual_seed(6)
+    return [{k: v + 0.1 * torch.randn(v.shape, generator=noise) for k, v in base.items()} for _ in range(3)]
+
+
+def narrow_data(step: int, size: int) -> list[Tensor]:
+    return list(torch.randn(12, 4, generator=torch.Generator().manual_seed(step)).chunk(size))
+
+
+def train_narrow(engine: str) -> tuple[dict[str, Tensor], int]:
+    model = narrow()
+    if engine == "ddp":
+        model = DistributedDataParallel(model)
+    elif engine == "fsdp2":
+        fully_shard(model)
+    twa = twa_scale.attach(model, candidates=narrow_candidates(), config={"groups": "tensor"})
+    rank, size = cases.where()
+    for step in range(5):
+        narrow_loss(model, narrow_data(step, size)[rank]).backward()
+        twa.step()
+        twa.zero_grad()
+    return cases.gathered(model), twa.bytes_read
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_that_holds_nothing_takes_part(ranks: Pool, engine: str, size: int) -> None:
+    steps = [narrow_data(step, size) for step in range(5)]
+    want = reference.train(narrow(), narrow_loss, narrow_candidates(), {"groups": "tensor"}, steps).weights[-1]
+    results = ranks(train_narrow, size, engine=engine)
+    for weights, _ in results:
+        for name, value in want.items():
+            assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
+    if engine == "fsdp2" and size == 3:
+        assert results[2][1] == 0, "a rank without rows has read something"
+
+
+def test_one_process_needs_no_process_group() -> None:
+    model, twa = cases.attach("plain", RUN)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(twa.optimizer, T_max=10)
+    assert isinstance(twa.optimizer, torch.optim.Optimizer)
+    before = cases.gathered(model)
+    losses = []
+    for _ in range(10):
+        loss = models.loss(model, models.batch(0))
+        losses.append(loss.item())
+        loss.backward()
+        twa.step()
+        twa.zero_grad()
+        scheduler.step()
+    assert losses[-1] < losses[0]
+    moved = {name for name, value in cases.gathered(model).items() if not torch.equal(value, before[name])}
+    assert moved == before.keys() - {models.FROZEN, models.EQUAL}
+    with torch.no_grad():
+        after = cases.gathered(model)
+    twa.close()
+    models.loss(model, models.batch(0)).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "close leaves the hooks on"
+    assert all(torch.equal(value, after[name]) for name, value in cases.gathered(model).items())

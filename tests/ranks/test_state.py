@@ -1,0 +1,134 @@
+"""A run goes on from its state: the same trajectory, on any ranks and any engine, with the same candidates."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests import models
+from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Run
+from tests.ranks.test_reading import save
+from twa_scale import StateError
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "normalized": {"groups": "block"},
+    "orthonormal": {"basis": "orthonormal", "groups": "tensor", "units": "weight", "optimizer": {"lr": 0.003}},
+    "pca": {"basis": "pca", "optimizer": {"name": "sgd", "lr": 0.003, "momentum": 0.9}},
+    "simplex": {"basis": "simplex", "groups": "tensor", "start": "center"},
+}
+NUM_STEPS = 6
+
+
+def go_on(engine: str, config: dict[str, Any], first: int, last: int, state: bytes | None, paths: Any = None) -> Any:
+    """Take steps first..last-1, after `state` when there is one; return the weights and the state.
+
+    BatchNorm is in evaluation mode, so that a step does not depend on how its batch is split over the ranks.
+    """
+    model, twa = cases.attach(engine, Run(config), paths)
+    next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    if state is not None:
+        twa.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
+    for step in range(first, last):
+        cases.one_step(model, twa, step)
+    file = io.BytesIO()
+    torch.save(twa.state_dict(), file)
+    return cases.gathered(model), twa.coefficients, file.getvalue()
+
+
+def chain(ranks: Pool, config: dict[str, Any], parts: list[tuple[str, int, int]]) -> list[Any]:
+    """Run parts (engine, number of ranks, steps), each from the state that rank 0 of the one before left."""
+    state, done = None, 0
+    for engine, size, steps in parts:
+        results = ranks(go_on, size, engine=engine, config=config, first=done, last=done + steps, state=state)
+        state, done = results[0][2], done + steps
+    assert done == NUM_STEPS
+    return results
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2)])
+def test_the_same_ranks_continue_bit_for_bit(ranks: Pool, engine: str, size: int, name: str) -> None:
+    straight = chain(ranks, CONFIGS[name], [(engine, size, NUM_STEPS)])
+    resumed = chain(ranks, CONFIGS[name], [(engine, size, 3), (engine, size, NUM_STEPS - 3)])
+    for (weights, a, state), (want, want_a, _) in zip(resumed, straight, strict=True):
+        assert torch.equal(a, want_a)
+        assert all(torch.equal(weights[tensor], value) for tensor, value in want.items())
+        assert len(state) < 64_000, "the state of a run is kilobytes"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [("fsdp2", 2, 2), ("fsdp2", 3, 2), ("fsdp2", 1, 2)],
+        [("fsdp2", 3, 2), ("ddp", 2, 2), ("plain", 1, 2)],
+        [("plain", 1, 2), ("plain", 3, 2), ("ddp", 1, 2)],
+    ],
+    ids=["fsdp2-2-3-1", "fsdp2-ddp-plain", "plain-plain-ddp"],
+)
+def test_other_ranks_and_engines_continue_the_trajectory(ranks: Pool, parts: list[Any], name: str) -> None:
+    want = chain(ranks, CONFIGS[name], [("plain", 1, NUM_STEPS)])[0][0]
+    for weights, _, _ in chain(ranks, CONFIGS[name], parts):
+        for tensor, value in want.items():
+            assert (weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
+
+
+def resume_refused(engine: str, config: dict[str, Any], state: bytes, paths: Any) -> dict[str, Tensor]:
+    """Load a state; when it is refused the weights and coefficients have to stay."""
+    model, twa = cases.attach(engine, Run(config), paths)
+    before, a = cases.gathered(model), twa.coefficients.clone()
+    try:
+        twa.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
+    except StateError:
+        assert torch.equal(twa.coefficients, a)
+        assert all(torch.equal(value, before[name]) for name, value in cases.gathered(model).items())
+        raise
+    return before
+
+
+OTHER = {"basis": "pca", "groups": "tensor", "center": "last", "units": "weight"}
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 2), ("fsdp2", 3)])
+@pytest.mark.parametrize("change", ["one element", "frozen", "swapped", "one less", *OTHER])
+def test_a_state_of_something_else_is_refused_on_every_rank(
+    ranks: Pool, tmp_path: Path, engine: str, size: int, change: str
+) -> None:
+    paths = save(tmp_path, models.candidates())
+    config = dict(CONFIGS["normalized"])
+    state = ranks(go_on, size, engine=engine, config=config, first=0, last=2, state=None, paths=paths)[0][2]
+    named = []
+    if change in ("one element", "frozen"):
+        tensors = load_file(paths[2])
+        name = "blocks.1.down.weight" if change == "one element" else models.FROZEN
+        tensors[name].view(-1)[-1] += 1e-4
+        save_file(tensors, paths[2])
+        named = [paths[2].name, name]
+    elif change == "swapped":
+        paths = [paths[1], paths[0], *paths[2:]]
+        named = [paths[0].name]
+    elif change == "one less":
+        paths = paths[:-1]
+    else:
+        config[change] = OTHER[change]
+        named = [change]
+    error = ranks.error(resume_refused, size, engine=engine, config=config, state=state, paths=paths)
+    assert isinstance(error, StateError), repr(error)
+    for part in named:
+        assert part in str(error), str(error)
+
+
+def test_the_same_candidates_elsewhere_are_the_same(ranks: Pool, tmp_path: Path) -> None:
+    """What counts is what they hold, not where they lie."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    here, there = (save(tmp_path / name, models.candidates()) for name in ("here", "there"))
+    options: dict[str, Any] = {"engine": "fsdp2", "config": {}}
+    state = ranks(go_on, 2, **options, first=0, last=2, state=None, paths=here)[0][2]
+    ranks(go_on, 2, **options, first=2, last=3, state=state, paths=there)

@@ -1,0 +1,62 @@
+"""Invariant 5, measured: a 57 M parameter model, 8 candidates, two FSDP2 ranks, as processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from twa_scale.tasks.gpt import ByteGPT
+
+CANDIDATES, RANKS = 8, 2
+SIZES = {"n_layer": 8, "n_head": 12, "d_model": 768}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Candidates of random weights and a config of three steps; memory does not depend on what they are."""
+    root = tmp_path_factory.mktemp("scale")
+    torch.manual_seed(0)
+    base = ByteGPT(context=64, **SIZES).state_dict()
+    for i in range(CANDIDATES):
+        directory = root / "candidates" / f"step-{i}"
+        directory.mkdir(parents=True)
+        save_file({k: v + 2e-3 * torch.randn_like(v) for k, v in base.items()}, directory / "model.safetensors")
+    settings = {
+        "candidates": str(root / "candidates" / "step-*"),
+        "output": str(root / "run"),
+        "task": {"name": "causal_lm", "model": {"byte_gpt": SIZES}, "text": "stdlib", "context": 64},
+        "groups": "block",
+        "steps": 3,
+        "batch_size": 4,
+        "evaluate_batches": 1,
+    }
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.mark.slow
+def test_memory_and_bytes_are_what_plan_said(config: Path) -> None:
+    """Peak resident memory of each rank within 10 %; every byte of every candidate read by one rank, once."""
+    command = [sys.executable, "-m", "twa_scale", "plan", str(config), f"--ranks={RANKS}", "--json"]
+    plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    subprocess.run([*launcher, "-m", "twa_scale", "run", str(config)], check=True, env=environment)
+    summary = json.loads((config.parent / "run" / "summary.json").read_text())
+
+    files = sum(f.stat().st_size for f in (config.parent / "candidates").glob("*/model.safetensors"))
+    elements = plan["trained_elements"]
+    assert elements > 50e6
+    assert sum(summary["bytes_read_per_rank"]) == 4 * elements * CANDIDATES <= files
+    assert max(summary["bytes_read_per_rank"]) == plan["bytes_read"]
+    for peak in summary["peak_resident_bytes_per_rank"]:
+        assert abs(peak - plan["peak"]) < 0.1 * plan["peak"], (peak, plan)
+    # The whole basis would be this much on each rank: no rank came near it.
+    assert max(summary["peak_resident_bytes_per_rank"]) < 4 * elements * CANDIDATES + 4 * elements

@@ -1,0 +1,327 @@
+"""Settings: what files and overrides may say, and how a mistake is answered."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from twa_scale.config import (
+    RunConfig,
+    ScheduleConfig,
+    TwaConfig,
+    candidate_index,
+    center_weights,
+    dump,
+    load_config,
+    validated,
+)
+from twa_scale.errors import ConfigError
+from twa_scale.names import REST, group_names, selected
+from twa_scale.spans import share
+from twa_scale.training.schedule import factor, make_scheduler
+
+MINIMAL = {"candidates": "step-*", "task": {"name": "causal_lm"}, "output": "out", "steps": 3}
+
+
+def write(directory: Path, data: Any, name: str = "run.yaml") -> Path:
+    path = directory / name
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+def refusal(directory: Path, *overrides: str, **changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(directory, MINIMAL | changes), list(overrides))
+    return str(caught.value)
+
+
+# Files
+
+
+def test_a_file_with_defaults_filled_in(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert (config.basis, config.groups, config.center, config.units) == ("normalized", "global", "mean", "delta")
+    assert config.optimizer.name == "adamw" and config.optimizer.options == {"weight_decay": 0.0}
+    assert RunConfig.model_validate_json(dump(config)) == config
+
+
+def test_a_config_is_frozen(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        config.steps = 4
+
+
+@pytest.mark.parametrize("indent", [None, 2, "\t"])
+def test_json_is_read_however_it_is_indented(tmp_path: Path, indent: Any) -> None:
+    data = MINIMAL | {"optimizer": {"lr": 1e-05}}
+    config = load_config(write(tmp_path, json.dumps(data, indent=indent), "run.json"))
+    assert config.optimizer.lr == 1e-5 and config.steps == 3
+
+
+@pytest.mark.parametrize("text", ["3e-3", "3E-3", "0.003", ".003", "3.e-3", "+3e-3"])
+def test_floats_in_every_spelling(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, yaml.safe_dump(MINIMAL) + f"optimizer: {{lr: {text}, eps: {text}}}\n")
+    for config in (load_config(path), load_config(path, [f"optimizer.lr={text}", f"optimizer.eps={text}"])):
+        assert config.optimizer.lr == 0.003 and config.optimizer.options["eps"] == 0.003
+
+
+def test_what_only_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, yaml.safe_dump(MINIMAL) + "include: [1e, e5, 3.7.1, layers.0, -]\n"))
+    assert config.include == ["1e", "e5", "3.7.1", "layers.0", "-"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "NoneType"),
+        (b"- a\n- b\n", "list"),
+        (b"steps: [1\n", "YAML"),
+        (b"\xff\xfe\x00\x81", "run.yaml"),
+        (b"steps: !!python/object/apply:os.system ['true']\n", "YAML"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(path)
+    assert "run.yaml" in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_config(path)
+
+
+# Overrides
+
+
+def test_overrides_replace_and_add(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, MINIMAL | {"optimizer": {"name": "sgd", "momentum": 0.5}}),
+        [
+            "optimizer.lr=3e-3",
+            "optimizer.momentum=0.9",
+            "groups=[^a, '^b=c']",
+            "max_grad_norm=1",
+            "task.model={byte_gpt: {n_layer: 2}}",
+            "task.fractions.train=0.5",
+            "center=ema:0.9",
+            "output=out=1",
+            "num_components=null",
+        ],
+    )
+    assert config.optimizer.options == {"momentum": 0.9} and config.optimizer.lr == 0.003
+    assert config.groups == ["^a", "^b=c"] and config.max_grad_norm == 1 and config.center == "ema:0.9"
+    assert config.task.options == {"model": {"byte_gpt": {"n_layer": 2}}, "fractions": {"train": 0.5}}
+    assert config.output == "out=1" and config.num_components is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("steps", "key=value"),
+        ("=3", "key=value"),
+        ("steps.=3", "key=value"),
+        ("steps.more=3", "'steps' holds 3"),
+        ("groups=[a", "groups=[a"),
+        ("optimizer..lr=3", "optimizer"),
+    ],
+)
+def test_overrides_that_are_none(tmp_path: Path, override: str, said: str) -> None:
+    assert said in refusal(tmp_path, override)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "nearest"),
+    [
+        ({"basiss": "pca"}, "'basiss'", "'basis'"),
+        ({"batchsize": 4}, "'batchsize'", "'batch_size'"),
+        ({"batch-size": 4}, "'batch-size'", "'batch_size'"),
+        ({"micro batch": 4}, "'micro batch'", "'micro_batch_size'"),
+        ({"checkpoint_evry": 4}, "'checkpoint_evry'", "'checkpoint_every'"),
+        ({"schedule": {"warmpu": 0.1}}, "'schedule.warmpu'", "'warmup'"),
+        ({"schedule": {"name": "step", "evry": 2}}, "'schedule.evry'", "'every'"),
+    ],
+)
+def test_unknown_keys_are_answered_with_the_nearest(
+    tmp_path: Path, changes: dict[str, Any], key: str, nearest: str
+) -> None:
+    message = refusal(tmp_path, **changes)
+    assert f"unknown key {key}" in message and f"did you mean {nearest}?" in message
+
+
+def test_a_key_like_no_other_is_answered_with_the_list(tmp_path: Path) -> None:
+    message = refusal(tmp_path, schedule={"zzz": 1})
+    assert "'schedule.zzz'" in message and "every, factor, final, name, warmup" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"basis": "pcaa"}, ["basis", "'pca'", "'pcaa'"]),
+        ({"store": "dense8"}, ["store", "'dense32'"]),
+        ({"schedule": {"name": "cos"}}, ["schedule.name", "'cosine'", "'cos'"]),
+        ({"schedule": {"warmup": 1.0}}, ["schedule.warmup", "less than 1"]),
+        ({"schedule": {"name": "step"}}, ["schedule", "`every`"]),
+        ({"optimizer": {"lr": 0}}, ["optimizer.lr", "greater than 0"]),
+        ({"optimizer": {"lr": "fast"}}, ["optimizer.lr", "'fast'"]),
+        ({"steps": 0}, ["steps", "greater than 0"]),
+        ({"steps": None}, ["`steps` and `epochs`"]),
+        ({"epochs": 2}, ["`steps` and `epochs`"]),
+        ({"num_components": 2}, ["num_components", "pca"]),
+        ({"center": "ema"}, ["center", "'ema'", "ema:DECAY"]),
+        ({"center": "ema:1.5"}, ["center", "0 < DECAY < 1"]),
+        ({"center": "median"}, ["center", "'median'"]),
+        ({"groups": "layer"}, ["groups", "'layer'", "'block'"]),
+        ({"start": "middle"}, ["start", "'middle'"]),
+        ({"task": {}}, ["task.name"]),
+        ({"engine": "zero"}, ["engine", "'fsdp2'"]),
+        ({"max_shard_size": 5}, ["max_shard_size"]),
+    ],
+)
+def test_wrong_values_are_named_with_what_is_right(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    message = refusal(tmp_path, **changes)
+    assert all(word in message for word in words), message
+
+
+def test_every_mistake_is_in_one_message(tmp_path: Path) -> None:
+    message = refusal(tmp_path, basis="x", steps=-1, typo=3)
+    assert all(word in message for word in ("basis", "steps", "'typo'")) and "\n" not in message
+
+
+def test_validated_takes_what_attach_takes() -> None:
+    config = TwaConfig(basis="pca")
+    assert validated(TwaConfig, config) is config and validated(TwaConfig, None) == TwaConfig()
+    with pytest.raises(ConfigError, match="'basis'"):
+        validated(TwaConfig, {"bases": "pca"})
+
+
+# The center
+
+
+@pytest.mark.parametrize(
+    ("center", "expected"),
+    [
+        ("mean", [0.25] * 4),
+        ("linear", [0.25] * 4),
+        ("first", [1, 0, 0, 0]),
+        ("last", [0, 0, 0, 1]),
+        (2, [0, 0, 1, 0]),
+        (-1, [0, 0, 0, 1]),
+        ([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]),
+        ([2, -1, 0, 0], [2, -1, 0, 0]),
+        ("ema:0.5", [1 / 15, 2 / 15, 4 / 15, 8 / 15]),
+        ("minus-sqrt", [0.5, math.sqrt(0.5) - 0.5, math.sqrt(0.75) - math.sqrt(0.5), 1 - math.sqrt(0.75)]),
+    ],
+    ids=str,
+)
+def test_center_weights(center: Any, expected: list[float]) -> None:
+    chosen = TwaConfig(center=center).center
+    assert center_weights(chosen, 4) == pytest.approx(expected, abs=1e-12)
+    assert sum(center_weights(chosen, 4)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", ["linear", "minus-sqrt"])
+def test_decay_shapes_are_the_average_that_a_decayed_rate_would_have_made(shape: str) -> None:
+    """WSM: with steps g_1..g_n between candidates, sum_i b_i w_i = w_0 + sum_j rate_j g_j with the decayed rates."""
+    n = 7
+    steps = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.tensor(center_weights(shape, n), dtype=torch.float64)
+    rates = [1 - (j / n) ** (1.0 if shape == "linear" else 0.5) for j in range(n)]
+    torch.testing.assert_close(weights @ steps.cumsum(0), torch.tensor(rates, dtype=torch.float64) @ steps)
+
+
+@pytest.mark.parametrize(
+    "center", [4, -5, [0.5, 0.5], [0.5] * 4, [], [math.nan, 1, 0, 0], [math.inf, -math.inf, 1, 0]], ids=str
+)
+def test_centers_that_are_none(center: Any) -> None:
+    with pytest.raises(ConfigError, match="center"):
+        center_weights(TwaConfig(center=center).center, 4)
+
+
+def test_candidate_indices() -> None:
+    assert [candidate_index(i, 3, "start") for i in ("first", "last", 0, 2, -1, -3)] == [0, 2, 0, 2, 2, 0]
+    with pytest.raises(ConfigError, match=r"start: .* 3 .*0 to 2"):
+        candidate_index(3, 3, "start")
+
+
+# The schedule
+
+
+def rates(num_steps: int, **settings: Any) -> list[float]:
+    config = ScheduleConfig(**settings)
+    return [factor(config, step, num_steps) for step in range(num_steps)]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_the_warmup_rises_linearly_to_one(name: str) -> None:
+    assert rates(20, name=name, warmup=0.2)[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert max(rates(20, name=name, warmup=0.2)) == 1
+
+
+def test_shapes_after_the_warmup() -> None:
+    assert rates(4, name="constant", warmup=0) == [1] * 4
+    assert rates(10, name="linear", warmup=0.2)[2:] == pytest.approx([7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
+    assert rates(10, name="linear", warmup=0.2, final=0.5)[-1] == pytest.approx(0.5)
+    cosine = rates(10, name="cosine", warmup=0.2, final=0.1)
+    assert cosine[5] == pytest.approx(0.55) and cosine[-1] == pytest.approx(0.1)
+    assert cosine[1:] == sorted(cosine[1:], reverse=True)
+    assert rates(9, name="step", warmup=0, every=3, factor=0.5) == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+
+
+def test_the_scheduler_gives_the_optimizer_these_rates() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = make_scheduler(ScheduleConfig(name="linear", warmup=0.2), optimizer, 10)
+    seen = []
+    for _ in range(10):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx([0.5 * rate for rate in rates(10, name="linear", warmup=0.2)])
+
+
+# Names and spans
+
+NAMES = ["embedding.weight", "blocks.0.a.weight", "blocks.0.b.3.bias", "blocks.10.a.weight", "norm.weight", "scale"]
+
+
+def test_groups_of_names() -> None:
+    assert set(group_names(NAMES, "global").values()) == {"global"}
+    assert group_names(NAMES, "tensor") == {name: name for name in NAMES}
+    assert list(group_names(NAMES, "block").values()) == [
+        "embedding", "blocks.0", "blocks.0", "blocks.10", "norm", "scale",
+    ]  # fmt: skip
+    chosen = group_names(NAMES, [r"\.a\.", r"blocks"])
+    assert list(chosen.values()) == [REST, r"\.a\.", "blocks", r"\.a\.", REST, REST]
+
+
+def test_selecting_names() -> None:
+    assert selected(NAMES, [], []) == NAMES
+    assert selected(NAMES, ["blocks", "norm"], ["bias$"]) == [NAMES[1], NAMES[3], NAMES[4]]
+
+
+@pytest.mark.parametrize("key", ["include", "exclude", "groups"])
+def test_patterns_that_match_nothing_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}.*'blcks'.*matches none.*'embedding.weight'"):
+        match key:
+            case "groups":
+                group_names(NAMES, ["norm", "blcks"])
+            case _:
+                selected(NAMES, **{"include": [], "exclude": [], key: ["norm", "blcks"]})
+
+
+@pytest.mark.parametrize("numel", [0, 1, 2, 3, 7, 12, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shares_tile(numel: int, size: int) -> None:
+    parts = [share(numel, rank, size) for rank in range(size)]
+    assert [i for start, stop in parts for i in range(start, stop)] == list(range(numel))
+    assert all(stop - start <= parts[0][1] for start, stop in parts)
