@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.average import TrainableAverage
+from twa_scale.average import TrainableAverage, check_settings
 from twa_scale.basis import Gram, equal_candidates, make_basis
 from twa_scale.config import TwaConfig, candidate_index, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
@@ -46,12 +46,13 @@ def attach(
         ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the fault.
     """
     engine = choose_engine(model)
-    group = engine.shard_group
-    with group.agree():
+    group, replicas = engine.shard_group, engine.replica_group
+    with replicas.agree(), group.agree():
         config = validated(TwaConfig, config)
         opened = open_candidates(candidates)
         layout = match(engine.parameters, engine.buffers(), opened, config)
         weights = center_weights(config.center, len(opened))
+        check_settings(config, weights)
         store = make_store(config.store, len(opened), engine.device)
         stream = Stream(opened, weights, engine.device, progress)
         gram = Gram(len(layout.groups), len(opened), engine.device)
@@ -60,7 +61,7 @@ def attach(
     group.sum_(gram.values)
     fingerprint = _fingerprint(engine, layout, opened, stream)
     _write_rest(engine, layout, buffers)
-    if group.rank == 0:
+    if group.rank == replicas.rank == 0:
         _warn_of_equals(gram.values, opened)
     basis = make_basis(
         config.basis,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from twa_scale import batchnorm
-from twa_scale.basis import Basis
+from twa_scale.basis import CORNER, Basis
 from twa_scale.clock import Clock
 from twa_scale.config import TwaConfig, candidate_index
 from twa_scale.engines import Engine
@@ -126,6 +126,7 @@ class TrainableAverage:
         """Forget the gradients of the coefficients and what backward passes have added since the last step."""
         self.optimizer.zero_grad()
         self._products.zero_()
+        self._engine.forget()
 
     @contextmanager
     def weights(self, which: Which) -> Iterator[None]:
@@ -254,10 +255,11 @@ class TrainableAverage:
         """Write the weights that are shown now, computed from the center, into the live spans."""
         shown = self._shown[-1] if self._shown else None
         u = self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
-        columns = u.T.contiguous().to("cpu" if self._engine.device.type == "cpu" else u.device)
+        scales = (1 + u[-1]).tolist()  # one wait for the device, not one for each span
+        columns = u[:-1].T.to(torch.float32).contiguous()
         with self.clock.part("combine"):
             for span, group in self._spans.items():
-                self._store.combine(span, columns[group], self._engine.live(span))
+                self._store.combine(span, columns[group], scales[group], self._engine.live(span))
         with self.clock.part("publish"):
             self._engine.publish(self.layout.group_of.keys())
 
@@ -298,13 +300,31 @@ class TrainableAverage:
 
     def _require_same_settings(self, saved: dict[str, Any]) -> None:
         now = self._settings()
-        for key in ("basis", "groups", "center", "units", "num_components", "include", "exclude"):
+        for key in ("basis", "groups", "center", "units", "num_components", "include", "exclude", "optimizer"):
             if saved[key] != now[key]:
                 raise StateError(
                     f"{key}: the state was trained with {saved[key]!r}, this run has {now[key]!r}; its coefficients "
                     "would "
                     "mean something else. Use the saved setting, or start a new run."
                 )
+
+
+def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
+    """Find what could not be trained before any candidate is read.
+
+    Raises:
+        ConfigError: an optimizer, a start or a number of components that cannot be.
+    """
+    n = len(center_weights)
+    make_optimizer(config, nn.Parameter(torch.zeros(n, 1)))
+    if config.start != "center":
+        candidate_index(config.start, n, "start")
+    if config.basis == "simplex" and (config.start != "center" or min(center_weights) <= 0):
+        raise ConfigError(CORNER)
+    if config.num_components is not None and config.num_components >= n:
+        raise ConfigError(
+            f"num_components: {config.num_components} asked for, but {n} candidates span at most {n - 1} directions."
+        )
 
 
 def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:

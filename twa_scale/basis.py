@@ -12,6 +12,10 @@ from twa_scale.errors import ConfigError
 
 _EIGENVALUE_FLOOR = 1e-10  # of the largest; below it a direction of float32 deltas is rounding noise
 _SCHMIDT_FLOOR = 1e-12  # squared norm of what Schmidt leaves of a candidate, of its own
+CORNER = (
+    "basis 'simplex' must start where every candidate has a positive weight: at its corners and edges the softmax has no "
+    "gradient. Choose start: center, and a center that uses all candidates."
+)
 
 
 class Gram:
@@ -35,7 +39,7 @@ class Basis:
     matrix: torch.Tensor
     """T: (G, n + 1, k), float64. Columns beyond a group's own rank are zero. The identity for the simplex."""
     offset: torch.Tensor
-    """(n + 1,), float64: -1 for the center where the basis spans the candidates themselves."""
+    """(n + 1, G), float64: -1 for the center of a group whose basis spans the candidates themselves."""
     center_weights: torch.Tensor
     """b: (n,), float64."""
     gram: torch.Tensor
@@ -56,7 +60,7 @@ class Basis:
         if self.kind == "simplex":
             weights = torch.softmax(x, dim=0)
             return torch.cat([weights, weights.new_zeros(1, weights.shape[1])])
-        u: torch.Tensor = torch.einsum("gik,kg->ig", self.matrix, x) + self.offset[:, None]
+        u: torch.Tensor = torch.einsum("gik,kg->ig", self.matrix, x) + self.offset
         return u
 
     def averaging(self, u: torch.Tensor) -> torch.Tensor:
@@ -77,13 +81,9 @@ class Basis:
         """
         if self.kind == "simplex":
             if bool((a <= 0).any()):
-                raise ConfigError(
-                    "basis 'simplex' must start where every candidate has a positive weight: at its corners and "
-                    "edges the "
-                    "softmax has no gradient. Choose start: center, and a center that uses all candidates."
-                )
+                raise ConfigError(CORNER)
             return torch.log(a)
-        target = self.weights_of(a) - self.offset[:, None]
+        target = self.weights_of(a) - self.offset
         normal = self.matrix.mT @ self.gram @ self.matrix
         right = torch.einsum("gik,gij,jg->gk", self.matrix, self.gram, target)
         inverse: torch.Tensor = torch.linalg.pinv(normal, rtol=1e-12, hermitian=True)
@@ -103,13 +103,11 @@ def make_basis(
         ConfigError: more components asked for than the candidates have.
     """
     n = gram.shape[1] - 1
-    offset = gram.new_zeros(n + 1)
     match kind:
         case "normalized":
             columns = [_normalized(g) for g in gram]
         case "orthonormal":
             columns = [_schmidt(g) for g in gram]
-            offset[-1] = -1.0
         case "pca":
             columns = [_principal(g, num_components) for g in gram]
         case "simplex":
@@ -126,6 +124,9 @@ def make_basis(
     if units == "delta" and kind != "simplex":
         norms = gram.diagonal(dim1=1, dim2=2)[:, :-1].clamp(min=0).sqrt()
         matrix = matrix * norms.mean(1)[:, None, None]
+    offset = gram.new_zeros(n + 1, len(gram))
+    if kind == "orthonormal":  # a group that is the same in all candidates has no scale, and stays at the center
+        offset[-1] = -matrix.any(dim=2).any(dim=1).to(offset.dtype)
     return Basis(kind, matrix, offset, center_weights, gram)
 
 

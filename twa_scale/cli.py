@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from twa_scale.errors import ConfigError, TwaError
 
@@ -160,7 +161,7 @@ def main() -> None:
     except TwaError as error:
         if os.environ.get("RANK", "0") == "0":
             kind = "bad configuration" if isinstance(error, ConfigError) else type(error).__name__
-            Console(stderr=True).print(f"[bold red]{kind}:[/] {error}", highlight=False, soft_wrap=True)
+            Console(stderr=True).print(f"[bold red]{kind}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -63,7 +63,9 @@ class Group:
         if self.size == 1:
             out.copy_(local)
         else:
-            dist.all_gather_into_tensor(out, local, group=self._process_group)
+            # torch 2.13 renamed it
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            gather(out, local, group=self._process_group)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -91,6 +91,16 @@ class TwaConfig(Section):
         description="Floating point buffers: the candidates' `mean`, or those of one candidate. Integers: the last's.",
     )
 
+    @field_validator("groups", "include", "exclude", "ignore")
+    @classmethod
+    def _regular_expressions(cls, value: str | list[str]) -> str | list[str]:
+        for pattern in value if isinstance(value, list) else []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
+
     @field_validator("center")
     @classmethod
     def _known_center(cls, center: Center) -> Center:

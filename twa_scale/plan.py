@@ -10,7 +10,6 @@ from torch import nn
 from twa_scale.config import RunConfig
 from twa_scale.engines import ParameterInfo
 from twa_scale.engines.describe import named_parameters, persistent_buffers
-from twa_scale.errors import ConfigError
 from twa_scale.layout import Layout, match
 from twa_scale.memory import resident
 from twa_scale.sources import Candidate, open_candidates
@@ -18,6 +17,7 @@ from twa_scale.spans import share
 from twa_scale.store import bytes_per_element
 from twa_scale.streaming import scratch_bytes
 from twa_scale.tasks import Task, build_task, stack
+from twa_scale.training.batches import make_batches
 from twa_scale.training.model import blocks_of, resolve_engine
 from twa_scale.world import World
 
@@ -60,16 +60,17 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     """
     runtime = resident()
     engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0))
-    if config.batch_size % ranks:
-        raise ConfigError(f"batch_size: {config.batch_size} examples cannot be shared equally by {ranks} ranks.")
     task = build_task(config.task)
+    examples = task.dataset(config.split)
+    micro = make_batches(
+        examples, config.split, config.batch_size, config.micro_batch_size, 0, ranks, config.seed
+    ).micro_batch_size
     with torch.device("meta"):
         model = task.model().to(torch.float32)
     _, parameters = named_parameters(model)
     buffers = persistent_buffers(model)
     candidates = open_candidates(config.candidates)
     layout = match(parameters, buffers, candidates, config)
-    micro = min(config.micro_batch_size or config.batch_size // ranks, config.batch_size // ranks)
     activations, notes = _activations(task, model, config, micro)
     n = len(candidates)
     trained = [parameters[name] for name in layout.group_of]

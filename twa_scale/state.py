@@ -99,6 +99,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         sync(path.parent)
 
 
+_KEYS = {"twa", "scheduler", "step", "num_steps", "candidates"}
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """Read what `save_state` wrote; nothing in the file is executed.
 
@@ -111,6 +114,6 @@ def load_state(path: Path) -> dict[str, Any]:
         raise StateError(f"{path}: there is no run state here; give the output directory of a run.") from None
     except Exception as error:
         raise StateError(f"{path}: is not a run state that can be read: {error}") from error
-    if not isinstance(state, dict) or "fingerprint" not in state.get("twa", {}):
-        raise StateError(f"{path}: is not a run state of twa_scale.")
+    if not isinstance(state, dict) or not state.keys() >= _KEYS:
+        raise StateError(f"{path}: is not the state of a `twa-scale run`; give the output directory of one.")
     return state

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from twa_scale.inspection import Inspection
@@ -63,7 +64,7 @@ def inspection_table(found: Inspection) -> Table:
         table.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=column != "dtype")
     for i, label in enumerate(found.labels):
         table.add_row(
-            Path(label).name,
+            escape(Path(label).name),
             f"{found.tensors[i]:,}",
             f"{found.elements[i]:,}",
             found.dtypes[i],

@@ -17,7 +17,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "twa.yaml"
-STEPS, TWA_STEPS = 600, 20
+STEPS, TWA_STEPS = 800, 20
 CANDIDATES, EVERY = 10, 10
 RANKS = 2
 

@@ -132,7 +132,13 @@ def train_candidates(
 def settings(candidates: str, task: Mapping[str, Any], output: Path, **changes: Any) -> dict[str, Any]:
     """A run of 4 steps."""
     usual = {"steps": 4, "batch_size": 12, "groups": "tensor", "optimizer": {"name": "adamw", "lr": 0.1}}
-    return {"candidates": candidates, "task": dict(task), "output": str(output), "evaluate_batches": 2, **usual} | changes
+    return {
+        "candidates": candidates,
+        "task": dict(task),
+        "output": str(output),
+        "evaluate_batches": 2,
+        **usual,
+    } | changes
 
 
 def run_here(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_the_export_evaluates_as_the_run_said(ended: Path, text: Brought) -> Non
     model.load_state_dict(load(ended / "average"))
     total, count = task.metrics(model.eval(), stack([data[i] for i in range(24)]))["loss"]
     summary = json.loads((ended / "summary.json").read_text())
-    assert float(total) / count == pytest.approx(summary["evaluation"]["validation/loss"], rel=1e-5)
+    assert total.item() / count == pytest.approx(summary["evaluation"]["validation/loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("shards", ["5GB", "40kB"])
@@ -150,7 +150,7 @@ def test_batchnorm_statistics_are_measured_and_exported(
     metrics = task.metrics(model.eval(), stack([held_out[i] for i in range(len(held_out))]))
     summary = json.loads((output / "summary.json").read_text())["evaluation"]
     for name, (total, count) in metrics.items():
-        assert float(total) / count == pytest.approx(summary[f"validation/{name}"], rel=1e-4)
+        assert total.item() / count == pytest.approx(summary[f"validation/{name}"], rel=1e-4)
 
 
 # The same run, held in other ways

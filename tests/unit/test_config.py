@@ -270,7 +270,9 @@ def test_the_warmup_rises_linearly_to_one(name: str) -> None:
 
 def test_shapes_after_the_warmup() -> None:
     assert rates(4, name="constant", warmup=0) == [1] * 4
-    assert rates(10, name="linear", warmup=0.2)[2:] == pytest.approx([7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
+    assert rates(10, name="linear", warmup=0.2)[2:] == pytest.approx(
+        [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]
+    )
     assert rates(10, name="linear", warmup=0.2, final=0.5)[-1] == pytest.approx(0.5)
     cosine = rates(10, name="cosine", warmup=0.2, final=0.1)
     assert cosine[5] == pytest.approx(0.55) and cosine[-1] == pytest.approx(0.1)

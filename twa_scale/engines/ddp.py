@@ -51,6 +51,10 @@ class DDPEngine:
         assert self._consume is not None
         self._replicated.consume(self._consume, averaged=True)
 
+    def forget(self) -> None:
+        """Drop the gradients that wait for the step."""
+        self._replicated.forget()
+
     def close(self) -> None:
         """Forget the consumer."""
         self._consume = None

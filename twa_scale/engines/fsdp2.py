@@ -110,6 +110,10 @@ class FSDP2Engine:
         assert self._consume is not None
         self._replicated.consume(self._consume, averaged=False)
 
+    def forget(self) -> None:
+        """Drop the gradients that wait for the step."""
+        self._replicated.forget()
+
     def close(self) -> None:
         """Remove the hooks."""
         self._consume = None

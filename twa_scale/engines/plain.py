@@ -55,6 +55,9 @@ class PlainEngine:
     def drain(self) -> None:
         """Do nothing: the hooks have consumed every gradient."""
 
+    def forget(self) -> None:
+        """Do nothing: no gradient is left."""
+
     def close(self) -> None:
         """Remove the hooks."""
         while self._hooks:

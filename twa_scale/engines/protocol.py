@@ -62,5 +62,8 @@ class Engine(Protocol):
     def drain(self) -> None:
         """Hand over the gradients that could not be handed over during backward. Collective."""
 
+    def forget(self) -> None:
+        """Drop the gradients that `drain` would hand over."""
+
     def close(self) -> None:
         """Stop watching."""

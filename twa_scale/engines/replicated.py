@@ -45,6 +45,11 @@ class ReplicatedParameters:
                 consume(Span(name, start, stop), gradient.reshape(-1)[start:stop])
             parameter.grad = None
 
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
     def publish(self, names: Collection[str]) -> None:
         """All-gather the parts of these parameters, in buckets of one dtype."""
         if self._group.size == 1:

@@ -1,6 +1,7 @@
 """Merges that people ask for by name: fixed weights, and the trained coefficients of a run."""
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -43,6 +44,10 @@ def average_fixed(
     if explicit is None:
         center = validated(TwaConfig, {"center": "mean" if weights == "uniform" else weights}, "--weights").center
         explicit = center_weights(center, len(opened))
+    elif weights != "uniform":
+        raise ConfigError(
+            f"--weights {weights}: the candidates have weights of their own as PATH:WEIGHT; give one or the other."
+        )
     elif len(explicit) != len(opened):
         raise ConfigError(
             f"{len(explicit)} weights for {len(opened)} candidates: a PATH:WEIGHT must name one candidate."
@@ -135,8 +140,13 @@ def _split(candidates: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
 
 def _pair(candidate: str) -> tuple[str, float | None]:
-    path, colon, weight = candidate.rpartition(":")
+    path, _, text = candidate.rpartition(":")
     try:
-        return (path, float(weight)) if colon and path else (candidate, None)
+        weight = float(text)
     except ValueError:
         return candidate, None
+    if not path or Path(candidate).exists():
+        return candidate, None
+    if not isfinite(weight):
+        raise ConfigError(f"{candidate}: the weight {text} is not a finite number.")
+    return path, weight

@@ -40,10 +40,10 @@ class DenseStore:
             result[-1:] = kernels.project(center[None], gradient)
         return result
 
-    def combine(self, span: Span, weights: torch.Tensor, out: torch.Tensor) -> None:
+    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write the weights of this span."""
         deltas, center = self._spans[span]
-        kernels.combine(deltas, weights[:-1], center, 1 + float(weights[-1]), out)
+        kernels.combine(deltas, weights, center, scale, out)
 
     def close(self) -> None:
         """Release the memory."""

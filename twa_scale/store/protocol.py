@@ -26,8 +26,8 @@ class Store(Protocol):
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return <delta_i, gradient> and, last, <center, gradient> (zero unless `with_center`): (n + 1,), float64."""
 
-    def combine(self, span: Span, weights: torch.Tensor, out: torch.Tensor) -> None:
-        """Write (1 + weights_n) * center + sum_i weights_i delta_i into `out`; weights are (n + 1,), float64."""
+    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """Write scale * center + sum_i weights_i delta_i into `out`; weights are (n,), on the device of the store."""
 
     def close(self) -> None:
         """Release the memory."""

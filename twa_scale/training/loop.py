@@ -29,6 +29,8 @@ from twa_scale.training.records import Records, read_records
 from twa_scale.training.report import Report
 from twa_scale.training.schedule import make_scheduler
 from twa_scale.world import World
+from twa_scale.writer import parse_size
+from twa_scale.writer.publish import reported, write_file
 
 STATE = "state.pt"
 
@@ -61,17 +63,21 @@ class Run:
         self.output = Path(config.output)
         with self.group.agree():
             self.task: Task = build_task(config.task)
-            self.training = self._batches(config.split)
-            held_out = self._batches(config.evaluate_split)
-            self.held_out = replace(held_out, micro_batch_size=self.training.micro_batch_size)
+            self.training = self._batches()
+            self.held_out = replace(self.training, examples=self.task.dataset(config.evaluate_split))
             self.num_steps = config.steps or max(1, round(float(config.epochs or 0) * self.training.per_epoch))
+            parse_size(config.max_shard_size)
+            if self.group.rank == 0:
+                with reported(self.output):
+                    self.output.mkdir(parents=True, exist_ok=True)
+        with self.group.agree():  # apart: DDP exchanges shapes, which a rank without data would miss
             self.model: nn.Module = build_model(config, self.task, world, device)
-        self._save_config()
         with self.report.bytes("reading candidates") as progress:
             self.twa: TrainableAverage = attach(self.model, config.candidates, config, progress=progress)
         self.scheduler = make_scheduler(config.schedule, self.twa.optimizer, self.num_steps)
         self.step = 0
         self._resume()
+        self._save_config()
         self.records = Records(self.output, active=self.group.rank == 0, step=self.step)
         self.clock = Clock(device)
         self.twa.clock.read()  # what attach cost is not what a step costs
@@ -80,7 +86,7 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Run from the present step to the last; then evaluate, export and summarize."""
         config = self.config
-        if self.step == 0:
+        if self.step == 0 or self._evaluation_is_due():
             self._evaluate()
         with self.report.steps("training coefficients", self.num_steps, self.step) as advance:
             while self.step < self.num_steps:
@@ -90,9 +96,13 @@ class Run:
                     self.records.write(self.step, values)
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                     self._save()
-                if config.evaluate_every and self.step % config.evaluate_every == 0 and self.step < self.num_steps:
+                if self._evaluation_is_due():
                     self._evaluate()
         return self._finish()
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.evaluate_every
+        return every is not None and self.step % every == 0 and self.step < self.num_steps
 
     def _one_step(self) -> dict[str, float]:
         start = time.perf_counter()
@@ -210,12 +220,12 @@ class Run:
     def _save_config(self) -> None:
         with self.group.agree():
             if self.group.rank == 0:
-                self.output.mkdir(parents=True, exist_ok=True)
-                (self.output / "config.json").write_text(dump(self.config))
+                with reported(self.output):
+                    write_file(self.output / "config.json", dump(self.config).encode())
 
-    def _batches(self, split: str) -> Batches:
-        config = self.config
-        examples = self.task.dataset(split)
+    def _batches(self) -> Batches:
+        config, group = self.config, self.group
+        examples = self.task.dataset(config.split)
         return make_batches(
-            examples, split, config.batch_size, config.micro_batch_size, self.group.rank, self.group.size, config.seed
+            examples, config.split, config.batch_size, config.micro_batch_size, group.rank, group.size, config.seed
         )

@@ -11,12 +11,13 @@ class Records:
     """Appends to metrics.jsonl and to TensorBoard's event files; on other ranks it does nothing."""
 
     def __init__(self, directory: Path, *, active: bool, step: int) -> None:
-        """Open the records of a run that stands at `step`: lines of later steps, from before a crash, are dropped."""
+        """Open the records of a run that stands at `step`; what it does again, evaluations at `step` too, is dropped."""
         self._path = directory / "metrics.jsonl"
         self._board: SummaryWriter | None = None
         if not active:
             return
-        kept = [line for line in read_records(directory) if line["step"] <= step] if step else []
+        known = read_records(directory) if step else []
+        kept = [line for line in known if line["step"] < step or (line["step"] == step and "lr" in line)]
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step)
 

@@ -1,0 +1,197 @@
+"""`average`, `inspect` and `plan`, against numpy and against what a run then really does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.commands import material
+from tests.commands.conftest import Brought
+from tests.commands.material import load, run_here, settings
+from tests.pool import Pool
+from twa_scale.merge import average_fixed
+
+
+def states(candidates: str) -> list[dict[str, torch.Tensor]]:
+    pattern = Path(candidates)
+    return [load(path) for path in sorted(pattern.parent.glob(pattern.name))]
+
+
+def expected(candidates: str, weights: list[float]) -> dict[str, torch.Tensor]:
+    found = states(candidates)
+    return {
+        name: sum(b * s[name].double() for b, s in zip(weights, found, strict=True))
+        if value.is_floating_point()
+        else found[-1][name]
+        for name, value in found[0].items()
+    }
+
+
+def check(out: Path, candidates: str, weights: list[float], rtol: float = 1e-6) -> None:
+    wanted, found = expected(candidates, weights), load(out)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name].double(), value.double(), rtol=rtol, atol=rtol * 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("uniform", [1 / 3] * 3),
+        ("linear", [1 / 3] * 3),
+        ("ema:0.5", [1 / 7, 2 / 7, 4 / 7]),
+        ("minus-sqrt", [(1 / 3) ** 0.5, (2 / 3) ** 0.5 - (1 / 3) ** 0.5, 1 - (2 / 3) ** 0.5]),
+        ("first", [1, 0, 0]),
+        ("last", [0, 0, 1]),
+    ],
+)
+def test_named_weights(digits: Brought, tmp_path: Path, shell: Any, name: str, weights: list[float]) -> None:
+    said = shell("average", digits.candidates, "--weights", name, "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    check(tmp_path / "out", digits.candidates, weights)
+    told = [float(line.split()[0]) for line in said.out.splitlines()[:3]]
+    assert told == pytest.approx(weights, abs=1e-6) and "average of 3 candidates" in said.out
+
+
+def test_weights_by_hand(digits: Brought, tmp_path: Path, shell: Any) -> None:
+    paths = sorted(Path(digits.candidates).parent.glob("step-*"))
+    words = [f"{path}:{weight}" for path, weight in zip(paths, ["0.7", "-.2", "5e-1"], strict=True)]
+    said = shell("average", *words, "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    check(tmp_path / "out", digits.candidates, [0.7, -0.2, 0.5])
+
+
+def test_a_colon_in_a_name_is_no_weight(digits: Brought, tmp_path: Path, shell: Any) -> None:
+    for name, path in zip(("a:1", "b:2"), sorted(Path(digits.candidates).parent.glob("step-*")), strict=False):
+        (tmp_path / name).symlink_to(path)
+    said = shell("average", tmp_path / "a:1", tmp_path / "b:2", "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    said = shell("average", f"{tmp_path / 'a:1'}:1", f"{tmp_path / 'b:2'}:0", "--out", tmp_path / "out2")
+    assert said.code == 0, said.err
+
+
+def test_type_shards_and_overwriting(text: Brought, tmp_path: Path, shell: Any) -> None:
+    words = ("average", text.candidates, "--out", tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "20kB")
+    assert shell(*words).code == 0
+    check(tmp_path / "out", text.candidates, [1 / 3] * 3, rtol=1e-2)
+    assert all(value.dtype == torch.bfloat16 for value in load(tmp_path / "out").values())
+    assert (tmp_path / "out/model.safetensors.index.json").exists() and (tmp_path / "out/tokenizer.json").exists()
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert file.stat().st_size < 20_000 or len(material.load_file(file)) == 1
+    said = shell(*words)
+    assert said.code == 2 and "not empty" in said.err
+    assert shell("average", text.candidates, "--out", tmp_path / "out", "--overwrite").code == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    check(tmp_path / "out", text.candidates, [1 / 3] * 3)
+
+
+def test_one_candidate_is_itself(text: Brought, tmp_path: Path, shell: Any) -> None:
+    path = sorted(Path(text.candidates).parent.glob("step-*"))[0]
+    assert shell("average", path, "--out", tmp_path / "out").code == 0
+    found = load(tmp_path / "out")
+    assert all(torch.equal(found[name], value) for name, value in load(path).items())
+
+
+def average_on_ranks(candidates: str, out: Path) -> None:
+    average_fixed([candidates], out, "ema:0.5", max_shard_size="20kB")
+
+
+def test_several_ranks_share_the_work(ranks: Pool, text: Brought, tmp_path: Path) -> None:
+    ranks(average_on_ranks, 3, candidates=text.candidates, out=tmp_path / "out")
+    check(tmp_path / "out", text.candidates, [1 / 7, 2 / 7, 4 / 7])
+
+
+# inspect
+
+
+def test_inspect_says_what_numpy_says(digits: Brought, tmp_path: Path, shell: Any) -> None:
+    said = shell("inspect", digits.candidates, "--json", "--plot", tmp_path / "cosines.png")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    rows = [
+        np.concatenate([v.double().numpy().ravel() for _, v in sorted(s.items()) if v.is_floating_point()])
+        for s in states(digits.candidates)
+    ]
+    flat = np.stack(rows)
+    deltas = flat - flat.mean(0)
+    lengths = np.linalg.norm(deltas, axis=1)
+    np.testing.assert_allclose(found["norms"], np.linalg.norm(flat, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(found["delta_norms"], lengths, rtol=1e-5)
+    np.testing.assert_allclose(found["cosines"], deltas @ deltas.T / np.outer(lengths, lengths), atol=1e-5)
+    np.testing.assert_allclose(found["distances"], np.linalg.norm(flat[:, None] - flat[None], axis=2), atol=1e-4)
+    state = states(digits.candidates)[0]
+    assert found["tensors"] == [len(state)] * 3
+    assert found["elements"] == [sum(value.numel() for value in state.values())] * 3
+    assert found["dtypes"] == ["float32, int64"] * 3
+    assert (tmp_path / "cosines.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_as_a_table(digits: Brought, shell: Any) -> None:
+    said = shell("inspect", digits.candidates)
+    assert said.code == 0 and "reading" not in said.out
+    for path in Path(digits.candidates).parent.glob("step-*"):
+        assert path.name in said.out
+
+
+def test_inspect_of_equal_candidates_and_of_one(digits: Brought, shell: Any) -> None:
+    path = sorted(Path(digits.candidates).parent.glob("step-*"))[0]
+    for words in ([path, path], [path]):
+        said = shell("inspect", *words, "--json")
+        found = json.loads(said.out)
+        assert said.code == 0 and found["delta_norms"] == [0] * len(words)
+        assert all(cosine is None for row in found["cosines"] for cosine in row)
+        assert shell("inspect", *words).code == 0
+
+
+# plan
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2), ("ddp", 2)])
+def test_plan_says_what_the_run_then_does(
+    ranks: Pool, text: Brought, tmp_path: Path, shell: Any, engine: str, size: int
+) -> None:
+    config = tmp_path / "run.yaml"
+    data = settings(text.candidates, text.task, tmp_path / "out", engine=engine, steps=1)
+    config.write_text(yaml.safe_dump(data))
+    said = shell("plan", config, "--ranks", size, "--json", "store=dense16")
+    assert said.code == 0, said.err
+    assert not (tmp_path / "out").exists()
+    planned = json.loads(said.out)
+    summary = ranks(run_here, size, data=data | {"store": "dense16"})[0]
+    elements = sum(value.numel() for value in states(text.candidates)[0].values())
+    assert (
+        planned["num_candidates"] == 3
+        and planned["num_groups"] == len(states(text.candidates)[0])
+        and planned["trained_elements"] == elements
+    )
+    assert planned["memory"]["store (dense16)"] == pytest.approx(max(summary["store_bytes_per_rank"]), rel=0.01)
+    assert planned["bytes_read"] == pytest.approx(max(summary["bytes_read_per_rank"]), rel=0.01)
+    assert planned["memory"]["weights"] == pytest.approx(4 * elements / (size if engine == "fsdp2" else 1), rel=0.01)
+    moments = sum(planned[part][name] for part in ("attach",) for name in planned[part])
+    assert planned["peak"] >= sum(planned["memory"].values()) + moments and planned["step"]["activations"] > 0
+    assert (sum(planned["wire"].values()) > 0) == (size > 1)
+    assert shell("plan", config, "--ranks", size).code == 0
+
+
+def test_plan_scales_with_the_ranks(text: Brought, tmp_path: Path, shell: Any) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(text.candidates, text.task, tmp_path / "out", batch_size=64)))
+    plans = [json.loads(shell("plan", config, "--ranks", ranks, "--json").out) for ranks in (1, 8, 64)]
+    for key in ("weights", "store (dense32)"):
+        sizes = [plan["memory"][key] for plan in plans]
+        assert sizes[0] > 7 * sizes[1] and sizes == sorted(sizes, reverse=True)
+    assert plans[1]["bytes_read"] < plans[0]["bytes_read"] / 7
+
+
+def test_plan_of_batchnorm_and_of_a_task_of_ones_own(
+    digits: Brought, scores: Brought, tmp_path: Path, shell: Any
+) -> None:
+    for brought in (digits, scores):
+        config = tmp_path / "run.yaml"
+        config.write_text(yaml.safe_dump(settings(brought.candidates, brought.task, tmp_path / "out")))
+        said = shell("plan", config, "--json")
+        assert said.code == 0 and json.loads(said.out)["notes"] == []

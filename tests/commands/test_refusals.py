@@ -1,0 +1,335 @@
+"""Bad input at the command line: exit code 2, one message that names what is wrong, no traceback, nothing left."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.commands.conftest import Brought, Said
+from tests.commands.material import run_here, settings
+from tests.pool import Pool
+from twa_scale.errors import TwaError
+
+KINDS = r"(bad configuration|ConfigError|CandidateError|EngineError|OutputError|StateError|TwaError): "
+
+
+def refused(said: Said, *words: str) -> None:
+    assert said.code == 2, said
+    assert "Traceback" not in said.err and said.out == ""
+    assert len(re.findall(KINDS, said.err)) == 1, said.err
+    for word in words:
+        assert word in said.err, said.err
+
+
+@pytest.fixture
+def config(text: Brought, tmp_path: Path) -> Any:
+    """Write a configuration of the text run, with changes; return its path."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "run.yaml"
+        data = settings(text.candidates, text.task, tmp_path / "out")
+        path.write_text(yaml.safe_dump(data | changes))
+        return path
+
+    return write
+
+
+# Configuration
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lr=-1", ["run.yaml", "optimizer.lr", "greater than 0"]),
+        ("bsis=pca", ["'bsis'", "did you mean 'basis'?"]),
+        ("task.modl=byte_gpt", ["task", "'modl'", "did you mean 'model'?"]),
+        ("task.model.byte_gpt.n_layers=3", ["task", "n_layers", "'n_layer'"]),
+        ("task.name=casual_lm", ["task.name", "'casual_lm'", "did you mean 'causal_lm'?"]),
+        ("task.text=[missing/*.txt]", ["task.text", "'missing/*.txt'"]),
+        ("split=trian", ["split", "'trian'", "did you mean 'train'?"]),
+        ("groups=[a", ["groups=[a", "YAML"]),
+        ("include=['[bold]no such[/bold]']", ["include", "'[bold]no such[/bold]'"]),
+        ("include=['(']", ["include", "'('"]),
+        ("candidates=missing/step-*", ["'missing/step-*'", "matches nothing"]),
+        ("candidates=[missing]", ["missing", "no such file"]),
+        ("batch_size=100000", ["batch_size", "100000", "'train'"]),
+    ],
+)
+def test_settings(config: Any, shell: Any, command: str, override: str, words: list[str]) -> None:
+    path = config()
+    refused(shell(command, path, override), *words)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluate_split=valid", ["split", "'valid'", "did you mean 'validation'?"]),
+        ("optimizer.name=adamv", ["optimizer.name", "'adamv'", "adamw"]),
+        ("optimizer.betta=3", ["optimizer", "betta"]),
+        ("max_shard_size=5XB", ["'5XB'", "5GB"]),
+        ("engine=fsdp2", ["engine", "'fsdp2'", "torchrun"]),
+        ("micro_batch_size=5", ["batch_size", "12", "5"]),
+        ("center=7", ["center", "no candidate 7", "0 to 2"]),
+        ("start=9", ["start", "9"]),
+        ("basis=simplex start=last", ["simplex"]),
+        ("basis=pca num_components=9", ["num_components", "9", "2"]),
+        ("exclude=['.']", ["nothing to train"]),
+        ("device=cuda", ["device", "'cuda'", "cpu"]),
+    ],
+)
+def test_settings_that_run_refuses_before_it_trains(
+    config: Any, shell: Any, tmp_path: Path, override: str, words: list[str]
+) -> None:
+    if "cuda" in override and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    refused(shell("run", config(), *override.split(" ")), *words)
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_a_configuration_that_is_none(shell: Any, tmp_path: Path) -> None:
+    refused(shell("run", tmp_path / "missing.yaml"), "missing.yaml", "cannot be read")
+    (tmp_path / "run.yaml").write_text("a: [1")
+    refused(shell("plan", tmp_path / "run.yaml"), "run.yaml", "YAML")
+
+
+def test_a_wrong_number_of_ranks(config: Any, shell: Any) -> None:
+    refused(shell("plan", config(), "--ranks", 5), "batch_size", "12", "5 ranks")
+
+
+# Candidates
+
+
+def path_of(copied: Brought, i: int = 1) -> Path:
+    return sorted(Path(copied.candidates).parent.glob("step-*"))[i] / "model.safetensors"
+
+
+def spoil(copied: Brought, kind: str) -> list[str]:
+    path = path_of(copied)
+    state = load_file(path)
+    name = "blocks.1.mlp_in.weight"
+    match kind:
+        case "nan":
+            state[name][3, 4] = float("nan")
+            said = [path.parent.name, name, "nan"]
+        case "shape":
+            state[name] = torch.zeros(3, 3)
+            said = [path.parent.name, name, "(3, 3)", "(128, 32)"]
+        case "missing":
+            state["blocks.1.mlp_inn.weight"] = state.pop(name)
+            said = [path.parent.name, name, "missing", "did you mean 'blocks.1.mlp_inn.weight'?"]
+        case "integer":
+            state[name] = state[name].long()
+            said = [path.parent.name, name, "int64"]
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-99])
+            return [path.parent.name, "truncated"]
+        case "garbage":
+            path.write_bytes(b"\x10\0\0\0\0\0\0\0[not a header [/b] " + bytes(99))
+            return [path.parent.name, "header"]
+        case "empty":
+            path.unlink()
+            return [path.parent.name, "is no candidate"]
+        case _:
+            raise AssertionError(kind)
+    save_file(state, path)
+    return said
+
+
+@pytest.mark.parametrize("kind", ["nan", "shape", "missing", "integer", "truncated", "garbage", "empty"])
+@pytest.mark.parametrize("command", ["run", "inspect", "average"])
+def test_bad_candidates(shell: Any, copied: Brought, tmp_path: Path, kind: str, command: str) -> None:
+    words = [word if word != "nan" or command == "run" else "NaN" for word in spoil(copied, kind)]
+    words = [word.lower() if command == "inspect" and word == "NaN" else word for word in words]
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(copied.candidates, copied.task, tmp_path / "out")))
+    typed: dict[str, tuple[object, ...]] = {
+        "run": (config,),
+        "inspect": (copied.candidates,),
+        "average": (copied.candidates, "--out", tmp_path / "out"),
+    }
+    refused(shell(command, *typed[command]), *words)
+    assert not (tmp_path / "out/average").exists() and not list(tmp_path.glob(".out*"))
+    assert not list(Path(tmp_path).glob("out/*.safetensors"))
+
+
+def test_one_candidate(shell: Any, config: Any, copied: Brought) -> None:
+    path = path_of(copied).parent
+    for command in ("run", "plan"):
+        refused(shell(command, config(), f"candidates={path}"), "found 1", path.name, "at least 2")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{0}:0.5", "{1}"], ["step-", "no weight", "PATH:WEIGHT"]),
+        (["{0}:nan", "{1}:1"], ["nan", "finite"]),
+        (["{0}:inf", "{1}:1"], ["inf", "finite"]),
+        (["{0}:0.5", "{1}:0.5", "--weights", "ema:0.9"], ["--weights", "ema:0.9"]),
+        (["{*}:0.5"], ["1 weights", "3 candidates"]),
+        (["{*}", "--weights", "emma:0.9"], ["--weights", "emma:0.9"]),
+        (["{*}", "--weights", "ema:2"], ["--weights", "0 < DECAY < 1"]),
+        (["{*}", "--dtype", "float31"], ["dtype", "'float31'", "did you mean 'float32'?"]),
+        (["{*}", "--dtype", "int8"], ["dtype", "'int8'"]),
+        (["{*}", "--max-shard-size", "5XB"], ["'5XB'", "5GB"]),
+        (["{0}x"], ["no such file"]),
+    ],
+)
+def test_average(text: Brought, shell: Any, tmp_path: Path, words: list[str], said: list[str]) -> None:
+    paths = sorted(Path(text.candidates).parent.glob("step-*"))
+    typed = [
+        w.replace("{*}", text.candidates).replace("{0}", str(paths[0])).replace("{1}", str(paths[1])) for w in words
+    ]
+    refused(shell("average", *typed, "--out", tmp_path / "out"), *said)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Outputs
+
+
+def test_outputs_that_cannot_be_written(text: Brought, config: Any, shell: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.tex").write_text("mine")
+    for out, word in ((tmp_path / "file", "file"), (tmp_path / "file/below", "below"), (occupied, "not empty")):
+        refused(shell("average", text.candidates, "--out", out), word)
+    refused(shell("average", text.candidates, "--out", occupied, "--overwrite"), "no weights")
+    refused(shell("average", text.candidates, "--out", Path(text.candidates).parent, "--overwrite"), "candidate")
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        refused(shell("run", config(), f"output={out}"), str(out))
+    said = shell("inspect", text.candidates, "--json", "--plot", tmp_path / "file/plot.png")
+    refused(Said(said.code, "", said.err), "plot.png")  # what was found is printed all the same
+    assert (tmp_path / "file").read_text() == "mine" and (occupied / "thesis.tex").read_text() == "mine"
+
+
+def test_a_run_that_is_none(shell: Any, tmp_path: Path) -> None:
+    refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "no run state")
+    (tmp_path / "state.pt").write_text("hello")
+    refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "not a run state")
+    torch.save({"twa": {"fingerprint": 3}}, tmp_path / "state.pt")
+    refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "not the state")
+
+
+def test_a_task_of_ones_own_that_is_none(config: Any, shell: Any) -> None:
+    here = "tests.commands.material"
+    for name, words in (
+        ("no_such_module_anywhere:f", ["no_such_module_anywhere", "PYTHONPATH"]),
+        (f"{here}:score", ["'score'", "did you mean 'scores'?"]),
+        (f"{here}:half_a_task", ["half_a_task", "Linear", "dataset"]),
+    ):
+        refused(shell("run", config(task={"name": name})), *words)
+    refused(shell("run", config(task={"name": f"{here}:scores", "dye_at": 3})), "dye_at", "'die_at'")
+
+
+def test_a_split_without_a_whole_batch(shell: Any, scores: Brought, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", batch_size=61)))
+    refused(shell("run", path), "batch_size", "'train'", "60 examples")
+
+
+# The command line itself
+
+
+OPTIONS = {
+    "run": ["CONFIG", "OVERRIDES", "torchrun", "optimizer.lr"],
+    "plan": ["CONFIG", "OVERRIDES", "--ranks", "--json"],
+    "inspect": ["CANDIDATES", "--plot", "--json"],
+    "average": [
+        "CANDIDATES",
+        "--out",
+        "--weights",
+        "--max-shard-size",
+        "--dtype",
+        "--overwrite",
+        "minus-sqrt",
+        "ema:0.9",
+    ],
+    "export": ["RUN", "--out", "--max-shard-size", "--dtype", "--overwrite", "live weights"],
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_says_what_there_is(shell: Any, command: str) -> None:
+    said = shell(command, "--help")
+    assert said.code == 0
+    text = re.sub(r"[\s│]+", " ", said.out)
+    assert all(option.lower() in text.lower() for option in OPTIONS[command]), said.out
+
+
+def test_help_lists_the_commands(shell: Any) -> None:
+    for words in (["--help"], ["-h"]):
+        said = shell(*words)
+        assert said.code == 0 and all(command in said.out for command in OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["avrage"], ["average", "a"], ["plan"], ["plan", "a", "--ranks", "0"], ["inspect"], ["run", "a", "--nope"]],
+    ids=" ".join,
+)
+def test_commands_that_are_none(shell: Any, words: list[str]) -> None:
+    said = shell(*words)
+    assert said.code == 2 and "Usage" in said.err and "Traceback" not in said.err
+
+
+# As a process of its own
+
+
+def typed(*words: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+        env=variables | {"COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def test_one_message_as_a_process(config: Any) -> None:
+    said = typed("-m", "twa_scale", "run", config(), "basiss=pca")
+    refused(Said(said.returncode, said.stdout, said.stderr), "'basiss'", "did you mean 'basis'?")
+
+
+@pytest.mark.slow
+def test_torchrun(config: Any, text: Brought, tmp_path: Path) -> None:
+    """Two ranks: a run that ends, then one that is refused, with one message of ours."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "twa_scale", "run")
+    said = typed(*launch, config())
+    assert said.returncode == 0, said.stderr
+    assert (tmp_path / "out/average/model.safetensors").exists()
+    said = typed(*launch, config(), "candidates=missing/*")
+    assert said.returncode != 0 and len(re.findall(KINDS, said.stderr)) == 1, said.stderr
+
+
+# On several ranks
+
+
+def test_data_that_one_rank_lacks(ranks: Pool, scores: Brought, tmp_path: Path) -> None:
+    """DDP exchanges shapes when it is built: a rank that has failed before must not leave the others waiting."""
+    for engine in ("ddp", "fsdp2"):
+        task = scores.task | {"broken_rank": 1}
+        outcomes = ranks.outcomes(run_here, 2, data=settings(scores.candidates, task, tmp_path, engine=engine))
+        assert all("not mounted on this node" in str(outcome.error) for outcome in outcomes)
+
+
+def test_no_rank_waits_for_another(ranks: Pool, scores: Brought, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for changes in (
+        {"output": str(tmp_path / "file/below")},
+        {"candidates": str(tmp_path / "step-*")},
+        {"max_shard_size": "5XB"},
+        {"batch_size": 13},
+        {"optimizer": {"name": "adamw", "momentum": 3}},
+    ):
+        data = settings(scores.candidates, scores.task, tmp_path / "out") | changes
+        assert isinstance(ranks.error(run_here, 2, data=data), TwaError)

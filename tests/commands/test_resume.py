@@ -1,0 +1,216 @@
+"""A run that died is continued as if it had not: same steps, same bits, on any number of ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.commands.conftest import Brought
+from tests.commands.material import load, run_here, settings, state_of
+from tests.pool import Pool
+from twa_scale.errors import StateError, TwaError
+
+STEPS = 8
+EVERY = 2
+DEATH = 6  # the loss of this step raises: the last state that was saved is that of step 4
+
+
+def life(brought: Brought, output: Path, **changes: Any) -> dict[str, Any]:
+    usual = {"steps": STEPS, "checkpoint_every": EVERY, "evaluate_every": EVERY, "engine": "auto", "max_grad_norm": 1.0}
+    return settings(brought.candidates, brought.task, output, **usual | changes)
+
+
+def dying(brought: Brought) -> Brought:
+    return Brought(brought.task | {"die_at": DEATH}, brought.candidates)
+
+
+def run_and_die(ranks: Pool, size: int, data: dict[str, Any]) -> None:
+    outcomes = ranks.outcomes(run_here, size, data=data)
+    assert all("the machine is gone" in str(outcome.error) for outcome in outcomes)
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks: Pool, scores: Brought, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    outputs = {}
+    for engine, size in (("plain", 1), ("ddp", 2), ("fsdp2", 2)):
+        outputs[engine, size] = tmp_path_factory.mktemp("whole") / "out"
+        ranks(run_here, size, data=life(scores, outputs[engine, size], engine=engine))
+    return outputs
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2)])
+def test_the_same_ranks_end_with_the_same_bits(
+    ranks: Pool, undisturbed: dict[tuple[str, int], Path], scores: Brought, tmp_path: Path, engine: str, size: int
+) -> None:
+    run_and_die(ranks, size, life(dying(scores), tmp_path, engine=engine))
+    assert state_of(tmp_path)["step"] == 4 and not (tmp_path / "average").exists()
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5]
+    ranks(run_here, size, data=life(scores, tmp_path, engine=engine))
+    whole, continued = undisturbed[engine, size], tmp_path
+    for key in ("x", "coefficients"):
+        assert torch.equal(state_of(whole)["twa"][key], state_of(continued)["twa"][key])
+    expected, found = load(whole / "average"), load(continued / "average")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    loose = ("seconds",)
+    told = [[{k: v for k, v in line.items() if k not in loose} for line in lines(o)] for o in (whole, continued)]
+    assert told[0] == told[1]  # each step and evaluation once, with the same numbers
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_other_ranks_end_with_the_same_weights(
+    ranks: Pool, undisturbed: dict[tuple[str, int], Path], scores: Brought, tmp_path: Path, before: int, after: int
+) -> None:
+    run_and_die(ranks, before, life(dying(scores), tmp_path))
+    ranks(run_here, after, data=life(scores, tmp_path))
+    expected, found = load(undisturbed["plain", 1] / "average"), load(tmp_path / "average")
+    for name, value in expected.items():
+        assert float((found[name] - value).norm()) <= 1e-6 * float(value.norm()), name
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_batchnorm_and_other_optimizers_continue(digits: Brought, tmp_path: Path) -> None:
+    """The state of SGD with momentum and the statistics of BatchNorm; resumed after a run that has ended early."""
+    changes = {"optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.9}, "recalibrate_batches": 3, "batch_size": 24}
+    run_here(life(digits, tmp_path / "whole", **changes))
+    run_here(life(digits, tmp_path / "parts", **changes))
+    state = state_of(tmp_path / "parts")
+    for name in ("average", "summary.json"):
+        assert (tmp_path / "parts" / name).exists()
+    assert state["step"] == STEPS
+    expected, found = load(tmp_path / "whole/average"), load(tmp_path / "parts/average")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_run_that_has_ended_is_only_exported_again(scores: Brought, tmp_path: Path) -> None:
+    run_here(life(scores, tmp_path))
+    before, told = load(tmp_path / "average"), lines(tmp_path)
+    run_here(life(dying(scores), tmp_path))  # not one call of the loss
+    after = load(tmp_path / "average")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert lines(tmp_path) == told
+
+
+def test_resume_can_be_refused(scores: Brought, tmp_path: Path) -> None:
+    run_here(life(scores, tmp_path, seed=1))
+    first = state_of(tmp_path)["twa"]["x"]
+    run_here(life(scores, tmp_path, seed=2, resume=False))
+    assert state_of(tmp_path)["step"] == STEPS and not torch.equal(state_of(tmp_path)["twa"]["x"], first)
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_a_crash_before_the_first_save_starts_over(scores: Brought, tmp_path: Path) -> None:
+    dead = Brought(scores.task | {"die_at": 2}, scores.candidates)
+    with pytest.raises(RuntimeError, match="gone"):
+        run_here(life(dead, tmp_path))
+    run_here(life(scores, tmp_path))
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped(scores: Brought, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="gone"):
+        run_here(life(dying(scores), tmp_path))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    run_here(life(scores, tmp_path))
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, STEPS + 1))
+
+
+# What must not be continued
+
+
+def stopped(brought: Brought, output: Path) -> None:
+    with pytest.raises(RuntimeError, match="gone"):
+        run_here(life(dying(brought), output))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 9}, ["state.pt", "8 steps", "9"]),
+        ({"basis": "pca"}, ["basis", "'normalized'", "'pca'"]),
+        ({"groups": "global"}, ["groups", "'tensor'", "'global'"]),
+        ({"units": "weight"}, ["units"]),
+        ({"center": "last"}, ["center"]),
+        ({"exclude": ["bias"]}, ["exclude"]),
+        ({"optimizer": {"name": "sgd", "lr": 0.1}}, ["optimizer", "'adamw'", "'sgd'"]),
+    ],
+    ids=str,
+)
+def test_settings_under_which_the_coefficients_mean_something_else(
+    scores: Brought, tmp_path: Path, changes: dict[str, Any], said: list[str]
+) -> None:
+    stopped(scores, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(StateError) as caught:
+        run_here(life(scores, tmp_path, **changes))
+    assert all(word in str(caught.value) for word in said), str(caught.value)
+    assert {path: path.read_bytes() for path in before} == before  # config.json still says what state.pt is of
+
+
+@pytest.fixture
+def mine(scores: Brought, tmp_path: Path) -> Brought:
+    (tmp_path / "mine").mkdir()
+    for path in Path(scores.candidates).parent.glob("step-*"):
+        (tmp_path / "mine" / path.name).mkdir()
+        save_file(load(path), tmp_path / "mine" / path.name / "model.safetensors")
+    return Brought(scores.task, str(tmp_path / "mine" / "step-*"))
+
+
+def change(brought: Brought) -> Path:
+    path = sorted(Path(brought.candidates).parent.glob("step-*"))[1] / "model.safetensors"
+    state = load_file(path)
+    state["3.weight"][0, 4] += 1e-3
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_changed_candidate_is_named(ranks: Pool, mine: Brought, tmp_path: Path, size: int) -> None:
+    output = tmp_path / "out"
+    run_and_die(ranks, size, life(dying(mine), output))
+    changed = change(mine)
+    error = ranks.error(run_here, size, data=life(mine, output))
+    assert isinstance(error, StateError) and changed.parent.name in str(error) and "'3.weight'" in str(error)
+
+
+def test_one_candidate_less_or_another_order(mine: Brought, tmp_path: Path) -> None:
+    stopped(mine, tmp_path / "out")
+    paths = [str(path) for path in sorted(Path(mine.candidates).parent.glob("step-*"))]
+    for other in (paths[:2], paths[::-1]):
+        with pytest.raises(StateError):
+            run_here(life(Brought(mine.task, other), tmp_path / "out"))  # type: ignore[arg-type]
+    run_here(life(Brought(mine.task, paths), tmp_path / "out"))  # type: ignore[arg-type]
+
+
+def test_export_of_changed_or_missing_candidates(mine: Brought, tmp_path: Path, shell: Any) -> None:
+    run_here(life(mine, tmp_path / "out"))
+    changed = change(mine)
+    said = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
+    assert said.code == 2 and changed.parent.name in said.err and "'3.weight'" in said.err
+    changed.unlink()
+    said = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
+    assert said.code == 2 and changed.parent.name in said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
+def test_a_state_that_is_none(scores: Brought, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(StateError, match=r"state\.pt"):
+        run_here(life(scores, tmp_path))
+
+
+def test_a_state_of_the_library_alone_is_none_of_a_run(scores: Brought, tmp_path: Path) -> None:
+    run_here(life(scores, tmp_path))
+    twa = state_of(tmp_path)["twa"]
+    for state in (twa, {"twa": twa}, {"twa": 3}, [twa]):
+        torch.save(state, tmp_path / "state.pt")
+        with pytest.raises(TwaError, match=r"state\.pt"):
+            run_here(life(scores, tmp_path))
