@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup quickstart test test-slow test-all check docs clean
+.PHONY: help setup quickstart results test test-slow test-all check docs clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -25,6 +25,9 @@ endif
 
 quickstart: setup ## The whole story on real text, from training to the comparison table.
 	$(BIN)/python examples/quickstart/run.py
+
+results: setup ## Repeat the quickstart with three seeds and rewrite docs/results.md.
+	$(BIN)/python examples/quickstart/seeds.py
 
 test: setup ## Run the tests, without the slow ones and those that need a GPU.
 	$(BIN)/pytest -m "not slow and not gpu"

@@ -1,4 +1,4 @@
-"""Evaluate sets of weights on a held-out split, under torchrun: prints {name: metrics} as JSON."""
+"""Evaluate sets of weights on a held-out split, under torchrun: writes {directory: metrics} as JSON."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ def main() -> None:
         results = {}
         for directory in arguments.weights:
             model.load_state_dict(load_file(directory / "model.safetensors"))
-            results[directory.name] = evaluate(task, model, batches, group, torch.device("cpu"), arguments.batches)
+            results[str(directory)] = evaluate(task, model, batches, group, torch.device("cpu"), arguments.batches)
         if group.rank == 0:
             arguments.result.write_text(json.dumps(results, indent=2) + "\n")
 

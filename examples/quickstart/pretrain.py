@@ -8,6 +8,7 @@ run and TWA together. All three see the same batches.
 import argparse
 import json
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from twa_scale.training.batches import make_batches
 from twa_scale.training.model import build_model
 from twa_scale.world import World
 
-EMA_DECAYS = (0.98, 0.99, 0.995)
+EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
 
 
 class Training:
@@ -82,6 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
     world = World.from_environment()
+    warnings.filterwarnings("ignore", "DTensor random operators")  # each rank draws its own rows: all that is needed
     with world.joined(torch.device("cpu")):
         pretrain(Training(config, world, arguments.steps, arguments.lr), arguments)
 
@@ -103,8 +105,8 @@ def pretrain(training: Training, arguments: argparse.Namespace) -> None:
             at_branch = training.state()
         losses.append(training.update(step, 1.0))
         for decay, average in averages.items():
-            # The decay grows at first, so that the average forgets the random start.
-            torch._foreach_lerp_(average, weights, 1 - min(decay, (step + 1) / (step + 10)))
+            part = (1 - decay) / (1 - decay ** (step + 1))  # without the pull to the random start
+            torch._foreach_lerp_(average, weights, part)
         snapshots.step(training.model, step + 1)
     seconds = (time.perf_counter() - start) / steps
     last = training.state()
@@ -120,9 +122,12 @@ def pretrain(training: Training, arguments: argparse.Namespace) -> None:
     name_it(writer.save(training.model, 1), "decayed")
     if rank == 0:
         facts = {
+            "parameters": sum(p.numel() for p in weights),
             "steps": steps,
             "budget": budget,
             "branch": branch,
+            "candidates": arguments.candidates,
+            "every": arguments.every,
             "seconds_per_step": seconds,
             "losses": losses[::10],
         }

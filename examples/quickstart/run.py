@@ -55,25 +55,19 @@ def main() -> None:
 def compare(out: Path) -> list[dict[str, object]]:
     """Choose the EMA on validation data, then evaluate every method once on the test split."""
     emas = sorted((out / "baselines").glob("ema-*"))
-    chosen = evaluate(out, "validation", emas)
-    ema = min(emas, key=lambda path: chosen[path.name]["loss"])
-    twa = STEPS + TWA_STEPS
-    last = sorted((out / "candidates").iterdir())[-1]
-    methods = [
-        ("last candidate", last, STEPS),
-        ("uniform average", out / "baselines/uniform", STEPS),
-        (f"EMA ({ema.name.removeprefix('ema-')}, best of {len(emas)} on validation)", ema, STEPS),
-        ("decayed run", out / "baselines/decayed", twa),
-        ("TWA-t", out / "twa-train/average", twa),
-        ("TWA-v", out / "twa-validation/average", twa),
-    ]
-    for name in ("twa-train", "twa-validation"):  # `average` is what `run` calls its result: names must differ here
-        (out / "baselines" / name).symlink_to((out / name / "average").resolve())
-    paths = [out / "baselines" / name if name.startswith("twa") else path for name, path in (
-        ("last", last), ("uniform", methods[1][1]), ("ema", ema), ("decayed", methods[3][1]),
-        ("twa-train", None), ("twa-validation", None))]  # fmt: skip
-    metrics = evaluate(out, "test", paths)
-    rows = [{"method": m, "steps": s, **metrics[p.name]} for (m, _, s), p in zip(methods, paths, strict=True)]
+    on_validation = evaluate(out, "validation", emas)
+    ema = min(emas, key=lambda path: on_validation[str(path)]["loss"])
+    last = max((out / "candidates").iterdir())
+    methods = {
+        "last candidate": (last, STEPS),
+        "uniform average": (out / "baselines/uniform", STEPS),
+        f"EMA (decay {ema.name.removeprefix('ema-')})": (ema, STEPS),
+        "decayed run": (out / "baselines/decayed", STEPS + TWA_STEPS),
+        "TWA-t": (out / "twa-train/average", STEPS + TWA_STEPS),
+        "TWA-v": (out / "twa-validation/average", STEPS + TWA_STEPS),
+    }
+    metrics = evaluate(out, "test", [path for path, _ in methods.values()])
+    rows = [{"method": name, "steps": steps, **metrics[str(path)]} for name, (path, steps) in methods.items()]
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     return rows
 

@@ -11,7 +11,7 @@ class Records:
     """Appends to metrics.jsonl and to TensorBoard's event files; on other ranks it does nothing."""
 
     def __init__(self, directory: Path, *, active: bool, step: int) -> None:
-        """Open the records of a run that stands at `step`; what it does again, evaluations at `step` too, is dropped."""
+        """Open the records of a run that stands at `step`; what it will do again, evaluations too, is dropped."""
         self._path = directory / "metrics.jsonl"
         self._board: SummaryWriter | None = None
         if not active:

@@ -1,0 +1,162 @@
+"""The same on a GPU as on a CPU: kernels, plain and FSDP2 training, and what attaching needs of its memory."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+import twa_scale
+from twa_scale import kernels
+from twa_scale.streaming import scratch_bytes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(False, reason="torch sees no CUDA device"),
+]
+N = 4
+
+
+@pytest.fixture
+def nccl(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    pass
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def build(width: int = 64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(32, width), nn.Tanh(), nn.Sequential(nn.Linear(width, width), nn.Tanh()), nn.Linear(width, 1)
+    )
+
+
+def candidates(model: nn.Module) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    base = model.state_dict()
+    return [
+        {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
+        for _ in range(N)
+    ]
+
+
+def shard(model: nn.Module, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
+    mesh = init_device_mesh("cpu", (1,))
+    options = {"mp_policy": policy} if policy else {}
+    fully_shard(model[2], mesh=mesh, **options)  # type: ignore[index]
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def train(model: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:
+    """Attach and take 5 steps; return the weights and coefficients, on the CPU."""
+    config = {"groups": "tensor", "optimizer": {"name": "adamw", "lr": 0.1}}
+    twa = twa_scale.attach(model, candidates=candidates(build()), config=config)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(5):
+        x, y = torch.randn(16, 32, generator=generator), torch.randn(16, 1, generator=generator)
+        F.mse_loss(model(x.to(device, dtype)).float(), y.to(device)).backward()
+        twa.step()
+        twa.zero_grad()
+    weights = {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        for name, value in model.state_dict().items()
+    }
+    coefficients = twa.coefficients.cpu()
+    twa.close()
+    return weights, coefficients
+
+
+def check(found: tuple[dict[str, Tensor], Tensor], tolerance: float) -> None:
+    weights, coefficients = train(build(), "cpu")
+    torch.testing.assert_close(found[1], coefficients, rtol=tolerance, atol=tolerance)
+    for name, value in weights.items():
+        error = float((found[0][name].double() - value.double()).norm() / value.double().norm())
+        assert error <= tolerance, (name, error)
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """TF32 would round the model's own matrix products to 10 bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_plain() -> None:
+    check(train(build(), "cpu"), 1e-4)
+
+
+def test_fsdp2(nccl: None) -> None:
+    check(train(shard(build()), "cpu"), 1e-4)
+
+
+def test_fsdp2_in_bfloat16(nccl: None) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    check(train(shard(build(), policy), "cpu", torch.bfloat16), 3e-2)
+
+
+def test_what_is_exported(nccl: None, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = shard(build())
+    twa = twa_scale.attach(model, candidates=candidates(build()))
+    twa.export(tmp_path / "out")
+    for name, value in load_file(tmp_path / "out/model.safetensors").items():
+        live = model.state_dict()[name]
+        assert isinstance(live, DTensor) and torch.equal(value, live.full_tensor().cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [0, 1, 1000, (1 << 24) + 3])
+def test_kernels(dtype: torch.dtype, m: int) -> None:
+    """Across the border of a block of the GPU, too."""
+    generator = torch.Generator(device="cpu").manual_seed(3)
+    rows = torch.randn(N, m, generator=generator, device="cpu").to(dtype)
+    gradient = torch.randn(m, generator=generator, device="cpu")
+    expected = rows.double() @ gradient.double()
+    found = kernels.project(rows, gradient)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(m, 1) ** 0.5)
+
+    weights = torch.randn(N, generator=generator, device="cpu", dtype=torch.float64)
+    base = torch.randn(m, generator=generator, device="cpu")
+    dense = 0.7 * base.double() + weights @ rows.double()
+    for out_type, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        out = torch.empty(m, dtype=out_type, device="cpu")
+        kernels.combine(rows, weights, base, 0.7, out)
+        torch.testing.assert_close(out.double(), dense, rtol=tolerance, atol=tolerance)
+
+
+def test_attaching_needs_the_store_and_a_bounded_rest() -> None:
+    """4 x 17 M weights: the candidates are on the CPU, the deltas on the GPU."""
+    model = nn.Linear(4096, 4096, bias=False)
+    first = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    states = [copy.deepcopy(first) for _ in range(N)]
+    for i, state in enumerate(states):
+        state["weight"] += i
+    torch.mv(
+        model.weight.detach(), model.weight.detach()[0]
+    )  # cuBLAS takes its workspace once, from the same allocator
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    twa = twa_scale.attach(model, candidates=states)
+    held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    assert twa.store_bytes == 4 * (N + 1) * 4096 * 4096
+    assert twa.store_bytes <= held <= 1.02 * twa.store_bytes + (1 << 20)
+    # A chunk's rows with the double copy that the Gram matrix takes of a part of them, and one block of `combine`.
+    assert peak <= held + 2 * scratch_bytes(N, 4096 * 4096) + 3 * 4 * kernels._GPU_BLOCK
+    torch.testing.assert_close(model.weight.detach().cpu(), first["weight"] + (N - 1) / 2)
+    twa.close()
