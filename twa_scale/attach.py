@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.average import TrainableAverage, check_settings
+from twa_scale.average import TrainableAverage
 from twa_scale.basis import Gram, equal_candidates, make_basis
 from twa_scale.config import TwaConfig, candidate_index, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.layout import Layout, match
+from twa_scale.optimizer import check_settings
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.checksum import checksum
 from twa_scale.spans import whole

@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from twa_scale import batchnorm
-from twa_scale.basis import CORNER, Basis
+from twa_scale.basis import Basis
 from twa_scale.clock import Clock
-from twa_scale.config import TwaConfig, candidate_index
+from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine
-from twa_scale.errors import ConfigError, StateError, TwaError
+from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
 from twa_scale.layout import Layout
+from twa_scale.optimizer import make_optimizer
+from twa_scale.shown import Which, averaging_coefficients
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 from twa_scale.state import Fingerprint
 from twa_scale.store import Store
-
-Which = str | int | Sequence[float] | torch.Tensor
 
 
 class TrainableAverage:
@@ -49,7 +49,7 @@ class TrainableAverage:
         self._basis = basis
         self._candidates = candidates
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
-        self._x = nn.Parameter(basis.locate(self._start()))
+        self._x = nn.Parameter(basis.locate(self._chosen(config.start)))
         self._products = torch.zeros(len(candidates) + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         self._streams: set[torch.cuda.Stream] = set()
         self.clock = Clock(engine.device)
@@ -136,7 +136,7 @@ class TrainableAverage:
             which: "trained", "mean" (uniform), "center", "first", "last", the index of a candidate, or coefficients a:
                 n numbers, or (n, G).
         """
-        chosen = None if isinstance(which, str) and which == "trained" else self._resolve(which)
+        chosen = None if isinstance(which, str) and which == "trained" else self._chosen(which)
         buffers = {name: buffer.clone() for name, buffer in self._engine.buffers().items()}
         self._shown.append(chosen)
         try:
@@ -263,36 +263,8 @@ class TrainableAverage:
         with self.clock.part("publish"):
             self._engine.publish(self.layout.group_of.keys())
 
-    def _start(self) -> torch.Tensor:
-        if self.config.start == "center":
-            return self._columns(self._basis.center_weights)
-        return self._resolve(self.config.start)
-
-    def _resolve(self, which: Which) -> torch.Tensor:
-        """Return the averaging coefficients (n, G) that `which` names."""
-        n, b = self.num_candidates, self._basis.center_weights
-        if isinstance(which, str) and which == "mean":
-            return self._columns(torch.full_like(b, 1 / n))
-        if isinstance(which, str) and which == "center":
-            return self._columns(b)
-        if isinstance(which, int) or (isinstance(which, str) and which in ("first", "last")):
-            i = candidate_index(which, n, "weights")
-            return self._columns(torch.eye(n, dtype=b.dtype, device=b.device)[i])
-        if isinstance(which, str):
-            raise ConfigError(
-                f"weights: {which!r} is none of trained, mean, center, first, last, an index, or coefficients."
-            )
-        a = torch.as_tensor(which).to(b)
-        a = self._columns(a) if a.ndim == 1 else a
-        if a.shape != (n, len(self.layout.groups)):
-            raise ConfigError(
-                f"weights: coefficients of shape {tuple(torch.as_tensor(which).shape)}; give ({n},) or "
-                f"({n}, {len(self.layout.groups)}): candidates x groups."
-            )
-        return a
-
-    def _columns(self, a: torch.Tensor) -> torch.Tensor:
-        return a[:, None].expand(-1, len(self.layout.groups)).contiguous()
+    def _chosen(self, which: Which) -> torch.Tensor:
+        return averaging_coefficients(which, self._basis.center_weights, len(self.layout.groups))
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings of the average alone, also where the configuration is that of a whole run."""
@@ -304,44 +276,5 @@ class TrainableAverage:
             if saved[key] != now[key]:
                 raise StateError(
                     f"{key}: the state was trained with {saved[key]!r}, this run has {now[key]!r}; its coefficients "
-                    "would "
-                    "mean something else. Use the saved setting, or start a new run."
+                    "would mean something else. Use the saved setting, or start a new run."
                 )
-
-
-def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
-    """Find what could not be trained before any candidate is read.
-
-    Raises:
-        ConfigError: an optimizer, a start or a number of components that cannot be.
-    """
-    n = len(center_weights)
-    make_optimizer(config, nn.Parameter(torch.zeros(n, 1)))
-    if config.start != "center":
-        candidate_index(config.start, n, "start")
-    if config.basis == "simplex" and (config.start != "center" or min(center_weights) <= 0):
-        raise ConfigError(CORNER)
-    if config.num_components is not None and config.num_components >= n:
-        raise ConfigError(
-            f"num_components: {config.num_components} asked for, but {n} candidates span at most {n - 1} directions."
-        )
-
-
-def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
-    """Build the optimizer of the coefficients by its name in torch.optim.
-
-    Raises:
-        ConfigError: an unknown class, one that needs a closure, or options that it does not take.
-    """
-    known: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        name.lower(): value
-        for name, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
-    }
-    settings = config.optimizer
-    if settings.name.lower() not in known:
-        raise ConfigError(f"optimizer.name: {settings.name!r} is none of {', '.join(sorted(known))}.")
-    try:
-        return known[settings.name.lower()]([x], lr=settings.lr, **settings.options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {settings.name} refuses these options: {error}.") from error

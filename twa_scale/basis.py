@@ -13,8 +13,8 @@ from twa_scale.errors import ConfigError
 _EIGENVALUE_FLOOR = 1e-10  # of the largest; below it a direction of float32 deltas is rounding noise
 _SCHMIDT_FLOOR = 1e-12  # squared norm of what Schmidt leaves of a candidate, of its own
 CORNER = (
-    "basis 'simplex' must start where every candidate has a positive weight: at its corners and edges the softmax has no "
-    "gradient. Choose start: center, and a center that uses all candidates."
+    "basis 'simplex' must start where every candidate has a positive weight: at its corners and edges the softmax has "
+    "no gradient. Choose start: center, and a center that uses all candidates."
 )
 
 

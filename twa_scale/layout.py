@@ -58,9 +58,8 @@ def match(
     trained = selected(trainable, config.include, config.exclude)
     if not trained:
         raise ConfigError(
-            f"nothing to train: of {len(parameters)} parameters {len(trainable)} require a gradient, and include "
-            "and exclude "
-            "leave none of them. Widen the patterns, or set requires_grad."
+            f"nothing to train: of {len(parameters)} parameters {len(trainable)} require a gradient, and include and "
+            "exclude leave none of them. Widen the patterns, or set requires_grad."
         )
     by_group = group_names(trained, config.groups)
     groups = tuple(dict.fromkeys(by_group.values()))
@@ -98,6 +97,5 @@ def _check_shape(name: str, shape: tuple[int, ...], first: Candidate) -> None:
     if first.shape(name) != shape:
         raise CandidateError(
             f"{first.label}: tensor {name!r} has shape {first.shape(name)}, the model's is {shape}; candidates must "
-            "be of "
-            "the same architecture as the model."
+            "be of the same architecture as the model."
         )

@@ -30,9 +30,8 @@ class Fingerprint:
         """
         if len(self.labels) != len(saved.labels):
             raise StateError(
-                f"the state was trained on {len(saved.labels)} candidates ({saved.labels[0]} to "
-                f"{saved.labels[-1]}), this "
-                f"run has {len(self.labels)}; give the same ones, in the same order."
+                f"the state was trained on {len(saved.labels)} candidates ({saved.labels[0]} to {saved.labels[-1]}), "
+                f"this run has {len(self.labels)}; give the same ones, in the same order."
             )
         for name, shape in saved.shapes.items():
             if self.shapes.get(name) != shape:
@@ -56,9 +55,8 @@ class Fingerprint:
                 if sums.get(name, expected[i]) != expected[i]:
                     raise StateError(
                         f"{(labels or self.labels)[i]}: tensor {name!r} is not what it was when the state was saved "
-                        "(then as "
-                        f"{self.labels[i]}); the coefficients belong to the old candidates. Restore them, or start "
-                        "a new run."
+                        f"(then as {self.labels[i]}); the coefficients belong to the old candidates. Restore them, or "
+                        "start a new run."
                     )
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.commands import material
@@ -151,6 +152,18 @@ def test_batchnorm_statistics_are_measured_and_exported(
     summary = json.loads((output / "summary.json").read_text())["evaluation"]
     for name, (total, count) in metrics.items():
         assert total.item() / count == pytest.approx(summary[f"validation/{name}"], rel=1e-4)
+
+
+def test_candidates_without_a_count_of_batches(digits: Brought, tmp_path: Path, shell: Any) -> None:
+    """As old files are: what they do not hold, neither export does."""
+    for path in Path(digits.candidates).parent.glob("step-*"):
+        (tmp_path / path.name).mkdir()
+        state = {name: value for name, value in load(path).items() if "num_batches" not in name}
+        save_file(state, tmp_path / path.name / "model.safetensors")
+    run_here(settings(str(tmp_path / "step-*"), digits.task, tmp_path / "out"))
+    assert shell("export", tmp_path / "out", "--out", tmp_path / "merged").code == 0
+    live, merged = load(tmp_path / "out/average"), load(tmp_path / "merged")
+    assert live.keys() == merged.keys() and torch.equal(live["1.running_var"], merged["1.running_var"])
 
 
 # The same run, held in other ways

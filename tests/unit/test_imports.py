@@ -26,6 +26,8 @@ ORDER = [
     "layout",
     "streaming",
     "basis",
+    "optimizer",
+    "shown",
     "writer",
     "batchnorm",
     "state",

@@ -51,8 +51,7 @@ def flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """
     if not tensor.is_contiguous():
         raise EngineError(
-            f"parameter {name!r} is not contiguous in memory (channels_last, perhaps): a span of it cannot be "
-            "written in "
-            "place. Call .contiguous() on it before attach."
+            f"parameter {name!r} is not contiguous in memory (channels_last, perhaps): a span of it cannot be written "
+            "in place. Call .contiguous() on it before attach."
         )
     return tensor.detach().view(-1)

@@ -46,8 +46,7 @@ class FSDP2Engine:
             if meshes[name].ndim != 1 or parameter.placements != (Shard(0),):
                 raise EngineError(
                     f"parameter {name!r} is placed as {parameter.placements} on a {meshes[name].ndim}-D mesh; FSDP2 "
-                    "models are "
-                    "supported when sharded on dim 0 over a 1-D mesh. Leave shard_placement_fn and tensor "
+                    "models are supported when sharded on dim 0 over a 1-D mesh. Leave shard_placement_fn and tensor "
                     "parallelism out."
                 )
             if meshes[name] != first:

@@ -108,7 +108,7 @@ def export_run(
         Group.world(),
         max_shard_size=max_shard_size,
         dtype=chosen,
-        replace=twa["buffers"],
+        replace={name: value for name, value in twa["buffers"].items() if name in twa["buffer_names"]},
         files=side_files(opened[-1].directory, chosen),
         overwrite=overwrite,
         progress=progress,

@@ -69,9 +69,8 @@ def make_batches(
     micro = min(micro_batch_size or share, share)
     if rest or share % micro:
         raise ConfigError(
-            f"batch_size: {batch_size} examples cannot be cut into {size} ranks x micro-batches of {micro}; choose "
-            "a multiple "
-            f"of {size * micro}."
+            f"batch_size: {batch_size} examples cannot be cut into {size} ranks x micro-batches of {micro}; choose a "
+            f"multiple of {size * micro}."
         )
     if len(examples) < batch_size:
         raise ConfigError(

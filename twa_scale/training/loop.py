@@ -207,8 +207,7 @@ class Run:
             if state is not None and state["num_steps"] != self.num_steps:
                 raise StateError(
                     f"{path}: was saved in a run of {state['num_steps']} steps, this one has {self.num_steps}; the "
-                    "schedule "
-                    "would jump. Give the same number, another output, or resume=false."
+                    "schedule would jump. Give the same number, another output, or resume=false."
                 )
         if state is None:
             return

@@ -85,8 +85,7 @@ def _sharded(config: RunConfig, task: Task, device: torch.device, world: World) 
             buffer.copy_(computed[name])
         elif name not in held:
             raise ConfigError(
-                f"task: buffer {name!r} of the model is neither computed when it is built nor held by checkpoints, "
-                "so that "
-                "its value would be lost under FSDP2. Register it with a value, or use engine: ddp."
+                f"task: buffer {name!r} of the model is neither computed when it is built nor held by checkpoints, so "
+                "that its value would be lost under FSDP2. Register it with a value, or use engine: ddp."
             )
     return model

@@ -1,0 +1,20 @@
+"""What a user can set: one schema for Python, YAML files and the command line. Imports no torch."""
+
+from twa_scale.config.center import Center, candidate_index, center_weights
+from twa_scale.config.load import dump, load_config, validated
+from twa_scale.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, Section, TaskConfig, TwaConfig
+
+__all__ = [
+    "Center",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "Section",
+    "TaskConfig",
+    "TwaConfig",
+    "candidate_index",
+    "center_weights",
+    "dump",
+    "load_config",
+    "validated",
+]

@@ -1,0 +1,116 @@
+"""From files and overrides to a validated configuration, with messages that name key, value, rule and fix."""
+
+import json
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from twa_scale.config.schema import RunConfig, Section
+from twa_scale.errors import ConfigError
+
+M = TypeVar("M", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: `3e-3` is a number, which YAML 1.1 reads as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML or JSON file, apply dotted overrides (`optimizer.lr=3e-3`), and validate.
+
+    Raises:
+        ConfigError: an unreadable file, a malformed override, an unknown key (with the nearest valid one), a bad value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        # YAML takes JSON as it is, but for tabs.
+        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds {type(data).__name__}, not a mapping of keys to values.")
+    for override in overrides or []:
+        _override(data, override)
+    return validated(RunConfig, data, str(path))
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    *parents, key = path.split(".")
+    if not equals or not all((*parents, key)):
+        raise ConfigError(f"override {override!r}: write it as key=value or section.key=value.")
+    node = data
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds {node!r}, which has no keys.")
+    try:
+        node[key] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: its value is not valid YAML: {error}") from error
+
+
+def validated(model: type[M], data: M | dict[str, Any] | None, where: str = "config") -> M:
+    """Return `data` as a `model`, or say every wrong key and value in one ConfigError."""
+    if isinstance(data, model):
+        return data
+    try:
+        return model.model_validate(data or {})
+    except ValidationError as error:
+        lines = [_explain(model, dict(e)) for e in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+_BRANCHES = ("str", "int", "float")
+
+
+def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
+    location: tuple[str | int, ...] = error["loc"]
+    # Beside keys and indices pydantic names the branches of a union: `str`, `list[float]`.
+    parts = [part for part in location if isinstance(part, int) or (part.isidentifier() and part not in _BRANCHES)]
+    key = ".".join(map(str, parts))
+    if error["type"] == "extra_forbidden":
+        key = ".".join(map(str, location))
+        known = _keys(model, location[:-1])
+        nearest = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key {key!r}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] in ("missing", "value_error") else f" (got {error['input']!r})"
+    return f"{key}: {message}{given}" if key else message
+
+
+def _keys(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return []
+        nested = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def _types(annotation: Any) -> list[Any]:
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
+
+
+def dump(config: BaseModel) -> str:
+    """Return the resolved configuration as JSON, every default filled in."""
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
