@@ -156,6 +156,7 @@ def export(
 
 def main() -> None:
     """Run the command line; bad input ends with one message, on one rank, and exit code 2."""
+    sys.path.append(str(Path.cwd()))  # as `python -m twa_scale` has it: tasks of one's own are found there
     try:
         app(standalone_mode=True)
     except TwaError as error:

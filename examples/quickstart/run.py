@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-CONFIG = HERE / "twa.yaml"
+CONFIG = HERE.parents[1] / "configs" / "quickstart.yaml"
 STEPS, TWA_STEPS = 800, 20
 CANDIDATES, EVERY = 10, 10
 RANKS = 2

@@ -229,6 +229,15 @@ def test_a_task_of_ones_own_that_is_none(config: Any, shell: Any) -> None:
     refused(shell("run", config(task={"name": f"{here}:scores", "dye_at": 3})), "dye_at", "'die_at'")
 
 
+def test_a_task_in_the_present_directory_is_found(
+    config: Any, shell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task_in_this_directory.py").write_text("def number():\n    return 3\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    refused(shell("plan", config(task={"name": "task_in_this_directory:number"})), "returned int", "dataset")
+
+
 def test_a_split_without_a_whole_batch(shell: Any, scores: Brought, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", batch_size=61)))
