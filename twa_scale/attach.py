@@ -16,7 +16,6 @@ from twa_scale.engines import Engine, choose_engine
 from twa_scale.layout import Layout, match
 from twa_scale.optimizer import check_settings
 from twa_scale.sources import Candidate, open_candidates
-from twa_scale.sources.checksum import checksum
 from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
 from twa_scale.store import Store, make_store
@@ -35,7 +34,8 @@ def attach(
     """Put a trainable average of `candidates` into `model`, whatever shards it. Collective.
 
     The weights that the model has are overwritten; each rank reads only the spans that it holds. The model stays
-    yours: run forward and backward as before, then `step()` in place of your optimizer's.
+    yours: run forward and backward as before, then `step()` in place of your optimizer's. A plain module on several
+    ranks of a process group is a replica: every rank calls this, holds everything, and sees its own data.
 
     Args:
         model: a plain module, DistributedDataParallel, or a module sharded by `fully_shard`.
@@ -55,10 +55,10 @@ def attach(
         weights = center_weights(config.center, len(opened))
         check_settings(config, weights)
         store = make_store(config.store, len(opened), engine.device)
-        stream = Stream(opened, weights, engine.device, progress)
+        stream = Stream(opened, engine.device, progress)
         gram = Gram(len(layout.groups), len(opened), engine.device)
-        _read_spans(engine, layout, stream, store, gram)
-        buffers = _read_buffers(engine, layout, opened, stream, config) if group.rank == 0 else {}
+        _read_spans(engine, layout, stream, weights, store, gram)
+        buffers = _read_buffers(engine, layout, stream, _buffer_weights(config, len(opened))) if group.rank == 0 else {}
     group.sum_(gram.values)
     fingerprint = _fingerprint(engine, layout, opened, stream)
     _write_rest(engine, layout, buffers)
@@ -66,52 +66,50 @@ def attach(
         _warn_of_equals(gram.values, opened)
     basis = make_basis(
         config.basis,
-        gram.values,
-        torch.tensor(weights, dtype=torch.float64, device=engine.device),
+        gram.values.cpu(),  # small mathematics: a GPU would only wait for it
+        torch.tensor(weights, dtype=torch.float64),
         units=config.units,
         num_components=config.num_components,
     )
     return TrainableAverage(config, engine, layout, store, basis, fingerprint, opened)
 
 
-def _read_spans(engine: Engine, layout: Layout, stream: Stream, store: Store, gram: Gram) -> None:
+def _read_spans(
+    engine: Engine, layout: Layout, stream: Stream, weights: Sequence[float], store: Store, gram: Gram
+) -> None:
     """Stream this rank's spans: those that are trained into the store, the others at once into the model."""
     live = {replace(span, name=layout.source(span.name)): span for span in engine.spans()}
+    averaged = [read for read, span in live.items() if engine.parameters[span.name].dtype.is_floating_point]
     for span in live.values():
         if span.name in layout.group_of:
             store.reserve(span)
-    for chunk in stream.chunks(list(live)):
+    for chunk in stream.chunks(averaged, weights):
         span = live[chunk.span]
         if span.name in layout.group_of:
             gram.add(layout.group_of[span.name], chunk.rows)
             store.fill(span, chunk.start, chunk.deltas, chunk.center)
         else:
             engine.live(span)[chunk.start : chunk.start + len(chunk.center)] = chunk.center
+    for read, start, values in stream.copies([read for read in live if read not in set(averaged)]):
+        engine.live(live[read])[start : start + len(values)] = values
 
 
-def _read_buffers(
-    engine: Engine, layout: Layout, candidates: Sequence[Candidate], stream: Stream, config: TwaConfig
-) -> dict[str, torch.Tensor]:
-    """Read every buffer that the candidates hold: floating ones averaged or from one, others from the last."""
-    n = len(candidates)
-    weights = [1 / n] * n
-    if config.buffers != "mean":
-        chosen = candidate_index(config.buffers, n, "buffers")
-        weights = [float(i == chosen) for i in range(n)]
-    live = engine.buffers()
-    averaged = Stream(candidates, weights, torch.device("cpu"))
-    values = {}
-    for name in layout.buffers:
-        if live[name].is_floating_point():
-            values[name] = torch.empty(live[name].numel())
-        else:
-            values[name] = torch.empty(live[name].numel(), dtype=candidates[-1].dtype(name))
-            candidates[-1].read(name, 0, values[name])
-            stream.checksums[name] = torch.zeros(n, dtype=torch.int64)
-            stream.checksums[name][-1] = checksum(values[name])
-    for chunk in averaged.chunks([whole(n, tuple(live[n].shape)) for n in values if live[n].is_floating_point()]):
+def _buffer_weights(config: TwaConfig, n: int) -> list[float]:
+    if config.buffers == "mean":
+        return [1 / n] * n
+    chosen = candidate_index(config.buffers, n, "buffers")
+    return [float(i == chosen) for i in range(n)]
+
+
+def _read_buffers(engine: Engine, layout: Layout, stream: Stream, weights: Sequence[float]) -> dict[str, torch.Tensor]:
+    """Read every buffer that the candidates hold: floating ones averaged, others from the last candidate."""
+    live = {name: buffer for name, buffer in engine.buffers().items() if name in layout.buffers}
+    values = {name: torch.empty(buffer.numel(), dtype=buffer.dtype) for name, buffer in live.items()}
+    spans = {name: whole(name, tuple(buffer.shape)) for name, buffer in live.items()}
+    for chunk in stream.chunks([s for n, s in spans.items() if live[n].is_floating_point()], weights):
         values[chunk.span.name][chunk.start : chunk.start + len(chunk.center)] = chunk.center
-    stream.checksums |= averaged.checksums
+    for span, start, part in stream.copies([s for n, s in spans.items() if not live[n].is_floating_point()]):
+        values[span.name][start : start + len(part)] = part
     return values
 
 

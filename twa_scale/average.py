@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ from torch import nn
 from twa_scale import batchnorm
 from twa_scale.basis import Basis
 from twa_scale.clock import Clock
+from twa_scale.coefficients import Which, averaging_coefficients
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine
 from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
 from twa_scale.layout import Layout
 from twa_scale.optimizer import make_optimizer
-from twa_scale.shown import Which, averaging_coefficients
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 from twa_scale.state import Fingerprint
 from twa_scale.store import Store
+
+# Settings under which saved coefficients and moments keep their meaning; the store and the start are free to change.
+_MEANING = ("basis", "groups", "center", "units", "num_components", "include", "exclude", "optimizer", "max_grad_norm")
 
 
 class TrainableAverage:
@@ -55,7 +59,9 @@ class TrainableAverage:
         self.clock = Clock(engine.device)
         self.optimizer = make_optimizer(config, self._x)
         self._shown: list[torch.Tensor | None] = []
+        self._in_step = False
         self._write()
+        engine.forget()
         engine.watch(self._project)
 
     @property
@@ -82,21 +88,21 @@ class TrainableAverage:
         """Return the mean seconds of the parts of a step since the last call, and the bytes of memory each moves.
 
         `project` reads the deltas and the gradient, `combine` reads the deltas and the center and writes the weights;
-        `publish` makes them visible to the engine.
+        `publish` makes them visible to the engine. Of `project`, `seconds_in_backward` are spent in backward hooks.
         """
-        seconds = self.clock.read()
+        seconds = {part: total / max(steps, 1) for part, total in self.clock.read().items()}
+        in_backward = seconds.get("project in backward", 0.0)
+        seconds["project"] = in_backward + seconds.get("project in step", 0.0)
         elements = sum(len(span) for span in self._spans)
         weights = sum(self._engine.live(span).nbytes for span in self._spans)
         deltas = self._store.nbytes - 4 * elements
-        nbytes = {
-            "project": deltas + 4 * elements,
-            "reduce": 0,
-            "combine": deltas + 4 * elements + weights,
-            "publish": 0,
+        nbytes = {"project": deltas + 4 * elements, "combine": deltas + 4 * elements + weights}
+        parts = {
+            part: {"seconds": seconds.get(part, 0.0), "bytes": nbytes.get(part, 0)}
+            for part in ("project", "reduce", "combine", "publish")
         }
-        return {
-            part: {"seconds": seconds.get(part, 0.0) / max(steps, 1), "bytes": moved} for part, moved in nbytes.items()
-        }
+        parts["project"]["seconds_in_backward"] = in_backward
+        return parts
 
     def step(self) -> None:
         """Take one step of the optimizer on the coefficients, and write the new weights. Collective.
@@ -106,12 +112,15 @@ class TrainableAverage:
         Raises:
             TwaError: a gradient that is not finite; the coefficients are as they were.
         """
-        self._engine.drain()
-        for stream in self._streams:  # hooks may run on the stream that reduced the gradient
+        for stream in self._streams:  # hooks may have run on the stream that reduced the gradient
             torch.cuda.current_stream().wait_stream(stream)
+        self._in_step = True
+        self._engine.drain()
+        self._in_step = False
         with self.clock.part("reduce"):
             products = self._engine.shard_group.sum_(self._products)
             products = self._engine.replica_group.sum_(products) / self._engine.replica_group.size
+            products = products.cpu()  # from here to the weights everything is small
         if not bool(torch.isfinite(products).all()):
             self.zero_grad()
             raise TwaError("the gradient is not finite: look for a diverging loss or an overflow, then lower the rate.")
@@ -131,6 +140,9 @@ class TrainableAverage:
     @contextmanager
     def weights(self, which: Which) -> Iterator[None]:
         """Show the model with other weights in a `with` block, then restore weights and buffers. Collective.
+
+        Tensors that are not trained keep their value at the center, and buffers theirs: measure BatchNorm statistics
+        anew inside the block (`recalibrate_batchnorm`) where the model has them.
 
         Args:
             which: "trained", "mean" (uniform), "center", "first", "last", the index of a candidate, or coefficients a:
@@ -204,7 +216,7 @@ class TrainableAverage:
             "x": self._x.detach().cpu().clone(),
             "coefficients": self.coefficients.cpu(),
             "center_weights": self._basis.center_weights.cpu(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": deepcopy(self.optimizer.state_dict()),
             "buffers": {n: b.detach().cpu().clone() for n, b in self._engine.buffers().items() if id(b) in layers},
             "fingerprint": self.fingerprint.state_dict(),
         }
@@ -227,7 +239,7 @@ class TrainableAverage:
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
         with torch.no_grad():
             self._x.copy_(x)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
         self.zero_grad()
         self._write()
         live = self._engine.buffers()
@@ -247,7 +259,7 @@ class TrainableAverage:
             return
         if gradient.is_cuda:
             self._streams.add(torch.cuda.current_stream())
-        with self.clock.part("project"):
+        with self.clock.part("project in step" if self._in_step else "project in backward"):
             self._products[:, group] += self._store.project(span, gradient, self._basis.needs_center)
 
     @torch.no_grad()
@@ -255,8 +267,8 @@ class TrainableAverage:
         """Write the weights that are shown now, computed from the center, into the live spans."""
         shown = self._shown[-1] if self._shown else None
         u = self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
-        scales = (1 + u[-1]).tolist()  # one wait for the device, not one for each span
-        columns = u[:-1].T.to(torch.float32).contiguous()
+        scales = (1 + u[-1]).tolist()
+        columns = u[:-1].T.to(self._engine.device, torch.float32).contiguous()
         with self.clock.part("combine"):
             for span, group in self._spans.items():
                 self._store.combine(span, columns[group], scales[group], self._engine.live(span))
@@ -272,7 +284,7 @@ class TrainableAverage:
 
     def _require_same_settings(self, saved: dict[str, Any]) -> None:
         now = self._settings()
-        for key in ("basis", "groups", "center", "units", "num_components", "include", "exclude", "optimizer"):
+        for key in _MEANING:
             if saved[key] != now[key]:
                 raise StateError(
                     f"{key}: the state was trained with {saved[key]!r}, this run has {now[key]!r}; its coefficients "

@@ -11,6 +11,8 @@ import torch
 from twa_scale.errors import ConfigError
 
 _EIGENVALUE_FLOOR = 1e-10  # of the largest; below it a direction of float32 deltas is rounding noise
+_RELATIVE_FLOOR = 1e-6  # of the largest delta norm
+_ROUNDING = 1e-7  # of the center's norm: what float32 makes of a candidate that is itself the average of the others
 _SCHMIDT_FLOOR = 1e-12  # squared norm of what Schmidt leaves of a candidate, of its own
 CORNER = (
     "basis 'simplex' must start where every candidate has a positive weight: at its corners and edges the softmax has "
@@ -131,10 +133,12 @@ def make_basis(
 
 
 def _normalized(gram: torch.Tensor) -> torch.Tensor:
-    """T = diag(1 / ||delta_i||); a delta of zero norm is no direction."""
+    """T = diag(1 / ||delta_i||); a delta that is zero up to rounding is no direction."""
     n = len(gram) - 1
-    norms = gram.diagonal()[:n].clamp(min=0).sqrt()
-    inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    floor = max(_RELATIVE_FLOOR * norms[:n].max(), _ROUNDING * norms[n])
+    norms = norms[:n]
+    inverse = torch.where(norms > floor, 1 / norms, torch.zeros_like(norms))
     return torch.cat([torch.diag(inverse), gram.new_zeros(1, n)])
 
 

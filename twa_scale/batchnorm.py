@@ -44,7 +44,7 @@ def recalibrate(
         return 0
     modes = {child: child.training for child in module.modules()}
     momenta = [layer.momentum for layer in layers]
-    before = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
+    before: list[list[torch.Tensor]] | None = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
     count = 0
     try:
         module.eval()
@@ -60,11 +60,11 @@ def recalibrate(
         total = int(group.sum_(torch.tensor([count], device=device)).item())
         if total:
             _average(layers, count / total, total, group)
-        else:
-            for layer, buffers in zip(layers, before, strict=True):
-                for buffer, value in zip(layer.buffers(), buffers, strict=True):
-                    buffer.copy_(value)
+            before = None
     finally:
+        for layer, buffers in zip(layers, before or (), strict=before is not None):
+            for buffer, value in zip(layer.buffers(), buffers, strict=True):
+                buffer.copy_(value)
         for child, training in modes.items():
             child.training = training
         for layer, momentum in zip(layers, momenta, strict=True):

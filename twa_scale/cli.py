@@ -2,14 +2,19 @@
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from twa_scale.errors import ConfigError, TwaError
+
+if TYPE_CHECKING:
+    from twa_scale.training.report import Report
 
 app = typer.Typer(
     help="Learn how to average the checkpoints of models too large for one device.",
@@ -115,20 +120,21 @@ def average(
 ) -> None:
     """Average candidates with fixed weights: streamed, in bounded memory, no model code needed.
 
+    Under torchrun the ranks share the work.
+
     twa-scale average 'runs/a/step-*' --weights ema:0.9 --out merged
 
     twa-scale average runs/a:0.7 runs/b:0.3 --out merged
     """
     from twa_scale.merge import average_fixed
-    from twa_scale.training.report import Report
 
-    with Report().bytes("averaging") as progress:
+    with _joined() as (report, say), report.bytes("averaging") as progress:
         used = average_fixed(
             candidates, out, weights, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
         )
-    for label, weight in used.items():
-        typer.echo(f"{weight:10.6f}  {label}")
-    typer.echo(f"wrote the average of {len(used)} candidates to {out}")
+    for label, weight in used:
+        say(f"{weight:10.6f}  {label}")
+    say(f"wrote the average of {len(used)} candidates to {out}")
 
 
 @app.command()
@@ -145,26 +151,39 @@ def export(
     the live weights, which differ from it by the rounding of the store.
     """
     from twa_scale.merge import export_run
-    from twa_scale.training.report import Report
 
-    with Report().bytes("merging") as progress:
+    with _joined() as (report, say), report.bytes("merging") as progress:
         n, step = export_run(
             run, out, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
         )
-    typer.echo(f"wrote the exact merge of {n} candidates with the coefficients of step {step} to {out}")
+    say(f"wrote the exact merge of {n} candidates with the coefficients of step {step} to {out}")
+
+
+@contextmanager
+def _joined() -> "Iterator[tuple[Report, Callable[[str], None]]]":
+    """Share the work with the other ranks of torchrun, if there are any; rank 0 reports."""
+    import torch
+
+    from twa_scale.training.report import Report
+    from twa_scale.world import World
+
+    world = World.from_environment()
+    with world.joined(torch.device("cpu")):
+        yield Report(active=world.rank == 0), typer.echo if world.rank == 0 else lambda _: None
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one message, on one rank, and exit code 2."""
+    """Run the command line; bad input ends with one message and exit code 2."""
     sys.path.append(str(Path.cwd()))  # as `python -m twa_scale` has it: tasks of one's own are found there
     try:
         app(standalone_mode=True)
     except TwaError as error:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        # One speaks for all where all know; what is wrong with one node or rank, only that one can say.
+        alone = not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"
+        if rank == "0" or (alone and not error.agreed):
             kind = "bad configuration" if isinstance(error, ConfigError) else type(error).__name__
-            Console(stderr=True).print(f"[bold red]{kind}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            where = "" if rank == "0" else f" (rank {rank})"
+            text = f"[bold red]{kind}{where}:[/] {escape(str(error))}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

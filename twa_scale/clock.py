@@ -1,6 +1,7 @@
 """Seconds and bytes of the parts of a step, on CPU and GPU."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = {}
-        self._pending: list[_Event] = []
+        self._pending: deque[_Event] = deque()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -26,6 +27,7 @@ class Clock:
             yield
             last.record()
             self._pending.append((name, first, last))
+            self._settle(wait=False)
         else:
             start = time.perf_counter()
             yield
@@ -33,11 +35,19 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each part since the last call, and start anew."""
-        for name, first, last in self._pending:
+        self._settle(wait=True)
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _settle(self, *, wait: bool) -> None:
+        """Add up the events that have happened, so that few are kept however long nobody reads."""
+        while self._pending:
+            name, first, last = self._pending[0]
+            if not wait and not last.query():
+                return
             last.synchronize()
             self._add(name, first.elapsed_time(last) / 1e3)
-        seconds, self._seconds, self._pending = self._seconds, {}, []
-        return seconds
+            self._pending.popleft()
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds

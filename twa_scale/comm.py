@@ -87,6 +87,9 @@ class Group:
         if not failures:
             return
         rank, first = failures[0]
+        for known in (first, failure):
+            if isinstance(known, TwaError):
+                known.agreed = True
         if failure is not None and rank == self.rank:
             raise failure
         raise first from failure

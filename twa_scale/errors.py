@@ -4,6 +4,9 @@
 class TwaError(Exception):
     """Base of every error that twa_scale raises for bad input; anything else that escapes is our bug."""
 
+    agreed = False
+    """Whether every rank of the group raises this same error, so that one of them may speak for all."""
+
 
 class ConfigError(TwaError):
     """A configuration value, key or combination that cannot be run."""

@@ -11,6 +11,7 @@ from twa_scale.layout import Layout
 from twa_scale.sources import Candidate
 from twa_scale.sources.side_files import side_files
 from twa_scale.writer import TensorSpec, writing
+from twa_scale.writer.publish import check_apart
 
 PROVENANCE = "twa_scale.json"
 
@@ -59,6 +60,7 @@ def export(
     with engine.replica_group.agree():
         if engine.replica_group.rank != 0:
             return
+        check_apart(Path(out), [candidate.label for candidate in candidates])
         with writing(out, specs, group, max_shard_size=max_shard_size, files=files, overwrite=overwrite) as writer:
             for span in engine.spans():
                 for name in written[span.name]:

@@ -45,9 +45,8 @@ def inspect(paths: str | Sequence[str | Path], progress: Progress | None = None)
     names = [name for name in candidates[0].names() if candidates[0].dtype(name).is_floating_point]
     device = torch.device("cpu")
     gram = Gram(1, n, device)
-    for chunk in Stream(candidates, [1 / n] * n, device, progress).chunks(
-        [whole(name, candidates[0].shape(name)) for name in names]
-    ):
+    spans = [whole(name, candidates[0].shape(name)) for name in names]
+    for chunk in Stream(candidates, device, progress).chunks(spans, [1 / n] * n):
         gram.add(0, chunk.rows)
     products = gram.values[0].numpy()
     deltas, center = products[:n, :n], products[n]

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-# Elements of one block: on a CPU the block of every delta and of the result stays in cache between the two uses that
-# `combine` has for it; a GPU wants few, large launches.
-_CPU_BLOCK = 1 << 15
-_GPU_BLOCK = 1 << 24
+# Bytes of float32 rows in one block: on a CPU they stay in cache between the uses that `combine` has for them; a GPU
+# wants few, large launches.
+_CPU_BLOCK = 2 << 20
+_GPU_BLOCK = 256 << 20
 
 
 def project(rows: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -46,9 +46,10 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, base: torch.Tensor, scale
 
 def _blocks(rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Cut (n, m) into column blocks of float32; low-precision rows are widened one block at a time."""
-    size = _CPU_BLOCK if rows.device.type == "cpu" else _GPU_BLOCK
+    nbytes = _CPU_BLOCK if rows.device.type == "cpu" else _GPU_BLOCK
+    size = max(1, nbytes // (4 * len(rows)))
     if rows.dtype != torch.float32:
-        size //= 2  # the widened copy must fit beside the original
+        size = -(-size // 2)  # the widened copy must fit beside the original
     for start in range(0, rows.shape[1], size):
         block = slice(start, min(start + size, rows.shape[1]))
         yield block, rows[:, block].to(torch.float32)

@@ -25,7 +25,7 @@ class Layout:
     buffers: tuple[str, ...]
     """Buffers that the candidates hold."""
     held_as: dict[str, tuple[str, ...]]
-    """The names under which the candidates hold each tensor: a tied one may have any or all of its own."""
+    """The names under which the candidates hold each tensor: of a tied one any or all of its own; the first is read."""
 
     def source(self, name: str) -> str:
         """Return the name under which a tensor is read."""
@@ -46,7 +46,7 @@ def match(
     """
     held = [name for name in candidates[0].names() if not matches_any(name, config.ignore)]
     held_as = _held_as(parameters, held, candidates[0])
-    found_buffers = tuple(name for name in buffers if name in held)
+    found_buffers = _found_buffers(buffers, held, candidates[0], config)
     aliases = {alias for info in parameters.values() for alias in info.aliases}
     _refuse_leftovers([n for n in held if n not in aliases and n not in buffers], [*aliases, *buffers], candidates[0])
     for name, info in parameters.items():
@@ -61,6 +61,9 @@ def match(
             f"nothing to train: of {len(parameters)} parameters {len(trainable)} require a gradient, and include and "
             "exclude leave none of them. Widen the patterns, or set requires_grad."
         )
+    complex_ = next((name for name in trained if parameters[name].dtype.is_complex), None)
+    if complex_ is not None:
+        raise ConfigError(f"tensor {complex_!r} is complex, which has no trained average yet; name it in `exclude`.")
     by_group = group_names(trained, config.groups)
     groups = tuple(dict.fromkeys(by_group.values()))
     return Layout(
@@ -70,6 +73,20 @@ def match(
         buffers=found_buffers,
         held_as={**held_as, **{name: (name,) for name in found_buffers}},
     )
+
+
+def _found_buffers(
+    buffers: Mapping[str, torch.Tensor], held: list[str], first: Candidate, config: TwaConfig
+) -> tuple[str, ...]:
+    """Only counters may be missing, as BatchNorm's are in old checkpoints, or what `ignore` names."""
+    known = set(held)
+    for name, buffer in buffers.items():
+        if name not in known and buffer.is_floating_point() and not matches_any(name, config.ignore):
+            raise CandidateError(
+                f"{first.label}: buffer {name!r} of the model is missing{nearest(name, held)}. Save it with the "
+                "candidates, or name it in `ignore` to keep the value that the model has."
+            )
+    return tuple(name for name in buffers if name in known)
 
 
 def _held_as(parameters: Mapping[str, ParameterInfo], held: list[str], first: Candidate) -> dict[str, tuple[str, ...]]:

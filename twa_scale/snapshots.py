@@ -24,8 +24,8 @@ class Snapshots:
     Args:
         directory: where the candidates go; the same file system on every rank.
         every_n_steps: steps between two candidates.
-        start_step: the first step that may be written; candidates fall on multiples of `every_n_steps` from
-        there on. keep_last: delete the oldest candidates here beyond this many; None keeps all.
+        start_step: the first step that may be written; others follow every `every_n_steps`.
+        keep_last: delete the oldest candidates beyond this many; None keeps all.
         dtype: type of the floating point tensors in the files; the model's own when not given.
         files: small files for each candidate, such as config.json: content, or what to copy, by name.
         max_shard_size: most bytes in one file.
@@ -79,7 +79,7 @@ class Snapshots:
                 with engine.shard_group.agree():
                     if self._keep is not None and engine.shard_group.rank == 0:
                         with reported(self._directory):
-                            _delete(_old(self._directory, self._keep))
+                            _delete(_old(self._directory, step, self._keep))
         return path
 
     def _write(self, engine: Engine, path: Path) -> None:
@@ -101,10 +101,14 @@ class Snapshots:
         return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
 
 
-def _old(directory: Path, keep: int) -> Sequence[Path]:
-    """Return all but the newest candidates that an instance of this class has named."""
-    written = [path for path in directory.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(written, key=lambda path: int(path.name.removeprefix("step-")))[:-keep]
+def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:
+    """Return all but the newest candidates up to `step`; later ones are of another run, and not ours to delete."""
+    steps = {
+        path: int(path.name.removeprefix("step-"))
+        for path in directory.iterdir()
+        if re.fullmatch(r"step-\d{8,}", path.name)
+    }
+    return sorted((path for path in steps if steps[path] <= step), key=lambda path: steps[path])[:-keep]
 
 
 def _delete(paths: Sequence[Path]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from twa_scale.errors import StateError
 from twa_scale.names import nearest
-from twa_scale.writer.publish import reported, sync, temporary_beside, write_file
+from twa_scale.writer.publish import replace_file
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     content = BytesIO()
     torch.save(state, content)
-    temporary = temporary_beside(path)
-    with reported(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_file(temporary, content.getvalue())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(path.parent)
+    replace_file(path, content.getvalue())
 
 
-_KEYS = {"twa", "scheduler", "step", "num_steps", "candidates"}
+_KEYS = {"twa", "scheduler", "step", "course", "candidates"}
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Chunk:
     start: int
     """Offset of the chunk within the span, in elements."""
     rows: torch.Tensor
-    """(n + 1, m), float32: the deltas w_i - c, then the center c."""
+    """(n + 1, m), float32 or float64: the deltas w_i - c, then the center c."""
 
     @property
     def deltas(self) -> torch.Tensor:
@@ -51,60 +51,70 @@ class Chunk:
 class Stream:
     """Reads spans of n candidates and turns them into deltas around sum_i b_i w_i.
 
-    Everything is computed relative to the candidate of the largest weight: tensors that are equal in all candidates
-    give deltas of exactly zero and a center that is bit for bit the candidates' own.
+    Everything is computed in float32 (float64 where a candidate has float64), relative to the candidate of the largest
+    weight: tensors that are equal in all candidates give deltas of exactly zero and a center that has their bits.
     """
 
-    def __init__(
-        self,
-        candidates: Sequence[Candidate],
-        weights: Sequence[float],
-        device: torch.device,
-        progress: Progress | None = None,
-    ) -> None:
+    def __init__(self, candidates: Sequence[Candidate], device: torch.device, progress: Progress | None = None) -> None:
         self._candidates = candidates
         self._device = device
-        self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
-        self._reference = max(range(len(weights)), key=lambda i: weights[i])
         self._progress = progress or (lambda _: None)
-        self.chunk = chunk_elements(len(candidates))
-        self._rows = torch.empty(0)
+        self._chunk = chunk_elements(len(candidates))
+        self._rows: dict[torch.dtype, torch.Tensor] = {}
         self._raw = torch.empty(0, dtype=torch.uint8)
         self.checksums: dict[str, torch.Tensor] = {}
         """By tensor name: (n,), int64, of what was read here; sums over spans and ranks are those of whole tensors."""
 
-    def chunks(self, spans: Sequence[Span]) -> Iterator[Chunk]:
-        """Yield the spans of floating point tensors, part by part.
+    def chunks(self, spans: Sequence[Span], weights: Sequence[float]) -> Iterator[Chunk]:
+        """Yield spans of floating point tensors, part by part, around the center of `weights` b (sum 1).
 
         Raises:
             CandidateError: NaN or Inf, or a file that cannot be read.
         """
-        longest = min(self.chunk, max((len(span) for span in spans), default=0))
-        n = len(self._candidates)
-        self._rows = torch.empty(n + 1, longest, dtype=torch.float32, device=self._device)
+        longest = min(self._chunk, max((len(span) for span in spans), default=0))
         for span in spans:
-            for piece in span.pieces(self.chunk):
-                rows = self._rows[:, : len(piece)]
-                self._read(piece, rows[:-1])
-                self._center(rows)
-                yield Chunk(span, piece.start - span.start, rows)
+            rows = self._buffer(self._compute_dtype(span.name), longest)
+            for piece in span.pieces(self._chunk):
+                part = rows[:, : len(piece)]
+                self._read_all(piece, part[:-1])
+                _center(part, weights)
+                yield Chunk(span, piece.start - span.start, part)
 
-    def _read(self, piece: Span, rows: torch.Tensor) -> None:
-        sums = self.checksums.setdefault(piece.name, torch.zeros(len(rows), dtype=torch.int64))
-        for i, candidate in enumerate(self._candidates):
-            raw = self._buffer(len(piece), candidate.dtype(piece.name))
-            candidate.read(piece.name, piece.start, raw)
-            sums[i] += checksum(raw)
-            rows[i].copy_(raw)
-            self._progress(raw.nbytes)
-        if not torch.isfinite(rows.sum()):
+    def copies(self, spans: Sequence[Span]) -> Iterator[tuple[Span, int, torch.Tensor]]:
+        """Yield (span, offset, values) of the last candidate, bit for bit: for tensors that cannot be averaged."""
+        for span in spans:
+            for piece in span.pieces(self._chunk):
+                yield span, piece.start - span.start, self._read(piece, len(self._candidates) - 1)
+
+    def _compute_dtype(self, name: str) -> torch.dtype:
+        wide = any(candidate.dtype(name) == torch.float64 for candidate in self._candidates)
+        return torch.float64 if wide else torch.float32
+
+    def _buffer(self, dtype: torch.dtype, longest: int) -> torch.Tensor:
+        rows = self._rows.get(dtype)
+        if rows is None or rows.shape[1] < longest:
+            rows = torch.empty(len(self._candidates) + 1, longest, dtype=dtype, device=self._device)
+            self._rows[dtype] = rows
+        return rows
+
+    def _read_all(self, piece: Span, rows: torch.Tensor) -> None:
+        for i, row in enumerate(rows):
+            row.copy_(self._read(piece, i))
+        if not torch.isfinite(rows.sum()):  # one cheap pass; a sum can overflow without a fault in its terms
             self._blame(piece, rows)
 
-    def _buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        nbytes = numel * dtype.itemsize
+    def _read(self, piece: Span, index: int) -> torch.Tensor:
+        candidate = self._candidates[index]
+        dtype = candidate.dtype(piece.name)
+        nbytes = len(piece) * dtype.itemsize
         if self._raw.numel() < nbytes:
             self._raw = torch.empty(nbytes, dtype=torch.uint8)
-        return self._raw[:nbytes].view(dtype)
+        values = self._raw[:nbytes].view(dtype)
+        candidate.read(piece.name, piece.start, values)
+        sums = self.checksums.setdefault(piece.name, torch.zeros(len(self._candidates), dtype=torch.int64))
+        sums[index] += checksum(values)
+        self._progress(nbytes)
+        return values
 
     def _blame(self, piece: Span, rows: torch.Tensor) -> None:
         for candidate, row in zip(self._candidates, rows, strict=True):
@@ -115,11 +125,12 @@ class Stream:
                     f"{piece.start + int(bad[0, 0])}; weights must be finite. Leave this candidate out."
                 )
 
-    def _center(self, rows: torch.Tensor) -> None:
-        """Turn rows w_1..w_n, _ into w_1 - c, .., w_n - c, c."""
-        deltas, center = rows[:-1], rows[-1]
-        center.copy_(deltas[self._reference])
-        deltas.sub_(center)
-        shift = self._weights @ deltas
-        deltas.sub_(shift)
-        center.add_(shift)
+
+def _center(rows: torch.Tensor, weights: Sequence[float]) -> None:
+    """Turn rows w_1..w_n, _ into w_1 - c, .., w_n - c, c."""
+    deltas, center = rows[:-1], rows[-1]
+    center.copy_(deltas[max(range(len(weights)), key=lambda i: weights[i])])
+    deltas.sub_(center)
+    shift = torch.tensor(weights, dtype=rows.dtype, device=rows.device) @ deltas
+    deltas.sub_(shift)
+    center.add_(shift)

@@ -32,7 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     out: Path = arguments.out
-    shutil.rmtree(out, ignore_errors=True)
+    for stale in ("candidates", "baselines", "twa-train", "twa-validation"):
+        shutil.rmtree(out / stale, ignore_errors=True)
     seed = f"seed={arguments.seed}"
     stage(f"1/5  training a byte-level GPT with FSDP2 on {RANKS} ranks, on the sources of Python's own library")
     torchrun(

@@ -30,6 +30,7 @@ nothing has seen; only the decay of the EMA was chosen, on validation files.
 `optimizer steps` counts every forward and backward pass over a batch of 32 sequences that a method needs, those of the
 run that made the candidates included. The decayed run branches off at 80 % of its steps and ends with the same number
 as training and TWA together; in a real project the branch is paid for on top, unless its end was known before.
+Evaluations on validation files, and the choice of the EMA's decay on them, are not counted.
 
 {reading}
 

@@ -133,7 +133,7 @@ def stopped(brought: Brought, output: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"steps": 9}, ["state.pt", "8 steps", "9"]),
+        ({"steps": 9}, ["state.pt", "steps was 8", "9"]),
         ({"basis": "pca"}, ["basis", "'normalized'", "'pca'"]),
         ({"groups": "global"}, ["groups", "'tensor'", "'global'"]),
         ({"units": "weight"}, ["units"]),

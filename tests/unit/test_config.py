@@ -270,12 +270,11 @@ def test_the_warmup_rises_linearly_to_one(name: str) -> None:
 
 def test_shapes_after_the_warmup() -> None:
     assert rates(4, name="constant", warmup=0) == [1] * 4
-    assert rates(10, name="linear", warmup=0.2)[2:] == pytest.approx(
-        [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]
-    )
-    assert rates(10, name="linear", warmup=0.2, final=0.5)[-1] == pytest.approx(0.5)
+    assert rates(10, name="linear", warmup=0.2)[2:] == pytest.approx([i / 8 for i in range(8, 0, -1)])
+    assert rates(10, name="linear", warmup=0.2, final=0.5)[-1] == pytest.approx(0.5 + 0.5 / 8)
     cosine = rates(10, name="cosine", warmup=0.2, final=0.1)
-    assert cosine[5] == pytest.approx(0.55) and cosine[-1] == pytest.approx(0.1)
+    assert cosine[2] == 1 and cosine[6] == pytest.approx(0.55)
+    assert rates(1, name="cosine", warmup=0.2) == rates(1, name="linear", warmup=0.2) == [1]
     assert cosine[1:] == sorted(cosine[1:], reverse=True)
     assert rates(9, name="step", warmup=0, every=3, factor=0.5) == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
 

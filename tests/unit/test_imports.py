@@ -27,7 +27,7 @@ ORDER = [
     "streaming",
     "basis",
     "optimizer",
-    "shown",
+    "coefficients",
     "writer",
     "batchnorm",
     "state",

@@ -173,7 +173,9 @@ class RunConfig(TwaConfig):
     evaluate_batches: PositiveInt | None = Field(
         None, description="Batches per evaluation; the whole split when not given."
     )
-    checkpoint_every: PositiveInt | None = Field(None, description="Steps between two saves of the run state.")
+    checkpoint_every: PositiveInt | None = Field(
+        50, description="Steps between two saves of the run state (kilobytes)."
+    )
     recalibrate_batches: PositiveInt = Field(
         50, description="Batches for BatchNorm statistics, when the model has them."
     )

@@ -10,6 +10,7 @@ from twa_scale.comm import Group
 from twa_scale.engines.describe import named_parameters, persistent_buffers
 from twa_scale.engines.protocol import Consume
 from twa_scale.engines.replicated import ReplicatedParameters
+from twa_scale.names import normalize
 from twa_scale.spans import Span
 
 
@@ -23,20 +24,27 @@ class DDPEngine:
         self.device = next(iter(parameters.values())).device
         self.shard_group = Group(model.process_group)
         self.replica_group = Group.alone()
-        self._replicated = ReplicatedParameters(parameters, self.shard_group)
+        ignored = {normalize(name) for name in model.parameters_to_ignore}
+        self._averaged = ReplicatedParameters(
+            {name: p for name, p in parameters.items() if name not in ignored}, self.shard_group
+        )
+        self._ignored = ReplicatedParameters(
+            {name: p for name, p in parameters.items() if name in ignored}, self.shard_group
+        )
         self._consume: Consume | None = None
 
     def spans(self) -> list[Span]:
         """Return this rank's part of every parameter."""
-        return self._replicated.spans()
+        return [*self._averaged.spans(), *self._ignored.spans()]
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the local memory of a span."""
-        return self._replicated.live(span)
+        return (self._averaged if span.name in self._averaged else self._ignored).live(span)
 
     def publish(self, names: Collection[str]) -> None:
         """All-gather what each rank wrote."""
-        self._replicated.publish(names)
+        self._averaged.publish(names)
+        self._ignored.publish(names)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers."""
@@ -47,13 +55,15 @@ class DDPEngine:
         self._consume = consume
 
     def drain(self) -> None:
-        """Hand over this rank's part of the gradients that DDP has averaged."""
+        """Hand over this rank's part of the gradients: DDP has averaged all but those that it was told to ignore."""
         assert self._consume is not None
-        self._replicated.consume(self._consume, averaged=True)
+        self._averaged.consume(self._consume, averaged=True)
+        self._ignored.consume(self._consume, averaged=False)
 
     def forget(self) -> None:
         """Drop the gradients that wait for the step."""
-        self._replicated.forget()
+        self._averaged.forget()
+        self._ignored.forget()
 
     def close(self) -> None:
         """Forget the consumer."""

@@ -7,6 +7,8 @@ from twa_scale.engines.protocol import ParameterInfo
 from twa_scale.errors import EngineError
 from twa_scale.names import normalize
 
+TWICE = "another average is attached to this model and has taken its gradients; call close() on it first."
+
 
 def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, ParameterInfo]]:
     """Return the parameters of `module` and their descriptions, tied ones once, by normalized name.

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from twa_scale.comm import Group
-from twa_scale.engines.describe import flat, named_parameters, persistent_buffers
+from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers
 from twa_scale.engines.protocol import Consume
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
@@ -100,6 +100,8 @@ class FSDP2Engine:
                 self._hooks.append(handle)
 
     def _take(self, parameter: torch.Tensor, span: Span) -> None:
+        if parameter.grad is None:
+            raise EngineError(TWICE)
         assert self._consume is not None
         self._consume(span, cast(DTensor, parameter.grad).to_local().reshape(-1))
         parameter.grad = None
@@ -110,8 +112,10 @@ class FSDP2Engine:
         self._replicated.consume(self._consume, averaged=False)
 
     def forget(self) -> None:
-        """Drop the gradients that wait for the step."""
+        """Drop the gradients; what FSDP2 keeps unreduced after a backward pass without sync is out of reach."""
         self._replicated.forget()
+        for parameter in self._sharded.values():
+            parameter.grad = None
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from twa_scale.comm import Group
-from twa_scale.engines.describe import flat, named_parameters, persistent_buffers
+from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers
 from twa_scale.engines.protocol import Consume
+from twa_scale.errors import EngineError
 from twa_scale.spans import Span, whole
 
 
@@ -42,7 +43,8 @@ class PlainEngine:
         """Consume each gradient as soon as autograd has accumulated it, so that few exist at a time."""
 
         def take(parameter: torch.Tensor, span: Span) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:
+                raise EngineError(TWICE)
             consume(span, parameter.grad.reshape(-1))
             parameter.grad = None
 
@@ -56,7 +58,8 @@ class PlainEngine:
         """Do nothing: the hooks have consumed every gradient."""
 
     def forget(self) -> None:
-        """Do nothing: no gradient is left."""
+        """Drop what was there before the hooks were."""
+        self.module.zero_grad(set_to_none=True)
 
     def close(self) -> None:
         """Remove the hooks."""

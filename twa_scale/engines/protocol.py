@@ -63,7 +63,7 @@ class Engine(Protocol):
         """Hand over the gradients that could not be handed over during backward. Collective."""
 
     def forget(self) -> None:
-        """Drop the gradients that `drain` would hand over."""
+        """Drop the gradients that parameters hold now."""
 
     def close(self) -> None:
         """Stop watching."""

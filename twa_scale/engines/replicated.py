@@ -21,6 +21,9 @@ class ReplicatedParameters:
         self._parameters = parameters
         self._group = group
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._parameters
+
     def spans(self) -> list[Span]:
         """Return this rank's part of every parameter; parts of small parameters are empty on the last ranks."""
         return [

@@ -28,11 +28,11 @@ def average_fixed(
     dtype: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> dict[str, float]:
+) -> list[tuple[str, float]]:
     """Average `candidates` (paths, globs, or PATH:WEIGHT) and write the result to `out`.
 
     Returns:
-        The weight of each candidate by its label.
+        The label and the weight of each candidate.
 
     Raises:
         ConfigError: unknown weights, or some paths with a weight and some without.
@@ -64,7 +64,7 @@ def average_fixed(
         overwrite=overwrite,
         progress=progress,
     )
-    return dict(zip((candidate.label for candidate in opened), fixed, strict=True))
+    return list(zip((candidate.label for candidate in opened), fixed, strict=True))
 
 
 def export_run(
@@ -108,6 +108,7 @@ def export_run(
         Group.world(),
         max_shard_size=max_shard_size,
         dtype=chosen,
+        ignore=config.ignore,
         replace={name: value for name, value in twa["buffers"].items() if name in twa["buffer_names"]},
         files=side_files(opened[-1].directory, chosen),
         overwrite=overwrite,

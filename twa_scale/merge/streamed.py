@@ -10,11 +10,12 @@ import torch
 
 from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, OutputError
-from twa_scale.names import nearest
+from twa_scale.names import matches_any, nearest
 from twa_scale.sources import Candidate
 from twa_scale.sources.checksum import checksum, wrap
 from twa_scale.spans import Span, whole
 from twa_scale.writer import Files, TensorSpec, Writer, writing
+from twa_scale.writer.publish import check_apart
 
 _CHUNK = 1 << 21  # elements: a reference, a sum and a summand in float32, and what was read, make 32 MiB
 
@@ -32,6 +33,7 @@ def merge(
     *,
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype | None = None,
+    ignore: Sequence[str] = (),
     replace: Mapping[str, torch.Tensor] | None = None,
     files: Files | None = None,
     overwrite: bool = False,
@@ -52,6 +54,7 @@ def merge(
         group: ranks that share the work.
         max_shard_size: most bytes of tensor data in one file.
         dtype: type of every floating point tensor in the result; that of the last candidate when not given.
+        ignore: regular expressions of tensor names to leave out.
         replace: values to write in place of tensors of the candidates; the same on every rank.
         files: small files to put beside the weights.
         overwrite: replace an earlier output.
@@ -63,10 +66,10 @@ def merge(
         OutputError: see `writing`; or a result that is too large for `dtype`.
     """
     replace = replace or {}
-    specs = merged_specs(candidates, dtype)
+    specs = [spec for spec in merged_specs(candidates, dtype) if not matches_any(spec.name, ignore)]
     with group.agree():
         _check_replace(specs, replace)
-        _check_apart(candidates, Path(out).expanduser().resolve())
+        check_apart(target=Path(out), inputs=[candidate.label for candidate in candidates])
     options: Any = {"max_shard_size": max_shard_size, "files": files, "overwrite": overwrite}
     with writing(out, specs, group, **options) as writer:
         merger = _Merger(candidates, weights, replace, {spec.name: spec for spec in specs}, writer, progress)
@@ -100,13 +103,6 @@ def _check_replace(specs: Sequence[TensorSpec], replace: Mapping[str, torch.Tens
                 f"replacement of tensor {name!r}: has shape {tuple(value.shape)}, the candidates have "
                 f"{shapes.get(name, 'no such tensor')}{nearest(name, shapes) if name not in shapes else ''}."
             )
-
-
-def _check_apart(candidates: Sequence[Candidate], target: Path) -> None:
-    for candidate in candidates:
-        path = Path(candidate.label).resolve()
-        if path.exists() and path.is_relative_to(target):
-            raise OutputError(f"{target}: holds the candidate {candidate.label}. Choose another output directory.")
 
 
 def _share(specs: Sequence[TensorSpec], group: Group) -> list[Span]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -33,8 +34,7 @@ class Batches:
     def training(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of this rank at `step`, of an order that is shuffled anew for every epoch."""
         epoch, position = divmod(step, self.per_epoch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.examples), generator=generator)
+        order = _order(len(self.examples), self.seed, epoch)
         share = self.batch_size // self.size
         start = position * self.batch_size + self.rank * share
         for first in range(start, start + share, self.micro_batch_size):
@@ -55,6 +55,12 @@ class Batches:
 
     def _stack(self, indices: list[int]) -> Batch:
         return stack([self.examples[i] for i in indices])
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator)
 
 
 def make_batches(

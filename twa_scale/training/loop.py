@@ -30,9 +30,10 @@ from twa_scale.training.report import Report
 from twa_scale.training.schedule import make_scheduler
 from twa_scale.world import World
 from twa_scale.writer import parse_size
-from twa_scale.writer.publish import reported, write_file
+from twa_scale.writer.publish import check_target, replace_file, reported
 
 STATE = "state.pt"
+AVERAGE = "average"
 
 
 def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class Run:
             if self.group.rank == 0:
                 with reported(self.output):
                     self.output.mkdir(parents=True, exist_ok=True)
+                    check_target(self.output / AVERAGE, 0, overwrite=True)
         with self.group.agree():  # apart: DDP exchanges shapes, which a rank without data would miss
             self.model: nn.Module = build_model(config, self.task, world, device)
         with self.report.bytes("reading candidates") as progress:
@@ -133,8 +135,8 @@ class Run:
         np.random.seed(seed % 2**32)
 
     def _evaluate(self) -> dict[str, float]:
-        self._recalibrate()
         with autocast(self.config, self.model, self.device):
+            self._recalibrate()
             limit = self.config.evaluate_batches
             metrics = evaluate(self.task, self.model, self.held_out, self.group, self.device, limit)
         values = {f"{self.config.evaluate_split}/{name}": value for name, value in metrics.items()}
@@ -154,11 +156,11 @@ class Run:
         final = self._evaluate()
         self._save()
         with self.report.waiting("writing the average"):
-            self.twa.export(self.output / "average", max_shard_size=self.config.max_shard_size, overwrite=True)
+            self.twa.export(self.output / AVERAGE, max_shard_size=self.config.max_shard_size, overwrite=True)
         summary = self._summary(final)
         self.records.close()
         if self.group.rank == 0:
-            (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            replace_file(self.output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
             plot_training(
                 self.output / "coefficients.png",
                 self.twa.coefficients.cpu().numpy(),
@@ -182,7 +184,7 @@ class Run:
             "bytes_read_per_rank": self.group.gather(self.twa.bytes_read),
             "store_bytes_per_rank": self.group.gather(self.twa.store_bytes),
             "peak_resident_bytes_per_rank": self.group.gather(peak_resident()),
-            "forward_backward_seconds": seconds.get("forward+backward", 0.0) - cost["project"]["seconds"],
+            "forward_backward_seconds": seconds.get("forward+backward", 0.0) - cost["project"]["seconds_in_backward"],
             "cost": cost,
             "read_bandwidth": read_bandwidth(self.device),
         }
@@ -192,8 +194,7 @@ class Run:
             "twa": self.twa.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "step": self.step,
-            "num_steps": self.num_steps,
-            "random": {"seed": self.config.seed},
+            "course": self._course(),
             "candidates": [str(Path(label).resolve()) for label in self.twa.fingerprint.labels],
         }
         with self.group.agree():
@@ -202,13 +203,12 @@ class Run:
 
     def _resume(self) -> None:
         path = self.output / STATE
+        state: dict[str, Any] | None = None
         with self.group.agree():
-            state = load_state(path) if self.config.resume and path.exists() else None
-            if state is not None and state["num_steps"] != self.num_steps:
-                raise StateError(
-                    f"{path}: was saved in a run of {state['num_steps']} steps, this one has {self.num_steps}; the "
-                    "schedule would jump. Give the same number, another output, or resume=false."
-                )
+            if self.group.rank == 0 and self.config.resume and path.exists():
+                state = load_state(path)
+                self._require_same_course(state["course"])
+        state = self.group.broadcast(state)  # one rank looks: file systems may show ranks different things
         if state is None:
             return
         self.twa.load_state_dict(state["twa"])
@@ -216,11 +216,24 @@ class Run:
         self.step = state["step"]
         self.report.say(f"continuing from step {self.step} of {self.num_steps}")
 
+    def _require_same_course(self, saved: dict[str, Any]) -> None:
+        for key, value in self._course().items():
+            if saved[key] != value:
+                raise StateError(
+                    f"{self.output / STATE}: {key} was {saved[key]!r} when it was saved, and is {value!r} now; the "
+                    "course of the run would change. Give the same, another output, or resume=false."
+                )
+
+    def _course(self) -> dict[str, Any]:
+        """Return what decides, with the state of the average, how the run goes on; the seed is its random state."""
+        settings = self.config.model_dump(mode="json", include={"split", "seed", "batch_size", "schedule", "precision"})
+        return {"steps": self.num_steps, **settings}
+
     def _save_config(self) -> None:
         with self.group.agree():
             if self.group.rank == 0:
                 with reported(self.output):
-                    write_file(self.output / "config.json", dump(self.config).encode())
+                    replace_file(self.output / "config.json", dump(self.config).encode())
 
     def _batches(self) -> Batches:
         config, group = self.config, self.group

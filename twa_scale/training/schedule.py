@@ -10,12 +10,13 @@ from twa_scale.config import ScheduleConfig
 def factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
     """Return what the learning rate is multiplied by at `step` of `num_steps`, counted from 0.
 
-    The warmup rises linearly and reaches 1 at its last step; cosine and linear end at `final` with the last step.
+    The warmup rises linearly and reaches 1 at its last step; cosine and linear would reach `final` one step after the
+    last, so that every step moves.
     """
     warmup = round(config.warmup * num_steps)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup + 1) / max(1, num_steps - warmup)
+    progress = (step - warmup) / max(1, num_steps - warmup)
     match config.name:
         case "cosine":
             return config.final + (1 - config.final) * (1 + math.cos(math.pi * min(progress, 1))) / 2

@@ -4,7 +4,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -84,6 +84,19 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         )
 
 
+def check_apart(target: Path, inputs: Sequence[str]) -> None:
+    """Refuse a target that holds what it is made of: overwriting it would destroy that.
+
+    Raises:
+        OutputError: names the candidate.
+    """
+    target = target.expanduser().resolve()
+    for label in inputs:
+        path = Path(label).resolve()
+        if path.exists() and path.is_relative_to(target):
+            raise OutputError(f"{target}: holds the candidate {label}. Choose another output directory.")
+
+
 def publish(temporary: Path, target: Path) -> None:
     """Rename the finished directory to its name; an older one goes only when the new one stands there."""
     sync(temporary)
@@ -118,3 +131,20 @@ def write_file(path: Path, content: bytes | Path) -> None:
         file.write(content if isinstance(content, bytes) else content.read_bytes())
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all; an older one of this name stays until then.
+
+    Raises:
+        OutputError: the old file is as it was.
+    """
+    temporary = temporary_beside(path)
+    with reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_file(temporary, content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
