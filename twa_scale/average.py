@@ -110,8 +110,10 @@ class TrainableAverage:
         Call it after one or more backward passes; like any optimizer it sees the sum of their gradients.
 
         Raises:
-            TwaError: a gradient that is not finite; the coefficients are as they were.
+            TwaError: a gradient that is not finite, or a step inside `weights`; the coefficients are as they were.
         """
+        if self._shown:
+            raise TwaError("step() inside weights(): the gradient is not that of the trained weights; leave it first.")
         for stream in self._streams:  # hooks may have run on the stream that reduced the gradient
             torch.cuda.current_stream().wait_stream(stream)
         self._in_step = True
@@ -206,7 +208,10 @@ class TrainableAverage:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to continue on any engine and number of ranks: kilobytes, the same on every rank."""
+        """Return what a run needs to continue on any engine and number of ranks: kilobytes.
+
+        It is the same on every rank, but for BatchNorm statistics where ranks keep their own.
+        """
         layers = {id(b) for layer in batchnorm.batchnorm_layers(self._engine.module) for b in layer.buffers()}
         return {
             "config": self._settings(),

@@ -1,0 +1,44 @@
+"""A parameter that DDP was told to ignore: nobody has averaged its gradient before it is projected."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import twa_scale
+from tests.pool import Pool
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(5, 4)
+        self.scale = nn.Parameter(torch.ones(7, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale.sum(0)
+
+
+def coefficients(ddp: bool) -> Tensor:
+    """One step on batches that differ by rank, or, alone, on all of them."""
+    net = Scaled()
+    generator = torch.Generator().manual_seed(1)
+    held = [
+        {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in net.state_dict().items()} for _ in "abc"
+    ]
+    batches = torch.randn(2, 8, 5, generator=generator)
+    if ddp:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["scale"])
+        net = DistributedDataParallel(net)
+        batches = batches[torch.distributed.get_rank()][None]
+    twa = twa_scale.attach(net, held, {"groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.1}})
+    for batch in batches:
+        (net(batch).square().mean() / len(batches)).backward()
+    twa.step()
+    return twa.coefficients
+
+
+def test_its_gradient_is_averaged(ranks: Pool) -> None:
+    first, second = ranks(coefficients, 2, ddp=True)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, coefficients(ddp=False), rtol=1e-5, atol=1e-6)

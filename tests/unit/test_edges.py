@@ -1,0 +1,149 @@
+"""Corners of the public door, each of which could go wrong without a word."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import twa_scale
+from twa_scale import CandidateError, ConfigError, EngineError, Snapshots, TwaError
+
+SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def candidates(n: int = 4, size: float = 0.1) -> list[dict[str, Tensor]]:
+    base = model().state_dict()
+    generator = torch.Generator().manual_seed(1)
+    return [{k: v + size * torch.randn(v.shape, generator=generator) for k, v in base.items()} for _ in range(n)]
+
+
+def backward(net: nn.Module, seed: int = 2) -> None:
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))
+    net(x).square().mean().backward()
+
+
+def after_one_step(net: nn.Module, **config: Any) -> Tensor:
+    twa = twa_scale.attach(net, candidates(), {**SGD, **config})
+    backward(net)
+    twa.step()
+    return twa.coefficients
+
+
+def test_gradients_from_before_attach_do_not_count() -> None:
+    clean, stale = model(), model()
+    backward(stale, seed=9)
+    torch.testing.assert_close(after_one_step(stale), after_one_step(clean), rtol=0, atol=0)
+
+
+def test_a_candidate_that_is_the_average_of_the_others_moves_nothing() -> None:
+    """Its delta is rounding, which a unit-norm direction would blow up by seven orders of magnitude."""
+    first, second, *_ = candidates()
+    mean = {k: (first[k] + second[k]) / 2 for k in first}
+    net = model()
+    twa = twa_scale.attach(net, [first, second, mean], SGD)
+    for seed in range(20):
+        backward(net, seed)
+        twa.step()
+    a = twa.coefficients
+    assert a.abs().max() < 100
+    for name, weights in net.state_dict().items():
+        exact = sum(a[i, 0] * c[name].double() for i, c in enumerate([first, second, mean]))
+        torch.testing.assert_close(weights.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+class Odd(nn.Module):
+    """Tensors that float32 cannot hold: they are frozen, or buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5))
+        self.third = nn.Parameter(torch.tensor([1 / 3], dtype=torch.float64), requires_grad=False)
+        self.large = nn.Parameter(torch.tensor([2**40 + 1]), requires_grad=False)
+        self.register_buffer("seventh", torch.tensor([1 / 7], dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(2**53 + 1))
+
+
+def test_tensors_that_are_not_trained_keep_their_bits(tmp_path: Path) -> None:
+    source, net = Odd(), Odd()
+    with torch.no_grad():
+        for tensor in (net.third, net.large, net.seventh, net.count):
+            tensor.zero_()
+    held = [{**source.state_dict(), "weight": torch.full((5,), float(i))} for i in range(3)]
+    twa = twa_scale.attach(net, held)
+    assert all(torch.equal(net.state_dict()[k], source.state_dict()[k]) for k in ("third", "large", "seventh", "count"))
+    twa.export(tmp_path / "out")
+
+
+def test_a_complex_parameter_is_refused() -> None:
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    with pytest.raises((ConfigError, CandidateError), match="weight"):
+        twa_scale.attach(net, [dict(net.state_dict()), dict(net.state_dict())])
+
+
+def test_a_buffer_that_candidates_lack_is_named_unless_it_is_ignored() -> None:
+    net = nn.BatchNorm1d(4)
+    held = [{k: v for k, v in net.state_dict().items() if "running_var" not in k} for _ in range(2)]
+    held[1]["weight"] = held[1]["weight"] + 1
+    with pytest.raises(CandidateError, match="running_var"):
+        twa_scale.attach(net, held)
+    twa_scale.attach(net, held, {"ignore": ["running_var"]})
+
+
+def test_a_state_in_memory_can_be_loaded_twice() -> None:
+    net = model()
+    twa = twa_scale.attach(net, candidates(), {"optimizer": {"name": "adamw", "lr": 0.1}})
+    backward(net)
+    twa.step()
+    state = twa.state_dict()
+    ends = []
+    for _ in range(2):
+        twa.load_state_dict(state)
+        for seed in range(3):
+            backward(net, seed)
+            twa.step()
+        ends.append(twa.coefficients)
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_a_step_inside_weights_is_refused() -> None:
+    net = model()
+    twa = twa_scale.attach(net, candidates())
+    with twa.weights("last"), pytest.raises(TwaError, match="inside weights"):
+        twa.step()
+
+
+def test_attaching_twice_is_refused() -> None:
+    net = model()
+    first = twa_scale.attach(net, candidates())
+    twa_scale.attach(net, candidates())
+    with pytest.raises(EngineError, match="close"):
+        backward(net)
+    first.close()
+
+
+def test_snapshots_of_a_later_run_are_not_deleted(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path, every_n_steps=1, keep_last=2)
+    for step in (1000, 2000, 10, 20, 30):
+        assert snapshots.save(model(), step).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}" for s in (20, 30, 1000, 2000)]
+
+
+def test_an_export_over_its_own_candidates_is_refused(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path, every_n_steps=1)
+    paths = []
+    for step, held in enumerate(candidates(2), 1):
+        net = model()
+        net.load_state_dict(held)
+        paths.append(snapshots.save(net, step))
+    twa = twa_scale.attach(model(), paths)
+    with pytest.raises(TwaError, match="holds the candidate"):
+        twa.export(paths[0], overwrite=True)
+    assert all((path / "model.safetensors").exists() for path in paths)
