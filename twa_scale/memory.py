@@ -25,8 +25,9 @@ def return_freed_memory() -> None:
     """Have glibc give tensors of a megabyte and more back to the system when they are freed.
 
     By default it learns from the first large block that is freed to keep later ones in its heap, where the buffers that
-    FSDP gathers and drops leave holes: the resident memory of a rank on CPU then grows by half (docs/results.md).
-    Other C libraries are left as they are.
+    FSDP gathers and drops leave holes: the resident memory of a rank on CPU then grows far beyond what is alive, and
+    beyond any plan. The price is page faults: gathered buffers are mapped anew each time. Other C libraries are
+    left as they are.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -56,6 +56,7 @@ def test_memory_and_bytes_are_what_plan_said(config: Path) -> None:
     assert elements > 50e6
     assert sum(summary["bytes_read_per_rank"]) == 4 * elements * CANDIDATES <= files
     assert max(summary["bytes_read_per_rank"]) == plan["bytes_read"]
+    print(f"plan {plan['peak'] / 1e9:.2f} GB, measured {[p / 1e9 for p in summary['peak_resident_bytes_per_rank']]}")
     for peak in summary["peak_resident_bytes_per_rank"]:
         assert abs(peak - plan["peak"]) < 0.1 * plan["peak"], (peak, plan)
     # The whole basis would be this much on each rank: no rank came near it.
