@@ -147,3 +147,22 @@ def test_an_export_over_its_own_candidates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TwaError, match="holds the candidate"):
         twa.export(paths[0], overwrite=True)
     assert all((path / "model.safetensors").exists() for path in paths)
+
+
+def test_from_pretrained_reads_the_average_of_hugging_face_directories(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, tie_word_embeddings=True, **settings)
+    for step in range(3):
+        torch.manual_seed(step)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / f"step-{step}", max_shard_size="20kB")
+    net = transformers.LlamaForCausalLM(config)
+    twa = twa_scale.attach(net, str(tmp_path / "step-*"), {"groups": "block", "optimizer": {"lr": 0.3}})
+    tokens = torch.arange(24).view(2, 12)
+    net(input_ids=tokens, labels=tokens).loss.backward()
+    twa.step()
+    twa.export(tmp_path / "average", max_shard_size="20kB")
+    assert (tmp_path / "average" / "model.safetensors.index.json").exists()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "average")
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, net(tokens).logits, rtol=0, atol=0)
