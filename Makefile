@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup quickstart results test test-slow test-all check docs clean
+.PHONY: help setup quickstart results test test-slow test-all test-gpu check docs clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -37,6 +37,9 @@ test-slow: setup ## Run only the slow tests.
 
 test-all: setup ## Run every test that needs no GPU.
 	$(BIN)/pytest -m "not gpu"
+
+test-gpu: setup ## Run the tests that need a GPU.
+	$(BIN)/pytest -m gpu
 
 check: setup ## Format, lint, types, generated pages, documentation links.
 	$(BIN)/ruff format --check .
