@@ -11,7 +11,7 @@ from torch import nn
 
 from twa_scale.average import TrainableAverage
 from twa_scale.basis import Gram, equal_candidates, make_basis
-from twa_scale.config import TwaConfig, candidate_index, center_weights, validated
+from twa_scale.config import TwaConfig, buffer_weights, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.layout import Layout, match
 from twa_scale.optimizer import check_settings
@@ -58,7 +58,11 @@ def attach(
         stream = Stream(opened, engine.device, progress)
         gram = Gram(len(layout.groups), len(opened), engine.device)
         _read_spans(engine, layout, stream, weights, store, gram)
-        buffers = _read_buffers(engine, layout, stream, _buffer_weights(config, len(opened))) if group.rank == 0 else {}
+        buffers = (
+            _read_buffers(engine, layout, stream, buffer_weights(config.buffers, len(opened)))
+            if group.rank == 0
+            else {}
+        )
     group.sum_(gram.values)
     fingerprint = _fingerprint(engine, layout, opened, stream)
     _write_rest(engine, layout, buffers)
@@ -79,26 +83,19 @@ def _read_spans(
 ) -> None:
     """Stream this rank's spans: those that are trained into the store, the others at once into the model."""
     live = {replace(span, name=layout.source(span.name)): span for span in engine.spans()}
-    averaged = [read for read, span in live.items() if engine.parameters[span.name].dtype.is_floating_point]
+    averaged = {read for read, span in live.items() if engine.parameters[span.name].dtype.is_floating_point}
     for span in live.values():
         if span.name in layout.group_of:
             store.reserve(span)
-    for chunk in stream.chunks(averaged, weights):
+    for chunk in stream.chunks([read for read in live if read in averaged], weights):
         span = live[chunk.span]
         if span.name in layout.group_of:
             gram.add(layout.group_of[span.name], chunk.rows)
             store.fill(span, chunk.start, chunk.deltas, chunk.center)
         else:
             engine.live(span)[chunk.start : chunk.start + len(chunk.center)] = chunk.center
-    for read, start, values in stream.copies([read for read in live if read not in set(averaged)]):
+    for read, start, values in stream.copies([read for read in live if read not in averaged]):
         engine.live(live[read])[start : start + len(values)] = values
-
-
-def _buffer_weights(config: TwaConfig, n: int) -> list[float]:
-    if config.buffers == "mean":
-        return [1 / n] * n
-    chosen = candidate_index(config.buffers, n, "buffers")
-    return [float(i == chosen) for i in range(n)]
 
 
 def _read_buffers(engine: Engine, layout: Layout, stream: Stream, weights: Sequence[float]) -> dict[str, torch.Tensor]:
@@ -123,7 +120,7 @@ def _fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate]
 
 def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]) -> None:
     """Make the fixed parameters visible and give every rank the buffers that rank 0 has read."""
-    engine.publish(layout.fixed)
+    engine.publish(set(layout.fixed))
     live = engine.buffers()
     for name, value in engine.shard_group.broadcast(buffers).items():
         live[name].copy_(value.view(live[name].shape))

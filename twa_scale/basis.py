@@ -14,10 +14,6 @@ _EIGENVALUE_FLOOR = 1e-10  # of the largest; below it a direction of float32 del
 _RELATIVE_FLOOR = 1e-6  # of the largest delta norm
 _ROUNDING = 1e-7  # of the center's norm: what float32 makes of a candidate that is itself the average of the others
 _SCHMIDT_FLOOR = 1e-12  # squared norm of what Schmidt leaves of a candidate, of its own
-CORNER = (
-    "basis 'simplex' must start where every candidate has a positive weight: at its corners and edges the softmax has "
-    "no gradient. Choose start: center, and a center that uses all candidates."
-)
 
 
 class Gram:
@@ -48,11 +44,6 @@ class Basis:
     """(G, n + 1, n + 1), float64."""
 
     @property
-    def num_coefficients(self) -> int:
-        """k."""
-        return self.matrix.shape[2]
-
-    @property
     def needs_center(self) -> bool:
         """Whether the gradient along the center itself moves a coefficient."""
         return self.kind == "orthonormal"
@@ -76,14 +67,9 @@ class Basis:
         return torch.cat([a.masked_fill(is_center, 0), a.sum(0, keepdim=True).masked_fill(is_center, 1) - 1])
 
     def locate(self, a: torch.Tensor) -> torch.Tensor:
-        """Return x (k, G) whose weights come nearest to sum_i a_i w_i, for a (n, G).
-
-        Raises:
-            ConfigError: a corner of the simplex, which no finite x reaches.
-        """
+        """Return x (k, G) whose weights come nearest to sum_i a_i w_i, for a (n, G)."""
         if self.kind == "simplex":
-            if bool((a <= 0).any()):
-                raise ConfigError(CORNER)
+            assert bool((a > 0).all())  # the corners, which no finite x reaches, are refused before anything is read
             return torch.log(a)
         target = self.weights_of(a) - self.offset
         normal = self.matrix.mT @ self.gram @ self.matrix

@@ -52,12 +52,6 @@ class Group:
         dist.broadcast_object_list(box, group=self._process_group, group_src=source)
         return box[0]
 
-    def broadcast_(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-        """Overwrite `tensor` with that of rank `source` of this group."""
-        if self.size > 1:
-            dist.broadcast(tensor, group=self._process_group, group_src=source)
-        return tensor
-
     def all_gather(self, out: torch.Tensor, local: torch.Tensor) -> None:
         """Fill 1-D `out` (size * len(local) elements) with every rank's 1-D `local`, by rank."""
         if self.size == 1:
@@ -66,11 +60,6 @@ class Group:
             # torch 2.13 renamed it
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             gather(out, local, group=self._process_group)
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            self.gather(None)  # an object exchange needs no device to be named, unlike dist.barrier under NCCL
 
     @contextmanager
     def agree(self) -> Iterator[None]:

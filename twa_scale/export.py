@@ -10,7 +10,7 @@ from twa_scale.engines import Engine
 from twa_scale.layout import Layout
 from twa_scale.sources import Candidate
 from twa_scale.sources.side_files import side_files
-from twa_scale.writer import TensorSpec, writing
+from twa_scale.writer import TensorSpec, Writer, stored_as, writing
 from twa_scale.writer.publish import check_apart
 
 PROVENANCE = "twa_scale.json"
@@ -48,12 +48,8 @@ def export(
         OutputError: on every rank; what stood at `out` is as it was.
     """
     last = candidates[-1]
-    written = layout.held_as
-    specs = [
-        TensorSpec(name, last.shape(name), dtype if dtype and last.dtype(name).is_floating_point else last.dtype(name))
-        for names in written.values()
-        for name in names
-    ]
+    names = [name for held in layout.held_as.values() for name in held]
+    specs = [TensorSpec(name, last.shape(name), stored_as(last.dtype(name), dtype)) for name in names]
     files = side_files(last.directory, dtype)
     files[PROVENANCE] = (json.dumps(provenance or {}, indent=2) + "\n").encode()
     group = engine.shard_group
@@ -62,11 +58,30 @@ def export(
             return
         check_apart(Path(out), [candidate.label for candidate in candidates])
         with writing(out, specs, group, max_shard_size=max_shard_size, files=files, overwrite=overwrite) as writer:
-            for span in engine.spans():
-                for name in written[span.name]:
-                    writer.write(name, span.start, engine.live(span))
-                if progress:
-                    progress(engine.live(span).nbytes)
-            for name, buffer in engine.buffers().items():
-                if group.rank == 0 and name in layout.buffers:
-                    writer.write(name, 0, buffer.reshape(-1))
+            write_live(writer, engine, layout.held_as, progress)
+
+
+def write_live(
+    writer: Writer,
+    engine: Engine,
+    names: Mapping[str, Sequence[str]],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write this rank's spans of the live weights, and from the first rank the buffers.
+
+    Args:
+        writer: open for all these tensors.
+        engine: the model.
+        names: under which names each parameter and buffer is written; a buffer that is not listed is left out.
+        progress: called with the bytes of each span when it is written.
+    """
+    for span in engine.spans():
+        values = engine.live(span)
+        for name in names[span.name]:
+            writer.write(name, span.start, values)
+        if progress:
+            progress(values.nbytes)
+    if engine.shard_group.rank == 0:
+        for own, buffer in engine.buffers().items():
+            for name in names.get(own, ()):
+                writer.write(name, 0, buffer.reshape(-1))

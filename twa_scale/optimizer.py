@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from twa_scale.basis import CORNER
 from twa_scale.config import TwaConfig, candidate_index
 from twa_scale.errors import ConfigError
 
@@ -21,7 +20,10 @@ def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
     if config.start != "center":
         candidate_index(config.start, n, "start")
     if config.basis == "simplex" and (config.start != "center" or min(center_weights) <= 0):
-        raise ConfigError(CORNER)
+        raise ConfigError(
+            "basis 'simplex' must start where every candidate has a positive weight: at its corners and edges the "
+            "softmax has no gradient. Choose start: center, and a center that uses all candidates."
+        )
     if config.num_components is not None and config.num_components >= n:
         raise ConfigError(
             f"num_components: {config.num_components} asked for, but {n} candidates span at most {n - 1} directions."

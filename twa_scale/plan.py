@@ -16,7 +16,7 @@ from twa_scale.sources import Candidate, open_candidates
 from twa_scale.spans import share
 from twa_scale.store import bytes_per_element
 from twa_scale.streaming import scratch_bytes
-from twa_scale.tasks import Task, build_task, stack
+from twa_scale.tasks import Batch, Task, build_task, stack
 from twa_scale.training.batches import make_batches
 from twa_scale.training.model import blocks_of, resolve_engine
 from twa_scale.world import World
@@ -71,13 +71,12 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     buffers = persistent_buffers(model)
     candidates = open_candidates(config.candidates)
     layout = match(parameters, buffers, candidates, config)
-    activations, notes = _activations(task, model, config, micro)
+    activations, notes = _activations(task, model, config, stack([examples[0]] * micro))
     n = len(candidates)
-    trained = [parameters[name] for name in layout.group_of]
-    held = sum(_local(info, ranks, engine == "fsdp2", engine) for info in parameters.values())
-    store = bytes_per_element(config.store, n) * sum(_local(info, ranks, engine != "plain", engine) for info in trained)
-    longest = max(_local(info, ranks, engine != "plain", engine) for info in parameters.values())
-    elements = sum(prod(info.shape) for info in trained)
+    owned = {name: _owned(info, ranks, engine) for name, info in parameters.items()}
+    held = sum(owned.values()) if engine == "fsdp2" else sum(prod(info.shape) for info in parameters.values())
+    store = bytes_per_element(config.store, n) * sum(owned[name] for name in layout.group_of)
+    elements = sum(prod(parameters[name].shape) for name in layout.group_of)
     coefficients = 8 * (n + 1) * len(layout.groups)
     return Plan(
         num_candidates=n,
@@ -89,23 +88,25 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
             f"store ({config.store})": int(store),
         },
-        attach={"streaming": scratch_bytes(n, longest)},
+        attach={"streaming": scratch_bytes(n, max(owned.values()))},
         step={"activations": activations, **_transient(model, parameters, ranks, engine, config)},
-        bytes_read=_bytes_read(candidates, layout, parameters, ranks, engine),
+        bytes_read=_bytes_read(candidates, layout, owned),
         wire=_wire(parameters, ranks, engine, config, coefficients),
         notes=tuple(notes),
     )
 
 
-def _local(info: ParameterInfo, ranks: int, split: bool, engine: str) -> int:
-    """Elements of one parameter on the first rank, which never has fewer than others."""
+def _owned(info: ParameterInfo, ranks: int, engine: str) -> int:
+    """Elements of one parameter in the basis of the first rank, which never has fewer than others."""
     numel = prod(info.shape)
-    if not split:
-        return numel
-    if engine == "fsdp2":  # whole rows
-        rows = info.shape[0] if info.shape else 1
-        return share(rows, 0, ranks)[1] * (numel // max(rows, 1))
-    return share(numel, 0, ranks)[1]
+    match engine:
+        case "plain":
+            return numel
+        case "ddp":
+            return share(numel, 0, ranks)[1]
+        case _:  # FSDP2 deals out whole rows
+            rows = info.shape[0] if info.shape else 1
+            return share(rows, 0, ranks)[1] * (numel // max(rows, 1))
 
 
 def _transient(
@@ -131,10 +132,9 @@ def _transient(
     }
 
 
-def _activations(task: Task, model: nn.Module, config: RunConfig, micro: int) -> tuple[int, list[str]]:
+def _activations(task: Task, model: nn.Module, config: RunConfig, batch: Batch) -> tuple[int, list[str]]:
     """Bytes that autograd keeps for backward, found by a forward pass without memory."""
-    example = task.dataset(config.split)[0]
-    batch = {key: value.to("meta") for key, value in stack([example] * micro).items()}
+    batch = {key: value.to("meta") for key, value in batch.items()}
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -154,15 +154,11 @@ def _activations(task: Task, model: nn.Module, config: RunConfig, micro: int) ->
     return int(scale * (sum(sizes) + 2 * max(sizes, default=0))), []
 
 
-def _bytes_read(
-    candidates: Sequence[Candidate], layout: Layout, parameters: dict[str, ParameterInfo], ranks: int, engine: str
-) -> int:
-    total = 0
-    for name, info in parameters.items():
-        source = layout.source(name)
-        local = _local(info, ranks, engine != "plain", engine)
-        total += local * sum(candidate.dtype(source).itemsize for candidate in candidates)
-    return total
+def _bytes_read(candidates: Sequence[Candidate], layout: Layout, owned: dict[str, int]) -> int:
+    return sum(
+        elements * sum(candidate.dtype(layout.source(name)).itemsize for candidate in candidates)
+        for name, elements in owned.items()
+    )
 
 
 def _wire(

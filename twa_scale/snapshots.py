@@ -10,7 +10,8 @@ from torch import nn
 
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import ConfigError
-from twa_scale.writer import Files, TensorSpec, writing
+from twa_scale.export import write_live
+from twa_scale.writer import Files, TensorSpec, stored_as, writing
 from twa_scale.writer.publish import reported
 
 
@@ -83,22 +84,14 @@ class Snapshots:
         return path
 
     def _write(self, engine: Engine, path: Path) -> None:
-        buffers = engine.buffers()
-        specs = [
-            *(TensorSpec(info.name, info.shape, self._type(info.dtype)) for info in engine.parameters.values()),
-            *(TensorSpec(name, tuple(b.shape), self._type(b.dtype)) for name, b in buffers.items()),
-        ]
-        group = engine.shard_group
+        tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
+        tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
+        specs = [TensorSpec(name, shape, stored_as(own, self._dtype)) for name, (shape, own) in tensors.items()]
         limit = self._max_shard_size
-        with writing(path, specs, group, max_shard_size=limit, files=self._files, overwrite=True) as writer:
-            for span in engine.spans():
-                writer.write(span.name, span.start, engine.live(span))
-            if group.rank == 0:
-                for name, buffer in buffers.items():
-                    writer.write(name, 0, buffer.reshape(-1))
-
-    def _type(self, dtype: torch.dtype) -> torch.dtype:
-        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+        with writing(
+            path, specs, engine.shard_group, max_shard_size=limit, files=self._files, overwrite=True
+        ) as writer:
+            write_live(writer, engine, {name: (name,) for name in tensors})
 
 
 def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:

@@ -1,6 +1,6 @@
 """What a user can set: one schema for Python, YAML files and the command line. Imports no torch."""
 
-from twa_scale.config.center import Center, candidate_index, center_weights
+from twa_scale.config.center import Center, buffer_weights, candidate_index, center_weights
 from twa_scale.config.load import dump, load_config, validated
 from twa_scale.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, Section, TaskConfig, TwaConfig
 
@@ -12,6 +12,7 @@ __all__ = [
     "Section",
     "TaskConfig",
     "TwaConfig",
+    "buffer_weights",
     "candidate_index",
     "center_weights",
     "dump",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from twa_scale.comm import Group
-from twa_scale.config import TwaConfig, candidate_index, center_weights, validated
+from twa_scale.config import TwaConfig, buffer_weights, center_weights, validated
 from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
 from twa_scale.names import nearest
@@ -94,12 +94,12 @@ def export_run(
     coefficients = twa["coefficients"].T.tolist()
     n = len(opened)
 
-    def weights(name: str) -> Sequence[float] | int:
+    def weights(name: str) -> Sequence[float]:
         if name in twa["group_of"]:
             return list(coefficients[twa["group_of"][name]])
         if name not in twa["buffer_names"]:
             return list(twa["center_weights"])
-        return [1 / n] * n if config.buffers == "mean" else candidate_index(config.buffers, n, "buffers")
+        return buffer_weights(config.buffers, n)
 
     merge(
         opened,

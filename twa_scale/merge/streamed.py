@@ -14,7 +14,7 @@ from twa_scale.names import matches_any, nearest
 from twa_scale.sources import Candidate
 from twa_scale.sources.checksum import checksum, wrap
 from twa_scale.spans import Span, whole
-from twa_scale.writer import Files, TensorSpec, Writer, writing
+from twa_scale.writer import Files, TensorSpec, Writer, stored_as, writing
 from twa_scale.writer.publish import check_apart
 
 _CHUNK = 1 << 21  # elements: a reference, a sum and a summand in float32, and what was read, make 32 MiB
@@ -85,14 +85,7 @@ def merge(
 def merged_specs(candidates: Sequence[Candidate], dtype: torch.dtype | None = None) -> list[TensorSpec]:
     """Return what `merge` writes: the last candidate's tensors, floating point ones as `dtype` if given."""
     last = candidates[-1]
-    return [
-        TensorSpec(
-            name,
-            last.shape(name),
-            dtype if dtype and last.dtype(name).is_floating_point else last.dtype(name),
-        )
-        for name in last.names()
-    ]
+    return [TensorSpec(name, last.shape(name), stored_as(last.dtype(name), dtype)) for name in last.names()]
 
 
 def _check_replace(specs: Sequence[TensorSpec], replace: Mapping[str, torch.Tensor]) -> None:

@@ -45,6 +45,11 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
+def stored_as(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Return the type that a tensor is written in: `wanted`, if any, for floating point tensors, else its own."""
+    return wanted if wanted is not None and own.is_floating_point else own
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file."""
