@@ -1,6 +1,6 @@
 PYTHON ?= python3
 # Debian packages that the tests need; installed by `make setup` when it runs as root.
-DEBIAN_PACKAGES ?=
+DEBIAN_PACKAGES ?= g++ openmpi-bin slurm-wlm munge iproute2
 
 BIN := .venv/bin
 STAMP := .venv/.installed

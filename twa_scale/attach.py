@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from twa_scale.average import TrainableAverage
@@ -29,6 +30,7 @@ def attach(
     candidates: Candidates,
     config: TwaConfig | dict[str, Any] | None = None,
     *,
+    replica_group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> TrainableAverage:
     """Put a trainable average of `candidates` into `model`, whatever shards it. Collective.
@@ -41,12 +43,15 @@ def attach(
         model: a plain module, DistributedDataParallel, or a module sharded by `fully_shard`.
         candidates: a glob, a list of paths, or a list of state dicts, in training order.
         config: a `TwaConfig`, or a dict of its fields.
+        replica_group: with pods, this rank and its counterparts in the other pods: shard groups that hold the same
+            weights, see different data, and exchange only coefficient gradients. A plain module's pod is one rank, and
+            its counterparts are all ranks unless given here.
         progress: called on every rank with the number of bytes that it has just read.
 
     Raises:
         ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the fault.
     """
-    engine = choose_engine(model)
+    engine = choose_engine(model, replica_group)
     group, replicas = engine.shard_group, engine.replica_group
     with replicas.agree(), group.agree():
         config = validated(TwaConfig, config)

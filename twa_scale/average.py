@@ -60,6 +60,7 @@ class TrainableAverage:
         self.optimizer = make_optimizer(config, self._x)
         self._shown: list[torch.Tensor | None] = []
         self._in_step = False
+        self._accumulating = False
         self._write()
         engine.forget()
         engine.watch(self._project)
@@ -104,16 +105,26 @@ class TrainableAverage:
         parts["project"]["seconds_in_backward"] = in_backward
         return parts
 
-    def step(self) -> None:
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
         """Take one step of the optimizer on the coefficients, and write the new weights. Collective.
 
-        Call it after one or more backward passes; like any optimizer it sees the sum of their gradients.
+        Call it after one or more backward passes; like any optimizer it sees the sum of their gradients. With DeepSpeed
+        call it after each `engine.backward`, in place of `engine.step`: it acts when the engine's accumulation is full.
+
+        Args:
+            scaler: what scaled the loss; call its `update` afterwards, as with any optimizer.
+
+        Returns:
+            Whether the coefficients moved: not within an accumulation, nor when a scaled gradient overflowed.
 
         Raises:
             TwaError: a gradient that is not finite, or a step inside `weights`; the coefficients are as they were.
         """
         if self._shown:
             raise TwaError("step() inside weights(): the gradient is not that of the trained weights; leave it first.")
+        self._accumulating = not self._engine.boundary()
+        if self._accumulating:
+            return False
         for stream in self._streams:  # hooks may have run on the stream that reduced the gradient
             torch.cuda.current_stream().wait_stream(stream)
         self._in_step = True
@@ -123,18 +134,35 @@ class TrainableAverage:
             products = self._engine.shard_group.sum_(self._products)
             products = self._engine.replica_group.sum_(products) / self._engine.replica_group.size
             products = products.cpu()  # from here to the weights everything is small
-        if not bool(torch.isfinite(products).all()):
+        finite = bool(torch.isfinite(products).all())
+        if engine_scale := self._engine.loss_scale:
+            products /= engine_scale.value()
+            engine_scale.update(overflow=not finite)
+        if not finite and scaler is None:
             self.zero_grad()
+            if engine_scale:
+                return False
             raise TwaError("the gradient is not finite: look for a diverging loss or an overflow, then lower the rate.")
         (self._x.grad,) = torch.autograd.grad(self._basis.expand(self._x), self._x, products)
+        if scaler:
+            scaler.unscale_(self.optimizer)
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grad_norm_([self._x], self.config.max_grad_norm)
-        self.optimizer.step()
+        if scaler:
+            scaler.step(self.optimizer)  # leaves it out when the gradient is not finite
+        else:
+            self.optimizer.step()
         self._products.zero_()
         self._write()
+        return finite
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the coefficients and what backward passes have added since the last step."""
+        """Forget the gradients of the coefficients and what backward passes have added since the last step.
+
+        After a `step` that only counted a micro-batch of the engine's accumulation it keeps them.
+        """
+        if self._accumulating:
+            return
         self.optimizer.zero_grad()
         self._products.zero_()
         self._engine.forget()

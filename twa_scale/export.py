@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from twa_scale.engines import Engine
 from twa_scale.layout import Layout
 from twa_scale.sources import Candidate
 from twa_scale.sources.side_files import side_files
+from twa_scale.spans import whole
 from twa_scale.writer import TensorSpec, Writer, stored_as, writing
 from twa_scale.writer.publish import check_apart
 
@@ -78,10 +80,10 @@ def write_live(
     for span in engine.spans():
         values = engine.live(span)
         for name in names[span.name]:
-            writer.write(name, span.start, values)
+            writer.write(replace(span, name=name), values)
         if progress:
             progress(values.nbytes)
     if engine.shard_group.rank == 0:
         for own, buffer in engine.buffers().items():
             for name in names.get(own, ()):
-                writer.write(name, 0, buffer.reshape(-1))
+                writer.write(whole(name, tuple(buffer.shape)), buffer.reshape(-1))

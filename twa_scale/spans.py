@@ -1,4 +1,4 @@
-"""Spans: contiguous ranges of a tensor's row-major flattening, the unit in which every rank owns weights."""
+"""Spans: the parts of a tensor's row-major flattening in which every rank owns weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,19 +7,73 @@ from math import prod
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """Elements [start, stop) of the row-major flattening of tensor `name`."""
+    """Elements of the row-major flattening of tensor `name`, as they lie in the memory of one rank.
+
+    With `run` 0 they are [start, stop). Otherwise they are runs of `run` elements, each `stride` after the one before,
+    from `start` until `stop`: what a rank holds of a matrix that is split by columns.
+    """
 
     name: str
     start: int
     stop: int
+    run: int = 0
+    stride: int = 0
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.stop - self.start if not self.run else self._count() * self.run
 
-    def pieces(self, size: int) -> Iterator["Span"]:
-        """Cut into consecutive spans of at most `size` elements."""
-        for start in range(self.start, self.stop, size):
-            yield Span(self.name, start, min(start + size, self.stop))
+    def _count(self) -> int:
+        return -(-(self.stop - self.start) // self.stride)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of every contiguous range, in order."""
+        if not self.run:
+            yield self.start, self.stop
+            return
+        for start in range(self.start, self.stop, self.stride):
+            yield start, start + self.run
+
+    def element(self, i: int) -> int:
+        """Return where the i-th of these elements stands in the flattening."""
+        return self.start + i if not self.run else self.start + i // self.run * self.stride + i % self.run
+
+    def pieces(self, size: int) -> Iterator[tuple[int, "Span"]]:
+        """Cut into consecutive spans of at most `size` elements, each with its offset in this one."""
+        if not self.run:
+            for start in range(self.start, self.stop, size):
+                yield start - self.start, Span(self.name, start, min(start + size, self.stop))
+        elif self.run > size:
+            for i, (start, stop) in enumerate(self.runs()):
+                for offset, piece in Span(self.name, start, stop).pieces(size):
+                    yield i * self.run + offset, piece
+        else:
+            many, count = size // self.run, self._count()
+            for i in range(0, count, many):
+                start = self.start + i * self.stride
+                stop = self.start + (min(i + many, count) - 1) * self.stride + self.run
+                yield i * self.run, Span(self.name, start, stop, self.run, self.stride)
+
+
+def block(name: str, shape: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...]) -> Span:
+    """Return the span of a box of a tensor: `sizes` elements from `starts` on, one number a dimension.
+
+    Raises:
+        ValueError: a box that is not one level of runs, as a part of dims 1 and 2 is not.
+    """
+    if 0 in sizes:
+        return Span(name, 0, 0)
+    cut = [d for d, size in enumerate(shape) if size != sizes[d]]
+    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+    start = sum(i * stride for i, stride in zip(starts, strides, strict=True))
+    inner = max(cut, default=0)
+    if not cut or all(sizes[d] == 1 for d in range(inner)):
+        return Span(name, start, start + prod(sizes))
+    outer = next(d for d in range(inner) if sizes[d] != 1)
+    if any(sizes[d] != shape[d] for d in range(outer + 1, inner)):
+        raise ValueError(f"{name}: {sizes} elements from {starts} of {shape} are not evenly spaced runs")
+    run, stride = prod(sizes[inner:]), prod(shape[inner:])
+    count = prod(sizes[:inner])
+    return Span(name, start, start + (count - 1) * stride + run, run, stride)
 
 
 def share(numel: int, rank: int, size: int) -> tuple[int, int]:

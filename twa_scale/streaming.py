@@ -74,17 +74,17 @@ class Stream:
         longest = min(self._chunk, max((len(span) for span in spans), default=0))
         for span in spans:
             rows = self._buffer(self._compute_dtype(span.name), longest)
-            for piece in span.pieces(self._chunk):
+            for offset, piece in span.pieces(self._chunk):
                 part = rows[:, : len(piece)]
                 self._read_all(piece, part[:-1])
                 _center(part, weights)
-                yield Chunk(span, piece.start - span.start, part)
+                yield Chunk(span, offset, part)
 
     def copies(self, spans: Sequence[Span]) -> Iterator[tuple[Span, int, torch.Tensor]]:
         """Yield (span, offset, values) of the last candidate, bit for bit: for tensors that cannot be averaged."""
         for span in spans:
-            for piece in span.pieces(self._chunk):
-                yield span, piece.start - span.start, self._read(piece, len(self._candidates) - 1)
+            for offset, piece in span.pieces(self._chunk):
+                yield span, offset, self._read(piece, len(self._candidates) - 1)
 
     def _compute_dtype(self, name: str) -> torch.dtype:
         wide = any(candidate.dtype(name) == torch.float64 for candidate in self._candidates)
@@ -110,7 +110,10 @@ class Stream:
         if self._raw.numel() < nbytes:
             self._raw = torch.empty(nbytes, dtype=torch.uint8)
         values = self._raw[:nbytes].view(dtype)
-        candidate.read(piece.name, piece.start, values)
+        done = 0
+        for start, stop in piece.runs():
+            candidate.read(piece.name, start, values[done : done + stop - start])
+            done += stop - start
         sums = self.checksums.setdefault(piece.name, torch.zeros(len(self._candidates), dtype=torch.int64))
         sums[index] += checksum(values)
         self._progress(nbytes)
@@ -122,7 +125,7 @@ class Stream:
             if len(bad):
                 raise CandidateError(
                     f"{candidate.label}: tensor {piece.name!r} holds {row[bad[0, 0]].item()} at element "
-                    f"{piece.start + int(bad[0, 0])}; weights must be finite. Leave this candidate out."
+                    f"{piece.element(int(bad[0, 0]))}; weights must be finite. Leave this candidate out."
                 )
 
 

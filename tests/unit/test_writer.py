@@ -20,7 +20,7 @@ from tests.pool import Pool
 from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, ConfigError, OutputError
 from twa_scale.sources import open_candidates
-from twa_scale.spans import share
+from twa_scale.spans import Span, share, whole
 from twa_scale.writer import TensorSpec, parse_size, write, writing
 from twa_scale.writer.shards import lay_out
 
@@ -51,7 +51,7 @@ def write_share(out: Path, group: Group, **options: Any) -> None:
     with writing(out, specs_of(state), group, **options) as writer:
         for name, tensor in state.items():
             start, stop = share(tensor.numel(), group.rank, group.size)
-            writer.write(name, start, tensor.reshape(-1)[start:stop])
+            writer.write(Span(name, start, stop), tensor.reshape(-1)[start:stop])
 
 
 def on_ranks(out: Path, **options: Any) -> None:
@@ -131,8 +131,8 @@ def test_values_are_converted_once_to_the_type_of_the_file(tmp_path: Path, monke
     monkeypatch.setattr(write, "_PIECE_BYTES", 16)
     values = torch.randn(1000, dtype=torch.float64)
     with writing(tmp_path / "out", [TensorSpec("w", (10, 100), torch.bfloat16)], Group.alone()) as writer:
-        writer.write("w", 600, values[600:])
-        writer.write("w", 0, values[:600])
+        writer.write(Span("w", 600, len(values)), values[600:])
+        writer.write(Span("w", 0, 600), values[:600])
     assert torch.equal(load(tmp_path / "out")["w"].view(-1), values.bfloat16())
 
 
@@ -150,7 +150,7 @@ def test_from_pretrained_reads_it(tmp_path: Path) -> None:
             tmp_path / "out", specs_of(state), Group.alone(), files=files, max_shard_size=limit, overwrite=True
         ) as writer:
             for name, tensor in state.items():
-                writer.write(name, 0, tensor.reshape(-1) * 2)
+                writer.write(whole(name, tuple(tensor.shape)), tensor.reshape(-1) * 2)
         read = transformers.BertModel.from_pretrained(tmp_path / "out").state_dict()
         assert all(torch.equal(read[name].double(), state[name].double() * 2) for name in state)
 
@@ -164,7 +164,7 @@ def fail_in_body(out: Path, bad_rank: int, overwrite: bool) -> None:
     with writing(out, specs_of(state), group, overwrite=overwrite) as writer:
         for name, tensor in state.items():
             start, stop = share(tensor.numel(), group.rank, group.size)
-            writer.write(name, start, tensor.reshape(-1)[start:stop])
+            writer.write(Span(name, start, stop), tensor.reshape(-1)[start:stop])
         if group.rank == bad_rank:
             raise CandidateError("step-3: is broken")
 
@@ -188,7 +188,7 @@ def leave_a_hole(out: Path) -> None:
     group = Group.world()
     with writing(out, [TensorSpec("w", (10,), torch.float32)], group) as writer:
         if group.rank == 0:
-            writer.write("w", 0, torch.ones(9))
+            writer.write(Span("w", 0, 9), torch.ones(9))
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -281,7 +281,7 @@ def write_limited(out: Path, limit: int) -> None:
         numel = 1 << 20
         with writing(out, [TensorSpec("w", (numel,), torch.float32)], group) as writer:
             start, stop = share(numel, group.rank, group.size)
-            writer.write("w", start, torch.ones(stop - start))
+            writer.write(Span("w", start, stop), torch.ones(stop - start))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -313,7 +313,7 @@ def fill_while_writing(out: Path) -> None:
             (out.parent / "other").write_bytes(bytes(4 << 20))
         group.gather(None)
         start, stop = share(numel, group.rank, group.size)
-        writer.write("w", start, torch.ones(stop - start))
+        writer.write(Span("w", start, stop), torch.ones(stop - start))
 
 
 @pytest.mark.parametrize("size", [1, 2])

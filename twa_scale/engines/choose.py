@@ -1,5 +1,6 @@
 """Finding the engine of a model."""
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -15,8 +16,13 @@ from twa_scale.errors import EngineError
 _KNOWN = "a plain torch.nn.Module, DistributedDataParallel, or a module sharded by fully_shard (FSDP2)"
 
 
-def choose_engine(model: object) -> Engine:
+def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None) -> Engine:
     """Return the engine for `model`.
+
+    Args:
+        model: what a user trains.
+        replica_group: the ranks that hold the same spans and see other data, when those are not what the model's own
+            wrapper says: this rank's counterparts in the other pods.
 
     Raises:
         EngineError: a kind of model that no engine here knows, or one without parameters.
@@ -26,15 +32,16 @@ def choose_engine(model: object) -> Engine:
     unwrapped = getattr(model, "_orig_mod", model)  # torch.compile keeps the module that it compiled here
     if next(model.parameters(), None) is None:
         raise EngineError("the model has no parameters: there is nothing to average.")
+    replicas = Group.alone() if replica_group is None else Group(replica_group)
     match unwrapped:
         case DistributedDataParallel():
-            return DDPEngine(unwrapped)
+            return DDPEngine(unwrapped, replicas)
         case _ if any(isinstance(child, FSDPModule) for child in unwrapped.modules()):
-            return FSDP2Engine(unwrapped)
+            return FSDP2Engine(unwrapped, replicas)
         case _ if (kind := _foreign(unwrapped)) is not None:
             raise EngineError(f"cannot attach to a model that holds {kind}: give {_KNOWN}.")
         case _:
-            return PlainEngine(unwrapped, Group.world())
+            return PlainEngine(unwrapped, Group.world() if replica_group is None else replicas)
 
 
 def _foreign(model: nn.Module) -> str | None:

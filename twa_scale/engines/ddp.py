@@ -8,22 +8,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twa_scale.comm import Group
 from twa_scale.engines.describe import named_parameters, persistent_buffers
-from twa_scale.engines.protocol import Consume
+from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.names import normalize
 from twa_scale.spans import Span
 
 
-class DDPEngine:
+class DDPEngine(Engine):
     """Gradients are taken at the step: they are averaged by buckets only when backward has ended."""
 
-    def __init__(self, model: DistributedDataParallel) -> None:
+    def __init__(self, model: DistributedDataParallel, replica_group: Group) -> None:
         # The inner module: DDP's own forward would overwrite buffers with those of rank 0.
         self.module: nn.Module = model.module
         parameters, self.parameters = named_parameters(model)
         self.device = next(iter(parameters.values())).device
         self.shard_group = Group(model.process_group)
-        self.replica_group = Group.alone()
+        self.replica_group = replica_group
         ignored = {normalize(name) for name in model.parameters_to_ignore}
         self._averaged = ReplicatedParameters(
             {name: p for name, p in parameters.items() if name not in ignored}, self.shard_group

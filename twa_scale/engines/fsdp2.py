@@ -11,26 +11,26 @@ from torch.distributed.tensor import DTensor, Shard
 
 from twa_scale.comm import Group
 from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers
-from twa_scale.engines.protocol import Consume
+from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
 from twa_scale.spans import Span
 
 
-class FSDP2Engine:
+class FSDP2Engine(Engine):
     """Gradients are taken in post-accumulate hooks, which FSDP2 calls when the local rows are reduced.
 
     Parameters that FSDP2 was told to ignore are whole on every rank and nobody averages their gradients: their rows
     of the basis are split over the ranks, and their gradients averaged at the step.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, replica_group: Group) -> None:
         self.module = module
         self._reshard()  # after a forward pass the root may hold whole parameters in place of its shards
         parameters, self.parameters = named_parameters(module)
         self._sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
         self.shard_group = self._one_group()
-        self.replica_group = Group.alone()
+        self.replica_group = replica_group
         self._local = {name: flat(name, p.to_local()) for name, p in self._sharded.items()}
         self._spans = self._place()
         whole = {name: p for name, p in parameters.items() if name not in self._sharded}

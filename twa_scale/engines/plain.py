@@ -8,12 +8,12 @@ from torch import nn
 
 from twa_scale.comm import Group
 from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers
-from twa_scale.engines.protocol import Consume
+from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.errors import EngineError
 from twa_scale.spans import Span, whole
 
 
-class PlainEngine:
+class PlainEngine(Engine):
     """An ordinary module. With several ranks each is a shard group of its own, and they exchange only coefficients."""
 
     def __init__(self, module: nn.Module, replica_group: Group) -> None:

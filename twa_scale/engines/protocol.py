@@ -27,6 +27,16 @@ Consume = Callable[[Span, torch.Tensor], None]
 """Called with a local span and its gradient (1-D, averaged over the data-parallel ranks), which is freed afterwards."""
 
 
+class LossScale(Protocol):
+    """A loss scaler that an engine keeps by itself."""
+
+    def value(self) -> float:
+        """Return the factor that the present gradients carry."""
+
+    def update(self, overflow: bool) -> None:
+        """Learn whether these gradients were finite, which decides the next factor."""
+
+
 class Engine(Protocol):
     """A model whose weights are held by one shard group, each rank knowing only its spans.
 
@@ -43,9 +53,17 @@ class Engine(Protocol):
     """Ranks that hold the same spans and see other data: coefficient gradients are averaged over it."""
     parameters: dict[str, ParameterInfo]
     """By normalized name, in the model's order."""
+    loss_scale: LossScale | None = None
+
+    def boundary(self) -> bool:
+        """Return whether gradients are complete: False for a micro-batch of an engine that counts them itself."""
+        return True
 
     def spans(self) -> list[Span]:
-        """Return the spans of this rank: over the shard group they tile every parameter exactly once."""
+        """Return the spans of this rank: over the shard group they tile every parameter exactly once.
+
+        A span may be strided (`Span.run`); its order of elements is that of `live` and of the gradients.
+        """
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the live memory of a local span: 1-D, contiguous, what is written there is what the model uses."""

@@ -104,7 +104,7 @@ def _share(specs: Sequence[TensorSpec], group: Group) -> list[Span]:
     total = sum(spec.nbytes for spec in specs)
     mine = []
     done = 0
-    for piece in (piece for spec in specs for piece in whole(spec.name, spec.shape).pieces(_CHUNK)):
+    for _, piece in (cut for spec in specs for cut in whole(spec.name, spec.shape).pieces(_CHUNK)):
         if min(done * group.size // max(total, 1), group.size - 1) == group.rank:
             mine.append(piece)
         done += len(piece) * itemsize[piece.name]
@@ -127,7 +127,7 @@ class _Merger:
 
     def merge(self, piece: Span) -> None:
         """Read, combine and write one piece."""
-        self.writer.write(piece.name, piece.start, self._fitting(piece, self._values(piece)))
+        self.writer.write(piece, self._fitting(piece, self._values(piece)))
 
     def _values(self, piece: Span) -> torch.Tensor:
         if piece.name in self.replace:

@@ -11,6 +11,7 @@ import torch
 
 from twa_scale.comm import Group
 from twa_scale.errors import OutputError
+from twa_scale.spans import Span
 from twa_scale.writer.publish import check_target, publish, reported, temporary_beside, write_file
 from twa_scale.writer.shards import INDEX, Shard, TensorSpec, index_of, lay_out, parse_size
 
@@ -32,22 +33,25 @@ class Writer:
         self.elements: dict[str, int] = dict.fromkeys(self._specs, 0)
         """Number of elements written by this rank, by tensor."""
 
-    def write(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Write elements [start, start + len(values)) of a tensor, converted to its type once.
+    def write(self, span: Span, values: torch.Tensor) -> None:
+        """Write the elements of a span, converted to the type of its tensor once.
 
         `values` is 1-D, of any type and on any device.
 
         Raises:
             OutputError: the disk is full, or fails.
         """
-        spec, shard = self._specs[name], self._shard_of[name]
-        assert values.ndim == 1 and 0 <= start <= start + len(values) <= spec.numel
+        spec, shard = self._specs[span.name], self._shard_of[span.name]
+        assert values.shape == (len(span),) and 0 <= span.start <= span.stop <= spec.numel
+        size = spec.dtype.itemsize
         with reported(self._target):
-            for piece in values.detach().split(max(1, _PIECE_BYTES // spec.dtype.itemsize)):
-                data = piece.to(spec.dtype).cpu().contiguous().view(torch.uint8).numpy().data
-                _write_exactly(self._handle(shard), data, shard.offsets[name] + start * spec.dtype.itemsize)
-                start += len(piece)
-        self.elements[name] += len(values)
+            for offset, piece in span.pieces(max(1, _PIECE_BYTES // size)):
+                data = values[offset : offset + len(piece)].detach().to(spec.dtype).cpu().contiguous()
+                left = data.view(torch.uint8).numpy().data
+                for start, stop in piece.runs():
+                    run, left = left[: (stop - start) * size], left[(stop - start) * size :]
+                    _write_exactly(self._handle(shard), run, shard.offsets[span.name] + start * size)
+        self.elements[span.name] += len(span)
 
     def sync(self) -> None:
         """Make what this rank wrote survive a power cut."""

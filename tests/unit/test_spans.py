@@ -1,0 +1,58 @@
+"""Spans: what a box of a tensor is in its row-major flattening, and how it is cut."""
+
+from itertools import product
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twa_scale.spans import Span, block
+
+
+def elements(span: Span) -> list[int]:
+    return [i for start, stop in span.runs() for i in range(start, stop)]
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """A shape, and a box of it that is cut in its first dimension and in one other, or in one."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    starts, sizes = [0] * len(shape), list(shape)
+    for d in {0, draw(st.integers(0, len(shape) - 1))}:
+        starts[d] = draw(st.integers(0, shape[d] - 1))
+        sizes[d] = draw(st.integers(0, shape[d] - starts[d]))
+    return shape, tuple(starts), tuple(sizes)
+
+
+@given(boxes())
+def test_a_span_holds_the_elements_of_its_box_in_order(box: tuple[tuple[int, ...], ...]) -> None:
+    shape, starts, sizes = box
+    tensor = torch.arange(prod(shape)).view(shape)
+    part = tensor[tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))]
+    span = block("w", shape, starts, sizes)
+    assert elements(span) == part.reshape(-1).tolist()
+    assert len(span) == part.numel()
+    assert [span.element(i) for i in range(len(span))] == part.reshape(-1).tolist()
+
+
+@given(boxes(), st.integers(1, 20))
+def test_pieces_are_the_span_cut_into_parts_of_at_most_a_size(box: tuple[tuple[int, ...], ...], size: int) -> None:
+    span = block("w", *box)
+    pieces = list(span.pieces(size))
+    assert [i for _, piece in pieces for i in elements(piece)] == elements(span)
+    assert all(0 < len(piece) <= size for _, piece in pieces)
+    assert [offset for offset, _ in pieces] == [sum(len(p) for _, p in pieces[:i]) for i in range(len(pieces))]
+
+
+def test_boxes_that_tile_a_tensor_give_spans_that_tile_it() -> None:
+    found = []
+    for i, j in product(range(2), range(3)):
+        found += elements(block("w", (6, 9, 2), (3 * i, 3 * j, 0), (3, 3, 2)))
+    assert sorted(found) == list(range(6 * 9 * 2))
+
+
+def test_a_box_that_is_not_one_level_of_runs_is_refused() -> None:
+    with pytest.raises(ValueError, match="evenly spaced"):
+        block("w", (4, 4, 4), (0, 0, 0), (4, 2, 2))
