@@ -4,9 +4,11 @@ DEBIAN_PACKAGES ?= g++ openmpi-bin slurm-wlm munge iproute2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Scored sentences of real reviews, which only the source archive has.
+SENTENCES := .venv/share/vaderSentiment-3.3.2.tar.gz
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup quickstart results test test-slow test-all test-gpu check docs clean
+.PHONY: help setup quickstart soup results test test-slow test-all test-gpu check docs clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -25,6 +27,12 @@ endif
 
 quickstart: setup ## The whole story on real text, from training to the comparison table.
 	$(BIN)/python examples/quickstart/run.py
+
+soup: setup $(SENTENCES) ## Fine-tune a pretrained transformer several times, and average the results.
+	$(BIN)/python examples/soup/run.py --sentences $(SENTENCES)
+
+$(SENTENCES): | $(STAMP)
+	$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --no-binary :all: -d $(@D) vaderSentiment==3.3.2
 
 results: setup ## Repeat the quickstart with three seeds and rewrite docs/results.md.
 	$(BIN)/python examples/quickstart/seeds.py

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from tests import flattened, meshes, zero
+
 VOCAB, WIDTH, LENGTH, PIXELS, CHANNELS = 11, 8, 5, 6, 3
 NUM_CANDIDATES = 4
 FROZEN = "stem.gain"
@@ -141,7 +143,7 @@ def batch(step: int, size: int = 12) -> Batch:
 
 def part(data: Batch, rank: int, size: int) -> Batch:
     """The rows of a batch that rank `rank` of `size` sees."""
-    return {key: value.chunk(size)[rank] for key, value in data.items()}
+    return {key: value.tensor_split(size)[rank] for key, value in data.items()}
 
 
 def loss(model: nn.Module, data: Batch) -> Tensor:
@@ -154,7 +156,7 @@ def loss(model: nn.Module, data: Batch) -> Tensor:
 
 
 def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
-    """Hand the model to an engine: `plain`, `ddp` or `fsdp2`.
+    """Hand the model to an engine: `plain`, `ddp`, `fsdp2`, or one of tests.meshes, tests.zero or tests.flattened.
 
     FSDP2 cannot shard a parameter of shape (), and the statistics of BatchNorm need float32.
     """
@@ -162,8 +164,21 @@ def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = No
         return model
     if engine == "ddp":
         return DistributedDataParallel(model)
+    if engine in zero.ENGINES:
+        return zero.wrap(model, engine)
+    if engine in flattened.ENGINES:
+        return flattened.wrap(model, engine)
     assert isinstance(model, Judged)
     options: dict[str, Any] = {}
+    if engine in meshes.ENGINES:
+        mesh = meshes.mesh_of(engine)
+        if engine != "hsdp":
+            meshes.parallelize(model, mesh[meshes.TP])
+        if engine == "tp":
+            return model
+        options["mesh"] = mesh["pods", "dp"] if engine.startswith("hsdp") else mesh["dp"]
+        if engine == "columns-tp":
+            options["shard_placement_fn"] = meshes.last_dimension
     if policy is not None:
         options["mp_policy"] = policy
         fully_shard(model.stem.norm, mp_policy=MixedPrecisionPolicy(torch.float32, output_dtype=policy.param_dtype))

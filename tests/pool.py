@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from twa_scale.errors import TwaError
 
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.nn.parallel", "safetensors.torch", "tests.pool"]
-MAX_RANKS = 3
+MAX_RANKS = 4
 GRACE = 10.0  # seconds the other ranks have to come back after the first one raised
 
 
@@ -201,6 +202,7 @@ def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
         return Outcome(error=_portable(error), trace=traceback.format_exc())
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # DTensor remembers meshes, whose groups are gone
         gc.collect()
 
 

@@ -3,6 +3,7 @@
 from twa_scale.attach import attach
 from twa_scale.average import TrainableAverage
 from twa_scale.config import RunConfig, TwaConfig
+from twa_scale.engines.zero import stateless_optimizer
 from twa_scale.errors import CandidateError, ConfigError, EngineError, OutputError, StateError, TwaError
 from twa_scale.snapshots import Snapshots
 
@@ -18,6 +19,7 @@ __all__ = [
     "TwaConfig",
     "TwaError",
     "attach",
+    "stateless_optimizer",
 ]
 
 __version__ = "0.1.0"

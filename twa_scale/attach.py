@@ -12,11 +12,15 @@ from torch import nn
 
 from twa_scale.average import TrainableAverage
 from twa_scale.basis import Gram, equal_candidates, make_basis
-from twa_scale.config import TwaConfig, buffer_weights, center_weights, validated
+from twa_scale.config import TwaConfig, block_settings, buffer_weights, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
+from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.layout import Layout, match
 from twa_scale.optimizer import check_settings
+from twa_scale.pods import Pods
+from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources.mapped import mapped
 from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
 from twa_scale.store import Store, make_store
@@ -26,8 +30,8 @@ Candidates = str | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
 
 
 def attach(
-    model: nn.Module,
-    candidates: Candidates,
+    model: nn.Module | Engine,
+    candidates: Candidates | None = None,
     config: TwaConfig | dict[str, Any] | None = None,
     *,
     replica_group: dist.ProcessGroup | None = None,
@@ -40,26 +44,41 @@ def attach(
     ranks of a process group is a replica: every rank calls this, holds everything, and sees its own data.
 
     Args:
-        model: a plain module, DistributedDataParallel, or a module sharded by `fully_shard`.
-        candidates: a glob, a list of paths, or a list of state dicts, in training order.
-        config: a `TwaConfig`, or a dict of its fields.
-        replica_group: with pods, this rank and its counterparts in the other pods: shard groups that hold the same
-            weights, see different data, and exchange only coefficient gradients. A plain module's pod is one rank, and
-            its counterparts are all ranks unless given here.
+        model: a plain module, DistributedDataParallel, a module sharded by `fully_shard`, a DeepSpeedEngine, or
+            another kind that docs/engines.md lists; or an `Engine` of your own.
+        candidates: a glob, a list of paths, or a list of state dicts, in training order. A DeepSpeedEngine may
+            have them in its JSON, with the settings: `"twa": {"candidates": ..}`.
+        config: a `TwaConfig`, or a dict of its fields; where it is not given, the fields in DeepSpeed's JSON.
+        replica_group: with pods, the first rank of every pod; or each rank's own counterparts, as `get_group("pods")`
+            of a 2-D mesh. Pods are shard groups that see different data and exchange only coefficient gradients, which
+            count by rank. A plain module's pod is one rank; its replica group is all ranks unless given here.
         progress: called on every rank with the number of bytes that it has just read.
 
     Raises:
         ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the fault.
     """
     engine = choose_engine(model, replica_group)
-    group, replicas = engine.shard_group, engine.replica_group
-    with replicas.agree(), group.agree():
-        config = validated(TwaConfig, config)
+    group = engine.shard_group
+    pods = Pods(group, engine.replica_group)
+    with pods.agree():
+        engine.check()
+        found, fields = block_settings(engine.settings())
+        config = validated(TwaConfig, fields if config is None else config)
+        candidates = found if candidates is None else candidates
+        if candidates is None:
+            raise ConfigError('candidates: give them to attach, or as "twa": {"candidates": ..} in DeepSpeed\'s JSON.')
+    reduction = Reduction(config.comm, pods, group, engine.replica_group)
+    with pods.agree():
         opened = open_candidates(candidates)
         layout = match(engine.parameters, engine.buffers(), opened, config)
         weights = center_weights(config.center, len(opened))
         check_settings(config, weights)
-        store = make_store(config.store, len(opened), engine.device)
+        store = make_store(
+            config,
+            len(opened),
+            engine.device,
+            lambda name: [mapped(candidate, layout.source(name)) for candidate in opened],
+        )
         stream = Stream(opened, engine.device, progress)
         gram = Gram(len(layout.groups), len(opened), engine.device)
         _read_spans(engine, layout, stream, weights, store, gram)
@@ -68,10 +87,11 @@ def attach(
             if group.rank == 0
             else {}
         )
-    group.sum_(gram.values)
     fingerprint = _fingerprint(engine, layout, opened, stream)
+    _require_same_in_all(pods, config, fingerprint)
+    pods.sum_(gram.values.mul_(pods.share))  # all pods have the same but for rounding, which would part their bases
     _write_rest(engine, layout, buffers)
-    if group.rank == replicas.rank == 0:
+    if pods.rank == 0:
         _warn_of_equals(gram.values, opened)
     basis = make_basis(
         config.basis,
@@ -80,7 +100,7 @@ def attach(
         units=config.units,
         num_components=config.num_components,
     )
-    return TrainableAverage(config, engine, layout, store, basis, fingerprint, opened)
+    return TrainableAverage(config, engine, pods, reduction, layout, store, basis, fingerprint, opened)
 
 
 def _read_spans(
@@ -121,6 +141,35 @@ def _fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate]
     fingerprint = fingerprint_of([candidate.label for candidate in candidates], shapes, stream.checksums)
     sums = engine.shard_group.sum_(fingerprint.checksums.to(engine.device))
     return replace(fingerprint, checksums=sums.cpu())
+
+
+def _require_same_in_all(pods: Pods, config: TwaConfig, fingerprint: Fingerprint) -> None:
+    """Refuse pods that read other candidates or settings than the first, from disks of their own: weights would differ.
+
+    Raises:
+        ConfigError, CandidateError: naming the first setting or tensor that differs.
+    """
+    if pods.count == 1:
+        return
+    settings = config.model_dump(mode="json", include=set(TwaConfig.model_fields))
+    settings_of_first, first = pods.broadcast((settings, fingerprint))
+    with pods.agree():
+        for key, value in settings.items():
+            if value != settings_of_first[key]:
+                raise ConfigError(
+                    f"{key}: pod {pods.number} has {value!r} and pod 0 has {settings_of_first[key]!r}; give all pods "
+                    "the same settings."
+                )
+        if first.shapes != fingerprint.shapes or len(first.labels) != len(fingerprint.labels):
+            raise CandidateError(
+                f"{fingerprint.labels[0]}: the candidates of pod {pods.number} have other tensors, or are another "
+                "number, than those of pod 0; give all pods the same."
+            )
+        for i, column in (first.checksums != fingerprint.checksums).nonzero().tolist():
+            raise CandidateError(
+                f"{fingerprint.labels[i]}: tensor {list(first.shapes)[column]!r} in pod {pods.number} is not that of "
+                f"pod 0 ({first.labels[i]}); give all pods the same candidates, in the same order."
+            )
 
 
 def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]) -> None:

@@ -19,6 +19,8 @@ from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
 from twa_scale.layout import Layout
 from twa_scale.optimizer import make_optimizer
+from twa_scale.pods import Pods
+from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 from twa_scale.state import Fingerprint
@@ -39,6 +41,8 @@ class TrainableAverage:
         self,
         config: TwaConfig,
         engine: Engine,
+        pods: Pods,
+        reduction: Reduction,
         layout: Layout,
         store: Store,
         basis: Basis,
@@ -48,6 +52,8 @@ class TrainableAverage:
         self.config = config
         self.layout = layout
         self.fingerprint = fingerprint
+        self.pods = pods
+        self._reduction = reduction
         self._engine = engine
         self._store = store
         self._basis = basis
@@ -131,13 +137,13 @@ class TrainableAverage:
         self._engine.drain()
         self._in_step = False
         with self.clock.part("reduce"):
-            products = self._engine.shard_group.sum_(self._products)
-            products = self._engine.replica_group.sum_(products) / self._engine.replica_group.size
-            products = products.cpu()  # from here to the weights everything is small
+            products = self._reduction(self._products)  # from here to the weights everything is small
         finite = bool(torch.isfinite(products).all())
         if engine_scale := self._engine.loss_scale:
             products /= engine_scale.value()
             engine_scale.update(overflow=not finite)
+        if scaler and not scaler.is_enabled():
+            scaler = None  # it would let an overflow through
         if not finite and scaler is None:
             self.zero_grad()
             if engine_scale:
@@ -198,8 +204,7 @@ class TrainableAverage:
         Returns the number of batches seen over all ranks. See `batchnorm.recalibrate` for the arguments.
         """
         engine = self._engine
-        group = engine.shard_group if engine.shard_group.size > 1 else engine.replica_group
-        seen = batchnorm.recalibrate(engine.module, batches, group, engine.device, forward)
+        seen = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward)
         engine.publish(())
         return seen
 
@@ -225,6 +230,7 @@ class TrainableAverage:
         }
         export(
             self._engine,
+            self.pods,
             self.layout,
             self._candidates,
             path,
@@ -282,6 +288,7 @@ class TrainableAverage:
     def close(self) -> None:
         """Take the hooks off the model and release the store and the candidates; the model keeps its weights."""
         self._engine.close()
+        self._reduction.close()
         self._store.close()
         for candidate in self._candidates:
             candidate.close()

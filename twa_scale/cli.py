@@ -1,11 +1,10 @@
 """The command line. Each command parses, calls one function of the library, and prints."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -31,6 +30,7 @@ Overrides = Annotated[
         help="Settings that replace those of the file: `optimizer.lr=3e-3 groups=block`.", show_default=False
     ),
 ]
+Launcher = Literal["torchrun", "deepspeed", "slurm", "mpi"]
 Out = Annotated[Path, typer.Option(help="Directory to write; it appears only when it is complete.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file: `5GB`, `512MiB`, ...")]
 Dtype = Annotated[
@@ -40,10 +40,26 @@ Dtype = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 
 
+@app.callback()
+def entered(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Learn how to average the checkpoints of models too large for one device."""
+    del local_rank  # DeepSpeed's launcher gives it to every script
+
+
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML or JSON file; see docs/configuration.md for every key.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML or JSON file; see docs/configuration.md for every key.")
+    ] = None,
     overrides: Overrides = None,
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="As scripts for DeepSpeed take it; says nothing.")
+    ] = False,
+    deepspeed_config: Annotated[
+        Path | None, typer.Option("--deepspeed_config", help='DeepSpeed JSON with a "twa" block, in place of CONFIG.')
+    ] = None,
 ) -> None:
     """Train the averaging coefficients as CONFIG says, then evaluate and export the average.
 
@@ -53,13 +69,50 @@ def run(
 
         torchrun --nproc-per-node 8 -m twa_scale run configs/my-run.yaml
 
-    Started again after a crash, it continues from the last saved state in `output`.
+    Started again after a crash, it continues from the last saved state in `output`. SIGUSR1 or SIGTERM make it save its
+    state after the present step and exit with code 75.
     """
     from twa_scale.config import load_config
     from twa_scale.training import run as run_training
     from twa_scale.training.report import Report
+    from twa_scale.training.stopping import STOPPED, Stopped
 
-    run_training(load_config(config, overrides), Report())
+    if deepspeed_config is not None:  # then all arguments are overrides
+        config, overrides = deepspeed_config, [*([] if config is None else [str(config)]), *(overrides or [])]
+    if config is None:
+        raise ConfigError("give CONFIG, or --deepspeed_config FILE.")
+    try:
+        run_training(load_config(config, overrides), Report())
+    except Stopped:
+        raise typer.Exit(STOPPED) from None
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="The file that `run` gets.")],
+    overrides: Overrides = None,
+    launcher: Annotated[Launcher, typer.Option("--with", help="What starts the ranks.")] = "torchrun",
+    nodes: Annotated[int, typer.Option(min=1, help="Number of hosts.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each of them: one for each GPU.")] = 1,
+    host_file: Annotated[str | None, typer.Option(help="deepspeed, mpi: file that lists the hosts.")] = None,
+    rdzv_endpoint: Annotated[str | None, typer.Option(help="torchrun: HOST:PORT where several nodes meet.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
+) -> None:
+    """Check CONFIG, print the command that runs it on many ranks, and become that command.
+
+    twa-scale launch --with torchrun configs/my-run.yaml --ranks-per-node 8
+
+    twa-scale launch --with slurm configs/my-run.yaml --nodes 4 --ranks-per-node 8 --dry-run
+    """
+    from twa_scale.config import load_config
+    from twa_scale.launch import Launch, execute, shown
+
+    load_config(config, overrides)
+    asked = Launch(str(config), overrides or [], nodes, ranks_per_node, host_file, rdzv_endpoint)
+    command = asked.command(launcher)
+    typer.echo(shown(command))
+    if not dry_run:
+        execute(command)
 
 
 @app.command()
@@ -105,6 +158,37 @@ def inspect(
 
 
 @app.command()
+def bench(
+    elements: Annotated[int, typer.Option(min=1, help="Trained elements D of one rank.")] = 10_000_000,
+    candidates: Annotated[int, typer.Option(min=1, help="Number of candidates n.")] = 16,
+    stores: Annotated[str, typer.Option(help="Which, with commas between.")] = "dense32,dense16,packed8,packed4",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU; torch's number when not given.")] = None,
+    kernels: Annotated[str, typer.Option(help="`auto`, `torch`, `numba` or `triton`.")] = "auto",
+    cuda: Annotated[bool, typer.Option("--cuda", help="Measure the GPU.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure on this machine what a step costs with each store, against the speed of its memory.
+
+    Under torchrun all ranks measure at once, and share the reduction; rank 0 prints.
+    """
+    import torch
+
+    from twa_scale.bench import run_bench
+    from twa_scale.tables import bench_json, bench_table
+
+    with _joined(Path.cwd() / "bench") as (_, say):
+        device = torch.device("cuda" if cuda else "cpu")
+        found = run_bench(stores.split(","), elements, candidates, threads, kernels, device)
+        if json:
+            say(bench_json(found))
+        else:
+            console = Console()
+            with console.capture() as text:
+                console.print(bench_table(found))
+            say(text.get())
+
+
+@app.command()
 def average(
     candidates: Annotated[
         list[str], typer.Argument(help="Files, directories or globs in training order, or each as PATH:WEIGHT.")
@@ -120,7 +204,7 @@ def average(
 ) -> None:
     """Average candidates with fixed weights: streamed, in bounded memory, no model code needed.
 
-    Under torchrun the ranks share the work.
+    Under a launcher the ranks share the work.
 
     twa-scale average 'runs/a/step-*' --weights ema:0.9 --out merged
 
@@ -128,7 +212,7 @@ def average(
     """
     from twa_scale.merge import average_fixed
 
-    with _joined() as (report, say), report.bytes("averaging") as progress:
+    with _joined(out) as (report, say), report.bytes("averaging") as progress:
         used = average_fixed(
             candidates, out, weights, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
         )
@@ -152,7 +236,7 @@ def export(
     """
     from twa_scale.merge import export_run
 
-    with _joined() as (report, say), report.bytes("merging") as progress:
+    with _joined(out) as (report, say), report.bytes("merging") as progress:
         n, step = export_run(
             run, out, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
         )
@@ -160,15 +244,15 @@ def export(
 
 
 @contextmanager
-def _joined() -> "Iterator[tuple[Report, Callable[[str], None]]]":
-    """Share the work with the other ranks of torchrun, if there are any; rank 0 reports."""
+def _joined(out: Path) -> "Iterator[tuple[Report, Callable[[str], None]]]":
+    """Share the work with the other ranks of the launcher, if there are any; rank 0 reports."""
     import torch
 
     from twa_scale.training.report import Report
     from twa_scale.world import World
 
     world = World.from_environment()
-    with world.joined(torch.device("cpu")):
+    with world.joined(torch.device("cpu"), out.parent):
         yield Report(active=world.rank == 0), typer.echo if world.rank == 0 else lambda _: None
 
 
@@ -178,12 +262,21 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except TwaError as error:
-        rank = os.environ.get("RANK", "0")
-        # One speaks for all where all know; what is wrong with one node or rank, only that one can say.
-        alone = not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"
-        if rank == "0" or (alone and not error.agreed):
-            kind = "bad configuration" if isinstance(error, ConfigError) else type(error).__name__
-            where = "" if rank == "0" else f" (rank {rank})"
-            text = f"[bold red]{kind}{where}:[/] {escape(str(error))}"
-            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        _explain(error)
         sys.exit(2)
+
+
+def _explain(error: TwaError) -> None:
+    """Print an error once: one rank speaks for all where all know; what is wrong with one node, only that can say."""
+    from twa_scale.world import World
+
+    try:
+        world = World.from_environment()
+    except ConfigError:
+        world = World(0, 1, 0)
+    alone = not isinstance(error, ConfigError) or world.local_rank == 0
+    if world.rank == 0 or (alone and not error.agreed):
+        kind = "bad configuration" if isinstance(error, ConfigError) else type(error).__name__
+        where = "" if world.rank == 0 else f" (rank {world.rank})"
+        text = f"[bold red]{kind}{where}:[/] {escape(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)

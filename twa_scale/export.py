@@ -9,6 +9,7 @@ import torch
 
 from twa_scale.engines import Engine
 from twa_scale.layout import Layout
+from twa_scale.pods import Pods
 from twa_scale.sources import Candidate
 from twa_scale.sources.side_files import side_files
 from twa_scale.spans import whole
@@ -20,6 +21,7 @@ PROVENANCE = "twa_scale.json"
 
 def export(
     engine: Engine,
+    pods: Pods,
     layout: Layout,
     candidates: Sequence[Candidate],
     out: str | Path,
@@ -37,6 +39,7 @@ def export(
 
     Args:
         engine: the model.
+        pods: all that hold it: the first writes.
         layout: which of its tensors the candidates hold.
         candidates: the last one gives names, types and side files.
         out: a directory that is new, empty, or to be overwritten.
@@ -55,8 +58,8 @@ def export(
     files = side_files(last.directory, dtype)
     files[PROVENANCE] = (json.dumps(provenance or {}, indent=2) + "\n").encode()
     group = engine.shard_group
-    with engine.replica_group.agree():
-        if engine.replica_group.rank != 0:
+    with pods.agree():
+        if pods.number != 0:
             return
         check_apart(Path(out), [candidate.label for candidate in candidates])
         with writing(out, specs, group, max_shard_size=max_shard_size, files=files, overwrite=overwrite) as writer:

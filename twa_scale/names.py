@@ -7,14 +7,14 @@ from difflib import get_close_matches
 from twa_scale.errors import ConfigError
 
 # Wrappers that torch puts inside a path. "module." is only stripped at the front: models own attributes of that name.
-_INNER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_INNER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
 _OUTER = re.compile(r"^(module\.)+")
 
 REST = "rest"
 
 
 def normalize(name: str) -> str:
-    """Return `name` without the prefixes of DDP, FSDP1, torch.compile and activation checkpointing."""
+    """Return `name` without the prefixes of DDP, FSDP1, fairscale, torch.compile and activation checkpointing."""
     return _OUTER.sub("", _INNER.sub("", name))
 
 

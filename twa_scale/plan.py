@@ -10,15 +10,17 @@ from torch import nn
 from twa_scale.config import RunConfig
 from twa_scale.engines import ParameterInfo
 from twa_scale.engines.describe import named_parameters, persistent_buffers
+from twa_scale.kernels import Dense, choose_kernels
 from twa_scale.layout import Layout, match
 from twa_scale.memory import resident
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.spans import share
-from twa_scale.store import bytes_per_element
+from twa_scale.store import span_bytes
 from twa_scale.streaming import scratch_bytes
 from twa_scale.tasks import Batch, Task, build_task, stack
 from twa_scale.training.batches import make_batches
-from twa_scale.training.model import blocks_of, resolve_engine
+from twa_scale.training.model import ZERO_ENGINES, blocks_of, resolve_engine
+from twa_scale.training.zero import ZERO
 from twa_scale.world import World
 
 _ELEMENT = 4  # weights and gradients are float32
@@ -40,7 +42,9 @@ class Plan:
     bytes_read: int
     """Of the candidates, per rank."""
     wire: dict[str, int]
-    """Bytes that a rank sends in a step, by what they are."""
+    """Bytes that a rank sends inside its pod in a step, by what they are."""
+    wire_between_pods: dict[str, int]
+    """Bytes that the first rank of a pod sends to other pods in a step, by what they are."""
     notes: tuple[str, ...]
 
     @property
@@ -58,8 +62,11 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     Raises:
         TwaError: whatever `run` would raise before it reads the candidates.
     """
+    row = Dense.one(torch.ones(1))
+    choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)  # loads a compiler, which takes memory
     runtime = resident()
-    engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0))
+    engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0), config.pods)
+    shards = ranks // config.pods
     task = build_task(config.task)
     examples = task.dataset(config.split)
     micro = make_batches(
@@ -73,25 +80,29 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     layout = match(parameters, buffers, candidates, config)
     activations, notes = _activations(task, model, config, stack([examples[0]] * micro))
     n = len(candidates)
-    owned = {name: _owned(info, ranks, engine) for name, info in parameters.items()}
-    held = sum(owned.values()) if engine == "fsdp2" else sum(prod(info.shape) for info in parameters.values())
-    store = bytes_per_element(config.store, n) * sum(owned[name] for name in layout.group_of)
+    owned = {name: _owned(info, shards, engine) for name, info in parameters.items()}
+    held = (
+        sum(owned.values()) if engine in ("fsdp2", "zero3") else sum(prod(info.shape) for info in parameters.values())
+    )
+    store = sum(span_bytes(config.store, n, owned[name]) for name in layout.group_of)
     elements = sum(prod(parameters[name].shape) for name in layout.group_of)
-    coefficients = 8 * (n + 1) * len(layout.groups)
+    numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
     return Plan(
         num_candidates=n,
         num_groups=len(layout.groups),
         trained_elements=elements,
         memory={
             "python and libraries": runtime,
-            "weights": held * _ELEMENT,
+            "weights": held * _compute(config) if engine in ZERO_ENGINES else held * _ELEMENT,
+            **_partitions(sum(owned.values()), engine, config),
             "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
             f"store ({config.store})": int(store),
         },
         attach={"streaming": scratch_bytes(n, max(owned.values()))},
-        step={"activations": activations, **_transient(model, parameters, ranks, engine, config)},
+        step={"activations": activations, **_transient(model, parameters, engine, config)},
         bytes_read=_bytes_read(candidates, layout, owned),
-        wire=_wire(parameters, ranks, engine, config, coefficients),
+        wire=_wire(model, parameters, shards, engine, config, numbers),
+        wire_between_pods={name: _all_reduced(size, config.pods) for name, size in numbers.items() if config.pods > 1},
         notes=tuple(notes),
     )
 
@@ -102,7 +113,7 @@ def _owned(info: ParameterInfo, ranks: int, engine: str) -> int:
     match engine:
         case "plain":
             return numel
-        case "ddp":
+        case "ddp" | "zero1" | "zero2" | "zero3":  # ZeRO-1 and 2 cut the whole, which comes to the same
             return share(numel, 0, ranks)[1]
         case _:  # FSDP2 deals out whole rows
             rows = info.shape[0] if info.shape else 1
@@ -110,7 +121,7 @@ def _owned(info: ParameterInfo, ranks: int, engine: str) -> int:
 
 
 def _transient(
-    model: nn.Module, parameters: dict[str, ParameterInfo], ranks: int, engine: str, config: RunConfig
+    model: nn.Module, parameters: dict[str, ParameterInfo], engine: str, config: RunConfig
 ) -> dict[str, int]:
     """Whole parameters and gradients that exist for a moment of a step."""
     total = sum(prod(info.shape) for info in parameters.values())
@@ -119,6 +130,15 @@ def _transient(
         return {"gradients": 2 * largest * _ELEMENT}
     if engine == "ddp":
         return {"gradients and buckets": 2 * total * _ELEMENT}
+    if engine in ZERO_ENGINES:
+        settings = {**ZERO, **(config.deepspeed or {}).get("zero_optimization", {})}
+        bucket = 2 * min(int(settings["reduce_bucket_size"]), total)
+        if engine == "zero1":  # every rank has the gradient until it is reduced at the end
+            return {"gradients": total * _ELEMENT, "reduce buckets": bucket * _ELEMENT}
+        if engine == "zero2":
+            return {"reduce buckets": bucket * _ELEMENT}
+        gathered = min(total, largest + int(settings["stage3_prefetch_bucket_size"]))
+        return {"gathered parameters": gathered * _compute(config), "reduce buckets": bucket * _ELEMENT}
     blocks = blocks_of(model)
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     root = total - sum(sizes)
@@ -130,6 +150,20 @@ def _transient(
         "gathered parameters": (root + 2 * block) * compute,
         "gradients": max(2 * block, 2 * root) * _ELEMENT,
     }
+
+
+def _compute(config: RunConfig) -> int:
+    """Bytes of a weight that DeepSpeed computes with."""
+    low = any((config.deepspeed or {}).get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+    return 2 if low else _ELEMENT
+
+
+def _partitions(owned: int, engine: str, config: RunConfig) -> dict[str, int]:
+    """What DeepSpeed keeps beside the weights it computes with; ZeRO-3's float32 weights are those themselves."""
+    if engine not in ZERO_ENGINES:
+        return {}
+    masters = 0 if engine == "zero3" and _compute(config) == _ELEMENT else owned * _ELEMENT
+    return {"float32 partition (DeepSpeed)": masters, "gradient partition (DeepSpeed)": owned * _compute(config)}
 
 
 def _activations(task: Task, model: nn.Module, config: RunConfig, batch: Batch) -> tuple[int, list[str]]:
@@ -161,19 +195,40 @@ def _bytes_read(candidates: Sequence[Candidate], layout: Layout, owned: dict[str
     )
 
 
+def _all_reduced(size: int, ranks: int) -> int:
+    """Bytes that a rank sends when `size` bytes are all-reduced along a ring."""
+    return int(2 * (ranks - 1) / ranks * size)
+
+
 def _wire(
-    parameters: dict[str, ParameterInfo], ranks: int, engine: str, config: RunConfig, coefficients: int
+    model: nn.Module,
+    parameters: dict[str, ParameterInfo],
+    ranks: int,
+    engine: str,
+    config: RunConfig,
+    numbers: dict[str, int],
 ) -> dict[str, int]:
     """Ring algorithms: (R - 1) / R of the data for a gather or a scatter, twice that for an all-reduce."""
     part = (ranks - 1) / ranks
     weights = sum(prod(info.shape) for info in parameters.values())
     gradients = sum(prod(info.shape) for info in parameters.values() if info.trainable)
     compute = 2 if config.precision == "bfloat16" else 4
-    wire = {"coefficient gradients (twa_scale)": int(2 * part * coefficients)}
+    back = 0.0 if config.pods == 1 else part  # the sum over the pods comes back from the first rank
+    wire = {name: int(_all_reduced(size, ranks) + back * size) for name, size in numbers.items()}
     if engine == "ddp":
-        wire["gradient all-reduce (DDP)"] = int(2 * part * gradients * _ELEMENT)
+        wire["gradient all-reduce (DDP)"] = _all_reduced(gradients * _ELEMENT, ranks)
         wire["weights all-gather (twa_scale)"] = int(part * gradients * _ELEMENT)
+    if engine in ZERO_ENGINES:
+        reduced = _all_reduced(gradients * _compute(config), ranks)
+        wire["gradient reduction (DeepSpeed)"] = reduced if engine != "zero3" else reduced // 2
+        gathered = int(part * weights * _compute(config))
+        if engine == "zero3":  # once in forward and once in backward
+            wire["parameter all-gathers (DeepSpeed)"] = 2 * gathered
+        else:
+            wire["weights all-gather (twa_scale)"] = gathered
     if engine == "fsdp2":
-        wire["parameter all-gathers (FSDP2)"] = int(2 * part * weights * compute)
+        in_blocks = sum(p.numel() for block in blocks_of(model) for p in block.parameters())
+        # Blocks are gathered in forward and in backward; the rest stays in between.
+        wire["parameter all-gathers (FSDP2)"] = int(part * (weights + in_blocks) * compute)
         wire["gradient reduce-scatter (FSDP2)"] = int(part * gradients * _ELEMENT)
     return wire

@@ -1,26 +1,42 @@
 """Candidates written while a model trains, each rank its own part."""
 
+import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from twa_scale.comm import Group
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import ConfigError
 from twa_scale.export import write_live
-from twa_scale.writer import Files, TensorSpec, stored_as, writing
+from twa_scale.pods import Pods
+from twa_scale.spans import Span, whole
+from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, stored_as, writing
 from twa_scale.writer.publish import reported
+
+_LOG = logging.getLogger(__name__)
+Self = TypeVar("Self", bound="Snapshots")
 
 
 class Snapshots:
-    """Writes `directory/step-00000120/` and so on: safetensors candidates of a plain, DDP or FSDP2 model.
+    """Writes `directory/step-00000120/` and so on: safetensors candidates of a model under any engine.
 
     No rank gathers the model: each writes the spans that it holds into the same files. A candidate appears
     when it is complete; one that a crash cut short is left under a hidden name, which no glob of candidates
     matches.
+
+    With `asynchronous`, a due step copies this rank's part to host memory, in the type of the file, and returns; a
+    thread writes the copy while training goes on. At most one candidate is being written at a time: the next due step
+    first waits for it. What went wrong is raised on every rank by the next due step, `wait` or `close`. Use it in a
+    `with` block, or call `close` before the process group is taken down.
 
     Args:
         directory: where the candidates go; the same file system on every rank.
@@ -30,6 +46,8 @@ class Snapshots:
         dtype: type of the floating point tensors in the files; the model's own when not given.
         files: small files for each candidate, such as config.json: content, or what to copy, by name.
         max_shard_size: most bytes in one file.
+        replica_group: with pods, as for `attach`: the first pod writes.
+        asynchronous: write while training goes on.
 
     Raises:
         ConfigError: numbers that make no sense.
@@ -45,6 +63,8 @@ class Snapshots:
         dtype: torch.dtype | None = None,
         files: Files | None = None,
         max_shard_size: str | int = "5GB",
+        replica_group: dist.ProcessGroup | None = None,
+        asynchronous: bool = False,
     ) -> None:
         if every_n_steps < 1 or start_step < 0 or (keep_last is not None and keep_last < 1):
             raise ConfigError(
@@ -58,12 +78,17 @@ class Snapshots:
         self._dtype = dtype
         self._files = files
         self._max_shard_size = max_shard_size
+        self._replica_group = replica_group
+        self._asynchronous = asynchronous
+        self._pending: tuple[Pods, Group, BackgroundWrite | None] | None = None
 
     def step(self, model: nn.Module, step: int) -> Path | None:
         """Write a candidate if `step` (from 1 on, after its update) is due, and return its path. Collective.
 
+        When asynchronous, the path appears later.
+
         Raises:
-            OutputError: on every rank; nothing is left behind.
+            OutputError: on every rank; nothing is left behind. When asynchronous, that of the one before.
             EngineError: a model that is wrapped in an unknown way.
         """
         if step < self._start or step < 1 or (step - self._start) % self._every:
@@ -72,26 +97,100 @@ class Snapshots:
 
     def save(self, model: nn.Module, step: int) -> Path:
         """Write a candidate now, due or not; one of the same step is replaced. Collective."""
+        if self._pending and self._pending[2] and self._pending[2].alive:
+            _LOG.info("snapshots: step %d waits until the snapshot before is written", step)
+        self.wait()
         path = self._directory / f"step-{step:08d}"
-        engine = choose_engine(model)
-        with engine.replica_group.agree():
-            if engine.replica_group.rank == 0:  # replicas hold the same weights: one of them writes
-                self._write(engine, path)
-                with engine.shard_group.agree():
-                    if self._keep is not None and engine.shard_group.rank == 0:
-                        with reported(self._directory):
-                            _delete(_old(self._directory, step, self._keep))
+        engine = choose_engine(model, self._replica_group)
+        pods, group = Pods(engine.shard_group, engine.replica_group), engine.shard_group
+        with pods.agree():
+            background = None
+            if pods.number == 0:  # pods hold the same weights: one of them writes
+                if self._asynchronous:
+                    background = self._start_writing(engine, path, step)
+                else:
+                    self._write(engine, path)
+                    with group.agree():
+                        if group.rank == 0:
+                            self._delete_old(step)
+        if self._asynchronous:
+            self._pending = (pods, group, background)
         return path
 
-    def _write(self, engine: Engine, path: Path) -> None:
+    def wait(self) -> None:
+        """Return when the candidate that is being written, if any, is complete. Collective.
+
+        Raises:
+            OutputError: on every rank; it could not be written, and nothing of it is left behind.
+        """
+        if self._pending is None:
+            return
+        (pods, group, background), self._pending = self._pending, None
+        with pods.agree():
+            if background:
+                background.join(group)
+
+    def close(self) -> None:
+        """Do as `wait`. Collective."""
+        self.wait()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error the other ranks may not come: what is being written ends by itself.
+        if kind is None:
+            self.close()
+
+    def _specs(self, engine: Engine) -> list[TensorSpec]:
         tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
         tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
-        specs = [TensorSpec(name, shape, stored_as(own, self._dtype)) for name, (shape, own) in tensors.items()]
-        limit = self._max_shard_size
+        return [TensorSpec(name, shape, stored_as(own, self._dtype)) for name, (shape, own) in tensors.items()]
+
+    def _write(self, engine: Engine, path: Path) -> None:
+        specs, limit = self._specs(engine), self._max_shard_size
         with writing(
             path, specs, engine.shard_group, max_shard_size=limit, files=self._files, overwrite=True
         ) as writer:
-            write_live(writer, engine, {name: (name,) for name in tensors})
+            write_live(writer, engine, {spec.name: (spec.name,) for spec in specs})
+
+    def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
+        specs, group = self._specs(engine), engine.shard_group
+        writer = begin(path, specs, group, max_shard_size=self._max_shard_size, overwrite=True)
+        try:
+            copies = []
+            with group.agree():
+                dtypes = {spec.name: spec.dtype for spec in specs}
+                copies = [(span, _host_copy(values, dtypes[span.name])) for span, values in _held(engine)]
+            counts = dict.fromkeys(dtypes, 0)
+            for span, _ in copies:
+                counts[span.name] += len(span)
+            check_tiling(counts, specs, group)
+        except BaseException:
+            if group.rank == 0:
+                writer.discard()
+            raise
+        return BackgroundWrite(writer, copies, group, dict(self._files or {}), partial(self._delete_old, step))
+
+    def _delete_old(self, step: int) -> None:
+        if self._keep is not None:
+            with reported(self._directory):
+                _delete(_old(self._directory, step, self._keep))
+
+
+def _held(engine: Engine) -> Iterator[tuple[Span, torch.Tensor]]:
+    """Yield what this rank writes: its spans, and the buffers on the first rank."""
+    for span in engine.spans():
+        yield span, engine.live(span)
+    if engine.shard_group.rank == 0:
+        for name, buffer in engine.buffers().items():
+            yield whole(name, tuple(buffer.shape)), buffer.reshape(-1)
+
+
+def _host_copy(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(values.shape, dtype=dtype).copy_(values.detach())
 
 
 def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:

@@ -47,11 +47,18 @@ class Span:
                 for offset, piece in Span(self.name, start, stop).pieces(size):
                     yield i * self.run + offset, piece
         else:
-            many, count = size // self.run, self._count()
-            for i in range(0, count, many):
-                start = self.start + i * self.stride
-                stop = self.start + (min(i + many, count) - 1) * self.stride + self.run
-                yield i * self.run, Span(self.name, start, stop, self.run, self.stride)
+            many = size // self.run * self.run
+            for i in range(0, len(self), many):
+                yield i, self.part(i, min(i + many, len(self)))
+
+    def part(self, start: int, stop: int) -> "Span":
+        """Return the elements [start, stop) of these; in a strided span both are multiples of `run`."""
+        if not self.run:
+            return Span(self.name, self.start + start, self.start + stop)
+        if start == stop:
+            return Span(self.name, 0, 0)
+        first, last = (self.start + i // self.run * self.stride for i in (start, stop - self.run))
+        return Span(self.name, first, last + self.run, self.run, self.stride)
 
 
 def block(name: str, shape: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...]) -> Span:

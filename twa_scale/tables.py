@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from twa_scale.bench import Bench, Measured
 from twa_scale.inspection import Inspection
 from twa_scale.plan import Plan
 
@@ -41,10 +42,37 @@ def plan_table(plan: Plan, ranks: int) -> Table:
         "peak memory": {"": plan.peak},
         "read from the candidates": {"": plan.bytes_read},
         "sent in a step": plan.wire,
+        "sent to other pods in a step": plan.wire_between_pods,
     }
     for section, rows in sections.items():
         for i, (name, nbytes) in enumerate(rows.items()):
             table.add_row(section if i == 0 else "", name, human_bytes(nbytes))
+        table.add_section()
+    return table
+
+
+def bench_json(bench: Bench) -> str:
+    """Return what was measured as JSON: seconds, bytes, and bytes per second."""
+
+    def plain(rows: list[Measured]) -> list[dict[str, object]]:
+        return [{**asdict(row), "rate": row.rate} for row in rows]
+
+    stores = {name: plain(rows) for name, rows in bench.stores.items()}
+    lists = {"memory": plain(bench.memory), "stores": stores, "others": plain(bench.others)}
+    return json.dumps({**asdict(bench), **lists, "read": bench.read}, indent=2)
+
+
+def bench_table(bench: Bench) -> Table:
+    """Return one row for each thing that was measured; shares are of the best rate of reading."""
+    title = f"{bench.elements:,} elements, {bench.candidates} candidates, {bench.device}, {bench.threads} threads"
+    table = Table(title=title, caption="best of several; bytes: each that has to move, counted once")
+    for column in ("", "", "ms", "moved", "GB/s", "of read"):
+        table.add_column(column, justify="right" if column else "left")
+    for section, rows in {"memory": bench.memory, **bench.stores, "beside": bench.others}.items():
+        for i, row in enumerate(rows):
+            share = f"{row.rate / bench.read:.0%}"
+            cells = (f"{1e3 * row.seconds:.3f}", human_bytes(row.nbytes), f"{row.rate / 1e9:.1f}", share)
+            table.add_row(section if i == 0 else "", row.what, *cells)
         table.add_section()
     return table
 

@@ -91,7 +91,15 @@ def table(out: Path, rows: list[dict[str, object]]) -> None:
 def evaluate(out: Path, split: str, paths: list[Path]) -> dict[str, dict[str, float]]:
     """Return the metrics of each set of weights, by the name of its directory."""
     result = out / f"{split}.json"
-    torchrun(HERE / "compare.py", CONFIG, f"--split={split}", f"--result={result}", "--batches=40", *paths)
+    torchrun(
+        HERE.parent / "evaluate.py",
+        CONFIG,
+        f"--split={split}",
+        f"--result={result}",
+        "--batches=40",
+        "--weights",
+        *paths,
+    )
     return json.loads(result.read_text())
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import twa_scale
-from twa_scale import kernels
+from twa_scale.kernels import Dense, Packed, choose_kernels
+from twa_scale.kernels.reference import GPU_BLOCK
 from twa_scale.streaming import scratch_bytes
 
 pytestmark = [
@@ -120,23 +122,28 @@ def test_what_is_exported(nccl: None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m", [0, 1, 1000, (1 << 24) + 3])
-def test_kernels(dtype: torch.dtype, m: int) -> None:
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_kernels(name: Literal["torch", "triton"], dtype: torch.dtype, m: int) -> None:
     """Across the border of a block of the GPU, too."""
     generator = torch.Generator(device="cuda").manual_seed(3)
+    kernels = choose_kernels(name, torch.device("cuda"))
+    assert kernels.name == name
     rows = torch.randn(N, m, generator=generator, device="cuda").to(dtype)
+    dense = Dense.empty(N, m, dtype, rows.device)
+    dense.write(0, rows)
     gradient = torch.randn(m, generator=generator, device="cuda")
     expected = rows.double() @ gradient.double()
-    found = kernels.project(rows, gradient)
+    found = kernels.project(dense, gradient)
     assert found.is_cuda and found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(m, 1) ** 0.5)
 
     weights = torch.randn(N, generator=generator, device="cuda", dtype=torch.float64)
     base = torch.randn(m, generator=generator, device="cuda")
-    dense = 0.7 * base.double() + weights @ rows.double()
+    exact = 0.7 * base.double() + weights @ rows.double()
     for out_type, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         out = torch.empty(m, dtype=out_type, device="cuda")
-        kernels.combine(rows, weights, base, 0.7, out)
-        torch.testing.assert_close(out.double(), dense, rtol=tolerance, atol=tolerance)
+        kernels.combine(dense, weights, base, 0.7, out)
+        torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_attaching_needs_the_store_and_a_bounded_rest() -> None:
@@ -157,6 +164,27 @@ def test_attaching_needs_the_store_and_a_bounded_rest() -> None:
     assert twa.store_bytes == 4 * (N + 1) * 4096 * 4096
     assert twa.store_bytes <= held <= 1.02 * twa.store_bytes + (1 << 20)
     # A chunk's rows with the double copy that the Gram matrix takes of a part of them, and one block of `combine`.
-    assert peak <= held + 2 * scratch_bytes(N, 4096 * 4096) + 3 * 4 * kernels._GPU_BLOCK
+    assert peak <= held + 2 * scratch_bytes(N, 4096 * 4096) + 3 * GPU_BLOCK
     torch.testing.assert_close(model.weight.detach().cpu(), first["weight"] + (N - 1) / 2)
     twa.close()
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("m", [1, 1000, 2_000_003])
+def test_packed_kernels(name: Literal["torch", "triton"], bits: int, m: int) -> None:
+    """What the GPU packs and computes is what the CPU does, but for the order of sums."""
+    generator = torch.Generator().manual_seed(3)
+    values, gradient = torch.randn(N, m, generator=generator), torch.randn(m, generator=generator)
+    weights, base = torch.randn(N, generator=generator), torch.randn(m, generator=generator)
+    ended = []
+    for kernels in (choose_kernels("torch", torch.device("cpu")), choose_kernels(name, torch.device("cuda"))):
+        device = torch.device("cpu" if kernels.name == "torch" and not ended else "cuda")
+        rows, out = Packed.empty(N, m, 37, bits, device), torch.empty(m, device=device)
+        kernels.pack(rows, 0, values.to(device))
+        kernels.combine(rows, weights.to(device), base.to(device), 0.7, out)
+        ended.append((rows.words.cpu(), kernels.project(rows, gradient.to(device)).cpu(), out.cpu()))
+    (words, product, out), (other_words, other_product, other_out) = ended
+    assert (words != other_words).float().mean() <= 1e-3
+    torch.testing.assert_close(other_product, product, rtol=1e-3, atol=1e-2 * m**0.5)
+    assert float((other_out - out).norm()) <= 1e-3 * float(out.norm())

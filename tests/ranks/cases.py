@@ -1,18 +1,20 @@
 """What ranks run: module-level functions that train the judged model and return plain tensors."""
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import twa_scale
-from tests import models
+from tests import flattened, meshes, models, zero
+from twa_scale import TwaError
+from twa_scale.engines.zero import is_deepspeed
 
 NUM_STEPS = 20
 BATCH = 12
@@ -63,18 +65,30 @@ def train(engine: str, run: Run) -> Ended:
 def attach(engine: str, run: Run, states: Sequence[Any] | None = None) -> tuple[nn.Module, Any]:
     """A fresh model with values of its own, which the candidates have to overwrite, and its average."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if run.bf16 else None
-    model = models.wrap(models.build(seed=99, scalar_shape=run.scalar_shape), engine, policy)
-    states = models.candidates(scalar_shape=run.scalar_shape) if states is None else states
+    shape = (1,) if engine in zero.ENGINES else run.scalar_shape  # DeepSpeed cannot broadcast a parameter of shape ()
+    model: nn.Module = models.build(seed=99, scalar_shape=shape)
+    if engine in zero.ENGINES:
+        model = zero.wrap(model, engine, run.accumulate, run.bf16)
+    else:
+        model = models.wrap(model, engine, policy)
+    states = models.candidates(scalar_shape=shape) if states is None else states
     return model, twa_scale.attach(model, candidates=states, config=dict(run.config))
 
 
 def one_step(model: nn.Module, twa: Any, step: int, accumulate: int = 1) -> None:
     """One TWA step on this rank's part of batch `step`."""
-    rank, size = where()
+    rank, size = meshes.data_place(model, *where())
     for pass_ in range(accumulate):
-        models.loss(model, micro_batches(step, size, accumulate)[rank * accumulate + pass_]).div(accumulate).backward()
-    twa.step()
-    twa.zero_grad()
+        loss = models.loss(model, micro_batches(step, size, accumulate)[rank * accumulate + pass_])
+        if is_deepspeed(model):  # divides and counts by itself
+            model.backward(loss)  # type: ignore[operator]
+            twa.step()
+            twa.zero_grad()
+        else:
+            loss.div(accumulate).backward()
+    if not is_deepspeed(model):
+        twa.step()
+        twa.zero_grad()
 
 
 def micro_batches(step: int, size: int, accumulate: int = 1) -> list[models.Batch]:
@@ -88,11 +102,24 @@ def where() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def complaint(call: Callable[[], object]) -> str:
+    """What a call says when it is refused, or nothing: pytest.raises would end a rank."""
+    try:
+        call()
+    except TwaError as error:
+        return str(error)
+    return ""
+
+
 def gathered(model: nn.Module) -> dict[str, Tensor]:
     """Whole parameters by their plain names, on every rank; what the next forward pass would use."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    if is_deepspeed(model):
+        return zero.whole(model)
+    if isinstance(model, FullyShardedDataParallel):
+        return flattened.whole(model)
     result = {}
     for name, p in model.named_parameters():
         value = p.full_tensor() if isinstance(p, DTensor) else p

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import models, reference
+from tests import flattened, meshes, models, reference, zero
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Ended, Run
@@ -71,17 +71,28 @@ MORE = {
     "scalar-of-shape-1": Run({"groups": "tensor", "optimizer": ADAMW["delta"]}, scalar_shape=(1,)),
 }
 ROUNDED = {
-    "dense16": Run({"store": "dense16", "groups": "block", "optimizer": SGD["delta"]}),
+    **{s: Run({"store": s, "groups": "block", "optimizer": SGD["delta"]}) for s in ("dense16", "packed8", "packed4")},
+    "mapped": Run({"store": "mapped", "groups": "block", "optimizer": SGD["delta"]}),
     "bfloat16": Run({"groups": "block", "optimizer": SGD["delta"]}, bf16=True),
 }
 ALL = GRID | {name: replace(run, steps=6) for name, run in (MORE | ROUNDED).items()}
 
 EVERYWHERE = [*GRID, "accumulated", "scalar-of-shape-1"]
+ON_MESHES = ["normalized-block", "orthonormal-tensor", "pca-global", "simplex-patterns", "accumulated"]
 PLACES = [(engine, size) for engine in ENGINES for size in SIZES]
+PLACES += [(engine, size) for engine in flattened.ENGINES for size in SIZES]
+PLACES += [(engine, size) for engine in zero.ENGINES for size in SIZES]
+PLACES += [(engine, size) for engine in meshes.ENGINES for size in meshes.SIZES[engine]]
 
 
 def runs_of(engine: str, size: int) -> list[str]:
     """The grid everywhere; the rest of what a user can set with two ranks, since only the engines know their number."""
+    if engine in flattened.ENGINES:
+        return ["orthonormal-tensor", "accumulated", "scalar-of-shape-1"]
+    if engine in zero.ENGINES:
+        return [*ON_MESHES, "bfloat16"] if size == 2 else ON_MESHES
+    if engine in meshes.ENGINES:
+        return ON_MESHES if size == 2 or engine == "fsdp2-tp" else ON_MESHES[:2]
     names = list(ALL) if size == 2 else EVERYWHERE
     return [name for name in names if engine == "fsdp2" or not ALL[name].bf16]
 
@@ -134,13 +145,13 @@ def require_close(ended: Ended, weights: dict[str, Tensor], tolerance: float) ->
 @pytest.mark.parametrize(("engine", "size", "name"), CASES)
 class TestEquality:
     def test_weights_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
-        want = expected(name, size).weights[-1]
+        want = expected(name, meshes.data_ranks(engine, size)).weights[-1]
         for by_name in ends(engine, size):
             require_close(by_name[name], want, 1e-5)
 
     def test_coefficients_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
         """Also where dependent candidates leave several a to choose from: then they must give the right weights."""
-        want = expected(name, size)
+        want = expected(name, meshes.data_ranks(engine, size))
         ended = ends(engine, size)[0][name]
         assert not ended.error, ended.error
         a = ended.coefficients.double()
@@ -160,9 +171,13 @@ class TestEquality:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_bfloat16_store_stays_near(ends: Ends, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("store", "tolerance"), [("dense16", 1e-2), ("packed8", 1e-2), ("packed4", 3e-2), ("mapped", 1e-5)]
+)
+def test_stores_stay_near(ends: Ends, engine: str, store: str, tolerance: float) -> None:
+    """Deltas are rounded by the store, gradients and weights are not; `mapped` rounds nothing."""
     for by_name in ends(engine, 2):
-        require_close(by_name["dense16"], expected("dense16", 2).weights[-1], 1e-2)
+        require_close(by_name[store], expected(store, 2).weights[-1], tolerance)
 
 
 def test_bfloat16_computation_stays_near(ends: Ends) -> None:
@@ -170,6 +185,14 @@ def test_bfloat16_computation_stays_near(ends: Ends) -> None:
     for by_name in ends("fsdp2", 2):
         require_close(by_name["bfloat16"], expected("bfloat16", 2).weights[-1], 3e-2)
         assert all(value.dtype == torch.float32 for value in by_name["bfloat16"].weights.values())
+
+
+@pytest.mark.parametrize("engine", zero.ENGINES)
+def test_bfloat16_copies_of_the_weights_stay_near(ends: Ends, engine: str) -> None:
+    """What DeepSpeed shows are its bfloat16 copies; gradients are rounded, too."""
+    for by_name in ends(engine, 2):
+        require_close(by_name["bfloat16"], expected("bfloat16", 2).weights[-1], 1e-2)
+        assert all(value.dtype == torch.bfloat16 for value in by_name["bfloat16"].weights.values())
 
 
 def test_training_moves_the_weights() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import models
+from tests import flattened, models
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -71,7 +71,7 @@ def show(engine: str, basis: str) -> dict[str, Any]:
 
 
 def everything(model: Any) -> dict[str, Tensor]:
-    buffers = {name.removeprefix("module."): value.clone() for name, value in model.named_buffers()}
+    buffers = {flattened.plain(name): value.clone() for name, value in model.named_buffers()}
     return cases.gathered(model) | buffers
 
 
@@ -88,6 +88,14 @@ def trained_without_looking(engine: str, basis: str) -> dict[str, Tensor]:
         ("fsdp2", 1, "simplex"),
         ("fsdp2", 3, "normalized"),
         ("fsdp2", 3, "orthonormal"),
+        ("fsdp2-tp", 2, "pca"),
+        ("hsdp", 4, "simplex"),
+        ("fsdp1", 2, "orthonormal"),
+        ("fsdp1-flat", 3, "normalized"),
+        ("sharded-ddp", 2, "normalized"),
+        ("zero1", 2, "pca"),
+        ("zero2", 3, "orthonormal"),
+        ("zero3", 3, "normalized"),
     ],
 )
 def test_weights_are_shown_and_restored(ranks: Pool, engine: str, size: int, basis: str) -> None:

@@ -30,7 +30,8 @@ def go_on(engine: str, config: dict[str, Any], first: int, last: int, state: byt
 
     BatchNorm is in evaluation mode, so that a step does not depend on how its batch is split over the ranks.
     """
-    model, twa = cases.attach(engine, Run(config), paths)
+    shape = (1,) if paths is None else ()  # DeepSpeed has no parameters of shape ()
+    model, twa = cases.attach(engine, Run(config, scalar_shape=shape), paths)
     next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
     if state is not None:
         twa.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
@@ -69,8 +70,11 @@ def test_the_same_ranks_continue_bit_for_bit(ranks: Pool, engine: str, size: int
         [("fsdp2", 2, 2), ("fsdp2", 3, 2), ("fsdp2", 1, 2)],
         [("fsdp2", 3, 2), ("ddp", 2, 2), ("plain", 1, 2)],
         [("plain", 1, 2), ("plain", 3, 2), ("ddp", 1, 2)],
+        [("fsdp1", 3, 2), ("sharded-ddp", 2, 2), ("fsdp1-flat", 2, 2)],
+        [("fsdp2-tp", 4, 2), ("hsdp", 4, 2), ("tp", 2, 2)],
+        [("zero3", 3, 2), ("fsdp2", 2, 2), ("zero1", 2, 2)],
     ],
-    ids=["fsdp2-2-3-1", "fsdp2-ddp-plain", "plain-plain-ddp"],
+    ids=["fsdp2-2-3-1", "fsdp2-ddp-plain", "plain-plain-ddp", "fsdp1-sharded-ddp-flat", "tp-hsdp-tp", "zero"],
 )
 def test_other_ranks_and_engines_continue_the_trajectory(ranks: Pool, parts: list[Any], name: str) -> None:
     want = chain(ranks, CONFIGS[name], [("plain", 1, NUM_STEPS)])[0][0]

@@ -161,7 +161,7 @@ def test_unknown_keys_are_answered_with_the_nearest(
 
 def test_a_key_like_no_other_is_answered_with_the_list(tmp_path: Path) -> None:
     message = refusal(tmp_path, schedule={"zzz": 1})
-    assert "'schedule.zzz'" in message and "every, factor, final, name, warmup" in message
+    assert "'schedule.zzz'" in message and "every, factor, final, milestones, name, warmup" in message
 
 
 @pytest.mark.parametrize(
@@ -277,6 +277,7 @@ def test_shapes_after_the_warmup() -> None:
     assert rates(1, name="cosine", warmup=0.2) == rates(1, name="linear", warmup=0.2) == [1]
     assert cosine[1:] == sorted(cosine[1:], reverse=True)
     assert rates(9, name="step", warmup=0, every=3, factor=0.5) == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+    assert rates(8, name="step", warmup=0, milestones=[0.5, 0.75]) == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
 
 
 def test_the_scheduler_gives_the_optimizer_these_rates() -> None:

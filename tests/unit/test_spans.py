@@ -46,6 +46,14 @@ def test_pieces_are_the_span_cut_into_parts_of_at_most_a_size(box: tuple[tuple[i
     assert [offset for offset, _ in pieces] == [sum(len(p) for _, p in pieces[:i]) for i in range(len(pieces))]
 
 
+@given(boxes(), st.integers(0, 6), st.integers(0, 6))
+def test_a_part_is_what_a_slice_is(box: tuple[tuple[int, ...], ...], first: int, second: int) -> None:
+    span = block("w", *box)
+    unit = span.run or 1
+    start, stop = (min(i * unit, len(span)) for i in sorted((first, second)))
+    assert elements(span.part(start, stop)) == elements(span)[start:stop]
+
+
 def test_boxes_that_tile_a_tensor_give_spans_that_tile_it() -> None:
     found = []
     for i, j in product(range(2), range(3)):

@@ -1,10 +1,12 @@
 """What a user can set: one schema for Python, YAML files and the command line. Imports no torch."""
 
+from twa_scale.config.block import BLOCK, block_settings
 from twa_scale.config.center import Center, buffer_weights, candidate_index, center_weights
 from twa_scale.config.load import dump, load_config, validated
 from twa_scale.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, Section, TaskConfig, TwaConfig
 
 __all__ = [
+    "BLOCK",
     "Center",
     "OptimizerConfig",
     "RunConfig",
@@ -12,6 +14,7 @@ __all__ = [
     "Section",
     "TaskConfig",
     "TwaConfig",
+    "block_settings",
     "buffer_weights",
     "candidate_index",
     "center_weights",

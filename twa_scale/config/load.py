@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from twa_scale.config.block import BLOCK, unfolded
 from twa_scale.config.schema import RunConfig, Section
 from twa_scale.errors import ConfigError
 
@@ -44,9 +45,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path}: is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds {type(data).__name__}, not a mapping of keys to values.")
+    settings: dict[str, Any] = unfolded(data) if BLOCK in data else data
     for override in overrides or []:
-        _override(data, override)
-    return validated(RunConfig, data, str(path))
+        _override(settings, override)
+    return validated(RunConfig, settings, str(path))
 
 
 def _override(data: dict[str, Any], override: str) -> None:

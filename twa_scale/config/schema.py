@@ -63,8 +63,20 @@ class TwaConfig(Section):
         "center",
         description="Where the coefficients start: at the `center`, or at a candidate (`first`, `last`, an index).",
     )
-    store: Literal["dense32", "dense16"] = Field(
-        "dense32", description="How the deltas are held beside the weights: float32 or bfloat16."
+    store: Literal["dense32", "dense16", "packed8", "packed4", "packed2", "packed1", "mapped"] = Field(
+        "dense32",
+        description="How the deltas are held beside the weights: float32, bfloat16, codes of 8 to 1 bits with one "
+        "scale a block, or not at all: `mapped` takes them from the candidates' files.",
+    )
+    kernels: Literal["auto", "torch", "numba", "triton"] = Field(
+        "auto",
+        description="What computes on the store: `auto` takes `numba` on a CPU and `triton` on a GPU where they are "
+        "installed, `torch` otherwise.",
+    )
+    comm: Literal["auto", "nccl", "gloo", "mpi"] = Field(
+        "auto",
+        description="What sums the coefficient gradients over the ranks: `auto` is the model's own process group, or "
+        "MPI where `mpirun` has started ranks that have none.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer of the coefficients.")
     max_grad_norm: PositiveFloat | None = Field(None, description="Clip the coefficient gradient to this norm.")
@@ -114,12 +126,15 @@ class ScheduleConfig(Section):
         0.0, description="Part of the rate left at the end (cosine, linear)."
     )
     every: PositiveInt | None = Field(None, description="`step`: steps between two cuts of the rate.")
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [], description="`step`: parts of the run after which the rate is cut, in place of `every`: `[0.5, 0.75]`."
+    )
     factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="`step`: what one cut multiplies the rate by.")
 
     @model_validator(mode="after")
-    def _step_needs_every(self) -> "ScheduleConfig":
-        if self.name == "step" and self.every is None:
-            raise ValueError("schedule 'step' needs `every`: the number of steps between two cuts")
+    def _step_knows_its_cuts(self) -> "ScheduleConfig":
+        if self.name == "step" and (self.every is None) == (not self.milestones):
+            raise ValueError("schedule 'step' needs `every` (steps between cuts) or `milestones` (parts of the run)")
         return self
 
 
@@ -145,8 +160,18 @@ class RunConfig(TwaConfig):
     candidates: str | list[str] = Field(description="Glob or list of paths of the candidates, in training order.")
     task: TaskConfig = Field(description="Model, data and loss.")
     output: str = Field(description="Directory of the run: its state, metrics, pictures and the exported average.")
-    engine: Literal["auto", "plain", "ddp", "fsdp2"] = Field(
-        "auto", description="How the model is held: `auto` shards it with FSDP2 when there are several ranks."
+    engine: Literal["auto", "plain", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
+        "auto",
+        description="How the model is held: `auto` shards it with FSDP2 when there are several ranks; `zero1` to "
+        "`zero3` by DeepSpeed.",
+    )
+    deepspeed: dict[str, Any] | None = Field(
+        None, description="`zero1` to `zero3`: what DeepSpeed's JSON holds; batch sizes and stage follow from the run."
+    )
+    pods: PositiveInt = Field(
+        1,
+        description="Cut the ranks into this many groups, in order, that each hold the whole average with `engine` and "
+        "exchange only coefficient gradients: for slow links between them.",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of forward and backward computation."

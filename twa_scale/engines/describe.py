@@ -1,5 +1,8 @@
 """What engines share: naming the parameters and buffers of a module."""
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 import torch
 from torch import nn
 
@@ -7,7 +10,30 @@ from twa_scale.engines.protocol import ParameterInfo
 from twa_scale.errors import EngineError
 from twa_scale.names import normalize
 
+T = TypeVar("T")
+
 TWICE = "another average is attached to this model and has taken its gradients; call close() on it first."
+
+
+def by_first_name(named: Iterable[tuple[str, T]]) -> dict[str, tuple[T, tuple[str, ...]]]:
+    """Return things by their first normalized name, each with all the names that it goes by.
+
+    Raises:
+        EngineError: two different things whose names are the same once wrappers are taken off.
+    """
+    first: dict[str, T] = {}
+    names: dict[int, list[str]] = {}
+    for raw, thing in named:
+        name = normalize(raw)
+        known = names.setdefault(id(thing), [])
+        if name in known:  # a module reached twice, as under an activation-checkpoint wrapper
+            continue
+        known.append(name)
+        if len(known) == 1:
+            if name in first:
+                raise EngineError(f"two parameters of the model are both called {name!r}; rename one of them.")
+            first[name] = thing
+    return {name: (thing, tuple(names[id(thing)])) for name, thing in first.items()}
 
 
 def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, ParameterInfo]]:
@@ -16,23 +42,12 @@ def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[s
     Raises:
         EngineError: two different parameters whose names are the same once wrappers are taken off.
     """
-    parameters: dict[str, nn.Parameter] = {}
-    aliases: dict[int, list[str]] = {}
-    for raw, parameter in module.named_parameters(remove_duplicate=False):
-        name = normalize(raw)
-        known = aliases.setdefault(id(parameter), [])
-        if name in known:  # a module reached twice, as under an activation-checkpoint wrapper
-            continue
-        known.append(name)
-        if len(known) == 1:
-            if name in parameters:
-                raise EngineError(f"two parameters of the model are both called {name!r}; rename one of them.")
-            parameters[name] = parameter
+    found = by_first_name(module.named_parameters(remove_duplicate=False))
     infos = {
-        name: ParameterInfo(name, tuple(p.shape), p.dtype, p.requires_grad, tuple(aliases[id(p)]))
-        for name, p in parameters.items()
+        name: ParameterInfo(name, tuple(p.shape), p.dtype, p.requires_grad, aliases)
+        for name, (p, aliases) in found.items()
     }
-    return parameters, infos
+    return {name: p for name, (p, _) in found.items()}, infos
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,16 +1,17 @@
-"""FSDP2 (`fully_shard`): each rank holds rows of every parameter and, after the reduce-scatter, of its gradient."""
+"""FSDP2 (`fully_shard`) and tensor parallelism: each rank holds a part of every parameter, as a DTensor."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from twa_scale.comm import Group
 from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers
+from twa_scale.engines.mesh import Axis, Grid
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
@@ -20,71 +21,67 @@ from twa_scale.spans import Span
 class FSDP2Engine(Engine):
     """Gradients are taken in post-accumulate hooks, which FSDP2 calls when the local rows are reduced.
 
+    A parameter that some ranks of the shard group have the same part of, as tensor parallelism leaves norms, has one
+    owner for each of its elements: those ranks split their common part, and gather it when they have written.
     Parameters that FSDP2 was told to ignore are whole on every rank and nobody averages their gradients: their rows
     of the basis are split over the ranks, and their gradients averaged at the step.
     """
 
-    def __init__(self, module: nn.Module, replica_group: Group) -> None:
+    def __init__(self, module: nn.Module, replica_group: Group | None = None) -> None:
         self.module = module
+        self._wrapped = [child for child in module.modules() if isinstance(child, FSDPModule)]
         self._reshard()  # after a forward pass the root may hold whole parameters in place of its shards
         parameters, self.parameters = named_parameters(module)
         self._sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
-        self.shard_group = self._one_group()
-        self.replica_group = replica_group
-        self._local = {name: flat(name, p.to_local()) for name, p in self._sharded.items()}
-        self._spans = self._place()
+        grid = Grid(self._sharded)
+        self.shard_group = grid.shard_group
+        self.replica_group = _only_one(grid.replica_group, replica_group)
+        self._owned: dict[str, tuple[Span, int, int]] = {}  # the span, and where it lies in the local part
+        self._repeated: list[ReplicatedParameters] = []
+        with self.shard_group.agree():
+            self._local = {name: flat(name, p.to_local()) for name, p in self._sharded.items()}
+            spans = {name: grid.span(name, p) for name, p in self._sharded.items()}
+        self._own(grid, spans)
         whole = {name: p for name, p in parameters.items() if name not in self._sharded}
-        self._replicated = ReplicatedParameters(whole, self.shard_group)
+        self._whole = ReplicatedParameters(whole, self.shard_group)
         self.device = next(iter(self._local.values())).device
         self._consume: Consume | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def _one_group(self) -> Group:
-        meshes = {name: parameter.device_mesh for name, parameter in self._sharded.items()}
-        first = next(iter(meshes.values()))
-        for name, parameter in self._sharded.items():
-            if meshes[name].ndim != 1 or parameter.placements != (Shard(0),):
-                raise EngineError(
-                    f"parameter {name!r} is placed as {parameter.placements} on a {meshes[name].ndim}-D mesh; FSDP2 "
-                    "models are supported when sharded on dim 0 over a 1-D mesh. Leave shard_placement_fn and tensor "
-                    "parallelism out."
-                )
-            if meshes[name] != first:
-                raise EngineError(
-                    f"parameter {name!r} is sharded over another mesh than the first; use one mesh for all."
-                )
-        return Group(first.get_group())
-
-    def _place(self) -> dict[str, Span]:
-        """Learn where the local rows start from how many the ranks before hold: any uneven split will do."""
-        counts = self.shard_group.gather([len(local) for local in self._local.values()])
-        before = counts[: self.shard_group.rank]
-        spans = {}
-        for i, (name, local) in enumerate(self._local.items()):
-            start = sum(count[i] for count in before)
-            spans[name] = Span(name, start, start + len(local))
-        return spans
+    def _own(self, grid: Grid, spans: dict[str, Span]) -> None:
+        """Split what several ranks hold alike, so that over the shard group the spans tile every parameter once."""
+        alike: dict[tuple[Axis, ...], list[str]] = {}
+        for name in spans:
+            alike.setdefault(grid.repeating(name), []).append(name)
+        for axes, names in alike.items():
+            units = {name: max(1, spans[name].run) for name in names}
+            split = ReplicatedParameters({name: self._local[name] for name in names}, grid.group(axes), units)
+            if axes:
+                self._repeated.append(split)
+            for part in split.spans():
+                span = spans[part.name].part(part.start, part.stop)
+                self._owned[part.name] = span, part.start, part.stop
 
     def _reshard(self) -> None:
-        for child in self.module.modules():
-            if isinstance(child, FSDPModule):
-                child.reshard()
+        for child in self._wrapped:
+            child.reshard()
 
     def spans(self) -> list[Span]:
-        """Return the local rows of every parameter, some of them empty."""
-        return [*self._spans.values(), *self._replicated.spans()]
+        """Return the part of every parameter that this rank owns, some of them empty."""
+        return [*(self._owned[name][0] for name in self._sharded), *self._whole.spans()]
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the memory of the local shard."""
-        if span.name not in self._local:
-            return self._replicated.live(span)
-        offset = self._spans[span.name].start
-        return self._local[span.name][span.start - offset : span.stop - offset]
+        if span.name not in self._owned:
+            return self._whole.live(span)
+        _, start, stop = self._owned[span.name]
+        return self._local[span.name][start:stop]
 
     def publish(self, names: Collection[str]) -> None:
-        """Drop whole parameters that a forward pass left behind, so that the next one gathers the new shards."""
+        """Gather what several ranks hold alike; drop whole parameters, so that the next forward gathers anew."""
         self._reshard()
-        self._replicated.publish(names)
+        for repeated in (*self._repeated, self._whole):
+            repeated.publish(names)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers, which FSDP2 does not shard."""
@@ -94,31 +91,73 @@ class FSDP2Engine(Engine):
         """Consume the local rows of each gradient right after their reduce-scatter."""
         self._consume = consume
         for name, parameter in self._sharded.items():
-            if self.parameters[name].trainable:
-                hook = partial(self._take, span=self._spans[name])
+            if self.parameters[name].trainable and not self._offloaded(name):
+                hook = partial(self._take, name=name)
                 handle = cast(torch.Tensor, parameter).register_post_accumulate_grad_hook(hook)
                 self._hooks.append(handle)
 
-    def _take(self, parameter: torch.Tensor, span: Span) -> None:
-        if parameter.grad is None:
+    def _offloaded(self, name: str) -> bool:
+        """Whether FSDP2 copies this gradient to the CPU: the copy may still be under way in a hook."""
+        return self._local[name].device.type != self._sharded[name].device_mesh.device_type
+
+    def _take(self, parameter: DTensor, name: str) -> None:
+        gradient = parameter.grad
+        if gradient is None:
             raise EngineError(TWICE)
-        assert self._consume is not None
-        self._consume(span, cast(DTensor, parameter.grad).to_local().reshape(-1))
+        assert self._consume is not None and isinstance(gradient, DTensor)
+        if gradient.placements != parameter.placements:  # partial sums, without FSDP2 to add them up
+            gradient = gradient.redistribute(placements=parameter.placements)
+        span, start, stop = self._owned[name]
+        self._consume(span, gradient.to_local().reshape(-1)[start:stop])
         parameter.grad = None
 
     def drain(self) -> None:
-        """Average and hand over the gradients of ignored parameters; the hooks have consumed all others."""
+        """Average and hand over the gradients of ignored parameters; the hooks have consumed all others.
+
+        Raises:
+            EngineError: gradients that FSDP2 still keeps unreduced.
+        """
         assert self._consume is not None
-        self._replicated.consume(self._consume, averaged=False)
+        if next(self._unreduced(), None) is not None:
+            raise EngineError(
+                "FSDP2 keeps gradients that it has not reduced: call set_requires_gradient_sync(True), and "
+                "set_requires_all_reduce(True) with HSDP, before the last backward pass of a step."
+            )
+        for name, parameter in self._sharded.items():
+            if parameter.grad is not None:
+                self._take(parameter, name)
+        # Without FSDP2 these take part in the same computation on every rank, and have the same gradient.
+        self._whole.consume(self._consume, averaged=not self._wrapped)
 
     def forget(self) -> None:
-        """Drop the gradients; what FSDP2 keeps unreduced after a backward pass without sync is out of reach."""
-        self._replicated.forget()
+        """Drop the gradients, also those that FSDP2 keeps unreduced."""
+        self._whole.forget()
         for parameter in self._sharded.values():
             parameter.grad = None
+        for holder, attribute in list(self._unreduced()):
+            setattr(holder, attribute, None)
+
+    def _unreduced(self) -> Iterator[tuple[Any, str]]:
+        """Yield where FSDP2 keeps gradients between backward passes: (object, attribute). No public way leads there."""
+        for child in self._wrapped:
+            state: Any = child._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+                held = [(group, "_partial_reduce_output")]
+                for p in group.fsdp_params:
+                    held += [(p, "unsharded_accumulated_grad"), (getattr(p, "_unsharded_param", None), "grad")]
+                yield from (where for where in held if getattr(*where, None) is not None)
 
     def close(self) -> None:
         """Remove the hooks."""
         self._consume = None
         while self._hooks:
             self._hooks.pop().remove()
+
+
+def _only_one(own: Group, given: Group | None) -> Group:
+    if own.size > 1 and given is not None:
+        raise EngineError(
+            "replica_group: the model's mesh has replicas of its own (HSDP), over which FSDP2 averages gradients; "
+            "leave replica_group out, or shard each pod on a 1-D mesh."
+        )
+    return given or own

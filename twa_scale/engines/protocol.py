@@ -1,8 +1,8 @@
 """What the average needs of whatever shards a model."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -54,6 +54,14 @@ class Engine(Protocol):
     parameters: dict[str, ParameterInfo]
     """By normalized name, in the model's order."""
     loss_scale: LossScale | None = None
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return the settings of the average that came with the model, in the JSON of its own engine perhaps."""
+        return {}
+
+    def check(self) -> None:
+        """Raise EngineError where the model can be read and written, but an average of it not be trained."""
+        return
 
     def boundary(self) -> bool:
         """Return whether gradients are complete: False for a micro-batch of an engine that counts them itself."""

@@ -1,10 +1,9 @@
 """Parameters that every rank holds whole but of which each rank owns only its rows of the basis."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 
 import torch
-from torch import nn
 
 from twa_scale.comm import Group
 from twa_scale.engines.describe import flat
@@ -14,21 +13,44 @@ from twa_scale.spans import Span, share
 _BUCKET = 1 << 23  # elements per all-gather: large enough to hide latency, small beside the model
 
 
-class ReplicatedParameters:
-    """Splits parameters over a group by equal contiguous parts, and gathers the parts after they are written."""
+def buckets(parameters: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Yield the names of tensors that travel together: of one dtype, and a few megabytes where tensors are small."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], group: Group) -> None:
+    def dtype(name: str) -> str:
+        return str(parameters[name].dtype)
+
+    for _, same_dtype in groupby(sorted(parameters, key=dtype), key=dtype):
+        bucket: list[str] = []
+        size = 0
+        for name in same_dtype:
+            bucket.append(name)
+            size += parameters[name].numel()
+            if size >= _BUCKET:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket
+
+
+class ReplicatedParameters:
+    """Splits parameters over a group by equal contiguous parts, and gathers the parts after they are written.
+
+    Parts of the parameters named in `units` are multiples of that many elements.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], group: Group, units: Mapping[str, int] | None = None
+    ) -> None:
         self._parameters = parameters
         self._group = group
+        self._units = units or {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
 
     def spans(self) -> list[Span]:
         """Return this rank's part of every parameter; parts of small parameters are empty on the last ranks."""
-        return [
-            Span(name, *share(p.numel(), self._group.rank, self._group.size)) for name, p in self._parameters.items()
-        ]
+        return [Span(name, *self._part(name, self._group.rank)) for name in self._parameters]
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the local memory of a span."""
@@ -44,7 +66,7 @@ class ReplicatedParameters:
                 gradient = torch.zeros_like(parameter) if gradient is None else gradient
                 self._group.sum_(gradient).div_(self._group.size)
             if gradient is not None:
-                start, stop = share(parameter.numel(), self._group.rank, self._group.size)
+                start, stop = self._part(name, self._group.rank)
                 consume(Span(name, start, stop), gradient.reshape(-1)[start:stop])
             parameter.grad = None
 
@@ -57,33 +79,21 @@ class ReplicatedParameters:
         """All-gather the parts of these parameters, in buckets of one dtype."""
         if self._group.size == 1:
             return
-        chosen = [name for name in self._parameters if name in names]
-        for _, same_dtype in groupby(sorted(chosen, key=self._dtype), key=self._dtype):
-            for bucket in self._buckets(list(same_dtype)):
-                self._gather(bucket)
+        for bucket in buckets({name: p for name, p in self._parameters.items() if name in names}):
+            self._gather(bucket)
 
-    def _dtype(self, name: str) -> str:
-        return str(self._parameters[name].dtype)
-
-    def _buckets(self, names: list[str]) -> Iterator[list[str]]:
-        bucket: list[str] = []
-        size = 0
-        for name in names:
-            bucket.append(name)
-            size += self._parameters[name].numel()
-            if size >= _BUCKET:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
+    def _part(self, name: str, rank: int) -> tuple[int, int]:
+        unit = self._units.get(name, 1)
+        start, stop = share(self._parameters[name].numel() // unit, rank, self._group.size)
+        return start * unit, stop * unit
 
     def _gather(self, names: list[str]) -> None:
         tensors = [flat(name, self._parameters[name]) for name in names]
-        rank, size = self._group.rank, self._group.size
-        parts = [share(t.numel(), 0, size)[1] for t in tensors]
+        size = self._group.size
+        parts = [self._part(name, 0)[1] for name in names]
         local = tensors[0].new_zeros(sum(parts))
-        for piece, tensor in zip(torch.split(local, parts), tensors, strict=True):
-            start, stop = share(tensor.numel(), rank, size)
+        for name, piece, tensor in zip(names, torch.split(local, parts), tensors, strict=True):
+            start, stop = self._part(name, self._group.rank)
             piece[: stop - start] = tensor[start:stop]
         gathered = local.new_empty(size * len(local))
         self._group.all_gather(gathered, local)

@@ -1,4 +1,4 @@
-"""Candidates, read by slices: safetensors and torch files, whole or sharded, and state dicts in memory."""
+"""Candidates, read by slices: safetensors, torch files, checkpoints of DeepSpeed and DCP, state dicts in memory."""
 
 from twa_scale.sources.open import open_candidates
 from twa_scale.sources.protocol import Candidate

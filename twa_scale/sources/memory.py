@@ -12,7 +12,7 @@ from twa_scale.names import some
 from twa_scale.sources.flat import copy_flat
 from twa_scale.sources.unwrapped import unwrapped
 
-_NESTED = ("state_dict", "model", "model_state_dict", "module")
+NESTED = ("state_dict", "model", "model_state_dict", "module")
 
 
 class MemoryCandidate:
@@ -44,6 +44,11 @@ class MemoryCandidate:
         copy_flat(self._tensors[name], start, out)
         self.bytes_read += out.nbytes
 
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a tensor in the CPU's memory, flattened, where it lies there in row-major order."""
+        tensor = self._tensors[name]
+        return tensor.view(-1) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+
     def close(self) -> None:
         """Let go of the tensors."""
         self._tensors = {}
@@ -51,11 +56,11 @@ class MemoryCandidate:
 
 def _tensors(state_dict: Mapping[str, Any], label: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a state dict, bare or under a usual key; other entries are no weights."""
-    inner = next((state_dict[key] for key in _NESTED if isinstance(state_dict.get(key), Mapping)), state_dict)
+    inner = next((state_dict[key] for key in NESTED if isinstance(state_dict.get(key), Mapping)), state_dict)
     tensors = {str(name): value for name, value in inner.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise CandidateError(
-            f"{label}: holds no tensors, neither by name nor under one of {some(_NESTED)}; its keys are "
+            f"{label}: holds no tensors, neither by name nor under one of {some(NESTED)}; its keys are "
             f"{some(map(str, state_dict)) or 'none at all'}. Give a state dict, as model.state_dict() "
             "returns it."
         )

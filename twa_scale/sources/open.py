@@ -9,6 +9,9 @@ import torch
 
 from twa_scale.errors import CandidateError
 from twa_scale.sources.alike import check_alike
+from twa_scale.sources.dcp import METADATA, open_dcp
+from twa_scale.sources.dcp_safetensors import is_rank_shard, open_dcp_safetensors
+from twa_scale.sources.deepspeed import is_deepspeed, open_deepspeed
 from twa_scale.sources.memory import MemoryCandidate
 from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.safetensors import SafetensorsCandidate
@@ -32,7 +35,8 @@ def open_candidates(spec: Spec, minimum: int = 2) -> list[Candidate]:
     Args:
         spec: a glob (its matches in natural order: step-2 before step-10), a list of paths and globs in
             training order, or a list of state dicts. A path is a .safetensors, .pt, .pth or .bin file, a
-            Hugging Face index, or a directory that holds one of these.
+            Hugging Face index, a directory that holds one of these, or a checkpoint folder of DeepSpeed or
+            torch.distributed.checkpoint.
         minimum: the fewest candidates that make sense.
 
     Raises:
@@ -101,9 +105,29 @@ def _is_weights(path: Path) -> bool:
 
 def _open(path: Path) -> Candidate:
     if path.is_dir():
-        file = _weights_in(path)
-        return _open_file(file, path, str(path))
+        return _open_directory(path)
+    if is_rank_shard(path):
+        raise CandidateError(f"{path}: holds one rank's part of each tensor. Give the directory, {path.parent}.")
     return _open_file(path, path.parent if path.name in _WEIGHTS else None, str(path))
+
+
+def _open_directory(directory: Path) -> Candidate:
+    if file := _weights_in(directory):
+        return _open_file(file, directory, str(directory))
+    if is_deepspeed(directory):
+        return open_deepspeed(directory)
+    if (directory / METADATA).is_file():
+        return open_dcp(directory)
+    files = _safetensors_in(directory)
+    if files and all(map(is_rank_shard, files)):
+        return open_dcp_safetensors(files, directory)
+    several = f", but {len(files)} *.safetensors files without an index" if files else ""
+    raise CandidateError(
+        f"{directory}: is no candidate: it holds none of {', '.join(_WEIGHTS)}, no single *.safetensors "
+        f"file{several}, and is no checkpoint folder of DeepSpeed (*_model_states.pt, latest) or "
+        f"torch.distributed.checkpoint ({METADATA}). Name the file itself, leave the directory out, or, if its "
+        f"subdirectories are the candidates, write '{directory}/*'."
+    )
 
 
 def _open_file(path: Path, directory: Path | None, label: str) -> Candidate:
@@ -119,22 +143,18 @@ def _open_file(path: Path, directory: Path | None, label: str) -> Candidate:
     )
 
 
-def _weights_in(directory: Path) -> Path:
+def _weights_in(directory: Path) -> Path | None:
     for name in _WEIGHTS[:2]:
         if (directory / name).exists():
             return directory / name
-    files = sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("."))
-    if len(files) == 1:
+    files = _safetensors_in(directory)
+    if len(files) == 1 and not is_rank_shard(files[0]):
         return files[0]
-    for name in _WEIGHTS[2:]:
-        if (directory / name).exists():
-            return directory / name
-    several = f", but {len(files)} *.safetensors files without an index" if files else ""
-    raise CandidateError(
-        f"{directory}: is no candidate: it holds none of {', '.join(_WEIGHTS)} and no single *.safetensors "
-        f"file{several}. Name the file itself, leave the directory out, or, if its subdirectories "
-        f"are the candidates, write '{directory}/*'."
-    )
+    return next((directory / name for name in _WEIGHTS[2:] if (directory / name).exists()), None)
+
+
+def _safetensors_in(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("."))
 
 
 def _too_few(items: Sequence[object], sources: Sequence[object], minimum: int) -> str:

@@ -1,8 +1,7 @@
 """safetensors files: the header parsed once, tensor data read by exact byte ranges."""
 
-import errno
 import json
-import os
+import mmap
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.sources.handles import File
 from twa_scale.sources.unwrapped import unwrapped
 
 DTYPES = {
@@ -48,17 +48,13 @@ class SafetensorsCandidate:
 
     def __init__(self, path: Path, directory: Path | None = None, label: str | None = None) -> None:
         self.label = label or str(path)
-        self._path = str(path)
         self.directory = directory
         self.bytes_read = 0
+        self._file = File(path)
+        self._map: mmap.mmap | None = None
         try:
-            self._file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            hint = "; raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else ""
-            raise CandidateError(f"{path}: cannot be opened: {error.strerror}{hint}.") from error
-        try:
-            entries = _read_header(self._file, self._path)
-            self._entries = {name: entries[raw] for name, raw in unwrapped(entries, self._path).items()}
+            entries, _ = read_header(self._file)
+            self._entries = {name: entries[raw] for name, raw in unwrapped(entries, str(path)).items()}
         except BaseException:
             self.close()
             raise
@@ -79,44 +75,39 @@ class SafetensorsCandidate:
         """Fill `out` with the elements from `start` on, straight from the file into its memory."""
         entry = self._entries[name]
         assert out.dtype == entry.dtype and start + out.numel() <= prod(entry.shape)
-        problem = _read_exactly(self._file, out.view(torch.uint8).numpy().data, entry.offset + start * out.itemsize)
-        if problem:
-            raise CandidateError(
-                f"{self._path}: tensor {name!r} cannot be read: {problem}. The file was changed or removed "
-                "while it was in use, or its disk fails; candidates must stay as they are until the run has "
-                "ended."
-            )
+        begin = entry.offset + start * out.itemsize
+        self._file.read(out.view(torch.uint8).numpy().data, begin, f"tensor {name!r}")
         self.bytes_read += out.nbytes
 
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a view of a whole tensor in the mapped file, flattened; None where it is not aligned."""
+        entry = self._entries[name]
+        if entry.offset % entry.dtype.itemsize or not prod(entry.shape):
+            return None if prod(entry.shape) else torch.empty(0, dtype=entry.dtype)
+        if self._map is None:
+            with self._file.borrowed() as handle:  # private: torch wants to write, and nobody does
+                self._map = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(self._map, dtype=entry.dtype, count=prod(entry.shape), offset=entry.offset)
+
     def close(self) -> None:
-        """Close the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Close the file; what is mapped stays while it is in use."""
+        self._map = None
+        self._file.close()
 
 
-def _read_exactly(file: int, buffer: memoryview, offset: int) -> str | None:
-    """Fill `buffer` from the file; return what went wrong, if anything did."""
-    done = 0
-    while done < len(buffer):  # one call reads at most 2 GiB, and a network file system may give less than asked
-        try:
-            count = os.preadv(file, [buffer[done:]], offset + done)
-        except OSError as error:
-            return error.strerror
-        if count == 0:
-            return f"it ends at byte {offset + done}, {len(buffer) - done} bytes too early"
-        done += count
-    return None
+def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Parse and check the header: the tensors, checked against the size of the file, and what else it says.
 
-
-def _read_header(file: int, label: str) -> dict[str, Entry]:
-    """Parse and check the header; the entries are checked against the size of the file."""
-    size = os.fstat(file).st_size
+    Raises:
+        CandidateError: a file that is damaged, truncated or something else.
+    """
+    label, size = file.path, file.size
     raw_length = bytearray(8)
-    if size < 8 or _read_exactly(file, memoryview(raw_length), 0):
+    if size < 8:
         raise CandidateError(
             f"{label}: has {size} bytes, too few for a safetensors file: it is truncated. Copy it again."
         )
+    file.read(memoryview(raw_length), 0, "the header")
     length = int.from_bytes(raw_length, "little")
     if raw_length == b"version ":
         raise CandidateError(f"{label}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
@@ -126,13 +117,12 @@ def _read_header(file: int, label: str) -> dict[str, Entry]:
             "is no safetensors file, or it is truncated. Write or copy it again."
         )
     raw = bytearray(length)
-    if problem := _read_exactly(file, memoryview(raw), 8):
-        raise CandidateError(f"{label}: the header cannot be read: {problem}.")
+    file.read(memoryview(raw), 8, "the header")
     try:
         header = json.loads(raw)
         if not isinstance(header, dict):
             raise ValueError(f"it is a {type(header).__name__}")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
         entries = [(_entry(name, value, 8 + length, label), name) for name, value in header.items()]
     except (ValueError, RecursionError) as error:
         raise CandidateError(
@@ -141,7 +131,7 @@ def _read_header(file: int, label: str) -> dict[str, Entry]:
     if not entries:
         raise CandidateError(f"{label}: holds no tensors. Write it again from a model's state dict.")
     _check_tiling(entries, 8 + length, size, label)
-    return {name: entry for entry, name in entries}
+    return {name: entry for entry, name in entries}, metadata
 
 
 def _entry(name: str, value: Any, data_start: int, label: str) -> Entry:

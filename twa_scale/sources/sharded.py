@@ -8,6 +8,7 @@ import torch
 
 from twa_scale.errors import CandidateError
 from twa_scale.names import nearest, some
+from twa_scale.sources.mapped import Mappable
 from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.unwrapped import unwrapped
 
@@ -62,6 +63,11 @@ class ShardedCandidate:
         """Fill `out` from the file that holds the tensor."""
         self._part_of[name].read(name, start, out)
         self.bytes_read += out.nbytes
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a view of a whole tensor, flattened, where its file offers one."""
+        part = self._part_of[name]
+        return part.mapped(name) if isinstance(part, Mappable) else None
 
     def close(self) -> None:
         """Close every file."""

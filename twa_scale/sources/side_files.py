@@ -21,6 +21,7 @@ _CARRIED = (
     "*.jinja",
     "*.py",
 )
+_LEFT = ("zero_to_fp32.py", "zero_to_torch.py")  # DeepSpeed puts them beside its checkpoints
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -37,7 +38,10 @@ def side_files(directory: Path | None, dtype: torch.dtype | None = None) -> dict
     files: dict[str, bytes | Path] = {
         path.name: path
         for path in sorted(directory.iterdir())
-        if path.is_file() and path.suffix not in _WEIGHTS and any(fnmatch(path.name, p) for p in _CARRIED)
+        if path.is_file()
+        and path.suffix not in _WEIGHTS
+        and path.name not in _LEFT
+        and any(fnmatch(path.name, p) for p in _CARRIED)
     }
     if dtype is not None and "config.json" in files:
         files["config.json"] = _with_dtype((directory / "config.json").read_bytes(), dtype)

@@ -62,10 +62,15 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        wants = f"asks for {found.group(1).rstrip(',;')!r}" if found else "asks for more than tensors"
+        wants = found.group(1).rstrip(",;") if found else "more than tensors"
+        fix = "Save only tensors: torch.save(model.state_dict(), path)."
+        if wants.startswith("torch.distributed"):
+            fix = (
+                "It holds one rank's shards: save the model with torch.distributed.checkpoint.save, or with Snapshots."
+            )
         raise CandidateError(
-            f"{path}: its pickle {wants}, which could run code on loading; it was refused and nothing in it "
-            "was run. Save only tensors: torch.save(model.state_dict(), path)."
+            f"{path}: its pickle asks for {wants!r}, which could run code on loading; it was refused and nothing in it "
+            f"was run. {fix}"
         ) from error
     except Exception as error:
         # A damaged archive makes torch raise RuntimeError, KeyError, EOFError and more.

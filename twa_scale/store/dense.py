@@ -2,18 +2,20 @@
 
 import torch
 
-from twa_scale import kernels
+from twa_scale.kernels import Dense, Kernels
 from twa_scale.spans import Span
+from twa_scale.store.products import products
 
 
 class DenseStore:
-    """One (n, len(span)) matrix of deltas for each span, and its center in float32."""
+    """The rows of deltas of each span, and its center in float32."""
 
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> None:
         self._n = n
         self._dtype = dtype
         self._device = device
-        self._spans: dict[Span, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kernels = kernels
+        self._spans: dict[Span, tuple[Dense, torch.Tensor]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -22,28 +24,23 @@ class DenseStore:
 
     def reserve(self, span: Span) -> None:
         """Allocate a span; the memory is touched when it is filled."""
-        deltas = torch.empty(self._n, len(span), dtype=self._dtype, device=self._device)
+        deltas = Dense.empty(self._n, len(span), self._dtype, self._device)
         self._spans[span] = deltas, torch.empty(len(span), dtype=torch.float32, device=self._device)
 
     def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
         """Copy a part of a span in, rounding to the type of the store."""
         rows, base = self._spans[span]
-        rows[:, start : start + len(center)] = deltas
+        rows.write(start, deltas)
         base[start : start + len(center)] = center
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
-        deltas, center = self._spans[span]
-        result = torch.zeros(self._n + 1, dtype=torch.float64, device=self._device)
-        result[:-1] = kernels.project(deltas, gradient)
-        if with_center:
-            result[-1:] = kernels.project(center[None], gradient)
-        return result
+        return products(self._kernels, *self._spans[span], gradient, with_center)
 
     def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write the weights of this span."""
         deltas, center = self._spans[span]
-        kernels.combine(deltas, weights, center, scale, out)
+        self._kernels.combine(deltas, weights, center, scale, out)
 
     def close(self) -> None:
         """Release the memory."""

@@ -2,17 +2,41 @@
 
 import torch
 
+from twa_scale.config import TwaConfig
+from twa_scale.errors import ConfigError
+from twa_scale.kernels import choose_kernels, packed_bytes
 from twa_scale.store.dense import DenseStore
+from twa_scale.store.mapped import Mapped, MappedStore
+from twa_scale.store.packed import PackedStore
 from twa_scale.store.protocol import Store
 
 _DTYPES = {"dense32": torch.float32, "dense16": torch.bfloat16}
+_BITS = {"packed8": 8, "packed4": 4, "packed2": 2, "packed1": 1}
 
 
-def make_store(name: str, n: int, device: torch.device) -> Store:
-    """Return an empty store for n candidates on `device`."""
-    return DenseStore(n, _DTYPES[name], device)
+def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped) -> Store:
+    """Return an empty store for n candidates on `device`; `mapped` is asked for their tensors by store `mapped` only.
+
+    Raises:
+        ConfigError: store `mapped` on a GPU.
+    """
+    kernels = choose_kernels(config.kernels, device)
+    if config.store in _DTYPES:
+        return DenseStore(n, _DTYPES[config.store], device, kernels)
+    if config.store in _BITS:
+        return PackedStore(n, _BITS[config.store], device, kernels)
+    if device.type != "cpu":
+        raise ConfigError(
+            f"store: 'mapped' reads the candidates' files from the CPU's memory, but the model is on {device}. "
+            "Use packed8 or packed4, or train on the CPU."
+        )
+    return MappedStore(n, mapped, kernels)
 
 
-def bytes_per_element(name: str, n: int) -> float:
-    """Return what one trained element costs: n deltas and the float32 center."""
-    return n * _DTYPES[name].itemsize + 4
+def span_bytes(name: str, n: int, elements: int) -> int:
+    """Return what a span of trained elements costs: n deltas and the float32 center."""
+    if name == "mapped":
+        return 4 * elements
+    if name in _DTYPES:
+        return (n * _DTYPES[name].itemsize + 4) * elements
+    return packed_bytes(n, elements, _BITS[name]) + 4 * elements

@@ -71,6 +71,20 @@ def make_batches(
     Raises:
         ConfigError: a batch that the ranks cannot share equally, or a split smaller than one batch.
     """
+    micro, _ = cut(batch_size, micro_batch_size, size)
+    if len(examples) < batch_size:
+        raise ConfigError(
+            f"batch_size: split {split!r} has {len(examples)} examples, less than one batch of {batch_size}."
+        )
+    return Batches(examples, batch_size, micro, rank, size, seed)
+
+
+def cut(batch_size: int, micro_batch_size: int | None, size: int) -> tuple[int, int]:
+    """Return the size of a micro-batch, and how many of them a rank has in a batch.
+
+    Raises:
+        ConfigError: a batch that the ranks cannot share equally.
+    """
     share, rest = divmod(batch_size, size)
     micro = min(micro_batch_size or share, share)
     if rest or share % micro:
@@ -78,8 +92,4 @@ def make_batches(
             f"batch_size: {batch_size} examples cannot be cut into {size} ranks x micro-batches of {micro}; choose a "
             f"multiple of {size * micro}."
         )
-    if len(examples) < batch_size:
-        raise ConfigError(
-            f"batch_size: split {split!r} has {len(examples)} examples, less than one batch of {batch_size}."
-        )
-    return Batches(examples, batch_size, micro, rank, size, seed)
+    return micro, share // micro

@@ -5,7 +5,7 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from twa_scale.batchnorm import batchnorm_layers
 from twa_scale.clock import Clock, read_bandwidth
 from twa_scale.comm import Group
 from twa_scale.config import RunConfig, dump
+from twa_scale.engines.zero import is_deepspeed
 from twa_scale.errors import StateError
 from twa_scale.memory import peak_resident, return_freed_memory
 from twa_scale.plots import plot_training
@@ -24,10 +25,11 @@ from twa_scale.state import load_state, save_state
 from twa_scale.tasks import Task, build_task
 from twa_scale.training.batches import Batches, make_batches
 from twa_scale.training.evaluate import evaluate
-from twa_scale.training.model import autocast, build_model
+from twa_scale.training.model import autocast, backward, build_model, pod_mesh
 from twa_scale.training.records import Records, read_records
 from twa_scale.training.report import Report
 from twa_scale.training.schedule import make_scheduler
+from twa_scale.training.stopping import Stop, Stopped
 from twa_scale.world import World
 from twa_scale.writer import parse_size
 from twa_scale.writer.publish import check_target, replace_file, reported
@@ -44,21 +46,26 @@ def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
 
     Raises:
         TwaError: bad settings, data or candidates, on every rank.
+        Stopped: SIGUSR1 or SIGTERM came to any rank; the state is saved, and the same call continues.
     """
+    stop = Stop()
     world = World.from_environment()
     device = world.device(config.device)
     if device.type == "cpu":
         return_freed_memory()
-    with world.joined(device):
-        return Run(config, world, device, report or Report(active=False)).train()
+    with stop.on_signals(), world.joined(device, config.output):
+        return Run(config, world, device, report or Report(active=False), stop).train()
 
 
 class Run:
     """One run on one rank."""
 
-    def __init__(self, config: RunConfig, world: World, device: torch.device, report: Report) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, device: torch.device, report: Report, stop: Stop | None = None
+    ) -> None:
         self.config = config
         self.device = device
+        self.stop = stop or Stop()
         self.group = Group.world()
         self.report = report if self.group.rank == 0 else Report(active=False)
         self.output = Path(config.output)
@@ -72,12 +79,17 @@ class Run:
                 with reported(self.output):
                     self.output.mkdir(parents=True, exist_ok=True)
                     check_target(self.output / AVERAGE, 0, overwrite=True)
+        mesh = pod_mesh(config, world, device)
         with self.group.agree():  # apart: DDP exchanges shapes, which a rank without data would miss
-            self.model: nn.Module = build_model(config, self.task, world, device)
+            self.model: nn.Module = build_model(config, self.task, world, device, mesh and mesh["ranks"])
         with self.report.bytes("reading candidates") as progress:
-            self.twa: TrainableAverage = attach(self.model, config.candidates, config, progress=progress)
+            replicas = None if mesh is None else mesh.get_group("pods")
+            self.twa: TrainableAverage = attach(
+                self.model, config.candidates, config, replica_group=replicas, progress=progress
+            )
         self.scheduler = make_scheduler(config.schedule, self.twa.optimizer, self.num_steps)
         self.step = 0
+        self._stopping = False
         self._resume()
         self._save_config()
         self.records = Records(self.output, active=self.group.rank == 0, step=self.step)
@@ -96,6 +108,8 @@ class Run:
                 advance(values)
                 if self.step % config.log_every == 0 or self.step == self.num_steps:
                     self.records.write(self.step, values)
+                if self._stopping:
+                    self._leave()
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                     self._save()
                 if self._evaluation_is_due():
@@ -110,22 +124,26 @@ class Run:
         start = time.perf_counter()
         self._seed(self.step)
         self.model.train()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in self.training.training(self.step):
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # the loss, and who was asked to stop
+        for i, batch in enumerate(self.training.training(self.step)):
             batch = {key: value.to(self.device) for key, value in batch.items()}
             with self.clock.part("forward+backward"):
                 with autocast(self.config, self.model, self.device):
                     loss = self.task.loss(self.model, batch) / self.training.num_micro
-                loss.backward()
-            total += loss.detach()
+                backward(self.model, loss)
+            sums[0] += loss.detach()
+            if is_deepspeed(self.model) and i + 1 < self.training.num_micro:
+                self.twa.step()  # counts a micro-batch
         rate = self.scheduler.get_last_lr()[0]
         self.twa.step()
         self.twa.zero_grad()
         self.scheduler.step()
         self.step += 1
         self._steps_here += 1
-        mean = float(self.group.sum_(total)) / self.group.size
-        return {"loss": mean, "lr": float(rate), "seconds": time.perf_counter() - start}
+        sums[1] = float(self.stop.asked)
+        loss_sum, asked = self.twa.pods.sum_(sums).tolist()
+        self._stopping = asked > 0
+        return {"loss": loss_sum / self.group.size, "lr": float(rate), "seconds": time.perf_counter() - start}
 
     def _seed(self, step: int) -> None:
         """Make the randomness of a step depend on the seed, the step and the rank: that is the whole random state."""
@@ -151,6 +169,15 @@ class Run:
         steps = range(min(limit, self.training.per_epoch))
         batches = (batch for step in steps for batch in self.training.training(step))
         self.twa.recalibrate_batchnorm(batches, forward=lambda model, batch: self.task.loss(model, batch))
+
+    def _leave(self) -> NoReturn:
+        """Stop here, where all ranks are, so that a later start goes on as if nothing had been."""
+        self._save()
+        self.records.close()
+        self.twa.close()
+        text = f"stopped early at step {self.step} of {self.num_steps}, state saved in {self.output / STATE}"
+        self.report.say(f"{text}; the same command continues")
+        raise Stopped(text)
 
     def _finish(self) -> dict[str, Any]:
         final = self._evaluate()
@@ -205,9 +232,12 @@ class Run:
         path = self.output / STATE
         state: dict[str, Any] | None = None
         with self.group.agree():
-            if self.group.rank == 0 and self.config.resume and path.exists():
-                state = load_state(path)
-                self._require_same_course(state["course"])
+            if self.group.rank == 0 and path.exists():
+                if self.config.resume:
+                    state = load_state(path)
+                    self._require_same_course(state["course"])
+                else:
+                    path.unlink()  # of another run; a later start that resumes must not take it for ours
         state = self.group.broadcast(state)  # one rank looks: file systems may show ranks different things
         if state is None:
             return

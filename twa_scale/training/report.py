@@ -29,7 +29,7 @@ class Report:
 
     def say(self, text: str) -> None:
         """Print one line, above a running bar."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def bytes(self, description: str) -> Iterator[Callable[[int], None]]:

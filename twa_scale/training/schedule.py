@@ -23,8 +23,8 @@ def factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
         case "linear":
             return config.final + (1 - config.final) * (1 - min(progress, 1))
         case "step":
-            assert config.every is not None
-            return config.factor ** ((step - warmup) // config.every)
+            past = sum(step >= part * num_steps for part in config.milestones)
+            return config.factor ** (past if config.every is None else (step - warmup) // config.every)
         case "constant":
             return 1.0
 

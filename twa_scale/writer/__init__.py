@@ -1,6 +1,17 @@
 """Writing safetensors by all ranks at once, without gathering and never half-written."""
 
+from twa_scale.writer.background import BackgroundWrite
 from twa_scale.writer.shards import TensorSpec, parse_size, stored_as
-from twa_scale.writer.write import Files, Writer, writing
+from twa_scale.writer.write import Files, Writer, begin, check_tiling, writing
 
-__all__ = ["Files", "TensorSpec", "Writer", "parse_size", "stored_as", "writing"]
+__all__ = [
+    "BackgroundWrite",
+    "Files",
+    "TensorSpec",
+    "Writer",
+    "begin",
+    "check_tiling",
+    "parse_size",
+    "stored_as",
+    "writing",
+]

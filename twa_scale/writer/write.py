@@ -22,11 +22,13 @@ _PIECE_BYTES = 16 << 20  # what a conversion to the file's type may hold in memo
 
 
 class Writer:
-    """One rank's access to the files; made by `writing`."""
+    """One rank's access to the files; made by `writing`, or `begin`."""
 
     def __init__(self, directory: Path, target: Path, specs: Sequence[TensorSpec], shards: Sequence[Shard]) -> None:
-        self._directory = directory
-        self._target = target
+        self.directory = directory
+        """Where the files are until they are published."""
+        self.target = target
+        self._shards = shards
         self._specs = {spec.name: spec for spec in specs}
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
         self._handles: dict[str, int] = {}
@@ -44,7 +46,7 @@ class Writer:
         spec, shard = self._specs[span.name], self._shard_of[span.name]
         assert values.shape == (len(span),) and 0 <= span.start <= span.stop <= spec.numel
         size = spec.dtype.itemsize
-        with reported(self._target):
+        with reported(self.target):
             for offset, piece in span.pieces(max(1, _PIECE_BYTES // size)):
                 data = values[offset : offset + len(piece)].detach().to(spec.dtype).cpu().contiguous()
                 left = data.view(torch.uint8).numpy().data
@@ -55,7 +57,7 @@ class Writer:
 
     def sync(self) -> None:
         """Make what this rank wrote survive a power cut."""
-        with reported(self._target):
+        with reported(self.target):
             for handle in self._handles.values():
                 os.fsync(handle)
 
@@ -65,9 +67,24 @@ class Writer:
             os.close(handle)
         self._handles = {}
 
+    def publish(self, files: Files) -> None:
+        """Add the small files and let the directory appear under its name; for one rank, when all have written."""
+        extra = dict(files)
+        if len(self._shards) > 1:
+            extra[INDEX] = index_of(self._shards, list(self._specs.values()))
+        with reported(self.target):
+            for name, content in extra.items():
+                assert Path(name).name == name and name not in {shard.file for shard in self._shards}
+                write_file(self.directory / name, content)
+            publish(self.directory, self.target)
+
+    def discard(self) -> None:
+        """Remove what was not published; for one rank."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
     def _handle(self, shard: Shard) -> int:
         if shard.file not in self._handles:
-            self._handles[shard.file] = os.open(self._directory / shard.file, os.O_WRONLY)
+            self._handles[shard.file] = os.open(self.directory / shard.file, os.O_WRONLY)
         return self._handles[shard.file]
 
 
@@ -98,6 +115,31 @@ def writing(
     Raises:
         OutputError: on every rank; nothing is left behind, and what stood at `out` is as it was.
     """
+    writer = begin(out, specs, group, max_shard_size=max_shard_size, overwrite=overwrite)
+    try:
+        with group.agree():
+            try:
+                yield writer
+                writer.sync()
+            finally:
+                writer.close()
+        check_tiling(writer.elements, specs, group)
+        with group.agree():
+            if group.rank == 0:
+                writer.publish(files or {})
+    finally:
+        if group.rank == 0:
+            writer.discard()  # no longer there once it is published
+
+
+def begin(
+    out: str | Path, specs: Sequence[TensorSpec], group: Group, *, max_shard_size: str | int, overwrite: bool
+) -> Writer:
+    """Make the files, of full size and without values, in a hidden directory beside `out`. Collective.
+
+    Raises:
+        OutputError: on every rank; nothing is left behind.
+    """
     target, temporary = group.broadcast(_names(out))
     try:
         with group.agree():
@@ -106,20 +148,11 @@ def writing(
                 _prepare(target, temporary, shards, overwrite)
         with group.agree():
             _check_shared(target, temporary, shards[0])
-            writer = Writer(temporary, target, specs, shards)
-        with group.agree():
-            try:
-                yield writer
-                writer.sync()
-            finally:
-                writer.close()
-        _check_complete(writer, specs, group)
-        with group.agree():
-            if group.rank == 0:
-                _finish(target, temporary, shards, specs, files or {})
-    finally:
+            return Writer(temporary, target, specs, shards)
+    except BaseException:
         if group.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # no longer there once it is published
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _names(out: str | Path) -> tuple[Path, Path]:
@@ -146,24 +179,19 @@ def _check_shared(target: Path, temporary: Path, shard: Shard) -> None:
         )
 
 
-def _check_complete(writer: Writer, specs: Sequence[TensorSpec], group: Group) -> None:
-    """A hole would be a wrong span list: our bug, but one that must never reach a published file."""
-    total = sum(group.gather(sum(writer.elements.values())))
+def check_tiling(elements: Mapping[str, int], specs: Sequence[TensorSpec], group: Group) -> None:
+    """A hole would be a wrong span list: our bug, but one that must never reach a published file. Collective.
+
+    Args:
+        elements: how many of each tensor this rank writes.
+        specs: the tensors.
+        group: the ranks that write.
+    """
+    total = sum(group.gather(sum(elements.values())))
     if total != sum(spec.numel for spec in specs):
-        written = group.gather(writer.elements)
+        written = group.gather(elements)
         wrong = [spec.name for spec in specs if sum(counts[spec.name] for counts in written) != spec.numel]
         raise AssertionError(f"spans do not tile the tensors {wrong}: nothing was published")
-
-
-def _finish(target: Path, temporary: Path, shards: Sequence[Shard], specs: Sequence[TensorSpec], files: Files) -> None:
-    extra = dict(files)
-    if len(shards) > 1:
-        extra[INDEX] = index_of(shards, specs)
-    with reported(target):
-        for name, content in extra.items():
-            assert Path(name).name == name and name not in {shard.file for shard in shards}
-            write_file(temporary / name, content)
-        publish(temporary, target)
 
 
 def _write_exactly(handle: int, data: memoryview, offset: int) -> None:

@@ -1,4 +1,4 @@
-"""Evaluate sets of weights on a held-out split, under torchrun: writes {directory: metrics} as JSON."""
+"""Evaluate sets of weights on a held-out split, alone or under torchrun: writes {directory: metrics} as JSON."""
 
 import argparse
 import json
@@ -19,12 +19,13 @@ def main() -> None:
     """Evaluate each directory on the chosen split."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value, as for `twa-scale run`")
     parser.add_argument("--split", required=True)
     parser.add_argument("--batches", type=int, help="batches of a rank; the whole split when not given")
     parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("weights", type=Path, nargs="+", help="directories with model.safetensors")
+    parser.add_argument("--weights", type=Path, nargs="+", required=True, help="directories with model.safetensors")
     arguments = parser.parse_args()
-    config = load_config(arguments.config)
+    config = load_config(arguments.config, arguments.overrides)
     task = build_task(config.task)
     world = World.from_environment()
     with world.joined(torch.device("cpu")):

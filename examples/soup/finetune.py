@@ -1,0 +1,48 @@
+"""Fine-tune the pretrained model once: one ingredient of the soup."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from twa_scale.config import load_config
+from twa_scale.tasks import build_task, stack
+
+
+def main() -> None:
+    """Train on batches of `train` in an order that the seed chooses, and save a Hugging Face directory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--model", type=Path, required=True, help="pretrained directory")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--lr", type=float, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    task = build_task(load_config(arguments.config, arguments.overrides).task)
+    torch.manual_seed(0)  # one new head for all: weights can be averaged when they begin at one place
+    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=2)
+    torch.manual_seed(arguments.seed)
+    examples = task.dataset("train")
+    order = torch.cat([torch.randperm(len(examples)) for _ in range(arguments.steps)]).tolist()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, total_steps=arguments.steps)
+    model.train()
+    for step in range(arguments.steps):
+        first = step * arguments.batch_size
+        batch = stack([examples[i] for i in order[first : first + arguments.batch_size]])
+        optimizer.zero_grad()
+        loss = task.loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    model.save_pretrained(arguments.out)
+    AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.out)
+    print(f"{arguments.out}: rate {arguments.lr}, last batch {loss.item():.3f}")
+
+
+if __name__ == "__main__":
+    main()

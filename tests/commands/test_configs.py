@@ -1,0 +1,68 @@
+"""Every file of configs/ does what it says: it is understood, and it runs, on data and sizes that fit this machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.commands.conftest import Brought
+from tests.commands.material import by_hand, load, run_here
+from tests.pool import Pool
+from twa_scale.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# The ranks each is run on here, and whose data and candidates take the place of the user's.
+RUNS = {
+    "fsdp2-node": (2, "text"),
+    "fsdp2-slurm": (2, "text"),
+    "iclr": (1, "digits"),
+    "pods": (2, "text"),
+    "tail": (2, "text"),
+}
+ELSEWHERE = {"quickstart", "soup", "zero3"}  # run by `make quickstart`, below, and under the deepspeed launcher
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_it_is_understood(config: Path) -> None:
+    loaded = load_config(config)
+    assert loaded.candidates and loaded.task.name
+
+
+def test_each_is_run_somewhere() -> None:
+    assert {path.stem for path in CONFIGS} == {*RUNS, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_runs(name: str, ranks: Pool, text: Brought, digits: Brought, tmp_path: Path) -> None:
+    """Only what names the user's files, and the sizes, are changed; the method stays the file's."""
+    size, kind = RUNS[name]
+    brought = {"text": text, "digits": digits}[kind]
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    settings |= {"candidates": brought.candidates, "task": brought.task, "output": str(tmp_path / "out")}
+    settings |= {"steps": 3, "batch_size": 8, "micro_batch_size": 2, "evaluate_every": 2, "evaluate_batches": 1}
+    settings |= {"evaluate_split": "validation", "recalibrate_batches": 4}
+    settings.pop("epochs", None)
+    summary = ranks(run_here, size, timeout=120, data=settings)[0]
+    assert summary["steps"] == 3 and summary["ranks"] == size
+    exported = load(tmp_path / "out" / "average")
+    tolerance = 2e-2 if settings.get("store") == "dense16" else 1e-4
+    for tensor, want in by_hand(brought.candidates, tmp_path / "out").items():
+        assert (exported[tensor].double() - want).norm() <= tolerance * want.norm(), tensor
+
+
+@pytest.mark.slow
+def test_the_soup_of_pretrained_transformers(tmp_path: Path) -> None:
+    """MiniLM's real weights and real sentences, the whole story of `make soup` in small."""
+    sentences = ROOT / ".venv/share/vaderSentiment-3.3.2.tar.gz"
+    assert sentences.exists(), "the sentences are missing: `make test` fetches them"
+    command = [sys.executable, str(ROOT / "examples/soup/run.py"), f"--sentences={sentences}", f"--out={tmp_path}"]
+    subprocess.run([*command, "--ingredients=2", "--steps=4", "--epochs=0.05", "--batches=2"], check=True)
+    average = load_file(tmp_path / "twa/average/model.safetensors")
+    for name, want in by_hand(f"{tmp_path}/finetune/*", tmp_path / "twa").items():
+        assert (average[name].double() - want).norm() <= 1e-5 * want.norm(), name
+    assert (tmp_path / "twa/average/tokenizer.json").exists()

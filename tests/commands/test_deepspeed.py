@@ -1,0 +1,166 @@
+"""Runs under DeepSpeed: one JSON, its own launcher, every stage, and a state that goes on elsewhere."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from tests.commands.conftest import Brought
+from tests.commands.material import by_hand, load
+from twa_scale.config import RunConfig, load_config, validated
+from twa_scale.errors import ConfigError
+from twa_scale.training.zero import zero_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = {"steps": 4, "batch_size": 8, "micro_batch_size": 1, "evaluate_batches": 2, "groups": "block"}
+
+
+def settings(text: Brought, output: Path, **more: Any) -> dict[str, Any]:
+    return {"candidates": text.candidates, "task": text.task, "output": str(output), **STEPS, **more}
+
+
+def start(module: list[str], *words: object) -> None:
+    """Run ranks as processes of their own, as a launcher starts them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *module, "run", *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def torchrun(size: int) -> list[str]:
+    return ["torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m", "twa_scale"]
+
+
+def deepspeed(size: int) -> list[str]:
+    with socket.socket() as free:  # DeepSpeed's launcher has one port for all jobs of a host unless told
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return ["deepspeed.launcher.runner", f"--num_accelerators={size}", f"--master_port={port}", "--module", "twa_scale"]
+
+
+def close(weights: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert weights.keys() == want.keys()
+    for name, value in want.items():
+        assert (weights[name].double() - value.double()).norm() <= 1e-5 * value.double().norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_stage_ends_where_fsdp2_does(text: Brought, tmp_path: Path, precision: str) -> None:
+    for engine in ("fsdp2", "zero1", "zero2", "zero3"):
+        path = tmp_path / f"{engine}.json"
+        path.write_text(json.dumps(settings(text, tmp_path / engine, engine=engine, precision=precision)))
+        start(torchrun(2), path)
+    want = load(tmp_path / "fsdp2" / "average")
+    for engine in ("zero1", "zero2", "zero3"):
+        weights = load(tmp_path / engine / "average")
+        if precision == "float32":
+            close(weights, want)
+        for name, value in by_hand(text.candidates, tmp_path / engine).items():
+            assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
+        metrics = [json.loads((tmp_path / e / "summary.json").read_text())["evaluation"] for e in ("fsdp2", engine)]
+        for name, value in metrics[0].items():
+            assert metrics[1][name] == pytest.approx(value, rel=1e-5 if precision == "float32" else 2e-2)
+
+
+@pytest.mark.slow
+def test_one_json_under_the_launcher_of_deepspeed(text: Brought, tmp_path: Path) -> None:
+    """Blocks of ordinary training may stay in it; --local_rank is what the launcher adds."""
+    path = tmp_path / "ds.json"
+    ordinary = {
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-4}},
+        "scheduler": {"type": "WarmupLR", "params": {}},
+        "train_batch_size": "auto",
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+    }
+    path.write_text(json.dumps({"twa": settings(text, tmp_path / "run"), **ordinary}))
+    start(deepspeed(2), "--deepspeed", "--deepspeed_config", path, "steps=2")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["ranks"] == 2
+    weights = load(tmp_path / "run" / "average")
+    for name, value in by_hand(text.candidates, tmp_path / "run").items():
+        assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.slow
+def test_zero3_on_four_ranks_goes_on_with_fsdp2_on_two(text: Brought, tmp_path: Path) -> None:
+    for name in ("whole", "parts"):
+        data = settings(text, tmp_path / name, checkpoint_every=2)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    start(torchrun(2), tmp_path / "whole.yaml", "engine=fsdp2")
+    stopping = tmp_path / "stopping.yaml"
+    task = {"name": "tests.commands.test_deepspeed:stopping", "text": text.task, "after": 2 * 2 + 2}
+    stopping.write_text(yaml.safe_dump({**settings(text, tmp_path / "parts", checkpoint_every=2), "task": task}))
+    with pytest.raises(AssertionError, match="the job is over"):
+        start(torchrun(4), stopping, "engine=zero3")
+    assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 2
+    start(torchrun(2), tmp_path / "parts.yaml", "engine=fsdp2")
+    close(load(tmp_path / "parts" / "average"), load(tmp_path / "whole" / "average"))
+
+
+def stopping(text: dict[str, Any], after: int) -> Any:
+    """The text task, until its loss has been asked for `after` times in training."""
+    from twa_scale.config import TaskConfig
+    from twa_scale.tasks import build_task
+
+    task: Any = build_task(validated(TaskConfig, text))  # type: ignore[type-var]
+    loss, asked = task.loss, iter(range(after))
+
+    def until(model: Any, batch: Any) -> Tensor:
+        if next(asked, None) is None:
+            raise RuntimeError("the job is over")
+        result: Tensor = loss(model, batch)
+        return result
+
+    task.loss = until
+    return task
+
+
+def of(**data: Any) -> RunConfig:
+    task = {"name": "causal_lm"}
+    return validated(RunConfig, {"candidates": "x", "output": "y", "task": task, "steps": 1, **data})
+
+
+def test_deepspeeds_numbers_follow_from_the_run() -> None:
+    config = of(engine="zero2", batch_size=24, micro_batch_size=2, deepspeed={"gradient_clipping": 0.0})
+    found = zero_settings(config, 3)
+    assert found["train_micro_batch_size_per_gpu"] == 2 and found["gradient_accumulation_steps"] == 4
+    assert found["train_batch_size"] == 24 and found["zero_optimization"]["stage"] == 2
+    assert "torch_autocast" not in found and found["gradient_clipping"] == 0.0
+    half = of(engine="zero3", precision="bfloat16")
+    assert zero_settings(half, 1)["torch_autocast"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"train_micro_batch_size_per_gpu": 4}, "micro_batch_size"),
+        ({"train_batch_size": 7}, "batch_size"),
+        ({"zero_optimization": {"stage": 1}}, "stage"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_numbers_that_disagree_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        zero_settings(of(engine="zero3", batch_size=24, micro_batch_size=2, deepspeed=given), 3)
+
+
+def test_a_json_of_deepspeed_is_a_run(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "deepspeed.json", ["steps=7", "deepspeed.bf16.enabled=false"])
+    assert config.engine == "zero3" and config.steps == 7
+    assert config.deepspeed is not None and config.deepspeed["bf16"] == {"enabled": False}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"twa": {}, "zero_optimization": {"stage": 0}}))
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage"):
+        load_config(path)
+    path.write_text(json.dumps({"twa": 3}))
+    with pytest.raises(ConfigError, match="twa"):
+        load_config(path)

@@ -1,0 +1,180 @@
+"""A run that is asked to stop saves its state after the step, and continues as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.commands.conftest import Brought
+from tests.commands.material import load, run_here, settings, state_of
+from tests.commands.test_resume import lines
+from tests.pool import Pool
+from twa_scale.training.stopping import SIGNALS, STOPPED, Stop, Stopped
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+def life(brought: Brought, output: Path, task: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    usual = {"steps": STEPS, "evaluate_every": 2, "checkpoint_every": 3}
+    section = {"name": "tests.commands.interrupted:scores", **(task or {})}
+    return settings(brought.candidates, section, output, **usual | changes)
+
+
+def run_with_handlers(data: dict[str, Any]) -> str:
+    """What a run says when it stops; the signals of this process are then as they were."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(Stopped) as stopped:
+        run_here(data)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    return str(stopped.value)
+
+
+def same_end(one: Path, other: Path) -> None:
+    for key in ("x", "coefficients"):
+        assert torch.equal(state_of(one)["twa"][key], state_of(other)["twa"][key])
+    expected, found = load(one / "average"), load(other / "average")
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+    told = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(output)] for output in (one, other)]
+    assert told[0] == told[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks: Pool, scores: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    ranks(run_here, 2, data=life(scores, output, engine="fsdp2"))
+    return output
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "rank", "step"),
+    [
+        ("dataset", 2, 1, 1),  # before the candidates are read: the first boundary
+        ("model", 1, 0, 1),
+        ("metrics", 1, 1, 1),  # during the evaluation of step 0
+        ("metrics", 3, 0, 3),  # during that of step 2
+        ("loss", 4, 1, 4),  # where an evaluation is due
+        ("loss", 6, 0, 6),  # where a save is due
+        ("loss", STEPS, 1, STEPS),  # only the export is left
+    ],
+)
+def test_all_ranks_stop_after_the_step(
+    ranks: Pool, scores: Brought, undisturbed: Path, tmp_path: Path, method: str, call: int, rank: int, step: int
+) -> None:
+    task = {"method": method, "call": call, "rank": rank}
+    said = ranks(run_with_handlers, 2, data=life(scores, tmp_path, task, engine="fsdp2"))
+    assert said[0] == said[1] and f"at step {step} of {STEPS}" in said[0]
+    assert state_of(tmp_path)["step"] == step and not (tmp_path / "average").exists()
+    ranks(run_here, 2, data=life(scores, tmp_path, engine="fsdp2"))
+    same_end(undisturbed, tmp_path)
+
+
+def test_alone(scores: Brought, tmp_path: Path) -> None:
+    run_here(life(scores, tmp_path / "whole"))
+    run_with_handlers(life(scores, tmp_path / "parts", {"method": "loss", "call": 3}))
+    run_here(life(scores, tmp_path / "parts"))
+    same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_during_the_final_export_is_too_late(scores: Brought, tmp_path: Path) -> None:
+    evaluations = STEPS // 2 + 1  # of two batches each
+    run_here(life(scores, tmp_path, {"method": "metrics", "call": 2 * evaluations}))
+    assert (tmp_path / "average").exists()
+
+
+def test_signals_are_given_back_after_an_error() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    stop = Stop()
+    with pytest.raises(KeyError), stop.on_signals():
+        assert all(signal.getsignal(number) != handler for number, handler in zip(SIGNALS, before, strict=True))
+        signal.raise_signal(signal.SIGTERM)
+        raise KeyError
+    assert stop.asked and [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_thread_leaves_the_signals_alone() -> None:
+    seen = []
+
+    def inside() -> None:
+        with Stop().on_signals():
+            seen.extend(signal.getsignal(number) for number in SIGNALS)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == before
+
+
+def test_what_another_run_left_is_not_continued(scores: Brought, tmp_path: Path) -> None:
+    """A run that must not resume, stopped before its first save, leaves nothing that its second start could take."""
+    run_here(life(scores, tmp_path, seed=1))
+    with pytest.raises(RuntimeError, match="gone"):
+        run_here(
+            life(
+                Brought({}, scores.candidates),
+                tmp_path,
+                {"name": "tests.commands.material:scores", "die_at": 1},
+                resume=False,
+            )
+        )
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_exit_code_of_the_command(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", {"method": "loss", "call": 2})))
+    said = shell("run", config)
+    assert said.code == STOPPED == 75
+    assert f"stopped early at step 2 of {STEPS}" in said.err and "state.pt" in said.err
+    assert shell("run", config, "task.method=none").code == 0
+    assert [line["step"] for line in lines(tmp_path / "out") if "loss" in line] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["launcher", "rank"])
+def test_under_torchrun(scores: Brought, undisturbed: Path, tmp_path: Path, to: str) -> None:
+    """torchrun hands SIGTERM on to its ranks; and one rank that is told alone tells the others."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", engine="fsdp2")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "twa_scale", "run", str(config)]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen([*command, "task.seconds=1.0"], cwd=ROOT, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 90
+        while not lines_so_far(tmp_path / "out"):
+            assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        if to == "launcher":
+            launcher.terminate()
+        else:
+            os.kill(max(children(launcher.pid)), signal.SIGUSR1)
+        assert launcher.wait(60) == 1
+    finally:
+        launcher.kill()
+        launcher.wait()
+    text = (tmp_path / "log").read_text()
+    step = state_of(tmp_path / "out")["step"]
+    assert 1 <= step < STEPS and text.count(f"stopped early at step {step} of {STEPS}") == 1, text
+    assert to == "launcher" or f"exitcode  : {STOPPED}" in text, text
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    same_end(undisturbed, tmp_path / "out")
+
+
+def lines_so_far(output: Path) -> list[str]:
+    path = output / "metrics.jsonl"
+    return [line for line in path.read_text().splitlines() if '"lr"' in line] if path.exists() else []
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -1,0 +1,49 @@
+"""Run by the tests as `python -m tests.end_while_writing DIRECTORY`: two ranks that end while a snapshot is written.
+
+Prints a line `MODE:CODES` with the exit codes of the ranks for each way to end.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tests import models
+from tests.ranks.test_snapshots_asynchronous import gate
+from twa_scale.snapshots import Snapshots
+from twa_scale.writer import background
+
+
+def run(rank: int, mode: str, directory: Path) -> None:
+    background._GRACE = 1.0
+    store = dist.FileStore(str(directory / f".{mode}"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = models.wrap(models.build(0, (1,)), "fsdp2")
+    (directory / mode).mkdir(exist_ok=True)
+    with gate():
+        Snapshots(directory / mode, every_n_steps=1, asynchronous=True).step(model, 1)
+        dist.barrier()
+        if mode == f"kill-{rank}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.destroy_process_group()
+    # the thread begins to write only now, and the program is at its end
+
+
+def main() -> None:
+    fork = multiprocessing.get_context("fork")
+    modes = {}
+    for mode in ("leave", "kill-0", "kill-1"):
+        modes[mode] = [fork.Process(target=run, args=(rank, mode, Path(sys.argv[1]))) for rank in range(2)]
+        for process in modes[mode]:
+            process.start()
+    for mode, processes in modes.items():
+        for process in processes:
+            process.join()
+        print(f"{mode}:{','.join(str(process.exitcode) for process in processes)}")
+
+
+if __name__ == "__main__":
+    main()

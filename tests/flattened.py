@@ -1,0 +1,47 @@
+"""The judged model in flat parameters (FSDP1), and with whole tensors dealt out to the ranks (fairscale)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+ENGINES = ["fsdp1", "fsdp1-flat", "sharded-ddp"]
+OUTSIDE = "blocks.1.norm2.bias"  # trained, but the user's optimizer does not know it
+
+
+def wrap(model: Any, engine: str) -> nn.Module:
+    """Hand the judged model over.
+
+    FSDP1 cannot flatten a parameter of shape (), nor a frozen one with others when it drops the original parameters.
+    """
+    if engine == "sharded-ddp":
+        return hold(model, engine)
+    flat = engine == "fsdp1-flat"
+    ignored = [p for p in model.parameters() if p.dim() == 0 or (flat and not p.requires_grad)]
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = hold(block, engine)
+    return hold(model, engine, ignored_states=ignored or None)
+
+
+def hold(module: nn.Module, engine: str, **options: Any) -> nn.Module:
+    """Wrap any module; fairscale gets buckets that hold small tensors only."""
+    if engine != "sharded-ddp":
+        options = {"use_orig_params": engine == "fsdp1", "device_id": torch.device("cpu")} | options
+        return FullyShardedDataParallel(module, **options)
+    from fairscale.nn.data_parallel import ShardedDataParallel
+    from fairscale.optim.oss import OSS
+
+    known = [p for name, p in module.named_parameters() if name != OUTSIDE]
+    return ShardedDataParallel(module, OSS(known, optim=optim.SGD, lr=0.1), reduce_buffer_size=300, **options)
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters by their plain names, as FSDP1 gathers them; what it has gathered before counts."""
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        return {plain(name): p.detach().clone() for name, p in model.named_parameters()}
+
+
+def plain(name: str) -> str:
+    """The name in the model that was wrapped."""
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")

@@ -1,0 +1,200 @@
+"""`launch` says what it runs, refuses what cannot run, and the scripts beside it run the same; each once for real."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.commands import material
+from tests.commands.conftest import Brought, Said, shell
+from tests.commands.material import load, run_here, settings
+from twa_scale.launch import Launch, shown
+
+__all__ = ["shell"]  # the fixture
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ["-m", "twa_scale", "run"]
+MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Brought:
+    return Brought(material.SCORES, material.train_candidates(material.SCORES, tmp_path_factory.mktemp("scores")))
+
+
+@pytest.fixture(scope="module")
+def alone(scores: Brought, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    output = tmp_path_factory.mktemp("alone")
+    run_here(settings(scores.candidates, scores.task, output))
+    return load(output / "average")
+
+
+@pytest.fixture
+def config(scores: Brought, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", engine="fsdp2")))
+    return path
+
+
+STARTS = {
+    "torchrun": [sys.executable, "-m", "twa_scale", "launch", "--with", "torchrun", "--ranks-per-node", "2"],
+    "deepspeed": ["launch/deepspeed.sh"],
+    "mpi": ["launch/mpirun.sh"],
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "settings"),
+    [("torchrun", "engine=fsdp2"), ("deepspeed", "engine=zero3"), ("mpi", "comm=mpi")],
+)
+def test_two_ranks_for_real(
+    launcher: str, settings: str, config: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
+) -> None:
+    variables = {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | MPI
+    ended = subprocess.run(
+        [*STARTS[launcher], str(config), "steps=4", settings],
+        cwd=ROOT,
+        env=os.environ | variables,
+        timeout=400,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["ranks"] == 2 and summary["steps"] == 4
+    assert not list((tmp_path / "out").glob(".*"))
+    for name, value in load(tmp_path / "out/average").items():
+        assert float((value - alone[name]).norm()) <= 2e-6 * float(alone[name].norm()), name
+
+
+def test_a_run_that_fails_under_mpirun_says_so_once(config: Path, tmp_path: Path) -> None:
+    """All ranks raise the same error; the one that speaks is not ended before it has."""
+    words = ["mpirun", "-n", "2", sys.executable, *RUN, str(config), "batch_size=13"]
+    ended = subprocess.run(words, cwd=ROOT, env=os.environ | MPI, timeout=400, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert ended.stderr.count("bad configuration: batch_size: 13 examples") == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+# What is printed
+
+
+def printed(launcher: str, **options: Any) -> list[str]:
+    return Launch("run.yaml", ["steps=2"], **options).command(launcher)  # type: ignore[arg-type]
+
+
+def test_torchrun() -> None:
+    start = [sys.executable, "-m", "torch.distributed.run"]
+    run = [*RUN, "run.yaml", "steps=2"]
+    assert printed("torchrun", ranks_per_node=8) == [*start, "--standalone", "--nproc-per-node=8", *run]
+    meet = ["--nnodes=4", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:29400", "--rdzv-id=n1:29400"]
+    assert printed("torchrun", nodes=4, rdzv_endpoint="n1:29400") == [*start, *meet, "--nproc-per-node=1", *run]
+
+
+def test_mpirun() -> None:
+    command = printed("mpi", nodes=2, ranks_per_node=4, host_file="hosts")
+    assert Path(command[0]).name == "mpirun"
+    assert command[1:7] == ["-n", "8", "--map-by", "ppr:4:node", "--hostfile", "hosts"]
+    assert command[-6:] == [sys.executable, *RUN, "run.yaml", "steps=2"]
+
+
+def test_slurm() -> None:
+    command = printed("slurm", nodes=2, ranks_per_node=4)
+    assert Path(command[0]).name == "sbatch" and command[1:3] == ["--nodes=2", "--ntasks-per-node=4"]
+    assert Path(command[3]).read_text().startswith("#!") and command[4:] == ["run.yaml", "steps=2"]
+
+
+def test_deepspeed_takes_another_port_each_time() -> None:
+    ports = [word for _ in range(2) for word in printed("deepspeed") if word.startswith("--master_port=")]
+    assert len(set(ports)) == 2 and "--master_port=29500" not in ports
+
+
+def test_what_is_printed_is_what_a_shell_takes(shell: Any, config: Path) -> None:
+    words = ["launch", config, "task.text=[a b, 'c']", "steps=2", "--ranks-per-node", 2, "--dry-run"]
+    said: Said = shell(*words)
+    assert said.code == 0 and said.out.count("\n") == 1
+    expected = Launch(str(config), ["task.text=[a b, 'c']", "steps=2"], ranks_per_node=2).command("torchrun")
+    assert shlex.split(said.out) == expected and shown(expected) == said.out.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stps=2"], "did you mean 'steps'"),
+        (["--with", "slurm", "stps=2"], "did you mean 'steps'"),
+        (["--nodes", "2"], "--rdzv-endpoint HOST:PORT"),
+        (["--with", "deepspeed", "--nodes", "2"], "--host-file FILE"),
+        (["--host-file", "hosts"], "--host-file is for deepspeed and mpi"),
+        (["--with", "slurm", "--rdzv-endpoint", "n1:1"], "--rdzv-endpoint is for torchrun"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(
+    shell: Any, config: Path, words: list[str], message: str
+) -> None:
+    said = shell("launch", config, *words)
+    assert said.code == 2 and message in said.err and said.out == ""
+
+
+def test_a_launcher_that_is_not_installed(shell: Any, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    for launcher, package in {"mpi": "openmpi-bin", "slurm": "slurm-client"}.items():
+        said = shell("launch", config, "--with", launcher)
+        assert said.code == 2 and package in said.err
+
+
+# The scripts
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "launcher", "options"),
+    [
+        ("torchrun", {"NPROC": "4"}, "torchrun", {"ranks_per_node": 4}),
+        (
+            "torchrun",
+            {"NPROC": "4", "NNODES": "2", "RDZV_ENDPOINT": "n1:29400"},
+            "torchrun",
+            {"ranks_per_node": 4, "nodes": 2, "rdzv_endpoint": "n1:29400"},
+        ),
+        ("deepspeed", {"NPROC": "4"}, "deepspeed", {"ranks_per_node": 4}),
+        (
+            "deepspeed",
+            {"NPROC": "4", "NNODES": "2", "HOSTFILE": "hosts"},
+            "deepspeed",
+            {"ranks_per_node": 4, "nodes": 2, "host_file": "hosts"},
+        ),
+        ("mpirun", {"NPROC": "4"}, "mpi", {"ranks_per_node": 4}),
+        (
+            "mpirun",
+            {"NPROC": "8", "PER_NODE": "4", "HOSTFILE": "hosts"},
+            "mpi",
+            {"ranks_per_node": 4, "nodes": 2, "host_file": "hosts"},
+        ),
+    ],
+)
+def test_a_script_runs_what_launch_prints(
+    script: str, variables: dict[str, str], launcher: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """With a recorder in the place of the program that each of them would become."""
+    recorder = tmp_path / "mpirun"
+    recorder.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    recorder.chmod(0o755)
+    python = sys.executable if script == "mpirun" else str(recorder)
+    environment = {"PATH": f"{tmp_path}:{os.defpath}", "PYTHON": python, "MASTER_PORT": "1"} | variables
+    words = [str(ROOT / "launch" / f"{script}.sh"), "run.yaml", "steps=2"]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    expected = [
+        "--master_port=1" if word.startswith("--master_port") else word for word in printed(launcher, **options)[1:]
+    ]
+    assert ended.stdout.splitlines() == expected

@@ -1,0 +1,118 @@
+"""What mpirun starts in these tests: a user's script, which has no torch process group unless it makes one.
+
+`python -m tests.mpi.script CASE DIRECTORY`: what the case returns on rank r is left in DIRECTORY/r.pt.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+import twa_scale
+from tests import models
+from tests.mpi.settings import BATCH, CONFIGS, PODS, STEPS
+from twa_scale.comm import Group
+from twa_scale.errors import CandidateError, TwaError
+from twa_scale.world import World
+
+
+def train(model: torch.nn.Module, config: dict[str, Any], group: Group, **options: Any) -> dict[str, Any]:
+    """Every rank of `group` sees its own part of each batch."""
+    twa = twa_scale.attach(model, models.candidates(scalar_shape=(1,)), config, **options)
+    for step in range(STEPS):
+        models.loss(model, models.part(models.batch(step, BATCH), group.rank, group.size)).backward()
+        twa.step()
+        twa.zero_grad()
+    result = {"weights": gathered(model), "coefficients": twa.coefficients.clone()}
+    twa.close()
+    return result
+
+
+def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Whole parameters, on every rank; what the next forward pass would use."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    parameters = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def replicas() -> dict[str, Any]:
+    group = Group.world()
+    return {name: train(models.build(seed=99, scalar_shape=(1,)), config, group) for name, config in CONFIGS.items()}
+
+
+def sharded() -> dict[str, Any]:
+    """FSDP2 over gloo, its coefficient gradients over MPI; then the same as pods of two."""
+    with World.from_environment().joined(torch.device("cpu")):
+        group, config = Group.world(), CONFIGS["block"] | {"comm": "mpi"}
+        result = {"block": train(models.wrap(models.build(seed=99, scalar_shape=(1,)), "fsdp2"), config, group)}
+        if group.size == 4:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pods", "ranks"))
+            model = models.build(seed=99, scalar_shape=(1,))
+            fully_shard(model, mesh=mesh["ranks"])
+            result[PODS] = train(model, config, group, replica_group=mesh.get_group("pods"))
+    return result
+
+
+def spoiled() -> dict[str, Any]:
+    """The last rank has a candidate that does not fit."""
+    group, states = Group.world(), models.candidates()
+    if group.rank == group.size - 1:
+        states[1]["head.weight"] = states[1]["head.weight"][1:]
+    try:
+        twa_scale.attach(models.build(), states)
+    except CandidateError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def wants_gloo() -> dict[str, Any]:
+    """There is no process group to be had over MPI alone."""
+    try:
+        twa_scale.attach(models.build(), models.candidates(), {"comm": "gloo"})
+    except TwaError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def methods() -> dict[str, Any]:
+    group = Group.world()
+    mine = torch.arange(6, dtype=torch.float64).view(2, 3).T * (group.rank + 1)  # not contiguous
+    gathered = torch.empty(2 * group.size, dtype=torch.bfloat16)
+    group.all_gather(gathered, torch.full((2,), group.rank, dtype=torch.bfloat16))
+    copied = torch.full((2, 2), group.rank, dtype=torch.int64)
+    group.copy_from(group.size - 1, copied)
+    return {
+        "kind": type(group).__name__,
+        "sum": group.sum_(mine),
+        "whole": group.sum_(torch.tensor(2**53 + group.rank)),
+        "half": group.sum_(torch.tensor([0.5, group.rank], dtype=torch.bfloat16)),
+        "none": group.sum_(torch.empty(0)),
+        "third": group.sum_(torch.tensor(1 / 3 + group.rank, dtype=torch.float64)),
+        "gather": group.gather({"rank": group.rank}),
+        "broadcast": group.broadcast(group.rank, group.size - 1),
+        "all_gather": gathered,
+        "copied": copied,
+    }
+
+
+def dies() -> dict[str, Any]:
+    """One rank fails by itself while the others wait for it."""
+    with World.from_environment().joined(torch.device("cpu")):
+        group = Group.world()
+        if group.rank == 1:
+            raise RuntimeError("the data is not mounted on this node")
+        group.gather(0)
+    return {}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    case, directory = sys.argv[1:]
+    for name in case.split(","):
+        results = globals()[name]()
+        torch.save(results, Path(directory) / f"{name}-{World.from_environment().rank}.pt")

@@ -1,0 +1,81 @@
+"""Ranks that a real mpirun starts: as replicas without a process group, and as shards that reduce over MPI."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import models, reference
+from tests.mpi.conftest import Mpirun
+from tests.mpi.settings import BATCH, CONFIGS, PODS, STEPS
+from tests.ranks.test_equality import errors
+
+SIZES = [1, 2, 4]
+
+
+@pytest.fixture(scope="session", params=SIZES)
+def results(request: pytest.FixtureRequest, mpirun: Mpirun, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Each case's results by rank; all cases in one start of ranks."""
+    size, directory = request.param, tmp_path_factory.mktemp("mpi")
+    cases = ["methods", "replicas", "spoiled", *(["wants_gloo", "sharded"] if size > 1 else [])]
+    ended = mpirun(size, "tests.mpi.script", ",".join(cases), directory)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return {case: [torch.load(directory / f"{case}-{rank}.pt") for rank in range(size)] for case in cases}
+
+
+@cache
+def expected(config: str, size: int) -> dict[str, torch.Tensor]:
+    """The weights that one process gets from the same parts of every batch."""
+    steps = [[models.part(models.batch(step, BATCH), rank, size) for rank in range(size)] for step in range(STEPS)]
+    model, states = models.build(scalar_shape=(1,)), models.candidates(scalar_shape=(1,))
+    return reference.train(model, models.loss, states, CONFIGS[config], steps).weights[-1]
+
+
+def require_equal(by_rank: list[dict[str, Any]], name: str, config: str) -> None:
+    for result in by_rank:
+        off = errors(result[name]["weights"], expected(config, len(by_rank)))
+        assert max(off.values()) <= 1e-5, off
+        assert torch.equal(result[name]["coefficients"], by_rank[0][name]["coefficients"])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_replicas_do_what_one_process_does_on_all_data(results: Any, config: str) -> None:
+    require_equal(results["replicas"], config, config)
+
+
+def test_a_sharded_model_reduces_over_mpi(results: Any) -> None:
+    for name in {1: [], 2: ["block"], 4: ["block", PODS]}[len(results["methods"])]:
+        require_equal(results["sharded"], name, "block")
+
+
+def test_an_error_of_one_rank_reaches_all(results: Any) -> None:
+    said = {result["error"] for result in results["spoiled"]}
+    assert len(said) == 1 and "head.weight" in said.pop()
+
+
+def test_torch_reductions_need_a_process_group(results: Any) -> None:
+    for result in results.get("wants_gloo", []):
+        assert "'gloo' needs a torch process group" in result["error"]
+
+
+def test_a_group_over_mpi_does_all_that_a_group_does(results: Any) -> None:
+    size = len(results["methods"])
+    ranks = range(size)
+    for result in results["methods"]:
+        assert result["kind"] == ("MpiGroup" if size > 1 else "Group")
+        assert result["sum"].tolist() == [
+            [sum(r + 1 for r in ranks) * v for v in row] for row in ([0, 3], [1, 4], [2, 5])
+        ]
+        assert result["whole"] == size * 2**53 + sum(ranks)
+        assert result["half"].tolist() == [0.5 * size, sum(ranks)] and result["half"].dtype == torch.bfloat16
+        assert result["none"].numel() == 0 and torch.equal(result["third"], results["methods"][0]["third"])
+        assert result["gather"] == [{"rank": rank} for rank in ranks] and result["broadcast"] == size - 1
+        assert result["all_gather"].tolist() == [rank for rank in ranks for _ in "ab"]
+        assert result["copied"].tolist() == [[size - 1] * 2] * 2
+
+
+def test_a_rank_that_fails_alone_ends_the_others(mpirun: Mpirun, tmp_path: Path) -> None:
+    ended = mpirun(2, "tests.mpi.script", "dies", tmp_path, timeout=60)
+    assert ended.returncode != 0 and "not mounted on this node" in ended.stderr

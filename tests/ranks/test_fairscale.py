@@ -1,0 +1,263 @@
+"""fairscale: tensors dealt out to ranks by OSS, and flat parameters as far as they go without a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from fairscale.nn.data_parallel import FullyShardedDataParallel, ShardedDataParallel
+from fairscale.optim.oss import OSS
+from safetensors.torch import load_file
+from torch import Tensor, nn, optim
+
+import twa_scale
+from tests import flattened, reference
+from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Run
+from tests.ranks.test_fsdp1 import CONFIG, batches, build, candidates, loss, loss_of
+from twa_scale import Snapshots
+from twa_scale.engines import choose_engine
+from twa_scale.spans import Span
+
+
+def sharded(bucket: int) -> Any:
+    """The net under ShardedDataParallel, its optimizer knowing all of it."""
+    net = build(seed=9)
+    return ShardedDataParallel(net, OSS(net.parameters(), optim=optim.SGD, lr=0.1), reduce_buffer_size=bucket)
+
+
+def train(bucket: int, accumulate: int, no_sync: bool) -> tuple[dict[str, Tensor], Tensor, set[str], list[int]]:
+    """Train with evaluations in between, which make fairscale drop its hooks and buckets; return the weights."""
+    rank, size = cases.where()
+    model = sharded(bucket)
+    twa = twa_scale.attach(model, candidates(), CONFIG)
+    for step in range(5):
+        parts = batches(step, size)[rank].chunk(accumulate)
+        for i, part in enumerate(parts):
+            model._should_accumulate_grads = no_sync and i + 1 < len(parts)  # what no_sync() sets
+            (loss(model, part) / accumulate).backward()
+            if not no_sync:
+                model.eval()
+                with torch.no_grad(), twa.weights("last"):
+                    loss(model, part)
+                model.train()
+        twa.step()
+        twa.zero_grad()
+    owned = {span.name for span in choose_engine(model).spans()}
+    elements = [sum(p.numel() for name, p in model.module.named_parameters() if name in owned)]
+    return {n: p.detach().clone() for n, p in model.module.named_parameters()}, twa.coefficients, owned, elements
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket", "accumulate", "no_sync"),
+    [(1, 1 << 23, 2, False), (2, 1 << 23, 2, True), (2, 0, 2, False), (2, 40, 2, False), (3, 40, 2, True)],
+)
+def test_tensors_are_dealt_out_and_trained_right(
+    ranks: Pool, size: int, bucket: int, accumulate: int, no_sync: bool
+) -> None:
+    """With all gradients in buckets, none, and some; each tensor belongs to one rank."""
+    results = ranks(train, size, bucket=bucket, accumulate=accumulate, no_sync=no_sync)
+    steps = [[part for rank in batches(step, size) for part in rank.chunk(accumulate)] for step in range(5)]
+    want = reference.train(build(), loss, candidates(), CONFIG, steps).weights[-1]
+    for weights, coefficients, _, _ in results:
+        assert torch.equal(coefficients, results[0][1])
+        for name, value in want.items():
+            assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
+            assert torch.equal(weights[name], results[0][0][name]), name
+    assert sorted(name for _, _, owned, _ in results for name in owned) == sorted(want)
+    assert sum(count for *_, (count,) in results) == sum(value.numel() for value in want.values())
+
+
+def disturbed(bucket: int) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
+    """Steps on gradients that are not reduced; then go on as if there had been none."""
+    rank, size = cases.where()
+    messages, ends = [], []
+    for disturb in (False, True):
+        model = sharded(bucket)
+        twa = twa_scale.attach(model, candidates(), CONFIG)
+        for step in range(2):
+            if disturb:
+                with model.no_sync():
+                    loss(model, batches(8, size)[rank]).backward()
+                messages.append(cases.complaint(twa.step))
+                twa.zero_grad()
+            loss(model, batches(step, size)[rank]).backward()
+            twa.step()
+            twa.zero_grad()
+        ends.append({name: p.detach().clone() for name, p in model.module.named_parameters()})
+    return messages, ends[0], ends[1]
+
+
+@pytest.mark.parametrize("bucket", [0, 1 << 23])
+def test_gradients_without_sync_are_refused_not_lost(ranks: Pool, bucket: int) -> None:
+    for messages, undisturbed, after in ranks(disturbed, 2, bucket=bucket):
+        assert all("no_sync" in message for message in messages)
+        assert all(torch.equal(after[name], value) for name, value in undisturbed.items())
+
+
+def fully_sharded(flatten: bool, deep: bool = True) -> Any:
+    """The net under fairscale's FullyShardedDataParallel, nested; frozen tensors may not be flattened with others."""
+    net: Any = build(seed=9).requires_grad_(True)
+    options: dict[str, Any] = {
+        "process_group": dist.group.WORLD,  # fairscale would keep groups of its own from one test to the next
+        "process_group_reduce_scatter": dist.group.WORLD,
+        "compute_device": torch.device("cpu"),
+        "flatten_parameters": flatten,
+    }
+    for i, layer in enumerate(net.layers):
+        if deep:  # flat parameters of one element
+            layer.factor = FullyShardedDataParallel(layer.factor, **options)
+        net.layers[i] = FullyShardedDataParallel(layer, **options)
+    return FullyShardedDataParallel(net, **options)
+
+
+def without_forward(flatten: bool, directory: Path) -> tuple[dict[str, tuple[int, ...]], list[Span], str]:
+    """What needs no GPU: attach, read and write weights, take gradients, step, export, keep."""
+    model = fully_sharded(flatten)
+    twa = twa_scale.attach(model, candidates(), CONFIG)
+    engine = choose_engine(model)
+    for p in model.parameters():  # as its backward pass would leave them, if all gradients were one
+        p.grad = torch.ones_like(p)
+    twa.step()
+    left = [p for p in model.parameters() if p.grad is not None]
+    assert not left
+    twa.export(directory / "out")
+    Snapshots(directory / "run", every_n_steps=1).save(model, 1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        p.grad.data = torch.ones(p._orig_size)  # of a backward pass in no_sync()
+    said = cases.complaint(twa.step)
+    with twa.weights(1):
+        twa.export(directory / "shown")
+    return {name: info.shape for name, info in engine.parameters.items()}, engine.spans(), said
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_flat_parameters_are_read_and_written(ranks: Pool, tmp_path: Path, size: int, flatten: bool) -> None:
+    results = ranks(without_forward, size, flatten=flatten, directory=tmp_path)
+    net: nn.Module = build().requires_grad_(True)
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    covered = {name: torch.zeros(p.numel(), dtype=torch.int) for name, p in net.named_parameters()}
+    for found, spans, said in results:
+        assert found == shapes and list(found) == list(shapes)
+        assert size == 1 or "no_sync" in said
+        for span in spans:
+            covered[span.name][span.start : span.stop] += 1
+    assert all(bool((count == 1).all()) for count in covered.values())
+
+    def all_ones(model: nn.Module, _: object) -> Tensor:
+        return torch.stack([value.sum() for name, value in model.named_parameters()]).sum()
+
+    want = reference.train(net, all_ones, candidates(), CONFIG, [[None]]).weights[-1]
+    for path in ("out", "run/step-00000001"):
+        held = load_file(tmp_path / path / "model.safetensors")
+        assert held.keys() - {"head.weight"} == want.keys()
+        for name, value in want.items():
+            assert (held[name].double() - value).norm() <= 1e-5 * value.norm(), name
+    shown = load_file(tmp_path / "shown/model.safetensors")
+    for name, value in candidates()[1].items():
+        torch.testing.assert_close(shown[name], value, rtol=1e-5, atol=1e-6)
+
+
+class NoStream:
+    """The only stream of a machine without a GPU."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+@contextmanager
+def streams_that_do_nothing() -> Iterator[None]:
+    """Let fairscale believe in CUDA streams: all else that its training does then runs on CPU, with gloo."""
+
+    def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None:
+        dist.reduce_scatter(out, list(parts.view(group.size(), *out.shape)), group=group)
+
+    with (
+        mock.patch.multiple(
+            torch.cuda,
+            is_available=lambda: True,
+            Stream=NoStream,
+            current_stream=NoStream,
+            stream=lambda _: nullcontext(),
+            synchronize=lambda: None,
+        ),
+        mock.patch.object(Tensor, "record_stream", lambda *_: None),
+        mock.patch.object(dist, "_reduce_scatter_base", reduce_scatter),
+    ):
+        yield
+
+
+def with_forward(flatten: bool, accumulate: int) -> tuple[dict[str, Tensor], Tensor, float, float]:
+    """Train; return the weights, the coefficients, and the losses of candidate 1 and of what was there again."""
+    rank, size = cases.where()
+    with streams_that_do_nothing():
+        # fairscale takes a gradient of one element for one of no_sync(): accumulated, it is divided twice.
+        model = fully_sharded(flatten, deep=accumulate == 1)
+        twa = twa_scale.attach(model, candidates(), CONFIG)
+        for step in range(5):
+            for part in batches(step, size)[rank].chunk(accumulate):
+                (loss(model, part) / accumulate).backward()
+            twa.step()
+            twa.zero_grad()
+        with torch.no_grad():
+            loss(model, batches(0, 1)[0])  # leaves the root's weights gathered
+            with twa.weights(1):
+                shown = float(loss(model, batches(0, 1)[0]))
+            back = float(loss(model, batches(0, 1)[0]))
+        return {name: value.clone() for name, value in model.state_dict().items()}, twa.coefficients, shown, back
+
+
+@pytest.mark.parametrize(("size", "flatten", "accumulate"), [(1, True, 1), (2, True, 2), (2, False, 1), (3, True, 1)])
+def test_flat_parameters_are_trained_right(ranks: Pool, size: int, flatten: bool, accumulate: int) -> None:
+    results = ranks(with_forward, size, flatten=flatten, accumulate=accumulate)
+    steps = [[part for rank in batches(step, size) for part in rank.chunk(accumulate)] for step in range(5)]
+    net: nn.Module = build().requires_grad_(True)
+    want = reference.train(net, loss, candidates(), CONFIG, steps).weights[-1]
+    for weights, coefficients, shown, back in results:
+        assert torch.equal(coefficients, results[0][1])
+        for name, value in want.items():
+            assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
+        assert shown == pytest.approx(loss_of(candidates()[1]), rel=1e-5)
+        assert back == pytest.approx(loss_of(want), rel=1e-5)
+
+
+def offloaded() -> None:
+    twa_scale.attach(
+        FullyShardedDataParallel(
+            build().requires_grad_(True),
+            process_group=dist.group.WORLD,
+            process_group_reduce_scatter=dist.group.WORLD,
+            compute_device=torch.device("cpu"),
+            move_params_to_cpu=True,
+        ),
+        candidates(),
+    )
+
+
+def test_offloading_is_refused(ranks: Pool) -> None:
+    assert "move_params_to_cpu" in str(ranks.error(offloaded, 2))
+
+
+def elements_sent(engine: str) -> tuple[int, int]:
+    """Elements of weights that a step broadcasts, and how many are trained."""
+    model, twa = cases.attach(engine, Run({}))
+    group = twa._engine.shard_group
+    with mock.patch.object(group, "copy_from", wraps=group.copy_from) as broadcast:
+        cases.one_step(model, twa, 0)
+    trained = [p for name, p in model.module.named_parameters() if p.requires_grad and name != flattened.OUTSIDE]
+    return sum(call.args[1].numel() for call in broadcast.call_args_list), sum(p.numel() for p in trained)
+
+
+def test_weights_travel_once_a_step(ranks: Pool) -> None:
+    for sent, trained in ranks(elements_sent, 2, engine="sharded-ddp"):
+        assert sent == trained

@@ -1,0 +1,65 @@
+"""The engine that docs/add-an-engine.md shows does what the page says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import twa_scale
+from tests import models
+from tests.pool import Pool
+from tests.ranks import cases, test_together
+from tests.unit.test_snapshots import assert_same, load_file
+from twa_scale.engines import Engine
+from twa_scale.snapshots import Snapshots
+
+PAGE = Path(__file__).parents[2] / "docs/add-an-engine.md"
+
+
+def shown() -> Any:
+    """The class of the page's first block of Python."""
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    namespace: dict[str, Any] = {}
+    exec(compile(code, PAGE.name, "exec"), namespace)
+    return next(value for value in namespace.values() if isinstance(value, type) and Engine in value.__mro__[1:])
+
+
+def train(out: Path) -> Any:
+    model = models.build(seed=99)
+    engine = shown()(model)
+    twa = twa_scale.attach(engine, models.candidates(), test_together.RUN.config)
+    for step in range(test_together.RUN.steps):
+        cases.one_step(model, twa, step)
+    Snapshots(out, every_n_steps=1).save(engine, 1)
+    return cases.gathered(model), twa.coefficients, twa.store_bytes
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_it_trains_as_the_reference_does(ranks: Pool, tmp_path: Path, size: int) -> None:
+    want = test_together.expected("nothing", size, ()).weights[-1]
+    results = ranks(train, size, out=tmp_path)
+    for weights, a, _ in results:
+        assert torch.equal(a, results[0][1])
+        for name, value in want.items():
+            assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
+    trained = sum(p.numel() for p in models.build().parameters() if p.requires_grad)
+    assert sum(held for *_, held in results) == 4 * (models.NUM_CANDIDATES + 1) * trained
+    saved = load_file(tmp_path / "step-00000001/model.safetensors")
+    assert_same({name: saved[name] for name in want}, results[0][0])
+
+
+def refuse() -> None:
+    twa_scale.attach(shown()(models.build()), models.candidates(), replica_group=dist.group.WORLD)
+
+
+def test_it_says_by_itself_who_its_replicas_are(ranks: Pool) -> None:
+    assert "SplitBasis" in str(ranks.error(refuse, 2))
+
+
+def test_the_page_names_all_of_the_protocol() -> None:
+    members = {name for name in (*vars(Engine), *Engine.__annotations__) if not name.startswith("_")}
+    page = PAGE.read_text()
+    assert [name for name in members if f"`{name}" not in page] == []

@@ -1,0 +1,242 @@
+"""Pods: shard groups that see different data and exchange coefficient gradients are one data-parallel run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
+
+import twa_scale
+from tests import models, reference
+from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Run
+from tests.ranks.test_batchnorm import ByKeyword, batches
+from tests.ranks.test_reading import save
+from twa_scale import CandidateError, ConfigError, EngineError, Snapshots, TwaError
+
+LAYOUTS: dict[str, list[tuple[str, int]]] = {  # engine and ranks of every pod
+    "2 x 2 fsdp2": [("fsdp2", 2)] * 2,
+    "2 x 2 ddp": [("ddp", 2)] * 2,
+    "3 x 1 plain": [("plain", 1)] * 3,
+    "3 x 1 fsdp2": [("fsdp2", 1)] * 3,
+    "uneven": [("fsdp2", 1), ("fsdp2", 2)],
+    "mixed": [("plain", 1), ("ddp", 1), ("fsdp2", 2)],
+}
+RUNS = {
+    "normalized": Run({"groups": "block"}),
+    "orthonormal": Run({"basis": "orthonormal", "groups": "tensor", "center": "last", "optimizer": {"lr": 0.005}}),
+    "simplex": Run({"basis": "simplex", "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}, accumulate=2),
+}
+Layout = list[tuple[str, int]]
+
+
+@dataclass
+class Place:
+    """Where this rank is: its pod's number, engine and ranks, and the group that its pod meets others in."""
+
+    number: int
+    engine: str
+    mesh: DeviceMesh
+    replica_group: dist.ProcessGroup
+
+
+def join(layout: Layout) -> Place:
+    """Make the groups as a script would: from a 2-D mesh when pods are equal, from a group of first ranks when not."""
+    engines, sizes = zip(*layout, strict=True)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    number = max(i for i, start in enumerate(starts) if start <= dist.get_rank())
+    if len(set(sizes)) == 1:
+        mesh = init_device_mesh("cpu", (len(sizes), sizes[0]), mesh_dim_names=("pods", "ranks"))
+        return Place(number, engines[number], mesh["ranks"], mesh.get_group("pods"))
+    pods = [dist.new_group(list(range(start, start + size))) for start, size in zip(starts, sizes, strict=True)]
+    return Place(number, engines[number], mesh_of(pods[number]), dist.new_group(starts))
+
+
+def mesh_of(group: dist.ProcessGroup) -> DeviceMesh:
+    """A mesh that torch does not take for one of the same ranks in an earlier group of this process."""
+    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"group {group.group_name}",))
+
+
+def wrap(model: models.Judged, engine: str, mesh: DeviceMesh) -> nn.Module:
+    """Hold the model in one pod."""
+    if engine == "ddp":
+        return DistributedDataParallel(model, process_group=mesh.get_group())
+    if engine == "fsdp2":
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.dim() == 0})
+    return model
+
+
+def attach(place: Place, run: Run, candidates: Sequence[Any] | None = None) -> tuple[nn.Module, Any]:
+    model = wrap(models.build(seed=99), place.engine, place.mesh)
+    states = models.candidates() if candidates is None else candidates
+    return model, twa_scale.attach(model, states, dict(run.config), replica_group=place.replica_group)
+
+
+def train_all(layout: Layout) -> dict[str, cases.Ended]:
+    place = join(layout)
+    results = {}
+    for name, run in RUNS.items():
+        model, twa = attach(place, run)
+        for step in range(run.steps):
+            cases.one_step(model, twa, step, run.accumulate)
+        results[name] = cases.Ended(cases.gathered(model), twa.coefficients.clone())
+    return results
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pods_train_as_one_group_on_all_batches(ranks: Pool, name: str) -> None:
+    """Weights are those of the dense reference and of one pod of all ranks; coefficients the same bits everywhere."""
+    layout = LAYOUTS[name]
+    size = sum(ranks for _, ranks in layout)
+    results = ranks(train_all, size, layout=layout)
+    alone = ranks(cases.train, size, engine="fsdp2", run=RUNS["normalized"])[0].weights
+    for key, run in RUNS.items():
+        steps = [cases.micro_batches(step, size, run.accumulate) for step in range(run.steps)]
+        want = reference.train(models.build(), models.loss, models.candidates(), run.config, steps).weights[-1]
+        for ended in (result[key] for result in results):
+            for tensor, value in want.items():
+                assert (ended.weights[tensor].double() - value).norm() <= 1e-5 * value.norm(), (key, tensor)
+            assert torch.equal(ended.coefficients, results[0][key].coefficients), key
+    for tensor, value in alone.items():
+        assert (results[-1]["normalized"].weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
+
+
+def leave(layout: Layout, directory: Path) -> dict[str, Any]:
+    """Train a little, measure BatchNorm statistics, and write; each pod is given a directory of its own."""
+    place = join(layout)
+    model, twa = attach(place, RUNS["normalized"])
+    for step in range(2):
+        cases.one_step(model, twa, step)
+    rank, size = cases.where()
+    seen = twa.recalibrate_batchnorm(batches()[rank::size])
+    twa.export(directory / f"pod-{place.number}" / "average")
+    snapshots = Snapshots(directory / f"pod-{place.number}", every_n_steps=1, replica_group=place.replica_group)
+    snapshots.step(model, 1)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    statistics = [value.clone() for value in (norm.running_mean, norm.running_var)]
+    state = twa.state_dict()
+    cases.one_step(model, twa, 2)
+    trained = cases.gathered(model)
+    twa.load_state_dict(state)
+    cases.one_step(model, twa, 2)
+    return {
+        "seen": seen,
+        "statistics": statistics,
+        "same": all(torch.equal(value, trained[name]) for name, value in cases.gathered(model).items()),
+    }
+
+
+@pytest.mark.parametrize("name", ["2 x 2 fsdp2", "uneven", "mixed"])
+def test_one_pod_writes_and_all_share_statistics(ranks: Pool, tmp_path: Path, name: str) -> None:
+    layout = LAYOUTS[name]
+    size = sum(ranks for _, ranks in layout)
+    results = ranks(leave, size, layout=layout, directory=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pod-0"]
+    written = load_file(tmp_path / "pod-0" / "average" / "model.safetensors")
+    snapshot = load_file(tmp_path / "pod-0" / "step-00000001" / "model.safetensors")
+    model = models.build()
+    model.load_state_dict(written)
+    shared = batches()[: 6 // size * size]  # every rank stops with the first that has none left
+    update_bn(shared, ByKeyword(model))
+    norm = model.stem.norm
+    for result in results:
+        assert result["seen"] == len(shared) and result["same"]
+        torch.testing.assert_close(result["statistics"], [norm.running_mean, norm.running_var], rtol=1e-5, atol=1e-6)
+    for tensor, value in snapshot.items():
+        torch.testing.assert_close(value, written[tensor], rtol=0, atol=0)
+    torch.testing.assert_close(written["stem.norm.running_var"], norm.running_var, rtol=1e-5, atol=1e-6)
+
+
+def attach_to(layout: Layout, paths: list[list[Path]], configs: list[dict[str, Any]] | None = None) -> None:
+    """Attach to other candidates and with other settings on each rank."""
+    rank = dist.get_rank()
+    attach(join(layout), Run(configs[rank] if configs else {}), paths[rank])
+
+
+@pytest.mark.parametrize("name", ["2 x 2 fsdp2", "2 x 2 ddp", "uneven", "mixed"])
+def test_what_one_rank_of_a_pod_cannot_read_stops_all_pods(ranks: Pool, tmp_path: Path, name: str) -> None:
+    size = sum(ranks for _, ranks in LAYOUTS[name])
+    paths = save(tmp_path, models.candidates())
+    given = [paths] * (size - 1) + [[Path("elsewhere") / path.name for path in paths]]
+    error = ranks.error(attach_to, size, layout=LAYOUTS[name], paths=given)
+    assert isinstance(error, CandidateError) and "elsewhere" in str(error)
+
+
+@pytest.mark.parametrize("change", ["an element", "the order", "the number"])
+def test_pods_with_other_candidates_are_refused(ranks: Pool, tmp_path: Path, change: str) -> None:
+    """Each pod may read its own disk; what it finds there has to be the same."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    here = save(tmp_path / "here", models.candidates())
+    states = models.candidates()
+    if change == "an element":
+        states[2]["blocks.1.down.weight"].view(-1)[-1] += 1e-4
+    elif change == "the order":
+        states[2], states[3] = states[3], states[2]
+    else:
+        states = states[:3]
+    there = save(tmp_path / "there", states)
+    error = ranks.error(attach_to, 3, layout=LAYOUTS["uneven"], paths=[here, there, there])
+    assert isinstance(error, CandidateError) and "there" in str(error) and "pod 1" in str(error)
+    if change == "an element":
+        assert there[2].name in str(error) and "blocks.1.down.weight" in str(error)
+
+
+def test_pods_with_other_settings_are_refused(ranks: Pool, tmp_path: Path) -> None:
+    paths = [save(tmp_path, models.candidates())] * 3
+    configs = [{"groups": "block"}, {"groups": "tensor"}, {"groups": "tensor"}]
+    error = ranks.error(attach_to, 3, layout=LAYOUTS["uneven"], paths=paths, configs=configs)
+    assert isinstance(error, ConfigError) and "groups" in str(error) and "pod 1" in str(error)
+
+
+def attach_in_a_wrong_group(wrong: str) -> None:
+    """Two pods of two ranks, whose replica group is not one rank of each."""
+    pods = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mesh = mesh_of(pods[dist.get_rank() // 2])
+    model = wrap(models.build(), "fsdp2", mesh)
+    groups = {
+        "everybody": dist.group.WORLD,
+        "itself": pods[dist.get_rank() // 2],
+        "second ranks": dist.new_group([1, 3]),
+        "crossed": [dist.new_group([0, 3]), dist.new_group([1, 2])][dist.get_rank() in (1, 2)],
+    }
+    twa_scale.attach(model, models.candidates(), replica_group=groups[wrong])
+
+
+@pytest.mark.parametrize("wrong", ["everybody", "itself", "second ranks", "crossed"])
+def test_a_replica_group_that_is_not_one_rank_of_each_pod_is_refused(ranks: Pool, wrong: str) -> None:
+    error = ranks.error(attach_in_a_wrong_group, 4, wrong=wrong)
+    assert isinstance(error, EngineError) and "replica_group" in str(error)
+
+
+def overflow(layout: Layout) -> tuple[str, bool]:
+    """The loss of the last rank is infinite; return the error, and whether the coefficients stayed."""
+    model, twa = attach(join(layout), RUNS["normalized"])
+    before = twa.coefficients
+    rank, size = cases.where()
+    loss = models.loss(model, models.part(models.batch(1), rank, size))
+    (loss * float("inf") if rank == size - 1 else loss).backward()
+    try:
+        twa.step()
+    except TwaError as error:
+        return str(error), torch.equal(twa.coefficients, before)
+    return "", False
+
+
+@pytest.mark.parametrize("name", ["2 x 2 ddp", "mixed"])
+def test_a_gradient_that_is_not_finite_in_one_pod_is_refused_in_all(ranks: Pool, name: str) -> None:
+    results = ranks(overflow, 4, layout=LAYOUTS[name])
+    assert len({message for message, _ in results}) == 1 and "not finite" in results[0][0]
+    assert all(stayed for _, stayed in results)

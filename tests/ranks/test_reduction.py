@@ -1,0 +1,68 @@
+"""Groups of another backend over the same ranks: made by all, used by those concerned, taken down again."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import twa_scale
+from tests import models
+from tests.pool import Pool
+from twa_scale import reduction
+from twa_scale.comm import Group
+from twa_scale.errors import ConfigError
+
+
+def over_new_groups() -> list[list[float]]:
+    """Sums in a group of ranks 0 and 2, rank 1 being alone, and in one of all; twice, since names may come again."""
+    rank = dist.get_rank()
+    some = dist.new_group([0, 2])
+    mine = Group.alone() if rank == 1 else Group(some)
+    sums = []
+    for _ in range(2):
+        # no device of this kind has a backend yet, so that groups have to be made
+        made = reduction._over_torch("gloo", torch.device("meta"), [mine, Group(None)])
+        assert made[1].size == 3 and (made[0] is mine) == (rank == 1)
+        sums.append([group.sum_(torch.tensor(rank + 1.0, dtype=torch.float64)).item() for group in made])
+        for group, own in zip(made, [mine, None], strict=True):
+            if group is not own:
+                group.close()
+    return sums
+
+
+def test_groups_are_made_over_the_same_ranks(ranks: Pool) -> None:
+    assert ranks(over_new_groups, 3) == [[[4.0, 6.0]] * 2, [[2.0, 6.0]] * 2, [[4.0, 6.0]] * 2]
+
+
+def attach(engine: str, comm: str) -> Any:
+    model = models.wrap(models.build(scalar_shape=(1,)), engine)
+    twa = twa_scale.attach(model, models.candidates(scalar_shape=(1,)), {"comm": comm})
+    models.loss(model, models.part(models.batch(0), dist.get_rank(), dist.get_world_size())).backward()
+    twa.step()
+    coefficients = twa.coefficients.clone()
+    twa.close()
+    return coefficients
+
+
+@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
+def test_gloo_is_what_a_cpu_model_has_anyway(ranks: Pool, engine: str) -> None:
+    auto, gloo = (ranks(attach, 2, engine=engine, comm=comm) for comm in ("auto", "gloo"))
+    assert all(torch.equal(one, auto[0]) for one in auto + gloo)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_nccl_needs_gpus(ranks: Pool) -> None:
+    assert "needs a GPU on every rank" in str(ranks.error(attach, 2, engine="fsdp2", comm="nccl"))
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
+def test_mpi_needs_mpirun(ranks: Pool, engine: str) -> None:
+    """And it is not started to find that out: as singletons the ranks would not know each other."""
+    error = ranks.error(attach, 2, engine=engine, comm="mpi")
+    assert isinstance(error, ConfigError) and "knows 1 of 2" in str(error) and "mpirun" in str(error)
+
+
+def test_alone_every_choice_is_the_same() -> None:
+    for comm in ("auto", "gloo", "mpi"):
+        twa_scale.attach(models.build(), models.candidates(), {"comm": comm}).close()

@@ -1,0 +1,232 @@
+"""What else a training script uses, with every engine: the same weights as without, which are the reference's."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import twa_scale
+from tests import meshes, models, reference, zero
+from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Run
+from twa_scale import EngineError
+from twa_scale.engines.zero import is_deepspeed
+from twa_scale.names import normalize
+
+ENGINES = {"plain": 1, "ddp": 2, "fsdp2": 2, "fsdp2-tp": 2, "fsdp1": 2, "fsdp1-flat": 2, "sharded-ddp": 2}
+ENGINES |= dict.fromkeys(zero.ENGINES, 2)  # with how many ranks
+RUN = Run({"groups": "block"}, steps=3)
+Change = Callable[[Any], Any]
+
+
+def wrap_blocks(model: Any) -> Any:
+    """Activation checkpointing as FSDP's users apply it: parameters get another prefix."""
+    model.blocks = nn.ModuleList(checkpoint_wrapper(block) for block in model.blocks)
+    return model
+
+
+def recompute_blocks(model: Any) -> Any:
+    """Activation checkpointing as models do it themselves."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+def compile_blocks(model: Any) -> Any:
+    model.blocks = nn.ModuleList(torch.compile(block, backend="aot_eager") for block in model.blocks)
+    return model
+
+
+def compile_all(model: Any) -> Any:
+    if is_deepspeed(model):
+        model.compile(backend="aot_eager")
+        return model
+    return torch.compile(model, backend="aot_eager")
+
+
+def freeze_a_block(model: Any) -> Any:
+    model.blocks[0].requires_grad_(False)
+    return model
+
+
+def leave_a_block_out(model: Any) -> Any:
+    model.blocks[1].forward = lambda x: x
+    return model
+
+
+def autocast(model: Any) -> Any:
+    """In the forward pass alone, as torch asks: its casts of the weights live as long as the context."""
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model
+
+
+def compile_a_norm(model: Any) -> Any:
+    model.blocks[1].norm2.compile()  # by inductor, which takes its time
+    return model
+
+
+def same(model: Any) -> Any:
+    return model
+
+
+CHANGES: dict[str, tuple[Change, Change]] = {  # before and after the model is wrapped
+    "nothing": (same, same),
+    "checkpoint-wrapper": (wrap_blocks, same),
+    "checkpoint": (recompute_blocks, same),
+    "frozen": (freeze_a_block, same),
+    "unused": (leave_a_block_out, same),
+    "compiled-before": (lambda model: compile_blocks(wrap_blocks(model)), same),
+    "compiled-after": (same, compile_all),
+}
+ONCE: dict[str, tuple[Change, Change]] = {"autocast": (autocast, same), "inductor": (compile_a_norm, same)}
+
+
+NOT_THERE = {  # what torch or the library itself cannot do
+    # goes by names, makes frozen parameters anew, and compiled norms do not take its DTensors
+    "fsdp2-tp": ["checkpoint-wrapper", "frozen", "compiled-before", "compiled-after"],
+    "sharded-ddp": ["compiled-after"],
+    "zero3": ["compiled-before"],
+}
+CASES = [(engine, change) for engine in ENGINES for change in CHANGES if change not in NOT_THERE.get(engine, [])]
+
+
+def train(engine: str, change: str) -> tuple[dict[str, Tensor], Tensor, float]:
+    """Train; return the weights, the coefficients, and the loss of the last candidate on this rank's data."""
+    before, after = (CHANGES | ONCE)[change]
+    torch._dynamo.reset()
+    shape = (1,) if engine in zero.ENGINES else ()
+    model = before(models.build(seed=99, scalar_shape=shape))
+    if engine == "ddp":
+        static = change == "checkpoint"
+        model = DistributedDataParallel(model, find_unused_parameters=change == "unused", static_graph=static)
+    else:
+        model = models.wrap(model, engine)
+    model = after(model)
+    twa = twa_scale.attach(model, models.candidates(scalar_shape=shape), RUN.config)
+    for step in range(RUN.steps):
+        cases.one_step(model, twa, step)
+    with twa.weights("last"):
+        last = models.loss(model, models.part(models.batch(70), *meshes.data_place(model, *cases.where()))).item()
+    weights = cases.gathered(getattr(model, "_orig_mod", model))
+    return {normalize(name): value for name, value in weights.items()}, twa.coefficients, last
+
+
+@cache
+def expected(change: str, size: int, shape: tuple[int, ...]) -> reference.Trained:
+    before = CHANGES[change][0] if change in ("frozen", "unused") else same
+    steps = [cases.micro_batches(step, size) for step in range(RUN.steps)]
+    model, states = before(models.build(scalar_shape=shape)), models.candidates(scalar_shape=shape)
+    return reference.train(model, models.loss, states, RUN.config, steps)
+
+
+def loss_of_the_last(change: str, rank: int, size: int) -> float:
+    """On the whole model, where what is not trained stands at the mean."""
+    model = CHANGES[change][0](models.build()) if change in ("frozen", "unused") else models.build()
+    states = models.candidates()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(states[-1][name] if p.requires_grad else torch.stack([state[name] for state in states]).mean(0))
+    return models.loss(model, models.part(models.batch(70), rank, size)).item()
+
+
+@pytest.mark.parametrize(("engine", "change"), CASES)
+def test_what_wraps_or_changes_the_model_changes_nothing(ranks: Pool, engine: str, change: str) -> None:
+    size = ENGINES[engine]
+    data = meshes.data_ranks(engine, size)
+    want = expected(change, data, (1,) if engine in zero.ENGINES else ()).weights[-1]
+    results = ranks(train, size, engine=engine, change=change)
+    for rank, (weights, a, last) in enumerate(results):
+        assert weights.keys() == want.keys()
+        for name, value in want.items():
+            assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
+        assert torch.equal(a, results[0][1])
+        assert abs(last - loss_of_the_last(change, rank % data, data)) <= 1e-5, "the graph has not seen other weights"
+
+
+@pytest.mark.slow
+def test_inductor_sees_what_is_written(ranks: Pool) -> None:
+    want = expected("nothing", 2, ()).weights[-1]
+    for weights, _, _ in ranks(train, 2, engine="fsdp2", change="inductor", timeout=200):
+        for name, value in want.items():
+            assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2", "fsdp1", "sharded-ddp"])
+def test_bfloat16_computation_keeps_float32_weights(ranks: Pool, engine: str) -> None:
+    size = ENGINES[engine]
+    want = expected("nothing", size, ()).weights[-1]
+    for weights, _, _ in ranks(train, size, engine=engine, change="autocast"):
+        for name, value in want.items():
+            assert weights[name].dtype == torch.float32
+            assert (weights[name].double() - value).norm() <= 3e-2 * value.norm(), name
+
+
+SGD = Run({"groups": "block", "max_grad_norm": 0.5, "optimizer": {"name": "sgd", "lr": 0.05}})
+SCALERS: dict[str, Any] = {
+    "GradScaler": torch.amp.GradScaler,
+    # its own default is the process group that there was when torch was imported
+    "ShardedGradScaler": lambda *args, **kwargs: ShardedGradScaler(*args, **kwargs, process_group=dist.group.WORLD),
+}
+
+
+def scale(engine: str, scaler: str) -> tuple[dict[str, Tensor], Tensor, list[bool], list[float]]:
+    """Train four steps, the second of which overflows on the last rank, or without it and its scaler."""
+    model, twa = cases.attach(engine, SGD)
+    rank, size = cases.where()
+    place = meshes.data_place(model, rank, size)
+    scaling = SCALERS[scaler]("cpu", init_scale=1024.0) if scaler else None
+    moved, scales = [], []
+    for step in range(4):
+        loss = models.loss(model, models.part(models.batch(step), *place))
+        if scaling is None:
+            if step != 1:
+                loss.backward()
+                twa.step()
+        else:
+            overflow = float("inf") if step == 1 and rank == size - 1 else 1.0
+            scaling.scale(loss * overflow).backward()
+            before = twa.coefficients
+            moved.append(twa.step(scaling))
+            assert moved[-1] != torch.equal(before, twa.coefficients)
+            scaling.update()
+            scales.append(scaling.get_scale())
+        twa.zero_grad()
+    return cases.gathered(model), twa.coefficients, moved, scales
+
+
+@pytest.mark.parametrize("scaler", SCALERS)
+@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2", "fsdp2-tp", "fsdp1", "sharded-ddp"])
+def test_scaled_losses_train_alike_and_an_overflow_is_left_out(ranks: Pool, engine: str, scaler: str) -> None:
+    """Also with clipping, which has to come after the scale is taken off."""
+    size = ENGINES[engine]
+    want, a, *_ = ranks(scale, size, engine=engine, scaler="")[0]
+    for weights, coefficients, moved, scales in ranks(scale, size, engine=engine, scaler=scaler):
+        assert moved == [True, False, True, True] and scales == [1024, 512, 512, 512]
+        torch.testing.assert_close(coefficients, a, rtol=1e-5, atol=1e-6)
+        for name, value in want.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scaler_that_is_switched_off_hides_no_overflow() -> None:
+    model, twa = cases.attach("plain", SGD)
+    (models.loss(model, models.batch(0)) * float("inf")).backward()
+    with pytest.raises(twa_scale.TwaError, match="not finite"):
+        twa.step(torch.amp.GradScaler("cpu", enabled=False))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: {"model": model}])
+def test_a_kind_that_is_not_known_is_told_those_that_are(wrap: Change) -> None:
+    with pytest.raises(EngineError) as caught:
+        twa_scale.attach(wrap(models.build()), models.candidates())
+    for known in ("DistributedDataParallel", "fully_shard", "FullyShardedDataParallel", "DTensor", "DeepSpeedEngine"):
+        assert known in str(caught.value)
+    assert type(wrap(models.build())).__name__ in str(caught.value)

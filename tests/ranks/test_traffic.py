@@ -1,0 +1,110 @@
+"""What travels in a step: between pods the coefficients' gradient and nothing else, inside a pod what plan says."""
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import twa_scale
+from tests import traffic
+from tests.commands.material import settings, train_candidates
+from tests.pool import Pool
+from tests.traffic import Call
+from twa_scale.config import RunConfig, validated
+from twa_scale.plan import make_plan
+from twa_scale.tasks.gpt import ByteGPT
+from twa_scale.training.loop import Run
+from twa_scale.training.report import Report
+from twa_scale.world import World
+
+PODS = (range(0, 2), range(2, 4))
+SIZES = {"n_layer": 2, "n_head": 2, "d_model": 32}  # even rows everywhere: two ranks need no padding
+N, CONTEXT = 3, 16
+
+
+def model() -> ByteGPT:
+    torch.manual_seed(0)
+    return ByteGPT(context=CONTEXT, **SIZES)
+
+
+def step(engine: str, store: str) -> tuple[list[Call], int]:
+    """Return what the third step of this rank sent, and the number of groups; DDP settles its buckets in the first."""
+    traffic.count_from_here(store)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pods", "ranks"))
+    net = model()
+    held: nn.Module = net
+    if engine == "fsdp2":
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh["ranks"])
+        fully_shard(net, mesh=mesh["ranks"])
+    else:
+        held = DistributedDataParallel(net, process_group=mesh.get_group("ranks"))
+    states = [{name: value + 0.01 * i for name, value in model().state_dict().items()} for i in range(N)]
+    twa = twa_scale.attach(held, states, {"groups": "block"}, replica_group=mesh.get_group("pods"))
+    for _ in range(3):
+        traffic.calls.clear()
+        held(torch.randint(256, (2, CONTEXT))).square().mean().backward()
+        twa.step()
+        twa.zero_grad()
+    return list(traffic.calls), len(twa.layout.groups)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_only_coefficient_gradients_travel_between_pods(ranks: Pool, tmp_path: Path, engine: str) -> None:
+    results = ranks(step, 4, engine=engine, store=str(tmp_path / "store"))
+    weights = 4 * sum(p.numel() for p in model().parameters())
+    blocks = 4 * sum(p.numel() for p in model().blocks.parameters())
+    for rank, (calls, groups) in enumerate(results):
+        numbers = 8 * (N + 1) * groups
+        outside = [call for call in calls if not call.stays_in(*PODS)]
+        assert outside == ([Call("allreduce", (0, 2), numbers)] if rank in (0, 2) else [])
+        inside: dict[str, list[int]] = {}
+        for call in calls:
+            if call.stays_in(*PODS):
+                inside.setdefault(call.name, []).append(call.nbytes)
+        gathered = sum(inside.pop("all_gather_single"))
+        reduced = inside.pop("allreduce")
+        assert reduced.pop() == numbers and inside.pop("broadcast") == [numbers]  # the pod's sum, and that of all
+        if engine == "fsdp2":
+            assert sum(inside.pop("reduce_scatter_single")) == weights
+            assert gathered == weights + blocks  # blocks in forward and in backward; the root stays in between
+            assert not reduced
+        else:
+            assert sum(reduced) == weights and gathered == weights
+        assert not inside
+
+
+def step_of_a_run(data: dict[str, Any], store: str) -> list[Call]:
+    """Return what the third step of `twa-scale run` sent."""
+    traffic.count_from_here(store)
+    rank = dist.get_rank()
+    with patch.dict(os.environ, {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)}):
+        world = World.from_environment()
+    run = Run(validated(RunConfig, data), world, torch.device("cpu"), Report(active=False))
+    for _ in range(3):
+        traffic.calls.clear()
+        run._one_step()
+    return list(traffic.calls)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_a_run_sends_what_plan_says(ranks: Pool, tmp_path: Path, engine: str) -> None:
+    task = {"name": "causal_lm", "model": {"byte_gpt": SIZES}, "context": CONTEXT}
+    task["text"] = {"train": [__file__], "validation": [traffic.__file__]}
+    candidates = train_candidates(task, tmp_path / "candidates", steps=3, every=1)
+    data = settings(candidates, task, tmp_path / "run", engine=engine, pods=2, batch_size=8)
+    plan = make_plan(validated(RunConfig, data), 4)
+    results = ranks(step_of_a_run, 4, data=data, store=str(tmp_path / "store"))
+    for rank, calls in enumerate(results):
+        outside = [call for call in calls if not call.stays_in(*PODS)]
+        assert sum(call.sent for call in calls if call.stays_in(*PODS)) == sum(plan.wire.values())
+        assert sum(call.sent for call in outside) == (sum(plan.wire_between_pods.values()) if rank in (0, 2) else 0)
+    assert list(plan.wire_between_pods.values()) == [8 * (plan.num_candidates + 1) * plan.num_groups, 16]

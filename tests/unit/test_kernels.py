@@ -1,0 +1,212 @@
+"""Project and combine of every implementation, on every kind of rows, against float64."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from twa_scale.kernels import Dense, Differences, Kernels, Packed, Rows, choose_kernels
+from twa_scale.kernels.compiled import NumbaKernels
+from twa_scale.kernels.reference import TorchKernels, unpack
+
+CPU = torch.device("cpu")
+KERNELS: list[Kernels] = [TorchKernels(), NumbaKernels()]
+KINDS = ["float32", "bfloat16", "packed8", "packed4", "packed2", "packed1", "differences"]
+LENGTHS = st.one_of(st.integers(0, 600), st.sampled_from([1023, 1024, 1025, 2048, 4096, 5000, 20_001]))
+kernels_and_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def exact(rows: Rows) -> Tensor:
+    """The rows as they are after rounding, (n, m), float64."""
+    match rows:
+        case Dense():
+            tiles = [part.transpose(0, 1).flatten(1) for _, part in rows.tiles(0, rows.m)]
+            return torch.cat([*tiles, torch.empty(rows.n, 0)], 1).double()
+        case Packed():
+            parts = [unpack(words, scales, rows.bits) for _, words, scales in rows.tiles(0, rows.count)]
+            columns = torch.cat([*(part.transpose(0, 1).flatten(1) for part in parts), torch.empty(rows.n, 0)], 1)
+            return columns[:, rows.lead : rows.lead + rows.m].double()
+        case _:
+            return torch.stack([row.float() - rows.center for row in rows.rows]).double()
+
+
+def make(kind: str, values: Tensor, start: int = 0, kernels: Kernels = KERNELS[0]) -> Rows:
+    n, m = values.shape
+    if kind == "differences":
+        center = torch.linspace(-1, 1, m)
+        return Differences(
+            [row.add(center).to([torch.float32, torch.bfloat16][i % 2]) for i, row in enumerate(values)], center
+        )
+    if kind.startswith("packed"):
+        packed = Packed.empty(n, m, start, int(kind[6:]), CPU)
+        if m:
+            kernels.pack(packed, 0, values)
+        return packed
+    dense = Dense.empty(n, m, getattr(torch, kind), CPU)
+    dense.write(0, values)
+    return dense
+
+
+def bounds(rows: Rows, values: Tensor) -> Tensor:
+    """The largest number that float32 sums have to carry for each element: a code is up to 2^(bits-1) scales."""
+    if isinstance(rows, Packed) and rows.m:
+        return values.abs().amax(1, keepdim=True).expand_as(values) * 2
+    return values.abs() + 1e-30
+
+
+def check(kernels: Kernels, rows: Rows, gradient: Tensor, weights: Tensor, base: Tensor) -> None:
+    values = exact(rows)
+    size = bounds(rows, values)
+    found = kernels.project(rows, gradient)
+    assert found.dtype == torch.float64 and found.shape == (len(values),)
+    assert ((found - values @ gradient.double()).abs() <= 2e-6 * (size @ gradient.double().abs()) + 1e-30).all()
+    want = 0.7 * base.double() + weights.double() @ values
+    off = 3e-6 * (weights.double().abs() @ size + base.abs()) + 1e-30
+    out = torch.full_like(base, torch.nan)
+    kernels.combine(rows, weights, base, 0.7, out)
+    assert ((out.double() - want).abs() <= off).all()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        rounded = torch.full_like(base, torch.nan, dtype=dtype)
+        kernels.combine(rows, weights, base, 0.7, rounded)
+        # Triton's interpreter truncates where the GPU rounds.
+        room = 0 if kernels.name != "triton" else torch.finfo(dtype).eps
+        torch.testing.assert_close(rounded, out.to(dtype), rtol=room, atol=0)
+    # The adjoint: <project(g), u> = <g, combine(u)> around a center of zero.
+    kernels.combine(rows, weights, torch.zeros_like(base), 0.0, out)
+    left, right = found @ weights.double(), gradient.double() @ out.double()
+    assert (left - right).abs() <= 4e-6 * (gradient.double().abs() @ (weights.double().abs() @ size)) + 1e-30
+
+
+@kernels_and_kinds
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 9), m=LENGTHS, start=st.integers(0, 300), seed=st.integers(0, 99), magnitude=st.integers(-12, 6)
+)
+def test_against_float64(kernels: Kernels, kind: str, n: int, m: int, start: int, seed: int, magnitude: int) -> None:
+    torch.manual_seed(seed)
+    rows = make(kind, torch.randn(n, m) * 10.0**magnitude, start, kernels)
+    check(kernels, rows, torch.randn(m), torch.randn(n), torch.randn(m))
+
+
+@kernels_and_kinds
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+def test_a_thousand_rows(kernels: Kernels, kind: str) -> None:
+    torch.manual_seed(0)
+    check(kernels, make(kind, torch.randn(1000, 1500), 7), torch.randn(1500), torch.randn(1000), torch.randn(1500))
+
+
+@kernels_and_kinds
+def test_threads_share_and_agree(kind: str) -> None:
+    """Enough for several ranges; as many threads as torch has, whatever their number, and bits that stay."""
+    torch.manual_seed(0)
+    rows, gradient = make(kind, torch.randn(8, 400_003), 50), torch.randn(400_003)
+    fast, before = NumbaKernels(), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(fast.project(rows, gradient))
+            check(fast, rows, gradient, torch.randn(8), torch.randn(400_003))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[1], found[3])
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-10 * float(found[0].abs().max()) + 1e-9)
+
+
+@kernels_and_kinds
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_of_other_types(kernels: Kernels, kind: str, dtype: torch.dtype) -> None:
+    rows, gradient = make(kind, torch.randn(3, 777)), torch.randn(777).to(dtype)
+    want = exact(rows) @ gradient.double()
+    torch.testing.assert_close(kernels.project(rows, gradient), want, rtol=1e-4, atol=1e-3)
+
+
+@kernels_and_kinds
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_shows(kernels: Kernels, kind: str, bad: float) -> None:
+    gradient = torch.randn(3000)
+    gradient[1234] = bad
+    assert not kernels.project(make(kind, torch.randn(3, 3000)), gradient).isfinite().any()
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+def test_denormals_and_large_numbers(kernels: Kernels) -> None:
+    values = torch.tensor([[1e-40, -3e-42, 0.0, 1e-30], [1e30, -1e30, 1e20, 0.0]])
+    rows = make("float32", values)
+    assert torch.equal(
+        kernels.project(rows, torch.tensor([0.0, 0, 0, 2])), torch.tensor([2 * values[0, 3].double(), 0])
+    )
+    out = torch.empty(4)
+    kernels.combine(rows, torch.tensor([1.0, 0]), torch.zeros(4), 1.0, out)
+    assert torch.equal(out, values[0])
+
+
+def test_the_first_rows_are_written_in_any_pieces() -> None:
+    values = torch.randn(3, 1000)
+    for cuts in ([0, 1000], [0, 1, 127, 128, 129, 400, 999, 1000], [0, 300, 556, 1000]):
+        rows = Dense.empty(3, 1000, torch.float32, CPU)
+        for start, stop in pairwise(cuts):
+            rows.write(start, values[:, start:stop])
+        assert torch.equal(exact(rows), values.double())
+
+
+class TestChoice:
+    def test_the_fastest_that_is_there(self) -> None:
+        assert choose_kernels("auto", CPU).name == "numba"
+        assert choose_kernels("torch", CPU).name == "torch"
+
+    def test_the_next_is_taken_with_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "twa_scale.kernels.compiled", None)
+        with caplog.at_level(logging.WARNING, "twa_scale"):
+            assert choose_kernels("numba", CPU).name == "torch"
+        assert len(caplog.records) == 1 and "numba" in caplog.text
+
+    def test_kernels_for_another_device(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.WARNING, "twa_scale"):
+            assert choose_kernels("triton", CPU).name == "numba"
+        assert len(caplog.records) == 1 and "triton" in caplog.text
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed (pip install triton)")
+def test_triton_in_its_interpreter() -> None:
+    """A process of its own: triton reads the variable when kernels are defined."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = Path(__file__).with_name("triton_check.py")
+    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "all kinds agree" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    """numba counts what it finds in its cache, and what it has to compile."""
+    program = """
+import torch
+from twa_scale.kernels import Dense, choose_kernels
+from twa_scale.kernels.loops import project_dense
+kernels = choose_kernels("numba", torch.device("cpu"))
+kernels.project(Dense.one(torch.ones(5)), torch.ones(5))
+print(sum(project_dense.stats.cache_hits.values()), sum(project_dense.stats.cache_misses.values()))
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    together = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in together:  # ranks start at the same time
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0 and out.split() in (["0", "1"], ["1", "0"])
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
+    assert again.stdout.split() == ["1", "0"]

@@ -1,0 +1,253 @@
+"""Checkpoints of torch.distributed.checkpoint, written by real ranks from FSDP1, FSDP2, meshes and plain models."""
+
+import pickle
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from tests import models
+from tests.pool import Pool
+from twa_scale.errors import CandidateError
+from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources.boxes import count_before, scatter
+
+Tensors = dict[str, torch.Tensor]
+NOT_IN_SAFETENSORS = ("empty", "count", "scalar")  # DCP's own consolidation fails on them, or writes zeros
+
+
+def read(candidate: Candidate, name: str, start: int, stop: int) -> torch.Tensor:
+    out = torch.empty(stop - start, dtype=candidate.dtype(name))
+    candidate.read(name, start, out)
+    return out
+
+
+def opened(path: Path) -> Candidate:
+    return open_candidates([path], minimum=1)[0]
+
+
+def assert_holds(path: Path, expected: Tensors) -> None:
+    candidate = opened(path)
+    generator = random.Random(0)
+    assert candidate.names() == sorted(expected)
+    total = 0
+    for name, wanted in expected.items():
+        assert (candidate.shape(name), candidate.dtype(name)) == (tuple(wanted.shape), wanted.dtype)
+        n = wanted.numel()
+        cuts = [sorted(generator.choices(range(n + 1), k=2)) for _ in range(8)]
+        for start, stop in [(0, n), (0, 0), (n, n), *cuts]:
+            found = read(candidate, name, start, stop)
+            assert torch.equal(found, wanted.reshape(-1)[start:stop]), (name, start, stop)
+            total += found.nbytes
+    assert candidate.bytes_read == total
+    candidate.close()
+
+
+def refused(path: Path) -> str:
+    """The error that opening, or else reading every tensor, ends in."""
+    with pytest.raises(CandidateError) as error:
+        candidate = opened(path)
+        for name in candidate.names():
+            read(candidate, name, 0, torch.Size(candidate.shape(name)).numel())
+    return str(error.value)
+
+
+# Boxes
+
+
+@settings(deadline=None)  # of a shared machine
+@given(st.data())
+def test_boxes_of_any_shape(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=4)))
+    starts = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
+    sizes = tuple(data.draw(st.integers(1, size - start)) for size, start in zip(shape, starts, strict=True))
+    tensor = torch.arange(torch.Size(shape).numel()).view(shape)
+    inside = torch.zeros(shape, dtype=torch.bool)
+    inside[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))] = True
+    values, inside = tensor[inside], inside.reshape(-1)
+    start = data.draw(st.integers(0, tensor.numel() - 1))
+    stop = data.draw(st.integers(start + 1, tensor.numel()))
+    before = count_before(shape, starts, sizes, start)
+    count = count_before(shape, starts, sizes, stop) - before
+    assert (before, count) == (inside[:start].sum(), inside[start:stop].sum())
+    out = torch.full((stop - start,), -1)
+    if count:
+        assert scatter(values[before : before + count], shape, starts, sizes, start, out) == count
+    assert torch.equal(out, torch.where(inside, tensor.reshape(-1), -1)[start:stop])
+
+
+# What real ranks write
+
+
+def odd() -> Tensors:
+    """Layouts and types that a state dict may hold, in sizes that no number of ranks divides."""
+    generator = torch.Generator().manual_seed(0)
+    made = {
+        "channels_last": torch.randn(3, 5, 2, 2, generator=generator).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(7, 5, generator=generator).t(),
+        "part": torch.randn(9, 5, generator=generator)[2:5],
+        "scalar": torch.randn((), generator=generator),
+        "empty": torch.empty(0, 3),
+        "count": torch.tensor([7]),
+        "half": torch.randn(5, 3, generator=generator).bfloat16(),
+    }
+    return made | {f"sharded{dim}": torch.randn(5, 7, 3, generator=generator) for dim in range(3)}
+
+
+def on_mesh() -> dict[str, torch.Tensor]:
+    """The odd tensors, some of them sharded over one dim, two dims or none of a mesh."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    square = init_device_mesh("cpu", (1, dist.get_world_size()))
+    state = dict(odd())
+    for dim in range(3):
+        name = f"sharded{dim}"
+        state[name] = distribute_tensor(state[name], mesh, [Shard(dim)])
+    state["half"] = distribute_tensor(state["half"], square, [Shard(0), Shard(1)])
+    state["part"] = distribute_tensor(state["part"], mesh, [Replicate()])
+    return state
+
+
+def write(directory: Path) -> None:
+    """Every checkpoint that the tests read."""
+    warnings.simplefilter("ignore")
+    fsdp2 = models.wrap(models.build(0, (1,)), "fsdp2")
+    optimizer = torch.optim.AdamW(fsdp2.parameters())
+    for p in fsdp2.parameters():
+        p.grad = torch.zeros_like(p)
+    model_state, optimizer_state = get_state_dict(fsdp2, [optimizer])
+    dcp.save({"app": {"model": model_state, "optim": optimizer_state}, "step": 3}, checkpoint_id=directory / "fsdp2")
+    fsdp1 = FullyShardedDataParallel(models.build(0, (1,)), device_id=torch.device("cpu"), use_orig_params=True)
+    with FullyShardedDataParallel.state_dict_type(
+        fsdp1, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(_use_dtensor=False)
+    ):
+        dcp.save({"state_dict": fsdp1.state_dict()}, checkpoint_id=directory / "fsdp1")
+    dcp.save(on_mesh(), checkpoint_id=directory / "mesh")
+    contiguous = {name: value.contiguous() for name, value in on_mesh().items() if name not in NOT_IN_SAFETENSORS}
+    for folder, options in {
+        "hf": {"enable_consolidation": True},
+        "hf-shards": {"enable_consolidation": False},
+    }.items():
+        writer = HuggingFaceStorageWriter(str(directory / folder), save_distributed=True, **options)
+        dcp.save(contiguous, storage_writer=writer)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def written(request: pytest.FixtureRequest, ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dcp")
+    ranks(write, request.param, directory=directory)
+    return directory
+
+
+def test_slices_are_what_was_saved(written: Path, tmp_path: Path) -> None:
+    model = models.build(0, (1,)).state_dict()
+    assert_holds(written / "fsdp2", model)
+    assert_holds(written / "fsdp1", model)
+    assert_holds(written / "mesh", odd())
+    held = {name: value for name, value in odd().items() if name not in NOT_IN_SAFETENSORS}
+    assert_holds(written / "hf", held)
+    assert_holds(written / "hf-shards", held)
+    # what DCP itself makes of it, whole
+    dcp_to_torch_save(written / "fsdp1", tmp_path / "whole.pt")
+    assert_holds(written / "fsdp1", torch.load(tmp_path / "whole.pt")["state_dict"])
+
+
+def test_a_plain_model_is_nested_in_any_way(tmp_path: Path) -> None:
+    state = models.build(0).state_dict()
+    for i, content in enumerate(
+        [state, {"model": state, "x": torch.ones(1)}, {"state_dict": state}, {"app": {"app": {"module": state}}}]
+    ):
+        dcp.save(content, checkpoint_id=tmp_path / f"step-{i}", no_dist=True)
+        assert_holds(tmp_path / f"step-{i}", state)
+    assert len(open_candidates(str(tmp_path / "step-*"))) == 4
+    dcp.save({"net": state}, checkpoint_id=tmp_path / "odd", no_dist=True)
+    assert "its keys are 'net'" in refused(tmp_path / "odd")
+    dcp.save({"optim": 3}, checkpoint_id=tmp_path / "none", no_dist=True)
+    assert "holds no tensors" in refused(tmp_path / "none")
+
+
+# Damaged
+
+
+@pytest.fixture
+def folder(ranks: Pool, tmp_path: Path) -> Path:
+    ranks(write, 2, directory=tmp_path)
+    return tmp_path
+
+
+def test_damaged_checkpoints(folder: Path) -> None:
+    mesh = folder / "mesh"
+    chunks = mesh / "__1_0.distcp"
+    content = chunks.read_bytes()
+    chunks.write_bytes(content[:-700])
+    assert refused(mesh).startswith(f"{chunks}: has {len(content) - 700} bytes") and "truncated" in refused(mesh)
+    chunks.write_bytes(b"x" * len(content))
+    assert refused(mesh).startswith(f"{chunks} at byte ") and "torch.save" in refused(mesh)
+    chunks.write_bytes((folder / "fsdp2/__1_0.distcp").read_bytes() * 9)
+    assert refused(mesh).startswith(str(chunks))
+    chunks.unlink()
+    message = refused(mesh)
+    assert message.startswith(f"{mesh}: tensor ") and "'__1_0.distcp', which is not there" in message
+    for raw in (b"", b"{}", (mesh / ".metadata").read_bytes()[:-50], pickle.dumps({"a": 1})):
+        (mesh / ".metadata").write_bytes(raw)
+        assert refused(mesh).startswith(f"{mesh / '.metadata'}: is not the metadata")
+    first, second = sorted((folder / "hf-shards").glob("shard-*"))
+    assert f"Give the directory, {folder / 'hf-shards'}" in refused(second)
+    first.unlink()
+    assert "holds no file shard-00001-*.safetensors" in refused(folder / "hf-shards")
+    second.rename(first)
+    assert "do not tile its shape" in refused(folder / "hf-shards")
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        return exec, ("raise SystemExit('it ran')",)
+
+
+def test_metadata_run_nothing(tmp_path: Path) -> None:
+    dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", no_dist=True)
+    with (tmp_path / "a/.metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    metadata.storage_meta = Malicious()
+    with (tmp_path / "a/.metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+    assert_holds(tmp_path / "a", odd())
+
+
+def test_chunks_that_leave_a_hole(tmp_path: Path) -> None:
+    dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", no_dist=True)
+    with (tmp_path / "a/.metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    metadata.state_dict_metadata["model.sharded0"].size = torch.Size([6, 7, 3])
+    with (tmp_path / "a/.metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+    message = refused(tmp_path / "a")
+    assert message.startswith(f"{tmp_path / 'a'}: tensor 'sharded0'") and "do not tile its shape (6, 7, 3)" in message
+
+
+def test_shards_of_a_rank_saved_without_dcp(ranks: Pool, tmp_path: Path) -> None:
+    ranks(save_shards, 2, directory=tmp_path)
+    message = refused(tmp_path / "rank-0.pt")
+    assert "torch.distributed.checkpoint.save" in message and "nothing in it was run" in message, message
+
+
+def save_shards(directory: Path) -> None:
+    warnings.simplefilter("ignore")
+    model = FullyShardedDataParallel(models.build(0, (1,)), device_id=torch.device("cpu"), use_orig_params=True)
+    with FullyShardedDataParallel.state_dict_type(
+        model, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(_use_dtensor=False)
+    ):
+        torch.save(model.state_dict(), directory / f"rank-{dist.get_rank()}.pt")

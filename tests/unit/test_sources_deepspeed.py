@@ -1,0 +1,223 @@
+"""Checkpoints that real DeepSpeed engines wrote, read by slices, against DeepSpeed's own zero_to_fp32."""
+
+import importlib.util
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from twa_scale.errors import CandidateError
+from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources.side_files import side_files
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+TRAINED = {"embed.weight", "up.weight", "up.bias", "scale", "down.weight", "head.weight"}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All checkpoints as SIZE/CASE, and what each holds as SIZE/CASE.pt."""
+    directory = tmp_path_factory.mktemp("deepspeed") / "written"
+    command = [sys.executable, "-m", "tests.write_deepspeed", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return directory
+
+
+@pytest.fixture
+def copied(written: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Return the tag folder of a copy that a test may damage."""
+
+    def copy(case: str) -> Path:
+        shutil.copytree(written / case, tmp_path / case)
+        return tmp_path / case / "global_step1"
+
+    return copy
+
+
+def read(candidate: Candidate, name: str, start: int, stop: int) -> torch.Tensor:
+    out = torch.empty(stop - start, dtype=candidate.dtype(name))
+    candidate.read(name, start, out)
+    return out
+
+
+def opened(path: Path) -> Candidate:
+    return open_candidates([path], minimum=1)[0]
+
+
+def refused(path: Path) -> str:
+    """The error that opening, or else reading every tensor, ends in."""
+    with pytest.raises(CandidateError) as error:
+        candidate = opened(path)
+        for name in candidate.names():
+            read(candidate, name, 0, torch.Size(candidate.shape(name)).numel())
+    return str(error.value)
+
+
+def changed(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = torch.load(file, weights_only=False)
+    change(content)
+    torch.save(content, file)
+
+
+def test_slices_are_what_zero_to_fp32_says(written: Path) -> None:
+    cases = sorted(written.glob("*/*.pt"))
+    assert len(cases) == 17
+    generator = random.Random(0)
+    for case in cases:
+        expected = torch.load(case)
+        candidate = opened(case.with_suffix(""))
+        assert candidate.names() == sorted(expected) and candidate.directory == case.with_suffix("")
+        total = 0
+        for name, wanted in expected.items():
+            full = "fp32" in case.name or (name in TRAINED and not case.name.startswith("0"))
+            if wanted.is_floating_point() and name != "mean":
+                assert candidate.dtype(name) == (torch.float32 if full else torch.bfloat16), (case, name)
+            assert candidate.shape(name) == tuple(wanted.shape)
+            n = wanted.numel()
+            cuts = [sorted(generator.choices(range(n + 1), k=2)) for _ in range(8)]
+            for start, stop in [(0, n), (0, 0), (n, n), *cuts]:
+                found = read(candidate, name, start, stop)
+                assert torch.equal(found, wanted.reshape(-1)[start:stop].to(found.dtype)), (case, name, start, stop)
+                total += found.nbytes
+        assert candidate.bytes_read == total
+        candidate.close()
+
+
+@pytest.mark.parametrize("case", ["1-bf16", "2-fp32", "3-fp32", "3-bf16"])
+def test_asynchronous_snapshots_of_a_step_hold_what_its_checkpoint_does(written: Path, case: str) -> None:
+    """The engine trained on while the snapshot was written."""
+    (snapshot,) = open_candidates(str(written / f"2/{case}-snapshots/step-*"), minimum=1)
+    checkpoint = opened(written / f"2/{case}")
+    assert {*checkpoint.names()} - {*snapshot.names()} == {"head.weight"}  # tied to the embedding
+    for name in snapshot.names():
+        n = torch.Size(snapshot.shape(name)).numel()
+        found, wanted = read(snapshot, name, 0, n), read(checkpoint, name, 0, n)
+        assert torch.equal(found, wanted.to(found.dtype)), name
+
+
+def test_what_a_path_may_name(written: Path, tmp_path: Path) -> None:
+    parent = written / "2/3-fp32"
+    assert opened(parent).names() == opened(parent / "global_step1").names()
+    for step in (10, 9):
+        shutil.copytree(parent / "global_step1", tmp_path / f"global_step{step}")
+    labels = [candidate.label for candidate in open_candidates(str(tmp_path / "global_step*"))]
+    assert labels == [str(tmp_path / "global_step9"), str(tmp_path / "global_step10")]
+    assert (parent / "zero_to_fp32.py").exists() and not side_files(parent)
+
+
+@pytest.mark.parametrize("case", ["2/2-fp32", "2/3-fp32"])
+def test_a_slice_opens_only_the_files_that_hold_it(copied: Callable[[str], Path], case: str) -> None:
+    folder = copied(case)
+    (last,) = folder.glob("zero_pp_rank_1_*_optim_states.pt")
+    last.write_bytes(b"nothing that could be read")
+    candidate = opened(folder)
+    read(candidate, "embed.weight", 0, 17 if "3-" in case else 3)
+    with pytest.raises(CandidateError, match=f"^{re.escape(str(last))}: "):
+        for name in TRAINED:
+            read(candidate, name, 0, torch.Size(candidate.shape(name)).numel())
+
+
+def test_latest_names_a_folder(copied: Callable[[str], Path]) -> None:
+    folder = copied("1/2-fp32")
+    folder.rename(folder.with_name("global_step7"))
+    message = refused(folder.parent)
+    assert message.startswith(f"{folder.parent / 'latest'}: names 'global_step1'") and "'global_step7'" in message
+    (folder.parent / "latest").write_text("../elsewhere")
+    assert "'../elsewhere'" in refused(folder.parent)
+
+
+@pytest.mark.parametrize("case", ["2/1-fp32", "2/2-bf16", "2/3-fp32"])
+def test_a_file_is_missing(copied: Callable[[str], Path], case: str) -> None:
+    folder = copied(case)
+    next(folder.glob("*pp_rank_1_*_optim_states.pt")).unlink()
+    message = refused(folder)
+    assert message.startswith(f"{folder}: was saved by 2 ranks") and "ranks '1' are missing" in message
+    next(folder.glob("*_optim_states.pt")).unlink()
+    assert "saved with ZeRO, but no *_optim_states.pt" in refused(folder)
+
+
+def test_a_model_file_is_missing(copied: Callable[[str], Path]) -> None:
+    folder = copied("2/3-fp32")
+    (folder / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+    assert "no zero_pp_rank_1_mp_rank_00_model_states.pt" in refused(folder)
+    (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").unlink()
+    assert "is no candidate" in refused(folder)
+
+
+@pytest.mark.parametrize("which", ["*pp_rank_0_*_optim_states.pt", "*pp_rank_1_*_optim_states.pt", "*model_states.pt"])
+@pytest.mark.parametrize("case", ["2/1-bf16", "2/3-fp32"])
+def test_a_file_is_truncated(copied: Callable[[str], Path], case: str, which: str) -> None:
+    folder = copied(case)
+    file = sorted(folder.glob(which))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    message = refused(folder)
+    assert message.startswith(f"{file}: ") and "truncated" in message
+    file.write_bytes(b"")
+    assert refused(folder).startswith(f"{file}: ")
+
+
+def test_files_of_another_saving(copied: Callable[[str], Path], written: Path) -> None:
+    folder = copied("3/3-fp32")
+    shutil.copy(next((written / "2/3-fp32/global_step1").glob("*pp_rank_1_*_optim_states.pt")), folder)
+    assert "elements on rank 1" in refused(folder)
+    shutil.copy(next((written / "2/3-fp32/global_step1").glob("*pp_rank_0_*_optim_states.pt")), folder)
+    assert "saved by 2 ranks" in refused(folder) and "1 more are there" in refused(folder)
+    folder = copied("2/2-fp32")
+    shutil.copy(written / "2/2-bf16/global_step1/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", folder)
+    assert "holds both" in refused(folder)
+
+
+def test_shapes_that_the_partitions_do_not_fit(copied: Callable[[str], Path]) -> None:
+    for case in ("2/2-fp32", "2/3-fp32"):
+        folder = copied(case)
+        file = sorted(folder.glob("*model_states.pt"))[0]
+        changed(file, lambda content: content["param_shapes"][0].update(more=torch.Size([9])))
+        assert "All files must be of one saving" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mp_rank_01_model_states.pt", "tensor or model parallelism"),
+        ("layer_3_expert_0_mp_rank_00_model_states.pt", "experts (MoE)"),
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "experts (MoE)"),
+        ("layer_01-model_00-model_states.pt", "a pipeline of stages"),
+    ],
+)
+def test_models_that_are_split_otherwise(copied: Callable[[str], Path], name: str, said: str) -> None:
+    folder = copied("1/2-fp32")
+    shutil.copy(folder / "mp_rank_00_model_states.pt", folder / name)
+    message = refused(folder)
+    assert f"holds '{name}'" in message and said in message and "not supported" in message
+
+
+def test_expert_groups_in_the_optimizer(copied: Callable[[str], Path]) -> None:
+    folder = copied("2/2-fp32")
+    file = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    changed(file, lambda content: content["optimizer_state_dict"].update(partition_count=[2, 1]))
+    assert "split over [2, 1] ranks" in refused(folder)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        return exec, ("raise SystemExit('it ran')",)
+
+
+def test_objects_of_the_user_are_neither_needed_nor_run(copied: Callable[[str], Path], written: Path) -> None:
+    folder = copied("2/3-fp32")
+    for file in folder.glob("*.pt"):
+        changed(file, lambda content: content.update(client=Malicious()))
+    expected = torch.load(written / "2/3-fp32.pt")
+    candidate = opened(folder)
+    for name, wanted in expected.items():
+        assert torch.equal(read(candidate, name, 0, wanted.numel()), wanted.reshape(-1))

@@ -1,0 +1,93 @@
+"""Open files are few, whatever the number of candidates, and a file that changed is found out."""
+
+import os
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from twa_scale.errors import CandidateError
+from twa_scale.sources import Candidate, handles, open_candidates
+
+
+def num_open() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Allow this process no more than 48 files beyond those that it has open; return what it has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = num_open()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 48, hard))
+    monkeypatch.setattr(handles, "_HANDLES", handles._Handles())
+    monkeypatch.setattr(handles._HANDLES, "_most", 8)
+    yield before
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def write(directory: Path, count: int) -> list[Candidate]:
+    for i in range(count):
+        save_file({"w": torch.full((5,), float(i))}, directory / f"step-{i}.safetensors")
+    return open_candidates(str(directory / "step-*"))
+
+
+def value(candidate: Candidate) -> float:
+    out = torch.empty(2)
+    candidate.read("w", 3, out)
+    assert out[0] == out[1]
+    return out[0].item()
+
+
+def test_more_candidates_than_files_may_be_open(tmp_path: Path, few: int) -> None:
+    candidates = write(tmp_path, 100)
+    for order in (candidates, candidates[::-1]):
+        assert [value(candidate) for candidate in order] == [float(candidates.index(c)) for c in order]
+        assert num_open() <= few + 10
+    for candidate in candidates:
+        candidate.close()
+    assert num_open() <= few + 2
+
+
+def test_threads_share_few_files(tmp_path: Path, few: int) -> None:
+    candidates = write(tmp_path, 40)
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(value, candidates * 25))
+    assert found == [float(i) for i in range(40)] * 25
+
+
+def test_files_that_others_hold_open(tmp_path: Path, few: int) -> None:
+    candidates = write(tmp_path, 12)
+    held = []
+    with pytest.raises(OSError):
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    assert [value(candidate) for candidate in candidates] == [float(i) for i in range(12)]
+    for candidate in candidates:
+        candidate.close()
+    with pytest.raises(OSError):
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    with pytest.raises(CandidateError, match="ulimit -n"):
+        value(candidates[0])
+    for handle in held:
+        os.close(handle)
+    assert value(candidates[0]) == 0.0
+
+
+def test_a_file_that_was_replaced_meanwhile(tmp_path: Path, few: int) -> None:
+    candidates = write(tmp_path, 20)
+    path = tmp_path / "step-0.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    for candidate in candidates[1:]:
+        value(candidate)
+    with pytest.raises(CandidateError, match=r"step-0\.safetensors: cannot be opened: No such file.*could be read bef"):
+        value(candidates[0])
+    path.write_bytes(content)
+    with pytest.raises(CandidateError, match=r"step-0\.safetensors: is not the file that it was"):
+        value(candidates[0])

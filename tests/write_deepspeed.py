@@ -1,0 +1,133 @@
+"""Run by the tests as `python -m tests.write_deepspeed DIRECTORY`: real DeepSpeed checkpoints of 1, 2 and 3 ranks.
+
+Beside each lies what DeepSpeed's own zero_to_fp32 makes of it, completed by what only the module holds.
+"""
+
+import multiprocessing
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import zero_to_fp32
+from torch import nn
+from torch.nn import functional as F
+
+from twa_scale.snapshots import Snapshots
+
+CASES = {
+    "0-fp32": {"zero_optimization": {"stage": 0}},
+    "0-bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+    "1-fp32": {"zero_optimization": {"stage": 1}},
+    "1-bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+    # makes DeepSpeed choose its BF16_Optimizer, whose checkpoint names no stage
+    "1-bf16-own": {
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
+    "2-fp32": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+    "2-bf16": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+    "3-fp32": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 20}},
+    "3-bf16": {"zero_optimization": {"stage": 3, "sub_group_size": 1000}, "bf16": {"enabled": True}},
+}
+
+SNAPSHOTS = ("1-bf16", "2-fp32", "3-fp32", "3-bf16")
+SIZES = {1: ["0-fp32", "1-bf16", "2-fp32", "3-fp32"], 2: list(CASES), 3: ["1-fp32", "1-bf16-own", "2-bf16", "3-fp32"]}
+
+
+class Odd(nn.Module):
+    """Odd sizes, a tied head, frozen and empty parameters, buffers of several types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.up = nn.Linear(5, 11)
+        self.gain = nn.Parameter(torch.randn(11), requires_grad=False)
+        self.still = nn.Linear(11, 3, bias=False).requires_grad_(False)
+        self.scale = nn.Parameter(torch.full((1,), 1.5))
+        self.down = nn.Linear(11, 5, bias=False)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("mean", torch.randn(3, 5))
+        self.register_buffer("count", torch.tensor(42))
+        self.register_buffer("mask", torch.ones(4), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.up(self.embed(tokens))) * self.gain
+        return self.head(self.down(x) * self.scale) + self.still(x).sum()
+
+
+def save(case: str, config: dict[str, object], directory: Path) -> None:
+    torch.manual_seed(sum(map(ord, case)))
+    model = Odd()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for p in trained.values() if p.dim() > 1]},
+        {"params": [p for p in trained.values() if p.dim() <= 1]},
+    ]
+    common = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(groups, lr=0.1), config={**common, **config}
+    )
+    tokens = (torch.arange(6).view(2, 3) + dist.get_rank()) % 7
+    engine.backward(engine(tokens).float().square().mean())
+    engine.step()
+    engine.save_checkpoint(str(directory / case), client_state={"args": Namespace(lr=0.1, text="of the user")})
+    if dist.get_world_size() == 2 and case in SNAPSHOTS:
+        with Snapshots(directory / f"{case}-snapshots", every_n_steps=1, asynchronous=True) as snapshots:
+            snapshots.step(engine, 1)
+            engine.backward(engine(tokens).float().square().mean())
+            engine.step()
+    if dist.get_rank():
+        return
+    if case.startswith("0"):
+        expected = engine.module.state_dict()
+    elif "own" in case:
+        expected |= without_a_stage(directory / case / "global_step1")
+    else:
+        expected |= zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory / case))
+    torch.save(expected, directory / f"{case}.pt")
+
+
+def without_a_stage(folder: Path) -> dict[str, torch.Tensor]:
+    """The part of zero_to_fp32 behind its question for the stage."""
+    states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(folder))
+    files = [torch.load(file, weights_only=False) for file in zero_to_fp32.get_optim_files(folder)]
+    groups = [file["optimizer_state_dict"]["single_partition_of_fp32_groups"] for file in files]
+    return zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(groups), groups, states, False)
+
+
+def run(rank: int, size: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), size), rank=rank, world_size=size)
+    deepspeed.init_distributed("gloo")
+    for case in SIZES[size]:
+        save(case, CASES[case], directory)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    fork = multiprocessing.get_context("fork")  # importing DeepSpeed takes most of the time: do it once
+    for size in SIZES:
+        directory = Path(sys.argv[1]) / str(size)
+        directory.mkdir(parents=True)
+        ranks = [fork.Process(target=run, args=(rank, size, directory)) for rank in range(size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+            if process.exitcode:
+                sys.exit(f"a rank of {size} ended with {process.exitcode}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""DeepSpeed engines for tests: ZeRO-1, 2 and 3 on CPU, in whatever process group the pool has made."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import twa_scale
+
+ENGINES = ["zero1", "zero2", "zero3"]
+SETTINGS = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_allow_untested_optimizer": True,
+    "steps_per_print": None,
+}
+ZERO = {"reduce_bucket_size": 20_000, "stage3_param_persistence_threshold": 100}
+
+
+def wrap(
+    model: nn.Module,
+    engine: str,
+    accumulate: int = 1,
+    bf16: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    zero: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """Hand `model` to a DeepSpeedEngine; `settings` and `zero` (of `zero_optimization`) are added to its JSON."""
+    # What launchers set, and DeepSpeed asks for now and then.
+    os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "DS_ACCELERATOR": "cpu"}
+    import deepspeed
+
+    forget_groups()
+    config: dict[str, Any] = {
+        **SETTINGS,
+        "gradient_accumulation_steps": accumulate,
+        "zero_optimization": {**ZERO, "stage": int(engine.removeprefix("zero")), **(zero or {})},
+        **({"bf16": {"enabled": True}, "data_types": {"buffer_dtype": "bf16"}} if bf16 else {}),
+        **settings,
+    }
+    optimizer = optimizer or twa_scale.stateless_optimizer(p for p in model.parameters() if p.requires_grad)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def forget_groups() -> None:
+    """Forget the earlier calls of the pool: DeepSpeed keeps groups beyond their end, and numbers modules on and on."""
+    import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    if getattr(groups, "_made_in", None) is dist.group.WORLD:
+        return
+    groups._made_in = dist.group.WORLD  # type: ignore[attr-defined]
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of use to inference only, and a minute to compile
+    deepspeed.comm.comm.cdb = None
+    groups._release_process_group_references()
+    # Ranks that took part in other calls than rank 0 would disagree about these.
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0  # type: ignore[index]
+    Init.param_id = 0
+
+
+def whole(engine: Any) -> dict[str, Tensor]:
+    """Whole parameters as the next forward pass would use them: persistent ones as they stand, others gathered."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+
+    named = dict(engine.module.named_parameters())
+    apart = [p for p in named.values() if getattr(p, "ds_status", None) is ZeroParamStatus.NOT_AVAILABLE]
+    with GatheredParameters(apart):
+        return {name: p.detach().clone() for name, p in named.items()}

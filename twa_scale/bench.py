@@ -1,0 +1,194 @@
+"""What project and combine cost on this machine, store by store, against the limit of its memory."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from twa_scale.comm import Group
+from twa_scale.config import TwaConfig, validated
+from twa_scale.errors import ConfigError
+from twa_scale.spans import Span
+from twa_scale.store import Store, make_store
+
+_CHUNK = 1 << 20  # elements of each row that exist in float32 while a store is filled
+_SPAN = 1 << 26  # largest tensor of the bench
+_TIMES, _SECONDS, _MOST = 7, 0.5, 1000  # at least as often and as long: others may disturb any one call
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One operation: the best of several times."""
+
+    what: str
+    seconds: float
+    nbytes: float
+    """Bytes of memory that it has to move, each counted once."""
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.nbytes / self.seconds
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured in one process, one thing after another."""
+
+    device: str
+    threads: int
+    elements: int
+    candidates: int
+    memory: list[Measured]
+    """Reading and copying large memory, before and after everything else."""
+    stores: dict[str, list[Measured]]
+    """By store: project, combine, and a whole update: both, with the reduction and the step of the coefficients."""
+    others: list[Measured]
+    """The reduction of the coefficient gradients, AdamW on the same weights, and the published form on uint8."""
+
+    @property
+    def read(self) -> float:
+        """The best rate at which this process read large memory."""
+        return max(m.rate for m in self.memory if m.what == "read")
+
+
+def run_bench(
+    stores: list[str], elements: int, candidates: int, threads: int | None, kernels: str, device: torch.device
+) -> Bench:
+    """Measure. The memory of one store at a time is taken.
+
+    Args:
+        stores: names, as in the configuration.
+        elements: trained elements D of this rank.
+        candidates: n.
+        threads: of torch and of the kernels on a CPU; as torch has them when not given.
+        kernels: as in the configuration.
+        device: where everything lies.
+
+    Raises:
+        ConfigError: an unknown store or kernels.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    gradient, weights = torch.randn(elements, device=device), torch.randn(elements, device=device)
+    memory = _memory(elements * candidates, device)
+    measured = {}
+    for name in stores:
+        config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
+        store = make_store(config, candidates, device, _refuse)
+        measured[name] = _store(store, elements, candidates, gradient, weights)
+        store.close()
+    others = [_reduction(candidates, device), *_adamw(weights, gradient), *_published(candidates, gradient)]
+    memory += _memory(elements * candidates, device)
+    return Bench(str(device), torch.get_num_threads(), elements, candidates, memory, measured, others)
+
+
+def _refuse(name: str) -> list[torch.Tensor]:
+    raise ConfigError(
+        "bench: store 'mapped' is as fast as the files that it maps, and the bench has none; leave it out."
+    )
+
+
+def _store(store: Store, elements: int, n: int, gradient: torch.Tensor, weights: torch.Tensor) -> list[Measured]:
+    spans = [Span("w", start, min(start + _SPAN, elements)) for start in range(0, elements, _SPAN)]
+    for span in spans:
+        store.reserve(span)
+        for start in range(0, len(span), _CHUNK):
+            size = min(_CHUNK, len(span) - start)
+            rows = 1e-3 * torch.randn(n, size, device=gradient.device)
+            store.fill(span, start, rows, weights[span.start + start :][:size])
+    x = torch.nn.Parameter(torch.zeros(n, device=gradient.device))
+    optimizer = torch.optim.AdamW([x], lr=1e-3)
+    group = Group.world()
+
+    def project() -> torch.Tensor:
+        cuts = [(span, gradient[span.start : span.stop]) for span in spans]
+        return torch.stack([store.project(span, part, False) for span, part in cuts]).sum(0)
+
+    def combine() -> None:
+        for span in spans:
+            store.combine(span, x.detach(), 1.0, weights[span.start : span.stop])
+
+    def update() -> None:
+        x.grad = group.sum_(project())[:-1].to(torch.float32)
+        optimizer.step()
+        combine()
+
+    deltas = store.nbytes - 4 * elements
+    read, written = deltas + 4 * elements, deltas + 8 * elements
+    return [
+        _measure("project", project, read, gradient.device),
+        _measure("combine", combine, written, gradient.device),
+        _measure("update", update, read + written, gradient.device),
+    ]
+
+
+def _memory(elements: int, device: torch.device) -> list[Measured]:
+    data = torch.ones(min(elements, 1 << 29), device=device)
+    first, second = data.chunk(2) if len(data) % 2 == 0 else data[1:].chunk(2)
+    return [
+        _measure("read", data.sum, data.nbytes, device),
+        _measure("copy", lambda: first.copy_(second), 2 * first.nbytes, device),
+    ]
+
+
+def _reduction(n: int, device: torch.device) -> Measured:
+    group, products = Group.world(), torch.zeros(n + 1, dtype=torch.float64, device=device)
+    return _measure(f"reduction over {group.size} ranks", lambda: group.sum_(products), products.nbytes, device)
+
+
+def _adamw(weights: torch.Tensor, gradient: torch.Tensor) -> Iterator[Measured]:
+    parameter = torch.nn.Parameter(weights.clone())
+    parameter.grad = gradient
+    optimizer = torch.optim.AdamW([parameter], lr=1e-9, fused=True)
+    optimizer.step()
+    yield _measure("AdamW(fused=True)", optimizer.step, 7 * weights.nbytes, weights.device)
+
+
+def _published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
+    """The journal branch's form: uint8 codes, one scale and zero point a row, everything made element by element.
+
+    On a part of the elements, since it holds n of them in float32; the time is that of all.
+    """
+    part = gradient[: 1 << 20]
+    times = len(gradient) / len(part)
+    codes = torch.randint(256, (n, len(part)), dtype=torch.uint8, device=gradient.device)
+    scale, zero, u = (
+        torch.rand(n, 1, device=gradient.device),
+        torch.rand(n, device=gradient.device),
+        torch.rand(n, 1, device=gradient.device),
+    )
+
+    def project() -> torch.Tensor:
+        return (codes * (scale * part)).sum(1) + zero * part.sum()
+
+    def combine() -> torch.Tensor:
+        return (codes * (scale * u)).sum(0) + (zero[:, None] * u).sum()
+
+    for what, function in (("published project", project), ("published combine", combine)):
+        small = _measure(what, function, codes.nbytes + part.nbytes, gradient.device)
+        yield Measured(what, small.seconds * times, small.nbytes * times)
+
+
+def _measure(what: str, function: Callable[[], object], nbytes: float, device: torch.device) -> Measured:
+    """Return the best of several calls, after one that compiles and touches memory.
+
+    One thread is timed by its own clock, which stands still while other processes have its core.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
+    function()
+    seconds: list[float] = []
+    while len(seconds) < _TIMES or (sum(seconds) < _SECONDS and len(seconds) < _MOST):
+        _wait(device)
+        start = clock()
+        function()
+        _wait(device)
+        seconds.append(clock() - start)
+    return Measured(what, min(seconds), nbytes)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,97 @@
+"""ZeRO-3: each rank holds an equal part of every parameter's flattening, the last parts padded."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from twa_scale.comm import Group
+from twa_scale.engines.describe import named_parameters
+from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
+from twa_scale.errors import EngineError
+from twa_scale.spans import Span
+
+
+class Zero3Engine(ZeroEngine):
+    """Trained parameters have a float32 partition beside the low-precision one; frozen ones the latter alone.
+
+    Never by `parameter.shape`, which is empty for a partitioned parameter: small ones persist whole, but the partition
+    is what counts for them, too.
+    """
+
+    def __init__(self, engine: Any, replica_group: Group) -> None:
+        super().__init__(engine, replica_group)
+        self._parameters, infos = named_parameters(engine)
+        optimized = {id(parameter) for group in self._optimizer.fp16_groups for parameter in group}
+        self._trained: dict[str, Any] = {}
+        self._live: dict[str, torch.Tensor] = {}
+        self._spans: dict[str, Span] = {}
+        self.parameters = {}
+        for name, parameter in self._parameters.items():
+            held: Any = parameter
+            span = self._place(name, held)
+            local = held.ds_tensor
+            if id(parameter) in optimized:
+                self._trained[name] = held
+                local = self._optimizer.get_local_fp32_param(held)
+            elif held.requires_grad and held.ds_numel:
+                raise EngineError(
+                    f"parameter {name!r} requires a gradient, but the engine's optimizer was not given it: give it all "
+                    "of them, or freeze this one."
+                )
+            self._spans[name] = span
+            self._live[name] = local.detach().view(-1)[: len(span)]  # the rest is padding
+            self.parameters[name] = replace(infos[name], shape=tuple(held.ds_shape), dtype=local.dtype)
+
+    def _place(self, name: str, parameter: Any) -> Span:
+        part = parameter.ds_tensor.ds_numel
+        start = min(self.shard_group.rank * part, parameter.ds_numel)
+        return Span(name, start, min(start + part, parameter.ds_numel))
+
+    def spans(self) -> list[Span]:
+        """Return this rank's part of every parameter; parts of small ones are empty on the last ranks."""
+        return list(self._spans.values())
+
+    def live(self, span: Span) -> torch.Tensor:
+        """Return the partition that this rank owns, in float32 where the parameter is trained."""
+        offset = self._spans[span.name].start
+        return self._live[span.name][span.start - offset : span.stop - offset]
+
+    @torch.no_grad()
+    def publish(self, names: Collection[str]) -> None:
+        """Round what was written into the low-precision partitions, and gather persistent parameters anew.
+
+        Whole parameters that a forward pass left behind are dropped, so that the next one gathers what is true now.
+        """
+        for name, parameter in self._trained.items():
+            if name in names:
+                parameter.ds_tensor.view(-1)[: len(self._spans[name])].copy_(self._live[name])
+        offload = self._optimizer.parameter_offload
+        offload.partition_all_parameters()
+        if offload.persistent_parameters:
+            offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
+
+    def drain(self) -> None:
+        """Hand over this rank's part of the averaged gradients.
+
+        Raises:
+            EngineError: no backward pass.
+        """
+        assert self._consume is not None
+        if not any(self._optimizer.averaged_gradients.values()):
+            raise EngineError(NO_GRADIENT)
+        for name, parameter in self._trained.items():
+            span = self._spans[name]
+            if len(span):
+                self._consume(span, self._optimizer.get_local_fp32_grad_for_param(parameter)[: len(span)])
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the gradients. A parameter that the next loss does not reach would else keep its old one."""
+        optimizer = self._optimizer
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.averaged_gradients = {}
+        optimizer.grad_partitions_flat_buffer.zero_()
+        for bucket in optimizer.ipg_buckets.values():
+            bucket.clear_params()

@@ -1,0 +1,8 @@
+"""Project and combine, the two operations on data of the size of the model, for dense and packed rows."""
+
+from twa_scale.kernels.choose import choose_kernels
+from twa_scale.kernels.packed import Packed, packed_bytes
+from twa_scale.kernels.protocol import Differences, Kernels, Rows
+from twa_scale.kernels.rows import Dense
+
+__all__ = ["Dense", "Differences", "Kernels", "Packed", "Rows", "choose_kernels", "packed_bytes"]

@@ -1,0 +1,126 @@
+"""Kernels for CPUs, compiled by numba on their first use."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from twa_scale.kernels import loops, packed_loops
+from twa_scale.kernels.packed import Packed
+from twa_scale.kernels.protocol import Differences, Rows
+from twa_scale.kernels.quantize import REFINEMENTS, SMALLEST, first_scale
+from twa_scale.kernels.rows import TILE, Dense
+from twa_scale.kernels.threads import Threads
+
+_PIECE = 1 << 17  # elements of a sum of differences: it stays in cache while the rows go by
+_PART = 1024  # elements of them that are added in float32
+
+
+class NumbaKernels:
+    """Each thread takes a range of tiles, and reads all rows of a tile while the gradient or the sum is in cache."""
+
+    name = "numba"
+
+    def __init__(self) -> None:
+        self._threads = Threads()
+
+    def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
+        """Return <row_i, gradient>."""
+        right = _array(gradient)
+        parts: list[tuple[int, Any]] = []
+
+        def work(start: int, stop: int) -> None:
+            match rows:
+                case Dense():
+                    total = np.zeros(rows.n)
+                    loops.project_dense(_array(rows.values), rows.n, rows.m, TILE, right, start, stop, total)
+                case Packed():
+                    total = np.zeros(rows.n)
+                    words, scales = rows.words.numpy(), _array(rows.scales)
+                    packed_loops.project_packed(words, scales, _shape(rows), right, start, stop, total)
+                case Differences():
+                    center = rows.center.numpy()
+                    cut = (start * _PIECE, min(stop * _PIECE, len(center)))
+                    arrays = map(_array, rows.rows)
+                    total = np.array([loops.project_differences(a, center, right, *cut, _PART) for a in arrays])
+            parts.append((start, total))
+
+        self._threads.share(work, *_size(rows))
+        # In the order of the columns: the same bits whichever thread was first.
+        return torch.from_numpy(np.sum([total for _, total in sorted(parts, key=lambda part: part[0])], axis=0))
+
+    def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """Write scale * base + sum_i weights_i row_i."""
+        out = out.detach()
+        if out.dtype not in (torch.float32, torch.bfloat16) or not out.is_contiguous():
+            total = torch.empty(out.shape, dtype=torch.float32)
+            self.combine(rows, weights, base, scale, total)
+            out.copy_(total)
+            return
+        factors, center, factor, target = (
+            weights.to(torch.float32).numpy(),
+            base.numpy(),
+            np.float32(scale),
+            _array(out),
+        )
+
+        def work(start: int, stop: int) -> None:
+            match rows:
+                case Dense():
+                    size = (rows.n, rows.m, TILE)
+                    loops.combine_dense(_array(rows.values), *size, factors, center, factor, target, start, stop)
+                case Packed():
+                    data = (rows.words.numpy(), _array(rows.scales), _shape(rows))
+                    packed_loops.combine_packed(*data, factors, center, factor, target, start, stop)
+                case Differences():
+                    for piece in range(start, stop):
+                        self._combine_differences(rows, factors, base, scale, out, piece * _PIECE)
+
+        self._threads.share(work, *_size(rows))
+
+    def _combine_differences(
+        self, rows: Differences, weights: Any, base: torch.Tensor, scale: float, out: torch.Tensor, start: int
+    ) -> None:
+        total = base[start : start + _PIECE] * scale
+        for row, weight in zip(rows.rows, weights, strict=True):
+            loops.add_difference(total.numpy(), _array(row), rows.center.numpy(), weight, start)
+        out[start : start + _PIECE] = total
+
+    def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
+        """Quantize, each thread some of the rows: two of them never write into the same word."""
+        count = values.shape[1]
+        if not rows.n or not count:
+            return
+        values = values if values.stride(1) == 1 else values.contiguous()
+        stride = values.stride(0)
+        flat = values.as_strided(((rows.n - 1) * stride + count,), (1,)).numpy()
+        rule = (np.float32(first_scale(rows.bits)), REFINEMENTS[rows.bits], np.float32(SMALLEST))
+        data = (rows.words.numpy(), _array(rows.scales), _shape(rows))
+
+        def work(start: int, stop: int) -> None:
+            packed_loops.pack(*data, block, flat, stride, count, rule, start, stop)
+
+        self._threads.share(work, rows.n, values.nbytes)
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """Return a tensor's memory as numpy has it: bfloat16 as uint16, and what loops do not know as float32."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy()
+    return tensor.to(torch.float32).contiguous().numpy()
+
+
+def _shape(rows: Packed) -> Any:
+    return tuple(map(np.uint64, (rows.n, rows.m, rows.lead, rows.bits, rows.block)))
+
+
+def _size(rows: Rows) -> tuple[int, int]:
+    """Return how many ranges rows can be cut into, and their bytes."""
+    match rows:
+        case Dense():
+            return -(-rows.m // TILE), rows.nbytes
+        case Packed():
+            return rows.count, 4 * rows.n * rows.m // rows.fields * 8  # it is the arithmetic that takes time
+        case Differences():
+            return -(-len(rows.center) // _PIECE), sum(row.nbytes for row in rows.rows)

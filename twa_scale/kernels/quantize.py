@@ -1,0 +1,53 @@
+"""From float32 to codes and scales, block by block: the rule, in plain torch."""
+
+import torch
+from torch.nn import functional as F
+
+from twa_scale.kernels.packed import zero_of
+
+REFINEMENTS = {8: 0, 4: 2, 2: 3, 1: 1}
+"""How often the scale is fitted to the codes. 8 bits clip nothing and gain nothing; 1 bit is exact after once."""
+SMALLEST = 1e-30
+"""Scales below it become zero: their inverse would overflow. Such deltas are far below any weight's last bit."""
+
+
+def first_scale(bits: int) -> float:
+    """Return the first scale of a block, in units of its largest element (8 and 4 bits) or of its mean size."""
+    margin = {8: 1.0, 4: 0.5}  # 8 bits keep one step for the rounding of the scale, and clip nothing
+    return 1 / ((1 << (bits - 1)) - margin[bits]) if bits in margin else 1.25
+
+
+def quantize(values: torch.Tensor, front: int, back: int, size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize rows that `front` and `back` absent elements make whole blocks.
+
+    The scale starts from the largest element, or where most must be clipped from the mean size, and is then fitted:
+    for given codes q the best one is <x, q - zero> / |q - zero|^2.
+
+    Args:
+        values: (n, k), float32, finite.
+        front: absent elements of the first block.
+        back: absent elements of the last block.
+        size: elements of a block.
+        bits: 8, 4, 2 or 1.
+
+    Returns:
+        Codes (n, blocks, size), int32, and scales (n, blocks), bfloat16.
+    """
+    blocks = F.pad(values, (front, back)).unflatten(1, (-1, size))
+    present = F.pad(values.new_ones(values.shape[1]), (front, back)).view(-1, size)
+    magnitude = blocks.abs()
+    start = magnitude.amax(2) if bits >= 4 else magnitude.sum(2) / present.sum(1)
+    scale = _rounded(start * first_scale(bits))
+    for _ in range(REFINEMENTS[bits]):
+        level = (_codes(blocks, scale, bits) - zero_of(bits)) * present
+        scale = _rounded((blocks * level).sum(2) / level.square().sum(2).clamp(min=0.25))
+    return _codes(blocks, scale, bits).to(torch.int32), scale.to(torch.bfloat16)
+
+
+def _rounded(scale: torch.Tensor) -> torch.Tensor:
+    return (scale * (scale >= SMALLEST)).to(torch.bfloat16).to(torch.float32)
+
+
+def _codes(blocks: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    inverse = torch.where(scale > 0, 1 / scale, 0)[..., None]
+    return (blocks * inverse + (zero_of(bits) + 0.5)).floor_().clamp_(0, (1 << bits) - 1)

@@ -1,0 +1,146 @@
+"""Checkpoints of torch.distributed.checkpoint (DCP): tensors in chunks, of which a slice reads its part."""
+
+import io
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.errors import CandidateError
+from twa_scale.names import some
+from twa_scale.sources.archive import Archive
+from twa_scale.sources.boxes import Box, Boxed
+from twa_scale.sources.handles import File
+from twa_scale.sources.memory import NESTED
+from twa_scale.sources.pickles import Opaque, SafeUnpickler
+from twa_scale.sources.stored import Stored, StoredCandidate
+
+METADATA = ".metadata"
+_NESTED = ("app", *NESTED)
+_Items = Mapping[tuple[str, tuple[int, ...]], Opaque]
+
+
+def open_dcp(directory: Path) -> StoredCandidate:
+    """Open a folder that `torch.distributed.checkpoint.save` wrote: `.metadata` and files of chunks.
+
+    The weights are found by name, or under "model", "app" and other usual keys, nested in any way.
+
+    Raises:
+        CandidateError: damaged metadata, a file that is missing, or no weights.
+    """
+    try:
+        return _open(directory, _metadata(directory / METADATA))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CandidateError(
+            f"{directory / METADATA}: is not laid out as torch.distributed.checkpoint does it ({type(error).__name__}: "
+            f"{error}). Copy the folder again, or leave this candidate out."
+        ) from error
+
+
+def _open(directory: Path, metadata: Any) -> StoredCandidate:
+    files = _Files(directory)
+    label = str(directory)
+    paths = metadata.planner_data or {}
+    described = {
+        key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value.properties, Opaque)
+    }
+    items = {(key.fqn, tuple(key.offset or ())): item for key, item in metadata.storage_data.items()}
+    tensors = {}
+    for name, key in _weights({key: tuple(map(str, paths.get(key, (key,)))) for key in described}, label).items():
+        what = f"{label}: tensor {name!r}"
+        tensors[name] = _tensor(key, described[key], items, files, what)
+    return StoredCandidate(tensors, files.open.values(), label, directory)
+
+
+class _Files:
+    """The files of chunks by number, opened when something of them is first read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.open: dict[int, File] = {}
+        self._paths = list(directory.iterdir())
+        self._numbers = {path.name: i for i, path in enumerate(self._paths)}
+
+    def number(self, name: str, what: str) -> int:
+        if name not in self._numbers:
+            raise CandidateError(
+                f"{what}: is stored in {name!r}, which is not there. Copy the whole folder again, or leave this "
+                "candidate out."
+            )
+        return self._numbers[name]
+
+    def __getitem__(self, number: int) -> File:
+        if number not in self.open:
+            self.open[number] = File(self._paths[number])
+        return self.open[number]
+
+
+def _metadata(path: Path) -> Any:
+    file = File(path)
+    raw = bytearray(file.size)
+    file.read(memoryview(raw), 0, "the metadata")
+    file.close()
+    try:
+        metadata = SafeUnpickler(io.BytesIO(raw)).load()
+        metadata.state_dict_metadata.items()
+        metadata.storage_data.items()
+    except Exception as error:
+        # A damaged pickle makes the unpickler raise almost anything.
+        raise CandidateError(
+            f"{path}: is not the metadata that torch.distributed.checkpoint writes ({type(error).__name__}: {error}). "
+            "Copy the folder again, or leave this candidate out."
+        ) from error
+    return metadata
+
+
+def _weights(paths: Mapping[str, tuple[str, ...]], label: str) -> dict[str, str]:
+    """Map the names of the weights to their keys: those at the top, or at the end of a chain of usual keys."""
+    depth = 0
+    while True:
+        nested = next(
+            (key for key in _NESTED if any(p[depth] == key and len(p) > depth + 1 for p in paths.values())), None
+        )
+        if nested is None:
+            break
+        paths = {key: path for key, path in paths.items() if path[depth] == nested and len(path) > depth + 1}
+        depth += 1
+    found = {path[depth]: key for key, path in paths.items() if len(path) == depth + 1}
+    if not found:
+        raise CandidateError(
+            f"{label}: holds no tensors, neither by name nor under one of {some(_NESTED, 6)}; its keys are "
+            f"{some(sorted({path[depth] for path in paths.values()})) or 'none at all'}. Save {{'model': "
+            "model.state_dict()}."
+        )
+    return found
+
+
+def _tensor(key: str, described: Opaque, items: _Items, files: _Files, what: str) -> Boxed:
+    dtype = described.properties.state[0]
+    boxes = []
+    for chunk in described.chunks:
+        starts, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        item = items.get((key, starts))
+        if item is None:
+            raise CandidateError(f"{what}: the metadata do not say where its part at {starts} is. Save it again.")
+        if item.transform_descriptors:
+            raise CandidateError(
+                f"{what}: is stored as {item.transform_descriptors}, which has no slices. Save it without extensions."
+            )
+        boxes.append(Box(starts, sizes, (files.number(item.relative_path, what), item.offset, item.length)))
+    assert isinstance(dtype, torch.dtype)
+    return Boxed(tuple(described.size), dtype, boxes, partial(_find, files), what)
+
+
+def _find(files: _Files, box: Box) -> Stored:
+    number, offset, length = box.where
+    file = files[number]
+    if offset + length > file.size:
+        raise CandidateError(
+            f"{file.path}: has {file.size} bytes, but a tensor ends at byte {offset + length}: it is truncated. Copy "
+            "it again, or leave this candidate out."
+        )
+    stored = Archive(file, offset, length).content()
+    if not isinstance(stored, Stored):
+        raise CandidateError(f"{file.path}: holds no tensor at byte {offset}. Copy it again.")
+    return stored

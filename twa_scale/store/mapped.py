@@ -1,0 +1,72 @@
+"""No copy of the deltas at all: the candidates' own files, mapped into memory, are the store."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from twa_scale.kernels import Dense, Differences, Kernels
+from twa_scale.spans import Span
+
+_PIECE = 1 << 20  # elements of a span of many runs that are put side by side at a time
+
+Mapped = Callable[[str], Sequence[torch.Tensor]]
+"""Returns for a trained tensor of the model the whole flattened one of every candidate, as views of their files."""
+
+
+class MappedStore:
+    """Forms w_i - c in float32 where it is used, from the files and a float32 center.
+
+    So the deltas carry the rounding of the center, half a unit in the last place of a weight, and no other. Ranks of
+    one node share the pages of the files. A file that is changed or cut short meanwhile kills the process.
+    """
+
+    def __init__(self, n: int, mapped: Mapped, kernels: Kernels) -> None:
+        self._n = n
+        self._mapped = mapped
+        self._kernels = kernels
+        self._spans: dict[Span, tuple[Sequence[torch.Tensor], torch.Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the center occupies."""
+        return sum(center.nbytes for _, center in self._spans.values())
+
+    def reserve(self, span: Span) -> None:
+        """Map the tensors of a span."""
+        self._spans[span] = self._mapped(span.name), torch.empty(len(span), dtype=torch.float32)
+
+    def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
+        """Keep the center of a part of a span."""
+        self._spans[span][1][start : start + len(center)] = center
+
+    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
+        """Return the inner products with the gradient of this span."""
+        result = torch.zeros(self._n + 1, dtype=torch.float64)
+        for cut, rows in self._pieces(span):
+            result[:-1] += self._kernels.project(rows, gradient[cut])
+        if with_center:
+            result[-1:] = self._kernels.project(Dense.one(self._spans[span][1]), gradient)
+        return result
+
+    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """Write the weights of this span."""
+        for cut, rows in self._pieces(span):
+            self._kernels.combine(rows, weights, rows.center, scale, out[cut])
+
+    def _pieces(self, span: Span) -> Iterator[tuple[slice, Differences]]:
+        """Yield the span as it lies in the files, or piece by piece where it is many runs."""
+        tensors, center = self._spans[span]
+        if not span.run:
+            yield slice(0, len(span)), Differences([row[span.start : span.stop] for row in tensors], center)
+            return
+        for offset, piece in span.pieces(_PIECE):
+            cut = slice(offset, offset + len(piece))
+            yield cut, Differences([_gathered(row, piece) for row in tensors], center[cut])
+
+    def close(self) -> None:
+        """Let go of the files and release the center."""
+        self._spans.clear()
+
+
+def _gathered(row: torch.Tensor, piece: Span) -> torch.Tensor:
+    return torch.cat([row[start:stop] for start, stop in piece.runs()])
