@@ -67,6 +67,7 @@ def attach(
         candidates = found if candidates is None else candidates
         if candidates is None:
             raise ConfigError('candidates: give them to attach, or as "twa": {"candidates": ..} in DeepSpeed\'s JSON.')
+    _require_same_settings(pods, config)
     reduction = Reduction(config.comm, pods, group, engine.replica_group)
     with pods.agree():
         opened = open_candidates(candidates)
@@ -88,7 +89,7 @@ def attach(
             else {}
         )
     fingerprint = _fingerprint(engine, layout, opened, stream)
-    _require_same_in_all(pods, config, fingerprint)
+    _require_same_candidates(pods, fingerprint)
     pods.sum_(gram.values.mul_(pods.share))  # all pods have the same but for rounding, which would part their bases
     _write_rest(engine, layout, buffers)
     if pods.rank == 0:
@@ -143,23 +144,35 @@ def _fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate]
     return replace(fingerprint, checksums=sums.cpu())
 
 
-def _require_same_in_all(pods: Pods, config: TwaConfig, fingerprint: Fingerprint) -> None:
-    """Refuse pods that read other candidates or settings than the first, from disks of their own: weights would differ.
+def _require_same_settings(pods: Pods, config: TwaConfig) -> None:
+    """Refuse pods that were given other settings than the first: they would wait for each other, or part.
 
     Raises:
-        ConfigError, CandidateError: naming the first setting or tensor that differs.
+        ConfigError: naming the first setting that differs.
     """
     if pods.count == 1:
         return
     settings = config.model_dump(mode="json", include=set(TwaConfig.model_fields))
-    settings_of_first, first = pods.broadcast((settings, fingerprint))
+    first = pods.broadcast(settings)
     with pods.agree():
         for key, value in settings.items():
-            if value != settings_of_first[key]:
+            if value != first[key]:
                 raise ConfigError(
-                    f"{key}: pod {pods.number} has {value!r} and pod 0 has {settings_of_first[key]!r}; give all pods "
-                    "the same settings."
+                    f"{key}: pod {pods.number} has {value!r} and pod 0 has {first[key]!r}; give all pods the same "
+                    "settings."
                 )
+
+
+def _require_same_candidates(pods: Pods, fingerprint: Fingerprint) -> None:
+    """Refuse pods that have read other candidates than the first, from disks of their own: weights would differ.
+
+    Raises:
+        CandidateError: naming the first tensor that differs.
+    """
+    if pods.count == 1:
+        return
+    first = pods.broadcast(fingerprint)
+    with pods.agree():
         if first.shapes != fingerprint.shapes or len(first.labels) != len(fingerprint.labels):
             raise CandidateError(
                 f"{fingerprint.labels[0]}: the candidates of pod {pods.number} have other tensors, or are another "

@@ -134,8 +134,10 @@ class TrainableAverage:
         for stream in self._streams:  # hooks may have run on the stream that reduced the gradient
             torch.cuda.current_stream().wait_stream(stream)
         self._in_step = True
-        self._engine.drain()
-        self._in_step = False
+        try:
+            self._engine.drain()
+        finally:
+            self._in_step = False
         with self.clock.part("reduce"):
             products = self._reduction(self._products)  # from here to the weights everything is small
         finite = bool(torch.isfinite(products).all())
@@ -226,7 +228,7 @@ class TrainableAverage:
             "config": self._settings(),
             "candidates": list(self.fingerprint.labels),
             "groups": list(self.layout.groups),
-            "coefficients": self.coefficients.tolist(),
+            "coefficients": (self.coefficients if self._now_shown is None else self._now_shown).tolist(),
         }
         export(
             self._engine,
@@ -297,6 +299,10 @@ class TrainableAverage:
         group = self._spans.get(span)
         if group is None or not len(span):
             return
+        if self._shown and self._engine.in_backward and not self._in_step:
+            raise TwaError(
+                "backward() inside weights(): the gradient is not that of the trained weights; leave it first."
+            )
         if gradient.is_cuda:
             self._streams.add(torch.cuda.current_stream())
         with self.clock.part("project in step" if self._in_step else "project in backward"):
@@ -305,7 +311,7 @@ class TrainableAverage:
     @torch.no_grad()
     def _write(self) -> None:
         """Write the weights that are shown now, computed from the center, into the live spans."""
-        shown = self._shown[-1] if self._shown else None
+        shown = self._now_shown
         u = self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
         scales = (1 + u[-1]).tolist()
         columns = u[:-1].T.to(self._engine.device, torch.float32).contiguous()
@@ -314,6 +320,11 @@ class TrainableAverage:
                 self._store.combine(span, columns[group], scales[group], self._engine.live(span))
         with self.clock.part("publish"):
             self._engine.publish(self.layout.group_of.keys())
+
+    @property
+    def _now_shown(self) -> torch.Tensor | None:
+        """The coefficients that `weights` shows in place of the trained ones."""
+        return self._shown[-1] if self._shown else None
 
     def _chosen(self, which: Which) -> torch.Tensor:
         return averaging_coefficients(which, self._basis.center_weights, len(self.layout.groups))

@@ -268,13 +268,16 @@ def main() -> None:
 
 def _explain(error: TwaError) -> None:
     """Print an error once: one rank speaks for all where all know; what is wrong with one node, only that can say."""
+    import torch.distributed as dist
+
     from twa_scale.world import World
 
     try:
         world = World.from_environment()
     except ConfigError:
         world = World(0, 1, 0)
-    alone = not isinstance(error, ConfigError) or world.local_rank == 0
+    # Before ranks have met all find the same fault in a configuration: one on each node says so.
+    alone = world.local_rank == 0 or not isinstance(error, ConfigError) or dist.is_initialized()
     if world.rank == 0 or (alone and not error.agreed):
         kind = "bad configuration" if isinstance(error, ConfigError) else type(error).__name__
         where = "" if world.rank == 0 else f" (rank {world.rank})"

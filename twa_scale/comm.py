@@ -120,7 +120,9 @@ class MpiGroup(Group):
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """SUM `tensor` over the ranks, in place; every rank ends with the same bits."""
         with self._memory(tensor) as memory:
-            self._communicator.Allreduce(load_mpi().IN_PLACE, memory)
+            # MPI only advises that the result of Allreduce be the same bits everywhere.
+            self._communicator.Reduce(load_mpi().IN_PLACE if self.rank == 0 else memory, memory)
+            self._communicator.Bcast(memory)
         return tensor
 
     def gather(self, value: T) -> list[T]:

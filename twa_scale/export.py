@@ -61,7 +61,8 @@ def export(
     with pods.agree():
         if pods.number != 0:
             return
-        check_apart(Path(out), [candidate.label for candidate in candidates])
+        with group.agree():
+            check_apart(Path(out), [candidate.label for candidate in candidates])
         with writing(out, specs, group, max_shard_size=max_shard_size, files=files, overwrite=overwrite) as writer:
             write_live(writer, engine, layout.held_as, progress)
 

@@ -89,7 +89,8 @@ class Launch:
     def _slurm(self) -> list[str]:
         script = next(place for place in _SCRIPTS if place.is_dir()) / "slurm.sbatch"
         ranks = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}"]
-        return [_found("sbatch"), *ranks, str(script), self.config, *self.overrides]
+        python = f"--export=ALL,PYTHON={sys.executable}"  # that of the submitting shell need not have twa_scale
+        return [_found("sbatch"), *ranks, python, str(script), self.config, *self.overrides]
 
 
 def execute(command: list[str]) -> NoReturn:

@@ -165,7 +165,10 @@ def _partitions(owned: int, engine: str, config: RunConfig) -> dict[str, int]:
     """What DeepSpeed keeps beside the weights it computes with, also where those are float32 themselves."""
     if engine not in ZERO_ENGINES:
         return {}
-    return {"float32 partition (DeepSpeed)": owned * _ELEMENT, "gradient partition (DeepSpeed)": owned * _compute(config)}
+    return {
+        "float32 partition (DeepSpeed)": owned * _ELEMENT,
+        "gradient partition (DeepSpeed)": owned * _compute(config),
+    }
 
 
 def _activations(task: Task, model: nn.Module, config: RunConfig, batch: Batch) -> tuple[int, list[str]]:

@@ -7,12 +7,13 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from twa_scale.errors import ConfigError
+from twa_scale.errors import ConfigError, TwaError
 
 _PATIENCE = 10.0  # seconds for one exchange of a line
 
@@ -56,7 +57,7 @@ class Door:
         return self._store
 
     def _answer(self, caller: socket.socket) -> None:
-        caller.settimeout(_PATIENCE)
+        caller.settimeout(1.0)  # ranks speak at once; a stranger that says nothing must not keep them waiting
         token, rank = _line(caller).split()
         if secrets.compare_digest(token, self.offer.token):
             caller.sendall(f"{self._store.port} {token}\n".encode())
@@ -74,8 +75,15 @@ def enter(offer: Offer, rank: int) -> Store:
             door.sendall(f"{offer.token} {rank}\n".encode())
             port, token = _line(door).split()
             if token == offer.token:
-                return TCPStore(address, int(port), is_master=False, wait_for_workers=False)
+                return _store(address, int(port))
     raise OSError(f"rank 0 is not reached at {', '.join(offer.addresses)}, port {offer.port}")
+
+
+def _store(address: str, port: int) -> Store:
+    try:
+        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_PATIENCE))
+    except RuntimeError as error:  # rank 0 ended between its answer and now
+        raise OSError(str(error)) from error
 
 
 def meet_in(directory: Path, job: str, rank: int, size: int, timeout: float) -> Store:
@@ -109,7 +117,8 @@ def meet_over(communicator: Any, timeout: float) -> Store:
     """Meet over an MPI communicator: rank 0 broadcasts where it is.
 
     Raises:
-        ConfigError: on ranks whose node cannot reach that of rank 0.
+        TwaError: on ranks whose node cannot reach that of rank 0; each speaks for itself.
+        ConfigError: on rank 0, when others have not come after `timeout` seconds.
     """
     if communicator.rank == 0:
         door = Door(communicator.size)
@@ -118,7 +127,7 @@ def meet_over(communicator: Any, timeout: float) -> Store:
     try:
         return enter(communicator.bcast(None), communicator.rank)
     except OSError as error:
-        raise ConfigError(f"rank {communicator.rank}: {error}. Set MASTER_ADDR and MASTER_PORT.") from error
+        raise TwaError(f"{error}, from {socket.gethostname()}. Set MASTER_ADDR and MASTER_PORT.") from error
 
 
 def _leave_word(path: Path, door: Door, timeout: float) -> Store:

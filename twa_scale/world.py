@@ -88,12 +88,12 @@ class World:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
             yield
         except BaseException as error:
-            if not getattr(error, "agreed", False):
+            if getattr(error, "agreed", False):
+                _leave()
+            else:  # taking the group down would wait for ranks that wait for this one; the end of the process does not
                 abort_at_exit()
             raise
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        _leave()
 
     def _meet(self, directory: str | Path | None, timeout: float) -> Store:
         if self.launcher == "mpi" and mpi4py_is_installed():
@@ -104,6 +104,11 @@ class World:
                 "mpirun, install mpi4py."
             )
         return meet_in(Path(directory), self.job, self.rank, self.size, timeout)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def mpi_size(environment: Mapping[str, str] = os.environ) -> int:

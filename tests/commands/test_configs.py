@@ -1,7 +1,9 @@
 """Every file of configs/ does what it says: it is understood, and it runs, on data and sizes that fit this machine."""
 
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands.conftest import Brought
+from tests.commands.conftest import Brought, Said
 from tests.commands.material import by_hand, load, run_here
 from tests.pool import Pool
 from twa_scale.config import load_config
@@ -27,10 +29,13 @@ RUNS = {
 ELSEWHERE = {"quickstart", "soup", "zero3"}  # run by `make quickstart`, below, and under the deepspeed launcher
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_it_is_understood(config: Path) -> None:
+@pytest.mark.parametrize("config", [*CONFIGS, ROOT / "configs/deepspeed.json"], ids=lambda path: path.name)
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpi", "slurm"])
+def test_it_is_understood(shell: Callable[..., Said], config: Path, launcher: str) -> None:
     loaded = load_config(config)
     assert loaded.candidates and loaded.task.name
+    said = shell("launch", "--with", launcher, config, "--ranks-per-node", 2, "--dry-run")
+    assert said.code == 0 and str(config) in shlex.split(said.out), said.err
 
 
 def test_each_is_run_somewhere() -> None:

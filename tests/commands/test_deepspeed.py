@@ -158,9 +158,12 @@ def test_a_json_of_deepspeed_is_a_run(tmp_path: Path) -> None:
     assert config.engine == "zero3" and config.steps == 7
     assert config.deepspeed is not None and config.deepspeed["bf16"] == {"enabled": False}
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"twa": {}, "zero_optimization": {"stage": 0}}))
-    with pytest.raises(ConfigError, match=r"zero_optimization\.stage"):
-        load_config(path)
+    for zero in ({"stage": 0}, None, []):
+        path.write_text(json.dumps({"twa": {}, "zero_optimization": zero}))
+        with pytest.raises(ConfigError, match=r"zero_optimization\.stage"):
+            load_config(path)
+    with pytest.raises(ConfigError, match=r"deepspeed: 'bf16' has to be a mapping"):
+        of(engine="zero3", deepspeed={"bf16": True})
     path.write_text(json.dumps({"twa": 3}))
     with pytest.raises(ConfigError, match="twa"):
         load_config(path)

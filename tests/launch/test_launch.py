@@ -113,7 +113,8 @@ def test_mpirun() -> None:
 def test_slurm() -> None:
     command = printed("slurm", nodes=2, ranks_per_node=4)
     assert Path(command[0]).name == "sbatch" and command[1:3] == ["--nodes=2", "--ntasks-per-node=4"]
-    assert Path(command[3]).read_text().startswith("#!") and command[4:] == ["run.yaml", "steps=2"]
+    assert command[3] == f"--export=ALL,PYTHON={sys.executable}"
+    assert Path(command[4]).read_text().startswith("#!") and command[5:] == ["run.yaml", "steps=2"]
 
 
 def test_deepspeed_takes_another_port_each_time() -> None:

@@ -4,8 +4,10 @@
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import twa_scale
 from tests import models
 from tests.mpi.settings import BATCH, CONFIGS, PODS, STEPS
+from twa_scale import rendezvous
 from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, TwaError
 from twa_scale.world import World
@@ -108,6 +111,14 @@ def dies() -> dict[str, Any]:
             raise RuntimeError("the data is not mounted on this node")
         group.gather(0)
     return {}
+
+
+def lost() -> dict[str, Any]:
+    """One rank's node does not reach that of rank 0, which waits for it at the door."""
+    world = World.from_environment()
+    cut_off = patch.object(rendezvous, "enter", side_effect=OSError("rank 0 is not reached"))
+    with cut_off if world.rank == 1 else nullcontext(), world.joined(torch.device("cpu")):
+        return {}
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def test_a_group_over_mpi_does_all_that_a_group_does(results: Any) -> None:
         assert result["copied"].tolist() == [[size - 1] * 2] * 2
 
 
-def test_a_rank_that_fails_alone_ends_the_others(mpirun: Mpirun, tmp_path: Path) -> None:
-    ended = mpirun(2, "tests.mpi.script", "dies", tmp_path, timeout=60)
-    assert ended.returncode != 0 and "not mounted on this node" in ended.stderr
+@pytest.mark.parametrize(("case", "words"), [("dies", "not mounted on this node"), ("lost", "MASTER_ADDR")])
+def test_a_rank_that_fails_alone_ends_the_others(mpirun: Mpirun, tmp_path: Path, case: str, words: str) -> None:
+    ended = mpirun(2, "tests.mpi.script", case, tmp_path, timeout=60)
+    assert ended.returncode != 0 and words in ended.stderr

@@ -77,8 +77,8 @@ ROUNDED = {
 }
 ALL = GRID | {name: replace(run, steps=6) for name, run in (MORE | ROUNDED).items()}
 
-EVERYWHERE = [*GRID, "accumulated", "scalar-of-shape-1"]
-ON_MESHES = ["normalized-block", "orthonormal-tensor", "pca-global", "simplex-patterns", "accumulated"]
+# Every basis, every grouping, and two passes a step.
+EACH_ONCE = ["normalized-block", "orthonormal-tensor", "pca-global", "simplex-patterns", "accumulated"]
 PLACES = [(engine, size) for engine in ENGINES for size in SIZES]
 PLACES += [(engine, size) for engine in flattened.ENGINES for size in SIZES]
 PLACES += [(engine, size) for engine in zero.ENGINES for size in SIZES]
@@ -86,14 +86,14 @@ PLACES += [(engine, size) for engine in meshes.ENGINES for size in meshes.SIZES[
 
 
 def runs_of(engine: str, size: int) -> list[str]:
-    """The grid everywhere; the rest of what a user can set with two ranks, since only the engines know their number."""
+    """All that a user can set on the first engines with two ranks; only engines know their number of ranks."""
     if engine in flattened.ENGINES:
         return ["orthonormal-tensor", "accumulated", "scalar-of-shape-1"]
     if engine in zero.ENGINES:
-        return [*ON_MESHES, "bfloat16"] if size == 2 else ON_MESHES
+        return [*EACH_ONCE, "bfloat16"] if size == 2 else EACH_ONCE
     if engine in meshes.ENGINES:
-        return ON_MESHES if size == 2 or engine == "fsdp2-tp" else ON_MESHES[:2]
-    names = list(ALL) if size == 2 else EVERYWHERE
+        return EACH_ONCE if size == 2 or engine == "fsdp2-tp" else EACH_ONCE[:2]
+    names = list(ALL) if size == 2 else [*EACH_ONCE, "scalar-of-shape-1"]
     return [name for name in names if engine == "fsdp2" or not ALL[name].bf16]
 
 

@@ -109,6 +109,29 @@ def test_gradients_that_are_reduced_late_are_the_same(ranks: Pool, engine: str) 
             assert (weights[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+def step_inside_no_sync() -> tuple[str, str, bool]:
+    """Step on gradients that DDP has not averaged; then again after a pass that averages, and after forgetting."""
+    model, twa = cases.attach("ddp", RUN)
+    with model.no_sync():  # type: ignore[operator]
+        models.loss(model, own_part(0)).backward()
+    refused = cases.complaint(twa.step)
+    models.loss(model, own_part(0)).backward()
+    averaged = cases.complaint(twa.step)
+    with model.no_sync():  # type: ignore[operator]
+        models.loss(model, own_part(0)).backward()
+    twa.zero_grad()
+    loss = models.loss(model, own_part(1))
+    with torch.no_grad():
+        models.loss(model, own_part(2))  # of which DDP remembers that it was not to synchronize
+    loss.backward()
+    return refused, averaged, twa.step()
+
+
+def test_ddp_averages_before_a_step(ranks: Pool) -> None:
+    for refused, averaged, moved in ranks(step_inside_no_sync, 2):
+        assert "no_sync" in refused and not averaged and moved
+
+
 def skip_a_tensor(engine: str) -> dict[str, Tensor]:
     """Train with a loss that does not reach the embedding mix or the blocks."""
     model, twa = cases.attach(engine, RUN)
@@ -234,3 +257,27 @@ def test_one_process_needs_no_process_group() -> None:
     models.loss(model, models.batch(0)).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "close leaves the hooks on"
     assert all(torch.equal(value, after[name]) for name, value in cases.gathered(model).items())
+
+
+def attach_twice(engine: str) -> None:
+    model, twa = cases.attach(engine, RUN)
+    twa.close()
+    states = models.candidates(scalar_shape=(1,) if engine in zero.ENGINES else RUN.scalar_shape)
+    twa_scale.attach(model, candidates=states)
+    twa_scale.attach(model, candidates=states)
+
+
+@pytest.mark.parametrize("engine", ["ddp", *flattened.ENGINES, *zero.ENGINES])
+def test_a_second_average_is_refused_until_the_first_is_closed(ranks: Pool, engine: str) -> None:
+    assert "another average is attached" in str(ranks.error(attach_twice, 2, engine=engine))
+
+
+def train_what_is_shown(engine: str) -> None:
+    model, twa = cases.attach(engine, RUN)
+    with twa.weights("last"):
+        models.loss(model, own_part(0)).backward()
+
+
+@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
+def test_a_backward_pass_of_other_weights_is_refused(ranks: Pool, engine: str) -> None:
+    assert "backward() inside weights()" in str(ranks.error(train_what_is_shown, 2, engine=engine))

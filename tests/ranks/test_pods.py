@@ -194,11 +194,13 @@ def test_pods_with_other_candidates_are_refused(ranks: Pool, tmp_path: Path, cha
         assert there[2].name in str(error) and "blocks.1.down.weight" in str(error)
 
 
-def test_pods_with_other_settings_are_refused(ranks: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "values"), [("groups", ("block", "tensor")), ("comm", ("auto", "gloo"))])
+def test_pods_with_other_settings_are_refused(ranks: Pool, tmp_path: Path, key: str, values: tuple[str, str]) -> None:
+    """Before they make groups and read: there they would wait for each other."""
     paths = [save(tmp_path, models.candidates())] * 3
-    configs = [{"groups": "block"}, {"groups": "tensor"}, {"groups": "tensor"}]
+    configs = [{key: value} for value in (values[0], values[1], values[1])]
     error = ranks.error(attach_to, 3, layout=LAYOUTS["uneven"], paths=paths, configs=configs)
-    assert isinstance(error, ConfigError) and "groups" in str(error) and "pod 1" in str(error)
+    assert isinstance(error, ConfigError) and key in str(error) and "pod 1" in str(error)
 
 
 def attach_in_a_wrong_group(wrong: str) -> None:

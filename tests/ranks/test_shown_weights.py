@@ -1,5 +1,7 @@
 """`weights(which)` shows what it says and gives back, bit for bit, what was there."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +123,15 @@ def test_weights_are_shown_and_restored(ranks: Pool, engine: str, size: int, bas
             assert torch.equal(result["nested"][tensor], value), f"{tensor} is not restored inside the outer context"
         for tensor, value in undisturbed.items():
             assert torch.equal(result["went on"][tensor], value), f"looking has changed how {tensor} is trained"
+
+
+def test_an_export_names_the_coefficients_of_what_it_writes(tmp_path: Path) -> None:
+    model, twa = cases.attach("plain", Run({"groups": "block"}))
+    cases.one_step(model, twa, 0)
+    for which in ("trained", "last"):
+        with twa.weights(which):
+            twa.export(tmp_path / which)
+    written = {
+        w: json.loads((tmp_path / w / "twa_scale.json").read_text())["coefficients"] for w in ("trained", "last")
+    }
+    assert written == {"trained": twa.coefficients.tolist(), "last": coefficients("last").tolist()}

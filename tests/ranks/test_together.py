@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -150,6 +151,28 @@ def test_what_wraps_or_changes_the_model_changes_nothing(ranks: Pool, engine: st
             assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
         assert torch.equal(a, results[0][1])
         assert abs(last - loss_of_the_last(change, rank % data, data)) <= 1e-5, "the graph has not seen other weights"
+
+
+def show_after_a_forward(engine: str) -> float:
+    """Wrap a model that is compiled as a whole; return the loss of the last candidate, after one of the mean."""
+    torch._dynamo.reset()
+    model: Any = torch.compile(models.build(seed=99, scalar_shape=(1,)), backend="eager")
+    if engine == "fsdp2":
+        fully_shard(model)  # the root keeps what it gathers, until somebody tells it to let go
+    else:
+        model = models.wrap(model, engine)
+    twa = twa_scale.attach(model, models.candidates(scalar_shape=(1,)), RUN.config)
+    data = models.part(models.batch(70), *cases.where())
+    with torch.no_grad():
+        models.loss(model, data)
+        with twa.weights("last"):
+            return models.loss(model, data).item()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp1", "fsdp1-flat", "sharded-ddp"])
+def test_a_wrapper_around_a_compiled_model_is_not_looked_through(ranks: Pool, engine: str) -> None:
+    for rank, loss in enumerate(ranks(show_after_a_forward, 2, engine=engine)):
+        assert abs(loss - loss_of_the_last("nothing", rank, 2)) <= 1e-5
 
 
 @pytest.mark.slow

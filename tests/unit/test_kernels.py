@@ -7,12 +7,14 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twa_scale.kernels import Dense, Differences, Kernels, Packed, Rows, choose_kernels
 from twa_scale.kernels.compiled import NumbaKernels
@@ -160,6 +162,30 @@ def test_the_first_rows_are_written_in_any_pieces() -> None:
         for start, stop in pairwise(cuts):
             rows.write(start, values[:, start:stop])
         assert torch.equal(exact(rows), values.double())
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would be asked to do, one launch at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("start", [0, 5, 128])
+def test_filling_rows_takes_few_operations(start: int) -> None:
+    """However many tiles, and wherever a chunk begins and ends: a model has millions of them."""
+    rows = Dense.empty(3, 100_000, torch.float32, CPU)
+    with Operations() as writing:
+        rows.write(start, torch.randn(3, 90_001))
+    packed = Packed.empty(3, 100_000, start, 4, CPU)
+    with Operations() as packing:
+        TorchKernels().pack(packed, 0, torch.randn(3, 100_000))
+    assert writing.count < 50 and packing.count < 200
 
 
 class TestChoice:

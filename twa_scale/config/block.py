@@ -31,7 +31,8 @@ def unfolded(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     block_settings(data[BLOCK])
     rest = {key: value for key, value in data.items() if key != BLOCK}
-    stage = rest.get("zero_optimization", {}).get("stage", 0)
+    zero = rest.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
     if stage not in (1, 2, 3):
         raise ConfigError(f"zero_optimization.stage is {stage}: give 1, 2 or 3.")
     return {"engine": f"zero{stage}", **data[BLOCK], "deepspeed": rest}

@@ -207,6 +207,14 @@ class RunConfig(TwaConfig):
     resume: bool = Field(True, description="Continue from the run state in `output` when there is one.")
     max_shard_size: str = Field("5GB", description="Largest file of the exported average.")
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _mappings(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key in ("zero_optimization", "bf16", "fp16", "torch_autocast"):
+            if not isinstance((value or {}).get(key, {}), dict):
+                raise ValueError(f"{key!r} has to be a mapping of keys to values; leave it out, or give one")
+        return value
+
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "RunConfig":
         if (self.steps is None) == (self.epochs is None):

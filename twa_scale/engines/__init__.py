@@ -1,4 +1,4 @@
-"""What shards the model: plain, DDP, FSDP2."""
+"""What shards the model, one file each, and the choice between them."""
 
 from twa_scale.engines.choose import choose_engine
 from twa_scale.engines.protocol import Consume, Engine, ParameterInfo

@@ -43,7 +43,7 @@ def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None)
         raise EngineError(f"cannot attach to {type(model).__name__}: give {_KNOWN}.")
     if is_deepspeed(model):
         return zero_engine(model, Group.alone() if replica_group is None else Group(replica_group))
-    unwrapped = getattr(model, "_orig_mod", model)  # torch.compile keeps the module that it compiled here
+    unwrapped = _uncompiled(model)
     if next(model.parameters(), None) is None:
         raise EngineError("the model has no parameters: there is nothing to average.")
     given = None if replica_group is None else Group(replica_group)
@@ -65,6 +65,15 @@ def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None)
             return FSDP2Engine(unwrapped, given)  # tensor parallelism alone
         case _:
             return PlainEngine(unwrapped, Group.world() if replica_group is None else replicas)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Return what torch.compile was given, if the model is its result; never what a wrapper of that result wraps.
+
+    So not by getattr, which some wrappers pass on; and a compiled module that was sharded afterwards is sharded itself.
+    """
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None or isinstance(model, FSDPModule) else inner
 
 
 def _own(engine: Engine, replica_group: dist.ProcessGroup | None) -> Engine:

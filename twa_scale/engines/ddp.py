@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from twa_scale.comm import Group
-from twa_scale.engines.describe import named_parameters, persistent_buffers
+from twa_scale.engines.describe import claim, named_parameters, persistent_buffers, release
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
+from twa_scale.errors import EngineError
 from twa_scale.names import normalize
 from twa_scale.spans import Span
 
@@ -20,18 +21,20 @@ class DDPEngine(Engine):
     def __init__(self, model: DistributedDataParallel, replica_group: Group) -> None:
         # The inner module: DDP's own forward would overwrite buffers with those of rank 0.
         self.module: nn.Module = model.module
+        self._model = model
         parameters, self.parameters = named_parameters(model)
         self.device = next(iter(parameters.values())).device
         self.shard_group = Group(model.process_group)
         self.replica_group = replica_group
         ignored = {normalize(name) for name in model.parameters_to_ignore}
-        self._averaged = ReplicatedParameters(
-            {name: p for name, p in parameters.items() if name not in ignored}, self.shard_group
-        )
+        self._left_to_ddp = {name: p for name, p in parameters.items() if name not in ignored}
+        self._averaged = ReplicatedParameters(self._left_to_ddp, self.shard_group)
         self._ignored = ReplicatedParameters(
             {name: p for name, p in parameters.items() if name in ignored}, self.shard_group
         )
         self._consume: Consume | None = None
+        self._unreduced = False
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def spans(self) -> list[Span]:
         """Return this rank's part of every parameter."""
@@ -51,20 +54,43 @@ class DDPEngine(Engine):
         return persistent_buffers(self.module)
 
     def watch(self, consume: Consume) -> None:
-        """Remember who consumes the gradients."""
+        """Remember who consumes the gradients, and note of each backward pass whether it was one of `no_sync()`."""
+        claim(self._model)
         self._consume = consume
 
+        def note(_: torch.Tensor) -> None:
+            # The first is how the last forward pass was made, which counts, but False after one without gradients too.
+            self._unreduced = not (self._model.require_forward_param_sync or self._model.require_backward_grad_sync)
+
+        for parameter in self._left_to_ddp.values():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
+
     def drain(self) -> None:
-        """Hand over this rank's part of the gradients: DDP has averaged all but those that it was told to ignore."""
+        """Hand over this rank's part of the gradients: DDP has averaged all but those that it was told to ignore.
+
+        Raises:
+            EngineError: gradients of a backward pass in `no_sync()`, which are not averaged yet.
+        """
         assert self._consume is not None
+        if self._unreduced:
+            raise EngineError(
+                "DistributedDataParallel keeps gradients that it has not averaged: leave no_sync() before a step's "
+                "last backward pass."
+            )
         self._averaged.consume(self._consume, averaged=True)
         self._ignored.consume(self._consume, averaged=False)
 
     def forget(self) -> None:
         """Drop the gradients that wait for the step."""
+        self._unreduced = False
         self._averaged.forget()
         self._ignored.forget()
 
     def close(self) -> None:
-        """Forget the consumer."""
+        """Forget the consumer, and remove the hooks."""
+        if self._consume is not None:
+            release(self._model)
         self._consume = None
+        while self._hooks:
+            self._hooks.pop().remove()

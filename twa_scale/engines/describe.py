@@ -13,6 +13,23 @@ from twa_scale.names import normalize
 T = TypeVar("T")
 
 TWICE = "another average is attached to this model and has taken its gradients; call close() on it first."
+_TAKEN = "_averaged_by_twa_scale"
+
+
+def claim(model: nn.Module) -> None:
+    """Mark a model whose gradients are taken at the step, which a second average would find gone.
+
+    Raises:
+        EngineError: it is marked already.
+    """
+    if getattr(model, _TAKEN, False):
+        raise EngineError(TWICE)
+    setattr(model, _TAKEN, True)
+
+
+def release(model: nn.Module) -> None:
+    """Take the mark of `claim` off."""
+    setattr(model, _TAKEN, False)
 
 
 def by_first_name(named: Iterable[tuple[str, T]]) -> dict[str, tuple[T, tuple[str, ...]]]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from twa_scale.comm import Group
-from twa_scale.engines.describe import by_first_name, persistent_buffers
+from twa_scale.engines.describe import by_first_name, claim, persistent_buffers, release
 from twa_scale.engines.protocol import Consume, Engine, ParameterInfo
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
@@ -136,6 +136,7 @@ class FlatEngine(Engine):
 
     def watch(self, consume: Consume) -> None:
         """Remember who consumes the gradients."""
+        claim(self.module)
         self._consume = consume
         for unit in self._units:
             unit.watch()
@@ -165,6 +166,8 @@ class FlatEngine(Engine):
 
     def close(self) -> None:
         """Forget the consumer."""
+        if self._consume is not None:
+            release(self.module)
         self._consume = None
         for unit in self._units:
             unit.close()

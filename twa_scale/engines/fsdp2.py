@@ -27,6 +27,8 @@ class FSDP2Engine(Engine):
     of the basis are split over the ranks, and their gradients averaged at the step.
     """
 
+    in_backward = True
+
     def __init__(self, module: nn.Module, replica_group: Group | None = None) -> None:
         self.module = module
         self._wrapped = [child for child in module.modules() if isinstance(child, FSDPModule)]

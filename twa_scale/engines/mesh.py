@@ -27,6 +27,8 @@ class Grid:
 
     def __init__(self, parameters: Mapping[str, DTensor]) -> None:
         self._placements = {name: _placements(name, parameter) for name, parameter in parameters.items()}
+        if not parameters:
+            raise EngineError("the model has no sharded parameter (ignored_params names all of them): shard some.")
         self._mesh = max((p.device_mesh for p in parameters.values()), key=lambda mesh: mesh.ndim)
         self._dims = {axis: dim for dim, axis in enumerate(_axes(self._mesh))}
         for name, placements in self._placements.items():

@@ -16,6 +16,8 @@ from twa_scale.spans import Span, whole
 class PlainEngine(Engine):
     """An ordinary module. With several ranks each is a shard group of its own, and they exchange only coefficients."""
 
+    in_backward = True
+
     def __init__(self, module: nn.Module, replica_group: Group) -> None:
         self.module = module
         self._parameters, self.parameters = named_parameters(module)

@@ -54,6 +54,8 @@ class Engine(Protocol):
     parameters: dict[str, ParameterInfo]
     """By normalized name, in the model's order."""
     loss_scale: LossScale | None = None
+    in_backward: bool = False
+    """Whether gradients are handed over while backward runs, and only then."""
 
     def settings(self) -> Mapping[str, Any]:
         """Return the settings of the average that came with the model, in the JSON of its own engine perhaps."""

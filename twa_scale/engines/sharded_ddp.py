@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from twa_scale.comm import Group
-from twa_scale.engines.describe import flat, named_parameters, persistent_buffers
+from twa_scale.engines.describe import claim, flat, named_parameters, persistent_buffers, release
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters, buckets
 from twa_scale.errors import EngineError
@@ -74,6 +74,7 @@ class ShardedDDPEngine(Engine):
 
     def watch(self, consume: Consume) -> None:
         """Consume what has been reduced before each forward pass, so that accumulation needs no `no_sync`."""
+        claim(self._model)
         self._consume = consume
         self._hook = self._model.register_forward_pre_hook(lambda *_: self._take())
 
@@ -122,6 +123,8 @@ class ShardedDDPEngine(Engine):
 
     def close(self) -> None:
         """Remove the hook."""
+        if self._consume is not None:
+            release(self._model)
         self._consume = None
         if self._hook is not None:
             self._hook.remove()

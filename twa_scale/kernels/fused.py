@@ -122,7 +122,10 @@ class TritonKernels(TorchKernels):
         """Return <row_i, gradient>: float32 within a program, float64 over all."""
         if isinstance(rows, Differences):
             return super().project(rows, gradient)
-        gradient = gradient.contiguous()
+        with torch.cuda.device_of(gradient):  # Triton launches on the current device, torch on that of the tensors
+            return self._project(rows, gradient.contiguous())
+
+    def _project(self, rows: Dense | Packed, gradient: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(rows.n, dtype=torch.float64, device=gradient.device)
         programs = _programs(rows)
         step = max(1, _WIDEST // rows.n)
@@ -145,12 +148,13 @@ class TritonKernels(TorchKernels):
             super().combine(rows, weights, base, scale, out)
             return
         weights = weights.to(torch.float32).contiguous()
-        if isinstance(rows, Dense):
-            data = (rows.values, weights, base, scale, out, rows.n, rows.m)
-            _combine_dense[(programs,)](*data, TILE=TILE, SPAN=_SPAN)
-        elif isinstance(rows, Packed):
-            packed = (rows.words, rows.scales, weights, base, scale, out, rows.n)
-            _combine_packed[(programs,)](*packed, *_place(rows), **_constants(rows))
+        with torch.cuda.device_of(out):
+            if isinstance(rows, Dense):
+                data = (rows.values, weights, base, scale, out, rows.n, rows.m)
+                _combine_dense[(programs,)](*data, TILE=TILE, SPAN=_SPAN)
+            elif isinstance(rows, Packed):
+                packed = (rows.words, rows.scales, weights, base, scale, out, rows.n)
+                _combine_packed[(programs,)](*packed, *_place(rows), **_constants(rows))
 
 
 def _programs(rows: Dense | Packed) -> int:

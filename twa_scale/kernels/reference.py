@@ -39,18 +39,23 @@ class TorchKernels:
             out[low:high] = torch.add(total[low - start : high - start], base[low:high], alpha=scale)
 
     def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
-        """Quantize whole blocks, field by field."""
+        """Quantize, and put the blocks of a tile, one a field, into its words: all tiles at once."""
         size, fields, bits = rows.block, rows.fields, rows.bits
         front = rows.lead if block == 0 else 0
         count = -(-(front + values.shape[1]) // size)
         codes, scales = quantize(values, front, count * size - front - values.shape[1], size, bits)
-        for first in range(-(block % fields), count, fields):  # the first block of a tile, before or at the given one
-            low, high = max(first, 0), min(first + fields, count)
-            tile = (block + first) // fields
-            _, words, scale = next(rows.tiles(tile, tile + 1))
-            scale[0, :, low - first : high - first] = scales[:, low:high]
-            for b in range(low, high):
-                words[0] ^= codes[:, b, : words.shape[2]] << (bits * (b - first))
+        tile, before = divmod(block, fields)
+        tiles = -(-(before + count) // fields)
+        missing = (before, tiles * fields - before - count)  # blocks of the first and the last tile: all bits zero
+        shifts = torch.arange(fields, dtype=torch.int32, device=values.device) * bits
+        codes = F.pad(codes, (0, 0, *missing)).unflatten(1, (tiles, fields)) << shifts[:, None]
+        new = codes.sum(2, dtype=torch.int32).transpose(0, 1)  # their bits are apart: a sum is as good as an or
+        new_scales = F.pad(scales, missing).unflatten(1, (tiles, fields)).transpose(0, 1)
+        done = 0
+        for _, words, scale in rows.tiles(tile, tile + tiles):
+            part = slice(done, done := done + len(words))
+            words ^= new[part, :, : words.shape[2]]
+            scale += new_scales[part, :, : scale.shape[2]]
 
 
 def unpack(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

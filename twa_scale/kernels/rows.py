@@ -48,18 +48,9 @@ class Dense:
     def write(self, start: int, values: torch.Tensor) -> None:
         """Write columns `start` and following, (n, k), rounding to the type of the rows."""
         stop = start + values.shape[1]
-        for first, part in self.tiles(start // TILE, -(-stop // TILE)):
-            width = part.shape[2]
-            if first >= start and first + len(part) * width <= stop:
-                part.copy_(_columns(values, first - start, len(part), width))
-                continue
-            for i, tile in enumerate(part):  # the first or the last tile is written in part
-                at = first + i * width
-                low, high = max(at, start), min(at + width, stop)
-                tile[:, low - at : high - at] = values[:, low - start : high - start]
-
-
-def _columns(values: torch.Tensor, start: int, count: int, width: int) -> torch.Tensor:
-    """Return a view (count, n, width) of `count` tiles of (n, k) from column `start` on."""
-    columns = values[:, start : start + count * width]
-    return columns.view(len(values), count, width).transpose(0, 1)
+        up = min(-(-start // TILE) * TILE, stop)  # from here to `down` tiles are written whole, all in one copy
+        down = max(stop // TILE * TILE, up)
+        for low, high in ((start, up), (up, down), (down, stop)):
+            for first, part in self.tiles(low // TILE, -(-high // TILE)) if low < high else ():
+                columns = values[:, low - start : high - start].unflatten(1, (len(part), -1))
+                part[:, :, low - first : high - first] = columns.transpose(0, 1)

@@ -76,6 +76,7 @@ class File:
 class _Lent:
     handle: int
     users: int = 0
+    dropped: bool = False
 
 
 class _Handles:
@@ -98,11 +99,15 @@ class _Handles:
         finally:
             with self._lock:
                 lent.users -= 1
+                if lent.dropped and not lent.users:
+                    os.close(lent.handle)
 
     def drop(self, file: File) -> None:
         with self._lock:
             if lent := self._open.pop(file, None):
-                os.close(lent.handle)
+                lent.dropped = True
+                if not lent.users:  # else the last reader closes it: its number must not become another file's
+                    os.close(lent.handle)
 
     def _add(self, file: File) -> _Lent:
         self._close_idle(self._most - 1)

@@ -8,17 +8,14 @@ from torch import nn
 
 from twa_scale.comm import Group
 from twa_scale.config import BLOCK
-from twa_scale.engines.describe import TWICE, persistent_buffers
+from twa_scale.engines.describe import claim, persistent_buffers, release
 from twa_scale.engines.protocol import Consume, Engine, LossScale
 from twa_scale.engines.zero.settings import check_trainable, settings_of, warn_of_clipping
-from twa_scale.errors import EngineError
 
 NO_GRADIENT = (
     "there is no gradient: call engine.backward(loss) before twa.step(), and leave engine.step() out, which twa.step() "
     "replaces."
 )
-
-_WATCHED = "_averaged_by_twa_scale"
 
 
 class DeepSpeedLossScale(LossScale):
@@ -60,8 +57,6 @@ class ZeroEngine(Engine):
 
     def check(self) -> None:
         """Refuse settings under which the average would not train as it says, and state that it never uses."""
-        if getattr(self._engine, _WATCHED, False):
-            raise EngineError(TWICE)
         check_trainable(self._engine)
         if self.shard_group.rank == 0:
             warn_of_clipping(self._engine)
@@ -82,10 +77,11 @@ class ZeroEngine(Engine):
 
     def watch(self, consume: Consume) -> None:
         """Remember who consumes the gradients: a partition is final when DeepSpeed's backward has ended."""
-        setattr(self._engine, _WATCHED, True)
+        claim(self._engine)
         self._consume = consume
 
     def close(self) -> None:
         """Forget the consumer."""
-        setattr(self._engine, _WATCHED, False)
+        if self._consume is not None:
+            release(self._engine)
         self._consume = None
