@@ -1,4 +1,4 @@
-"""What a run exported, against sum_i a_i w_i formed anew from the candidates' files: in float64, by safetensors' reader.
+"""What a run exported, against sum_i a_i w_i formed anew in float64 from the files, by safetensors' own reader.
 
 The two differ by the rounding of the store and of the file. What both have to be is known: deltas that the store keeps
 with a cosine of cos_i leave errors of norm sqrt(1 - cos_i^2) |delta_i|, which add up like independent numbers,
@@ -29,7 +29,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
-        self.slices = {name: file.get_slice(name) for file in files for name in file.keys()}
+        self.slices = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) as float64, flat."""

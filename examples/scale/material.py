@@ -81,7 +81,7 @@ def candidates_of(shape: tuple[int, ...], n: int, seed: int, generator: torch.Ge
 
 
 def amounts(n: int, seed: int) -> list[tuple[float, float]]:
-    """Return (lowrank_i, noise_i), standard deviations of the two parts of a delta: each from a half to all of AMOUNT."""
+    """Return (lowrank_i, noise_i), the standard deviations of two parts of a delta: half of AMOUNT to all of it."""
     generator = torch.Generator().manual_seed(seed)
     drawn = AMOUNT * BASE * (0.5 + 0.5 * torch.rand(n, 2, generator=generator, dtype=torch.float64))
     return [(lowrank, noise) for lowrank, noise in drawn.tolist()]

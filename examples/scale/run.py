@@ -1,8 +1,8 @@
-"""A billion parameters, 16 candidates and two ranks on one machine of 24 GiB: the basis as 4-bit deltas beside the shards.
+"""A billion parameters, 16 candidates and two ranks on one machine of 24 GiB, with packed4 deltas beside the shards.
 
-`make scale-run` runs this. Candidates are made up and written, their average is trained for a few steps on real text and
-exported, and what was exported is held against a merge of the same files that shares no code with it. Memory is held
-against what `twa-scale plan` said before.
+`make scale-run` runs this. Candidates are made up and written, their average is trained for a few steps on real text
+and exported, and what was exported is held against a merge of the same files that shares no code with it. Memory is
+held against what `twa-scale plan` said before.
 """
 
 import argparse
@@ -48,23 +48,26 @@ def main() -> None:
             console.print(table)
     finally:
         if not arguments.keep:
-            for large in ("candidates", "run/average", "exact"):
+            for large in (f"candidates-{arguments.seed}", "run/average", "exact"):
                 shutil.rmtree(root / large, ignore_errors=True)
 
 
 def scale_run(root: Path, size: str, ranks: int, steps: int, seed: int) -> dict[str, Any]:
     """Return what every phase cost and what the check found."""
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
+    for stale in ("run", "exact"):
+        shutil.rmtree(root / stale, ignore_errors=True)
+    directory = root / f"candidates-{seed}"
+    directory.mkdir(parents=True, exist_ok=True)
     config = llama(size)
     nbytes = sum(spec.nbytes for spec in tensors(config))
-    require("disk", (CANDIDATES + 2) * nbytes, shutil.disk_usage(root).free)
     seconds: dict[str, float] = {}
-    with phase(f"writing {CANDIDATES} candidates of {nbytes / 1e9:.2f} GB", "write", seconds):
-        write_candidates(config, root / "candidates", CANDIDATES, seed)
-    candidates = sorted((root / "candidates").iterdir())
+    if len(list(directory.glob("step-*"))) < CANDIDATES:  # else an earlier run with --keep left them
+        require("disk", (CANDIDATES + 2) * nbytes, shutil.disk_usage(root).free)
+        with phase(f"writing {CANDIDATES} candidates of {nbytes / 1e9:.2f} GB", "write", seconds):
+            write_candidates(config, directory, CANDIDATES, seed)
+    candidates = sorted(directory.glob("step-*"))
     settings = [
-        CONFIG, f"candidates={root}/candidates/step-*", f"task.model={candidates[0]}", f"output={root}/run",
+        CONFIG, f"candidates={directory}/step-*", f"task.model={candidates[0]}", f"output={root}/run",
         f"steps={steps}", f"seed={seed}",
     ]  # fmt: skip
     with phase("plan", "plan", seconds):
@@ -123,6 +126,8 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
         ("merge", "exact merge, one process", n * one),
         ("check", "check, one process", (n + 2) * one),
     ]:
+        if key not in seconds:
+            continue
         rate = (f"{nbytes / 1e9:.1f}", f"{nbytes / seconds[key] / 1e9:.2f}") if nbytes else ("", "")
         times.add_row(name, f"{seconds[key]:.1f}", *rate)
     for part, cost in summary["cost"].items():
@@ -165,8 +170,10 @@ def phase(title: str, key: str, seconds: dict[str, float]) -> Iterator[None]:
 def require(what: str, needed: int, free: int) -> None:
     """Leave when there is too little room: a run that fails after an hour, or takes others with it, helps nobody."""
     if needed + SPARE > free:
-        sys.exit(f"{what}: {needed / 1e9:.1f} GB are needed and {SPARE / 1e9:.1f} GB are left to others, but only "
-                 f"{free / 1e9:.1f} GB are free. Take --size 100m" + (", or another --scratch." if what == "disk" else "."))  # fmt: skip
+        sys.exit(
+            f"{what}: {needed / 1e9:.1f} GB are needed beside {SPARE / 1e9:.1f} GB that are left to others, and "
+            f"{free / 1e9:.1f} GB are free. Make room, give another --scratch, or take --size 100m."
+        )
 
 
 def python(*arguments: object) -> str:

@@ -24,7 +24,7 @@ RUNS = {
     "pods": (2, "text"),
     "tail": (2, "text"),
 }
-ELSEWHERE = {"quickstart", "soup", "zero3"}  # run by `make quickstart`, below, and under the deepspeed launcher
+ELSEWHERE = {"quickstart", "soup", "zero3", "scale"}  # by `make`, below, under deepspeed, in tests/scale
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
