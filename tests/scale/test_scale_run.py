@@ -1,4 +1,4 @@
-"""`make scale-run` in small: 0.1 G parameters, 16 candidates in bf16 shards, packed4 on two FSDP2 ranks, and its check."""
+"""`make scale-run` in small: 0.1 G parameters, 16 candidates in bf16 shards, packed4 on two FSDP2 ranks, the check."""
 
 import json
 import os
