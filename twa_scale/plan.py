@@ -22,7 +22,7 @@ from twa_scale.streaming import scratch_bytes
 from twa_scale.tasks import Batch, Task, build_task, stack
 from twa_scale.training.batches import make_batches
 from twa_scale.training.model import ZERO_ENGINES, blocks_of, resolve_engine
-from twa_scale.training.zero import ZERO
+from twa_scale.training.zero import ZERO, load_stages
 from twa_scale.world import World
 
 _ELEMENT = 4  # weights and gradients are float32
@@ -66,6 +66,8 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     """
     row = Dense.one(torch.ones(1))
     choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)  # loads a compiler, which takes memory
+    if config.engine in ZERO_ENGINES:
+        load_stages()
     engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0), config.pods)
     shards = ranks // config.pods
     task = build_task(config.task)
@@ -140,7 +142,8 @@ def _transient(
         if engine == "zero2":
             return {"reduce buckets": bucket * _ELEMENT}
         gathered = min(total, largest + int(settings["stage3_prefetch_bucket_size"]))
-        return {"gathered parameters": gathered * _compute(config), "reduce buckets": bucket * _ELEMENT}
+        # Gathered flat, then copied; the bucket is put into the order of the ranks, then reduced to a part of it.
+        return {"gathered parameters": 2 * gathered * _compute(config), "reduce buckets": 5 * bucket // 4 * _ELEMENT}
     blocks = blocks_of(model)
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     root = total - sum(sizes)
@@ -161,11 +164,13 @@ def _compute(config: RunConfig) -> int:
 
 
 def _partitions(owned: int, engine: str, config: RunConfig) -> dict[str, int]:
-    """What DeepSpeed keeps beside the weights it computes with; ZeRO-3's float32 weights are those themselves."""
+    """What DeepSpeed keeps beside the weights it computes with, also where those are float32 themselves."""
     if engine not in ZERO_ENGINES:
         return {}
-    masters = 0 if engine == "zero3" and _compute(config) == _ELEMENT else owned * _ELEMENT
-    return {"float32 partition (DeepSpeed)": masters, "gradient partition (DeepSpeed)": owned * _compute(config)}
+    return {
+        "float32 partition (DeepSpeed)": owned * _ELEMENT,
+        "gradient partition (DeepSpeed)": owned * _compute(config),
+    }
 
 
 def _activations(task: Task, model: nn.Module, config: RunConfig, batch: Batch) -> tuple[int, list[str]]:

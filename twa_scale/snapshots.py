@@ -20,7 +20,7 @@ from twa_scale.export import write_live
 from twa_scale.pods import Pods
 from twa_scale.spans import Span, whole
 from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, stored_as, writing
-from twa_scale.writer.publish import reported
+from twa_scale.writer.publish import reported, temporary_beside
 
 _LOG = logging.getLogger(__name__)
 Self = TypeVar("Self", bound="Snapshots")
@@ -206,6 +206,6 @@ def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:
 def _delete(paths: Sequence[Path]) -> None:
     for path in paths:
         # Hidden first: a reader must never find a candidate that is half deleted.
-        hidden = path.with_name(f".{path.name}.tmp-old")
+        hidden = temporary_beside(path)
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)

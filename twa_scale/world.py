@@ -82,17 +82,18 @@ class World:
         if self.size == 1 or dist.is_initialized():
             yield
             return
-        store = None if self.has_master else self._meet(directory, timeout)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
         try:
+            store = None if self.has_master else self._meet(directory, timeout)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
             yield
         except BaseException as error:
             if not getattr(error, "agreed", False):
                 abort_at_exit()
             raise
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     def _meet(self, directory: str | Path | None, timeout: float) -> Store:
         if self.launcher == "mpi" and mpi4py_is_installed():

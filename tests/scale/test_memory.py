@@ -1,4 +1,4 @@
-"""Invariant 5, measured: a 57 M parameter model, 8 candidates, two ranks of FSDP2 or ZeRO-3, as processes of their own."""
+"""Invariant 5, measured: 57 M parameters, 8 candidates, two ranks of FSDP2 or ZeRO-3, as processes of their own."""
 
 import json
 import os
@@ -49,7 +49,11 @@ def test_memory_and_bytes_are_what_plan_said(config: Path, engine: str) -> None:
     plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    subprocess.run([*launcher, "-m", "twa_scale", "run", str(config), f"engine={engine}", "resume=false"], check=True, env=environment)
+    subprocess.run(
+        [*launcher, "-m", "twa_scale", "run", str(config), f"engine={engine}", "resume=false"],
+        check=True,
+        env=environment,
+    )
     summary = json.loads((config.parent / "run" / "summary.json").read_text())
 
     files = sum(f.stat().st_size for f in (config.parent / "candidates").glob("*/model.safetensors"))
@@ -60,5 +64,6 @@ def test_memory_and_bytes_are_what_plan_said(config: Path, engine: str) -> None:
     print(f"plan {plan['peak'] / 1e9:.2f} GB, measured {[p / 1e9 for p in summary['peak_resident_bytes_per_rank']]}")
     for peak in summary["peak_resident_bytes_per_rank"]:
         assert abs(peak - plan["peak"]) < 0.1 * plan["peak"], (peak, plan)
-    # The whole basis would be this much on each rank: no rank came near it.
-    assert max(summary["peak_resident_bytes_per_rank"]) < 4 * elements * CANDIDATES + 4 * elements
+    # The whole basis would be this much on each rank: none came near it.
+    data = max(summary["peak_resident_bytes_per_rank"]) - plan["memory"]["python and libraries"]
+    assert data < 4 * elements * CANDIDATES + 4 * elements

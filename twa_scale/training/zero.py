@@ -1,11 +1,12 @@
 """Building a DeepSpeedEngine for a run: what its JSON has to say, and a model that no rank holds whole under ZeRO-3."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from importlib import import_module
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from twa_scale.config import RunConfig
@@ -35,9 +36,7 @@ def build_zero(config: RunConfig, task: Task, world: World, device: torch.device
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = load_deepspeed()
-    if dist.is_initialized():
-        deepspeed.init_distributed()  # before zero.Init, which would otherwise count one rank
-    deepspeed.init_distributed(verbose=False)  # takes the group that is there; else Init would think us alone
+    deepspeed.init_distributed(verbose=False)  # takes the group that is there; else zero.Init would count one rank
     created: AbstractContextManager[object] = nullcontext()
     if config.engine == "zero3":
         created = deepspeed.zero.Init(config_dict_or_path=settings)
@@ -91,9 +90,17 @@ def load_deepspeed() -> Any:
         ConfigError: it is not installed.
     """
     try:
-        import deepspeed
+        with redirect_stdout(sys.stderr):  # where its log goes from then on: our own output may be JSON
+            import deepspeed
     except ImportError:
         raise ConfigError("engine: zero1, zero2 and zero3 need DeepSpeed: pip install deepspeed.") from None
     # An all-reduce for inference on CPUs, which DeepSpeed would compile for a minute on the first run of a machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def load_stages() -> None:
+    """Import all that a run will, whose memory `plan` counts as libraries."""
+    load_deepspeed()
+    for name in ("deepspeed.runtime.zero.stage3", "deepspeed.module_inject", "torch._dynamo"):
+        import_module(name)
