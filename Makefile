@@ -6,9 +6,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Scored sentences of real reviews, which only the source archive has.
 SENTENCES := .venv/share/vaderSentiment-3.3.2.tar.gz
+# Where the candidates of the scale run go.
+SCRATCH ?= runs/scale
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup quickstart soup results test test-slow test-all test-gpu check docs clean
+.PHONY: help setup quickstart soup scale-run results test test-slow test-all test-gpu check docs clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -33,6 +35,9 @@ soup: setup $(SENTENCES) ## Fine-tune a pretrained transformer several times, an
 
 $(SENTENCES): | $(STAMP)
 	$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --no-binary :all: -d $(@D) vaderSentiment==3.3.2
+
+scale-run: setup ## A billion parameters and 16 candidates on two ranks: 40 GB of disk, 23 GB of memory, SCRATCH=dir.
+	$(BIN)/python examples/scale/run.py --scratch $(SCRATCH)
 
 results: setup ## Repeat the quickstart with three seeds and rewrite docs/results.md.
 	$(BIN)/python examples/quickstart/seeds.py

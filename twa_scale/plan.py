@@ -1,11 +1,13 @@
 """What a run will need, before anything starts: memory of a rank, bytes read, bytes on the wire of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from twa_scale.config import RunConfig
 from twa_scale.engines import ParameterInfo
@@ -66,7 +68,6 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)  # loads a compiler, which takes memory
     if config.engine in ZERO_ENGINES:
         load_stages()
-    runtime = resident()
     engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0), config.pods)
     shards = ranks // config.pods
     task = build_task(config.task)
@@ -76,6 +77,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     ).micro_batch_size
     with torch.device("meta"):
         model = task.model().to(torch.float32)
+    runtime = resident()  # with what the task imports, and data that it holds in memory
     _, parameters = named_parameters(model)
     buffers = persistent_buffers(model)
     candidates = open_candidates(config.candidates)
@@ -184,13 +186,24 @@ def _activations(task: Task, model: nn.Module, config: RunConfig, batch: Batch) 
         return tensor
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _Affirmative():
             task.loss(model, batch)
     except Exception as error:
         return 0, [f"activations are not counted: the model does not run without memory ({type(error).__name__})"]
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
     scale = 0.5 if config.precision == "bfloat16" else 1.0
     return int(scale * (sum(sizes) + 2 * max(sizes, default=0))), []
+
+
+class _Affirmative(TorchFunctionMode):
+    """Says yes where a model looks at values that are not there: "is nothing masked", "is it one sequence"."""
+
+    def __torch_function__(
+        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.Tensor.__bool__ and args[0].is_meta:
+            return True
+        return function(*args, **(kwargs or {}))
 
 
 def _bytes_read(candidates: Sequence[Candidate], layout: Layout, owned: dict[str, int]) -> int:

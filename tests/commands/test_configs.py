@@ -26,7 +26,7 @@ RUNS = {
     "pods": (2, "text"),
     "tail": (2, "text"),
 }
-ELSEWHERE = {"quickstart", "soup", "zero3"}  # run by `make quickstart`, below, and under the deepspeed launcher
+ELSEWHERE = {"quickstart", "soup", "zero3", "scale"}  # by `make`, below, under deepspeed, in tests/scale
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, ROOT / "configs/deepspeed.json"], ids=lambda path: path.name)

@@ -82,11 +82,13 @@ class Run:
         mesh = pod_mesh(config, world, device)
         with self.group.agree():  # apart: DDP exchanges shapes, which a rank without data would miss
             self.model: nn.Module = build_model(config, self.task, world, device, mesh and mesh["ranks"])
+        start = time.perf_counter()
         with self.report.bytes("reading candidates") as progress:
             replicas = None if mesh is None else mesh.get_group("pods")
             self.twa: TrainableAverage = attach(
                 self.model, config.candidates, config, replica_group=replicas, progress=progress
             )
+        self._attach_seconds = time.perf_counter() - start
         self.scheduler = make_scheduler(config.schedule, self.twa.optimizer, self.num_steps)
         self.step = 0
         self._stopping = False
@@ -182,9 +184,10 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         final = self._evaluate()
         self._save()
+        start = time.perf_counter()
         with self.report.waiting("writing the average"):
             self.twa.export(self.output / AVERAGE, max_shard_size=self.config.max_shard_size, overwrite=True)
-        summary = self._summary(final)
+        summary = self._summary(final) | {"export_seconds": time.perf_counter() - start}
         self.records.close()
         if self.group.rank == 0:
             replace_file(self.output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -211,6 +214,7 @@ class Run:
             "bytes_read_per_rank": self.group.gather(self.twa.bytes_read),
             "store_bytes_per_rank": self.group.gather(self.twa.store_bytes),
             "peak_resident_bytes_per_rank": self.group.gather(peak_resident()),
+            "attach_seconds": self._attach_seconds,
             "forward_backward_seconds": seconds.get("forward+backward", 0.0) - cost["project"]["seconds_in_backward"],
             "cost": cost,
             "read_bandwidth": read_bandwidth(self.device),

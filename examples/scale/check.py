@@ -1,0 +1,133 @@
+"""What a run exported, against sum_i a_i w_i formed anew in float64 from the files, by safetensors' own reader.
+
+The two differ by the rounding of the store and of the file. What both have to be is known: deltas that the store keeps
+with a cosine of cos_i leave errors of norm sqrt(1 - cos_i^2) |delta_i|, which add up like independent numbers,
+
+    |exported - merged|^2 = sum_i u_i^2 (1 - cos_i^2) |delta_i|^2 + |rounding to bfloat16|^2.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from twa_scale.kernels.packed import BLOCKS, zero_of
+from twa_scale.kernels.quantize import quantize
+from twa_scale.state import load_state
+
+BITS = 4
+PIECE = 1 << 17  # elements of each candidate that are in memory at a time
+
+
+class Checkpoint:
+    """Tensors of a directory, by rows."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
+        self.slices = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) as float64, flat."""
+        return self.slices[name][start:stop].double().view(-1)
+
+
+@dataclass
+class Squares:
+    """Squared norms of one tensor."""
+
+    group: int
+    deltas: torch.Tensor
+    lost: torch.Tensor
+    """(n,): 1 - cos_i^2 of the first elements."""
+    center: float = 0.0
+    moved: float = 0.0
+    """merged - center."""
+    error: float = 0.0
+    """exported - merged."""
+    exact: float = 0.0
+    """What `twa-scale export` wrote - merged."""
+    rounding: float = 0.0
+    """merged, rounded to bfloat16 - merged."""
+
+    def predicted(self, u: torch.Tensor) -> float:
+        """Return what `error` should be for the weights u (n,) of the deltas."""
+        return float((u.square() * self.lost * self.deltas).sum()) + self.rounding
+
+
+def check(candidates: Sequence[Path], run: Path, exact: Path) -> dict[str, Any]:
+    """Compare the export of `run`, and the merge `exact` of `twa-scale export`, with the merge formed here."""
+    state = load_state(run / "state.pt")["twa"]
+    with ExitStack() as stack:
+        read = [Checkpoint(path, stack) for path in (*candidates, run / "average", exact)]
+        found = {name: squares(name, read, state) for name in read[0].slices}
+    weights = delta_weights(state["x"], found)
+    total = {
+        key: sqrt(sum(getattr(s, key) for s in found.values()))
+        for key in ("center", "moved", "error", "exact", "rounding")
+    }
+    total["predicted"] = sqrt(sum(s.predicted(weights[s.group]) for s in found.values()))
+    ratios = {name: sqrt(s.error / s.predicted(weights[s.group])) for name, s in found.items()}
+    merges = [sqrt(s.exact / s.rounding) for s in found.values()]
+    return {
+        "moved": total["moved"] / total["center"],
+        "error": total["error"] / total["moved"],
+        "predicted": total["predicted"] / total["moved"],
+        "rounding": total["rounding"] / total["moved"],
+        "cosine": float((1 - torch.stack([s.lost for s in found.values()])).sqrt().mean()),
+        "tensors": [min(ratios.values()), max(ratios.values())],
+        "exact": [min(merges), max(merges)],
+    }
+
+
+def squares(name: str, read: Sequence[Checkpoint], state: dict[str, Any]) -> Squares:
+    """Read one tensor of the candidates, the export and the exact merge, once."""
+    group = state["group_of"][name]
+    a = state["coefficients"][:, group]
+    found = None
+    for *rows, exported, exact in pieces(name, read):
+        w = torch.stack(rows)
+        center, merged = w.mean(0), a @ w
+        deltas = w.sub_(center)
+        found = found or Squares(group, torch.zeros(len(a), dtype=torch.float64), lost(deltas))
+        found.deltas += deltas.square().sum(1)
+        for key, difference in {
+            "center": center,
+            "moved": merged - center,
+            "error": exported - merged,
+            "exact": exact - merged,
+            "rounding": merged.bfloat16().double() - merged,
+        }.items():
+            setattr(found, key, getattr(found, key) + float(difference.square().sum()))
+    assert found is not None
+    return found
+
+
+def pieces(name: str, read: Sequence[Checkpoint]) -> Iterator[list[torch.Tensor]]:
+    """Yield rows of one tensor of all checkpoints, piece by piece."""
+    rows, *inner = read[0].slices[name].get_shape()
+    step = max(1, PIECE // torch.Size(inner).numel())
+    for start in range(0, rows, step):
+        yield [checkpoint.read(name, start, min(start + step, rows)) for checkpoint in read]
+
+
+def lost(deltas: torch.Tensor) -> torch.Tensor:
+    """Return 1 - cos^2 of deltas (n, m), which begin a tensor, and what packed4 makes of their first whole blocks."""
+    block = BLOCKS[BITS]
+    rows = deltas[:, : deltas.shape[1] // block * block].float()
+    codes, scales = quantize(rows, 0, 0, block, BITS)
+    kept = ((codes - zero_of(BITS)) * scales.float()[..., None]).flatten(1)
+    return 1 - torch.cosine_similarity(rows.double(), kept.double()).square()
+
+
+def delta_weights(x: torch.Tensor, found: dict[str, Squares]) -> torch.Tensor:
+    """Return u (G, n) of coefficients x (n, G): basis `normalized`, `units: delta`."""
+    norms = torch.zeros(x.T.shape, dtype=torch.float64)
+    for s in found.values():
+        norms[s.group] += s.deltas
+    norms.sqrt_()
+    return x.T * norms.mean(1, keepdim=True) / norms

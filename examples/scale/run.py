@@ -1,0 +1,187 @@
+"""A billion parameters, 16 candidates and two ranks on one machine of 24 GiB, with packed4 deltas beside the shards.
+
+`make scale-run` runs this. Candidates are made up and written, their average is trained for a few steps on real text
+and exported, and what was exported is held against a merge of the same files that shares no code with it. Memory is
+held against what `twa-scale plan` said before.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from check import check
+from material import SIZES, llama, tensors, write_candidates
+from rich.console import Console
+from rich.table import Table
+
+CONFIG = Path(__file__).parents[2] / "configs" / "scale.yaml"
+CANDIDATES = 16
+SPARE = 2 << 30  # bytes of memory and disk that are left to others
+
+console = Console()
+
+
+def main() -> None:
+    """Run the phases one after the other and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="1b")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/scale"), help="directory on a disk with room")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="keep candidates and merges, not only the results")
+    arguments = parser.parse_args()
+    root: Path = arguments.scratch / arguments.size
+    try:
+        results = scale_run(root, arguments.size, arguments.ranks, arguments.steps, arguments.seed)
+        (root / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        for table in tables(results):
+            console.print(table)
+    finally:
+        if not arguments.keep:
+            for large in (f"candidates-{arguments.seed}", "run/average", "exact"):
+                shutil.rmtree(root / large, ignore_errors=True)
+
+
+def scale_run(root: Path, size: str, ranks: int, steps: int, seed: int) -> dict[str, Any]:
+    """Return what every phase cost and what the check found."""
+    for stale in ("run", "exact"):
+        shutil.rmtree(root / stale, ignore_errors=True)
+    directory = root / f"candidates-{seed}"
+    directory.mkdir(parents=True, exist_ok=True)
+    config = llama(size)
+    nbytes = sum(spec.nbytes for spec in tensors(config))
+    seconds: dict[str, float] = {}
+    if len(list(directory.glob("step-*"))) < CANDIDATES:  # else an earlier run with --keep left them
+        require("disk", (CANDIDATES + 2) * nbytes, shutil.disk_usage(root).free)
+        with phase(f"writing {CANDIDATES} candidates of {nbytes / 1e9:.2f} GB", "write", seconds):
+            write_candidates(config, directory, CANDIDATES, seed)
+    candidates = sorted(directory.glob("step-*"))
+    settings = [
+        CONFIG, f"candidates={directory}/step-*", f"task.model={candidates[0]}", f"output={root}/run",
+        f"steps={steps}", f"seed={seed}",
+    ]  # fmt: skip
+    with phase("plan", "plan", seconds):
+        plan = json.loads(python("-m", "twa_scale", "plan", *settings, f"--ranks={ranks}", "--json"))
+    require("memory", ranks * plan["peak"], psutil.virtual_memory().available)
+    with phase(f"training the coefficients on {ranks} ranks", "run", seconds):
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+        python(*launcher, "-m", "twa_scale", "run", *settings)
+    with phase("merging the candidates with the same coefficients", "merge", seconds):
+        python("-m", "twa_scale", "export", root / "run", "--out", root / "exact")
+    with phase("checking what was exported", "check", seconds):
+        found = check(candidates, root / "run", root / "exact")
+    summary = json.loads((root / "run/summary.json").read_text())
+    records = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
+    trained = [record for record in records if "seconds" in record]
+    step = sum(record["seconds"] for record in trained) / len(trained)
+    return {
+        "parameters": plan["trained_elements"],
+        "candidates": CANDIDATES,
+        "candidate_bytes": nbytes,
+        "ranks": ranks,
+        "losses": [record["loss"] for record in trained],
+        "plan": plan,
+        "summary": summary,
+        "seconds": seconds | {"attach": summary["attach_seconds"], "step": step, "export": summary["export_seconds"]},
+        "check": found,
+    }
+
+
+def tables(results: dict[str, Any]) -> Iterator[Table]:
+    """Yield memory, time, and the check."""
+    parameters, n, ranks = results["parameters"], results["candidates"], results["ranks"]
+    plan, summary, seconds = results["plan"], results["summary"], results["seconds"]
+    title = f"{parameters / 1e9:.3f} G parameters, {n} candidates, {ranks} ranks of FSDP2, packed4"
+    memory = Table(title=title, caption="bytes of one rank; weights, center and gradients are float32")
+    for column in ("memory", "GB"):
+        memory.add_column(column, justify="left" if column == "memory" else "right")
+    for name, nbytes in {**plan["memory"], **plan["step"]}.items():
+        memory.add_row(name, f"{nbytes / 1e9:.2f}")
+    memory.add_section()
+    memory.add_row("peak, as planned", f"{plan['peak'] / 1e9:.2f}")
+    for rank, peak in enumerate(summary["peak_resident_bytes_per_rank"]):
+        memory.add_row(f"peak, rank {rank} ({peak / plan['peak'] - 1:+.1%})", f"{peak / 1e9:.2f}")
+    memory.add_row("published form: its basis alone, all ranks", f"{4 * n * parameters / 1e9:.1f}")
+    yield memory
+
+    one = results["candidate_bytes"]
+    times = Table(title="Time")
+    for column in ("phase", "s", "GB", "GB/s"):
+        times.add_column(column, justify="left" if column == "phase" else "right")
+    for key, name, nbytes in [
+        ("write", "make and write the candidates", n * one),
+        ("attach", "attach: read, once, and pack", sum(summary["bytes_read_per_rank"])),
+        ("step", "a step, forward and backward included", 0),
+        ("export", "export", one),
+        ("merge", "exact merge, one process", n * one),
+        ("check", "check, one process", (n + 2) * one),
+    ]:
+        if key not in seconds:
+            continue
+        rate = (f"{nbytes / 1e9:.1f}", f"{nbytes / seconds[key] / 1e9:.2f}") if nbytes else ("", "")
+        times.add_row(name, f"{seconds[key]:.1f}", *rate)
+    for part, cost in summary["cost"].items():
+        rate = (
+            (f"{cost['bytes'] / 1e9:.1f}", f"{cost['bytes'] / cost['seconds'] / 1e9:.2f}")
+            if cost["bytes"]
+            else ("",) * 2
+        )
+        times.add_row(f"of a step: {part}, rank 0", f"{cost['seconds']:.2f}", *rate)
+    yield times
+
+    found = results["check"]
+    checked = Table(title="The exported file against a merge in float64")
+    checked.add_column("norms")
+    checked.add_column("", justify="right")
+    for name, value in {
+        "merged - center, of the center": f"{found['moved']:.2%}",
+        "exported - merged, of that": f"{found['error']:.2%}",
+        f"  predicted from packed4's cosine of {found['cosine']:.4f}": f"{found['predicted']:.2%}",
+        "  of it, rounding to bfloat16": f"{found['rounding']:.2%}",
+        "  measured / predicted, by tensor": " to ".join(f"{ratio:.3f}" for ratio in found["tensors"]),
+        "`twa-scale export` - merged, of rounding alone": " to ".join(f"{ratio:.6f}" for ratio in found["exact"]),
+    }.items():
+        checked.add_row(name, value)
+    checked.add_section()
+    losses = results["losses"]
+    checked.add_row(f"training loss, steps 1 to {len(losses)}", ", ".join(f"{loss:.3f}" for loss in losses))
+    yield checked
+
+
+@contextmanager
+def phase(title: str, key: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Announce a phase and keep its time."""
+    console.rule(f"[bold]{title}", align="left")
+    start = time.perf_counter()
+    yield
+    seconds[key] = time.perf_counter() - start
+
+
+def require(what: str, needed: int, free: int) -> None:
+    """Leave when there is too little room: a run that fails after an hour, or takes others with it, helps nobody."""
+    if needed + SPARE > free:
+        sys.exit(
+            f"{what}: {needed / 1e9:.1f} GB are needed beside {SPARE / 1e9:.1f} GB that are left to others, and "
+            f"{free / 1e9:.1f} GB are free. Make room, give another --scratch, or take --size 100m."
+        )
+
+
+def python(*arguments: object) -> str:
+    """Run this Python and return what it prints; its progress is seen."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()
