@@ -139,7 +139,7 @@ class Pool:
                 assert isinstance(pipe, Connection)
                 rank = pipes.pop(pipe)
                 try:
-                    outcomes[rank] = pipe.recv()
+                    outcomes[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     workers[rank].process.join()
                     code = workers[rank].process.exitcode
@@ -187,9 +187,10 @@ def _work(pipe: Connection, stack: str) -> None:
             outcome = _run(call, rank, size, store)
             faulthandler.cancel_dump_traceback_later()
             try:
-                pipe.send(outcome)
+                result = pickle.dumps(outcome)
             except Exception as error:
-                pipe.send(Outcome(error=RuntimeError(f"the result cannot be pickled: {error}")))
+                result = pickle.dumps(Outcome(error=RuntimeError(f"the result cannot be pickled: {error}")))
+            pipe.send_bytes(result)  # as bytes: `send` would share each tensor by a file of its own, kept open
 
 
 def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
