@@ -45,10 +45,10 @@ results: setup ## Repeat the quickstart with three seeds and rewrite docs/result
 test: setup ## Run the tests, without the slow ones and those that need a GPU.
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test-slow: setup ## Run only the slow tests.
+test-slow: setup $(SENTENCES) ## Run only the slow tests.
 	$(BIN)/pytest -m "slow and not gpu" || [ $$? = 5 ]
 
-test-all: setup ## Run every test that needs no GPU.
+test-all: setup $(SENTENCES) ## Run every test that needs no GPU.
 	$(BIN)/pytest -m "not gpu"
 
 test-gpu: setup ## Run the tests that need a GPU.

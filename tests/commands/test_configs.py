@@ -64,7 +64,7 @@ def test_it_runs(name: str, ranks: Pool, text: Brought, digits: Brought, tmp_pat
 def test_the_soup_of_pretrained_transformers(tmp_path: Path) -> None:
     """MiniLM's real weights and real sentences, the whole story of `make soup` in small."""
     sentences = ROOT / ".venv/share/vaderSentiment-3.3.2.tar.gz"
-    assert sentences.exists(), "the sentences are missing: `make test` fetches them"
+    assert sentences.exists(), "the sentences are missing: `make test-slow` fetches them"
     command = [sys.executable, str(ROOT / "examples/soup/run.py"), f"--sentences={sentences}", f"--out={tmp_path}"]
     subprocess.run([*command, "--ingredients=2", "--steps=4", "--epochs=0.05", "--batches=2"], check=True)
     average = load_file(tmp_path / "twa/average/model.safetensors")
