@@ -97,7 +97,14 @@ NOT_THERE = {  # what torch or the library itself cannot do
     "sharded-ddp": ["compiled-after"],
     "zero3": ["compiled-before"],
 }
-CASES = [(engine, change) for engine in ENGINES for change in CHANGES if change not in NOT_THERE.get(engine, [])]
+# DeepSpeed's hooks break the graph at every module, which takes half a minute to compile.
+SLOW = [("zero3", "compiled-after")]
+CASES = [
+    pytest.param(engine, change, marks=[pytest.mark.slow] if (engine, change) in SLOW else [])
+    for engine in ENGINES
+    for change in CHANGES
+    if change not in NOT_THERE.get(engine, [])
+]
 
 
 def train(engine: str, change: str) -> tuple[dict[str, Tensor], Tensor, float]:
