@@ -51,7 +51,8 @@ class Dense:
         for first, part in self.tiles(start // TILE, -(-stop // TILE)):
             width = part.shape[2]
             if first >= start and first + len(part) * width <= stop:
-                part.copy_(_columns(values, first - start, len(part), width))
+                for i, row in enumerate(_columns(values, first - start, len(part), width)):
+                    part[:, i] = row  # all rows at once are 20 times slower
                 continue
             for i, tile in enumerate(part):  # the first or the last tile is written in part
                 at = first + i * width
@@ -60,6 +61,6 @@ class Dense:
 
 
 def _columns(values: torch.Tensor, start: int, count: int, width: int) -> torch.Tensor:
-    """Return a view (count, n, width) of `count` tiles of (n, k) from column `start` on."""
+    """Return a view (n, count, width) of `count` tiles of (n, k) from column `start` on."""
     columns = values[:, start : start + count * width]
-    return columns.view(len(values), count, width).transpose(0, 1)
+    return columns.view(len(values), count, width)
