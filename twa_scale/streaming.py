@@ -110,13 +110,14 @@ class Stream:
             rows = self._buffer(self._compute_dtype(span.name), longest)
             for start in range(0, len(piece), step):
                 part = rows[:, : min(step, len(piece) - start)]
-                cut = [source[start : start + step] for source in sources]
-                values = sources[:, start : start + step] if isinstance(sources, torch.Tensor) else cut
-                self._sum(piece.name, range(len(cut)), values)
+                cut = slice(start, start + step)
+                uniform = isinstance(sources, torch.Tensor)
+                values: Sources = sources[:, cut] if uniform else [source[cut] for source in sources]
+                self._sum(piece.name, range(len(self._candidates)), values)
                 self._kernels.center(values, weights, part)
                 # What is not finite makes the center so; but finite numbers can have a sum that is too large.
                 if not torch.isfinite(part[-1].sum()):
-                    self._blame(piece, start, cut)
+                    self._blame(piece, start, values)
                 yield Chunk(span, offset + start, part)
 
     def copies(self, spans: Sequence[Span]) -> Iterator[tuple[Span, int, torch.Tensor]]:
@@ -186,7 +187,7 @@ class Stream:
             self._rows[dtype] = rows
         return rows
 
-    def _blame(self, piece: Span, start: int, sources: Sequence[torch.Tensor]) -> None:
+    def _blame(self, piece: Span, start: int, sources: Sources) -> None:
         for candidate, values in zip(self._candidates, sources, strict=True):
             bad = torch.nonzero(~torch.isfinite(values.to(torch.float64)))
             if len(bad):
