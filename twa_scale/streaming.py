@@ -111,8 +111,7 @@ class Stream:
             for start in range(0, len(piece), step):
                 part = rows[:, : min(step, len(piece) - start)]
                 cut = slice(start, start + step)
-                uniform = isinstance(sources, torch.Tensor)
-                values: Sources = sources[:, cut] if uniform else [source[cut] for source in sources]
+                values = _columns_of(sources, cut)
                 self._sum(piece.name, range(len(self._candidates)), values)
                 self._kernels.center(values, weights, part)
                 # What is not finite makes the center so; but finite numbers can have a sum that is too large.
@@ -195,6 +194,10 @@ class Stream:
                     f"{candidate.label}: tensor {piece.name!r} holds {values[bad[0, 0]].item()} at element "
                     f"{piece.element(start + int(bad[0, 0]))}; weights must be finite. Leave this candidate out."
                 )
+
+
+def _columns_of(sources: Sources, cut: slice) -> Sources:
+    return sources[:, cut] if isinstance(sources, torch.Tensor) else [source[cut] for source in sources]
 
 
 def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], piece: Span) -> None:
