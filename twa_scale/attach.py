@@ -80,8 +80,15 @@ def attach(
             engine.device,
             lambda name: [mapped(candidate, layout.source(name)) for candidate in opened],
         )
-        stream = Stream(opened, engine.device, progress)
-        gram = Gram(len(layout.groups), len(opened), engine.device)
+        stream = Stream(
+            opened,
+            engine.device,
+            progress,
+            kernels=store.kernels,
+            read_chunk=config.read_chunk,
+            reads_in_flight=config.reads_in_flight,
+        )
+        gram = Gram(len(layout.groups), len(opened), engine.device, store.kernels)
         _read_spans(engine, layout, stream, weights, store, gram)
         buffers = (
             _read_buffers(engine, layout, stream, buffer_weights(config.buffers, len(opened)))

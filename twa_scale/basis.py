@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from twa_scale.errors import ConfigError
+from twa_scale.kernels import Kernels, choose_kernels
 
 _EIGENVALUE_FLOOR = 1e-10  # of the largest; below it a direction of float32 deltas is rounding noise
 _RELATIVE_FLOOR = 1e-6  # of the largest delta norm
@@ -19,14 +20,13 @@ _SCHMIDT_FLOOR = 1e-12  # squared norm of what Schmidt leaves of a candidate, of
 class Gram:
     """Inner products of deltas and center per group, in float64: (G, n + 1, n + 1)."""
 
-    def __init__(self, num_groups: int, n: int, device: torch.device) -> None:
+    def __init__(self, num_groups: int, n: int, device: torch.device, kernels: Kernels | None = None) -> None:
+        self._kernels = kernels or choose_kernels("auto", device)
         self.values = torch.zeros(num_groups, n + 1, n + 1, dtype=torch.float64, device=device)
 
     def add(self, group: int, rows: torch.Tensor) -> None:
         """Add the inner products of rows (n + 1, m), float32."""
-        for part in torch.split(rows, 1 << 16, dim=1):
-            wide = part.to(torch.float64)
-            self.values[group] += wide @ wide.T
+        self.values[group] += self._kernels.gram(rows)
 
 
 @dataclass(frozen=True)

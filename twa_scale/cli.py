@@ -165,6 +165,9 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU; torch's number when not given.")] = None,
     kernels: Annotated[str, typer.Option(help="`auto`, `torch`, `numba` or `triton`.")] = "auto",
     cuda: Annotated[bool, typer.Option("--cuda", help="Measure the GPU.")] = False,
+    streaming: Annotated[
+        Path | None, typer.Option(help="Measure reading and writing too, with files in a folder of this disk.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure on this machine what a step costs with each store, against the speed of its memory.
@@ -174,17 +177,20 @@ def bench(
     import torch
 
     from twa_scale.bench import run_bench
+    from twa_scale.filebench import run_streaming
     from twa_scale.tables import bench_json, bench_table
 
     with _joined(Path.cwd() / "bench") as (_, say):
         device = torch.device("cuda" if cuda else "cpu")
-        found = run_bench(stores.split(","), elements, candidates, threads, kernels, device)
+        names = stores.split(",")
+        found = run_bench(names, elements, candidates, threads, kernels, device)
+        files = run_streaming(names, elements, candidates, kernels, device, streaming) if streaming else []
         if json:
-            say(bench_json(found))
+            say(bench_json(found, files))
         else:
             console = Console()
             with console.capture() as text:
-                console.print(bench_table(found))
+                console.print(bench_table(found, files))
             say(text.get())
 
 

@@ -90,6 +90,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     )
     store = sum(span_bytes(config.store, n, owned[name]) for name in layout.group_of)
     elements = sum(prod(parameters[name].shape) for name in layout.group_of)
+    itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in owned for candidate in candidates)
     numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
     return Plan(
         num_candidates=n,
@@ -102,7 +103,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
             f"store ({config.store})": int(store),
         },
-        attach={"streaming": scratch_bytes(n, max(owned.values()))},
+        attach={"streaming": scratch_bytes(n, max(owned.values()), itemsize, config.read_chunk)},
         step={"activations": activations, **_transient(model, parameters, engine, config)},
         bytes_read=_bytes_read(candidates, layout, owned),
         wire=_wire(model, parameters, shards, engine, config, numbers),

@@ -1,6 +1,7 @@
 """What commands print: tables for people, JSON for machines."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,24 +52,24 @@ def plan_table(plan: Plan, ranks: int) -> Table:
     return table
 
 
-def bench_json(bench: Bench) -> str:
+def bench_json(bench: Bench, files: Sequence[Measured] = ()) -> str:
     """Return what was measured as JSON: seconds, bytes, and bytes per second."""
 
-    def plain(rows: list[Measured]) -> list[dict[str, object]]:
+    def plain(rows: Sequence[Measured]) -> list[dict[str, object]]:
         return [{**asdict(row), "rate": row.rate} for row in rows]
 
     stores = {name: plain(rows) for name, rows in bench.stores.items()}
-    lists = {"memory": plain(bench.memory), "stores": stores, "others": plain(bench.others)}
+    lists = {"memory": plain(bench.memory), "stores": stores, "others": plain(bench.others), "streaming": plain(files)}
     return json.dumps({**asdict(bench), **lists, "read": bench.read}, indent=2)
 
 
-def bench_table(bench: Bench) -> Table:
+def bench_table(bench: Bench, files: Sequence[Measured] = ()) -> Table:
     """Return one row for each thing that was measured; shares are of the best rate of reading."""
     title = f"{bench.elements:,} elements, {bench.candidates} candidates, {bench.device}, {bench.threads} threads"
     table = Table(title=title, caption="best of several; bytes: each that has to move, counted once")
     for column in ("", "", "ms", "moved", "GB/s", "of read"):
         table.add_column(column, justify="right" if column else "left")
-    for section, rows in {"memory": bench.memory, **bench.stores, "beside": bench.others}.items():
+    for section, rows in {"memory": bench.memory, **bench.stores, "beside": bench.others, "files": files}.items():
         for i, row in enumerate(rows):
             share = f"{row.rate / bench.read:.0%}"
             cells = (f"{1e3 * row.seconds:.3f}", human_bytes(row.nbytes), f"{row.rate / 1e9:.1f}", share)

@@ -1,6 +1,7 @@
 """`twa-scale bench` measures what it says, on one process."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from typer.testing import CliRunner
 from twa_scale import ConfigError
 from twa_scale.bench import run_bench
 from twa_scale.cli import app
-from twa_scale.tables import bench_table
+from twa_scale.filebench import run_streaming
+from twa_scale.tables import bench_json, bench_table
 
 CPU = torch.device("cpu")
 
@@ -45,3 +47,17 @@ def test_a_table() -> None:
 def test_what_cannot_be_measured_is_refused(store: str, kernels: str) -> None:
     with pytest.raises(ConfigError, match=r"bench"):
         run_bench([store], 100, 2, None, kernels, CPU)
+
+
+def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
+    n, m = 3, 30_000
+    names = ["packed4", "dense32", "mapped"]
+    found = {row.what: row for row in run_streaming(names, m, n, "auto", CPU, tmp_path)}
+    for what in ("plain read", *(f"attach, {name}" for name in names)):
+        assert 2 * n * m < found[what].nbytes < 2 * n * m + n * 500 and found[what].seconds > 0
+    for what in ("copy and sync", "export and sync"):
+        assert 2 * m < found[what].nbytes < 2 * m + 500
+    assert not list(tmp_path.iterdir())
+    small = run_bench(["packed1"], 1001, 2, None, "torch", CPU)
+    assert bench_table(small, list(found.values())).row_count == 2 + 3 + 4 + 2 + 6
+    assert len(json.loads(bench_json(small, list(found.values())))["streaming"]) == 6

@@ -46,6 +46,7 @@ ORDER = [
     "plan",
     "inspection",
     "bench",
+    "filebench",
     "tables",
     "launch",
     "cli",

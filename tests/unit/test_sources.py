@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from twa_scale.errors import CandidateError
+from twa_scale.kernels.checksum import checksum, wrap
 from twa_scale.sources import Candidate, open_candidates
-from twa_scale.sources.checksum import checksum, wrap
 from twa_scale.sources.flat import copy_flat
 from twa_scale.sources.side_files import side_files
 

@@ -73,6 +73,14 @@ class TwaConfig(Section):
         description="What computes on the store: `auto` takes `numba` on a CPU and `triton` on a GPU where they are "
         "installed, `torch` otherwise.",
     )
+    read_chunk: Annotated[int, Field(ge=4096)] = Field(
+        1 << 20,
+        description="Bytes of one read of a candidate. Larger ones suit network file systems; many candidates share "
+        "128 MiB of buffers, and get less each.",
+    )
+    reads_in_flight: Annotated[int, Field(ge=1, le=256)] = Field(
+        8, description="Candidates that a rank reads at the same time, while it works on what it has read."
+    )
     comm: Literal["auto", "nccl", "gloo", "mpi"] = Field(
         "auto",
         description="What sums the coefficient gradients over the ranks: `auto` is the model's own process group, or "

@@ -1,18 +1,21 @@
 """Kernels for CPUs, compiled by numba on their first use."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from twa_scale.kernels import loops, packed_loops
+from twa_scale.kernels import delta_loops, loops, packed_loops
 from twa_scale.kernels.packed import Packed
-from twa_scale.kernels.protocol import Differences, Rows
+from twa_scale.kernels.protocol import Differences, Rows, Sources
 from twa_scale.kernels.quantize import REFINEMENTS, SMALLEST, first_scale
+from twa_scale.kernels.reference import TorchKernels, reference_of
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.threads import Threads
 
 _PIECE = 1 << 17  # elements of a sum of differences: it stays in cache while the rows go by
+_REFERENCE = TorchKernels()
 _PART = 1024  # elements of them that are added in float32
 
 
@@ -46,8 +49,7 @@ class NumbaKernels:
             parts.append((start, total))
 
         self._threads.share(work, *_size(rows))
-        # In the order of the columns: the same bits whichever thread was first.
-        return torch.from_numpy(np.sum([total for _, total in sorted(parts, key=lambda part: part[0])], axis=0))
+        return torch.from_numpy(_in_order(parts))
 
     def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write scale * base + sum_i weights_i row_i."""
@@ -86,6 +88,42 @@ class NumbaKernels:
             loops.add_difference(total.numpy(), _array(row), rows.center.numpy(), weight, start)
         out[start : start + _PIECE] = total
 
+    def checksums(self, sources: Sources) -> torch.Tensor:
+        """Return the checksum of each source."""
+        if not isinstance(sources, torch.Tensor) or sources.itemsize != 2:
+            return _REFERENCE.checksums(sources)
+        total = np.zeros(len(sources), np.int64)
+        delta_loops.checksums(_flat(sources.view(torch.int16)), sources.stride(0), sources.shape[1], total)
+        return torch.from_numpy(total)
+
+    def center(self, sources: Sources, weights: Sequence[float], rows: torch.Tensor) -> None:
+        """Write deltas and center, a tile of columns after the other."""
+        if rows.dtype != torch.float32:
+            return _REFERENCE.center(sources, weights, rows)
+        if not isinstance(sources, torch.Tensor) or sources.dtype not in (torch.bfloat16, torch.float32):
+            for row, source in zip(rows, sources, strict=False):
+                row.copy_(source)
+            sources = rows[:-1]
+        source = _flat(sources.view(torch.uint16) if sources.dtype == torch.bfloat16 else sources)
+        rule = (np.array(weights, np.float32), reference_of(weights))
+        data = (source, sources.stride(0), *rule, _flat(rows), rows.stride(0))
+        self._threads.share(lambda start, stop: delta_loops.center(*data, start, stop), rows.shape[1], rows.nbytes)
+        return None
+
+    def gram(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return <row_i, row_j>: half of them, nine at a time, and the others by symmetry."""
+        n, m = rows.shape
+        parts: list[tuple[int, Any]] = []
+
+        def work(start: int, stop: int) -> None:
+            total = np.zeros((-(-n // 3) * 3,) * 2)
+            delta_loops.gram(_flat(rows), rows.stride(0), n, start, stop, total)
+            parts.append((start, total))
+
+        self._threads.share(work, m, rows.nbytes)
+        upper = torch.from_numpy(_in_order(parts))[:n, :n].triu()
+        return upper + upper.triu(1).T
+
     def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
         """Quantize, each thread some of the rows: two of them never write into the same word."""
         count = values.shape[1]
@@ -93,7 +131,7 @@ class NumbaKernels:
             return
         values = values if values.stride(1) == 1 else values.contiguous()
         stride = values.stride(0)
-        flat = values.as_strided(((rows.n - 1) * stride + count,), (1,)).numpy()
+        flat = _flat(values)
         rule = (np.float32(first_scale(rows.bits)), REFINEMENTS[rows.bits], np.float32(SMALLEST))
         data = (rows.words.numpy(), _array(rows.scales), _shape(rows))
 
@@ -103,12 +141,24 @@ class NumbaKernels:
         self._threads.share(work, rows.n, values.nbytes)
 
 
+def _in_order(parts: list[tuple[int, Any]]) -> Any:
+    """Add up parts in the order of the columns: the same bits whichever thread was first."""
+    return np.sum([total for _, total in sorted(parts, key=lambda part: part[0])], axis=0)
+
+
 def _array(tensor: torch.Tensor) -> Any:
     """Return a tensor's memory as numpy has it: bfloat16 as uint16, and what loops do not know as float32."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy()
     return tensor.to(torch.float32).contiguous().numpy()
+
+
+def _flat(rows: torch.Tensor) -> Any:
+    """Return the memory of rows (n, m), however far apart, as one array."""
+    assert rows.stride(1) == 1 or rows.shape[1] <= 1
+    size = (len(rows) - 1) * rows.stride(0) + rows.shape[1] if rows.numel() else 0
+    return rows.as_strided((size,), (1,)).numpy()
 
 
 def _shape(rows: Packed) -> Any:

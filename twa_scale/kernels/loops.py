@@ -19,17 +19,23 @@ FLOAT0 = np.float32(0)
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
-def compiled(function: F) -> F:
+def compiled(function: F, fastmath: set[str] = FAST) -> F:
     """Compile on the first call, and keep the machine code for other processes where there is a place for it.
 
     numba writes it beside this file, or else into the user's cache directory, under the name of the processor and by a
     rename: ranks that compile at the same time do no harm.
     """
+    options: Any = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
     try:
-        return njit(function, nogil=True, fastmath=FAST, cache=True, error_model="numpy")  # type: ignore[no-any-return]
+        return njit(function, cache=True, **options)  # type: ignore[no-any-return]
     except RuntimeError as error:  # no directory can be written
         logging.getLogger(__name__).info("kernels are compiled anew in each process: %s", error)
-        return njit(function, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[no-any-return]
+        return njit(function, **options)  # type: ignore[no-any-return]
+
+
+def exact(function: F) -> F:
+    """Compile without fast math, but for fusing."""
+    return compiled(function, {"contract"})
 
 
 def widen(x: Any) -> Any:

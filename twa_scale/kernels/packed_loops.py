@@ -7,6 +7,7 @@ import numpy as np
 from twa_scale.kernels.loops import FLOAT0, U, bfloat16, compiled, narrow, widen
 
 ONE, TWO, FOUR = U(1), U(2), U(4)
+_TOGETHER = U(16)  # blocks that are quantized at a time
 
 
 @compiled
@@ -152,63 +153,93 @@ def combine_packed(
 def pack(
     words: Any, scales: Any, shape: Any, b: int, values: Any, stride: int, count: int, rule: Any, start: int, stop: int
 ) -> None:
-    """Quantize rows [start, stop) of `values`, `stride` apart and `count` long, into blocks b and following."""
+    """Quantize rows [start, stop) of `values`, `stride` apart and `count` long, into blocks b and following.
+
+    Step by step for some blocks: each step of one waits for the one before, and the others have work meanwhile.
+    """
     _, _, lead, bits, block = shape
-    unit, refinements, smallest = rule
+    unit, refinements, least = rule
     fields = U(32) // bits
-    top = np.float32((ONE << bits) - ONE)
-    zero = np.float32(ONE << (bits - ONE)) - np.float32(0.0 if bits >= FOUR else 0.5)
-    front = lead if b == 0 else U(0)
-    code = np.empty(block, np.float32)
-    x = np.empty(block, np.float32)
+    half = np.float32(ONE << (bits - ONE))
+    code = (half - np.float32(0.0 if bits >= FOUR else 0.5), np.float32((ONE << bits) - ONE))
+    scale = np.empty(_TOGETHER, np.float32)
     for i in range(U(start), U(stop)):
-        done = U(0)
-        g = U(b)
-        low = front
-        while done < U(count):
-            high = min(block, low + U(count) - done)
-            for j in range(low, high):
-                x[j] = values[i * U(stride) + done + j - low]
-            scale = _fit(x, code, low, high, bits, zero, top, unit, refinements, np.float32(smallest))
-            t = g // fields
-            k = g - t * fields
-            _, _, width, blocks, word, at = _extent(shape, t)
-            scales[at + i * blocks + k] = narrow(scales, scale)
-            for j in range(low, high):
-                place = word + i * width + j
-                words[place] = np.int32(words[place] ^ np.int32(np.int64(code[j]) << np.int64(bits * k)))
-            done += high - low
+        at, end, g = i * U(stride), i * U(stride) + U(count), U(b)
+        low = lead if b == 0 else U(0)
+        while at < end:
+            size = min(block - low, end - at)
+            several = max(ONE, min(_TOGETHER, (end - at) // block)) if size == block else ONE
+            for s in range(several):
+                place = at + s * size
+                found = _size(values, place, U(64), bits) if size == U(64) else _size(values, place, size, bits)
+                scale[s] = _rounded(unit * found, least)
+            for _ in range(refinements):
+                for s in range(several):
+                    place = at + s * size
+                    if size == U(64):
+                        scale[s] = _rounded(_fitted(values, place, U(64), scale[s], code), least)
+                    else:
+                        scale[s] = _rounded(_fitted(values, place, size, scale[s], code), least)
+            for s in range(several):
+                t = (g + s) // fields
+                k = g + s - t * fields
+                _, _, width, blocks, word, first = _extent(shape, t)
+                scales[first + i * blocks + k] = narrow(scales, scale[s])
+                to, place, shift = word + i * width + low, at + s * size, np.int32(bits * k)
+                if size == U(64):
+                    _place(words, to, shift, values, place, U(64), scale[s], code)
+                else:
+                    _place(words, to, shift, values, place, size, scale[s], code)
+            at += several * size
+            g += several
             low = U(0)
-            g += ONE
 
 
 @compiled
-def _fit(
-    x: Any, code: Any, low: Any, high: Any, bits: Any, zero: Any, top: Any, unit: Any, times: int, least: Any
-) -> Any:
-    """Choose the scale of elements [low, high) of a block, fill in their codes, and return it: quantize.py's rule."""
-    largest = mean = FLOAT0
-    for j in range(low, high):
-        largest = max(largest, abs(x[j]))
-        mean += abs(x[j])
-    scale = _rounded(np.float32(unit) * (largest if bits >= FOUR else mean / np.float32(high - low)), least)
-    _encode(x, code, low, high, zero, top, scale)
-    for _ in range(times):
-        along = square = FLOAT0
-        for j in range(low, high):
-            level = code[j] - zero
-            along += x[j] * level
-            square += level * level
-        scale = _rounded(along / max(square, np.float32(0.25)), least)
-        _encode(x, code, low, high, zero, top, scale)
-    return scale
+def _size(values: Any, at: Any, count: Any, bits: Any) -> Any:
+    """Return the largest magnitude of `count` elements, or with few bits their mean one."""
+    if bits >= FOUR:
+        largest = np.uint32(0)
+        for j in range(at, at + count):  # finite magnitudes are in the order of their bits, and integers vectorize
+            largest = max(largest, np.uint32(np.float32(values[j]).view(np.uint32) & np.uint32(0x7FFFFFFF)))
+        return np.uint32(largest).view(np.float32)
+    total = FLOAT0
+    for j in range(at, at + count):
+        total += abs(values[j])
+    return total / np.float32(count)
 
 
 @compiled
-def _encode(x: Any, code: Any, low: Any, high: Any, zero: Any, top: Any, scale: Any) -> None:
-    inverse = np.float32(1) / scale if scale > FLOAT0 else FLOAT0
-    for j in range(low, high):
-        code[j] = min(max(np.floor(x[j] * inverse + (zero + np.float32(0.5))), FLOAT0), top)
+def _fitted(values: Any, at: Any, count: Any, scale: Any, code: Any) -> Any:
+    """Return the scale that fits best to the codes that `scale` gives: quantize.py's rule."""
+    zero, top = code
+    inverse = _inverse(scale)
+    along = square = FLOAT0
+    for j in range(at, at + count):
+        level = np.float32(_code(values[j] * inverse, zero, top)) - zero
+        along += values[j] * level
+        square += level * level
+    return along / max(square, np.float32(0.25))
+
+
+@compiled
+def _place(words: Any, to: Any, shift: Any, values: Any, at: Any, count: Any, scale: Any, code: Any) -> None:
+    """Put codes into their field of `count` words."""
+    zero, top = code
+    inverse = _inverse(scale)
+    for j in range(count):
+        words[to + j] = np.int32(words[to + j] ^ np.int32(_code(values[at + j] * inverse, zero, top) << shift))
+
+
+@compiled
+def _code(level: Any, zero: Any, top: Any) -> Any:
+    # What is not below zero, a conversion rounds down.
+    return np.int32(min(max(level + (zero + np.float32(0.5)), FLOAT0), top))
+
+
+@compiled
+def _inverse(scale: Any) -> Any:
+    return np.float32(1) / scale if scale > FLOAT0 else FLOAT0
 
 
 @compiled

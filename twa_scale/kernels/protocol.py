@@ -21,6 +21,8 @@ class Differences:
 
 
 Rows = Dense | Packed | Differences
+Sources = torch.Tensor | Sequence[torch.Tensor]
+"""n of (m,), contiguous, on the CPU: of one type as one tensor (n, m), or of several."""
 
 
 class Kernels(Protocol):
@@ -45,6 +47,19 @@ class Kernels(Protocol):
             scale: the weight of the center.
             out: (m,), any floating type; it may be live model memory.
         """
+
+    def checksums(self, sources: Sources) -> torch.Tensor:
+        """Return the checksum of each source, 1-D on the CPU: (n,), int64."""
+
+    def center(self, sources: Sources, weights: Sequence[float], rows: torch.Tensor) -> None:
+        """Write w_i - c and, last, c = sum_i b_i w_i into rows (n + 1, m), float32 or float64.
+
+        All is relative to the source of the largest weight: where sources w_i (m,) agree, the deltas are zero and the
+        center has their bits. The sum of the weights b is 1.
+        """
+
+    def gram(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return <row_i, row_j> of rows (k, m), summed in float64: (k, k)."""
 
     def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
         """Quantize values (n, k), float32, into blocks `block` and following, which must still be zero.

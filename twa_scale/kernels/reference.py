@@ -1,12 +1,13 @@
 """Plain torch, on any device: the reference that the fast kernels are held to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn import functional as F
 
+from twa_scale.kernels.checksum import checksum
 from twa_scale.kernels.packed import TOP, Packed, zero_of
-from twa_scale.kernels.protocol import Differences, Rows
+from twa_scale.kernels.protocol import Differences, Rows, Sources
 from twa_scale.kernels.quantize import quantize
 from twa_scale.kernels.rows import TILE, Dense
 
@@ -38,6 +39,28 @@ class TorchKernels:
             low, high = max(start, 0), min(start + len(total), len(out))
             out[low:high] = torch.add(total[low - start : high - start], base[low:high], alpha=scale)
 
+    def checksums(self, sources: Sources) -> torch.Tensor:
+        """Return the checksum of each source."""
+        return torch.tensor([checksum(source) for source in sources])
+
+    def center(self, sources: Sources, weights: Sequence[float], rows: torch.Tensor) -> None:
+        """Subtract the reference, then what the center differs from it."""
+        for row, source in zip(rows, sources, strict=False):
+            row.copy_(source)
+        deltas, center = rows[:-1], rows[-1]
+        center.copy_(deltas[reference_of(weights)])
+        deltas.sub_(center)
+        shift = torch.tensor(weights, dtype=rows.dtype, device=rows.device) @ deltas
+        deltas.sub_(shift)
+        center.add_(shift)
+
+    def gram(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return <row_i, row_j>, a part of the columns at a time."""
+        parts = (part.to(torch.float64) for part in torch.split(rows, 1 << 16, dim=1))
+        return sum(
+            (part @ part.T for part in parts), torch.zeros(len(rows), len(rows), dtype=torch.float64).to(rows.device)
+        )
+
     def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
         """Quantize, and put the blocks of a tile, one a field, into its words: all tiles at once."""
         size, fields, bits = rows.block, rows.fields, rows.bits
@@ -56,6 +79,11 @@ class TorchKernels:
             part = slice(done, done := done + len(words))
             words ^= new[part, :, : words.shape[2]]
             scale += new_scales[part, :, : scale.shape[2]]
+
+
+def reference_of(weights: Sequence[float]) -> int:
+    """Return the index of the largest weight, the first of equals."""
+    return max(range(len(weights)), key=lambda i: weights[i])
 
 
 def unpack(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 
 from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, OutputError
+from twa_scale.kernels.checksum import checksum, wrap
 from twa_scale.names import matches_any, nearest
 from twa_scale.sources import Candidate
-from twa_scale.sources.checksum import checksum, wrap
 from twa_scale.spans import Span, whole
 from twa_scale.writer import Files, TensorSpec, Writer, stored_as, writing
 from twa_scale.writer.publish import check_apart
@@ -20,7 +20,7 @@ from twa_scale.writer.publish import check_apart
 _CHUNK = 1 << 21  # elements: a reference, a sum and a summand in float32, and what was read, make 32 MiB
 
 Checksums = list[dict[str, int]]
-"""By candidate, then tensor: of every tensor that was read from it (see sources.checksum)."""
+"""By candidate, then tensor: of every tensor that was read from it (see kernels.checksum)."""
 Weights = Callable[[str], Sequence[float] | int]
 """Says for a tensor name the weights a_1..a_n of the candidates, or the index of the one to copy it from."""
 

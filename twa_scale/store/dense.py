@@ -14,7 +14,7 @@ class DenseStore:
         self._n = n
         self._dtype = dtype
         self._device = device
-        self._kernels = kernels
+        self.kernels = kernels
         self._spans: dict[Span, tuple[Dense, torch.Tensor]] = {}
 
     @property
@@ -35,12 +35,12 @@ class DenseStore:
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
-        return products(self._kernels, *self._spans[span], gradient, with_center)
+        return products(self.kernels, *self._spans[span], gradient, with_center)
 
     def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write the weights of this span."""
         deltas, center = self._spans[span]
-        self._kernels.combine(deltas, weights, center, scale, out)
+        self.kernels.combine(deltas, weights, center, scale, out)
 
     def close(self) -> None:
         """Release the memory."""

@@ -23,7 +23,7 @@ class MappedStore:
     def __init__(self, n: int, mapped: Mapped, kernels: Kernels) -> None:
         self._n = n
         self._mapped = mapped
-        self._kernels = kernels
+        self.kernels = kernels
         self._spans: dict[Span, tuple[Sequence[torch.Tensor], torch.Tensor]] = {}
 
     @property
@@ -43,15 +43,15 @@ class MappedStore:
         """Return the inner products with the gradient of this span."""
         result = torch.zeros(self._n + 1, dtype=torch.float64)
         for cut, rows in self._pieces(span):
-            result[:-1] += self._kernels.project(rows, gradient[cut])
+            result[:-1] += self.kernels.project(rows, gradient[cut])
         if with_center:
-            result[-1:] = self._kernels.project(Dense.one(self._spans[span][1]), gradient)
+            result[-1:] = self.kernels.project(Dense.one(self._spans[span][1]), gradient)
         return result
 
     def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write the weights of this span."""
         for cut, rows in self._pieces(span):
-            self._kernels.combine(rows, weights, rows.center, scale, out[cut])
+            self.kernels.combine(rows, weights, rows.center, scale, out[cut])
 
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Differences]]:
         """Yield the span as it lies in the files, or piece by piece where it is many runs."""

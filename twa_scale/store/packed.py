@@ -30,7 +30,7 @@ class PackedStore:
         self._n = n
         self._bits = bits
         self._device = device
-        self._kernels = kernels
+        self.kernels = kernels
         self._spans: dict[Span, _Part] = {}
 
     @property
@@ -62,19 +62,19 @@ class PackedStore:
         whole = stop if stop == rows.m else (rows.lead + stop) // rows.block * rows.block - rows.lead
         ready = max(0, whole - part.packed)
         if ready:
-            self._kernels.pack(rows, (rows.lead + part.packed) // rows.block, values[:, :ready])
+            self.kernels.pack(rows, (rows.lead + part.packed) // rows.block, values[:, :ready])
             part.packed += ready
         return values[:, ready:]
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
         part = self._spans[span]
-        return products(self._kernels, part.rows, part.center, gradient, with_center)
+        return products(self.kernels, part.rows, part.center, gradient, with_center)
 
     def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write the weights of this span."""
         part = self._spans[span]
-        self._kernels.combine(part.rows, weights, part.center, scale, out)
+        self.kernels.combine(part.rows, weights, part.center, scale, out)
 
     def close(self) -> None:
         """Release the memory."""

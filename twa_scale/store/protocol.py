@@ -4,6 +4,7 @@ from typing import Protocol
 
 import torch
 
+from twa_scale.kernels import Kernels
 from twa_scale.spans import Span
 
 
@@ -12,6 +13,9 @@ class Store(Protocol):
 
     Left out on purpose: groups, bases and ranks, which are small mathematics above it, and reading candidates.
     """
+
+    kernels: Kernels
+    """What computes on it."""
 
     @property
     def nbytes(self) -> int:
