@@ -172,20 +172,15 @@ def _published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
 
 
 def _measure(what: str, function: Callable[[], object], nbytes: float, device: torch.device) -> Measured:
-    """Return the best of several calls, after one that compiles and touches memory.
-
-    One thread is timed by its own clock, which stands still while other processes have its core.
-    """
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time if alone else time.perf_counter
+    """Return the best of several calls, after one that compiles and touches memory."""
     function()
     seconds: list[float] = []
     while len(seconds) < _TIMES or (sum(seconds) < _SECONDS and len(seconds) < _MOST):
         _wait(device)
-        start = clock()
+        start = time.perf_counter()
         function()
         _wait(device)
-        seconds.append(clock() - start)
+        seconds.append(time.perf_counter() - start)
     return Measured(what, min(seconds), nbytes)
 
 
