@@ -172,15 +172,18 @@ def _published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
 
 
 def _measure(what: str, function: Callable[[], object], nbytes: float, device: torch.device) -> Measured:
-    """Return the best of several calls, after one that compiles and touches memory."""
+    """Return the best of several calls, after one that compiles and touches memory; as many on every rank."""
     function()
+    group, more = Group.world(), True
     seconds: list[float] = []
-    while len(seconds) < _TIMES or (sum(seconds) < _SECONDS and len(seconds) < _MOST):
+    while more:
         _wait(device)
         start = time.perf_counter()
         function()
         _wait(device)
         seconds.append(time.perf_counter() - start)
+        wanted = len(seconds) < _TIMES or (sum(seconds) < _SECONDS and len(seconds) < _MOST)
+        more = bool(group.sum_(torch.tensor(float(wanted))))
     return Measured(what, min(seconds), nbytes)
 
 
