@@ -14,6 +14,7 @@ from twa_scale.basis import Basis
 from twa_scale.clock import Clock
 from twa_scale.coefficients import Which, averaging_coefficients
 from twa_scale.config import TwaConfig
+from twa_scale.cost import update_bytes
 from twa_scale.engines import Engine
 from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
@@ -102,8 +103,7 @@ class TrainableAverage:
         seconds["project"] = in_backward + seconds.get("project in step", 0.0)
         elements = sum(len(span) for span in self._spans)
         weights = sum(self._engine.live(span).nbytes for span in self._spans)
-        deltas = self._store.nbytes - 4 * elements
-        nbytes = {"project": deltas + 4 * elements, "combine": deltas + 4 * elements + weights}
+        nbytes = update_bytes(self._store.nbytes, elements, mapped=self._mapped_bytes(), weights=weights)
         parts = {
             part: {"seconds": seconds.get(part, 0.0), "bytes": nbytes.get(part, 0)}
             for part in ("project", "reduce", "combine", "publish")
@@ -320,6 +320,13 @@ class TrainableAverage:
                 self._store.combine(span, columns[group], scales[group], self._engine.live(span))
         with self.clock.part("publish"):
             self._engine.publish(self.layout.group_of.keys())
+
+    def _mapped_bytes(self) -> int:
+        """What store `mapped` reads of the candidates' own files; other stores hold deltas in their place."""
+        if self.config.store != "mapped":
+            return 0
+        names = [(len(span), self.layout.source(span.name)) for span in self._spans]
+        return sum(m * candidate.dtype(name).itemsize for m, name in names for candidate in self._candidates)
 
     @property
     def _now_shown(self) -> torch.Tensor | None:

@@ -1,19 +1,21 @@
 """What project and combine cost on this machine, store by store, against the limit of its memory."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from twa_scale.comm import Group
 from twa_scale.config import TwaConfig, validated
+from twa_scale.cost import store_bytes, update_bytes
 from twa_scale.errors import ConfigError
 from twa_scale.spans import Span
 from twa_scale.store import Store, make_store
 
 _CHUNK = 1 << 20  # elements of each row that exist in float32 while a store is filled
 _SPAN = 1 << 26  # largest tensor of the bench
+_MEMORY = 1 << 31  # bytes of the memory that is read and copied, at most
 _TIMES, _SECONDS, _MOST = 7, 0.5, 1000  # at least as often and as long: others may disturb any one call
 
 
@@ -44,6 +46,8 @@ class Bench:
     """Reading and copying large memory, before and after everything else."""
     stores: dict[str, list[Measured]]
     """By store: project, combine, and a whole update: both, with the reduction and the step of the coefficients."""
+    coefficients: Measured
+    """The step of the optimizer of the coefficients."""
     others: list[Measured]
     """The reduction of the coefficient gradients, AdamW on the same weights, and the published form on uint8."""
 
@@ -52,9 +56,22 @@ class Bench:
         """The best rate at which this process read large memory."""
         return max(m.rate for m in self.memory if m.what == "read")
 
+    @property
+    def reduction(self) -> Measured:
+        """The sum of the coefficient gradients over the ranks that took part."""
+        return self.others[0]
+
 
 def run_bench(
-    stores: list[str], elements: int, candidates: int, threads: int | None, kernels: str, device: torch.device
+    stores: list[str],
+    elements: int,
+    candidates: int,
+    threads: int | None,
+    kernels: str,
+    device: torch.device,
+    *,
+    groups: int = 1,
+    sizes: Sequence[int] = (),
 ) -> Bench:
     """Measure. The memory of one store at a time is taken.
 
@@ -65,6 +82,9 @@ def run_bench(
         threads: of torch and of the kernels on a CPU; as torch has them when not given.
         kernels: as in the configuration.
         device: where everything lies.
+        groups: G of the coefficients.
+        sizes: elements of the tensors that the first `elements` are of, since each has a price; few large ones when
+            not given.
 
     Raises:
         ConfigError: an unknown store or kernels.
@@ -77,55 +97,87 @@ def run_bench(
     for name in stores:
         config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
         store = make_store(config, candidates, device, _refuse)
-        measured[name] = _store(store, elements, candidates, gradient, weights)
+        measured[name] = _store(store, _spans(elements, sizes), candidates, groups, gradient, weights)
         store.close()
-    others = [_reduction(candidates, device), *_adamw(weights, gradient), *_published(candidates, gradient)]
+    others = [_reduction(candidates, groups, device), *_adamw(weights, gradient), *_published(candidates, gradient)]
     memory += _memory(elements * candidates, device)
-    return Bench(str(device), torch.get_num_threads(), elements, candidates, memory, measured, others)
+    x = _coefficients(candidates, groups, device)
+    coefficients = _measure("coefficient step", x.step, 28 * candidates * groups, device)
+    threads = torch.get_num_threads()
+    return Bench(str(device), threads, elements, candidates, memory, measured, coefficients, others)
+
+
+def bench_bytes(stores: Sequence[str], elements: int, candidates: int) -> int:
+    """Return about what `run_bench` takes: weights and gradient, with what is largest of all that comes and goes."""
+    filled = 3 * candidates * 4 * min(_CHUNK, elements)
+    largest = max(store_bytes(store, candidates, [elements]) for store in stores)
+    adamw, read = 12 * elements, min(4 * elements * candidates, _MEMORY)
+    return 8 * elements + max(largest + filled, adamw, read)
 
 
 def _refuse(name: str) -> list[torch.Tensor]:
     raise ConfigError(
-        "bench: store 'mapped' is as fast as the files that it maps, and the bench has none; leave it out."
+        "bench: store 'mapped' is as fast as the files that it maps, and the bench has none; give others "
+        "(--stores packed8,packed4)."
     )
 
 
-def _store(store: Store, elements: int, n: int, gradient: torch.Tensor, weights: torch.Tensor) -> list[Measured]:
-    spans = [Span("w", start, min(start + _SPAN, elements)) for start in range(0, elements, _SPAN)]
-    for span in spans:
+def _spans(elements: int, sizes: Sequence[int]) -> list[tuple[Span, slice]]:
+    """Return spans, none too large, that together have so many elements, and their places in one long vector."""
+    spans: list[tuple[Span, slice]] = []
+    done = 0
+    for i, size in enumerate(sizes or [elements]):
+        for _, span in Span(str(i), 0, min(size, elements - done)).pieces(_SPAN):
+            spans.append((span, slice(done, done + len(span))))
+            done += len(span)
+    return spans
+
+
+def _store(
+    store: Store,
+    spans: list[tuple[Span, slice]],
+    n: int,
+    groups: int,
+    gradient: torch.Tensor,
+    weights: torch.Tensor,
+) -> list[Measured]:
+    for span, cut in spans:
         store.reserve(span)
         for start in range(0, len(span), _CHUNK):
-            size = min(_CHUNK, len(span) - start)
-            rows = 1e-3 * torch.randn(n, size, device=gradient.device)
-            store.fill(span, start, rows, weights[span.start + start :][:size])
-    x = torch.nn.Parameter(torch.zeros(n, device=gradient.device))
-    optimizer = torch.optim.AdamW([x], lr=1e-3)
+            center = weights[cut][start : start + _CHUNK]
+            store.fill(span, start, 1e-3 * torch.randn(n, len(center), device=gradient.device), center)
+    optimizer = _coefficients(n, groups, gradient.device)
+    (x,) = optimizer.param_groups[0]["params"]
     group = Group.world()
 
     def project() -> torch.Tensor:
-        cuts = [(span, gradient[span.start : span.stop]) for span in spans]
-        return torch.stack([store.project(span, part, False) for span, part in cuts]).sum(0)
+        return torch.stack([store.project(span, gradient[cut], False) for span, cut in spans]).sum(0)
 
     def combine() -> None:
-        for span in spans:
-            store.combine(span, x.detach(), 1.0, weights[span.start : span.stop])
+        for span, cut in spans:
+            store.combine(span, x.detach()[0], 1.0, weights[cut])
 
     def update() -> None:
-        x.grad = group.sum_(project())[:-1].to(torch.float32)
+        x.grad = group.sum_(project().repeat(groups, 1))[:, :-1].to(torch.float32)
         optimizer.step()
         combine()
 
-    deltas = store.nbytes - 4 * elements
-    read, written = deltas + 4 * elements, deltas + 8 * elements
+    moved = update_bytes(store.nbytes, len(gradient))
     return [
-        _measure("project", project, read, gradient.device),
-        _measure("combine", combine, written, gradient.device),
-        _measure("update", update, read + written, gradient.device),
+        _measure("project", project, moved["project"], gradient.device),
+        _measure("combine", combine, moved["combine"], gradient.device),
+        _measure("update", update, sum(moved.values()), gradient.device),
     ]
 
 
+def _coefficients(n: int, groups: int, device: torch.device) -> torch.optim.Optimizer:
+    x = torch.nn.Parameter(torch.zeros(groups, n, device=device))
+    x.grad = torch.zeros_like(x)
+    return torch.optim.AdamW([x], lr=1e-3)
+
+
 def _memory(elements: int, device: torch.device) -> list[Measured]:
-    data = torch.ones(min(elements, 1 << 29), device=device)
+    data = torch.ones(min(elements, _MEMORY // 4), device=device)
     first, second = data.chunk(2) if len(data) % 2 == 0 else data[1:].chunk(2)
     return [
         _measure("read", data.sum, data.nbytes, device),
@@ -133,8 +185,8 @@ def _memory(elements: int, device: torch.device) -> list[Measured]:
     ]
 
 
-def _reduction(n: int, device: torch.device) -> Measured:
-    group, products = Group.world(), torch.zeros(n + 1, dtype=torch.float64, device=device)
+def _reduction(n: int, groups: int, device: torch.device) -> Measured:
+    group, products = Group.world(), torch.zeros(groups, n + 1, dtype=torch.float64, device=device)
     return _measure(f"reduction over {group.size} ranks", lambda: group.sum_(products), products.nbytes, device)
 
 
@@ -172,15 +224,18 @@ def _published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
 
 
 def _measure(what: str, function: Callable[[], object], nbytes: float, device: torch.device) -> Measured:
-    """Return the best of several calls, after one that compiles and touches memory."""
+    """Return the best of several calls, after one that compiles and touches memory; as many on every rank."""
     function()
+    group, more = Group.world(), True
     seconds: list[float] = []
-    while len(seconds) < _TIMES or (sum(seconds) < _SECONDS and len(seconds) < _MOST):
+    while more:
         _wait(device)
         start = time.perf_counter()
         function()
         _wait(device)
         seconds.append(time.perf_counter() - start)
+        wanted = len(seconds) < _TIMES or (sum(seconds) < _SECONDS and len(seconds) < _MOST)
+        more = bool(group.sum_(torch.tensor(float(wanted))))
     return Measured(what, min(seconds), nbytes)
 
 

@@ -120,19 +120,32 @@ def plan(
     config: Annotated[Path, typer.Argument(help="The file that `run` will get.")],
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Number of ranks that share the model.")] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What a rank has: `24GB`, `80GiB`, ...; when not given, what it would have on this machine."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what `run` will need of each rank: memory, bytes read, bytes on the wire. Starts nothing."""
+    """Say what `run` will need of each rank: memory, bytes read, bytes on the wire; and which stores fit.
+
+    Starts nothing.
+    """
+    from twa_scale.choices import choose_store
     from twa_scale.config import load_config
     from twa_scale.plan import make_plan
-    from twa_scale.tables import plan_json, plan_table
+    from twa_scale.tables import plan_json, plan_tables
+    from twa_scale.writer import parse_size
 
-    loaded = load_config(config, overrides)
-    planned = make_plan(loaded, ranks)
+    try:
+        given = None if memory is None else parse_size(memory)
+    except ConfigError as error:
+        raise ConfigError(f"--memory: {error}") from None
+    planned = make_plan(load_config(config, overrides), ranks)
+    choices = choose_store(planned, given)
     if json:
-        typer.echo(plan_json(planned))
+        typer.echo(plan_json(planned, choices))
     else:
-        Console().print(plan_table(planned, ranks))
+        Console().print(plan_tables(planned, choices))
 
 
 @app.command()
@@ -159,11 +172,28 @@ def inspect(
 
 @app.command()
 def bench(
-    elements: Annotated[int, typer.Option(min=1, help="Trained elements D of one rank.")] = 10_000_000,
-    candidates: Annotated[int, typer.Option(min=1, help="Number of candidates n.")] = 16,
-    stores: Annotated[str, typer.Option(help="Which, with commas between.")] = "dense32,dense16,packed8,packed4",
+    config: Annotated[
+        Path | None, typer.Argument(help="A file for `run`: measure for it, and say what its step costs.")
+    ] = None,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Number of ranks of CONFIG's run; those that measure when not given.")
+    ] = None,
+    elements: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trained elements D of one rank: 10,000,000 when not given; with CONFIG, at most."),
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Number of candidates n: 16 when not given, or CONFIG's.")
+    ] = None,
+    stores: Annotated[
+        str | None,
+        typer.Option(help="Which, with commas between: `dense32,dense16,packed8,packed4` when not given, or CONFIG's."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU; torch's number when not given.")] = None,
-    kernels: Annotated[str, typer.Option(help="`auto`, `torch`, `numba` or `triton`.")] = "auto",
+    kernels: Annotated[
+        str | None, typer.Option(help="`auto`, `torch`, `numba` or `triton`: `auto` when not given, or CONFIG's.")
+    ] = None,
     cuda: Annotated[bool, typer.Option("--cuda", help="Measure the GPU.")] = False,
     streaming: Annotated[
         Path | None, typer.Option(help="Measure reading and writing too, with files in a folder of this disk.")
@@ -172,25 +202,45 @@ def bench(
 ) -> None:
     """Measure on this machine what a step costs with each store, against the speed of its memory.
 
-    Under torchrun all ranks measure at once, and share the reduction; rank 0 prints.
+    With CONFIG also what the average costs in a step of that run, on top of forward and backward. Under torchrun all
+    ranks measure at once, and share the reduction; rank 0 prints.
+
+    twa-scale bench configs/my-run.yaml store=packed4 --ranks 8
     """
     import torch
 
-    from twa_scale.bench import run_bench
-    from twa_scale.filebench import run_streaming
+    from twa_scale.config import load_config
+    from twa_scale.forecast import Work, forecast, planned_work
+    from twa_scale.plan import make_plan
     from twa_scale.tables import bench_json, bench_table
+    from twa_scale.world import World
 
-    with _joined(Path.cwd() / "bench") as (_, say):
+    names = stores.split(",") if stores else []
+    plan = None
+    if config is None:
+        if ranks is not None:
+            raise ConfigError("--ranks: these are of the run of a CONFIG; give CONFIG, or leave it out.")
+        names = names or ["dense32", "dense16", "packed8", "packed4"]
         device = torch.device("cuda" if cuda else "cpu")
-        names = stores.split(",")
-        found = run_bench(names, elements, candidates, threads, kernels, device)
-        files = run_streaming(names, elements, candidates, kernels, device, streaming) if streaming else []
+        work = Work(names, elements or 10_000_000, candidates or 16, kernels or "auto", device)
+    else:
+        options = {"--candidates": candidates, "--kernels": kernels, "--cuda": cuda}
+        if wrong := [option for option, value in options.items() if value]:
+            raise ConfigError(
+                f"{wrong[0]}: CONFIG says it; leave it out, or override that: `kernels=torch device=cuda`."
+            )
+        world, loaded = World.from_environment(), load_config(config, overrides)
+        plan = make_plan(loaded, ranks or world.size)
+        work = planned_work(plan, loaded, names, elements, world)
+    with _joined(Path.cwd() / "bench") as (_, say):
+        found, files = work.measure(threads, streaming)
+        expected = forecast(plan, found, files) if plan else None
         if json:
-            say(bench_json(found, files))
+            say(bench_json(found, files, expected))
         else:
             console = Console()
             with console.capture() as text:
-                console.print(bench_table(found, files))
+                console.print(bench_table(found, files, expected))
             say(text.get())
 
 

@@ -1,8 +1,9 @@
-"""Resident memory of this process: how much, and making the allocator give back what is freed."""
+"""Memory of this process and of its machine: how much, and making the allocator give back what is freed."""
 
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
@@ -19,6 +20,35 @@ def resident() -> int:
 def peak_resident() -> int:
     """Return the most bytes that have been resident in the life of this process."""
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that all processes here may use: what is installed, or less where a cgroup says so."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits(root)])
+
+
+def free_memory() -> int:
+    """Return the bytes that are free, or could be made so, on this machine; what it has where it does not tell."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([machine_memory(), *found])
+
+
+def _limits(root: Path) -> Iterator[int]:
+    """Yield the limits of this process's cgroups, of both versions, as containers and batch systems set them."""
+    membership = root / "proc/self/cgroup"
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if kinds else "")
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                limit = folder / ("memory.limit_in_bytes" if kinds else "memory.max")
+                text = limit.read_text().strip() if limit.exists() else ""
+                yield from [int(text)] if text.isdigit() else []
 
 
 def return_freed_memory() -> None:

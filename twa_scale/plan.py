@@ -10,14 +10,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from twa_scale.config import RunConfig
+from twa_scale.cost import store_bytes
 from twa_scale.engines import ParameterInfo
 from twa_scale.engines.describe import named_parameters, persistent_buffers
+from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, choose_kernels
 from twa_scale.layout import Layout, match
 from twa_scale.memory import resident
 from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources.mapped import mapped
 from twa_scale.spans import share
-from twa_scale.store import span_bytes
 from twa_scale.streaming import scratch_bytes
 from twa_scale.tasks import Batch, Task, build_task, stack
 from twa_scale.training.batches import make_batches
@@ -32,9 +34,17 @@ _ELEMENT = 4  # weights and gradients are float32
 class Plan:
     """The needs of a run. Memory is that of the rank that holds most, in bytes."""
 
+    ranks: int
+    device: str
+    """`cpu` or `cuda`."""
+    store: str
     num_candidates: int
     num_groups: int
     trained_elements: int
+    local_sizes: dict[str, int]
+    """Trained elements of each tensor on a rank."""
+    mapped_bytes: int | None
+    """Of the candidates, what store `mapped` reads on a rank in each step; None where it cannot be had."""
     memory: dict[str, int]
     """What is there from attach to the end."""
     attach: dict[str, int]
@@ -48,6 +58,11 @@ class Plan:
     wire_between_pods: dict[str, int]
     """Bytes that the first rank of a pod sends to other pods in a step, by what they are."""
     notes: tuple[str, ...]
+
+    @property
+    def local_elements(self) -> int:
+        """Trained elements of a rank."""
+        return sum(self.local_sizes.values())
 
     @property
     def peak(self) -> int:
@@ -88,20 +103,26 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     held = (
         sum(owned.values()) if engine in ("fsdp2", "zero3") else sum(prod(info.shape) for info in parameters.values())
     )
-    store = sum(span_bytes(config.store, n, owned[name]) for name in layout.group_of)
+    local = {name: owned[name] for name in layout.group_of}
+    device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     elements = sum(prod(parameters[name].shape) for name in layout.group_of)
     itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in owned for candidate in candidates)
     numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
     return Plan(
+        ranks=ranks,
+        device=device,
+        store=config.store,
         num_candidates=n,
         num_groups=len(layout.groups),
         trained_elements=elements,
+        local_sizes=local,
+        mapped_bytes=_mapped_bytes(candidates, layout, local) if device == "cpu" else None,
         memory={
             "python and libraries": runtime,
             "weights": held * _compute(config) if engine in ZERO_ENGINES else held * _ELEMENT,
             **_partitions(sum(owned.values()), engine, config),
             "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
-            f"store ({config.store})": int(store),
+            f"store ({config.store})": store_bytes(config.store, n, local.values()),
         },
         attach={"streaming": scratch_bytes(n, max(owned.values()), itemsize, config.read_chunk)},
         step={"activations": activations, **_transient(model, parameters, engine, config)},
@@ -212,6 +233,16 @@ def _bytes_read(candidates: Sequence[Candidate], layout: Layout, owned: dict[str
         elements * sum(candidate.dtype(layout.source(name)).itemsize for candidate in candidates)
         for name, elements in owned.items()
     )
+
+
+def _mapped_bytes(candidates: Sequence[Candidate], layout: Layout, local: dict[str, int]) -> int | None:
+    try:
+        for name in local:
+            for candidate in candidates:
+                mapped(candidate, layout.source(name))
+    except ConfigError:
+        return None
+    return _bytes_read(candidates, layout, local)
 
 
 def _all_reduced(size: int, ranks: int) -> int:

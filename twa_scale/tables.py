@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from twa_scale.bench import Bench, Measured
+from twa_scale.choices import Choices
+from twa_scale.forecast import Forecast
 from twa_scale.inspection import Inspection
 from twa_scale.plan import Plan
 
@@ -22,16 +26,37 @@ def human_bytes(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
-def plan_json(plan: Plan) -> str:
-    """Return the plan and its peak as JSON; sizes in bytes."""
-    return json.dumps({**asdict(plan), "peak": plan.peak}, indent=2)
+def plan_json(plan: Plan, choices: Choices) -> str:
+    """Return the plan, its peak and the stores as JSON; sizes in bytes."""
+    stores = {**asdict(choices), "most_exact": choices.most_exact, "verdict": choices.verdict}
+    return json.dumps({**asdict(plan), "peak": plan.peak, "stores": stores}, indent=2)
 
 
-def plan_table(plan: Plan, ranks: int) -> Table:
-    """Return the plan as a table."""
+def plan_tables(plan: Plan, choices: Choices) -> Group:
+    """Return the plan, the stores in its place, and which of them fits."""
+    verdict = Text(choices.verdict, "" if choices.own.fits else "bold red")
+    return Group(_plan_table(plan), _stores_table(choices), verdict)
+
+
+def _stores_table(choices: Choices) -> Table:
+    source = f"assumed: {choices.assumed}; --memory says otherwise" if choices.assumed else "as given"
+    table = Table(title="stores, per rank", caption=f"memory of a rank: {human_bytes(choices.memory)}, {source}")
+    for column in ("store", "bytes", "peak", "moved in a step", "fits"):
+        table.add_column(column, justify="left" if column in ("store", "fits") else "right")
+    for choice in choices.stores:
+        own = choice.store == choices.configured
+        fits = f"no: {choice.obstacle}" if choice.obstacle else "yes" if choice.fits else "no"
+        if choice.page_cache:
+            fits += f", with {human_bytes(choice.page_cache)} of page cache"
+        sizes = (human_bytes(size) for size in (choice.nbytes, choice.peak, sum(choice.moved.values())))
+        table.add_row(choice.store + (", configured" if own else ""), *sizes, fits, style="bold" if own else "")
+    return table
+
+
+def _plan_table(plan: Plan) -> Table:
     title = (
         f"{plan.num_candidates} candidates, {plan.trained_elements:,} trained elements in {plan.num_groups} groups, "
-        f"{ranks} {'rank' if ranks == 1 else 'ranks'}"
+        f"{plan.ranks} {'rank' if plan.ranks == 1 else 'ranks'}"
     )
     table = Table(title=title, caption="; ".join(plan.notes) or None)
     for column in ("", "per rank", "bytes"):
@@ -52,24 +77,38 @@ def plan_table(plan: Plan, ranks: int) -> Table:
     return table
 
 
-def bench_json(bench: Bench, files: Sequence[Measured] = ()) -> str:
-    """Return what was measured as JSON: seconds, bytes, and bytes per second."""
+def bench_json(bench: Bench, files: Sequence[Measured] = (), expected: Forecast | None = None) -> str:
+    """Return what was measured as JSON: seconds, bytes, and bytes per second; and a planned run's step."""
 
     def plain(rows: Sequence[Measured]) -> list[dict[str, object]]:
         return [{**asdict(row), "rate": row.rate} for row in rows]
 
     stores = {name: plain(rows) for name, rows in bench.stores.items()}
     lists = {"memory": plain(bench.memory), "stores": stores, "others": plain(bench.others), "streaming": plain(files)}
-    return json.dumps({**asdict(bench), **lists, "read": bench.read}, indent=2)
+    found = {**asdict(bench), **lists, "read": bench.read}
+    if expected:
+        steps = {name: plain(rows) for name, rows in expected.stores.items()}
+        found["run"] = {**asdict(expected), "stores": steps}
+    return json.dumps(found, indent=2)
 
 
-def bench_table(bench: Bench, files: Sequence[Measured] = ()) -> Table:
+def bench_table(bench: Bench, files: Sequence[Measured] = (), expected: Forecast | None = None) -> Table:
     """Return one row for each thing that was measured; shares are of the best rate of reading."""
     title = f"{bench.elements:,} elements, {bench.candidates} candidates, {bench.device}, {bench.threads} threads"
-    table = Table(title=title, caption="best of several; bytes: each that has to move, counted once")
+    caption = "best of several; bytes: each that has to move, counted once"
+    sections = {"memory": bench.memory, **bench.stores, "beside": bench.others, "files": files}
+    if expected:
+        sections |= {f"a step, {name}": rows for name, rows in expected.stores.items()}
+        caption += f"\na step: what the run adds to forward and backward, {expected.elements:,} elements of a rank"
+        if expected.measured < expected.elements:
+            caption += f", project and combine scaled up from {expected.measured:,}"
+        if files:
+            caption += "; attach: at the speed of the files above, which are in the page cache"
+        caption += "; a lower bound, since a run finds its caches cold"
+    table = Table(title=title, caption=caption)
     for column in ("", "", "ms", "moved", "GB/s", "of read"):
         table.add_column(column, justify="right" if column else "left")
-    for section, rows in {"memory": bench.memory, **bench.stores, "beside": bench.others, "files": files}.items():
+    for section, rows in sections.items():
         for i, row in enumerate(rows):
             share = f"{row.rate / bench.read:.0%}"
             cells = (f"{1e3 * row.seconds:.3f}", human_bytes(row.nbytes), f"{row.rate / 1e9:.1f}", share)

@@ -1,17 +1,26 @@
-"""`twa-scale bench` measures what it says, on one process."""
+"""`twa-scale bench` measures what it says."""
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from typer.testing import CliRunner
 
-from twa_scale import ConfigError
-from twa_scale.bench import run_bench
+from tests.commands.conftest import Brought
+from tests.commands.material import settings
+from tests.pool import Pool
+from twa_scale import ConfigError, bench, forecast
+from twa_scale.bench import bench_bytes, run_bench
 from twa_scale.cli import app
+from twa_scale.config import RunConfig, validated
 from twa_scale.filebench import run_streaming
+from twa_scale.plan import make_plan
 from twa_scale.tables import bench_json, bench_table
+from twa_scale.world import World
 
 CPU = torch.device("cpu")
 
@@ -61,3 +70,100 @@ def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
     small = run_bench(["packed1"], 1001, 2, None, "torch", CPU)
     assert bench_table(small, list(found.values())).row_count == 2 + 3 + 4 + 2 + 6
     assert len(json.loads(bench_json(small, list(found.values())))["streaming"]) == 6
+
+
+def measure_on_a_rank() -> int:
+    """Measure on ranks of which one is content long before the other."""
+    with patch.multiple(bench, _TIMES=2 + 30 * dist.get_rank(), _SECONDS=0.0):
+        return run_bench(["packed4"], 1000, 2, None, "torch", CPU).elements
+
+
+def test_ranks_measure_equally_often(ranks: Pool) -> None:
+    assert ranks(measure_on_a_rank, 2) == [1000, 1000]
+
+
+@pytest.fixture
+def config(text: Brought, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run, for a bench that is quick rather than right."""
+    monkeypatch.setattr(bench, "_TIMES", 1)
+    monkeypatch.setattr(bench, "_SECONDS", 0.0)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out", store="packed8")))
+    return path
+
+
+def found(*words: object) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["bench", *map(str, words), "--json"], catch_exceptions=False)
+    return json.loads(result.output)  # type: ignore[no-any-return]
+
+
+def seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return {row["what"]: row["seconds"] for row in rows}
+
+
+def test_a_step_of_a_configuration(config: Path, tmp_path: Path) -> None:
+    said = found(config, "groups=tensor", "--ranks", 2, "--streaming", tmp_path)
+    plan = make_plan(validated(RunConfig, json.loads(config.read_text())), 2)
+    assert plan.num_groups > 1
+    run, n = said["run"], plan.num_candidates
+    assert run["elements"] == run["measured"] == said["elements"] == plan.local_elements < plan.trained_elements
+    assert said["candidates"] == n and list(said["stores"]) == list(run["stores"]) == ["packed8"]
+    step, measured = seconds(run["stores"]["packed8"]), seconds(said["stores"]["packed8"])
+    assert step["project"] == measured["project"] and step["combine"] == measured["combine"]
+    parts = ("project", "reduction over 1 ranks", "coefficient step", "combine")
+    assert step["step"] == pytest.approx(sum(step[part] for part in parts))
+    rates = {row["what"]: row["rate"] for row in said["streaming"]}
+    assert step["attach"] == pytest.approx(plan.bytes_read / rates["attach, packed8"])
+    nbytes = {row["what"]: row["nbytes"] for row in run["stores"]["packed8"]}
+    assert nbytes["reduction over 1 ranks"] == 8 * (n + 1) * plan.num_groups
+    # The same tensors are measured, so that the blocks of every tensor are counted, tails and all.
+    for row in said["stores"]["packed8"][:2]:
+        assert nbytes[row["what"]] == row["nbytes"]
+
+
+def test_fewer_elements_are_scaled_up(config: Path) -> None:
+    plan = make_plan(validated(RunConfig, json.loads(config.read_text())), 1)
+    said = found(config, "--elements", 1000, "--stores", "dense32,dense16")
+    assert (said["elements"], said["run"]["measured"], said["run"]["elements"]) == (1000, 1000, plan.local_elements)
+    for store, bytes_of_delta in (("dense32", 4), ("dense16", 2)):
+        step, measured = seconds(said["run"]["stores"][store]), seconds(said["stores"][store])
+        assert step["project"] == pytest.approx(measured["project"] * plan.local_elements / 1000)
+        assert step["coefficient step"] == said["coefficients"]["seconds"]
+        project, *_, combine, _ = said["run"]["stores"][store]
+        assert project["nbytes"] == (bytes_of_delta * plan.num_candidates + 4) * plan.local_elements
+        assert combine["nbytes"] == (bytes_of_delta * plan.num_candidates + 8) * plan.local_elements
+    result = CliRunner().invoke(app, ["bench", str(config), "--elements", "1000"], catch_exceptions=False)
+    assert "scaled up from 1,000" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_no_more_is_measured_than_half_of_the_free_memory_takes(
+    config: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    loaded = validated(RunConfig, json.loads(config.read_text()) | {"device": "cpu"})
+    plan = make_plan(loaded, 1)
+    needs = bench_bytes(["packed8"], plan.local_elements, plan.num_candidates)
+    for free, all_of_it in ((2 * size * needs, True), (2 * size * needs - 2 * size, False)):
+        monkeypatch.setattr(forecast, "free_memory", lambda free=free: free)
+        work = forecast.planned_work(plan, loaded, [], None, World(0, size, 0))
+        assert (work.elements == plan.local_elements) == all_of_it
+        assert 0 < bench_bytes(["packed8"], work.elements, plan.num_candidates) <= free / size / 2
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["CONFIG", "--candidates", "3"], "--candidates"),
+        (["CONFIG", "--kernels", "torch"], "--kernels"),
+        (["CONFIG", "--cuda"], "--cuda"),
+        (["--ranks", "2"], "--ranks"),
+        (["CONFIG", "--stores", "packed3"], "packed3"),
+        (["CONFIG", "store=mapped"], "mapped"),
+        (["CONFIG", "stroe=packed4"], "store"),
+    ],
+)
+def test_what_contradicts_a_configuration_is_refused(config: Path, words: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        CliRunner().invoke(
+            app, ["bench", *(str(config) if w == "CONFIG" else w for w in words)], catch_exceptions=False
+        )

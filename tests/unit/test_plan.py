@@ -1,33 +1,41 @@
-"""Plans of models that look at values, as Hugging Face's do before they choose a mask."""
+"""Plans of a Hugging Face model: what autograd keeps, what each store would hold and move, and what fits."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+import twa_scale
+from twa_scale import ConfigError
+from twa_scale.choices import STORES, choose_store
+from twa_scale.cli import app
 from twa_scale.config import RunConfig, validated
+from twa_scale.memory import free_memory, machine_memory
 from twa_scale.plan import make_plan
 from twa_scale.tasks import build_task, stack
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_activations_of_a_hugging_face_model_are_counted_without_memory(tmp_path: Path, tied: bool) -> None:
-    settings = LlamaConfig(vocab_size=256, tie_word_embeddings=tied, **SIZES)
+def settings(root: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Write two candidates; return what a run of them takes."""
+    config = LlamaConfig(vocab_size=256, tie_word_embeddings=tied, **SIZES)
     for step in range(2):
         torch.manual_seed(step)
-        LlamaForCausalLM(settings).save_pretrained(tmp_path / f"step-{step}")
-    data = {
-        "candidates": f"{tmp_path}/step-*",
-        "task": {
-            "name": "causal_lm", "model": str(tmp_path / "step-0"), "tokens": __file__, "token_dtype": "uint8",
-            "context": 16, "fractions": {"train": 1, "validation": 0, "test": 0},
-        },
-        "output": str(tmp_path / "out"), "steps": 1, "batch_size": 4,
-    }  # fmt: skip
-    config = validated(RunConfig, data)
+        LlamaForCausalLM(config).to(dtype).save_pretrained(root / f"step-{step}")
+    task = {"name": "causal_lm", "model": str(root / "step-0"), "tokens": __file__, "token_dtype": "uint8"}
+    task |= {"context": 16, "fractions": {"train": 1, "validation": 0, "test": 0}}
+    return {"candidates": f"{root}/step-*", "task": task, "output": str(root / "out"), "steps": 1, "batch_size": 4}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_activations_of_a_hugging_face_model_are_counted_without_memory(tmp_path: Path, tied: bool) -> None:
+    # It looks at values before it chooses a mask.
+    config = validated(RunConfig, settings(tmp_path, tied=tied))
     plan = make_plan(config, 2)
     assert plan.notes == ()
 
@@ -45,3 +53,91 @@ def test_activations_of_a_hugging_face_model_are_counted_without_memory(tmp_path
     sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights]
     real = sum(sizes) + 2 * max(sizes)
     assert real <= plan.step["activations"] <= 1.5 * real  # attention without a fused kernel keeps its matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_store_holds_and_moves_what_the_table_says(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = validated(RunConfig, settings(tmp_path, dtype=dtype) | {"exclude": ["norm"]})
+    plan = make_plan(config, 1)
+    choices = choose_store(plan)
+    assert [choice.store for choice in choices.stores] == list(STORES) and len(STORES) == 7
+    for choice in choices.stores:
+        model = build_task(config.task).model()
+        twa = twa_scale.attach(model, config.candidates, config.model_copy(update={"store": choice.store}))
+        assert twa.store_bytes == choice.nbytes, choice.store
+        cost = twa.cost(1)
+        assert choice.moved == {part: cost[part]["bytes"] for part in ("project", "combine")}, choice.store
+        assert choice.peak - choice.nbytes == plan.peak - plan.memory["store (dense32)"]
+        assert choice.page_cache == (2 * dtype.itemsize * plan.local_elements if choice.store == "mapped" else 0)
+        twa.close()
+    d, moved = plan.local_elements, {choice.store: choice.moved for choice in choices.stores}
+    assert moved["dense16"] == {"project": 2 * 2 * d + 4 * d, "combine": 2 * 2 * d + 8 * d}
+    read = 2 * dtype.itemsize * d  # and off it the center, each time
+    assert moved["mapped"] == {"project": read + 8 * d, "combine": read + 8 * d}
+    assert plan.local_elements == plan.trained_elements < sum(p.numel() for p in model.parameters())
+
+
+def test_a_store_fits_to_the_last_byte(tmp_path: Path) -> None:
+    plan = make_plan(validated(RunConfig, settings(tmp_path) | {"store": "packed4"}), 1)
+    needs = {choice.store: choice.peak + choice.page_cache for choice in choose_store(plan).stores}
+    assert needs["packed4"] == plan.peak
+    for need in needs.values():
+        for memory in (need, need - 1):
+            choices = choose_store(plan, memory)
+            assert [choice.store for choice in choices.stores if choice.fits] == [
+                s for s in STORES if needs[s] <= memory
+            ]
+            assert choices.most_exact == next((s for s in STORES if needs[s] <= memory), None)
+    assert choose_store(plan, needs["dense32"]).verdict == "the most exact store that fits is dense32"
+    assert choose_store(plan, needs["packed2"]).verdict.endswith(
+        "does not fit; the most exact store that fits is packed2"
+    )
+    assert "no store does" in choose_store(plan, 1).verdict
+
+
+def test_mapped_needs_a_cpu(tmp_path: Path) -> None:
+    plan = make_plan(validated(RunConfig, settings(tmp_path) | {"device": "cuda"}), 1)
+    mapped = next(choice for choice in choose_store(plan, 10**15).stores if choice.store == "mapped")
+    assert not mapped.fits and "CPU" in mapped.obstacle
+
+
+def test_the_command_says_what_fits_and_fails_for_no_store(tmp_path: Path) -> None:
+    data = settings(tmp_path) | {"store": "packed8"}
+    (tmp_path / "run.json").write_text(json.dumps(data))
+
+    def said(*words: str) -> str:
+        result = CliRunner().invoke(app, ["plan", str(tmp_path / "run.json"), *words], catch_exceptions=False)
+        assert result.exit_code == 0
+        return result.output
+
+    found = json.loads(said("--memory", "1MB", "--json"))
+    assert found["stores"]["memory"] == 10**6 and found["stores"]["assumed"] == ""
+    assert found["stores"]["most_exact"] is None and not any(row["fits"] for row in found["stores"]["stores"])
+    assert "packed8, as configured, does not fit; no store does" in said("--memory", "1MB")
+    assert "most exact store that fits is dense32" in said("--memory", "1TB")
+    shared = json.loads(said("--ranks", "2", "--json", "device=cpu"))["stores"]
+    assert shared["memory"] == machine_memory() // 2 and "all 2 ranks share" in shared["assumed"]
+    with pytest.raises(ConfigError, match=r"--memory.*'plenty'"):
+        said("--memory", "plenty")
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "limit"),
+    [
+        ("0::/job/step", {"job/memory.max": "5000", "job/step/memory.max": "max"}, 5000),
+        ("0::/job", {"memory.max": "7000", "job/memory.max": "9000"}, 7000),
+        ("4:cpu,memory:/job", {"memory/job/memory.limit_in_bytes": "6000", "job/memory.max": "1"}, 6000),
+        ("3:cpuset:/job", {"job/memory.max": "1", "memory/job/memory.limit_in_bytes": "1"}, None),
+    ],
+)
+def test_a_cgroup_limits_the_memory_of_a_machine(
+    tmp_path: Path, line: str, files: dict[str, str], limit: int | None
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(line + "\n")
+    for name, text in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    assert machine_memory(tmp_path) == (limit or machine_memory(tmp_path / "nowhere"))
+    assert 0 < free_memory() <= machine_memory()

@@ -1,0 +1,95 @@
+"""Which stores a rank of a planned run has memory for."""
+
+from dataclasses import dataclass
+
+import torch
+
+from twa_scale.cost import store_bytes, update_bytes
+from twa_scale.memory import machine_memory
+from twa_scale.plan import Plan
+
+STORES = ("dense32", "mapped", "dense16", "packed8", "packed4", "packed2", "packed1")
+"""The most exact first."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A store in place of the configured one, in bytes of the rank that holds most."""
+
+    store: str
+    nbytes: int
+    """Deltas and center."""
+    page_cache: int
+    """Of the candidates' files that `mapped` reads in every step; ranks of one node share them."""
+    peak: int
+    """Of the whole rank, without the page cache."""
+    moved: dict[str, int]
+    """By `project` and by `combine`, in every step."""
+    fits: bool
+    """Whether there is memory for all of it, the page cache included."""
+    obstacle: str
+    """Why it cannot be taken, whatever the memory."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All stores, and the memory that they were held against."""
+
+    stores: tuple[Choice, ...]
+    configured: str
+    memory: int
+    """Bytes that a rank has."""
+    assumed: str
+    """What was assumed to say so; nothing where it was given."""
+
+    @property
+    def own(self) -> Choice:
+        """The configured store."""
+        return next(choice for choice in self.stores if choice.store == self.configured)
+
+    @property
+    def most_exact(self) -> str | None:
+        """The most exact store that fits, if one does."""
+        return next((choice.store for choice in self.stores if choice.fits), None)
+
+    @property
+    def verdict(self) -> str:
+        """One line for people."""
+        best = (
+            f"the most exact store that fits is {self.most_exact}"
+            if self.most_exact
+            else "no store does: take more ranks"
+        )
+        return best if self.own.fits else f"{self.configured}, as configured, does not fit; {best}"
+
+
+def choose_store(plan: Plan, memory: int | None = None) -> Choices:
+    """Hold every store against the memory of a rank.
+
+    Args:
+        plan: of the run.
+        memory: bytes that a rank has; when not given, what ranks on this machine would have.
+    """
+    found, assumed = (memory, "") if memory is not None else _memory_here(plan)
+    return Choices(tuple(_choice(plan, store, found) for store in STORES), plan.store, found, assumed)
+
+
+def _choice(plan: Plan, store: str, memory: int) -> Choice:
+    def nbytes_of(name: str) -> int:
+        return store_bytes(name, plan.num_candidates, plan.local_sizes.values())
+
+    mapped = plan.mapped_bytes if store == "mapped" else 0
+    obstacle = "only on a CPU, from files in which tensors lie in one piece" if mapped is None else ""
+    nbytes, page_cache = nbytes_of(store), mapped or 0
+    peak = plan.peak - nbytes_of(plan.store) + nbytes
+    fits = not obstacle and peak + page_cache <= memory
+    moved = update_bytes(nbytes, plan.local_elements, mapped=page_cache)
+    return Choice(store, nbytes, page_cache, peak, moved, fits, obstacle)
+
+
+def _memory_here(plan: Plan) -> tuple[int, str]:
+    if plan.device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, "a GPU like the first one here for each rank"
+    ranks = "the rank alone has" if plan.ranks == 1 else f"all {plan.ranks} ranks share"
+    which = "this machine" if plan.device == "cpu" else "this machine, which has no GPU"
+    return machine_memory() // plan.ranks, f"{ranks} the memory of {which}"

@@ -1,0 +1,31 @@
+"""What a store holds and what an update moves through memory: one model to predict with and to measure against."""
+
+from collections.abc import Iterable
+
+from twa_scale.store import span_bytes
+
+_FLOAT32 = 4
+
+
+def store_bytes(store: str, n: int, sizes: Iterable[int]) -> int:
+    """Return what n deltas and the center of spans of these sizes, in elements, take in the store of that name."""
+    return sum(span_bytes(store, n, size) for size in sizes)
+
+
+def update_bytes(nbytes: int, elements: int, *, mapped: int = 0, weights: int | None = None) -> dict[str, int]:
+    """Return the bytes that `project` and `combine` move on one rank, each counted once.
+
+    `project` reads the deltas and the gradient; `combine` reads the deltas and the center, and writes the weights.
+
+    Args:
+        nbytes: of the store: deltas and center.
+        elements: trained elements of the rank.
+        mapped: with store `mapped` the bytes of the candidates' files that it reads in place of deltas; it takes the
+            center off them in both operations.
+        weights: bytes that are written; float32 when not given.
+    """
+    vector = _FLOAT32 * elements  # center, gradient
+    deltas = nbytes - vector + mapped
+    center = vector if mapped else 0
+    written = vector if weights is None else weights
+    return {"project": deltas + center + vector, "combine": deltas + vector + written}
