@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from twa_scale.kernels.loops import FLOAT0, U, bfloat16, compiled, narrow, widen
+from twa_scale.kernels.vectors import LANES, UNIT, add_dots, sum_rows
 
-ONE, TWO, FOUR = U(1), U(2), U(4)
+ONE, FOUR, SIXTEEN, SIXTY_FOUR = U(1), U(4), U(LANES), U(UNIT)
 _TOGETHER = U(16)  # blocks that are quantized at a time
 
 
@@ -35,52 +36,13 @@ def _extent(shape: Any, t: Any) -> Any:
 
 
 @compiled
-def _dots(words: Any, at: Any, width: Any, masks: Any, right: Any, k: Any, block: Any) -> Any:
-    """Return <masked words, gradient> of fields k to k + 3; `right` holds the gradient block by block."""
-    m0, m1, m2, m3 = masks[k], masks[k + U(1)], masks[k + U(2)], masks[k + U(3)]
-    s0 = s1 = s2 = s3 = FLOAT0
-    g0 = k * block
-    g1 = g0 + block
-    g2 = g1 + block
-    g3 = g2 + block
-    for j in range(width):
-        x = words[at + j]
-        s0 += np.float32(np.int32(x & m0)) * right[g0 + j]
-        s1 += np.float32(np.int32(x & m1)) * right[g1 + j]
-        s2 += np.float32(np.int32(x & m2)) * right[g2 + j]
-        s3 += np.float32(np.int32(x & m3)) * right[g3 + j]
-    return s0, s1, s2, s3
-
-
-@compiled
-def _add(
-    total: Any, words: Any, at: Any, next_at: Any, width: Any, masks: Any, factors: Any, more: Any, k: Any, block: Any
-) -> None:
-    """Add factor * masked words of fields k to k + 3 of two rows to `total`, block by block."""
-    m0, m1, m2, m3 = masks[k], masks[k + U(1)], masks[k + U(2)], masks[k + U(3)]
-    f0, f1, f2, f3 = factors[k], factors[k + U(1)], factors[k + U(2)], factors[k + U(3)]
-    h0, h1, h2, h3 = more[k], more[k + U(1)], more[k + U(2)], more[k + U(3)]
-    t0 = k * block
-    t1 = t0 + block
-    t2 = t1 + block
-    t3 = t2 + block
-    for j in range(width):
-        x = words[at + j]
-        y = words[next_at + j]
-        total[t0 + j] += f0 * np.float32(np.int32(x & m0)) + h0 * np.float32(np.int32(y & m0))
-        total[t1 + j] += f1 * np.float32(np.int32(x & m1)) + h1 * np.float32(np.int32(y & m1))
-        total[t2 + j] += f2 * np.float32(np.int32(x & m2)) + h2 * np.float32(np.int32(y & m2))
-        total[t3 + j] += f3 * np.float32(np.int32(x & m3)) + h3 * np.float32(np.int32(y & m3))
-
-
-@compiled
-def _factors(
-    factors: Any, shifts: Any, scales: Any, at: Any, blocks: Any, weight: Any, places: Any, zeros: Any
-) -> None:
-    """Fill in what multiplies the masked words of a row, and add up what their zeros amount to."""
-    for k in range(U(len(factors))):
-        factors[k] = weight * places[k] * widen(scales[at + k]) if k < blocks else FLOAT0
-        shifts[k] += factors[k] * zeros[k]
+def _factors(factors: Any, fields: Any, scales: Any, first: Any, blocks: Any, weights: Any, places: Any) -> None:
+    """Fill in (n, fields): what multiplies masked words; 0 for blocks that are not there."""
+    for i in range(U(len(weights))):
+        for k in range(blocks):
+            factors[i * fields + k] = weights[i] * places[k] * widen(scales[first + i * blocks + k])
+        for k in range(blocks, fields):
+            factors[i * fields + k] = FLOAT0
 
 
 @compiled
@@ -90,30 +52,36 @@ def project_packed(words: Any, scales: Any, shape: Any, gradient: Any, start: in
     fields = U(32) // bits
     tile = block * fields
     masks, places, zeros = _codes(bits)
-    factors, shifts = np.empty(fields, np.float32), np.empty(fields, np.float32)
-    right = np.empty(tile, np.float32)
+    factors, ones, zero = np.empty(n * fields, np.float32), np.ones(n, np.float32), np.empty(fields, np.float32)
+    right, lanes = np.empty(tile, np.float32), np.empty(n * SIXTEEN, np.float32)
     for t in range(U(start), U(stop)):
         skip, used, width, blocks, word, scale = _extent(shape, t)
-        right[:] = FLOAT0
+        if skip > U(0) or used < tile:
+            right[:] = FLOAT0
         for j in range(skip, used):
             right[j] = widen(gradient[t * tile + j - lead])
         for k in range(fields):
             part = FLOAT0
             for j in range(k * block, (k + ONE) * block):
                 part += right[j]
-            shifts[k] = part * zeros[k]
-        for i in range(n):
-            for k in range(fields):
-                factors[k] = places[k] * widen(scales[scale + i * blocks + k]) if k < blocks else FLOAT0
-            row = 0.0
+            zero[k] = part * zeros[k]
+        _factors(factors, fields, scales, scale, blocks, ones, places)
+        lanes[:] = FLOAT0
+        if width == block:
             for k in range(U(0), blocks, FOUR):
-                at = word + i * width
-                if width == U(64):  # a number that is known: LLVM unrolls the loop
-                    d0, d1, d2, d3 = _dots(words, at, U(64), masks, right, k, U(64))
-                else:
-                    d0, d1, d2, d3 = _dots(words, at, width, masks, right, k, block)
-                row += factors[k] * (d0 - shifts[k]) + factors[k + U(1)] * (d1 - shifts[k + U(1)])
-                row += factors[k + U(2)] * (d2 - shifts[k + U(2)]) + factors[k + U(3)] * (d3 - shifts[k + U(3)])
+                for s in range(U(0), block, SIXTY_FOUR):
+                    add_dots(lanes, words, word + s, width, n, masks, k, factors, fields, right, s, block)
+        else:  # all that there is fits into one block
+            for i in range(n):
+                for j in range(width):
+                    masked = np.float32(np.int32(words[word + i * width + j] & masks[0]))
+                    lanes[i * SIXTEEN] += factors[i * fields] * masked * right[j]
+        for i in range(n):
+            row = FLOAT0
+            for k in range(fields):
+                row -= factors[i * fields + k] * zero[k]
+            for j in range(i * SIXTEEN, (i + ONE) * SIXTEEN):
+                row += lanes[j]
             total[i] += row
 
 
@@ -126,27 +94,28 @@ def combine_packed(
     fields = U(32) // bits
     tile = block * fields
     masks, places, zeros = _codes(bits)
-    factors, more, shifts = np.empty(fields, np.float32), np.empty(fields, np.float32), np.empty(fields, np.float32)
+    factors, zero = np.empty(n * fields, np.float32), np.empty(fields, np.float32)
     total = np.empty(tile, np.float32)
     for t in range(U(start), U(stop)):
         skip, used, width, blocks, word, scale = _extent(shape, t)
-        total[:] = FLOAT0
-        shifts[:] = FLOAT0
-        for i in range(U(0), n, TWO):
-            _factors(factors, shifts, scales, scale + i * blocks, blocks, weights[i], places, zeros)
-            other = min(i + ONE, n - ONE)  # an odd last row is added once, and once with weight 0
-            weight = weights[other] if other > i else FLOAT0
-            _factors(more, shifts, scales, scale + other * blocks, blocks, weight, places, zeros)
-            at, next_at = word + i * width, word + other * width
+        _factors(factors, fields, scales, scale, blocks, weights, places)
+        zero[:] = FLOAT0
+        for i in range(n):
+            for k in range(fields):
+                zero[k] += factors[i * fields + k] * zeros[k]
+        if width == block:
             for k in range(U(0), blocks, FOUR):
-                if width == U(64):
-                    _add(total, words, at, next_at, U(64), masks, factors, more, k, U(64))
-                else:
-                    _add(total, words, at, next_at, width, masks, factors, more, k, block)
+                for s in range(U(0), block, SIXTY_FOUR):
+                    sum_rows(total, s, words, word + s, width, n, masks, k, factors, fields, block)
+        else:
+            total[:] = FLOAT0
+            for i in range(n):
+                for j in range(width):
+                    total[j] += factors[i * fields] * np.float32(np.int32(words[word + i * width + j] & masks[0]))
         for k in range(blocks):
             for j in range(max(skip, k * block), min(used, (k + ONE) * block)):
                 at = t * tile + j - lead
-                out[at] = narrow(out, center * base[at] + (total[j] - shifts[k]))
+                out[at] = narrow(out, center * base[at] + (total[j] - zero[k]))
 
 
 @compiled
