@@ -20,6 +20,11 @@ CONFIG = HERE.parents[1] / "configs" / "quickstart.yaml"
 STEPS, TWA_STEPS = 800, 20
 CANDIDATES, EVERY = 10, 10
 RANKS = 2
+RUNS = {
+    "twa-train": ("on training data", ["split=train"]),
+    "twa-validation": ("on validation data", ["split=validation"]),
+    "twa-packed4": ("on training data, from deltas of 4 bits", ["split=train", "store=packed4"]),
+}
 
 console = Console()
 
@@ -32,22 +37,22 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     out: Path = arguments.out
-    for stale in ("candidates", "baselines", "twa-train", "twa-validation"):
+    for stale in ("candidates", "baselines", *RUNS):
         shutil.rmtree(out / stale, ignore_errors=True)
     seed = f"seed={arguments.seed}"
-    stage(f"1/5  training a byte-level GPT with FSDP2 on {RANKS} ranks, on the sources of Python's own library")
+    stage(f"1/6  training a byte-level GPT with FSDP2 on {RANKS} ranks, on the sources of Python's own library")
     torchrun(
         HERE / "pretrain.py", CONFIG, seed, f"--out={out}", f"--steps={STEPS}", f"--budget={STEPS + TWA_STEPS}",
         f"--candidates={CANDIDATES}", f"--every={EVERY}",
     )  # fmt: skip
     candidates = f"candidates={out}/candidates/step-*"
-    for number, (name, split) in enumerate({"twa-train": "train", "twa-validation": "validation"}.items(), 2):
-        stage(f"{number}/5  learning the coefficients of {CANDIDATES} candidates on {split} data")
-        torchrun("-m", "twa_scale", "run", CONFIG, candidates, f"output={out / name}", f"split={split}", seed)
-    stage("4/5  the uniform average, streamed from the same candidates")
+    for number, (name, (what, settings)) in enumerate(RUNS.items(), 2):
+        stage(f"{number}/6  learning the coefficients of {CANDIDATES} candidates {what}")
+        torchrun("-m", "twa_scale", "run", CONFIG, candidates, f"output={out / name}", *settings, seed)
+    stage("5/6  the uniform average, streamed from the same candidates")
     twa_scale("inspect", f"{out}/candidates/step-*", "--plot", out / "cosines.png")
     twa_scale("average", f"{out}/candidates/step-*", "--out", out / "baselines/uniform")
-    stage("5/5  comparing on test files that nothing has seen")
+    stage("6/6  comparing on test files that nothing has seen")
     results = compare(out)
     table(out, results)
     console.print(f"[dim]{time.perf_counter() - start:.0f} s in all[/]")
@@ -66,6 +71,7 @@ def compare(out: Path) -> list[dict[str, object]]:
         "decayed run": (out / "baselines/decayed", STEPS + TWA_STEPS),
         "TWA-t": (out / "twa-train/average", STEPS + TWA_STEPS),
         "TWA-v": (out / "twa-validation/average", STEPS + TWA_STEPS),
+        "TWA-t, packed4": (out / "twa-packed4/average", STEPS + TWA_STEPS),
     }
     metrics = evaluate(out, "test", [path for path, _ in methods.values()])
     rows = [{"method": name, "steps": steps, **metrics[str(path)]} for name, (path, steps) in methods.items()]

@@ -1,6 +1,5 @@
 """Project and combine of every implementation, on every kind of rows, against float64."""
 
-import importlib.util
 import logging
 import os
 import subprocess
@@ -207,7 +206,6 @@ class TestChoice:
         assert len(caplog.records) == 1 and "triton" in caplog.text
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed (pip install triton)")
 def test_triton_in_its_interpreter() -> None:
     """A process of its own: triton reads the variable when kernels are defined."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
