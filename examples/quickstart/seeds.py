@@ -17,7 +17,7 @@ This page is written by `make results`, which runs the story of `make quickstart
 order of the training data and other random starting weights each time. Figures are the mean over the seeds and, in
 brackets, the lowest and the highest.
 
-Machine: {machine}. Date: {date}.
+Machine: {machine}{remark}. Date: {date}.
 
 ## Which average is best
 
@@ -51,17 +51,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--page-only", action="store_true", help="write the page from runs that are there already")
+    parser.add_argument("--remark", default="", help="what to say of the machine, such as what else it did")
     arguments = parser.parse_args()
     outs = [arguments.out / f"seed-{seed}" for seed in arguments.seeds]
     for seed, out in zip(arguments.seeds, outs, strict=True):
         if not arguments.page_only:
             command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), f"--out={out}", f"--seed={seed}"]
             subprocess.run(command, check=True)
-    PAGE.write_text(page(arguments.seeds, outs))
+    PAGE.write_text(page(arguments.seeds, outs, arguments.remark))
     print(f"wrote {PAGE}")
 
 
-def page(seeds: list[int], outs: list[Path]) -> str:
+def page(seeds: list[int], outs: list[Path], remark: str) -> str:
     """Return docs/results.md."""
     rows = [json.loads((out / "results.json").read_text()) for out in outs]
     facts = json.loads((outs[0] / "pretrain.json").read_text())
@@ -69,6 +70,7 @@ def page(seeds: list[int], outs: list[Path]) -> str:
     return HEAD.format(
         seeds=", ".join(map(str, seeds)),
         machine=machine(),
+        remark=f", {remark}" if remark else "",
         date=time.strftime("%Y-%m-%d"),
         quality=quality(rows),
         reading=reading(rows),
