@@ -82,13 +82,13 @@ def attach(
         )
         stream = Stream(
             opened,
-            engine.device,
+            store.device,
             progress,
             kernels=store.kernels,
             read_chunk=config.read_chunk,
             reads_in_flight=config.reads_in_flight,
         )
-        gram = Gram(len(layout.groups), len(opened), engine.device, store.kernels)
+        gram = Gram(len(layout.groups), len(opened), store.device, store.kernels)
         _read_spans(engine, layout, stream, weights, store, gram)
         buffers = (
             _read_buffers(engine, layout, stream, buffer_weights(config.buffers, len(opened)))
@@ -97,13 +97,14 @@ def attach(
         )
     fingerprint = _fingerprint(engine, layout, opened, stream)
     _require_same_candidates(pods, fingerprint)
-    pods.sum_(gram.values.mul_(pods.share))  # all pods have the same but for rounding, which would part their bases
+    inner = gram.values.to(engine.device).mul_(pods.share)
+    pods.sum_(inner)  # all pods have the same but for rounding, which would part their bases
     _write_rest(engine, layout, buffers)
     if pods.rank == 0:
-        _warn_of_equals(gram.values, opened)
+        _warn_of_equals(inner, opened)
     basis = make_basis(
         config.basis,
-        gram.values.cpu(),  # small mathematics: a GPU would only wait for it
+        inner.cpu(),  # small mathematics: a GPU would only wait for it
         torch.tensor(weights, dtype=torch.float64),
         units=config.units,
         num_components=config.num_components,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from twa_scale.cost import store_bytes, update_bytes
+from twa_scale.cost import staging_bytes, store_bytes, update_bytes
 from twa_scale.memory import machine_memory
 from twa_scale.plan import Plan
 
@@ -21,8 +21,10 @@ class Choice:
     """Deltas and center."""
     page_cache: int
     """Of the candidates' files that `mapped` reads in every step; ranks of one node share them."""
+    host: int
+    """What has to lie in host memory when the rank is on a GPU, with `store_device: cpu`."""
     peak: int
-    """Of the whole rank, without the page cache."""
+    """Of the whole rank, without the page cache and `host`."""
     moved: dict[str, int]
     """By `project` and by `combine`, in every step."""
     fits: bool
@@ -41,6 +43,8 @@ class Choices:
     """Bytes that a rank has."""
     assumed: str
     """What was assumed to say so; nothing where it was given."""
+    host_memory: int
+    """Bytes of host memory that a rank on a GPU has if all ranks share that of this machine."""
 
     @property
     def own(self) -> Choice:
@@ -71,20 +75,25 @@ def choose_store(plan: Plan, memory: int | None = None) -> Choices:
         memory: bytes that a rank has; when not given, what ranks on this machine would have.
     """
     found, assumed = (memory, "") if memory is not None else _memory_here(plan)
-    return Choices(tuple(_choice(plan, store, found) for store in STORES), plan.store, found, assumed)
+    host = machine_memory() // plan.ranks
+    return Choices(tuple(_choice(plan, store, found, host) for store in STORES), plan.store, found, assumed, host)
 
 
-def _choice(plan: Plan, store: str, memory: int) -> Choice:
+def _choice(plan: Plan, store: str, memory: int, host_memory: int) -> Choice:
     def nbytes_of(name: str) -> int:
         return store_bytes(name, plan.num_candidates, plan.local_sizes.values())
+
+    def in_peak(name: str) -> int:
+        return staging_bytes(name, plan.num_candidates, plan.local_sizes.values()) if plan.host else nbytes_of(name)
 
     mapped = plan.mapped_bytes if store == "mapped" else 0
     obstacle = "only on a CPU, from files in which tensors lie in one piece" if mapped is None else ""
     nbytes, page_cache = nbytes_of(store), mapped or 0
-    peak = plan.peak - nbytes_of(plan.store) + nbytes
-    fits = not obstacle and peak + page_cache <= memory
+    peak = plan.peak - in_peak(plan.store) + in_peak(store)
+    host = sum(plan.host.values()) - nbytes_of(plan.store) + nbytes if plan.host else 0
+    fits = not obstacle and peak + page_cache <= memory and host <= host_memory
     moved = update_bytes(nbytes, plan.local_elements, mapped=page_cache)
-    return Choice(store, nbytes, page_cache, peak, moved, fits, obstacle)
+    return Choice(store, nbytes, page_cache, host, peak, moved, fits, obstacle)
 
 
 def _memory_here(plan: Plan) -> tuple[int, str]:

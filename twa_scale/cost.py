@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from twa_scale.store import span_bytes
+from twa_scale.store import BUFFER, span_bytes
 
 _FLOAT32 = 4
 
@@ -10,6 +10,11 @@ _FLOAT32 = 4
 def store_bytes(store: str, n: int, sizes: Iterable[int]) -> int:
     """Return what n deltas and the center of spans of these sizes, in elements, take in the store of that name."""
     return sum(span_bytes(store, n, size) for size in sizes)
+
+
+def staging_bytes(store: str, n: int, sizes: Iterable[int]) -> int:
+    """Return what the two buffers on a GPU take through which such a store is used from host memory."""
+    return 2 * min(BUFFER, max((span_bytes(store, n, size) for size in sizes), default=0))
 
 
 def update_bytes(nbytes: int, elements: int, *, mapped: int = 0, weights: int | None = None) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from twa_scale.config import RunConfig
-from twa_scale.cost import store_bytes
+from twa_scale.cost import staging_bytes, store_bytes
 from twa_scale.engines import ParameterInfo
 from twa_scale.engines.describe import named_parameters, persistent_buffers
 from twa_scale.errors import ConfigError
@@ -51,6 +51,8 @@ class Plan:
     """What comes on top while candidates are read."""
     step: dict[str, int]
     """What comes on top while a step is taken."""
+    host: dict[str, int]
+    """What lies in host memory although the run is on GPUs, with `store_device: cpu`; not part of the peak."""
     bytes_read: int
     """Of the candidates, per rank."""
     wire: dict[str, int]
@@ -107,6 +109,10 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     elements = sum(prod(parameters[name].shape) for name in layout.group_of)
     itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in owned for candidate in candidates)
+    streaming = {"streaming": scratch_bytes(n, max(owned.values()), itemsize, config.read_chunk)}
+    store = {f"store ({config.store})": store_bytes(config.store, n, local.values())}
+    offloaded = device == "cuda" and config.store_device == "cpu"
+    beside = {"buffers of the store": staging_bytes(config.store, n, local.values())} if offloaded else store
     numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
     return Plan(
         ranks=ranks,
@@ -122,10 +128,11 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             "weights": held * _compute(config) if engine in ZERO_ENGINES else held * _ELEMENT,
             **_partitions(sum(owned.values()), engine, config),
             "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
-            f"store ({config.store})": store_bytes(config.store, n, local.values()),
+            **beside,
         },
-        attach={"streaming": scratch_bytes(n, max(owned.values()), itemsize, config.read_chunk)},
+        attach={} if offloaded else streaming,
         step={"activations": activations, **_transient(model, parameters, engine, config)},
+        host={**store, **streaming} if offloaded else {},
         bytes_read=_bytes_read(candidates, layout, owned),
         wire=_wire(model, parameters, shards, engine, config, numbers),
         wire_between_pods={name: _all_reduced(size, config.pods) for name, size in numbers.items() if config.pods > 1},

@@ -40,7 +40,10 @@ def plan_tables(plan: Plan, choices: Choices) -> Group:
 
 def _stores_table(choices: Choices) -> Table:
     source = f"assumed: {choices.assumed}; --memory says otherwise" if choices.assumed else "as given"
-    table = Table(title="stores, per rank", caption=f"memory of a rank: {human_bytes(choices.memory)}, {source}")
+    caption = f"memory of a rank: {human_bytes(choices.memory)}, {source}"
+    if choices.own.host:
+        caption += f"; host memory, if all ranks share that of this machine: {human_bytes(choices.host_memory)}"
+    table = Table(title="stores, per rank", caption=caption)
     for column in ("store", "bytes", "peak", "moved in a step", "fits"):
         table.add_column(column, justify="left" if column in ("store", "fits") else "right")
     for choice in choices.stores:
@@ -48,6 +51,8 @@ def _stores_table(choices: Choices) -> Table:
         fits = f"no: {choice.obstacle}" if choice.obstacle else "yes" if choice.fits else "no"
         if choice.page_cache:
             fits += f", with {human_bytes(choice.page_cache)} of page cache"
+        if choice.host:
+            fits += f", with {human_bytes(choice.host)} of host memory"
         sizes = (human_bytes(size) for size in (choice.nbytes, choice.peak, sum(choice.moved.values())))
         table.add_row(choice.store + (", configured" if own else ""), *sizes, fits, style="bold" if own else "")
     return table
@@ -66,6 +71,7 @@ def _plan_table(plan: Plan) -> Table:
         "memory, while reading candidates": plan.attach,
         "memory, during a step": plan.step,
         "peak memory": {"": plan.peak},
+        "host memory": plan.host,
         "read from the candidates": {"": plan.bytes_read},
         "sent in a step": plan.wire,
         "sent to other pods in a step": plan.wire_between_pods,

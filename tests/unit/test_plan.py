@@ -1,6 +1,7 @@
 """Plans of a Hugging Face model: what autograd keeps, what each store would hold and move, and what fits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from twa_scale import ConfigError
 from twa_scale.choices import STORES, choose_store
 from twa_scale.cli import app
 from twa_scale.config import RunConfig, validated
+from twa_scale.cost import store_bytes
 from twa_scale.memory import free_memory, machine_memory
 from twa_scale.plan import make_plan
 from twa_scale.tasks import build_task, stack
@@ -99,6 +101,26 @@ def test_mapped_needs_a_cpu(tmp_path: Path) -> None:
     plan = make_plan(validated(RunConfig, settings(tmp_path) | {"device": "cuda"}), 1)
     mapped = next(choice for choice in choose_store(plan, 10**15).stores if choice.store == "mapped")
     assert not mapped.fits and "CPU" in mapped.obstacle
+
+
+def test_an_offloaded_store_counts_for_the_host(tmp_path: Path) -> None:
+    data = settings(tmp_path) | {"device": "cuda", "store": "packed4"}
+    near, far, cpu = (
+        make_plan(validated(RunConfig, data | more), 1)
+        for more in ({}, {"store_device": "cpu"}, {"store_device": "cpu", "device": "cpu"})
+    )
+    store, buffers = near.memory["store (packed4)"], far.memory["buffers of the store"]
+    assert far.host == {"store (packed4)": store} | near.attach and near.host == cpu.host == {}
+    assert set(cpu.memory) == set(near.memory) and "store (packed4)" not in far.memory and 0 < buffers < store
+    assert sum(far.memory.values()) - sum(near.memory.values()) == pytest.approx(buffers - store, abs=1 << 24)
+    choices = choose_store(far, far.peak)
+    assert choices.own.fits and choices.own.host == sum(far.host.values()) and choices.own.peak == far.peak
+    assert not choose_store(far, far.peak - 1).own.fits
+    for choice in choices.stores:
+        assert choice.host - choices.own.host == choice.nbytes - choices.own.nbytes
+    sizes = {"w": machine_memory()}  # elements: the center alone takes four times the memory
+    large = replace(far, local_sizes=sizes, host={"store (packed4)": store_bytes("packed4", 2, sizes.values())})
+    assert not any(choice.fits for choice in choose_store(large, 10**15).stores)
 
 
 def test_the_command_says_what_fits_and_fails_for_no_store(tmp_path: Path) -> None:

@@ -68,6 +68,11 @@ class TwaConfig(Section):
         description="How the deltas are held beside the weights: float32, bfloat16, codes of 8 to 1 bits with one "
         "scale a block, or not at all: `mapped` takes them from the candidates' files.",
     )
+    store_device: Literal["auto", "cpu"] = Field(
+        "auto",
+        description="Where the store lies: `auto` is beside the weights; with `cpu` a model on a GPU leaves it in "
+        "page-locked host memory, and computes with pieces of 64 MiB that are copied over meanwhile.",
+    )
     kernels: Literal["auto", "torch", "numba", "triton"] = Field(
         "auto",
         description="What computes on the store: `auto` takes `numba` on a CPU and `triton` on a GPU where they are "

@@ -3,6 +3,6 @@
 from twa_scale.kernels.choose import choose_kernels
 from twa_scale.kernels.packed import Packed, packed_bytes
 from twa_scale.kernels.protocol import Differences, Kernels, Rows, Sources
-from twa_scale.kernels.rows import Dense
+from twa_scale.kernels.rows import Allocate, Dense
 
-__all__ = ["Dense", "Differences", "Kernels", "Packed", "Rows", "Sources", "choose_kernels", "packed_bytes"]
+__all__ = ["Allocate", "Dense", "Differences", "Kernels", "Packed", "Rows", "Sources", "choose_kernels", "packed_bytes"]

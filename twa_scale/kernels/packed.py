@@ -6,10 +6,12 @@ place, a power of two, goes into the block's scale. Words are stored with the to
 all fields then convert to float without a shift, the topmost being lower by half of its range.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from twa_scale.kernels.rows import Allocate
 
 BLOCKS = {8: 64, 4: 64, 2: 128, 1: 128}
 """Elements of a row that share a scale, by bits: heavy-tailed deltas need short blocks to keep what 8 or 4 bits can."""
@@ -34,13 +36,15 @@ class Packed:
     bits: int
 
     @classmethod
-    def empty(cls, n: int, m: int, start: int, bits: int, device: torch.device) -> "Packed":
+    def empty(
+        cls, n: int, m: int, start: int, bits: int, device: torch.device, allocate: Allocate = torch.empty
+    ) -> "Packed":
         """Return rows of zeros, to be written by `Kernels.pack`; column 0 is element `start` of a tensor."""
         lead = start % BLOCKS[bits]
         words, blocks = sizes(m, lead, bits)
         return cls(
-            torch.full((n * words,), TOP, dtype=torch.int32, device=device),
-            torch.zeros(n * blocks, dtype=torch.bfloat16, device=device),
+            allocate(n * words, dtype=torch.int32, device=device).fill_(TOP),
+            allocate(n * blocks, dtype=torch.bfloat16, device=device).zero_(),
             n,
             m,
             lead,
@@ -68,6 +72,11 @@ class Packed:
         return self.block * self.fields
 
     @property
+    def tile_bytes(self) -> int:
+        """Bytes of a full tile of all rows."""
+        return self.n * (4 * self.block + 2 * self.fields)
+
+    @property
     def count(self) -> int:
         """Number of tiles."""
         return -(-(self.lead + self.m) // self.tile) if self.m else 0
@@ -76,6 +85,27 @@ class Packed:
     def zero(self) -> float:
         """The code, or the middle between two, that means 0."""
         return zero_of(self.bits)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The memory of the rows."""
+        return self.words, self.scales
+
+    def over(self, tensors: Sequence[torch.Tensor]) -> "Packed":
+        """Return the same rows in other memory, which holds a copy of `tensors`."""
+        words, scales = tensors
+        return Packed(words, scales, self.n, self.m, self.lead, self.bits)
+
+    def part(self, start: int, stop: int) -> tuple[int, "Packed"]:
+        """Return the first column of tiles [start, stop), and the rows of these columns as a view."""
+        lead = self.lead if start == 0 else 0
+        first = start * self.tile + lead - self.lead
+        last = min(stop * self.tile - self.lead, self.m)
+        words, scales = (
+            tensor[start * size : stop * size]
+            for tensor, size in ((self.words, self.n * self.block), (self.scales, self.n * self.fields))
+        )
+        return first, Packed(words, scales, self.n, last - first, lead, self.bits)
 
     def tiles(self, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield views of tiles [start, stop): first column, words (tiles, n, w) and scales (tiles, n, blocks)."""

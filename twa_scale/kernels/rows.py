@@ -5,11 +5,13 @@ the gradient, or of the result, for all rows then reads memory in order, which i
 is as narrow as what is left, so nothing is padded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+Allocate = Callable[..., torch.Tensor]
+"""What gives memory: called as `torch.empty` is, with a number of elements, a `dtype` and a `device`."""
 TILE = 128  # elements of a dense tile; wider ones are no faster, and take more of the cache with many rows
 
 
@@ -23,9 +25,11 @@ class Dense:
     m: int
 
     @classmethod
-    def empty(cls, n: int, m: int, dtype: torch.dtype, device: torch.device) -> "Dense":
+    def empty(
+        cls, n: int, m: int, dtype: torch.dtype, device: torch.device, allocate: Allocate = torch.empty
+    ) -> "Dense":
         """Return rows whose values are still to be written."""
-        return cls(torch.empty(n * m, dtype=dtype, device=device), n, m)
+        return cls(allocate(n * m, dtype=dtype, device=device), n, m)
 
     @classmethod
     def one(cls, row: torch.Tensor) -> "Dense":
@@ -36,6 +40,36 @@ class Dense:
     def nbytes(self) -> int:
         """Bytes of memory."""
         return self.values.nbytes
+
+    @property
+    def tile(self) -> int:
+        """Elements of a full tile."""
+        return TILE
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a full tile of all rows."""
+        return TILE * self.n * self.values.itemsize
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return -(-self.m // TILE)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The memory of the rows."""
+        return (self.values,)
+
+    def over(self, tensors: Sequence[torch.Tensor]) -> "Dense":
+        """Return the same rows in other memory, which holds a copy of `tensors`."""
+        (values,) = tensors
+        return Dense(values, self.n, self.m)
+
+    def part(self, start: int, stop: int) -> tuple[int, "Dense"]:
+        """Return the first column of tiles [start, stop), and the rows of these columns as a view."""
+        low, high = start * TILE, min(stop * TILE, self.m)
+        return low, Dense(self.values[low * self.n : high * self.n], self.n, high - low)
 
     def tiles(self, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield views (tiles, n, width) of tiles [start, stop) and their first column: the full ones, then the last."""

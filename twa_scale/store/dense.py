@@ -2,7 +2,7 @@
 
 import torch
 
-from twa_scale.kernels import Dense, Kernels
+from twa_scale.kernels import Allocate, Dense, Kernels
 from twa_scale.spans import Span
 from twa_scale.store.products import products
 
@@ -10,11 +10,14 @@ from twa_scale.store.products import products
 class DenseStore:
     """The rows of deltas of each span, and its center in float32."""
 
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> None:
+    def __init__(
+        self, n: int, dtype: torch.dtype, device: torch.device, kernels: Kernels, allocate: Allocate = torch.empty
+    ) -> None:
         self._n = n
         self._dtype = dtype
-        self._device = device
+        self.device = device
         self.kernels = kernels
+        self._allocate = allocate
         self._spans: dict[Span, tuple[Dense, torch.Tensor]] = {}
 
     @property
@@ -24,8 +27,8 @@ class DenseStore:
 
     def reserve(self, span: Span) -> None:
         """Allocate a span; the memory is touched when it is filled."""
-        deltas = Dense.empty(self._n, len(span), self._dtype, self._device)
-        self._spans[span] = deltas, torch.empty(len(span), dtype=torch.float32, device=self._device)
+        deltas = Dense.empty(self._n, len(span), self._dtype, self.device, self._allocate)
+        self._spans[span] = deltas, self._allocate(len(span), dtype=torch.float32, device=self.device)
 
     def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
         """Copy a part of a span in, rounding to the type of the store."""
@@ -33,9 +36,14 @@ class DenseStore:
         rows.write(start, deltas)
         base[start : start + len(center)] = center
 
+    def held(self, span: Span) -> tuple[Dense, torch.Tensor]:
+        """Return the rows of a span and its center."""
+        return self._spans[span]
+
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
-        return products(self.kernels, *self._spans[span], gradient, with_center)
+        deltas, center = self._spans[span]
+        return products(self.kernels, deltas, center if with_center else None, gradient)
 
     def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write the weights of this span."""

@@ -4,9 +4,10 @@ import torch
 
 from twa_scale.config import TwaConfig
 from twa_scale.errors import ConfigError
-from twa_scale.kernels import choose_kernels, packed_bytes
+from twa_scale.kernels import Allocate, Kernels, choose_kernels, packed_bytes
 from twa_scale.store.dense import DenseStore
 from twa_scale.store.mapped import Mapped, MappedStore
+from twa_scale.store.offloaded import Holding, OffloadedStore
 from twa_scale.store.packed import PackedStore
 from twa_scale.store.protocol import Store
 
@@ -15,22 +16,39 @@ _BITS = {"packed8": 8, "packed4": 4, "packed2": 2, "packed1": 1}
 
 
 def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped) -> Store:
-    """Return an empty store for n candidates on `device`; `mapped` is asked for their tensors by store `mapped` only.
+    """Return an empty store for n candidates of a model on `device`.
+
+    `mapped` is asked for their tensors by store `mapped` only.
 
     Raises:
         ConfigError: store `mapped` on a GPU.
     """
     kernels = choose_kernels(config.kernels, device)
-    if config.store in _DTYPES:
-        return DenseStore(n, _DTYPES[config.store], device, kernels)
-    if config.store in _BITS:
-        return PackedStore(n, _BITS[config.store], device, kernels)
+    if config.store != "mapped":
+        if config.store_device == "cpu" and device.type != "cpu":
+            return OffloadedStore(lambda allocate: host_store(config, n, allocate), device, kernels)
+        return _holding(config.store, n, device, kernels)
     if device.type != "cpu":
         raise ConfigError(
             f"store: 'mapped' reads the candidates' files from the CPU's memory, but the model is on {device}. "
             "Use packed8 or packed4, or train on the CPU."
         )
     return MappedStore(n, mapped, kernels)
+
+
+def host_store(config: TwaConfig, n: int, allocate: Allocate) -> Holding:
+    """Return the store on the CPU, in memory of `allocate`, of an `OffloadedStore`."""
+    cpu = torch.device("cpu")
+    kernels = choose_kernels("torch" if config.kernels == "torch" else "auto", cpu)  # the others named are a GPU's
+    return _holding(config.store, n, cpu, kernels, allocate)
+
+
+def _holding(
+    name: str, n: int, device: torch.device, kernels: Kernels, allocate: Allocate = torch.empty
+) -> DenseStore | PackedStore:
+    if name in _DTYPES:
+        return DenseStore(n, _DTYPES[name], device, kernels, allocate)
+    return PackedStore(n, _BITS[name], device, kernels, allocate)
 
 
 def span_bytes(name: str, n: int, elements: int) -> int:

@@ -23,6 +23,7 @@ class MappedStore:
     def __init__(self, n: int, mapped: Mapped, kernels: Kernels) -> None:
         self._n = n
         self._mapped = mapped
+        self.device = torch.device("cpu")
         self.kernels = kernels
         self._spans: dict[Span, tuple[Sequence[torch.Tensor], torch.Tensor]] = {}
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from twa_scale.kernels import Kernels, Packed
+from twa_scale.kernels import Allocate, Kernels, Packed
 from twa_scale.spans import Span
 from twa_scale.store.products import products
 
@@ -26,11 +26,14 @@ class PackedStore:
     a block that the border of a span cuts: each of its parts gets a scale of its own.
     """
 
-    def __init__(self, n: int, bits: int, device: torch.device, kernels: Kernels) -> None:
+    def __init__(
+        self, n: int, bits: int, device: torch.device, kernels: Kernels, allocate: Allocate = torch.empty
+    ) -> None:
         self._n = n
         self._bits = bits
-        self._device = device
+        self.device = device
         self.kernels = kernels
+        self._allocate = allocate
         self._spans: dict[Span, _Part] = {}
 
     @property
@@ -40,8 +43,8 @@ class PackedStore:
 
     def reserve(self, span: Span) -> None:
         """Allocate a span."""
-        rows = Packed.empty(self._n, len(span), span.start, self._bits, self._device)
-        center = torch.empty(len(span), dtype=torch.float32, device=self._device)
+        rows = Packed.empty(self._n, len(span), span.start, self._bits, self.device, self._allocate)
+        center = self._allocate(len(span), dtype=torch.float32, device=self.device)
         self._spans[span] = _Part(rows, center, center.new_empty(self._n, 0))
 
     def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
@@ -66,10 +69,15 @@ class PackedStore:
             part.packed += ready
         return values[:, ready:]
 
+    def held(self, span: Span) -> tuple[Packed, torch.Tensor]:
+        """Return the rows of a span and its center."""
+        part = self._spans[span]
+        return part.rows, part.center
+
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
         part = self._spans[span]
-        return products(self.kernels, part.rows, part.center, gradient, with_center)
+        return products(self.kernels, part.rows, part.center if with_center else None, gradient)
 
     def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write the weights of this span."""

@@ -14,8 +14,10 @@ class Store(Protocol):
     Left out on purpose: groups, bases and ranks, which are small mathematics above it, and reading candidates.
     """
 
+    device: torch.device
+    """Where it takes the deltas and the center: its own, which need not be that of gradients and weights."""
     kernels: Kernels
-    """What computes on it."""
+    """For data on `device`."""
 
     @property
     def nbytes(self) -> int:
@@ -31,7 +33,7 @@ class Store(Protocol):
         """Return <delta_i, gradient> and, last, <center, gradient> (zero unless `with_center`): (n + 1,), float64."""
 
     def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
-        """Write scale * center + sum_i weights_i delta_i into `out`; weights are (n,), on the device of the store."""
+        """Write scale * center + sum_i weights_i delta_i into `out`; all of `out`'s device."""
 
     def close(self) -> None:
         """Release the memory."""

@@ -1,0 +1,228 @@
+"""Stores in host memory for a model on a GPU: the same results, little memory of the GPU, copies beside other work."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import twa_scale
+from tests.gpu.test_cuda import build, candidates, exact, nccl, shard
+from twa_scale.config import TwaConfig
+from twa_scale.kernels import choose_kernels
+from twa_scale.spans import Span
+from twa_scale.store.make import host_store, make_store
+from twa_scale.store.offloaded import BUFFER, OffloadedStore
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+NAMES = ["dense32", "dense16", "packed8", "packed4", "packed2", "packed1"]
+N = 4
+__all__ = ["exact", "nccl"]  # fixtures
+
+
+def offloaded(config: TwaConfig, n: int, buffer: int = BUFFER) -> OffloadedStore:
+    device = torch.device("cuda")
+    kernels = choose_kernels(config.kernels, device)
+    return OffloadedStore(lambda allocate: host_store(config, n, allocate), device, kernels, buffer)
+
+
+def filled(config: TwaConfig, spans: list[Span], buffer: int, n: int = N) -> tuple[OffloadedStore, list[Any]]:
+    """The store, and the rows and center of each span beside the weights: with the codes that the CPU made."""
+    store, near = offloaded(config, n, buffer), []
+    inner = host_store(config, n, torch.empty)
+    generator = torch.Generator().manual_seed(1)
+    for span in spans:
+        values, center = (torch.randn(*size, len(span), generator=generator) for size in ((n,), ()))
+        for each in (store, inner):
+            each.reserve(span)
+            each.fill(span, 0, values, center)
+        rows, center = inner.held(span)
+        near.append((rows.over([t.cuda() for t in rows.tensors]), center.cuda()))
+    return store, near
+
+
+def busy(milliseconds: float) -> None:
+    torch.cuda._sleep(int(milliseconds * 1e6))  # cycles, of one to two thousand a microsecond
+
+
+def seconds(work: Callable[[], object], times: int = 5) -> float:
+    """The best of some, by events: nothing is asked of the host."""
+    found: list[float] = []
+    for _ in range(times + 1):  # the first compiles
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        work()
+        last.record()
+        last.synchronize()
+        found.append(first.elapsed_time(last) / 1e3)
+    return min(found[1:])
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("late", [False, True])
+def test_the_same_as_beside_the_weights(name: Any, kernels: Any, late: bool) -> None:
+    """Also when the GPU is far behind the host, and from several streams: no buffer is filled before it was read."""
+    spans = [Span(str(i), i, i + m) for i, m in enumerate((3, 600_000, 0, 900, 1_000_003))]
+    store, near = filled(TwaConfig(store=name, kernels=kernels), spans, 1 << 19)
+    compute = choose_kernels(kernels, torch.device("cuda"))
+    generator = torch.Generator(device="cuda").manual_seed(2)
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    found = []
+    for turn in range(2 * len(spans)):
+        span = spans[turn % len(spans)]
+        gradient = torch.randn(len(span), generator=generator, device="cuda")
+        weights = torch.randn(N, generator=generator, device="cuda")
+        out = torch.empty(len(span), device="cuda")
+        stream = streams[turn // len(spans)]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            if late:
+                busy(20)
+            products = store.project(span, gradient, True)
+            store.combine(span, weights, 0.7, out)
+        found.append((*near[turn % len(spans)], gradient, weights, products, out))
+    torch.cuda.synchronize()
+    for rows, center, gradient, weights, products, out in found:
+        assert products.is_cuda and products.dtype == torch.float64
+        torch.testing.assert_close(products[:-1], compute.project(rows, gradient), rtol=1e-6, atol=1e-4)
+        torch.testing.assert_close(products[-1], center.double() @ gradient.double(), rtol=1e-4, atol=1e-2)
+        want = torch.empty_like(out)
+        compute.combine(rows, weights, center, 0.7, want)
+        torch.testing.assert_close(out, want, rtol=0, atol=0)
+    store.close()
+
+
+@pytest.mark.parametrize("operation", ["project", "combine"])
+def test_the_host_waits_for_nothing(operation: str) -> None:
+    span = Span("w", 0, 4_000_000)
+    store, _ = filled(TwaConfig(store="packed4"), [span], 1 << 20)
+    gradient, weights, out = (torch.randn(m, device="cuda") for m in (len(span), N, len(span)))
+
+    def work() -> None:
+        if operation == "project":
+            store.project(span, gradient, False)
+        else:
+            store.combine(span, weights, 1.0, out)
+
+    work()
+    torch.cuda.synchronize()
+    busy(500)
+    work()
+    assert not torch.cuda.current_stream().query(), "the host came back only when the GPU was done"
+    torch.cuda.synchronize()
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["dense32", "packed4"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_training(nccl: None, name: str, sharded: bool) -> None:
+    def train(store_device: str) -> tuple[dict[str, Tensor], Tensor]:
+        model = shard(build().cuda()) if sharded else build().cuda()
+        config = {"groups": "tensor", "basis": "orthonormal", "store": name, "store_device": store_device}
+        twa = twa_scale.attach(model, candidates=candidates(build()), config=config | {"optimizer": {"lr": 0.1}})
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(5):
+            x, y = torch.randn(16, 32, generator=generator), torch.randn(16, 1, generator=generator)
+            F.mse_loss(model(x.cuda()), y.cuda()).backward()
+            twa.step()
+            twa.zero_grad()
+        weights = {span.name: twa._engine.live(span).detach().cpu().clone() for span in twa._engine.spans()}
+        twa.close()
+        return weights, twa.coefficients.cpu()
+
+    (one, a), (other, b) = train("auto"), train("cpu")
+    tolerance = 1e-4 if name == "dense32" else 1e-2  # the GPU and the CPU round some codes to other sides
+    torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=tolerance, atol=tolerance)
+
+
+def test_the_gpu_holds_only_buffers() -> None:
+    """8 x 67 M weights: a store of 2.4 GB. Beside it, one gradient, and what the engine and forward passes take."""
+    model = nn.Linear(8192, 8192, bias=False).cuda()
+    first = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    states = [{"weight": first["weight"] + i} for i in range(8)]
+    x = torch.randn(4, 8192, device="cuda")
+    model(x).square().mean().backward()  # cuBLAS takes its workspace once, from the same allocator
+    model.zero_grad()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    twa = twa_scale.attach(model, states, {"store": "dense32", "store_device": "cpu"})
+    attached = torch.cuda.max_memory_allocated() - before
+    assert twa.store_bytes == 4 * 9 * 8192 * 8192
+    assert attached <= 2 * BUFFER + (32 << 20)
+    model(x).square().mean().backward()
+    twa.step()
+    peak = torch.cuda.max_memory_allocated() - before
+    gradient = 4 * 8192 * 8192
+    print(f"store {twa.store_bytes / 1e9:.2f} GB; on the GPU: attach {attached / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
+    assert peak <= 2 * BUFFER + 2 * gradient + (64 << 20)
+    twa.close()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before <= 1 << 20
+
+
+@pytest.mark.parametrize("name", ["dense16", "packed4"])
+def test_copies_at_the_speed_of_the_bus_and_beside_other_work(name: Any) -> None:
+    """`project` and `combine` take what copying takes; beside backward, on a stream of its own as with FSDP2, nothing.
+
+    Timings of one process on an idle GPU; `pytest -s` shows them.
+    """
+    n, config = 16, TwaConfig(store=name)
+    spans = [Span(str(i), 0, 16 << 20) for i in range(4)]
+    store, resident = offloaded(config, n), make_store(config, n, torch.device("cuda"), lambda _: [])
+    for span in spans:
+        chunk, center = torch.randn(n, len(span)), torch.randn(len(span))
+        store.reserve(span)
+        store.fill(span, 0, chunk, center)
+        resident.reserve(span)
+        resident.fill(span, 0, chunk.cuda(), center.cuda())
+    gradient, weights, out = (torch.randn(m, device="cuda") for m in (len(spans[0]), n, len(spans[0])))
+    pinned = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(pinned, device="cuda")
+    rate = pinned.nbytes / seconds(lambda: target.copy_(pinned, non_blocking=True))
+    matrix = torch.randn(4096, 4096, device="cuda")
+
+    def project(of: Any) -> None:
+        for span in spans:
+            of.project(span, gradient, False)
+
+    def combine(of: Any) -> None:
+        for span in spans:
+            of.combine(span, weights, 1.0, out)
+
+    bus = {"project": store.nbytes - 4 * sum(map(len, spans)), "combine": store.nbytes}
+    print(f"\n{name}: copies at {rate / 1e9:.1f} GB/s")
+    taken = {}
+    for operation in (project, combine):
+        part = operation.__name__
+        taken[part], near = seconds(lambda: operation(store)), seconds(lambda: operation(resident))  # noqa: B023
+        least = bus[part] / rate
+        print(f"{part}: {1e3 * taken[part]:.2f} ms; the copy alone {1e3 * least:.2f}; beside weights {1e3 * near:.2f}")
+        assert taken[part] <= 1.25 * least + near
+
+    side, steps = torch.cuda.Stream(), 1
+    while (alone := seconds(lambda: [matrix @ matrix for _ in range(steps)])) < 2 * taken["project"]:  # noqa: B023
+        steps *= 2
+
+    def both() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            project(store)
+        for _ in range(steps):
+            matrix @ matrix
+        torch.cuda.current_stream().wait_stream(side)
+
+    together = seconds(both)
+    print(f"products of matrices {1e3 * alone:.2f} ms; with project beside them {1e3 * together:.2f}")
+    assert together <= alone + 0.5 * taken["project"]
+    for each in (store, resident):
+        each.close()

@@ -1,0 +1,179 @@
+"""Stores in host memory, in pieces: the same as beside the weights. Here the device that they visit is the CPU, too."""
+
+from importlib import import_module
+from itertools import pairwise
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import twa_scale
+from twa_scale.config import TwaConfig
+from twa_scale.kernels import choose_kernels
+from twa_scale.spans import Span
+from twa_scale.store import Store, make_store
+from twa_scale.store.make import host_store
+from twa_scale.store.offloaded import OffloadedStore
+from twa_scale.store.staging import Staging
+
+CPU = torch.device("cpu")
+NAMES = ["dense32", "dense16", "packed8", "packed4", "packed2", "packed1"]
+each_store = pytest.mark.parametrize("name", NAMES)
+
+
+def offloaded(config: TwaConfig, n: int, buffer: int) -> OffloadedStore:
+    kernels = choose_kernels(config.kernels, CPU)
+    return OffloadedStore(lambda allocate: host_store(config, n, allocate), CPU, kernels, buffer)
+
+
+def resident(config: TwaConfig, n: int) -> Store:
+    return make_store(config, n, CPU, lambda name: [])
+
+
+def fill(store: Store, span: Span, values: Tensor, center: Tensor, cuts: list[int]) -> None:
+    store.reserve(span)
+    for low, high in pairwise([0, *cuts, len(span)]):
+        store.fill(span, low, values[:, low:high], center[low:high])
+
+
+def check(one: Store, other: Store, span: Span, n: int, with_center: bool, dtype: torch.dtype = torch.float32) -> None:
+    """The same weights; the same products but for the order of float64 sums, and for where the center's tiles begin."""
+    gradient, weights = torch.randn(len(span)), torch.randn(n)
+    found = [store.project(span, gradient, with_center) for store in (one, other)]
+    assert found[0].dtype == torch.float64 and found[0].shape == (n + 1,)
+    torch.testing.assert_close(found[1][:-1], found[0][:-1], rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(found[1][-1], found[0][-1], rtol=1e-6, atol=1e-6 * len(span) ** 0.5)
+    assert bool(found[1][-1]) == (with_center and len(span) > 0)
+    outs = [torch.full((len(span),), torch.nan, dtype=dtype) for _ in range(2)]
+    for store, out in zip((one, other), outs, strict=True):
+        store.combine(span, weights, 0.7, out)
+    assert torch.equal(*outs)
+
+
+@each_store
+@settings(max_examples=25, deadline=None)
+@given(
+    data=st.data(),
+    n=st.integers(1, 6),
+    m=st.one_of(st.integers(0, 600), st.sampled_from([1024, 4096, 8192, 20_001])),
+    start=st.integers(0, 700),
+    buffer=st.sampled_from([0, 4096, 20_000, 1 << 26]),
+    kernels=st.sampled_from(["torch", "numba"]),
+)
+def test_what_is_beside_the_weights(
+    name: Any, data: st.DataObject, n: int, m: int, start: int, buffer: int, kernels: Literal["torch", "numba"]
+) -> None:
+    """With buffers of one tile, of some, and of more than a span; whatever the chunks that fill it."""
+    torch.manual_seed(m)
+    config, span = TwaConfig(store=name, kernels=kernels), Span("w", start, start + m)
+    values, center = torch.randn(n, m), torch.randn(m)
+    stores = resident(config, n), offloaded(config, n, buffer)
+    for store in stores:
+        fill(store, span, values, center, sorted(data.draw(st.lists(st.integers(0, m), max_size=3))))
+    assert stores[0].nbytes == stores[1].nbytes
+    for with_center in (False, True):
+        check(*stores, span, n, with_center)
+    check(*stores, span, n, True, torch.bfloat16)
+    for store in stores:
+        store.close()
+
+
+@each_store
+def test_products_of_whole_tiles_are_exact_parts(name: Any) -> None:
+    """Where every sum is exact in float32 the order cannot matter: pieces leave nothing out and count nothing twice."""
+    n, m, start = 3, 50_003, 77
+    span, config = Span("w", start, start + m), TwaConfig(store=name)
+    one, other = resident(config, n), offloaded(config, n, 30_000)
+    signs = torch.randint(0, 2, (n, m)) * 2.0 - 1
+    for store in (one, other):
+        fill(store, span, signs, torch.ones(m), [])
+    gradient = torch.randint(-4, 5, (m,)).float()
+    found = [store.project(span, gradient, True) for store in (one, other)]
+    assert torch.equal(*found)
+    assert found[1][-1] == gradient.sum()
+
+
+@each_store
+def test_many_spans_share_two_buffers(name: Any) -> None:
+    n, buffer = 4, 50_000
+    torch.manual_seed(0)
+    config = TwaConfig(store=name)
+    stores = resident(config, n), offloaded(config, n, buffer)
+    spans = [Span(str(i), i, i + m) for i, m in enumerate((3, 40_000, 0, 900, 70_001))]
+    for span in spans:
+        values, center = torch.randn(n, len(span)), torch.randn(len(span))
+        for store in stores:
+            fill(store, span, values, center, [])
+    for _ in range(2):
+        for span in spans:
+            check(*stores, span, n, True)
+    held = stores[1].device_bytes
+    assert held <= 2 * (buffer + 3 * 256) < stores[1].nbytes
+    stores[1].close()
+    assert stores[1].nbytes == 0
+
+
+def test_buffers_are_no_larger_than_what_visits_them() -> None:
+    store = offloaded(TwaConfig(), 2, 1 << 26)
+    fill(store, Span("w", 0, 1000), torch.randn(2, 1000), torch.randn(1000), [])
+    assert store.device_bytes == 2 * (8192 + 4096)
+
+
+def test_what_is_lent_stays_until_the_buffer_is_lent_again() -> None:
+    staging = Staging(CPU)
+    tensors = [torch.arange(5.0), torch.arange(7, dtype=torch.int32), torch.ones(3, dtype=torch.bfloat16)]
+    staging.reserve(tensors)
+    staging.reserve(tensors[:1])
+    with staging.lend(tensors) as first, staging.lend([-t for t in tensors]) as second:
+        for host, one, other in zip(tensors, first, second, strict=True):
+            assert torch.equal(one, host) and torch.equal(other, -host)
+            assert one.data_ptr() % 64 == 0 and one.data_ptr() != host.data_ptr()
+    with staging.lend(tensors[:1]) as third:
+        assert third[0].data_ptr() == first[0].data_ptr()
+    staging.close()
+
+
+@pytest.mark.parametrize("name", ["dense32", "packed4", "mapped"])
+def test_a_cpu_model_has_nothing_to_offload(name: Any) -> None:
+    store = make_store(TwaConfig(store=name, store_device="cpu"), 2, CPU, lambda _: [])
+    assert not isinstance(store, OffloadedStore) and store.device == CPU
+
+
+@pytest.mark.parametrize("basis", ["normalized", "orthonormal"])
+@pytest.mark.parametrize("name", ["dense32", "packed4"])
+def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name: str, basis: str) -> None:
+    """The orthonormal basis asks for the center's products, too."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 3))
+
+    base = build().state_dict()
+    candidates = [{k: v + 0.1 * torch.randn_like(v) for k, v in base.items()} for _ in range(3)]
+
+    def train() -> list[Tensor]:
+        model = build()
+        config = {"store": name, "basis": basis, "groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.1}}
+        twa = twa_scale.attach(model, candidates, config)
+        for seed in range(5):
+            x = torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))
+            model(x).square().mean().backward()
+            twa.step()
+            twa.zero_grad()
+        twa.close()
+        return [twa.coefficients, *(p.detach().clone() for p in model.parameters())]
+
+    want = train()
+    made: list[OffloadedStore] = []
+
+    def make(config: TwaConfig, n: int, device: torch.device, mapped: object) -> Store:
+        made.append(offloaded(config, n, 2000))
+        return made[-1]
+
+    monkeypatch.setattr(import_module("twa_scale.attach"), "make_store", make)
+    for one, other in zip(train(), want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert len(made) == 1 and made[0].device_bytes > 0

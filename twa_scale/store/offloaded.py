@@ -1,0 +1,99 @@
+"""A store in host memory whose rows visit the device of the model, some tiles at a time."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from twa_scale.kernels import Allocate, Dense, Kernels, Packed
+from twa_scale.spans import Span
+from twa_scale.store.pages import Pages
+from twa_scale.store.products import products
+from twa_scale.store.protocol import Store
+from twa_scale.store.staging import Staging
+
+BUFFER = 64 << 20
+"""Bytes of a piece, and of each of two buffers on the device; one tile where that is more."""
+
+
+class Holding(Store, Protocol):
+    """A store that keeps rows: all but `mapped`."""
+
+    def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
+        """Return the rows of a span and its float32 center (m,), as they lie in memory."""
+
+
+class OffloadedStore:
+    """Is filled on the CPU, by its kernels; projects and combines on the device.
+
+    Weights are those that a store on the device gives, bit for bit. So are the products of each tile; but they are
+    added up in another order, and tiles of a packed store's center begin elsewhere.
+
+    Args:
+        make: makes the store that holds the rows, in the memory that it is given.
+        device: where gradients and weights are.
+        kernels: that compute there.
+        buffer: bytes of a piece.
+    """
+
+    def __init__(
+        self, make: Callable[[Allocate], Holding], device: torch.device, kernels: Kernels, buffer: int = BUFFER
+    ) -> None:
+        self._pages = Pages(device)
+        self._inner = make(self._pages.empty)
+        self._staging = Staging(device)
+        self._compute = kernels
+        self._buffer = buffer
+        self.device = self._inner.device
+        self.kernels = self._inner.kernels
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the deltas and the center occupy, in host memory."""
+        return self._inner.nbytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the buffers occupy on the device."""
+        return self._staging.nbytes
+
+    def reserve(self, span: Span) -> None:
+        """Allocate a span."""
+        self._inner.reserve(span)
+        for _, rows, center in self._pieces(span):
+            self._staging.reserve([*rows.tensors, center])
+
+    def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
+        """Store a part of a span, which is on the CPU."""
+        self._inner.fill(span, start, deltas, center)
+
+    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
+        """Return the inner products with the gradient of this span, on its device."""
+        n = self._inner.held(span)[0].n
+        total = torch.zeros(n + 1, dtype=torch.float64, device=gradient.device)
+        for cut, rows, center in self._pieces(span):
+            with self._staging.lend([*rows.tensors, *([center] if with_center else [])]) as places:
+                near = rows.over(places[: len(rows.tensors)])
+                total += products(self._compute, near, places[-1] if with_center else None, gradient[cut])
+        return total
+
+    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """Write the weights of this span."""
+        for cut, rows, center in self._pieces(span):
+            with self._staging.lend([*rows.tensors, center]) as (*places, base):
+                self._compute.combine(rows.over(places), weights, base, scale, out[cut])
+
+    def _pieces(self, span: Span) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor]]:
+        """Yield views of columns, rows and center for as many tiles as a buffer holds."""
+        rows, center = self._inner.held(span)
+        step = max(1, self._buffer // (rows.tile_bytes + rows.tile * center.itemsize))
+        for tile in range(0, rows.count, step):
+            first, part = rows.part(tile, tile + step)
+            cut = slice(first, first + part.m)
+            yield cut, part, center[cut]
+
+    def close(self) -> None:
+        """Release the memory of host and device, when the device is done with it."""
+        self._staging.close()
+        self._pages.close()
+        self._inner.close()
