@@ -46,4 +46,4 @@ def _require(name: str, device: torch.device) -> None:
 
 def _interpreted() -> bool:
     triton = importlib.import_module("triton")
-    return bool(triton.runtime.interpreter is not None and triton.knobs.runtime.interpret)
+    return bool(triton.knobs.runtime.interpret)
