@@ -18,13 +18,14 @@ from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.layout import Layout, match
 from twa_scale.optimizer import check_settings
 from twa_scale.pods import Pods
+from twa_scale.reading import Progress
 from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.mapped import mapped
 from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
 from twa_scale.store import Store, make_store
-from twa_scale.streaming import Progress, Stream
+from twa_scale.streaming import Stream
 
 Candidates = str | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
 

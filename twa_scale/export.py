@@ -81,13 +81,15 @@ def write_live(
         names: under which names each parameter and buffer is written; a buffer that is not listed is left out.
         progress: called with the bytes of each span when it is written.
     """
-    for span in engine.spans():
+    spans, group = list(engine.spans()), engine.shard_group
+    first = len(spans) * group.rank // group.size  # ranks that are in different files do not wait for each other
+    for span in spans[first:] + spans[:first]:
         values = engine.live(span)
         for name in names[span.name]:
             writer.write(replace(span, name=name), values)
         if progress:
             progress(values.nbytes)
-    if engine.shard_group.rank == 0:
+    if group.rank == 0:
         for own, buffer in engine.buffers().items():
             for name in names.get(own, ()):
                 writer.write(whole(name, tuple(buffer.shape)), buffer.reshape(-1))

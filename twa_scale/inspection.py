@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 
 from twa_scale.basis import Gram
+from twa_scale.reading import Progress
 from twa_scale.sources import open_candidates
 from twa_scale.spans import whole
-from twa_scale.streaming import Progress, Stream
+from twa_scale.streaming import Stream
 
 
 @dataclass(frozen=True)

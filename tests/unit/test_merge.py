@@ -87,7 +87,7 @@ def test_equals_the_dense_sum_on_any_number_of_ranks(ranks: Pool, tmp_path: Path
         assert max(shares) < 1.3 * sum(shares) / size
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 @given(data=st.data())
 def test_where_candidates_agree_the_result_is_theirs_to_the_bit(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
