@@ -18,7 +18,7 @@ from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.layout import Layout, match
 from twa_scale.optimizer import check_settings
 from twa_scale.pods import Pods
-from twa_scale.reading import Progress
+from twa_scale.reading import Job, Progress, job_bytes
 from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.mapped import mapped
@@ -53,7 +53,7 @@ def attach(
         replica_group: with pods, the first rank of every pod; or each rank's own counterparts, as `get_group("pods")`
             of a 2-D mesh. Pods are shard groups that see different data and exchange only coefficient gradients, which
             count by rank. A plain module's pod is one rank; its replica group is all ranks unless given here.
-        progress: called on every rank with the number of bytes that it has just read.
+        progress: called on every rank with the number of bytes that it has just read, and of those that it will read.
 
     Raises:
         ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the fault.
@@ -84,7 +84,8 @@ def attach(
         stream = Stream(
             opened,
             engine.device,
-            progress,
+            total=_bytes_to_read(engine, layout, opened),
+            progress=progress,
             kernels=store.kernels,
             read_chunk=config.read_chunk,
             reads_in_flight=config.reads_in_flight,
@@ -110,6 +111,17 @@ def attach(
         num_components=config.num_components,
     )
     return TrainableAverage(config, engine, pods, reduction, layout, store, basis, fingerprint, opened)
+
+
+def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidate]) -> int:
+    everyone = range(len(candidates))
+    dtypes = {name: info.dtype for name, info in engine.parameters.items()}
+    found = [(replace(span, name=layout.source(span.name)), dtypes[span.name]) for span in engine.spans()]
+    if engine.shard_group.rank == 0:
+        live = {name: buffer for name, buffer in engine.buffers().items() if name in layout.buffers}
+        found += [(whole(name, tuple(buffer.shape)), buffer.dtype) for name, buffer in live.items()]
+    jobs: list[Job] = [(span, everyone if dtype.is_floating_point else everyone[-1:]) for span, dtype in found]
+    return job_bytes(candidates, jobs)
 
 
 def _read_spans(

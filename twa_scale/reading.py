@@ -15,10 +15,15 @@ READS_IN_FLIGHT = 8
 _READ_BYTES = 64 << 20  # of all candidates together that are read at a time; the next as many are read meanwhile
 _LINE = 64  # bytes of a cache line, the distance of rows: that of a power of two has all want the same places
 
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were just read."""
+Progress = Callable[[int, int], None]
+"""Called with the bytes that this rank has just read, or written, and with how many it will in all."""
 Job = tuple[Span, Sequence[int]]
 """A span, and the indices of the candidates of which it is wanted."""
+
+
+def job_bytes(candidates: Sequence[Candidate], jobs: Iterable[Job]) -> int:
+    """Return how many bytes jobs read."""
+    return sum(len(span) * candidates[i].dtype(span.name).itemsize for span, who in jobs for i in who)
 
 
 def at_once(n: int, read_chunk: int) -> int:
@@ -46,7 +51,8 @@ class Reader:
 
     Args:
         candidates: known to be alike.
-        progress: called with the bytes that were just read.
+        total: bytes of all jobs, as `progress` is told.
+        progress: called in the thread that uses the parts.
         read_chunk: most bytes of one read; less where many candidates would need too much memory.
         reads_in_flight: most candidates that are read at the same time.
     """
@@ -54,13 +60,15 @@ class Reader:
     def __init__(
         self,
         candidates: Sequence[Candidate],
+        total: int = 0,
         progress: Progress | None = None,
         *,
         read_chunk: int = READ_CHUNK,
         reads_in_flight: int = READS_IN_FLIGHT,
     ) -> None:
         self._candidates = candidates
-        self._progress = progress or (lambda _: None)
+        self._total = total
+        self._progress = progress or (lambda *_: None)
         self._read_bytes = at_once(len(candidates), read_chunk)
         self._in_flight = reads_in_flight
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
@@ -81,7 +89,7 @@ class Reader:
                     read.result()
                 turn = 1 - turn
                 upcoming = self._start(pool, next(cuts, None), turn)
-                self._progress(sum(source.nbytes for source in part.sources))
+                self._progress(sum(source.nbytes for source in part.sources), self._total)
                 yield part
 
     def _cut(self, jobs: Iterable[Job]) -> Iterator[tuple[Span, int, Span, Sequence[int]]]:

@@ -59,7 +59,8 @@ class Stream:
     Args:
         candidates: known to be alike.
         device: where the rows lie.
-        progress: called with the bytes that were just read.
+        total: bytes that are read in all, as `progress` is told.
+        progress: see Reader.
         kernels: what computes the rows.
         read_chunk: most bytes of one read; less where many candidates would need too much memory.
         reads_in_flight: most candidates that are read at the same time.
@@ -69,8 +70,9 @@ class Stream:
         self,
         candidates: Sequence[Candidate],
         device: torch.device,
-        progress: Progress | None = None,
         *,
+        total: int = 0,
+        progress: Progress | None = None,
         kernels: Kernels | None = None,
         read_chunk: int = READ_CHUNK,
         reads_in_flight: int = READS_IN_FLIGHT,
@@ -78,7 +80,7 @@ class Stream:
         self._candidates = candidates
         self._device = device
         self._kernels = kernels or choose_kernels("auto", device)
-        self._reader = Reader(candidates, progress, read_chunk=read_chunk, reads_in_flight=reads_in_flight)
+        self._reader = Reader(candidates, total, progress, read_chunk=read_chunk, reads_in_flight=reads_in_flight)
         self._rows: dict[torch.dtype, torch.Tensor] = {}
         self.checksums: dict[str, torch.Tensor] = {}
         """By tensor name: (n,), int64, of what was read here; sums over spans and ranks are those of whole tensors."""

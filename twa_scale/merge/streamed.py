@@ -14,7 +14,7 @@ from twa_scale.errors import CandidateError, OutputError
 from twa_scale.kernels import Differences, Kernels, choose_kernels
 from twa_scale.kernels.checksum import wrap
 from twa_scale.names import matches_any, nearest
-from twa_scale.reading import Part, Progress, Reader
+from twa_scale.reading import Job, Part, Progress, Reader, job_bytes
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span, whole
 from twa_scale.writer import Files, TensorSpec, Writer, stored_as, writing
@@ -62,7 +62,7 @@ def merge(
         replace: values to write in place of tensors of the candidates; the same on every rank.
         files: small files to put beside the weights.
         overwrite: replace an earlier output.
-        progress: called with the bytes that this rank has just read.
+        progress: called with what this rank has read.
         verify: called on every rank with the checksums, before anything is published; it may raise.
 
     Raises:
@@ -79,7 +79,7 @@ def merge(
         kernels = choose_kernels("auto", torch.device("cpu"))
         merger = _Merger(candidates, cache(weights), replace, {spec.name: spec for spec in specs}, writer, kernels)
         with group.agree():
-            merger.merge(_share(specs, group), Reader(candidates, progress))
+            merger.merge(_share(specs, group), progress)
         checksums = _total(group.gather(merger.checksums))
         if verify:
             verify(checksums)
@@ -129,14 +129,15 @@ class _Merger:
     def __post_init__(self) -> None:
         self.checksums: Checksums = [{} for _ in self.candidates]
 
-    def merge(self, pieces: Iterable[Span], reader: Reader) -> None:
+    def merge(self, pieces: Iterable[Span], progress: Progress | None) -> None:
         """Read, combine and write pieces."""
-        streamed = []
+        streamed: list[Job] = []
         for piece in pieces:
             if piece.name in self.replace:
                 self._write(piece, self.replace[piece.name].reshape(-1)[piece.start : piece.stop])
             else:
                 streamed.append((piece, self._who(piece.name)))
+        reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
         for part in reader.parts(streamed):
             sums = self.kernels.checksums(part.sources).tolist()
             for total, more in zip([self.checksums[i] for i in part.who], sums, strict=True):
