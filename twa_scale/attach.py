@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.layout import Layout, match
 from twa_scale.optimizer import check_settings
 from twa_scale.pods import Pods
+from twa_scale.reading import Job, Progress, job_bytes
 from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.mapped import mapped
 from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
 from twa_scale.store import Store, make_store
-from twa_scale.streaming import Progress, Stream
+from twa_scale.streaming import Stream
 
 Candidates = str | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
 
@@ -52,7 +54,7 @@ def attach(
         replica_group: with pods, the first rank of every pod; or each rank's own counterparts, as `get_group("pods")`
             of a 2-D mesh. Pods are shard groups that see different data and exchange only coefficient gradients, which
             count by rank. A plain module's pod is one rank; its replica group is all ranks unless given here.
-        progress: called on every rank with the number of bytes that it has just read.
+        progress: called on every rank with the number of bytes that it has just read, and of those that it will read.
 
     Raises:
         ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the fault.
@@ -68,48 +70,67 @@ def attach(
         if candidates is None:
             raise ConfigError('candidates: give them to attach, or as "twa": {"candidates": ..} in DeepSpeed\'s JSON.')
     _require_same_settings(pods, config)
-    reduction = Reduction(config.comm, pods, group, engine.replica_group)
-    with pods.agree():
-        opened = open_candidates(candidates)
-        layout = match(engine.parameters, engine.buffers(), opened, config)
-        weights = center_weights(config.center, len(opened))
-        check_settings(config, weights)
-        store = make_store(
-            config,
-            len(opened),
-            engine.device,
-            lambda name: [mapped(candidate, layout.source(name)) for candidate in opened],
+    with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
+        reduction = Reduction(config.comm, pods, group, engine.replica_group)
+        undo.callback(reduction.close)
+        with pods.agree():
+            opened = open_candidates(candidates)
+            for candidate in opened:
+                undo.callback(candidate.close)
+            layout = match(engine.parameters, engine.buffers(), opened, config)
+            weights = center_weights(config.center, len(opened))
+            check_settings(config, weights)
+            store = make_store(
+                config,
+                len(opened),
+                engine.device,
+                lambda name: [mapped(candidate, layout.source(name)) for candidate in opened],
+            )
+            undo.callback(store.close)
+            stream = Stream(
+                opened,
+                store.device,
+                total=_bytes_to_read(engine, layout, opened),
+                progress=progress,
+                kernels=store.kernels,
+                read_chunk=config.read_chunk,
+                reads_in_flight=config.reads_in_flight,
+            )
+            gram = Gram(len(layout.groups), len(opened), store.device, store.kernels)
+            _read_spans(engine, layout, stream, weights, store, gram)
+            buffers = (
+                _read_buffers(engine, layout, stream, buffer_weights(config.buffers, len(opened)))
+                if group.rank == 0
+                else {}
+            )
+        fingerprint = _fingerprint(engine, layout, opened, stream)
+        _require_same_candidates(pods, fingerprint)
+        inner = gram.values.to(engine.device).mul_(pods.share)
+        pods.sum_(inner)  # all pods have the same but for rounding, which would part their bases
+        _write_rest(engine, layout, buffers)
+        if pods.rank == 0:
+            _warn_of_equals(inner, opened)
+        basis = make_basis(
+            config.basis,
+            inner.cpu(),  # small mathematics: a GPU would only wait for it
+            torch.tensor(weights, dtype=torch.float64),
+            units=config.units,
+            num_components=config.num_components,
         )
-        stream = Stream(
-            opened,
-            store.device,
-            progress,
-            kernels=store.kernels,
-            read_chunk=config.read_chunk,
-            reads_in_flight=config.reads_in_flight,
-        )
-        gram = Gram(len(layout.groups), len(opened), store.device, store.kernels)
-        _read_spans(engine, layout, stream, weights, store, gram)
-        buffers = (
-            _read_buffers(engine, layout, stream, buffer_weights(config.buffers, len(opened)))
-            if group.rank == 0
-            else {}
-        )
-    fingerprint = _fingerprint(engine, layout, opened, stream)
-    _require_same_candidates(pods, fingerprint)
-    inner = gram.values.to(engine.device).mul_(pods.share)
-    pods.sum_(inner)  # all pods have the same but for rounding, which would part their bases
-    _write_rest(engine, layout, buffers)
-    if pods.rank == 0:
-        _warn_of_equals(inner, opened)
-    basis = make_basis(
-        config.basis,
-        inner.cpu(),  # small mathematics: a GPU would only wait for it
-        torch.tensor(weights, dtype=torch.float64),
-        units=config.units,
-        num_components=config.num_components,
-    )
-    return TrainableAverage(config, engine, pods, reduction, layout, store, basis, fingerprint, opened)
+        average = TrainableAverage(config, engine, pods, reduction, layout, store, basis, fingerprint, opened)
+        undo.pop_all()
+    return average
+
+
+def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidate]) -> int:
+    everyone = range(len(candidates))
+    dtypes = {name: info.dtype for name, info in engine.parameters.items()}
+    found = [(replace(span, name=layout.source(span.name)), dtypes[span.name]) for span in engine.spans()]
+    if engine.shard_group.rank == 0:
+        live = {name: buffer for name, buffer in engine.buffers().items() if name in layout.buffers}
+        found += [(whole(name, tuple(buffer.shape)), buffer.dtype) for name, buffer in live.items()]
+    jobs: list[Job] = [(span, everyone if dtype.is_floating_point else everyone[-1:]) for span, dtype in found]
+    return job_bytes(candidates, jobs)
 
 
 def _read_spans(

@@ -21,6 +21,7 @@ from twa_scale.export import export
 from twa_scale.layout import Layout
 from twa_scale.optimizer import make_optimizer
 from twa_scale.pods import Pods
+from twa_scale.reading import Progress
 from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
@@ -217,7 +218,7 @@ class TrainableAverage:
         dtype: torch.dtype | None = None,
         max_shard_size: str | int = "5GB",
         overwrite: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Write the live weights as safetensors into the directory `path`, as the candidates were written. Collective.
 

@@ -1,7 +1,7 @@
 """The live weights of a model as safetensors: every rank writes its own spans, none gathers."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from twa_scale.engines import Engine
 from twa_scale.layout import Layout
 from twa_scale.pods import Pods
+from twa_scale.reading import Progress
 from twa_scale.sources import Candidate
 from twa_scale.sources.side_files import side_files
 from twa_scale.spans import whole
@@ -30,7 +31,7 @@ def export(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     provenance: Mapping[str, object] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write what the model holds now to the directory `out`, under the candidates' names and types. Collective.
 
@@ -47,7 +48,7 @@ def export(
         max_shard_size: most bytes of one file.
         overwrite: replace an earlier output.
         provenance: written beside the weights as twa_scale.json.
-        progress: called on every rank with the bytes that it has just written.
+        progress: called on every rank that writes.
 
     Raises:
         OutputError: on every rank; what stood at `out` is as it was.
@@ -71,7 +72,7 @@ def write_live(
     writer: Writer,
     engine: Engine,
     names: Mapping[str, Sequence[str]],
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write this rank's spans of the live weights, and from the first rank the buffers.
 
@@ -79,15 +80,18 @@ def write_live(
         writer: open for all these tensors.
         engine: the model.
         names: under which names each parameter and buffer is written; a buffer that is not listed is left out.
-        progress: called with the bytes of each span when it is written.
+        progress: called when a span is written.
     """
-    for span in engine.spans():
+    spans, group = list(engine.spans()), engine.shard_group
+    first = len(spans) * group.rank // group.size  # ranks that are in different files do not wait for each other
+    total = sum(writer.nbytes(span, names[span.name]) for span in spans)
+    for span in spans[first:] + spans[:first]:
         values = engine.live(span)
         for name in names[span.name]:
             writer.write(replace(span, name=name), values)
         if progress:
-            progress(values.nbytes)
-    if engine.shard_group.rank == 0:
+            progress(writer.nbytes(span, names[span.name]), total)
+    if group.rank == 0:
         for own, buffer in engine.buffers().items():
             for name in names.get(own, ()):
                 writer.write(whole(name, tuple(buffer.shape)), buffer.reshape(-1))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ from twa_scale.basis import Gram
 from twa_scale.bench import Measured
 from twa_scale.comm import Group
 from twa_scale.config import TwaConfig, validated
+from twa_scale.merge import merge
 from twa_scale.sources import open_candidates
 from twa_scale.sources.mapped import mapped
 from twa_scale.spans import whole
@@ -20,8 +22,17 @@ from twa_scale.store import make_store
 from twa_scale.streaming import Stream
 from twa_scale.writer import TensorSpec, writing
 
-_TIMES = 3
+_TIMES = 5
+_EXPORT_BYTES = 1_050_000_000
 _BUFFER = 128 << 10  # bytes; what `cat` reads at a time
+
+
+class Case(NamedTuple):
+    """Something to be timed."""
+
+    what: str
+    function: Callable[[], None]
+    nbytes: float
 
 
 def run_streaming(
@@ -29,7 +40,8 @@ def run_streaming(
 ) -> list[Measured]:
     """Write candidates of bfloat16 into a folder that goes away, and measure; they are in the page cache when read.
 
-    Each rank has files of its own. Bytes are those of the files.
+    Each rank has files of its own. Bytes are those of the files. What is copied or exported has the size of as many
+    candidates as a gigabyte holds, a file each when they are copied; a merge reads all of them, and writes one.
 
     Args:
         stores: names, as in the configuration.
@@ -40,17 +52,24 @@ def run_streaming(
         directory: on the disk that is meant.
     """
     with TemporaryDirectory(prefix=".bench-", dir=directory) as temporary:
-        paths = _write(Path(temporary), elements, candidates)
+        paths, out = _write(Path(temporary), elements, candidates), Path(temporary) / "out"
         nbytes = sum(path.stat().st_size for path in paths)
-        found = [_best("plain read", lambda: _read(paths), nbytes)]
+        found = [_best(Case("plain read", lambda: _read(paths), nbytes))]
         for name in stores:
             config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
             attach = lambda config=config: _attach(paths, config, device)  # noqa: E731
-            found.append(_best(f"attach, {name}", attach, nbytes))
-        copy, out = Path(temporary) / "copy", Path(temporary) / "out"
-        weights = torch.randn(elements, device=device)
-        found.append(_best("copy and sync", lambda: _copy(paths[0], copy), copy_bytes := paths[0].stat().st_size))
-        found.append(_best("export and sync", lambda: _export(weights, out), copy_bytes))
+            found.append(_best(Case(f"attach, {name}", attach, nbytes)))
+        some = paths[: max(1, _EXPORT_BYTES // paths[0].stat().st_size)]
+        weights = torch.randn(elements * len(some), device=device)
+        written, merged = nbytes * len(some) / len(paths), nbytes * (1 + 1 / len(paths))
+        cases = [
+            Case("copy", lambda: _copy(some, out, sync=False), written),
+            Case("copy and sync", lambda: _copy(some, out, sync=True), written),
+            Case("export and sync", lambda: _export(weights, out), written),
+            Case("read all, copy one and sync", lambda: _read_and_copy(paths, out), merged),
+            Case("merge and sync", lambda: _merge(paths, out), merged),
+        ]
+        found += _in_turn(cases, out)
     return found
 
 
@@ -63,14 +82,30 @@ def _write(folder: Path, elements: int, n: int) -> list[Path]:
 
 def _export(weights: torch.Tensor, out: Path) -> None:
     spec = TensorSpec("w", tuple(weights.shape), torch.bfloat16)
-    with writing(out, [spec], Group.alone(), overwrite=True) as writer:
+    with writing(out, [spec], Group.alone()) as writer:
         writer.write(whole("w", spec.shape), weights)
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
+def _copy(sources: Sequence[Path], out: Path, *, sync: bool) -> None:
+    out.mkdir()
+    for i, source in enumerate(sources):
+        target = out / str(i)
+        shutil.copyfile(source, target)
+        if sync:
+            with target.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _read_and_copy(paths: Sequence[Path], out: Path) -> None:
+    _read(paths)
+    _copy(paths[:1], out, sync=True)
+
+
+def _merge(paths: Sequence[Path], out: Path) -> None:
+    opened = open_candidates([str(path) for path in paths], minimum=1)
+    merge(opened, out, lambda _: [1 / len(opened)] * len(opened), Group.alone())
+    for candidate in opened:
+        candidate.close()
 
 
 def _read(paths: Sequence[Path]) -> None:
@@ -97,10 +132,22 @@ def _attach(paths: Sequence[Path], config: TwaConfig, device: torch.device) -> N
         candidate.close()
 
 
-def _best(what: str, function: Callable[[], None], nbytes: float) -> Measured:
-    seconds = []
+def _in_turn(cases: Sequence[Case], out: Path) -> list[Measured]:
+    """Time things that write to `out` one after the other, several times: a busy moment of the disk hits all."""
+    seconds: list[list[float]] = [[] for _ in cases]
     for _ in range(_TIMES):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return Measured(what, min(seconds), nbytes)
+        for case, times in zip(cases, seconds, strict=True):
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            times.append(_time(case.function))
+    return [Measured(case.what, min(times), case.nbytes) for case, times in zip(cases, seconds, strict=True)]
+
+
+def _best(case: Case) -> Measured:
+    return Measured(case.what, min(_time(case.function) for _ in range(_TIMES)), case.nbytes)
+
+
+def _time(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

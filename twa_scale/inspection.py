@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 
 from twa_scale.basis import Gram
+from twa_scale.reading import Progress, job_bytes
 from twa_scale.sources import open_candidates
 from twa_scale.spans import whole
-from twa_scale.streaming import Progress, Stream
+from twa_scale.streaming import Stream
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def inspect(paths: str | Sequence[str | Path], progress: Progress | None = None)
     device = torch.device("cpu")
     gram = Gram(1, n, device)
     spans = [whole(name, candidates[0].shape(name)) for name in names]
-    for chunk in Stream(candidates, device, progress).chunks(spans, [1 / n] * n):
+    total = job_bytes(candidates, [(span, range(n)) for span in spans])
+    for chunk in Stream(candidates, device, total=total, progress=progress).chunks(spans, [1 / n] * n):
         gram.add(0, chunk.rows)
     products = gram.values[0].numpy()
     deltas, center = products[:n, :n], products[n]

@@ -64,12 +64,14 @@ def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
     found = {row.what: row for row in run_streaming(names, m, n, "auto", CPU, tmp_path)}
     for what in ("plain read", *(f"attach, {name}" for name in names)):
         assert 2 * n * m < found[what].nbytes < 2 * n * m + n * 500 and found[what].seconds > 0
-    for what in ("copy and sync", "export and sync"):
-        assert 2 * m < found[what].nbytes < 2 * m + 500
+    for what in ("copy", "copy and sync", "export and sync"):
+        assert 2 * n * m < found[what].nbytes < 2 * n * m + n * 500
+    for what in ("read all, copy one and sync", "merge and sync"):
+        assert 2 * (n + 1) * m < found[what].nbytes < 2 * (n + 1) * m + (n + 1) * 500
     assert not list(tmp_path.iterdir())
     small = run_bench(["packed1"], 1001, 2, None, "torch", CPU)
-    assert bench_table(small, list(found.values())).row_count == 2 + 3 + 4 + 2 + 6
-    assert len(json.loads(bench_json(small, list(found.values())))["streaming"]) == 6
+    assert bench_table(small, list(found.values())).row_count == 2 + 3 + 4 + 2 + 9
+    assert len(json.loads(bench_json(small, list(found.values())))["streaming"]) == 9
 
 
 def measure_on_a_rank() -> int:

@@ -47,7 +47,10 @@ def attach_wide(engine: str, paths: list[Path]) -> tuple[int, int]:
     torch.manual_seed(0)  # replicas must have the same candidates
     twa_scale.attach(nn.Linear(2, 2), candidates=[nn.Linear(2, 2).state_dict()] * 2)  # imports read files, too
     before = kernel_count()
-    twa = twa_scale.attach(model, candidates=paths)
+    told: list[tuple[int, int]] = []
+    twa = twa_scale.attach(model, candidates=paths, progress=lambda nbytes, total: told.append((nbytes, total)))
+    assert sum(nbytes for nbytes, _ in told) == twa.bytes_read
+    assert {total for _, total in told} <= {twa.bytes_read}
     return twa.bytes_read, kernel_count() - before
 
 

@@ -29,6 +29,7 @@ ORDER = [
     "sources",
     "engines",
     "layout",
+    "reading",
     "streaming",
     "basis",
     "optimizer",

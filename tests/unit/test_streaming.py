@@ -80,7 +80,8 @@ def test_small_reads_of_any_spans_give_what_the_files_hold(tmp_path: Path, in_fl
     ]
     candidates = open_candidates(written(tmp_path, states))
     seen: list[int] = []
-    stream = Stream(candidates, CPU, seen.append, read_chunk=4096, reads_in_flight=in_flight)
+    progress = lambda nbytes, _: seen.append(nbytes)  # noqa: E731
+    stream = Stream(candidates, CPU, progress=progress, read_chunk=4096, reads_in_flight=in_flight)
     spans = [Span("a", 0, 9000), Span("b", 5, 5), Span("b", 1, 7000), Span("a", 9010, 9010 + 29 * 130 + 65, 65, 130)]
     found = {span: torch.full((n + 1, len(span)), float("nan")) for span in spans}
     for chunk in stream.chunks(spans, [1 / n] * n):

@@ -1,6 +1,6 @@
 """Merges that people ask for by name: fixed weights, and the trained coefficients of a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from twa_scale.config import TwaConfig, buffer_weights, center_weights, validate
 from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
 from twa_scale.names import nearest
+from twa_scale.reading import Progress
 from twa_scale.sources import open_candidates
 from twa_scale.sources.side_files import side_files
 from twa_scale.state import Fingerprint, load_state
 
-Progress = Callable[[int], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 

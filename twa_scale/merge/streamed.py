@@ -1,7 +1,8 @@
 """Averages computed from the candidates alone: read, combined and written by chunks, by all ranks at once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import fsum, isclose
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 
 from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, OutputError
-from twa_scale.kernels.checksum import checksum, wrap
+from twa_scale.kernels import Differences, Kernels, choose_kernels
+from twa_scale.kernels.checksum import wrap
 from twa_scale.names import matches_any, nearest
+from twa_scale.reading import Job, Part, Progress, Reader, job_bytes
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span, whole
 from twa_scale.writer import Files, TensorSpec, Writer, stored_as, writing
 from twa_scale.writer.publish import check_apart
 
-_CHUNK = 1 << 21  # elements: a reference, a sum and a summand in float32, and what was read, make 32 MiB
+_CHUNK = 1 << 21  # elements; what ranks share out
 
 Checksums = list[dict[str, int]]
 """By candidate, then tensor: of every tensor that was read from it (see kernels.checksum)."""
@@ -37,15 +40,16 @@ def merge(
     replace: Mapping[str, torch.Tensor] | None = None,
     files: Files | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     verify: Callable[[Checksums], None] | None = None,
 ) -> Checksums:
     """Write sum_i a_i w_i as safetensors, no tensor of which is ever whole in memory. Collective.
 
     Each chunk is read by one rank, and combined in float32 (float64 where a candidate has float64) as
-    r + sum_i a_i (w_i - r) + (sum_i a_i - 1) r around the candidate r of the largest weight: where candidates
+    (sum_i a_i) r + sum_i a_i (w_i - r) around the candidate r of the largest weight: where candidates
     agree, the result is theirs to the bit. Candidates of weight zero are not read. Tensors that are not
-    floating point are copied from the last candidate.
+    floating point are copied from the last candidate. A rank needs two buffers of a megabyte of each candidate
+    (at most 64 MiB), and some megabytes for the result.
 
     Args:
         candidates: known to be alike, as `open_candidates` returns them.
@@ -58,7 +62,7 @@ def merge(
         replace: values to write in place of tensors of the candidates; the same on every rank.
         files: small files to put beside the weights.
         overwrite: replace an earlier output.
-        progress: called with the bytes that this rank has just read.
+        progress: called with what this rank has read.
         verify: called on every rank with the checksums, before anything is published; it may raise.
 
     Raises:
@@ -72,10 +76,10 @@ def merge(
         check_apart(target=Path(out), inputs=[candidate.label for candidate in candidates])
     options: Any = {"max_shard_size": max_shard_size, "files": files, "overwrite": overwrite}
     with writing(out, specs, group, **options) as writer:
-        merger = _Merger(candidates, weights, replace, {spec.name: spec for spec in specs}, writer, progress)
+        kernels = choose_kernels("auto", torch.device("cpu"))
+        merger = _Merger(candidates, cache(weights), replace, {spec.name: spec for spec in specs}, writer, kernels)
         with group.agree():
-            for piece in _share(specs, group):
-                merger.merge(piece)
+            merger.merge(_share(specs, group), progress)
         checksums = _total(group.gather(merger.checksums))
         if verify:
             verify(checksums)
@@ -120,75 +124,95 @@ class _Merger:
     replace: Mapping[str, torch.Tensor]
     specs: Mapping[str, TensorSpec]
     writer: Writer
-    progress: Callable[[int], None] | None
+    kernels: Kernels
 
     def __post_init__(self) -> None:
         self.checksums: Checksums = [{} for _ in self.candidates]
 
-    def merge(self, piece: Span) -> None:
-        """Read, combine and write one piece."""
-        self.writer.write(piece, self._fitting(piece, self._values(piece)))
+    def merge(self, pieces: Iterable[Span], progress: Progress | None) -> None:
+        """Read, combine and write pieces."""
+        streamed: list[Job] = []
+        for piece in pieces:
+            if piece.name in self.replace:
+                self._write(piece, self.replace[piece.name].reshape(-1)[piece.start : piece.stop])
+            else:
+                streamed.append((piece, self._who(piece.name)))
+        reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
+        for part in reader.parts(streamed):
+            sums = self.kernels.checksums(part.sources).tolist()
+            for total, more in zip([self.checksums[i] for i in part.who], sums, strict=True):
+                total[part.piece.name] = wrap(total.get(part.piece.name, 0) + more)
+            self._write(part.piece, self._values(part))
 
-    def _values(self, piece: Span) -> torch.Tensor:
-        if piece.name in self.replace:
-            return self.replace[piece.name].reshape(-1)[piece.start : piece.stop]
-        if not self.candidates[-1].dtype(piece.name).is_floating_point:
-            return self._read(piece, len(self.candidates) - 1)
-        a = self.weights(piece.name)
-        return self._copy(piece, a) if isinstance(a, int) else self._combine(piece, a)
+    def _who(self, name: str) -> list[int]:
+        """Return the candidates that a tensor is made of."""
+        if not self.candidates[-1].dtype(name).is_floating_point:
+            return [len(self.candidates) - 1]
+        a = self.weights(name)
+        if isinstance(a, int):
+            return [a]
+        assert len(a) == len(self.candidates)
+        return [i for i, weight in enumerate(a) if weight != 0] or [0]
 
-    def _copy(self, piece: Span, index: int) -> torch.Tensor:
-        values = self._read(piece, index)
-        self._refuse(piece, index, torch.isnan(values.float()))  # Inf may be meant, as in a mask
+    def _values(self, part: Part) -> torch.Tensor:
+        name = part.piece.name
+        if not self.candidates[-1].dtype(name).is_floating_point:
+            return part.sources[0]
+        a = self.weights(name)
+        if isinstance(a, int):
+            self._refuse(part, torch.isnan)  # Inf may be meant, as in a mask
+            return part.sources[0]
+        values = self._combine(part, a)
+        if not torch.isfinite(values.sum()):  # cheap, but finite numbers can have a sum that is too large
+            self._refuse(part, lambda source: ~torch.isfinite(source))
         return values
 
-    def _combine(self, piece: Span, a: Sequence[float]) -> torch.Tensor:
-        assert len(a) == len(self.candidates)
-        wide = any(candidate.dtype(piece.name) == torch.float64 for candidate in self.candidates)
-        compute = torch.float64 if wide else torch.float32
-        first = max(range(len(a)), key=lambda i: abs(a[i]))
-        reference = self._finite(piece, first, compute)
+    def _combine(self, part: Part, a: Sequence[float]) -> torch.Tensor:
         total = fsum(a)
         # Weights of sum 1 that were rounded must not move float64 candidates that agree by a last bit.
-        result = reference * (0.0 if isclose(total, 1, rel_tol=1e-12) else total - 1)
-        for i, weight in enumerate(a):
-            if i != first and weight != 0:
-                result.add_(self._finite(piece, i, compute).sub_(reference), alpha=weight)
-        return result.add_(reference)
+        scale = 1.0 if isclose(total, 1, rel_tol=1e-12) else total
+        sources = list(zip([a[i] for i in part.who], part.sources, strict=True))
+        _, first = sources.pop(max(range(len(sources)), key=lambda i: abs(sources[i][0])))
+        wide = any(candidate.dtype(part.piece.name) == torch.float64 for candidate in self.candidates)
+        reference = first.to(torch.float64 if wide else torch.float32)
+        if wide or not sources:
+            result: torch.Tensor = reference * scale
+            for weight, source in sources:
+                result.add_(source.to(result.dtype) - reference, alpha=weight)
+            return result
+        weights, rows = torch.tensor([weight for weight, _ in sources]), [_plain(source) for _, source in sources]
+        combined = torch.empty_like(reference)
+        self.kernels.combine(Differences(rows, reference), weights, reference, scale, combined)
+        return combined
 
-    def _finite(self, piece: Span, index: int, compute: torch.dtype) -> torch.Tensor:
-        values = self._read(piece, index).to(compute)
-        if not torch.isfinite(values.sum()):  # cheap, but a sum can also overflow
-            self._refuse(piece, index, ~torch.isfinite(values))
-        return values
+    def _refuse(self, part: Part, wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for i, source in zip(part.who, part.sources, strict=True):
+            bad = wrong(source.double())
+            if bad.any():
+                raise CandidateError(
+                    f"{self.candidates[i].label}: tensor {part.piece.name!r} holds NaN or Inf at element "
+                    f"{part.piece.start + int(bad.nonzero()[0])}; weights must be finite. Leave this candidate out."
+                )
 
-    def _read(self, piece: Span, index: int) -> torch.Tensor:
-        candidate = self.candidates[index]
-        values = torch.empty(len(piece), dtype=candidate.dtype(piece.name))
-        candidate.read(piece.name, piece.start, values)
-        sums = self.checksums[index]
-        sums[piece.name] = wrap(sums.get(piece.name, 0) + checksum(values))
-        if self.progress:
-            self.progress(values.nbytes)
-        return values
-
-    def _refuse(self, piece: Span, index: int, bad: torch.Tensor) -> None:
-        if bad.any():
-            raise CandidateError(
-                f"{self.candidates[index].label}: tensor {piece.name!r} holds NaN or Inf at element "
-                f"{piece.start + int(bad.nonzero()[0])}; weights must be finite. Leave this candidate out."
-            )
+    def _write(self, piece: Span, values: torch.Tensor) -> None:
+        self.writer.write(piece, self._fitting(piece, values))
 
     def _fitting(self, piece: Span, values: torch.Tensor) -> torch.Tensor:
         dtype = self.specs[piece.name].dtype
         if dtype.is_floating_point and dtype.itemsize < values.itemsize and len(values):
-            largest = values.abs().max().item()
+            low, high = torch.aminmax(values)
+            largest = max(-low.item(), high.item())
             if torch.finfo(dtype).max < largest < float("inf"):
                 raise OutputError(
                     f"tensor {piece.name!r}: holds {largest:g}, too large for {dtype}, which ends at "
                     f"{torch.finfo(dtype).max:g}. Choose a wider dtype."
                 )
         return values
+
+
+def _plain(source: torch.Tensor) -> torch.Tensor:
+    """Widen once what kernels would widen piece by piece."""
+    return source if source.dtype in (torch.float32, torch.bfloat16) else source.float()
 
 
 def _total(parts: Sequence[Checksums]) -> Checksums:

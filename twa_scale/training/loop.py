@@ -185,8 +185,9 @@ class Run:
         final = self._evaluate()
         self._save()
         start = time.perf_counter()
-        with self.report.waiting("writing the average"):
-            self.twa.export(self.output / AVERAGE, max_shard_size=self.config.max_shard_size, overwrite=True)
+        with self.report.bytes("writing the average") as progress:
+            limit = self.config.max_shard_size
+            self.twa.export(self.output / AVERAGE, max_shard_size=limit, overwrite=True, progress=progress)
         summary = self._summary(final) | {"export_seconds": time.perf_counter() - start}
         self.records.close()
         if self.group.rank == 0:

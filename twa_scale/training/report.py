@@ -5,19 +5,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import rich.progress
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
+
+from twa_scale.reading import Progress
 
 
 class Report:
@@ -32,30 +32,24 @@ class Report:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def bytes(self, description: str) -> Iterator[Callable[[int], None]]:
-        """Show how many bytes have passed and how fast; the body calls what it is given with each number of bytes."""
-        columns = (TextColumn("{task.description}"), SpinnerColumn(), DownloadColumn(), TransferSpeedColumn())
-        with self._progress(*columns, TimeElapsedColumn()) as progress:
-            task = progress.add_task(description, total=None)
-            yield lambda nbytes: progress.advance(task, nbytes)
+    def bytes(self, description: str) -> Iterator[Progress]:
+        """Show how many bytes have passed, how fast, and the time left; the body calls what it is given."""
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with self._bar(*columns, TimeRemainingColumn()) as bar:
+            task = bar.add_task(description, total=None)
+            yield lambda nbytes, total: bar.update(task, advance=nbytes, total=total)
 
     @contextmanager
     def steps(self, description: str, total: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
         """Show steps and the time left; the body calls what it is given with the values of each step."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with self._progress(*columns, TextColumn("{task.fields[note]}")) as progress:
-            task = progress.add_task(description, total=total, completed=done, note="")
+        with self._bar(*columns, TextColumn("{task.fields[note]}")) as bar:
+            task = bar.add_task(description, total=total, completed=done, note="")
 
             def advance(values: dict[str, float]) -> None:
-                progress.update(task, advance=1, note=f"loss {values['loss']:.4f}")
+                bar.update(task, advance=1, note=f"loss {values['loss']:.4f}")
 
             yield advance
-
-    @contextmanager
-    def waiting(self, description: str) -> Iterator[None]:
-        """Show that something is going on."""
-        with self._console.status(description):
-            yield
 
     def finish(self, output: Path, summary: dict[str, Any]) -> None:
         """Print what the run cost and where its results are."""
@@ -75,5 +69,5 @@ class Report:
         self._console.print(table)
         self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")
 
-    def _progress(self, *columns: Any) -> Progress:
-        return Progress(*columns, console=self._console, transient=True, disable=not self._active)
+    def _bar(self, *columns: Any) -> rich.progress.Progress:
+        return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not self._active)

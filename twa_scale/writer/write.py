@@ -1,7 +1,5 @@
 """Ranks that write their spans of the same files at once."""
 
-import errno
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,13 +10,14 @@ import torch
 from twa_scale.comm import Group
 from twa_scale.errors import OutputError
 from twa_scale.spans import Span
+from twa_scale.writer.disk import OpenFile
 from twa_scale.writer.publish import check_target, publish, reported, temporary_beside, write_file
 from twa_scale.writer.shards import INDEX, Shard, TensorSpec, index_of, lay_out, parse_size
 
 Files = Mapping[str, bytes | Path]
 """Small files to put beside the weights: content, or what to copy, by name."""
 
-_PIECE_BYTES = 16 << 20  # what a conversion to the file's type may hold in memory
+_PIECE_BYTES = 4 << 20  # of a file that are converted at a time: all that writing holds in memory, or rather in a cache
 
 
 class Writer:
@@ -31,7 +30,8 @@ class Writer:
         self._shards = shards
         self._specs = {spec.name: spec for spec in specs}
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
-        self._handles: dict[str, int] = {}
+        self._files: dict[str, OpenFile] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self.elements: dict[str, int] = dict.fromkeys(self._specs, 0)
         """Number of elements written by this rank, by tensor."""
 
@@ -48,24 +48,27 @@ class Writer:
         size = spec.dtype.itemsize
         with reported(self.target):
             for offset, piece in span.pieces(max(1, _PIECE_BYTES // size)):
-                data = values[offset : offset + len(piece)].detach().to(spec.dtype).cpu().contiguous()
-                left = data.view(torch.uint8).numpy().data
+                left = self._converted(values[offset : offset + len(piece)].detach(), spec.dtype)
                 for start, stop in piece.runs():
                     run, left = left[: (stop - start) * size], left[(stop - start) * size :]
-                    _write_exactly(self._handle(shard), run, shard.offsets[span.name] + start * size)
+                    self._file(shard).write(run, shard.offsets[span.name] + start * size)
         self.elements[span.name] += len(span)
+
+    def nbytes(self, span: Span, names: Sequence[str]) -> int:
+        """Return what a span takes in the files, under all its names."""
+        return sum(len(span) * self._specs[name].dtype.itemsize for name in names)
 
     def sync(self) -> None:
         """Make what this rank wrote survive a power cut."""
         with reported(self.target):
-            for handle in self._handles.values():
-                os.fsync(handle)
+            for file in self._files.values():
+                file.sync()
 
     def close(self) -> None:
         """Close the files."""
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles = {}
+        for file in self._files.values():
+            file.close()
+        self._files = {}
 
     def publish(self, files: Files) -> None:
         """Add the small files and let the directory appear under its name; for one rank, when all have written."""
@@ -82,10 +85,20 @@ class Writer:
         """Remove what was not published; for one rank."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _handle(self, shard: Shard) -> int:
-        if shard.file not in self._handles:
-            self._handles[shard.file] = os.open(self.directory / shard.file, os.O_WRONLY)
-        return self._handles[shard.file]
+    def _converted(self, values: torch.Tensor, dtype: torch.dtype) -> memoryview:
+        """Return the bytes of a piece: where they lie, or in a buffer that the next piece takes again."""
+        if values.dtype != dtype or values.device.type != "cpu" or not values.is_contiguous():
+            nbytes = len(values) * dtype.itemsize
+            if self._buffer.numel() < nbytes:
+                self._buffer = torch.empty(nbytes, dtype=torch.uint8)
+            values = self._buffer[:nbytes].view(dtype).copy_(values)
+        data: memoryview = values.view(torch.uint8).numpy().data
+        return data
+
+    def _file(self, shard: Shard) -> OpenFile:
+        if shard.file not in self._files:
+            self._files[shard.file] = OpenFile(self.directory / shard.file)
+        return self._files[shard.file]
 
 
 @contextmanager
@@ -192,12 +205,3 @@ def check_tiling(elements: Mapping[str, int], specs: Sequence[TensorSpec], group
         written = group.gather(elements)
         wrong = [spec.name for spec in specs if sum(counts[spec.name] for counts in written) != spec.numel]
         raise AssertionError(f"spans do not tile the tensors {wrong}: nothing was published")
-
-
-def _write_exactly(handle: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        count = os.pwrite(handle, data[done:], offset + done)
-        if count == 0:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        done += count

@@ -1,0 +1,130 @@
+"""The bytes of candidates, read ahead: threads fill one of two buffers while what is in the other is worked on."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from twa_scale.kernels import Sources
+from twa_scale.sources import Candidate
+from twa_scale.spans import Span
+
+READ_CHUNK = 1 << 20
+READS_IN_FLIGHT = 8
+_READ_BYTES = 64 << 20  # of all candidates together that are read at a time; the next as many are read meanwhile
+_LINE = 64  # bytes of a cache line, the distance of rows: that of a power of two has all want the same places
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that this rank has just read, or written, and with how many it will in all."""
+Job = tuple[Span, Sequence[int]]
+"""A span, and the indices of the candidates of which it is wanted."""
+
+
+def job_bytes(candidates: Sequence[Candidate], jobs: Iterable[Job]) -> int:
+    """Return how many bytes jobs read."""
+    return sum(len(span) * candidates[i].dtype(span.name).itemsize for span, who in jobs for i in who)
+
+
+def at_once(n: int, read_chunk: int) -> int:
+    """Return how many bytes of each of n candidates are read at a time."""
+    return max(_LINE, min(read_chunk, _READ_BYTES // n) // _LINE * _LINE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some candidates hold of a part of a span. The memory is reused: it lasts until the next part."""
+
+    span: Span
+    start: int
+    """Offset of the part within the span, in elements."""
+    piece: Span
+    """The part."""
+    who: Sequence[int]
+    """Indices of the candidates."""
+    sources: Sources
+    """Their values: one tensor (n, m) where their types are the same."""
+
+
+class Reader:
+    """Reads by exact ranges; each byte that is asked for, once.
+
+    Args:
+        candidates: known to be alike.
+        total: bytes of all jobs, as `progress` is told.
+        progress: called in the thread that uses the parts.
+        read_chunk: most bytes of one read; less where many candidates would need too much memory.
+        reads_in_flight: most candidates that are read at the same time.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        total: int = 0,
+        progress: Progress | None = None,
+        *,
+        read_chunk: int = READ_CHUNK,
+        reads_in_flight: int = READS_IN_FLIGHT,
+    ) -> None:
+        self._candidates = candidates
+        self._total = total
+        self._progress = progress or (lambda *_: None)
+        self._read_bytes = at_once(len(candidates), read_chunk)
+        self._in_flight = reads_in_flight
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+
+    def parts(self, jobs: Iterable[Job]) -> Iterator[Part]:
+        """Yield all of the jobs, in order.
+
+        Raises:
+            CandidateError: a file that cannot be read.
+        """
+        cuts = self._cut(jobs)
+        turn = 0
+        with ThreadPoolExecutor(self._in_flight, "twa-scale-read") as pool:
+            upcoming = self._start(pool, next(cuts, None), turn)
+            while upcoming:
+                part, reads = upcoming
+                for read in reads:
+                    read.result()
+                turn = 1 - turn
+                upcoming = self._start(pool, next(cuts, None), turn)
+                self._progress(sum(source.nbytes for source in part.sources), self._total)
+                yield part
+
+    def _cut(self, jobs: Iterable[Job]) -> Iterator[tuple[Span, int, Span, Sequence[int]]]:
+        for span, who in jobs:
+            widest = max(self._candidates[i].dtype(span.name).itemsize for i in who)
+            for offset, piece in span.pieces(max(1, self._read_bytes // widest)):
+                yield span, offset, piece, who
+
+    def _start(
+        self, pool: ThreadPoolExecutor, cut: tuple[Span, int, Span, Sequence[int]] | None, turn: int
+    ) -> tuple[Part, list[Future[None]]] | None:
+        """Have the threads read a part into a buffer, each the bytes of some candidates."""
+        if cut is None:
+            return None
+        span, offset, piece, who = cut
+        part = Part(span, offset, piece, who, self._places(piece, who, turn))
+        jobs = list(zip([self._candidates[i] for i in who], part.sources, strict=True))
+        shares = [jobs[i :: self._in_flight] for i in range(min(self._in_flight, len(jobs)))]
+        return part, [pool.submit(_read_share, share, piece) for share in shares]
+
+    def _places(self, piece: Span, who: Sequence[int], turn: int) -> Sources:
+        """Return places in a buffer for a part of some candidates."""
+        dtypes = [self._candidates[i].dtype(piece.name) for i in who]
+        pitch = (len(piece) * max(dtype.itemsize for dtype in dtypes) // _LINE + 2) * _LINE
+        if self._buffers[turn].numel() < len(who) * pitch:
+            self._buffers[turn] = torch.empty(len(who) * pitch, dtype=torch.uint8)
+        places = self._buffers[turn][: len(who) * pitch].view(len(who), pitch)
+        if len(set(dtypes)) == 1:
+            return places.view(dtypes[0])[:, : len(piece)]
+        return [place[: len(piece) * t.itemsize].view(t) for place, t in zip(places, dtypes, strict=True)]
+
+
+def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], piece: Span) -> None:
+    for candidate, values in jobs:
+        done = 0
+        for start, stop in piece.runs():
+            candidate.read(piece.name, start, values[done : done + stop - start])
+            done += stop - start
