@@ -1,10 +1,12 @@
 """Corners of the public door, each of which could go wrong without a word."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import twa_scale
@@ -127,6 +129,18 @@ def test_attaching_twice_is_refused() -> None:
     with pytest.raises(EngineError, match="close"):
         backward(net)
     first.close()
+
+
+def test_candidates_that_are_refused_are_closed(tmp_path: Path) -> None:
+    """After some of their bytes have been read."""
+    states = candidates(3)
+    states[2]["2.bias"][1] = float("nan")
+    for i, state in enumerate(states):
+        save_file(state, tmp_path / f"{i}.safetensors")
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    with pytest.raises(CandidateError, match="nan"):
+        twa_scale.attach(model(), str(tmp_path / "*.safetensors"))
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
 
 
 def test_snapshots_of_a_later_run_are_not_deleted(tmp_path: Path) -> None:
