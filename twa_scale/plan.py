@@ -17,6 +17,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, choose_kernels
 from twa_scale.layout import Layout, match
 from twa_scale.memory import resident
+from twa_scale.optimizer import make_optimizer
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.mapped import mapped
 from twa_scale.spans import share
@@ -82,7 +83,9 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         TwaError: whatever `run` would raise before it reads the candidates.
     """
     row = Dense.one(torch.ones(1))
-    choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)  # loads a compiler, which takes memory
+    # These load compilers, which take memory: that of the kernels, and torch's with its first optimizer.
+    choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)
+    make_optimizer(config, nn.Parameter(torch.zeros(1)))
     if config.engine in ZERO_ENGINES:
         load_stages()
     engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0), config.pods)
