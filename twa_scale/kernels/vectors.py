@@ -1,6 +1,8 @@
 """The innermost loops over packed rows, written as vectors for LLVM, which splits them as the processor needs.
 
 From loops in Python LLVM makes no sums that stay in registers from one row to the next; these are twice as fast.
+
+Who edits this file must delete numba's caches (`__pycache__/*.nb*`): they know the file of the caller only.
 """
 
 from typing import Any
