@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import importlib
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
@@ -27,6 +28,7 @@ from twa_scale.errors import TwaError
 
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.nn.parallel", "safetensors.torch", "tests.pool"]
 MAX_RANKS = 4
+MAX_THREADS = 150  # of a worker
 GRACE = 10.0  # seconds the other ranks have to come back after the first one raised
 
 
@@ -112,6 +114,8 @@ class Pool:
     def _start(self, size: int) -> None:
         if size > MAX_RANKS:
             raise ValueError(f"{size} ranks; the pool has at most {MAX_RANKS}")
+        if any(_num_threads(worker) > MAX_THREADS for worker in self._workers):
+            self._kill()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         while len(self._workers) < size:
@@ -155,6 +159,14 @@ class Pool:
             worker.process.join()
             worker.pipe.close()
         self._workers = []
+
+
+def _num_threads(worker: Worker) -> int:
+    """Count the threads, three for each group that a cache of torch or DeepSpeed keeps: they wake every 10 ms."""
+    try:
+        return len(os.listdir(f"/proc/{worker.process.pid}/task"))  # noqa: PTH208
+    except FileNotFoundError:  # it has died, as who reads from it will see
+        return 0
 
 
 def _summary(outcomes: "list[Outcome] | dict[int, Outcome]", late: list[int] | None = None) -> str:
