@@ -28,7 +28,7 @@ from twa_scale.errors import TwaError
 
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.nn.parallel", "safetensors.torch", "tests.pool"]
 MAX_RANKS = 4
-MAX_THREADS = 150  # of a worker
+MAX_THREADS = 100  # of a worker
 GRACE = 10.0  # seconds the other ranks have to come back after the first one raised
 
 
@@ -162,7 +162,7 @@ class Pool:
 
 
 def _num_threads(worker: Worker) -> int:
-    """Count the threads, three for each group that a cache of torch or DeepSpeed keeps: they wake every 10 ms."""
+    """Count the threads, three for each group that a cache of torch or DeepSpeed keeps, a third of which wake every 10 ms."""
     try:
         return len(os.listdir(f"/proc/{worker.process.pid}/task"))  # noqa: PTH208
     except FileNotFoundError:  # it has died, as who reads from it will see
