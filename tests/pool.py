@@ -162,7 +162,7 @@ class Pool:
 
 
 def _num_threads(worker: Worker) -> int:
-    """Count the threads: three for each group that a cache of torch or DeepSpeed keeps. One of them never sleeps long."""
+    """Count the threads: three for each group that a cache of torch or DeepSpeed keeps. One of them hardly sleeps."""
     try:
         return len(os.listdir(f"/proc/{worker.process.pid}/task"))  # noqa: PTH208
     except FileNotFoundError:  # it has died, as who reads from it will see
