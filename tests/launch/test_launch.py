@@ -56,7 +56,11 @@ STARTS = {
 
 @pytest.mark.parametrize(
     ("launcher", "settings"),
-    [("torchrun", "engine=fsdp2"), ("deepspeed", "engine=zero3"), ("mpi", "comm=mpi")],
+    [
+        pytest.param("torchrun", "engine=fsdp2", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "engine=zero3", marks=pytest.mark.slow),
+        ("mpi", "comm=mpi"),
+    ],
 )
 def test_two_ranks_for_real(
     launcher: str, settings: str, config: Path, tmp_path: Path, alone: dict[str, torch.Tensor]

@@ -12,7 +12,7 @@ from tests.mpi.conftest import Mpirun
 from tests.mpi.settings import BATCH, CONFIGS, PODS, STEPS
 from tests.ranks.test_equality import errors
 
-SIZES = [1, 2, 4]
+SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="session", params=SIZES)

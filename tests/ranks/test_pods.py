@@ -32,6 +32,7 @@ LAYOUTS: dict[str, list[tuple[str, int]]] = {  # engine and ranks of every pod
     "uneven": [("fsdp2", 1), ("fsdp2", 2)],
     "mixed": [("plain", 1), ("ddp", 1), ("fsdp2", 2)],
 }
+SLOW = {"2 x 2 ddp", "3 x 1 plain", "mixed"}
 RUNS = {
     "normalized": Run({"groups": "block"}),
     "orthonormal": Run({"basis": "orthonormal", "groups": "tensor", "center": "last", "optimizer": {"lr": 0.005}}),
@@ -95,7 +96,7 @@ def train_all(layout: Layout) -> dict[str, cases.Ended]:
     return results
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])
 def test_pods_train_as_one_group_on_all_batches(ranks: Pool, name: str) -> None:
     """Weights are those of the dense reference and of one pod of all ranks; coefficients the same bits everywhere."""
     layout = LAYOUTS[name]

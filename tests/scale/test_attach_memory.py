@@ -42,6 +42,7 @@ print(json.dumps({"loaded": loaded, "peak": status("VmHWM") - before, "store": t
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_packed4_takes_less_than_256_mib_beside_the_store(tmp_path: Path) -> None:
     """Two buffers, some rows and the rounding of allocators; with compiled code it stays under the limit as well.

@@ -34,7 +34,7 @@ def start(submit: Callable[..., Job], tmp_path: Path) -> Callable[..., Job]:
     return start
 
 
-@pytest.mark.parametrize("deaf", ["", "1"])
+@pytest.mark.parametrize("deaf", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_what_was_stopped_goes_on(slurm: Cluster, start: Callable[..., Job], deaf: str) -> None:
     job = start("groups=block", "center=[0.5, 0.5]", DEAF=deaf)
     slurm.call("scancel", "--signal=USR1", "--batch", job.number)

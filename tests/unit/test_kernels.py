@@ -206,6 +206,7 @@ class TestChoice:
         assert len(caplog.records) == 1 and "triton" in caplog.text
 
 
+@pytest.mark.slow
 def test_triton_in_its_interpreter() -> None:
     """A process of its own: triton reads the variable when kernels are defined."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
