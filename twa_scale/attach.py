@@ -124,10 +124,9 @@ def attach(
 
 def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidate]) -> int:
     everyone = range(len(candidates))
-    dtypes = {name: info.dtype for name, info in engine.parameters.items()}
-    found = [(replace(span, name=layout.source(span.name)), dtypes[span.name]) for span in engine.spans()]
+    found = [(layout.sourced(span), engine.parameters[span.name].dtype) for span in engine.spans()]
     if engine.shard_group.rank == 0:
-        live = {name: buffer for name, buffer in engine.buffers().items() if name in layout.buffers}
+        live = _live_buffers(engine, layout)
         found += [(whole(name, tuple(buffer.shape)), buffer.dtype) for name, buffer in live.items()]
     jobs: list[Job] = [(span, everyone if dtype.is_floating_point else everyone[-1:]) for span, dtype in found]
     return job_bytes(candidates, jobs)
@@ -137,7 +136,7 @@ def _read_spans(
     engine: Engine, layout: Layout, stream: Stream, weights: Sequence[float], store: Store, gram: Gram
 ) -> None:
     """Stream this rank's spans: those that are trained into the store, the others at once into the model."""
-    live = {replace(span, name=layout.source(span.name)): span for span in engine.spans()}
+    live = {layout.sourced(span): span for span in engine.spans()}
     averaged = {read for read, span in live.items() if engine.parameters[span.name].dtype.is_floating_point}
     for span in live.values():
         if span.name in layout.group_of:
@@ -155,7 +154,7 @@ def _read_spans(
 
 def _read_buffers(engine: Engine, layout: Layout, stream: Stream, weights: Sequence[float]) -> dict[str, torch.Tensor]:
     """Read every buffer that the candidates hold: floating ones averaged, others from the last candidate."""
-    live = {name: buffer for name, buffer in engine.buffers().items() if name in layout.buffers}
+    live = _live_buffers(engine, layout)
     values = {name: torch.empty(buffer.numel(), dtype=buffer.dtype) for name, buffer in live.items()}
     spans = {name: whole(name, tuple(buffer.shape)) for name, buffer in live.items()}
     for chunk in stream.chunks([s for n, s in spans.items() if live[n].is_floating_point()], weights):
@@ -163,6 +162,10 @@ def _read_buffers(engine: Engine, layout: Layout, stream: Stream, weights: Seque
     for span, start, part in stream.copies([s for n, s in spans.items() if not live[n].is_floating_point()]):
         values[span.name][start : start + len(part)] = part
     return values
+
+
+def _live_buffers(engine: Engine, layout: Layout) -> dict[str, torch.Tensor]:
+    return {name: buffer for name, buffer in engine.buffers().items() if name in layout.buffers}
 
 
 def _fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate], stream: Stream) -> Fingerprint:

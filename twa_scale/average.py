@@ -21,7 +21,7 @@ from twa_scale.export import export
 from twa_scale.layout import Layout
 from twa_scale.optimizer import make_optimizer
 from twa_scale.pods import Pods
-from twa_scale.reading import Progress
+from twa_scale.reading import Progress, job_bytes
 from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
@@ -326,8 +326,8 @@ class TrainableAverage:
         """What store `mapped` reads of the candidates' own files; other stores hold deltas in their place."""
         if self.config.store != "mapped":
             return 0
-        names = [(len(span), self.layout.source(span.name)) for span in self._spans]
-        return sum(m * candidate.dtype(name).itemsize for m, name in names for candidate in self._candidates)
+        everyone = range(self.num_candidates)
+        return job_bytes(self._candidates, [(self.layout.sourced(span), everyone) for span in self._spans])
 
     @property
     def _now_shown(self) -> torch.Tensor | None:

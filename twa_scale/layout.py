@@ -1,7 +1,7 @@
 """Matching a model with its candidates: which tensors are trained, which are fixed, and who shares coefficients."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,6 +10,7 @@ from twa_scale.engines import ParameterInfo
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.names import group_names, matches_any, nearest, selected, some
 from twa_scale.sources import Candidate
+from twa_scale.spans import Span
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Layout:
     def source(self, name: str) -> str:
         """Return the name under which a tensor is read."""
         return self.held_as[name][0]
+
+    def sourced(self, span: Span) -> Span:
+        """Return the span under the name under which it is read."""
+        return replace(span, name=self.source(span.name))
 
 
 def match(

@@ -13,7 +13,7 @@ from twa_scale.spans import Span
 READ_CHUNK = 1 << 20
 READS_IN_FLIGHT = 8
 _READ_BYTES = 64 << 20  # of all candidates together that are read at a time; the next as many are read meanwhile
-_LINE = 64  # bytes of a cache line, the distance of rows: that of a power of two has all want the same places
+LINE = 64  # bytes of a cache line, the distance of rows: that of a power of two has all want the same places
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that this rank has just read, or written, and with how many it will in all."""
@@ -28,7 +28,7 @@ def job_bytes(candidates: Sequence[Candidate], jobs: Iterable[Job]) -> int:
 
 def at_once(n: int, read_chunk: int) -> int:
     """Return how many bytes of each of n candidates are read at a time."""
-    return max(_LINE, min(read_chunk, _READ_BYTES // n) // _LINE * _LINE)
+    return max(LINE, min(read_chunk, _READ_BYTES // n) // LINE * LINE)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Reader:
     def _places(self, piece: Span, who: Sequence[int], turn: int) -> Sources:
         """Return places in a buffer for a part of some candidates."""
         dtypes = [self._candidates[i].dtype(piece.name) for i in who]
-        pitch = (len(piece) * max(dtype.itemsize for dtype in dtypes) // _LINE + 2) * _LINE
+        pitch = (len(piece) * max(dtype.itemsize for dtype in dtypes) // LINE + 2) * LINE
         if self._buffers[turn].numel() < len(who) * pitch:
             self._buffers[turn] = torch.empty(len(who) * pitch, dtype=torch.uint8)
         places = self._buffers[turn][: len(who) * pitch].view(len(who), pitch)

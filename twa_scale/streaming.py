@@ -7,12 +7,11 @@ import torch
 
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Sources, choose_kernels
-from twa_scale.reading import READ_CHUNK, READS_IN_FLIGHT, Part, Progress, Reader, at_once
+from twa_scale.reading import LINE, READ_CHUNK, READS_IN_FLIGHT, Part, Progress, Reader, at_once
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 
 _ROW_BYTES = 4 << 20  # float32 deltas of all candidates that are in memory, or rather in a cache, at a time
-_LINE = 64  # bytes of a cache line, the distance of rows: that of a power of two has all want the same places
 
 
 def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = READ_CHUNK) -> int:
@@ -124,7 +123,7 @@ class Stream:
     def _buffer(self, dtype: torch.dtype, longest: int) -> torch.Tensor:
         rows = self._rows.get(dtype)
         if rows is None or rows.shape[1] < longest:
-            stride = (longest // _LINE + 2) * _LINE - _LINE // 2
+            stride = (longest // LINE + 2) * LINE - LINE // 2
             rows = torch.empty(len(self._candidates) + 1, stride, dtype=dtype, device=self._device)
             self._rows[dtype] = rows
         return rows
