@@ -57,6 +57,16 @@ def mpi_takes_cuda() -> bool:
 
 def abort_at_exit() -> None:
     """End all ranks when this one, which fails alone, exits: where MPI runs, each would wait for the other's end."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+    if mpi := _running():
         atexit.register(mpi.COMM_WORLD.Abort, 1)
+
+
+def finalize_mpi() -> None:
+    """Take leave of the other ranks, where MPI runs: mpirun reports those that end without it."""
+    if mpi := _running():
+        mpi.Finalize()
+
+
+def _running() -> Any:
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None

@@ -14,6 +14,7 @@ ORDER = [
     "errors",
     "config",
     "mpi",
+    "ending",
     "rendezvous",
     "world",
     "names",
