@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from twa_scale.kernels import delta_loops, loops, packed_loops
+from twa_scale.kernels import delta_loops, loops
 from twa_scale.kernels.packed import Packed
+from twa_scale.kernels.packed_loops import FLUSH, packed_loops
 from twa_scale.kernels.protocol import Differences, Rows, Sources
 from twa_scale.kernels.quantize import REFINEMENTS, SMALLEST, first_scale
 from twa_scale.kernels.reference import TorchKernels, reference_of
@@ -39,8 +40,7 @@ class NumbaKernels:
                     loops.project_dense(_array(rows.values), rows.n, rows.m, TILE, right, start, stop, total)
                 case Packed():
                     total = np.zeros(rows.n)
-                    words, scales = rows.words.numpy(), _array(rows.scales)
-                    packed_loops.project_packed(words, scales, _shape(rows), right, start, stop, total)
+                    packed_loops(rows.bits).project(*_packed(rows), right, *_tiles(rows, start, stop), total)
                 case Differences():
                     center = rows.center.numpy()
                     cut = (start * _PIECE, min(stop * _PIECE, len(center)))
@@ -72,8 +72,8 @@ class NumbaKernels:
                     size = (rows.n, rows.m, TILE)
                     loops.combine_dense(_array(rows.values), *size, factors, center, factor, target, start, stop)
                 case Packed():
-                    data = (rows.words.numpy(), _array(rows.scales), _shape(rows))
-                    packed_loops.combine_packed(*data, factors, center, factor, target, start, stop)
+                    cut = _tiles(rows, start, stop)
+                    packed_loops(rows.bits).combine(*_packed(rows), factors, center, factor, target, *cut)
                 case Differences():
                     for piece in range(start, stop):
                         self._combine_differences(rows, factors, base, scale, out, piece * _PIECE)
@@ -133,10 +133,9 @@ class NumbaKernels:
         stride = values.stride(0)
         flat = _flat(values)
         rule = (np.float32(first_scale(rows.bits)), REFINEMENTS[rows.bits], np.float32(SMALLEST))
-        data = (rows.words.numpy(), _array(rows.scales), _shape(rows))
 
         def work(start: int, stop: int) -> None:
-            packed_loops.pack(*data, block, flat, stride, count, rule, start, stop)
+            packed_loops(rows.bits).pack(*_packed(rows), block, flat, stride, count, rule, start, stop)
 
         self._threads.share(work, rows.n, values.nbytes)
 
@@ -161,8 +160,13 @@ def _flat(rows: torch.Tensor) -> Any:
     return rows.as_strided((size,), (1,)).numpy()
 
 
-def _shape(rows: Packed) -> Any:
-    return tuple(map(np.uint64, (rows.n, rows.m, rows.lead, rows.bits, rows.block)))
+def _packed(rows: Packed) -> Any:
+    return rows.words.numpy(), _array(rows.scales), tuple(map(np.uint64, (rows.n, rows.m, rows.lead)))
+
+
+def _tiles(rows: Packed, start: int, stop: int) -> tuple[int, int]:
+    """Return the tiles of a range of `_size`: sums of float32 begin and end where they always do."""
+    return start * FLUSH, min(stop * FLUSH, rows.count)
 
 
 def _size(rows: Rows) -> tuple[int, int]:
@@ -171,6 +175,6 @@ def _size(rows: Rows) -> tuple[int, int]:
         case Dense():
             return -(-rows.m // TILE), rows.nbytes
         case Packed():
-            return rows.count, 4 * rows.n * rows.m // rows.fields * 8  # it is the arithmetic that takes time
+            return -(-rows.count // FLUSH), rows.nbytes
         case Differences():
             return -(-len(rows.center) // _PIECE), sum(row.nbytes for row in rows.rows)

@@ -7,12 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from twa_scale.kernels.packed import TOP, Packed, zero_of
+from twa_scale.kernels.packed import Packed, zero_of
 from twa_scale.kernels.protocol import Differences, Rows
 from twa_scale.kernels.reference import TorchKernels
 from twa_scale.kernels.rows import TILE, Dense
 
-_SPAN = 16  # dense tiles, or rows of packed tiles, that one program sees: enough bytes in flight, few partial sums
+_SPAN = 16  # dense tiles that one program sees: enough bytes in flight, few partial sums
+_TILES = 4  # packed ones
 _WIDEST = 1 << 20  # partial sums that exist at a time
 
 
@@ -55,23 +56,23 @@ def _project_packed(
     lead,
     first,
     zero,
-    TOP: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    FIELDS: tl.constexpr = 32 // BITS
+    FIELDS: tl.constexpr = 16 // BITS
     program = tl.program_id(0).to(tl.int64)
-    tile = first + program
+    tile = (first + program) * TILES + tl.arange(0, TILES)[:, None, None]
     at = tile * BLOCK * FIELDS
-    used = tl.minimum(BLOCK * FIELDS, end - at)
+    used = tl.maximum(tl.minimum(BLOCK * FIELDS, end - at), 0)
     width, present = tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK
-    field = tl.arange(0, FIELDS)[:, None]
-    word = tl.arange(0, BLOCK)[None, :]
+    field = tl.arange(0, FIELDS)[None, :, None]
+    word = tl.arange(0, BLOCK)[None, None, :]
     element = field * BLOCK + word
     there = (element < used) & (at + element >= lead)
     right = tl.load(gradient + at + element - lead, mask=there, other=0).to(tl.float32)
     for i in range(n):
-        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=word < width, other=0) ^ TOP
+        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=word < width, other=0).to(tl.int32)
         codes = ((packed >> (field * BITS)) & ((1 << BITS) - 1)).to(tl.float32) - zero
         row_scales = scales + tile * n * FIELDS + i * present
         scale = tl.load(row_scales + field, mask=field < present, other=0).to(tl.float32)
@@ -90,22 +91,22 @@ def _combine_packed(
     end,
     lead,
     zero,
-    TOP: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    FIELDS: tl.constexpr = 32 // BITS
-    tile = tl.program_id(0).to(tl.int64)
+    FIELDS: tl.constexpr = 16 // BITS
+    tile = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)[:, None, None]
     at = tile * BLOCK * FIELDS
-    used = tl.minimum(BLOCK * FIELDS, end - at)
+    used = tl.maximum(tl.minimum(BLOCK * FIELDS, end - at), 0)
     width, present = tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK
-    field = tl.arange(0, FIELDS)[:, None]
-    word = tl.arange(0, BLOCK)[None, :]
+    field = tl.arange(0, FIELDS)[None, :, None]
+    word = tl.arange(0, BLOCK)[None, None, :]
     element = field * BLOCK + word
     there = (element < used) & (at + element >= lead)
     total = center * tl.load(base + at + element - lead, mask=there, other=0)
     for i in range(n):
-        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=word < width, other=0) ^ TOP
+        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=word < width, other=0).to(tl.int32)
         codes = ((packed >> (field * BITS)) & ((1 << BITS) - 1)).to(tl.float32) - zero
         row_scales = scales + tile * n * FIELDS + i * present
         scale = tl.load(row_scales + field, mask=field < present, other=0).to(tl.float32)
@@ -158,7 +159,7 @@ class TritonKernels(TorchKernels):
 
 
 def _programs(rows: Dense | Packed) -> int:
-    return -(-rows.m // (TILE * _SPAN)) if isinstance(rows, Dense) else rows.count
+    return -(-rows.m // (TILE * _SPAN)) if isinstance(rows, Dense) else -(-rows.count // _TILES)
 
 
 def _place(rows: Packed) -> tuple[int, int]:
@@ -166,4 +167,4 @@ def _place(rows: Packed) -> tuple[int, int]:
 
 
 def _constants(rows: Packed) -> dict[str, Any]:
-    return {"zero": zero_of(rows.bits), "TOP": TOP, "BITS": rows.bits, "BLOCK": rows.block}
+    return {"zero": zero_of(rows.bits), "BITS": rows.bits, "BLOCK": rows.block, "TILES": _TILES}

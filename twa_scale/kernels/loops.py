@@ -33,6 +33,11 @@ def compiled(function: F, fastmath: set[str] = FAST) -> F:
         return njit(function, **options)  # type: ignore[no-any-return]
 
 
+def inlined(function: F) -> F:
+    """Compile as a part of whatever calls it, whose constants it then knows."""
+    return njit(function, nogil=True, fastmath=FAST, error_model="numpy", forceinline=True)  # type: ignore[no-any-return]
+
+
 def exact(function: F) -> F:
     """Compile without fast math, but for fusing."""
     return compiled(function, {"contract"})

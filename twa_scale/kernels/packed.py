@@ -1,9 +1,8 @@
 """Rows of 8, 4, 2 or 1 bit codes with one 16-bit scale a block, laid out for kernels that never unpack to memory.
 
-A tile is one 32-bit word for each element of a block, and as many blocks as a word has fields: field k of word j is
-the code of element j of block k. One load then serves several elements, a mask takes a code out in its place, and the
-place, a power of two, goes into the block's scale. Words are stored with the top bit flipped: read as signed numbers,
-all fields then convert to float without a shift, the topmost being lower by half of its range.
+A tile is one 16-bit word for each element of a block, and as many blocks as a word has fields: field k of word j is
+the code of element j of block k. One load then serves several elements, a mask takes a code out of its byte in its
+place, and the place, a power of two, goes into the block's scale.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from twa_scale.kernels.rows import Allocate
 
 BLOCKS = {8: 64, 4: 64, 2: 128, 1: 128}
 """Elements of a row that share a scale, by bits: heavy-tailed deltas need short blocks to keep what 8 or 4 bits can."""
-TOP = -(1 << 31)
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Packed:
     """
 
     words: torch.Tensor
-    """int32: for each tile (n, words of the tile)."""
+    """int16: for each tile (n, words of the tile)."""
     scales: torch.Tensor
     """bfloat16, whose range is that of float32: for each tile (n, blocks of the tile)."""
     n: int
@@ -43,7 +41,7 @@ class Packed:
         lead = start % BLOCKS[bits]
         words, blocks = sizes(m, lead, bits)
         return cls(
-            allocate(n * words, dtype=torch.int32, device=device).fill_(TOP),
+            allocate(n * words, dtype=torch.int16, device=device).zero_(),
             allocate(n * blocks, dtype=torch.bfloat16, device=device).zero_(),
             n,
             m,
@@ -64,7 +62,7 @@ class Packed:
     @property
     def fields(self) -> int:
         """Codes in a word, and blocks in a tile."""
-        return 32 // self.bits
+        return 16 // self.bits
 
     @property
     def tile(self) -> int:
@@ -74,7 +72,7 @@ class Packed:
     @property
     def tile_bytes(self) -> int:
         """Bytes of a full tile of all rows."""
-        return self.n * (4 * self.block + 2 * self.fields)
+        return self.n * (2 * self.block + 2 * self.fields)
 
     @property
     def count(self) -> int:
@@ -136,11 +134,11 @@ def sizes(m: int, lead: int, bits: int) -> tuple[int, int]:
     if m == 0:
         return 0, 0
     block = BLOCKS[bits]
-    full, rest = divmod(lead + m, block * (32 // bits))
-    return full * block + min(rest, block), full * (32 // bits) + -(-rest // block)
+    full, rest = divmod(lead + m, block * (16 // bits))
+    return full * block + min(rest, block), full * (16 // bits) + -(-rest // block)
 
 
 def packed_bytes(n: int, m: int, bits: int) -> int:
     """Return what n rows of m elements occupy when they start with a block."""
     words, blocks = sizes(m, 0, bits)
-    return n * (4 * words + 2 * blocks)
+    return n * 2 * (words + blocks)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from twa_scale.kernels.checksum import checksum
-from twa_scale.kernels.packed import TOP, Packed, zero_of
+from twa_scale.kernels.packed import Packed, zero_of
 from twa_scale.kernels.protocol import Differences, Rows, Sources
 from twa_scale.kernels.quantize import quantize
 from twa_scale.kernels.rows import TILE, Dense
@@ -72,12 +72,14 @@ class TorchKernels:
         missing = (before, tiles * fields - before - count)  # blocks of the first and the last tile: all bits zero
         shifts = torch.arange(fields, dtype=torch.int32, device=values.device) * bits
         codes = F.pad(codes, (0, 0, *missing)).unflatten(1, (tiles, fields)) << shifts[:, None]
-        new = codes.sum(2, dtype=torch.int32).transpose(0, 1)  # their bits are apart: a sum is as good as an or
+        new = (
+            codes.sum(2, dtype=torch.int32).to(torch.int16).transpose(0, 1)
+        )  # their bits are apart: a sum is as good as an or
         new_scales = F.pad(scales, missing).unflatten(1, (tiles, fields)).transpose(0, 1)
         done = 0
         for _, words, scale in rows.tiles(tile, tile + tiles):
             part = slice(done, done := done + len(words))
-            words ^= new[part, :, : words.shape[2]]
+            words |= new[part, :, : words.shape[2]]
             scale += new_scales[part, :, : scale.shape[2]]
 
 
@@ -89,7 +91,7 @@ def reference_of(weights: Sequence[float]) -> int:
 def unpack(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the values of some tiles, (tiles, n, blocks * words), float32."""
     shifts = torch.arange(scales.shape[2], dtype=torch.int32, device=words.device) * bits
-    codes = ((words ^ TOP)[:, :, None] >> shifts[:, None]) & ((1 << bits) - 1)
+    codes = (words.to(torch.int32)[:, :, None] >> shifts[:, None]) & ((1 << bits) - 1)
     return ((codes - zero_of(bits)) * scales.to(torch.float32)[..., None]).flatten(2)
 
 

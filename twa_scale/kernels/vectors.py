@@ -1,141 +1,263 @@
-"""The innermost loops over packed rows, written as vectors for LLVM, which splits them as the processor needs.
+"""The innermost loops over packed rows, as vectors.
 
-From loops in Python LLVM makes no sums that stay in registers from one row to the next; these are twice as fast.
+Codes are small integers, and so are the gradient and the coefficients here: 16 bits each, with a common unit for a
+block. A processor multiplies 32 pairs of such numbers and adds neighbours in one instruction, where for float32 it
+would first have to convert each code. What this rounds is 2^-16 of the largest of a block.
 
-Who edits this file must delete numba's caches (`__pycache__/*.nb*`): they know the file of the caller only.
+With few bits 0 lies between two codes. So -2 times its code is what is added, and half of the sum taken; it is exact,
+because numbers for few bits are even.
+
+Who edits this file or emit.py must delete numba's caches (`__pycache__/*.nb*`): they know the file of the caller only.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import ForceLiteralArg
 from numba.extending import intrinsic
 
-LANES = 16
-UNIT = 64
-"""Words of a row that are worked on at a time, four fields of each: 16 sums, or 16 parts of the gradient."""
-_CHUNKS = range(0, UNIT, LANES)
-_FIELDS = range(4)
-_FAST = ("contract", "reassoc", "nsz")
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
-_WORDS = ir.VectorType(ir.IntType(32), LANES)
+from twa_scale.kernels.emit import FAST, FLOAT, FLOATS, HALF, HALVES, INDEX, INT, LANES, WIDE, Emitter, splat
+from twa_scale.kernels.packed import BLOCKS, zero_of
+
+_TINY = 1e-30  # what is smaller has no inverse in float32, and is taken for 0
+_INFINITE = 0x7F800000  # the bits of a float32
+_MOST = float(1 << 22)  # of the magnitudes of the numbers of a block: times a byte and a sign they stay within 32 bits
 _U = types.uint64
+# Two rows are interleaved within each 16 bytes, as processors do it; `_ORDER` puts sums back into the order of words.
+_LOW = [8 * q + e + row * WIDE for q in range(4) for e in range(4) for row in (0, 1)]
+_HIGH = [i + 4 for i in _LOW]
+_ORDER = [4 * (w // 8) + w % 4 + w % 8 // 4 * LANES for w in range(WIDE)]
 
 
-class _Vectors:
-    """Emits instructions on the arguments of one call: the memory of arrays and the numbers, by their names."""
+class _Tile(Emitter):
+    """Emits instructions for a tile, with the number of bits known."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, names: str) -> None:
-        self.builder = builder
-        self._arguments = {
-            name: context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
-            for name, kind, value in zip(names.split(), signature.args, arguments, strict=True)
-        }
+        super().__init__(context, builder, signature.args[1:], arguments[1:], names)
+        self.bits = signature.args[0].literal_value
+        self.block, self.fields, self.half = BLOCKS[self.bits], 16 // self.bits, 8 // self.bits
+        self.even = self.bits < 4
+        self.top = 16383.0 if self.even else 32767.0
+        places = [1 << self.bits * (k % self.half) for k in range(self.fields)]
+        self.zeros = [int(-2 * zero_of(self.bits)) * place for place in places]
+        self.shares = [(0.5 if self.even else 1.0) / place for place in places]
 
-    def __getitem__(self, name: str) -> Any:
-        return self._arguments[name]
+    def parts(self) -> Iterator[tuple[list[int], int]]:
+        """Yield what is worked on at a time: up to four fields, and where in a block their 64 words begin."""
+        together = min(2, self.half)
+        for k in range(0, self.half, together):
+            for s in range(0, self.block, 2 * WIDE):
+                yield [side + k + i for side in (0, self.half) for i in range(together)], s
 
-    def times(self, a: Any, b: Any) -> Any:
-        """Return the product of two indices."""
-        return self.builder.mul(a, b)
+    def codes(self, words: Any, fields: Sequence[int]) -> list[Any]:
+        """Return codes, each in its place in a byte."""
+        masks = [splat((1 << self.bits) - 1 << self.bits * k, WIDE) for k in fields if k < self.half]
+        high = self.build.lshr(words, splat(8, WIDE))
+        return [self.build.and_(part, mask) for part in (words, high) for mask in masks]
 
-    def at(self, *terms: Any) -> Any:
-        """Return the sum of indices, numbers of Python among them."""
-        total = ir.Constant(ir.IntType(64), 0)
-        for term in terms:
-            total = self.builder.add(total, ir.Constant(ir.IntType(64), term) if isinstance(term, int) else term)
-        return total
+    def numbers(self, values: Any, inverses: Any) -> Any:
+        """Return values in units as integers of 16 bits, the low halves of these."""
+        nearest = self.nearest(self.build.fmul(values, inverses))
+        return self.build.shl(nearest, splat(1)) if self.even else nearest
 
-    def load(self, name: str, index: Any) -> Any:
-        """Return 16 neighbours."""
-        return self.builder.load(self._place(name, index), align=4)
+    def units(self, extents: Any, finite: Any) -> tuple[Any, Any]:
+        """Return what makes numbers of values up to an extent, and what makes values of sums of codes times numbers."""
+        some = self.build.and_(finite, self.build.fcmp_ordered(">", extents, splat(_TINY)))
+        inverses = self.build.select(some, self.build.fdiv(splat(self.top), extents), splat(0.0))
+        units = self.build.fmul(extents, self.of_fields([share / self.top for share in self.shares], FLOAT))
+        return inverses, self.build.select(finite, units, splat(float("nan")))
 
-    def store(self, name: str, index: Any, values: Any) -> None:
-        """Put down 16 neighbours."""
-        self.builder.store(values, self._place(name, index), align=4)
+    def of_fields(self, values: Sequence[Any], kind: Any = INT) -> Any:
+        """Return constants: lane l is of field l % fields."""
+        return ir.Constant(ir.VectorType(kind, LANES), [values[i % self.fields] for i in range(LANES)])
 
-    def splat(self, name: str, index: Any) -> Any:
-        """Return one element in all lanes."""
-        number = self.builder.load(self.builder.gep(self[name], [index]))
-        kind = ir.VectorType(number.type, LANES)
-        one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
-        return self.builder.shuffle_vector(one, one, ir.Constant(_WORDS, [0] * LANES))
 
-    def masked(self, words: Any, mask: Any) -> Any:
-        """Return the field that a mask leaves, as floats."""
-        return self.builder.sitofp(self.builder.and_(words, mask), _FLOATS)
+def _of_tile(emit: Callable[[_Tile], None], names: str, bits: Any, *kinds: Any) -> Any:
+    """Return what numba asks of an intrinsic: its types, of which `bits` is a constant, and what generates it."""
+    if not isinstance(bits, types.IntegerLiteral):
+        raise ForceLiteralArg([0])
 
-    def add_product(self, a: Any, b: Any, c: Any) -> Any:
-        """Return a * b + c; just the product where c is None."""
-        product = self.builder.fmul(a, b, flags=_FAST)
-        return product if c is None else self.builder.fadd(product, c, flags=_FAST)
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit(_Tile(context, builder, signature, arguments, names))
+        return context.get_dummy_value()
 
-    def _place(self, name: str, index: Any) -> Any:
-        pointer = self.builder.gep(self[name], [index])
-        return self.builder.bitcast(pointer, ir.VectorType(pointer.type.pointee, LANES).as_pointer())
+    return types.void(bits, *[kind if isinstance(kind, types.Array) else _U for kind in kinds]), generate
+
+
+@intrinsic
+def number_gradient(typing, bits, numbers, units, gradient, at):  # type: ignore[no-untyped-def]
+    """Write the gradient of a tile as numbers of 16 bits, and their units; NaN for a block that is not finite."""
+    return _of_tile(_number_gradient, "numbers units gradient at", bits, numbers, units, gradient, at)
+
+
+def _number_gradient(v: _Tile) -> None:
+    b = v.build
+    extents = splat(0)
+    for k in range(v.fields):
+        parts = (v.magnitudes(v.floats("gradient", v.at(v["at"], k * v.block + c))) for c in range(0, v.block, LANES))
+        here = v.of_fields([i == k for i in range(v.fields)], ir.IntType(1))
+        extents = b.select(here, v.joined(reduce(v.larger, parts), v.larger), extents)
+    finite = b.icmp_unsigned("<", extents, splat(_INFINITE))
+    inverses, units = v.units(b.bitcast(extents, FLOATS), finite)
+    v.store("units", 0, units)
+    for k in range(v.fields):
+        inverse = v.shuffle(inverses, inverses, [k] * LANES)
+        for at in range(k * v.block, (k + 1) * v.block, WIDE):
+            both = (v.numbers(v.floats("gradient", v.at(v["at"], at + i)), inverse) for i in (0, LANES))
+            low, high = (b.bitcast(some, HALVES) for some in both)
+            v.store("numbers", at, v.shuffle(low, high, range(0, 2 * WIDE, 2)))
 
 
 @intrinsic
 def add_dots(  # type: ignore[no-untyped-def]
-    typing, lanes, words, at, pitch, n, masks, k, factors, fields, right, s, block
+    typing, bits, lanes, words, at, n, scales, factors, chunks, numbers, units
 ):
-    """Add factor_ik * <masked words, gradient> of 64 words and fields k to k + 3 to the 16 lanes of each of n rows.
+    """Add <row_i, gradient> of a tile to 16 lanes of each of n rows.
 
-    The words of row i start at `at` + i * `pitch`; `right` holds the gradient block by block, and s is where in a block
-    the words start. The sums of a row stay beside each other: adding them up for each block would take longer.
+    The sums of a row stay beside each other: adding them up for each block would take longer.
     """
+    names = "lanes words at n scales factors chunks numbers units"
+    return _of_tile(_add_dots, names, bits, lanes, words, at, n, scales, factors, chunks, numbers, units)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = _Vectors(
-            context, builder, signature, arguments, "lanes words at pitch n masks k factors fields right s block"
-        )
-        masks = {f: v.splat("masks", v.at(v["k"], f)) for f in _FIELDS}
-        starts = {f: v.at(v["s"], v.times(v.at(v["k"], f), v["block"])) for f in _FIELDS}
-        gradient = {(f, c): v.load("right", v.at(starts[f], c)) for f in _FIELDS for c in _CHUNKS}
-        with cgutils.for_range(builder, v["n"]) as loop:
-            start, lane = v.at(v["at"], v.times(loop.index, v["pitch"])), v.times(loop.index, v.at(LANES))
-            sums: dict[int, Any] = dict.fromkeys(_FIELDS)
-            for c in _CHUNKS:
-                some = v.load("words", v.at(start, c))
-                for f in _FIELDS:
-                    sums[f] = v.add_product(v.masked(some, masks[f]), gradient[f, c], sums[f])
+
+def _add_dots(v: _Tile) -> None:
+    units = v.load("units", 0)
+    with cgutils.for_range(v.build, v["chunks"]) as chunk:
+        start = v.times(chunk.index, LANES)
+        v.store("factors", start, v.build.fmul(v.floats("scales", start), units))
+    for fields, s in v.parts():
+        numbers = [[v.load("numbers", k * v.block + s + c, WIDE) for c in (0, WIDE)] for k in fields]
+        firsts = []
+        for k, some in zip(fields, numbers, strict=True):
+            first = splat(0)
+            for c in (0, 1):
+                first = v.add_products(first, some[c], splat(v.zeros[k], WIDE))
+            firsts.append(v.build.ashr(first, splat(1)))
+        with cgutils.for_range(v.build, v["n"]) as row:
+            sums = firsts
+            for c in (0, 1):
+                words = v.load("words", v.at(v["at"], v.times(row.index, v.block), s + c * WIDE), WIDE)
+                codes = v.codes(words, fields)
+                sums = [v.add_products(x, code, some[c]) for x, code, some in zip(sums, codes, numbers, strict=True)]
+            lane = v.times(row.index, LANES)
             total = v.load("lanes", lane)
-            for f in _FIELDS:
-                factor = v.splat("factors", v.at(v.times(loop.index, v["fields"]), v["k"], f))
-                total = v.add_product(sums[f], factor, total)
+            for k, x in zip(fields, sums, strict=True):
+                factor = v.spread("factors", v.at(v.times(row.index, v.fields), k))
+                total = v.build.fadd(total, v.scaled(x, factor), flags=FAST)
             v.store("lanes", lane, total)
-        return context.get_dummy_value()
-
-    return types.void(lanes, words, _U, _U, _U, masks, _U, factors, _U, right, _U, _U), generate
 
 
 @intrinsic
-def sum_rows(  # type: ignore[no-untyped-def]
-    typing, total, s, words, at, pitch, n, masks, k, factors, fields, block
-):
-    """Write sum_i factor_ik * masked words of 64 words and fields k to k + 3 of n rows into `total`, block by block.
+def number_rows(typing, bits, pairs, firsts, units, factors, scales, weights, chunks):  # type: ignore[no-untyped-def]
+    """Write what multiplies the codes of a tile: numbers of 16 bits, two rows beside each other, and their units.
 
-    The words are placed as for `add_dots`.
+    `firsts` are where sums begin, so that codes of 0 add up to 0.
+    """
+    names = "pairs firsts units factors scales weights chunks"
+    return _of_tile(_number_rows, names, bits, pairs, firsts, units, factors, scales, weights, chunks)
+
+
+def _number_rows(v: _Tile) -> None:
+    b = v.build
+    largest, size, count = (v.variable(splat(zero)) for zero in (0, 0.0, 0))
+    with cgutils.for_range(b, v["chunks"]) as chunk:
+        start = v.times(chunk.index, LANES)
+        factors = b.fmul(v.floats("scales", start), v.load("weights", start))
+        v.store("factors", start, factors)
+        magnitudes = v.magnitudes(factors)
+        largest.set(v.larger(largest.get(), magnitudes))
+        size.set(b.fadd(size.get(), b.bitcast(magnitudes, FLOATS)))
+    extents = b.bitcast(v.joined(largest.get(), v.larger, v.fields), FLOATS)
+    sizes = v.joined(size.get(), b.fadd, v.fields)
+    bounds = b.fmul(sizes, splat(v.top / _MOST))
+    extents = b.select(b.fcmp_ordered(">", bounds, extents), bounds, extents)
+    inverses, units = v.units(extents, b.fcmp_ordered("<", sizes, splat(float("inf"))))
+    v.store("units", 0, units)
+    even = [p // v.fields * 2 * v.fields + p % v.fields for p in range(LANES)]
+    with cgutils.for_range(b, b.lshr(v["chunks"], v.at(1))) as two:
+        start = v.times(two.index, WIDE)
+        low, high = (v.numbers(v.load("factors", v.at(start, k)), inverses) for k in (0, LANES))
+        first, second = (v.shuffle(low, high, [i + row * v.fields for i in even]) for row in (0, 1))
+        v.store("pairs", v.times(two.index, LANES), b.or_(b.and_(first, splat(0xFFFF)), b.shl(second, splat(16))))
+        for some in (low, high):
+            count.set(b.add(count.get(), b.ashr(b.shl(some, splat(16)), splat(16))))
+    zeros = b.mul(v.joined(count.get(), b.add, v.fields), v.of_fields(v.zeros))
+    v.store("firsts", 0, b.ashr(zeros, splat(1)))
+
+
+@intrinsic
+def sum_rows(typing, bits, total, words, at, n, pairs, firsts, units):  # type: ignore[no-untyped-def]
+    """Write sum_i weight_i row_i of a tile, from what `number_rows` has written."""
+    return _of_tile(_sum_rows, "total words at n pairs firsts units", bits, total, words, at, n, pairs, firsts, units)
+
+
+def _sum_rows(v: _Tile) -> None:
+    b = v.build
+    last = b.sub(v["n"], v.at(1))
+    for fields, s in v.parts():
+        firsts = [v.spread("firsts", k) for k in fields]
+        sums = {(c, f, side): v.variable(firsts[f]) for c in (0, WIDE) for f in range(len(fields)) for side in (0, 1)}
+        with cgutils.for_range(b, b.lshr(v.at(v["n"], 1), v.at(1))) as pair:
+            one = v.times(pair.index, 2)
+            other = v.at(one, 1)
+            other = b.select(b.icmp_unsigned("<", other, last), other, last)  # of an odd one out: its number is 0
+            rows = [v.at(v["at"], v.times(i, v.block), s) for i in (one, other)]
+            row = v.times(pair.index, v.fields)
+            numbers = [b.bitcast(v.spread("pairs", v.at(row, k)), HALVES) for k in fields]
+            for c in (0, WIDE):
+                first, second = (v.load("words", v.at(start, c), WIDE) for start in rows)
+                for side, order in enumerate((_LOW, _HIGH)):
+                    codes = v.codes(v.shuffle(first, second, order), fields)
+                    for f, (code, number) in enumerate(zip(codes, numbers, strict=True)):
+                        place = sums[c, f, side]
+                        place.set(v.add_products(place.get(), code, number))
+        for f, k in enumerate(fields):
+            unit = v.spread("units", k)
+            for c in (0, WIDE):
+                for i in (0, LANES):
+                    order = _ORDER[i : i + LANES]
+                    some = v.shuffle(sums[c, f, 0].get(), sums[c, f, 1].get(), order)
+                    v.store("total", k * v.block + s + c + i, v.scaled(some, unit))
+
+
+@intrinsic
+def write(typing, out, at, center, base, total, count):  # type: ignore[no-untyped-def]
+    """Write center * base + total to `count` elements of `out`, a multiple of 16, past the caches.
+
+    So `out` need not be read first. Its memory has to be aligned: returns whether it is, and was written.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = _Vectors(context, builder, signature, arguments, "total s words at pitch n masks k factors fields block")
-        masks = {f: v.splat("masks", v.at(v["k"], f)) for f in _FIELDS}
-        zero = ir.Constant(_FLOATS, [0.0] * LANES)
-        sums = {(f, c): cgutils.alloca_once(builder, _FLOATS) for f in _FIELDS for c in _CHUNKS}  # LLVM: registers
-        for place in sums.values():
-            builder.store(zero, place)
-        with cgutils.for_range(builder, v["n"]) as loop:
-            start, q = v.at(v["at"], v.times(loop.index, v["pitch"])), v.times(loop.index, v["fields"])
-            factors = {f: v.splat("factors", v.at(q, v["k"], f)) for f in _FIELDS}
-            for c in _CHUNKS:
-                some = v.load("words", v.at(start, c))
-                for f in _FIELDS:
-                    place = sums[f, c]
-                    builder.store(v.add_product(v.masked(some, masks[f]), factors[f], builder.load(place)), place)
-        for (f, c), place in sums.items():
-            v.store("total", v.at(v["s"], v.times(v.at(v["k"], f), v["block"]), c), builder.load(place))
+        v = Emitter(context, builder, signature.args, arguments, "out at center base total count")
+        start = v.place("out", v["at"])
+        size = LANES * (2 if start.type.pointee.element == HALF else 4)
+        low = builder.and_(builder.ptrtoint(start, INDEX), v.at(size - 1))
+        aligned = builder.icmp_unsigned("==", low, v.at(0))
+        with builder.if_then(aligned):
+            factor = v.everywhere(v["center"])
+            with cgutils.for_range(builder, builder.lshr(v["count"], v.at(4))) as loop:
+                j = v.times(loop.index, LANES)
+                to = v.at(v["at"], j)
+                product = builder.fmul(factor, v.load("base", to), flags=FAST)
+                values = builder.fadd(product, v.load("total", j), flags=FAST)
+                values = v.bfloat16(values) if start.type.pointee.element == HALF else values
+                store = builder.store(values, v.place("out", to), align=size)
+                store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(INT, 1)]))
+        return aligned
+
+    return types.boolean(out, _U, center, base, total, _U), generate
+
+
+@intrinsic
+def written(typing):  # type: ignore[no-untyped-def]
+    """Wait until what `write` has written can be read by others."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
         return context.get_dummy_value()
 
-    return types.void(total, _U, words, _U, _U, _U, masks, _U, factors, _U, _U), generate
+    return types.void(), generate

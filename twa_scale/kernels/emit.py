@@ -1,0 +1,146 @@
+"""Vector instructions for LLVM, which splits them as the processor needs: the words that vectors.py is written with."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+LANES = 16
+WIDE = 2 * LANES
+INDEX, INT, HALF, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
+INTS, FLOATS, HALVES = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES), ir.VectorType(HALF, WIDE)
+FAST = ("contract", "reassoc", "nsz")
+_ROUNDER = float(3 << 22)  # added to a small float32, it leaves the nearest integer in the low bits
+Join = Callable[[Any, Any], Any]
+
+
+def splat(value: float, lanes: int = LANES) -> Any:
+    """Return a constant in all lanes: 16 floats or integers of 32 bits, or 32 of 16."""
+    kind = HALF if lanes == WIDE else INT if isinstance(value, int) else FLOAT
+    return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
+
+
+class Emitter:
+    """Emits instructions on the arguments of one call: arrays and indices, by their names."""
+
+    def __init__(self, context: Any, builder: Any, kinds: Sequence[Any], arguments: Sequence[Any], names: str) -> None:
+        self.build = builder
+        self._features = context.codegen().magic_tuple()[2].split(",")
+        self._arguments = {
+            name: context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
+            for name, kind, value in zip(names.split(), kinds, arguments, strict=True)
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._arguments[name]
+
+    def at(self, *terms: Any) -> Any:
+        """Return the sum of indices."""
+        total, *others = (ir.Constant(INDEX, term) if isinstance(term, int) else term for term in terms)
+        for term in others:
+            total = self.build.add(total, term)
+        return total
+
+    def times(self, index: Any, factor: Any) -> Any:
+        """Return the product of indices."""
+        return self.build.mul(index, self.at(factor))
+
+    def place(self, name: str, index: Any, lanes: int = LANES) -> Any:
+        """Return the address of neighbours."""
+        pointer = self.build.gep(self[name], [self.at(index)])
+        return self.build.bitcast(pointer, ir.VectorType(pointer.type.pointee, lanes).as_pointer())
+
+    def load(self, name: str, index: Any, lanes: int = LANES) -> Any:
+        """Return neighbours."""
+        return self.build.load(self.place(name, index, lanes), align=2)
+
+    def floats(self, name: str, index: Any) -> Any:
+        """Return 16 neighbours as floats: of float32, or of the bits of bfloat16."""
+        values = self.load(name, index)
+        if values.type == FLOATS:
+            return values
+        return self.build.bitcast(self.build.shl(self.build.zext(values, INTS), splat(16)), FLOATS)
+
+    def store(self, name: str, index: Any, values: Any) -> None:
+        """Put down neighbours."""
+        self.build.store(values, self.place(name, index, values.type.count), align=2)
+
+    def spread(self, name: str, index: Any) -> Any:
+        """Return one element in 16 lanes."""
+        return self.everywhere(self.build.load(self.build.gep(self[name], [self.at(index)])))
+
+    def everywhere(self, number: Any) -> Any:
+        """Return a number in 16 lanes."""
+        one = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+        one = self.build.insert_element(one, number, ir.Constant(INT, 0))
+        return self.shuffle(one, one, [0] * LANES)
+
+    def shuffle(self, a: Any, b: Any, order: Sequence[int]) -> Any:
+        """Return lanes of two vectors."""
+        return self.build.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(order)), list(order)))
+
+    def joined(self, values: Any, join: Join, step: int = 1) -> Any:
+        """Join the lanes that are a multiple of `step`, a power of two, apart; each of them has the result."""
+        while step < LANES:
+            values = join(values, self.shuffle(values, values, [(i + step) % LANES for i in range(LANES)]))
+            step *= 2
+        return values
+
+    def magnitudes(self, values: Any) -> Any:
+        """Return absolute values as bits, unsigned integers in the same order."""
+        return self.build.and_(self.build.bitcast(values, INTS), splat(0x7FFFFFFF))
+
+    def larger(self, a: Any, b: Any) -> Any:
+        """Return the larger ones of unsigned integers."""
+        return self.build.select(self.build.icmp_unsigned(">", a, b), a, b)
+
+    def nearest(self, values: Any) -> Any:
+        """Return the nearest integers, of 16 bits: the low halves of these 16."""
+        return self.build.bitcast(self.build.fadd(values, splat(_ROUNDER)), INTS)
+
+    def add_products(self, total: Any, a: Any, b: Any) -> Any:
+        """Add a_2j b_2j + a_2j+1 b_2j+1, of 32 integers each, to 16 sums."""
+        if "+avx512bw" in self._features:  # LLVM sees by itself that AVX2 and SSE have an instruction for it
+            kind = ir.FunctionType(INTS, [HALVES, HALVES])
+            instruction = cgutils.get_or_insert_function(self.build.module, kind, "llvm.x86.avx512.pmaddw.d.512")
+            return self.build.add(total, self.build.call(instruction, [a, b]))
+        for odd in (0, 1):
+            two = [self.build.sext(self.shuffle(x, x, range(odd, WIDE, 2)), INTS) for x in (a, b)]
+            total = self.build.add(total, self.build.mul(*two))
+        return total
+
+    def scaled(self, sums: Any, factor: Any) -> Any:
+        """Return factor * sums, as floats."""
+        return self.build.fmul(self.build.sitofp(sums, FLOATS), factor, flags=FAST)
+
+    def bfloat16(self, values: Any) -> Any:
+        """Return the bits of the bfloat16 nearest to floats, ties to even."""
+        bits = self.build.bitcast(values, INTS)
+        high = self.build.lshr(bits, splat(16))
+        even = self.build.add(self.build.add(bits, splat(0x7FFF)), self.build.and_(high, splat(1)))
+        number = self.build.fcmp_ordered("==", values, values)
+        rounded = self.build.select(number, self.build.lshr(even, splat(16)), splat(0x7FC0))
+        return self.build.trunc(rounded, ir.VectorType(HALF, LANES))
+
+    def variable(self, first: Any) -> "Variable":
+        """Return what a loop may change."""
+        return Variable(self.build, first)
+
+
+class Variable:
+    """A place in memory that LLVM makes a register of."""
+
+    def __init__(self, builder: Any, first: Any) -> None:
+        self._builder = builder
+        self._place = cgutils.alloca_once(builder, first.type)
+        self.set(first)
+
+    def get(self) -> Any:
+        """Return the value."""
+        return self._builder.load(self._place)
+
+    def set(self, value: Any) -> None:
+        """Change the value."""
+        self._builder.store(value, self._place)
