@@ -130,10 +130,8 @@ def plan(
 
     Starts nothing.
     """
-    from twa_scale.choices import choose_store
     from twa_scale.config import load_config
-    from twa_scale.plan import make_plan
-    from twa_scale.tables import plan_json, plan_tables
+    from twa_scale.planning import choose_store, make_plan, plan_json, plan_tables
     from twa_scale.writer import parse_size
 
     try:
@@ -156,8 +154,8 @@ def inspect(
 ) -> None:
     """Show what candidates hold and how they lie to each other. Reads each byte once, in bounded memory."""
     from twa_scale.inspection import inspect as inspect_candidates
+    from twa_scale.inspection import inspection_json, inspection_table
     from twa_scale.plots import plot_cosines
-    from twa_scale.tables import inspection_json, inspection_table
     from twa_scale.training.report import Report
 
     with Report().bytes("reading candidates") as progress:
@@ -209,10 +207,9 @@ def bench(
     """
     import torch
 
+    from twa_scale.bench import Work, bench_json, bench_table, forecast, planned_work
     from twa_scale.config import load_config
-    from twa_scale.forecast import Work, forecast, planned_work
-    from twa_scale.plan import make_plan
-    from twa_scale.tables import bench_json, bench_table
+    from twa_scale.planning import make_plan
     from twa_scale.world import World
 
     names = stores.split(",") if stores else []

@@ -19,7 +19,7 @@ from tests.commands.material import settings, train_candidates
 from tests.pool import Pool
 from tests.traffic import Call
 from twa_scale.config import RunConfig, validated
-from twa_scale.plan import make_plan
+from twa_scale.planning import make_plan
 from twa_scale.tasks.gpt import ByteGPT
 from twa_scale.training.loop import Run
 from twa_scale.training.report import Report

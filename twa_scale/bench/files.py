@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from twa_scale.basis import Gram
-from twa_scale.bench import Measured
+from twa_scale.bench.measured import Measured
 from twa_scale.comm import Group
 from twa_scale.config import TwaConfig, validated
 from twa_scale.merge import merge
