@@ -19,9 +19,8 @@ from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
 from twa_scale.layout import Layout
 from twa_scale.optimizer import make_optimizer
-from twa_scale.pods import Pods
+from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Progress, job_bytes
-from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 from twa_scale.state import Fingerprint

@@ -210,7 +210,7 @@ def bench(
     from twa_scale.bench import Work, bench_json, bench_table, forecast, planned_work
     from twa_scale.config import load_config
     from twa_scale.planning import make_plan
-    from twa_scale.world import World
+    from twa_scale.ranks import World
 
     names = stores.split(",") if stores else []
     plan = None
@@ -301,8 +301,8 @@ def _joined(out: Path) -> "Iterator[tuple[Report, Callable[[str], None]]]":
     """Share the work with the other ranks of the launcher, if there are any; rank 0 reports."""
     import torch
 
+    from twa_scale.ranks import World
     from twa_scale.training.report import Report
-    from twa_scale.world import World
 
     world = World.from_environment()
     with world.joined(torch.device("cpu"), out.parent):
@@ -323,7 +323,7 @@ def _explain(error: TwaError) -> None:
     """Print an error once: one rank speaks for all where all know; what is wrong with one node, only that can say."""
     import torch.distributed as dist
 
-    from twa_scale.world import World
+    from twa_scale.ranks import World
 
     try:
         world = World.from_environment()

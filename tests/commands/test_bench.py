@@ -20,7 +20,7 @@ from twa_scale.bench.stores import bench_bytes, run_bench
 from twa_scale.cli import app
 from twa_scale.config import RunConfig, validated
 from twa_scale.planning import make_plan
-from twa_scale.world import World
+from twa_scale.ranks import World
 
 CPU = torch.device("cpu")
 

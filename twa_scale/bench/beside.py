@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from twa_scale.bench.measured import Measured, measure
-from twa_scale.comm import Group
+from twa_scale.ranks import Group
 
 MEMORY = 1 << 31
 """Bytes of the memory that is read and copied, at most."""

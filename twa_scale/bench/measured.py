@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from twa_scale.comm import Group
+from twa_scale.ranks import Group
 
 _TIMES, _SECONDS, _MOST = 7, 0.5, 1000  # at least as often and as long: others may disturb any one call
 

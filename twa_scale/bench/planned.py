@@ -12,8 +12,8 @@ from twa_scale.bench.stores import Bench, bench_bytes, run_bench
 from twa_scale.config import RunConfig, TwaConfig, validated
 from twa_scale.memory import free_memory
 from twa_scale.planning import Plan
+from twa_scale.ranks import World
 from twa_scale.store import store_bytes, update_bytes
-from twa_scale.world import World
 
 _FREE = 0.5  # part of the free memory that is taken for measuring
 _FILES = 10_000_000  # elements of the candidates that are written to measure how fast they are read, at most

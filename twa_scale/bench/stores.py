@@ -7,9 +7,9 @@ import torch
 
 from twa_scale.bench.beside import MEMORY, adamw, coefficient_optimizer, memory_rates, published, reduction
 from twa_scale.bench.measured import Measured, measure
-from twa_scale.comm import Group
 from twa_scale.config import TwaConfig, validated
 from twa_scale.errors import ConfigError
+from twa_scale.ranks import Group
 from twa_scale.spans import Span
 from twa_scale.store import Store, make_store, store_bytes, update_bytes
 

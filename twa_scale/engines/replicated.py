@@ -5,9 +5,9 @@ from itertools import groupby
 
 import torch
 
-from twa_scale.comm import Group
 from twa_scale.engines.describe import flat
 from twa_scale.engines.protocol import Consume
+from twa_scale.ranks import Group
 from twa_scale.spans import Span, share
 
 _BUCKET = 1 << 23  # elements per all-gather: large enough to hide latency, small beside the model

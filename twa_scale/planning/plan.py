@@ -17,6 +17,7 @@ from twa_scale.optimizer import make_optimizer
 from twa_scale.planning.activations import activation_bytes
 from twa_scale.planning.held import ELEMENT, compute_bytes, owned_elements, partitions, transient
 from twa_scale.planning.wire import all_reduced, wire_bytes
+from twa_scale.ranks import World
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.mapped import mapped
 from twa_scale.store import staging_bytes, store_bytes
@@ -25,7 +26,6 @@ from twa_scale.tasks import build_task, stack
 from twa_scale.training.batches import make_batches
 from twa_scale.training.model import ZERO_ENGINES, resolve_engine
 from twa_scale.training.zero import load_stages
-from twa_scale.world import World
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from twa_scale.attach import attach
 from twa_scale.average import TrainableAverage
 from twa_scale.batchnorm import batchnorm_layers
 from twa_scale.clock import Clock, read_bandwidth
-from twa_scale.comm import Group
 from twa_scale.config import RunConfig, dump
 from twa_scale.engines.zero import is_deepspeed
 from twa_scale.errors import StateError
 from twa_scale.memory import peak_resident, return_freed_memory
 from twa_scale.plots import plot_training
+from twa_scale.ranks import Group, World
 from twa_scale.state import load_state, save_state
 from twa_scale.tasks import Task, build_task
 from twa_scale.training.batches import Batches, make_batches
@@ -30,7 +30,6 @@ from twa_scale.training.records import Records, read_records
 from twa_scale.training.report import Report
 from twa_scale.training.schedule import make_scheduler
 from twa_scale.training.stopping import Stop, Stopped
-from twa_scale.world import World
 from twa_scale.writer import parse_size
 from twa_scale.writer.publish import check_target, replace_file, reported
 
