@@ -70,7 +70,7 @@ def run(
         torchrun --nproc-per-node 8 -m twa_scale run configs/my-run.yaml
 
     Started again after a crash, it continues from the last saved state in `output`. SIGUSR1 or SIGTERM make it save its
-    state after the present step and exit with code 75.
+    state after what it is at, a step, an evaluation or attach, and exit with code 75.
     """
     from twa_scale.config import load_config
     from twa_scale.training import run as run_training

@@ -101,8 +101,10 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Run from the present step to the last; then evaluate, export and summarize."""
         config = self.config
+        self._leave_if_asked()  # while candidates were read
         if self.step == 0 or self._evaluation_is_due():
             self._evaluate()
+            self._leave_if_asked()
         with self.report.steps("training coefficients", self.num_steps, self.step) as advance:
             while self.step < self.num_steps:
                 values = self._one_step()
@@ -115,6 +117,7 @@ class Run:
                     self._save()
                 if self._evaluation_is_due():
                     self._evaluate()
+                    self._leave_if_asked()
         return self._finish()
 
     def _evaluation_is_due(self) -> bool:
@@ -170,6 +173,12 @@ class Run:
         steps = range(min(limit, self.training.per_epoch))
         batches = (batch for step in steps for batch in self.training.training(step))
         self.twa.recalibrate_batchnorm(batches, forward=lambda model, batch: self.task.loss(model, batch))
+
+    def _leave_if_asked(self) -> None:
+        """Stop where all ranks are, if any of them was asked to since the last step. Collective."""
+        asked = torch.tensor(float(self.stop.asked), device=self.device)
+        if self.twa.pods.sum_(asked).item() > 0:
+            self._leave()
 
     def _leave(self) -> NoReturn:
         """Stop here, where all ranks are, so that a later start goes on as if nothing had been."""
