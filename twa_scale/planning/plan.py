@@ -1,6 +1,6 @@
 """What a run will need, before anything starts: memory of a rank, bytes read, bytes on the wire of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from twa_scale.config import RunConfig
+from twa_scale.engines import ParameterInfo
 from twa_scale.engines.describe import named_parameters, persistent_buffers
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, choose_kernels
@@ -18,8 +19,10 @@ from twa_scale.planning.activations import activation_bytes
 from twa_scale.planning.held import ELEMENT, compute_bytes, owned_elements, partitions, transient
 from twa_scale.planning.wire import all_reduced, wire_bytes
 from twa_scale.ranks import World
+from twa_scale.reading import Job, job_bytes
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.mapped import mapped
+from twa_scale.spans import Span
 from twa_scale.store import staging_bytes, store_bytes
 from twa_scale.streaming import scratch_bytes
 from twa_scale.tasks import build_task, stack
@@ -52,7 +55,7 @@ class Plan:
     host: dict[str, int]
     """What lies in host memory although the run is on GPUs, with `store_device: cpu`; not part of the peak."""
     bytes_read: int
-    """Of the candidates, per rank."""
+    """Of the candidates, on the rank that reads most."""
     wire: dict[str, int]
     """Bytes that a rank sends inside its pod in a step, by what they are."""
     wire_between_pods: dict[str, int]
@@ -133,18 +136,25 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         attach={} if offloaded else streaming,
         step={"activations": activations, **transient(model, parameters, engine, config)},
         host={**store, **streaming} if offloaded else {},
-        bytes_read=_bytes_read(candidates, layout, owned),
+        bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, owned, n)),
         wire=wire_bytes(model, parameters, shards, engine, config, numbers),
         wire_between_pods={name: all_reduced(size, config.pods) for name, size in numbers.items() if config.pods > 1},
         notes=tuple(notes),
     )
 
 
-def _bytes_read(candidates: Sequence[Candidate], layout: Layout, owned: dict[str, int]) -> int:
-    return sum(
-        elements * sum(candidate.dtype(layout.source(name)).itemsize for candidate in candidates)
-        for name, elements in owned.items()
-    )
+def _jobs(
+    parameters: dict[str, ParameterInfo],
+    buffers: dict[str, torch.Tensor],
+    layout: Layout,
+    owned: dict[str, int],
+    n: int,
+) -> Iterator[Job]:
+    """Yield what attach reads on the first rank, which takes the buffers; of integers the last candidate's only."""
+    found = [(name, size, parameters[name].dtype) for name, size in owned.items()]
+    found += [(name, buffers[name].numel(), buffers[name].dtype) for name in layout.buffers]
+    for name, size, dtype in found:
+        yield Span(layout.source(name), 0, size), range(n) if dtype.is_floating_point else range(n - 1, n)
 
 
 def _mapped_bytes(candidates: Sequence[Candidate], layout: Layout, local: dict[str, int]) -> int | None:
@@ -154,4 +164,5 @@ def _mapped_bytes(candidates: Sequence[Candidate], layout: Layout, local: dict[s
                 mapped(candidate, layout.source(name))
     except ConfigError:
         return None
-    return _bytes_read(candidates, layout, local)
+    everyone = range(len(candidates))
+    return job_bytes(candidates, ((Span(layout.source(name), 0, size), everyone) for name, size in local.items()))
