@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.slices import opened, read, refused
 from twa_scale.errors import CandidateError
-from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources import open_candidates
 from twa_scale.sources.side_files import side_files
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -42,25 +43,6 @@ def copied(written: Path, tmp_path: Path) -> Callable[[str], Path]:
         return tmp_path / case / "global_step1"
 
     return copy
-
-
-def read(candidate: Candidate, name: str, start: int, stop: int) -> torch.Tensor:
-    out = torch.empty(stop - start, dtype=candidate.dtype(name))
-    candidate.read(name, start, out)
-    return out
-
-
-def opened(path: Path) -> Candidate:
-    return open_candidates([path], minimum=1)[0]
-
-
-def refused(path: Path) -> str:
-    """The error that opening, or else reading every tensor, ends in."""
-    with pytest.raises(CandidateError) as error:
-        candidate = opened(path)
-        for name in candidate.names():
-            read(candidate, name, 0, torch.Size(candidate.shape(name)).numel())
-    return str(error.value)
 
 
 def changed(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
