@@ -159,6 +159,29 @@ def test_files_of_another_saving(copied: Callable[[str], Path], written: Path) -
     assert "holds both" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    ("case", "held_in"),
+    [
+        ("2/2-fp32", "single_partition_of_fp32_groups"),
+        ("2/3-fp32", "fp32_flat_groups"),
+        ("2/3-fp32", "frozen_param_fragments"),
+    ],
+)
+def test_ranks_that_saved_in_other_types(copied: Callable[[str], Path], case: str, held_in: str) -> None:
+    def halve(content: dict[str, Any]) -> None:
+        state = content.get("optimizer_state_dict", content)
+        held = state[held_in]
+        for key in list(held) if isinstance(held, dict) else range(len(held)):
+            held[key] = held[key].half()
+
+    folder = copied(case)
+    which = "*pp_rank_1_*_model_states.pt" if "frozen" in held_in else "*pp_rank_1_*_optim_states.pt"
+    (last,) = folder.glob(which)
+    changed(last, halve)
+    message = refused(folder)
+    assert message.startswith(f"{last}: tensor '") and "float16" in message and "float32" in message, message
+
+
 def test_shapes_that_the_partitions_do_not_fit(copied: Callable[[str], Path]) -> None:
     for case in ("2/2-fp32", "2/3-fp32"):
         folder = copied(case)
