@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from twa_scale.comm import Group
 from twa_scale.config import load_config
+from twa_scale.ranks import Group, World
 from twa_scale.tasks import build_task
 from twa_scale.training.batches import make_batches
 from twa_scale.training.evaluate import evaluate
-from twa_scale.world import World
 
 
 def main() -> None:

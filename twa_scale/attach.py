@@ -18,9 +18,8 @@ from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.layout import Layout, match
 from twa_scale.optimizer import check_settings
-from twa_scale.pods import Pods
+from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Job, Progress, job_bytes
-from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.mapped import mapped
 from twa_scale.spans import whole

@@ -14,19 +14,17 @@ from twa_scale.basis import Basis
 from twa_scale.clock import Clock
 from twa_scale.coefficients import Which, averaging_coefficients
 from twa_scale.config import TwaConfig
-from twa_scale.cost import update_bytes
 from twa_scale.engines import Engine
 from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
 from twa_scale.layout import Layout
 from twa_scale.optimizer import make_optimizer
-from twa_scale.pods import Pods
+from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Progress, job_bytes
-from twa_scale.reduction import Reduction
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 from twa_scale.state import Fingerprint
-from twa_scale.store import Store
+from twa_scale.store import Store, update_bytes
 
 # Settings under which saved coefficients and moments keep their meaning; the store and the start are free to change.
 _MEANING = ("basis", "groups", "center", "units", "num_components", "include", "exclude", "optimizer", "max_grad_norm")

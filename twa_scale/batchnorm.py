@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twa_scale.comm import Group
+from twa_scale.ranks import Group
 
 
 def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:

@@ -70,7 +70,7 @@ def run(
         torchrun --nproc-per-node 8 -m twa_scale run configs/my-run.yaml
 
     Started again after a crash, it continues from the last saved state in `output`. SIGUSR1 or SIGTERM make it save its
-    state after the present step and exit with code 75.
+    state after what it is at, a step, an evaluation or attach, and exit with code 75.
     """
     from twa_scale.config import load_config
     from twa_scale.training import run as run_training
@@ -130,10 +130,8 @@ def plan(
 
     Starts nothing.
     """
-    from twa_scale.choices import choose_store
     from twa_scale.config import load_config
-    from twa_scale.plan import make_plan
-    from twa_scale.tables import plan_json, plan_tables
+    from twa_scale.planning import choose_store, make_plan, plan_json, plan_tables
     from twa_scale.writer import parse_size
 
     try:
@@ -156,8 +154,8 @@ def inspect(
 ) -> None:
     """Show what candidates hold and how they lie to each other. Reads each byte once, in bounded memory."""
     from twa_scale.inspection import inspect as inspect_candidates
+    from twa_scale.inspection import inspection_json, inspection_table
     from twa_scale.plots import plot_cosines
-    from twa_scale.tables import inspection_json, inspection_table
     from twa_scale.training.report import Report
 
     with Report().bytes("reading candidates") as progress:
@@ -209,11 +207,10 @@ def bench(
     """
     import torch
 
+    from twa_scale.bench import Work, bench_json, bench_table, forecast, planned_work
     from twa_scale.config import load_config
-    from twa_scale.forecast import Work, forecast, planned_work
-    from twa_scale.plan import make_plan
-    from twa_scale.tables import bench_json, bench_table
-    from twa_scale.world import World
+    from twa_scale.planning import make_plan
+    from twa_scale.ranks import World
 
     names = stores.split(",") if stores else []
     plan = None
@@ -304,8 +301,8 @@ def _joined(out: Path) -> "Iterator[tuple[Report, Callable[[str], None]]]":
     """Share the work with the other ranks of the launcher, if there are any; rank 0 reports."""
     import torch
 
+    from twa_scale.ranks import World
     from twa_scale.training.report import Report
-    from twa_scale.world import World
 
     world = World.from_environment()
     with world.joined(torch.device("cpu"), out.parent):
@@ -326,7 +323,7 @@ def _explain(error: TwaError) -> None:
     """Print an error once: one rank speaks for all where all know; what is wrong with one node, only that can say."""
     import torch.distributed as dist
 
-    from twa_scale.world import World
+    from twa_scale.ranks import World
 
     try:
         world = World.from_environment()

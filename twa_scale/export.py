@@ -9,7 +9,7 @@ import torch
 
 from twa_scale.engines import Engine
 from twa_scale.layout import Layout
-from twa_scale.pods import Pods
+from twa_scale.ranks import Pods
 from twa_scale.reading import Progress
 from twa_scale.sources import Candidate
 from twa_scale.sources.side_files import side_files

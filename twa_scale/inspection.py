@@ -1,14 +1,17 @@
-"""What candidates hold and how they lie to each other, from one streamed pass."""
+"""What candidates hold and how they lie to each other, from one streamed pass; and what `inspect` prints of it."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.markup import escape
+from rich.table import Table
 
 from twa_scale.basis import Gram
 from twa_scale.reading import Progress, job_bytes
@@ -70,3 +73,29 @@ def inspect(paths: str | Sequence[str | Path], progress: Progress | None = None)
 
 def _dtypes(counts: Counter[str]) -> str:
     return ", ".join(name for name, _ in counts.most_common())
+
+
+def inspection_json(found: Inspection) -> str:
+    """Return what was found as JSON; a cosine with a delta of zero norm is null."""
+    plain = asdict(found)
+    cosines = [[None if value != value else value for value in row] for row in found.cosines.tolist()]
+    return json.dumps({**plain, "cosines": cosines, "distances": found.distances.tolist()}, indent=2)
+
+
+def inspection_table(found: Inspection) -> Table:
+    """Return one row for each candidate."""
+    table = Table(caption="delta: to the mean of these candidates; cosine: of a delta and the one above")
+    table.add_column("candidate", overflow="fold")
+    for column in ("tensors", "elements", "dtype", "norm", "delta", "cosine"):
+        table.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=column != "dtype")
+    for i, label in enumerate(found.labels):
+        table.add_row(
+            escape(Path(label).name),
+            f"{found.tensors[i]:,}",
+            f"{found.elements[i]:,}",
+            found.dtypes[i],
+            f"{found.norms[i]:.4g}",
+            f"{found.delta_norms[i]:.4g}",
+            f"{found.cosines[i, i - 1]:+.3f}" if i else "",
+        )
+    return table

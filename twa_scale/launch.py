@@ -84,17 +84,24 @@ class Launch:
             ranks += ["--map-by", f"ppr:{self.ranks_per_node}:node"]
         # Bound to one core each, the threads of a rank would share it; unbound, all ranks would use all cores.
         threads = ["--bind-to", "none", "-x", f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '1')}"]
-        return [_found("mpirun"), *ranks, *hosts, *threads, sys.executable, "-m", *self._run]
+        return [_place("mpirun"), *ranks, *hosts, *threads, sys.executable, "-m", *self._run]
 
     def _slurm(self) -> list[str]:
         script = next(place for place in _SCRIPTS if place.is_dir()) / "slurm.sbatch"
         ranks = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}"]
         python = f"--export=ALL,PYTHON={sys.executable}"  # that of the submitting shell need not have twa_scale
-        return [_found("sbatch"), *ranks, python, str(script), self.config, *self.overrides]
+        return [_place("sbatch"), *ranks, python, str(script), self.config, *self.overrides]
 
 
 def execute(command: list[str]) -> NoReturn:
-    """Become the command: signals and the exit code are its own."""
+    """Become the command: signals and the exit code are its own.
+
+    Raises:
+        ConfigError: it is not installed here.
+    """
+    if shutil.which(command[0]) is None:
+        packages = {"mpirun": "Open MPI (Debian: openmpi-bin)", "sbatch": "SLURM (Debian: slurm-client)"}
+        raise ConfigError(f"{command[0]} is not installed: it comes with {packages[command[0]]}.")
     sys.stdout.flush()
     os.execv(command[0], command)
 
@@ -104,12 +111,9 @@ def shown(command: list[str]) -> str:
     return shlex.join(command)
 
 
-def _found(program: str) -> str:
-    path = shutil.which(program)
-    if path is None:
-        packages = {"mpirun": "Open MPI (Debian: openmpi-bin)", "sbatch": "SLURM (Debian: slurm-client)"}
-        raise ConfigError(f"{program} is not installed: it comes with {packages[program]}.")
-    return path
+def _place(program: str) -> str:
+    """Return where a program is, or its name where it is not installed: the command may be meant for another host."""
+    return shutil.which(program) or program
 
 
 def _free_port() -> int:

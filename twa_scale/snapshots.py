@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from twa_scale.comm import Group
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import ConfigError
 from twa_scale.export import write_live
-from twa_scale.pods import Pods
+from twa_scale.ranks import Group, Pods
 from twa_scale.spans import Span, whole
 from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, stored_as, writing
 from twa_scale.writer.publish import reported, temporary_beside

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from twa_scale.comm import Group
+from twa_scale.ranks import Group
 from twa_scale.spans import whole
 from twa_scale.writer import TensorSpec, writing
 

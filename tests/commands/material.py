@@ -95,6 +95,13 @@ def convnet(width: int = 4) -> nn.Module:
     )
 
 
+def numbered_convnet() -> nn.Module:
+    """The same, with a parameter and a buffer of integers, which no average changes."""
+    net = convnet()
+    net.register_parameter("classes", nn.Parameter(torch.arange(10), requires_grad=False))
+    return net
+
+
 SCORES = {"name": "tests.commands.material:scores"}
 
 

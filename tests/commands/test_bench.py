@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 from tests.commands.conftest import Brought
 from tests.commands.material import settings
 from tests.pool import Pool
-from twa_scale import ConfigError, bench, forecast
-from twa_scale.bench import bench_bytes, run_bench
+from twa_scale import ConfigError
+from twa_scale.bench import bench_json, bench_table, measured, planned
+from twa_scale.bench.files import run_streaming
+from twa_scale.bench.stores import bench_bytes, run_bench
 from twa_scale.cli import app
 from twa_scale.config import RunConfig, validated
-from twa_scale.filebench import run_streaming
-from twa_scale.plan import make_plan
-from twa_scale.tables import bench_json, bench_table
-from twa_scale.world import World
+from twa_scale.planning import make_plan
+from twa_scale.ranks import World
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
 
 def measure_on_a_rank() -> int:
     """Measure on ranks of which one is content long before the other."""
-    with patch.multiple(bench, _TIMES=2 + 30 * dist.get_rank(), _SECONDS=0.0):
+    with patch.multiple(measured, _TIMES=2 + 30 * dist.get_rank(), _SECONDS=0.0):
         return run_bench(["packed4"], 1000, 2, None, "torch", CPU).elements
 
 
@@ -87,8 +87,8 @@ def test_ranks_measure_equally_often(ranks: Pool) -> None:
 @pytest.fixture
 def config(text: Brought, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run, for a bench that is quick rather than right."""
-    monkeypatch.setattr(bench, "_TIMES", 1)
-    monkeypatch.setattr(bench, "_SECONDS", 0.0)
+    monkeypatch.setattr(measured, "_TIMES", 1)
+    monkeypatch.setattr(measured, "_SECONDS", 0.0)
     path = tmp_path / "run.json"
     path.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out", store="packed8")))
     return path
@@ -146,8 +146,8 @@ def test_no_more_is_measured_than_half_of_the_free_memory_takes(
     plan = make_plan(loaded, 1)
     needs = bench_bytes(["packed8"], plan.local_elements, plan.num_candidates)
     for free, all_of_it in ((2 * size * needs, True), (2 * size * needs - 2 * size, False)):
-        monkeypatch.setattr(forecast, "free_memory", lambda free=free: free)
-        work = forecast.planned_work(plan, loaded, [], None, World(0, size, 0))
+        monkeypatch.setattr(planned, "free_memory", lambda free=free: free)
+        work = planned.planned_work(plan, loaded, [], None, World(0, size, 0))
         assert (work.elements == plan.local_elements) == all_of_it
         assert 0 < bench_bytes(["packed8"], work.elements, plan.num_candidates) <= free / size / 2
 

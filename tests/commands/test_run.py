@@ -15,10 +15,10 @@ from tests.commands.conftest import Brought
 from tests.commands.material import by_hand, load, run_here, settings, state_of
 from tests.pool import Pool
 from twa_scale.config import RunConfig, TaskConfig, validated
+from twa_scale.ranks import World
 from twa_scale.tasks import build_task, stack
 from twa_scale.training.loop import Run
 from twa_scale.training.report import Report
-from twa_scale.world import World
 
 FILES = ["average", "coefficients.png", "config.json", "metrics.jsonl", "state.pt", "summary.json", "tensorboard"]
 

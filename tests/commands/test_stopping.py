@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves its state after the step, and continues as if nothing had been."""
+"""A run that is asked to stop saves its state at the next boundary, and continues as if nothing had been."""
 
 import os
 import signal
@@ -57,16 +57,16 @@ def undisturbed(ranks: Pool, scores: Brought, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize(
     ("method", "call", "rank", "step"),
     [
-        ("dataset", 2, 1, 1),  # before the candidates are read: the first boundary
-        ("model", 1, 0, 1),
-        ("metrics", 1, 1, 1),  # during the evaluation of step 0
-        ("metrics", 3, 0, 3),  # during that of step 2
+        ("dataset", 2, 1, 0),  # before the candidates are read
+        ("model", 1, 0, 0),
+        ("metrics", 1, 1, 0),  # during the evaluation of step 0
+        ("metrics", 3, 0, 2),  # during that of step 2
         ("loss", 4, 1, 4),  # where an evaluation is due
         ("loss", 6, 0, 6),  # where a save is due
         ("loss", STEPS, 1, STEPS),  # only the export is left
     ],
 )
-def test_all_ranks_stop_after_the_step(
+def test_all_ranks_stop_at_the_next_boundary(
     ranks: Pool, scores: Brought, undisturbed: Path, tmp_path: Path, method: str, call: int, rank: int, step: int
 ) -> None:
     task = {"method": method, "call": call, "rank": rank}

@@ -5,8 +5,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from twa_scale.ending import end
-from twa_scale.world import World
+from twa_scale.ranks import World
+from twa_scale.ranks.ending import end
 
 with World.from_environment().joined(torch.device("cpu"), sys.argv[1]):
     group = dist.group.WORLD  # keeps its threads, as the caches of torch and DeepSpeed do

@@ -157,6 +157,8 @@ def test_a_launcher_that_is_not_installed(shell: Any, config: Path, monkeypatch:
     for launcher, package in {"mpi": "openmpi-bin", "slurm": "slurm-client"}.items():
         said = shell("launch", config, "--with", launcher)
         assert said.code == 2 and package in said.err
+        said = shell("launch", config, "--with", launcher, "--dry-run")  # to be run elsewhere
+        assert said.code == 0 and shlex.split(said.out) == Launch(str(config)).command(launcher)  # type: ignore[arg-type]
 
 
 # The scripts

@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 
 from tests.pool import Pool
-from twa_scale import rendezvous
 from twa_scale.errors import ConfigError
-from twa_scale.rendezvous import meet_in
-from twa_scale.world import World
+from twa_scale.ranks import World, rendezvous
+from twa_scale.ranks.rendezvous import meet_in
 
 JOB = "slurm-7-0-0"
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from twa_scale.errors import ConfigError
-from twa_scale.world import World, mpi_size
+from twa_scale.ranks.world import World, mpi_size
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 MASTER = {"MASTER_ADDR": "n1", "MASTER_PORT": "29501"}

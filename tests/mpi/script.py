@@ -17,10 +17,8 @@ from torch.distributed.tensor import DTensor
 import twa_scale
 from tests import models
 from tests.mpi.settings import BATCH, CONFIGS, PODS, STEPS
-from twa_scale import rendezvous
-from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, TwaError
-from twa_scale.world import World
+from twa_scale.ranks import Group, World, rendezvous
 
 
 def train(model: torch.nn.Module, config: dict[str, Any], group: Group, **options: Any) -> dict[str, Any]:

@@ -9,9 +9,8 @@ import torch.distributed as dist
 import twa_scale
 from tests import models
 from tests.pool import Pool
-from twa_scale import reduction
-from twa_scale.comm import Group
 from twa_scale.errors import ConfigError
+from twa_scale.ranks import Group, reduction
 
 
 def over_new_groups() -> list[list[float]]:

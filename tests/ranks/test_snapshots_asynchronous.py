@@ -22,8 +22,8 @@ from torch import nn
 from tests import models
 from tests.pool import Pool
 from tests.ranks.cases import gathered
-from twa_scale.comm import Group
 from twa_scale.errors import OutputError
+from twa_scale.ranks import Group
 from twa_scale.snapshots import Snapshots
 from twa_scale.sources import open_candidates
 from twa_scale.writer.write import Writer

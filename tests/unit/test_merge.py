@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.pool import Pool
-from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, OutputError, StateError
 from twa_scale.kernels.checksum import checksum
 from twa_scale.merge import Checksums, merge
 from twa_scale.merge import streamed as merging
+from twa_scale.ranks import Group
 from twa_scale.sources import open_candidates
 
 Tensors = dict[str, torch.Tensor]

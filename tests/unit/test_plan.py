@@ -12,12 +12,11 @@ from typer.testing import CliRunner
 
 import twa_scale
 from twa_scale import ConfigError
-from twa_scale.choices import STORES, choose_store
 from twa_scale.cli import app
 from twa_scale.config import RunConfig, validated
-from twa_scale.cost import store_bytes
 from twa_scale.memory import free_memory, machine_memory
-from twa_scale.plan import make_plan
+from twa_scale.planning import STORES, choose_store, make_plan
+from twa_scale.store import store_bytes
 from twa_scale.tasks import build_task, stack
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

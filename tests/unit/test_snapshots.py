@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from tests import models
 from tests.pool import Pool
-from twa_scale.comm import Group
 from twa_scale.errors import ConfigError, EngineError, OutputError
+from twa_scale.ranks import Group
 from twa_scale.snapshots import Snapshots
 from twa_scale.sources import open_candidates
 

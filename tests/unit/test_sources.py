@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tests.slices import read
 from twa_scale.errors import CandidateError
 from twa_scale.kernels.checksum import checksum, wrap
-from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources import open_candidates
 from twa_scale.sources.flat import copy_flat
 from twa_scale.sources.side_files import side_files
 
@@ -89,12 +90,6 @@ SAVERS: list[Callable[[Path, Tensors], Path | Tensors]] = [
     save_torch_shards,
     keep,
 ]
-
-
-def read(candidate: Candidate, name: str, start: int, stop: int) -> torch.Tensor:
-    out = torch.empty(stop - start, dtype=candidate.dtype(name))
-    candidate.read(name, start, out)
-    return out
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

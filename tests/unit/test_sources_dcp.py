@@ -22,22 +22,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests import models
 from tests.pool import Pool
-from twa_scale.errors import CandidateError
-from twa_scale.sources import Candidate, open_candidates
+from tests.slices import opened, read, refused
+from twa_scale.sources import open_candidates
 from twa_scale.sources.boxes import count_before, scatter
 
 Tensors = dict[str, torch.Tensor]
 NOT_IN_SAFETENSORS = ("empty", "count", "scalar")  # DCP's own consolidation fails on them, or writes zeros
-
-
-def read(candidate: Candidate, name: str, start: int, stop: int) -> torch.Tensor:
-    out = torch.empty(stop - start, dtype=candidate.dtype(name))
-    candidate.read(name, start, out)
-    return out
-
-
-def opened(path: Path) -> Candidate:
-    return open_candidates([path], minimum=1)[0]
 
 
 def assert_holds(path: Path, expected: Tensors) -> None:
@@ -55,15 +45,6 @@ def assert_holds(path: Path, expected: Tensors) -> None:
             total += found.nbytes
     assert candidate.bytes_read == total
     candidate.close()
-
-
-def refused(path: Path) -> str:
-    """The error that opening, or else reading every tensor, ends in."""
-    with pytest.raises(CandidateError) as error:
-        candidate = opened(path)
-        for name in candidate.names():
-            read(candidate, name, 0, torch.Size(candidate.shape(name)).numel())
-    return str(error.value)
 
 
 # Boxes

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.slices import opened, read, refused
 from twa_scale.errors import CandidateError
-from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources import open_candidates
 from twa_scale.sources.side_files import side_files
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -42,25 +43,6 @@ def copied(written: Path, tmp_path: Path) -> Callable[[str], Path]:
         return tmp_path / case / "global_step1"
 
     return copy
-
-
-def read(candidate: Candidate, name: str, start: int, stop: int) -> torch.Tensor:
-    out = torch.empty(stop - start, dtype=candidate.dtype(name))
-    candidate.read(name, start, out)
-    return out
-
-
-def opened(path: Path) -> Candidate:
-    return open_candidates([path], minimum=1)[0]
-
-
-def refused(path: Path) -> str:
-    """The error that opening, or else reading every tensor, ends in."""
-    with pytest.raises(CandidateError) as error:
-        candidate = opened(path)
-        for name in candidate.names():
-            read(candidate, name, 0, torch.Size(candidate.shape(name)).numel())
-    return str(error.value)
 
 
 def changed(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -175,6 +157,29 @@ def test_files_of_another_saving(copied: Callable[[str], Path], written: Path) -
     folder = copied("2/2-fp32")
     shutil.copy(written / "2/2-bf16/global_step1/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", folder)
     assert "holds both" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("case", "held_in"),
+    [
+        ("2/2-fp32", "single_partition_of_fp32_groups"),
+        ("2/3-fp32", "fp32_flat_groups"),
+        ("2/3-fp32", "frozen_param_fragments"),
+    ],
+)
+def test_ranks_that_saved_in_other_types(copied: Callable[[str], Path], case: str, held_in: str) -> None:
+    def halve(content: dict[str, Any]) -> None:
+        state = content.get("optimizer_state_dict", content)
+        held = state[held_in]
+        for key in list(held) if isinstance(held, dict) else range(len(held)):
+            held[key] = held[key].half()
+
+    folder = copied(case)
+    which = "*pp_rank_1_*_model_states.pt" if "frozen" in held_in else "*pp_rank_1_*_optim_states.pt"
+    (last,) = folder.glob(which)
+    changed(last, halve)
+    message = refused(folder)
+    assert message.startswith(f"{last}: tensor '") and "float16" in message and "float32" in message, message
 
 
 def test_shapes_that_the_partitions_do_not_fit(copied: Callable[[str], Path]) -> None:

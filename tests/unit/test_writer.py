@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.pool import Pool
-from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, ConfigError, OutputError
+from twa_scale.ranks import Group
 from twa_scale.sources import open_candidates
 from twa_scale.spans import Span, share, whole
 from twa_scale.writer import TensorSpec, parse_size, write, writing

@@ -8,7 +8,6 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from twa_scale.comm import Group
 from twa_scale.engines.ddp import DDPEngine
 from twa_scale.engines.fairscale import FairscaleEngine, sharded_by_fairscale
 from twa_scale.engines.fsdp1 import FSDP1Engine
@@ -18,6 +17,7 @@ from twa_scale.engines.protocol import Engine
 from twa_scale.engines.sharded_ddp import ShardedDDPEngine, is_sharded_ddp
 from twa_scale.engines.zero import is_deepspeed, zero_engine
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
 
 _KNOWN = (
     "a plain torch.nn.Module, DistributedDataParallel, a module sharded by fully_shard (FSDP2) or by torch's or "

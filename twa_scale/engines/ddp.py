@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twa_scale.comm import Group
 from twa_scale.engines.describe import claim, named_parameters, persistent_buffers, release
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
 from twa_scale.names import normalize
+from twa_scale.ranks import Group
 from twa_scale.spans import Span
 
 

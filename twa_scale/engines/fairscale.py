@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.comm import Group
 from twa_scale.engines.flat import FlatEngine, FlatUnit, Member, is_flat, one_group
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
 
 
 def sharded_by_fairscale(model: nn.Module) -> list[Any]:

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from twa_scale.comm import Group
 from twa_scale.engines.describe import by_first_name, claim, persistent_buffers, release
 from twa_scale.engines.protocol import Consume, Engine, ParameterInfo
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
 from twa_scale.spans import Span, share
 
 

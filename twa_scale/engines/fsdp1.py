@@ -10,9 +10,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 
-from twa_scale.comm import Group
 from twa_scale.engines.flat import FlatEngine, FlatUnit, Member, one_group
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
 
 
 class FSDP1Engine(FlatEngine):

@@ -9,12 +9,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from twa_scale.comm import Group
 from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers
 from twa_scale.engines.mesh import Axis, Grid
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
 from twa_scale.spans import Span
 
 

@@ -7,8 +7,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from twa_scale.comm import Group
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
 from twa_scale.spans import Span, block, share
 
 Axis = tuple[int, ...]

@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from twa_scale.comm import Group
 from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
 from twa_scale.spans import Span, whole
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from twa_scale.comm import Group
+from twa_scale.ranks import Group
 from twa_scale.spans import Span
 
 

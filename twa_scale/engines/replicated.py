@@ -5,9 +5,9 @@ from itertools import groupby
 
 import torch
 
-from twa_scale.comm import Group
 from twa_scale.engines.describe import flat
 from twa_scale.engines.protocol import Consume
+from twa_scale.ranks import Group
 from twa_scale.spans import Span, share
 
 _BUCKET = 1 << 23  # elements per all-gather: large enough to hide latency, small beside the model
@@ -76,11 +76,15 @@ class ReplicatedParameters:
             parameter.grad = None
 
     def publish(self, names: Collection[str]) -> None:
-        """All-gather the parts of these parameters, in buckets of one dtype."""
+        """All-gather the parts of these parameters, in buckets of one dtype; large ones piece by piece."""
         if self._group.size == 1:
             return
-        for bucket in buckets({name: p for name, p in self._parameters.items() if name in names}):
+        wanted = {name: p for name, p in self._parameters.items() if name in names}
+        large = [name for name, parameter in wanted.items() if parameter.numel() > _BUCKET]
+        for bucket in buckets({name: p for name, p in wanted.items() if name not in large}):
             self._gather(bucket)
+        for name in large:
+            self._gather_in_pieces(name)
 
     def _part(self, name: str, rank: int) -> tuple[int, int]:
         unit = self._units.get(name, 1)
@@ -100,3 +104,18 @@ class ReplicatedParameters:
         columns = torch.split(gathered.view(size, -1), parts, dim=1)
         for column, tensor in zip(columns, tensors, strict=True):
             tensor.copy_(column.reshape(-1)[: tensor.numel()])
+
+    def _gather_in_pieces(self, name: str) -> None:
+        """Gather equal pieces of all parts: a huge parameter, gathered at once, would be there twice."""
+        tensor, size = flat(name, self._parameters[name]), self._group.size
+        part, (start, stop) = self._part(name, 0)[1], self._part(name, self._group.rank)
+        full = tensor.numel() // part  # ranks that hold as much as the first; one may hold a rest
+        parts, rest = tensor[: full * part].view(full, part), tensor[full * part :]
+        for cut in (slice(begin, begin + _BUCKET // size) for begin in range(0, part, _BUCKET // size)):
+            mine = tensor[start:stop][cut]
+            local = tensor.new_zeros(parts[0, cut].shape)
+            local[: len(mine)] = mine
+            gathered = local.new_empty(size, len(local))
+            self._group.all_gather(gathered.view(-1), local)
+            parts[:, cut] = gathered[:full]
+            rest[cut] = gathered[min(full, size - 1), : len(rest[cut])]

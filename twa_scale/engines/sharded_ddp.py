@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.comm import Group
 from twa_scale.engines.describe import claim, flat, named_parameters, persistent_buffers, release
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters, buckets
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
 from twa_scale.spans import Span, whole
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from twa_scale.comm import Group
 from twa_scale.config import TwaConfig, buffer_weights, center_weights, validated
 from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
 from twa_scale.names import nearest
+from twa_scale.ranks import Group
 from twa_scale.reading import Progress
 from twa_scale.sources import open_candidates
 from twa_scale.sources.side_files import side_files

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from twa_scale.comm import Group
 from twa_scale.errors import CandidateError, OutputError
 from twa_scale.kernels import Differences, Kernels, choose_kernels
 from twa_scale.kernels.checksum import wrap
 from twa_scale.names import matches_any, nearest
+from twa_scale.ranks import Group
 from twa_scale.reading import Job, Part, Progress, Reader, job_bytes
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span, whole

@@ -115,9 +115,18 @@ class Joined:
     """Given start and stop, yields (tensor, first element, number of elements) of what makes up this range."""
 
     def read(self, start: int, out: torch.Tensor, what: str) -> None:
-        """Fill `out` with the elements from `start` on."""
+        """Fill `out` with the elements from `start` on.
+
+        Raises:
+            CandidateError: a part that is stored in another type.
+        """
         done = 0
         for stored, first, count in self.ranges(start, start + len(out)):
+            if stored.dtype != self.dtype:
+                raise CandidateError(
+                    f"{stored.record.file.path}: {what} is {stored.dtype} here and {self.dtype} in the first part; all "
+                    "files must be of one saving. Copy the checkpoint again, or leave it out."
+                )
             stored.read(first, out[done : done + count], what)
             done += count
         assert done == len(out)

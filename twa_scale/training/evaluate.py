@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from twa_scale.comm import Group
+from twa_scale.ranks import Group
 from twa_scale.tasks import Task
 from twa_scale.training.batches import Batches
 

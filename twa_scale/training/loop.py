@@ -15,12 +15,12 @@ from twa_scale.attach import attach
 from twa_scale.average import TrainableAverage
 from twa_scale.batchnorm import batchnorm_layers
 from twa_scale.clock import Clock, read_bandwidth
-from twa_scale.comm import Group
 from twa_scale.config import RunConfig, dump
 from twa_scale.engines.zero import is_deepspeed
 from twa_scale.errors import StateError
 from twa_scale.memory import peak_resident, return_freed_memory
 from twa_scale.plots import plot_training
+from twa_scale.ranks import Group, World
 from twa_scale.state import load_state, save_state
 from twa_scale.tasks import Task, build_task
 from twa_scale.training.batches import Batches, make_batches
@@ -30,7 +30,6 @@ from twa_scale.training.records import Records, read_records
 from twa_scale.training.report import Report
 from twa_scale.training.schedule import make_scheduler
 from twa_scale.training.stopping import Stop, Stopped
-from twa_scale.world import World
 from twa_scale.writer import parse_size
 from twa_scale.writer.publish import check_target, replace_file, reported
 
@@ -102,8 +101,10 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Run from the present step to the last; then evaluate, export and summarize."""
         config = self.config
+        self._leave_if_asked()  # while candidates were read
         if self.step == 0 or self._evaluation_is_due():
             self._evaluate()
+            self._leave_if_asked()
         with self.report.steps("training coefficients", self.num_steps, self.step) as advance:
             while self.step < self.num_steps:
                 values = self._one_step()
@@ -116,6 +117,7 @@ class Run:
                     self._save()
                 if self._evaluation_is_due():
                     self._evaluate()
+                    self._leave_if_asked()
         return self._finish()
 
     def _evaluation_is_due(self) -> bool:
@@ -171,6 +173,12 @@ class Run:
         steps = range(min(limit, self.training.per_epoch))
         batches = (batch for step in steps for batch in self.training.training(step))
         self.twa.recalibrate_batchnorm(batches, forward=lambda model, batch: self.task.loss(model, batch))
+
+    def _leave_if_asked(self) -> None:
+        """Stop where all ranks are, if any of them was asked to since the last step. Collective."""
+        asked = torch.tensor(float(self.stop.asked), device=self.device)
+        if self.twa.pods.sum_(asked).item() > 0:
+            self._leave()
 
     def _leave(self) -> NoReturn:
         """Stop here, where all ranks are, so that a later start goes on as if nothing had been."""

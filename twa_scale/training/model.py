@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from twa_scale.config import RunConfig
 from twa_scale.engines.zero import is_deepspeed
 from twa_scale.errors import ConfigError
+from twa_scale.ranks import World
 from twa_scale.tasks import Task
 from twa_scale.training.zero import build_zero
-from twa_scale.world import World
 
 ZERO_ENGINES = ("zero1", "zero2", "zero3")
 

@@ -21,7 +21,7 @@ class Stopped(Exception):
 
 @dataclass
 class Stop:
-    """Whether this process has been asked to stop. The ranks of a run agree on it at the end of a step."""
+    """Whether this process has been asked to stop. The ranks agree on it after attach, a step and an evaluation."""
 
     asked: bool = False
 

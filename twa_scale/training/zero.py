@@ -12,9 +12,9 @@ from torch import nn
 from twa_scale.config import RunConfig
 from twa_scale.engines.zero import stateless_optimizer
 from twa_scale.errors import ConfigError
+from twa_scale.ranks import World
 from twa_scale.tasks import Task
 from twa_scale.training.batches import cut
-from twa_scale.world import World
 
 # Of ZeRO-3's own defaults some hold a model of a billion parameters whole between forward and backward.
 ZERO = {

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import torch
 
-from twa_scale.comm import Group
+from twa_scale.ranks import Group
 from twa_scale.spans import Span
 from twa_scale.writer.write import Files, Writer
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from twa_scale.comm import Group
 from twa_scale.errors import OutputError
+from twa_scale.ranks import Group
 from twa_scale.spans import Span
 from twa_scale.writer.disk import OpenFile
 from twa_scale.writer.publish import check_target, publish, reported, temporary_beside, write_file

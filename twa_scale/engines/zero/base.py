@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.comm import Group
 from twa_scale.config import BLOCK
 from twa_scale.engines.describe import claim, persistent_buffers, release
 from twa_scale.engines.protocol import Consume, Engine, LossScale
 from twa_scale.engines.zero.settings import check_trainable, settings_of, warn_of_clipping
+from twa_scale.ranks import Group
 
 NO_GRADIENT = (
     "there is no gradient: call engine.backward(loss) before twa.step(), and leave engine.step() out, which twa.step() "

@@ -3,11 +3,11 @@
 import sys
 from typing import Any
 
-from twa_scale.comm import Group
 from twa_scale.engines.zero.base import ZeroEngine
 from twa_scale.engines.zero.settings import check_supported
 from twa_scale.engines.zero.stage3 import Zero3Engine
 from twa_scale.engines.zero.stage12 import Zero12Engine
+from twa_scale.ranks import Group
 
 
 def is_deepspeed(model: object) -> bool:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from twa_scale.comm import Group
 from twa_scale.engines.describe import named_parameters
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
 from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
 from twa_scale.spans import Span
 
 

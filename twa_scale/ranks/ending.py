@@ -5,7 +5,7 @@ import os
 import sys
 from typing import NoReturn
 
-from twa_scale.mpi import finalize_mpi
+from twa_scale.ranks.mpi import finalize_mpi
 
 
 def end(code: int) -> NoReturn:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from twa_scale.bench import Bench, Measured, bench_bytes, run_bench
+from twa_scale.bench.files import run_streaming
+from twa_scale.bench.measured import Measured
+from twa_scale.bench.stores import Bench, bench_bytes, run_bench
 from twa_scale.config import RunConfig, TwaConfig, validated
-from twa_scale.cost import store_bytes, update_bytes
-from twa_scale.filebench import run_streaming
 from twa_scale.memory import free_memory
-from twa_scale.plan import Plan
-from twa_scale.world import World
+from twa_scale.planning import Plan
+from twa_scale.ranks import World
+from twa_scale.store import store_bytes, update_bytes
 
 _FREE = 0.5  # part of the free memory that is taken for measuring
 _FILES = 10_000_000  # elements of the candidates that are written to measure how fast they are read, at most

@@ -1,37 +1,20 @@
 """What project and combine cost on this machine, store by store, against the limit of its memory."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from twa_scale.comm import Group
+from twa_scale.bench.beside import MEMORY, adamw, coefficient_optimizer, memory_rates, published, reduction
+from twa_scale.bench.measured import Measured, measure
 from twa_scale.config import TwaConfig, validated
-from twa_scale.cost import store_bytes, update_bytes
 from twa_scale.errors import ConfigError
+from twa_scale.ranks import Group
 from twa_scale.spans import Span
-from twa_scale.store import Store, make_store
+from twa_scale.store import Store, make_store, store_bytes, update_bytes
 
 _CHUNK = 1 << 20  # elements of each row that exist in float32 while a store is filled
 _SPAN = 1 << 26  # largest tensor of the bench
-_MEMORY = 1 << 31  # bytes of the memory that is read and copied, at most
-_TIMES, _SECONDS, _MOST = 7, 0.5, 1000  # at least as often and as long: others may disturb any one call
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One operation: the best of several times."""
-
-    what: str
-    seconds: float
-    nbytes: float
-    """Bytes of memory that it has to move, each counted once."""
-
-    @property
-    def rate(self) -> float:
-        """Bytes per second."""
-        return self.nbytes / self.seconds
 
 
 @dataclass(frozen=True)
@@ -92,17 +75,17 @@ def run_bench(
     if threads:
         torch.set_num_threads(threads)
     gradient, weights = torch.randn(elements, device=device), torch.randn(elements, device=device)
-    memory = _memory(elements * candidates, device)
+    memory = memory_rates(elements * candidates, device)
     measured = {}
     for name in stores:
         config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
         store = make_store(config, candidates, device, _refuse)
         measured[name] = _store(store, _spans(elements, sizes), candidates, groups, gradient, weights)
         store.close()
-    others = [_reduction(candidates, groups, device), *_adamw(weights, gradient), *_published(candidates, gradient)]
-    memory += _memory(elements * candidates, device)
-    x = _coefficients(candidates, groups, device)
-    coefficients = _measure("coefficient step", x.step, 28 * candidates * groups, device)
+    others = [reduction(candidates, groups, device), adamw(weights, gradient), *published(candidates, gradient)]
+    memory += memory_rates(elements * candidates, device)
+    x = coefficient_optimizer(candidates, groups, device)
+    coefficients = measure("coefficient step", x.step, 28 * candidates * groups, device)
     threads = torch.get_num_threads()
     return Bench(str(device), threads, elements, candidates, memory, measured, coefficients, others)
 
@@ -111,7 +94,7 @@ def bench_bytes(stores: Sequence[str], elements: int, candidates: int) -> int:
     """Return about what `run_bench` takes: weights and gradient, with what is largest of all that comes and goes."""
     filled = 3 * candidates * 4 * min(_CHUNK, elements)
     largest = max(store_bytes(store, candidates, [elements]) for store in stores)
-    adamw, read = 12 * elements, min(4 * elements * candidates, _MEMORY)
+    adamw, read = 12 * elements, min(4 * elements * candidates, MEMORY)
     return 8 * elements + max(largest + filled, adamw, read)
 
 
@@ -146,7 +129,7 @@ def _store(
         for start in range(0, len(span), _CHUNK):
             center = weights[cut][start : start + _CHUNK]
             store.fill(span, start, 1e-3 * torch.randn(n, len(center), device=gradient.device), center)
-    optimizer = _coefficients(n, groups, gradient.device)
+    optimizer = coefficient_optimizer(n, groups, gradient.device)
     (x,) = optimizer.param_groups[0]["params"]
     group = Group.world()
 
@@ -164,81 +147,7 @@ def _store(
 
     moved = update_bytes(store.nbytes, len(gradient))
     return [
-        _measure("project", project, moved["project"], gradient.device),
-        _measure("combine", combine, moved["combine"], gradient.device),
-        _measure("update", update, sum(moved.values()), gradient.device),
+        measure("project", project, moved["project"], gradient.device),
+        measure("combine", combine, moved["combine"], gradient.device),
+        measure("update", update, sum(moved.values()), gradient.device),
     ]
-
-
-def _coefficients(n: int, groups: int, device: torch.device) -> torch.optim.Optimizer:
-    x = torch.nn.Parameter(torch.zeros(groups, n, device=device))
-    x.grad = torch.zeros_like(x)
-    return torch.optim.AdamW([x], lr=1e-3)
-
-
-def _memory(elements: int, device: torch.device) -> list[Measured]:
-    data = torch.ones(min(elements, _MEMORY // 4), device=device)
-    first, second = data.chunk(2) if len(data) % 2 == 0 else data[1:].chunk(2)
-    return [
-        _measure("read", data.sum, data.nbytes, device),
-        _measure("copy", lambda: first.copy_(second), 2 * first.nbytes, device),
-    ]
-
-
-def _reduction(n: int, groups: int, device: torch.device) -> Measured:
-    group, products = Group.world(), torch.zeros(groups, n + 1, dtype=torch.float64, device=device)
-    return _measure(f"reduction over {group.size} ranks", lambda: group.sum_(products), products.nbytes, device)
-
-
-def _adamw(weights: torch.Tensor, gradient: torch.Tensor) -> Iterator[Measured]:
-    parameter = torch.nn.Parameter(weights.clone())
-    parameter.grad = gradient
-    optimizer = torch.optim.AdamW([parameter], lr=1e-9, fused=True)
-    optimizer.step()
-    yield _measure("AdamW(fused=True)", optimizer.step, 7 * weights.nbytes, weights.device)
-
-
-def _published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
-    """The journal branch's form: uint8 codes, one scale and zero point a row, everything made element by element.
-
-    On a part of the elements, since it holds n of them in float32; the time is that of all.
-    """
-    part = gradient[: 1 << 20]
-    times = len(gradient) / len(part)
-    codes = torch.randint(256, (n, len(part)), dtype=torch.uint8, device=gradient.device)
-    scale, zero, u = (
-        torch.rand(n, 1, device=gradient.device),
-        torch.rand(n, device=gradient.device),
-        torch.rand(n, 1, device=gradient.device),
-    )
-
-    def project() -> torch.Tensor:
-        return (codes * (scale * part)).sum(1) + zero * part.sum()
-
-    def combine() -> torch.Tensor:
-        return (codes * (scale * u)).sum(0) + (zero[:, None] * u).sum()
-
-    for what, function in (("published project", project), ("published combine", combine)):
-        small = _measure(what, function, codes.nbytes + part.nbytes, gradient.device)
-        yield Measured(what, small.seconds * times, small.nbytes * times)
-
-
-def _measure(what: str, function: Callable[[], object], nbytes: float, device: torch.device) -> Measured:
-    """Return the best of several calls, after one that compiles and touches memory; as many on every rank."""
-    function()
-    group, more = Group.world(), True
-    seconds: list[float] = []
-    while more:
-        _wait(device)
-        start = time.perf_counter()
-        function()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-        wanted = len(seconds) < _TIMES or (sum(seconds) < _SECONDS and len(seconds) < _MOST)
-        more = bool(group.sum_(torch.tensor(float(wanted))))
-    return Measured(what, min(seconds), nbytes)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

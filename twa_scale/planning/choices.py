@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from twa_scale.cost import staging_bytes, store_bytes, update_bytes
 from twa_scale.memory import machine_memory
-from twa_scale.plan import Plan
+from twa_scale.planning.plan import Plan
+from twa_scale.store import staging_bytes, store_bytes, update_bytes
 
 STORES = ("dense32", "mapped", "dense16", "packed8", "packed4", "packed2", "packed1")
 """The most exact first."""

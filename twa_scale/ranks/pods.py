@@ -4,8 +4,8 @@ from typing import TypeVar
 
 import torch
 
-from twa_scale.comm import Group
 from twa_scale.errors import EngineError
+from twa_scale.ranks.comm import Group
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from twa_scale.errors import TwaError
-from twa_scale.mpi import load_mpi, mpi_takes_cuda
-from twa_scale.world import World
+from twa_scale.ranks.mpi import load_mpi, mpi_takes_cuda
+from twa_scale.ranks.world import World
 
 T = TypeVar("T")
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from twa_scale.store import BUFFER, span_bytes
+from twa_scale.store.make import span_bytes
+from twa_scale.store.offloaded import BUFFER
 
 _FLOAT32 = 4
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from twa_scale.errors import ConfigError
-from twa_scale.mpi import abort_at_exit, load_mpi, mpi4py_is_installed
-from twa_scale.rendezvous import meet_in, meet_over
+from twa_scale.ranks.mpi import abort_at_exit, load_mpi, mpi4py_is_installed
+from twa_scale.ranks.rendezvous import meet_in, meet_over
 
 TIMEOUT = 300.0
 """Seconds that ranks wait for each other when they meet."""

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from twa_scale.comm import Group, MpiGroup
 from twa_scale.errors import ConfigError
-from twa_scale.mpi import load_mpi, require_mpi4py
-from twa_scale.pods import Pods
-from twa_scale.world import mpi_size
+from twa_scale.ranks.comm import Group, MpiGroup
+from twa_scale.ranks.mpi import load_mpi, require_mpi4py
+from twa_scale.ranks.pods import Pods
+from twa_scale.ranks.world import mpi_size
 
 
 class Reduction:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 
 from twa_scale.basis import Gram
-from twa_scale.bench import Measured
-from twa_scale.comm import Group
+from twa_scale.bench.measured import Measured
 from twa_scale.config import TwaConfig, validated
 from twa_scale.merge import merge
+from twa_scale.ranks import Group
 from twa_scale.sources import open_candidates
 from twa_scale.sources.mapped import mapped
 from twa_scale.spans import whole

@@ -1,0 +1,30 @@
+"""Candidates as tests read them: opened alone, a slice at a time, or refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from twa_scale.errors import CandidateError
+from twa_scale.sources import Candidate, open_candidates
+
+
+def opened(path: Path) -> Candidate:
+    """Open a single candidate."""
+    return open_candidates([path], minimum=1)[0]
+
+
+def read(candidate: Candidate, name: str, start: int, stop: int) -> torch.Tensor:
+    """Return elements of a tensor, in the type of the candidate."""
+    out = torch.empty(stop - start, dtype=candidate.dtype(name))
+    candidate.read(name, start, out)
+    return out
+
+
+def refused(path: Path) -> str:
+    """Return the error that opening, or else reading every tensor, ends in."""
+    with pytest.raises(CandidateError) as error:
+        candidate = opened(path)
+        for name in candidate.names():
+            read(candidate, name, 0, torch.Size(candidate.shape(name)).numel())
+    return str(error.value)

@@ -1,0 +1,44 @@
+"""What autograd keeps of a forward pass, found without memory."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from twa_scale.config import RunConfig
+from twa_scale.tasks import Batch, Task
+
+
+def activation_bytes(task: Task, model: nn.Module, config: RunConfig, batch: Batch) -> tuple[int, list[str]]:
+    """Return the bytes that autograd keeps for backward, and notes where it cannot be said."""
+    batch = {key: value.to("meta") for key, value in batch.items()}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata  # views of one memory, as transposed weights are, count once
+        if storage not in own:
+            kept[storage] = tensor
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _Affirmative():
+            task.loss(model, batch)
+    except Exception as error:
+        return 0, [f"activations are not counted: the model does not run without memory ({type(error).__name__})"]
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    scale = 0.5 if config.precision == "bfloat16" else 1.0
+    return int(scale * (sum(sizes) + 2 * max(sizes, default=0))), []
+
+
+class _Affirmative(TorchFunctionMode):
+    """Says yes where a model looks at values that are not there: "is nothing masked", "is it one sequence"."""
+
+    def __torch_function__(
+        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.Tensor.__bool__ and args[0].is_meta:
+            return True
+        return function(*args, **(kwargs or {}))
