@@ -11,6 +11,7 @@ from twa_scale.kernels.packed import Packed
 from twa_scale.kernels.packed_loops import FLUSH, packed_loops
 from twa_scale.kernels.protocol import Differences, Rows, Sources
 from twa_scale.kernels.quantize import REFINEMENTS, SMALLEST, first_scale
+from twa_scale.kernels.quantize_loops import quantize_loop
 from twa_scale.kernels.reference import TorchKernels, reference_of
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.threads import Threads
@@ -135,7 +136,7 @@ class NumbaKernels:
         rule = (np.float32(first_scale(rows.bits)), REFINEMENTS[rows.bits], np.float32(SMALLEST))
 
         def work(start: int, stop: int) -> None:
-            packed_loops(rows.bits).pack(*_packed(rows), block, flat, stride, count, rule, start, stop)
+            quantize_loop(rows.bits)(*_packed(rows), block, flat, stride, count, rule, start, stop)
 
         self._threads.share(work, rows.n, values.nbytes)
 
