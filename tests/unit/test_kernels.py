@@ -133,6 +133,28 @@ def test_threads_share_and_agree(kind: str) -> None:
     torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-10 * float(found[0].abs().max()) + 1e-9)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weights_are_written_alike_wherever_they_lie(bits: int, dtype: torch.dtype) -> None:
+    """Past the caches where memory is aligned; element by element elsewhere; nothing beside them."""
+    torch.manual_seed(0)
+    m, fast = (1 << 18) + 1000, NumbaKernels()
+    rows = make(f"packed{bits}", torch.randn(3, m), 5)
+    weights, base = torch.randn(3), torch.randn(m)
+    base[7000], base[8000] = torch.nan, torch.inf
+    want = torch.empty(m)
+    TorchKernels().combine(rows, weights, base, 0.9, want)
+    found = []
+    for offset in range(0, 33):
+        memory = torch.full((m + 256,), 7.0, dtype=dtype)
+        out = memory[64 + offset : 64 + offset + m]
+        fast.combine(rows, weights, base, 0.9, out)
+        assert (memory[: 64 + offset] == 7).all() and (memory[64 + offset + m :] == 7).all()
+        found.append(out.nan_to_num(1234, 5678))
+    assert all(torch.equal(one, found[0]) for one in found)
+    torch.testing.assert_close(found[0].float(), want.nan_to_num(1234, 5678), rtol=0.01, atol=1e-3)
+
+
 @kernels_and_kinds
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

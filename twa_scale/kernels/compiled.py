@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from twa_scale.kernels import delta_loops, loops
-from twa_scale.kernels.packed import Packed
-from twa_scale.kernels.packed_loops import FLUSH, packed_loops
+from twa_scale.kernels.packed import RUN, Packed
+from twa_scale.kernels.packed_loops import packed_loops
 from twa_scale.kernels.protocol import Differences, Rows, Sources
 from twa_scale.kernels.quantize import REFINEMENTS, SMALLEST, first_scale
 from twa_scale.kernels.quantize_loops import quantize_loop
@@ -166,8 +166,8 @@ def _packed(rows: Packed) -> Any:
 
 
 def _tiles(rows: Packed, start: int, stop: int) -> tuple[int, int]:
-    """Return the tiles of a range of `_size`: sums of float32 begin and end where they always do."""
-    return start * FLUSH, min(stop * FLUSH, rows.count)
+    """Return the tiles of a range of runs."""
+    return start * RUN, min(stop * RUN, rows.count)
 
 
 def _size(rows: Rows) -> tuple[int, int]:
@@ -176,6 +176,6 @@ def _size(rows: Rows) -> tuple[int, int]:
         case Dense():
             return -(-rows.m // TILE), rows.nbytes
         case Packed():
-            return -(-rows.count // FLUSH), rows.nbytes
+            return -(-rows.count // RUN), rows.nbytes
         case Differences():
             return -(-len(rows.center) // _PIECE), sum(row.nbytes for row in rows.rows)

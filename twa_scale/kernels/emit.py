@@ -12,7 +12,7 @@ WIDE = 2 * LANES
 INDEX, INT, HALF, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
 INTS, FLOATS, HALVES = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES), ir.VectorType(HALF, WIDE)
 FAST = ("contract", "reassoc", "nsz")
-_ROUNDER = float(3 << 22)  # added to a small float32, it leaves the nearest integer in the low bits
+_ROUNDER = float(3 << 22)  # added to a float32 of at most 2^22, it leaves the nearest integer in the low bits
 Join = Callable[[Any, Any], Any]
 
 
@@ -97,7 +97,7 @@ class Emitter:
         return self.build.select(self.build.icmp_unsigned(">", a, b), a, b)
 
     def nearest(self, values: Any) -> Any:
-        """Return the nearest integers, of 16 bits: the low halves of these 16."""
+        """Return the nearest integers, of 16 bits: the low halves of these 16. They must not be made floats again."""
         return self.build.bitcast(self.build.fadd(values, splat(_ROUNDER)), INTS)
 
     def add_products(self, total: Any, a: Any, b: Any) -> Any:

@@ -7,13 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from twa_scale.kernels.packed import Packed, zero_of
+from twa_scale.kernels.packed import RUN, Packed, zero_of
 from twa_scale.kernels.protocol import Differences, Rows
 from twa_scale.kernels.reference import TorchKernels
 from twa_scale.kernels.rows import TILE, Dense
 
 _SPAN = 16  # dense tiles that one program sees: enough bytes in flight, few partial sums
-_TILES = 4  # packed ones
 _WIDEST = 1 << 20  # partial sums that exist at a time
 
 
@@ -159,7 +158,7 @@ class TritonKernels(TorchKernels):
 
 
 def _programs(rows: Dense | Packed) -> int:
-    return -(-rows.m // (TILE * _SPAN)) if isinstance(rows, Dense) else -(-rows.count // _TILES)
+    return -(-rows.m // (TILE * _SPAN)) if isinstance(rows, Dense) else -(-rows.count // RUN)
 
 
 def _place(rows: Packed) -> tuple[int, int]:
@@ -167,4 +166,4 @@ def _place(rows: Packed) -> tuple[int, int]:
 
 
 def _constants(rows: Packed) -> dict[str, Any]:
-    return {"zero": zero_of(rows.bits), "BITS": rows.bits, "BLOCK": rows.block, "TILES": _TILES}
+    return {"zero": zero_of(rows.bits), "BITS": rows.bits, "BLOCK": rows.block, "TILES": RUN}

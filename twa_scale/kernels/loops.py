@@ -1,12 +1,15 @@
 """The inner loops on a CPU, compiled by numba; each handles a range of tiles in one thread, without the GIL.
 
 Written so that LLVM vectorizes: indices are unsigned (a signed one may count from the end), integers are cast back
-after each operation (they widen to 64 bits), arrays are flat, and four fields of a word are used for one load. bfloat16
-comes as uint16. Infinite and NaN gradients must come through: the fast math is only that of order and of fusing.
+after each operation (they widen to 64 bits), and arrays are flat. bfloat16 comes as uint16. Infinite and NaN gradients
+must come through: the fast math is only that of order and of fusing.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,18 +22,29 @@ FLOAT0 = np.float32(0)
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
-def compiled(function: F, fastmath: set[str] = FAST) -> F:
+def compiled(function: F, fastmath: set[str] = FAST, variant: int = 0) -> F:
     """Compile on the first call, and keep the machine code for other processes where there is a place for it.
 
-    numba writes it beside this file, or else into the user's cache directory, under the name of the processor and by a
-    rename: ranks that compile at the same time do no harm.
+    numba writes it beside the function's file, or else into the user's cache directory, under the name of the processor
+    and by a rename: ranks that compile at the same time do no harm. It finds it again by the function's name, and
+    looks at no other file for changes; so the name gets a digest of all kernels. `variant` tells functions apart that
+    one definition makes: two of a name that are compiled at the same time could be given each other's code.
     """
+    function.__qualname__ += f"-{variant}-{_sources()}"
     options: Any = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
     try:
         return njit(function, cache=True, **options)  # type: ignore[no-any-return]
     except RuntimeError as error:  # no directory can be written
         logging.getLogger(__name__).info("kernels are compiled anew in each process: %s", error)
         return njit(function, **options)  # type: ignore[no-any-return]
+
+
+@cache
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def inlined(function: F) -> F:

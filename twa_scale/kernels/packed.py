@@ -16,6 +16,10 @@ BLOCKS = {8: 64, 4: 64, 2: 128, 1: 128}
 """Elements of a row that share a scale, by bits: heavy-tailed deltas need short blocks to keep what 8 or 4 bits can."""
 
 
+RUN = 4
+"""Tiles whose products are added in float32: rows are cut between runs, so that the cuts do not change sums."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """n rows of m elements: scale * (code - zero).
@@ -73,6 +77,11 @@ class Packed:
     def tile_bytes(self) -> int:
         """Bytes of a full tile of all rows."""
         return self.n * (2 * self.block + 2 * self.fields)
+
+    @property
+    def run(self) -> int:
+        """Tiles that belong together."""
+        return RUN
 
     @property
     def count(self) -> int:

@@ -1,25 +1,25 @@
 """The inner loops over packed rows on a CPU, as in loops.py."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from twa_scale.kernels.emit import LANES, WIDE
 from twa_scale.kernels.loops import FLOAT0, U, compiled, inlined, narrow, widen
+from twa_scale.kernels.packed import BLOCKS, RUN
 from twa_scale.kernels.vectors import add_dots, number_gradient, number_rows, sum_rows, write, written
 
 ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
-FLUSH = 16
-"""Tiles whose products are added in float32."""
+_BLOCKS = tuple(BLOCKS.get(bits, 0) for bits in range(9))
 _LARGE = U(1 << 18)  # elements: what is written is not read from a cache next
 
 
 @inlined
 def sizes(bits: Any) -> Any:
     """Return the elements of a block, and the fields of a word."""
-    return U(64) if bits >= 4 else U(128), U(16 // bits)
+    return U(_BLOCKS[bits]), U(16 // bits)
 
 
 @inlined
@@ -75,7 +75,7 @@ def _project(bits: Any, words: Any, scales: Any, shape: Any, gradient: Any, star
         else:
             _padded(words, word, n, width, padded, block)
             add_dots(bits, lanes, padded, U(0), n, own, factors, chunks, numbers, units)
-        if (t + ONE) % U(FLUSH) == U(0) or t + ONE == U(stop):
+        if (t + ONE) % U(RUN) == U(0) or t + ONE == U(stop):
             for i in range(n):
                 row = FLOAT0
                 for j in range(i * SIXTEEN, (i + ONE) * SIXTEEN):
@@ -138,11 +138,11 @@ class Loops(NamedTuple):
 def packed_loops(bits: int) -> Loops:
     """Return the loops in which the number of bits is a constant, so that the compiler unrolls what depends on it."""
 
-    @compiled
+    @partial(compiled, variant=bits)
     def project(words: Any, scales: Any, shape: Any, gradient: Any, start: int, stop: int, total: Any) -> None:
         _project(bits, words, scales, shape, gradient, start, stop, total)
 
-    @compiled
+    @partial(compiled, variant=bits)
     def combine(
         words: Any, scales: Any, shape: Any, weights: Any, base: Any, center: Any, out: Any, start: int, stop: int
     ) -> None:

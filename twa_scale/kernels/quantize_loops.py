@@ -1,7 +1,7 @@
 """The inner loops that quantize on a CPU, as in loops.py, by the rule of quantize.py."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ def quantize_loop(bits: int) -> Callable[..., None]:
     The rows are `stride` apart and `count` long; `shape` is (n, m, lead) of a Packed. The number of bits is a constant.
     """
 
-    @compiled
+    @partial(compiled, variant=bits)
     def quantize(
         words: Any,
         scales: Any,

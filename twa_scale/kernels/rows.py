@@ -47,6 +47,11 @@ class Dense:
         return TILE
 
     @property
+    def run(self) -> int:
+        """Tiles that belong together: each is for itself."""
+        return 1
+
+    @property
     def tile_bytes(self) -> int:
         """Bytes of a full tile of all rows."""
         return TILE * self.n * self.values.itemsize

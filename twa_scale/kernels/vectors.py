@@ -2,12 +2,11 @@
 
 Codes are small integers, and so are the gradient and the coefficients here: 16 bits each, with a common unit for a
 block. A processor multiplies 32 pairs of such numbers and adds neighbours in one instruction, where for float32 it
-would first have to convert each code. What this rounds is 2^-16 of the largest of a block.
+would first have to convert each code. These integers are called numbers here. They round to 2^-16 of the largest of
+a block, with 2 and 1 bits to 2^-15.
 
-With few bits 0 lies between two codes. So -2 times its code is what is added, and half of the sum taken; it is exact,
-because numbers for few bits are even.
-
-Who edits this file or emit.py must delete numba's caches (`__pycache__/*.nb*`): they know the file of the caller only.
+Sums begin with -zero * sum(numbers), `firsts`, so that codes of 0 add up to 0. With few bits 0 lies between two codes:
+2 * zero is an integer, and half of its multiple exact, because numbers for few bits are even.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +22,12 @@ from numba.extending import intrinsic
 from twa_scale.kernels.emit import FAST, FLOAT, FLOATS, HALF, HALVES, INDEX, INT, LANES, WIDE, Emitter, splat
 from twa_scale.kernels.packed import BLOCKS, zero_of
 
-_TINY = 1e-30  # what is smaller has no inverse in float32, and is taken for 0
+_TINY = 1e-30  # what is not larger is taken for 0: inverses of much smaller ones are not finite
 _INFINITE = 0x7F800000  # the bits of a float32
-_MOST = float(1 << 22)  # of the magnitudes of the numbers of a block: times a byte and a sign they stay within 32 bits
+_MOST = float(1 << 22)  # the sum of a block's numbers: codes are at most 128 from zero, so products stay below 2^30
 _U = types.uint64
-# Two rows are interleaved within each 16 bytes, as processors do it; `_ORDER` puts sums back into the order of words.
+# Two rows a and b are interleaved within each 16 bytes, as processors do it: a0 b0 a1 b1 a2 b2 a3 b3, a8 b8 .. are low,
+# a4 b4 a5 b5 .., a12 b12 .. high. So low sums are of words 0 to 3, 8 to 11, ..; `_ORDER` puts them in order.
 _LOW = [8 * q + e + row * WIDE for q in range(4) for e in range(4) for row in (0, 1)]
 _HIGH = [i + 4 for i in _LOW]
 _ORDER = [4 * (w // 8) + w % 4 + w % 8 // 4 * LANES for w in range(WIDE)]
@@ -39,23 +39,23 @@ class _Tile(Emitter):
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, names: str) -> None:
         super().__init__(context, builder, signature.args[1:], arguments[1:], names)
         self.bits = signature.args[0].literal_value
-        self.block, self.fields, self.half = BLOCKS[self.bits], 16 // self.bits, 8 // self.bits
+        self.block, self.fields, self.in_byte = BLOCKS[self.bits], 16 // self.bits, 8 // self.bits
         self.even = self.bits < 4
         self.top = 16383.0 if self.even else 32767.0
-        places = [1 << self.bits * (k % self.half) for k in range(self.fields)]
+        places = [1 << self.bits * (k % self.in_byte) for k in range(self.fields)]
         self.zeros = [int(-2 * zero_of(self.bits)) * place for place in places]
         self.shares = [(0.5 if self.even else 1.0) / place for place in places]
 
     def parts(self) -> Iterator[tuple[list[int], int]]:
         """Yield what is worked on at a time: up to four fields, and where in a block their 64 words begin."""
-        together = min(2, self.half)
-        for k in range(0, self.half, together):
+        together = min(2, self.in_byte)
+        for k in range(0, self.in_byte, together):
             for s in range(0, self.block, 2 * WIDE):
-                yield [side + k + i for side in (0, self.half) for i in range(together)], s
+                yield [side + k + i for side in (0, self.in_byte) for i in range(together)], s
 
     def codes(self, words: Any, fields: Sequence[int]) -> list[Any]:
         """Return codes, each in its place in a byte."""
-        masks = [splat((1 << self.bits) - 1 << self.bits * k, WIDE) for k in fields if k < self.half]
+        masks = [splat((1 << self.bits) - 1 << self.bits * k, WIDE) for k in fields if k < self.in_byte]
         high = self.build.lshr(words, splat(8, WIDE))
         return [self.build.and_(part, mask) for part in (words, high) for mask in masks]
 
@@ -254,10 +254,14 @@ def write(typing, out, at, center, base, total, count):  # type: ignore[no-untyp
 
 @intrinsic
 def written(typing):  # type: ignore[no-untyped-def]
-    """Wait until what `write` has written can be read by others."""
+    """Wait until what `write` has written can be read by others: the order of other stores does not hold for it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.fence("seq_cst")
+        if context.codegen().magic_tuple()[0].startswith("x86_64"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse.sfence"), [])
+        else:
+            builder.fence("seq_cst")
         return context.get_dummy_value()
 
     return types.void(), generate

@@ -84,9 +84,10 @@ class OffloadedStore:
                 self._compute.combine(rows.over(places), weights, base, scale, out[cut])
 
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor]]:
-        """Yield views of columns, rows and center for as many tiles as a buffer holds."""
+        """Yield views of columns, rows and center for as many runs of tiles as a buffer holds."""
         rows, center = self._inner.held(span)
-        step = max(1, self._buffer // (rows.tile_bytes + rows.tile * center.itemsize))
+        run = rows.run * (rows.tile_bytes + rows.tile * center.itemsize)
+        step = rows.run * max(1, self._buffer // run)
         for tile in range(0, rows.count, step):
             first, part = rows.part(tile, tile + step)
             cut = slice(first, first + part.m)
