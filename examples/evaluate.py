@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from twa_scale.config import load_config
-from twa_scale.ranks import Group, World
+from twa_scale.ranks import Group, World, end
 from twa_scale.tasks import build_task
 from twa_scale.training.batches import make_batches
 from twa_scale.training.evaluate import evaluate
@@ -42,3 +42,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end(0)

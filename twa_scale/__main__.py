@@ -3,7 +3,7 @@
 from typing import NoReturn
 
 from twa_scale.cli import main
-from twa_scale.ranks.ending import end
+from twa_scale.ranks import end
 
 
 def program() -> NoReturn:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from twa_scale.config import RunConfig, TwaConfig
+from twa_scale.tasks.causal_lm import CausalLMOptions
+from twa_scale.tasks.image_classification import ImageClassificationOptions
+from twa_scale.tasks.sequence_classification import SequenceClassificationOptions
 
 PAGE = Path(__file__).resolve().parents[1] / "configuration.md"
 INTRODUCTION = """\
@@ -19,6 +22,11 @@ INTRODUCTION = """\
 line a dotted override follows the file: `twa-scale run run.yaml optimizer.lr=3e-3`. A key that is not
 listed here is an error, except in the sections that say that they pass further keys on.
 """
+TASKS = {
+    "causal_lm": CausalLMOptions,
+    "sequence_classification": SequenceClassificationOptions,
+    "image_classification": ImageClassificationOptions,
+}
 BOUNDS = {
     "minimum": "≥ {}",
     "exclusiveMinimum": "> {}",
@@ -53,6 +61,12 @@ def page() -> str:
         table("RunConfig", {**run, "properties": added}, "Every key of [TwaConfig](#twaconfig), and:"),
         *(table(name, section) for name, section in run["$defs"].items()),
     ]
+    inside: Schema = {}
+    for name, options in TASKS.items():
+        schema = options.model_json_schema()
+        parts.append(table(f"Task {name}", schema, f"`task: {{name: {name}, ...}}`."))
+        inside |= schema.get("$defs", {})
+    parts += [table(name, section) for name, section in inside.items() if "properties" in section]
     return "\n".join(parts)
 
 
@@ -91,13 +105,15 @@ def default_of(schema: Schema) -> str:
     return f"`{json.dumps(schema['default']).strip(chr(34))}`" if "default" in schema else "its own"
 
 
-def undescribed(run: Schema) -> list[str]:
+def undescribed(*schemas: Schema) -> list[str]:
     """Return the keys without a description: rows of a reference that would say nothing."""
-    sections = {"RunConfig": run, **run["$defs"]}
+    sections = {schema["title"]: schema for schema in schemas}
+    for schema in schemas:
+        sections |= schema.get("$defs", {})
     return [
         f"{name}.{key}"
         for name, section in sections.items()
-        for key, field in section["properties"].items()
+        for key, field in section.get("properties", {}).items()
         if not field.get("description")
     ]
 
@@ -107,8 +123,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is stale")
     arguments = parser.parse_args()
-    if missing := undescribed(RunConfig.model_json_schema()):
-        print(f"no description in twa_scale/config.py: {', '.join(missing)}", file=sys.stderr)
+    if missing := undescribed(*(options.model_json_schema() for options in (RunConfig, *TASKS.values()))):
+        print(f"no description: {', '.join(missing)}", file=sys.stderr)
         return 1
     text = page()
     if not arguments.check:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
 from twa_scale.config import TaskConfig
+from twa_scale.ranks import end
 from twa_scale.tasks import build_task
 from twa_scale.tasks.gpt import ByteGPT
 from twa_scale.training.batches import make_batches
@@ -86,3 +87,4 @@ def counters() -> dict[str, int]:
 
 if __name__ == "__main__":
     main()
+    end(0)

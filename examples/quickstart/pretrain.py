@@ -18,7 +18,7 @@ from torch import nn
 
 from twa_scale import Snapshots
 from twa_scale.config import RunConfig, load_config
-from twa_scale.ranks import World
+from twa_scale.ranks import World, end
 from twa_scale.tasks import build_task
 from twa_scale.training.batches import make_batches
 from twa_scale.training.model import build_model
@@ -143,3 +143,4 @@ def name_it(path: Path, name: str) -> None:
 
 if __name__ == "__main__":
     main()
+    end(0)

@@ -5,8 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from twa_scale.ranks import World
-from twa_scale.ranks.ending import end
+from twa_scale.ranks import World, end
 
 with World.from_environment().joined(torch.device("cpu"), sys.argv[1]):
     group = dist.group.WORLD  # keeps its threads, as the caches of torch and DeepSpeed do

@@ -18,7 +18,7 @@ import twa_scale
 from tests import models
 from tests.mpi.settings import BATCH, CONFIGS, PODS, STEPS
 from twa_scale.errors import CandidateError, TwaError
-from twa_scale.ranks import Group, World, rendezvous
+from twa_scale.ranks import Group, World, end, rendezvous
 
 
 def train(model: torch.nn.Module, config: dict[str, Any], group: Group, **options: Any) -> dict[str, Any]:
@@ -125,3 +125,4 @@ if __name__ == "__main__":
     for name in case.split(","):
         results = globals()[name]()
         torch.save(results, Path(directory) / f"{name}-{World.from_environment().rank}.pt")
+    end(0)

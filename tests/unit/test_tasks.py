@@ -227,6 +227,26 @@ def test_causal_lm_with_a_hugging_face_model(llama: str, tmp_path: Path) -> None
     assert {p.dtype for p in task.model().parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["byte_gpt", "llama"])
+def test_recomputing_changes_no_gradient_and_keeps_less(llama: str, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(SENTENCES.values()) * 20)
+    options = {"model": llama if kind == "llama" else kind, "text": {"train": str(tmp_path / "*.txt")}, "context": 32}
+    gradients, kept = [], []
+    for recompute in (False, True):
+        task = task_of("causal_lm", recompute_activations=recompute, **options)
+        torch.manual_seed(0)
+        model, sizes = task.model().train(), []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t)
+        with hooks:
+            loss = task.loss(model, batch_of(task.dataset("train"), 2))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        kept.append(sum(sizes))
+    assert kept[1] < 0.7 * kept[0]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # sequence_classification
 
 

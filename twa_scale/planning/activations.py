@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from twa_scale.config import RunConfig
@@ -24,21 +25,39 @@ def activation_bytes(task: Task, model: nn.Module, config: RunConfig, batch: Bat
         return tensor
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _Affirmative():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _WithoutMemory():
             task.loss(model, batch)
     except Exception as error:
         return 0, [f"activations are not counted: the model does not run without memory ({type(error).__name__})"]
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    again = (config.task.model_extra or {}).get("recompute_activations")
+    notes = ["activations: those of the one block that is computed again come on top"] if again else []
     scale = 0.5 if config.precision == "bfloat16" else 1.0
-    return int(scale * (sum(sizes) + 2 * max(sizes, default=0))), []
+    return int(scale * (sum(sizes) + 2 * max(sizes, default=0))), notes
 
 
-class _Affirmative(TorchFunctionMode):
-    """Says yes where a model looks at values that are not there: "is nothing masked", "is it one sequence"."""
+class _WithoutMemory(TorchFunctionMode):
+    """Makes a model do without memory what it does with it.
+
+    It says yes where the model looks at values that are not there: "is nothing masked", "is it one sequence". And
+    attention keeps no scores, as fused kernels do not, which torch has for all devices but this one.
+    """
 
     def __torch_function__(
         self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is torch.Tensor.__bool__ and args[0].is_meta:
             return True
+        if function is scaled_dot_product_attention and args[0].is_meta:
+            return _Attention.apply(*args[:3])  # type: ignore[no-untyped-call]
         return function(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what fused attention keeps, but for one number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out

@@ -62,7 +62,7 @@ class Choices:
         best = (
             f"the most exact store that fits is {self.most_exact}"
             if self.most_exact
-            else "no store does: take more ranks"
+            else "no store does: take more ranks or, if activations are the most, recompute them or shorten the context"
         )
         return best if self.own.fits else f"{self.configured}, as configured, does not fit; {best}"
 

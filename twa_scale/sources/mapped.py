@@ -22,7 +22,13 @@ def mapped(candidate: Candidate, name: str) -> torch.Tensor:
     Raises:
         ConfigError: a candidate that can only be read.
     """
-    view = candidate.mapped(name) if isinstance(candidate, Mappable) else None
+    try:
+        view = candidate.mapped(name) if isinstance(candidate, Mappable) else None
+    except OSError as error:  # the system counts what could be written to, and nothing is
+        raise ConfigError(
+            f"store: {candidate.label} cannot be mapped ({error}): it has more bytes than this machine would give one "
+            "process. Use packed8 or packed4."
+        ) from None
     if view is None:
         raise ConfigError(
             f"store: 'mapped' needs candidates whose tensors lie in one piece in safetensors files; {name!r} of "

@@ -68,12 +68,19 @@ class CausalLMOptions(Section):
     tokens: SplitFiles | None = Field(
         None, description="Files of tokens, `.npy` or bare (`.bin`), as for `text`. Give this or `text`."
     )
-    token_dtype: Literal["uint8", "uint16", "int32"] = Field("uint16", description="Type of the tokens in bare files.")
+    token_dtype: Literal["uint8", "uint16", "int32"] = Field(
+        "uint16", description="Type of the tokens in bare files; `int32` for vocabularies of more than 65536."
+    )
     context: PositiveInt = Field(256, description="Tokens that one example predicts; each is read once per epoch.")
     fractions: Fractions = Field(
         default_factory=Fractions, description="Parts of the files for each split, where one list is divided."
     )
     split_seed: int = Field(0, description="Seed of that division; the same for candidates and average.")
+    recompute_activations: bool = Field(
+        False,
+        description="Keep only the input of each block, and compute the rest again for backward: much less memory, a "
+        "third more time (activation checkpointing).",
+    )
 
     @model_validator(mode="after")
     def _one_kind_of_data(self) -> "CausalLMOptions":
@@ -111,11 +118,12 @@ class CausalLM:
 
     def model(self) -> nn.Module:
         """Return the byte-level GPT or the Hugging Face model, with random values."""
+        recompute = self._options.recompute_activations
         if self._config:
-            return huggingface.build_model("AutoModelForCausalLM", self._config)
+            return huggingface.build_model("AutoModelForCausalLM", self._config, recompute=recompute)
         sizes = self._options.model.byte_gpt
         assert sizes is not None
-        return ByteGPT(context=self._options.context, **sizes.model_dump())
+        return ByteGPT(context=self._options.context, **sizes.model_dump(), recompute=recompute)
 
     def dataset(self, split: str) -> Windows:
         """Return the windows of a split: {"tokens": int64 of context + 1}."""

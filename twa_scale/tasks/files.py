@@ -26,9 +26,9 @@ Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance
 class Fractions(Section):
     """Parts of the files that each split gets, on average."""
 
-    train: Fraction = 0.9
-    validation: Fraction = 0.05
-    test: Fraction = 0.05
+    train: Fraction = Field(0.9, description="Part for training.")
+    validation: Fraction = Field(0.05, description="Part for validation.")
+    test: Fraction = Field(0.05, description="Part for testing.")
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> "Fractions":

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 VOCABULARY = 256
 
@@ -46,10 +47,14 @@ class ByteGPT(nn.Module):
         n_layer: Number of blocks.
         n_head: Attention heads per block; divides d_model.
         d_model: Width.
+        recompute: Whether training keeps only the input of each block for backward.
     """
 
-    def __init__(self, context: int = 256, n_layer: int = 5, n_head: int = 4, d_model: int = 128) -> None:
+    def __init__(
+        self, context: int = 256, n_layer: int = 5, n_head: int = 4, d_model: int = 128, *, recompute: bool = False
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.embedding = nn.Embedding(VOCABULARY, d_model)
         self.positions = nn.Embedding(context, d_model)
         self.blocks = nn.ModuleList(Block(d_model, n_head) for _ in range(n_layer))
@@ -69,5 +74,5 @@ class ByteGPT(nn.Module):
         """Map tokens (B, T), int64 in 0..255, to logits (B, T, 256) of the byte that follows each."""
         x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         return F.linear(self.norm(x), self.embedding.weight)

@@ -30,17 +30,30 @@ def load_tokenizer(directory: str) -> Any:
     return _from_pretrained("AutoTokenizer", directory, "tokenizer files")
 
 
-def build_model(kind: str, config: Any) -> nn.Module:
+def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module:
     """Return a float32 model of auto class `kind`; its values are random.
 
+    Args:
+        kind: such as `AutoModelForCausalLM`.
+        config: of `load_config`.
+        recompute: whether training keeps only the input of each block for backward.
+
     Raises:
-        ConfigError: an architecture that has no such model.
+        ConfigError: an architecture that has no such model, or cannot recompute.
     """
     try:
-        model: nn.Module = getattr(_transformers(), kind).from_config(config, dtype=torch.float32)
+        model = getattr(_transformers(), kind).from_config(config, dtype=torch.float32)
     except ValueError as error:
         raise ConfigError(f"task.model: {config.model_type!r} has no {kind}: {_first_line(error)}") from error
-    return model
+    if recompute:
+        try:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(
+                f"task.recompute_activations: transformers cannot do it for {config.model_type!r}: {_first_line(error)}"
+            ) from error
+    return model  # type: ignore[no-any-return]
 
 
 def _from_pretrained(kind: str, directory: str, what: str) -> Any:
