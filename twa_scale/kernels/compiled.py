@@ -41,7 +41,7 @@ class NumbaKernels:
                     loops.project_dense(_array(rows.values), rows.n, rows.m, TILE, right, start, stop, total)
                 case Packed():
                     total = np.zeros(rows.n)
-                    packed_loops(rows.bits).project(*_packed(rows), right, *_tiles(rows, start, stop), total)
+                    packed_loops(rows.bits).project(_packed(rows), right, *_tiles(rows, start, stop), total)
                 case Differences():
                     center = rows.center.numpy()
                     cut = (start * _PIECE, min(stop * _PIECE, len(center)))
@@ -74,7 +74,7 @@ class NumbaKernels:
                     loops.combine_dense(_array(rows.values), *size, factors, center, factor, target, start, stop)
                 case Packed():
                     cut = _tiles(rows, start, stop)
-                    packed_loops(rows.bits).combine(*_packed(rows), factors, center, factor, target, *cut)
+                    packed_loops(rows.bits).combine(_packed(rows), factors, center, factor, target, *cut)
                 case Differences():
                     for piece in range(start, stop):
                         self._combine_differences(rows, factors, base, scale, out, piece * _PIECE)
@@ -136,7 +136,7 @@ class NumbaKernels:
         rule = (np.float32(first_scale(rows.bits)), REFINEMENTS[rows.bits], np.float32(SMALLEST))
 
         def work(start: int, stop: int) -> None:
-            quantize_loop(rows.bits)(*_packed(rows), block, flat, stride, count, rule, start, stop)
+            quantize_loop(rows.bits)(_packed(rows), block, flat, stride, count, rule, start, stop)
 
         self._threads.share(work, rows.n, values.nbytes)
 

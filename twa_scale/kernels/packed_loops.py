@@ -1,4 +1,4 @@
-"""The inner loops over packed rows on a CPU, as in loops.py."""
+"""The inner loops over packed rows on a CPU, as in loops.py. `rows` are words, scales and (n, m, lead) of a Packed."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -52,7 +52,8 @@ def _padded(source: Any, first: Any, n: Any, width: Any, target: Any, pitch: Any
 
 
 @inlined
-def _project(bits: Any, words: Any, scales: Any, shape: Any, gradient: Any, start: int, stop: int, total: Any) -> None:
+def _project(bits: Any, rows: Any, gradient: Any, start: int, stop: int, total: Any) -> None:
+    words, scales, shape = rows
     n, _, lead = shape
     block, fields = sizes(bits)
     tile, chunks = block * fields, _chunks(n, fields)
@@ -85,18 +86,8 @@ def _project(bits: Any, words: Any, scales: Any, shape: Any, gradient: Any, star
 
 
 @inlined
-def _combine(
-    bits: Any,
-    words: Any,
-    scales: Any,
-    shape: Any,
-    weights: Any,
-    base: Any,
-    center: Any,
-    out: Any,
-    start: int,
-    stop: int,
-) -> None:
+def _combine(bits: Any, rows: Any, weights: Any, base: Any, center: Any, out: Any, start: int, stop: int) -> None:
+    words, scales, shape = rows
     n, m, lead = shape
     block, fields = sizes(bits)
     tile, chunks = block * fields, _chunks(n, fields)
@@ -126,7 +117,7 @@ def _combine(
 
 
 class Loops(NamedTuple):
-    """The loops for one number of bits. `shape` is (n, m, lead) of a Packed; tiles [start, stop) are worked on."""
+    """The loops for one number of bits, over tiles [start, stop)."""
 
     project: Callable[..., None]
     """Add <row_i, gradient> to total (n,), float64."""
@@ -139,13 +130,11 @@ def packed_loops(bits: int) -> Loops:
     """Return the loops in which the number of bits is a constant, so that the compiler unrolls what depends on it."""
 
     @partial(compiled, variant=bits)
-    def project(words: Any, scales: Any, shape: Any, gradient: Any, start: int, stop: int, total: Any) -> None:
-        _project(bits, words, scales, shape, gradient, start, stop, total)
+    def project(rows: Any, gradient: Any, start: int, stop: int, total: Any) -> None:
+        _project(bits, rows, gradient, start, stop, total)
 
     @partial(compiled, variant=bits)
-    def combine(
-        words: Any, scales: Any, shape: Any, weights: Any, base: Any, center: Any, out: Any, start: int, stop: int
-    ) -> None:
-        _combine(bits, words, scales, shape, weights, base, center, out, start, stop)
+    def combine(rows: Any, weights: Any, base: Any, center: Any, out: Any, start: int, stop: int) -> None:
+        _combine(bits, rows, weights, base, center, out, start, stop)
 
     return Loops(project, combine)

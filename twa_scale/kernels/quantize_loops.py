@@ -14,19 +14,10 @@ _TOGETHER = U(16)  # blocks that are worked on at a time
 
 @inlined
 def _quantize(
-    bits: Any,
-    words: Any,
-    scales: Any,
-    shape: Any,
-    b: int,
-    values: Any,
-    stride: int,
-    count: int,
-    rule: Any,
-    start: int,
-    stop: int,
+    bits: Any, rows: Any, b: int, values: Any, stride: int, count: int, rule: Any, start: int, stop: int
 ) -> None:
     # Step by step for some blocks: each step of one waits for the one before, and the others have work meanwhile.
+    words, scales, shape = rows
     _, _, lead = shape
     block, fields = sizes(bits)
     unit, refinements, least = rule
@@ -121,22 +112,11 @@ def _rounded(scale: Any, least: Any) -> Any:
 def quantize_loop(bits: int) -> Callable[..., None]:
     """Return the loop that puts rows [start, stop) of `values` into blocks b and following.
 
-    The rows are `stride` apart and `count` long; `shape` is (n, m, lead) of a Packed. The number of bits is a constant.
+    The values are `stride` apart and `count` long; `rows` are as in packed_loops.py. The number of bits is a constant.
     """
 
     @partial(compiled, variant=bits)
-    def quantize(
-        words: Any,
-        scales: Any,
-        shape: Any,
-        b: int,
-        values: Any,
-        stride: int,
-        count: int,
-        rule: Any,
-        start: int,
-        stop: int,
-    ) -> None:
-        _quantize(bits, words, scales, shape, b, values, stride, count, rule, start, stop)
+    def quantize(rows: Any, b: int, values: Any, stride: int, count: int, rule: Any, start: int, stop: int) -> None:
+        _quantize(bits, rows, b, values, stride, count, rule, start, stop)
 
     return quantize
