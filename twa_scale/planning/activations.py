@@ -48,9 +48,13 @@ class _WithoutMemory(TorchFunctionMode):
     ) -> Any:
         if function is torch.Tensor.__bool__ and args[0].is_meta:
             return True
-        if function is scaled_dot_product_attention and args[0].is_meta:
-            return _Attention.apply(*args[:3])  # type: ignore[no-untyped-call]
+        if function is scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
 
 
 class _Attention(torch.autograd.Function):
