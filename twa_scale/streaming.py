@@ -12,6 +12,7 @@ from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 
 _ROW_BYTES = 4 << 20  # float32 deltas of all candidates that are in memory, or rather in a cache, at a time
+_WHOLE = 2048  # columns: any number of whole tiles
 
 
 def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = READ_CHUNK) -> int:
@@ -22,7 +23,8 @@ def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = REA
 
 
 def _columns(n: int) -> int:
-    return max(1, _ROW_BYTES // (4 * (n + 1)))
+    columns = _ROW_BYTES // (4 * (n + 1))
+    return columns // _WHOLE * _WHOLE or columns
 
 
 @dataclass(frozen=True)

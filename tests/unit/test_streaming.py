@@ -55,6 +55,19 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
     assert kernels.checksums(given).tolist() == [checksum(row.contiguous()) for row in given]
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+def test_deltas_do_not_depend_on_the_columns_beside_them(kind: str) -> None:
+    """Vectors and what is left over compute alike, so that codes do not depend on chunks or ranks."""
+    given = sources(5, 1000, kind)
+    weights = [0.1, 0.2, 0.3, 0.15, 0.25]
+    whole, part = torch.empty(6, 1000), torch.empty(6, 1000)
+    kernels = NumbaKernels()
+    kernels.center(given, weights, whole)
+    for start, stop in ((0, 1), (3, 20), (5, 69), (100, 163), (7, 1000)):
+        kernels.center(given[:, start:stop].contiguous(), weights, part[:, : stop - start])
+        assert torch.equal(part[:, : stop - start], whole[:, start:stop])
+
+
 @both
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
 def test_where_candidates_agree_deltas_are_zero_and_the_center_has_their_bits(kernels: Kernels, kind: str) -> None:

@@ -10,7 +10,6 @@ from twa_scale.kernels import delta_loops, loops
 from twa_scale.kernels.packed import RUN, Packed
 from twa_scale.kernels.packed_loops import packed_loops
 from twa_scale.kernels.protocol import Differences, Rows, Sources
-from twa_scale.kernels.quantize import REFINEMENTS, SMALLEST, first_scale
 from twa_scale.kernels.quantize_loops import quantize_loop
 from twa_scale.kernels.reference import TorchKernels, reference_of
 from twa_scale.kernels.rows import TILE, Dense
@@ -133,10 +132,9 @@ class NumbaKernels:
         values = values if values.stride(1) == 1 else values.contiguous()
         stride = values.stride(0)
         flat = _flat(values)
-        rule = (np.float32(first_scale(rows.bits)), REFINEMENTS[rows.bits], np.float32(SMALLEST))
 
         def work(start: int, stop: int) -> None:
-            quantize_loop(rows.bits)(_packed(rows), block, flat, stride, count, rule, start, stop)
+            quantize_loop(rows.bits)(_packed(rows), block, flat, stride, count, start, stop)
 
         self._threads.share(work, rows.n, values.nbytes)
 

@@ -7,11 +7,18 @@ would no longer give zeros.
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
+from twa_scale.kernels.emit import LANES, Emitter, splat
 from twa_scale.kernels.loops import FLOAT0, U, compiled, exact, widen
 
 ONE, TWO, THREE = U(1), U(2), U(3)
 _TILE = U(512)
+_ABREAST = 4  # vectors of sums, each of which waits for its own last addition
+_COLUMNS = U(_ABREAST * LANES)
+_FUSED = ("contract",)
 
 
 @compiled
@@ -32,36 +39,50 @@ def center(
 
     The sources w_i are `pitch` apart, and may be the rows themselves.
     """
-    n, end, pitch, stride = U(len(weights)), U(stop), U(pitch), U(stride)
-    base, shift = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
-    for t in range(U(start), end, _TILE):
-        width = min(_TILE, end - t)
-        at = U(reference) * pitch + t
-        for j in range(width):
-            base[j] = widen(source[at + j])
-            shift[j] = FLOAT0
+    n, first, end, pitch, stride, reference = map(U, (len(weights), start, stop, pitch, stride, reference))
+    rest = end - (end - first) % _COLUMNS
+    for t in range(first, rest, _COLUMNS):
+        subtract_mean(source, pitch, weights, n, reference, rows, stride, t)
+    for t in range(rest, end):
+        base, shift = widen(source[reference * pitch + t]), FLOAT0
         for i in range(n):
-            _subtract(source, i * pitch + t, base, rows, i * stride + t, width)
-            _add(shift, weights[i], rows, i * stride + t, width)
+            shift += weights[i] * (widen(source[i * pitch + t]) - base)
         for i in range(n):
-            at = i * stride + t
-            for j in range(width):
-                rows[at + j] -= shift[j]
-        at = n * stride + t
-        for j in range(width):
-            rows[at + j] = base[j] + shift[j]
+            rows[i * stride + t] = widen(source[i * pitch + t]) - base - shift
+        rows[n * stride + t] = base + shift
 
 
-@exact
-def _subtract(source: Any, start: Any, base: Any, rows: Any, to: Any, width: Any) -> None:
-    for j in range(width):
-        rows[to + j] = widen(source[start + j]) - base[j]
+@intrinsic
+def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at):  # type: ignore[no-untyped-def]
+    """Do what `center` does for 64 columns, of which the sources are read twice and nothing else is kept."""
 
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        names = "source pitch weights n reference rows stride at"
+        v = Emitter(context, builder, signature.args, arguments, names)
+        columns = [v.at(v["at"], c * LANES) for c in range(_ABREAST)]
 
-@exact
-def _add(shift: Any, weight: Any, rows: Any, start: Any, width: Any) -> None:
-    for j in range(width):
-        shift[j] += weight * rows[start + j]
+        def differences(row: Any) -> list[Any]:
+            start = builder.mul(row, v["pitch"])
+            return [builder.fsub(v.floats("source", v.at(start, c)), b) for c, b in zip(columns, bases, strict=True)]
+
+        start = builder.mul(v["reference"], v["pitch"])
+        bases = [v.floats("source", v.at(start, column)) for column in columns]
+        shifts = [v.variable(splat(0.0)) for _ in columns]
+        with cgutils.for_range(builder, v["n"]) as row:
+            weight = v.spread("weights", row.index)
+            for shift, difference in zip(shifts, differences(row.index), strict=True):
+                shift.set(builder.fadd(shift.get(), builder.fmul(weight, difference, flags=_FUSED), flags=_FUSED))
+        with cgutils.for_range(builder, v["n"]) as row:
+            start = builder.mul(row.index, v["stride"])
+            for column, shift, difference in zip(columns, shifts, differences(row.index), strict=True):
+                v.store("rows", v.at(start, column), builder.fsub(difference, shift.get()))
+        start = builder.mul(v["n"], v["stride"])
+        for column, shift, base in zip(columns, shifts, bases, strict=True):
+            v.store("rows", v.at(start, column), builder.fadd(base, shift.get()))
+        return context.get_dummy_value()
+
+    index = types.uint64
+    return types.void(source, index, weights, index, index, rows, index, index), generate
 
 
 @compiled

@@ -59,9 +59,7 @@ class Emitter:
     def floats(self, name: str, index: Any) -> Any:
         """Return 16 neighbours as floats: of float32, or of the bits of bfloat16."""
         values = self.load(name, index)
-        if values.type == FLOATS:
-            return values
-        return self.build.bitcast(self.build.shl(self.build.zext(values, INTS), splat(16)), FLOATS)
+        return values if values.type == FLOATS else self.widened(values)
 
     def store(self, name: str, index: Any, values: Any) -> None:
         """Put down neighbours."""
@@ -114,6 +112,10 @@ class Emitter:
     def scaled(self, sums: Any, factor: Any) -> Any:
         """Return factor * sums, as floats."""
         return self.build.fmul(self.build.sitofp(sums, FLOATS), factor, flags=FAST)
+
+    def widened(self, values: Any) -> Any:
+        """Return bits of bfloat16 as floats."""
+        return self.build.bitcast(self.build.shl(self.build.zext(values, INTS), splat(16)), FLOATS)
 
     def bfloat16(self, values: Any) -> Any:
         """Return the bits of the bfloat16 nearest to floats, ties to even."""

@@ -22,7 +22,7 @@ RUN = 4
 
 @dataclass(frozen=True)
 class Packed:
-    """n rows of m elements: scale * (code - zero).
+    """n rows of m elements: scale * (code - zero), where a scale may be negative.
 
     Blocks are cut at multiples of their size in the numbering of the tensor, of which column 0 is element `lead` of a
     block: then the same elements share a scale however the tensor is split, but for a block that a boundary cuts.

@@ -5,23 +5,26 @@ from torch.nn import functional as F
 
 from twa_scale.kernels.packed import zero_of
 
-REFINEMENTS = {8: 0, 4: 2, 2: 3, 1: 1}
-"""How often the scale is fitted to the codes. 8 bits clip nothing and gain nothing; 1 bit is exact after once."""
+REFINEMENTS = {8: 0, 4: 0, 2: 3, 1: 1}
+"""How often the scale is fitted to the codes. With 8 and 4 bits it gains next to nothing; 1 bit is best after once."""
 SMALLEST = 1e-30
 """Scales below it become zero: their inverse would overflow. Such deltas are far below any weight's last bit."""
 
 
 def first_scale(bits: int) -> float:
-    """Return the first scale of a block, in units of its largest element (8 and 4 bits) or of its mean size."""
-    margin = {8: 1.0, 4: 0.5}  # 8 bits keep one step for the rounding of the scale, and clip nothing
-    return 1 / ((1 << (bits - 1)) - margin[bits]) if bits in margin else 1.25
+    """Return the first scale of a block, in units of its largest element (8 and 4 bits) or of its mean size.
+
+    The largest gets the code 0, which is one step farther from zero than the last one: hence the sign. With 8 bits it
+    gets the next, so that the rounding of the scale clips nothing.
+    """
+    return {8: -1 / 127, 4: -1 / 8}.get(bits, 1.25)
 
 
 def quantize(values: torch.Tensor, front: int, back: int, size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize rows that `front` and `back` absent elements make whole blocks.
 
-    The scale starts from the largest element, or where most must be clipped from the mean size, and is then fitted:
-    for given codes q the best one is <x, q - zero> / |q - zero|^2.
+    The scale comes from the largest element; or, where most must be clipped, from the mean size, and then fitted: for
+    given codes q the best one is <x, q - zero> / |q - zero|^2.
 
     Args:
         values: (n, k), float32, finite.
@@ -35,8 +38,11 @@ def quantize(values: torch.Tensor, front: int, back: int, size: int, bits: int) 
     """
     blocks = F.pad(values, (front, back)).unflatten(1, (-1, size))
     present = F.pad(values.new_ones(values.shape[1]), (front, back)).view(-1, size)
-    magnitude = blocks.abs()
-    start = magnitude.amax(2) if bits >= 4 else magnitude.sum(2) / present.sum(1)
+    if bits >= 4:
+        low, high = blocks.amin(2), blocks.amax(2)
+        start = torch.where(-low >= high, low, high)
+    else:
+        start = blocks.abs().sum(2) / present.sum(1)
     scale = _rounded(start * first_scale(bits))
     for _ in range(REFINEMENTS[bits]):
         level = (_codes(blocks, scale, bits) - zero_of(bits)) * present
@@ -45,9 +51,9 @@ def quantize(values: torch.Tensor, front: int, back: int, size: int, bits: int) 
 
 
 def _rounded(scale: torch.Tensor) -> torch.Tensor:
-    return (scale * (scale >= SMALLEST)).to(torch.bfloat16).to(torch.float32)
+    return (scale * (scale.abs() >= SMALLEST)).to(torch.bfloat16).to(torch.float32)
 
 
 def _codes(blocks: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    inverse = torch.where(scale > 0, 1 / scale, 0)[..., None]
+    inverse = torch.where(scale != 0, 1 / scale, 0)[..., None]
     return (blocks * inverse + (zero_of(bits) + 0.5)).floor_().clamp_(0, (1 << bits) - 1)

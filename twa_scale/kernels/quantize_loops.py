@@ -1,111 +1,161 @@
-"""The inner loops that quantize on a CPU, as in loops.py, by the rule of quantize.py."""
+"""The inner loop that quantizes on a CPU, as in loops.py, by the rule of quantize.py: 16 blocks at once, one a lane."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from twa_scale.kernels.loops import FLOAT0, U, bfloat16, compiled, inlined, narrow, widen
-from twa_scale.kernels.packed_loops import ONE, extent, sizes
+from twa_scale.kernels.emit import FLOATS, HALF, INTS, LANES, Join, splat
+from twa_scale.kernels.loops import FLOAT0, U, compiled, inlined, narrow
+from twa_scale.kernels.packed import zero_of
+from twa_scale.kernels.packed_loops import ONE, SIXTEEN, extent, sizes
+from twa_scale.kernels.quantize import REFINEMENTS, SMALLEST, first_scale
+from twa_scale.kernels.vectors import Tile, of_tile
 
-_TOGETHER = U(16)  # blocks that are worked on at a time
+_FUSED = ("contract",)
 
 
 @inlined
-def _quantize(
-    bits: Any, rows: Any, b: int, values: Any, stride: int, count: int, rule: Any, start: int, stop: int
-) -> None:
-    # Step by step for some blocks: each step of one waits for the one before, and the others have work meanwhile.
+def _quantize(bits: Any, rows: Any, b: int, values: Any, stride: int, count: int, start: int, stop: int) -> None:
     words, scales, shape = rows
     _, _, lead = shape
     block, fields = sizes(bits)
-    unit, refinements, least = rule
-    middle = np.float32(ONE << (bits - ONE))
-    code = (middle - np.float32(0.0 if bits >= 4 else 0.5), np.float32((ONE << bits) - ONE))
-    scale = np.empty(_TOGETHER, np.float32)
-    for i in range(U(start), U(stop)):
-        at, end, g = i * U(stride), i * U(stride) + U(count), U(b)
-        low = lead if b == 0 else U(0)
-        while at < end:
-            size = min(block - low, end - at)
-            several = max(ONE, min(_TOGETHER, (end - at) // block)) if size == block else ONE
-            for s in range(several):
-                place = at + s * size
-                found = _size(values, place, block, bits) if size == block else _size(values, place, size, bits)
-                scale[s] = _rounded(unit * found, least)
-            for _ in range(refinements):
-                for s in range(several):
-                    place = at + s * size
-                    if size == block:
-                        scale[s] = _rounded(_fitted(values, place, block, scale[s], code), least)
-                    else:
-                        scale[s] = _rounded(_fitted(values, place, size, scale[s], code), least)
-            for s in range(several):
-                t = (g + s) // fields
-                k = g + s - t * fields
-                _, _, width, blocks, word, first = extent(shape, bits, t)
-                scales[first + i * blocks + k] = narrow(scales, scale[s])
-                to, place, shift = word + i * width + low, at + s * size, np.int16(bits * k)
-                if size == block:
-                    _place(words, to, shift, values, place, block, scale[s], code)
-                else:
-                    _place(words, to, shift, values, place, size, scale[s], code)
-            at += several * size
-            g += several
-            low = U(0)
+    most = SIXTEEN * block
+    packed, padded = np.empty(most // fields, np.int16), np.empty(most, np.float32)
+    found, present = np.empty(SIXTEEN, np.float32), np.empty(SIXTEEN, np.float32)
+    at, end, tile = U(0), U(count), U(b) // fields
+    low = (U(b) - tile * fields) * block + (lead if U(b) == U(0) else U(0))
+    while at < end:  # rows within columns: those of a tile lie beside each other
+        high = min(most, low + end - at)
+        for k in range(SIXTEEN):
+            present[k] = max(ONE, _inside(high, k, block) - _inside(low, k, block))
+        for i in range(U(start), U(stop)):
+            source = i * U(stride) + at
+            if high - low == most:
+                quantize_blocks(bits, packed, found, present, values, source)
+            else:
+                padded[:] = FLOAT0
+                padded[low:high] = values[source : source + high - low]
+                quantize_blocks(bits, packed, found, present, padded, U(0))
+                _clear_absent(bits, packed, low, high)
+            for t in range((high + fields * block - ONE) // (fields * block)):
+                _, _, width, blocks, word, scale = extent(shape, bits, tile + t)
+                for j in range(width):
+                    words[word + i * width + j] |= packed[t * block + j]
+                first, last = _inside(low, t, block * fields), _inside(high, t, block * fields)
+                for k in range(first // block, (last + block - ONE) // block):
+                    scales[scale + i * blocks + k] = narrow(scales, found[t * fields + k])
+        at += high - low
+        tile += SIXTEEN // fields
+        low = U(0)
 
 
 @inlined
-def _size(values: Any, at: Any, count: Any, bits: Any) -> Any:
-    """Return the largest magnitude of `count` elements, or with few bits their mean one."""
-    if bits >= 4:
-        largest = np.uint32(0)
-        for j in range(at, at + count):  # finite magnitudes are in the order of their bits, and integers vectorize
-            largest = max(largest, np.uint32(np.float32(values[j]).view(np.uint32) & np.uint32(0x7FFFFFFF)))
-        return np.uint32(largest).view(np.float32)
-    total = FLOAT0
-    for j in range(at, at + count):
-        total += abs(values[j])
-    return total / np.float32(count)
+def _inside(place: Any, k: Any, size: Any) -> Any:
+    """Return how much of the k-th of some parts of a size lies before a place."""
+    return min(max(place, k * size) - k * size, size)
 
 
 @inlined
-def _fitted(values: Any, at: Any, count: Any, scale: Any, code: Any) -> Any:
-    """Return the scale that fits best to the codes that `scale` gives: quantize.py's rule."""
-    zero, top = code
-    inverse = _inverse(scale)
-    along = square = FLOAT0
-    for j in range(at, at + count):
-        level = np.float32(_code(values[j] * inverse, zero, top)) - zero
-        along += values[j] * level
-        square += level * level
-    return along / max(square, np.float32(0.25))
+def _clear_absent(bits: Any, packed: Any, low: Any, high: Any) -> None:
+    """Take the codes of zeros out of the fields that are absent."""
+    block, fields = sizes(bits)
+    for k in range(SIXTEEN):
+        to, code = k // fields * block, np.int16(1 << (bits - 1) << k % fields * bits)
+        for j in range(_inside(low, k, block)):
+            packed[to + j] ^= code
+        for j in range(_inside(high, k, block), block):
+            packed[to + j] ^= code
 
 
-@inlined
-def _place(words: Any, to: Any, shift: Any, values: Any, at: Any, count: Any, scale: Any, code: Any) -> None:
-    """Put codes into their field of `count` words."""
-    zero, top = code
-    inverse = _inverse(scale)
-    for j in range(count):
-        words[to + j] = np.int16(words[to + j] | np.int16(_code(values[at + j] * inverse, zero, top) << shift))
+@intrinsic
+def quantize_blocks(typing, bits, packed, scales, present, values, at):  # type: ignore[no-untyped-def]
+    """Write words and scales of 16 blocks, of which `present` elements count and the others are 0."""
+    names = "packed scales present values at"
+    return of_tile(_quantize_blocks, names, bits, packed, scales, present, values, at)
 
 
-@inlined
-def _code(level: Any, zero: Any, top: Any) -> Any:
-    # What is not below zero, a conversion rounds down.
-    return np.int32(min(max(level + (zero + np.float32(0.5)), FLOAT0), top))
+def _quantize_blocks(v: Tile) -> None:
+    b, present = v.build, v.load("present", 0)
+    values: Part = lambda k, c: v.load("values", v.at(v["at"], k * v.block + c))  # noqa: E731
+    if v.bits >= 4:
+        # Finite numbers are in the order of their magnitudes when the sign is put behind them.
+        found = _of_blocks(v, lambda k, c: _turned(v, b.bitcast(values(k, c), INTS), 1), v.larger)
+        size = b.bitcast(_turned(v, found, 31), FLOATS)
+    else:
+        total = _of_blocks(v, lambda k, c: b.bitcast(v.magnitudes(values(k, c)), FLOATS), b.fadd)
+        size = b.fdiv(total, present)
+    scales = v.variable(_rounded(v, b.fmul(size, splat(first_scale(v.bits)))))
+    if REFINEMENTS[v.bits]:
+        with cgutils.for_range(b, v.at(REFINEMENTS[v.bits])):
+            scales.set(_rounded(v, _fitted(v, values, present, scales.get())))
+    v.store("scales", 0, scales.get())
+    inverses = _inverses(v, scales.get())
+    for k in range(0, LANES, v.fields):
+        for c in range(0, v.block, LANES):
+            codes = [_codes(v, values(k + f, c), inverses, k + f) for f in range(v.fields)]
+            words = reduce(b.or_, (b.shl(code, splat(v.bits * f)) for f, code in enumerate(codes)))
+            v.store("packed", k // v.fields * v.block + c, b.trunc(words, ir.VectorType(HALF, LANES)))
 
 
-@inlined
-def _inverse(scale: Any) -> Any:
-    return np.float32(1) / scale if scale > FLOAT0 else FLOAT0
+Part = Callable[[int, int], Any]
+"""Gives 16 neighbours of block k from element c on."""
 
 
-@inlined
-def _rounded(scale: Any, least: Any) -> Any:
-    return widen(bfloat16(scale if scale >= least else FLOAT0))
+def _of_blocks(v: Tile, part: Part, join: Join, first: int = 0, count: int = LANES) -> Any:
+    """Join the elements of each of `count` blocks; lane l has block first + l % count."""
+    if count == 1:
+        return reduce(join, (part(first, c) for c in range(0, v.block, LANES)))
+    half = count // 2
+    a, b = (_of_blocks(v, part, join, k, half) for k in (first, first + half))
+    one = [lane if lane % count < half else LANES + lane - half for lane in range(LANES)]
+    other = [lane + half if lane % count < half else LANES + lane for lane in range(LANES)]
+    return join(v.shuffle(a, b, one), v.shuffle(a, b, other))
+
+
+def _fitted(v: Tile, values: Part, present: Any, scales: Any) -> Any:
+    """Return the scales that fit best to the codes that `scales` give: quantize.py's rule."""
+    b, inverses, zero = v.build, _inverses(v, scales), zero_of(v.bits)
+
+    def level(k: int, c: int) -> Any:
+        return b.fsub(b.sitofp(_codes(v, values(k, c), inverses, k), FLOATS), splat(zero))
+
+    along = _of_blocks(v, lambda k, c: b.fmul(values(k, c), level(k, c)), b.fadd)
+    square = _of_blocks(v, lambda k, c: b.fmul(level(k, c), level(k, c)), b.fadd)
+    of_absent = b.fmul(b.fsub(splat(float(v.block)), present), splat((zero % 1) ** 2))  # the level of 0
+    square = b.fsub(square, of_absent)
+    least = splat(0.25)
+    return b.fdiv(along, b.select(b.fcmp_ordered(">", square, least), square, least))
+
+
+def _codes(v: Tile, values: Any, inverses: Any, k: int) -> Any:
+    """Return the codes of elements of block k: what is not below zero, a conversion rounds down."""
+    b, zero, top = v.build, splat(0.0), splat(float((1 << v.bits) - 1))
+    level = b.fmul(values, v.shuffle(inverses, inverses, [k] * LANES), flags=_FUSED)
+    level = b.fadd(level, splat(zero_of(v.bits) + 0.5), flags=_FUSED)
+    level = b.select(b.fcmp_ordered(">", level, zero), level, zero)
+    return b.fptosi(b.select(b.fcmp_ordered("<", level, top), level, top), INTS)
+
+
+def _inverses(v: Tile, scales: Any) -> Any:
+    some = v.build.fcmp_ordered("!=", scales, splat(0.0))
+    return v.build.select(some, v.build.fdiv(splat(1.0), scales), splat(0.0))
+
+
+def _rounded(v: Tile, scales: Any) -> Any:
+    """Return scales as bfloat16 holds them, but zero for the smallest."""
+    b = v.build
+    some = b.fcmp_ordered(">=", b.bitcast(v.magnitudes(scales), FLOATS), splat(SMALLEST))
+    return v.widened(v.bfloat16(b.select(some, scales, splat(0.0))))
+
+
+def _turned(v: Tile, numbers: Any, places: int) -> Any:
+    b = v.build
+    return b.or_(b.shl(numbers, splat(places)), b.lshr(numbers, splat(32 - places)))
 
 
 @cache
@@ -116,7 +166,7 @@ def quantize_loop(bits: int) -> Callable[..., None]:
     """
 
     @partial(compiled, variant=bits)
-    def quantize(rows: Any, b: int, values: Any, stride: int, count: int, rule: Any, start: int, stop: int) -> None:
-        _quantize(bits, rows, b, values, stride, count, rule, start, stop)
+    def quantize(rows: Any, b: int, values: Any, stride: int, count: int, start: int, stop: int) -> None:
+        _quantize(bits, rows, b, values, stride, count, start, stop)
 
     return quantize

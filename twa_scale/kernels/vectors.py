@@ -33,7 +33,7 @@ _HIGH = [i + 4 for i in _LOW]
 _ORDER = [4 * (w // 8) + w % 4 + w % 8 // 4 * LANES for w in range(WIDE)]
 
 
-class _Tile(Emitter):
+class Tile(Emitter):
     """Emits instructions for a tile, with the number of bits known."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, names: str) -> None:
@@ -76,13 +76,13 @@ class _Tile(Emitter):
         return ir.Constant(ir.VectorType(kind, LANES), [values[i % self.fields] for i in range(LANES)])
 
 
-def _of_tile(emit: Callable[[_Tile], None], names: str, bits: Any, *kinds: Any) -> Any:
+def of_tile(emit: Callable[[Tile], None], names: str, bits: Any, *kinds: Any) -> Any:
     """Return what numba asks of an intrinsic: its types, of which `bits` is a constant, and what generates it."""
     if not isinstance(bits, types.IntegerLiteral):
         raise ForceLiteralArg([0])
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit(_Tile(context, builder, signature, arguments, names))
+        emit(Tile(context, builder, signature, arguments, names))
         return context.get_dummy_value()
 
     return types.void(bits, *[kind if isinstance(kind, types.Array) else _U for kind in kinds]), generate
@@ -91,10 +91,10 @@ def _of_tile(emit: Callable[[_Tile], None], names: str, bits: Any, *kinds: Any) 
 @intrinsic
 def number_gradient(typing, bits, numbers, units, gradient, at):  # type: ignore[no-untyped-def]
     """Write the gradient of a tile as numbers of 16 bits, and their units; NaN for a block that is not finite."""
-    return _of_tile(_number_gradient, "numbers units gradient at", bits, numbers, units, gradient, at)
+    return of_tile(_number_gradient, "numbers units gradient at", bits, numbers, units, gradient, at)
 
 
-def _number_gradient(v: _Tile) -> None:
+def _number_gradient(v: Tile) -> None:
     b = v.build
     extents = splat(0)
     for k in range(v.fields):
@@ -121,10 +121,10 @@ def add_dots(  # type: ignore[no-untyped-def]
     The sums of a row stay beside each other: adding them up for each block would take longer.
     """
     names = "lanes words at n scales factors chunks numbers units"
-    return _of_tile(_add_dots, names, bits, lanes, words, at, n, scales, factors, chunks, numbers, units)
+    return of_tile(_add_dots, names, bits, lanes, words, at, n, scales, factors, chunks, numbers, units)
 
 
-def _add_dots(v: _Tile) -> None:
+def _add_dots(v: Tile) -> None:
     units = v.load("units", 0)
     with cgutils.for_range(v.build, v["chunks"]) as chunk:
         start = v.times(chunk.index, LANES)
@@ -158,10 +158,10 @@ def number_rows(typing, bits, pairs, firsts, units, factors, scales, weights, ch
     `firsts` are where sums begin, so that codes of 0 add up to 0.
     """
     names = "pairs firsts units factors scales weights chunks"
-    return _of_tile(_number_rows, names, bits, pairs, firsts, units, factors, scales, weights, chunks)
+    return of_tile(_number_rows, names, bits, pairs, firsts, units, factors, scales, weights, chunks)
 
 
-def _number_rows(v: _Tile) -> None:
+def _number_rows(v: Tile) -> None:
     b = v.build
     largest, size, count = (v.variable(splat(zero)) for zero in (0, 0.0, 0))
     with cgutils.for_range(b, v["chunks"]) as chunk:
@@ -192,10 +192,10 @@ def _number_rows(v: _Tile) -> None:
 @intrinsic
 def sum_rows(typing, bits, total, words, at, n, pairs, firsts, units):  # type: ignore[no-untyped-def]
     """Write sum_i weight_i row_i of a tile, from what `number_rows` has written."""
-    return _of_tile(_sum_rows, "total words at n pairs firsts units", bits, total, words, at, n, pairs, firsts, units)
+    return of_tile(_sum_rows, "total words at n pairs firsts units", bits, total, words, at, n, pairs, firsts, units)
 
 
-def _sum_rows(v: _Tile) -> None:
+def _sum_rows(v: Tile) -> None:
     b = v.build
     last = b.sub(v["n"], v.at(1))
     for fields, s in v.parts():

@@ -9,6 +9,7 @@ from twa_scale.store.dense import DenseStore
 from twa_scale.store.mapped import Mapped, MappedStore
 from twa_scale.store.offloaded import Holding, OffloadedStore
 from twa_scale.store.packed import PackedStore
+from twa_scale.store.pages import in_large_pages
 from twa_scale.store.protocol import Store
 
 _DTYPES = {"dense32": torch.float32, "dense16": torch.bfloat16}
@@ -44,7 +45,7 @@ def host_store(config: TwaConfig, n: int, allocate: Allocate) -> Holding:
 
 
 def _holding(
-    name: str, n: int, device: torch.device, kernels: Kernels, allocate: Allocate = torch.empty
+    name: str, n: int, device: torch.device, kernels: Kernels, allocate: Allocate = in_large_pages
 ) -> DenseStore | PackedStore:
     if name in _DTYPES:
         return DenseStore(n, _DTYPES[name], device, kernels, allocate)

@@ -1,10 +1,27 @@
-"""Host memory that a GPU reads by itself, while the CPU and the GPU's own kernels are at work."""
+"""Host memory of a store: in large pages, or locked for a GPU that reads it by itself while all others are at work."""
 
 import mmap
+from contextlib import suppress
 
 import torch
 
 from twa_scale.errors import ConfigError
+
+_LARGE = 4 << 20  # bytes: two of the pages, of 2 MiB mostly, that processors have beside those of 4 KiB
+
+
+def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return memory as `torch.empty` does; on a CPU in large pages where the system has them.
+
+    It is filled sooner, since the system hands it over page by page; and the processor looks up fewer addresses.
+    """
+    nbytes = count * dtype.itemsize
+    if device.type != "cpu" or nbytes < _LARGE:
+        return torch.empty(count, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # not Linux, or a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 class Pages:
