@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from twa_scale.average import TrainableAverage
-from twa_scale.basis import Gram, equal_candidates, make_basis
+from twa_scale.basis import Gram, make_basis, needs_norms_only
 from twa_scale.config import TwaConfig, block_settings, buffer_weights, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import CandidateError, ConfigError
@@ -95,7 +95,8 @@ def attach(
                 read_chunk=config.read_chunk,
                 reads_in_flight=config.reads_in_flight,
             )
-            gram = Gram(len(layout.groups), len(opened), store.device, store.kernels)
+            norms_only = needs_norms_only(config.basis)
+            gram = Gram(len(layout.groups), len(opened), store.device, store.kernels, diagonal=norms_only)
             _read_spans(engine, layout, stream, weights, store, gram)
             buffers = (
                 _read_buffers(engine, layout, stream, buffer_weights(config.buffers, len(opened)))
@@ -108,7 +109,7 @@ def attach(
         pods.sum_(inner)  # all pods have the same but for rounding, which would part their bases
         _write_rest(engine, layout, buffers)
         if pods.rank == 0:
-            _warn_of_equals(inner, opened)
+            _warn_of_equals(fingerprint)
         basis = make_basis(
             config.basis,
             inner.cpu(),  # small mathematics: a GPU would only wait for it
@@ -224,10 +225,6 @@ def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]
         live[name].copy_(value.view(live[name].shape))
 
 
-def _warn_of_equals(gram: torch.Tensor, candidates: Sequence[Candidate]) -> None:
-    for i, j in equal_candidates(gram):
-        warnings.warn(
-            f"candidates {candidates[i].label} and {candidates[j].label} are the same weights: the second adds "
-            "nothing.",
-            stacklevel=3,
-        )
+def _warn_of_equals(fingerprint: Fingerprint) -> None:
+    for first, second in fingerprint.equals():
+        warnings.warn(f"candidates {first} and {second} are the same weights: the second adds nothing.", stacklevel=3)

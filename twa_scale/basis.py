@@ -18,15 +18,34 @@ _SCHMIDT_FLOOR = 1e-12  # squared norm of what Schmidt leaves of a candidate, of
 
 
 class Gram:
-    """Inner products of deltas and center per group, in float64: (G, n + 1, n + 1)."""
+    """Inner products of deltas and center per group, in float64: (G, n + 1, n + 1).
 
-    def __init__(self, num_groups: int, n: int, device: torch.device, kernels: Kernels | None = None) -> None:
+    Args:
+        num_groups: G.
+        n: candidates.
+        device: of the rows.
+        kernels: what multiplies.
+        diagonal: form the squared norms only, and leave the other products zero.
+    """
+
+    def __init__(
+        self, num_groups: int, n: int, device: torch.device, kernels: Kernels | None = None, *, diagonal: bool = False
+    ) -> None:
         self._kernels = kernels or choose_kernels("auto", device)
+        self._diagonal = diagonal
         self.values = torch.zeros(num_groups, n + 1, n + 1, dtype=torch.float64, device=device)
 
     def add(self, group: int, rows: torch.Tensor) -> None:
         """Add the inner products of rows (n + 1, m), float32."""
-        self.values[group] += self._kernels.gram(rows)
+        if self._diagonal:
+            self.values[group].diagonal().add_(self._kernels.squares(rows))
+        else:
+            self.values[group] += self._kernels.gram(rows)
+
+
+def needs_norms_only(kind: str) -> bool:
+    """Return whether the diagonal of the Gram matrix is all that a basis is made of."""
+    return kind in ("normalized", "simplex")
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,7 @@ class Basis:
     center_weights: torch.Tensor
     """b: (n,), float64."""
     gram: torch.Tensor
-    """(G, n + 1, n + 1), float64."""
+    """(G, n + 1, n + 1), float64; only its diagonal where the basis needs no more."""
 
     @property
     def needs_center(self) -> bool:
@@ -158,13 +177,3 @@ def _principal(gram: torch.Tensor, num_components: int | None) -> torch.Tensor:
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     directions = centering @ (vectors * signs) / values[:rank].sqrt()
     return torch.cat([directions, gram.new_zeros(1, rank)])
-
-
-def equal_candidates(gram: torch.Tensor) -> list[tuple[int, int]]:
-    """Return the pairs i < j of candidates whose deltas are the same in every group, from the Gram matrix."""
-    n = gram.shape[1] - 1
-    total = gram.sum(0)[:n, :n]
-    diagonal = total.diagonal()
-    distances = diagonal[:, None] + diagonal[None] - 2 * total
-    scale = diagonal.max().clamp(min=torch.finfo(torch.float64).tiny)
-    return [(i, j) for i in range(n) for j in range(i + 1, n) if distances[i, j] <= 1e-14 * scale]

@@ -22,6 +22,11 @@ class Fingerprint:
     checksums: torch.Tensor
     """(n, tensors), int64; columns in the order of `shapes`. Additive over spans, so independent of the ranks."""
 
+    def equals(self) -> list[tuple[str, str]]:
+        """Return the labels of candidates that have the same bits."""
+        rows = [tuple(row) for row in self.checksums.tolist()]
+        return [(self.labels[i], self.labels[j]) for j, row in enumerate(rows) for i in range(j) if rows[i] == row]
+
     def require(self, saved: "Fingerprint") -> None:
         """Refuse to go on with candidates that are not those of a saved state.
 

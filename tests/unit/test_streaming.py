@@ -52,6 +52,7 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
     products = kernels.gram(rows)
     wide = rows.double()
     torch.testing.assert_close(products, wide @ wide.T, rtol=1e-12, atol=1e-12 * float(wide[-1] @ wide[-1]))
+    torch.testing.assert_close(kernels.squares(rows), products.diagonal(), rtol=1e-12, atol=0)
     assert kernels.checksums(given).tolist() == [checksum(row.contiguous()) for row in given]
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from twa_scale.basis import Gram
+from twa_scale.basis import Gram, needs_norms_only
 from twa_scale.bench.measured import Measured
 from twa_scale.config import TwaConfig, validated
 from twa_scale.merge import merge
@@ -120,7 +120,7 @@ def _attach(paths: Sequence[Path], config: TwaConfig, device: torch.device) -> N
     opened = open_candidates([str(path) for path in paths], minimum=1)
     n = len(opened)
     store = make_store(config, n, device, lambda name: [mapped(candidate, name) for candidate in opened])
-    gram = Gram(1, n, device, store.kernels)
+    gram = Gram(1, n, device, store.kernels, diagonal=needs_norms_only(config.basis))
     span = whole("w", opened[0].shape("w"))
     store.reserve(span)
     for chunk in Stream(opened, device, kernels=store.kernels).chunks([span], [1 / n] * n):

@@ -1,6 +1,6 @@
 """Kernels for CPUs, compiled by numba on their first use."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,17 +112,25 @@ class NumbaKernels:
 
     def gram(self, rows: torch.Tensor) -> torch.Tensor:
         """Return <row_i, row_j>: half of them, nine at a time, and the others by symmetry."""
-        n, m = rows.shape
+        n = len(rows)
+        upper = self._products(delta_loops.gram, rows, (-(-n // 3) * 3,) * 2)[:n, :n].triu()
+        return upper + upper.triu(1).T
+
+    def squares(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return <row_i, row_i>."""
+        return self._products(delta_loops.squares, rows, (len(rows),))
+
+    def _products(self, loop: Callable[..., None], rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return what a loop adds up over columns, to a total of this shape."""
         parts: list[tuple[int, Any]] = []
 
         def work(start: int, stop: int) -> None:
-            total = np.zeros((-(-n // 3) * 3,) * 2)
-            delta_loops.gram(_flat(rows), rows.stride(0), n, start, stop, total)
+            total = np.zeros(shape)
+            loop(_flat(rows), rows.stride(0), len(rows), start, stop, total)
             parts.append((start, total))
 
-        self._threads.share(work, m, rows.nbytes)
-        upper = torch.from_numpy(_in_order(parts))[:n, :n].triu()
-        return upper + upper.triu(1).T
+        self._threads.share(work, rows.shape[1], rows.nbytes)
+        return torch.from_numpy(_in_order(parts))
 
     def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
         """Quantize, each thread some of the rows: two of them never write into the same word."""

@@ -86,6 +86,16 @@ def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at
 
 
 @compiled
+def squares(rows: Any, stride: int, n: int, start: int, stop: int, total: Any) -> None:
+    """Add <row_i, row_i> over columns [start, stop) to total (n,), float64."""
+    for i in range(U(n)):
+        part = 0.0
+        for j in range(U(i) * U(stride) + U(start), U(i) * U(stride) + U(stop)):
+            part += np.float64(rows[j]) * np.float64(rows[j])
+        total[i] += part
+
+
+@compiled
 def gram(rows: Any, stride: int, n: int, start: int, stop: int, total: Any) -> None:
     """Add <row_i, row_j> over columns [start, stop) to total, float64, for i <= j < n.
 

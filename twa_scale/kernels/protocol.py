@@ -61,6 +61,9 @@ class Kernels(Protocol):
     def gram(self, rows: torch.Tensor) -> torch.Tensor:
         """Return <row_i, row_j> of rows (k, m), summed in float64: (k, k)."""
 
+    def squares(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return <row_i, row_i> of rows (k, m), summed in float64: (k,)."""
+
     def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
         """Quantize values (n, k), float32, into blocks `block` and following, which must still be zero.
 

@@ -61,6 +61,11 @@ class TorchKernels:
             (part @ part.T for part in parts), torch.zeros(len(rows), len(rows), dtype=torch.float64).to(rows.device)
         )
 
+    def squares(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return <row_i, row_i>."""
+        norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return norms.square()
+
     def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
         """Quantize, and put the blocks of a tile, one a field, into its words: all tiles at once."""
         size, fields, bits = rows.block, rows.fields, rows.bits
