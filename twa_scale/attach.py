@@ -68,6 +68,8 @@ def attach(
         candidates = found if candidates is None else candidates
         if candidates is None:
             raise ConfigError('candidates: give them to attach, or as "twa": {"candidates": ..} in DeepSpeed\'s JSON.')
+        if config.combine == "forward":
+            engine.units()  # may refuse: better now than when all is read
     _require_same_settings(pods, config)
     with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
         reduction = Reduction(config.comm, pods, group, engine.replica_group)

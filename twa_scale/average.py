@@ -15,6 +15,7 @@ from twa_scale.clock import Clock
 from twa_scale.coefficients import Which, averaging_coefficients
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine
+from twa_scale.engines.postponed import Combine, Postponed
 from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
 from twa_scale.layout import Layout
@@ -67,9 +68,13 @@ class TrainableAverage:
         self._shown: list[torch.Tensor | None] = []
         self._in_step = False
         self._accumulating = False
+        units = engine.units() if config.combine == "forward" else []
+        self._postponed = Postponed(units, self._spans, engine.device, self.clock)
         self._write()
         engine.forget()
         engine.watch(self._project)
+        if units:
+            engine.before_use(self._postponed.settle)
 
     @property
     def num_candidates(self) -> int:
@@ -95,7 +100,8 @@ class TrainableAverage:
         """Return the mean seconds of the parts of a step since the last call, and the bytes of memory each moves.
 
         `project` reads the deltas and the gradient, `combine` reads the deltas and the center and writes the weights;
-        `publish` makes them visible to the engine. Of `project`, `seconds_in_backward` are spent in backward hooks.
+        `publish` makes them visible to the engine. Of `project`, `seconds_in_backward` are spent in backward hooks;
+        for `combine`, with `combine: forward`, forward passes have waited `seconds_in_forward`.
         """
         seconds = {part: total / max(steps, 1) for part, total in self.clock.read().items()}
         in_backward = seconds.get("project in backward", 0.0)
@@ -108,6 +114,7 @@ class TrainableAverage:
             for part in ("project", "reduce", "combine", "publish")
         }
         parts["project"]["seconds_in_backward"] = in_backward
+        parts["combine"]["seconds_in_forward"] = seconds.get("combine in forward", 0.0)
         return parts
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
@@ -160,8 +167,16 @@ class TrainableAverage:
         else:
             self.optimizer.step()
         self._products.zero_()
-        self._write()
+        self._write(postpone=self.config.combine == "forward")
         return finite
+
+    def settle(self) -> None:
+        """Write what a step has left to the next forward pass (`combine: forward`). Not collective.
+
+        Forward passes, all methods here and the module's `state_dict` do so themselves: this is for those who read
+        parameters in between.
+        """
+        self._postponed.settle_all()
 
     def zero_grad(self) -> None:
         """Forget the gradients of the coefficients and what backward passes have added since the last step.
@@ -205,6 +220,7 @@ class TrainableAverage:
         Returns the number of batches seen over all ranks. See `batchnorm.recalibrate` for the arguments.
         """
         engine = self._engine
+        self.settle()
         seen = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward)
         engine.publish(())
         return seen
@@ -222,6 +238,7 @@ class TrainableAverage:
 
         See `export.export` for the arguments and errors.
         """
+        self.settle()
         provenance = {
             "wrote": "the live weights",
             "config": self._settings(),
@@ -288,6 +305,7 @@ class TrainableAverage:
 
     def close(self) -> None:
         """Take the hooks off the model and release the store and the candidates; the model keeps its weights."""
+        self.settle()
         self._engine.close()
         self._reduction.close()
         self._store.close()
@@ -307,18 +325,32 @@ class TrainableAverage:
         with self.clock.part("project in step" if self._in_step else "project in backward"):
             self._products[:, group] += self._store.project(span, gradient, self._basis.needs_center)
 
+    def _write(self, *, postpone: bool = False) -> None:
+        """Write the weights that are shown now into the live spans, or `postpone` what can be."""
+        if postpone:
+            self._postponed.start(self._combiner)
+        else:
+            self._postponed.drop()
+        self._combiner()(self._postponed.rest if postpone else self._spans)
+        with self.clock.part("publish"), torch.no_grad():
+            self._engine.publish(self.layout.group_of.keys())
+
     @torch.no_grad()
-    def _write(self) -> None:
-        """Write the weights that are shown now, computed from the center, into the live spans."""
+    def _combiner(self) -> Combine:
+        """Return what computes the weights that are shown now from the center, whenever it is called."""
         shown = self._now_shown
         u = self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
         scales = (1 + u[-1]).tolist()
         columns = u[:-1].T.to(self._engine.device, torch.float32).contiguous()
-        with self.clock.part("combine"):
-            for span, group in self._spans.items():
-                self._store.combine(span, columns[group], scales[group], self._engine.live(span))
-        with self.clock.part("publish"):
-            self._engine.publish(self.layout.group_of.keys())
+
+        @torch.no_grad()
+        def combine(spans: Iterable[Span]) -> None:
+            with self.clock.part("combine"):
+                for span in spans:
+                    group = self._spans[span]
+                    self._store.combine(span, columns[group], scales[group], self._engine.live(span))
+
+        return combine
 
     def _mapped_bytes(self) -> int:
         """What store `mapped` reads of the candidates' own files; other stores hold deltas in their place."""

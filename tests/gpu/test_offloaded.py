@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import twa_scale
 from tests.gpu.test_cuda import build, candidates, exact, nccl, shard
 from twa_scale.config import TwaConfig
+from twa_scale.engines.postponed import Combine
 from twa_scale.kernels import choose_kernels
 from twa_scale.spans import Span
 from twa_scale.store.make import host_store, make_store
@@ -226,3 +229,77 @@ def test_copies_at_the_speed_of_the_bus_and_beside_other_work(name: Any) -> None
     assert together <= alone + 0.5 * taken["project"]
     for each in (store, resident):
         each.close()
+
+
+def blocks() -> nn.Module:
+    """Eight units whose forward pass takes about as long as their store is on the bus."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(2048, 2048), nn.Tanh()) for _ in range(8))).cuda()
+    mesh = init_device_mesh("cuda", (1,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("store_device", ["cpu", "auto"])
+def test_combining_beside_the_forward_pass_changes_no_bit(nccl: None, store_device: str) -> None:
+    """Neither losses nor weights, however late the GPU is. `pytest -s` shows a step, of one process on an idle GPU."""
+    generator = torch.Generator().manual_seed(1)
+    bases = [(0.02 * torch.randn(2048, 2048, generator=generator), torch.zeros(2048)) for _ in range(8)]
+    states = [
+        {f"{i}.0.{kind}": v + 0.001 * torch.randn(v.shape, generator=generator) for i, base in enumerate(bases)
+         for kind, v in zip(("weight", "bias"), base, strict=True)}
+        for _ in range(8)
+    ]  # fmt: skip
+    x = torch.randn(16384, 2048, generator=generator).cuda()
+
+    def train(combine: str) -> tuple[list[Tensor], dict[str, Tensor], float]:
+        model, losses = blocks(), []
+        config = {"store": "dense16", "store_device": store_device, "combine": combine, "groups": "tensor"}
+        twa = twa_scale.attach(model, states, config)
+
+        def steps(late: float = 0) -> None:
+            for _ in range(5):
+                loss = model(x).square().mean()
+                loss.backward()
+                losses.append(loss.detach())
+                busy(late)
+                twa.step()
+                twa.zero_grad()
+                busy(late)
+            twa.settle()
+
+        steps(late=20)
+        with torch.no_grad(), twa.weights("last"):
+            losses.append(model(x).square().mean())
+        took = seconds(steps, times=3) / 5
+        steps(late=20)
+        weights = {name: value.to_local().cpu() for name, value in model.state_dict().items()}
+        twa.close()
+        return losses, weights, took
+
+    found, want = train("forward"), train("step")
+    print(f"\nstore_device {store_device}: a step takes {1e3 * want[2]:.2f} ms, with `forward` {1e3 * found[2]:.2f}")
+    assert all(torch.equal(one, other) for one, other in zip(found[0], want[0], strict=True))
+    assert all(torch.equal(found[1][name], value) for name, value in want[1].items())
+
+
+def test_the_host_waits_for_no_unit(nccl: None) -> None:
+    model = blocks()
+    states = [{name: torch.full(p.shape, float(i)) for name, p in model.named_parameters()} for i in range(4)]
+    twa = twa_scale.attach(model, states, {"store": "dense16", "store_device": "cpu", "combine": "forward"})
+    x = torch.zeros(1, 2048, device="cuda")
+    for _ in range(2):
+        model(x).sum().backward()
+        twa.step()
+
+    def late() -> Combine:
+        combine = twa._combiner()
+        busy(500)  # on the stream that will combine
+        return combine
+
+    torch.cuda.synchronize()
+    twa._postponed.start(late)
+    model(x)
+    assert not torch.cuda.current_stream().query(), "the forward pass has not waited, or the host has"
+    twa.close()

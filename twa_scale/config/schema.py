@@ -73,6 +73,11 @@ class TwaConfig(Section):
         description="Where the store lies: `auto` is beside the weights; with `cpu` a model on a GPU leaves it in "
         "page-locked host memory, and computes with pieces of 64 MiB that are copied over meanwhile.",
     )
+    combine: Literal["step", "forward"] = Field(
+        "step",
+        description="When the weights are written: at the `step`; or, with FSDP2, beside the `forward` pass, each unit "
+        "by the time it is gathered, which pays where a GPU's store is in host memory.",
+    )
     kernels: Literal["auto", "torch", "numba", "triton"] = Field(
         "auto",
         description="What computes on the store: `auto` takes `numba` on a CPU and `triton` on a GPU where they are "

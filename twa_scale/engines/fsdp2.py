@@ -1,6 +1,6 @@
 """FSDP2 (`fully_shard`) and tensor parallelism: each rank holds a part of every parameter, as a DTensor."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent
 from twa_scale.engines.mesh import Axis, Grid
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
+from twa_scale.engines.units import Told, parameter_groups, require_untold, told
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
@@ -32,6 +33,10 @@ class FSDP2Engine(Engine):
     def __init__(self, module: nn.Module, replica_group: Group | None = None) -> None:
         self.module = module
         self._wrapped = [child for child in module.modules() if isinstance(child, FSDPModule)]
+        self._groups = parameter_groups(self._wrapped)
+        for group in self._groups:
+            if average := told(group):  # whose model this is, and whose weights are looked at, as by Snapshots
+                average.settle()
         self._reshard()  # after a forward pass the root may hold whole parameters in place of its shards
         parameters, self.parameters = named_parameters(module)
         self._sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
@@ -48,7 +53,7 @@ class FSDP2Engine(Engine):
         self._whole = ReplicatedParameters(whole, self.shard_group)
         self.device = next(iter(self._local.values())).device
         self._consume: Consume | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle | Told] = []
 
     def _own(self, grid: Grid, spans: dict[str, Span]) -> None:
         """Split what several ranks hold alike, so that over the shard group the spans tile every parameter once."""
@@ -84,6 +89,23 @@ class FSDP2Engine(Engine):
         self._reshard()
         for repeated in (*self._repeated, self._whole):
             repeated.publish(names)
+
+    def units(self) -> list[list[Span]]:
+        """Return what each group of FSDP2 gathers, without parameters that `publish` has to gather first.
+
+        Raises:
+            EngineError: tensor parallelism without FSDP2, or groups that do not let us know.
+        """
+        if not self._groups:
+            return super().units()
+        require_untold(self._groups)
+        names = {id(p): name for name, p in self._sharded.items() if not any(name in r for r in self._repeated)}
+        held = [[names.get(id(p.sharded_param)) for p in group.fsdp_params] for group in self._groups]
+        return [[self._owned[name][0] for name in unit if name is not None] for unit in held]
+
+    def before_use(self, settle: Callable[[int], torch.cuda.Event | None]) -> None:
+        """Settle a unit before FSDP2 gathers it, and before its state dict is read or loaded."""
+        self._hooks += [Told(group, self.module, partial(settle, unit)) for unit, group in enumerate(self._groups)]
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers, which FSDP2 does not shard."""
@@ -141,13 +163,11 @@ class FSDP2Engine(Engine):
 
     def _unreduced(self) -> Iterator[tuple[Any, str]]:
         """Yield where FSDP2 keeps gradients between backward passes: (object, attribute). No public way leads there."""
-        for child in self._wrapped:
-            state: Any = child._get_fsdp_state()
-            for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
-                held = [(group, "_partial_reduce_output")]
-                for p in group.fsdp_params:
-                    held += [(p, "unsharded_accumulated_grad"), (getattr(p, "_unsharded_param", None), "grad")]
-                yield from (where for where in held if getattr(*where, None) is not None)
+        for group in self._groups:
+            held = [(group, "_partial_reduce_output")]
+            for p in group.fsdp_params:
+                held += [(p, "unsharded_accumulated_grad"), (getattr(p, "_unsharded_param", None), "grad")]
+            yield from (where for where in held if getattr(*where, None) is not None)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
 
@@ -80,6 +81,24 @@ class Engine(Protocol):
 
     def publish(self, names: Collection[str]) -> None:
         """Make what was written to `live` of these parameters visible to the next forward pass. Collective."""
+
+    def units(self) -> list[list[Span]]:
+        """Return local spans by what the model uses at once, in the order of forward passes: for `before_use`.
+
+        Raises:
+            EngineError: nothing tells the engine when weights are used.
+        """
+        raise EngineError(
+            "combine: 'forward' needs a model whose units fully_shard (FSDP2) gathers one after the other; set "
+            "`combine: step`, or shard the model with fully_shard (`engine: fsdp2` of a run)."
+        )
+
+    def before_use(self, settle: Callable[[int], torch.cuda.Event | None]) -> None:
+        """From now on call `settle(i)` before the weights of `units()[i]` are used.
+
+        The current stream may use them then; other streams first have to wait for the event that it returns, if any.
+        """
+        return
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers that a checkpoint holds, live and whole on every rank, by normalized name."""

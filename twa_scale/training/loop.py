@@ -157,6 +157,7 @@ class Run:
         np.random.seed(seed % 2**32)
 
     def _evaluate(self) -> dict[str, float]:
+        self.twa.settle()  # so that only steps count as forward passes that have waited for weights
         with autocast(self.config, self.model, self.device):
             self._recalibrate()
             limit = self.config.evaluate_batches
@@ -216,6 +217,7 @@ class Run:
         steps = self._steps_here
         seconds = {part: total / max(steps, 1) for part, total in self.clock.read().items()}
         cost = self.twa.cost(steps)
+        within = cost["project"]["seconds_in_backward"] + cost["combine"]["seconds_in_forward"]
         return {
             "steps": self.step,
             "ranks": self.group.size,
@@ -224,7 +226,7 @@ class Run:
             "store_bytes_per_rank": self.group.gather(self.twa.store_bytes),
             "peak_resident_bytes_per_rank": self.group.gather(peak_resident()),
             "attach_seconds": self._attach_seconds,
-            "forward_backward_seconds": seconds.get("forward+backward", 0.0) - cost["project"]["seconds_in_backward"],
+            "forward_backward_seconds": seconds.get("forward+backward", 0.0) - within,
             "cost": cost,
             "read_bandwidth": read_bandwidth(self.device),
         }

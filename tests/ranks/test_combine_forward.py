@@ -1,0 +1,241 @@
+"""`combine: forward`: each unit of FSDP2 is written when it is gathered, and nobody can tell but by looking."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import twa_scale
+from tests import flattened, meshes, models
+from tests.pool import Pool
+from tests.ranks import cases, test_together
+from tests.unit.test_snapshots import load_file
+from twa_scale import Snapshots
+
+UNITS = {"root": "embed.weight", "first": "blocks.0.qkv.weight", "second": "blocks.1.qkv.weight"}
+
+
+def build(how: str) -> Any:
+    """The judged model, sharded in one of the ways that decide when and how FSDP2 gathers."""
+    model: Any = models.build(seed=99)
+    if how in ("hsdp", "fsdp2-tp"):
+        return models.wrap(model, how)
+    if how == "bf16":
+        return models.wrap(model, "fsdp2", MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    if how in ("kept", "resharded"):
+        scalars = {p for p in model.parameters() if p.dim() == 0}
+        for part in model.blocks:
+            fully_shard(part, reshard_after_forward=how == "resharded")
+        return fully_shard(model, reshard_after_forward=how == "resharded", ignored_params=scalars)
+    before, after = test_together.CHANGES.get(how, (test_together.same, test_together.same))
+    model = after(models.wrap(before(model), "fsdp2"))
+    if how == "prefetched":
+        model.set_modules_to_forward_prefetch([model.blocks[0], model.blocks[1]])
+        model.blocks[1].set_modules_to_backward_prefetch([model.blocks[0]])
+    return model
+
+
+def attach(model: nn.Module, combine: str) -> twa_scale.TrainableAverage:
+    return twa_scale.attach(model, models.candidates(), {"groups": "block", "combine": combine})
+
+
+def whole(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for name, v in state.items()}
+
+
+def own_loss(model: nn.Module, step: int) -> Tensor:
+    return models.loss(model, models.part(models.batch(step), *meshes.data_place(model, *cases.where())))
+
+
+def train(how: str, combine: str, out: Path) -> dict[str, Any]:
+    """Train, and between steps and forward passes look at the weights in every way that there is."""
+    torch._dynamo.reset()
+    model = build(how)
+    twa = attach(model, combine)
+    seen: dict[str, Any] = {"losses": []}
+
+    def step(number: int) -> None:
+        for _ in range(2):
+            loss = own_loss(model, number)
+            seen["losses"].append(loss.item())
+            loss.backward()
+        twa.step()
+        twa.zero_grad()
+
+    step(0)
+    step(10)
+    with torch.inference_mode():
+        seen["evaluated"] = own_loss(model, 20).item()
+    step(11)
+    with twa.weights("last"):
+        seen["last"] = own_loss(model, 20).item()
+    seen["left"] = own_loss(model, 20).item()
+    step(12)
+    twa.recalibrate_batchnorm([models.part(models.batch(30), *cases.where())], models.loss)
+    seen |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+    step(13)
+    twa.export(out / "export")
+    step(14)
+    Snapshots(out / "snapshots", every_n_steps=1).save(model, 1)
+    step(15)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    seen |= whole(kept)
+    saved = twa.state_dict()
+    step(16)
+    twa.load_state_dict(saved)
+    seen["loaded"] = own_loss(model, 20).item()
+    step(17)
+    model.load_state_dict(kept)
+    seen["given"] = own_loss(model, 20).item()
+    step(18)
+    twa.settle()
+    seen["settled"] = cases.gathered(model)
+    step(19)
+    twa.close()
+    seen["closed"] = cases.gathered(model)
+    return seen
+
+
+def assert_same(found: Any, want: Any, where: str = "") -> None:
+    """Bit for bit."""
+    if isinstance(want, Tensor):
+        assert torch.equal(found, want), where
+    elif isinstance(want, dict):
+        assert found.keys() == want.keys()
+        for key in want:
+            assert_same(found[key], want[key], f"{where} {key}")
+    else:
+        assert found == want, where
+
+
+@pytest.mark.parametrize(
+    ("how", "size"),
+    [
+        ("nothing", 1),
+        ("nothing", 3),
+        ("prefetched", 2),
+        ("bf16", 2),
+        ("kept", 2),
+        ("resharded", 2),
+        ("hsdp", 2),
+        ("fsdp2-tp", 2),
+        ("checkpoint", 2),
+        ("unused", 2),
+        ("compiled-after", 2),
+    ],
+)
+def test_nothing_else_changes(ranks: Pool, tmp_path: Path, how: str, size: int) -> None:
+    found, want = (ranks(train, size, how=how, combine=c, out=tmp_path / c) for c in ("forward", "step"))
+    for rank in range(size):
+        assert_same(found[rank], want[rank], f"rank {rank}")
+    for file in ("export/model.safetensors", "snapshots/step-00000001/model.safetensors"):
+        assert_same(load_file(tmp_path / "forward" / file), load_file(tmp_path / "step" / file), file)
+
+
+class Interrupted(Exception):
+    """Raised in a forward pass."""
+
+
+def watch(how: str) -> dict[str, Any]:
+    """Return which units hold the weights of a step, at each place on the way to the end of the next forward pass."""
+    model = build(how)
+    twa = attach(model, "forward")
+    held = {unit: dict(model.named_parameters())[name].to_local().detach() for unit, name in UNITS.items()}
+    scalar = model.embed_mix.scale.detach()
+    own_loss(model, 0).backward()
+    old, before = {unit: value.clone() for unit, value in held.items()}, scalar.clone()
+    places: dict[str, Any] = {}
+
+    def look(place: str) -> None:
+        places[place] = {unit for unit, value in held.items() if not torch.equal(value, old[unit])}
+
+    def interrupt(*_: object) -> None:
+        look("in the stem")
+        raise Interrupted
+
+    twa.cost(1)
+    twa.step()
+    twa.zero_grad()
+    look("after the step")
+    places["ignored"] = not torch.equal(scalar, before)
+    at_step = twa.cost(1)["combine"]
+    hook = model.stem.register_forward_pre_hook(interrupt)
+    with suppress(Interrupted):
+        own_loss(model, 1)
+    hook.remove()
+    model.reset_iter_state()
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: look(f"in block {i}"))
+    loss = own_loss(model, 1)
+    later = twa.cost(1)["combine"]
+    places["clock"] = at_step["seconds_in_forward"] == 0 < later["seconds"] < later["seconds_in_forward"]
+    loss.backward()  # gathers again
+    places["again"] = twa.cost(1)["combine"]["seconds"]
+    return places
+
+
+@pytest.mark.parametrize(("how", "in_block_0"), [("nothing", {"root", "first"}), ("prefetched", set(UNITS))])
+def test_a_unit_is_written_when_it_is_gathered(ranks: Pool, how: str, in_block_0: set[str]) -> None:
+    """Also when a forward pass has been interrupted; what FSDP2 was told to ignore is written at the step."""
+    for places in ranks(watch, 2, how=how):
+        assert places == {
+            "after the step": set(),
+            "ignored": True,
+            "in the stem": in_block_0 if how == "prefetched" else {"root"},
+            "in block 0": in_block_0,
+            "in block 1": set(UNITS),
+            "clock": True,
+            "again": 0,
+        }
+
+
+def refuse(how: str) -> None:
+    model = build(how) if how == "nothing" else models.wrap(models.build(), how)
+    if how == "nothing":
+        group = model._get_fsdp_state()._fsdp_param_group
+        group.unshard = group.unshard
+    attach(model, "forward")
+
+
+@pytest.mark.parametrize("how", ["plain", "ddp", *flattened.ENGINES, "tp", "nothing"])
+def test_what_cannot_be_told_is_refused(ranks: Pool, how: str) -> None:
+    """Engines that are not told when weights are used, and FSDP2 where something else stands in our place."""
+    message = str(ranks.error(refuse, 2, how=how))
+    assert "combine: 'forward'" in message and "set `combine: step`" in message
+    assert ("replaced its unshard" in message) == (how == "nothing")
+
+
+def close() -> tuple[list[str], str, list[str], bool]:
+    """Return what an average puts on a model, what a second one is told, what closing leaves, and if it goes on."""
+    model = build("nothing")
+    before = marks(model)
+    twa = attach(model, "forward")
+    put = marks(model) - before
+    second = cases.complaint(lambda: attach(model, "forward"))
+    twa.close()
+    left = marks(model) - before
+    again = attach(model, "forward")
+    own_loss(model, 0).backward()
+    return sorted(put), second, sorted(left), again.step()
+
+
+def marks(model: nn.Module) -> set[str]:
+    found = set()
+    for name, child in model.named_modules():
+        held = {"save": child._state_dict_pre_hooks, "load": child._load_state_dict_pre_hooks}
+        if isinstance(child, FSDPModule):
+            held["unshard"] = "unshard" in vars(child._get_fsdp_state()._fsdp_param_group)
+        found |= {f"{what} {name}" for what, there in held.items() if there}
+    return found
+
+
+def test_closing_takes_everything_off(ranks: Pool) -> None:
+    for put, second, left, moved in ranks(close, 2):
+        assert {"unshard ", "unshard blocks.0", "unshard blocks.1", "save embed", "load blocks.1.qkv"} <= set(put)
+        assert "another average is attached" in second
+        assert left == [] and moved
