@@ -111,7 +111,7 @@ def attach(
         pods.sum_(inner)  # all pods have the same but for rounding, which would part their bases
         _write_rest(engine, layout, buffers)
         if pods.rank == 0:
-            _warn_of_equals(fingerprint)
+            _warn_of_equals(layout, fingerprint)
         basis = make_basis(
             config.basis,
             inner.cpu(),  # small mathematics: a GPU would only wait for it
@@ -227,6 +227,6 @@ def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]
         live[name].copy_(value.view(live[name].shape))
 
 
-def _warn_of_equals(fingerprint: Fingerprint) -> None:
-    for first, second in fingerprint.equals():
+def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
+    for first, second in fingerprint.equals({layout.source(name) for name in layout.group_of}):
         warnings.warn(f"candidates {first} and {second} are the same weights: the second adds nothing.", stacklevel=3)

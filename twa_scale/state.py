@@ -1,8 +1,9 @@
 """What a run leaves behind to be continued: the fingerprint of its candidates, and a file written atomically."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ class Fingerprint:
     checksums: torch.Tensor
     """(n, tensors), int64; columns in the order of `shapes`. Additive over spans, so independent of the ranks."""
 
-    def equals(self) -> list[tuple[str, str]]:
-        """Return the labels of candidates that have the same bits."""
-        rows = [tuple(row) for row in self.checksums.tolist()]
-        return [(self.labels[i], self.labels[j]) for j, row in enumerate(rows) for i in range(j) if rows[i] == row]
+    def equals(self, names: Collection[str]) -> list[tuple[str, str]]:
+        """Return the labels of candidates in which these tensors have the same bits."""
+        columns = [column for column, name in enumerate(self.shapes) if name in names]
+        rows = self.checksums[:, columns].tolist()
+        pairs = combinations(range(len(rows)), 2)
+        return [(self.labels[i], self.labels[j]) for i, j in pairs if rows[i] == rows[j]]
 
     def require(self, saved: "Fingerprint") -> None:
         """Refuse to go on with candidates that are not those of a saved state.

@@ -13,7 +13,7 @@ from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent
 from twa_scale.engines.mesh import Axis, Grid
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
-from twa_scale.engines.units import Told, parameter_groups, require_untold, told
+from twa_scale.engines.units import SettlingUnshard, parameter_groups, require_own_unshard, settling
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
@@ -35,7 +35,7 @@ class FSDP2Engine(Engine):
         self._wrapped = [child for child in module.modules() if isinstance(child, FSDPModule)]
         self._groups = parameter_groups(self._wrapped)
         for group in self._groups:
-            if average := told(group):  # whose model this is, and whose weights are looked at, as by Snapshots
+            if average := settling(group):  # whose model this is, and whose weights are looked at, as by Snapshots
                 average.settle()
         self._reshard()  # after a forward pass the root may hold whole parameters in place of its shards
         parameters, self.parameters = named_parameters(module)
@@ -53,7 +53,7 @@ class FSDP2Engine(Engine):
         self._whole = ReplicatedParameters(whole, self.shard_group)
         self.device = next(iter(self._local.values())).device
         self._consume: Consume | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle | Told] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle | SettlingUnshard] = []
 
     def _own(self, grid: Grid, spans: dict[str, Span]) -> None:
         """Split what several ranks hold alike, so that over the shard group the spans tile every parameter once."""
@@ -98,14 +98,16 @@ class FSDP2Engine(Engine):
         """
         if not self._groups:
             return super().units()
-        require_untold(self._groups)
+        require_own_unshard(self._groups)
         names = {id(p): name for name, p in self._sharded.items() if not any(name in r for r in self._repeated)}
         held = [[names.get(id(p.sharded_param)) for p in group.fsdp_params] for group in self._groups]
         return [[self._owned[name][0] for name in unit if name is not None] for unit in held]
 
     def before_use(self, settle: Callable[[int], torch.cuda.Event | None]) -> None:
         """Settle a unit before FSDP2 gathers it, and before its state dict is read or loaded."""
-        self._hooks += [Told(group, self.module, partial(settle, unit)) for unit, group in enumerate(self._groups)]
+        self._hooks += [
+            SettlingUnshard(group, self.module, partial(settle, unit)) for unit, group in enumerate(self._groups)
+        ]
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers, which FSDP2 does not shard."""

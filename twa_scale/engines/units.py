@@ -24,7 +24,7 @@ def parameter_groups(wrapped: Iterable[FSDPModule]) -> list[Any]:
     return list(found.values())
 
 
-class Told:
+class SettlingUnshard:
     """Stands in for `unshard` of a group, through which forward, backward and prefetching get at its weights.
 
     Args:
@@ -62,16 +62,16 @@ class Told:
             del self._group.unshard
 
 
-def told(group: Any) -> Told | None:
+def settling(group: Any) -> SettlingUnshard | None:
     """Return what stands in for `unshard` of a group, if it is ours."""
     stand_in = vars(group).get("unshard")
-    return stand_in if isinstance(stand_in, Told) else None
+    return stand_in if isinstance(stand_in, SettlingUnshard) else None
 
 
-def require_untold(groups: Iterable[Any]) -> None:
-    """Raise EngineError where `Told` cannot be put: another torch, another average, or another library."""
+def require_own_unshard(groups: Iterable[Any]) -> None:
+    """Raise EngineError where `SettlingUnshard` cannot be put: another torch, another average, or another library."""
     for group in groups:
-        if told(group):
+        if settling(group):
             raise EngineError(TWICE)
         missing = [name for name in ("unshard", "_wait_all_gather_streams_on_event") if not hasattr(group, name)]
         if missing or "unshard" in vars(group):
