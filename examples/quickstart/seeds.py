@@ -100,11 +100,11 @@ def reading(rows: list[list[dict[str, float]]]) -> str:
     twa, sentences = by_name["TWA-t"], []
     for other in ("uniform average", "EMA", "decayed run", "TWA-v"):
         wins = sum(run[twa]["loss"] < run[by_name[other]]["loss"] for run in rows)
-        sentences.append(f"the {other} in {wins}" if other != "TWA-v" and other != "EMA" else f"{other} in {wins}")
+        sentences.append(f"in {wins} than the {other}")
     exact, packed = ([run[by_name[name]]["loss"] for run in rows] for name in ("TWA-t", "TWA-t, packed4"))
     apart = max(abs(a - b) for a, b in zip(exact, packed, strict=True))
     return (
-        f"Of {len(rows)} seeds, TWA-t had a lower test loss than {', '.join(sentences)}. Deltas of 4 bits "
+        f"Of {len(rows)} seeds, TWA-t had a lower test loss {', '.join(sentences)}. Deltas of 4 bits "
         f"moved its loss by at most {apart:.4f}; its own seeds lie {max(exact) - min(exact):.4f} apart."
     )
 
