@@ -128,6 +128,8 @@ def test_an_offloaded_store_counts_for_the_host(tmp_path: Path) -> None:
     choices = choose_store(far, far.peak)
     assert choices.own.fits and choices.own.host == sum(far.host.values()) and choices.own.peak == far.peak
     assert not choose_store(far, far.peak - 1).own.fits
+    assert choose_store(far, far.peak, choices.own.host).own.fits
+    assert not choose_store(far, far.peak, choices.own.host - 1).own.fits
     for choice in choices.stores:
         assert choice.host - choices.own.host == choice.nbytes - choices.own.nbytes
     sizes = {"w": machine_memory()}  # elements: the center alone takes four times the memory
@@ -149,6 +151,9 @@ def test_the_command_says_what_fits_and_fails_for_no_store(tmp_path: Path) -> No
     assert found["stores"]["most_exact"] is None and not any(row["fits"] for row in found["stores"]["stores"])
     assert "packed8, as configured, does not fit; no store does" in said("--memory", "1MB")
     assert "most exact store that fits is dense32" in said("--memory", "1TB")
+    offloaded = ["--memory", "1TB", "store_device=cpu", "device=cuda"]
+    assert "does not fit; no store does" in said(*offloaded, "--host-memory", "10kB")
+    assert "most exact store that fits is dense32" in said(*offloaded, "--host-memory", "1TB")
     shared = json.loads(said("--ranks", "2", "--json", "device=cpu"))["stores"]
     assert shared["memory"] == machine_memory() // 2 and "all 2 ranks share" in shared["assumed"]
     with pytest.raises(ConfigError, match=r"--memory.*'plenty'"):

@@ -44,7 +44,9 @@ class Choices:
     assumed: str
     """What was assumed to say so; nothing where it was given."""
     host_memory: int
-    """Bytes of host memory that a rank on a GPU has if all ranks share that of this machine."""
+    """Bytes of host memory that a rank on a GPU has."""
+    host_assumed: str
+    """What was assumed to say so; nothing where it was given."""
 
     @property
     def own(self) -> Choice:
@@ -67,16 +69,18 @@ class Choices:
         return best if self.own.fits else f"{self.configured}, as configured, does not fit; {best}"
 
 
-def choose_store(plan: Plan, memory: int | None = None) -> Choices:
+def choose_store(plan: Plan, memory: int | None = None, host_memory: int | None = None) -> Choices:
     """Hold every store against the memory of a rank.
 
     Args:
         plan: of the run.
         memory: bytes that a rank has; when not given, what ranks on this machine would have.
+        host_memory: bytes that a rank on a GPU has beside it, likewise.
     """
     found, assumed = (memory, "") if memory is not None else _memory_here(plan)
-    host = machine_memory() // plan.ranks
-    return Choices(tuple(_choice(plan, store, found, host) for store in STORES), plan.store, found, assumed, host)
+    host, host_assumed = (host_memory, "") if host_memory is not None else _host_memory_here(plan)
+    stores = tuple(_choice(plan, store, found, host) for store in STORES)
+    return Choices(stores, plan.store, found, assumed, host, host_assumed)
 
 
 def _choice(plan: Plan, store: str, memory: int, host_memory: int) -> Choice:
@@ -99,6 +103,10 @@ def _choice(plan: Plan, store: str, memory: int, host_memory: int) -> Choice:
 def _memory_here(plan: Plan) -> tuple[int, str]:
     if plan.device == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, "a GPU like the first one here for each rank"
+    nbytes, assumed = _host_memory_here(plan)
+    return nbytes, assumed if plan.device == "cpu" else f"{assumed}, which has no GPU"
+
+
+def _host_memory_here(plan: Plan) -> tuple[int, str]:
     ranks = "the rank alone has" if plan.ranks == 1 else f"all {plan.ranks} ranks share"
-    which = "this machine" if plan.device == "cpu" else "this machine, which has no GPU"
-    return machine_memory() // plan.ranks, f"{ranks} the memory of {which}"
+    return machine_memory() // plan.ranks, f"{ranks} the memory of this machine"

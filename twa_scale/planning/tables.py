@@ -33,10 +33,10 @@ def plan_tables(plan: Plan, choices: Choices) -> Group:
 
 
 def _stores_table(choices: Choices) -> Table:
-    source = f"assumed: {choices.assumed}; --memory says otherwise" if choices.assumed else "as given"
-    caption = f"memory of a rank: {human_bytes(choices.memory)}, {source}"
+    caption = f"memory of a rank: {human_bytes(choices.memory)}, {_source(choices.assumed, '--memory')}"
     if choices.own.host:
-        caption += f"; host memory, if all ranks share that of this machine: {human_bytes(choices.host_memory)}"
+        source = _source(choices.host_assumed, "--host-memory")
+        caption += f"; host memory of a rank: {human_bytes(choices.host_memory)}, {source}"
     table = Table(title="stores, per rank", caption=caption)
     for column in ("store", "bytes", "peak", "moved in a step", "fits"):
         table.add_column(column, justify="left" if column in ("store", "fits") else "right")
@@ -50,6 +50,10 @@ def _stores_table(choices: Choices) -> Table:
         sizes = (human_bytes(size) for size in (choice.nbytes, choice.peak, sum(choice.moved.values())))
         table.add_row(choice.store + (", configured" if own else ""), *sizes, fits, style="bold" if own else "")
     return table
+
+
+def _source(assumed: str, option: str) -> str:
+    return f"assumed: {assumed}; {option} says otherwise" if assumed else "as given"
 
 
 def _plan_table(plan: Plan) -> Table:
