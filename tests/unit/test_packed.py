@@ -1,6 +1,7 @@
 """Packed and mapped stores: what quantization keeps, and that chunks and splits do not matter."""
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,18 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import twa_scale
 from twa_scale import ConfigError
-from twa_scale.config import TwaConfig
+from twa_scale.config import TwaConfig, load_config
 from twa_scale.kernels import Kernels, Packed
 from twa_scale.kernels.compiled import NumbaKernels
 from twa_scale.kernels.packed import BLOCKS
 from twa_scale.kernels.reference import TorchKernels, unpack
 from twa_scale.spans import Span
 from twa_scale.store import Store, make_store, span_bytes
+from twa_scale.tasks import build_task, stack
 
 CPU = torch.device("cpu")
 KERNELS: list[Kernels] = [TorchKernels(), NumbaKernels()]
@@ -51,11 +53,24 @@ def deltas(kind: str) -> Tensor:
         return torch.randn(2, 200_000) * 1e-3
     if kind == "student-t":
         return torch.distributions.StudentT(torch.tensor(3.0)).sample((2, 200_000)) * 1e-3
-    files = sorted((ROOT / "runs/quickstart/candidates").glob("*/model.safetensors"))
-    if not files:
-        pytest.skip("no candidates: `make quickstart` makes them")
-    weights = torch.stack([torch.cat([t.float().flatten() for t in load_file(file).values()]) for file in files])
-    return weights - weights.mean(0)
+    return trained()
+
+
+@cache
+def trained() -> Tensor:
+    """The quickstart's model on its text: weights that lie some steps apart, less their mean."""
+    task = build_task(load_config(ROOT / "configs/quickstart.yaml").task)
+    torch.manual_seed(0)
+    model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    data, weights = task.dataset("train"), []
+    for step in range(30):
+        task.loss(model, stack([data[4 * step + i] for i in range(4)])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= 20 and step % 2:
+            weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    return torch.stack(weights) - torch.stack(weights).mean(0)
 
 
 @each_kernels
