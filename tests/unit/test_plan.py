@@ -18,6 +18,7 @@ from twa_scale.memory import free_memory, machine_memory
 from twa_scale.planning import STORES, choose_store, make_plan
 from twa_scale.store import store_bytes
 from twa_scale.tasks import build_task, stack
+from twa_scale.training.model import blocks_of
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -44,29 +45,47 @@ def test_activations_of_a_hugging_face_model_are_counted_without_memory(
     plan = make_plan(config, 2)
     assert plan.notes == ()
 
-    task = build_task(config.task)
-    model = task.model()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        task.loss(model, stack([task.dataset("train")[0]] * 2))
-    sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights]
+    sizes = really_kept(config, 2)
     real = sum(sizes) + 2 * max(sizes)
     assert 0.95 * real <= plan.step["activations"] <= 1.05 * real
 
 
-def test_recomputed_activations_are_not_kept(tmp_path: Path) -> None:
+def really_kept(config: RunConfig, examples: int, of_block: int | None = None) -> list[int]:
+    """The bytes of what autograd keeps of a forward pass, or of one block in it."""
+    task = build_task(config.task)
+    model = task.model()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept, outside = {}, of_block is not None
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not outside:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def pass_border(*_: object) -> None:
+        nonlocal outside
+        outside = not outside
+
+    if of_block is not None:
+        block = blocks_of(model)[of_block]
+        block.register_forward_pre_hook(pass_border)
+        block.register_forward_hook(pass_border)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        task.loss(model, stack([task.dataset("train")[0]] * examples))
+    return [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights]
+
+
+def test_recomputed_activations_are_not_kept_but_those_of_one_block(tmp_path: Path) -> None:
     found = settings(tmp_path)
-    kept = make_plan(validated(RunConfig, found), 1)
+    found["task"]["context"] = 64
+    config = validated(RunConfig, found)
+    kept = make_plan(config, 1)
     found["task"]["recompute_activations"] = True
     again = make_plan(validated(RunConfig, found), 1)
     assert again.step["activations"] < 0.6 * kept.step["activations"]
-    assert kept.notes == () and "computed again" in again.notes[0]
+    block = sum(really_kept(config, 4, of_block=1))
+    assert 0.9 * block <= again.step["activations of the block computed again"] <= 1.1 * block
+    assert kept.notes == again.notes == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

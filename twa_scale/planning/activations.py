@@ -9,12 +9,32 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from twa_scale.config import RunConfig
-from twa_scale.tasks import Batch, Task
+from twa_scale.tasks import Batch, Task, build_task
+from twa_scale.training.model import blocks_of
 
 
-def activation_bytes(task: Task, model: nn.Module, config: RunConfig, batch: Batch) -> tuple[int, list[str]]:
-    """Return the bytes that autograd keeps for backward, and notes where it cannot be said."""
+def activation_bytes(
+    task: Task, model: nn.Module, config: RunConfig, batch: Batch
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the bytes that activations take in backward, by what they are, and notes where it cannot be said."""
+    scale = 0.5 if config.precision == "bfloat16" else 1.0
     batch = {key: value.to("meta") for key, value in batch.items()}
+    try:
+        kept, passing = _kept(task, model, batch)
+        found = {"activations": int(scale * (kept + passing))}
+        if config.task.options.get("recompute_activations"):
+            task = build_task(config.task.model_copy(update={"recompute_activations": False}))
+            with torch.device("meta"):
+                model = task.model().to(torch.float32)
+            of_blocks = _kept(task, model, batch)[0] - kept
+            found["activations of the block computed again"] = int(scale * of_blocks / max(1, len(blocks_of(model))))
+    except Exception as error:
+        return {}, (f"activations are not counted: the model does not run without memory ({type(error).__name__})",)
+    return found, ()
+
+
+def _kept(task: Task, model: nn.Module, batch: Batch) -> tuple[int, int]:
+    """Return the bytes that autograd keeps for backward, and those of two gradients as large as the largest kept."""
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -24,16 +44,10 @@ def activation_bytes(task: Task, model: nn.Module, config: RunConfig, batch: Bat
             kept[storage] = tensor
         return tensor
 
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _WithoutMemory():
-            task.loss(model, batch)
-    except Exception as error:
-        return 0, [f"activations are not counted: the model does not run without memory ({type(error).__name__})"]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _WithoutMemory():
+        task.loss(model, batch)
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    again = (config.task.model_extra or {}).get("recompute_activations")
-    notes = ["activations: those of the one block that is computed again come on top"] if again else []
-    scale = 0.5 if config.precision == "bfloat16" else 1.0
-    return int(scale * (sum(sizes) + 2 * max(sizes, default=0))), notes
+    return sum(sizes), 2 * max(sizes, default=0)
 
 
 class _WithoutMemory(TorchFunctionMode):

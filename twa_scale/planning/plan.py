@@ -134,12 +134,12 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             **beside,
         },
         attach={} if offloaded else streaming,
-        step={"activations": activations, **transient(model, parameters, engine, config)},
+        step={**activations, **transient(model, parameters, engine, config)},
         host={**store, **streaming} if offloaded else {},
         bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, owned, n)),
         wire=wire_bytes(model, parameters, shards, engine, config, numbers),
         wire_between_pods={name: all_reduced(size, config.pods) for name, size in numbers.items() if config.pods > 1},
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
