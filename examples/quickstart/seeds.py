@@ -98,9 +98,9 @@ def reading(rows: list[list[dict[str, float]]]) -> str:
     """Say in words who won, seed by seed, so that no sentence can outlive its numbers."""
     by_name = {row["method"].split(" (")[0]: i for i, row in enumerate(rows[0])}
     twa, sentences = by_name["TWA-t"], []
-    for other in ("uniform average", "EMA", "decayed run", "TWA-v"):
-        wins = sum(run[twa]["loss"] < run[by_name[other]]["loss"] for run in rows)
-        sentences.append(f"in {wins} than the {other}")
+    for other in ("the uniform average", "the EMA", "the decayed run", "TWA-v"):
+        wins = sum(run[twa]["loss"] < run[by_name[other.removeprefix("the ")]]["loss"] for run in rows)
+        sentences.append(f"in {wins} than {other}")
     exact, packed = ([run[by_name[name]]["loss"] for run in rows] for name in ("TWA-t", "TWA-t, packed4"))
     apart = max(abs(a - b) for a, b in zip(exact, packed, strict=True))
     return (
