@@ -229,4 +229,8 @@ def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]
 
 def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
     for first, second in fingerprint.equals({layout.source(name) for name in layout.group_of}):
-        warnings.warn(f"candidates {first} and {second} are the same weights: the second adds nothing.", stacklevel=3)
+        warnings.warn(
+            f"candidates {first} and {second} have the same checksum in every tensor: of two with the same weights the "
+            "second adds nothing.",
+            stacklevel=3,
+        )

@@ -305,12 +305,14 @@ class TrainableAverage:
 
     def close(self) -> None:
         """Take the hooks off the model and release the store and the candidates; the model keeps its weights."""
-        self.settle()
-        self._engine.close()
-        self._reduction.close()
-        self._store.close()
-        for candidate in self._candidates:
-            candidate.close()
+        try:
+            self.settle()
+        finally:  # also where the weights can no longer be written
+            self._engine.close()
+            self._reduction.close()
+            self._store.close()
+            for candidate in self._candidates:
+                candidate.close()
 
     def _project(self, span: Span, gradient: torch.Tensor) -> None:
         group = self._spans.get(span)
@@ -327,11 +329,11 @@ class TrainableAverage:
 
     def _write(self, *, postpone: bool = False) -> None:
         """Write the weights that are shown now into the live spans, or `postpone` what can be."""
+        self._postponed.drop()
+        # First: behind the units, the current stream would wait until a store in host memory has copied them all.
+        self._combiner()(self._postponed.rest if postpone else self._spans)
         if postpone:
             self._postponed.start(self._combiner)
-        else:
-            self._postponed.drop()
-        self._combiner()(self._postponed.rest if postpone else self._spans)
         with self.clock.part("publish"), torch.no_grad():
             self._engine.publish(self.layout.group_of.keys())
 

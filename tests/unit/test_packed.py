@@ -135,6 +135,19 @@ class TestUglyBlocks:
         assert torch.equal(one[0, :512], other[0, :512]) and torch.equal(one[0, 640:], other[0, 640:])
 
 
+@each_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+def test_extremes_of_both_signs_are_not_clipped(kernels: Kernels, bits: int) -> None:
+    """Deltas of one step of a sign-based optimizer have two values; a clipped one would bias all products."""
+    torch.manual_seed(0)
+    signs = torch.randn(2, 3000).sign() * torch.tensor([[1e-3], [2.0]])
+    torch.testing.assert_close(unpacked(packed(signs, bits, kernels)), signs, rtol=0.005, atol=0)
+    skewed = torch.where(signs > 0, signs, 0.9 * signs)
+    torch.testing.assert_close(
+        unpacked(packed(skewed, bits, kernels)), skewed, rtol=0.04 if bits == 4 else 0.006, atol=0
+    )
+
+
 def test_an_exact_zero_beside_others_is_kept() -> None:
     """With 8 and 4 bits: rows of an embedding that no text touched do not move."""
     values = torch.zeros(1, 512)

@@ -98,7 +98,9 @@ class Engine(Protocol):
 
         The current stream may use them then; other streams first have to wait for the event that it returns, if any.
         """
-        return
+        raise EngineError(
+            f"combine: 'forward': {type(self).__name__} has units() and no before_use(settle), which says when they are used."
+        )
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers that a checkpoint holds, live and whole on every rank, by normalized name."""

@@ -11,20 +11,18 @@ SMALLEST = 1e-30
 """Scales below it become zero: their inverse would overflow. Such deltas are far below any weight's last bit."""
 
 
-def first_scale(bits: int) -> float:
-    """Return the first scale of a block, in units of its largest element (8 and 4 bits) or of its mean size.
-
-    The largest gets the code 0, which is one step farther from zero than the last one: hence the sign. With 8 bits it
-    gets the next, so that the rounding of the scale clips nothing.
-    """
-    return {8: -1 / 127, 4: -1 / 8}.get(bits, 1.25)
+EXTREMES = {8: (1 / 127, 1 / 127), 4: (1 / 8, 1 / 7)}
+"""The scale for the larger and for the other extreme of a block, in units of these, so that neither is clipped: codes
+reach one step farther below zero, which a scale's sign turns to the larger. 8 bits leave it to the scale's rounding."""
+MEAN_SIZE = 1.25
+"""The first scale with few bits, which have to clip, in units of the mean size of a block."""
 
 
 def quantize(values: torch.Tensor, front: int, back: int, size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize rows that `front` and `back` absent elements make whole blocks.
 
-    The scale comes from the largest element; or, where most must be clipped, from the mean size, and then fitted: for
-    given codes q the best one is <x, q - zero> / |q - zero|^2.
+    The scale comes from the extremes; or, with few bits, from the mean size, and is then fitted: for given codes q the
+    best one is <x, q - zero> / |q - zero|^2.
 
     Args:
         values: (n, k), float32, finite.
@@ -39,11 +37,13 @@ def quantize(values: torch.Tensor, front: int, back: int, size: int, bits: int) 
     blocks = F.pad(values, (front, back)).unflatten(1, (-1, size))
     present = F.pad(values.new_ones(values.shape[1]), (front, back)).view(-1, size)
     if bits >= 4:
-        low, high = blocks.amin(2), blocks.amax(2)
-        start = torch.where(-low >= high, low, high)
+        below, above = -blocks.amin(2), blocks.amax(2)
+        far, near = EXTREMES[bits]
+        extent = torch.maximum(torch.maximum(below, above) * far, torch.minimum(below, above) * near)
+        scale = torch.where(below >= above, extent, -extent)
     else:
-        start = blocks.abs().sum(2) / present.sum(1)
-    scale = _rounded(start * first_scale(bits))
+        scale = blocks.abs().sum(2) / present.sum(1) * MEAN_SIZE
+    scale = _rounded(scale)
     for _ in range(REFINEMENTS[bits]):
         level = (_codes(blocks, scale, bits) - zero_of(bits)) * present
         scale = _rounded((blocks * level).sum(2) / level.square().sum(2).clamp(min=0.25))
@@ -51,7 +51,7 @@ def quantize(values: torch.Tensor, front: int, back: int, size: int, bits: int) 
 
 
 def _rounded(scale: torch.Tensor) -> torch.Tensor:
-    return (scale * (scale.abs() >= SMALLEST)).to(torch.bfloat16).to(torch.float32)
+    return torch.where(scale.abs() >= SMALLEST, scale, 0).to(torch.bfloat16).to(torch.float32)
 
 
 def _codes(blocks: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:

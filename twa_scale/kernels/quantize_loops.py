@@ -13,7 +13,7 @@ from twa_scale.kernels.emit import FLOATS, HALF, INTS, LANES, Join, splat
 from twa_scale.kernels.loops import FLOAT0, U, compiled, inlined, narrow
 from twa_scale.kernels.packed import zero_of
 from twa_scale.kernels.packed_loops import ONE, SIXTEEN, extent, sizes
-from twa_scale.kernels.quantize import REFINEMENTS, SMALLEST, first_scale
+from twa_scale.kernels.quantize import EXTREMES, MEAN_SIZE, REFINEMENTS, SMALLEST
 from twa_scale.kernels.vectors import Tile, of_tile
 
 _FUSED = ("contract",)
@@ -83,13 +83,15 @@ def _quantize_blocks(v: Tile) -> None:
     b, present = v.build, v.load("present", 0)
     values: Part = lambda k, c: v.load("values", v.at(v["at"], k * v.block + c))  # noqa: E731
     if v.bits >= 4:
-        # Finite numbers are in the order of their magnitudes when the sign is put behind them.
-        found = _of_blocks(v, lambda k, c: _turned(v, b.bitcast(values(k, c), INTS), 1), v.larger)
-        size = b.bitcast(_turned(v, found, 31), FLOATS)
+        low, high = _of_blocks(v, values, partial(_chosen, v, "<")), _of_blocks(v, values, partial(_chosen, v, ">"))
+        below, (far, near) = b.fneg(low), EXTREMES[v.bits]
+        extents = (b.fmul(_chosen(v, o, below, high), splat(unit)) for o, unit in ((">", far), ("<", near)))
+        extent = _chosen(v, ">", *extents)
+        first = b.select(b.fcmp_ordered(">=", below, high), extent, b.fneg(extent))
     else:
         total = _of_blocks(v, lambda k, c: b.bitcast(v.magnitudes(values(k, c)), FLOATS), b.fadd)
-        size = b.fdiv(total, present)
-    scales = v.variable(_rounded(v, b.fmul(size, splat(first_scale(v.bits)))))
+        first = b.fmul(b.fdiv(total, present), splat(MEAN_SIZE))
+    scales = v.variable(_rounded(v, first))
     if REFINEMENTS[v.bits]:
         with cgutils.for_range(b, v.at(REFINEMENTS[v.bits])):
             scales.set(_rounded(v, _fitted(v, values, present, scales.get())))
@@ -128,8 +130,7 @@ def _fitted(v: Tile, values: Part, present: Any, scales: Any) -> Any:
     square = _of_blocks(v, lambda k, c: b.fmul(level(k, c), level(k, c)), b.fadd)
     of_absent = b.fmul(b.fsub(splat(float(v.block)), present), splat((zero % 1) ** 2))  # the level of 0
     square = b.fsub(square, of_absent)
-    least = splat(0.25)
-    return b.fdiv(along, b.select(b.fcmp_ordered(">", square, least), square, least))
+    return b.fdiv(along, _chosen(v, ">", square, splat(0.25)))
 
 
 def _codes(v: Tile, values: Any, inverses: Any, k: int) -> Any:
@@ -137,8 +138,7 @@ def _codes(v: Tile, values: Any, inverses: Any, k: int) -> Any:
     b, zero, top = v.build, splat(0.0), splat(float((1 << v.bits) - 1))
     level = b.fmul(values, v.shuffle(inverses, inverses, [k] * LANES), flags=_FUSED)
     level = b.fadd(level, splat(zero_of(v.bits) + 0.5), flags=_FUSED)
-    level = b.select(b.fcmp_ordered(">", level, zero), level, zero)
-    return b.fptosi(b.select(b.fcmp_ordered("<", level, top), level, top), INTS)
+    return b.fptosi(_chosen(v, "<", _chosen(v, ">", level, zero), top), INTS)
 
 
 def _inverses(v: Tile, scales: Any) -> Any:
@@ -153,9 +153,9 @@ def _rounded(v: Tile, scales: Any) -> Any:
     return v.widened(v.bfloat16(b.select(some, scales, splat(0.0))))
 
 
-def _turned(v: Tile, numbers: Any, places: int) -> Any:
-    b = v.build
-    return b.or_(b.shl(numbers, splat(places)), b.lshr(numbers, splat(32 - places)))
+def _chosen(v: Tile, order: str, a: Any, b: Any) -> Any:
+    """Return the larger (">") or the smaller ("<") of floats."""
+    return v.build.select(v.build.fcmp_ordered(order, a, b), a, b)
 
 
 @cache

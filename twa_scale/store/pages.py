@@ -14,11 +14,20 @@ def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> t
     """Return memory as `torch.empty` does; on a CPU in large pages where the system has them.
 
     It is filled sooner, since the system hands it over page by page; and the processor looks up fewer addresses.
+
+    Raises:
+        ConfigError: the system has no more memory.
     """
     nbytes = count * dtype.itemsize
     if device.type != "cpu" or nbytes < _LARGE:
         return torch.empty(count, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ConfigError(
+            f"store: needs {nbytes:,} more bytes of memory, and the system refused them ({error}). Take a smaller one "
+            "(packed4), or more hosts."
+        ) from None
     with suppress(AttributeError, OSError):  # not Linux, or a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype)
