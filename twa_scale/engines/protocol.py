@@ -99,7 +99,7 @@ class Engine(Protocol):
         The current stream may use them then; other streams first have to wait for the event that it returns, if any.
         """
         raise EngineError(
-            f"combine: 'forward': {type(self).__name__} has units() and no before_use(settle), which says when they are used."
+            f"combine: 'forward': {type(self).__name__} has units(), but no before_use() that says when they are used."
         )
 
     def buffers(self) -> dict[str, torch.Tensor]:
