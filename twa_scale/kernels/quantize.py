@@ -9,8 +9,6 @@ REFINEMENTS = {8: 0, 4: 0, 2: 3, 1: 1}
 """How often the scale is fitted to the codes. With 8 and 4 bits it gains next to nothing; 1 bit is best after once."""
 SMALLEST = 1e-30
 """Scales below it become zero: their inverse would overflow. Such deltas are far below any weight's last bit."""
-
-
 EXTREMES = {8: (1 / 127, 1 / 127), 4: (1 / 8, 1 / 7)}
 """The scale for the larger and for the other extreme of a block, in units of these, so that neither is clipped: codes
 reach one step farther below zero, which a scale's sign turns to the larger. 8 bits leave it to the scale's rounding."""

@@ -17,6 +17,8 @@ from twa_scale.kernels.quantize import EXTREMES, MEAN_SIZE, REFINEMENTS, SMALLES
 from twa_scale.kernels.vectors import Tile, of_tile
 
 _FUSED = ("contract",)
+Part = Callable[[int, int], Any]
+"""Gives 16 neighbours of block k from element c on."""
 
 
 @inlined
@@ -102,10 +104,6 @@ def _quantize_blocks(v: Tile) -> None:
             codes = [_codes(v, values(k + f, c), inverses, k + f) for f in range(v.fields)]
             words = reduce(b.or_, (b.shl(code, splat(v.bits * f)) for f, code in enumerate(codes)))
             v.store("packed", k // v.fields * v.block + c, b.trunc(words, ir.VectorType(HALF, LANES)))
-
-
-Part = Callable[[int, int], Any]
-"""Gives 16 neighbours of block k from element c on."""
 
 
 def _of_blocks(v: Tile, part: Part, join: Join, first: int = 0, count: int = LANES) -> Any:
