@@ -205,6 +205,9 @@ def _work(pipe: Connection, stack: str) -> None:
             pipe.send_bytes(result)  # as bytes: `send` would share each tensor by a file of its own, kept open
 
 
+_LINEAR = torch.nn.functional.linear
+
+
 def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     try:
@@ -216,6 +219,7 @@ def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
     finally:
         dist.destroy_process_group()
         _clear_sharding_prop_cache()  # DTensor remembers meshes, whose groups are gone
+        torch.nn.functional.linear = _LINEAR  # ZeRO-3 leaves one of its own, which inference mode does not know
         gc.collect()
 
 
