@@ -11,14 +11,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from twa_scale.kernels.emit import LANES, Emitter, splat
+from twa_scale.kernels.emit import FUSED, LANES, Emitter, splat
 from twa_scale.kernels.loops import FLOAT0, U, compiled, exact, widen
 
 ONE, TWO, THREE = U(1), U(2), U(3)
 _TILE = U(512)
 _ABREAST = 4  # vectors of sums, each of which waits for its own last addition
 _COLUMNS = U(_ABREAST * LANES)
-_FUSED = ("contract",)
 
 
 @compiled
@@ -71,7 +70,7 @@ def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at
         with cgutils.for_range(builder, v["n"]) as row:
             weight = v.spread("weights", row.index)
             for shift, difference in zip(shifts, differences(row.index), strict=True):
-                shift.set(builder.fadd(shift.get(), builder.fmul(weight, difference, flags=_FUSED), flags=_FUSED))
+                shift.set(builder.fadd(shift.get(), builder.fmul(weight, difference, flags=FUSED), flags=FUSED))
         with cgutils.for_range(builder, v["n"]) as row:
             start = builder.mul(row.index, v["stride"])
             for column, shift, difference in zip(columns, shifts, differences(row.index), strict=True):

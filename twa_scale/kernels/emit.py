@@ -12,6 +12,7 @@ WIDE = 2 * LANES
 INDEX, INT, HALF, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
 INTS, FLOATS, HALVES = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES), ir.VectorType(HALF, WIDE)
 FAST = ("contract", "reassoc", "nsz")
+FUSED = ("contract",)
 _ROUNDER = float(3 << 22)  # added to a float32 of at most 2^22, it leaves the nearest integer in the low bits
 Join = Callable[[Any, Any], Any]
 

@@ -9,14 +9,13 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from twa_scale.kernels.emit import FLOATS, HALF, INTS, LANES, Join, splat
+from twa_scale.kernels.emit import FLOATS, FUSED, HALF, INTS, LANES, Join, splat
 from twa_scale.kernels.loops import FLOAT0, U, compiled, inlined, narrow
 from twa_scale.kernels.packed import zero_of
 from twa_scale.kernels.packed_loops import ONE, SIXTEEN, extent, sizes
 from twa_scale.kernels.quantize import EXTREMES, MEAN_SIZE, REFINEMENTS, SMALLEST
 from twa_scale.kernels.vectors import Tile, of_tile
 
-_FUSED = ("contract",)
 Part = Callable[[int, int], Any]
 """Gives 16 neighbours of block k from element c on."""
 
@@ -134,8 +133,8 @@ def _fitted(v: Tile, values: Part, present: Any, scales: Any) -> Any:
 def _codes(v: Tile, values: Any, inverses: Any, k: int) -> Any:
     """Return the codes of elements of block k: what is not below zero, a conversion rounds down."""
     b, zero, top = v.build, splat(0.0), splat(float((1 << v.bits) - 1))
-    level = b.fmul(values, v.shuffle(inverses, inverses, [k] * LANES), flags=_FUSED)
-    level = b.fadd(level, splat(zero_of(v.bits) + 0.5), flags=_FUSED)
+    level = b.fmul(values, v.shuffle(inverses, inverses, [k] * LANES), flags=FUSED)
+    level = b.fadd(level, splat(zero_of(v.bits) + 0.5), flags=FUSED)
     return b.fptosi(_chosen(v, "<", _chosen(v, ">", level, zero), top), INTS)
 
 
