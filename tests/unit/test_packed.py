@@ -81,6 +81,9 @@ def test_rows_keep_their_direction(kernels: Kernels, bits: int, kind: str) -> No
     kept = unpacked(packed(values, bits, kernels))
     cosines = [cosine(*pair) for pair in zip(values, kept, strict=True)]
     assert min(cosines) > LEAST[bits], cosines
+    if bits >= 4:  # nothing is clipped
+        gains = (kept.double() * values).sum(1) / values.double().square().sum(1)
+        assert (gains - 1).abs().max() < 0.01, gains
 
 
 @each_bits
