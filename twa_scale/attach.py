@@ -16,6 +16,7 @@ from twa_scale.basis import Gram, make_basis, needs_norms_only
 from twa_scale.config import TwaConfig, block_settings, buffer_weights, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import CandidateError, ConfigError
+from twa_scale.kernels import Target
 from twa_scale.layout import Layout, match
 from twa_scale.optimizer import check_settings
 from twa_scale.ranks import Pods, Reduction
@@ -90,15 +91,14 @@ def attach(
             undo.callback(store.close)
             stream = Stream(
                 opened,
-                store.device,
+                store.kernels,
                 total=_bytes_to_read(engine, layout, opened),
                 progress=progress,
-                kernels=store.kernels,
                 read_chunk=config.read_chunk,
                 reads_in_flight=config.reads_in_flight,
             )
             norms_only = needs_norms_only(config.basis)
-            gram = Gram(len(layout.groups), len(opened), store.device, store.kernels, diagonal=norms_only)
+            gram = Gram(len(layout.groups), len(opened), store.device, diagonal=norms_only)
             _read_spans(engine, layout, stream, weights, store, gram)
             buffers = (
                 _read_buffers(engine, layout, stream, buffer_weights(config.buffers, len(opened)))
@@ -139,18 +139,14 @@ def _read_spans(
 ) -> None:
     """Stream this rank's spans: those that are trained into the store, the others at once into the model."""
     live = {layout.sourced(span): span for span in engine.spans()}
-    averaged = {read for read, span in live.items() if engine.parameters[span.name].dtype.is_floating_point}
-    for span in live.values():
+    targets = {}
+    for read, span in live.items():
         if span.name in layout.group_of:
-            store.reserve(span)
-    for chunk in stream.chunks([read for read in live if read in averaged], weights):
-        span = live[chunk.span]
-        if span.name in layout.group_of:
-            gram.add(layout.group_of[span.name], chunk.rows)
-            store.fill(span, chunk.start, chunk.deltas, chunk.center)
-        else:
-            engine.live(span)[chunk.start : chunk.start + len(chunk.center)] = chunk.center
-    for read, start, values in stream.copies([read for read in live if read not in averaged]):
+            targets[read] = replace(store.reserve(span), products=gram.of(layout.group_of[span.name]))
+        elif engine.parameters[span.name].dtype.is_floating_point:
+            targets[read] = Target(center=engine.live(span))
+    stream.make_deltas(targets, weights)
+    for read, start, values in stream.copies([read for read in live if read not in targets]):
         engine.live(live[read])[start : start + len(values)] = values
 
 
@@ -159,8 +155,8 @@ def _read_buffers(engine: Engine, layout: Layout, stream: Stream, weights: Seque
     live = _live_buffers(engine, layout)
     values = {name: torch.empty(buffer.numel(), dtype=buffer.dtype) for name, buffer in live.items()}
     spans = {name: whole(name, tuple(buffer.shape)) for name, buffer in live.items()}
-    for chunk in stream.chunks([s for n, s in spans.items() if live[n].is_floating_point()], weights):
-        values[chunk.span.name][chunk.start : chunk.start + len(chunk.center)] = chunk.center
+    floating = {spans[n]: Target(center=values[n]) for n, buffer in live.items() if buffer.is_floating_point()}
+    stream.make_deltas(floating, weights)
     for span, start, part in stream.copies([s for n, s in spans.items() if not live[n].is_floating_point()]):
         values[span.name][start : start + len(part)] = part
     return values

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from twa_scale.errors import ConfigError
-from twa_scale.kernels import Kernels, choose_kernels
 
 _EIGENVALUE_FLOOR = 1e-10  # of the largest; below it a direction of float32 deltas is rounding noise
 _RELATIVE_FLOOR = 1e-6  # of the largest delta norm
@@ -23,24 +22,17 @@ class Gram:
     Args:
         num_groups: G.
         n: candidates.
-        device: of the rows.
-        kernels: what multiplies.
+        device: of the deltas.
         diagonal: form the squared norms only, and leave the other products zero.
     """
 
-    def __init__(
-        self, num_groups: int, n: int, device: torch.device, kernels: Kernels | None = None, *, diagonal: bool = False
-    ) -> None:
-        self._kernels = kernels or choose_kernels("auto", device)
+    def __init__(self, num_groups: int, n: int, device: torch.device, *, diagonal: bool = False) -> None:
         self._diagonal = diagonal
         self.values = torch.zeros(num_groups, n + 1, n + 1, dtype=torch.float64, device=device)
 
-    def add(self, group: int, rows: torch.Tensor) -> None:
-        """Add the inner products of rows (n + 1, m), float32."""
-        if self._diagonal:
-            self.values[group].diagonal().add_(self._kernels.squares(rows))
-        else:
-            self.values[group] += self._kernels.gram(rows)
+    def of(self, group: int) -> torch.Tensor:
+        """Return what the products of a group's elements are added to: (n + 1, n + 1), or the diagonal (n + 1,)."""
+        return self.values[group].diagonal() if self._diagonal else self.values[group]
 
 
 def needs_norms_only(kind: str) -> bool:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from twa_scale.basis import Gram
+from twa_scale.kernels import Target, choose_kernels
 from twa_scale.reading import Progress, job_bytes
 from twa_scale.sources import open_candidates
 from twa_scale.spans import whole
@@ -51,8 +52,8 @@ def inspect(paths: str | Sequence[str | Path], progress: Progress | None = None)
     gram = Gram(1, n, device)
     spans = [whole(name, candidates[0].shape(name)) for name in names]
     total = job_bytes(candidates, [(span, range(n)) for span in spans])
-    for chunk in Stream(candidates, device, total=total, progress=progress).chunks(spans, [1 / n] * n):
-        gram.add(0, chunk.rows)
+    stream = Stream(candidates, choose_kernels("auto", device), total=total, progress=progress)
+    stream.make_deltas({span: Target(products=gram.of(0)) for span in spans}, [1 / n] * n)
     products = gram.values[0].numpy()
     deltas, center = products[:n, :n], products[n]
     squares = np.diag(deltas)

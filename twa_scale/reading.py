@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from twa_scale.kernels import Sources
+from twa_scale.kernels.packed import BLOCKS
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 
@@ -14,6 +16,7 @@ READ_CHUNK = 1 << 20
 READS_IN_FLIGHT = 8
 _READ_BYTES = 64 << 20  # of all candidates together that are read at a time; the next as many are read meanwhile
 LINE = 64  # bytes of a cache line, the distance of rows: that of a power of two has all want the same places
+_BLOCK = max(BLOCKS.values())  # elements, at multiples of which spans are cut: no block of a packed store is
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that this rank has just read, or written, and with how many it will in all."""
@@ -28,7 +31,8 @@ def job_bytes(candidates: Sequence[Candidate], jobs: Iterable[Job]) -> int:
 
 def at_once(n: int, read_chunk: int) -> int:
     """Return how many bytes of each of n candidates are read at a time."""
-    return max(LINE, min(read_chunk, _READ_BYTES // n) // LINE * LINE)
+    whole = 8 * _BLOCK
+    return max(whole, min(read_chunk, _READ_BYTES // n) // whole * whole)
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,28 @@ class Part:
     span: Span
     start: int
     """Offset of the part within the span, in elements."""
-    piece: Span
-    """The part."""
     who: Sequence[int]
     """Indices of the candidates."""
     sources: Sources
     """Their values: one tensor (n, m) where their types are the same."""
+
+    @property
+    def stop(self) -> int:
+        """Offset of its end within the span."""
+        return self.start + len(self.sources[0])
+
+    def element(self, i: int) -> int:
+        """Return where its i-th element stands in the tensor's flattening."""
+        return self.span.element(self.start + i)
+
+
+class _Cut(NamedTuple):
+    """Elements [start, stop) of a span, of some candidates."""
+
+    span: Span
+    start: int
+    stop: int
+    who: Sequence[int]
 
 
 class Reader:
@@ -92,39 +112,41 @@ class Reader:
                 self._progress(sum(source.nbytes for source in part.sources), self._total)
                 yield part
 
-    def _cut(self, jobs: Iterable[Job]) -> Iterator[tuple[Span, int, Span, Sequence[int]]]:
+    def _cut(self, jobs: Iterable[Job]) -> Iterator[_Cut]:
         for span, who in jobs:
             widest = max(self._candidates[i].dtype(span.name).itemsize for i in who)
-            for offset, piece in span.pieces(max(1, self._read_bytes // widest)):
-                yield span, offset, piece, who
+            size = self._read_bytes // widest
+            start = 0
+            while start < len(span):
+                stop = min(start + size - (span.start + start) % _BLOCK, len(span))
+                yield _Cut(span, start, stop, who)
+                start = stop
 
-    def _start(
-        self, pool: ThreadPoolExecutor, cut: tuple[Span, int, Span, Sequence[int]] | None, turn: int
-    ) -> tuple[Part, list[Future[None]]] | None:
+    def _start(self, pool: ThreadPoolExecutor, cut: _Cut | None, turn: int) -> tuple[Part, list[Future[None]]] | None:
         """Have the threads read a part into a buffer, each the bytes of some candidates."""
         if cut is None:
             return None
-        span, offset, piece, who = cut
-        part = Part(span, offset, piece, who, self._places(piece, who, turn))
-        jobs = list(zip([self._candidates[i] for i in who], part.sources, strict=True))
+        part = Part(cut.span, cut.start, cut.who, self._places(cut, turn))
+        jobs = list(zip([self._candidates[i] for i in cut.who], part.sources, strict=True))
         shares = [jobs[i :: self._in_flight] for i in range(min(self._in_flight, len(jobs)))]
-        return part, [pool.submit(_read_share, share, piece) for share in shares]
+        return part, [pool.submit(_read_share, share, cut) for share in shares]
 
-    def _places(self, piece: Span, who: Sequence[int], turn: int) -> Sources:
+    def _places(self, cut: _Cut, turn: int) -> Sources:
         """Return places in a buffer for a part of some candidates."""
-        dtypes = [self._candidates[i].dtype(piece.name) for i in who]
-        pitch = (len(piece) * max(dtype.itemsize for dtype in dtypes) // LINE + 2) * LINE
+        span, start, stop, who = cut
+        dtypes, length = [self._candidates[i].dtype(span.name) for i in who], stop - start
+        pitch = (length * max(dtype.itemsize for dtype in dtypes) // LINE + 2) * LINE
         if self._buffers[turn].numel() < len(who) * pitch:
             self._buffers[turn] = torch.empty(len(who) * pitch, dtype=torch.uint8)
         places = self._buffers[turn][: len(who) * pitch].view(len(who), pitch)
         if len(set(dtypes)) == 1:
-            return places.view(dtypes[0])[:, : len(piece)]
-        return [place[: len(piece) * t.itemsize].view(t) for place, t in zip(places, dtypes, strict=True)]
+            return places.view(dtypes[0])[:, :length]
+        return [place[: length * t.itemsize].view(t) for place, t in zip(places, dtypes, strict=True)]
 
 
-def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], piece: Span) -> None:
+def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], cut: _Cut) -> None:
     for candidate, values in jobs:
         done = 0
-        for start, stop in piece.runs():
-            candidate.read(piece.name, start, values[done : done + stop - start])
+        for start, stop in cut.span.runs(cut.start, cut.stop):
+            candidate.read(cut.span.name, start, values[done : done + stop - start])
             done += stop - start

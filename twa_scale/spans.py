@@ -25,13 +25,17 @@ class Span:
     def _count(self) -> int:
         return -(-(self.stop - self.start) // self.stride)
 
-    def runs(self) -> Iterator[tuple[int, int]]:
-        """Yield (start, stop) of every contiguous range, in order."""
+    def runs(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield every contiguous range (start, stop) of the flattening, in order: of all, or elements [start, stop)."""
+        stop = len(self) if stop is None else stop
         if not self.run:
-            yield self.start, self.stop
+            yield self.start + start, self.start + stop
             return
-        for start in range(self.start, self.stop, self.stride):
-            yield start, start + self.run
+        while start < stop:
+            count = min(self.run - start % self.run, stop - start)
+            first = self.element(start)
+            yield first, first + count
+            start += count
 
     def element(self, i: int) -> int:
         """Return where the i-th of these elements stands in the flattening."""

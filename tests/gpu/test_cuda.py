@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import twa_scale
-from twa_scale.kernels import Dense, Packed, choose_kernels
+from tests.deltas import packed
+from twa_scale.kernels import Dense, choose_kernels
 from twa_scale.kernels.reference import GPU_BLOCK
 from twa_scale.streaming import scratch_bytes
 
@@ -180,8 +181,7 @@ def test_packed_kernels(name: Literal["torch", "triton"], bits: int, m: int) -> 
     ended = []
     for kernels in (choose_kernels("torch", torch.device("cpu")), choose_kernels(name, torch.device("cuda"))):
         device = torch.device("cpu" if kernels.name == "torch" and not ended else "cuda")
-        rows, out = Packed.empty(N, m, 37, bits, device), torch.empty(m, device=device)
-        kernels.pack(rows, 0, values.to(device))
+        rows, out = packed(values, bits, kernels, 37, device), torch.empty(m, device=device)
         kernels.combine(rows, weights.to(device), base.to(device), 0.7, out)
         ended.append((rows.words.cpu(), kernels.project(rows, gradient.to(device)).cpu(), out.cpu()))
     (words, product, out), (other_words, other_product, other_out) = ended

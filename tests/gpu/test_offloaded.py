@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import twa_scale
+from tests.deltas import fill
 from tests.gpu.test_cuda import build, candidates, exact, nccl, shard
 from twa_scale.config import TwaConfig
 from twa_scale.engines.postponed import Combine
@@ -37,13 +38,12 @@ def offloaded(config: TwaConfig, n: int, buffer: int = BUFFER) -> OffloadedStore
 def filled(config: TwaConfig, spans: list[Span], buffer: int, n: int = N) -> tuple[OffloadedStore, list[Any]]:
     """The store, and the rows and center of each span beside the weights: with the codes that the CPU made."""
     store, near = offloaded(config, n, buffer), []
-    inner = host_store(config, n, torch.empty)
+    inner = host_store(config, n, torch.zeros)
     generator = torch.Generator().manual_seed(1)
     for span in spans:
-        values, center = (torch.randn(*size, len(span), generator=generator) for size in ((n,), ()))
+        values = torch.randn(n, len(span), generator=generator)
         for each in (store, inner):
-            each.reserve(span)
-            each.fill(span, 0, values, center)
+            fill(each, span, values)
         rows, center = inner.held(span)
         near.append((rows.over([t.cuda() for t in rows.tensors]), center.cuda()))
     return store, near
@@ -183,11 +183,9 @@ def test_copies_at_the_speed_of_the_bus_and_beside_other_work(name: Any) -> None
     spans = [Span(str(i), 0, 16 << 20) for i in range(4)]
     store, resident = offloaded(config, n), make_store(config, n, torch.device("cuda"), lambda _: [])
     for span in spans:
-        chunk, center = torch.randn(n, len(span)), torch.randn(len(span))
-        store.reserve(span)
-        store.fill(span, 0, chunk, center)
-        resident.reserve(span)
-        resident.fill(span, 0, chunk.cuda(), center.cuda())
+        values = torch.randn(n, len(span))
+        for each in (store, resident):
+            fill(each, span, values)
     gradient, weights, out = (torch.randn(m, device="cuda") for m in (len(spans[0]), n, len(spans[0])))
     pinned = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(pinned, device="cuda")

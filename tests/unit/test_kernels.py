@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twa_scale.kernels import Dense, Differences, Kernels, Packed, Rows, choose_kernels
+from tests.deltas import packed
+from twa_scale.kernels import Dense, Differences, Kernels, Packed, Rows, Target, choose_kernels
 from twa_scale.kernels.compiled import NumbaKernels
 from twa_scale.kernels.reference import TorchKernels, unpack
 
@@ -48,10 +49,7 @@ def make(kind: str, values: Tensor, start: int = 0, kernels: Kernels = KERNELS[0
             [row.add(center).to([torch.float32, torch.bfloat16][i % 2]) for i, row in enumerate(values)], center
         )
     if kind.startswith("packed"):
-        packed = Packed.empty(n, m, start, int(kind[6:]), CPU)
-        if m:
-            kernels.pack(packed, 0, values)
-        return packed
+        return packed(values, int(kind[6:]), kernels, start)
     dense = Dense.empty(n, m, getattr(torch, kind), CPU)
     dense.write(0, values)
     return dense
@@ -212,9 +210,9 @@ def test_filling_rows_takes_few_operations(start: int) -> None:
     rows = Dense.empty(3, 100_000, torch.float32, CPU)
     with Operations() as writing:
         rows.write(start, torch.randn(3, 90_001))
-    packed = Packed.empty(3, 100_000, start, 4, CPU)
+    target = Target(Packed.empty(3, 100_000, start, 4, CPU))
     with Operations() as packing:
-        TorchKernels().pack(packed, 0, torch.randn(3, 100_000))
+        TorchKernels().make_deltas(torch.randn(3, 100_000), [1.0, 0.0, 0.0], target, 0)
     assert writing.count < 50 and packing.count < 200
 
 
@@ -252,16 +250,16 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     """numba counts what it finds in its cache, and what it has to compile."""
     program = """
 import torch
-from twa_scale.kernels import Packed, choose_kernels
+from twa_scale.kernels import Packed, Target, choose_kernels
+from twa_scale.kernels.delta_loops import delta_loop
 from twa_scale.kernels.packed_loops import packed_loops
-from twa_scale.kernels.quantize_loops import quantize_loop
 kernels, cpu = choose_kernels("numba", torch.device("cpu")), torch.device("cpu")
 for bits in (8, 4):
     rows = Packed.empty(2, 5, 0, bits, cpu)
-    kernels.pack(rows, 0, torch.ones(2, 5))
-    assert ((kernels.project(rows, torch.ones(5)) - 5).abs() < 0.1).all()
+    kernels.make_deltas(torch.tensor([[0.0] * 5, [2.0] * 5]), [0.5, 0.5], Target(rows), 0)
+    assert ((kernels.project(rows, torch.ones(5)).abs() - 5).abs() < 0.1).all()
     kernels.combine(rows, torch.ones(2), torch.zeros(5), 1.0, torch.empty(5))
-stats = [loop.stats for bits in (8, 4) for loop in (*packed_loops(bits), quantize_loop(bits))]
+stats = [loop.stats for bits in (8, 4) for loop in (*packed_loops(bits), delta_loop(bits))]
 print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.values()) for s in stats))
 """
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}

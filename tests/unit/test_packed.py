@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import twa_scale
+from tests.deltas import fill, packed
 from twa_scale import ConfigError
 from twa_scale.config import TwaConfig, load_config
 from twa_scale.kernels import Kernels, Packed
@@ -30,12 +30,6 @@ LEAST = {8: 0.9999, 4: 0.98, 2: 0.7, 1: 0.5}
 ROOT = Path(__file__).resolve().parents[2]
 each_kernels = pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
 each_bits = pytest.mark.parametrize("bits", BITS)
-
-
-def packed(values: Tensor, bits: int, kernels: Kernels, start: int = 0) -> Packed:
-    rows = Packed.empty(*values.shape, start, bits, CPU)
-    kernels.pack(rows, 0, values)
-    return rows
 
 
 def unpacked(rows: Packed) -> Tensor:
@@ -179,19 +173,16 @@ def contents(store: Store, span: Span, n: int) -> Tensor:
 @given(data=st.data(), m=st.integers(0, 1500), start=st.integers(0, 700))
 def test_chunks_do_not_matter(bits: int, data: st.DataObject, m: int, start: int) -> None:
     torch.manual_seed(m)
-    span, values, center = Span("w", start, start + m), torch.randn(3, m), torch.randn(m)
-    cuts = sorted(data.draw(st.lists(st.integers(0, m), max_size=8)))
+    span, values = Span("w", start, start + m), torch.randn(3, m)
+    borders = range(128 - start % 128, m, 128)
+    cuts = sorted(data.draw(st.lists(st.sampled_from(borders), max_size=8))) if borders else []
     filled = []
-    for pieces in ([0, m], [0, *cuts, m]):
+    for pieces in ([], cuts):
         store = store_of(f"packed{bits}", 3)
-        store.reserve(span)
-        for low, high in pairwise(pieces):
-            chunk = values[:, low:high].clone()
-            store.fill(span, low, chunk, center[low:high])
-            chunk.fill_(torch.nan)  # the caller uses its memory again
+        fill(store, span, values, pieces)
         filled.append(contents(store, span, 3))
     assert torch.equal(*filled)
-    torch.testing.assert_close(filled[0][3], center, rtol=0, atol=0)
+    torch.testing.assert_close(filled[0][3], values.mean(0))
 
 
 @each_bits
@@ -199,13 +190,12 @@ def test_chunks_do_not_matter(bits: int, data: st.DataObject, m: int, start: int
 def test_splits_matter_only_in_the_block_that_they_cut(bits: int, cut: int) -> None:
     torch.manual_seed(0)
     m, size = 3000, BLOCKS[bits]
-    values, center = torch.randn(2, m), torch.randn(m)
+    values = torch.randn(2, m)
 
     def held(*spans: Span) -> Tensor:
         store, parts = store_of(f"packed{bits}", 2), []
         for span in spans:
-            store.reserve(span)
-            store.fill(span, 0, values[:, span.start : span.stop], center[span.start : span.stop])
+            fill(store, span, values[:, span.start : span.stop])
             parts.append(contents(store, span, 2))
         return torch.cat(parts, 1)
 
@@ -240,8 +230,9 @@ def test_mapped_is_the_difference(span: Span, with_center: bool) -> None:
     center = rows.mean(0).float()
     for kernels in ("torch", "numba"):
         store = make_store(TwaConfig(store="mapped", kernels=kernels), 3, CPU, lambda _: tensors)  # type: ignore[arg-type]
-        store.reserve(span)
-        store.fill(span, 0, torch.full((3, len(span)), torch.nan), center)
+        target = store.reserve(span)
+        assert target.rows is None and target.center is not None
+        target.center.copy_(center)
         gradient, u = torch.randn(len(span)), torch.randn(3)
         want = (rows - center) @ gradient.double()
         found = store.project(span, gradient, with_center)

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.deltas import matrix
 from twa_scale import CandidateError
 from twa_scale.config import TwaConfig, validated
 from twa_scale.errors import ConfigError
-from twa_scale.kernels import Kernels, Sources
+from twa_scale.kernels import Dense, Kernels, Sources, Target
 from twa_scale.kernels.checksum import checksum
 from twa_scale.kernels.compiled import NumbaKernels
 from twa_scale.kernels.reference import TorchKernels
@@ -43,17 +45,21 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
     weights = torch.rand(n, dtype=torch.float64)
     weights /= weights.sum()
     dtype = torch.float64 if kind == "float64" else torch.float32
-    rows = torch.full((n + 1, m + 33), float("nan"), dtype=dtype)[:, :m]
-    kernels.center(given, weights.tolist(), rows)
+    rows, found = Dense.empty(n, m, torch.float32, CPU), torch.full((m + 20,), float("nan"), dtype=dtype)
+    products, squares = torch.ones(n + 1, n + 1, dtype=torch.float64), torch.ones(n + 1, dtype=torch.float64)
+    seen = kernels.make_deltas(given, weights.tolist(), Target(rows, found[:m], products), 0)
+    assert seen.finite and found[m:].isnan().all()
+    assert seen.checksums.tolist() == [checksum(row.contiguous()) for row in given]
+    assert kernels.checksums(given).tolist() == seen.checksums.tolist()
     exact = torch.stack([row.double() for row in given])
     center = weights @ exact
-    torch.testing.assert_close(rows[-1].double(), center, rtol=2e-7, atol=1e-8)
-    torch.testing.assert_close(rows[:-1].double(), exact - center, rtol=0, atol=3e-9)
-    products = kernels.gram(rows)
-    wide = rows.double()
-    torch.testing.assert_close(products, wide @ wide.T, rtol=1e-12, atol=1e-12 * float(wide[-1] @ wide[-1]))
-    torch.testing.assert_close(kernels.squares(rows), products.diagonal(), rtol=1e-12, atol=0)
-    assert kernels.checksums(given).tolist() == [checksum(row.contiguous()) for row in given]
+    torch.testing.assert_close(found[:m].double(), center, rtol=2e-7, atol=1e-8)
+    torch.testing.assert_close(matrix(rows).double(), exact - center, rtol=0, atol=3e-9)
+    wide = torch.cat([exact - center if dtype == torch.float64 else matrix(rows).double(), found[None, :m].double()])
+    atol = 1e-12 * float(wide[-1] @ wide[-1])
+    torch.testing.assert_close(products - 1, wide @ wide.T, rtol=1e-9, atol=atol + 1e-15)
+    kernels.make_deltas(given, weights.tolist(), Target(products=squares), 0)
+    torch.testing.assert_close(squares, products.diagonal(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
@@ -61,21 +67,44 @@ def test_deltas_do_not_depend_on_the_columns_beside_them(kind: str) -> None:
     """Vectors and what is left over compute alike, so that codes do not depend on chunks or ranks."""
     given = sources(5, 1000, kind)
     weights = [0.1, 0.2, 0.3, 0.15, 0.25]
-    whole, part = torch.empty(6, 1000), torch.empty(6, 1000)
     kernels = NumbaKernels()
-    kernels.center(given, weights, whole)
+
+    def made(start: int, stop: int) -> Tensor:
+        rows, center = Dense.empty(5, stop - start, torch.float32, CPU), torch.empty(stop - start)
+        kernels.make_deltas(given[:, start:stop].contiguous(), weights, Target(rows, center), 0)
+        return torch.cat([matrix(rows), center[None]])
+
     for start, stop in ((0, 1), (3, 20), (5, 69), (100, 163), (7, 1000)):
-        kernels.center(given[:, start:stop].contiguous(), weights, part[:, : stop - start])
-        assert torch.equal(part[:, : stop - start], whole[:, start:stop])
+        assert torch.equal(made(start, stop), made(0, 1000)[:, start:stop])
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_and_parts_change_no_delta(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Dense rows written from any column on, by several threads."""
+    n, m = 16, 70_001
+    given, cuts = sources(n, m, "bfloat16"), [0, 1, 130, 5000, 5001, 40_000, m]
+    assert isinstance(given, Tensor)
+    whole, parts = (Dense.empty(n, m, dtype, CPU) for _ in range(2))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        kernels.make_deltas(given, [1 / n] * n, Target(whole), 0)
+    finally:
+        torch.set_num_threads(threads)
+    for low, high in pairwise(cuts):
+        kernels.make_deltas(given[:, low:high], [1 / n] * n, Target(parts), low)
+    assert torch.equal(whole.values, parts.values)
 
 
 @both
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
 def test_where_candidates_agree_deltas_are_zero_and_the_center_has_their_bits(kernels: Kernels, kind: str) -> None:
     row = (1e3 * torch.randn(1, 2000)).to(getattr(torch, kind))
-    rows = torch.empty(8, 2000)
-    kernels.center(row.expand(7, -1).contiguous(), [0.1, 0.2, 0.05, 0.3, 0.15, 0.1, 0.1], rows)
-    assert not rows[:-1].any() and torch.equal(rows[-1], row[0].float())
+    rows, center = Dense.empty(7, 2000, torch.float32, CPU), torch.empty(2000)
+    weights = [0.1, 0.2, 0.05, 0.3, 0.15, 0.1, 0.1]
+    kernels.make_deltas(row.expand(7, -1).contiguous(), weights, Target(rows, center), 0)
+    assert not rows.values.any() and torch.equal(center, row[0].float())
 
 
 def written(folder: Path, tensors: list[dict[str, Tensor]]) -> list[str]:
@@ -95,15 +124,15 @@ def test_small_reads_of_any_spans_give_what_the_files_hold(tmp_path: Path, in_fl
     candidates = open_candidates(written(tmp_path, states))
     seen: list[int] = []
     progress = lambda nbytes, _: seen.append(nbytes)  # noqa: E731
-    stream = Stream(candidates, CPU, progress=progress, read_chunk=4096, reads_in_flight=in_flight)
+    stream = Stream(candidates, KERNELS[1], progress=progress, read_chunk=4096, reads_in_flight=in_flight)
     spans = [Span("a", 0, 9000), Span("b", 5, 5), Span("b", 1, 7000), Span("a", 9010, 9010 + 29 * 130 + 65, 65, 130)]
-    found = {span: torch.full((n + 1, len(span)), float("nan")) for span in spans}
-    for chunk in stream.chunks(spans, [1 / n] * n):
-        found[chunk.span][:, chunk.start : chunk.start + len(chunk.center)] = chunk.rows
-    for span, rows in found.items():
+    found = {s: Target(Dense.empty(n, len(s), torch.float32, CPU), torch.empty(len(s))) for s in spans}
+    stream.make_deltas(found, [1 / n] * n)
+    for span, target in found.items():
+        assert isinstance(target.rows, Dense) and target.center is not None
         parts = [[state[span.name].flatten()[i:j].double() for i, j in span.runs()] for state in states]
         exact = torch.stack([torch.cat(part) for part in parts])
-        torch.testing.assert_close((rows[:-1] + rows[-1]).double(), exact, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close((matrix(target.rows) + target.center).double(), exact, rtol=1e-6, atol=1e-6)
     assert sum(seen) == sum(candidate.bytes_read for candidate in candidates)
     assert sum(seen) == n * sum(len(span) * states[0][span.name].itemsize for span in spans)
     sums = [checksum(state["b"][1:].contiguous()) for state in states]
@@ -117,19 +146,18 @@ def test_small_reads_of_any_spans_give_what_the_files_hold(tmp_path: Path, in_fl
 def test_what_is_not_finite_is_named_wherever_it_is(tmp_path: Path, value: float) -> None:
     states = [{"w": torch.randn(200_000).bfloat16()} for _ in range(3)]
     states[1]["w"][150_001] = value
-    stream = Stream(open_candidates(written(tmp_path, states)), CPU, read_chunk=1 << 16)
+    stream = Stream(open_candidates(written(tmp_path, states)), KERNELS[1], read_chunk=1 << 16)
     with pytest.raises(CandidateError, match=r"1\.safetensors: tensor 'w' holds \w+ at element 150001;"):
-        list(stream.chunks([Span("w", 3, 200_000)], [0.5, 0.0, 0.5]))
+        stream.make_deltas({Span("w", 3, 200_000): Target(center=torch.empty(199_997))}, [0.5, 0.0, 0.5])
 
 
 def test_a_file_that_shrinks_is_named_and_no_thread_stays(tmp_path: Path) -> None:
     paths = written(tmp_path, [{"w": torch.randn(100_000)} for _ in range(2)])
     candidates = open_candidates(paths)
-    stream = Stream(candidates, CPU, read_chunk=1 << 16)
+    shrink = lambda nbytes, total: os.truncate(paths[1], 200_000)  # noqa: E731
+    stream = Stream(candidates, KERNELS[1], progress=shrink, read_chunk=1 << 16)
     with pytest.raises(CandidateError, match=r"1\.safetensors"):
-        for chunk in stream.chunks([Span("w", 0, 100_000)], [0.5, 0.5]):
-            if chunk.start == 0:
-                os.truncate(paths[1], 200_000)
+        stream.make_deltas({Span("w", 0, 100_000): Target(center=torch.empty(100_000))}, [0.5, 0.5])
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("twa-scale-read")]
 
 

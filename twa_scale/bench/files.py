@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -120,12 +121,10 @@ def _attach(paths: Sequence[Path], config: TwaConfig, device: torch.device) -> N
     opened = open_candidates([str(path) for path in paths], minimum=1)
     n = len(opened)
     store = make_store(config, n, device, lambda name: [mapped(candidate, name) for candidate in opened])
-    gram = Gram(1, n, device, store.kernels, diagonal=needs_norms_only(config.basis))
+    gram = Gram(1, n, device, diagonal=needs_norms_only(config.basis))
     span = whole("w", opened[0].shape("w"))
-    store.reserve(span)
-    for chunk in Stream(opened, device, kernels=store.kernels).chunks([span], [1 / n] * n):
-        gram.add(0, chunk.rows)
-        store.fill(span, chunk.start, chunk.deltas, chunk.center)
+    target = replace(store.reserve(span), products=gram.of(0))
+    Stream(opened, store.kernels).make_deltas({span: target}, [1 / n] * n)
     gram.values.cpu()
     store.close()
     for candidate in opened:

@@ -1,8 +1,19 @@
-"""Project and combine, the two operations on data of the size of the model, for dense and packed rows."""
+"""What is done with data of the size of the model: making deltas, project and combine, for dense and packed rows."""
 
 from twa_scale.kernels.choose import choose_kernels
 from twa_scale.kernels.packed import Packed, packed_bytes
-from twa_scale.kernels.protocol import Differences, Kernels, Rows, Sources
+from twa_scale.kernels.protocol import Differences, Kernels, Rows, Sources, Target
 from twa_scale.kernels.rows import Allocate, Dense
 
-__all__ = ["Allocate", "Dense", "Differences", "Kernels", "Packed", "Rows", "Sources", "choose_kernels", "packed_bytes"]
+__all__ = [
+    "Allocate",
+    "Dense",
+    "Differences",
+    "Kernels",
+    "Packed",
+    "Rows",
+    "Sources",
+    "Target",
+    "choose_kernels",
+    "packed_bytes",
+]

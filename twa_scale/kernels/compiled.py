@@ -1,22 +1,20 @@
 """Kernels for CPUs, compiled by numba on their first use."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from twa_scale.kernels import delta_loops, loops
+from twa_scale.kernels.deltas import GRID, ROW_BYTES, checksums, cuts, grid_column, make_deltas, reference_of
 from twa_scale.kernels.packed import RUN, Packed
 from twa_scale.kernels.packed_loops import packed_loops
-from twa_scale.kernels.protocol import Differences, Rows, Sources
-from twa_scale.kernels.quantize_loops import quantize_loop
-from twa_scale.kernels.reference import TorchKernels, reference_of
+from twa_scale.kernels.protocol import Differences, Rows, Seen, Sources, Target
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.threads import Threads
 
 _PIECE = 1 << 17  # elements of a sum of differences: it stays in cache while the rows go by
-_REFERENCE = TorchKernels()
 _PART = 1024  # elements of them that are added in float32
 
 
@@ -91,60 +89,71 @@ class NumbaKernels:
     def checksums(self, sources: Sources) -> torch.Tensor:
         """Return the checksum of each source."""
         if not isinstance(sources, torch.Tensor) or sources.itemsize != 2:
-            return _REFERENCE.checksums(sources)
+            return checksums(sources)
         total = np.zeros(len(sources), np.int64)
-        delta_loops.checksums(_flat(sources.view(torch.int16)), sources.stride(0), sources.shape[1], total)
+        pitch, width = map(np.uint64, (sources.stride(0), sources.shape[1]))
+        delta_loops.checksums(_flat(sources.view(torch.int16)), pitch, width, total)
         return torch.from_numpy(total)
 
-    def center(self, sources: Sources, weights: Sequence[float], rows: torch.Tensor) -> None:
-        """Write deltas and center, a tile of columns after the other."""
-        if rows.dtype != torch.float32:
-            return _REFERENCE.center(sources, weights, rows)
-        if not isinstance(sources, torch.Tensor) or sources.dtype not in (torch.bfloat16, torch.float32):
-            for row, source in zip(rows, sources, strict=False):
-                row.copy_(source)
-            sources = rows[:-1]
-        source = _flat(sources.view(torch.uint16) if sources.dtype == torch.bfloat16 else sources)
-        rule = (np.array(weights, np.float32), reference_of(weights))
-        data = (source, sources.stride(0), *rule, _flat(rows), rows.stride(0))
-        self._threads.share(lambda start, stop: delta_loops.center(*data, start, stop), rows.shape[1], rows.nbytes)
-        return None
+    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
+        """Make deltas and what goes with them, each thread of some columns that share no word of packed rows."""
+        types = {source.dtype for source in sources}
+        if torch.float64 in types:
+            return make_deltas(sources, weights, target, start)
+        if isinstance(sources, torch.Tensor) and types <= {torch.bfloat16, torch.float32}:
+            return self._make_deltas(sources, weights, target, start)
+        finite = True
+        for low, high in cuts(target.rows, start, len(sources[0]), ROW_BYTES // 4 // len(sources)):
+            wide = torch.stack([source[low:high].to(torch.float32) for source in sources])
+            finite &= self._make_deltas(wide, weights, target, start + low).finite
+        return Seen(self.checksums(sources), finite)
 
-    def gram(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, row_j>: half of them, nine at a time, and the others by symmetry."""
-        n = len(rows)
-        upper = self._products(delta_loops.gram, rows, (-(-n // 3) * 3,) * 2)[:n, :n].triu()
-        return upper + upper.triu(1).T
-
-    def squares(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, row_i>."""
-        return self._products(delta_loops.squares, rows, (len(rows),))
-
-    def _products(self, loop: Callable[..., None], rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return what a loop adds up over columns, to a total of this shape."""
+    def _make_deltas(self, sources: torch.Tensor, weights: Sequence[float], target: Target, start: int) -> Seen:
+        n, m = sources.shape
+        at = grid_column(target.rows, start)
+        integers, floats = (torch.int16, torch.uint16) if sources.itemsize == 2 else (torch.int32, torch.float32)
+        bits = target.rows.bits if isinstance(target.rows, Packed) else 0
+        rule = (np.array(weights, np.float32), np.uint64(reference_of(weights)))
+        data = (_flat(sources.view(floats)), _flat(sources.view(integers)), np.uint64(sources.stride(0)))
+        center = None if target.center is None else target.center.detach()[start : start + m]
+        direct = center is not None and center.dtype == torch.float32 and center.is_cpu and center.is_contiguous()
+        place = center if center is not None and direct else torch.empty(m)
         parts: list[tuple[int, Any]] = []
 
-        def work(start: int, stop: int) -> None:
-            total = np.zeros(shape)
-            loop(_flat(rows), rows.stride(0), len(rows), start, stop, total)
-            parts.append((start, total))
+        def work(first: int, last: int) -> None:
+            low, high = (min(max((at // GRID + i) * GRID - at, 0), m) for i in (first, last))
+            sums = np.zeros(n, np.int64), _products(target, n), np.zeros(1)
+            delta_loops.delta_loop(bits)(data, rule, _writable(target), at, place.numpy(), sums, low, high)
+            parts.append((first, sums))
 
-        self._threads.share(work, rows.shape[1], rows.nbytes)
-        return torch.from_numpy(_in_order(parts))
+        self._threads.share(work, -(-(at % GRID + m) // GRID), sources.nbytes)
+        checked, products, size = (_in_order([(first, sums[k]) for first, sums in parts]) for k in range(3))
+        if target.products is not None and target.products.ndim == 1:
+            target.products.add_(torch.from_numpy(products[0]))
+        elif target.products is not None:
+            upper = torch.from_numpy(products)[: n + 1, : n + 1].triu()
+            target.products.add_(upper + upper.triu(1).T)
+        if center is not None and not direct:
+            center.copy_(place)
+        return Seen(torch.from_numpy(checked), bool(np.isfinite(size[0])))
 
-    def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
-        """Quantize, each thread some of the rows: two of them never write into the same word."""
-        count = values.shape[1]
-        if not rows.n or not count:
-            return
-        values = values if values.stride(1) == 1 else values.contiguous()
-        stride = values.stride(0)
-        flat = _flat(values)
 
-        def work(start: int, stop: int) -> None:
-            quantize_loop(rows.bits)(_packed(rows), block, flat, stride, count, start, stop)
+def _products(target: Target, n: int) -> Any:
+    """Return zeros for what delta_loop sums; squares or, where all are wanted, a multiple of three of rows."""
+    if target.products is None:
+        return np.zeros((0, 0))
+    return np.zeros((1, n + 1) if target.products.ndim == 1 else (-(-(n + 1) // 3) * 3,) * 2)
 
-        self._threads.share(work, rows.n, values.nbytes)
+
+def _writable(target: Target) -> Any:
+    """Return the memory of a target's rows as delta_loop has it."""
+    match target.rows:
+        case Packed():
+            return _packed(target.rows)
+        case Dense():
+            return _array(target.rows.values), np.uint64(target.rows.m)
+        case _:
+            return np.empty(0, np.float32), np.uint64(0)
 
 
 def _in_order(parts: list[tuple[int, Any]]) -> Any:

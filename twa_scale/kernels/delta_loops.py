@@ -1,64 +1,79 @@
-"""The inner loops that make deltas of candidates on a CPU, as in loops.py. What they work on stays in the first cache.
+"""The loop that makes deltas on a CPU, as in loops.py: all of it for some columns, while a core's cache holds them.
 
 Differences are taken as they are written: fast math could turn (w - r) - s into w - (r + s), and candidates that agree
 would no longer give zeros.
 """
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
+from twa_scale.kernels.deltas import GRID
 from twa_scale.kernels.emit import FUSED, LANES, Emitter, splat
-from twa_scale.kernels.loops import FLOAT0, U, compiled, exact, widen
+from twa_scale.kernels.loops import FLOAT0, U, compiled, exact, narrow, widen
+from twa_scale.kernels.quantize_loops import quantize
+from twa_scale.kernels.rows import TILE
 
+_STRIDE = U(GRID + LANES)  # rows a power of two apart would all want the same places in the cache
 ONE, TWO, THREE = U(1), U(2), U(3)
-_TILE = U(512)
-_ABREAST = 4  # vectors of sums, each of which waits for its own last addition
-_COLUMNS = U(_ABREAST * LANES)
+_WIDE = U(512)
+_VECTORS = 4  # sums, each of which waits for its own last addition
+_ABREAST = U(_VECTORS * LANES)
+
+
+def _sum(integers: Any, start: Any, stop: Any) -> Any:
+    """Return the sum of at most GRID integers: of 16 bits in 32, which vectors hold twice as many of."""
+
+
+@overload(_sum, strict=False, jit_options={"fastmath": True})  # type: ignore[untyped-decorator]
+def _sum_of(integers: Any, start: Any, stop: Any) -> Any:
+    wide = np.int32 if integers.dtype.bitwidth == 16 else np.int64
+
+    def total(integers: Any, start: Any, stop: Any) -> Any:
+        part = wide(0)
+        for j in range(start, stop):
+            part = wide(part + wide(integers[j]))
+        return np.int64(part)
+
+    return total
 
 
 @compiled
-def checksums(bits: Any, pitch: int, m: int, total: Any) -> None:
-    """Add the sum of `m` integers of each row, `pitch` apart, to total (n,), int64."""
+def checksums(integers: Any, pitch: int, width: int, total: Any) -> None:
+    """Add the sum of the first `width` integers of each row, `pitch` apart, to total (n,), int64."""
     for i in range(U(len(total))):
-        part = np.int64(0)
-        for j in range(U(i) * U(pitch), U(i) * U(pitch) + U(m)):
-            part += np.int64(bits[j])
-        total[i] += part
+        for t in range(U(0), U(width), U(GRID)):
+            total[i] += _sum(integers, U(i) * U(pitch) + t, U(i) * U(pitch) + min(t + U(GRID), U(width)))
 
 
 @exact
-def center(
-    source: Any, pitch: int, weights: Any, reference: int, rows: Any, stride: int, start: int, stop: int
-) -> None:
-    """Write columns [start, stop) of w_i - c and, last, c into rows `stride` apart.
-
-    The sources w_i are `pitch` apart, and may be the rows themselves.
-    """
-    n, first, end, pitch, stride, reference = map(U, (len(weights), start, stop, pitch, stride, reference))
-    rest = end - (end - first) % _COLUMNS
-    for t in range(first, rest, _COLUMNS):
-        subtract_mean(source, pitch, weights, n, reference, rows, stride, t)
-    for t in range(rest, end):
+def _center(source: Any, pitch: Any, weights: Any, reference: Any, rows: Any, width: Any) -> None:
+    """Write the first `width` columns of w_i - c and, last, c into rows; the sources w_i are `pitch` apart."""
+    n, rest = U(len(weights)), width - width % _ABREAST
+    for t in range(U(0), rest, _ABREAST):
+        subtract_mean(source, pitch, weights, n, reference, rows, _STRIDE, t)
+    for t in range(rest, width):
         base, shift = widen(source[reference * pitch + t]), FLOAT0
         for i in range(n):
             shift += weights[i] * (widen(source[i * pitch + t]) - base)
         for i in range(n):
-            rows[i * stride + t] = widen(source[i * pitch + t]) - base - shift
-        rows[n * stride + t] = base + shift
+            rows[i * _STRIDE + t] = widen(source[i * pitch + t]) - base - shift
+        rows[n * _STRIDE + t] = base + shift
 
 
 @intrinsic
 def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at):  # type: ignore[no-untyped-def]
-    """Do what `center` does for 64 columns, of which the sources are read twice and nothing else is kept."""
+    """Do what `_center` does for 64 columns, of which the sources are read twice and nothing else is kept."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         names = "source pitch weights n reference rows stride at"
         v = Emitter(context, builder, signature.args, arguments, names)
-        columns = [v.at(v["at"], c * LANES) for c in range(_ABREAST)]
+        columns = [v.at(v["at"], c * LANES) for c in range(_VECTORS)]
 
         def differences(row: Any) -> list[Any]:
             start = builder.mul(row, v["pitch"])
@@ -72,6 +87,9 @@ def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at
             for shift, difference in zip(shifts, differences(row.index), strict=True):
                 shift.set(builder.fadd(shift.get(), builder.fmul(weight, difference, flags=FUSED), flags=FUSED))
         with cgutils.for_range(builder, v["n"]) as row:
+            ahead = v.at(builder.mul(row.index, v["pitch"]), v["at"], GRID)
+            for c in range(0, _VECTORS * LANES, 32):
+                v.prefetch("source", v.at(ahead, c))
             start = builder.mul(row.index, v["stride"])
             for column, shift, difference in zip(columns, shifts, differences(row.index), strict=True):
                 v.store("rows", v.at(start, column), builder.fsub(difference, shift.get()))
@@ -85,32 +103,32 @@ def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at
 
 
 @compiled
-def squares(rows: Any, stride: int, n: int, start: int, stop: int, total: Any) -> None:
-    """Add <row_i, row_i> over columns [start, stop) to total (n,), float64."""
-    for i in range(U(n)):
-        part = 0.0
-        for j in range(U(i) * U(stride) + U(start), U(i) * U(stride) + U(stop)):
-            part += np.float64(rows[j]) * np.float64(rows[j])
-        total[i] += part
+def _squares(rows: Any, width: Any, total: Any) -> None:
+    """Add <row_i, row_i> to total, float64."""
+    for i in range(U(len(total))):
+        part = FLOAT0
+        for j in range(U(i) * _STRIDE, U(i) * _STRIDE + width):
+            part += rows[j] * rows[j]
+        total[i] += np.float64(part)
 
 
 @compiled
-def gram(rows: Any, stride: int, n: int, start: int, stop: int, total: Any) -> None:
-    """Add <row_i, row_j> over columns [start, stop) to total, float64, for i <= j < n.
+def _gram(rows: Any, n: Any, width: Any, total: Any) -> None:
+    """Add <row_i, row_j> to total, float64, for i <= j < n.
 
     The size of total is a multiple of three, so up to two more than n.
     """
-    n, end, stride, size = U(n), U(stop), U(stride), U(len(total))
-    wide = np.zeros((size, _TILE + U(8)))  # rows a power of two apart would all want the same places in the cache
-    for t in range(U(start), end, _TILE):
-        width = min(_TILE, end - t)
+    size = U(len(total))
+    wide = np.zeros((size, _WIDE + U(8)))  # not a power of two apart, either
+    for t in range(U(0), width, _WIDE):
+        part = min(_WIDE, width - t)
         for i in range(n):
-            at = i * stride + t
-            for j in range(width):
+            at = i * _STRIDE + t
+            for j in range(part):
                 wide[i, j] = rows[at + j]
         for i in range(U(0), size, THREE):
             for k in range(i, size, THREE):
-                _products(wide, i, k, width, total)
+                _products(wide, i, k, part, total)
 
 
 @compiled
@@ -138,3 +156,65 @@ def _products(wide: Any, i: Any, k: Any, width: Any, total: Any) -> None:
     total[i + TWO, k] += s20
     total[i + TWO, k + ONE] += s21
     total[i + TWO, k + TWO] += s22
+
+
+@compiled
+def _write(rows: Any, at: Any, deltas: Any, n: Any, width: Any) -> None:
+    """Write columns of deltas into dense rows, from their column `at` on; or nowhere, where m is 0."""
+    values, m = rows
+    done = U(0) if m else width
+    while done < width:
+        first = (at + done) // U(TILE) * U(TILE)
+        size, begin = min(U(TILE), m - first), at + done - first
+        count = min(size - begin, width - done)
+        for i in range(n):
+            target, source = first * n + i * size + begin, i * _STRIDE + done
+            for j in range(count):
+                values[target + j] = narrow(values, deltas[source + j])
+        done += count
+
+
+@compiled
+def _copy(rows: Any, start: Any, target: Any, at: Any, width: Any) -> Any:
+    """Copy a row, and return its sum."""
+    total = FLOAT0
+    for j in range(width):
+        target[at + j] = rows[start + j]
+        total += rows[start + j]
+    return np.float64(total)
+
+
+@cache
+def delta_loop(bits: int) -> Callable[..., None]:
+    """Return the loop that makes deltas of columns [start, stop) of sources, `pitch` apart, whose bits are `integers`.
+
+    `rows` of this many bits are as in packed_loops.py; with 0, dense ones (values, m). Column 0 is their column `at`,
+    counted from the beginning of the first block. `sums` are what is added to: checksums; the products that their shape
+    asks for, none (0, 0), squares (1, n + 1) or all; and the sum of the center, which is finite when all is.
+    """
+
+    @partial(compiled, variant=bits)
+    def make_deltas(data: Any, rule: Any, rows: Any, at: int, target: Any, sums: Any, start: int, stop: int) -> None:
+        source, integers, pitch = data
+        weights, reference = rule
+        checked, products, size = sums
+        n = U(len(weights))
+        deltas = np.empty((n + ONE) * _STRIDE, np.float32)
+        t, end = U(start), U(stop)
+        while t < end:
+            to = min(end, ((U(at) + t) // U(GRID) + ONE) * U(GRID) - U(at))
+            width = to - t
+            checksums(integers[t:], pitch, width, checked)
+            _center(source[t:], pitch, weights, reference, deltas, width)
+            if len(products) == 1:
+                _squares(deltas, width, products[0])
+            elif len(products) > 1:
+                _gram(deltas, n + ONE, width, products)
+            size[0] += _copy(deltas, n * _STRIDE, target, t, width)
+            if bits == 0:
+                _write(rows, U(at) + t, deltas, n, width)
+            else:
+                quantize(bits, rows, U(at) + t, deltas, _STRIDE, n, width)
+            t = to
+
+    return make_deltas

@@ -66,6 +66,13 @@ class Emitter:
         """Put down neighbours."""
         self.build.store(values, self.place(name, index, values.type.count), align=2)
 
+    def prefetch(self, name: str, index: Any) -> None:
+        """Have the line of an element come into the second cache."""
+        pointer = self.build.bitcast(self.build.gep(self[name], [self.at(index)]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
+        fetch = cgutils.get_or_insert_function(self.build.module, kind, "llvm.prefetch.p0i8")
+        self.build.call(fetch, [pointer, *(ir.Constant(INT, value) for value in (0, 2, 1))])
+
     def spread(self, name: str, index: Any) -> Any:
         """Return one element in 16 lanes."""
         return self.everywhere(self.build.load(self.build.gep(self[name], [self.at(index)])))

@@ -39,14 +39,14 @@ class Packed:
 
     @classmethod
     def empty(
-        cls, n: int, m: int, start: int, bits: int, device: torch.device, allocate: Allocate = torch.empty
+        cls, n: int, m: int, start: int, bits: int, device: torch.device, allocate: Allocate = torch.zeros
     ) -> "Packed":
-        """Return rows of zeros, to be written by `Kernels.pack`; column 0 is element `start` of a tensor."""
+        """Return rows of zeros, to be written by `Kernels.make_deltas`; column 0 is element `start` of a tensor."""
         lead = start % BLOCKS[bits]
         words, blocks = sizes(m, lead, bits)
         return cls(
-            allocate(n * words, dtype=torch.int16, device=device).zero_(),
-            allocate(n * blocks, dtype=torch.bfloat16, device=device).zero_(),
+            allocate(n * words, dtype=torch.int16, device=device),
+            allocate(n * blocks, dtype=torch.bfloat16, device=device),
             n,
             m,
             lead,

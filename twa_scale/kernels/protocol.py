@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -25,11 +25,37 @@ Sources = torch.Tensor | Sequence[torch.Tensor]
 """n of (m,), contiguous, on the CPU: of one type as one tensor (n, m), or of several."""
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where what is made of the candidates' elements of a span goes; None: it is not wanted."""
+
+    rows: Dense | Packed | None = None
+    """The deltas w_i - c, n of m elements; packed rows are zero before."""
+    center: torch.Tensor | None = None
+    """(m,), any floating type; it may be live model memory."""
+    products: torch.Tensor | None = None
+    """(n + 1, n + 1) or (n + 1,), float64: what inner products of the deltas and, last, the center are added to."""
+
+    @property
+    def device(self) -> torch.device:
+        """The one where it is made."""
+        places = (*(self.rows.tensors if self.rows else ()), self.products, self.center)
+        return next(place.device for place in places if place is not None)
+
+
+class Seen(NamedTuple):
+    """What was found out about sources on the way."""
+
+    checksums: torch.Tensor
+    """(n,), int64."""
+    finite: bool
+    """Whether the sum of their center's elements is; not where one of theirs is not."""
+
+
 class Kernels(Protocol):
     """The operations on data of the size of the model, one pass over the rows each.
 
-    Products of a tile are added in float32, tiles in float64. Left out on purpose: groups, spans and ranks, and
-    anything whose result has as many numbers as the rows.
+    Products of a tile are added in float32, tiles in float64. Left out on purpose: groups, spans and ranks.
     """
 
     name: str
@@ -51,21 +77,10 @@ class Kernels(Protocol):
     def checksums(self, sources: Sources) -> torch.Tensor:
         """Return the checksum of each source, 1-D on the CPU: (n,), int64."""
 
-    def center(self, sources: Sources, weights: Sequence[float], rows: torch.Tensor) -> None:
-        """Write w_i - c and, last, c = sum_i b_i w_i into rows (n + 1, m), float32 or float64.
+    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
+        """Make deltas w_i - c around c = sum_i b_i w_i of elements `start` and following of a span.
 
-        All is relative to the source of the largest weight: where sources w_i (m,) agree, the deltas are zero and the
-        center has their bits. The sum of the weights b is 1.
-        """
-
-    def gram(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, row_j> of rows (k, m), summed in float64: (k, k)."""
-
-    def squares(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, row_i> of rows (k, m), summed in float64: (k,)."""
-
-    def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
-        """Quantize values (n, k), float32, into blocks `block` and following, which must still be zero.
-
-        The values start where the block starts (block 0: at column 0), and end with a block or with the rows.
+        All is relative to the source of the largest weight b: where sources w_i (k,) agree, the deltas are zero and the
+        center has their bits. It is computed in float32, or in float64 where a source has it. Blocks of packed rows
+        must be whole, but for the first and the last of the rows.
         """

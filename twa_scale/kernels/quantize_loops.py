@@ -1,7 +1,7 @@
 """The inner loop that quantizes on a CPU, as in loops.py, by the rule of quantize.py: 16 blocks at once, one a lane."""
 
 from collections.abc import Callable
-from functools import cache, partial, reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from twa_scale.kernels.emit import FLOATS, FUSED, HALF, INTS, LANES, Join, splat
-from twa_scale.kernels.loops import FLOAT0, U, compiled, inlined, narrow
+from twa_scale.kernels.loops import FLOAT0, U, inlined
 from twa_scale.kernels.packed import zero_of
 from twa_scale.kernels.packed_loops import ONE, SIXTEEN, extent, sizes
 from twa_scale.kernels.quantize import EXTREMES, MEAN_SIZE, REFINEMENTS, SMALLEST
@@ -21,36 +21,41 @@ Part = Callable[[int, int], Any]
 
 
 @inlined
-def _quantize(bits: Any, rows: Any, b: int, values: Any, stride: int, count: int, start: int, stop: int) -> None:
+def quantize(bits: Any, rows: Any, at: Any, values: Any, stride: Any, n: Any, count: Any) -> None:
+    """Put the first `count` columns of n rows of `values`, `stride` apart, into blocks.
+
+    `at` counts the columns of `rows`, which are as in packed_loops.py, from the beginning of the first block. A block
+    begins there, or the rows.
+    """
     words, scales, shape = rows
-    _, _, lead = shape
     block, fields = sizes(bits)
     most = SIXTEEN * block
     packed, padded = np.empty(most // fields, np.int16), np.empty(most, np.float32)
-    found, present = np.empty(SIXTEEN, np.float32), np.empty(SIXTEEN, np.float32)
-    at, end, tile = U(0), U(count), U(b) // fields
-    low = (U(b) - tile * fields) * block + (lead if U(b) == U(0) else U(0))
-    while at < end:  # rows within columns: those of a tile lie beside each other
-        high = min(most, low + end - at)
+    found, present = np.empty(SIXTEEN, np.uint16), np.empty(SIXTEEN, np.float32)
+    done, end, tile = U(0), count, at // (block * fields)
+    low = at - tile * block * fields
+    while done < end:  # rows within columns: those of a tile lie beside each other
+        high = min(most, low + end - done)
         for k in range(SIXTEEN):
             present[k] = max(ONE, _inside(high, k, block) - _inside(low, k, block))
-        for i in range(U(start), U(stop)):
-            source = i * U(stride) + at
+        for i in range(n):
+            source = i * stride + done
             if high - low == most:
-                quantize_blocks(bits, packed, found, present, values, source)
-            else:
-                padded[:] = FLOAT0
-                padded[low:high] = values[source : source + high - low]
-                quantize_blocks(bits, packed, found, present, padded, U(0))
-                _clear_absent(bits, packed, low, high)
+                first = tile * n + i
+                quantize_blocks(bits, words, scales, present, values, source, first * block, first * fields, n)
+                continue
+            padded[:] = FLOAT0
+            padded[low:high] = values[source : source + high - low]
+            quantize_blocks(bits, packed, found, present, padded, U(0), U(0), U(0), ONE)
+            _clear_absent(bits, packed, low, high)
             for t in range((high + fields * block - ONE) // (fields * block)):
                 _, _, width, blocks, word, scale = extent(shape, bits, tile + t)
                 for j in range(width):
                     words[word + i * width + j] |= packed[t * block + j]
                 first, last = _inside(low, t, block * fields), _inside(high, t, block * fields)
                 for k in range(first // block, (last + block - ONE) // block):
-                    scales[scale + i * blocks + k] = narrow(scales, found[t * fields + k])
-        at += high - low
+                    scales[scale + i * blocks + k] = found[t * fields + k]
+        done += high - low
         tile += SIXTEEN // fields
         low = U(0)
 
@@ -74,10 +79,13 @@ def _clear_absent(bits: Any, packed: Any, low: Any, high: Any) -> None:
 
 
 @intrinsic
-def quantize_blocks(typing, bits, packed, scales, present, values, at):  # type: ignore[no-untyped-def]
-    """Write words and scales of 16 blocks, of which `present` elements count and the others are 0."""
-    names = "packed scales present values at"
-    return of_tile(_quantize_blocks, names, bits, packed, scales, present, values, at)
+def quantize_blocks(typing, bits, words, scales, present, values, at, word, scale, n):  # type: ignore[no-untyped-def]
+    """Write words and scales of a row of 16 blocks, of which `present` elements count and the others are 0.
+
+    The first go to `word` and `scale`, those of the tiles that follow are n rows farther.
+    """
+    names = "words scales present values at word scale n"
+    return of_tile(_quantize_blocks, names, bits, words, scales, present, values, at, word, scale, n)
 
 
 def _quantize_blocks(v: Tile) -> None:
@@ -96,13 +104,14 @@ def _quantize_blocks(v: Tile) -> None:
     if REFINEMENTS[v.bits]:
         with cgutils.for_range(b, v.at(REFINEMENTS[v.bits])):
             scales.set(_rounded(v, _fitted(v, values, present, scales.get())))
-    v.store("scales", 0, scales.get())
-    inverses = _inverses(v, scales.get())
+    inverses, halves = _inverses(v, scales.get()), v.bfloat16(scales.get())
     for k in range(0, LANES, v.fields):
+        word, scale = (v.times(v["n"], k // v.fields * size) for size in (v.block, v.fields))
+        v.store("scales", v.at(v["scale"], scale), v.shuffle(halves, halves, range(k, k + v.fields)))
         for c in range(0, v.block, LANES):
             codes = [_codes(v, values(k + f, c), inverses, k + f) for f in range(v.fields)]
             words = reduce(b.or_, (b.shl(code, splat(v.bits * f)) for f, code in enumerate(codes)))
-            v.store("packed", k // v.fields * v.block + c, b.trunc(words, ir.VectorType(HALF, LANES)))
+            v.store("words", v.at(v["word"], word, c), b.trunc(words, ir.VectorType(HALF, LANES)))
 
 
 def _of_blocks(v: Tile, part: Part, join: Join, first: int = 0, count: int = LANES) -> Any:
@@ -131,11 +140,15 @@ def _fitted(v: Tile, values: Part, present: Any, scales: Any) -> Any:
 
 
 def _codes(v: Tile, values: Any, inverses: Any, k: int) -> Any:
-    """Return the codes of elements of block k: what is not below zero, a conversion rounds down."""
+    """Return the codes of elements of block k: what is not below zero, a conversion rounds down.
+
+    With 8 and 4 bits nothing has to be clipped: rounding a scale, by at most 1 / 512, takes no extreme beyond its code.
+    """
     b, zero, top = v.build, splat(0.0), splat(float((1 << v.bits) - 1))
     level = b.fmul(values, v.shuffle(inverses, inverses, [k] * LANES), flags=FUSED)
     level = b.fadd(level, splat(zero_of(v.bits) + 0.5), flags=FUSED)
-    return b.fptosi(_chosen(v, "<", _chosen(v, ">", level, zero), top), INTS)
+    inside = level if v.bits >= 4 else _chosen(v, "<", _chosen(v, ">", level, zero), top)
+    return b.fptosi(inside, INTS)
 
 
 def _inverses(v: Tile, scales: Any) -> Any:
@@ -153,17 +166,3 @@ def _rounded(v: Tile, scales: Any) -> Any:
 def _chosen(v: Tile, order: str, a: Any, b: Any) -> Any:
     """Return the larger (">") or the smaller ("<") of floats."""
     return v.build.select(v.build.fcmp_ordered(order, a, b), a, b)
-
-
-@cache
-def quantize_loop(bits: int) -> Callable[..., None]:
-    """Return the loop that puts rows [start, stop) of `values` into blocks b and following.
-
-    The values are `stride` apart and `count` long; `rows` are as in packed_loops.py. The number of bits is a constant.
-    """
-
-    @partial(compiled, variant=bits)
-    def quantize(rows: Any, b: int, values: Any, stride: int, count: int, start: int, stop: int) -> None:
-        _quantize(bits, rows, b, values, stride, count, start, stop)
-
-    return quantize

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional as F
 
-from twa_scale.kernels.checksum import checksum
+from twa_scale.kernels.deltas import checksums, make_deltas
 from twa_scale.kernels.packed import Packed, zero_of
-from twa_scale.kernels.protocol import Differences, Rows, Sources
-from twa_scale.kernels.quantize import quantize
+from twa_scale.kernels.protocol import Differences, Rows, Seen, Sources, Target
 from twa_scale.kernels.rows import TILE, Dense
 
 # Bytes of float32 rows that exist at a time: on a CPU they stay in cache; a GPU wants few, large launches.
@@ -41,56 +40,11 @@ class TorchKernels:
 
     def checksums(self, sources: Sources) -> torch.Tensor:
         """Return the checksum of each source."""
-        return torch.tensor([checksum(source) for source in sources])
+        return checksums(sources)
 
-    def center(self, sources: Sources, weights: Sequence[float], rows: torch.Tensor) -> None:
-        """Subtract the reference, then what the center differs from it."""
-        for row, source in zip(rows, sources, strict=False):
-            row.copy_(source)
-        deltas, center = rows[:-1], rows[-1]
-        center.copy_(deltas[reference_of(weights)])
-        deltas.sub_(center)
-        shift = torch.tensor(weights, dtype=rows.dtype, device=rows.device) @ deltas
-        deltas.sub_(shift)
-        center.add_(shift)
-
-    def gram(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, row_j>, a part of the columns at a time."""
-        parts = (part.to(torch.float64) for part in torch.split(rows, 1 << 16, dim=1))
-        return sum(
-            (part @ part.T for part in parts), torch.zeros(len(rows), len(rows), dtype=torch.float64).to(rows.device)
-        )
-
-    def squares(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, row_i>."""
-        norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        return norms.square()
-
-    def pack(self, rows: Packed, block: int, values: torch.Tensor) -> None:
-        """Quantize, and put the blocks of a tile, one a field, into its words: all tiles at once."""
-        size, fields, bits = rows.block, rows.fields, rows.bits
-        front = rows.lead if block == 0 else 0
-        count = -(-(front + values.shape[1]) // size)
-        codes, scales = quantize(values, front, count * size - front - values.shape[1], size, bits)
-        tile, before = divmod(block, fields)
-        tiles = -(-(before + count) // fields)
-        missing = (before, tiles * fields - before - count)  # blocks of the first and the last tile: all bits zero
-        shifts = torch.arange(fields, dtype=torch.int32, device=values.device) * bits
-        codes = F.pad(codes, (0, 0, *missing)).unflatten(1, (tiles, fields)) << shifts[:, None]
-        new = (
-            codes.sum(2, dtype=torch.int32).to(torch.int16).transpose(0, 1)
-        )  # their bits are apart: a sum is as good as an or
-        new_scales = F.pad(scales, missing).unflatten(1, (tiles, fields)).transpose(0, 1)
-        done = 0
-        for _, words, scale in rows.tiles(tile, tile + tiles):
-            part = slice(done, done := done + len(words))
-            words |= new[part, :, : words.shape[2]]
-            scale += new_scales[part, :, : scale.shape[2]]
-
-
-def reference_of(weights: Sequence[float]) -> int:
-    """Return the index of the largest weight, the first of equals."""
-    return max(range(len(weights)), key=lambda i: weights[i])
+    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
+        """Make deltas and what goes with them."""
+        return make_deltas(sources, weights, target, start)
 
 
 def unpack(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 Allocate = Callable[..., torch.Tensor]
-"""What gives memory: called as `torch.empty` is, with a number of elements, a `dtype` and a `device`."""
+"""What gives memory: called as `torch.zeros` is, with a number of elements, a `dtype` and a `device`."""
 TILE = 128  # elements of a dense tile; wider ones are no faster, and take more of the cache with many rows
 
 

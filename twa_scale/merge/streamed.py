@@ -141,8 +141,8 @@ class _Merger:
         for part in reader.parts(streamed):
             sums = self.kernels.checksums(part.sources).tolist()
             for total, more in zip([self.checksums[i] for i in part.who], sums, strict=True):
-                total[part.piece.name] = wrap(total.get(part.piece.name, 0) + more)
-            self._write(part.piece, self._values(part))
+                total[part.span.name] = wrap(total.get(part.span.name, 0) + more)
+            self._write(part.span.part(part.start, part.stop), self._values(part))
 
     def _who(self, name: str) -> list[int]:
         """Return the candidates that a tensor is made of."""
@@ -155,7 +155,7 @@ class _Merger:
         return [i for i, weight in enumerate(a) if weight != 0] or [0]
 
     def _values(self, part: Part) -> torch.Tensor:
-        name = part.piece.name
+        name = part.span.name
         if not self.candidates[-1].dtype(name).is_floating_point:
             return part.sources[0]
         a = self.weights(name)
@@ -173,7 +173,7 @@ class _Merger:
         scale = 1.0 if isclose(total, 1, rel_tol=1e-12) else total
         sources = list(zip([a[i] for i in part.who], part.sources, strict=True))
         _, first = sources.pop(max(range(len(sources)), key=lambda i: abs(sources[i][0])))
-        wide = any(candidate.dtype(part.piece.name) == torch.float64 for candidate in self.candidates)
+        wide = any(candidate.dtype(part.span.name) == torch.float64 for candidate in self.candidates)
         reference = first.to(torch.float64 if wide else torch.float32)
         if wide or not sources:
             result: torch.Tensor = reference * scale
@@ -190,8 +190,8 @@ class _Merger:
             bad = wrong(source.double())
             if bad.any():
                 raise CandidateError(
-                    f"{self.candidates[i].label}: tensor {part.piece.name!r} holds NaN or Inf at element "
-                    f"{part.piece.start + int(bad.nonzero()[0])}; weights must be finite. Leave this candidate out."
+                    f"{self.candidates[i].label}: tensor {part.span.name!r} holds NaN or Inf at element "
+                    f"{part.element(int(bad.nonzero()[0]))}; weights must be finite. Leave this candidate out."
                 )
 
     def _write(self, piece: Span, values: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from twa_scale.kernels import Allocate, Dense, Kernels
+from twa_scale.kernels import Allocate, Dense, Kernels, Target
 from twa_scale.spans import Span
 from twa_scale.store.products import products
 
@@ -25,16 +25,11 @@ class DenseStore:
         """Bytes that the deltas and the center occupy."""
         return sum(deltas.nbytes + center.nbytes for deltas, center in self._spans.values())
 
-    def reserve(self, span: Span) -> None:
+    def reserve(self, span: Span) -> Target:
         """Allocate a span; the memory is touched when it is filled."""
         deltas = Dense.empty(self._n, len(span), self._dtype, self.device, self._allocate)
         self._spans[span] = deltas, self._allocate(len(span), dtype=torch.float32, device=self.device)
-
-    def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
-        """Copy a part of a span in, rounding to the type of the store."""
-        rows, base = self._spans[span]
-        rows.write(start, deltas)
-        base[start : start + len(center)] = center
+        return Target(*self._spans[span])
 
     def held(self, span: Span) -> tuple[Dense, torch.Tensor]:
         """Return the rows of a span and its center."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from twa_scale.kernels import Dense, Differences, Kernels
+from twa_scale.kernels import Dense, Differences, Kernels, Target
 from twa_scale.spans import Span
 
 _PIECE = 1 << 20  # elements of a span of many runs that are put side by side at a time
@@ -32,13 +32,10 @@ class MappedStore:
         """Bytes that the center occupies."""
         return sum(center.nbytes for _, center in self._spans.values())
 
-    def reserve(self, span: Span) -> None:
+    def reserve(self, span: Span) -> Target:
         """Map the tensors of a span."""
         self._spans[span] = self._mapped(span.name), torch.empty(len(span), dtype=torch.float32)
-
-    def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
-        """Keep the center of a part of a span."""
-        self._spans[span][1][start : start + len(center)] = center
+        return Target(center=self._spans[span][1])
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""

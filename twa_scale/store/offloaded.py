@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from twa_scale.kernels import Allocate, Dense, Kernels, Packed
+from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Target
 from twa_scale.spans import Span
 from twa_scale.store.pages import Pages
 from twa_scale.store.products import products
@@ -57,15 +57,12 @@ class OffloadedStore:
         """Bytes that the buffers occupy on the device."""
         return self._staging.nbytes
 
-    def reserve(self, span: Span) -> None:
+    def reserve(self, span: Span) -> Target:
         """Allocate a span."""
-        self._inner.reserve(span)
+        target = self._inner.reserve(span)
         for _, rows, center in self._pieces(span):
             self._staging.reserve([*rows.tensors, center])
-
-    def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
-        """Store a part of a span, which is on the CPU."""
-        self._inner.fill(span, start, deltas, center)
+        return target
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span, on its device."""

@@ -11,7 +11,7 @@ _LARGE = 4 << 20  # bytes: two of the pages, of 2 MiB mostly, that processors ha
 
 
 def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return memory as `torch.empty` does; on a CPU in large pages where the system has them.
+    """Return memory as `torch.zeros` does; on a CPU in large pages where the system has them.
 
     It is filled sooner, since the system hands it over page by page; and the processor looks up fewer addresses.
 
@@ -20,7 +20,7 @@ def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> t
     """
     nbytes = count * dtype.itemsize
     if device.type != "cpu" or nbytes < _LARGE:
-        return torch.empty(count, dtype=dtype, device=device)
+        return torch.zeros(count, dtype=dtype, device=device)
     try:
         pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -46,7 +46,7 @@ class Pages:
         self._registered: list[int] = []
 
     def empty(self, count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return `count` elements on the CPU.
+        """Return `count` zeros on the CPU.
 
         Raises:
             ConfigError: the system has no more memory that it would lock.

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from twa_scale.kernels import Kernels
+from twa_scale.kernels import Kernels, Target
 from twa_scale.spans import Span
 
 
@@ -15,7 +15,7 @@ class Store(Protocol):
     """
 
     device: torch.device
-    """Where it takes the deltas and the center: its own, which need not be that of gradients and weights."""
+    """Where it holds the deltas and the center, which need not be that of gradients and weights."""
     kernels: Kernels
     """For data on `device`."""
 
@@ -23,11 +23,8 @@ class Store(Protocol):
     def nbytes(self) -> int:
         """Bytes that the deltas and the center occupy."""
 
-    def reserve(self, span: Span) -> None:
-        """Make room for a span."""
-
-    def fill(self, span: Span, start: int, deltas: torch.Tensor, center: torch.Tensor) -> None:
-        """Store deltas (n, m) and center (m,), float32, of the elements of `span` from its `start`-th on."""
+    def reserve(self, span: Span) -> Target:
+        """Make room for a span, and return where `kernels` put its deltas and its float32 center."""
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return <delta_i, gradient> and, last, <center, gradient> (zero unless `with_center`): (n + 1,), float64."""
