@@ -31,7 +31,7 @@ def job_bytes(candidates: Sequence[Candidate], jobs: Iterable[Job]) -> int:
 
 def at_once(n: int, read_chunk: int) -> int:
     """Return how many bytes of each of n candidates are read at a time."""
-    whole = 8 * _BLOCK
+    whole = 8 * _BLOCK  # a block of the widest type
     return max(whole, min(read_chunk, _READ_BYTES // n) // whole * whole)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Target
-from twa_scale.kernels.deltas import ROW_BYTES
+from twa_scale.kernels.deltas import GRID, ROW_BYTES
 from twa_scale.reading import READ_CHUNK, READS_IN_FLIGHT, Part, Progress, Reader, at_once
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
@@ -15,8 +15,8 @@ from twa_scale.spans import Span
 def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = READ_CHUNK) -> int:
     """Return what a pass over n candidates needs when its longest span has `longest` elements of `itemsize` bytes."""
     read = min(at_once(n, read_chunk), longest * itemsize)
-    columns = min(ROW_BYTES // 4 // (n + 1), longest)
-    return 2 * n * read + columns * 4 * (n + 1) + 8 * 512 * (n + 3)  # two buffers, the rows, a tile in float64
+    columns = min(max(ROW_BYTES // 4 // (n + 1), GRID), longest)
+    return 2 * n * read + 2 * columns * 4 * (n + 1)  # two buffers; deltas, and what they are made of or their products
 
 
 class Stream:

@@ -14,7 +14,7 @@ from tests.deltas import matrix
 from twa_scale import CandidateError
 from twa_scale.config import TwaConfig, validated
 from twa_scale.errors import ConfigError
-from twa_scale.kernels import Dense, Kernels, Sources, Target
+from twa_scale.kernels import Dense, Kernels, Packed, Sources, Target
 from twa_scale.kernels.checksum import checksum
 from twa_scale.kernels.compiled import NumbaKernels
 from twa_scale.kernels.reference import TorchKernels
@@ -59,7 +59,7 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
     atol = 1e-12 * float(wide[-1] @ wide[-1])
     torch.testing.assert_close(products - 1, wide @ wide.T, rtol=1e-9, atol=atol + 1e-15)
     kernels.make_deltas(given, weights.tolist(), Target(products=squares), 0)
-    torch.testing.assert_close(squares, products.diagonal(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(squares, products.diagonal(), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
@@ -165,3 +165,32 @@ def test_a_file_that_shrinks_is_named_and_no_thread_stays(tmp_path: Path) -> Non
 def test_settings_out_of_range(key: str, value: int) -> None:
     with pytest.raises(ConfigError, match=key):
         validated(TwaConfig, {key: value})
+
+
+@both
+def test_live_weights_never_see_what_is_not_finite(kernels: Kernels) -> None:
+    """A parameter that is not trained, in the model's own type and under autograd."""
+    given = torch.ones(3, 300).bfloat16()
+    given[1, 7] = float("nan")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        live = torch.nn.Parameter(torch.full((300,), 5.0, dtype=dtype))
+        assert not kernels.make_deltas(given, [0.5, 0.0, 0.5], Target(center=live), 0).finite
+        assert (live == 5).all()
+        assert kernels.make_deltas(given[:, 8:], [0.5, 0.0, 0.5], Target(center=live), 8).finite
+        assert (live[8:] == 1).all() and (live[:8] == 5).all()
+
+
+@both
+def test_parts_of_blocks_are_refused(kernels: Kernels) -> None:
+    for start, stop in ((0, 30), (30, 300), (64, 100)):
+        with pytest.raises(AssertionError, match="a block"):
+            target = Target(Packed.empty(2, 300, 0, 4, CPU))
+            kernels.make_deltas(torch.randn(2, stop - start), [0.5, 0.5], target, start)
+
+
+def test_norms_of_very_large_and_very_small_deltas() -> None:
+    for size in (1e-22, 1e19):
+        given = torch.tensor([[-size] * 300, [size] * 300])
+        squares = torch.zeros(3, dtype=torch.float64)
+        KERNELS[1].make_deltas(given, [0.5, 0.5], Target(products=squares), 0)
+        torch.testing.assert_close(squares[:2] / size**2, torch.full((2,), 300.0, dtype=torch.float64))

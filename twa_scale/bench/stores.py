@@ -124,11 +124,11 @@ def _store(
     gradient: torch.Tensor,
     weights: torch.Tensor,
 ) -> list[Measured]:
+    candidates = torch.randn(n, min(_CHUNK, len(gradient)))
     for span, _ in spans:
         target = store.reserve(span)
         for start in range(0, len(span), _CHUNK):
-            candidates = torch.randn(n, min(_CHUNK, len(span) - start))
-            store.kernels.make_deltas(candidates, [1 / n] * n, target, start)
+            store.kernels.make_deltas(candidates[:, : len(span) - start], [1 / n] * n, target, start)
     optimizer = coefficient_optimizer(n, groups, gradient.device)
     (x,) = optimizer.param_groups[0]["params"]
     group = Group.world()

@@ -7,7 +7,16 @@ import numpy as np
 import torch
 
 from twa_scale.kernels import delta_loops, loops
-from twa_scale.kernels.deltas import GRID, ROW_BYTES, checksums, cuts, grid_column, make_deltas, reference_of
+from twa_scale.kernels.deltas import (
+    GRID,
+    ROW_BYTES,
+    checksums,
+    cuts,
+    grid_column,
+    make_deltas,
+    reference_of,
+    require_whole_blocks,
+)
 from twa_scale.kernels.packed import RUN, Packed
 from twa_scale.kernels.packed_loops import packed_loops
 from twa_scale.kernels.protocol import Differences, Rows, Seen, Sources, Target
@@ -97,6 +106,7 @@ class NumbaKernels:
 
     def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
         """Make deltas and what goes with them, each thread of some columns that share no word of packed rows."""
+        require_whole_blocks(target.rows, start, len(sources[0]))
         types = {source.dtype for source in sources}
         if torch.float64 in types:
             return make_deltas(sources, weights, target, start)
@@ -104,7 +114,9 @@ class NumbaKernels:
             return self._make_deltas(sources, weights, target, start)
         finite = True
         for low, high in cuts(target.rows, start, len(sources[0]), ROW_BYTES // 4 // len(sources)):
-            wide = torch.stack([source[low:high].to(torch.float32) for source in sources])
+            wide = torch.empty(len(sources), high - low)
+            for row, source in zip(wide, sources, strict=True):
+                row.copy_(source[low:high])
             finite &= self._make_deltas(wide, weights, target, start + low).finite
         return Seen(self.checksums(sources), finite)
 
@@ -116,13 +128,13 @@ class NumbaKernels:
         rule = (np.array(weights, np.float32), np.uint64(reference_of(weights)))
         data = (_flat(sources.view(floats)), _flat(sources.view(integers)), np.uint64(sources.stride(0)))
         center = None if target.center is None else target.center.detach()[start : start + m]
-        direct = center is not None and center.dtype == torch.float32 and center.is_cpu and center.is_contiguous()
-        place = center if center is not None and direct else torch.empty(m)
+        live = target.rows is None  # must not see what is not finite
+        place = torch.empty(m) if center is None or live else center
         parts: list[tuple[int, Any]] = []
 
         def work(first: int, last: int) -> None:
             low, high = (min(max((at // GRID + i) * GRID - at, 0), m) for i in (first, last))
-            sums = np.zeros(n, np.int64), _products(target, n), np.zeros(1)
+            sums = np.zeros(n, np.int64), _wanted(target, n), np.zeros(1)
             delta_loops.delta_loop(bits)(data, rule, _writable(target), at, place.numpy(), sums, low, high)
             parts.append((first, sums))
 
@@ -133,13 +145,14 @@ class NumbaKernels:
         elif target.products is not None:
             upper = torch.from_numpy(products)[: n + 1, : n + 1].triu()
             target.products.add_(upper + upper.triu(1).T)
-        if center is not None and not direct:
+        finite = bool(np.isfinite(size[0]))
+        if center is not None and live and finite:
             center.copy_(place)
-        return Seen(torch.from_numpy(checked), bool(np.isfinite(size[0])))
+        return Seen(torch.from_numpy(checked), finite)
 
 
-def _products(target: Target, n: int) -> Any:
-    """Return zeros for what delta_loop sums; squares or, where all are wanted, a multiple of three of rows."""
+def _wanted(target: Target, n: int) -> Any:
+    """Return zeros for the products that are wanted, in delta_loop's shape: of all, a multiple of three."""
     if target.products is None:
         return np.zeros((0, 0))
     return np.zeros((1, n + 1) if target.products.ndim == 1 else (-(-(n + 1) // 3) * 3,) * 2)

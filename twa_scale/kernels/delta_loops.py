@@ -22,7 +22,7 @@ from twa_scale.kernels.rows import TILE
 _STRIDE = U(GRID + LANES)  # rows a power of two apart would all want the same places in the cache
 ONE, TWO, THREE = U(1), U(2), U(3)
 _WIDE = U(512)
-_VECTORS = 4  # sums, each of which waits for its own last addition
+_VECTORS = 4  # at once: a sum has to wait for its last addition, and others are made meanwhile
 _ABREAST = U(_VECTORS * LANES)
 
 
@@ -106,10 +106,10 @@ def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at
 def _squares(rows: Any, width: Any, total: Any) -> None:
     """Add <row_i, row_i> to total, float64."""
     for i in range(U(len(total))):
-        part = FLOAT0
+        part = 0.0
         for j in range(U(i) * _STRIDE, U(i) * _STRIDE + width):
-            part += rows[j] * rows[j]
-        total[i] += np.float64(part)
+            part += np.float64(rows[j]) * np.float64(rows[j])
+        total[i] += part
 
 
 @compiled
@@ -188,9 +188,9 @@ def _copy(rows: Any, start: Any, target: Any, at: Any, width: Any) -> Any:
 def delta_loop(bits: int) -> Callable[..., None]:
     """Return the loop that makes deltas of columns [start, stop) of sources, `pitch` apart, whose bits are `integers`.
 
-    `rows` of this many bits are as in packed_loops.py; with 0, dense ones (values, m). Column 0 is their column `at`,
-    counted from the beginning of the first block. `sums` are what is added to: checksums; the products that their shape
-    asks for, none (0, 0), squares (1, n + 1) or all; and the sum of the center, which is finite when all is.
+    `bits` says what `rows` are: 8, 4, 2 or 1, packed ones, as in packed_loops.py; 0, dense ones (values, m), or none,
+    where m is 0. Their column `at`, counted from the beginning of the first block, is column 0 here. What `sums` get added:
+    checksums; the products that their shape asks for, none (0, 0), squares (1, n + 1) or all; the sum of the center.
     """
 
     @partial(compiled, variant=bits)

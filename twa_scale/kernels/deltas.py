@@ -1,24 +1,27 @@
 """From elements of candidates to their deltas in a store, in plain torch, some columns at a time."""
 
 from collections.abc import Iterator, Sequence
+from math import lcm
 
 import torch
 from torch.nn import functional as F
 
 from twa_scale.kernels.checksum import checksum
-from twa_scale.kernels.packed import Packed
+from twa_scale.kernels.packed import BLOCKS, Packed
 from twa_scale.kernels.protocol import Seen, Sources, Target
 from twa_scale.kernels.quantize import quantize
-from twa_scale.kernels.rows import Dense
+from twa_scale.kernels.rows import TILE, Dense
 
 ROW_BYTES = 4 << 20
 """Bytes of deltas that exist at a time."""
-GRID = 2048
-"""Columns: any number of whole tiles, counted from where a row's first block begins."""
+GRID = lcm(TILE, *(16 // bits * size for bits, size in BLOCKS.items()))
+"""Columns, counted from where a row's first block begins, at multiples of which all kinds of tiles begin: threads that
+are cut there share no word."""
 
 
 def make_deltas(sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
     """Do what `Kernels.make_deltas` says."""
+    require_whole_blocks(target.rows, start, len(sources[0]))
     wide = any(source.dtype == torch.float64 for source in sources)
     dtype, finite = torch.float64 if wide else torch.float32, True
     for low, high in cuts(target.rows, start, len(sources[0]), ROW_BYTES // (len(sources) + 1) // dtype.itemsize):
@@ -29,8 +32,8 @@ def make_deltas(sources: Sources, weights: Sequence[float], target: Target, star
         finite &= bool(torch.isfinite(rows[-1].sum()))
         if target.products is not None:
             target.products.add_(_gram(rows) if target.products.ndim == 2 else _squares(rows))
-        if target.center is not None:
-            target.center[start + low : start + high] = rows[-1]
+        if target.center is not None and finite:
+            target.center.detach()[start + low : start + high] = rows[-1]
         match target.rows:
             case Dense():
                 target.rows.write(start + low, rows[:-1])
@@ -42,6 +45,13 @@ def make_deltas(sources: Sources, weights: Sequence[float], target: Target, star
 def checksums(sources: Sources) -> torch.Tensor:
     """Return the checksum of each source."""
     return torch.tensor([checksum(source) for source in sources])
+
+
+def require_whole_blocks(rows: Dense | Packed | None, start: int, count: int) -> None:
+    """Refuse columns that begin or end within a block: its scale is found once."""
+    if isinstance(rows, Packed):
+        assert start == 0 or (rows.lead + start) % rows.block == 0, "a block begins, or the rows"
+        assert start + count == rows.m or (rows.lead + start + count) % rows.block == 0, "a block ends, or the rows"
 
 
 def grid_column(rows: Dense | Packed | None, column: int) -> int:
@@ -93,7 +103,6 @@ def _pack(rows: Packed, start: int, values: torch.Tensor) -> None:
     """Quantize columns from `start` on, and put the blocks of a tile, one a field, into its words: all at once."""
     size, fields, bits = rows.block, rows.fields, rows.bits
     block, front = divmod(rows.lead + start, size)
-    assert not (start and front), "a block begins, or the rows"
     count = -(-(front + values.shape[1]) // size)
     codes, scales = quantize(values, front, count * size - front - values.shape[1], size, bits)
     tile, before = divmod(block, fields)

@@ -89,11 +89,6 @@ class Packed:
         return -(-(self.lead + self.m) // self.tile) if self.m else 0
 
     @property
-    def zero(self) -> float:
-        """The code, or the middle between two, that means 0."""
-        return zero_of(self.bits)
-
-    @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The memory of the rows."""
         return self.words, self.scales

@@ -32,7 +32,7 @@ class Target:
     rows: Dense | Packed | None = None
     """The deltas w_i - c, n of m elements; packed rows are zero before."""
     center: torch.Tensor | None = None
-    """(m,), any floating type; it may be live model memory."""
+    """(m,): float32 beside rows; without them any floating type, and live model memory, written only if it is finite."""
     products: torch.Tensor | None = None
     """(n + 1, n + 1) or (n + 1,), float64: what inner products of the deltas and, last, the center are added to."""
 
@@ -49,7 +49,7 @@ class Seen(NamedTuple):
     checksums: torch.Tensor
     """(n,), int64."""
     finite: bool
-    """Whether the sum of their center's elements is; not where one of theirs is not."""
+    """False if an element is NaN or Inf; it may also be where finite ones have too large a sum."""
 
 
 class Kernels(Protocol):

@@ -142,7 +142,8 @@ def _fitted(v: Tile, values: Part, present: Any, scales: Any) -> Any:
 def _codes(v: Tile, values: Any, inverses: Any, k: int) -> Any:
     """Return the codes of elements of block k: what is not below zero, a conversion rounds down.
 
-    With 8 and 4 bits nothing has to be clipped: rounding a scale, by at most 1 / 512, takes no extreme beyond its code.
+    With 8 and 4 bits nothing has to be clipped. A scale is rounded by up to 1 / 256, so that extremes come to lie at
+    1.004 and 255.996 of [0, 256), or at 0.47 and 15.53 of [0, 16).
     """
     b, zero, top = v.build, splat(0.0), splat(float((1 << v.bits) - 1))
     level = b.fmul(values, v.shuffle(inverses, inverses, [k] * LANES), flags=FUSED)

@@ -30,7 +30,7 @@ class PackedStore:
         return sum(rows.nbytes + center.nbytes for rows, center in self._spans.values())
 
     def reserve(self, span: Span) -> Target:
-        """Allocate a span; the memory is touched when it is filled."""
+        """Allocate a span; on a CPU the memory is touched when it is filled."""
         rows = Packed.empty(self._n, len(span), span.start, self._bits, self.device, self._allocate)
         self._spans[span] = rows, self._allocate(len(span), dtype=torch.float32, device=self.device)
         return Target(*self._spans[span])
