@@ -189,8 +189,8 @@ def delta_loop(bits: int) -> Callable[..., None]:
     """Return the loop that makes deltas of columns [start, stop) of sources, `pitch` apart, whose bits are `integers`.
 
     `bits` says what `rows` are: 8, 4, 2 or 1, packed ones, as in packed_loops.py; 0, dense ones (values, m), or none,
-    where m is 0. Their column `at`, counted from the beginning of the first block, is column 0 here. What `sums` get added:
-    checksums; the products that their shape asks for, none (0, 0), squares (1, n + 1) or all; the sum of the center.
+    where m is 0. Their column `at`, counted from the beginning of the first block, is column 0 here. Added up are
+    checksums, the products that their shape asks for (none (0, 0), squares (1, n + 1) or all), the center's sum.
     """
 
     @partial(compiled, variant=bits)

@@ -32,7 +32,7 @@ class Target:
     rows: Dense | Packed | None = None
     """The deltas w_i - c, n of m elements; packed rows are zero before."""
     center: torch.Tensor | None = None
-    """(m,): float32 beside rows; without them any floating type, and live model memory, written only if it is finite."""
+    """(m,): float32 beside rows; without them any floating type, and live model memory, written only when finite."""
     products: torch.Tensor | None = None
     """(n + 1, n + 1) or (n + 1,), float64: what inner products of the deltas and, last, the center are added to."""
 
