@@ -57,15 +57,14 @@ class Stream:
         """Turn spans of floating point tensors into deltas around the center of `weights` b (sum 1).
 
         Raises:
-            CandidateError: NaN or Inf, or a file that cannot be read.
+            CandidateError: NaN or Inf, numbers that are too large, or a file that cannot be read.
         """
         everyone = range(len(self._candidates))
         for part in self._reader.parts((span, everyone) for span in targets):
             seen = self._kernels.make_deltas(part.sources, weights, targets[part.span], part.start)
             self._add(part, seen.checksums)
-            # What is not finite makes the center's sum so; but finite numbers can have a sum that is too large.
             if not seen.finite:
-                self._blame(part)
+                raise self._blamed(part)
 
     def copies(self, spans: Sequence[Span]) -> Iterator[tuple[Span, int, torch.Tensor]]:
         """Yield (span, offset, values) of the last candidate, bit for bit: for tensors that cannot be averaged."""
@@ -78,11 +77,15 @@ class Stream:
         sums = self.checksums.setdefault(part.span.name, torch.zeros(len(self._candidates), dtype=torch.int64))
         sums[list(part.who)] += checksums
 
-    def _blame(self, part: Part) -> None:
+    def _blamed(self, part: Part) -> CandidateError:
         for candidate, values in zip(self._candidates, part.sources, strict=True):
             bad = torch.nonzero(~torch.isfinite(values.to(torch.float64)))
             if len(bad):
-                raise CandidateError(
+                return CandidateError(
                     f"{candidate.label}: tensor {part.span.name!r} holds {values[bad[0, 0]].item()} at element "
                     f"{part.element(int(bad[0, 0]))}; weights must be finite. Leave this candidate out."
                 )
+        return CandidateError(
+            f"tensor {part.span.name!r}: from element {part.element(0)} on, candidates differ by more than their type "
+            "can hold. Leave out those that have diverged."
+        )

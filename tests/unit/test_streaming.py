@@ -194,3 +194,21 @@ def test_norms_of_very_large_and_very_small_deltas() -> None:
         squares = torch.zeros(3, dtype=torch.float64)
         KERNELS[1].make_deltas(given, [0.5, 0.5], Target(products=squares), 0)
         torch.testing.assert_close(squares[:2] / size**2, torch.full((2,), 300.0, dtype=torch.float64))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_largest_numbers_are_finite(kernels: Kernels, dtype: torch.dtype) -> None:
+    """As masks have them, whose sum would overflow."""
+    lowest, center = torch.full((2, 3000), torch.finfo(dtype).min, dtype=dtype), torch.zeros(3000, dtype=dtype)
+    assert kernels.make_deltas(lowest, [0.5, 0.5], Target(center=center), 0).finite
+    assert torch.equal(center, lowest[0])
+
+
+def test_candidates_too_far_apart_are_refused(tmp_path: Path) -> None:
+    states = [{"w": torch.full((300,), size)} for size in (3e38, -3e38)]
+    center = torch.full((300,), 5.0)
+    stream = Stream(open_candidates(written(tmp_path, states)), KERNELS[1])
+    with pytest.raises(CandidateError, match="'w': from element 0 on, candidates differ by more than"):
+        stream.make_deltas({Span("w", 0, 300): Target(center=center)}, [0.5, 0.5])
+    assert (center == 5).all()

@@ -177,11 +177,11 @@ def _write(rows: Any, at: Any, deltas: Any, n: Any, width: Any) -> None:
 @compiled
 def _copy(rows: Any, start: Any, target: Any, at: Any, width: Any) -> Any:
     """Copy a row, and return its sum."""
-    total = FLOAT0
+    total = 0.0  # in float64, in which finite ones have a finite sum
     for j in range(width):
         target[at + j] = rows[start + j]
-        total += rows[start + j]
-    return np.float64(total)
+        total += np.float64(rows[start + j])
+    return total
 
 
 @cache

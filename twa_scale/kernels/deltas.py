@@ -15,8 +15,7 @@ from twa_scale.kernels.rows import TILE, Dense
 ROW_BYTES = 4 << 20
 """Bytes of deltas that exist at a time."""
 GRID = lcm(TILE, *(16 // bits * size for bits, size in BLOCKS.items()))
-"""Columns, counted from where a row's first block begins, at multiples of which all kinds of tiles begin: threads that
-are cut there share no word."""
+"""At multiples of it all kinds of tiles begin, counted from where a row's first block does: parts share no word."""
 
 
 def make_deltas(sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
@@ -29,7 +28,7 @@ def make_deltas(sources: Sources, weights: Sequence[float], target: Target, star
         for row, source in zip(rows, sources, strict=False):
             row.copy_(source[low:high])
         _center(rows, weights)
-        finite &= bool(torch.isfinite(rows[-1].sum()))
+        finite &= bool(torch.isfinite(rows[-1]).all())
         if target.products is not None:
             target.products.add_(_gram(rows) if target.products.ndim == 2 else _squares(rows))
         if target.center is not None and finite:

@@ -49,7 +49,7 @@ class Seen(NamedTuple):
     checksums: torch.Tensor
     """(n,), int64."""
     finite: bool
-    """False if an element is NaN or Inf; it may also be where finite ones have too large a sum."""
+    """Whether all of the center is: an element that is NaN or Inf makes it so, or a difference that is too large."""
 
 
 class Kernels(Protocol):
