@@ -4,11 +4,11 @@ import torch
 
 from twa_scale.config import TwaConfig
 from twa_scale.errors import ConfigError
-from twa_scale.kernels import Allocate, Kernels, choose_kernels, packed_bytes
-from twa_scale.store.dense import DenseStore
+from twa_scale.kernels import Allocate, Dense, Kernels, Packed, choose_kernels, packed_bytes
+from twa_scale.spans import Span
+from twa_scale.store.held import HeldStore
 from twa_scale.store.mapped import Mapped, MappedStore
-from twa_scale.store.offloaded import Holding, OffloadedStore
-from twa_scale.store.packed import PackedStore
+from twa_scale.store.offloaded import OffloadedStore
 from twa_scale.store.pages import in_large_pages
 from twa_scale.store.protocol import Store
 
@@ -28,7 +28,7 @@ def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped) 
     if config.store != "mapped":
         if config.store_device == "cpu" and device.type != "cpu":
             return OffloadedStore(lambda allocate: host_store(config, n, allocate), device, kernels)
-        return _holding(config.store, n, device, kernels)
+        return _held(config.store, n, device, kernels)
     if device.type != "cpu":
         raise ConfigError(
             f"store: 'mapped' reads the candidates' files from the CPU's memory, but the model is on {device}. "
@@ -37,19 +37,20 @@ def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped) 
     return MappedStore(n, mapped, kernels)
 
 
-def host_store(config: TwaConfig, n: int, allocate: Allocate) -> Holding:
+def host_store(config: TwaConfig, n: int, allocate: Allocate) -> HeldStore:
     """Return the store on the CPU, in memory of `allocate`, of an `OffloadedStore`."""
     cpu = torch.device("cpu")
     kernels = choose_kernels("torch" if config.kernels == "torch" else "auto", cpu)  # the others named are a GPU's
-    return _holding(config.store, n, cpu, kernels, allocate)
+    return _held(config.store, n, cpu, kernels, allocate)
 
 
-def _holding(
-    name: str, n: int, device: torch.device, kernels: Kernels, allocate: Allocate = in_large_pages
-) -> DenseStore | PackedStore:
-    if name in _DTYPES:
-        return DenseStore(n, _DTYPES[name], device, kernels, allocate)
-    return PackedStore(n, _BITS[name], device, kernels, allocate)
+def _held(name: str, n: int, device: torch.device, kernels: Kernels, allocate: Allocate = in_large_pages) -> HeldStore:
+    def make(span: Span) -> Dense | Packed:
+        if name in _DTYPES:
+            return Dense.empty(n, len(span), _DTYPES[name], device, allocate)
+        return Packed.empty(n, len(span), span.start, _BITS[name], device, allocate)
+
+    return HeldStore(make, device, kernels, allocate)
 
 
 def span_bytes(name: str, n: int, elements: int) -> int:

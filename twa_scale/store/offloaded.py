@@ -1,26 +1,18 @@
 """A store in host memory whose rows visit the device of the model, some tiles at a time."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 
 from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Target
 from twa_scale.spans import Span
+from twa_scale.store.held import HeldStore
 from twa_scale.store.pages import Pages
 from twa_scale.store.products import products
-from twa_scale.store.protocol import Store
 from twa_scale.store.staging import Staging
 
 BUFFER = 64 << 20
 """Bytes of a piece, and of each of two buffers on the device; one tile where that is more."""
-
-
-class Holding(Store, Protocol):
-    """A store that keeps rows: all but `mapped`."""
-
-    def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
-        """Return the rows of a span and its float32 center (m,), as they lie in memory."""
 
 
 class OffloadedStore:
@@ -37,7 +29,7 @@ class OffloadedStore:
     """
 
     def __init__(
-        self, make: Callable[[Allocate], Holding], device: torch.device, kernels: Kernels, buffer: int = BUFFER
+        self, make: Callable[[Allocate], HeldStore], device: torch.device, kernels: Kernels, buffer: int = BUFFER
     ) -> None:
         self._pages = Pages(device)
         self._inner = make(self._pages.empty)

@@ -1,28 +1,36 @@
-"""Deltas as codes of few bits, with one scale a block."""
+"""Deltas in memory: as they are, or as codes of few bits."""
+
+from collections.abc import Callable
 
 import torch
 
-from twa_scale.kernels import Allocate, Kernels, Packed, Target
+from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Target
 from twa_scale.spans import Span
 from twa_scale.store.products import products
 
 
-class PackedStore:
-    """Deltas are quantized once, while they are streamed in; the exact ones are never all in memory.
+class HeldStore:
+    """The rows of deltas of each span, and its center in float32.
 
-    The blocks of a tensor are counted from its first element, so that another split of it gives the same codes; but for
-    a block that the border of a span cuts: each of its parts gets a scale of its own.
+    Deltas are rounded or quantized once, while they are streamed in; the exact ones are never all in memory. Blocks of
+    packed ones are counted from a tensor's first element, so that another split of it gives the same codes; but for a
+    block that the border of a span cuts: each of its parts gets a scale of its own.
+
+    Args:
+        make: returns rows for a span, yet to be written.
+        device: where they lie.
+        kernels: that compute there.
+        allocate: gives memory for the center.
     """
 
     def __init__(
-        self, n: int, bits: int, device: torch.device, kernels: Kernels, allocate: Allocate = torch.zeros
+        self, make: Callable[[Span], Dense | Packed], device: torch.device, kernels: Kernels, allocate: Allocate
     ) -> None:
-        self._n = n
-        self._bits = bits
+        self._make = make
         self.device = device
         self.kernels = kernels
         self._allocate = allocate
-        self._spans: dict[Span, tuple[Packed, torch.Tensor]] = {}
+        self._spans: dict[Span, tuple[Dense | Packed, torch.Tensor]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -31,12 +39,11 @@ class PackedStore:
 
     def reserve(self, span: Span) -> Target:
         """Allocate a span; on a CPU the memory is touched when it is filled."""
-        rows = Packed.empty(self._n, len(span), span.start, self._bits, self.device, self._allocate)
-        self._spans[span] = rows, self._allocate(len(span), dtype=torch.float32, device=self.device)
+        self._spans[span] = self._make(span), self._allocate(len(span), dtype=torch.float32, device=self.device)
         return Target(*self._spans[span])
 
-    def held(self, span: Span) -> tuple[Packed, torch.Tensor]:
-        """Return the rows of a span and its center."""
+    def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
+        """Return the rows of a span and its center (m,), as they lie in memory."""
         return self._spans[span]
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
