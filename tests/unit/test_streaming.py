@@ -46,7 +46,7 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
     weights /= weights.sum()
     dtype = torch.float64 if kind == "float64" else torch.float32
     rows, found = Dense.empty(n, m, torch.float32, CPU), torch.full((m + 20,), float("nan"), dtype=dtype)
-    products, squares = torch.ones(n + 1, n + 1, dtype=torch.float64), torch.ones(n + 1, dtype=torch.float64)
+    products, squares = torch.zeros(n + 1, n + 1, dtype=torch.float64), torch.zeros(n + 1, dtype=torch.float64)
     seen = kernels.make_deltas(given, weights.tolist(), Target(rows, found[:m], products), 0)
     assert seen.finite and found[m:].isnan().all()
     assert seen.checksums.tolist() == [checksum(row.contiguous()) for row in given]
@@ -56,10 +56,12 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
     torch.testing.assert_close(found[:m].double(), center, rtol=2e-7, atol=1e-8)
     torch.testing.assert_close(matrix(rows).double(), exact - center, rtol=0, atol=3e-9)
     wide = torch.cat([exact - center if dtype == torch.float64 else matrix(rows).double(), found[None, :m].double()])
-    atol = 1e-12 * float(wide[-1] @ wide[-1])
-    torch.testing.assert_close(products - 1, wide @ wide.T, rtol=1e-9, atol=atol + 1e-15)
-    kernels.make_deltas(given, weights.tolist(), Target(products=squares), 0)
-    torch.testing.assert_close(squares, products.diagonal(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(products, wide @ wide.T, rtol=1e-12, atol=1e-12 * float(wide[-1] @ wide[-1]))
+    for times in (1, 2):  # they are added to
+        kernels.make_deltas(given, weights.tolist(), Target(products=squares), 0)
+        torch.testing.assert_close(squares, times * products.diagonal(), rtol=1e-12, atol=0)
+    kernels.make_deltas(given, weights.tolist(), Target(products=products), 0)
+    torch.testing.assert_close(products.diagonal(), squares, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])

@@ -106,10 +106,10 @@ class NumbaKernels:
 
     def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
         """Make deltas and what goes with them, each thread of some columns that share no word of packed rows."""
-        require_whole_blocks(target.rows, start, len(sources[0]))
         types = {source.dtype for source in sources}
         if torch.float64 in types:
             return make_deltas(sources, weights, target, start)
+        require_whole_blocks(target.rows, start, len(sources[0]))
         if isinstance(sources, torch.Tensor) and types <= {torch.bfloat16, torch.float32}:
             return self._make_deltas(sources, weights, target, start)
         finite = True

@@ -32,7 +32,7 @@ class OffloadedStore:
         self, make: Callable[[Allocate], HeldStore], device: torch.device, kernels: Kernels, buffer: int = BUFFER
     ) -> None:
         self._pages = Pages(device)
-        self._inner = make(self._pages.empty)
+        self._inner = make(self._pages.zeros)
         self._staging = Staging(device)
         self._compute = kernels
         self._buffer = buffer

@@ -45,7 +45,7 @@ class Pages:
         self._device = device
         self._registered: list[int] = []
 
-    def empty(self, count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def zeros(self, count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return `count` zeros on the CPU.
 
         Raises:
