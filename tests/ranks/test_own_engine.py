@@ -1,6 +1,7 @@
 """The engine that docs/add-an-engine.md shows does what the page says."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests import models
 from tests.pool import Pool
 from tests.ranks import cases, test_together
 from tests.unit.test_snapshots import assert_same, load_file
+from twa_scale import EngineError
 from twa_scale.engines import Engine
 from twa_scale.snapshots import Snapshots
 
@@ -57,6 +59,49 @@ def refuse() -> None:
 
 def test_it_says_by_itself_who_its_replicas_are(ranks: Pool) -> None:
     assert "SplitBasis" in str(ranks.error(refuse, 2))
+
+
+@pytest.mark.parametrize("method", sorted(Engine.__abstractmethods__))
+def test_an_engine_without_a_method_is_refused_when_it_is_made(method: str) -> None:
+    complete: Any = shown()
+    lacking = type("Lacking", (Engine,), {k: v for k, v in vars(complete).items() if k not in (method, "__dict__")})
+    with pytest.raises(EngineError, match=rf"Lacking does not implement {method}\(\)"):
+        lacking(models.build())
+
+
+@pytest.mark.parametrize("attribute", sorted(Engine.__annotations__.keys() - vars(Engine).keys()))
+def test_an_engine_without_an_attribute_is_refused_when_it_is_made(attribute: str) -> None:
+    complete: Any = shown()
+
+    class Lacking(complete):  # type: ignore[misc]
+        def __init__(self, module: Any) -> None:
+            super().__init__(module)
+            delattr(self, attribute)
+
+    class Wrong(complete):  # type: ignore[misc]
+        def __init__(self, module: Any) -> None:
+            super().__init__(module)
+            setattr(self, attribute, "cpu")
+
+    with pytest.raises(EngineError, match=f"Lacking does not set '{attribute}'"):
+        Lacking(models.build())
+    with pytest.raises(EngineError, match=f"Wrong sets '{attribute}' to a str"):
+        Wrong(models.build())
+
+
+def attach_to_a_part(held: str) -> None:
+    """The last rank leaves a tensor out, holds one twice, or calls one by another name."""
+    engine = shown()(models.build())
+    spans, last = engine.spans(), cases.where()[0] == cases.where()[1] - 1
+    if last:
+        changed = {"less": spans[:-1], "twice": [*spans, spans[0]], "other": [replace(spans[0], name="x"), *spans[1:]]}
+        engine.spans = lambda: changed[held]
+    twa_scale.attach(engine, models.candidates())
+
+
+@pytest.mark.parametrize(("held", "said"), [("less", "exactly one span"), ("twice", "exactly one"), ("other", "'x'")])
+def test_spans_that_do_not_tile_are_refused(ranks: Pool, held: str, said: str) -> None:
+    assert said in str(ranks.error(attach_to_a_part, 2, held=held))
 
 
 def test_the_page_names_all_of_the_protocol() -> None:

@@ -1,7 +1,8 @@
 """Finding the engine of a model."""
 
-from typing import cast
+from math import prod
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -37,8 +38,8 @@ def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None)
     Raises:
         EngineError: a kind of model that no engine here knows, or one without parameters.
     """
-    if Engine in type(model).__mro__:
-        return _own(cast(Engine, model), replica_group)
+    if isinstance(model, Engine):
+        return _own(model, replica_group)
     if not isinstance(model, nn.Module):
         raise EngineError(f"cannot attach to {type(model).__name__}: give {_KNOWN}.")
     if is_deepspeed(model):
@@ -79,7 +80,29 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 def _own(engine: Engine, replica_group: dist.ProcessGroup | None) -> Engine:
     if replica_group is not None:
         raise EngineError(f"replica_group: {type(engine).__name__} has one of its own; set it there.")
+    _require_tiling(engine)
     return engine
+
+
+def _require_tiling(engine: Engine) -> None:
+    """Count what the ranks of a shard group own. Collective.
+
+    Raises:
+        EngineError: on every rank, where elements of a parameter have no owner, or several.
+    """
+    kind, place = type(engine).__name__, {name: i for i, name in enumerate(engine.parameters)}
+    owned = torch.zeros(len(place), dtype=torch.int64, device=engine.device)
+    with engine.shard_group.agree():
+        for span in engine.spans():
+            if span.name not in place:
+                raise EngineError(f"{kind}: spans() has {span.name!r}, which is not in `parameters`.")
+            owned[place[span.name]] += len(span)
+    for info, total in zip(engine.parameters.values(), engine.shard_group.sum_(owned).tolist(), strict=True):
+        if total != prod(info.shape):
+            raise EngineError(
+                f"{kind}: the spans of all ranks have {total} elements of {info.name!r}, which has {prod(info.shape)}; "
+                "over the shard group each element must be in exactly one span."
+            )
 
 
 def _foreign(model: nn.Module) -> str | None:

@@ -1,8 +1,9 @@
 """What the average needs of whatever shards a model."""
 
+from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,21 +29,47 @@ Consume = Callable[[Span, torch.Tensor], None]
 """Called with a local span and its gradient (1-D, averaged over the data-parallel ranks), which is freed afterwards."""
 
 
-class LossScale(Protocol):
+class LossScale(ABC):
     """A loss scaler that an engine keeps by itself."""
 
+    @abstractmethod
     def value(self) -> float:
         """Return the factor that the present gradients carry."""
 
+    @abstractmethod
     def update(self, overflow: bool) -> None:
         """Learn whether these gradients were finite, which decides the next factor."""
 
 
-class Engine(Protocol):
+class _Complete(ABCMeta):
+    """Makes an incomplete engine an error when it is constructed: what it lacks would be missed in the middle of a run.
+
+    ABCMeta alone knows nothing of attributes, and raises a TypeError.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls.__abstractmethods__:
+            methods = ", ".join(f"{name}()" for name in sorted(cls.__abstractmethods__))
+            raise EngineError(f"{cls.__name__} does not implement {methods}, which an Engine must.")
+        engine = super().__call__(*args, **kwargs)
+        for name, kind in _REQUIRED.items():
+            if not hasattr(engine, name):
+                raise EngineError(f"{cls.__name__} does not set {name!r} ({kind.__name__}), which an Engine must.")
+            if not isinstance(value := getattr(engine, name), kind):
+                raise EngineError(
+                    f"{cls.__name__} sets {name!r} to a {type(value).__name__}; an Engine needs a {kind.__name__}."
+                )
+        return engine
+
+
+class Engine(metaclass=_Complete):
     """A model whose weights are held by one shard group, each rank knowing only its spans.
 
     Left out on purpose: forward, backward and the optimizer, which stay the user's; full tensors, which no rank has;
     and everything about candidates.
+
+    Raises:
+        EngineError: at construction, where a subclass lacks a method or an attribute that has no default.
     """
 
     module: nn.Module
@@ -70,15 +97,18 @@ class Engine(Protocol):
         """Return whether gradients are complete: False for a micro-batch of an engine that counts them itself."""
         return True
 
+    @abstractmethod
     def spans(self) -> list[Span]:
         """Return the spans of this rank: over the shard group they tile every parameter exactly once.
 
         A span may be strided (`Span.run`); its order of elements is that of `live` and of the gradients.
         """
 
+    @abstractmethod
     def live(self, span: Span) -> torch.Tensor:
         """Return the live memory of a local span: 1-D, contiguous, what is written there is what the model uses."""
 
+    @abstractmethod
     def publish(self, names: Collection[str]) -> None:
         """Make what was written to `live` of these parameters visible to the next forward pass. Collective."""
 
@@ -102,17 +132,31 @@ class Engine(Protocol):
             f"combine: 'forward': {type(self).__name__} has units(), but no before_use() that says when they are used."
         )
 
+    @abstractmethod
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers that a checkpoint holds, live and whole on every rank, by normalized name."""
 
+    @abstractmethod
     def watch(self, consume: Consume) -> None:
         """From now on hand every gradient of a local span to `consume`, as soon as it is final, and free it."""
 
+    @abstractmethod
     def drain(self) -> None:
         """Hand over the gradients that could not be handed over during backward. Collective."""
 
+    @abstractmethod
     def forget(self) -> None:
         """Drop the gradients that parameters hold now."""
 
+    @abstractmethod
     def close(self) -> None:
         """Stop watching."""
+
+
+_REQUIRED: dict[str, type] = {
+    "module": nn.Module,
+    "device": torch.device,
+    "shard_group": Group,
+    "replica_group": Group,
+    "parameters": dict,
+}
