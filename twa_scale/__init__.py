@@ -5,6 +5,7 @@ from twa_scale.average import TrainableAverage
 from twa_scale.config import RunConfig, TwaConfig
 from twa_scale.engines.zero import stateless_optimizer
 from twa_scale.errors import CandidateError, ConfigError, EngineError, OutputError, StateError, TwaError
+from twa_scale.notices import TwaWarning
 from twa_scale.snapshots import Snapshots
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "TrainableAverage",
     "TwaConfig",
     "TwaError",
+    "TwaWarning",
     "attach",
     "stateless_optimizer",
 ]

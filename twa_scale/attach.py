@@ -1,6 +1,5 @@
 """Attaching to a model: match, stream the candidates into the store once, choose the basis, write the first weights."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +17,7 @@ from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.kernels import Target
 from twa_scale.layout import Layout, match
+from twa_scale.notices import notice
 from twa_scale.optimizer import check_settings
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Job, Progress, job_bytes
@@ -225,8 +225,7 @@ def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]
 
 def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
     for first, second in fingerprint.equals({layout.source(name) for name in layout.group_of}):
-        warnings.warn(
+        notice(
             f"candidates {first} and {second} have the same checksum in every tensor: of two with the same weights the "
-            "second adds nothing.",
-            stacklevel=3,
+            "second adds nothing."
         )

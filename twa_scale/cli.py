@@ -1,16 +1,18 @@
 """The command line. Each command parses, calls one function of the library, and prints."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from twa_scale.errors import ConfigError, TwaError
+from twa_scale.notices import TwaWarning
 
 if TYPE_CHECKING:
     from twa_scale.training.report import Report
@@ -319,10 +321,26 @@ def main() -> None:
     """Run the command line; bad input ends with one message and exit code 2."""
     sys.path.append(str(Path.cwd()))  # as `python -m twa_scale` has it: tasks of one's own are found there
     try:
-        app(standalone_mode=True)
+        with _notices():
+            app(standalone_mode=True)
     except TwaError as error:
         _explain(error)
         sys.exit(2)
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Print each notice as one line, without the place in the code that Python adds to a warning."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, TwaWarning):
+            Console(stderr=True).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            usual(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        usual, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def _explain(error: TwaError) -> None:

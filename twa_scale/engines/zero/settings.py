@@ -1,6 +1,5 @@
 """What DeepSpeed settings an average can live with; each refusal names the setting and the fix."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from twa_scale.errors import EngineError
+from twa_scale.notices import notice
 
 _WRAPPERS = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 
@@ -98,10 +98,9 @@ def warn_of_clipping(engine: Any) -> None:
     """Say that clipping is not done, where it was asked for: DeepSpeed's own default is 1.0."""
     asked = settings_of(engine).get("gradient_clipping", 0)
     if asked:
-        warnings.warn(
+        notice(
             f"gradient_clipping {asked} has no effect: DeepSpeed clips in engine.step(), which twa.step() replaces. "
-            "Set `max_grad_norm` of the average instead.",
-            stacklevel=4,
+            "Set `max_grad_norm` of the average instead."
         )
 
 

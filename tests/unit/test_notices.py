@@ -1,0 +1,28 @@
+"""Notices are attributed to the caller's own line, and the command line prints each as one line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import twa_scale
+from twa_scale import TwaWarning
+
+
+def test_a_notice_names_the_callers_line() -> None:
+    model, states = torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2).state_dict()] * 2
+    with pytest.warns(TwaWarning, match="same checksum") as caught:
+        twa_scale.attach(model, states)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_the_command_line_prints_it_as_one_line() -> None:
+    program = """
+import twa_scale.cli as cli
+from twa_scale.notices import notice
+cli.app = lambda **_: [notice(text) for text in ("a [b] 'c'", "a [b] 'c'", "d")]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr.splitlines() == ["note: a [b] 'c'", "note: d"]
