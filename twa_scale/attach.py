@@ -129,7 +129,7 @@ def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidat
     found = [(layout.sourced(span), engine.parameters[span.name].dtype) for span in engine.spans()]
     if engine.shard_group.rank == 0:
         live = _live_buffers(engine, layout)
-        found += [(whole(name, tuple(buffer.shape)), buffer.dtype) for name, buffer in live.items()]
+        found += [(whole(layout.source(name), tuple(buffer.shape)), buffer.dtype) for name, buffer in live.items()]
     jobs: list[Job] = [(span, everyone if dtype.is_floating_point else everyone[-1:]) for span, dtype in found]
     return job_bytes(candidates, jobs)
 
@@ -154,11 +154,12 @@ def _read_buffers(engine: Engine, layout: Layout, stream: Stream, weights: Seque
     """Read every buffer that the candidates hold: floating ones averaged, others from the last candidate."""
     live = _live_buffers(engine, layout)
     values = {name: torch.empty(buffer.numel(), dtype=buffer.dtype) for name, buffer in live.items()}
-    spans = {name: whole(name, tuple(buffer.shape)) for name, buffer in live.items()}
+    spans = {name: whole(layout.source(name), tuple(buffer.shape)) for name, buffer in live.items()}
     floating = {spans[n]: Target(center=values[n]) for n, buffer in live.items() if buffer.is_floating_point()}
     stream.make_deltas(floating, weights)
-    for span, start, part in stream.copies([s for n, s in spans.items() if not live[n].is_floating_point()]):
-        values[span.name][start : start + len(part)] = part
+    copied = {span: name for name, span in spans.items() if not live[name].is_floating_point()}
+    for span, start, part in stream.copies(list(copied)):
+        values[copied[span]][start : start + len(part)] = part
     return values
 
 
@@ -167,7 +168,7 @@ def _live_buffers(engine: Engine, layout: Layout) -> dict[str, torch.Tensor]:
 
 
 def _fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate], stream: Stream) -> Fingerprint:
-    names = [*(layout.source(name) for name in engine.parameters), *layout.buffers]
+    names = [layout.source(name) for name in (*engine.parameters, *layout.buffers)]
     shapes = {name: candidates[0].shape(name) for name in names}
     fingerprint = fingerprint_of([candidate.label for candidate in candidates], shapes, stream.checksums)
     sums = engine.shard_group.sum_(fingerprint.checksums.to(engine.device))

@@ -269,7 +269,7 @@ class TrainableAverage:
             "config": self._settings(),
             "groups": list(self.layout.groups),
             "group_of": {a: group for n, group in self.layout.group_of.items() for a in self.layout.held_as[n]},
-            "buffer_names": list(self.layout.buffers),
+            "buffer_names": {name: self.layout.source(name) for name in self.layout.buffers},
             "x": self._x.detach().cpu().clone(),
             "coefficients": self.coefficients.cpu(),
             "center_weights": self._basis.center_weights.cpu(),

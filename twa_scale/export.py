@@ -55,7 +55,10 @@ def export(
     """
     last = candidates[-1]
     names = [name for held in layout.held_as.values() for name in held]
-    specs = [TensorSpec(name, last.shape(name), stored_as(last.dtype(name), dtype)) for name in names]
+    specs = [
+        TensorSpec(name, last.shape(name), stored_as(last.dtype(name), dtype), last.stored_names[name])
+        for name in names
+    ]
     files = side_files(last.directory, dtype)
     files[PROVENANCE] = (json.dumps(provenance or {}, indent=2) + "\n").encode()
     group = engine.shard_group

@@ -8,7 +8,7 @@ import torch
 from twa_scale.config import TwaConfig
 from twa_scale.engines import ParameterInfo
 from twa_scale.errors import CandidateError, ConfigError
-from twa_scale.names import group_names, matches_any, nearest, selected, some
+from twa_scale.names import group_names, matches_any, nearest, selected, some, without_wrappers
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 
@@ -24,9 +24,10 @@ class Layout:
     fixed: tuple[str, ...]
     """Parameters that stay at the center: frozen, or left out by `include` and `exclude`."""
     buffers: tuple[str, ...]
-    """Buffers that the candidates hold."""
+    """Buffers that the candidates hold, by the model's name."""
     held_as: dict[str, tuple[str, ...]]
-    """The names under which the candidates hold each tensor: of a tied one any or all of its own; the first is read."""
+    """The names under which the candidates hold each tensor of the model: a tied one may have several; the first is
+    read."""
 
     def source(self, name: str) -> str:
         """Return the name under which a tensor is read."""
@@ -50,15 +51,17 @@ def match(
         ConfigError: patterns that match nothing, or that leave nothing to train.
     """
     held = [name for name in candidates[0].names() if not matches_any(name, config.ignore)]
-    held_as = _held_as(parameters, held, candidates[0])
-    found_buffers = _found_buffers(buffers, held, candidates[0], config)
-    aliases = {alias for info in parameters.values() for alias in info.aliases}
-    _refuse_leftovers([n for n in held if n not in aliases and n not in buffers], [*aliases, *buffers], candidates[0])
+    known = [*(alias for info in parameters.values() for alias in info.aliases), *buffers]
+    found = _found(known, held)
+    held_as = _held_as(parameters, found, held, candidates[0])
+    found_buffers = _found_buffers(buffers, found, held, candidates[0], config)
+    used = set(found.values())
+    _refuse_leftovers([name for name in held if name not in used], known, candidates[0])
     for name, info in parameters.items():
         for alias in held_as[name]:
             _check_shape(alias, info.shape, candidates[0])
     for name in found_buffers:
-        _check_shape(name, tuple(buffers[name].shape), candidates[0])
+        _check_shape(found[name], tuple(buffers[name].shape), candidates[0])
     trainable = [name for name, info in parameters.items() if info.trainable]
     trained = selected(trainable, config.include, config.exclude)
     if not trained:
@@ -76,28 +79,34 @@ def match(
         group_of={name: groups.index(group) for name, group in by_group.items()},
         fixed=tuple(name for name in parameters if name not in by_group),
         buffers=found_buffers,
-        held_as={**held_as, **{name: (name,) for name in found_buffers}},
+        held_as={**held_as, **{name: (found[name],) for name in found_buffers}},
     )
 
 
+def _found(known: Sequence[str], held: Sequence[str]) -> dict[str, str]:
+    """Map names of the model to those of the candidates; either may have "module." before all of them."""
+    by_key = {key: name for name, key in without_wrappers(held).items()}
+    return {name: by_key[key] for name, key in without_wrappers(known).items() if key in by_key}
+
+
 def _found_buffers(
-    buffers: Mapping[str, torch.Tensor], held: list[str], first: Candidate, config: TwaConfig
+    buffers: Mapping[str, torch.Tensor], found: Mapping[str, str], held: list[str], first: Candidate, config: TwaConfig
 ) -> tuple[str, ...]:
     """Only counters may be missing, as BatchNorm's are in old checkpoints, or what `ignore` names."""
-    known = set(held)
     for name, buffer in buffers.items():
-        if name not in known and buffer.is_floating_point() and not matches_any(name, config.ignore):
+        if name not in found and buffer.is_floating_point() and not matches_any(name, config.ignore):
             raise CandidateError(
                 f"{first.label}: buffer {name!r} of the model is missing{nearest(name, held)}. Save it with the "
                 "candidates, or name it in `ignore` to keep the value that the model has."
             )
-    return tuple(name for name in buffers if name in known)
+    return tuple(name for name in buffers if name in found)
 
 
-def _held_as(parameters: Mapping[str, ParameterInfo], held: list[str], first: Candidate) -> dict[str, tuple[str, ...]]:
-    known = set(held)
-    names = {name: tuple(a for a in info.aliases if a in known) for name, info in parameters.items()}
-    missing = [name for name, found in names.items() if not found]
+def _held_as(
+    parameters: Mapping[str, ParameterInfo], found: Mapping[str, str], held: list[str], first: Candidate
+) -> dict[str, tuple[str, ...]]:
+    names = {name: tuple(found[a] for a in info.aliases if a in found) for name, info in parameters.items()}
+    missing = [name for name, stored in names.items() if not stored]
     if missing:
         raise CandidateError(
             f"{first.label}: tensor {missing[0]!r} of the model is missing{nearest(missing[0], held)} "

@@ -6,16 +6,24 @@ from difflib import get_close_matches
 
 from twa_scale.errors import ConfigError
 
-# Wrappers that torch puts inside a path. "module." is only stripped at the front: models own attributes of that name.
+# Steps into wrappers that torch and fairscale put inside a path. No model has attributes of these names.
 _INNER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
-_OUTER = re.compile(r"^(module\.)+")
+_OUTER = "module."
 
 REST = "rest"
 
 
-def normalize(name: str) -> str:
-    """Return `name` without the prefixes of DDP, FSDP1, fairscale, torch.compile and activation checkpointing."""
-    return _OUTER.sub("", _INNER.sub("", name))
+def without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Map each name of one state dict to the name without wrappers.
+
+    The steps of FSDP1, fairscale, torch.compile and activation checkpointing are removed wherever they stand. "module."
+    is a wrapper's, that of DDP or DeepSpeed, only if all names begin with it: models have attributes of that name, as
+    `torch.optim.swa_utils.AveragedModel` has.
+    """
+    plain = {name: _INNER.sub("", name) for name in names}
+    while plain and all(name.startswith(_OUTER) for name in plain.values()):
+        plain = {raw: name.removeprefix(_OUTER) for raw, name in plain.items()}
+    return plain
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

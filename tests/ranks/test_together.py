@@ -21,7 +21,7 @@ from tests.ranks import cases
 from tests.ranks.cases import Run
 from twa_scale import EngineError
 from twa_scale.engines.zero import is_deepspeed
-from twa_scale.names import normalize
+from twa_scale.names import without_wrappers
 
 ENGINES = {"plain": 1, "ddp": 2, "fsdp2": 2, "fsdp2-tp": 2, "fsdp1": 2, "fsdp1-flat": 2, "sharded-ddp": 2}
 ENGINES |= dict.fromkeys(zero.ENGINES, 2)  # with how many ranks
@@ -125,7 +125,8 @@ def train(engine: str, change: str) -> tuple[dict[str, Tensor], Tensor, float]:
     with twa.weights("last"):
         last = models.loss(model, models.part(models.batch(70), *meshes.data_place(model, *cases.where()))).item()
     weights = cases.gathered(getattr(model, "_orig_mod", model))
-    return {normalize(name): value for name, value in weights.items()}, twa.coefficients, last
+    plain = without_wrappers(weights)
+    return {plain[name]: value for name, value in weights.items()}, twa.coefficients, last
 
 
 @cache

@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from twa_scale.engines.describe import claim, named_parameters, persistent_buffers, release
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
+from twa_scale.engines.wrappers import unwrapping
 from twa_scale.errors import EngineError
-from twa_scale.names import normalize
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
 
@@ -26,7 +26,7 @@ class DDPEngine(Engine):
         self.device = next(iter(parameters.values())).device
         self.shard_group = Group(model.process_group)
         self.replica_group = replica_group
-        ignored = {normalize(name) for name in model.parameters_to_ignore}
+        ignored = set(map(unwrapping(model.module), model.parameters_to_ignore))
         self._left_to_ddp = {name: p for name, p in parameters.items() if name not in ignored}
         self._averaged = ReplicatedParameters(self._left_to_ddp, self.shard_group)
         self._ignored = ReplicatedParameters(

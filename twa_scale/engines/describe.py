@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from twa_scale.engines.protocol import ParameterInfo
+from twa_scale.engines.wrappers import unwrapping
 from twa_scale.errors import EngineError
-from twa_scale.names import normalize
 
 T = TypeVar("T")
 
@@ -32,16 +32,17 @@ def release(model: nn.Module) -> None:
     setattr(model, _TAKEN, False)
 
 
-def by_first_name(named: Iterable[tuple[str, T]]) -> dict[str, tuple[T, tuple[str, ...]]]:
-    """Return things by their first normalized name, each with all the names that it goes by.
+def by_first_name(root: nn.Module, named: Iterable[tuple[str, T]]) -> dict[str, tuple[T, tuple[str, ...]]]:
+    """Return things of `root` by their first name without wrappers, each with all the names that it goes by.
 
     Raises:
         EngineError: two different things whose names are the same once wrappers are taken off.
     """
+    unwrap = unwrapping(root)
     first: dict[str, T] = {}
     names: dict[int, list[str]] = {}
     for raw, thing in named:
-        name = normalize(raw)
+        name = unwrap(raw)
         known = names.setdefault(id(thing), [])
         if name in known:  # a module reached twice, as under an activation-checkpoint wrapper
             continue
@@ -54,12 +55,12 @@ def by_first_name(named: Iterable[tuple[str, T]]) -> dict[str, tuple[T, tuple[st
 
 
 def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, ParameterInfo]]:
-    """Return the parameters of `module` and their descriptions, tied ones once, by normalized name.
+    """Return the parameters of `module` and their descriptions, tied ones once, by name without wrappers.
 
     Raises:
         EngineError: two different parameters whose names are the same once wrappers are taken off.
     """
-    found = by_first_name(module.named_parameters(remove_duplicate=False))
+    found = by_first_name(module, module.named_parameters(remove_duplicate=False))
     infos = {
         name: ParameterInfo(name, tuple(p.shape), p.dtype, p.requires_grad, aliases)
         for name, (p, aliases) in found.items()
@@ -68,12 +69,12 @@ def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[s
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that `module.state_dict()` holds, by normalized name."""
-    buffers = {}
+    """Return the buffers that `module.state_dict()` holds, by name without wrappers."""
+    unwrap, buffers = unwrapping(module), {}
     for prefix, child in module.named_modules():
         for key, buffer in child._buffers.items():
             if buffer is not None and key not in child._non_persistent_buffers_set:
-                buffers[normalize(f"{prefix}.{key}" if prefix else key)] = buffer
+                buffers[unwrap(f"{prefix}.{key}" if prefix else key)] = buffer
     return buffers
 
 

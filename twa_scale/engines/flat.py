@@ -102,7 +102,7 @@ class FlatEngine(Engine):
         self._units = units
         for unit in units:
             unit.reshard()
-        found = by_first_name(_walk(module, units))
+        found = by_first_name(module, _walk(module, units))
         self.parameters = {name: _describe(name, thing, aliases) for name, (thing, aliases) in found.items()}
         self._members = {name: thing for name, (thing, _) in found.items() if isinstance(thing, Member)}
         self._rest = ReplicatedParameters(

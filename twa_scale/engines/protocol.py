@@ -80,7 +80,7 @@ class Engine(metaclass=_Complete):
     replica_group: Group
     """Ranks that hold the same spans and see other data: coefficient gradients are averaged over it."""
     parameters: dict[str, ParameterInfo]
-    """By normalized name, in the model's order."""
+    """By name without wrappers, in the model's order."""
     loss_scale: LossScale | None = None
     in_backward: bool = False
     """Whether gradients are handed over while backward runs, and only then."""
@@ -134,7 +134,7 @@ class Engine(metaclass=_Complete):
 
     @abstractmethod
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Return the buffers that a checkpoint holds, live and whole on every rank, by normalized name."""
+        """Return the buffers that a checkpoint holds, live and whole on every rank, by name without wrappers."""
 
     @abstractmethod
     def watch(self, consume: Consume) -> None:

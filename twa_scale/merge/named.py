@@ -93,11 +93,12 @@ def export_run(
     saved = Fingerprint.from_state_dict(twa["fingerprint"])
     coefficients = twa["coefficients"].T.tolist()
     n = len(opened)
+    buffer_names = set(twa["buffer_names"].values())
 
     def weights(name: str) -> Sequence[float]:
         if name in twa["group_of"]:
             return list(coefficients[twa["group_of"][name]])
-        if name not in twa["buffer_names"]:
+        if name not in buffer_names:
             return list(twa["center_weights"])
         return buffer_weights(config.buffers, n)
 
@@ -109,7 +110,7 @@ def export_run(
         max_shard_size=max_shard_size,
         dtype=chosen,
         ignore=config.ignore,
-        replace={name: value for name, value in twa["buffers"].items() if name in twa["buffer_names"]},
+        replace={twa["buffer_names"][n]: value for n, value in twa["buffers"].items() if n in twa["buffer_names"]},
         files=side_files(opened[-1].directory, chosen),
         overwrite=overwrite,
         progress=progress,

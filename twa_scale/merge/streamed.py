@@ -89,7 +89,10 @@ def merge(
 def merged_specs(candidates: Sequence[Candidate], dtype: torch.dtype | None = None) -> list[TensorSpec]:
     """Return what `merge` writes: the last candidate's tensors, floating point ones as `dtype` if given."""
     last = candidates[-1]
-    return [TensorSpec(name, last.shape(name), stored_as(last.dtype(name), dtype)) for name in last.names()]
+    return [
+        TensorSpec(name, last.shape(name), stored_as(last.dtype(name), dtype), last.stored_names[name])
+        for name in last.names()
+    ]
 
 
 def _check_replace(specs: Sequence[TensorSpec], replace: Mapping[str, torch.Tensor]) -> None:

@@ -23,12 +23,13 @@ class MemoryCandidate:
         self.label = label
         self.directory = directory
         self.bytes_read = 0
-        self._tensors = {name: tensors[raw].detach() for name, raw in unwrapped(tensors, label).items()}
+        self.stored_names = unwrapped(tensors, label)
+        self._tensors = {name: tensors[raw].detach() for name, raw in self.stored_names.items()}
         for name, tensor in self._tensors.items():
             _refuse_unreadable(tensor, name, label)
 
     def names(self) -> list[str]:
-        """Return the normalized tensor names, sorted."""
+        """Return the tensor names without wrappers, sorted."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -17,13 +17,15 @@ class Candidate(Protocol):
     """What messages call it: its path, or its place among in-memory candidates."""
     directory: Path | None
     """The folder that holds it, when that is a folder of its own (its config and tokenizer files are there)."""
+    stored_names: dict[str, str]
+    """The name of each tensor in the candidate's own files, which what loads them expects, by its name here."""
 
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data that `read` has taken from it in this process."""
 
     def names(self) -> list[str]:
-        """Return the normalized tensor names, sorted."""
+        """Return the tensor names without wrappers, sorted."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""

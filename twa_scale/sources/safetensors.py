@@ -54,13 +54,14 @@ class SafetensorsCandidate:
         self._map: mmap.mmap | None = None
         try:
             entries, _ = read_header(self._file)
-            self._entries = {name: entries[raw] for name, raw in unwrapped(entries, str(path)).items()}
+            self.stored_names = unwrapped(entries, str(path))
+            self._entries = {name: entries[raw] for name, raw in self.stored_names.items()}
         except BaseException:
             self.close()
             raise
 
     def names(self) -> list[str]:
-        """Return the normalized tensor names, sorted."""
+        """Return the tensor names without wrappers, sorted."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:

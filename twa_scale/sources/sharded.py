@@ -1,7 +1,7 @@
 """Several files that are one candidate, by a Hugging Face index."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,43 +31,51 @@ class ShardedCandidate:
         try:
             for file in sorted(set(file_of.values())):
                 self._parts[file] = open_file(index.parent / file)
-            raw_of = unwrapped(file_of, str(index))
-            self._part_of = {name: self._holder(name, file_of[raw], index) for name, raw in raw_of.items()}
+            self.stored_names = unwrapped(file_of, str(index))
+            # A part may lack names that the whole has, and so call the same tensor something else.
+            names = {file: {raw: name for name, raw in part.stored_names.items()} for file, part in self._parts.items()}
+            self._place_of = {
+                name: self._place(raw, file_of[raw], names[file_of[raw]], index)
+                for name, raw in self.stored_names.items()
+            }
         except BaseException:
             self.close()
             raise
 
-    def _holder(self, name: str, file: str, index: Path) -> Candidate:
-        part = self._parts[file]
-        if name not in part.names():
+    def _place(self, raw: str, file: str, names: Mapping[str, str], index: Path) -> tuple[Candidate, str]:
+        """Return the file that holds a tensor, and what that calls it."""
+        if raw not in names:
             raise CandidateError(
-                f"{index.parent / file}: tensor {name!r} is missing, which {index.name} says is here"
-                f"{nearest(name, part.names()) or '.'} Files and index must be of one writing: write the "
+                f"{index.parent / file}: tensor {raw!r} is missing, which {index.name} says is here"
+                f"{nearest(raw, names) or '.'} Files and index must be of one writing: write the "
                 "candidate again."
             )
-        return part
+        return self._parts[file], names[raw]
 
     def names(self) -> list[str]:
-        """Return the normalized tensor names, sorted."""
-        return list(self._part_of)
+        """Return the tensor names without wrappers, sorted."""
+        return list(self._place_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        return self._part_of[name].shape(name)
+        part, own = self._place_of[name]
+        return part.shape(own)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type in which `read` delivers a tensor."""
-        return self._part_of[name].dtype(name)
+        part, own = self._place_of[name]
+        return part.dtype(own)
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` from the file that holds the tensor."""
-        self._part_of[name].read(name, start, out)
+        part, own = self._place_of[name]
+        part.read(own, start, out)
         self.bytes_read += out.nbytes
 
     def mapped(self, name: str) -> torch.Tensor | None:
         """Return a view of a whole tensor, flattened, where its file offers one."""
-        part = self._part_of[name]
-        return part.mapped(name) if isinstance(part, Mappable) else None
+        part, own = self._place_of[name]
+        return part.mapped(own) if isinstance(part, Mappable) else None
 
     def close(self) -> None:
         """Close every file."""

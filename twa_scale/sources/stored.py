@@ -141,11 +141,12 @@ class StoredCandidate:
         self.label = label
         self.directory = directory
         self.bytes_read = 0
-        self._tensors = {name: tensors[raw] for name, raw in unwrapped(tensors, label).items()}
+        self.stored_names = unwrapped(tensors, label)
+        self._tensors = {name: tensors[raw] for name, raw in self.stored_names.items()}
         self._files = files
 
     def names(self) -> list[str]:
-        """Return the normalized tensor names, sorted."""
+        """Return the tensor names without wrappers, sorted."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -1,20 +1,19 @@
-"""Normalized names of the tensors in a file, and the names that the file itself uses."""
+"""Names of the tensors of a candidate without wrappers, and the names that its files use."""
 
 from collections.abc import Iterable
 
 from twa_scale.errors import CandidateError
-from twa_scale.names import normalize
+from twa_scale.names import without_wrappers
 
 
 def unwrapped(raw_names: Iterable[str], label: str) -> dict[str, str]:
-    """Map each normalized name to the one in the file, sorted.
+    """Map each name without wrappers to the one in the file, sorted.
 
     Raises:
         CandidateError: two tensors that are the same one once wrappers are taken off.
     """
     raw_of: dict[str, str] = {}
-    for raw in raw_names:
-        name = normalize(raw)
+    for raw, name in without_wrappers(raw_names).items():
         if name in raw_of:
             raise CandidateError(
                 f"{label}: tensors {raw_of[name]!r} and {raw!r} are both {name!r} once wrapper prefixes are "

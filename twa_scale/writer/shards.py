@@ -33,6 +33,8 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stored_name: str | None = None
+    """What the file calls it, where that is not `name`."""
 
     @property
     def numel(self) -> int:
@@ -96,7 +98,11 @@ def _shard(file: str, specs: list[TensorSpec]) -> Shard:
         begins[spec.name] = end
         end += spec.nbytes
         offsets = [begins[spec.name], end]
-        entries[spec.name] = {"dtype": _KINDS[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        entries[spec.stored_name or spec.name] = {
+            "dtype": _KINDS[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": offsets,
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
@@ -106,7 +112,8 @@ def _shard(file: str, specs: list[TensorSpec]) -> Shard:
 
 def index_of(shards: Sequence[Shard], specs: Sequence[TensorSpec]) -> bytes:
     """Return the Hugging Face index of several files."""
-    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    stored = {spec.name: spec.stored_name or spec.name for spec in specs}
+    weight_map = {stored[name]: shard.file for shard in shards for name in shard.offsets}
     total = sum(spec.nbytes for spec in specs)
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
 
