@@ -197,8 +197,8 @@ class TrainableAverage:
         anew inside the block (`recalibrate_batchnorm`) where the model has them.
 
         Args:
-            which: "trained", "mean" (uniform), "center", "first", "last", the index of a candidate, or coefficients a:
-                n numbers, or (n, G).
+            which: "trained", "center", what the setting `center` takes ("mean", "ema:0.9", "last", the index of a
+                candidate), or coefficients a: n numbers, or (n, G), of any sum.
         """
         chosen = None if isinstance(which, str) and which == "trained" else self._chosen(which)
         buffers = {name: buffer.clone() for name, buffer in self._engine.buffers().items()}

@@ -256,9 +256,17 @@ def average(
     ],
     out: Out,
     weights: Annotated[
-        str,
-        typer.Option(help="`uniform`, `ema:0.9`, `linear` or `minus-sqrt` (WSM's decay shapes), `first`, `last`."),
-    ] = "uniform",
+        str | None,
+        typer.Option(
+            help="`uniform` (when not given); `ema:D`: candidate i of n has D^(n-i) over the sum of these; "
+            "`ema-torch:D`, torch's EMA over the candidates: D^(n-1) for the first, (1-D) D^(n-i) for the others; "
+            "`linear` or `minus-sqrt` (WSM's decay shapes); `first`, `last` or an index; or `0.5,0.3,0.2`.",
+            show_default=False,
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Divide weights that do not sum to 1 by their sum.")
+    ] = False,
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
@@ -270,12 +278,21 @@ def average(
     twa-scale average 'runs/a/step-*' --weights ema:0.9 --out merged
 
     twa-scale average runs/a:0.7 runs/b:0.3 --out merged
+
+    twa-scale average runs/a:3 runs/b:1 --normalize --out merged
     """
     from twa_scale.merge import average_fixed
 
     with _joined(out) as (report, say), report.bytes("averaging") as progress:
         used = average_fixed(
-            candidates, out, weights, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
+            candidates,
+            out,
+            weights,
+            normalize=normalize,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
         )
     for label, weight in used:
         say(f"{weight:10.6f}  {label}")

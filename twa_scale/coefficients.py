@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from twa_scale.config import candidate_index
+from twa_scale.config import center_weights, parse_center
 from twa_scale.errors import ConfigError
 
 Which = str | int | Sequence[float] | torch.Tensor
@@ -14,30 +14,36 @@ def averaging_coefficients(which: Which, center_weights: torch.Tensor, num_group
     """Return the averaging coefficients a (n, G) that `which` names, like `center_weights` (n,) in type and device.
 
     Args:
-        which: "mean" (uniform), "center", "first", "last", the index of a candidate, or coefficients: n numbers, or
-            (n, G).
+        which: "center", any name or index that the setting `center` takes ("mean", "ema:0.9", "last", 0, ..), or
+            coefficients: n numbers, or (n, G), of any sum.
         center_weights: b, (n,).
         num_groups: G.
 
     Raises:
-        ConfigError: an unknown name, an index out of range, or coefficients of another shape.
+        ConfigError: an unknown name, an index out of range, or coefficients that are not finite or of another shape.
     """
     n = len(center_weights)
-    if isinstance(which, str) and which == "mean":
-        a = torch.full_like(center_weights, 1 / n)
-    elif isinstance(which, str) and which == "center":
-        a = center_weights
-    elif isinstance(which, int) or (isinstance(which, str) and which in ("first", "last")):
-        a = torch.zeros_like(center_weights)
-        a[candidate_index(which, n, "weights")] = 1.0
-    elif isinstance(which, str):
-        raise ConfigError(f"weights: {which!r} is no name of weights; use trained, mean, center, first, last.")
-    else:
-        a = torch.as_tensor(which).to(center_weights)
+    a = center_weights if isinstance(which, str) and which == "center" else _named(which, n).to(center_weights)
     if a.shape == (n,):
         a = a[:, None].expand(-1, num_groups).contiguous()
     if a.shape != (n, num_groups):
         raise ConfigError(
             f"weights: coefficients of shape {tuple(a.shape)}; give ({n},) or ({n}, {num_groups}): candidates x groups."
         )
+    if not bool(torch.isfinite(a).all()):
+        raise ConfigError("weights: coefficients must be finite numbers.")
     return a
+
+
+def _named(which: Which, n: int) -> torch.Tensor:
+    try:
+        if isinstance(which, str | int) and not isinstance(which, bool):
+            which = parse_center(which)
+            if not isinstance(which, list):
+                which = center_weights(which, n, "weights")
+        return torch.as_tensor(which, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(
+            f"weights: {which!r} are no weights of {n} candidates; use trained, center, a name or an index that the "
+            "setting `center` takes, or coefficients."
+        ) from None

@@ -13,12 +13,17 @@ from tests.commands import material
 from tests.commands.conftest import Brought
 from tests.commands.material import load, run_here, settings
 from tests.pool import Pool
+from twa_scale import ConfigError
 from twa_scale.merge import average_fixed
 
 
 def states(candidates: str) -> list[dict[str, torch.Tensor]]:
     pattern = Path(candidates)
     return [load(path) for path in sorted(pattern.parent.glob(pattern.name))]
+
+
+def step_paths(brought: Brought) -> list[Path]:
+    return sorted(Path(brought.candidates).parent.glob("step-*"))
 
 
 def expected(candidates: str, weights: list[float]) -> dict[str, torch.Tensor]:
@@ -44,6 +49,9 @@ def check(out: Path, candidates: str, weights: list[float], rtol: float = 1e-6) 
         ("uniform", [1 / 3] * 3),
         ("linear", [1 / 3] * 3),
         ("ema:0.5", [1 / 7, 2 / 7, 4 / 7]),
+        ("ema-torch:0.5", [1 / 4, 1 / 4, 1 / 2]),
+        ("-2", [0, 1, 0]),
+        ("0.7, -0.2,0.5", [0.7, -0.2, 0.5]),
         ("minus-sqrt", [(1 / 3) ** 0.5, (2 / 3) ** 0.5 - (1 / 3) ** 0.5, 1 - (2 / 3) ** 0.5]),
         ("first", [1, 0, 0]),
         ("last", [0, 0, 1]),
@@ -63,6 +71,43 @@ def test_weights_by_hand(digits: Brought, tmp_path: Path, shell: Any) -> None:
     said = shell("average", *words, "--out", tmp_path / "out")
     assert said.code == 0, said.err
     check(tmp_path / "out", digits.candidates, [0.7, -0.2, 0.5])
+
+
+def test_weights_of_another_sum_than_one(digits: Brought, tmp_path: Path, shell: Any) -> None:
+    words = [f"{path}:{weight}" for path, weight in zip(step_paths(digits), ["1", " 3", "4 "], strict=True)]
+    said = shell("average", *words, "--out", tmp_path / "out")
+    assert said.code == 2 and "sum 8" in said.err and "--normalize" in said.err and not (tmp_path / "out").exists()
+    assert shell("average", *words, "--normalize", "--out", tmp_path / "out").code == 0
+    check(tmp_path / "out", digits.candidates, [1 / 8, 3 / 8, 1 / 2])
+    with pytest.raises(ConfigError, match=r"normalize=True"):
+        average_fixed(words, tmp_path / "out2")
+    average_fixed(words, tmp_path / "out2", normalize=True)
+    check(tmp_path / "out2", digits.candidates, [1 / 8, 3 / 8, 1 / 2])
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "said"),
+    [
+        (["1", "-1", "0"], ["--normalize"], "sum 0"),
+        (["-1", "-2", "-3"], ["--normalize"], "positive"),
+        (["nan", "1", "0"], [], "finite"),
+        (["inf", "1", "0"], ["--normalize"], "finite"),
+        (["1/3", "1/3", "1/3"], [], "'1/3' is not a number"),
+        (["0.5", "0.5", "0"], ["--weights", "uniform"], "one or the other"),
+        (None, ["--weights", "0.5,0.5"], "2 weights for 3 candidates"),
+        (None, ["--weights", "1 2 3"], "--normalize"),
+        (None, ["--weights", "ema:1"], "0 < DECAY < 1"),
+        (None, ["--weights", "medain"], "'medain'"),
+        (None, ["--weights", "3"], "no candidate 3"),
+    ],
+)
+def test_weights_that_are_refused(
+    digits: Brought, tmp_path: Path, shell: Any, weights: list[str] | None, options: list[str], said: str
+) -> None:
+    paths = step_paths(digits)
+    words = paths if weights is None else [f"{path}:{weight}" for path, weight in zip(paths, weights, strict=True)]
+    answer = shell("average", *words, *options, "--out", tmp_path / "out")
+    assert answer.code == 2 and said in answer.err and not (tmp_path / "out").exists()
 
 
 def test_a_colon_in_a_name_is_no_weight(digits: Brought, tmp_path: Path, shell: Any) -> None:

@@ -23,6 +23,7 @@ SHOWN: dict[str, Any] = {
     "last": "last",
     "index": 2,
     "negative-index": -2,
+    "ema": "ema:0.5",
     "vector": [0.7, -0.4, 0.5, 0.2],
     "vector-of-another-sum": [0.1, 0.2, 0.3, 0.1],
     "matrix": BY_GROUP / BY_GROUP.sum(0),
@@ -36,7 +37,7 @@ def coefficients(which: str) -> Tensor:
     rows = {"first": 0, "last": N - 1, "index": 2, "negative-index": N - 2}
     if which in rows:
         return torch.eye(N, dtype=torch.float64)[rows[which], :, None].expand(N, len(GROUPS))
-    if which in ("mean", "center"):
+    if which in ("mean", "center", "ema"):
         decay = torch.tensor([1.0 if which == "mean" else 0.5 ** (N - 1 - i) for i in range(N)], dtype=torch.float64)
         return (decay / decay.sum())[:, None].expand(N, len(GROUPS))
     a = torch.as_tensor(SHOWN[which], dtype=torch.float64)

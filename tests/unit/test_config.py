@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twa_scale.config import (
     RunConfig,
@@ -17,6 +18,7 @@ from twa_scale.config import (
     center_weights,
     dump,
     load_config,
+    of_sum_one,
     validated,
 )
 from twa_scale.errors import ConfigError
@@ -220,6 +222,11 @@ def test_validated_takes_what_attach_takes() -> None:
         ([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]),
         ([2, -1, 0, 0], [2, -1, 0, 0]),
         ("ema:0.5", [1 / 15, 2 / 15, 4 / 15, 8 / 15]),
+        (" EMA : 0.5", [1 / 15, 2 / 15, 4 / 15, 8 / 15]),
+        ("ema-torch:0.5", [1 / 8, 1 / 8, 1 / 4, 1 / 2]),
+        ("uniform", [0.25] * 4),
+        (" -2 ", [0, 0, 1, 0]),
+        ("[0.1, 0.2,0.3 0.4]", [0.1, 0.2, 0.3, 0.4]),
         ("minus-sqrt", [0.5, math.sqrt(0.5) - 0.5, math.sqrt(0.75) - math.sqrt(0.5), 1 - math.sqrt(0.75)]),
     ],
     ids=str,
@@ -245,7 +252,45 @@ def test_decay_shapes_are_the_average_that_a_decayed_rate_would_have_made(shape:
 )
 def test_centers_that_are_none(center: Any) -> None:
     with pytest.raises(ConfigError, match="center"):
-        center_weights(TwaConfig(center=center).center, 4)
+        center_weights(validated(TwaConfig, {"center": center}).center, 4)
+
+
+def test_ema_torch_is_the_ema_of_torch() -> None:
+    values = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    for value in values:
+        model.weight.data.copy_(value)
+        averaged.update_parameters(model)
+    weights = torch.tensor(center_weights("ema-torch:0.8", 6), dtype=torch.float64)
+    torch.testing.assert_close(weights @ values, averaged.module.weight[0].detach())
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([1, 3], [0.25, 0.75]),
+        ([3, -1], [1.5, -0.5]),
+        ([1.5e308, -1e308], [3.0, -2.0]),
+        ([5e-324], [1.0]),
+        ([0, 2], [0, 1]),
+    ],
+    ids=str,
+)
+def test_normalized_weights(weights: list[float], expected: list[float]) -> None:
+    assert of_sum_one(weights, normalize=True) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    "weights", [[], [0, 0], [1, -1], [1, -1 + 1e-9], [-1, -3], [1.5e308] * 2, [math.nan, 1], [math.inf, 1]], ids=str
+)
+def test_weights_that_no_scale_brings_to_one(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"sum|finite"):
+        of_sum_one(weights, normalize=True)
+
+
+def test_rounded_weights_sum_to_one_exactly() -> None:
+    assert math.fsum(of_sum_one([0.3333337, 0.3333333, 0.3333333])) == pytest.approx(1, abs=1e-15)
 
 
 def test_candidate_indices() -> None:

@@ -1,7 +1,14 @@
 """What a user can set: one schema for Python, YAML files and the command line. Imports no torch."""
 
 from twa_scale.config.block import BLOCK, block_settings
-from twa_scale.config.center import Center, buffer_weights, candidate_index, center_weights
+from twa_scale.config.center import (
+    Center,
+    buffer_weights,
+    candidate_index,
+    center_weights,
+    of_sum_one,
+    parse_center,
+)
 from twa_scale.config.load import dump, load_config, validated
 from twa_scale.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, Section, TaskConfig, TwaConfig
 
@@ -20,5 +27,7 @@ __all__ = [
     "center_weights",
     "dump",
     "load_config",
+    "of_sum_one",
+    "parse_center",
     "validated",
 ]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from twa_scale.config.center import Center, ema_decay
+from twa_scale.config.center import Center, of_sum_one, parse_center
 
 
 class Section(BaseModel):
@@ -50,9 +50,10 @@ class TwaConfig(Section):
     )
     center: Center = Field(
         "mean",
-        description="Fixed-weight average that training starts around: `mean`, `ema:0.9` (decay per candidate), "
-        "`linear`, `minus-sqrt` (WSM's decay shapes), `first`, `last`, the index of a candidate, or one weight per "
-        "candidate.",
+        description="Fixed-weight average that training starts around: `mean`, `ema:0.9` (candidate i of n has the "
+        "weight 0.9^(n-i), over the sum of these), `ema-torch:0.9` (torch's EMA over the candidates: the first has "
+        "0.9^(n-1), the others (1-0.9) 0.9^(n-i)), `linear`, `minus-sqrt` (WSM's decay shapes), `first`, `last`, the "
+        "index of a candidate, or one weight per candidate, of sum 1.",
     )
     units: Literal["delta", "weight"] = Field(
         "delta",
@@ -122,9 +123,8 @@ class TwaConfig(Section):
     @field_validator("center")
     @classmethod
     def _known_center(cls, center: Center) -> Center:
-        if isinstance(center, str) and center not in ("mean", "linear", "minus-sqrt", "first", "last"):
-            ema_decay(center)
-        return center
+        center = parse_center(center)
+        return of_sum_one(center) if isinstance(center, list) else center
 
     @model_validator(mode="after")
     def _components_need_pca(self) -> "TwaConfig":

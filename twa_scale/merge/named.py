@@ -1,12 +1,19 @@
 """Merges that people ask for by name: fixed weights, and the trained coefficients of a run."""
 
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 
 import torch
 
-from twa_scale.config import TwaConfig, buffer_weights, center_weights, validated
+from twa_scale.config import (
+    Center,
+    TwaConfig,
+    buffer_weights,
+    center_weights,
+    of_sum_one,
+    parse_center,
+    validated,
+)
 from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
 from twa_scale.names import nearest
@@ -22,8 +29,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def average_fixed(
     candidates: Sequence[str],
     out: str | Path,
-    weights: str = "uniform",
+    weights: Center | None = None,
     *,
+    normalize: bool = False,
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     overwrite: bool = False,
@@ -31,28 +39,39 @@ def average_fixed(
 ) -> list[tuple[str, float]]:
     """Average `candidates` (paths, globs, or PATH:WEIGHT) and write the result to `out`.
 
+    Args:
+        candidates: in training order; all with a weight as PATH:WEIGHT, or none.
+        out: directory to write.
+        weights: what the setting `center` takes, also as text: a name, an index, or one weight for each candidate.
+            The mean when neither they nor PATH:WEIGHT are given.
+        normalize: divide weights that are given one by one by their sum, which else has to be 1.
+        max_shard_size: see `merge`.
+        dtype: name of the floating point type to write.
+        overwrite: see `merge`.
+        progress: see `merge`.
+
     Returns:
         The label and the weight of each candidate.
 
     Raises:
-        ConfigError: unknown weights, or some paths with a weight and some without.
+        ConfigError: unknown weights, weights that do not sum to 1, or some paths with a weight and some without.
         CandidateError, OutputError: see `merge`.
     """
     paths, explicit = _split(candidates)
     chosen = parse_dtype(dtype)
-    opened = open_candidates(paths, minimum=1)
-    if explicit is None:
-        center = validated(TwaConfig, {"center": "mean" if weights == "uniform" else weights}, "--weights").center
-        explicit = center_weights(center, len(opened))
-    elif weights != "uniform":
+    if explicit is not None and weights is not None:
         raise ConfigError(
             f"--weights {weights}: the candidates have weights of their own as PATH:WEIGHT; give one or the other."
         )
-    elif len(explicit) != len(opened):
+    given = explicit if explicit is not None else _parsed("mean" if weights is None else weights)
+    if isinstance(given, list):
+        given = _of_sum_one(given, normalize)
+    opened = open_candidates(paths, minimum=1)
+    if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(
             f"{len(explicit)} weights for {len(opened)} candidates: a PATH:WEIGHT must name one candidate."
         )
-    fixed = explicit
+    fixed = center_weights(given, len(opened), "--weights")
     merge(
         opened,
         out,
@@ -130,6 +149,21 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return _DTYPES[name] if name else None
 
 
+def _parsed(weights: Center) -> Center:
+    try:
+        return parse_center(weights)
+    except ValueError as error:
+        raise ConfigError(f"--weights: {error}.") from None
+
+
+def _of_sum_one(weights: list[float], normalize: bool) -> list[float]:
+    try:
+        return of_sum_one(weights, normalize=normalize)
+    except ValueError as error:
+        fix = "" if normalize else ", or be scaled to it with --normalize (normalize=True)"
+        raise ConfigError(f"{error}{fix}: {', '.join(f'{weight:g}' for weight in weights[:8])}.") from None
+
+
 def _split(candidates: Sequence[str]) -> tuple[list[str], list[float] | None]:
     """Take the weights off PATH:WEIGHT arguments; none has one, or all have."""
     pairs = [_pair(candidate) for candidate in candidates]
@@ -143,12 +177,13 @@ def _split(candidates: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
 def _pair(candidate: str) -> tuple[str, float | None]:
     path, _, text = candidate.rpartition(":")
+    if not path or Path(candidate).exists():
+        return candidate, None
+    path = path if Path(path).exists() else path.strip()
     try:
         weight = float(text)
     except ValueError:
+        if Path(path).exists():
+            raise ConfigError(f"{candidate}: the weight {text!r} is not a number, as in {path}:0.5.") from None
         return candidate, None
-    if not path or Path(candidate).exists():
-        return candidate, None
-    if not isfinite(weight):
-        raise ConfigError(f"{candidate}: the weight {text} is not a finite number.")
     return path, weight
