@@ -18,7 +18,7 @@ from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.kernels import Target
 from twa_scale.layout import Layout, match
 from twa_scale.notices import notice
-from twa_scale.optimizer import check_settings
+from twa_scale.optimizer import check_optimizer, check_settings
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Job, Progress, job_bytes
 from twa_scale.sources import Candidate, open_candidates
@@ -66,6 +66,7 @@ def attach(
         engine.check()
         found, fields = block_settings(engine.settings())
         config = validated(TwaConfig, fields if config is None else config)
+        check_optimizer(config)
         candidates = found if candidates is None else candidates
         if candidates is None:
             raise ConfigError('candidates: give them to attach, or as "twa": {"candidates": ..} in DeepSpeed\'s JSON.')

@@ -13,10 +13,9 @@ def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
     """Find what could not be trained before any candidate is read.
 
     Raises:
-        ConfigError: an optimizer, a start or a number of components that cannot be.
+        ConfigError: a start or a number of components that cannot be.
     """
     n = len(center_weights)
-    make_optimizer(config, nn.Parameter(torch.zeros(n, 1)))
     if config.start != "center":
         candidate_index(config.start, n, "start")
     if config.basis == "simplex" and (config.start != "center" or min(center_weights) <= 0):
@@ -30,20 +29,27 @@ def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
         )
 
 
+def check_optimizer(config: TwaConfig) -> None:
+    """Find options that torch refuses, before anything is opened.
+
+    Raises:
+        ConfigError: as `make_optimizer` does.
+    """
+    make_optimizer(config, nn.Parameter(torch.zeros(1, 1)))
+
+
 def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
     """Build the optimizer of the coefficients by its name in torch.optim.
 
     Raises:
-        ConfigError: an unknown class, one that needs a closure, or options that it does not take.
+        ConfigError: a class that this torch does not have, or options that it does not take.
     """
     known: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        name.lower(): value
-        for name, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+        name.lower(): value for name, value in vars(torch.optim).items() if isinstance(value, type)
     }
     settings = config.optimizer
     if settings.name.lower() not in known:
-        raise ConfigError(f"optimizer.name: {settings.name!r} is none of {', '.join(sorted(known))}.")
+        raise ConfigError(f"optimizer.name: torch {torch.__version__} has no {settings.name!r}; use adamw or sgd.")
     try:
         return known[settings.name.lower()]([x], lr=settings.lr, **settings.options)
     except (TypeError, ValueError) as error:

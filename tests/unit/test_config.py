@@ -1,5 +1,6 @@
 """Settings: what files and overrides may say, and how a mistake is answered."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -21,8 +22,10 @@ from twa_scale.config import (
     of_sum_one,
     validated,
 )
+from twa_scale.config.optimizers import FLAGS, OPTIONS
 from twa_scale.errors import ConfigError
 from twa_scale.names import REST, group_names, selected
+from twa_scale.optimizer import make_optimizer
 from twa_scale.spans import share
 from twa_scale.training.schedule import factor, make_scheduler
 
@@ -188,11 +191,40 @@ def test_a_key_like_no_other_is_answered_with_the_list(tmp_path: Path) -> None:
         ({"task": {}}, ["task.name"]),
         ({"engine": "zero"}, ["engine", "'fsdp2'"]),
         ({"max_shard_size": 5}, ["max_shard_size"]),
+        ({"optimizer": {"name": "SparseAdam"}}, ["optimizer.name", "'SparseAdam'", "sparse gradients"]),
+        ({"optimizer": {"name": "lbfgs"}}, ["optimizer.name", "'lbfgs'", "closure"]),
+        ({"optimizer": {"name": "adamm"}}, ["optimizer.name", "'adamm'", "adamw"]),
+        ({"optimizer": {"name": "sgd", "momentun": 0.9}}, ["optimizer", "'momentun'", "lr, momentum"]),
+        ({"optimizer": {"name": "sgd", "betas": [0.9, 0.99]}}, ["optimizer", "'betas'"]),
+        ({"optimizer": {"betas": [0.9]}}, ["optimizer", "'betas'", "list of 2 numbers", "[0.9]"]),
+        ({"optimizer": {"eps": "tiny"}}, ["optimizer", "'eps'", "finite number", "'tiny'"]),
+        ({"optimizer": {"name": "sgd", "momentum": math.nan}}, ["optimizer", "'momentum'", "finite number"]),
+        ({"optimizer": {"name": "sgd", "nesterov": 1}}, ["optimizer", "'nesterov'", "true or false"]),
+        ({"optimizer": {"lr": math.inf}}, ["optimizer.lr", "finite"]),
+        ({"optimizer": {"lr": math.nan}}, ["optimizer.lr", "nan"]),
+        ({"optimizer": {"lr": True}}, ["optimizer.lr", "True"]),
+        ({"max_grad_norm": math.inf}, ["max_grad_norm", "finite"]),
+        ({"steps": True}, ["steps", "integer", "True"]),
+        ({"steps": "3"}, ["steps", "integer", "'3'"]),
+        ({"steps": 2.5}, ["steps", "integer", "2.5"]),
+        ({"resume": "yes"}, ["resume", "boolean", "'yes'"]),
+        ({"seed": -1}, ["seed", "greater than or equal to 0"]),
+        ({"seed": 2**64}, ["seed", "less than"]),
+        ({"center": -1}, ["center", "-1", "count from 0", "`last`"]),
+        ({"center": True}, ["center", "True"]),
+        ({"center": [0.5, 0.6]}, ["center", "sum 1.1"]),
+        ({"start": -1}, ["start", "-1", "`last`"]),
+        ({"buffers": -2}, ["buffers", "-2", "`last`"]),
     ],
 )
 def test_wrong_values_are_named_with_what_is_right(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
     message = refusal(tmp_path, **changes)
     assert all(word in message for word in words), message
+
+
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="string"):
+        load_config(write(tmp_path, MINIMAL | {1: 2}))
 
 
 def test_every_mistake_is_in_one_message(tmp_path: Path) -> None:
@@ -207,6 +239,58 @@ def test_validated_takes_what_attach_takes() -> None:
         validated(TwaConfig, {"bases": "pca"})
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.yaml", "steps: 3\nbasis: pca\nsteps: 4\n", ["'steps' is given twice", "lines 1 and 3"]),
+        ("a.yaml", "steps: 3\noptimizer: {lr: 1, name: sgd, lr: 2}\n", ["'lr' is given twice", "lines 2 and 2"]),
+        ("a.yaml", "schedule: {name: step, 'name': linear}", ["'name' is given twice"]),
+        ("a.json", '{"steps": 3, "optimizer": {"lr": 1, "lr": 1}}', ["'lr' is given twice"]),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, name: str, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text, name))
+    assert all(word in str(caught.value) for word in (name, *words)), caught.value
+    assert "given twice" in refusal(tmp_path, "optimizer={lr: 1, lr: 2}")
+
+
+def test_keys_of_an_anchor_may_be_replaced(tmp_path: Path) -> None:
+    text = (
+        "optimizer: &o {lr: 1, name: sgd}\nschedule: &s {<<: {warmup: 0.5}, warmup: 0}\ntask: {<<: *o, <<: *s, lr: 2}\n"
+    )
+    task = {"name": "sgd", "warmup": 0, "lr": 2}
+    data = {key: value for key, value in MINIMAL.items() if key != "task"}
+    assert load_config(write(tmp_path, yaml.safe_dump(data) + text)).task.model_dump() == task
+
+
+def test_whole_floats_are_integers_and_tuples_are_lists() -> None:
+    config = validated(RunConfig, MINIMAL | {"steps": 1e3, "read_chunk": 8192.0, "center": (0.5, 0.5)})
+    assert (config.steps, config.read_chunk, config.center) == (1000, 8192, [0.5, 0.5])
+
+
+def test_the_known_optimizers_are_those_of_torch() -> None:
+    """Each takes a step with each of its options; what is not in the table cannot train numbers on a CPU."""
+    classes = {n.lower(): c for n, c in vars(torch.optim).items() if isinstance(c, type) and n != "Optimizer"}
+    classes = {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer)}
+    assert classes.keys() - {"lbfgs", "sparseadam"} <= OPTIONS.keys()
+    left_out = {"params", "lr", "capturable", "differentiable", "adjust_lr_fn"}
+    for name in classes.keys() & OPTIONS.keys():
+        signature = inspect.signature(classes[name]).parameters
+        options = OPTIONS[name].split()
+        assert set(options) == signature.keys() - left_out - ({"eps"} if name == "adafactor" else set()), name
+        for option in options:
+            value = signature[option].default
+            value = list(value) if isinstance(value, tuple) else True if option in FLAGS else value
+            needed = {"momentum": 0.5} if option == "nesterov" else {}
+            config = validated(TwaConfig, {"optimizer": {"name": name, **needed, option: value}})
+            x = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
+            optimizer = make_optimizer(config, x)
+            x.grad = torch.ones_like(x)
+            optimizer.step()
+            assert not torch.equal(x, torch.ones_like(x)), (name, option)
+
+
 # The center
 
 
@@ -218,7 +302,6 @@ def test_validated_takes_what_attach_takes() -> None:
         ("first", [1, 0, 0, 0]),
         ("last", [0, 0, 0, 1]),
         (2, [0, 0, 1, 0]),
-        (-1, [0, 0, 0, 1]),
         ([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]),
         ([2, -1, 0, 0], [2, -1, 0, 0]),
         ("ema:0.5", [1 / 15, 2 / 15, 4 / 15, 8 / 15]),

@@ -10,11 +10,13 @@ from twa_scale.config.center import (
     parse_center,
 )
 from twa_scale.config.load import dump, load_config, validated
-from twa_scale.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, Section, TaskConfig, TwaConfig
+from twa_scale.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, TaskConfig, TwaConfig
+from twa_scale.config.section import Count, Section
 
 __all__ = [
     "BLOCK",
     "Center",
+    "Count",
     "OptimizerConfig",
     "RunConfig",
     "ScheduleConfig",

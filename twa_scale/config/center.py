@@ -71,6 +71,12 @@ def of_sum_one(weights: Sequence[float], *, normalize: bool = False) -> list[flo
     return [weight / total for weight in weights]
 
 
+def check_index(index: str | int) -> None:
+    """Raise ValueError, for pydantic to report under its key, for an index that counts from the end."""
+    if isinstance(index, int) and index < 0:
+        raise ValueError(f"{index} is no index of a candidate: they count from 0; use `last` for the last one")
+
+
 def center_weights(center: Center, n: int, key: str = "center") -> list[float]:
     """Return the weights b_1..b_n (sum 1) of the center c = sum_i b_i w_i, candidates in training order.
 

@@ -9,16 +9,31 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.composer import ComposerError
 
 from twa_scale.config.block import BLOCK, unfolded
-from twa_scale.config.schema import RunConfig, Section
+from twa_scale.config.schema import RunConfig
+from twa_scale.config.section import Section
 from twa_scale.errors import ConfigError
 
 M = TypeVar("M", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: `3e-3` is a number, which YAML 1.1 reads as text."""
+    """YAML 1.2: `3e-3` is a number, which YAML 1.1 reads as text, and a key is given once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuse a key that is given twice, of which SafeLoader takes the last one."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line, where = key.start_mark.line + 1, (key.tag, key.value)
+            if where in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise ComposerError(
+                    None, None, f"key {key.value!r} is given twice, in lines {lines[where]} and {line}; keep one"
+                )
+            lines[where] = line
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -38,7 +53,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     try:
         text = path.read_text(encoding="utf-8")
         # YAML takes JSON as it is, but for tabs.
-        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        data = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -49,6 +64,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     for override in overrides or []:
         _override(settings, override)
     return validated(RunConfig, settings, str(path))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping of JSON, in which no key is given twice."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice; keep one")
+    return data
 
 
 def _override(data: dict[str, Any], override: str) -> None:

@@ -3,26 +3,34 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
-from twa_scale.config.center import Center, of_sum_one, parse_center
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from twa_scale.config.center import Center, check_index, of_sum_one, parse_center
+from twa_scale.config.optimizers import check_name, check_options
+from twa_scale.config.section import Count, Integer, Section
 
 
-class OptimizerConfig(BaseModel):
-    """The optimizer of the coefficients: any class of torch.optim; every further key goes to its constructor."""
+class OptimizerConfig(Section):
+    """The optimizer of the coefficients: a class of torch.optim; every further key goes to its constructor."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str = Field(
-        "adamw", description="Class of torch.optim, in any case: `adamw`, `sgd`, `lbfgs` is not supported."
+        "adamw",
+        description="Class of torch.optim, in any case: `adamw`, `sgd`, ..; not `lbfgs` nor `sparseadam`.",
     )
     lr: PositiveFloat = Field(0.03, description="Learning rate, in the units that `units` names.")
+
+    @field_validator("name")
+    @classmethod
+    def _known_name(cls, name: str) -> str:
+        check_name(name)
+        return name
+
+    @model_validator(mode="after")
+    def _known_options(self) -> "OptimizerConfig":
+        check_options(self.name, self.model_extra or {})
+        return self
 
     @property
     def options(self) -> dict[str, Any]:
@@ -84,12 +92,12 @@ class TwaConfig(Section):
         description="What computes on the store: `auto` takes `numba` on a CPU and `triton` on a GPU where they are "
         "installed, `torch` otherwise.",
     )
-    read_chunk: Annotated[int, Field(ge=4096)] = Field(
+    read_chunk: Annotated[Integer, Field(ge=4096)] = Field(
         1 << 20,
         description="Bytes of one read of a candidate. Larger ones suit network file systems; many candidates share "
         "128 MiB of buffers, and get less each.",
     )
-    reads_in_flight: Annotated[int, Field(ge=1, le=256)] = Field(
+    reads_in_flight: Annotated[Integer, Field(ge=1, le=256)] = Field(
         8, description="Candidates that a rank reads at the same time, while it works on what it has read."
     )
     comm: Literal["auto", "nccl", "gloo", "mpi"] = Field(
@@ -99,7 +107,7 @@ class TwaConfig(Section):
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer of the coefficients.")
     max_grad_norm: PositiveFloat | None = Field(None, description="Clip the coefficient gradient to this norm.")
-    num_components: PositiveInt | None = Field(
+    num_components: Count | None = Field(
         None, description="Number of directions that `pca` keeps; all that are not numerically zero when not given."
     )
     include: list[str] = Field([], description="Regular expressions of tensor names to train; all when empty.")
@@ -124,7 +132,15 @@ class TwaConfig(Section):
     @classmethod
     def _known_center(cls, center: Center) -> Center:
         center = parse_center(center)
+        if isinstance(center, int):
+            check_index(center)
         return of_sum_one(center) if isinstance(center, list) else center
+
+    @field_validator("start", "buffers")
+    @classmethod
+    def _known_index(cls, value: str | int) -> str | int:
+        check_index(value)
+        return value
 
     @model_validator(mode="after")
     def _components_need_pca(self) -> "TwaConfig":
@@ -143,7 +159,7 @@ class ScheduleConfig(Section):
     final: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="Part of the rate left at the end (cosine, linear)."
     )
-    every: PositiveInt | None = Field(None, description="`step`: steps between two cuts of the rate.")
+    every: Count | None = Field(None, description="`step`: steps between two cuts of the rate.")
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [], description="`step`: parts of the run after which the rate is cut, in place of `every`: `[0.5, 0.75]`."
     )
@@ -156,10 +172,10 @@ class ScheduleConfig(Section):
         return self
 
 
-class TaskConfig(BaseModel):
+class TaskConfig(Section):
     """Model, data and loss: a task that ships, or `package.module:function`; every further key is an option of it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str = Field(
         description="`causal_lm`, `sequence_classification`, `image_classification`, or `package.module:function` of a "
@@ -186,7 +202,7 @@ class RunConfig(TwaConfig):
     deepspeed: dict[str, Any] | None = Field(
         None, description="`zero1` to `zero3`: what DeepSpeed's JSON holds; batch sizes and stage follow from the run."
     )
-    pods: PositiveInt = Field(
+    pods: Count = Field(
         1,
         description="Cut the ranks into this many groups, in order, that each hold the whole average with `engine` and "
         "exchange only coefficient gradients: for slow links between them.",
@@ -200,28 +216,22 @@ class RunConfig(TwaConfig):
     split: str = Field(
         "train", description="Data that the coefficients are trained on: `train` (TWA-t), `validation` (TWA-v)."
     )
-    steps: PositiveInt | None = Field(None, description="Coefficient updates; give this or `epochs`.")
+    steps: Count | None = Field(None, description="Coefficient updates; give this or `epochs`.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the split; give this or `steps`.")
-    batch_size: PositiveInt = Field(
+    batch_size: Count = Field(
         32, description="Examples per update, over all ranks: the same run on any number of ranks."
     )
-    micro_batch_size: PositiveInt | None = Field(
+    micro_batch_size: Count | None = Field(
         None, description="Examples per rank and backward pass; gradients are accumulated in coefficient space."
     )
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the run.")
-    seed: int = Field(0, description="Seed of the data order and of dropout.")
-    log_every: PositiveInt = Field(1, description="Steps between two lines of metrics.jsonl.")
-    evaluate_every: PositiveInt | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = Field(0, description="Seed of the data order and of dropout.")
+    log_every: Count = Field(1, description="Steps between two lines of metrics.jsonl.")
+    evaluate_every: Count | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
     evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")
-    evaluate_batches: PositiveInt | None = Field(
-        None, description="Batches per evaluation; the whole split when not given."
-    )
-    checkpoint_every: PositiveInt | None = Field(
-        50, description="Steps between two saves of the run state (kilobytes)."
-    )
-    recalibrate_batches: PositiveInt = Field(
-        50, description="Batches for BatchNorm statistics, when the model has them."
-    )
+    evaluate_batches: Count | None = Field(None, description="Batches per evaluation; the whole split when not given.")
+    checkpoint_every: Count | None = Field(50, description="Steps between two saves of the run state (kilobytes).")
+    recalibrate_batches: Count = Field(50, description="Batches for BatchNorm statistics, when the model has them.")
     resume: bool = Field(True, description="Continue from the run state in `output` when there is one.")
     max_shard_size: str = Field("5GB", description="Largest file of the exported average.")
 

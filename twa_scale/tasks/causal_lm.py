@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from twa_scale.config import Section
+from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
 from twa_scale.names import nearest
 from twa_scale.tasks import huggingface
@@ -22,9 +22,9 @@ from twa_scale.tasks.tokens import TokenArray, TokenFile, Tokens, Windows
 class ByteGPTSizes(Section):
     """Sizes of the built-in model; about a million parameters by default."""
 
-    n_layer: PositiveInt = Field(5, description="Number of blocks.")
-    n_head: PositiveInt = Field(4, description="Attention heads per block.")
-    d_model: PositiveInt = Field(128, description="Width; a multiple of `n_head`.")
+    n_layer: Count = Field(5, description="Number of blocks.")
+    n_head: Count = Field(4, description="Attention heads per block.")
+    d_model: Count = Field(128, description="Width; a multiple of `n_head`.")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ByteGPTSizes":
@@ -71,7 +71,7 @@ class CausalLMOptions(Section):
     token_dtype: Literal["uint8", "uint16", "int32"] = Field(
         "uint16", description="Type of the tokens in bare files; `int32` for vocabularies of more than 65536."
     )
-    context: PositiveInt = Field(256, description="Tokens that one example predicts; each is read once per epoch.")
+    context: Count = Field(256, description="Tokens that one example predicts; each is read once per epoch.")
     fractions: Fractions = Field(
         default_factory=Fractions, description="Parts of the files for each split, where one list is divided."
     )

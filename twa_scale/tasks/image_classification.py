@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from twa_scale.config import Section
+from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
 from twa_scale.tasks.classification import TensorExamples, classification_metrics, cross_entropy, given_split
 from twa_scale.tasks.images import ImageFolder, class_names, read_npz
@@ -30,7 +30,7 @@ class ImageClassificationOptions(Section):
     )
     validation: str | None = Field(None, description="Validation data.")
     test: str | None = Field(None, description="Test data.")
-    image_size: PositiveInt | None = Field(None, description="Side of the squares that images of a folder are cut to.")
+    image_size: Count | None = Field(None, description="Side of the squares that images of a folder are cut to.")
     mean: list[float] = Field([], description="Subtracted per channel (first dimension of an example).")
     std: list[float] = Field([], description="Divided by per channel, after `mean`.")
 

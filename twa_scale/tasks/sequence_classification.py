@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from twa_scale.config import Section
+from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
 from twa_scale.names import nearest, some
 from twa_scale.tasks import huggingface
@@ -33,11 +33,11 @@ class SequenceClassificationOptions(Section):
     test: str | None = Field(None, description="Test data.")
     text: str = Field("text", description="Column that holds the text.")
     label: str = Field("label", description="Column that holds the label: integers from 0, or names.")
-    num_labels: PositiveInt | None = Field(
+    num_labels: Count | None = Field(
         None,
         description="Number of classes; when not given, as the labels or the model's config say.",
     )
-    max_length: PositiveInt = Field(128, description="Longest text, in tokens; the rest is cut off.")
+    max_length: Count = Field(128, description="Longest text, in tokens; the rest is cut off.")
 
     @model_validator(mode="after")
     def _some_data(self) -> "SequenceClassificationOptions":

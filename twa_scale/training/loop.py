@@ -19,6 +19,7 @@ from twa_scale.config import RunConfig, dump
 from twa_scale.engines.zero import is_deepspeed
 from twa_scale.errors import StateError
 from twa_scale.memory import peak_resident, return_freed_memory
+from twa_scale.optimizer import check_optimizer
 from twa_scale.plots import plot_training
 from twa_scale.ranks import Group, World
 from twa_scale.state import load_state, save_state
@@ -69,6 +70,7 @@ class Run:
         self.report = report if self.group.rank == 0 else Report(active=False)
         self.output = Path(config.output)
         with self.group.agree():
+            check_optimizer(config)
             self.task: Task = build_task(config.task)
             self.training = self._batches()
             self.held_out = replace(self.training, examples=self.task.dataset(config.evaluate_split))

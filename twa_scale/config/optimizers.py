@@ -1,0 +1,66 @@
+"""The optimizers of torch.optim that can train coefficients, and what they take: known without importing torch."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+LISTS = {"betas": 2, "etas": 2, "step_sizes": 2, "ns_coefficients": 3}
+"""Options that are lists, and of how many numbers."""
+FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "foreach", "fused", "maximize", "nesterov")
+OPTIONS = {
+    "adadelta": "rho eps weight_decay foreach maximize",
+    "adafactor": "beta2_decay d weight_decay foreach maximize",
+    "adagrad": "lr_decay weight_decay initial_accumulator_value eps foreach fused maximize",
+    "adam": "betas eps weight_decay amsgrad decoupled_weight_decay foreach fused maximize",
+    "adamax": "betas eps weight_decay foreach maximize",
+    "adamw": "betas eps weight_decay amsgrad foreach fused maximize",
+    "asgd": "lambd alpha t0 weight_decay foreach maximize",
+    "muon": "weight_decay momentum nesterov ns_coefficients eps ns_steps",
+    "nadam": "betas eps weight_decay momentum_decay decoupled_weight_decay foreach maximize",
+    "radam": "betas eps weight_decay decoupled_weight_decay foreach maximize",
+    "rmsprop": "alpha eps weight_decay momentum centered foreach maximize",
+    "rprop": "etas step_sizes foreach maximize",
+    "sgd": "momentum dampening weight_decay nesterov foreach fused maximize",
+}
+"""By lower-case name. Left out: what needs a graph or a GPU for numbers that lie on the CPU."""
+_UNFIT = {
+    "lbfgs": "it evaluates the loss several times a step, through a closure, and a step here has one gradient",
+    "sparseadam": "it needs sparse gradients, and those of coefficients are dense",
+}
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError, for pydantic to report under its key, unless coefficients can be trained by this optimizer."""
+    if reason := _UNFIT.get(name.lower()):
+        raise ValueError(f"{name!r} cannot train coefficients: {reason}; use adamw or sgd")
+    if name.lower() not in OPTIONS:
+        raise ValueError(f"{name!r} is none of {', '.join(OPTIONS)}")
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that the optimizer does not take, or that has a value of another kind."""
+    known = OPTIONS[name.lower()].split()
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"{name} takes no {key!r}; it takes {', '.join(('lr', *known))}")
+        fits, kind = _kind(key)
+        if not fits(value):
+            raise ValueError(f"{key!r} of {name} has to be {kind} (got {value!r})")
+
+
+def _kind(key: str) -> tuple[Callable[[Any], bool], str]:
+    if key in FLAGS:
+        return lambda value: isinstance(value, bool), "true or false"
+    if length := LISTS.get(key):
+        return lambda value: _is_list(value, length), f"a list of {length} numbers"
+    if key == "ns_steps":
+        return lambda value: type(value) is int, "an integer"
+    return _is_number, "a finite number"
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == length and all(map(_is_number, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
