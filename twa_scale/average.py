@@ -19,12 +19,12 @@ from twa_scale.engines.postponed import Combine, Postponed
 from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
 from twa_scale.layout import Layout
-from twa_scale.optimizer import make_optimizer
+from twa_scale.optimizer import check_state, make_optimizer
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Progress, job_bytes
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
-from twa_scale.state import Fingerprint
+from twa_scale.state import VERSION, AverageState, Fingerprint, checked
 from twa_scale.store import Store, update_bytes
 
 # Settings under which saved coefficients and moments keep their meaning; the store and the start are free to change.
@@ -266,6 +266,7 @@ class TrainableAverage:
         """
         layers = {id(b) for layer in batchnorm.batchnorm_layers(self._engine.module) for b in layer.buffers()}
         return {
+            "version": VERSION,
             "config": self._settings(),
             "groups": list(self.layout.groups),
             "group_of": {a: group for n, group in self.layout.group_of.items() for a in self.layout.held_as[n]},
@@ -282,26 +283,41 @@ class TrainableAverage:
         """Continue from `state_dict()`. Collective.
 
         Raises:
-            StateError: other candidates, or settings under which the coefficients would mean something else.
+            StateError: on every rank; a field that is missing or of another type or shape, other candidates, or
+                settings under which the coefficients would mean something else. The average is as it was.
         """
-        self.fingerprint.require(Fingerprint.from_state_dict(state["fingerprint"]))
-        self._require_same_settings(state["config"])
-        x = state["x"].to(self._x)
-        if x.shape != self._x.shape or list(self.layout.groups) != state["groups"]:
+        with self.pods.agree():
+            saved = checked(AverageState, state, "state")
+            self._require_fit(saved)
+        with torch.no_grad():
+            self._x.copy_(saved.x)
+        self.optimizer.load_state_dict(deepcopy(saved.optimizer))
+        self.zero_grad()
+        self._write()
+        live = self._engine.buffers()
+        for name, value in saved.buffers.items():
+            live[name].copy_(value)
+
+    def _require_fit(self, saved: AverageState) -> None:
+        self.fingerprint.require(saved.fingerprint.build())
+        self._require_same_settings(saved.config)
+        x = saved.x.to(self._x)
+        if x.shape != self._x.shape or list(self.layout.groups) != saved.groups:
             raise StateError(
                 f"the state has {tuple(x.shape)} coefficients, this run {tuple(self._x.shape)}: other groups."
             )
         a = self._basis.averaging(self._basis.expand(x))
-        if not torch.allclose(a, state["coefficients"].to(a), rtol=1e-6, atol=1e-6):
+        if not torch.allclose(a, saved.coefficients.to(a), rtol=1e-6, atol=1e-6):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
-        with torch.no_grad():
-            self._x.copy_(x)
-        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
-        self.zero_grad()
-        self._write()
+        check_state(self.config, self._x, saved.optimizer)
         live = self._engine.buffers()
-        for name, value in state["buffers"].items():
-            live[name].copy_(value)
+        for name, value in saved.buffers.items():
+            if name not in live or live[name].shape != value.shape:
+                shape = tuple(live[name].shape) if name in live else "none"
+                raise StateError(
+                    f"state: buffers: {name!r} has shape {tuple(value.shape)} in the state, and {shape} in the model. "
+                    "Give the state of this model, or start a new run."
+                )
 
     def close(self) -> None:
         """Take the hooks off the model and release the store and the candidates; the model keeps its weights."""
@@ -373,11 +389,11 @@ class TrainableAverage:
         """Return the settings of the average alone, also where the configuration is that of a whole run."""
         return self.config.model_dump(mode="json", include=set(TwaConfig.model_fields))
 
-    def _require_same_settings(self, saved: dict[str, Any]) -> None:
-        now = self._settings()
+    def _require_same_settings(self, saved: TwaConfig) -> None:
+        then, now = saved.model_dump(mode="json"), self._settings()
         for key in _MEANING:
-            if saved[key] != now[key]:
+            if then[key] != now[key]:
                 raise StateError(
-                    f"{key}: the state was trained with {saved[key]!r}, this run has {now[key]!r}; its coefficients "
+                    f"{key}: the state was trained with {then[key]!r}, this run has {now[key]!r}; its coefficients "
                     "would mean something else. Use the saved setting, or start a new run."
                 )

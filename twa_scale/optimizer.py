@@ -1,12 +1,14 @@
 """The optimizer of the coefficients, and what could not be trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from typing import Any
 
 import torch
 from torch import nn
 
 from twa_scale.config import TwaConfig, candidate_index
-from twa_scale.errors import ConfigError
+from twa_scale.errors import ConfigError, StateError
 
 
 def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
@@ -54,3 +56,49 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
         return known[settings.name.lower()]([x], lr=settings.lr, **settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {settings.name} refuses these options: {error}.") from error
+
+
+def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) -> None:
+    """Compare the saved state of an optimizer with what the optimizer of `config` has after a step on `x`.
+
+    Raises:
+        StateError: a key that is missing or unknown, or a value of another type or shape, or not finite.
+    """
+    trial = nn.Parameter(x.detach().clone())
+    optimizer = make_optimizer(config, trial)
+    trial.grad = torch.zeros_like(trial)
+    optimizer.step()
+    own = optimizer.state_dict()
+    moments, groups = state.get("state"), state.get("param_groups")
+    if not isinstance(moments, Mapping) or not isinstance(groups, list) or len(groups) != 1:
+        raise _unlike("", "a `state` and one entry of `param_groups`")
+    if not isinstance(groups[0], Mapping) or groups[0].get("params") != [0]:
+        raise _unlike("param_groups", "the settings of one parameter")
+    _check_values("param_groups", groups[0], own["param_groups"][0])  # beside them lies what a scheduler needs
+    if moments:  # none before the first step
+        if list(moments) != [0] or not isinstance(moments[0], Mapping):
+            raise _unlike("state", "the moments of one parameter")
+        _check_values("state", moments[0], own["state"].get(0, {}))
+        if unknown := [key for key, value in moments[0].items() if key not in own["state"][0] and value is not None]:
+            raise _unlike(f"state.{unknown[0]}", "nothing: the optimizer has no such value")
+
+
+def _check_values(where: str, saved: Mapping[Any, Any], own: Mapping[str, Any]) -> None:
+    for key, wanted in own.items():
+        value = saved.get(key)
+        if isinstance(wanted, torch.Tensor):
+            if not isinstance(value, torch.Tensor) or value.shape != wanted.shape or value.dtype != wanted.dtype:
+                raise _unlike(f"{where}.{key}", f"{wanted.dtype} of shape {tuple(wanted.shape)}")
+            if not bool(torch.isfinite(value).all()):
+                raise _unlike(f"{where}.{key}", "finite values")
+        elif key not in saved:
+            raise _unlike(f"{where}.{key}", "a value")
+        elif isinstance(wanted, float) and not (isinstance(value, float | int) and isfinite(value)):
+            raise _unlike(f"{where}.{key}", "a finite number")
+
+
+def _unlike(key: str, wanted: str) -> StateError:
+    return StateError(
+        f"state: optimizer{'.' if key else ''}{key}: {wanted} belongs there. It is not the state of this optimizer. "
+        "Give the one that was saved, or start a new run."
+    )

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from twa_scale.kernels.packed import BLOCKS, zero_of
 from twa_scale.kernels.quantize import quantize
-from twa_scale.state import load_state
+from twa_scale.state import AverageState, load_state
 
 BITS = 4
 PIECE = 1 << 17  # elements of each candidate that are in memory at a time
@@ -61,11 +61,11 @@ class Squares:
 
 def check(candidates: Sequence[Path], run: Path, exact: Path) -> dict[str, Any]:
     """Compare the export of `run`, and the merge `exact` of `twa-scale export`, with the merge formed here."""
-    state = load_state(run / "state.pt")["twa"]
+    state = load_state(run).twa
     with ExitStack() as stack:
         read = [Checkpoint(path, stack) for path in (*candidates, run / "average", exact)]
         found = {name: squares(name, read, state) for name in read[0].slices}
-    weights = delta_weights(state["x"], found)
+    weights = delta_weights(state.x, found)
     total = {
         key: sqrt(sum(getattr(s, key) for s in found.values()))
         for key in ("center", "moved", "error", "exact", "rounding")
@@ -84,10 +84,10 @@ def check(candidates: Sequence[Path], run: Path, exact: Path) -> dict[str, Any]:
     }
 
 
-def squares(name: str, read: Sequence[Checkpoint], state: dict[str, Any]) -> Squares:
+def squares(name: str, read: Sequence[Checkpoint], state: AverageState) -> Squares:
     """Read one tensor of the candidates, the export and the exact merge, once."""
-    group = state["group_of"][name]
-    a = state["coefficients"][:, group]
+    group = state.group_of[name]
+    a = state.coefficients[:, group]
     found = None
     for *rows, exported, exact in pieces(name, read):
         w = torch.stack(rows)

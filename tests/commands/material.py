@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from twa_scale import Snapshots
 from twa_scale.config import RunConfig, TaskConfig, validated
+from twa_scale.state import load_state
 from twa_scale.tasks import Task, build_task, stack
 from twa_scale.tasks.protocol import SPLITS
 from twa_scale.training import run
@@ -162,8 +163,7 @@ def load(directory: Path) -> dict[str, Tensor]:
 
 
 def state_of(output: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(output / "state.pt", weights_only=True)
-    return state
+    return load_state(output).model_dump()
 
 
 def by_hand(candidates: str, output: Path) -> dict[str, Tensor]:

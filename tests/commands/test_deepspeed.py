@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from torch import Tensor
 
 from tests.commands.conftest import Brought
-from tests.commands.material import by_hand, load
+from tests.commands.material import by_hand, load, state_of
 from twa_scale.config import RunConfig, load_config, validated
 from twa_scale.errors import ConfigError
 from twa_scale.training.zero import zero_settings
@@ -101,7 +100,7 @@ def test_zero3_on_four_ranks_goes_on_with_fsdp2_on_two(text: Brought, tmp_path: 
     stopping.write_text(yaml.safe_dump({**settings(text, tmp_path / "parts", checkpoint_every=2), "task": task}))
     with pytest.raises(AssertionError, match="the job is over"):
         start(torchrun(4), stopping, "engine=zero3")
-    assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 2
+    assert state_of(tmp_path / "parts")["step"] == 2
     start(torchrun(2), tmp_path / "parts.yaml", "engine=fsdp2")
     close(load(tmp_path / "parts" / "average"), load(tmp_path / "whole" / "average"))
 

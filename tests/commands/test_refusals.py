@@ -215,7 +215,7 @@ def test_a_run_that_is_none(shell: Any, tmp_path: Path) -> None:
     (tmp_path / "state.pt").write_text("hello")
     refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "not a run state")
     torch.save({"twa": {"fingerprint": 3}}, tmp_path / "state.pt")
-    refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "not the state")
+    refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "not a run state", "does not begin with")
 
 
 def test_a_task_of_ones_own_that_is_none(config: Any, shell: Any) -> None:

@@ -210,6 +210,7 @@ def test_a_state_that_is_none(scores: Brought, tmp_path: Path, content: bytes) -
 def test_a_state_of_the_library_alone_is_none_of_a_run(scores: Brought, tmp_path: Path) -> None:
     run_here(life(scores, tmp_path))
     twa = state_of(tmp_path)["twa"]
+    (tmp_path / "state.previous.pt").unlink()
     for state in (twa, {"twa": twa}, {"twa": 3}, [twa]):
         torch.save(state, tmp_path / "state.pt")
         with pytest.raises(TwaError, match=r"state\.pt"):

@@ -20,7 +20,10 @@ from twa_scale.tasks import build_task, stack
 from twa_scale.training.loop import Run
 from twa_scale.training.report import Report
 
-FILES = ["average", "coefficients.png", "config.json", "metrics.jsonl", "state.pt", "summary.json", "tensorboard"]
+FILES = [
+    "average", "coefficients.png", "config.json", "metrics.jsonl", "state.previous.pt", "state.pt", "summary.json",
+    "tensorboard",
+]  # fmt: skip
 
 
 def lines(output: Path) -> list[dict[str, Any]]:

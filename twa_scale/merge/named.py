@@ -17,11 +17,12 @@ from twa_scale.config import (
 from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
 from twa_scale.names import nearest
+from twa_scale.notices import notice
 from twa_scale.ranks import Group
 from twa_scale.reading import Progress
 from twa_scale.sources import open_candidates
 from twa_scale.sources.side_files import side_files
-from twa_scale.state import Fingerprint, load_state
+from twa_scale.state import load_state
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -104,38 +105,37 @@ def export_run(
         StateError: no run state, or candidates that are no longer those of the run; nothing is written.
         CandidateError, OutputError: see `merge`.
     """
-    state = load_state(Path(run) / "state.pt")
-    twa = state["twa"]
+    group = Group.world()
+    state = load_state(Path(run), notice if group.rank == 0 else lambda _: None)
+    twa = state.twa
     chosen = parse_dtype(dtype)
-    config = validated(TwaConfig, twa["config"], "the run's configuration")
-    opened = open_candidates(state["candidates"])
-    saved = Fingerprint.from_state_dict(twa["fingerprint"])
-    coefficients = twa["coefficients"].T.tolist()
+    opened = open_candidates(state.candidates)
+    coefficients = twa.coefficients.T.tolist()
     n = len(opened)
-    buffer_names = set(twa["buffer_names"].values())
+    buffer_names = set(twa.buffer_names.values())
 
     def weights(name: str) -> Sequence[float]:
-        if name in twa["group_of"]:
-            return list(coefficients[twa["group_of"][name]])
+        if name in twa.group_of:
+            return list(coefficients[twa.group_of[name]])
         if name not in buffer_names:
-            return list(twa["center_weights"])
-        return buffer_weights(config.buffers, n)
+            return list(twa.center_weights)
+        return buffer_weights(twa.config.buffers, n)
 
     merge(
         opened,
         out,
         weights,
-        Group.world(),
+        group,
         max_shard_size=max_shard_size,
         dtype=chosen,
-        ignore=config.ignore,
-        replace={twa["buffer_names"][n]: value for n, value in twa["buffers"].items() if n in twa["buffer_names"]},
+        ignore=twa.config.ignore,
+        replace={twa.buffer_names[n]: value for n, value in twa.buffers.items() if n in twa.buffer_names},
         files=side_files(opened[-1].directory, chosen),
         overwrite=overwrite,
         progress=progress,
-        verify=saved.require_checksums,
+        verify=twa.fingerprint.build().require_checksums,
     )
-    return n, int(state["step"])
+    return n, state.step
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

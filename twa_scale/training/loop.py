@@ -22,19 +22,18 @@ from twa_scale.memory import peak_resident, return_freed_memory
 from twa_scale.optimizer import check_optimizer
 from twa_scale.plots import plot_training
 from twa_scale.ranks import Group, World
-from twa_scale.state import load_state, save_state
+from twa_scale.state import PREVIOUS, STATE, RunState, load_state, save_state
 from twa_scale.tasks import Task, build_task
 from twa_scale.training.batches import Batches, make_batches
 from twa_scale.training.evaluate import evaluate
 from twa_scale.training.model import autocast, backward, build_model, pod_mesh
 from twa_scale.training.records import Records, read_records
 from twa_scale.training.report import Report
-from twa_scale.training.schedule import make_scheduler
+from twa_scale.training.schedule import set_rate
 from twa_scale.training.stopping import Stop, Stopped
 from twa_scale.writer import parse_size
 from twa_scale.writer.publish import check_target, replace_file, reported
 
-STATE = "state.pt"
 AVERAGE = "average"
 
 
@@ -90,7 +89,6 @@ class Run:
                 self.model, config.candidates, config, replica_group=replicas, progress=progress
             )
         self._attach_seconds = time.perf_counter() - start
-        self.scheduler = make_scheduler(config.schedule, self.twa.optimizer, self.num_steps)
         self.step = 0
         self._stopping = False
         self._resume()
@@ -140,16 +138,16 @@ class Run:
             sums[0] += loss.detach()
             if is_deepspeed(self.model) and i + 1 < self.training.num_micro:
                 self.twa.step()  # counts a micro-batch
-        rate = self.scheduler.get_last_lr()[0]
+        config = self.config
+        rate = set_rate(self.twa.optimizer, config.optimizer.lr, config.schedule, self.step, self.num_steps)
         self.twa.step()
         self.twa.zero_grad()
-        self.scheduler.step()
         self.step += 1
         self._steps_here += 1
         sums[1] = float(self.stop.asked)
         loss_sum, asked = self.twa.pods.sum_(sums).tolist()
         self._stopping = asked > 0
-        return {"loss": loss_sum / self.group.size, "lr": float(rate), "seconds": time.perf_counter() - start}
+        return {"loss": loss_sum / self.group.size, "lr": rate, "seconds": time.perf_counter() - start}
 
     def _seed(self, step: int) -> None:
         """Make the randomness of a step depend on the seed, the step and the rank: that is the whole random state."""
@@ -236,38 +234,37 @@ class Run:
     def _save(self) -> None:
         state = {
             "twa": self.twa.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "step": self.step,
             "course": self._course(),
             "candidates": [str(Path(label).resolve()) for label in self.twa.fingerprint.labels],
         }
         with self.group.agree():
             if self.group.rank == 0:
-                save_state(self.output / STATE, state)
+                save_state(self.output, state)
 
     def _resume(self) -> None:
-        path = self.output / STATE
-        state: dict[str, Any] | None = None
+        state: RunState | None = None
+        saved = [path for path in (self.output / PREVIOUS, self.output / STATE) if path.exists()]
         with self.group.agree():
-            if self.group.rank == 0 and path.exists():
+            if self.group.rank == 0 and saved:
                 if self.config.resume:
-                    state = load_state(path)
-                    self._require_same_course(state["course"])
+                    state = load_state(self.output, self.report.say)
+                    self._require_same_course(state.course)
                 else:
-                    path.unlink()  # of another run; a later start that resumes must not take it for ours
+                    for path in saved:
+                        path.unlink()  # of another run; a later start that resumes must not take it for ours
         state = self.group.broadcast(state)  # one rank looks: file systems may show ranks different things
         if state is None:
             return
-        self.twa.load_state_dict(state["twa"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.step = state["step"]
+        self.twa.load_state_dict(state.twa.model_dump())
+        self.step = state.step
         self.report.say(f"continuing from step {self.step} of {self.num_steps}")
 
     def _require_same_course(self, saved: dict[str, Any]) -> None:
         for key, value in self._course().items():
-            if saved[key] != value:
+            if saved.get(key) != value:
                 raise StateError(
-                    f"{self.output / STATE}: {key} was {saved[key]!r} when it was saved, and is {value!r} now; the "
+                    f"{self.output / STATE}: {key} was {saved.get(key)!r} when it was saved, and is {value!r} now; the "
                     "course of the run would change. Give the same, another output, or resume=false."
                 )
 

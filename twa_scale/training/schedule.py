@@ -29,8 +29,9 @@ def factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
             return 1.0
 
 
-def make_scheduler(
-    config: ScheduleConfig, optimizer: torch.optim.Optimizer, num_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return a scheduler to be stepped once per update."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(config, step, num_steps))
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, config: ScheduleConfig, step: int, num_steps: int) -> float:
+    """Give `optimizer` the learning rate of `step`, which depends on nothing else, and return it."""
+    rate = lr * factor(config, step, num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate

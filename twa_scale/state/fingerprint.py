@@ -1,17 +1,14 @@
-"""What a run leaves behind to be continued: the fingerprint of its candidates, and a file written atomically."""
+"""The fingerprint of candidates: what a saved state is compared with before it is used."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from twa_scale.errors import StateError
 from twa_scale.names import nearest
-from twa_scale.writer.publish import replace_file
 
 
 @dataclass(frozen=True)
@@ -71,12 +68,6 @@ class Fingerprint:
         """Return plain data."""
         return {"labels": list(self.labels), "shapes": dict(self.shapes), "checksums": self.checksums}
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "Fingerprint":
-        """Rebuild from `state_dict`."""
-        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        return cls(tuple(state["labels"]), shapes, state["checksums"])
-
 
 def fingerprint_of(
     labels: Sequence[str], shapes: dict[str, tuple[int, ...]], checksums: dict[str, torch.Tensor]
@@ -84,34 +75,3 @@ def fingerprint_of(
     """Put the checksums of single tensors, (n,) each, together; what this rank did not read counts zero."""
     none = torch.zeros(len(labels), dtype=torch.int64)
     return Fingerprint(tuple(labels), shapes, torch.stack([checksums.get(name, none) for name in shapes], dim=1))
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`: complete, or not at all.
-
-    Raises:
-        OutputError: the file could not be written; an older one is as it was.
-    """
-    content = BytesIO()
-    torch.save(state, content)
-    replace_file(path, content.getvalue())
-
-
-_KEYS = {"twa", "scheduler", "step", "course", "candidates"}
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote; nothing in the file is executed.
-
-    Raises:
-        StateError: missing, damaged, or not a run state.
-    """
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise StateError(f"{path}: there is no run state here; give the output directory of a run.") from None
-    except Exception as error:
-        raise StateError(f"{path}: is not a run state that can be read: {error}") from error
-    if not isinstance(state, dict) or not state.keys() >= _KEYS:
-        raise StateError(f"{path}: is not the state of a `twa-scale run`; give the output directory of one.")
-    return state

@@ -1,0 +1,18 @@
+"""What a run leaves behind to be continued: a checked file, and the fingerprint of its candidates."""
+
+from twa_scale.state.file import PREVIOUS, STATE, load_state, save_state
+from twa_scale.state.fingerprint import Fingerprint, fingerprint_of
+from twa_scale.state.schema import VERSION, AverageState, RunState, checked
+
+__all__ = [
+    "PREVIOUS",
+    "STATE",
+    "VERSION",
+    "AverageState",
+    "Fingerprint",
+    "RunState",
+    "checked",
+    "fingerprint_of",
+    "load_state",
+    "save_state",
+]
