@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from twa_scale.buffers import is_statistic
 from twa_scale.engines import Engine
 from twa_scale.layout import Layout
 from twa_scale.ranks import Pods
@@ -91,10 +92,22 @@ def write_live(
     for span in spans[first:] + spans[:first]:
         values = engine.live(span)
         for name in names[span.name]:
-            writer.write(replace(span, name=name), values)
+            writer.write(replace(span, name=name), values, masks=may_be_mask(engine, span.name))
         if progress:
             progress(writer.nbytes(span, names[span.name]), total)
     if group.rank == 0:
         for own, buffer in engine.buffers().items():
             for name in names.get(own, ()):
-                writer.write(whole(name, tuple(buffer.shape)), buffer.reshape(-1))
+                values = buffer.reshape(-1)
+                writer.write(whole(name, tuple(buffer.shape)), values, masks=may_be_mask(engine, own))
+
+
+def may_be_mask(engine: Engine, name: str) -> bool:
+    """Whether a parameter or buffer may be infinite, as attention masks are: no statistic, and nothing that is trained.
+
+    Args:
+        engine: the model.
+        name: the model's own name for it.
+    """
+    parameter = engine.parameters.get(name)
+    return not is_statistic(name) if parameter is None else not parameter.trainable

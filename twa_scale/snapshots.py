@@ -15,10 +15,11 @@ from torch import nn
 
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import ConfigError
-from twa_scale.export import write_live
+from twa_scale.export import may_be_mask, write_live
 from twa_scale.ranks import Group, Pods
 from twa_scale.spans import Span, whole
 from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, stored_as, writing
+from twa_scale.writer.finite import require_finite
 from twa_scale.writer.publish import reported, temporary_beside
 
 _LOG = logging.getLogger(__name__)
@@ -159,10 +160,12 @@ class Snapshots:
         specs, group = self._specs(engine), engine.shard_group
         writer = begin(path, specs, group, max_shard_size=self._max_shard_size, overwrite=True)
         try:
-            copies = []
+            copies: list[tuple[Span, torch.Tensor]] = []
             with group.agree():
                 dtypes = {spec.name: spec.dtype for spec in specs}
-                copies = [(span, _host_copy(values, dtypes[span.name])) for span, values in _held(engine)]
+                for span, values in _held(engine):
+                    copies.append((span, _host_copy(values, dtypes[span.name])))
+                    require_finite(span, values.detach(), copies[-1][1], masks=may_be_mask(engine, span.name))
             counts = dict.fromkeys(dtypes, 0)
             for span, _ in copies:
                 counts[span.name] += len(span)

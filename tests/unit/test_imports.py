@@ -16,6 +16,7 @@ ORDER = [
     "config",
     "ranks",
     "names",
+    "buffers",
     "spans",
     "clock",
     "memory",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from twa_scale.errors import CandidateError, OutputError
+from twa_scale.errors import CandidateError
 from twa_scale.kernels import Differences, Kernels, choose_kernels
 from twa_scale.kernels.checksum import wrap
 from twa_scale.names import matches_any, nearest
@@ -137,7 +137,7 @@ class _Merger:
         streamed: list[Job] = []
         for piece in pieces:
             if piece.name in self.replace:
-                self._write(piece, self.replace[piece.name].reshape(-1)[piece.start : piece.stop])
+                self.writer.write(piece, self.replace[piece.name].reshape(-1)[piece.start : piece.stop])
             else:
                 streamed.append((piece, self._who(piece.name)))
         reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
@@ -145,7 +145,8 @@ class _Merger:
             sums = self.kernels.checksums(part.sources).tolist()
             for total, more in zip([self.checksums[i] for i in part.who], sums, strict=True):
                 total[part.span.name] = wrap(total.get(part.span.name, 0) + more)
-            self._write(part.span.part(part.start, part.stop), self._values(part))
+            copied = isinstance(self.weights(part.span.name), int)  # Inf may be meant, as in a mask
+            self.writer.write(part.span.part(part.start, part.stop), self._values(part), masks=copied)
 
     def _who(self, name: str) -> list[int]:
         """Return the candidates that a tensor is made of."""
@@ -163,7 +164,7 @@ class _Merger:
             return part.sources[0]
         a = self.weights(name)
         if isinstance(a, int):
-            self._refuse(part, torch.isnan)  # Inf may be meant, as in a mask
+            self._refuse(part, torch.isnan)
             return part.sources[0]
         values = self._combine(part, a)
         if not torch.isfinite(values.sum()):  # cheap, but finite numbers can have a sum that is too large
@@ -196,21 +197,6 @@ class _Merger:
                     f"{self.candidates[i].label}: tensor {part.span.name!r} holds NaN or Inf at element "
                     f"{part.element(int(bad.nonzero()[0]))}; weights must be finite. Leave this candidate out."
                 )
-
-    def _write(self, piece: Span, values: torch.Tensor) -> None:
-        self.writer.write(piece, self._fitting(piece, values))
-
-    def _fitting(self, piece: Span, values: torch.Tensor) -> torch.Tensor:
-        dtype = self.specs[piece.name].dtype
-        if dtype.is_floating_point and dtype.itemsize < values.itemsize and len(values):
-            low, high = torch.aminmax(values)
-            largest = max(-low.item(), high.item())
-            if torch.finfo(dtype).max < largest < float("inf"):
-                raise OutputError(
-                    f"tensor {piece.name!r}: holds {largest:g}, too large for {dtype}, which ends at "
-                    f"{torch.finfo(dtype).max:g}. Choose a wider dtype."
-                )
-        return values
 
 
 def _plain(source: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,7 @@ class BackgroundWrite:
     def _write(self) -> None:
         try:
             while self._values:
-                self._writer.write(*self._values.pop())
+                self._writer.write(*self._values.pop(), masks=True)  # what is not finite was refused when it was copied
             self._writer.sync()
         finally:
             self._writer.close()

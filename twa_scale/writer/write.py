@@ -11,6 +11,7 @@ from twa_scale.errors import OutputError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
 from twa_scale.writer.disk import OpenFile
+from twa_scale.writer.finite import require_finite
 from twa_scale.writer.publish import check_target, publish, reported, temporary_beside, write_file
 from twa_scale.writer.shards import INDEX, Shard, TensorSpec, index_of, lay_out, parse_size
 
@@ -35,20 +36,26 @@ class Writer:
         self.elements: dict[str, int] = dict.fromkeys(self._specs, 0)
         """Number of elements written by this rank, by tensor."""
 
-    def write(self, span: Span, values: torch.Tensor) -> None:
+    def write(self, span: Span, values: torch.Tensor, *, masks: bool = False) -> None:
         """Write the elements of a span, converted to the type of its tensor once.
 
-        `values` is 1-D, of any type and on any device.
+        Args:
+            span: of a tensor that the writer was made for.
+            values: 1-D, of any type and on any device.
+            masks: whether they may be infinite, as in attention masks.
 
         Raises:
-            OutputError: the disk is full, or fails.
+            OutputError: a number that is not finite, or too large for the type; or the disk is full, or fails.
         """
         spec, shard = self._specs[span.name], self._shard_of[span.name]
         assert values.shape == (len(span),) and 0 <= span.start <= span.stop <= spec.numel
         size = spec.dtype.itemsize
         with reported(self.target):
             for offset, piece in span.pieces(max(1, _PIECE_BYTES // size)):
-                left = self._converted(values[offset : offset + len(piece)].detach(), spec.dtype)
+                part = values[offset : offset + len(piece)].detach()
+                stored = self._converted(part, spec.dtype)
+                require_finite(piece, part, stored, masks=masks)
+                left: memoryview = stored.view(torch.uint8).numpy().data
                 for start, stop in piece.runs():
                     run, left = left[: (stop - start) * size], left[(stop - start) * size :]
                     self._file(shard).write(run, shard.offsets[span.name] + start * size)
@@ -85,15 +92,14 @@ class Writer:
         """Remove what was not published; for one rank."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _converted(self, values: torch.Tensor, dtype: torch.dtype) -> memoryview:
-        """Return the bytes of a piece: where they lie, or in a buffer that the next piece takes again."""
+    def _converted(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a piece in the type of the file: where it lies, or in a buffer that the next piece takes again."""
         if values.dtype != dtype or values.device.type != "cpu" or not values.is_contiguous():
             nbytes = len(values) * dtype.itemsize
             if self._buffer.numel() < nbytes:
                 self._buffer = torch.empty(nbytes, dtype=torch.uint8)
             values = self._buffer[:nbytes].view(dtype).copy_(values)
-        data: memoryview = values.view(torch.uint8).numpy().data
-        return data
+        return values
 
     def _file(self, shard: Shard) -> OpenFile:
         if shard.file not in self._files:

@@ -1,0 +1,127 @@
+"""No writer leaves a file with a number that is not finite, or that its type cannot hold."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import twa_scale
+from tests import models
+from tests.pool import Pool
+from twa_scale import OutputError, Snapshots, TwaError
+from twa_scale.ranks import Group
+from twa_scale.spans import Span
+from twa_scale.writer import TensorSpec, writing
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
+
+
+def write(out: Path, values: Tensor, dtype: torch.dtype, masks: bool = False) -> Tensor:
+    with writing(out, [TensorSpec("w", tuple(values.shape), dtype)], Group.alone()) as writer:
+        writer.write(Span("w", 0, len(values)), values, masks=masks)
+    return load_file(out / "model.safetensors")["w"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("own", [torch.float64, torch.float32], ids=str)
+def test_the_writer_itself(tmp_path: Path, own: torch.dtype, dtype: torch.dtype) -> None:
+    values = torch.ones(2_000_000, dtype=own)
+    values[0] = torch.finfo(dtype).max if dtype.itemsize < own.itemsize else 1.0
+    values[1], values[2] = 1e-310, -0.0
+    assert torch.equal(write(tmp_path / "out", values, dtype), values.to(dtype))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        values[1_999_990] = bad
+        with pytest.raises(OutputError, match=rf"'w', element 1999990: holds {bad};"):
+            write(tmp_path / "bad", values, dtype)
+    values[1_999_990] = -1e300 if own == torch.float64 else torch.finfo(own).min
+    if dtype != own:
+        with pytest.raises(OutputError, match=r"'w', element 1999990: holds -.*e\+.*too large for torch.*wider dtype"):
+            write(tmp_path / "bad", values, dtype, masks=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_masks_may_be_infinite_but_not_nan(tmp_path: Path) -> None:
+    values = torch.tensor([0, float("-inf"), float("inf")])
+    assert torch.equal(write(tmp_path / "out", values, torch.float16, masks=True), values.half())
+    with pytest.raises(OutputError, match="nan"):
+        write(tmp_path / "bad", values * 0, torch.float16, masks=True)
+
+
+class Masked(nn.Module):
+    """A trained tensor, a statistic, and two kinds of masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5))
+        self.frozen = nn.Parameter(torch.zeros(3).log(), requires_grad=False)
+        self.register_buffer("mask", torch.zeros(3).log())
+        self.register_buffer("running_var", torch.ones(3))
+
+
+def snapshot(model: nn.Module, out: Path, **options: object) -> None:
+    with Snapshots(out, every_n_steps=1, **options) as snapshots:  # type: ignore[arg-type]
+        snapshots.save(model, 1)
+
+
+def export(model: nn.Module, out: Path, dtype: torch.dtype | None = None) -> None:
+    states = [{name: value.clone() for name, value in Masked().state_dict().items()} for _ in range(2)]
+    states[1]["weight"] += 1
+    for state in states:  # until masks of candidates are read
+        state["frozen"], state["mask"] = torch.ones(3), torch.ones(3)
+    new = model.state_dict()
+    saved = {name: value.clone() for name, value in new.items()}
+    twa = twa_scale.attach(model, states)
+    model.load_state_dict(saved)
+    twa.export(out / "step-00000001", dtype=dtype)
+
+
+WRITERS: dict[str, Callable[..., None]] = {
+    "snapshots": snapshot,
+    "asynchronous": lambda model, out, **options: snapshot(model, out, asynchronous=True, **options),
+    "export": export,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        ("weight", float("nan"), None),
+        ("weight", float("inf"), None),
+        ("weight", 70000.0, torch.float16),
+        ("running_var", float("inf"), None),
+        ("mask", float("nan"), None),
+        ("frozen", float("nan"), None),
+        ("mask", torch.finfo(torch.float32).min, torch.bfloat16),
+    ],
+)
+def test_live_weights(tmp_path: Path, writer: str, name: str, value: float, dtype: torch.dtype | None) -> None:
+    model = Masked()
+    with torch.no_grad():
+        dict(model.state_dict())[name][2] = value
+    with pytest.raises(OutputError, match=rf"'{name}', element 2: holds"):
+        WRITERS[writer](model, tmp_path, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_live_masks_are_written(tmp_path: Path, writer: str) -> None:
+    WRITERS[writer](Masked(), tmp_path, dtype=torch.float16)
+    found = load_file(tmp_path / "step-00000001/model.safetensors")
+    assert all(torch.equal(found[name], value.half()) for name, value in Masked().state_dict().items())
+
+
+def snapshot_on_ranks(out: Path, asynchronous: bool) -> None:
+    model = models.wrap(models.build(0), "fsdp2")
+    with torch.no_grad():
+        model.get_parameter("blocks.1.up.weight").fill_(float("nan"))
+    snapshot(model, out, asynchronous=asynchronous)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_every_rank_gets_the_error(ranks: Pool, tmp_path: Path, asynchronous: bool) -> None:
+    error = ranks.error(snapshot_on_ranks, 2, out=tmp_path, asynchronous=asynchronous)
+    assert isinstance(error, TwaError) and "'blocks.1.up.weight'" in str(error) and not list(tmp_path.iterdir())
