@@ -39,7 +39,7 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
         CandidateError: a file is missing, damaged or of another saving, or the model was split in a way that is not
             supported.
     """
-    folder = _tagged(directory)
+    folder = tagged_folder(directory)
     files = _Files(folder)
     try:
         return StoredCandidate(_tensors(files), files, str(directory), directory)
@@ -54,7 +54,8 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
         raise
 
 
-def _tagged(directory: Path) -> Path:
+def tagged_folder(directory: Path) -> Path:
+    """Return the folder of a step: the directory itself, or the one that its file `latest` names."""
     latest = directory / "latest"
     if any(directory.glob("*_model_states.pt")) or not latest.is_file():
         return directory

@@ -20,7 +20,7 @@ class ShardedCandidate:
         self.label = label
         self.directory: Path | None = index.parent
         self.bytes_read = 0
-        file_of = _weight_map(index)
+        file_of = weight_map(index)
         missing = sorted({file for file in file_of.values() if not (index.parent / file).is_file()})
         if missing:
             raise CandidateError(
@@ -83,7 +83,12 @@ class ShardedCandidate:
             part.close()
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index names.
+
+    Raises:
+        CandidateError: no index, or one that names something else than files beside it.
+    """
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
     except OSError as error:

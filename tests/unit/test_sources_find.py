@@ -1,0 +1,254 @@
+"""Which files a path, a directory or a glob stands for: as loaders read them, each once, or refused as ambiguous."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.slices import read
+from twa_scale.errors import CandidateError
+from twa_scale.sources import open_candidates
+from twa_scale.sources.find import find_sources
+from twa_scale.sources.open import open_sources
+
+NUMBER = {"raw": 1.0, "other": 2.0, "shards": 3.0, "torch": 4.0, "torch shards": 5.0}
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((2,), value), "b": torch.full((3,), value)}
+
+
+def write(directory: Path, files: str, value: float, name: str = "model") -> None:
+    """Write weights of one value: one file, or the shards of an index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not files.endswith(".index.json"):
+        (save_file if files.endswith(".safetensors") else torch.save)(tensors(value), directory / files)  # type: ignore[operator]
+        return
+    stem, suffix, *_ = files.split(".")
+    weight_map = {}
+    for i, (key, tensor) in enumerate(tensors(value).items(), 1):
+        file = f"{stem}-{i:05d}-of-00002.{suffix}"
+        (save_file if suffix == "safetensors" else torch.save)({key: tensor}, directory / file)  # type: ignore[operator]
+        weight_map[key] = file
+    (directory / files).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def found(spec: object) -> tuple[list[str], list[str]]:
+    """The paths that are found, and what is said."""
+    said: list[str] = []
+    return [str(path) for path in find_sources(spec, 1, said.append)], said  # type: ignore[arg-type]
+
+
+def refused(spec: object) -> str:
+    with pytest.raises(CandidateError) as error:
+        open_candidates(spec, minimum=1)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Directories
+
+
+ORDER = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_directories_are_read_as_from_pretrained_reads_them(here: Path, first: int) -> None:
+    utils = pytest.importorskip("transformers.modeling_utils")
+    said: list[str] = []
+    for i, name in enumerate(ORDER[first:], first):
+        write(here / "x", name, float(i))
+    (path, *_), _ = utils._get_resolved_checkpoint_files("x", None, None, None, None, False)
+    (candidate,) = open_sources(find_sources(["x"], 1, said.append))
+    assert (path.startswith(f"x/{ORDER[first].split('.')[0]}")) and read(candidate, "a", 0, 1) == first
+
+
+@pytest.mark.parametrize(
+    ("files", "chosen", "aside"),
+    [
+        (["model.safetensors", "model.safetensors.index.json"], 0, ["model.safetensors.index.json"]),
+        (["pytorch_model.bin", "ema.safetensors"], 0, ["ema.safetensors"]),
+        (["pytorch_model.bin", "pytorch_model_ema.bin", "optimizer.pt"], 0, ["pytorch_model_ema.bin"]),
+        (["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"], 0, []),
+        (["model.safetensors.index.json", "ema.safetensors"], 0, ["ema.safetensors"]),
+        (
+            ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"],
+            1,
+            ["diffusion_pytorch_model.safetensors"],
+        ),
+        (["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"], 0, []),
+        (["model.fp16.safetensors"], 0, []),
+        (["consolidated.safetensors.index.json"], 0, []),
+        (["adapter_model.bin"], 0, []),
+    ],
+    ids=str,
+)
+def test_what_lies_beside_the_weights(here: Path, files: list[str], chosen: int, aside: list[str]) -> None:
+    for i, name in enumerate(files):
+        write(here / "x", name, float(i))
+    said: list[str] = []
+    (candidate,) = open_sources(find_sources(["x"], 1, said.append))
+    assert read(candidate, "a", 0, 1) == chosen and str(candidate.directory) == "x"
+    assert len(said) == bool(aside) and all(repr(name) in said[0] and files[chosen] in said[0] for name in aside)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["model.safetensors", "adapter_model.safetensors"], ["'model.safetensors'", "'adapter_model.safetensors'"]),
+        (["a.safetensors", "ema.safetensors"], ["2 *.safetensors files", "'a.safetensors', 'ema.safetensors'"]),
+        (["model.fp16.safetensors", "model.bf16.safetensors"], ["'model.bf16.safetensors'"]),
+        (["a.safetensors.index.json", "b.safetensors.index.json"], ["4 *.safetensors files"]),
+        (["a.safetensors.index.json", "ema.safetensors"], ["'ema.safetensors'"]),
+        (["shard-00001-model-00001-of-00001.safetensors", "ema.safetensors"], ["'ema.safetensors'"]),
+    ],
+    ids=str,
+)
+def test_directories_that_are_ambiguous(here: Path, files: list[str], said: list[str]) -> None:
+    for name in files:
+        write(here / "x", name, 1.0)
+    message = refused(["x"])
+    assert message.startswith("x: ") and "Name the file" in message and all(part in message for part in said), message
+
+
+def test_a_shard_is_no_candidate(here: Path) -> None:
+    write(here / "x", "model.safetensors.index.json", 1.0)
+    for spec in ("x/*.safetensors", ["x/model-00001-of-00002.safetensors"]):
+        assert "the directory x" in refused(spec)
+
+
+# Each once
+
+
+def linked(here: Path) -> None:
+    (here / "run/latest").symlink_to("step-2")
+
+
+def linked_first(here: Path) -> None:
+    (here / "run/best").symlink_to(here / "run/step-1", target_is_directory=True)
+
+
+def hard_linked(here: Path) -> None:
+    shutil.copytree(here / "run/step-2", here / "run/step-2-kept", copy_function=os.link)
+
+
+@pytest.mark.parametrize("again", [linked, linked_first, hard_linked])
+@pytest.mark.parametrize("files", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
+def test_a_glob_counts_the_same_files_once(here: Path, files: str, again: Callable[[Path], None]) -> None:
+    for i in (1, 2, 10):
+        write(here / f"run/step-{i}", files, float(i))
+    again(here)
+    paths, said = found("run/*")
+    assert paths == ["run/step-1", "run/step-2", "run/step-10"]
+    assert len(said) == 1 and "counted once" in said[0]
+    assert found("run/*/" + files)[0] == [f"{path}/{files}" for path in paths]
+
+
+def test_files_of_equal_content_are_not_the_same(here: Path) -> None:
+    for i in (1, 2):
+        write(here / f"run/step-{i}", "model.safetensors", 1.0)
+    assert found("run/*") == (["run/step-1", "run/step-2"], [])
+
+
+def test_shards_behind_the_same_index_may_differ(here: Path) -> None:
+    """As in the cache of the Hugging Face hub, where an index of equal content is one file."""
+    for i in (1, 2):
+        write(here / f"run/step-{i}", "model.safetensors.index.json", float(i))
+    (here / "run/step-2/model.safetensors.index.json").unlink()
+    (here / "run/step-2/model.safetensors.index.json").hardlink_to(here / "run/step-1/model.safetensors.index.json")
+    assert found("run/*") == (["run/step-1", "run/step-2"], [])
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        ["run/step-1", "run/step-1"],
+        ["run/step-1", "{here}/run/step-1"],
+        ["run/step-1", "run/../run/step-1"],
+        ["run/step-1", "run/step-1/model.safetensors"],
+        ["run/step-1", "run/latest"],
+    ],
+)
+def test_what_is_named_twice_counts_twice_and_is_said(here: Path, twice: list[str]) -> None:
+    write(here / "run/step-1", "model.safetensors", 1.0)
+    (here / "run/latest").symlink_to("step-1")
+    spec = [path.format(here=here) for path in twice]
+    paths, said = found(spec)
+    assert paths == spec and len(said) == 1 and "count 2 times" in said[0] and repr(spec[0]) in said[0]
+    state = tensors(1.0)
+    assert len(find_sources([state, state], 1, said.append)) == 2
+    assert "state dict 0 and state dict 1 count 2 times" in said[1]
+
+
+def test_a_match_of_what_is_named_as_well_counts_once(here: Path) -> None:
+    for i in (1, 2):
+        write(here / f"run/step-{i}", "model.safetensors", float(i))
+    paths, said = found(["run/step-1", "run/step-*"])
+    assert paths == ["run/step-1", "run/step-2"] and len(said) == 1
+    paths, said = found(["run/step-[12]", "run/step-*"])
+    assert paths == ["run/step-1", "run/step-2"] and len(said) == 1
+
+
+# Versions
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["step-1/model.safetensors", "step-1/ema.safetensors", "step-2/model.safetensors"], "*/*.safetensors"),
+        (["1.pt", "1_ema.pt", "2.pt"], "*.pt"),
+        (["model.safetensors", "model.fp16.safetensors"], "*"),
+        (["step-1/model.safetensors", "step-1-ema/model.safetensors"], "*"),
+        (["step-1/model.safetensors", "average/model.safetensors"], "*"),
+        (["a/EMA/model.safetensors", "a/raw/model.safetensors"], "a/*"),
+    ],
+    ids=str,
+)
+def test_a_glob_that_matches_two_versions_of_one_model(here: Path, names: list[str], pattern: str) -> None:
+    for name in names:
+        write((here / name).parent, Path(name).name, 1.0)
+    message = refused(pattern)
+    assert f"'{pattern}'" in message and "Narrow the pattern" in message and "versions of one model" in message
+    assert len(found([str(here / name) for name in names])[0]) == len(names)
+
+
+@pytest.mark.parametrize(
+    "names", [["ema-1.pt", "ema-2.pt"], ["schema.pt", "other.pt"], ["a.fp.pt", "b.fp16.pt"]], ids=str
+)
+def test_a_glob_that_matches_one_version(here: Path, names: list[str]) -> None:
+    for name in names:
+        write(here, name, 1.0)
+    assert found("*.pt") == (sorted(names), [])
+
+
+def test_digits_of_other_scripts(here: Path) -> None:
+    names = ["step-²", "step-1", "step-٢", "step-③"]
+    for name in names:
+        write(here / name, "model.safetensors", 1.0)
+    paths, _ = found("step-*")
+    assert sorted(paths) == sorted(names) and paths.index("step-1") < paths.index("step-٢")
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"weight": torch.ones(2)}, "not dict"),
+        (torch.nn.Linear(2, 2), "give its state_dict()"),
+        ([torch.nn.Linear(2, 2)] * 2, "give its state_dict()"),
+        (3, "not int"),
+        ([1, 2], "not int"),
+        (None, "not NoneType"),
+    ],
+)
+def test_what_is_no_list_of_candidates(spec: object, said: str) -> None:
+    assert said in refused(spec)
