@@ -1,7 +1,7 @@
 """A pool of rank processes that lives as long as the test session: real process groups, without paying for start-up.
 
 Each call runs one module-level function on ranks 0..size-1 in a fresh gloo group of exactly that size, which meets
-through a file. Workers are forked from a server that has imported torch once.
+through a file. Workers are forked from a server that has imported torch, DeepSpeed and the kernels once (preload.py).
 """
 
 import faulthandler
@@ -26,7 +26,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from twa_scale.errors import TwaError
 
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.nn.parallel", "safetensors.torch", "tests.pool"]
+PRELOAD = ["tests.pool", "tests.preload"]
 MAX_RANKS = 4
 MAX_THREADS = 100  # of a worker
 GRACE = 10.0  # seconds the other ranks have to come back after the first one raised
@@ -188,7 +188,6 @@ def _where(rank: int, worker: Worker) -> str:
 def _work(pipe: Connection, stack: str) -> None:
     """The life of a worker: take a call, run it in a group of its own, send what came of it."""
     torch.set_num_threads(1)
-    gc.freeze()
     with Path(stack).open("w") as file:
         while True:
             try:

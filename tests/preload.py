@@ -1,0 +1,76 @@
+"""What rank processes need, loaded once, by the server that the pool forks them from.
+
+A worker that imports DeepSpeed or compiles a kernel does so for itself alone, while the other ranks wait for it.
+Nothing here may start a thread: a forked process has only the thread that called fork.
+"""
+
+import gc
+import importlib
+import os
+from itertools import product
+from typing import Literal
+
+import torch
+
+from tests.deltas import packed
+from twa_scale.kernels import Dense, Differences, Packed, Rows, Target
+from twa_scale.kernels.compiled import NumbaKernels
+
+MODULES = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.nn.parallel",
+    "deepspeed",
+    "fairscale.nn.data_parallel",
+    "fairscale.optim.oss",
+    "safetensors.torch",
+    "twa_scale.training",
+    "tests.ranks.cases",
+]
+FLOATS = (torch.float32, torch.bfloat16)
+BITS: tuple[Literal[8, 4], ...] = (8, 4)  # of packed rows, as far as rank tests use them
+CPU = torch.device("cpu")
+
+
+def compile_kernels() -> None:
+    """Call the kernels with every kind of rows and numbers, so that workers find them compiled and loaded.
+
+    numba keeps the machine code beside the sources. Only the first call after a change in `kernels/` compiles.
+    """
+    kernels = NumbaKernels()
+    for rows, kind in product(some_rows(kernels), FLOATS):
+        kernels.project(rows, torch.ones(5, dtype=kind))
+        kernels.combine(rows, torch.ones(3), torch.zeros(5), 1.0, torch.empty(5, dtype=kind))
+    for kind in FLOATS:
+        sources = torch.ones(3, 5, dtype=kind)
+        for target in targets():
+            kernels.make_deltas(sources, [1 / 3] * 3, target, 0)
+        kernels.checksums(sources)
+
+
+def some_rows(kernels: NumbaKernels) -> list[Rows]:
+    """Return three rows of five elements, of every kind."""
+    values = torch.arange(15.0).reshape(3, 5)
+    dense = [Dense.empty(3, 5, kind, CPU) for kind in FLOATS]
+    for rows in dense:
+        rows.write(0, values)
+    differences = [Differences([*values.to(kind)], torch.zeros(5)) for kind in FLOATS]
+    return [*dense, *differences, *(packed(values, bits, kernels) for bits in BITS)]
+
+
+def targets() -> list[Target]:
+    """Return places for the deltas of three candidates of five elements, of every kind."""
+    dense = [Dense.empty(3, 5, kind, CPU) for kind in FLOATS]
+    rows = [None, *dense, *(Packed.empty(3, 5, 0, bits, CPU) for bits in BITS)]
+    return [Target(row, torch.empty(5), torch.zeros(4, 4, dtype=torch.float64)) for row in rows]
+
+
+torch.set_num_threads(1)
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
+for module in MODULES:
+    importlib.import_module(module)
+compile_kernels()
+gc.collect()
+gc.freeze()  # what is here stays: the collector of a worker need not look at it
