@@ -43,7 +43,7 @@ def llama(size: str) -> LlamaConfig:
 def tensors(config: LlamaConfig) -> list[TensorSpec]:
     """Return what a checkpoint of the model holds, tied weights once."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return [TensorSpec(name, tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()]
 
 

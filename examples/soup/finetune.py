@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     task = build_task(load_config(arguments.config, arguments.overrides).task)
     torch.manual_seed(0)  # one new head for all: weights can be averaged when they begin at one place
-    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=2)
+    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=2, trust_remote_code=False)
     torch.manual_seed(arguments.seed)
     examples = task.dataset("train")
     order = torch.cat([torch.randperm(len(examples)) for _ in range(arguments.steps)]).tolist()
@@ -40,7 +40,7 @@ def main() -> None:
         optimizer.step()
         scheduler.step()
     model.save_pretrained(arguments.out)
-    AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.out)
+    AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False).save_pretrained(arguments.out)
     print(f"{arguments.out}: rate {arguments.lr}, last batch {loss.item():.3f}")
 
 

@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "twa_scale"
 ORDER = [
     "errors",
+    "inputs",
     "notices",
     "config",
     "ranks",
@@ -130,7 +131,7 @@ def test_doors_only_re_export(module: str) -> None:
             assert isinstance(node, ast.Import | ast.ImportFrom), f"{module}:{node.lineno} is logic"
 
 
-@pytest.mark.parametrize("module", ["errors", "config"])
+@pytest.mark.parametrize("module", ["errors", "inputs", "config"])
 def test_imports_no_torch(module: str) -> None:
     """Loaded without the package's own door, which re-exports what needs torch."""
     program = f"""

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -465,3 +466,33 @@ def test_transformers_missing(bert: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match="pip install transformers"):
         task_of("causal_lm", text="stdlib", model=bert)
+
+
+# Code that comes with a model
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_model_directory_is_never_run(tmp_path: Path, file: str) -> None:
+    """With an answer for every prompt: what asks whether to run it must not be reached."""
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Any:\n    pass\n"
+    (tmp_path / "own.py").write_text(code)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "of-its-own", "vocab_size": 8}))
+    known = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {"tokenizer_class": "Own"}
+    auto_map = {"AutoConfig": "own.Any", "AutoModelForCausalLM": "own.Any", "AutoTokenizer": ["own.Any", None]}
+    (tmp_path / file).write_text(json.dumps({**known, "auto_map": auto_map}))
+    program = """
+import subprocess
+import sys
+from twa_scale.errors import ConfigError
+from twa_scale.tasks import huggingface
+for loads in (huggingface.load_config, huggingface.load_tokenizer):
+    try:
+        loads(sys.argv[1])
+    except ConfigError as error:
+        print(error)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, input="y\n" * 100, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
+    assert "needs Python code that comes with it" in done.stdout and "trust_remote_code" not in done.stdout

@@ -1,46 +1,24 @@
 """From files and overrides to a validated configuration, with messages that name key, value, rule and fix."""
 
 import json
-import re
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
-from yaml.composer import ComposerError
 
 from twa_scale.config.block import BLOCK, unfolded
 from twa_scale.config.schema import RunConfig
 from twa_scale.config.section import Section
+from twa_scale.config.yaml_text import parse_yaml
 from twa_scale.errors import ConfigError
+from twa_scale.inputs import MAX_DEPTH, brief, parse_json, read_bounded
 
 M = TypeVar("M", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2: `3e-3` is a number, which YAML 1.1 reads as text, and a key is given once."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse a key that is given twice, of which SafeLoader takes the last one."""
-        node = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            line, where = key.start_mark.line + 1, (key.tag, key.value)
-            if where in lines and key.tag != "tag:yaml.org,2002:merge":
-                raise ComposerError(
-                    None, None, f"key {key.value!r} is given twice, in lines {lines[where]} and {line}; keep one"
-                )
-            lines[where] = line
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
+_MAX_BYTES = 256 << 10  # of a file of settings
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -50,13 +28,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         ConfigError: an unreadable file, a malformed override, an unknown key (with the nearest valid one), a bad value.
     """
     path = Path(path)
+    raw = read_bounded(path, _MAX_BYTES, ConfigError)
     try:
-        text = path.read_text(encoding="utf-8")
         # YAML takes JSON as it is, but for tabs.
-        data = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:
+        data = parse_json(raw) if path.suffix == ".json" else parse_yaml(raw.decode("utf-8-sig"))
+    except ValueError as error:
         raise ConfigError(f"{path}: is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds {type(data).__name__}, not a mapping of keys to values.")
@@ -66,29 +42,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return validated(RunConfig, settings, str(path))
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a mapping of JSON, in which no key is given twice."""
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice; keep one")
-    return data
-
-
 def _override(data: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     *parents, key = path.split(".")
-    if not equals or not all((*parents, key)):
-        raise ConfigError(f"override {override!r}: write it as key=value or section.key=value.")
+    if not equals or not all((*parents, key)) or len(parents) > MAX_DEPTH:
+        raise ConfigError(f"override {brief(override)}: write it as key=value or section.key=value.")
     node = data
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} holds {node!r}, which has no keys.")
+            raise ConfigError(f"override {brief(override)}: {parent!r} holds {brief(node)}, which has no keys.")
     try:
-        node[key] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: its value is not valid YAML: {error}") from error
+        node[key] = parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"override {brief(override)}: its value is not valid YAML: {error}") from error
 
 
 def validated(model: type[M], data: M | dict[str, Any] | None, where: str = "config") -> M:
@@ -117,7 +84,7 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {key!r}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("missing", "value_error") else f" (got {error['input']!r})"
+    given = "" if error["type"] in ("missing", "value_error") else f" (got {brief(error['input'])})"
     return f"{key}: {message}{given}" if key else message
 
 

@@ -1,6 +1,5 @@
 """safetensors as DCP writes them from every rank: each file has its part of the tensors, and says which part."""
 
-import json
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import integers, parse_json
 from twa_scale.sources.boxes import Box, Boxed
 from twa_scale.sources.handles import File
 from twa_scale.sources.safetensors import read_header
@@ -71,8 +71,8 @@ def open_dcp_safetensors(paths: Sequence[Path], directory: Path) -> StoredCandid
 
 def _offsets(metadata: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
     try:
-        sharding = json.loads(metadata["DCP_SHARDING_INFO"])
-        return {name: tuple(map(int, said["saved_offsets"])) for name, said in sharding.items()}
+        sharding = parse_json(metadata["DCP_SHARDING_INFO"].encode())
+        return {name: integers(said["saved_offsets"]) for name, said in sharding.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CandidateError(
             f"{path}: its header does not say which part of each tensor it holds (DCP_SHARDING_INFO): {error!r}. Save "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import read_bounded
 from twa_scale.names import some
 from twa_scale.sources.archive import Archive
 from twa_scale.sources.handles import File
@@ -21,6 +22,7 @@ _OTHERS = {
     re.compile(r"layer_\d+_expert_\d+_.*|expp_rank_.*"): "experts (MoE)",
     re.compile(r"layer_\d+-model.*"): "a pipeline of stages",
 }
+_LONGEST_TAG = 4096  # bytes: as long as a path
 _REGROUP = "Convert it to safetensors with DeepSpeed's own tools, and give those files."
 
 
@@ -59,7 +61,7 @@ def tagged_folder(directory: Path) -> Path:
     latest = directory / "latest"
     if any(directory.glob("*_model_states.pt")) or not latest.is_file():
         return directory
-    tag = latest.read_text(errors="replace").strip()
+    tag = read_bounded(latest, _LONGEST_TAG).decode(errors="replace").strip()
     if not tag or Path(tag).name != tag or not (directory / tag).is_dir():
         folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
         raise CandidateError(

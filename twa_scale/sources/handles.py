@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import open_regular
 
 _STEADY = "candidates must stay as they are until the run has ended."
 
 
 class File:
-    """A file that is read at offsets, by any number of threads.
+    """A regular file that is read at offsets, by any number of threads.
 
     It may be closed between two reads, when many others are in use; the file that is found when it is opened again must
     be the one that was there at first.
@@ -57,7 +58,7 @@ class File:
     def open(self) -> int:
         """Open the file, and check that it is still the one that it was; for the table of open files only."""
         try:
-            handle = os.open(self.path, os.O_RDONLY)
+            handle = open_regular(self.path)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise

@@ -1,6 +1,5 @@
 """safetensors files: the header parsed once, tensor data read by exact byte ranges."""
 
-import json
 import mmap
 from dataclasses import dataclass
 from math import prod
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import MAX_JSON, brief, parse_json
 from twa_scale.sources.handles import File
 from twa_scale.sources.unwrapped import unwrapped
 
@@ -31,7 +31,7 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-MAX_HEADER = 100_000_000  # what the format's own library accepts
+_MAX_DIMS = 64  # what torch can index
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
     length = int.from_bytes(raw_length, "little")
     if raw_length == b"version ":
         raise CandidateError(f"{label}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
-    if length > min(size - 8, MAX_HEADER):
+    if length > min(size - 8, MAX_JSON):
         raise CandidateError(
             f"{label}: its first 8 bytes promise a header of {length} bytes, but {size - 8} bytes follow: it "
             "is no safetensors file, or it is truncated. Write or copy it again."
@@ -120,12 +120,14 @@ def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
     raw = bytearray(length)
     file.read(memoryview(raw), 8, "the header")
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         if not isinstance(header, dict):
             raise ValueError(f"it is a {type(header).__name__}")
         metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
+            raise ValueError(f"its __metadata__ is a {type(metadata).__name__}")
         entries = [(_entry(name, value, 8 + length, label), name) for name, value in header.items()]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CandidateError(
             f"{label}: the header is not the JSON that a safetensors file starts with ({error}). Write it again."
         ) from error
@@ -142,16 +144,17 @@ def _entry(name: str, value: Any, data_start: int, label: str) -> Entry:
         numbers = (*shape, begin, end)
     except (KeyError, TypeError, ValueError) as error:
         raise CandidateError(
-            f"{where}: the header must give its dtype, shape and two data_offsets, but says {value!r}. Write "
+            f"{where}: the header must give its dtype, shape and two data_offsets, but says {brief(value)}. Write "
             "the file again."
         ) from error
-    if any(type(number) is not int or number < 0 for number in numbers):
+    if len(shape) > _MAX_DIMS or any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
         raise CandidateError(
-            f"{where}: shape and data_offsets must be integers from 0 on, not {value!r}. Write the file again."
+            f"{where}: shape and data_offsets must be 64-bit integers from 0 on, at most {_MAX_DIMS} in a "
+            f"shape, not {brief(value)}. Write the file again."
         )
     if not isinstance(kind, str) or kind not in DTYPES:
         raise CandidateError(
-            f"{where}: dtype {kind!r} is not supported; supported: {', '.join(DTYPES)}. Convert the tensor."
+            f"{where}: dtype {brief(kind)} is not supported; supported: {', '.join(DTYPES)}. Convert the tensor."
         )
     needed = prod(shape) * DTYPES[kind].itemsize
     if end - begin != needed:

@@ -1,12 +1,12 @@
 """Several files that are one candidate, by a Hugging Face index."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import MAX_JSON, brief, parse_json, read_bounded
 from twa_scale.names import nearest, some
 from twa_scale.sources.mapped import Mappable
 from twa_scale.sources.protocol import Candidate
@@ -90,16 +90,22 @@ def weight_map(index: Path) -> dict[str, str]:
         CandidateError: no index, or one that names something else than files beside it.
     """
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-    except OSError as error:
-        raise CandidateError(f"{index}: cannot be read: {error.strerror}.") from error
+        weight_map = parse_json(read_bounded(index, MAX_JSON))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise CandidateError(
             f"{index}: is not a Hugging Face index, which is JSON with a 'weight_map': {error!r}."
         ) from error
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CandidateError(f"{index}: its 'weight_map' must map tensor names to files; it is {weight_map!r}.")
+        raise CandidateError(f"{index}: its 'weight_map' must map tensor names to files; it is {brief(weight_map)}.")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CandidateError(f"{index}: tensor {name!r}: {file!r} must be the name of a file beside the index.")
+            raise CandidateError(
+                f"{index}: tensor {name!r}: {brief(file)} must be the name of a file beside the index. Write the "
+                "candidate again."
+            )
+        if file.endswith(".index.json"):
+            raise CandidateError(
+                f"{index}: tensor {name!r}: {brief(file)} is an index; an index names files of weights. Write the "
+                "candidate again."
+            )
     return weight_map

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from twa_scale.inputs import MAX_JSON, parse_json, read_bounded
+
 _CARRIED = (
     "config.json",
     "generation_config.json",
@@ -44,13 +46,13 @@ def side_files(directory: Path | None, dtype: torch.dtype | None = None) -> dict
         and any(fnmatch(path.name, p) for p in _CARRIED)
     }
     if dtype is not None and "config.json" in files:
-        files["config.json"] = _with_dtype((directory / "config.json").read_bytes(), dtype)
+        files["config.json"] = _with_dtype(read_bounded(directory / "config.json", MAX_JSON), dtype)
     return files
 
 
 def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
     try:
-        settings = json.loads(config)
+        settings = parse_json(config)
     except ValueError:
         return config
     if not isinstance(settings, dict):

@@ -1,5 +1,6 @@
 """Files of torch.save: unpickled by torch's restricted reader only, tensor data mapped and read by slices."""
 
+import os
 import pickle
 import re
 import zipfile
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import open_regular
 from twa_scale.sources.memory import MemoryCandidate
 
 
@@ -42,7 +44,7 @@ class TorchFileCandidate(MemoryCandidate):
 
 def _load(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             magic = file.read(8)
     except OSError as error:
         raise CandidateError(f"{path}: cannot be opened: {error.strerror}.") from error

@@ -122,6 +122,6 @@ def _below(root: Path, without: tuple[str, ...] = ()) -> Iterator[tuple[Path, st
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", *without))]
         for name in files:
-            if not name.startswith((".", *without)):
-                path = Path(folder, name)
+            path = Path(folder, name)
+            if not name.startswith((".", *without)) and path.is_file():  # a pipe would keep its reader waiting
                 yield path, path.relative_to(root).as_posix()

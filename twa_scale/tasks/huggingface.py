@@ -42,8 +42,9 @@ def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module
         ConfigError: an architecture that has no such model, or cannot recompute.
     """
     try:
-        model = getattr(_transformers(), kind).from_config(config, dtype=torch.float32)
+        model = getattr(_transformers(), kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
+        _refuse_code(error, config.model_type)
         raise ConfigError(f"task.model: {config.model_type!r} has no {kind}: {_first_line(error)}") from error
     if recompute:
         try:
@@ -59,16 +60,29 @@ def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module
 def _from_pretrained(kind: str, directory: str, what: str) -> Any:
     auto = getattr(_transformers(), kind)
     try:
-        return auto.from_pretrained(str(Path(directory).expanduser()), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Without `trust_remote_code=False` it asks at a prompt whether to run code of the directory.
+        path = str(Path(directory).expanduser())
+        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of damaged files, transformers and tokenizers raise almost anything
+        _refuse_code(error, directory)
         raise ConfigError(
             f"task.model: the {what} of {directory!r} cannot be used: {_first_line(error)} "
             "Save them there with save_pretrained."
         ) from error
 
 
+def _refuse_code(error: Exception, name: str) -> None:
+    """Say in our words what transformers says with the advice to trust code that comes with weights."""
+    if "trust_remote_code" in str(error):
+        raise ConfigError(
+            f"task.model: {name!r} needs Python code that comes with it (`auto_map` in its JSON files); nothing of it "
+            "was run, and no setting allows it. Use an architecture that is part of transformers, or, if you have "
+            "read that code, install it as a package and build the model in a task of your own."
+        ) from None
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _transformers() -> Any:

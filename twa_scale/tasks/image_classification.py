@@ -123,7 +123,7 @@ def _paths(options: ImageClassificationOptions) -> dict[str, Path]:
         if not paths:
             raise ConfigError(f"task.data: {root} has no subfolder {', '.join(SPLITS)}. Name each split on its own.")
     for split, path in paths.items():
-        if not path.exists():
+        if not path.is_file() and not path.is_dir():
             key = "data" if options.data else split
-            raise ConfigError(f"task.{key}: {path} does not exist. Give an .npz file or a folder.")
+            raise ConfigError(f"task.{key}: {path} is no file or folder that exists. Give an .npz file or a folder.")
     return paths

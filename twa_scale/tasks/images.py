@@ -1,6 +1,5 @@
 """Arrays of images and labels, from npz files and folders."""
 
-import zipfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,9 @@ def read_npz(path: Path, prefix: str, where: str) -> tuple[Tensor, Tensor]:
                     f"{where}: {path} has no array {some(missing)}; it has {has}. Save it under that name."
                 )
             images, labels = (torch.from_numpy(_native(arrays[name])) for name in names)
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile, AttributeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged archive makes numpy, zipfile and zlib raise almost anything
         raise ConfigError(f"{where}: {path} cannot be read as arrays: {error}. Write it with numpy.savez.") from error
     if images.dim() < 2 or len(images) != len(labels) or not len(images):
         raise ConfigError(
@@ -96,7 +97,7 @@ class ImageFolder:
         try:
             with self._image.open(path) as image:
                 square = self._ops.fit(image.convert("RGB"), (self._size, self._size), self._image.Resampling.BILINEAR)
-        except OSError as error:
+        except Exception as error:  # the decoders of damaged images raise almost anything
             raise ConfigError(f"{path}: cannot be read as an image: {error}. Repair or remove it.") from error
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
         return {"images": pixels, "labels": torch.tensor(label)}

@@ -1,12 +1,12 @@
 """Columns of CSV, TSV and JSONL files."""
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from twa_scale.errors import ConfigError
+from twa_scale.inputs import parse_json
 from twa_scale.names import nearest
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -53,7 +53,7 @@ def _rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line.encode())
     except ValueError as error:
         raise ConfigError(f"{where}: is not JSON: {error}. Write one object a line.") from error
     if not isinstance(row, dict):

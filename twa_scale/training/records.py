@@ -40,9 +40,9 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     """Return the lines that a run has written so far, without one that a crash cut short."""
     path = directory / "metrics.jsonl"
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
     return lines
