@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,20 +15,20 @@ from twa_scale.clock import Clock
 from twa_scale.coefficients import Which, averaging_coefficients
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine
-from twa_scale.engines.postponed import Combine, Postponed
 from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
+from twa_scale.gradients import Gradients
 from twa_scale.layout import Layout
+from twa_scale.lifetime import while_open
 from twa_scale.optimizer import check_state, make_optimizer
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Progress, job_bytes
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
-from twa_scale.state import VERSION, AverageState, Fingerprint, checked
-from twa_scale.store import Store, update_bytes
-
-# Settings under which saved coefficients and moments keep their meaning; the store and the start are free to change.
-_MEANING = ("basis", "groups", "center", "units", "num_components", "include", "exclude", "optimizer", "max_grad_norm")
+from twa_scale.state import VERSION, AverageState, Fingerprint, checked, require_same_settings
+from twa_scale.stepping import AverageOptimizer, refuse_copies
+from twa_scale.store import Store, step_cost, update_bytes
+from twa_scale.weights import Weights
 
 
 class TrainableAverage:
@@ -61,20 +61,21 @@ class TrainableAverage:
         self._candidates = candidates
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
         self._x = nn.Parameter(basis.locate(self._chosen(config.start)))
-        self._products = torch.zeros(len(candidates) + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
-        self._streams: set[torch.cuda.Stream] = set()
         self.clock = Clock(engine.device)
-        self.optimizer = make_optimizer(config, self._x)
+        sums = torch.zeros(len(candidates) + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
+        self._gradients = Gradients(store, self._spans, sums, self.clock, with_center=basis.needs_center)
+        self.optimizer = AverageOptimizer(make_optimizer(config, self._x), self, self._take_step)
+        """For schedulers, and for what calls optimizers: its step is `step`."""
+        self.closed = False
+        self._moved = False
         self._shown: list[torch.Tensor | None] = []
         self._in_step = False
         self._accumulating = False
-        units = engine.units() if config.combine == "forward" else []
-        self._postponed = Postponed(units, self._spans, engine.device, self.clock)
+        self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=config.combine == "forward")
         self._write()
         engine.forget()
         engine.watch(self._project)
-        if units:
-            engine.before_use(self._postponed.settle)
+        self._weights.watch()
 
     @property
     def num_candidates(self) -> int:
@@ -96,32 +97,26 @@ class TrainableAverage:
         """Bytes of deltas and center that this rank holds."""
         return self._store.nbytes
 
+    @while_open
     def cost(self, steps: int) -> dict[str, dict[str, float]]:
         """Return the mean seconds of the parts of a step since the last call, and the bytes of memory each moves.
 
-        `project` reads the deltas and the gradient, `combine` reads the deltas and the center and writes the weights;
-        `publish` makes them visible to the engine. Of `project`, `seconds_in_backward` are spent in backward hooks;
-        for `combine`, with `combine: forward`, forward passes have waited `seconds_in_forward`.
+        `project` reads the deltas and the gradient, `combine` the deltas and the center, and writes the weights;
+        `publish` makes them visible to the engine. Of `project`, `seconds_in_backward` are spent in backward hooks; for
+        `combine`, with `combine: forward`, forward passes have waited `seconds_in_forward`.
         """
-        seconds = {part: total / max(steps, 1) for part, total in self.clock.read().items()}
-        in_backward = seconds.get("project in backward", 0.0)
-        seconds["project"] = in_backward + seconds.get("project in step", 0.0)
         elements = sum(len(span) for span in self._spans)
         weights = sum(self._engine.live(span).nbytes for span in self._spans)
         nbytes = update_bytes(self._store.nbytes, elements, mapped=self._mapped_bytes(), weights=weights)
-        parts = {
-            part: {"seconds": seconds.get(part, 0.0), "bytes": nbytes.get(part, 0)}
-            for part in ("project", "reduce", "combine", "publish")
-        }
-        parts["project"]["seconds_in_backward"] = in_backward
-        parts["combine"]["seconds_in_forward"] = seconds.get("combine in forward", 0.0)
-        return parts
+        return step_cost(self.clock.read(), nbytes, steps)
 
+    @while_open
     def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
         """Take one step of the optimizer on the coefficients, and write the new weights. Collective.
 
-        Call it after one or more backward passes; like any optimizer it sees the sum of their gradients. With DeepSpeed
-        call it after each `engine.backward`, in place of `engine.step`: it acts when the engine's accumulation is full.
+        Call it, or `optimizer.step()`, which is the same, after one or more backward passes; it sees the sum of their
+        gradients. With DeepSpeed call it after each `engine.backward`, in place of `engine.step`: it acts when the
+        engine's accumulation is full.
 
         Args:
             scaler: what scaled the loss; call its `update` afterwards, as with any optimizer.
@@ -130,22 +125,29 @@ class TrainableAverage:
             Whether the coefficients moved: not within an accumulation, nor when a scaled gradient overflowed.
 
         Raises:
-            TwaError: a gradient that is not finite, or a step inside `weights`; the coefficients are as they were.
+            TwaError: a gradient that is not finite, no backward pass since the last step, or a step inside `weights`;
+                the coefficients are as they were.
         """
+        self.optimizer.step(grad_scaler=scaler)  # through its hooks, and so that schedulers see a step
+        return self._moved
+
+    @while_open
+    def _take_step(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Do what `step` and `optimizer.step` do."""
+        self._moved = False
         if self._shown:
             raise TwaError("step() inside weights(): the gradient is not that of the trained weights; leave it first.")
         self._accumulating = not self._engine.boundary()
         if self._accumulating:
-            return False
-        for stream in self._streams:  # hooks may have run on the stream that reduced the gradient
-            torch.cuda.current_stream().wait_stream(stream)
+            return
         self._in_step = True
         try:
             self._engine.drain()
         finally:
             self._in_step = False
         with self.clock.part("reduce"):
-            products = self._reduction(self._products)  # from here to the weights everything is small
+            products = self._reduction(self._gradients.sums())  # from here to the weights everything is small
+        self._require_backward(products)
         finite = bool(torch.isfinite(products).all())
         if engine_scale := self._engine.loss_scale:
             products /= engine_scale.value()
@@ -155,29 +157,39 @@ class TrainableAverage:
         if not finite and scaler is None:
             self.zero_grad()
             if engine_scale:
-                return False
+                return
             raise TwaError("the gradient is not finite: look for a diverging loss or an overflow, then lower the rate.")
-        (self._x.grad,) = torch.autograd.grad(self._basis.expand(self._x), self._x, products)
-        if scaler:
-            scaler.unscale_(self.optimizer)
-        if self.config.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_([self._x], self.config.max_grad_norm)
-        if scaler:
-            scaler.step(self.optimizer)  # leaves it out when the gradient is not finite
-        else:
-            self.optimizer.step()
-        self._products.zero_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self._basis.expand(self._x), self._x, products)
+        self.optimizer.update(gradient, scaler, self.config.max_grad_norm)
+        self._gradients.clear()
         self._write(postpone=self.config.combine == "forward")
-        return finite
+        self._moved = finite
 
+    def _require_backward(self, products: torch.Tensor) -> None:
+        """Refuse a step without a backward pass since the last one: momentum would move the coefficients. Collective.
+
+        Ranks ask each other only where all products are zero, which all of them see.
+        """
+        if products.any():
+            return
+        received = torch.tensor(float(self._gradients.received), device=self._engine.device)
+        if not self.pods.sum_(received).item():
+            raise TwaError(
+                "step() without a backward pass since the last one, or with a loss that reaches no trained tensor. "
+                "twa.step() and twa.optimizer.step() are the same step: call one of them, once for each gradient."
+            )
+
+    @while_open
     def settle(self) -> None:
         """Write what a step has left to the next forward pass (`combine: forward`). Not collective.
 
         Forward passes, all methods here and the module's `state_dict` do so themselves: this is for those who read
         parameters in between.
         """
-        self._postponed.settle_all()
+        self._weights.settle()
 
+    @while_open
     def zero_grad(self) -> None:
         """Forget the gradients of the coefficients and what backward passes have added since the last step.
 
@@ -185,10 +197,11 @@ class TrainableAverage:
         """
         if self._accumulating:
             return
-        self.optimizer.zero_grad()
-        self._products.zero_()
+        self.optimizer.inside.zero_grad()
+        self._gradients.clear()
         self._engine.forget()
 
+    @while_open
     @contextmanager
     def weights(self, which: Which) -> Iterator[None]:
         """Show the model with other weights in a `with` block, then restore weights and buffers. Collective.
@@ -212,6 +225,7 @@ class TrainableAverage:
             for name, buffer in self._engine.buffers().items():
                 buffer.copy_(buffers[name])
 
+    @while_open
     def recalibrate_batchnorm(
         self, batches: Iterable[Any], forward: Callable[[nn.Module, Any], object] | None = None
     ) -> int:
@@ -225,6 +239,7 @@ class TrainableAverage:
         engine.publish(())
         return seen
 
+    @while_open
     def export(
         self,
         path: str | Path,
@@ -259,6 +274,7 @@ class TrainableAverage:
             progress=progress,
         )
 
+    @while_open
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to continue on any engine and number of ranks: kilobytes.
 
@@ -274,11 +290,12 @@ class TrainableAverage:
             "x": self._x.detach().cpu().clone(),
             "coefficients": self.coefficients.cpu(),
             "center_weights": self._basis.center_weights.cpu(),
-            "optimizer": deepcopy(self.optimizer.state_dict()),
+            "optimizer": deepcopy(self.optimizer.inside.state_dict()),
             "buffers": {n: b.detach().cpu().clone() for n, b in self._engine.buffers().items() if id(b) in layers},
             "fingerprint": self.fingerprint.state_dict(),
         }
 
+    @while_open
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`. Collective.
 
@@ -291,7 +308,7 @@ class TrainableAverage:
             self._require_fit(saved)
         with torch.no_grad():
             self._x.copy_(saved.x)
-        self.optimizer.load_state_dict(deepcopy(saved.optimizer))
+        self.optimizer.load_inside(saved.optimizer)
         self.zero_grad()
         self._write()
         live = self._engine.buffers()
@@ -300,7 +317,7 @@ class TrainableAverage:
 
     def _require_fit(self, saved: AverageState) -> None:
         self.fingerprint.require(saved.fingerprint.build())
-        self._require_same_settings(saved.config)
+        require_same_settings(self._settings(), saved.config.model_dump(mode="json"))
         x = saved.x.to(self._x)
         if x.shape != self._x.shape or list(self.layout.groups) != saved.groups:
             raise StateError(
@@ -320,10 +337,16 @@ class TrainableAverage:
                 )
 
     def close(self) -> None:
-        """Take the hooks off the model and release the store and the candidates; the model keeps its weights."""
+        """Take the hooks off the model and release the store and the candidates; the model keeps its weights.
+
+        A second call does nothing; other methods raise TwaError from then on.
+        """
+        if self.closed:
+            return
         try:
             self.settle()
         finally:  # also where the weights can no longer be written
+            self.closed = True
             self._engine.close()
             self._reduction.close()
             self._store.close()
@@ -331,44 +354,20 @@ class TrainableAverage:
                 candidate.close()
 
     def _project(self, span: Span, gradient: torch.Tensor) -> None:
-        group = self._spans.get(span)
-        if group is None or not len(span):
-            return
-        if self._shown and self._engine.in_backward and not self._in_step:
+        if self._shown and self._engine.in_backward and not self._in_step and span in self._spans and len(span):
             raise TwaError(
                 "backward() inside weights(): the gradient is not that of the trained weights; leave it first."
             )
-        if gradient.is_cuda:
-            self._streams.add(torch.cuda.current_stream())
-        with self.clock.part("project in step" if self._in_step else "project in backward"):
-            self._products[:, group] += self._store.project(span, gradient, self._basis.needs_center)
+        self._gradients.project(span, gradient, in_step=self._in_step)
 
     def _write(self, *, postpone: bool = False) -> None:
-        """Write the weights that are shown now into the live spans, or `postpone` what can be."""
-        self._postponed.drop()
-        # First: behind the units, the current stream would wait until a store in host memory has copied them all.
-        self._combiner()(self._postponed.rest if postpone else self._spans)
-        if postpone:
-            self._postponed.start(self._combiner)
-        with self.clock.part("publish"), torch.no_grad():
-            self._engine.publish(self.layout.group_of.keys())
+        """Write the weights that are shown now, or `postpone` what can be. Collective."""
+        self._weights.write(self._u, postpone=postpone)
 
-    @torch.no_grad()
-    def _combiner(self) -> Combine:
-        """Return what computes the weights that are shown now from the center, whenever it is called."""
+    def _u(self) -> torch.Tensor:
+        """Return u, (n + 1, G), of the weights that are shown now."""
         shown = self._now_shown
-        u = self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
-        scales = (1 + u[-1]).tolist()
-        columns = u[:-1].T.to(self._engine.device, torch.float32).contiguous()
-
-        @torch.no_grad()
-        def combine(spans: Iterable[Span]) -> None:
-            with self.clock.part("combine"):
-                for span in spans:
-                    group = self._spans[span]
-                    self._store.combine(span, columns[group], scales[group], self._engine.live(span))
-
-        return combine
+        return self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
 
     def _mapped_bytes(self) -> int:
         """What store `mapped` reads of the candidates' own files; other stores hold deltas in their place."""
@@ -376,6 +375,9 @@ class TrainableAverage:
             return 0
         everyone = range(self.num_candidates)
         return job_bytes(self._candidates, [(self.layout.sourced(span), everyone) for span in self._spans])
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_copies("a TrainableAverage")
 
     @property
     def _now_shown(self) -> torch.Tensor | None:
@@ -388,12 +390,3 @@ class TrainableAverage:
     def _settings(self) -> dict[str, Any]:
         """Return the settings of the average alone, also where the configuration is that of a whole run."""
         return self.config.model_dump(mode="json", include=set(TwaConfig.model_fields))
-
-    def _require_same_settings(self, saved: TwaConfig) -> None:
-        then, now = saved.model_dump(mode="json"), self._settings()
-        for key in _MEANING:
-            if then[key] != now[key]:
-                raise StateError(
-                    f"{key}: the state was trained with {then[key]!r}, this run has {now[key]!r}; its coefficients "
-                    "would mean something else. Use the saved setting, or start a new run."
-                )

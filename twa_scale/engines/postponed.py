@@ -24,8 +24,8 @@ class Postponed:
     def __init__(
         self, units: Sequence[Sequence[Span]], spans: Collection[Span], device: torch.device, clock: Clock
     ) -> None:
-        self._units = [[span for span in unit if span in spans] for unit in units]
-        postponed = {span for unit in self._units for span in unit}
+        self.units = [[span for span in unit if span in spans] for unit in units]
+        postponed = {span for unit in self.units for span in unit}
         self.rest = [span for span in spans if span not in postponed]
         self._device = device
         self._clock = clock
@@ -37,12 +37,12 @@ class Postponed:
         """Let `make()` write the units, in place of what was postponed before."""
         self.drop()
         if self._side is None:
-            self._unwritten = dict.fromkeys(range(len(self._units)), make())
+            self._unwritten = dict.fromkeys(range(len(self.units)), make())
             return
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side):
             combine = make()  # here: memory of this stream is given to nobody before its kernels are done
-            for unit, spans in enumerate(self._units):
+            for unit, spans in enumerate(self.units):
                 combine(spans)
                 self._launched[unit] = self._side.record_event()
 
@@ -53,7 +53,7 @@ class Postponed:
 
     def settle_all(self) -> None:
         """Let the current stream find all weights."""
-        for unit in range(len(self._units)):
+        for unit in range(len(self.units)):
             self._settle(unit)
 
     def drop(self) -> None:
@@ -65,7 +65,7 @@ class Postponed:
 
     def _settle(self, unit: int) -> torch.cuda.Event | None:
         if combine := self._unwritten.get(unit):
-            combine(self._units[unit])
+            combine(self.units[unit])
             del self._unwritten[unit]  # not before: what is interrupted here is still to be written
         event = self._launched.get(unit)
         if event is not None:

@@ -63,8 +63,11 @@ class ReplicatedParameters:
                 continue
             gradient = parameter.grad
             if not averaged:
+                missing = gradient is None
                 gradient = torch.zeros_like(parameter) if gradient is None else gradient
                 self._group.sum_(gradient).div_(self._group.size)
+                if missing and not gradient.any():  # no rank had any
+                    continue
             if gradient is not None:
                 start, stop = self._part(name, self._group.rank)
                 consume(Span(name, start, stop), gradient.reshape(-1)[start:stop])

@@ -3,6 +3,7 @@
 from twa_scale.state.file import PREVIOUS, STATE, load_state, save_state
 from twa_scale.state.fingerprint import Fingerprint, fingerprint_of
 from twa_scale.state.schema import VERSION, AverageState, RunState, checked
+from twa_scale.state.settings import require_same_settings
 
 __all__ = [
     "PREVIOUS",
@@ -14,5 +15,6 @@ __all__ = [
     "checked",
     "fingerprint_of",
     "load_state",
+    "require_same_settings",
     "save_state",
 ]

@@ -1,6 +1,6 @@
 """What a store holds and what an update moves through memory: one model to predict with and to measure against."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from twa_scale.store.make import span_bytes
 from twa_scale.store.offloaded import BUFFER
@@ -35,3 +35,23 @@ def update_bytes(nbytes: int, elements: int, *, mapped: int = 0, weights: int | 
     center = vector if mapped else 0
     written = vector if weights is None else weights
     return {"project": deltas + center + vector, "combine": deltas + vector + written}
+
+
+def step_cost(seconds: Mapping[str, float], nbytes: Mapping[str, int], steps: int) -> dict[str, dict[str, float]]:
+    """Return the mean seconds of the parts of a step, and the bytes that each moves.
+
+    Args:
+        seconds: what a clock has added up over the steps, by part.
+        nbytes: of one step, as `update_bytes` returns them.
+        steps: how many there were.
+    """
+    mean = {part: total / max(steps, 1) for part, total in seconds.items()}
+    in_backward = mean.get("project in backward", 0.0)
+    mean["project"] = in_backward + mean.get("project in step", 0.0)
+    parts = {
+        part: {"seconds": mean.get(part, 0.0), "bytes": nbytes.get(part, 0)}
+        for part in ("project", "reduce", "combine", "publish")
+    }
+    parts["project"]["seconds_in_backward"] = in_backward
+    parts["combine"]["seconds_in_forward"] = mean.get("combine in forward", 0.0)
+    return parts

@@ -1,0 +1,222 @@
+"""The optimizer that users get, and the average at the ends of its life: on one process."""
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests import models
+from tests.ranks import cases
+from tests.ranks.cases import Run
+from twa_scale import StateError, TrainableAverage, TwaError
+
+RUN = Run({"groups": "block", "optimizer": {"name": "adamw", "lr": 0.03}}, steps=4)
+
+
+def attach(**config: Any) -> tuple[Any, TrainableAverage]:
+    return cases.attach("plain", Run({**RUN.config, **config}))
+
+
+def loss(model: Any, step: int) -> torch.Tensor:
+    """BatchNorm is in evaluation mode, so that only the weights count."""
+    model.stem.norm.eval()
+    return models.loss(model, models.batch(step))
+
+
+def trained(take: Callable[[Any, TrainableAverage, int], object], **config: Any) -> dict[str, torch.Tensor]:
+    model, twa = attach(**config)
+    for step in range(RUN.steps):
+        take(model, twa, step)
+    return cases.gathered(model)
+
+
+def by_twa(model: Any, twa: TrainableAverage, step: int) -> None:
+    loss(model, step).backward()
+    assert twa.step()
+    twa.zero_grad()
+
+
+def by_optimizer(model: Any, twa: TrainableAverage, step: int) -> None:
+    twa.optimizer.zero_grad()
+    loss(model, step).backward()
+    twa.optimizer.step()
+
+
+def by_closure(model: Any, twa: TrainableAverage, step: int) -> None:
+    def closure() -> torch.Tensor:
+        twa.optimizer.zero_grad()
+        value = loss(model, step)
+        value.backward()
+        return value
+
+    with torch.no_grad():  # as torch's own optimizers, which turn gradients on for a closure
+        assert twa.optimizer.step(closure).item() > 0
+
+
+def same(weights: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(weights[name], value) for name, value in want.items())
+
+
+@pytest.mark.parametrize("take", [by_optimizer, by_closure])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "rmsprop"])
+def test_a_step_of_the_optimizer_is_the_step_of_the_average(take: Any, name: str) -> None:
+    optimizer = {"name": name, "lr": 0.01}
+    want = trained(by_twa, optimizer=optimizer)
+    assert same(trained(take, optimizer=optimizer), want)
+    assert not same(want, cases.gathered(attach(optimizer=optimizer)[0]))
+
+
+@pytest.mark.parametrize("take", [by_twa, by_optimizer])
+def test_schedulers_and_hooks_see_every_step_once(take: Any) -> None:
+    _, twa = attach()
+    model, twa = attach()
+    seen: list[str] = []
+    twa.optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    twa.optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a scheduler warns of steps that it has not seen
+        scheduler = torch.optim.lr_scheduler.StepLR(twa.optimizer, step_size=1, gamma=0.0)
+        before = twa.coefficients
+        take(model, twa, 0)
+        scheduler.step()
+        moved = twa.coefficients
+        take(model, twa, 1)
+    assert seen == ["before", "after"] * 2
+    assert not torch.equal(before, moved) and torch.equal(moved, twa.coefficients), "a rate of 0 moves nothing"
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("config", [{}, {"max_grad_norm": 0.01}], ids=["free", "clipped"])
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
+def test_a_scaler_steps_the_optimizer(unscale: bool, config: dict[str, Any]) -> None:
+    """The second step overflows: it is left out, and the scale is lowered."""
+
+    def steps(scaling: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
+        model, twa = attach(**config)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scales = []
+        for step in range(4):
+            value = loss(model, step)
+            if not scaling:
+                if step != 1:
+                    value.backward()
+                    twa.optimizer.step()
+            else:
+                scaler.scale(value * (float("inf") if step == 1 else 1.0)).backward()
+                if unscale:
+                    scaler.unscale_(twa.optimizer)
+                scaler.step(twa.optimizer)
+                scaler.update()
+                scales.append(scaler.get_scale())
+            twa.optimizer.zero_grad()
+        return cases.gathered(model), scales
+
+    want, _ = steps(scaling=False)
+    weights, scales = steps(scaling=True)
+    assert scales == [1024, 512, 512, 512]
+    for name, value in want.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scaler_that_does_not_hand_itself_over_is_refused() -> None:
+    model, twa = attach()
+    own = twa.optimizer.step
+    twa.optimizer.step = lambda *args, **kwargs: own(*args, **kwargs)  # type: ignore[method-assign]
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss(model, 0)).backward()
+    with pytest.raises(TwaError, match=r"twa\.step\(scaler\)"):
+        scaler.step(twa.optimizer)
+
+
+def test_the_state_of_the_optimizer_continues_the_run() -> None:
+    want = trained(by_optimizer)
+    model, twa = attach()
+    for step in range(2):
+        by_optimizer(model, twa, step)
+    file = io.BytesIO()
+    torch.save(twa.optimizer.state_dict(), file)
+    model, twa = attach()
+    twa.optimizer.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(twa.optimizer, lambda _: 1.0)
+    for step in range(2, RUN.steps):
+        by_optimizer(model, twa, step)
+        scheduler.step()
+    assert same(cases.gathered(model), want)
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    _, twa = attach()
+    other = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(StateError, match=r"twa\.optimizer"):
+        twa.optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(TwaError, match="add_param_group"):
+        twa.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+
+
+@pytest.mark.parametrize("second", ["twa", "optimizer"])
+@pytest.mark.parametrize("first", ["twa", "optimizer"])
+def test_a_second_step_on_one_gradient_is_refused(first: str, second: str) -> None:
+    model, twa = attach()
+    step = {"twa": twa.step, "optimizer": twa.optimizer.step}
+    by_twa(model, twa, 0)
+    loss(model, 1).backward()
+    step[first]()
+    before = twa.coefficients
+    with pytest.raises(TwaError, match="the same step"):
+        step[second]()
+    assert torch.equal(before, twa.coefficients)
+    by_twa(model, twa, 2)
+
+
+def test_a_gradient_of_zero_is_a_gradient() -> None:
+    model, twa = attach()
+    by_twa(model, twa, 0)
+    before = twa.coefficients
+    (loss(model, 1) * 0).backward()
+    assert twa.step()
+    assert not torch.equal(before, twa.coefficients), "momentum moves on"
+
+
+USES: dict[str, Callable[[TrainableAverage], object]] = {
+    "step": lambda twa: twa.step(),
+    "optimizer.step": lambda twa: twa.optimizer.step(),
+    "optimizer.zero_grad": lambda twa: twa.optimizer.zero_grad(),
+    "optimizer.state_dict": lambda twa: twa.optimizer.state_dict(),
+    "zero_grad": lambda twa: twa.zero_grad(),
+    "settle": lambda twa: twa.settle(),
+    "weights": lambda twa: twa.weights("mean"),
+    "recalibrate_batchnorm": lambda twa: twa.recalibrate_batchnorm([]),
+    "export": lambda twa: twa.export("never-written"),
+    "state_dict": lambda twa: twa.state_dict(),
+    "load_state_dict": lambda twa: twa.load_state_dict({}),
+    "cost": lambda twa: twa.cost(1),
+}
+
+
+def test_a_closed_average_says_so() -> None:
+    _, twa = attach()
+    a = twa.coefficients
+    twa.close()
+    twa.close()
+    methods = {name for name, value in vars(TrainableAverage).items() if callable(value) and not name.startswith("_")}
+    assert methods - {"close"} <= USES.keys()
+    for use in USES.values():
+        with pytest.raises(TwaError, match="is closed"):
+            use(twa)
+    assert torch.equal(twa.coefficients, a) and twa.num_candidates == models.NUM_CANDIDATES
+    assert twa.bytes_read >= 0 and twa.store_bytes >= 0
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda thing: torch.save(thing, io.BytesIO())]
+)
+def test_copies_are_refused_with_what_to_save_instead(copied: Callable[[Any], object]) -> None:
+    _, twa = attach()
+    for thing in (twa, twa.optimizer):
+        with pytest.raises(TwaError, match=r"state_dict\(\)"):
+            copied(thing)

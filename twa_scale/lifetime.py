@@ -1,0 +1,23 @@
+"""Objects that are closed: their methods say so afterwards."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from twa_scale.errors import TwaError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound=Any)
+
+
+def while_open(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Make a method raise TwaError where its object has `closed` set."""
+
+    @wraps(method)
+    def checked(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.closed:
+            raise TwaError(f"{method.__name__}: this {type(self).__name__} is closed; attach anew.")
+        return method(self, *args, **kwargs)
+
+    return checked  # type: ignore[return-value]  # mypy calls the first argument of a wrapped method by its name

@@ -1,0 +1,23 @@
+"""Which settings a saved state belongs to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from twa_scale.errors import StateError
+
+# Settings under which saved coefficients and moments keep their meaning; the store and the start are free to change.
+_MEANING = ("basis", "groups", "center", "units", "num_components", "include", "exclude", "optimizer", "max_grad_norm")
+
+
+def require_same_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Refuse to go on under settings that give saved coefficients another meaning.
+
+    Raises:
+        StateError: names the first setting that differs.
+    """
+    for key in _MEANING:
+        if then[key] != now[key]:
+            raise StateError(
+                f"{key}: the state was trained with {then[key]!r}, this run has {now[key]!r}; its coefficients would "
+                "mean something else. Use the saved setting, or start a new run."
+            )

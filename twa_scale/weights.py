@@ -1,0 +1,78 @@
+"""Writing the weights w = (1 + u_c) c + sum_i u_i delta_i into the live spans of a rank."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from twa_scale.clock import Clock
+from twa_scale.engines import Engine
+from twa_scale.engines.postponed import Combine, Postponed
+from twa_scale.layout import Layout
+from twa_scale.spans import Span
+from twa_scale.store import Store
+
+
+class Weights:
+    """Computes weights from the center and the deltas, never from what they were before.
+
+    Args:
+        engine: holds the model.
+        store: holds the center and the deltas.
+        groups: the number of the group of each trained span of this rank.
+        layout: names the trained tensors, the same on every rank.
+        clock: is told what combining and publishing cost.
+        postpone: whether units of the engine are written by the time they are next used.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        groups: Mapping[Span, int],
+        layout: Layout,
+        clock: Clock,
+        *,
+        postpone: bool,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._groups = groups
+        self._names = layout.group_of.keys()
+        self._clock = clock
+        self._postponed = Postponed(engine.units() if postpone else [], groups, engine.device, clock)
+        self.settle = self._postponed.settle_all
+
+    def watch(self) -> None:
+        """Have the engine say when it uses weights that were postponed."""
+        if self._postponed.units:
+            self._engine.before_use(self._postponed.settle)
+
+    def write(self, choose: Callable[[], torch.Tensor], *, postpone: bool = False) -> None:
+        """Write the weights of u = `choose()`, (n + 1, G) with u_c last, or `postpone` what can be. Collective."""
+        self._postponed.drop()
+
+        def make() -> Combine:
+            return self._combiner(choose)
+
+        # First: behind the units, the current stream would wait until a store in host memory has copied them all.
+        make()(self._postponed.rest if postpone else self._groups)
+        if postpone:
+            self._postponed.start(make)
+        with self._clock.part("publish"), torch.no_grad():
+            self._engine.publish(self._names)
+
+    @torch.no_grad()
+    def _combiner(self, choose: Callable[[], torch.Tensor]) -> Combine:
+        """Return what computes the weights of the present u, whenever it is called."""
+        u = choose()
+        scales = (1 + u[-1]).tolist()
+        columns = u[:-1].T.to(self._engine.device, torch.float32).contiguous()
+
+        @torch.no_grad()
+        def combine(spans: Iterable[Span]) -> None:
+            with self._clock.part("combine"):
+                for span in spans:
+                    group = self._groups[span]
+                    self._store.combine(span, columns[group], scales[group], self._engine.live(span))
+
+        return combine
