@@ -7,12 +7,10 @@ import torch
 
 from twa_scale.config import (
     Center,
-    TwaConfig,
     buffer_weights,
     center_weights,
     of_sum_one,
     parse_center,
-    validated,
 )
 from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
