@@ -17,12 +17,17 @@ from twa_scale.kernels import Dense, Differences, Packed, Rows, Target
 from twa_scale.kernels.compiled import NumbaKernels
 
 MODULES = [
-    "torch._dynamo",
+    "pytest",
+    "setuptools",  # for DeepSpeed
+    "torch._dynamo.backends.debugging",
+    "torch._inductor.compile_fx",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch.nn.parallel",
     "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
     "fairscale.nn.data_parallel",
     "fairscale.optim.oss",
     "safetensors.torch",

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.digits import load_digits
 from twa_scale import Snapshots
 from twa_scale.config import RunConfig, TaskConfig, validated
 from twa_scale.state import load_state
@@ -57,7 +57,7 @@ class Scores:
         return nn.Sequential(nn.Linear(64, 7), nn.Tanh(), nn.Dropout(0.0), nn.Linear(7, 1))
 
     def dataset(self, split: str) -> Tensors:
-        images, labels = load_digits(return_X_y=True)
+        images, labels = load_digits()
         part = slice(SPLITS.index(split), None, 30)
         values = torch.from_numpy(images[part]).float() / 16
         return Tensors(x=values, y=torch.from_numpy(labels[part]).float() / 9)
@@ -108,7 +108,7 @@ SCORES = {"name": "tests.commands.material:scores"}
 
 def digits(path: Path) -> dict[str, Any]:
     """Write the digits; return the task section."""
-    images, labels = load_digits(return_X_y=True)
+    images, labels = load_digits()
     images = (images * 15.9).astype(np.uint8).reshape(-1, 1, 8, 8)
     cuts = {"train": slice(0, 480), "validation": slice(480, 640)}
     arrays = {f"{s}_images": images[cut] for s, cut in cuts.items()} | {

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -22,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.digits import load_digits
 from twa_scale.config import TaskConfig
 from twa_scale.errors import ConfigError
 from twa_scale.tasks import SPLITS, Examples, Task, build_task, stack
@@ -109,7 +109,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    images, labels = load_digits(return_X_y=True)
+    images, labels = load_digits()
     images = (images * 15.9).astype(np.uint8).reshape(-1, 1, 8, 8)
     arrays = {"train_images": images[:1000], "train_labels": labels[:1000]}
     path = tmp_path / "digits.npz"
