@@ -39,6 +39,11 @@ def some(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(repr(name) for name in names[:limit]) + more
 
 
+def and_more(labels: Sequence[str]) -> str:
+    """Return the first label, and how many more there are."""
+    return labels[0] + (f" and {len(labels) - 1} more" if len(labels) > 1 else "")
+
+
 def matches_any(name: str, patterns: Sequence[str]) -> bool:
     """Whether one of the regular expressions is found anywhere in `name`."""
     return any(re.search(pattern, name) for pattern in patterns)

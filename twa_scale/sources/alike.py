@@ -32,7 +32,10 @@ def check_alike(candidates: Sequence[Candidate]) -> None:
 def _check_one(label: str, held: dict[str, Trait], expected: dict[str, Trait]) -> None:
     missing = [name for name in expected if name not in held]
     extra = [name for name in held if name not in expected]
-    rule = "Candidates must hold the same tensors: leave this one out, or save all from the same model."
+    rule = (
+        "Candidates must hold the same tensors: name in `ignore` (--ignore) what need not be averaged, save all from "
+        "the same model, or leave this one out."
+    )
     if missing:
         more = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
         raise CandidateError(

@@ -9,29 +9,28 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
-from twa_scale.names import some
 from twa_scale.sources.archive import Archive
 from twa_scale.sources.boxes import Box, Boxed
+from twa_scale.sources.entries import WeightsKey
 from twa_scale.sources.handles import File
-from twa_scale.sources.memory import NESTED
 from twa_scale.sources.pickles import Opaque, SafeUnpickler
 from twa_scale.sources.stored import Stored, StoredCandidate
 
 METADATA = ".metadata"
-_NESTED = ("app", *NESTED)
 _Items = Mapping[tuple[str, tuple[int, ...]], Opaque]
 
 
-def open_dcp(directory: Path) -> StoredCandidate:
+def open_dcp(directory: Path, keys: WeightsKey | None = None) -> StoredCandidate:
     """Open a folder that `torch.distributed.checkpoint.save` wrote: `.metadata` and files of chunks.
 
-    The weights are found by name, or under "model", "app" and other usual keys, nested in any way.
+    The weights are found by name, or under "model", "app" and other usual keys, nested in any way; or where `keys`
+    says.
 
     Raises:
         CandidateError: damaged metadata, a file that is missing, or no weights.
     """
     try:
-        return _open(directory, _metadata(directory / METADATA))
+        return _open(directory, _metadata(directory / METADATA), keys or WeightsKey())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CandidateError(
             f"{directory / METADATA}: is not laid out as torch.distributed.checkpoint does it ({type(error).__name__}: "
@@ -39,7 +38,7 @@ def open_dcp(directory: Path) -> StoredCandidate:
         ) from error
 
 
-def _open(directory: Path, metadata: Any) -> StoredCandidate:
+def _open(directory: Path, metadata: Any, keys: WeightsKey) -> StoredCandidate:
     files = _Files(directory)
     label = str(directory)
     paths = metadata.planner_data or {}
@@ -48,7 +47,10 @@ def _open(directory: Path, metadata: Any) -> StoredCandidate:
     }
     items = {(key.fqn, tuple(key.offset or ())): item for key, item in metadata.storage_data.items()}
     tensors = {}
-    for name, key in _weights({key: tuple(map(str, paths.get(key, (key,)))) for key in described}, label).items():
+    key_of = {tuple(map(str, paths.get(key, (key,)))): key for key in described}
+    chosen = keys.choose({path: tuple(described[key].size) for path, key in key_of.items()}, label)
+    for name, path in chosen.items():
+        key = key_of[path]
         what = f"{label}: tensor {name!r}"
         tensors[name] = _tensor(key, described[key], items, files, what)
     return StoredCandidate(tensors, files.open.values(), label, directory)
@@ -92,27 +94,6 @@ def _metadata(path: Path) -> Any:
             "Copy the folder again, or leave this candidate out."
         ) from error
     return metadata
-
-
-def _weights(paths: Mapping[str, tuple[str, ...]], label: str) -> dict[str, str]:
-    """Map the names of the weights to their keys: those at the top, or at the end of a chain of usual keys."""
-    depth = 0
-    while True:
-        nested = next(
-            (key for key in _NESTED if any(p[depth] == key and len(p) > depth + 1 for p in paths.values())), None
-        )
-        if nested is None:
-            break
-        paths = {key: path for key, path in paths.items() if path[depth] == nested and len(path) > depth + 1}
-        depth += 1
-    found = {path[depth]: key for key, path in paths.items() if len(path) == depth + 1}
-    if not found:
-        raise CandidateError(
-            f"{label}: holds no tensors, neither by name nor under one of {some(_NESTED, 6)}; its keys are "
-            f"{some(sorted({path[depth] for path in paths.values()})) or 'none at all'}. Save {{'model': "
-            "model.state_dict()}."
-        )
-    return found
 
 
 def _tensor(key: str, described: Opaque, items: _Items, files: _Files, what: str) -> Boxed:

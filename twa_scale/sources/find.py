@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
-from twa_scale.names import some
+from twa_scale.names import and_more, some
 from twa_scale.notices import notice
 from twa_scale.sources.deepspeed import is_deepspeed, tagged_folder
 from twa_scale.sources.directory import INDEX, is_averaged, is_variant, is_weights, left_aside, weights_in
@@ -189,15 +189,9 @@ def _tell_what_is_left_aside(paths: Sequence[Path], tell: Tell) -> None:
             found[chosen.name, some(beside)].append(str(path))
     for (chosen_name, beside_names), directories in found.items():
         tell(
-            f"{in_all(directories)}: the weights are those of {chosen_name!r}, which libraries load from a directory; "
+            f"{and_more(directories)}: the weights are those of {chosen_name!r}, which loaders take; "
             f"{beside_names} beside it is not read. Name the file itself if that is meant."
         )
-
-
-def in_all(labels: Iterable[str]) -> str:
-    """Return the first label, and how many more there are."""
-    first, *others = labels
-    return first + (f" and {len(others)} more" if others else "")
 
 
 def _too_few(items: Sequence[object], sources: Sequence[object], minimum: int) -> str:

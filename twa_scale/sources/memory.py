@@ -8,18 +8,24 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from twa_scale.errors import CandidateError
-from twa_scale.names import some
+from twa_scale.sources.entries import WeightsKey, flattened
 from twa_scale.sources.flat import copy_flat
 from twa_scale.sources.unwrapped import unwrapped
-
-NESTED = ("state_dict", "model", "model_state_dict", "module")
 
 
 class MemoryCandidate:
     """Tensors on any device, in any layout. They are not copied: clone what training goes on changing."""
 
-    def __init__(self, state_dict: Mapping[str, Any], label: str, directory: Path | None = None) -> None:
-        tensors = _tensors(state_dict, label)
+    def __init__(
+        self,
+        state_dict: Mapping[str, Any],
+        label: str,
+        directory: Path | None = None,
+        keys: WeightsKey | None = None,
+    ) -> None:
+        entries = dict(flattened(state_dict))
+        shapes = {path: () if value.is_nested else tuple(value.shape) for path, value in entries.items()}
+        tensors = {name: entries[path] for name, path in (keys or WeightsKey()).choose(shapes, label).items()}
         self.label = label
         self.directory = directory
         self.bytes_read = 0
@@ -50,27 +56,29 @@ class MemoryCandidate:
         tensor = self._tensors[name]
         return tensor.view(-1) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
 
+    def stored_once(self, name: str, other: str) -> bool:
+        """Whether two names stand for the same memory."""
+        return _place(self._tensors[name]) == _place(self._tensors[other])
+
+    @property
+    def places(self) -> dict[str, object]:
+        """What identifies the memory of each tensor."""
+        return {name: _place(tensor) for name, tensor in self._tensors.items()}
+
     def close(self) -> None:
         """Let go of the tensors."""
         self._tensors = {}
 
 
-def _tensors(state_dict: Mapping[str, Any], label: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict, bare or under a usual key; other entries are no weights."""
-    inner = next((state_dict[key] for key in NESTED if isinstance(state_dict.get(key), Mapping)), state_dict)
-    tensors = {str(name): value for name, value in inner.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise CandidateError(
-            f"{label}: holds no tensors, neither by name nor under one of {some(NESTED)}; its keys are "
-            f"{some(map(str, state_dict)) or 'none at all'}. Give a state dict, as model.state_dict() "
-            "returns it."
-        )
-    return tensors
+def _place(tensor: torch.Tensor) -> object:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _refuse_unreadable(tensor: torch.Tensor, name: str, label: str) -> None:
     if isinstance(tensor, DTensor):
         problem = "a DTensor, only this rank's part. Save it with twa_scale.Snapshots and give the paths"
+    elif tensor.is_nested:
+        problem = "a nested tensor, which has no rows of one length. Give a dense tensor"
     elif tensor.is_meta:
         problem = "on the meta device, which holds no values. Give a materialized tensor"
     elif tensor.layout != torch.strided:

@@ -4,20 +4,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from twa_scale.errors import CandidateError
+from twa_scale.notices import notice
 from twa_scale.sources.alike import check_alike
 from twa_scale.sources.dcp import METADATA, open_dcp
 from twa_scale.sources.dcp_safetensors import is_rank_shard, open_dcp_safetensors
 from twa_scale.sources.deepspeed import is_deepspeed, open_deepspeed
 from twa_scale.sources.directory import INDEX, LOADERS, TORCH_SUFFIXES, is_shard, refusal, weights_in
-from twa_scale.sources.find import Source, Spec, find_sources
+from twa_scale.sources.entries import WeightsKey
+from twa_scale.sources.find import Source, Spec, Tell, find_sources
 from twa_scale.sources.memory import MemoryCandidate
 from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.safetensors import SafetensorsCandidate
+from twa_scale.sources.select import Wanted, select
 from twa_scale.sources.sharded import ShardedCandidate
 from twa_scale.sources.torch_file import TorchFileCandidate
+from twa_scale.sources.unwrapped import unwrapped
+from twa_scale.sources.view import View
+
+_ALL = Wanted()
 
 
-def open_candidates(spec: Spec, minimum: int = 2) -> list[Candidate]:
+def open_candidates(spec: Spec, minimum: int = 2, wanted: Wanted = _ALL, tell: Tell = notice) -> list[Candidate]:
     """Open the candidates that `spec` names, and check that they hold the same tensors.
 
     Args:
@@ -26,65 +33,116 @@ def open_candidates(spec: Spec, minimum: int = 2) -> list[Candidate]:
             Hugging Face index, a directory that holds one of these, or a checkpoint folder of DeepSpeed or
             torch.distributed.checkpoint.
         minimum: the fewest candidates that make sense.
+        wanted: which of their tensors are read.
+        tell: called with each line about what was done and may not be meant.
 
     Raises:
-        CandidateError: nothing found, something that is no candidate, a damaged file, or candidates that
-            differ in names, shapes or kinds of number. Different floating point types are fine.
+        CandidateError: nothing found, something that is no candidate, a damaged file, quantized weights, or candidates
+            that differ in names, shapes or kinds of number. Different floating point types are fine.
     """
-    return open_sources(find_sources(spec, minimum))
+    return open_sources(find_sources(spec, minimum, tell), wanted, tell)
 
 
-def open_sources(sources: Sequence[Source]) -> list[Candidate]:
+def open_sources(sources: Sequence[Source], wanted: Wanted = _ALL, tell: Tell = notice) -> list[Candidate]:
     """Open what `find_sources` has found, and check that all hold the same tensors.
 
     Raises:
         CandidateError: see `open_candidates`.
     """
+    opener = _Opener(WeightsKey(wanted.weights_key))
     candidates: list[Candidate] = []
     try:
         for i, source in enumerate(sources):
-            candidates.append(
-                MemoryCandidate(source, f"state dict {i}") if isinstance(source, Mapping) else _open(source)
-            )
-        check_alike(candidates)
+            candidates.append(opener.open(source, i))
+        _refuse_one_memory(sources, candidates)
+        selected, lines = select(candidates, wanted)
+        check_alike(selected)
+        for line in [*opener.keys.notices(), *lines]:
+            tell(line)
     except BaseException:
         for candidate in candidates:
             candidate.close()
         raise
-    return candidates
+    return selected
 
 
-def _open(path: Path) -> Candidate:
-    if path.is_dir():
-        return _open_directory(path)
-    if is_rank_shard(path):
-        raise CandidateError(f"{path}: holds one rank's part of each tensor. Give the directory, {path.parent}.")
-    if is_shard(path.name):
-        raise CandidateError(f"{path}: holds a part of the tensors. Give its index, or the directory {path.parent}.")
-    of_its_own = any(path.name in order for order in LOADERS.values())
-    return _open_file(path, path.parent if of_its_own else None, str(path))
+def _refuse_one_memory(sources: Sequence[Source], candidates: Sequence[Candidate]) -> None:
+    """Refuse state dicts that are one set of tensors, as those are that a training model returned without copies."""
+    first_of: dict[object, int] = {}
+    for i, candidate in enumerate(candidates):
+        if isinstance(sources[i], Mapping) and isinstance(candidate, MemoryCandidate):
+            places = candidate.places
+            first = first_of.setdefault(frozenset(places.items()), i)
+            if sources[first] is not sources[i]:
+                raise CandidateError(
+                    f"{candidate.label}: its tensors ({next(iter(places))!r}, ..) are in the same memory as those of "
+                    f"state dict {first}, so both hold the same values: state_dict() is live. Keep copies: "
+                    "{name: tensor.clone() for name, tensor in model.state_dict().items()}."
+                )
 
 
-def _open_directory(directory: Path) -> Candidate:
-    if file := weights_in(directory):
-        return _open_file(file, directory, str(directory))
-    if is_deepspeed(directory):
-        return open_deepspeed(directory)
-    if (directory / METADATA).is_file():
-        return open_dcp(directory)
-    files = sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("."))
-    if files and all(map(is_rank_shard, files)):
-        return open_dcp_safetensors(files, directory)
-    raise refusal(directory)
+class _Opener:
+    """Opens files as what they are."""
+
+    def __init__(self, keys: WeightsKey) -> None:
+        self.keys = keys
+
+    def open(self, source: Source, number: int) -> Candidate:
+        """Open a path, or the state dict of this number in the list."""
+        if isinstance(source, Mapping):
+            return MemoryCandidate(source, f"state dict {number}", None, self.keys)
+        if source.is_dir():
+            return self._directory(source)
+        if is_rank_shard(source):
+            raise CandidateError(
+                f"{source}: holds one rank's part of each tensor. Give the directory, {source.parent}."
+            )
+        if is_shard(source.name):
+            raise CandidateError(
+                f"{source}: holds a part of the tensors. Give its index, or the directory {source.parent}."
+            )
+        of_its_own = any(source.name in order for order in LOADERS.values())
+        return self._file(source, source.parent if of_its_own else None, str(source))
+
+    def _directory(self, directory: Path) -> Candidate:
+        if file := weights_in(directory):
+            return self._file(file, directory, str(directory))
+        if is_deepspeed(directory):
+            return self._under_key(open_deepspeed(directory))
+        if (directory / METADATA).is_file():
+            return open_dcp(directory, self.keys)
+        files = sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("."))
+        if files and all(map(is_rank_shard, files)):
+            return self._under_key(open_dcp_safetensors(files, directory))
+        raise refusal(directory)
+
+    def _file(self, path: Path, directory: Path | None, label: str) -> Candidate:
+        if path.name.endswith(INDEX):
+            return self._under_key(ShardedCandidate(path, _open_part, label))
+        if path.suffix in TORCH_SUFFIXES:
+            return TorchFileCandidate(path, directory, label, self.keys)
+        return self._under_key(_safetensors(path, directory, label))
+
+    def _under_key(self, candidate: Candidate) -> Candidate:
+        """Return the tensors whose names begin with the key, where one is given: these files hold names only."""
+        if self.keys.key is None:
+            return candidate
+        try:
+            chosen = self.keys.choose({(name,): candidate.shape(name) for name in candidate.names()}, candidate.label)
+            return View(candidate, {name: chosen[raw][0] for name, raw in unwrapped(chosen, candidate.label).items()})
+        except BaseException:
+            candidate.close()
+            raise
 
 
-def _open_file(path: Path, directory: Path | None, label: str) -> Candidate:
-    if path.name.endswith(INDEX):
-        return ShardedCandidate(path, lambda file: _open_file(file, None, str(file)), label)
+def _open_part(path: Path) -> Candidate:
+    """Open a file that an index names."""
+    return TorchFileCandidate(path) if path.suffix in TORCH_SUFFIXES else _safetensors(path, None, str(path))
+
+
+def _safetensors(path: Path, directory: Path | None, label: str) -> Candidate:
     if path.suffix == ".safetensors":
         return SafetensorsCandidate(path, directory, label)
-    if path.suffix in TORCH_SUFFIXES:
-        return TorchFileCandidate(path, directory, label)
     raise CandidateError(
         f"{path}: is no file of weights; a candidate is a .safetensors, .pt, .pth, .bin or .ckpt file, a Hugging "
         "Face index (*.index.json), or a directory that holds one."

@@ -20,9 +20,8 @@ class Candidate(Protocol):
     stored_names: dict[str, str]
     """The name of each tensor in the candidate's own files, which what loads them expects, by its name here."""
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of tensor data that `read` has taken from it in this process."""
+    bytes_read: int
+    """Bytes of tensor data that `read` has taken from it in this process."""
 
     def names(self) -> list[str]:
         """Return the tensor names without wrappers, sorted."""

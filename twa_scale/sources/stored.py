@@ -162,6 +162,10 @@ class StoredCandidate:
         self._tensors[name].read(start, out, f"tensor {name!r}")
         self.bytes_read += out.nbytes
 
+    def stored_once(self, name: str, other: str) -> bool:
+        """Whether two names stand for the same bytes."""
+        return self._tensors[name] is self._tensors[other]
+
     def close(self) -> None:
         """Close the files."""
         for file in self._files:

@@ -12,19 +12,22 @@ import torch
 
 from twa_scale.errors import CandidateError
 from twa_scale.inputs import open_regular
+from twa_scale.sources.entries import WeightsKey
 from twa_scale.sources.memory import MemoryCandidate
 
 
 class TorchFileCandidate(MemoryCandidate):
     """One .pt, .pth or .bin file. It is mapped: only the pages of a slice are read."""
 
-    def __init__(self, path: Path, directory: Path | None = None, label: str | None = None) -> None:
+    def __init__(
+        self, path: Path, directory: Path | None = None, label: str | None = None, keys: WeightsKey | None = None
+    ) -> None:
         content = _load(path)
         if not isinstance(content, Mapping):
             raise CandidateError(
                 f"{path}: holds {type(content).__name__}, not a dict of tensors. Save model.state_dict() there."
             )
-        super().__init__(content, label or str(path), directory)
+        super().__init__(content, label or str(path), directory, keys)
         self._path, self._size = path, path.stat().st_size
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:

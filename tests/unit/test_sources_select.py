@@ -1,0 +1,276 @@
+"""Which tensors of a file are weights: optimizer entries, other sets, quantized and tied ones, factors of adapters."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+from tests.slices import read
+from twa_scale.errors import CandidateError
+from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources.select import Wanted
+
+Tensors = dict[str, torch.Tensor]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def weights(seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator) for name, shape in {"a.weight": (4, 3), "b.bias": (4,)}.items()
+    }
+
+
+def save_safetensors(state: dict[str, Any], path: Path) -> Path:
+    save_file({name: value.clone() for name, value in state.items()}, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
+def save_torch(state: dict[str, Any], path: Path) -> Path:
+    torch.save(state, path.with_suffix(".ckpt"))
+    return path.with_suffix(".ckpt")
+
+
+def save_dcp(state: dict[str, Any], path: Path) -> Path:
+    dcp.save(state, checkpoint_id=path, no_dist=True)
+    return path
+
+
+def keep(state: dict[str, Any], path: Path) -> Any:
+    return state
+
+
+FLAT: list[Callable[..., Any]] = [save_safetensors, save_torch, save_dcp, keep]
+NESTED: list[Callable[..., Any]] = [save_torch, save_dcp, keep]
+each_flat = pytest.mark.parametrize("save", FLAT, ids=lambda save: save.__name__)
+each_nested = pytest.mark.parametrize("save", NESTED, ids=lambda save: save.__name__)
+
+
+def opened(specs: list[Any], **wanted: Any) -> tuple[list[Candidate], list[str]]:
+    said: list[str] = []
+    return open_candidates(specs, 1, Wanted(**wanted), said.append), said
+
+
+def refused(specs: list[Any], **wanted: Any) -> str:
+    with pytest.raises(CandidateError) as error:
+        opened(specs, **wanted)
+    return str(error.value)
+
+
+def holds(candidate: Candidate, state: Tensors) -> bool:
+    return candidate.names() == sorted(state) and all(
+        torch.equal(read(candidate, name, 0, value.numel()), value.reshape(-1)) for name, value in state.items()
+    )
+
+
+# Entries of an optimizer
+
+
+@each_flat
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ["optimizer.state.exp_avg.a.weight", "optimizer.state.exp_avg_sq.a.weight"],
+        ["optim.a.weight", "optim.b.bias"],
+        ["optimizer_state.a.weight.exp_avg", "a.weight.exp_avg_sq", "momentum_buffer.b.bias"],
+        ["state.a.weight.exp_avg", "state.a.weight.step", "state.b.bias.sum", "param_groups.a.weight.lr"],
+        ["app.optimizers.0.state.b.bias.square_avg"],
+    ],
+    ids=lambda entries: entries[0],
+)
+def test_entries_of_an_optimizer_are_left_out(tmp_path: Path, save: Callable[..., Any], entries: list[str]) -> None:
+    states = [weights(0), weights(1)]
+    specs = [save(s | {name: torch.ones(4) for name in entries}, tmp_path / f"{i}") for i, s in enumerate(states)]
+    candidates, said = opened(specs)
+    assert all(holds(candidate, state) for candidate, state in zip(candidates, states, strict=True))
+    assert len(said) == 1 and "optimizer" in said[0] and repr(sorted(entries)[0]) in said[0] and "and 1 more" in said[0]
+
+
+def test_what_the_model_has_is_no_entry_of_an_optimizer() -> None:
+    state = weights() | {"optimizer.weight": torch.ones(2)}
+    candidates, said = opened([state], known={"optimizer.weight"})
+    assert holds(candidates[0], state) and not said
+    assert "optim.x" in refused([{"optim.x": torch.ones(2)}])
+
+
+# Other sets
+
+
+def sets(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+@each_nested
+@pytest.mark.parametrize("other", ["model_ema", "ema.state_dict", "callbacks.ema.module", "teacher"])
+def test_another_set_is_said_and_can_be_chosen(tmp_path: Path, save: Callable[..., Any], other: str) -> None:
+    raw, ema = weights(0), weights(1)
+    content = {"model": raw, **sets(other, ema), "optimizer": {"exp_avg": weights(2)}, "epoch": torch.tensor(3)}
+    spec = save(content, tmp_path / "x")
+    candidates, said = opened([spec])
+    assert holds(candidates[0], raw)
+    assert len(said) == 1 and "under 'model'" in said[0] and repr(other) in said[0] and "`weights_key`" in said[0]
+    for key in (other, other.partition(".")[0]) if other != "callbacks.ema.module" else (other,):
+        candidates, said = opened([spec], weights_key=key)
+        assert holds(candidates[0], ema) and not said
+    message = refused([spec], weights_key="model_em")
+    assert "weights_key 'model_em'" in message and "'model'" in message
+
+
+def test_averages_without_buffers_and_in_lists_are_said_too() -> None:
+    raw = weights(0) | {"norm.count": torch.tensor(3), "norm.scale": torch.ones(3), "norm.bias": torch.ones(3)}
+    less = {name: value for name, value in raw.items() if "count" not in name}
+    for other in (less, less | {"n_averaged": torch.tensor(1)}, list(less.values())):
+        _, said = opened([{"state_dict": raw, "shadow": other}])
+        assert len(said) == 1 and "'shadow'" in said[0]
+    for other in ({"a.weight": torch.ones(1)}, {"loss": torch.ones(4, 3)}):
+        assert not opened([{"state_dict": raw, "shadow": other}])[1]
+
+
+@each_flat
+def test_a_key_may_be_a_prefix_of_names(tmp_path: Path, save: Callable[..., Any]) -> None:
+    raw, ema = weights(0), weights(1)
+    flat = {f"raw.{name}": value for name, value in raw.items()} | {f"ema.module.{n}": v for n, v in ema.items()}
+    spec = save(flat, tmp_path / "x")
+    assert holds(opened([spec], weights_key="raw")[0][0], raw)
+    assert holds(opened([spec], weights_key="ema.module")[0][0], ema)
+    assert holds(opened([spec], weights_key="ema")[0][0], ema)
+
+
+def test_where_tensors_are_is_said_when_they_are_not_found() -> None:
+    message = refused([{"net": weights(), "ema": weights(1), "optimizer": {"m": weights()}}])
+    assert "holds no tensors" in message and "'ema', 'net'" in message and "`weights_key`" in message
+
+
+# Quantized weights
+
+BYTES = torch.zeros(6, 1, dtype=torch.uint8)
+INTS = torch.zeros(4, 3, dtype=torch.int32)
+SCALE = torch.ones(4)
+FLOAT8 = torch.zeros(4, 3).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"a.weight": BYTES, "a.weight.absmax": SCALE, "a.weight.quant_map": torch.ones(16)}, "bitsandbytes, 4 bits"),
+        ({"a.weight": BYTES, "a.weight.quant_state.bitsandbytes__nf4": BYTES[:, 0]}, "bitsandbytes, 4 bits"),
+        ({"a.weight": INTS.to(torch.int8), "a.SCB": SCALE, "a.weight_format": BYTES[0]}, "bitsandbytes, 8 bits"),
+        ({"a.qweight": INTS, "a.qzeros": INTS, "a.scales": SCALE, "a.g_idx": INTS[0]}, "GPTQ"),
+        ({"a.qweight": INTS, "a.qzeros": INTS, "a.scales": SCALE}, "AWQ"),
+        ({"a.weight": FLOAT8, "a.weight_scale_inv": SCALE}, "float8_e4m3fn codes"),
+        ({"a.weight": FLOAT8, "a.weight_scale": SCALE, "a.input_scale": SCALE}, "float8_e4m3fn codes"),
+        ({"a.weight": FLOAT8, "a.scale_weight": SCALE}, "float8_e4m3fn codes"),
+        ({"a.weight_packed": INTS, "a.weight_scale": SCALE, "a.weight_shape": INTS[0]}, "compressed-tensors"),
+        ({"a.weight": INTS.to(torch.int8), "a.weight_scale": SCALE, "a.weight_zero_point": INTS[0]}, "compressed"),
+        ({"a.codes": INTS, "a.codebooks": torch.ones(2, 2), "a.scales": SCALE}, "AQLM"),
+        ({"a.W_q": BYTES, "a.scale": SCALE, "a.zero": SCALE}, "HQQ"),
+        ({"a.experts_blocks": BYTES, "a.experts_scales": BYTES}, "uint8 codes"),
+        ({"a._weight_qdata": INTS.to(torch.int8), "a._weight_scale": SCALE}, "int8 codes"),
+        ({"a.weight": INTS.to(torch.int8)}, "codes of type int8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_quantized_weights_are_refused(tmp_path: Path, tensors: Tensors, said: str) -> None:
+    spec = save_safetensors(weights() | tensors, tmp_path / "x")
+    message = refused([spec])
+    assert message.startswith(str(spec)) and said in message and repr(next(iter(tensors))) in message
+    assert "dequantize" in message
+    assert holds(opened([spec], ignore=[r"^a\.[^w]|^a\.weight"])[0][0], {"b.bias": weights()["b.bias"]})
+
+
+def test_integers_and_float8_that_are_no_codes(tmp_path: Path) -> None:
+    state = weights() | {
+        "position_ids": torch.arange(8)[None],
+        "norm.num_batches_tracked": torch.tensor(3),
+        "attn.relative_position_index": torch.zeros(3, 3, dtype=torch.int64),
+        "attn.logit_scale": torch.ones(3),
+        "c.weight": FLOAT8,
+    }
+    assert holds(opened([save_safetensors(state, tmp_path / "x")])[0][0], state)
+
+
+@pytest.mark.parametrize(("section", "name"), [({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "of no name")])
+def test_a_configuration_of_quantization_is_refused(tmp_path: Path, section: dict[str, Any], name: str) -> None:
+    save_file(weights(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    message = refused([tmp_path])
+    assert f"quantization_config ({name})" in message and "config.json" in message
+    (tmp_path / "config.json").write_text("[" * 100_000)  # damaged: nothing is known
+    assert opened([tmp_path])[0]
+
+
+# Tied weights
+
+
+def tied(seed: int, *, embed: bool = True, head: bool = True) -> Tensors:
+    state = weights(seed) | {"zero.weight": torch.zeros(5, 4), "one.weight": torch.zeros(5, 4)}
+    table = torch.randn(7, 4, generator=torch.Generator().manual_seed(seed))
+    return state | ({"embed.weight": table} if embed else {}) | ({"lm_head.weight": table.clone()} if head else {})
+
+
+@pytest.mark.parametrize("ties", [None, [("embed.weight", "lm_head.weight")]])
+def test_a_tied_tensor_is_read_under_the_name_that_is_there(tmp_path: Path, ties: Any) -> None:
+    held = [{"head": False}, {}, {"embed": False}]
+    specs = [save_safetensors(tied(i, **options), tmp_path / f"{i}") for i, options in enumerate(held)]
+    candidates, said = opened(specs, ties=ties)
+    assert all(holds(candidate, tied(i)) for i, candidate in enumerate(candidates))
+    assert len(said) == 2 and "'lm_head.weight' is not stored; it is tied to 'embed.weight'" in said[0] + said[1]
+
+
+def test_what_is_not_equal_elsewhere_is_not_tied() -> None:
+    whole = tied(0)
+    for change in ({"lm_head.weight": whole["lm_head.weight"] + 1}, {"embed.weight": torch.ones(7, 4)}):
+        message = refused([whole | change, tied(1) | change, tied(2, head=False)])
+        assert "'lm_head.weight' is missing" in message and "state dict 2" in message
+    lacking = tied(2)
+    del lacking["zero.weight"]  # equal to another of zeros
+    assert "'zero.weight' is missing" in refused([tied(0), tied(1), lacking])
+
+
+def test_an_extra_tensor_can_be_ignored() -> None:
+    extra = "layers.0.rotary_emb.inv_freq"
+    states = [weights(0), weights(1) | {extra: torch.ones(3)}, weights(2)]
+    message = refused(states)
+    assert repr(extra) in message and "`ignore`" in message and "did you mean" not in message
+    candidates, _ = opened(states, ignore=["inv_freq"])
+    assert all(holds(candidate, weights(i)) for i, candidate in enumerate(candidates))
+    assert "every tensor is ignored" in refused(states, ignore=["."])
+
+
+# Memory
+
+
+def test_state_dicts_of_one_memory_are_refused() -> None:
+    model = torch.nn.Linear(3, 2)
+    message = refused([model.state_dict(), model.state_dict()])
+    assert "state dict 1" in message and "state dict 0" in message and "clone()" in message
+    copies = [{name: value.clone() for name, value in model.state_dict().items()} for _ in range(2)]
+    shared = [{**weights(i), "frozen": model.weight} for i in range(2)]
+    assert not opened(copies)[1] and not opened(shared)[1]
+
+
+# Adapters
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.q.lora_A.weight",
+        "q.lora_B.default.weight",
+        "te_q.lora_down.weight",
+        "q.lora.up.weight",
+        "q.hada_w1_a",
+    ],
+)
+def test_factors_of_adapters_are_said(name: str) -> None:
+    states = [weights(i) | {name: torch.ones(2, 2)} for i in range(2)]
+    said = opened(states)[1]
+    assert len(said) == 1 and repr(name) in said[0] and "not the average of their products" in said[0]
+    assert not opened(states[:1])[1] and not opened([weights(0), weights(1)])[1]

@@ -1,0 +1,70 @@
+"""Which tensors of opened files are those of the candidates: without what is no weight, and under every tied name."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from twa_scale.errors import CandidateError
+from twa_scale.names import and_more, matches_any, some
+from twa_scale.sources.entries import optimizer_entries
+from twa_scale.sources.protocol import Candidate
+from twa_scale.sources.quantized import refuse_quantized
+from twa_scale.sources.ties import Ties, complete
+from twa_scale.sources.view import View
+
+_FACTOR = re.compile(
+    r"(^|[._])(lora_(A|B|down|up|embedding_[AB])|lora\.(down|up)|hada_w[12]_[ab]|lokr_w[12](_[ab])?)([._]|$)"
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which tensors of the files are wanted."""
+
+    weights_key: str | None = None
+    """Where the weights are in files that hold more, with dots between keys; where they usually are when not given."""
+    ignore: Sequence[str] = ()
+    """Regular expressions of names to leave out."""
+    known: Collection[str] = ()
+    """Names of the model's tensors: these are weights, whatever their names look like."""
+    ties: Ties | None = None
+    """What the model ties; found from the values where there is no model."""
+
+
+def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candidate], list[str]]:
+    """Return the candidates with the tensors that are wanted, and a line about each thing that a user may not expect.
+
+    Raises:
+        CandidateError: quantized weights, or no weights at all.
+    """
+    selected: list[Candidate] = []
+    left_out: dict[str, list[str]] = {}
+    for candidate in candidates:
+        names = candidate.names()
+        ignored = {name for name in names if matches_any(name, wanted.ignore)}
+        entries = optimizer_entries(names) - ignored - set(wanted.known)
+        if entries:
+            left_out[candidate.label] = sorted(entries)
+        kept = [name for name in names if name not in ignored and name not in entries]
+        if not kept:
+            why = "is ignored" if not entries else f"belongs to an optimizer ({some(entries)})"
+            raise CandidateError(f"{candidate.label}: holds no weights: every tensor {why}. Leave this candidate out.")
+        refuse_quantized(candidate, wanted.ignore)
+        selected.append(candidate if len(kept) == len(names) else View(candidate, dict(zip(kept, kept, strict=True))))
+    lines = []
+    if left_out:
+        found = next(iter(left_out.values()))
+        lines.append(f"{and_more(list(left_out))}: entries of an optimizer are not read: {some(found)}.")
+    selected, missing = complete(selected, wanted.ties)
+    return selected, lines + missing + _about_factors(selected)
+
+
+def _about_factors(candidates: Sequence[Candidate]) -> list[str]:
+    """Return a line where several candidates hold the factors of low-rank updates."""
+    factors = [name for name in candidates[0].names() if _FACTOR.search(name)]
+    if not factors or len(candidates) < 2:
+        return []
+    return [
+        f"{candidates[0].label}: {some(factors, 2)} are factors of low-rank updates (LoRA). They are averaged one by "
+        "one, which is not the average of their products; for that, merge each adapter into its weights first."
+    ]
