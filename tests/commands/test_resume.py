@@ -1,17 +1,22 @@
 """A run that died is continued as if it had not: same steps, same bits, on any number of ranks."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.commands.conftest import Brought
 from tests.commands.material import load, run_here, settings, state_of
 from tests.pool import Pool
-from twa_scale.errors import StateError, TwaError
+from twa_scale.errors import OutputError, StateError, TwaError
+from twa_scale.merge import export_run
+from twa_scale.writer import Claim
 
 STEPS = 8
 EVERY = 2
@@ -88,13 +93,107 @@ def test_batchnorm_and_other_optimizers_continue(digits: Brought, tmp_path: Path
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_run_that_has_ended_is_only_exported_again(scores: Brought, tmp_path: Path) -> None:
+def everything(output: Path) -> dict[Path, tuple[int, bytes]]:
+    """Return the time and the content of all that lies in a directory, and of the directory itself."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in (output, *output.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_that_has_finished_is_left_alone(ranks: Pool, mine: Brought, tmp_path: Path, size: int) -> None:
+    output = tmp_path / "out"
+    summary = ranks(run_here, size, data=life(mine, output))[0]
+    before = everything(output)
+    again = ranks(run_here, size, data=life(dying(mine), output))  # not one call of the loss
+    assert everything(output) == before
+    assert again == [json.loads(json.dumps(summary))] * size
+    for path in Path(mine.candidates).parent.glob("step-*"):
+        (path / "model.safetensors").unlink()
+        path.rmdir()
+    ranks(run_here, size, data=life(mine, output))  # what it was made of is not needed any more
+    assert everything(output) == before
+
+
+def test_a_run_that_has_finished_says_so(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(life(scores, tmp_path / "out")))
+    assert shell("run", config).code == 0
+    said = shell("run", config)
+    assert said.code == 0 and f"has finished its {STEPS} steps; nothing was done" in said.err
+    assert "resume=false" in said.err and "more steps" in said.err
+
+
+def test_results_that_are_missing_are_written_again(scores: Brought, tmp_path: Path) -> None:
     run_here(life(scores, tmp_path))
     before, told = load(tmp_path / "average"), lines(tmp_path)
-    run_here(life(dying(scores), tmp_path))  # not one call of the loss
+    (tmp_path / "summary.json").write_text('{"steps": 8')
+    run_here(life(scores, tmp_path))
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == STEPS
+    shutil.rmtree(tmp_path / "average")
+    run_here(life(scores, tmp_path))
     after = load(tmp_path / "average")
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert lines(tmp_path) == told
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_steps_can_be_raised(
+    scores: Brought, tmp_path: Path, capsys: pytest.CaptureFixture[str], unfinished: bool
+) -> None:
+    """The rate of each further step is that of the longer schedule."""
+    if unfinished:
+        stopped(scores, tmp_path / "out")
+    else:
+        run_here(life(scores, tmp_path / "out"))
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", steps=12)))
+    done = 4 if unfinished else STEPS
+    assert run_here(life(scores, tmp_path / "out", steps=12))["steps"] == 12
+    run_here(life(scores, tmp_path / "long", steps=12))
+    rates = [[line["lr"] for line in lines(tmp_path / name) if "lr" in line] for name in ("out", "long")]
+    assert len(rates[0]) == 12 and rates[0][done:] == rates[1][done:] and rates[0][:done] != rates[1][:done]
+    assert state_of(tmp_path / "out")["step"] == 12
+    with pytest.raises(StateError, match=r"steps was 12 .* and is 8 now.*raised, not lowered"):
+        run_here(life(scores, tmp_path / "out"))
+
+
+def test_a_schedule_that_ended_at_zero_goes_on(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", steps=4)))
+    assert shell("run", config).code == 0
+    said = shell("run", config, "steps=6")
+    assert said.code == 0
+    assert "continuing from step 4 of 6, which were 4: the learning rate follows the schedule of 6" in said.err
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "summary.json"])
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00 not UTF-8", b"", b"[1, 2]\n", b'{"step": "x"}\n3\n'], ids=str)
+def test_what_is_beside_the_state_does_not_stop_a_resume(
+    scores: Brought, tmp_path: Path, name: str, content: bytes
+) -> None:
+    stopped(scores, tmp_path)
+    (tmp_path / name).write_bytes(content)
+    run_here(life(scores, tmp_path))
+    done = [line["step"] for line in lines(tmp_path) if "loss" in line]
+    assert done == list(range(5 if name == "metrics.jsonl" else 1, STEPS + 1))
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == STEPS
+
+
+def test_one_run_at_a_time(scores: Brought, tmp_path: Path) -> None:
+    """The second says who is there, and changes nothing; exporting from what is there is fine."""
+    stopped(scores, tmp_path)
+    with Claim(tmp_path) as claim:
+        claim.take()
+        before = everything(tmp_path)
+        named = rf"another run.*process {os.getpid()} on host .*, started .*choose another"
+        with pytest.raises(OutputError, match=named):
+            run_here(life(scores, tmp_path))
+        export_run(tmp_path, tmp_path.parent / f"{tmp_path.name}-merged")
+        assert everything(tmp_path) == before
+    run_here(life(scores, tmp_path))
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_resume_can_be_refused(scores: Brought, tmp_path: Path) -> None:
@@ -133,7 +232,7 @@ def stopped(brought: Brought, output: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"steps": 9}, ["state.pt", "steps was 8", "9"]),
+        ({"steps": 7}, ["state.pt", "steps was 8", "7", "raised"]),
         ({"basis": "pca"}, ["basis", "'normalized'", "'pca'"]),
         ({"groups": "global"}, ["groups", "'tensor'", "'global'"]),
         ({"units": "weight"}, ["units"]),

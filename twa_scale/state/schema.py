@@ -84,6 +84,8 @@ class RunState(_Saved):
 
     twa: AverageState
     step: Count
+    finished: bool
+    """Whether the results of this step have been written."""
     course: dict[str, Any]
     candidates: Annotated[Names, Field(min_length=1)]
 

@@ -17,24 +17,22 @@ from twa_scale.batchnorm import batchnorm_layers
 from twa_scale.clock import Clock, read_bandwidth
 from twa_scale.config import RunConfig, dump
 from twa_scale.engines.zero import is_deepspeed
-from twa_scale.errors import StateError
 from twa_scale.memory import peak_resident, return_freed_memory
 from twa_scale.optimizer import check_optimizer
 from twa_scale.plots import plot_training
 from twa_scale.ranks import Group, World
-from twa_scale.state import PREVIOUS, STATE, RunState, load_state, save_state
+from twa_scale.state import STATE, RunState, save_state
 from twa_scale.tasks import Task, build_task
 from twa_scale.training.batches import Batches, make_batches
+from twa_scale.training.course import AVERAGE, SUMMARY, course, find_state, finished_summary, forget_state
 from twa_scale.training.evaluate import evaluate
 from twa_scale.training.model import autocast, backward, build_model, pod_mesh
 from twa_scale.training.records import Records, read_records
 from twa_scale.training.report import Report
 from twa_scale.training.schedule import set_rate
 from twa_scale.training.stopping import Stop, Stopped
-from twa_scale.writer import parse_size
+from twa_scale.writer import Claim, parse_size
 from twa_scale.writer.publish import check_target, replace_file, reported
-
-AVERAGE = "average"
 
 
 def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
@@ -52,22 +50,30 @@ def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
     device = world.device(config.device)
     if device.type == "cpu":
         return_freed_memory()
-    with stop.on_signals(), world.joined(device, config.output):
-        return Run(config, world, device, report or Report(active=False), stop).train()
+    with stop.on_signals(), world.joined(device, config.output), Claim(Path(config.output)) as claim:
+        return Run(config, world, device, report or Report(active=False), stop, claim).train()
 
 
 class Run:
     """One run on one rank."""
 
     def __init__(
-        self, config: RunConfig, world: World, device: torch.device, report: Report, stop: Stop | None = None
+        self,
+        config: RunConfig,
+        world: World,
+        device: torch.device,
+        report: Report,
+        stop: Stop | None = None,
+        claim: Claim | None = None,
     ) -> None:
         self.config = config
+        self.world = world
         self.device = device
         self.stop = stop or Stop()
         self.group = Group.world()
         self.report = report if self.group.rank == 0 else Report(active=False)
         self.output = Path(config.output)
+        self.claim = claim or Claim(self.output)
         with self.group.agree():
             check_optimizer(config)
             self.task: Task = build_task(config.task)
@@ -75,10 +81,46 @@ class Run:
             self.held_out = replace(self.training, examples=self.task.dataset(config.evaluate_split))
             self.num_steps = config.steps or max(1, round(float(config.epochs or 0) * self.training.per_epoch))
             parse_size(config.max_shard_size)
+
+    def train(self) -> dict[str, Any]:
+        """Attach, go on from the saved state to the last step, then evaluate, export and summarize.
+
+        A run that has finished returns its summary, and touches nothing.
+        """
+        summary, state = self._found()
+        if summary is not None:
+            return summary
+        self._attach(state)
+        return self._train()
+
+    def _found(self) -> tuple[dict[str, Any] | None, RunState | None]:
+        """Return the summary of a run that has finished, else the state to continue from. Collective.
+
+        One rank looks: file systems may show ranks different things. From here on the directory is this run's alone.
+        """
+        found: tuple[dict[str, Any] | None, RunState | None] = (None, None)
+        with self.group.agree():
             if self.group.rank == 0:
-                with reported(self.output):
-                    self.output.mkdir(parents=True, exist_ok=True)
-                    check_target(self.output / AVERAGE, 0, overwrite=True)
+                found = self._find()
+        return self.group.broadcast(found)
+
+    def _find(self) -> tuple[dict[str, Any] | None, RunState | None]:
+        config, say = self.config, self.report.say
+        state = find_state(config, self.num_steps, say)
+        if state and (summary := finished_summary(config, self.num_steps, state)):
+            say(
+                f"{self.output}: this run has finished its {state.step} steps; nothing was done. Give more steps to "
+                "continue it, resume=false to start anew, or another output."
+            )
+            return summary, None
+        with reported(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
+            check_target(self.output / AVERAGE, 0, overwrite=True)
+        self.claim.take()
+        return None, find_state(config, self.num_steps, say)  # as the owner before has left it
+
+    def _attach(self, state: RunState | None) -> None:
+        config, world, device = self.config, self.world, self.device
         mesh = pod_mesh(config, world, device)
         with self.group.agree():  # apart: DDP exchanges shapes, which a rank without data would miss
             self.model: nn.Module = build_model(config, self.task, world, device, mesh and mesh["ranks"])
@@ -91,15 +133,16 @@ class Run:
         self._attach_seconds = time.perf_counter() - start
         self.step = 0
         self._stopping = False
-        self._resume()
-        self._save_config()
-        self.records = Records(self.output, active=self.group.rank == 0, step=self.step)
+        self._resume(state)
+        with self.group.agree():
+            if self.group.rank == 0:
+                replace_file(self.output / "config.json", dump(self.config).encode())
+            self.records = Records(self.output, active=self.group.rank == 0, step=self.step, say=self.report.say)
         self.clock = Clock(device)
         self.twa.clock.read()  # what attach cost is not what a step costs
         self._steps_here = 0
 
-    def train(self) -> dict[str, Any]:
-        """Run from the present step to the last; then evaluate, export and summarize."""
+    def _train(self) -> dict[str, Any]:
         config = self.config
         self._leave_if_asked()  # while candidates were read
         if self.step == 0 or self._evaluation_is_due():
@@ -186,6 +229,7 @@ class Run:
         self._save()
         self.records.close()
         self.twa.close()
+        self.claim.release()
         text = f"stopped early at step {self.step} of {self.num_steps}, state saved in {self.output / STATE}"
         self.report.say(f"{text}; the same command continues")
         raise Stopped(text)
@@ -199,18 +243,24 @@ class Run:
             self.twa.export(self.output / AVERAGE, max_shard_size=limit, overwrite=True, progress=progress)
         summary = self._summary(final) | {"export_seconds": time.perf_counter() - start}
         self.records.close()
-        if self.group.rank == 0:
-            replace_file(self.output / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-            plot_training(
-                self.output / "coefficients.png",
-                self.twa.coefficients.cpu().numpy(),
-                [Path(label).name for label in self.twa.fingerprint.labels],
-                list(self.twa.layout.groups),
-                read_records(self.output),
-            )
+        with self.group.agree():
+            if self.group.rank == 0:
+                self._write_results(summary)
+        self._save(finished=True)
         self.report.finish(self.output, summary)
         self.twa.close()
+        self.claim.release()
         return summary
+
+    def _write_results(self, summary: dict[str, Any]) -> None:
+        plot_training(
+            self.output / "coefficients.png",
+            self.twa.coefficients.cpu().numpy(),
+            [Path(label).name for label in self.twa.fingerprint.labels],
+            list(self.twa.layout.groups),
+            read_records(self.output),
+        )
+        replace_file(self.output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
     def _summary(self, final: dict[str, float]) -> dict[str, Any]:
         """Return the results, and what a step of this process cost on average: seconds, and bytes moved in memory."""
@@ -231,53 +281,31 @@ class Run:
             "read_bandwidth": read_bandwidth(self.device),
         }
 
-    def _save(self) -> None:
+    def _save(self, *, finished: bool = False) -> None:
         state = {
             "twa": self.twa.state_dict(),
             "step": self.step,
-            "course": self._course(),
+            "finished": finished,
+            "course": course(self.config, self.num_steps),
             "candidates": [str(Path(label).resolve()) for label in self.twa.fingerprint.labels],
         }
         with self.group.agree():
             if self.group.rank == 0:
                 save_state(self.output, state)
 
-    def _resume(self) -> None:
-        state: RunState | None = None
-        saved = [path for path in (self.output / PREVIOUS, self.output / STATE) if path.exists()]
-        with self.group.agree():
-            if self.group.rank == 0 and saved:
-                if self.config.resume:
-                    state = load_state(self.output, self.report.say)
-                    self._require_same_course(state.course)
-                else:
-                    for path in saved:
-                        path.unlink()  # of another run; a later start that resumes must not take it for ours
-        state = self.group.broadcast(state)  # one rank looks: file systems may show ranks different things
+    def _resume(self, state: RunState | None) -> None:
         if state is None:
+            with self.group.agree():
+                if self.group.rank == 0:
+                    forget_state(self.output)
             return
         self.twa.load_state_dict(state.twa.model_dump())
         self.step = state.step
-        self.report.say(f"continuing from step {self.step} of {self.num_steps}")
-
-    def _require_same_course(self, saved: dict[str, Any]) -> None:
-        for key, value in self._course().items():
-            if saved.get(key) != value:
-                raise StateError(
-                    f"{self.output / STATE}: {key} was {saved.get(key)!r} when it was saved, and is {value!r} now; the "
-                    "course of the run would change. Give the same, another output, or resume=false."
-                )
-
-    def _course(self) -> dict[str, Any]:
-        """Return what decides, with the state of the average, how the run goes on; the seed is its random state."""
-        settings = self.config.model_dump(mode="json", include={"split", "seed", "batch_size", "schedule", "precision"})
-        return {"steps": self.num_steps, **settings}
-
-    def _save_config(self) -> None:
-        with self.group.agree():
-            if self.group.rank == 0:
-                with reported(self.output):
-                    replace_file(self.output / "config.json", dump(self.config).encode())
+        before = state.course["steps"]
+        raised = f", which were {before}: the learning rate follows the schedule of {self.num_steps}"
+        self.report.say(
+            f"continuing from step {self.step} of {self.num_steps}{raised if before != self.num_steps else ''}"
+        )
 
     def _batches(self) -> Batches:
         config, group = self.config, self.group

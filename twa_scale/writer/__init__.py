@@ -1,11 +1,15 @@
 """Writing safetensors by all ranks at once, without gathering and never half-written."""
 
+from twa_scale.writer.appended import Appended
 from twa_scale.writer.background import BackgroundWrite
+from twa_scale.writer.claim import Claim
 from twa_scale.writer.shards import TensorSpec, parse_size, stored_as
 from twa_scale.writer.write import Files, Writer, begin, check_tiling, writing
 
 __all__ = [
+    "Appended",
     "BackgroundWrite",
+    "Claim",
     "Files",
     "TensorSpec",
     "Writer",

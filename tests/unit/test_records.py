@@ -1,0 +1,89 @@
+"""What a run writes down: whole lines only, on a disk that is full for a while too."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from twa_scale.errors import OutputError
+from twa_scale.training.records import METRICS, Records, read_records
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(directory / "tensorboard"))
+    board.Reload()
+    return [(event.step, round(event.value, 6)) for event in board.Scalars(name)]
+
+
+def test_a_disk_that_is_full_for_a_while_loses_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    records = Records(tmp_path, active=True, step=0, say=said.append)
+    for step in range(1, 30):
+        if step < 10 or step > 20:
+            records.write(step, {"loss": step / 8, "lr": 0.5})
+        else:
+            with full_disk(400):
+                records.write(step, {"loss": step / 8, "lr": 0.5})
+                assert (tmp_path / METRICS).read_bytes().endswith(b"\n")
+    records.close()
+    expected = [(step, step / 8) for step in range(1, 30)]
+    assert [(line["step"], line["loss"]) for line in read_records(tmp_path)] == expected
+    assert scalars(tmp_path, "loss") == expected
+    assert len(said) == 2 and all("could not be written" in text and "goes on" in text for text in said)
+    assert sorted(METRICS in text for text in said) == [False, True]
+
+
+def test_what_is_lost_in_the_end_is_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    records = Records(tmp_path, active=True, step=0, say=said.append)
+    with full_disk(10):
+        records.write(1, {"loss": 0.5})
+        records.close()
+    assert read_records(tmp_path) == [] and any("are lost" in text for text in said)
+
+
+def test_records_that_cannot_be_created(tmp_path: Path) -> None:
+    Records(tmp_path, active=True, step=0, say=print).write(1, {"loss": 0.5, "lr": 0.1})
+    with full_disk(10), pytest.raises(OutputError, match=METRICS):
+        Records(tmp_path, active=True, step=1, say=print)
+    assert len(read_records(tmp_path)) == 1
+
+
+def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+    first, last = b'{"step": 1, "loss": 0.5, "lr": 0.1}', b'{"step": 2, "loss": 0.25, "lr": 0.1}'
+    damaged = [b"\xff\xfe", b"[" * 100_000, b"3", b'{"loss": 2}', b'{"step": "2"}', b'{"step": 2, "loss": "high"}']
+    lines = [first, *damaged, last, b'{"step": 3, "lo']
+    (tmp_path / METRICS).write_bytes(b"\n".join(lines))
+    said: list[str] = []
+    Records(tmp_path, active=True, step=2, say=said.append).close()
+    assert [json.loads(line)["loss"] for line in (tmp_path / METRICS).read_text().splitlines()] == [0.5, 0.25]
+    assert len(said) == 1 and "7 damaged lines" in said[0]
+
+
+def test_a_resumed_run_replaces_what_it_does_again(tmp_path: Path) -> None:
+    first = Records(tmp_path, active=True, step=0, say=print)
+    first.write(0, {"validation/loss": 1.0})
+    for step in (1, 2, 3):
+        first.write(step, {"loss": step / 8, "lr": 0.5})
+    first.write(2, {"validation/loss": 0.5})
+    second = Records(tmp_path, active=True, step=2, say=print)
+    second.write(2, {"validation/loss": 0.25})
+    second.write(3, {"loss": 9.0, "lr": 0.5})
+    assert scalars(tmp_path, "loss") == [(1, 0.125), (2, 0.25), (3, 9.0)]
+    assert scalars(tmp_path, "validation/loss") == [(0, 1.0), (2, 0.25)]
+    assert [line.get("loss") for line in read_records(tmp_path)] == [None, 0.125, 0.25, None, 9.0]
