@@ -12,7 +12,8 @@ from torch import nn
 
 from twa_scale.average import TrainableAverage
 from twa_scale.basis import Gram, make_basis, needs_norms_only
-from twa_scale.config import TwaConfig, block_settings, buffer_weights, center_weights, validated
+from twa_scale.buffers import buffer_source, copied_notice, spectral_vectors
+from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.kernels import Target
@@ -20,7 +21,7 @@ from twa_scale.layout import Layout, match
 from twa_scale.notices import notice
 from twa_scale.optimizer import check_optimizer, check_settings
 from twa_scale.ranks import Pods, Reduction
-from twa_scale.reading import Job, Progress, job_bytes
+from twa_scale.reading import Progress, job_bytes
 from twa_scale.sources import Candidate, open_candidates
 from twa_scale.sources.mapped import mapped
 from twa_scale.spans import whole
@@ -101,18 +102,17 @@ def attach(
             norms_only = needs_norms_only(config.basis)
             gram = Gram(len(layout.groups), len(opened), store.device, diagonal=norms_only)
             _read_spans(engine, layout, stream, weights, store, gram)
-            buffers = (
-                _read_buffers(engine, layout, stream, buffer_weights(config.buffers, len(opened)))
-                if group.rank == 0
-                else {}
-            )
+            buffers = _read_buffers(engine, layout, stream, config.buffers, weights) if group.rank == 0 else {}
         fingerprint = _fingerprint(engine, layout, opened, stream)
         _require_same_candidates(pods, fingerprint)
         inner = gram.values.to(engine.device).mul_(pods.share)
         pods.sum_(inner)  # all pods have the same but for rounding, which would part their bases
         _write_rest(engine, layout, buffers)
+        copied = {name: i for found in group.gather(stream.differing) for name, i in found.items()}
         if pods.rank == 0:
             _warn_of_equals(layout, fingerprint)
+            if copied:
+                notice(copied_notice(copied, fingerprint.labels))
         basis = make_basis(
             config.basis,
             inner.cpu(),  # small mathematics: a GPU would only wait for it
@@ -126,13 +126,11 @@ def attach(
 
 
 def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidate]) -> int:
-    everyone = range(len(candidates))
-    found = [(layout.sourced(span), engine.parameters[span.name].dtype) for span in engine.spans()]
+    spans = [layout.sourced(span) for span in engine.spans()]
     if engine.shard_group.rank == 0:
         live = _live_buffers(engine, layout)
-        found += [(whole(layout.source(name), tuple(buffer.shape)), buffer.dtype) for name, buffer in live.items()]
-    jobs: list[Job] = [(span, everyone if dtype.is_floating_point else everyone[-1:]) for span, dtype in found]
-    return job_bytes(candidates, jobs)
+        spans += [whole(layout.source(name), tuple(buffer.shape)) for name, buffer in live.items()]
+    return job_bytes(candidates, [(span, range(len(candidates))) for span in spans])
 
 
 def _read_spans(
@@ -140,27 +138,34 @@ def _read_spans(
 ) -> None:
     """Stream this rank's spans: those that are trained into the store, the others at once into the model."""
     live = {layout.sourced(span): span for span in engine.spans()}
+    vectors = spectral_vectors({name for held in layout.held_as.values() for name in held})
     targets = {}
     for read, span in live.items():
         if span.name in layout.group_of:
             targets[read] = replace(store.reserve(span), products=gram.of(layout.group_of[span.name]))
-        elif engine.parameters[span.name].dtype.is_floating_point:
+        elif engine.parameters[span.name].dtype.is_floating_point and read.name not in vectors:
             targets[read] = Target(center=engine.live(span))
     stream.make_deltas(targets, weights)
-    for read, start, values in stream.copies([read for read in live if read not in targets]):
+    for read, start, values in stream.copies({read: len(weights) - 1 for read in live if read not in targets}):
         engine.live(live[read])[start : start + len(values)] = values
 
 
-def _read_buffers(engine: Engine, layout: Layout, stream: Stream, weights: Sequence[float]) -> dict[str, torch.Tensor]:
-    """Read every buffer that the candidates hold: floating ones averaged, others from the last candidate."""
-    live = _live_buffers(engine, layout)
+def _read_buffers(
+    engine: Engine, layout: Layout, stream: Stream, buffers: str | int, weights: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """Read every buffer that the candidates hold: statistics averaged as `buffers` says, others from one candidate."""
+    live, last = _live_buffers(engine, layout), len(weights) - 1
     values = {name: torch.empty(buffer.numel(), dtype=buffer.dtype) for name, buffer in live.items()}
-    spans = {name: whole(layout.source(name), tuple(buffer.shape)) for name, buffer in live.items()}
-    floating = {spans[n]: Target(center=values[n]) for n, buffer in live.items() if buffer.is_floating_point()}
-    stream.make_deltas(floating, weights)
-    copied = {span: name for name, span in spans.items() if not live[name].is_floating_point()}
-    for span, start, part in stream.copies(list(copied)):
-        values[copied[span]][start : start + len(part)] = part
+    spans = {whole(layout.source(name), tuple(buffer.shape)): name for name, buffer in live.items()}
+    sources = {
+        span: buffer_source(name, buffers, weights) if live[name].is_floating_point() else last
+        for span, name in spans.items()
+    }
+    averaged = {span: source for span, source in sources.items() if not isinstance(source, int)}
+    statistics = {span: Target(center=values[spans[span]]) for span in averaged}
+    stream.make_deltas(statistics, next(iter(averaged.values()), weights))  # which are the same for all
+    for span, start, part in stream.copies({s: source for s, source in sources.items() if isinstance(source, int)}):
+        values[spans[span]][start : start + len(part)] = part
     return values
 
 

@@ -37,7 +37,7 @@ Out = Annotated[Path, typer.Option(help="Directory to write; it appears only whe
 ShardSize = Annotated[str, typer.Option(help="Largest file: `5GB`, `512MiB`, ...")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Type of the result: `float32`, `bfloat16`, `float16`; the candidates' own when not given."),
+    typer.Option(help="Type of the result: `float32`, `bfloat16`, `float16`; when not given, the candidates' widest."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 
@@ -267,6 +267,13 @@ def average(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Divide weights that do not sum to 1 by their sum.")
     ] = False,
+    buffers: Annotated[
+        str,
+        typer.Option(
+            help="Floating point buffers: `average` running statistics with the weights and take others from the last "
+            "candidate; `mean`: average statistics uniformly; or take all from `first`, `last` or an index."
+        ),
+    ] = "average",
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
@@ -289,6 +296,7 @@ def average(
             out,
             weights,
             normalize=normalize,
+            buffers=buffers,
             max_shard_size=max_shard_size,
             dtype=dtype,
             overwrite=overwrite,

@@ -10,10 +10,12 @@ import torch
 from twa_scale.buffers import is_statistic
 from twa_scale.engines import Engine
 from twa_scale.layout import Layout
+from twa_scale.notices import notice
 from twa_scale.ranks import Pods
 from twa_scale.reading import Progress
 from twa_scale.sources import Candidate
 from twa_scale.sources.side_files import side_files
+from twa_scale.sources.types import types_notice, widest
 from twa_scale.spans import whole
 from twa_scale.writer import TensorSpec, Writer, stored_as, writing
 from twa_scale.writer.publish import check_apart
@@ -45,7 +47,8 @@ def export(
         layout: which of its tensors the candidates hold.
         candidates: the last one gives names, types and side files.
         out: a directory that is new, empty, or to be overwritten.
-        dtype: type of all floating point tensors; the candidate's own when not given.
+        dtype: type of all floating point tensors; when not given, the widest of the candidates, which is reported
+            where they differ.
         max_shard_size: most bytes of one file.
         overwrite: replace an earlier output.
         provenance: written beside the weights as twa_scale.json.
@@ -57,7 +60,7 @@ def export(
     last = candidates[-1]
     names = [name for held in layout.held_as.values() for name in held]
     specs = [
-        TensorSpec(name, last.shape(name), stored_as(last.dtype(name), dtype), last.stored_names[name])
+        TensorSpec(name, last.shape(name), stored_as(widest(candidates, name), dtype), last.stored_names[name])
         for name in names
     ]
     files = side_files(last.directory, dtype)
@@ -70,6 +73,8 @@ def export(
             check_apart(Path(out), [candidate.label for candidate in candidates])
         with writing(out, specs, group, max_shard_size=max_shard_size, files=files, overwrite=overwrite) as writer:
             write_live(writer, engine, layout.held_as, progress)
+    if pods.rank == 0 and dtype is None and (text := types_notice(candidates, names)):
+        notice(text)
 
 
 def write_live(

@@ -150,3 +150,10 @@ def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], cut: _Cut) -> No
         for start, stop in cut.span.runs(cut.start, cut.stop):
             candidate.read(cut.span.name, start, values[done : done + stop - start])
             done += stop - start
+
+
+def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two 1-D tensors hold the same bits, or the same numbers where their types differ."""
+    if first.dtype == second.dtype:
+        return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+    return torch.equal(first.to(torch.float64), second.to(torch.float64))

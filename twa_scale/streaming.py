@@ -7,7 +7,7 @@ import torch
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Target
 from twa_scale.kernels.deltas import GRID, ROW_BYTES
-from twa_scale.reading import READ_CHUNK, READS_IN_FLIGHT, Part, Progress, Reader, at_once
+from twa_scale.reading import READ_CHUNK, READS_IN_FLIGHT, Part, Progress, Reader, at_once, same_values
 from twa_scale.sources import Candidate
 from twa_scale.spans import Span
 
@@ -52,6 +52,8 @@ class Stream:
         self._reader = Reader(candidates, total, progress, read_chunk=read_chunk, reads_in_flight=reads_in_flight)
         self.checksums: dict[str, torch.Tensor] = {}
         """By tensor name: (n,), int64, of what was read here; sums over spans and ranks are those of whole tensors."""
+        self.differing: dict[str, int] = {}
+        """Tensors that were copied, of which other candidates hold other values: the index of the one that was."""
 
     def make_deltas(self, targets: Mapping[Span, Target], weights: Sequence[float]) -> None:
         """Turn spans of floating point tensors into deltas around the center of `weights` b (sum 1).
@@ -65,27 +67,62 @@ class Stream:
             self._add(part, seen.checksums)
             if not seen.finite:
                 raise self._blamed(part)
+            if targets[part.span].rows is None:
+                self._require_fits(part, targets[part.span].center)
 
-    def copies(self, spans: Sequence[Span]) -> Iterator[tuple[Span, int, torch.Tensor]]:
-        """Yield (span, offset, values) of the last candidate, bit for bit: for tensors that cannot be averaged."""
-        last = [len(self._candidates) - 1]
-        for part in self._reader.parts((span, last) for span in spans):
+    def copies(self, spans: Mapping[Span, int]) -> Iterator[tuple[Span, int, torch.Tensor]]:
+        """Yield (span, offset, values) of one candidate, bit for bit: of tensors that are not averaged.
+
+        All candidates are read, to find out whether they differ.
+
+        Args:
+            spans: each with the index of the candidate.
+
+        Raises:
+            CandidateError: NaN, or a file that cannot be read.
+        """
+        everyone = range(len(self._candidates))
+        for part in self._reader.parts((span, everyone) for span in spans):
             self._add(part, self._kernels.checksums(part.sources))
-            yield part.span, part.start, part.sources[0]
+            which = spans[part.span]
+            chosen = part.sources[which]
+            if not all(same_values(chosen, source) for source in part.sources):
+                self.differing[part.span.name] = which
+            if chosen.is_floating_point() and bool((nan := torch.isnan(chosen)).any()):
+                raise self._bad(part, which, nan)
+            yield part.span, part.start, chosen
 
     def _add(self, part: Part, checksums: torch.Tensor) -> None:
         sums = self.checksums.setdefault(part.span.name, torch.zeros(len(self._candidates), dtype=torch.int64))
         sums[list(part.who)] += checksums
 
+    def _require_fits(self, part: Part, live: torch.Tensor | None) -> None:
+        """Refuse an average that is too large for the type of the model."""
+        if live is None or live.dtype.itemsize >= 4:
+            return
+        values = live.detach()[part.start : part.stop]
+        wrong = ~torch.isfinite(values).cpu() & torch.isfinite(part.sources[0].float())
+        if bool(wrong.any()):
+            i = int(wrong.nonzero()[0, 0])
+            raise CandidateError(
+                f"{self._candidates[0].label}: tensor {part.span.name!r} holds {part.sources[0][i].item():g} at "
+                f"element {part.element(i)}; the average is too large for the model's {values.dtype}, which ends at "
+                f"{torch.finfo(values.dtype).max:g}. Use a model of a wider type."
+            )
+
     def _blamed(self, part: Part) -> CandidateError:
-        for candidate, values in zip(self._candidates, part.sources, strict=True):
-            bad = torch.nonzero(~torch.isfinite(values.to(torch.float64)))
-            if len(bad):
-                return CandidateError(
-                    f"{candidate.label}: tensor {part.span.name!r} holds {values[bad[0, 0]].item()} at element "
-                    f"{part.element(int(bad[0, 0]))}; weights must be finite. Leave this candidate out."
-                )
+        for i, values in enumerate(part.sources):
+            wrong = ~torch.isfinite(values.to(torch.float64))
+            if wrong.any():
+                return self._bad(part, i, wrong)
         return CandidateError(
             f"tensor {part.span.name!r}: from element {part.element(0)} on, candidates differ by more than their type "
             "can hold. Leave out those that have diverged."
+        )
+
+    def _bad(self, part: Part, i: int, wrong: torch.Tensor) -> CandidateError:
+        at = int(wrong.nonzero()[0, 0])
+        return CandidateError(
+            f"{self._candidates[i].label}: tensor {part.span.name!r} holds {part.sources[i][at].item()} at element "
+            f"{part.element(at)}; weights must be finite. Leave this candidate out."
         )

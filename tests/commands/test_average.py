@@ -224,7 +224,7 @@ def test_plan_says_what_the_run_then_does(
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2)])
 def test_plan_counts_every_byte_that_is_read(ranks: Pool, tmp_path: Path, shell: Any, engine: str, size: int) -> None:
-    """Of integers those of the last candidate only; of buffers, those of the rank that reads them for all."""
+    """Of buffers, those of the rank that reads them for all."""
     task = material.digits(tmp_path / "digits.npz") | {"model": "tests.commands.material:numbered_convnet"}
     candidates = material.train_candidates(task, tmp_path / "candidates")
     data = settings(candidates, task, tmp_path / "out", engine=engine, steps=1)

@@ -3,7 +3,6 @@
 from twa_scale.config.block import BLOCK, block_settings
 from twa_scale.config.center import (
     Center,
-    buffer_weights,
     candidate_index,
     center_weights,
     of_sum_one,
@@ -24,7 +23,6 @@ __all__ = [
     "TaskConfig",
     "TwaConfig",
     "block_settings",
-    "buffer_weights",
     "candidate_index",
     "center_weights",
     "dump",

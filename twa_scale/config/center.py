@@ -129,12 +129,3 @@ def candidate_index(index: str | int, n: int, key: str) -> int:
     if not -n <= index < n:
         raise ConfigError(f"{key}: there is no candidate {index}; {n} candidates have indices 0 to {n - 1}.")
     return index % n
-
-
-def buffer_weights(buffers: str | int, n: int) -> list[float]:
-    """Return the weights of the candidates' floating point buffers: equal for `mean`, else all on one candidate.
-
-    Raises:
-        ConfigError: an index out of range.
-    """
-    return center_weights("mean" if buffers == "mean" else candidate_index(buffers, n, "buffers"), n)

@@ -113,9 +113,11 @@ class TwaConfig(Section):
     include: list[str] = Field([], description="Regular expressions of tensor names to train; all when empty.")
     exclude: list[str] = Field([], description="Regular expressions of tensor names to leave at the center.")
     ignore: list[str] = Field([], description="Regular expressions of candidate tensors that the model does not have.")
-    buffers: Literal["mean", "first", "last"] | int = Field(
-        "mean",
-        description="Floating point buffers: the candidates' `mean`, or those of one candidate. Integers: the last's.",
+    buffers: Literal["average", "mean", "first", "last"] | int = Field(
+        "average",
+        description="Floating point buffers. `average`: running statistics (`running_mean`, `running_var`) are "
+        "averaged with the weights of `center`, others are the last candidate's; `mean`: statistics are averaged "
+        "uniformly; or all are those of one candidate. Integers are always the last candidate's.",
     )
 
     @field_validator("groups", "include", "exclude", "ignore")

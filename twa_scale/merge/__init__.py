@@ -1,6 +1,6 @@
 """Averages computed from the candidates alone: streamed, without the model's code."""
 
 from twa_scale.merge.named import average_fixed, export_run
-from twa_scale.merge.streamed import Checksums, Weights, merge, merged_specs
+from twa_scale.merge.streamed import Checksums, Weights, merge
 
-__all__ = ["Checksums", "Weights", "average_fixed", "export_run", "merge", "merged_specs"]
+__all__ = ["Checksums", "Weights", "average_fixed", "export_run", "merge"]

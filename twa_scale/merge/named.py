@@ -1,16 +1,19 @@
 """Merges that people ask for by name: fixed weights, and the trained coefficients of a run."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from twa_scale.buffers import Source, buffer_source, is_statistic, spectral_vectors
 from twa_scale.config import (
     Center,
-    buffer_weights,
+    TwaConfig,
     center_weights,
     of_sum_one,
     parse_center,
+    validated,
 )
 from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
@@ -31,6 +34,7 @@ def average_fixed(
     weights: Center | None = None,
     *,
     normalize: bool = False,
+    buffers: str | int = "average",
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     overwrite: bool = False,
@@ -44,6 +48,7 @@ def average_fixed(
         weights: what the setting `center` takes, also as text: a name, an index, or one weight for each candidate.
             The mean when neither they nor PATH:WEIGHT are given.
         normalize: divide weights that are given one by one by their sum, which else has to be 1.
+        buffers: what the setting `buffers` takes. Names tell which tensors are buffers: see docs/candidates.md.
         max_shard_size: see `merge`.
         dtype: name of the floating point type to write.
         overwrite: see `merge`.
@@ -66,15 +71,21 @@ def average_fixed(
     if isinstance(given, list):
         given = _of_sum_one(given, normalize)
     opened = open_candidates(paths, minimum=1)
+    vectors = spectral_vectors(opened[-1].names())
     if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(
             f"{len(explicit)} weights for {len(opened)} candidates: a PATH:WEIGHT must name one candidate."
         )
     fixed = center_weights(given, len(opened), "--weights")
+    option = _parsed_buffers(buffers, len(opened))
+
+    def source(name: str) -> Source:
+        return buffer_source(name, option, fixed) if name in vectors or is_statistic(name) else fixed
+
     merge(
         opened,
         out,
-        lambda _: fixed,
+        source,
         Group.world(),
         max_shard_size=max_shard_size,
         dtype=chosen,
@@ -109,20 +120,18 @@ def export_run(
     chosen = parse_dtype(dtype)
     opened = open_candidates(state.candidates)
     coefficients = twa.coefficients.T.tolist()
-    n = len(opened)
-    buffer_names = set(twa.buffer_names.values())
+    center = [float(weight) for weight in twa.center_weights]
+    buffers = {*twa.buffer_names.values(), *spectral_vectors(opened[-1].names())}
 
-    def weights(name: str) -> Sequence[float]:
+    def source(name: str) -> Source:
         if name in twa.group_of:
             return list(coefficients[twa.group_of[name]])
-        if name not in buffer_names:
-            return list(twa.center_weights)
-        return buffer_weights(twa.config.buffers, n)
+        return buffer_source(name, twa.config.buffers, center) if name in buffers else center
 
     merge(
         opened,
         out,
-        weights,
+        source,
         group,
         max_shard_size=max_shard_size,
         dtype=chosen,
@@ -133,7 +142,7 @@ def export_run(
         progress=progress,
         verify=twa.fingerprint.build().require_checksums,
     )
-    return n, state.step
+    return len(opened), state.step
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -152,6 +161,15 @@ def _parsed(weights: Center) -> Center:
         return parse_center(weights)
     except ValueError as error:
         raise ConfigError(f"--weights: {error}.") from None
+
+
+def _parsed_buffers(buffers: str | int, n: int) -> str | int:
+    """Return the setting `buffers`; a text may hold an index."""
+    if isinstance(buffers, str) and re.fullmatch(r"[-+]?\d+", buffers.strip()):
+        buffers = int(buffers)
+    option = validated(TwaConfig, {"buffers": buffers}, "--buffers").buffers
+    buffer_source("", option, [1 / n] * n)  # an index may be out of range
+    return option
 
 
 def _of_sum_one(weights: list[float], normalize: bool) -> list[float]:

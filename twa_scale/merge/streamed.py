@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 
+from twa_scale.buffers import Source, copied_notice
 from twa_scale.errors import CandidateError
-from twa_scale.kernels import Differences, Kernels, choose_kernels
+from twa_scale.kernels import Kernels, Target, choose_kernels
 from twa_scale.kernels.checksum import wrap
+from twa_scale.kernels.deltas import reference_of
 from twa_scale.names import matches_any, nearest
+from twa_scale.notices import notice
 from twa_scale.ranks import Group
-from twa_scale.reading import Job, Part, Progress, Reader, job_bytes
+from twa_scale.reading import Job, Part, Progress, Reader, job_bytes, same_values
 from twa_scale.sources import Candidate
+from twa_scale.sources.types import types_notice, widest
 from twa_scale.spans import Span, whole
 from twa_scale.writer import Files, TensorSpec, Writer, stored_as, writing
 from twa_scale.writer.publish import check_apart
@@ -24,7 +28,7 @@ _CHUNK = 1 << 21  # elements; what ranks share out
 
 Checksums = list[dict[str, int]]
 """By candidate, then tensor: of every tensor that was read from it (see kernels.checksum)."""
-Weights = Callable[[str], Sequence[float] | int]
+Weights = Callable[[str], Source]
 """Says for a tensor name the weights a_1..a_n of the candidates, or the index of the one to copy it from."""
 
 
@@ -46,10 +50,11 @@ def merge(
     """Write sum_i a_i w_i as safetensors, no tensor of which is ever whole in memory. Collective.
 
     Each chunk is read by one rank, and combined in float32 (float64 where a candidate has float64) as
-    (sum_i a_i) r + sum_i a_i (w_i - r) around the candidate r of the largest weight: where candidates
-    agree, the result is theirs to the bit. Candidates of weight zero are not read. Tensors that are not
-    floating point are copied from the last candidate. A rank needs two buffers of a megabyte of each candidate
-    (at most 64 MiB), and some megabytes for the result.
+    r + sum_i a_i (w_i - r) + (sum_i a_i - 1) r around the candidate r of the largest weight: where candidates
+    agree, the result is theirs to the bit, and with weights of sum 1 it has the bits of the center that `attach` makes
+    on a CPU. Candidates of weight zero are not read. Tensors that are not floating point are copied from the last
+    candidate; what is copied is read from all, and reported where they differ. A rank needs two buffers of a megabyte
+    of each candidate (at most 64 MiB), and some megabytes for the result.
 
     Args:
         candidates: known to be alike, as `open_candidates` returns them.
@@ -57,7 +62,8 @@ def merge(
         weights: the weights of each tensor.
         group: ranks that share the work.
         max_shard_size: most bytes of tensor data in one file.
-        dtype: type of every floating point tensor in the result; that of the last candidate when not given.
+        dtype: type of every floating point tensor in the result; when not given, the widest of the candidates, which
+            is reported where they differ.
         ignore: regular expressions of tensor names to leave out.
         replace: values to write in place of tensors of the candidates; the same on every rank.
         files: small files to put beside the weights.
@@ -70,7 +76,7 @@ def merge(
         OutputError: see `writing`; or a result that is too large for `dtype`.
     """
     replace = replace or {}
-    specs = [spec for spec in merged_specs(candidates, dtype) if not matches_any(spec.name, ignore)]
+    specs = [spec for spec in _specs(candidates, dtype) if not matches_any(spec.name, ignore)]
     with group.agree():
         _check_replace(specs, replace)
         check_apart(target=Path(out), inputs=[candidate.label for candidate in candidates])
@@ -81,16 +87,22 @@ def merge(
         with group.agree():
             merger.merge(_share(specs, group), progress)
         checksums = _total(group.gather(merger.checksums))
+        copied = {name: i for found in group.gather(merger.differing) for name, i in found.items()}
         if verify:
             verify(checksums)
+    if group.rank == 0:
+        if copied:
+            notice(copied_notice(copied, [candidate.label for candidate in candidates]))
+        if dtype is None and (text := types_notice(candidates, [spec.name for spec in specs])):
+            notice(text)
     return checksums
 
 
-def merged_specs(candidates: Sequence[Candidate], dtype: torch.dtype | None = None) -> list[TensorSpec]:
-    """Return what `merge` writes: the last candidate's tensors, floating point ones as `dtype` if given."""
+def _specs(candidates: Sequence[Candidate], dtype: torch.dtype | None) -> list[TensorSpec]:
+    """Return what is written: the last candidate's tensors, floating point ones as `dtype` or in the widest type."""
     last = candidates[-1]
     return [
-        TensorSpec(name, last.shape(name), stored_as(last.dtype(name), dtype), last.stored_names[name])
+        TensorSpec(name, last.shape(name), stored_as(widest(candidates, name), dtype), last.stored_names[name])
         for name in last.names()
     ]
 
@@ -131,6 +143,7 @@ class _Merger:
 
     def __post_init__(self) -> None:
         self.checksums: Checksums = [{} for _ in self.candidates]
+        self.differing: dict[str, int] = {}
 
     def merge(self, pieces: Iterable[Span], progress: Progress | None) -> None:
         """Read, combine and write pieces."""
@@ -142,66 +155,67 @@ class _Merger:
                 streamed.append((piece, self._who(piece.name)))
         reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
         for part in reader.parts(streamed):
-            sums = self.kernels.checksums(part.sources).tolist()
-            for total, more in zip([self.checksums[i] for i in part.who], sums, strict=True):
-                total[part.span.name] = wrap(total.get(part.span.name, 0) + more)
-            copied = isinstance(self.weights(part.span.name), int)  # Inf may be meant, as in a mask
-            self.writer.write(part.span.part(part.start, part.stop), self._values(part), masks=copied)
+            source = self._source(part.span.name)
+            values = self._copied(part, source) if isinstance(source, int) else self._combined(part, source)
+            span = part.span.part(part.start, part.stop)
+            self.writer.write(span, values, masks=isinstance(source, int))  # Inf may be meant, as in a mask
+
+    def _source(self, name: str) -> Source:
+        if not self.candidates[-1].dtype(name).is_floating_point:
+            return len(self.candidates) - 1
+        return self.weights(name)
 
     def _who(self, name: str) -> list[int]:
-        """Return the candidates that a tensor is made of."""
-        if not self.candidates[-1].dtype(name).is_floating_point:
-            return [len(self.candidates) - 1]
-        a = self.weights(name)
+        """Return the candidates that are read: those that have a weight, or all of what is copied."""
+        a = self._source(name)
         if isinstance(a, int):
-            return [a]
+            return list(range(len(self.candidates)))
         assert len(a) == len(self.candidates)
         return [i for i, weight in enumerate(a) if weight != 0] or [0]
 
-    def _values(self, part: Part) -> torch.Tensor:
-        name = part.span.name
-        if not self.candidates[-1].dtype(name).is_floating_point:
-            return part.sources[0]
-        a = self.weights(name)
-        if isinstance(a, int):
-            self._refuse(part, torch.isnan)
-            return part.sources[0]
-        values = self._combine(part, a)
-        if not torch.isfinite(values.sum()):  # cheap, but finite numbers can have a sum that is too large
-            self._refuse(part, lambda source: ~torch.isfinite(source))
-        return values
+    def _copied(self, part: Part, which: int) -> torch.Tensor:
+        self._add(part, self.kernels.checksums(part.sources))
+        chosen = part.sources[which]
+        if not all(same_values(chosen, source) for source in part.sources):
+            self.differing[part.span.name] = which
+        if chosen.is_floating_point() and bool((nan := torch.isnan(chosen)).any()):
+            raise self._bad(part, which, nan)
+        return chosen
 
-    def _combine(self, part: Part, a: Sequence[float]) -> torch.Tensor:
+    def _combined(self, part: Part, weights: Sequence[float]) -> torch.Tensor:
+        a = [weights[i] for i in part.who]
+        wide = any(source.dtype == torch.float64 for source in part.sources)
+        result = torch.empty(len(part.sources[0]), dtype=torch.float64 if wide else torch.float32)
+        seen = self.kernels.make_deltas(part.sources, a, Target(center=result), 0)
+        self._add(part, seen.checksums)
+        if not seen.finite:
+            raise self._blamed(part)
         total = fsum(a)
         # Weights of sum 1 that were rounded must not move float64 candidates that agree by a last bit.
-        scale = 1.0 if isclose(total, 1, rel_tol=1e-12) else total
-        sources = list(zip([a[i] for i in part.who], part.sources, strict=True))
-        _, first = sources.pop(max(range(len(sources)), key=lambda i: abs(sources[i][0])))
-        wide = any(candidate.dtype(part.span.name) == torch.float64 for candidate in self.candidates)
-        reference = first.to(torch.float64 if wide else torch.float32)
-        if wide or not sources:
-            result: torch.Tensor = reference * scale
-            for weight, source in sources:
-                result.add_(source.to(result.dtype) - reference, alpha=weight)
-            return result
-        weights, rows = torch.tensor([weight for weight, _ in sources]), [_plain(source) for _, source in sources]
-        combined = torch.empty_like(reference)
-        self.kernels.combine(Differences(rows, reference), weights, reference, scale, combined)
-        return combined
+        if not isclose(total, 1, rel_tol=1e-12):
+            result.add_(part.sources[reference_of(a)].to(result.dtype), alpha=total - 1)
+        return result
 
-    def _refuse(self, part: Part, wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for i, source in zip(part.who, part.sources, strict=True):
-            bad = wrong(source.double())
-            if bad.any():
-                raise CandidateError(
-                    f"{self.candidates[i].label}: tensor {part.span.name!r} holds NaN or Inf at element "
-                    f"{part.element(int(bad.nonzero()[0]))}; weights must be finite. Leave this candidate out."
-                )
+    def _add(self, part: Part, checksums: torch.Tensor) -> None:
+        for total, more in zip([self.checksums[i] for i in part.who], checksums.tolist(), strict=True):
+            total[part.span.name] = wrap(total.get(part.span.name, 0) + more)
 
+    def _blamed(self, part: Part) -> CandidateError:
+        for i, source in enumerate(part.sources):
+            wrong = ~torch.isfinite(source.double())
+            if wrong.any():
+                return self._bad(part, i, wrong)
+        return CandidateError(
+            f"tensor {part.span.name!r}: from element {part.element(0)} on, candidates differ by more than their type "
+            "can hold. Leave out those that have diverged, or choose smaller weights."
+        )
 
-def _plain(source: torch.Tensor) -> torch.Tensor:
-    """Widen once what kernels would widen piece by piece."""
-    return source if source.dtype in (torch.float32, torch.bfloat16) else source.float()
+    def _bad(self, part: Part, i: int, wrong: torch.Tensor) -> CandidateError:
+        at = int(wrong.nonzero()[0, 0])
+        return CandidateError(
+            f"{self.candidates[part.who[i]].label}: tensor {part.span.name!r} holds NaN or Inf at element "
+            f"{part.element(at)}; weights must be finite. Leave this candidate out."
+        )
 
 
 def _total(parts: Sequence[Checksums]) -> Checksums:

@@ -150,11 +150,10 @@ def _jobs(
     owned: dict[str, int],
     n: int,
 ) -> Iterator[Job]:
-    """Yield what attach reads on the first rank, which takes the buffers; of integers the last candidate's only."""
-    found = [(name, size, parameters[name].dtype) for name, size in owned.items()]
-    found += [(name, buffers[name].numel(), buffers[name].dtype) for name in layout.buffers]
-    for name, size, dtype in found:
-        yield Span(layout.source(name), 0, size), range(n) if dtype.is_floating_point else range(n - 1, n)
+    """Yield what attach reads on the first rank, which takes the buffers."""
+    found = {**owned, **{name: buffers[name].numel() for name in layout.buffers}}
+    for name, size in found.items():
+        yield Span(layout.source(name), 0, size), range(n)
 
 
 def _mapped_bytes(candidates: Sequence[Candidate], layout: Layout, local: dict[str, int]) -> int | None:

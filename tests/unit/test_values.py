@@ -1,0 +1,213 @@
+"""What each kind of tensor becomes in an average: `attach` at the center and `average` agree to the bit."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import twa_scale
+from twa_scale import ConfigError, TwaWarning
+from twa_scale.buffers import is_statistic, spectral_vectors
+from twa_scale.merge import average_fixed, export_run
+from twa_scale.state import save_state
+
+N = 3
+
+
+class Everything(nn.Module):
+    """Weights of several types and sizes, statistics, spectral norms of both kinds, and other buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 33)
+        self.norm = nn.BatchNorm1d(33)
+        self.old = nn.utils.spectral_norm(nn.Linear(33, 6))
+        self.new = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5))
+        self.narrow = nn.Parameter(torch.randn(1001).half())
+        self.brain = nn.Parameter(torch.randn(70, 3).bfloat16())
+        self.scalar = nn.Parameter(torch.randn(()))
+        self.empty = nn.Parameter(torch.empty(0, 4))
+        self.frozen = nn.Parameter(torch.randn(9, dtype=torch.float64), requires_grad=False)
+        self.register_buffer("scale", torch.rand(4))
+        self.register_buffer("wide_running_mean", torch.randn(4, dtype=torch.float64))
+        self.register_buffer("flags", torch.rand(5) > 0.5)
+        self.register_buffer("table", torch.randint(9, (5,), dtype=torch.int16))
+
+
+def states(n: int = N) -> list[dict[str, Tensor]]:
+    """Candidates that differ in every tensor; some numbers are subnormal, some are equal."""
+    found = []
+    for seed in range(n):
+        torch.manual_seed(seed)
+        state = {name: value.clone() for name, value in Everything().state_dict().items()}
+        for name in ("norm.running_mean", "norm.running_var"):
+            state[name] = torch.rand(33) + 0.5
+        state["norm.num_batches_tracked"] += seed
+        state["first.weight"][0] = 1e-41 * (seed + 1)
+        state["first.weight"][1] = 1 / 3
+        found.append(state)
+    return found
+
+
+def save(folder: Path, candidates: Sequence[Mapping[str, Tensor]]) -> list[str]:
+    paths = [str(folder / f"{i}.safetensors") for i in range(len(candidates))]
+    for path, state in zip(paths, candidates, strict=True):
+        save_file(dict(state), path)
+    return paths
+
+
+def ours(caught: Any) -> list[str]:
+    return [str(warning.message) for warning in caught if issubclass(warning.category, TwaWarning)]
+
+
+COPIED = {
+    *("old.weight_u", "old.weight_v", "new.parametrizations.weight.0._u", "new.parametrizations.weight.0._v"),
+    *("norm.num_batches_tracked", "flags", "table"),
+}
+"""By names alone; a model also knows that `scale` is a buffer, and `wide_running_mean` no statistic's name."""
+
+
+@pytest.mark.parametrize("weights", ["mean", "ema:0.9", "ema-torch:0.7", [1.7, -0.4, -0.3], "last"], ids=str)
+def test_attach_and_average_give_the_same_bits(tmp_path: Path, weights: Any) -> None:
+    candidates = states()
+    for state in candidates[1:]:  # files do not tell that these are buffers
+        state["scale"], state["wide_running_mean"] = candidates[0]["scale"], candidates[0]["wide_running_mean"]
+    paths, model = save(tmp_path, candidates), Everything()
+    with pytest.warns(TwaWarning) as attached:
+        twa = twa_scale.attach(model, paths, {"center": weights})
+    twa.export(tmp_path / "live")
+    with pytest.warns(TwaWarning) as averaged:
+        average_fixed(paths, tmp_path / "merged", weights)
+    live, merged = (load_file(tmp_path / out / "model.safetensors") for out in ("live", "merged"))
+    assert live.keys() == merged.keys() == candidates[0].keys()
+    for name, value in merged.items():
+        assert value.dtype == candidates[0][name].dtype and torch.equal(live[name], value), name
+        if name in COPIED:
+            assert torch.equal(value, candidates[-1][name]), name
+    said = ours(attached)
+    assert said == ours(averaged) and len(said) == 1
+    assert f"from {paths[-1]}" in said[0] and "and 3 more" in said[0]
+
+
+def test_statistics_are_averaged_and_other_buffers_are_those_of_one_candidate(tmp_path: Path) -> None:
+    candidates = states()
+    paths = save(tmp_path, candidates)
+    b = [0.2, 0.3, 0.5]
+    rules: dict[Any, tuple[list[float], int]] = {
+        "average": (b, 2),
+        "mean": ([1 / 3] * 3, 2),
+        "first": ([1, 0, 0], 0),
+        1: ([0, 1, 0], 1),
+    }
+    for i, (option, (expected, which)) in enumerate(rules.items()):
+        model = Everything()
+        with pytest.warns(TwaWarning, match="copied, not averaged"):
+            twa_scale.attach(model, paths, {"center": b, "buffers": option}).close()
+        with pytest.warns(TwaWarning, match="copied, not averaged"):
+            average_fixed(paths, tmp_path / f"{i}", b, buffers=str(option))
+        for found in (model.state_dict(), load_file(tmp_path / f"{i}/model.safetensors")):
+            for name in ("norm.running_mean", "norm.running_var"):
+                exact = sum(weight * state[name].double() for weight, state in zip(expected, candidates, strict=True))
+                torch.testing.assert_close(found[name].double(), exact, rtol=1e-6, atol=1e-7)
+            for name in ("old.weight_u", "new.parametrizations.weight.0._v"):
+                assert torch.equal(found[name], candidates[which][name])
+            assert torch.equal(found["table"], candidates[-1]["table"])
+        assert torch.equal(model.scale, candidates[which]["scale"])
+
+
+@pytest.mark.parametrize("option", ["median", "7", "-4", ""])
+def test_buffers_that_are_no_option(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ConfigError, match="buffers"):
+        average_fixed(save(tmp_path, states()), tmp_path / "out", buffers=option)
+
+
+def test_an_exported_run_has_the_buffers_of_the_live_weights(tmp_path: Path) -> None:
+    candidates = states()
+    paths, model = save(tmp_path, candidates), Everything()
+    with pytest.warns(TwaWarning):
+        twa = twa_scale.attach(model, paths, {"center": "ema:0.8", "buffers": "average"})
+    state = {"twa": twa.state_dict(), "step": 0, "course": {}, "candidates": paths}
+    save_state(tmp_path / "run", state)
+    with pytest.warns(TwaWarning, match="copied"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
+
+
+def test_spectral_norms_have_norm_one_when_they_are_averaged(tmp_path: Path) -> None:
+    candidates = states()
+    model = Everything()
+    model.load_state_dict(candidates[-1])
+    with pytest.warns(TwaWarning):
+        average_fixed(save(tmp_path, candidates), tmp_path / "out")
+    averaged = load_file(tmp_path / "out/model.safetensors")
+    for name in ("old.weight_u", "old.weight_v", "new.parametrizations.weight.0._u"):
+        assert averaged[name].norm().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_names_of_buffers() -> None:
+    statistics = ["running_mean", "a.running_var", "x.moving_variance", "running_std"]
+    others = ["running", "a.prerunning_mean", "running_mean.weight", "mean", "num_batches_tracked"]
+    assert all(map(is_statistic, statistics)) and not any(map(is_statistic, others))
+    vectors = ["a.weight_u", "a.weight_v", "w_u", "b.parametrizations.bias.1._u"]
+    beside = ["a.weight_orig", "w_bar", "b.parametrizations.bias.original"]
+    others = [
+        "weight_u",
+        "lora_v",
+        "c.weight_u",
+        "c.weight",
+        "d.parametrizations.bias.0._u",
+        "b.parametrizations.bias.1.u",
+    ]
+    assert spectral_vectors([*vectors, *beside, *others]) == set(vectors)
+
+
+def test_copies_that_agree_are_not_mentioned(tmp_path: Path, recwarn: Any) -> None:
+    candidates = states()
+    for state in candidates:
+        state.update({name: candidates[0][name] for name in COPIED})
+    average_fixed(save(tmp_path, candidates), tmp_path / "out")
+    assert not ours(recwarn)
+
+
+# Types
+
+
+@pytest.mark.parametrize(
+    ("types", "result"),
+    [
+        ((torch.float32, torch.bfloat16), torch.float32),
+        ((torch.bfloat16, torch.float32), torch.float32),
+        ((torch.float16, torch.bfloat16), torch.float32),
+        ((torch.float16, torch.float64), torch.float64),
+        ((torch.float8_e4m3fn, torch.bfloat16), torch.bfloat16),
+        ((torch.float8_e4m3fn, torch.float8_e5m2), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_result_has_the_widest_type_and_says_so(tmp_path: Path, types: Any, result: torch.dtype) -> None:
+    held = [{"weight": torch.randn(3, 2).to(dtype), "bias": torch.randn(3)} for dtype in types]
+    paths = save(tmp_path, held)
+    exact = sum(state["weight"].double() for state in held) / 2
+    model = nn.Linear(2, 3)
+    twa = twa_scale.attach(model, paths)
+    for out, write in {
+        "live": twa.export,
+        "merged": lambda out, **options: average_fixed(paths, out, **options),
+    }.items():
+        with pytest.warns(TwaWarning, match=f"'weight' as .* widest type, {str(result)[6:]};") as caught:
+            write(tmp_path / out)
+        assert len(ours(caught)) == 1
+        found = load_file(tmp_path / out / "model.safetensors")
+        assert found["weight"].dtype == result and found["bias"].dtype == torch.float32
+        torch.testing.assert_close(found["weight"].double(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_a_type_that_is_asked_for_is_not_mentioned(tmp_path: Path, recwarn: Any) -> None:
+    paths = save(tmp_path, [{"w": torch.ones(3)}, {"w": torch.zeros(3).bfloat16()}])
+    average_fixed(paths, tmp_path / "out", dtype="float16")
+    assert load_file(tmp_path / "out/model.safetensors")["w"].dtype == torch.float16 and not ours(recwarn)
