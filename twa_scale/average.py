@@ -20,6 +20,7 @@ from twa_scale.export import export
 from twa_scale.gradients import Gradients
 from twa_scale.layout import Layout
 from twa_scale.lifetime import while_open
+from twa_scale.limits import WeightLimits
 from twa_scale.optimizer import check_state, make_optimizer
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Progress, job_bytes
@@ -72,7 +73,9 @@ class TrainableAverage:
         self._in_step = False
         self._accumulating = False
         self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=config.combine == "forward")
+        self._limits = WeightLimits(engine, self._weights, layout, basis, pods)
         self._write()
+        self._limits.require_weights(self._x, self._spans)
         engine.forget()
         engine.watch(self._project)
         self._weights.watch()
@@ -125,8 +128,8 @@ class TrainableAverage:
             Whether the coefficients moved: not within an accumulation, nor when a scaled gradient overflowed.
 
         Raises:
-            TwaError: a gradient that is not finite, no backward pass since the last step, or a step inside `weights`;
-                the coefficients are as they were.
+            TwaError: a gradient that is not finite, weights that would not be, no backward pass since the last step, or
+                a step inside `weights`; coefficients and weights are as they were.
         """
         self.optimizer.step(grad_scaler=scaler)  # through its hooks, and so that schedulers see a step
         return self._moved
@@ -161,9 +164,10 @@ class TrainableAverage:
             raise TwaError("the gradient is not finite: look for a diverging loss or an overflow, then lower the rate.")
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self._basis.expand(self._x), self._x, products)
+        before = self._x.detach().clone()
         self.optimizer.update(gradient, scaler, self.config.max_grad_norm)
         self._gradients.clear()
-        self._write(postpone=self.config.combine == "forward")
+        self._write_or_return_to(before)
         self._moved = finite
 
     def _require_backward(self, products: torch.Tensor) -> None:
@@ -359,6 +363,18 @@ class TrainableAverage:
                 "backward() inside weights(): the gradient is not that of the trained weights; leave it first."
             )
         self._gradients.project(span, gradient, in_step=self._in_step)
+
+    def _write_or_return_to(self, before: torch.Tensor) -> None:
+        """Write the weights after a step; where they are not finite, restore the coefficients `before` it and raise."""
+        try:
+            self._limits.require_coefficients(self._x)
+            self._write(postpone=self.config.combine == "forward")
+            self._limits.require_weights(self._x, self._spans)
+        except TwaError:
+            with torch.no_grad():
+                self._x.copy_(before)
+            self._write()
+            raise
 
     def _write(self, *, postpone: bool = False) -> None:
         """Write the weights that are shown now, or `postpone` what can be. Collective."""

@@ -30,8 +30,8 @@ def averaging_coefficients(which: Which, center_weights: torch.Tensor, num_group
         raise ConfigError(
             f"weights: coefficients of shape {tuple(a.shape)}; give ({n},) or ({n}, {num_groups}): candidates x groups."
         )
-    if not bool(torch.isfinite(a).all()):
-        raise ConfigError("weights: coefficients must be finite numbers.")
+    if not bool(torch.isfinite(a.abs().sum(0).to(torch.float32)).all()):
+        raise ConfigError("weights: coefficients must be finite numbers, whose sum float32 can hold.")
     return a
 
 

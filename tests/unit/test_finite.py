@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import twa_scale
 from tests import models
 from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Run
 from twa_scale import OutputError, Snapshots, TwaError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
@@ -125,3 +127,69 @@ def snapshot_on_ranks(out: Path, asynchronous: bool) -> None:
 def test_every_rank_gets_the_error(ranks: Pool, tmp_path: Path, asynchronous: bool) -> None:
     error = ranks.error(snapshot_on_ranks, 2, out=tmp_path, asynchronous=asynchronous)
     assert isinstance(error, TwaError) and "'blocks.1.up.weight'" in str(error) and not list(tmp_path.iterdir())
+
+
+# Steps
+
+
+def linear(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(dtype)
+    return model, [{name: torch.randn_like(value) for name, value in model.state_dict().items()} for _ in range(3)]
+
+
+def step(model: nn.Module, twa: twa_scale.TrainableAverage) -> None:
+    model(torch.ones(2, 4, dtype=next(model.parameters()).dtype)).square().mean().backward()
+    twa.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("basis", ["normalized", "orthonormal", "pca"])
+def test_a_step_to_weights_that_are_not_finite_is_undone(tmp_path: Path, basis: str, dtype: torch.dtype) -> None:
+    model, states = linear(dtype)
+    rate = 1e6 if dtype == torch.float16 else 1e39
+    twa = twa_scale.attach(model, states, {"basis": basis, "optimizer": {"name": "sgd", "lr": rate}})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    coefficients = twa.coefficients
+    with pytest.raises(TwaError, match=r"not finite in torch.*float.*Lower optimizer.lr"):
+        step(model, twa)
+    assert torch.equal(twa.coefficients, coefficients)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    twa.export(tmp_path / "out")
+    twa.optimizer.param_groups[0]["lr"] = 1e-3
+    step(model, twa)
+    assert not torch.equal(twa.coefficients, coefficients)
+
+
+def test_large_weights_that_are_finite_are_kept() -> None:
+    model, states = linear()
+    for state in states:
+        state["weight"] *= 1e37
+    twa = twa_scale.attach(model, states, {"optimizer": {"lr": 1e-3}})
+    (model(torch.ones(2, 4)) * 1e-37).square().mean().backward()
+    assert twa.step() and bool(model.get_parameter("weight").isfinite().all())
+
+
+def test_candidates_that_the_type_of_the_model_cannot_hold() -> None:
+    model, states = linear(torch.float16)
+    wide = [{name: 70000 + value.float() for name, value in state.items()} for state in states]
+    for frozen in (False, True):
+        model.get_parameter("bias").requires_grad_(not frozen)
+        model.get_parameter("weight").data.zero_()
+        held = wide if not frozen else [{**state, "weight": state["weight"] / 1e6} for state in wide]
+        with pytest.raises(TwaError, match=r"float16.*65504"):
+            twa_scale.attach(model, held)
+
+
+def step_on_ranks(engine: str) -> str:
+    config = {"combine": "forward" if engine == "fsdp2" else "step", "optimizer": {"name": "sgd", "lr": 1e39}}
+    model, twa = cases.attach(engine, Run(config))
+    said = cases.complaint(lambda: cases.one_step(model, twa, 0))
+    assert all(bool(value.isfinite().all()) for value in cases.gathered(model).values())
+    return said
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_every_rank_undoes_the_step(ranks: Pool, engine: str) -> None:
+    said = ranks(step_on_ranks, 2, engine=engine)
+    assert len(set(said)) == 1 and "not finite" in said[0]

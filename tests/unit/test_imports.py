@@ -35,6 +35,7 @@ ORDER = [
     "weights",
     "lifetime",
     "coefficients",
+    "limits",
     "writer",
     "batchnorm",
     "state",
