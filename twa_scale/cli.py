@@ -331,15 +331,22 @@ def export(
 
 @contextmanager
 def _joined(out: Path) -> "Iterator[tuple[Report, Callable[[str], None]]]":
-    """Share the work with the other ranks of the launcher, if there are any; rank 0 reports."""
+    """Share the work with the other ranks of the launcher, if there are any; rank 0 reports.
+
+    SIGINT, SIGTERM and SIGHUP undo what is half done.
+    """
     import torch
 
-    from twa_scale.ranks import World
+    from twa_scale.ranks import Ended, World, ended_by_signals
     from twa_scale.training.report import Report
 
     world = World.from_environment()
-    with world.joined(torch.device("cpu"), out.parent):
-        yield Report(active=world.rank == 0), typer.echo if world.rank == 0 else lambda _: None
+    try:
+        with ended_by_signals(), world.joined(torch.device("cpu"), out.parent):
+            yield Report(active=world.rank == 0), typer.echo if world.rank == 0 else lambda _: None
+    except Ended as ended:
+        typer.echo(f"stopped by {ended.signal}: nothing was written", err=True)
+        raise
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from twa_scale.writer.publish import reported, temporary_beside, write_file
+from twa_scale.writer.publish import replace_file
 
 Array = npt.NDArray[Any]
 
@@ -269,10 +269,4 @@ def _smooth(values: Array) -> Array:
 def _save(figure: Figure, path: Path) -> None:
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.2)
-    temporary = temporary_beside(path)
-    with reported(path):
-        try:
-            write_file(temporary, picture.getvalue())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    replace_file(path, picture.getvalue())

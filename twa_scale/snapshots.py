@@ -2,7 +2,6 @@
 
 import logging
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,9 @@ from twa_scale.export import may_be_mask, write_live
 from twa_scale.ranks import Group, Pods
 from twa_scale.spans import Span, whole
 from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, stored_as, writing
+from twa_scale.writer.claims import Claim, sweep
 from twa_scale.writer.finite import require_finite
-from twa_scale.writer.publish import reported, temporary_beside
+from twa_scale.writer.publish import reported
 
 _LOG = logging.getLogger(__name__)
 Self = TypeVar("Self", bound="Snapshots")
@@ -30,8 +30,8 @@ class Snapshots:
     """Writes `directory/step-00000120/` and so on: safetensors candidates of a model under any engine.
 
     No rank gathers the model: each writes the spans that it holds into the same files. A candidate appears
-    when it is complete; one that a crash cut short is left under a hidden name, which no glob of candidates
-    matches.
+    when it is complete. What a killed run has left under hidden names, which no glob of candidates matches, is removed
+    when a Snapshots of the same directory is made.
 
     With `asynchronous`, a due step copies this rank's part to host memory, in the type of the file, and returns; a
     thread writes the copy while training goes on. At most one candidate is being written at a time: the next due step
@@ -81,6 +81,8 @@ class Snapshots:
         self._replica_group = replica_group
         self._asynchronous = asynchronous
         self._pending: tuple[Pods, Group, BackgroundWrite | None] | None = None
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            sweep(self._directory)
 
     def step(self, model: nn.Module, step: int) -> Path | None:
         """Write a candidate if `step` (from 1 on, after its update) is due, and return its path. Collective.
@@ -208,6 +210,5 @@ def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:
 def _delete(paths: Sequence[Path]) -> None:
     for path in paths:
         # Hidden first: a reader must never find a candidate that is half deleted.
-        hidden = temporary_beside(path)
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        with Claim(path) as claim:
+            path.rename(claim.path)

@@ -38,9 +38,9 @@ def gate() -> Iterator[threading.Event]:
     event = threading.Event()
     write = Writer.write
 
-    def held(self: Writer, *args: Any) -> None:
+    def held(self: Writer, *args: Any, **options: Any) -> None:
         assert event.wait(60)
-        write(self, *args)
+        write(self, *args, **options)
 
     with mock.patch.object(Writer, "write", held):
         yield event

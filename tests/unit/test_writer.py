@@ -204,8 +204,8 @@ def write_elsewhere(out: Path) -> None:
     given = group.broadcast
 
     def broadcast(value: Any, source: int = 0) -> Any:
-        target, temporary = given(value, source)
-        return (target, temporary / "unseen") if group.rank == 1 else (target, temporary)
+        path = given(value, source)
+        return path / "unseen" if group.rank == 1 and path.name.startswith(".") else path
 
     group.broadcast = broadcast  # type: ignore[method-assign]
     write_share(out / "out", group)

@@ -1,9 +1,9 @@
 """Which rank this process is, how ranks find each other, and what they sum and exchange."""
 
 from twa_scale.ranks.comm import Group
-from twa_scale.ranks.ending import end
+from twa_scale.ranks.ending import Ended, end, ended_by_signals
 from twa_scale.ranks.pods import Pods
 from twa_scale.ranks.reduction import Reduction
 from twa_scale.ranks.world import World
 
-__all__ = ["Group", "Pods", "Reduction", "World", "end"]
+__all__ = ["Ended", "Group", "Pods", "Reduction", "World", "end", "ended_by_signals"]

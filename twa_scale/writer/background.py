@@ -92,7 +92,7 @@ class BackgroundWrite:
                 self._publish_error = error
                 _LOG.warning("%s", error)
             finally:
-                self._writer.discard()  # no longer there once it is published
+                self._writer.discard()
 
     def _write(self) -> None:
         try:

@@ -1,14 +1,15 @@
-"""A directory that appears complete or not at all: prepared under a temporary name, then renamed."""
+"""A directory that appears complete or not at all: prepared under a hidden name, which is then exchanged."""
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from twa_scale.errors import OutputError
+from twa_scale.writer.claims import Claim
+from twa_scale.writer.exchange import exchange
 
 _HINTS = {
     errno.ENOSPC: "Free some space, or choose another disk",
@@ -37,11 +38,6 @@ def _other(error: OSError, target: Path) -> str:
     """Name the file at fault when it is not one of the output, such as a side file that cannot be read."""
     foreign = error.filename and not Path(error.filename).is_relative_to(target.parent)
     return f" ({error.filename})" if foreign else ""
-
-
-def temporary_beside(target: Path) -> Path:
-    """Return an unused name on the same file system; a leading dot hides it from globs."""
-    return target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
 
 
 def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
@@ -98,21 +94,22 @@ def check_apart(target: Path, inputs: Sequence[str]) -> None:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Rename the finished directory to its name; an older one goes only when the new one stands there."""
-    sync(temporary)
-    aside = None
-    if target.exists() and any(target.iterdir()):
-        aside = temporary_beside(target)
-        target.rename(aside)
-    try:
+    """Give a finished directory its name; an older output is at `temporary` then, or gone.
+
+    Where names can be exchanged in one call, `target` is never absent. Elsewhere two renames leave a moment in which it
+    is; what a kill in that moment leaves is put in order by `claims.sweep`.
+    """
+    for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+        sync(folder)
+    if not target.exists() or not any(target.iterdir()):
         temporary.rename(target)
-    except OSError:
-        if aside:
-            aside.rename(target)
-        raise
+    elif not exchange(temporary, target):
+        with Claim(target, "old") as aside:
+            target.rename(aside.path)
+            temporary.rename(target)
+            sync(target.parent)
+        return
     sync(target.parent)
-    if aside:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync(directory: Path) -> None:
@@ -139,12 +136,9 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OutputError: the old file is as it was.
     """
-    temporary = temporary_beside(path)
     with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_file(temporary, content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(path.parent)
+        with Claim(path) as claim:
+            write_file(claim.path, content)
+            claim.path.replace(path)
+            sync(path.parent)

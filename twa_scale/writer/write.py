@@ -1,6 +1,5 @@
 """Ranks that write their spans of the same files at once."""
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,10 @@ import torch
 from twa_scale.errors import OutputError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
+from twa_scale.writer.claims import Claim, sweep
 from twa_scale.writer.disk import OpenFile
 from twa_scale.writer.finite import require_finite
-from twa_scale.writer.publish import check_target, publish, reported, temporary_beside, write_file
+from twa_scale.writer.publish import check_target, publish, reported, write_file
 from twa_scale.writer.shards import INDEX, Shard, TensorSpec, index_of, lay_out, parse_size
 
 Files = Mapping[str, bytes | Path]
@@ -22,11 +22,14 @@ _PIECE_BYTES = 4 << 20  # of a file that are converted at a time: all that writi
 
 
 class Writer:
-    """One rank's access to the files; made by `writing`, or `begin`."""
+    """One rank's access to the files; made by `writing`, or `begin`. The first rank has the claim to the directory."""
 
-    def __init__(self, directory: Path, target: Path, specs: Sequence[TensorSpec], shards: Sequence[Shard]) -> None:
+    def __init__(
+        self, directory: Path, target: Path, specs: Sequence[TensorSpec], shards: Sequence[Shard], claim: Claim | None
+    ) -> None:
         self.directory = directory
         """Where the files are until they are published."""
+        self._claim = claim
         self.target = target
         self._shards = shards
         self._specs = {spec.name: spec for spec in specs}
@@ -89,8 +92,9 @@ class Writer:
             publish(self.directory, self.target)
 
     def discard(self) -> None:
-        """Remove what was not published; for one rank."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove what was not published, or the older output that was replaced; for the first rank."""
+        if self._claim:
+            self._claim.discard()
 
     def _converted(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a piece in the type of the file: where it lies, or in a buffer that the next piece takes again."""
@@ -148,7 +152,7 @@ def writing(
                 writer.publish(files or {})
     finally:
         if group.rank == 0:
-            writer.discard()  # no longer there once it is published
+            writer.discard()
 
 
 def begin(
@@ -159,34 +163,40 @@ def begin(
     Raises:
         OutputError: on every rank; nothing is left behind.
     """
-    target, temporary = group.broadcast(_names(out))
+    target = group.broadcast(Path(out).expanduser().resolve())
+    claim: Claim | None = None
     try:
         with group.agree():
             shards = lay_out(specs, parse_size(max_shard_size))
             if group.rank == 0:
-                _prepare(target, temporary, shards, overwrite)
+                claim = _prepare(target, shards, overwrite)
+        temporary = group.broadcast(claim.path if claim else target)
         with group.agree():
             _check_shared(target, temporary, shards[0])
-            return Writer(temporary, target, specs, shards)
+            return Writer(temporary, target, specs, shards, claim)
     except BaseException:
-        if group.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if claim:
+            claim.discard()
         raise
 
 
-def _names(out: str | Path) -> tuple[Path, Path]:
-    target = Path(out).expanduser().resolve()
-    return target, temporary_beside(target)
-
-
-def _prepare(target: Path, temporary: Path, shards: Sequence[Shard], overwrite: bool) -> None:
+def _prepare(target: Path, shards: Sequence[Shard], overwrite: bool) -> Claim:
     with reported(target):
+        sweep(target.parent, target.name)
         check_target(target, sum(shard.nbytes for shard in shards), overwrite)
-        temporary.mkdir(parents=True)
-        for shard in shards:
-            with (temporary / shard.file).open("wb") as file:
-                file.write(shard.header)
-                file.truncate(shard.nbytes)
+        if not target.parent.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+        claim = Claim(target)
+        try:
+            claim.path.mkdir()
+            for shard in shards:
+                with (claim.path / shard.file).open("wb") as file:
+                    file.write(shard.header)
+                    file.truncate(shard.nbytes)
+        except BaseException:
+            claim.discard()
+            raise
+        return claim
 
 
 def _check_shared(target: Path, temporary: Path, shard: Shard) -> None:

@@ -1,0 +1,57 @@
+"""`average` and `export` undo what is half done when a signal ends them; their exit code says which."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.sparse import sparse
+from twa_scale.ranks import ended_by_signals
+
+MEBI = 1 << 20
+
+
+def half_done(command: list[str], out: Path) -> "subprocess.Popen[bytes]":
+    """Start a command that writes `out`, and return when it has begun to."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    while not any(out.parent.glob(f".{out.name}.tmp-*/*.safetensors")):
+        assert process.poll() is None and not out.exists()
+        time.sleep(0.002)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
+)
+def test_nothing_is_left(tmp_path: Path, number: int, ranks: int) -> None:
+    candidates = [sparse(tmp_path / f"candidates/{i}.safetensors", 256 * MEBI) for i in range(2)]
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    out = tmp_path / "out"
+    process = half_done(
+        [sys.executable, *launcher, "-m", "twa_scale", "average", *map(str, candidates), "--out", str(out)], out
+    )
+    os.kill(process.pid, number)
+    _, said = process.communicate(timeout=120)
+    assert f"stopped by {signal.Signals(number).name}".encode() in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates"]
+    assert process.returncode == (128 + number if ranks == 1 else 1)  # torchrun's own
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(SystemExit) as ended, ended_by_signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)  # comes while the block cleans up
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

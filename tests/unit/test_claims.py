@@ -1,0 +1,177 @@
+"""Outputs are whole at any moment, and what dead writers leave is removed; what belongs to a live one is not."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from tests.kill_while_writing import KILLS
+from twa_scale.writer.claims import Claim, sweep
+from twa_scale.writer.publish import publish, replace_file
+
+FORK = multiprocessing.get_context("fork")
+
+
+def left(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def prepare(target: Path, kind: str = "tmp") -> Claim:
+    claim = Claim(target, kind)  # type: ignore[arg-type]
+    claim.path.mkdir()
+    (claim.path / "weights").write_bytes(b"0")
+    return claim
+
+
+@pytest.fixture(scope="module")
+def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    seed = str(time.time_ns() % 1000)
+    print("seed", seed)
+    command = [sys.executable, "-m", "tests.kill_while_writing", tmp_path_factory.mktemp("kills"), seed]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, dict[str, int]] = json.loads(ran.stdout)
+    return found
+
+
+@pytest.mark.parametrize("mode", KILLS)
+def test_killed_writers_leave_a_whole_output_and_nothing_after_the_next_start(
+    kills: dict[str, dict[str, int]], mode: str
+) -> None:
+    found = kills[mode]
+    assert found["killed"] == found["complete afterwards"] == KILLS[mode] and found["left"] == 0
+    assert found["hidden"] > 0
+    absent = found.get("absent", 0)
+    assert found.get("complete", 0) + absent == KILLS[mode]
+    assert absent == {"exchange": 0, "between": KILLS[mode]}.get(mode, absent)
+
+
+def hold(target: Path, ready: Connection) -> None:
+    claim = prepare(target)
+    ready.send(claim.path.name)
+    time.sleep(60)
+
+
+@contextmanager
+def holding(target: Path, run: Callable[[Path, Connection], None] = hold) -> Iterator[tuple[int, str]]:
+    """A process that has something under a hidden name: its number and the name."""
+    receive, send = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=run, args=(target, send))
+    process.start()
+    assert process.pid is not None
+    try:
+        yield process.pid, receive.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_what_a_live_process_holds_stays(tmp_path: Path) -> None:
+    with holding(tmp_path / "out") as (pid, name):
+        os.kill(pid, signal.SIGSTOP)
+        sweep(tmp_path)
+        assert left(tmp_path) == [name, f"{name}.lock"]
+    sweep(tmp_path, "other")
+    assert left(tmp_path) == [name, f"{name}.lock"]
+    sweep(tmp_path, "out")
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_kills_leaves_nothing(tmp_path: Path, number: int) -> None:
+    with holding(tmp_path / "out") as (pid, _):
+        os.kill(pid, number)
+        _, status = os.waitpid(pid, 0)
+        assert os.WTERMSIG(status) == number
+        assert left(tmp_path) == []
+
+
+def wait(ready: Connection) -> None:
+    ready.send(None)
+    time.sleep(60)
+
+
+def hold_and_fork(target: Path, ready: Connection) -> None:
+    claim = prepare(target)
+    receive, send = FORK.Pipe(duplex=False)
+    worker = FORK.Process(target=wait, args=(send,))
+    worker.start()
+    receive.recv()
+    worker.terminate()
+    worker.join()
+    ready.send(f"{claim.path.name} {worker.exitcode}")
+    time.sleep(60)
+
+
+def test_a_worker_that_is_ended_leaves_what_its_parent_holds(tmp_path: Path) -> None:
+    with holding(tmp_path / "out", hold_and_fork) as (_, said):
+        name, code = said.split()
+        assert left(tmp_path) == [name, f"{name}.lock"] and int(code) == -signal.SIGTERM
+
+
+def test_handlers_of_ones_own_are_left_alone(tmp_path: Path) -> None:
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    try:
+        with prepare(tmp_path / "out") as claim:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [signal.SIGTERM] and claim.path.exists()
+            assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and left(tmp_path) == []
+
+
+def test_a_lock_that_nobody_came_to_use(tmp_path: Path) -> None:
+    (tmp_path / ".out.tmp-0a1b2c3d.lock").touch()  # killed before the first byte
+    sweep(tmp_path)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_another_host_is_given_a_day(tmp_path: Path, old: bool) -> None:
+    with holding(tmp_path / "out") as (_, name):
+        pass
+    lock = tmp_path / f"{name}.lock"
+    lock.write_bytes(b"another start of another host")
+    if old:
+        for path in (lock, *(tmp_path / name).rglob("*"), tmp_path / name):
+            os.utime(path, (0, time.time() - 25 * 3600))
+    sweep(tmp_path)
+    assert left(tmp_path) == ([] if old else [name, lock.name])
+
+
+def test_an_output_that_was_moved_aside_comes_back_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for now in (None, b"new"):
+        with holding(out) as (_, name):
+            pass
+        for suffix in ("", ".lock"):
+            (tmp_path / (name + suffix)).rename(tmp_path / (name.replace(".tmp-", ".old-") + suffix))
+        if now:
+            (out / "weights").write_bytes(now)
+        sweep(tmp_path)
+        assert left(tmp_path) == ["out"] and (out / "weights").read_bytes() == (now or b"0")
+
+
+def test_what_stands_in_the_way_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_bytes(b"a file")
+    with prepare(out) as claim, pytest.raises(OSError, match="directory"):
+        publish(claim.path, out)
+    assert left(tmp_path) == ["out"] and out.read_bytes() == b"a file"
+
+
+def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
+    for content in (b"old", b"new"):
+        replace_file(tmp_path / "state", content)
+        assert left(tmp_path) == ["state"] and (tmp_path / "state").read_bytes() == content
