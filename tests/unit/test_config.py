@@ -128,6 +128,26 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optimizer.lr=fast"], "override 'optimizer.lr=fast': optimizer.lr: "),
+        (["steps=3", "grups=block"], "override 'grups=block': unknown key 'grups'; did you mean 'groups'?"),
+        (["optimizer=adamw"], "override 'optimizer=adamw': optimizer: "),
+        (["schedule.name=step"], "override 'schedule.name=step': schedule: "),
+        (["groups=block", "epochs=2"], " with 'groups=block', 'epochs=2': give exactly one of"),
+        (["task.name=3"], "override 'task.name=3': task.name: "),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path: Path, overrides: list[str], said: str) -> None:
+    assert said in refusal(tmp_path, *overrides)
+
+
+def test_a_wrong_file_is_named_beside_a_wrong_override(tmp_path: Path) -> None:
+    text = refusal(tmp_path, "optimizer.lr=fast", basis="nrmalized")
+    assert f"{write(tmp_path, {})}: basis: " in text and "override 'optimizer.lr=fast': optimizer.lr: " in text
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("steps", "key=value"),

@@ -203,7 +203,7 @@ def test_a_file_is_in_one_split_and_stays_there(tmp_path: Path) -> None:
     assert 40 < len(many["train"]) < 80
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "uint32", "int64"])
 @pytest.mark.parametrize("suffix", [".npy", ".bin"])
 def test_token_files_of_every_type(tmp_path: Path, dtype: str, suffix: str) -> None:
     tokens = np.arange(100).astype(dtype)
@@ -217,6 +217,13 @@ def test_token_files_of_every_type(tmp_path: Path, dtype: str, suffix: str) -> N
     data = task.dataset("train")
     assert len(data) == 10
     assert data[7]["tokens"].tolist() == list(range(70, 80))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", ">u2", ">i8", "uint64"])
+def test_token_arrays_of_other_types_and_in_rows(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(100).astype(dtype).reshape(5, 2, 10))
+    data = task_of("causal_lm", model=TINY_GPT, context=9, tokens={"train": str(tmp_path)}).dataset("train")
+    assert [data[i]["tokens"].tolist() for i in (0, 7)] == [list(range(10)), list(range(70, 80))]
 
 
 def test_causal_lm_with_a_hugging_face_model(llama: str, tmp_path: Path) -> None:
@@ -394,6 +401,74 @@ def test_splits_without_data(tmp_path: Path) -> None:
         task.dataset("test")
     with pytest.raises(ConfigError, match="did you mean 'validation'"):
         task.dataset("valid")
+
+
+def test_one_file_cannot_be_divided(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc" * 100)
+    fractions = {"train": 1.0, "validation": 0.0, "test": 0.0}
+    task = task_of("causal_lm", model=TINY_GPT, text=str(tmp_path / "a.txt"), context=8, fractions=fractions)
+    assert len(task.dataset("train"))
+    with pytest.raises(ConfigError, match=r"split 'validation': 0 files of 1.*whole files"):
+        task.dataset("validation")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.parquet", "a.txt.gz", "a.npy", "a.bin", "a.tar"])
+def test_files_that_are_no_text_by_their_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"abc" * 100)
+    with pytest.raises(ConfigError, match=f"{name}.*suffix"):
+        task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path)}, context=8).dataset("train")
+
+
+@pytest.mark.parametrize("content", ["text".encode("utf-16"), b"\x7fELF\x02\x01\x00", b"abc\0" * 50])
+def test_files_that_are_no_text_by_their_content(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.txt.*zero bytes"):
+        task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path / "a.txt")}, context=2).dataset("train")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "tokens"])
+def test_files_that_are_no_tokens(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"abc" * 100)
+    with pytest.raises(ConfigError, match=rf"{name}.*\.npy or \.bin.*task\.text"):
+        task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / name)}, context=8).dataset("train")
+
+
+@pytest.mark.parametrize("wide", ["uint32", "int32", "int64"])
+def test_wide_tokens_are_not_read_as_narrow_ones(llama: str, tmp_path: Path, wide: str) -> None:
+    np.random.default_rng(0).integers(0, 60, 500).astype(wide).tofile(tmp_path / "t.bin")
+    options = {"model": llama, "tokens": {"train": str(tmp_path / "t.bin")}, "context": 8}
+    with pytest.raises(ConfigError, match=r"t\.bin.*every second.*task\.token_dtype"):
+        task_of("causal_lm", **options).dataset("train")
+    assert len(task_of("causal_lm", token_dtype=wide, **options).dataset("train")) == 500 // 9
+
+
+def test_a_large_vocabulary_asks_for_the_type(llama: str, tmp_path: Path) -> None:
+    config = json.loads((Path(llama) / "config.json").read_text()) | {"vocab_size": 70_000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    np.arange(69_000, 70_000).astype(np.uint32).tofile(tmp_path / "t.bin")
+    options = {"model": str(tmp_path), "tokens": {"train": str(tmp_path / "t.bin")}, "context": 9}
+    with pytest.raises(ConfigError, match=r"t\.bin.*70000.*task\.token_dtype"):
+        task_of("causal_lm", **options).dataset("train")
+    assert task_of("causal_lm", token_dtype="uint32", **options).dataset("train")[99]["tokens"][-1] == 69_999
+
+
+@pytest.mark.parametrize(("at", "value"), [(0, 256), (999, -1), (503, 1 << 40)])
+def test_a_token_outside_the_vocabulary_is_found_with_its_position(tmp_path: Path, at: int, value: int) -> None:
+    tokens = np.zeros(1000, np.int64)
+    tokens[at] = value
+    np.save(tmp_path / "t.npy", tokens)
+    with pytest.raises(ConfigError, match=rf"t\.npy: position {at}: token {value};.*0 to 255"):
+        data = task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / "t.npy")}, context=9).dataset(
+            "train"
+        )
+        data[at // 10]
+
+
+def test_a_wrong_type_is_found_before_the_first_step(tmp_path: Path) -> None:
+    np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint16).tofile(tmp_path / "t.bin")
+    options = {"model": TINY_GPT, "tokens": {"train": str(tmp_path / "t.bin")}, "context": 9}
+    with pytest.raises(ConfigError, match=r"t\.bin: position 0: token \d+;"):
+        task_of("causal_lm", token_dtype="uint32", **options).dataset("train")
 
 
 def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:

@@ -327,13 +327,13 @@ def test_a_disk_that_fills_up(ranks: Pool, small_disk: Path, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("5GB", 5 * 10**9), ("5 gb", 5 * 10**9), ("1.5GiB", 3 << 29), ("2Mi", 2 << 20), ("7", 7), (9, 9), ("10B", 10)],
+    [("5GB", 5 * 10**9), ("5 gb", 5 * 10**9), ("1.5GiB", 3 << 29), ("2Mi", 2 << 20), ("7B", 7), (9, 9), ("10B", 10)],
 )
 def test_sizes(text: str | int, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0", "-1", "5 apples", "0.1B"])
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1", "5 apples", "0.1B", "5", "5.0", " 5 "])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="5GB"):
         parse_size(text)

@@ -1,6 +1,7 @@
 """From files and overrides to a validated configuration, with messages that name key, value, rule and fix."""
 
 import json
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -39,7 +40,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     settings: dict[str, Any] = unfolded(data) if BLOCK in data else data
     for override in overrides or []:
         _override(settings, override)
-    return validated(RunConfig, settings, str(path))
+    return validated(RunConfig, settings, str(path), overrides or [])
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -58,15 +59,37 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {brief(override)}: its value is not valid YAML: {error}") from error
 
 
-def validated(model: type[M], data: M | dict[str, Any] | None, where: str = "config") -> M:
-    """Return `data` as a `model`, or say every wrong key and value in one ConfigError."""
+def validated(
+    model: type[M], data: M | dict[str, Any] | None, where: str = "config", overrides: Sequence[str] = ()
+) -> M:
+    """Return `data` as a `model`, or say every wrong key and value in one ConfigError.
+
+    Args:
+        model: what `data` has to be.
+        data: settings by name.
+        where: where they come from.
+        overrides: those of `data` that come from elsewhere, as key=value.
+    """
     if isinstance(data, model):
         return data
     try:
         return model.model_validate(data or {})
     except ValidationError as error:
-        lines = [_explain(model, dict(e)) for e in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+        lines: dict[str, dict[str, None]] = {}
+        for found in error.errors():
+            lines.setdefault(_origin(found["loc"], where, overrides), {})[_explain(model, dict(found))] = None
+        raise ConfigError("; ".join(f"{origin}: {'; '.join(said)}" for origin, said in lines.items())) from None
+
+
+def _origin(location: tuple[str | int, ...], where: str, overrides: Sequence[str]) -> str:
+    """Return what set the value at `location`: the last override of it, or of a part of it, or else `where`."""
+    path = [str(part) for part in location]
+    for override in reversed(overrides):
+        keys = override.partition("=")[0].split(".")
+        shorter = min(len(keys), len(path))
+        if shorter and keys[:shorter] == path[:shorter]:
+            return f"override {brief(override)}"
+    return f"{where} with {', '.join(map(brief, overrides))}" if overrides and not path else where
 
 
 _BRANCHES = ("str", "int", "float")

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
 from twa_scale.names import nearest
 from twa_scale.tasks import huggingface
-from twa_scale.tasks.files import Fractions, SplitFiles, split_files
+from twa_scale.tasks.files import Fractions, SplitFiles, require_text, split_files
 from twa_scale.tasks.gpt import VOCABULARY, ByteGPT
 from twa_scale.tasks.protocol import SPLITS, Batch, Metrics
-from twa_scale.tasks.tokens import TokenArray, TokenFile, Tokens, Windows
+from twa_scale.tasks.tokens import Dtype, TokenArray, TokenFile, Tokens, Windows
 
 
 class ByteGPTSizes(Section):
@@ -66,10 +66,14 @@ class CausalLMOptions(Section):
         "validation: ..., test: ...}`. `stdlib` is Python's own library. Give this or `tokens`.",
     )
     tokens: SplitFiles | None = Field(
-        None, description="Files of tokens, `.npy` or bare (`.bin`), as for `text`. Give this or `text`."
+        None,
+        description="Files of tokens, `.npy` (integers of any type; rows follow each other) or bare (`.bin`), as for "
+        "`text`. Give this or `text`.",
     )
-    token_dtype: Literal["uint8", "uint16", "int32"] = Field(
-        "uint16", description="Type of the tokens in bare files; `int32` for vocabularies of more than 65536."
+    token_dtype: Dtype | None = Field(
+        None,
+        description="Type of the tokens in bare files; `uint16` when not given, unless the model knows more than 65536 "
+        "tokens: then it has to be given.",
     )
     context: Count = Field(256, description="Tokens that one example predicts; each is read once per epoch.")
     fractions: Fractions = Field(
@@ -130,8 +134,14 @@ class CausalLM:
         if split not in self._files:
             raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS)}.")
         if split not in self._datasets:
-            sequences = self._sequences(self._files[split])
             where = f"{self._key}, split {split!r}"
+            if not self._files[split]:
+                total = len({path for paths in self._files.values() for path in paths})
+                raise ConfigError(
+                    f"{where}: 0 files of {total}. A list is divided over the splits by whole files: give more files, "
+                    "or lists for `train`, `validation` and `test`."
+                )
+            sequences = self._sequences(self._files[split])
             self._datasets[split] = Windows(sequences, self._options.context + 1, self._vocabulary, where)
         return self._datasets[split]
 
@@ -155,12 +165,26 @@ class CausalLM:
 
     def _sequences(self, paths: list[Path]) -> list[Tokens]:
         if self._options.tokens:
-            bare = self._options.token_dtype
-            return [TokenFile.open_npy(p) if p.suffix == ".npy" else TokenFile.open(p, bare) for p in paths]
+            return [self._token_file(path) for path in paths]
+        for path in paths:
+            require_text(path)
         if self._directory is None:
             return [TokenFile.open(path, "uint8") for path in paths]
         tokenizer = huggingface.load_tokenizer(self._directory)
         return [TokenArray(_tokenize(tokenizer, path), str(path)) for path in paths]
+
+    def _token_file(self, path: Path) -> TokenFile:
+        if path.suffix == ".npy":
+            return TokenFile.open_npy(path)
+        if path.suffix != ".bin":
+            raise ConfigError(f"{path}: is no file of tokens, .npy or .bin. Name text files with task.text.")
+        dtype = self._options.token_dtype
+        if dtype is None and self._vocabulary > 1 << 16:
+            raise ConfigError(
+                f"{path}: does not say the type of its tokens, and uint16 does not hold the {self._vocabulary} that "
+                "the model knows. Set task.token_dtype: int32, uint32 or int64."
+            )
+        return TokenFile.open(path, dtype or "uint16")
 
 
 def _tokenize(tokenizer: Any, path: Path) -> "np.ndarray[Any, np.dtype[np.int32]]":

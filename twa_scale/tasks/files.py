@@ -19,6 +19,13 @@ STDLIB = "stdlib"
 # Not on every installation, not Python's own, or written for the machine at hand.
 _NOT_STDLIB = ("site-packages", "dist-packages", "test", "tests", "idle_test", "config-", "_sysconfigdata")
 
+# Files that hold text in records, compressed, or none.
+_NOT_TEXT = (
+    *(".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".npy", ".npz", ".bin", ".idx", ".pt", ".pth", ".pkl"),
+    *(".safetensors", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".pdf"),
+)
+_SAMPLED = 4096  # bytes
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
@@ -81,6 +88,26 @@ def split_files(
     for path, name in _find(files.all, suffixes, key):
         splits[_split_of(name, fractions, seed)].append(path)
     return splits
+
+
+def require_text(path: Path) -> None:
+    """Refuse a file that does not hold plain text: by its suffix, or for a zero byte near its start.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    reason = f"its suffix is {path.suffix}" if path.suffix.lower() in _NOT_TEXT else ""
+    try:
+        with path.open("rb") as file:
+            if not reason and b"\0" in file.read(_SAMPLED):
+                reason = "it holds zero bytes"
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+    if reason:
+        raise ConfigError(
+            f"{path}: is no plain text: {reason}. Extract its text into .txt files in UTF-8, or give patterns that "
+            "leave it out: 'data/**/*.txt'. Files of tokens go under task.tokens."
+        )
 
 
 def _split_of(name: str, fractions: Fractions, seed: int) -> str:

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,9 @@ from twa_scale.errors import ConfigError
 from twa_scale.tasks.protocol import Batch
 
 Array = npt.NDArray[Any]
-DTYPES = ("uint8", "uint16", "int32")
+Dtype = Literal["uint8", "uint16", "int32", "uint32", "int64"]
+_SAMPLED = 4096  # tokens of a bare file
+_LOOKED_AT = 16  # windows of a split
 
 
 class Tokens(Protocol):
@@ -37,16 +39,16 @@ class TokenFile:
     """Tokens of a file, read by exact ranges: no memory, open file or mapping for each of many files."""
 
     path: Path
-    dtype: str
+    dtype: "np.dtype[Any]"
     offset: int
     count: int
 
     @classmethod
-    def open(cls, path: Path, dtype: str) -> "TokenFile":
+    def open(cls, path: Path, dtype: Dtype) -> "TokenFile":
         """Look at a bare sequence of `dtype`.
 
         Raises:
-            ConfigError: unreadable, or of a size that `dtype` does not divide.
+            ConfigError: unreadable, of a size that `dtype` does not divide, or of tokens that are wider than `dtype`.
         """
         try:
             size = path.stat().st_size
@@ -57,25 +59,32 @@ class TokenFile:
             raise ConfigError(
                 f"{path}: {size} bytes are no whole number of {dtype} tokens. Set the right `token_dtype`."
             )
-        return cls(path, dtype, 0, size // width)
+        file = cls(path, np.dtype(dtype), 0, size // width)
+        if dtype == "uint16" and _are_halves(file.read(0, min(file.count, _SAMPLED))):
+            raise ConfigError(
+                f"{path}: every second number is at most 3, as in tokens of 32 or 64 bits that are read as uint16. Set "
+                "task.token_dtype to uint32, int32 or int64, or write an .npy file, which says its type."
+            )
+        return file
 
     @classmethod
     def open_npy(cls, path: Path) -> "TokenFile":
         """Look at the header of a .npy file.
 
         Raises:
-            ConfigError: unreadable, not one-dimensional, or of another type than uint8, uint16, int32.
+            ConfigError: unreadable, not of integers, or stored by columns.
         """
         try:
             array = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: is no .npy file that can be read: {error}.") from error
-        if array.ndim != 1 or array.dtype.name not in DTYPES:
+        if array.dtype.kind not in "iu" or not array.flags.c_contiguous or not array.ndim:
+            order = "" if array.flags.c_contiguous else ", stored by columns"
             raise ConfigError(
-                f"{path}: holds {array.dtype.name} of shape {array.shape}. "
-                f"Tokens are one sequence of {', '.join(DTYPES)}."
+                f"{path}: holds {array.dtype.name} of shape {array.shape}{order}. Tokens are integers, in one sequence "
+                "or in rows that follow each other."
             )
-        return cls(path, array.dtype.name, array.offset, len(array))
+        return cls(path, array.dtype, array.offset, array.size)
 
     @property
     def where(self) -> str:
@@ -88,9 +97,9 @@ class TokenFile:
         Raises:
             ConfigError: the file vanished or shrank.
         """
-        dtype = np.dtype(self.dtype)
+        offset = self.offset + start * self.dtype.itemsize
         try:
-            tokens = np.fromfile(self.path, dtype, stop - start, offset=self.offset + start * dtype.itemsize)
+            tokens = np.fromfile(self.path, self.dtype, stop - start, offset=offset)
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be read: {error.strerror}.") from error
         if len(tokens) < stop - start:
@@ -119,7 +128,7 @@ class Windows:
     """Examples {"tokens": int64 (length,)}: windows without overlap, over all sequences laid end to end."""
 
     def __init__(self, sequences: list[Tokens], length: int, vocabulary: int, key: str) -> None:
-        """Cut `sequences`; tokens that fill no last window are left out.
+        """Cut `sequences`, and look at some windows; tokens that fill no last window are left out.
 
         Args:
             sequences: What to read.
@@ -128,7 +137,7 @@ class Windows:
             key: Setting to name in messages.
 
         Raises:
-            ConfigError: fewer tokens than one window.
+            ConfigError: fewer tokens than one window, or tokens that the model does not know.
         """
         self._sequences = [sequence for sequence in sequences if sequence.count]
         self._ends = list(accumulate(sequence.count for sequence in self._sequences))
@@ -141,6 +150,8 @@ class Windows:
                 f"{length}. Give more data, a shorter `context`, other `fractions`, or files for each split."
             )
         self._windows = total // length
+        for i in range(_LOOKED_AT):
+            self[i * (self._windows - 1) // (_LOOKED_AT - 1)]
 
     def __len__(self) -> int:
         return self._windows
@@ -161,10 +172,16 @@ class Windows:
     def _known(self, sequence: Tokens, start: int, stop: int) -> Array:
         # A token out of range would end as an assertion inside a GPU kernel, far from its cause.
         tokens = sequence.read(start, stop).astype(np.int64)
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self._vocabulary:
+        unknown = (tokens < 0) | (tokens >= self._vocabulary)
+        if unknown.any():
+            at = int(unknown.argmax())
             raise ConfigError(
-                f"{sequence.where}: token {low if low < 0 else high} near {start}; the model knows "
+                f"{sequence.where}: position {start + at}: token {tokens[at]}; the model knows "
                 f"0 to {self._vocabulary - 1}. Use its own tokenizer; name the `token_dtype` of bare files."
             )
         return tokens
+
+
+def _are_halves(tokens: Array) -> bool:
+    """Whether every second number is only the upper half of a token: 0, or up to 3 in the largest vocabularies."""
+    return len(tokens) >= 64 and int(tokens[1::2].max()) <= 3 < int(tokens[::2].max())

@@ -119,13 +119,15 @@ def index_of(shards: Sequence[Shard], specs: Sequence[TensorSpec]) -> bytes:
 
 
 def parse_size(size: str | int) -> int:
-    """Return the bytes that "5GB" (10^9 each), "512MiB" (2^20 each) or a plain number means.
+    """Return the bytes that "5GB" (10^9 each), "512MiB" (2^20 each) or a number that is no text means.
 
     Raises:
-        ConfigError: anything else, or no byte at all.
+        ConfigError: anything else, a text without a unit, or no byte at all.
     """
     match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]I?)?B?\s*", str(size).upper())
+    if match and isinstance(size, str) and size.strip()[-1] in "0123456789.":
+        raise ConfigError(f"size {size!r}: has no unit; write it like 5GB, 500MB or 2GiB, or with B for bytes.")
     nbytes = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if nbytes < 1:
-        raise ConfigError(f"size {size!r}: write it as a number of bytes, or like 5GB, 500MB or 2GiB.")
+        raise ConfigError(f"size {size!r}: write it like 5GB, 500MB or 2GiB.")
     return nbytes
