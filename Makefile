@@ -6,6 +6,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Scored sentences of real reviews, which only the source archive has.
 SENTENCES := .venv/share/vaderSentiment-3.3.2.tar.gz
+# Processes that share the tests. Each has up to four ranks of its own, most of which wait.
+JOBS ?= 2
+PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist loadgroup
 # Where the candidates of the scale run go.
 SCRATCH ?= runs/scale
 export NO_MKDOCS_2_WARNING := 1
@@ -42,14 +45,14 @@ scale-run: setup ## A billion parameters and 16 candidates on two ranks: 40 GB o
 results: setup ## Repeat the quickstart with three seeds and rewrite docs/results.md.
 	$(BIN)/python examples/quickstart/seeds.py
 
-test: setup ## Run the tests, without the slow ones and those that need a GPU.
-	$(BIN)/pytest -m "not slow and not gpu"
+test: setup ## Run the tests, without slow ones, those that need a GPU, and the rest of large grids of options.
+	$(PYTEST) -m "not slow and not grid and not gpu"
 
-test-slow: setup $(SENTENCES) ## Run only the slow tests.
-	$(BIN)/pytest -m "slow and not gpu" || [ $$? = 5 ]
+test-slow: setup $(SENTENCES) ## Run only what `make test` leaves out and needs no GPU.
+	$(PYTEST) -m "(slow or grid) and not gpu"
 
 test-all: setup $(SENTENCES) ## Run every test that needs no GPU.
-	$(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-gpu: setup ## Run the tests that need a GPU.
 	$(BIN)/pytest -m gpu

@@ -12,8 +12,7 @@ from typing import Literal
 
 import torch
 
-from tests.deltas import packed
-from twa_scale.kernels import Dense, Differences, Packed, Rows, Target
+from twa_scale.kernels import Dense, Differences, Packed, Target
 from twa_scale.kernels.compiled import NumbaKernels
 
 MODULES = [
@@ -35,41 +34,25 @@ MODULES = [
     "tests.ranks.cases",
 ]
 FLOATS = (torch.float32, torch.bfloat16)
-BITS: tuple[Literal[8, 4], ...] = (8, 4)  # of packed rows, as far as rank tests use them
+BITS: tuple[Literal[8, 4], ...] = (8, 4)
 CPU = torch.device("cpu")
 
 
 def compile_kernels() -> None:
-    """Call the kernels with every kind of rows and numbers, so that workers find them compiled and loaded.
+    """Call the kernels that most rank tests use, so that workers find them compiled and loaded.
 
     numba keeps the machine code beside the sources. Only the first call after a change in `kernels/` compiles.
     """
     kernels = NumbaKernels()
-    for rows, kind in product(some_rows(kernels), FLOATS):
-        kernels.project(rows, torch.ones(5, dtype=kind))
-        kernels.combine(rows, torch.ones(3), torch.zeros(5), 1.0, torch.empty(5, dtype=kind))
-    for kind in FLOATS:
-        sources = torch.ones(3, 5, dtype=kind)
-        for target in targets():
-            kernels.make_deltas(sources, [1 / 3] * 3, target, 0)
-        kernels.checksums(sources)
-
-
-def some_rows(kernels: NumbaKernels) -> list[Rows]:
-    """Return three rows of five elements, of every kind."""
-    values = torch.arange(15.0).reshape(3, 5)
     dense = [Dense.empty(3, 5, kind, CPU) for kind in FLOATS]
-    for rows in dense:
-        rows.write(0, values)
-    differences = [Differences([*values.to(kind)], torch.zeros(5)) for kind in FLOATS]
-    return [*dense, *differences, *(packed(values, bits, kernels) for bits in BITS)]
-
-
-def targets() -> list[Target]:
-    """Return places for the deltas of three candidates of five elements, of every kind."""
-    dense = [Dense.empty(3, 5, kind, CPU) for kind in FLOATS]
-    rows = [None, *dense, *(Packed.empty(3, 5, 0, bits, CPU) for bits in BITS)]
-    return [Target(row, torch.empty(5), torch.zeros(4, 4, dtype=torch.float64)) for row in rows]
+    quantized = [Packed.empty(3, 5, 0, bits, CPU) for bits in BITS]
+    for rows, kind in [*product((None, *dense), FLOATS), *product(quantized, FLOATS[:1])]:
+        target = Target(rows, torch.empty(5), torch.zeros(4, 4, dtype=torch.float64))
+        kernels.make_deltas(torch.ones(3, 5, dtype=kind), [1 / 3] * 3, target, 0)
+    differences = [Differences([*torch.ones(3, 5, dtype=kind)], torch.zeros(5)) for kind in FLOATS]
+    for deltas in (*dense, *quantized, *differences):
+        kernels.project(deltas, torch.ones(5))
+        kernels.combine(deltas, torch.ones(3), torch.zeros(5), 1.0, torch.empty(5))
 
 
 torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Every engine at every number of ranks does what one process with whole float64 candidates does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests import flattened, meshes, models, reference, zero
+from tests.grid import grid
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Ended, Run
@@ -97,19 +98,44 @@ def runs_of(engine: str, size: int) -> list[str]:
     return [name for name in names if engine == "fsdp2" or not ALL[name].bf16]
 
 
-CASES = [(e, s, name) for e, s in PLACES for name in runs_of(e, s) if name not in ROUNDED]
+def options_of(engine: str, size: int, name: str) -> list[str]:
+    """What `make test` has to pair: an engine and its ranks with the basis, groups, units and optimizer of a run."""
+    if name not in GRID:
+        return [engine, str(size), name]
+    config = GRID[name].config
+    basis, grouping = name.split("-")
+    return [engine, str(size), basis, grouping, config["units"], config["optimizer"]["name"]]
+
+
+def group_of(engine: str, size: int, *_: object) -> str:
+    """One process makes all runs of an engine at a number of ranks."""
+    return f"equality-{engine}-{size}"
+
+
+CASES = grid(
+    [(e, s, name) for e, s in PLACES for name in runs_of(e, s) if name not in ROUNDED],
+    options_of,
+    group_of,
+)
 Ends = Callable[[str, int], list[dict[str, Ended]]]
 
 
+def together(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Return cases that begin with engine and size, for the process that makes the runs of these."""
+    return [pytest.param(*case, marks=pytest.mark.xdist_group(group_of(*case))) for case in cases]
+
+
 @pytest.fixture(scope="session")
-def ends(ranks: Pool) -> Ends:
-    """All runs of one engine and number of ranks, made once: a list by rank of results by name."""
+def ends(ranks: Pool, request: pytest.FixtureRequest) -> Ends:
+    """The runs of one engine and number of ranks that tests ask for, made once: a list by rank of results by name."""
+    places = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = {(p["engine"], p["size"], p["name"]) for p in places if p.keys() >= {"engine", "size", "name"}}
 
     @cache
     def run_all(engine: str, size: int) -> list[dict[str, Ended]] | AssertionError:
-        runs = {name: ALL[name] for name in runs_of(engine, size)}
+        runs = {name: ALL[name] for name in runs_of(engine, size) if (engine, size, name) in asked}
         try:
-            return ranks(cases.train_all, size, timeout=240, engine=engine, runs=runs)
+            return ranks(cases.train_all, size, timeout=60 + 15 * len(runs), engine=engine, runs=runs)
         except AssertionError as failure:  # a hang costs its time once
             return failure
 
@@ -170,29 +196,30 @@ class TestEquality:
         assert all(torch.equal(by_rank[0], other) for other in by_rank)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(
-    ("store", "tolerance"), [("dense16", 1e-2), ("packed8", 1e-2), ("packed4", 3e-2), ("mapped", 1e-5)]
-)
-def test_stores_stay_near(ends: Ends, engine: str, store: str, tolerance: float) -> None:
+TOLERANCES = {"dense16": 1e-2, "packed8": 1e-2, "packed4": 3e-2, "mapped": 1e-5}
+
+
+@pytest.mark.parametrize(("engine", "size", "name"), together((e, 2, store) for e in ENGINES for store in TOLERANCES))
+def test_stores_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
     """Deltas are rounded by the store, gradients and weights are not; `mapped` rounds nothing."""
-    for by_name in ends(engine, 2):
-        require_close(by_name[store], expected(store, 2).weights[-1], tolerance)
+    for by_name in ends(engine, size):
+        require_close(by_name[name], expected(name, size).weights[-1], TOLERANCES[name])
 
 
-def test_bfloat16_computation_stays_near(ends: Ends) -> None:
+@pytest.mark.parametrize(("engine", "size", "name"), together([("fsdp2", 2, "bfloat16")]))
+def test_bfloat16_computation_stays_near(ends: Ends, engine: str, size: int, name: str) -> None:
     """The gradients of MixedPrecisionPolicy(param_dtype=bfloat16) are rounded; the weights stay float32."""
-    for by_name in ends("fsdp2", 2):
-        require_close(by_name["bfloat16"], expected("bfloat16", 2).weights[-1], 3e-2)
-        assert all(value.dtype == torch.float32 for value in by_name["bfloat16"].weights.values())
+    for by_name in ends(engine, size):
+        require_close(by_name[name], expected(name, size).weights[-1], 3e-2)
+        assert all(value.dtype == torch.float32 for value in by_name[name].weights.values())
 
 
-@pytest.mark.parametrize("engine", zero.ENGINES)
-def test_bfloat16_copies_of_the_weights_stay_near(ends: Ends, engine: str) -> None:
-    """What DeepSpeed shows are its bfloat16 copies; gradients are rounded, too."""
-    for by_name in ends(engine, 2):
-        require_close(by_name["bfloat16"], expected("bfloat16", 2).weights[-1], 1e-2)
-        assert all(value.dtype == torch.bfloat16 for value in by_name["bfloat16"].weights.values())
+@pytest.mark.parametrize(("engine", "size", "name"), together((e, 2, "bfloat16") for e in zero.ENGINES))
+def test_bfloat16_copies_of_the_weights_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
+    """DeepSpeed shows its bfloat16 copies. Its gradients are rounded, too."""
+    for by_name in ends(engine, size):
+        require_close(by_name[name], expected(name, size).weights[-1], 1e-2)
+        assert all(value.dtype == torch.bfloat16 for value in by_name[name].weights.values())
 
 
 def test_training_moves_the_weights() -> None:

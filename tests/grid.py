@@ -1,0 +1,44 @@
+"""Grids of options: `make test` runs a part of the cases in which every pair of options occurs, `make test-all` all."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+Case = Sequence[Any]
+
+
+def grid(
+    cases: Iterable[Case],
+    options: Callable[..., Iterable[str]] | None = None,
+    group: Callable[..., str] | None = None,
+) -> list[Any]:
+    """Return the cases for `parametrize`. Those that no pair of options needs get the mark `grid`.
+
+    Args:
+        cases: the values of one case each, in an order that does not change.
+        options: of the values of a case, its options; by default the values, by their place.
+        group: of the values of a case, the group of cases that one process runs; by default that of the file.
+    """
+    cases = list(cases)
+    named = [list(options(*case)) if options else [f"{i}:{value}" for i, value in enumerate(case)] for case in cases]
+    needed = covering(named)
+    return [
+        pytest.param(
+            *case,
+            marks=[pytest.mark.grid] * (k not in needed) + ([pytest.mark.xdist_group(group(*case))] if group else []),
+        )
+        for k, case in enumerate(cases)
+    ]
+
+
+def covering(cases: Sequence[Sequence[str]]) -> set[int]:
+    """Return indices of cases that have every pair of options that any case has: of each step, the case with most."""
+    pairs = [set(combinations(sorted(set(options)), 2)) for options in cases]
+    missing, chosen = set[tuple[str, str]]().union(*pairs), set[int]()
+    while missing:
+        best = max(range(len(cases)), key=lambda k: len(pairs[k] & missing))  # the first of the best: always the same
+        chosen.add(best)
+        missing -= pairs[best]
+    return chosen

@@ -1,0 +1,20 @@
+"""The part of a grid that `make test` runs."""
+
+from itertools import combinations, product
+
+from tests.grid import covering, grid
+
+
+def test_every_pair_is_in_the_part_and_the_whole_is_kept() -> None:
+    cases = list(product(["a", "b", "c"], ["d", "e", "f"], ["g", "h", "i"]))
+    chosen = covering(cases)
+    assert 9 <= len(chosen) <= 12
+    pairs = {pair for k in chosen for pair in combinations(cases[k], 2)}
+    assert pairs == {pair for case in cases for pair in combinations(case, 2)}
+    marked = grid(cases)
+    assert [parameters.values for parameters in marked] == cases
+    assert {k for k, parameters in enumerate(marked) if not parameters.marks} == chosen
+
+
+def test_a_case_without_a_partner_is_kept() -> None:
+    assert covering([["a", "b", "c"], ["a", "b"], ["a", "d"]]) == {0, 2}
