@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 SENTENCES := .venv/share/vaderSentiment-3.3.2.tar.gz
 # Processes that share the tests. Each has up to four ranks of its own, most of which wait.
 JOBS ?= 2
-PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist loadgroup
+PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 # Where the candidates of the scale run go.
 SCRATCH ?= runs/scale
 export NO_MKDOCS_2_WARNING := 1
@@ -49,10 +49,12 @@ test: setup ## Run the tests, without slow ones, those that need a GPU, and the 
 	$(PYTEST) -m "not slow and not grid and not gpu"
 
 test-slow: setup $(SENTENCES) ## Run only what `make test` leaves out and needs no GPU.
-	$(PYTEST) -m "(slow or grid) and not gpu"
+	$(PYTEST) -m "(slow or grid) and not gpu" --ignore=tests/scale
+	$(BIN)/pytest -q -m "slow and not gpu" tests/scale # alone: it measures memory and time
 
 test-all: setup $(SENTENCES) ## Run every test that needs no GPU.
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" --ignore=tests/scale
+	$(BIN)/pytest -q -m "not gpu" tests/scale # alone: it measures memory and time
 
 test-gpu: setup ## Run the tests that need a GPU.
 	$(BIN)/pytest -m gpu

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
 from tests import flattened, models
+from tests.grid import grid
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -185,8 +186,13 @@ def damage(kind: str, paths: list[Path]) -> tuple[list[Path], list[str]]:
 KINDS = ["nan", "inf", "missing", "extra", "shape", "dtype", "truncated", "garbage", "none", "one", "gone"]
 
 
-@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("plain", 2), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
-@pytest.mark.parametrize("kind", [*KINDS, "all-renamed", "all-wider", "all-missing"])
+PLACES = [("plain", 1), ("plain", 2), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "size"),
+    grid((kind, *place) for kind in [*KINDS, "all-renamed", "all-wider", "all-missing"] for place in PLACES),
+)
 def test_a_bad_candidate_is_the_same_error_on_every_rank(
     ranks: Pool, tmp_path: Path, kind: str, engine: str, size: int
 ) -> None:

@@ -14,7 +14,7 @@ from tests.commands.material import by_hand, load, run_here, settings, state_of
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ENDED, ROOT, SCRIPT, Job, with_python
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 STEPS = 40
 ENGINES = ["fsdp2", "zero3"]

@@ -8,6 +8,8 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Job
 
+pytestmark = pytest.mark.xdist_group("slurm")
+
 # Ends as a run does that was asked to stop; a DEAF rank dies of SIGUSR1, as one that still imports torch.
 PROGRAM = """#!/bin/bash
 echo "life ${SLURM_RESTART_COUNT:-0} rank $SLURM_PROCID: $*"
