@@ -326,7 +326,7 @@ def export(
         n, step = export_run(
             run, out, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
         )
-    say(f"wrote the exact merge of {n} candidates with the coefficients of step {step} to {out}")
+    say(f"wrote the exact merge of {n} candidates with the coefficients of {step} to {out}")
 
 
 @contextmanager

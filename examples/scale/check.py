@@ -61,7 +61,7 @@ class Squares:
 
 def check(candidates: Sequence[Path], run: Path, exact: Path) -> dict[str, Any]:
     """Compare the export of `run`, and the merge `exact` of `twa-scale export`, with the merge formed here."""
-    state = load_state(run).twa
+    state = load_state(run).exported
     with ExitStack() as stack:
         read = [Checkpoint(path, stack) for path in (*candidates, run / "average", exact)]
         found = {name: squares(name, read, state) for name in read[0].slices}

@@ -168,7 +168,7 @@ def state_of(output: Path) -> dict[str, Any]:
 
 def by_hand(candidates: str, output: Path) -> dict[str, Tensor]:
     """sum_i a_i w_i in float64, from what the run says its coefficients are; trained tensors only."""
-    twa = state_of(output)["twa"]
+    twa = load_state(output).exported.model_dump()
     pattern = Path(candidates)
     states = [load(path) for path in sorted(pattern.parent.glob(pattern.name))]
     return {

@@ -16,7 +16,7 @@ from tests.commands.material import load, run_here, settings, state_of
 from tests.pool import Pool
 from twa_scale.errors import OutputError, StateError, TwaError
 from twa_scale.merge import export_run
-from twa_scale.writer import Claim
+from twa_scale.writer import DirectoryLock
 
 STEPS = 8
 EVERY = 2
@@ -184,8 +184,8 @@ def test_what_is_beside_the_state_does_not_stop_a_resume(
 def test_one_run_at_a_time(scores: Brought, tmp_path: Path) -> None:
     """The second says who is there, and changes nothing; exporting from what is there is fine."""
     stopped(scores, tmp_path)
-    with Claim(tmp_path) as claim:
-        claim.take()
+    with DirectoryLock(tmp_path) as lock:
+        lock.take()
         before = everything(tmp_path)
         named = rf"another run.*process {os.getpid()} on host .*, started .*choose another"
         with pytest.raises(OutputError, match=named):

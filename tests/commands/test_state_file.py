@@ -139,11 +139,17 @@ WRONG = [None, "text", -1, 1.5, [3], {"a": 1}, {1: 1}, torch.zeros(2), torch.zer
 FIELDS = ["version", "config", "groups", "group_of", "buffer_names", "x", "coefficients", "center_weights", "optimizer",
           "buffers", "fingerprint"]  # fmt: skip
 PATHS = [
-    *((field,) for field in ("twa", "step", "course", "candidates")),
+    *((field,) for field in ("twa", "step", "finished", "course", "candidates", "keep")),
+    *(("kept", field) for field in ("step", "data", "metrics", "x", "coefficients", "buffers")),
     *(("twa", field) for field in FIELDS),
     *(("twa", "fingerprint", field) for field in ("labels", "shapes", "checksums")),
 ]
-ALLOWED = [("course", "{'a': 1}"), ("optimizer", "{'a': 1}"), ("group_of", "{'a': 1}")]  # for other checks to refuse
+ALLOWED = [
+    ("course", "{'a': 1}"),
+    ("data", "{'a': 1}"),
+    ("optimizer", "{'a': 1}"),
+    ("group_of", "{'a': 1}"),
+]  # for other checks to refuse
 
 
 @pytest.mark.parametrize("path", PATHS, ids=".".join)

@@ -232,6 +232,16 @@ class RunConfig(TwaConfig):
     evaluate_every: Count | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
     evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")
     evaluate_batches: Count | None = Field(None, description="Batches per evaluation; the whole split when not given.")
+    compare: bool = Field(
+        True,
+        description="Evaluate the last candidate and the center, too, when the run ends: two more evaluations, forward "
+        "passes only.",
+    )
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description="What is exported: the `best` average of all evaluations of `evaluate_split`, that of step 0 "
+        "included, by the lowest `loss` or what the task says; or that of the `last` step.",
+    )
     checkpoint_every: Count | None = Field(50, description="Steps between two saves of the run state (kilobytes).")
     recalibrate_batches: Count = Field(50, description="Batches for BatchNorm statistics, when the model has them.")
     resume: bool = Field(True, description="Continue from the run state in `output` when there is one.")

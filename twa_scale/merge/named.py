@@ -104,11 +104,11 @@ def export_run(
     dtype: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> tuple[int, int]:
-    """Write sum_i a_i w_i with the trained coefficients of `run`, from its state and the candidates alone.
+) -> tuple[int, str]:
+    """Write sum_i a_i w_i with the coefficients that `run` exports, from its state and the candidates alone.
 
     Returns:
-        The number of candidates, and the step of the coefficients.
+        The number of candidates, and the step of the coefficients in words.
 
     Raises:
         StateError: no run state, or candidates that are no longer those of the run; nothing is written.
@@ -116,7 +116,7 @@ def export_run(
     """
     group = Group.world()
     state = load_state(Path(run), notice if group.rank == 0 else lambda _: None)
-    twa = state.twa
+    twa = state.exported
     chosen = parse_dtype(dtype)
     opened = open_candidates(state.candidates)
     coefficients = twa.coefficients.T.tolist()
@@ -142,7 +142,8 @@ def export_run(
         progress=progress,
         verify=twa.fingerprint.build().require_checksums,
     )
-    return len(opened), state.step
+    last = "" if state.exported_step == state.step else f", the best of the evaluations (the last is step {state.step})"
+    return len(opened), f"step {state.exported_step}{last}"
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 from twa_scale.state.file import PREVIOUS, STATE, load_state, save_state
 from twa_scale.state.fingerprint import Fingerprint, fingerprint_of
-from twa_scale.state.schema import VERSION, AverageState, RunState, checked
+from twa_scale.state.schema import VERSION, AverageState, KeptState, RunState, checked
 from twa_scale.state.settings import require_same_settings
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "VERSION",
     "AverageState",
     "Fingerprint",
+    "KeptState",
     "RunState",
     "checked",
     "fingerprint_of",

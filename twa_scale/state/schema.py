@@ -79,15 +79,60 @@ class AverageState(_Saved):
         return self
 
 
+class KeptState(_Saved):
+    """The best average that a run has evaluated."""
+
+    step: Count
+    data: dict[str, Any]
+    """What it was measured on, and by which metric."""
+    metrics: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+    x: Tensor
+    coefficients: Tensor
+    buffers: dict[str, Tensor]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "KeptState":
+        if self.data.get("metric") not in self.metrics:
+            raise ValueError(f"data: its metric {self.data.get('metric')!r} is none of metrics")
+        return self
+
+
 class RunState(_Saved):
     """What `twa-scale run` saves."""
 
     twa: AverageState
+    """At the last step."""
+    keep: Literal["best", "last"]
+    """Which coefficients the run exports."""
+    kept: KeptState | None
     step: Count
     finished: bool
     """Whether the results of this step have been written."""
     course: dict[str, Any]
     candidates: Annotated[Names, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunState":
+        if self.kept:
+            _require("kept.x", self.kept.x, tuple(self.twa.x.shape), torch.float64)
+            _require("kept.coefficients", self.kept.coefficients, tuple(self.twa.coefficients.shape), torch.float64)
+            shapes = [{name: value.shape for name, value in held.buffers.items()} for held in (self.kept, self.twa)]
+            if shapes[0] != shapes[1]:
+                raise ValueError("kept.buffers: other names or shapes than those of the last step")
+        return self
+
+    @property
+    def exported_step(self) -> int:
+        """The step of the coefficients that the run exports."""
+        return self.kept.step if self.kept and self.keep == "best" else self.step
+
+    @property
+    def exported(self) -> AverageState:
+        """What the run exports: the average with the coefficients and the statistics that it keeps."""
+        if self.kept is None or self.keep == "last":
+            return self.twa
+        kept = {name: getattr(self.kept, name) for name in ("x", "coefficients", "buffers")}
+        return self.twa.model_copy(update=kept)
 
 
 def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

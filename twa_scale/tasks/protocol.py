@@ -33,6 +33,10 @@ class Task(Protocol):
     moves the model and the batches; ranks, because the loop deals the examples out. So a task that works
     alone works on any number of ranks. `loss` and `metrics` get the model as an argument: the loop may have
     wrapped it.
+
+    Two attributes are optional. `main_metric` is the name of the metric by which a run keeps the best of its
+    evaluations, "loss" when a task does not have it; `higher_is_better` says that its highest value is the best, and
+    not its lowest.
     """
 
     def model(self) -> nn.Module:

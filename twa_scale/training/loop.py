@@ -23,15 +23,17 @@ from twa_scale.plots import plot_training
 from twa_scale.ranks import Group, World
 from twa_scale.state import STATE, RunState, save_state
 from twa_scale.tasks import Task, build_task
+from twa_scale.training import comparison
 from twa_scale.training.batches import Batches, make_batches
 from twa_scale.training.course import AVERAGE, SUMMARY, course, find_state, finished_summary, forget_state
 from twa_scale.training.evaluate import evaluate
+from twa_scale.training.kept import Kept
 from twa_scale.training.model import autocast, backward, build_model, pod_mesh
 from twa_scale.training.records import Records, read_records
 from twa_scale.training.report import Report
 from twa_scale.training.schedule import set_rate
 from twa_scale.training.stopping import Stop, Stopped
-from twa_scale.writer import Claim, parse_size
+from twa_scale.writer import DirectoryLock, parse_size
 from twa_scale.writer.publish import check_target, replace_file, reported
 
 
@@ -50,8 +52,8 @@ def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
     device = world.device(config.device)
     if device.type == "cpu":
         return_freed_memory()
-    with stop.on_signals(), world.joined(device, config.output), Claim(Path(config.output)) as claim:
-        return Run(config, world, device, report or Report(active=False), stop, claim).train()
+    with stop.on_signals(), world.joined(device, config.output), DirectoryLock(Path(config.output)) as lock:
+        return Run(config, world, device, report or Report(active=False), stop, lock).train()
 
 
 class Run:
@@ -64,7 +66,7 @@ class Run:
         device: torch.device,
         report: Report,
         stop: Stop | None = None,
-        claim: Claim | None = None,
+        lock: DirectoryLock | None = None,
     ) -> None:
         self.config = config
         self.world = world
@@ -73,7 +75,7 @@ class Run:
         self.group = Group.world()
         self.report = report if self.group.rank == 0 else Report(active=False)
         self.output = Path(config.output)
-        self.claim = claim or Claim(self.output)
+        self.lock = lock or DirectoryLock(self.output)
         with self.group.agree():
             check_optimizer(config)
             self.task: Task = build_task(config.task)
@@ -116,7 +118,7 @@ class Run:
         with reported(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
             check_target(self.output / AVERAGE, 0, overwrite=True)
-        self.claim.take()
+        self.lock.take()
         return None, find_state(config, self.num_steps, say)  # as the owner before has left it
 
     def _attach(self, state: RunState | None) -> None:
@@ -132,6 +134,7 @@ class Run:
             )
         self._attach_seconds = time.perf_counter() - start
         self.step = 0
+        self.kept = Kept(self.task, config)
         self._stopping = False
         self._resume(state)
         with self.group.agree():
@@ -200,15 +203,21 @@ class Run:
         np.random.seed(seed % 2**32)
 
     def _evaluate(self) -> dict[str, float]:
+        """Measure the average of this step on held-out data, write it down, and keep it when it is the best."""
+        metrics = self._measure()
+        values = comparison.with_split(self.config.evaluate_split, metrics)
+        self.records.write(self.step, values)
+        self.report.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.kept.see(self.step, metrics, self.twa)
+        return metrics
+
+    def _measure(self) -> dict[str, float]:
+        """Return the metrics of the weights that the model has, with BatchNorm statistics of their own."""
         self.twa.settle()  # so that only steps count as forward passes that have waited for weights
         with autocast(self.config, self.model, self.device):
             self._recalibrate()
             limit = self.config.evaluate_batches
-            metrics = evaluate(self.task, self.model, self.held_out, self.group, self.device, limit)
-        values = {f"{self.config.evaluate_split}/{name}": value for name, value in metrics.items()}
-        self.records.write(self.step, values)
-        self.report.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        return values
+            return evaluate(self.task, self.model, self.held_out, self.group, self.device, limit)
 
     def _recalibrate(self) -> None:
         if not batchnorm_layers(self.model):
@@ -229,28 +238,54 @@ class Run:
         self._save()
         self.records.close()
         self.twa.close()
-        self.claim.release()
+        self.lock.release()
         text = f"stopped early at step {self.step} of {self.num_steps}, state saved in {self.output / STATE}"
         self.report.say(f"{text}; the same command continues")
         raise Stopped(text)
 
     def _finish(self) -> dict[str, Any]:
-        final = self._evaluate()
-        self._save()
+        trained = self._evaluate()
+        state = self._save()
+        costs = self._costs()  # before what is no step: comparing, exporting
+        measured = self._compare() | {comparison.TRAINED: trained}
+        measured[comparison.EXPORTED] = self._take_kept(trained)
         start = time.perf_counter()
         with self.report.bytes("writing the average") as progress:
             limit = self.config.max_shard_size
             self.twa.export(self.output / AVERAGE, max_shard_size=limit, overwrite=True, progress=progress)
-        summary = self._summary(final) | {"export_seconds": time.perf_counter() - start}
+        summary = self._summary(measured) | costs | {"export_seconds": time.perf_counter() - start}
         self.records.close()
         with self.group.agree():
             if self.group.rank == 0:
                 self._write_results(summary)
-        self._save(finished=True)
+                save_state(self.output, {**state, "finished": True})
         self.report.finish(self.output, summary)
         self.twa.close()
-        self.claim.release()
+        self.lock.release()
         return summary
+
+    def _compare(self) -> comparison.Measured:
+        """Measure what the average has to be better than. Collective."""
+        if not self.config.compare:
+            return {}
+        self.report.say("comparing with the last candidate and the center: 2 more evaluations (compare: false: none)")
+        measured = {}
+        for name, which in ((comparison.LAST, "last"), (comparison.CENTER, "center")):
+            with self.twa.weights(which):
+                measured[name] = self._measure()
+        return measured
+
+    def _take_kept(self, trained: dict[str, float]) -> dict[str, float]:
+        """Give the model the average that is exported, and return its metrics. Collective."""
+        best = self.kept.best
+        if self.config.keep == "last" or best is None or best.step == self.step:
+            return trained
+        self.twa.load_state_dict(
+            {**self.twa.state_dict(), "x": best.x, "coefficients": best.coefficients, "buffers": best.buffers}
+        )
+        with autocast(self.config, self.model, self.device):
+            self._recalibrate()
+        return dict(best.metrics)
 
     def _write_results(self, summary: dict[str, Any]) -> None:
         plot_training(
@@ -262,16 +297,26 @@ class Run:
         )
         replace_file(self.output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
-    def _summary(self, final: dict[str, float]) -> dict[str, Any]:
-        """Return the results, and what a step of this process cost on average: seconds, and bytes moved in memory."""
+    def _summary(self, measured: comparison.Measured) -> dict[str, Any]:
+        """Return the results."""
+        split, keep, best = self.config.evaluate_split, self.config.keep, self.kept.best
+        return {
+            "steps": self.step,
+            "ranks": self.group.size,
+            "evaluation": comparison.with_split(split, measured[comparison.EXPORTED]),
+            "exported_step": best.step if best and keep == "best" else self.step,
+            "exported_as": comparison.exported_as(self.kept, split, keep, self.step),
+            "comparison": {name: comparison.with_split(split, metrics) for name, metrics in measured.items()},
+            "verdict": comparison.verdict(self.kept, split, measured) if self.config.compare else None,
+        }
+
+    def _costs(self) -> dict[str, Any]:
+        """Return what a step of this process cost on average: seconds, and bytes moved in memory. Collective."""
         steps = self._steps_here
         seconds = {part: total / max(steps, 1) for part, total in self.clock.read().items()}
         cost = self.twa.cost(steps)
         within = cost["project"]["seconds_in_backward"] + cost["combine"]["seconds_in_forward"]
         return {
-            "steps": self.step,
-            "ranks": self.group.size,
-            "evaluation": final,
             "bytes_read_per_rank": self.group.gather(self.twa.bytes_read),
             "store_bytes_per_rank": self.group.gather(self.twa.store_bytes),
             "peak_resident_bytes_per_rank": self.group.gather(peak_resident()),
@@ -281,17 +326,21 @@ class Run:
             "read_bandwidth": read_bandwidth(self.device),
         }
 
-    def _save(self, *, finished: bool = False) -> None:
+    def _save(self) -> dict[str, Any]:
+        best = self.kept.best
         state = {
             "twa": self.twa.state_dict(),
+            "keep": self.config.keep,
+            "kept": best and best.model_dump(),
             "step": self.step,
-            "finished": finished,
+            "finished": False,
             "course": course(self.config, self.num_steps),
             "candidates": [str(Path(label).resolve()) for label in self.twa.fingerprint.labels],
         }
         with self.group.agree():
             if self.group.rank == 0:
                 save_state(self.output, state)
+        return state
 
     def _resume(self, state: RunState | None) -> None:
         if state is None:
@@ -301,6 +350,8 @@ class Run:
             return
         self.twa.load_state_dict(state.twa.model_dump())
         self.step = state.step
+        if not self.kept.restore(state.kept):
+            self.report.say("evaluations are on other data than before: the best of those is forgotten")
         before = state.course["steps"]
         raised = f", which were {before}: the learning rate follows the schedule of {self.num_steps}"
         self.report.say(

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from twa_scale.reading import Progress
+from twa_scale.training import comparison
 
 
 class Report:
@@ -52,22 +53,42 @@ class Report:
             yield advance
 
     def finish(self, output: Path, summary: dict[str, Any]) -> None:
-        """Print what the run cost and where its results are."""
-        table = Table(title=f"One step of rank 0, {summary['ranks']} ranks")
-        for column in ("part", "ms", "MB moved", "GB/s", "of read bandwidth"):
-            table.add_column(column, justify="left" if column == "part" else "right")
-        steps, bandwidth = summary["steps"], summary["read_bandwidth"]
-        table.add_row("forward + backward", f"{summary['forward_backward_seconds'] * 1e3:.2f}", "", "", "")
-        for part, cost in summary["cost"].items():
-            speed = cost["bytes"] / cost["seconds"] if cost["seconds"] else 0.0
-            moved = (
-                (f"{cost['bytes'] / 1e6:.2f}", f"{speed / 1e9:.2f}", f"{speed / bandwidth:.0%}")
-                if cost["bytes"]
-                else ("",) * 3
-            )
-            table.add_row(part, f"{cost['seconds'] * 1e3:.2f}", *moved)
-        self._console.print(table)
+        """Print what the run has won, what it cost, and where its results are."""
+        self._console.print(_cost_table(summary))
+        self._console.print(_comparison_table(summary))
+        for text in (summary["exported_as"], summary["verdict"]):
+            if text:
+                self.say(text)
+        steps = summary["steps"]
         self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")
 
     def _bar(self, *columns: Any) -> rich.progress.Progress:
         return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not self._active)
+
+
+def _comparison_table(summary: dict[str, Any]) -> Table:
+    table = Table(title="Held-out data")
+    measured = comparison.rows(summary)
+    names = list(measured[-1][1])
+    for column in ("weights", *names):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for label, metrics in measured:
+        table.add_row(label, *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names))
+    return table
+
+
+def _cost_table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"One step of rank 0, {summary['ranks']} ranks")
+    for column in ("part", "ms", "MB moved", "GB/s", "of read bandwidth"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    bandwidth = summary["read_bandwidth"]
+    table.add_row("forward + backward", f"{summary['forward_backward_seconds'] * 1e3:.2f}", "", "", "")
+    for part, cost in summary["cost"].items():
+        speed = cost["bytes"] / cost["seconds"] if cost["seconds"] else 0.0
+        moved = (
+            (f"{cost['bytes'] / 1e6:.2f}", f"{speed / 1e9:.2f}", f"{speed / bandwidth:.0%}")
+            if cost["bytes"]
+            else ("",) * 3
+        )
+        table.add_row(part, f"{cost['seconds'] * 1e3:.2f}", *moved)
+    return table

@@ -2,14 +2,14 @@
 
 from twa_scale.writer.appended import Appended
 from twa_scale.writer.background import BackgroundWrite
-from twa_scale.writer.claim import Claim
+from twa_scale.writer.lock import DirectoryLock
 from twa_scale.writer.shards import TensorSpec, parse_size, stored_as
 from twa_scale.writer.write import Files, Writer, begin, check_tiling, writing
 
 __all__ = [
     "Appended",
     "BackgroundWrite",
-    "Claim",
+    "DirectoryLock",
     "Files",
     "TensorSpec",
     "Writer",

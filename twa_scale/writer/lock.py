@@ -18,7 +18,7 @@ from twa_scale.writer.publish import reported
 LOCK = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: set[int] = set()
-Self = TypeVar("Self", bound="Claim")
+Self = TypeVar("Self", bound="DirectoryLock")
 
 
 def _let_go() -> None:
@@ -32,7 +32,7 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-class Claim:
+class DirectoryLock:
     """A lock (`flock`) on `directory`/.lock, which says who has it. The file goes when the lock is released.
 
     The kernel releases the lock when the process ends, however it ends; the file may then remain, and means nothing. On

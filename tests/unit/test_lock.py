@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from twa_scale.errors import OutputError
-from twa_scale.writer import Claim
-from twa_scale.writer.claim import LOCK
+from twa_scale.writer import DirectoryLock
+from twa_scale.writer.lock import LOCK
 
 
 def hold(directory: Path, pipe: Connection) -> None:
-    Claim(directory).take()
+    DirectoryLock(directory).take()
     pipe.send(os.getpid())
     threading.Event().wait()
 
@@ -26,26 +26,26 @@ def test_it_dies_with_its_owner(tmp_path: Path) -> None:
     owner = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, there), daemon=True)
     owner.start()
     pid = here.recv()
-    claim = Claim(tmp_path)
+    lock = DirectoryLock(tmp_path)
     with pytest.raises(OutputError, match=rf"{tmp_path}.*process {pid} on host"):
-        claim.take()
+        lock.take()
     os.kill(pid, signal.SIGKILL)
     owner.join()
     assert (tmp_path / LOCK).exists()
-    claim.take()
+    lock.take()
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-    claim.release()
+    lock.release()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_forked_child_does_not_hold_it(tmp_path: Path) -> None:
-    claim = Claim(tmp_path)
-    claim.take()
+    lock = DirectoryLock(tmp_path)
+    lock.take()
     child = multiprocessing.get_context("fork").Process(target=threading.Event().wait, daemon=True)
     child.start()
     try:
-        claim.release()
-        with Claim(tmp_path) as other:
+        lock.release()
+        with DirectoryLock(tmp_path) as other:
             other.take()
     finally:
         child.kill()
@@ -54,22 +54,22 @@ def test_a_forked_child_does_not_hold_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": "x"}', b"\xff"])
 def test_an_owner_without_a_name(tmp_path: Path, content: bytes) -> None:
-    with Claim(tmp_path) as claim:
-        claim.take()
+    with DirectoryLock(tmp_path) as lock:
+        lock.take()
         (tmp_path / LOCK).write_bytes(content)
         with pytest.raises(OutputError, match="another run"):
-            Claim(tmp_path).take()
+            DirectoryLock(tmp_path).take()
 
 
 def test_a_file_that_was_removed_is_no_lock(tmp_path: Path) -> None:
-    with Claim(tmp_path) as first, Claim(tmp_path) as second:
+    with DirectoryLock(tmp_path) as first, DirectoryLock(tmp_path) as second:
         first.take()
         (tmp_path / LOCK).unlink()
         second.take()
         with pytest.raises(OutputError):
-            Claim(tmp_path).take()
+            DirectoryLock(tmp_path).take()
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="missing"):
-        Claim(tmp_path / "missing").take()
+        DirectoryLock(tmp_path / "missing").take()

@@ -1,0 +1,189 @@
+"""A run exports the best of what it has evaluated, and says what that is against the last candidate."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from tests.commands.conftest import Brought
+from tests.commands.material import by_hand, load, run_here, settings
+from tests.pool import Pool
+from twa_scale.config import RunConfig, TaskConfig, validated
+from twa_scale.errors import ConfigError
+from twa_scale.state import load_state
+from twa_scale.tasks import build_task, stack
+from twa_scale.training.kept import Kept
+
+WILD = {"optimizer": {"name": "adamw", "lr": 50.0}, "schedule": {"name": "constant", "warmup": 0}, "evaluate_every": 2}
+"""A rate at which every step makes it worse."""
+
+
+def records(output: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+
+
+def summary_of(output: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
+    return summary
+
+
+def measured_by_hand(brought: Brought, weights: dict[str, torch.Tensor]) -> float:
+    """The loss on the whole validation split."""
+    task = build_task(validated(TaskConfig, brought.task))
+    model, data = task.model(), task.dataset("validation")
+    model.load_state_dict({name: value.float() for name, value in weights.items()})
+    total, count = task.metrics(model.eval(), stack([data[i] for i in range(len(data))]))["loss"]
+    return total.item() / count
+
+
+def candidates(brought: Brought) -> list[dict[str, torch.Tensor]]:
+    pattern = Path(brought.candidates)
+    return [load(path) for path in sorted(pattern.parent.glob(pattern.name))]
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_what_is_exported(scores: Brought, tmp_path: Path, shell: Any, keep: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", **WILD, evaluate_batches=None))
+    )
+    said = shell("run", config, f"keep={keep}")
+    assert said.code == 0, said.err
+    losses, summary = records(tmp_path / "out"), summary_of(tmp_path / "out")
+    best = min(losses, key=losses.__getitem__)
+    assert best == 0 and losses[4] > 1.5 * losses[0]
+    step = best if keep == "best" else 4
+    assert summary["exported_step"] == step and summary["evaluation"]["validation/loss"] == losses[step]
+    exported = load(tmp_path / "out" / "average")
+    for name, value in by_hand(scores.candidates, tmp_path / "out").items():
+        torch.testing.assert_close(exported[name].double(), value, rtol=1e-5, atol=1e-6)
+    assert measured_by_hand(scores, exported) == pytest.approx(losses[step], rel=1e-5)
+    told = json.loads((tmp_path / "out/average/twa_scale.json").read_text())["coefficients"]
+    assert told == load_state(tmp_path / "out").exported.coefficients.tolist()
+    assert f"exported: step {step}" in said.err and f"exported, step {step}" in said.err
+    said = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
+    assert said.code == 0 and f"coefficients of step {step}" in said.out
+    assert (keep == "last") == ("the best of the evaluations" not in said.out)
+    merged = load(tmp_path / "merged")
+    assert all(torch.allclose(merged[name], value, rtol=1e-5, atol=1e-6) for name, value in exported.items())
+
+
+def test_the_state_goes_on_from_the_last_step(scores: Brought, tmp_path: Path) -> None:
+    run_here(settings(scores.candidates, scores.task, tmp_path, **WILD))
+    state = load_state(tmp_path)
+    assert state.step == 4 and state.exported_step == 0
+    assert (state.twa.coefficients - state.exported.coefficients).abs().max() > 0.1
+    assert run_here(settings(scores.candidates, scores.task, tmp_path, **WILD, steps=6))["exported_step"] == 0
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
+def test_a_resumed_run_knows_what_was_best(
+    ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int
+) -> None:
+    """Though the evaluation that was best is not done again."""
+    changes = {**WILD, "steps": 6, "checkpoint_every": 1, "engine": engine}
+    ranks(run_here, size, data=settings(scores.candidates, scores.task, tmp_path / "whole", **changes))
+    dying = scores.task | {"die_at": 6}
+    outcomes = ranks.outcomes(run_here, size, data=settings(scores.candidates, dying, tmp_path / "parts", **changes))
+    assert all("the machine is gone" in str(outcome.error) for outcome in outcomes)
+    ranks(run_here, size, data=settings(scores.candidates, scores.task, tmp_path / "parts", **changes))
+    one, other = (summary_of(tmp_path / name) for name in ("whole", "parts"))
+    for key in ("evaluation", "comparison", "exported_step", "verdict"):
+        assert one[key] == other[key]
+    assert one["exported_step"] == 0
+    expected, found = load(tmp_path / "whole/average"), load(tmp_path / "parts/average")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_batchnorm_statistics_are_those_of_what_is_exported(digits: Brought, tmp_path: Path, shell: Any) -> None:
+    changes = {**WILD, "batch_size": 24, "evaluate_batches": None, "recalibrate_batches": 5}
+    run_here(settings(digits.candidates, digits.task, tmp_path / "out", **changes))
+    summary = summary_of(tmp_path / "out")
+    exported = load(tmp_path / "out/average")
+    assert summary["exported_step"] < 4
+    loss = measured_by_hand(digits, exported)
+    assert loss == pytest.approx(summary["evaluation"]["validation/loss"], rel=1e-4)
+    assert loss == pytest.approx(records(tmp_path / "out")[summary["exported_step"]], rel=1e-4)
+    assert shell("export", tmp_path / "out", "--out", tmp_path / "merged").code == 0
+    assert measured_by_hand(digits, load(tmp_path / "merged")) == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
+def test_the_comparison_is_what_the_files_give(
+    ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int
+) -> None:
+    data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=None, engine=engine)
+    ranks(run_here, size, data=data)
+    summary, states = summary_of(tmp_path), candidates(scores)
+    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    found = {name: values["validation/loss"] for name, values in summary["comparison"].items()}
+    assert list(found) == ["last candidate", "center", "trained", "exported"]
+    assert found["last candidate"] == pytest.approx(measured_by_hand(scores, states[-1]), rel=1e-5)
+    assert found["center"] == pytest.approx(measured_by_hand(scores, mean), rel=1e-5)
+    assert found["exported"] == pytest.approx(measured_by_hand(scores, load(tmp_path / "average")), rel=1e-5)
+    assert ("WORSE" in summary["verdict"]) == (found["exported"] > found["last candidate"])
+    assert f"{found['last candidate']:.6g}" in summary["verdict"]
+
+
+def test_a_result_that_is_better_says_so_and_a_comparison_can_be_left_out(scores: Brought, tmp_path: Path) -> None:
+    worst_last = [str(path) for path in sorted(Path(scores.candidates).parent.glob("step-*"))][::-1]
+    run_here(settings(worst_last, scores.task, tmp_path / "one"))  # type: ignore[arg-type]
+    assert summary_of(tmp_path / "one")["verdict"].startswith("The average is better than the last candidate: ")
+    run_here(settings(scores.candidates, scores.task, tmp_path / "two", compare=False))
+    summary = summary_of(tmp_path / "two")
+    assert list(summary["comparison"]) == ["trained", "exported"] and summary["verdict"] is None
+
+
+def test_other_data_forget_the_best(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", **WILD)))
+    assert shell("run", config).code == 0
+    said = shell("run", config, "steps=6", "evaluate_batches=1")
+    assert said.code == 0 and "the best of those is forgotten" in said.err
+    assert load_state(tmp_path / "out").exported_step > 0
+
+
+# What decides
+
+
+def config(**changes: Any) -> RunConfig:
+    return validated(RunConfig, {"candidates": "x", "task": {"name": "x"}, "output": "x", "steps": 1, **changes})
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("higher", "values", "best"),
+    [
+        (False, [3.0, 2.0, 2.0, 4.0], 1),
+        (True, [3.0, 2.0, 4.0, 4.0], 2),
+        (False, [NAN, 5.0, NAN, float("-inf")], 1),
+        (True, [float("inf"), NAN, 1.0], 2),
+        (False, [NAN, NAN], None),
+    ],
+)
+def test_the_first_of_the_best(higher: bool, values: list[float], best: int | None) -> None:
+    task: Any = SimpleNamespace(main_metric="score", higher_is_better=higher)
+    kept = Kept(task, config())
+    none = torch.zeros(1, 1, dtype=torch.float64)
+    average: Any = SimpleNamespace(state_dict=lambda: {"x": none, "coefficients": none, "buffers": {}})
+    for step, value in enumerate(values):
+        kept.see(step, {"loss": 9.0, "score": value}, average)
+    assert (kept.best and kept.best.step) == best
+
+
+def test_a_task_that_names_no_metric_of_its_own() -> None:
+    task: Any = SimpleNamespace(main_metric="acuracy")
+    with pytest.raises(ConfigError, match=r"'acuracy'.*accuracy, loss"):
+        Kept(task, config()).value({"loss": 1.0, "accuracy": 0.5})
+    for wrong in ({"main_metric": nn.Linear(1, 1)}, {"higher_is_better": "yes"}):
+        task = SimpleNamespace(**wrong)
+        with pytest.raises(ConfigError, match="main_metric"):
+            Kept(task, config())
