@@ -107,6 +107,17 @@ def integers(value: Any) -> tuple[int, ...]:
     return numbers
 
 
+def text(value: Any) -> str:
+    """Return a text as it is.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if type(value) is not str:
+        raise ValueError(f"{brief(value)} is no text")
+    return value
+
+
 def _depth(structure: bytes | bytearray) -> int:
     deepest = depth = 0
     for byte in re.sub(rb"[^][{}]+", b"", structure):

@@ -11,7 +11,7 @@ import torch
 from twa_scale.errors import CandidateError
 from twa_scale.sources.archive import Archive
 from twa_scale.sources.handles import File
-from twa_scale.sources.pickles import Opaque
+from twa_scale.sources.opaque import Opaque
 from twa_scale.sources.stored import Stored
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """Checkpoints of torch.distributed.checkpoint, written by real ranks from FSDP1, FSDP2, meshes and plain models."""
 
+import itertools
 import pickle
 import random
 import warnings
@@ -23,8 +24,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from tests import models
 from tests.pool import Pool
 from tests.slices import opened, read, refused
+from twa_scale.errors import CandidateError
 from twa_scale.sources import open_candidates
-from twa_scale.sources.boxes import count_before, scatter
+from twa_scale.sources.boxes import Box, Boxed, count_before, scatter
 
 Tensors = dict[str, torch.Tensor]
 NOT_IN_SAFETENSORS = ("empty", "count", "scalar")  # DCP's own consolidation fails on them, or writes zeros
@@ -232,3 +234,52 @@ def save_shards(directory: Path) -> None:
         model, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(_use_dtensor=False)
     ):
         torch.save(model.state_dict(), directory / f"rank-{dist.get_rank()}.pt")
+
+
+# Boxes that tile
+
+
+def grid(shape: tuple[int, ...], cuts: list[list[int]]) -> list[Box]:
+    """Return the boxes of a grid of cuts in every dim."""
+    ends = [sorted({0, *cut, size}) for cut, size in zip(cuts, shape, strict=True)]
+    spans = [list(itertools.pairwise(end)) for end in ends]
+    return [Box(tuple(a for a, _ in cell), tuple(b - a for a, b in cell), (0,)) for cell in itertools.product(*spans)]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_boxes_must_cover_each_element_once(data: st.DataObject) -> None:
+    """Against counting the elements; moved and doubled boxes often have the right number of elements in all."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
+    boxes = grid(shape, [data.draw(st.lists(st.integers(0, size))) for size in shape])
+    for _ in range(data.draw(st.integers(0, 2))):
+        i, j = data.draw(st.integers(0, len(boxes) - 1)), data.draw(st.integers(0, len(boxes) - 1))
+        boxes[i] = boxes[j]._replace(sizes=boxes[i].sizes)
+    counts = torch.zeros(shape, dtype=torch.int64)
+    inside = True
+    for starts, sizes, _ in boxes:
+        counts[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))] += 1
+        inside &= all(a + n <= size for a, n, size in zip(starts, sizes, shape, strict=True))
+    try:
+        Boxed(shape, torch.float32, boxes, lambda box: pytest.fail("not read"), "x")
+        accepted = True
+    except CandidateError:
+        accepted = False
+    assert accepted == (inside and bool((counts == 1).all()))
+
+
+def test_boxes_that_overlap_and_leave_a_hole(tmp_path: Path) -> None:
+    """Their elements add up; what lies in the hole would be whatever was in memory."""
+    dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", no_dist=True)
+    with (tmp_path / "a/.metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    described = metadata.state_dict_metadata["model.sharded0"]
+    (chunk,) = described.chunks
+    parts = [((0, 0, 0), (3, 7, 3)), ((2, 0, 0), (2, 7, 3))]
+    described.chunks = [type(chunk)(torch.Size(starts), torch.Size(sizes)) for starts, sizes in parts]
+    (index,) = (key for key in metadata.storage_data if key.fqn == "model.sharded0")
+    for starts, _ in parts:
+        metadata.storage_data[type(index)("model.sharded0", torch.Size(starts))] = metadata.storage_data[index]
+    with (tmp_path / "a/.metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+    assert "do not tile its shape (5, 7, 3)" in refused(tmp_path / "a")

@@ -1,19 +1,21 @@
 """Files of torch.save, of which only the pickle is read: tensors are ranges of bytes in the file."""
 
-import io
-import struct
-import zipfile
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import integers
 from twa_scale.sources.handles import File
-from twa_scale.sources.pickles import SafeUnpickler
+from twa_scale.sources.opaque import Opaque
+from twa_scale.sources.pickles import MAX_PICKLE, SafeUnpickler
 from twa_scale.sources.stored import Record, Stored
+from twa_scale.sources.zip_directory import Member, data_offset, read_directory
 
-_SMALL = ("data.pkl", "byteorder")
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_MAX_DIMS = 64  # what torch can index
+_FIX = "Copy it again, or leave this candidate out."
 
 
 class Archive:
@@ -28,81 +30,93 @@ class Archive:
         self._start = start
         self._length = file.size if length is None else length
         self._label = file.path if length is None else f"{file.path} at byte {start}"
+        self.foreign: list[str] = []
+        """After `content`: classes and functions that the pickle names and that have no meaning here."""
         try:
-            with zipfile.ZipFile(io.BufferedReader(_View(file, start, self._length))) as archive:
-                self._records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-                self._small = {name: archive.read(self._records[name]) for name in _SMALL if name in self._records}
-        except CandidateError:
-            raise
-        except Exception as error:  # of a damaged archive zipfile raises almost anything
-            raise CandidateError(
-                f"{self._label}: is no archive that torch.save writes, or it is truncated ({error!r}). Copy it again, "
-                "or leave this candidate out."
-            ) from error
+            self._members = read_directory(self._read, self._length)
+        except ValueError as error:
+            raise CandidateError(f"{self._label}: is no archive that torch.save writes: {error}. {_FIX}") from error
 
     def content(self) -> Any:
-        """Return what was saved, tensors as `Stored`, objects of unknown classes as `Opaque`."""
+        """Return what was saved, tensors as `Stored`, objects of unknown classes as `Opaque`.
+
+        Raises:
+            CandidateError: an archive that is damaged or was not written by torch.save.
+        """
         try:
-            if self._small.get("byteorder", b"little") != b"little":
+            if "byteorder" in self._members and self._small("byteorder") != b"little":
                 raise ValueError("it was written on a big-endian machine")
-            return SafeUnpickler(io.BytesIO(self._small["data.pkl"]), self._record, _tensor).load()
-        except Exception as error:
-            # A damaged pickle makes the unpickler raise almost anything.
-            raise CandidateError(
-                f"{self._label}: cannot be understood: {type(error).__name__}: {error}. Copy it again, or leave this "
-                "candidate out."
-            ) from error
+            unpickler = SafeUnpickler(self._small("data.pkl"), self._record, _tensor)
+            content = unpickler.load()
+        except ValueError as error:
+            raise CandidateError(f"{self._label}: cannot be understood: {error}. {_FIX}") from error
+        self.foreign = unpickler.foreign
+        return content
+
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        if not 0 <= offset <= offset + nbytes <= self._length:
+            raise ValueError("it refers to bytes that it does not have")
+        buffer = bytearray(nbytes)
+        self._file.read(memoryview(buffer), self._start + offset, "the archive")
+        return bytes(buffer)
+
+    def _small(self, name: str) -> bytes:
+        """Return the bytes of a member that is no tensor, checked against its checksum."""
+        if name not in self._members:
+            raise ValueError(f"it has no member {name!r}")
+        member = self._members[name]
+        if member.nbytes > MAX_PICKLE:
+            raise ValueError(f"its member {name!r} has {member.nbytes} bytes, more than {MAX_PICKLE}")
+        raw = self._read(data_offset(self._read, member, self._length), member.nbytes)
+        if member.crc and zlib.crc32(raw) != member.crc:
+            raise ValueError(f"its member {name!r} does not have the CRC that the directory gives")
+        return raw
 
     def _record(self, dtype: torch.dtype, key: str, numel: int) -> Record:
         return Record(self._file, dtype, numel, lambda size: self._begin(f"data/{key}", size))
 
     def _begin(self, name: str, nbytes: int) -> int:
         """Return the byte of the file at which a record's data starts."""
-        info = self._records.get(name)
-        if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size < nbytes:
+        member: Member | None = self._members.get(name)
+        if member is None or member.nbytes != nbytes:
             raise CandidateError(
-                f"{self._label}: has no uncompressed record {name!r} of {nbytes} bytes, which its pickle refers to: it "
-                "is damaged. Copy it again, or leave this candidate out."
+                f"{self._label}: has no record {name!r} of {nbytes} bytes, which its pickle refers to: it is damaged. "
+                f"{_FIX}"
             )
-        header = bytearray(_LOCAL_HEADER.size)
-        self._file.read(memoryview(header), self._start + info.header_offset, f"the header of record {name!r}")
-        magic, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        if magic != b"PK\x03\x04":
-            raise CandidateError(f"{self._label}: record {name!r} has no header: it is damaged. Copy it again.")
-        return self._start + int(info.header_offset) + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
+        try:
+            return self._start + data_offset(self._read, member, self._length)
+        except ValueError as error:
+            raise CandidateError(f"{self._label}: {error}. {_FIX}") from error
 
 
-def _tensor(record: Record, first: int, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> Stored:
+def is_tensor(value: Any) -> bool:
+    """Whether a value in the content of an archive is a tensor of any kind."""
+    return isinstance(value, Stored) or (isinstance(value, Opaque) and "_rebuild_" in value.kind)
+
+
+def dense(values: Mapping[Any, Any], path: object, fix: str) -> dict[str, Stored]:
+    """Return the tensors among `values`.
+
+    Raises:
+        CandidateError: one that is sparse, quantized or of another kind that has no slices; `fix` says what to do.
+    """
+    for name, value in values.items():
+        if is_tensor(value) and not isinstance(value, Stored):
+            raise CandidateError(f"{path}: {name!r} is a {value.kind}, which is no dense tensor. {fix}")
+    return {str(name): value for name, value in values.items() if isinstance(value, Stored)}
+
+
+def _tensor(
+    record: Record, first: int, shape: Any, stride: Any, dtype: torch.dtype | None = None, *, lazy: Any = ()
+) -> Stored:
+    if not isinstance(record, Record):
+        raise ValueError("a tensor has no storage of numbers")
+    if any(lazy):
+        raise ValueError(f"a tensor is saved as a view that changes its numbers ({lazy[0]}); save it after clone()")
     if dtype is not None and dtype != record.dtype:
         record = Record(record.file, dtype, record.numel * record.dtype.itemsize // dtype.itemsize, record.locate)
-    return Stored(record, int(first), tuple(map(int, shape)), tuple(map(int, stride)))
-
-
-class _View(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, file: File, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise ValueError("before the start")
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)
-        count = max(0, min(len(view), self._length - self._position))
-        self._file.read(view[:count], self._start + self._position, "the archive")
-        self._position += count
-        return count
+    (begin,) = integers([first])
+    stored = Stored(record, begin, integers(shape), integers(stride))
+    if len(stored.shape) != len(stored.stride) or len(stored.shape) > _MAX_DIMS or min(stored.shape, default=0) < 0:
+        raise ValueError(f"a tensor has the shape {stored.shape} and the strides {stored.stride}")
+    return stored

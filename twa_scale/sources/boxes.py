@@ -1,8 +1,10 @@
 """Tensors that lie in files as boxes: a shard of a matrix split by columns, of a mesh of ranks, or a block of rows."""
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from twa_scale.errors import CandidateError
 from twa_scale.sources.stored import Stored
 
 Shape = tuple[int, ...]
+_MAX_SPLIT = 8  # dims: no mesh of ranks has more
 
 
 class Box(NamedTuple):
@@ -49,8 +52,8 @@ class Boxed:
             and all(0 <= a <= a + n <= size for a, n, size in zip(box.starts, box.sizes, shape, strict=True))
             for box in boxes
         )
-        held = sum(prod(box.sizes) for box in boxes)
-        if not inside or held != prod(shape) or len({box.starts for box in boxes}) != len(boxes):
+        if min(shape, default=0) < 0 or not inside or not _tile(boxes, shape):
+            held = sum(prod(box.sizes) for box in boxes)
             raise CandidateError(
                 f"{what}: its parts hold {held} elements at {[box.starts for box in boxes[:4]]} and do not tile "
                 f"its shape {shape}. Save the checkpoint again from all ranks, or leave this candidate out."
@@ -95,6 +98,29 @@ class Boxed:
                 f"metadata promise {self.dtype} of {box.sizes}. All files must be of one saving: copy it again."
             )
         return stored
+
+
+def _tile(boxes: Sequence[Box], shape: Shape) -> bool:
+    """Whether boxes that lie in a tensor cover each element exactly once.
+
+    The number of boxes over an element, as a function on the grid of the tensor, is known from its mixed differences:
+    those of a box are +1 and -1 at its corners. So the corners of all boxes must sum to those of the tensor. Dims that
+    no box divides need not be looked at.
+    """
+    split = [dim for dim, size in enumerate(shape) if any(box.sizes[dim] != size for box in boxes)]
+    if len(split) > _MAX_SPLIT:
+        return False
+    sums: Counter[Shape] = Counter()
+    _add_corners(sums, [0] * len(split), [shape[dim] for dim in split], -1 if prod(shape) else 0)
+    for box in boxes:
+        _add_corners(sums, [box.starts[dim] for dim in split], [box.sizes[dim] for dim in split], 1)
+    return not any(sums.values())
+
+
+def _add_corners(sums: Counter[Shape], starts: Sequence[int], sizes: Sequence[int], times: int) -> None:
+    ends = [((start, 1), (start + size, -1)) for start, size in zip(starts, sizes, strict=True)]
+    for corner in product(*ends):
+        sums[tuple(place for place, _ in corner)] += times * prod(sign for _, sign in corner)
 
 
 def count_before(shape: Shape, starts: Shape, sizes: Shape, position: int) -> int:

@@ -1,6 +1,5 @@
 """Checkpoints of torch.distributed.checkpoint (DCP): tensors in chunks, of which a slice reads its part."""
 
-import io
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -9,11 +8,13 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import brief, integers, text
 from twa_scale.sources.archive import Archive
 from twa_scale.sources.boxes import Box, Boxed
 from twa_scale.sources.entries import WeightsKey
 from twa_scale.sources.handles import File
-from twa_scale.sources.pickles import Opaque, SafeUnpickler
+from twa_scale.sources.opaque import Opaque
+from twa_scale.sources.pickles import MAX_PICKLE, SafeUnpickler
 from twa_scale.sources.stored import Stored, StoredCandidate
 
 METADATA = ".metadata"
@@ -31,7 +32,7 @@ def open_dcp(directory: Path, keys: WeightsKey | None = None) -> StoredCandidate
     """
     try:
         return _open(directory, _metadata(directory / METADATA), keys or WeightsKey())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CandidateError(
             f"{directory / METADATA}: is not laid out as torch.distributed.checkpoint does it ({type(error).__name__}: "
             f"{error}). Copy the folder again, or leave this candidate out."
@@ -45,15 +46,21 @@ def _open(directory: Path, metadata: Any, keys: WeightsKey) -> StoredCandidate:
     described = {
         key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value.properties, Opaque)
     }
-    items = {(key.fqn, tuple(key.offset or ())): item for key, item in metadata.storage_data.items()}
+    key_of = {_path(paths.get(text(key), (key,))): key for key in described}
+    items = {(text(key.fqn), integers(key.offset or ())): item for key, item in metadata.storage_data.items()}
     tensors = {}
-    key_of = {tuple(map(str, paths.get(key, (key,)))): key for key in described}
-    chosen = keys.choose({path: tuple(described[key].size) for path, key in key_of.items()}, label)
+    chosen = keys.choose({path: integers(described[key].size) for path, key in key_of.items()}, label)
     for name, path in chosen.items():
         key = key_of[path]
         what = f"{label}: tensor {name!r}"
         tensors[name] = _tensor(key, described[key], items, files, what)
     return StoredCandidate(tensors, files.open.values(), label, directory)
+
+
+def _path(keys: Any) -> tuple[str, ...]:
+    if not isinstance(keys, tuple) or not all(type(key) in (str, int) for key in keys):
+        raise ValueError(f"{brief(keys)} is no path of keys")
+    return tuple(map(str, keys))
 
 
 class _Files:
@@ -80,15 +87,14 @@ class _Files:
 
 def _metadata(path: Path) -> Any:
     file = File(path)
-    raw = bytearray(file.size)
+    raw = bytearray(min(file.size, MAX_PICKLE + 1))
     file.read(memoryview(raw), 0, "the metadata")
     file.close()
     try:
-        metadata = SafeUnpickler(io.BytesIO(raw)).load()
+        metadata = SafeUnpickler(raw).load()
         metadata.state_dict_metadata.items()
         metadata.storage_data.items()
-    except Exception as error:
-        # A damaged pickle makes the unpickler raise almost anything.
+    except (AttributeError, TypeError, ValueError) as error:
         raise CandidateError(
             f"{path}: is not the metadata that torch.distributed.checkpoint writes ({type(error).__name__}: {error}). "
             "Copy the folder again, or leave this candidate out."
@@ -100,23 +106,26 @@ def _tensor(key: str, described: Opaque, items: _Items, files: _Files, what: str
     dtype = described.properties.state[0]
     boxes = []
     for chunk in described.chunks:
-        starts, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        starts, sizes = integers(chunk.offsets), integers(chunk.sizes)
         item = items.get((key, starts))
         if item is None:
             raise CandidateError(f"{what}: the metadata do not say where its part at {starts} is. Save it again.")
         if item.transform_descriptors:
             raise CandidateError(
-                f"{what}: is stored as {item.transform_descriptors}, which has no slices. Save it without extensions."
+                f"{what}: is stored as {brief(item.transform_descriptors)}, which has no slices. Save it without "
+                "extensions."
             )
-        boxes.append(Box(starts, sizes, (files.number(item.relative_path, what), item.offset, item.length)))
-    assert isinstance(dtype, torch.dtype)
-    return Boxed(tuple(described.size), dtype, boxes, partial(_find, files), what)
+        place = integers([item.offset, item.length])
+        boxes.append(Box(starts, sizes, (files.number(text(item.relative_path), what), *place)))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{key!r} has no type of numbers")
+    return Boxed(integers(described.size), dtype, boxes, partial(_find, files), what)
 
 
 def _find(files: _Files, box: Box) -> Stored:
     number, offset, length = box.where
     file = files[number]
-    if offset + length > file.size:
+    if min(offset, length) < 0 or offset + length > file.size:
         raise CandidateError(
             f"{file.path}: has {file.size} bytes, but a tensor ends at byte {offset + length}: it is truncated. Copy "
             "it again, or leave this candidate out."

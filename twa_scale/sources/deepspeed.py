@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from twa_scale.errors import CandidateError
-from twa_scale.inputs import read_bounded
+from twa_scale.inputs import brief, integers, read_bounded, text
 from twa_scale.names import some
-from twa_scale.sources.archive import Archive
+from twa_scale.sources.archive import Archive, dense
 from twa_scale.sources.handles import File
-from twa_scale.sources.pickles import Opaque
 from twa_scale.sources.stored import Readable, Stored, StoredCandidate
 from twa_scale.sources.zero import split_fragments, split_groups, split_parameters
 
@@ -45,7 +44,7 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
     files = _Files(folder)
     try:
         return StoredCandidate(_tensors(files), files, str(directory), directory)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         files.close()
         raise CandidateError(
             f"{folder}: is not laid out as DeepSpeed does it ({type(error).__name__}: {error}). Copy it again, or "
@@ -129,7 +128,7 @@ def _tensors(files: _Files) -> dict[str, Readable]:
     stage = int(optimizer.get("zero_stage", 1)) if optimizer else 0
     path, model = _model_state(files, 0 if stage == 3 or (not optimizer and None not in files.model) else None)
     shapes = model.get("param_shapes")
-    tied = model.get("shared_params") or {}
+    tied = {text(name): text(source) for name, source in (model.get("shared_params") or {}).items()}
     _refuse_unsupported(path, model, optimizer)
     if not optimizer:
         if shapes is not None:
@@ -137,7 +136,7 @@ def _tensors(files: _Files) -> dict[str, Readable]:
                 f"{files.folder}: was saved with ZeRO, but no *_optim_states.pt is there, which hold the weights. Copy "
                 "the whole folder again."
             )
-        return _whole(model["module"], path)
+        return dict(dense(model["module"], path, _REGROUP))
     if not isinstance(shapes, list):
         raise CandidateError(f"{path}: has no list 'param_shapes'; it is not of this saving. Copy the folder again.")
     world = _world(files, optimizer)
@@ -146,10 +145,10 @@ def _tensors(files: _Files) -> dict[str, Readable]:
     else:
         # The model's own file holds everything once, in the type of the model: frozen parameters and buffers are only
         # there, the others are known better from the optimizer.
-        paddings = optimizer.get("param_alignment_paddings")
+        paddings = [_sizes(group) for group in optimizer.get("param_alignment_paddings") or ()]
         partitions = _partitions(files, "single_partition_of_fp32_groups")
-        trained = split_groups(shapes, paddings, partitions, world, files.label)
-        tensors = {**_whole(model["module"], path), **trained}
+        trained = split_groups([_shapes(group) for group in shapes], paddings, partitions, world, files.label)
+        tensors = {**dense(model["module"], path, _REGROUP), **trained}
     for name, source in tied.items():
         if source in tensors and (name not in tensors or tensors[name].shape == tensors[source].shape):
             tensors[name] = tensors[source]
@@ -158,13 +157,15 @@ def _tensors(files: _Files) -> dict[str, Readable]:
 
 def _of_stage_3(files: _Files, model: Mapping[str, Any], path: Path, world: int) -> dict[str, Readable]:
     """Parameters in the model's own file are empty placeholders; buffers are whole."""
-    buffers = set(model.get("buffer_names") or ())
-    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
-    frozen = model.get("frozen_param_shapes") or {}
+    buffers = {text(name) for name in model.get("buffer_names") or ()}
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in _shapes(group).items()}
+    frozen = _shapes(model.get("frozen_param_shapes") or {})
 
     def fragments(rank: int) -> Mapping[str, Stored]:
         held_in, state = _model_state(files, rank)
-        held: Mapping[str, Stored] = state.get("frozen_param_fragments") or {}
+        held = state.get("frozen_param_fragments") or {}
+        if not isinstance(held, dict):
+            raise CandidateError(f"{held_in}: its 'frozen_param_fragments' are no dict. Copy the checkpoint again.")
         for name, shape in frozen.items():
             stored, part = held.get(name), -(-prod(shape) // world)
             if not isinstance(stored, Stored) or stored.numel < min(part, prod(shape) - rank * part):
@@ -175,30 +176,31 @@ def _of_stage_3(files: _Files, model: Mapping[str, Any], path: Path, world: int)
         return held
 
     return {
-        **_whole({name: value for name, value in model["module"].items() if name in buffers}, path),
+        **dense({name: value for name, value in model["module"].items() if name in buffers}, path, _REGROUP),
         **split_fragments(frozen, fragments, world),
         **split_parameters(shapes, _partitions(files, "fp32_flat_groups"), world, files.label),
     }
 
 
-def _whole(module: Mapping[str, Any], path: Path) -> dict[str, Readable]:
-    tensors: dict[str, Readable] = {}
-    for name, value in module.items():
-        if isinstance(value, Stored):
-            tensors[str(name)] = value
-        elif isinstance(value, Opaque) and ("Tensor" in value.kind or "_rebuild_" in value.kind):
-            raise CandidateError(f"{path}: {name!r} is a {value.kind}, which is no dense tensor. {_REGROUP}")
-    return tensors
+def _shapes(group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {text(name): _sizes(shape) for name, shape in group.items()}
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    sizes = integers(value)
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"{brief(sizes)} has a negative number")
+    return sizes
 
 
 def _world(files: _Files, optimizer: Mapping[str, Any]) -> int:
     """Return the number of ranks that saved, of which every file must be there."""
     counts = optimizer.get("partition_count")
     counts = counts if isinstance(counts, list) else [counts]
-    if len(set(counts)) != 1 or not isinstance(counts[0], int) or counts[0] < 1:
+    if not counts or any(type(count) is not int or count != counts[0] or count < 1 for count in counts):
         raise CandidateError(
-            f"{files.folder / files.optimizer[0]}: its parameter groups are split over {counts} ranks; all must be "
-            f"split over the same (no MoE). {_REGROUP}"
+            f"{files.folder / files.optimizer[0]}: its parameter groups are split over {brief(counts)} ranks; all must "
+            f"be split over the same (no MoE). {_REGROUP}"
         )
     world: int = counts[0]
     missing = [rank for rank in range(world) if rank not in files.optimizer]

@@ -2,16 +2,15 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-
-import torch
 
 from twa_scale.errors import CandidateError
 from twa_scale.names import and_more, nearest, some
 
 USUAL = ("app", "state_dict", "model", "model_state_dict", "module")
 _MAX_DEPTH = 16
+_MAX_CONTAINERS = 1_000_000
 _OPTIMIZER = re.compile(
     r"(optim|optims|opt|optimizer|optimizers)_states?(_dicts?)?|optims?|optimizers?"
     r"|(max_)?exp_avg(_sq)?(_row|_col)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta|master_(weights|params)"
@@ -86,14 +85,24 @@ class WeightsKey:
             )
 
 
-def flattened(content: Mapping[Any, Any], depth: int = 0) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Yield the path and value of each tensor in nested mappings and lists."""
-    for key, value in content.items():
-        if isinstance(value, torch.Tensor):
-            yield (str(key),), value
-        elif isinstance(value, Mapping | list | tuple) and depth < _MAX_DEPTH:
-            inner = value if isinstance(value, Mapping) else {f"[{i}]": item for i, item in enumerate(value)}
-            yield from (((str(key), *path), tensor) for path, tensor in flattened(inner, depth + 1))
+def flattened(content: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> Iterator[tuple[Path, Any]]:
+    """Yield the path and value of each tensor in nested mappings and lists.
+
+    Raises:
+        ValueError: containers that hold each other so often that they would never end.
+    """
+    waiting: list[tuple[Path, Mapping[Any, Any] | Sequence[Any]]] = [((), content)]
+    for _ in range(_MAX_CONTAINERS):
+        if not waiting:
+            return
+        prefix, inner = waiting.pop()
+        items = inner.items() if isinstance(inner, Mapping) else ((f"[{i}]", item) for i, item in enumerate(inner))
+        for key, value in items:
+            if is_tensor(value):
+                yield (*prefix, str(key)), value
+            elif isinstance(value, Mapping | list | tuple) and len(prefix) < _MAX_DEPTH:
+                waiting.append(((*prefix, str(key)), value))
+    raise ValueError(f"it holds more than {_MAX_CONTAINERS} containers, counting each as often as it is referred to")
 
 
 def is_optimizer_entry(path: Path) -> bool:

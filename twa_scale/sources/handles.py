@@ -1,6 +1,7 @@
 """Files that are read for as long as a run lasts, of which only a few are open at a time."""
 
 import errno
+import mmap
 import os
 import resource
 import threading
@@ -26,6 +27,7 @@ class File:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._identity: tuple[int, ...] | None = None
+        self._map: mmap.mmap | None = None
         with _HANDLES.borrowed(self) as handle:
             self.size = os.fstat(handle).st_size
 
@@ -39,6 +41,9 @@ class File:
             return
         with self.borrowed() as handle:
             problem = _read_exactly(handle, buffer, offset)
+            size = os.fstat(handle).st_size
+            if not problem and size != self.size:
+                problem = f"the file had {self.size} bytes when it was opened and has {size} now"
         if problem:
             raise CandidateError(
                 f"{self.path}: {what} cannot be read: {problem}. The file was changed or removed while it was in "
@@ -51,8 +56,16 @@ class File:
         with _HANDLES.borrowed(self) as handle:
             yield handle
 
+    def map(self) -> mmap.mmap:
+        """Return a private mapping of the whole file: torch wants to be able to write, and nobody does."""
+        if self._map is None:
+            with self.borrowed() as handle:
+                self._map = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
+        return self._map
+
     def close(self) -> None:
-        """Close the file; a later read opens it again."""
+        """Close the file; a later read opens it again, and what is mapped stays while it is in use."""
+        self._map = None
         _HANDLES.drop(self)
 
     def open(self) -> int:

@@ -23,14 +23,16 @@ class MemoryCandidate:
         directory: Path | None = None,
         keys: WeightsKey | None = None,
     ) -> None:
-        entries = dict(flattened(state_dict))
+        entries = dict(flattened(state_dict, lambda value: isinstance(value, torch.Tensor)))
         shapes = {path: () if value.is_nested else tuple(value.shape) for path, value in entries.items()}
         tensors = {name: entries[path] for name, path in (keys or WeightsKey()).choose(shapes, label).items()}
         self.label = label
         self.directory = directory
         self.bytes_read = 0
         self.stored_names = unwrapped(tensors, label)
-        self._tensors = {name: tensors[raw].detach() for name, raw in self.stored_names.items()}
+        self._tensors: dict[str, torch.Tensor] = {
+            name: tensors[raw].detach() for name, raw in self.stored_names.items()
+        }
         for name, tensor in self._tensors.items():
             _refuse_unreadable(tensor, name, label)
 

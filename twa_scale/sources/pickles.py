@@ -1,132 +1,283 @@
-"""Pickles of checkpoints, read without importing or running anything that they name."""
+"""Pickles of checkpoints, read without importing or running what they name, in time and memory of their size."""
 
-import pickle
-from collections import OrderedDict
+import struct
 from collections.abc import Callable
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 
-_STORAGES: dict[str, torch.dtype] = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "UntypedStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-}
+from twa_scale.sources.opaque import Meanings, Opaque, Tensor, call, is_plain
+
+MAX_PICKLE = 1 << 30
+"""Most bytes of a pickle: that of a model of a trillion parameters on a thousand ranks is a few hundred MB."""
+_MAX_STEPS = 100_000_000  # each makes an object of some 70 bytes at most
+_MAX_INT = 1024  # bytes
+_MAX_NAME = 1000  # bytes of the name of a module or class
+
+_Record = Callable[[torch.dtype, str, int], Any]
+_MARK = object()
 
 
-class Opaque:
-    """Stands for an object of a class that was not imported.
-
-    What the pickle says of its state are its attributes, or `state` if that is no dict.
-    """
-
-    state: Any = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass  # having one lets object.__new__ accept whatever the real class would
-
-    def __call__(self, *args: Any, **kwargs: Any) -> "Opaque":
-        """Do nothing in place of whatever it is."""
-        return Opaque()
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__ = state
-        else:
-            self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        """Return None for what the state lacks, as versions differ."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-    @property
-    def kind(self) -> str:
-        """The name of the class or function that it stands for."""
-        return f"{type(self).__module__}.{type(self).__qualname__}"
-
-    def append(self, value: Any) -> None:
-        """Take an item of what was a list."""
-
-    def extend(self, values: Any) -> None:
-        """Take items of what was a list."""
-
-    def add(self, value: Any) -> None:
-        """Take an item of what was a set."""
-
-
-class SafeUnpickler(pickle.Unpickler):
+class SafeUnpickler:
     """Builds containers, numbers and tensors, and `Opaque` objects in place of everything else.
 
-    The classes and functions that a pickle names are never looked up, so nothing that it asks for can run: a checkpoint
-    that carries somebody's own objects can be read without trusting it.
+    This is the part of the pickle machine (protocols 2 to 5) that picklers of plain data and torch.save use. Python's
+    own trusts the file in three ways that this one does not: it imports and calls what the file names, it allocates
+    what the file claims (an index of its memo, a length), and it hashes any key.
 
     Args:
-        file: the pickle.
+        raw: the pickle.
         record: called with what `persistent_id` of torch.save says of a storage: (dtype, key, number of elements).
-        tensor: called with such a record, the offset of the first element in it, shape, stride, and a dtype if it is
-            not the record's.
+        tensor: see `Meanings`.
     """
 
-    def __init__(
-        self,
-        file: IO[bytes],
-        record: Callable[[torch.dtype, str, int], Any] | None = None,
-        tensor: Callable[..., Any] | None = None,
-    ) -> None:
-        super().__init__(file)
+    def __init__(self, raw: bytes | bytearray, record: _Record | None = None, tensor: Tensor | None = None) -> None:
+        self._raw = raw
+        self._position = 0
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
         self._record = record
-        self._known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("builtins", "set"): set,
-            ("torch", "Size"): torch.Size,
-            ("torch._utils", "_rebuild_parameter"): _first,
-            ("torch._utils", "_rebuild_parameter_with_state"): _first,
-            ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
-        }
-        if tensor:
-            self._known["torch._utils", "_rebuild_tensor_v2"] = lambda *args: tensor(*args[:4])
-            self._known["torch._utils", "_rebuild_tensor_v3"] = lambda *args: tensor(*args[:4], args[6])
+        self._meanings = Meanings(tensor)
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for `module.name`."""
-        module = "builtins" if module == "__builtin__" else module  # its name in Python 2, which protocol 2 keeps
-        if module in ("torch", "torch.storage"):
-            if name in _STORAGES:
-                return _STORAGES[name]
-            if isinstance(dtype := getattr(torch, name, None), torch.dtype):
-                return dtype
-        if name == "ZeroStageEnum":  # of DeepSpeed, whose versions keep it in several places
-            return int
-        key = (module, name)
-        if key not in self._known:
-            self._known[key] = type(name, (Opaque,), {"__module__": module})
-        return self._known[key]
+    @property
+    def foreign(self) -> list[str]:
+        """Classes and functions that the pickle names and that only `Opaque` objects stand for."""
+        return self._meanings.foreign
 
-    def persistent_load(self, pid: Any) -> Any:
-        """Return what stands for a storage."""
+    def load(self) -> Any:
+        """Return what was pickled.
+
+        Raises:
+            ValueError: a pickle that is damaged, or does what no pickle of a checkpoint does.
+        """
+        if len(self._raw) > MAX_PICKLE:
+            raise ValueError(f"it has more than {MAX_PICKLE} bytes")
+        try:
+            return self._run()
+        except IndexError:
+            raise ValueError("it ends too early, or takes more from its stack than was put there") from None
+        except KeyError as error:
+            raise ValueError(
+                f"byte {self._position - 1}: {error} is no instruction or memo entry that is known"
+            ) from None
+        except (TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"byte {self._position - 1}: {error}") from error
+
+    def _run(self) -> Any:
+        raw, stack, memo, handlers = self._raw, self._stack, self._memo, _HANDLERS
+        position = 0
+        for _ in range(_MAX_STEPS):
+            code = raw[position]
+            position += 1
+            # The metadata of large checkpoints have millions of instructions, two thirds of which are these.
+            if code == _MEMOIZE:
+                memo[len(memo)] = stack[-1]
+            elif code == _LONG_BINGET:
+                stack.append(memo[int.from_bytes(raw[position : position + 4], "little")])
+                position += 4
+            elif code == _BINGET:
+                stack.append(memo[raw[position]])
+                position += 1
+            elif code == _BININT1:
+                stack.append(raw[position])
+                position += 1
+            elif code == _STOP:
+                return stack.pop()
+            else:
+                self._position = position
+                handlers[code](self)
+                position = self._position
+        raise ValueError(f"it has more than {_MAX_STEPS} instructions")
+
+    # What follows in the file
+
+    def _take(self, count: int) -> bytes | bytearray:
+        start = self._position
+        if count > len(self._raw) - start:
+            raise IndexError
+        self._position = start + count
+        return self._raw[start : start + count]
+
+    def _number(self, layout: struct.Struct) -> Any:
+        start = self._position
+        self._position = start + layout.size
+        if self._position > len(self._raw):
+            raise IndexError
+        return layout.unpack_from(self._raw, start)[0]
+
+    def _line(self) -> str:
+        end = self._raw.find(b"\n", self._position, self._position + _MAX_NAME)
+        if end < 0:
+            raise IndexError
+        line = self._take(end - self._position).decode()
+        self._position += 1
+        return line
+
+    def _marked(self) -> list[Any]:
+        """Take from the stack what was put there since the last mark."""
+        stack = self._stack
+        start = len(stack) - 1
+        while stack[start] is not _MARK:
+            start -= 1
+            if start < 0:
+                raise IndexError
+        items = stack[start + 1 :]
+        del stack[start:]
+        return items
+
+    # Plain values
+
+    def _push_number(self, layout: struct.Struct) -> None:
+        self._stack.append(self._number(layout))
+
+    def _push_int(self, layout: struct.Struct) -> None:
+        count = self._number(layout)
+        if not 0 <= count <= _MAX_INT:
+            raise ValueError(f"it holds an integer of {count} bytes")
+        self._stack.append(int.from_bytes(self._take(count), "little", signed=True))
+
+    def _push_text(self, layout: struct.Struct) -> None:
+        self._stack.append(self._take(self._number(layout)).decode())
+
+    def _push_bytes(self, layout: struct.Struct) -> None:
+        self._stack.append(bytes(self._take(self._number(layout))))
+
+    # Containers
+
+    def _tuple_of_one(self) -> None:
+        self._stack[-1] = (self._stack[-1],)
+
+    def _tuple_of_two(self) -> None:
+        second = self._stack.pop()
+        self._stack[-1] = (self._stack[-1], second)
+
+    def _tuple_of_three(self) -> None:
+        third, second = self._stack.pop(), self._stack.pop()
+        self._stack[-1] = (self._stack[-1], second, third)
+
+    def _append_to(self, values: list[Any]) -> None:
+        into = self._stack[-1]
+        if type(into) is list:
+            into.extend(values)
+        elif type(into) is set:
+            into.update(value for value in values if is_plain(value))
+        elif not isinstance(into, Opaque):
+            raise ValueError(f"items are added to a {type(into).__name__}")
+
+    def _append_one(self) -> None:
+        self._append_to([self._stack.pop()])
+
+    def _append_marked(self) -> None:
+        self._append_to(self._marked())
+
+    def _set_items(self, items: list[Any]) -> None:
+        into = self._stack[-1]
+        if type(into) is dict:
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                if type(key) is str or is_plain(key):
+                    into[key] = value
+        elif not isinstance(into, Opaque):
+            raise ValueError(f"items are set in a {type(into).__name__}")
+
+    def _set_one(self) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._set_items([key, value])
+
+    def _set_marked(self) -> None:
+        self._set_items(self._marked())
+
+    # Names and calls
+
+    def _global(self) -> None:
+        self._stack.append(self._meanings.of(self._line(), self._line()))
+
+    def _stack_global(self) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        self._stack.append(self._meanings.of(module, name))
+
+    def _call(self) -> None:
+        args = self._stack.pop()
+        self._stack[-1] = call(self._stack[-1], args)
+
+    def _call_with_names(self) -> None:
+        self._stack.pop()
+        self._call()
+
+    def _build(self) -> None:
+        state = self._stack.pop()
+        if isinstance(self._stack[-1], Opaque):
+            self._stack[-1].set_state(state)
+
+    def _persistent(self) -> None:
         if self._record is None:
-            raise pickle.UnpicklingError("it refers to storages, which only files of torch.save have")
-        _, dtype, key, _, numel = pid
-        return self._record(dtype, key, numel)
+            raise ValueError("it refers to storages, which only files of torch.save have")
+        kind, dtype, key, _, numel = self._stack.pop()
+        if kind != "storage" or type(key) is not str or type(numel) is not int or not 0 <= numel < 1 << 63:
+            raise ValueError("what it says of a storage is no type, name and number of elements")
+        self._stack.append(self._record(dtype, key, numel) if isinstance(dtype, torch.dtype) else Opaque())
+
+    # The memo
+
+    def _put(self, layout: struct.Struct) -> None:
+        self._memo[self._number(layout)] = self._stack[-1]
 
 
-def _first(value: Any, *_: Any) -> Any:
-    return value
+_Handler = Callable[[SafeUnpickler], Any]
 
 
-def _from_type(function: Any, _: Any, args: Any, __: Any) -> Any:
-    return cast(Callable[..., Any], function)(*args)
+def _with(handler: Callable[[SafeUnpickler, Any], Any], argument: Any) -> _Handler:
+    return lambda machine: handler(machine, argument)
+
+
+def _pushing(make: Callable[[], Any]) -> _Handler:
+    return lambda machine: machine._stack.append(make())
+
+
+_U1, _U2, _U4, _U8, _I4 = map(struct.Struct, ("<B", "<H", "<I", "<Q", "<i"))
+_MEMOIZE, _BINGET, _LONG_BINGET, _BININT1, _STOP = 0x94, *b"hjK."
+_S = SafeUnpickler
+_HANDLERS: dict[int, _Handler] = {
+    0x80: _with(_S._number, _U1),  # PROTO
+    0x95: _with(_S._number, _U8),  # FRAME
+    ord("("): _pushing(lambda: _MARK),
+    ord("0"): lambda machine: machine._stack.pop(),
+    ord("1"): lambda machine: machine._marked(),
+    ord("N"): _pushing(lambda: None),
+    0x88: _pushing(lambda: True),
+    0x89: _pushing(lambda: False),
+    ord("M"): _with(_S._push_number, _U2),
+    ord("J"): _with(_S._push_number, _I4),
+    ord("G"): _with(_S._push_number, struct.Struct(">d")),
+    0x8A: _with(_S._push_int, _U1),
+    0x8B: _with(_S._push_int, _I4),
+    0x8C: _with(_S._push_text, _U1),
+    ord("X"): _with(_S._push_text, _U4),
+    0x8D: _with(_S._push_text, _U8),
+    ord("C"): _with(_S._push_bytes, _U1),
+    ord("B"): _with(_S._push_bytes, _U4),
+    0x8E: _with(_S._push_bytes, _U8),
+    0x96: _with(_S._push_bytes, _U8),  # BYTEARRAY8
+    ord("}"): _pushing(dict),
+    ord("]"): _pushing(list),
+    ord(")"): _pushing(tuple),
+    0x8F: _pushing(set),
+    ord("t"): lambda machine: machine._stack.append(tuple(machine._marked())),
+    0x91: lambda machine: machine._stack.append({value for value in machine._marked() if is_plain(value)}),  # FROZENSET
+    0x85: _S._tuple_of_one,
+    0x86: _S._tuple_of_two,
+    0x87: _S._tuple_of_three,
+    ord("a"): _S._append_one,
+    ord("e"): _S._append_marked,
+    0x90: _S._append_marked,  # ADDITEMS
+    ord("s"): _S._set_one,
+    ord("u"): _S._set_marked,
+    ord("c"): _S._global,
+    0x93: _S._stack_global,
+    ord("R"): _S._call,
+    0x81: _S._call,  # NEWOBJ
+    0x92: _S._call_with_names,  # NEWOBJ_EX
+    ord("b"): _S._build,
+    ord("Q"): _S._persistent,
+    ord("q"): _with(_S._put, _U1),
+    ord("r"): _with(_S._put, _U4),
+}

@@ -1,6 +1,5 @@
 """safetensors files: the header parsed once, tensor data read by exact byte ranges."""
 
-import mmap
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -51,7 +50,6 @@ class SafetensorsCandidate:
         self.directory = directory
         self.bytes_read = 0
         self._file = File(path)
-        self._map: mmap.mmap | None = None
         try:
             entries, _ = read_header(self._file)
             self.stored_names = unwrapped(entries, str(path))
@@ -85,14 +83,10 @@ class SafetensorsCandidate:
         entry = self._entries[name]
         if entry.offset % entry.dtype.itemsize or not prod(entry.shape):
             return None if prod(entry.shape) else torch.empty(0, dtype=entry.dtype)
-        if self._map is None:
-            with self._file.borrowed() as handle:  # private: torch wants to write, and nobody does
-                self._map = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
-        return torch.frombuffer(self._map, dtype=entry.dtype, count=prod(entry.shape), offset=entry.offset)
+        return torch.frombuffer(self._file.map(), dtype=entry.dtype, count=prod(entry.shape), offset=entry.offset)
 
     def close(self) -> None:
         """Close the file; what is mapped stays while it is in use."""
-        self._map = None
         self._file.close()
 
 

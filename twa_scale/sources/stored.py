@@ -83,6 +83,20 @@ class Stored:
         else:
             self._read_mapped(start, out, last + 1, what)
 
+    @property
+    def place(self) -> object:
+        """What identifies the bytes in the file, and how they are read."""
+        return self.record.begin, self.dtype, self.first, self.shape, self.stride
+
+    def mapped(self) -> torch.Tensor | None:
+        """Return a view of all of it in the mapped file, flattened; None where it is not aligned or not row-major."""
+        begin = self.record.begin + self.first * self.dtype.itemsize
+        if not self.numel:
+            return torch.empty(0, dtype=self.dtype)
+        if begin % self.dtype.itemsize or not self._row_major():
+            return None
+        return torch.frombuffer(self.record.file.map(), dtype=self.dtype, count=self.numel, offset=begin)
+
     def _row_major(self) -> bool:
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):

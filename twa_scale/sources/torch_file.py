@@ -1,9 +1,5 @@
-"""Files of torch.save: unpickled by torch's restricted reader only, tensor data mapped and read by slices."""
+"""Files of torch.save that hold a state dict."""
 
-import os
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,73 +7,88 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
-from twa_scale.inputs import open_regular
-from twa_scale.sources.entries import WeightsKey
-from twa_scale.sources.memory import MemoryCandidate
+from twa_scale.sources.archive import Archive, dense, is_tensor
+from twa_scale.sources.entries import WeightsKey, flattened
+from twa_scale.sources.handles import File
+from twa_scale.sources.stored import Stored, StoredCandidate
+
+# What torch.load(weights_only=True) knows too: none of it is a tensor, or `dense` refuses the tensor by its name.
+_HARMLESS = {
+    "_codecs.encode",
+    "builtins.bytearray",
+    "collections.Counter",
+    "collections.defaultdict",
+    "torch.Tensor",
+    "torch.device",
+    "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+}
+_TENSORS = "torch._utils._rebuild_"
 
 
-class TorchFileCandidate(MemoryCandidate):
-    """One .pt, .pth or .bin file. It is mapped: only the pages of a slice are read."""
+class TorchFileCandidate(StoredCandidate):
+    """One .pt, .pth or .bin file. Of its tensors, only the bytes of a slice are read."""
 
     def __init__(
         self, path: Path, directory: Path | None = None, label: str | None = None, keys: WeightsKey | None = None
     ) -> None:
-        content = _load(path)
-        if not isinstance(content, Mapping):
-            raise CandidateError(
-                f"{path}: holds {type(content).__name__}, not a dict of tensors. Save model.state_dict() there."
-            )
-        super().__init__(content, label or str(path), directory, keys)
-        self._path, self._size = path, path.stat().st_size
-
-    def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the elements from `start` on, in row-major order."""
-        # A page beyond the end of a mapped file kills the process instead of raising: look before every read.
+        file = File(path)
         try:
-            size = self._path.stat().st_size
-        except OSError as error:
-            raise CandidateError(f"{self._path}: tensor {name!r} cannot be read: {error.strerror}.") from error
-        if size != self._size:
-            raise CandidateError(
-                f"{self._path}: tensor {name!r} cannot be read: the file had {self._size} bytes when it was "
-                f"opened and has {size} now; candidates must stay as they are until the run has ended."
-            )
-        super().read(name, start, out)
+            self._stored = _chosen(_content(file), keys or WeightsKey(), str(path))
+            super().__init__(self._stored, [file], label or str(path), directory)
+        except BaseException:
+            file.close()
+            raise
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a view of a whole tensor in the mapped file, flattened; None where it is not aligned or not whole."""
+        return self._stored[self.stored_names[name]].mapped()
+
+    def stored_once(self, name: str, other: str) -> bool:
+        """Whether two names stand for the same bytes."""
+        first, second = (self._stored[self.stored_names[n]] for n in (name, other))
+        return first.place == second.place
 
 
-def _load(path: Path) -> Any:
+def _chosen(content: Mapping[Any, Any], keys: WeightsKey, label: str) -> dict[str, Stored]:
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            magic = file.read(8)
-    except OSError as error:
-        raise CandidateError(f"{path}: cannot be opened: {error.strerror}.") from error
+        entries = dict(flattened(content, is_tensor))
+    except ValueError as error:
+        raise CandidateError(f"{label}: {error}. Save only tensors: torch.save(model.state_dict(), path).") from error
+    shapes = {path: value.shape if isinstance(value, Stored) else () for path, value in entries.items()}
+    held = {name: entries[path] for name, path in keys.choose(shapes, label).items()}
+    return dense(held, label, "Save a dense tensor in its place.")
+
+
+def _content(file: File) -> Mapping[Any, Any]:
+    magic = bytearray(min(8, file.size))
+    file.read(memoryview(magic), 0, "the file")
     if magic == b"version ":
-        raise CandidateError(f"{path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
+        raise CandidateError(f"{file.path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
     if not magic.startswith(b"PK\x03\x04"):
         raise CandidateError(
-            f"{path}: is not the zip archive that torch.save writes since torch 1.6, but a legacy file, a "
+            f"{file.path}: is not the zip archive that torch.save writes since torch 1.6, but a legacy file, a "
             "plain pickle or something else; it was refused and nothing in it was run. If you trust it, load "
             "it once and save its state dict again with torch.save or safetensors."
         )
-    if not zipfile.is_zipfile(path):
+    archive = Archive(file)
+    content = archive.content()
+    _refuse_objects(archive.foreign, file.path)
+    if not isinstance(content, Mapping):
         raise CandidateError(
-            f"{path}: the archive has no end: it is truncated. Copy it again, or leave this candidate out."
+            f"{file.path}: holds {type(content).__name__}, not a dict of tensors. Save model.state_dict() there."
         )
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        wants = found.group(1).rstrip(",;") if found else "more than tensors"
-        fix = "Save only tensors: torch.save(model.state_dict(), path)."
-        if wants.startswith("torch.distributed"):
-            fix = (
-                "It holds one rank's shards: save the model with torch.distributed.checkpoint.save, or with Snapshots."
-            )
-        raise CandidateError(
-            f"{path}: its pickle asks for {wants!r}, which could run code on loading; it was refused and nothing in it "
-            f"was run. {fix}"
-        ) from error
-    except Exception as error:
-        # A damaged archive makes torch raise RuntimeError, KeyError, EOFError and more.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CandidateError(f"{path}: is damaged: {reason}. Copy it again, or leave this candidate out.") from error
+    return content
+
+
+def _refuse_objects(foreign: list[str], path: str) -> None:
+    wants = next((name for name in foreign if name not in _HARMLESS and not name.startswith(_TENSORS)), None)
+    if wants is None:
+        return
+    fix = "Save only tensors: torch.save(model.state_dict(), path)."
+    if wants.startswith("torch.distributed"):
+        fix = "It holds one rank's shards: save the model with torch.distributed.checkpoint.save, or with Snapshots."
+    raise CandidateError(
+        f"{path}: its pickle asks for {wants!r}, which could run code on loading; it was refused and nothing in it "
+        f"was run. {fix}"
+    )
