@@ -11,18 +11,18 @@ import torch.distributed as dist
 from torch import nn
 
 from twa_scale.average import TrainableAverage
-from twa_scale.basis import Gram, make_basis, needs_norms_only
+from twa_scale.basis import Basis, Gram, make_basis, needs_norms_only
 from twa_scale.buffers import buffer_source, copied_notice, spectral_vectors
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
-from twa_scale.errors import CandidateError, ConfigError
+from twa_scale.errors import ConfigError
 from twa_scale.kernels import Target
 from twa_scale.layout import Layout, match
 from twa_scale.notices import notice
 from twa_scale.optimizer import check_optimizer, check_settings
-from twa_scale.ranks import Pods, Reduction
+from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.reading import Progress, job_bytes
-from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources import Candidate, open_together
 from twa_scale.sources.mapped import mapped
 from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
@@ -73,14 +73,14 @@ def attach(
             raise ConfigError('candidates: give them to attach, or as "twa": {"candidates": ..} in DeepSpeed\'s JSON.')
         if config.combine == "forward":
             engine.units()  # may refuse: better now than when all is read
-    _require_same_settings(pods, config)
+    require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
     with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
         reduction = Reduction(config.comm, pods, group, engine.replica_group)
         undo.callback(reduction.close)
+        opened = open_together(candidates, pods)
+        for candidate in opened:
+            undo.callback(candidate.close)
         with pods.agree():
-            opened = open_candidates(candidates)
-            for candidate in opened:
-                undo.callback(candidate.close)
             layout = match(engine.parameters, engine.buffers(), opened, config)
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
@@ -104,25 +104,37 @@ def attach(
             _read_spans(engine, layout, stream, weights, store, gram)
             buffers = _read_buffers(engine, layout, stream, config.buffers, weights) if group.rank == 0 else {}
         fingerprint = _fingerprint(engine, layout, opened, stream)
-        _require_same_candidates(pods, fingerprint)
+        fingerprint.require_same_in(pods)
         inner = gram.values.to(engine.device).mul_(pods.share)
         pods.sum_(inner)  # all pods have the same but for rounding, which would part their bases
         _write_rest(engine, layout, buffers)
         copied = {name: i for found in group.gather(stream.differing) for name, i in found.items()}
-        if pods.rank == 0:
-            _warn_of_equals(layout, fingerprint)
-            if copied:
-                notice(copied_notice(copied, fingerprint.labels))
-        basis = make_basis(
-            config.basis,
-            inner.cpu(),  # small mathematics: a GPU would only wait for it
-            torch.tensor(weights, dtype=torch.float64),
-            units=config.units,
-            num_components=config.num_components,
-        )
+        with pods.agree():  # a warning may be an error
+            if pods.rank == 0:
+                _warn_of_equals(layout, fingerprint)
+                if copied:
+                    notice(copied_notice(copied, fingerprint.labels))
+        basis = _basis(pods, config, inner.cpu(), weights)  # small mathematics: a GPU would only wait for it
         average = TrainableAverage(config, engine, pods, reduction, layout, store, basis, fingerprint, opened)
         undo.pop_all()
     return average
+
+
+def _basis(pods: Pods, config: TwaConfig, gram: torch.Tensor, weights: Sequence[float]) -> Basis:
+    """Return the basis that the first rank has made: processors of another kind round otherwise."""
+    basis = None
+    with pods.agree():
+        if pods.rank == 0:
+            basis = make_basis(
+                config.basis,
+                gram,
+                torch.tensor(weights, dtype=torch.float64),
+                units=config.units,
+                num_components=config.num_components,
+            )
+    basis = pods.broadcast(basis)
+    assert basis is not None
+    return basis
 
 
 def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidate]) -> int:
@@ -179,47 +191,6 @@ def _fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate]
     fingerprint = fingerprint_of([candidate.label for candidate in candidates], shapes, stream.checksums)
     sums = engine.shard_group.sum_(fingerprint.checksums.to(engine.device))
     return replace(fingerprint, checksums=sums.cpu())
-
-
-def _require_same_settings(pods: Pods, config: TwaConfig) -> None:
-    """Refuse pods that were given other settings than the first: they would wait for each other, or part.
-
-    Raises:
-        ConfigError: naming the first setting that differs.
-    """
-    if pods.count == 1:
-        return
-    settings = config.model_dump(mode="json", include=set(TwaConfig.model_fields))
-    first = pods.broadcast(settings)
-    with pods.agree():
-        for key, value in settings.items():
-            if value != first[key]:
-                raise ConfigError(
-                    f"{key}: pod {pods.number} has {value!r} and pod 0 has {first[key]!r}; give all pods the same "
-                    "settings."
-                )
-
-
-def _require_same_candidates(pods: Pods, fingerprint: Fingerprint) -> None:
-    """Refuse pods that have read other candidates than the first, from disks of their own: weights would differ.
-
-    Raises:
-        CandidateError: naming the first tensor that differs.
-    """
-    if pods.count == 1:
-        return
-    first = pods.broadcast(fingerprint)
-    with pods.agree():
-        if first.shapes != fingerprint.shapes or len(first.labels) != len(fingerprint.labels):
-            raise CandidateError(
-                f"{fingerprint.labels[0]}: the candidates of pod {pods.number} have other tensors, or are another "
-                "number, than those of pod 0; give all pods the same."
-            )
-        for i, column in (first.checksums != fingerprint.checksums).nonzero().tolist():
-            raise CandidateError(
-                f"{fingerprint.labels[i]}: tensor {list(first.shapes)[column]!r} in pod {pods.number} is not that of "
-                f"pod 0 ({first.labels[i]}); give all pods the same candidates, in the same order."
-            )
 
 
 def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]) -> None:

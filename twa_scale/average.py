@@ -61,7 +61,8 @@ class TrainableAverage:
         self._basis = basis
         self._candidates = candidates
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
-        self._x = nn.Parameter(basis.locate(self._chosen(config.start)))
+        # From one rank, as the basis: all have the same bits.
+        self._x = nn.Parameter(pods.broadcast(basis.locate(self._chosen(config.start))))
         self.clock = Clock(engine.device)
         sums = torch.zeros(len(candidates) + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         self._gradients = Gradients(store, self._spans, sums, self.clock, with_center=basis.needs_center)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from twa_scale.errors import ConfigError, TwaError
@@ -160,20 +160,20 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw the cosine matrix of the deltas into this PNG.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what candidates hold and how they lie to each other. Reads each byte once, in bounded memory."""
+    """Show what candidates hold and how they lie to each other. Reads each byte once, in bounded memory.
+
+    Under a launcher the ranks share the work, and rank 0 prints.
+    """
     from twa_scale.inspection import inspect as inspect_candidates
     from twa_scale.inspection import inspection_json, inspection_table
     from twa_scale.plots import plot_cosines
-    from twa_scale.training.report import Report
 
-    with Report().bytes("reading candidates") as progress:
-        inspection = inspect_candidates(candidates, progress)
-    if json:
-        typer.echo(inspection_json(inspection))
-    else:
-        Console().print(inspection_table(inspection))
-    if plot:
-        plot_cosines(plot, inspection.cosines, inspection.labels)
+    with _joined(Path.cwd() / "inspect") as (report, say):
+        with report.bytes("reading candidates") as progress:
+            inspection = inspect_candidates(candidates, progress)
+        say(inspection_json(inspection) if json else _drawn(inspection_table(inspection)))
+        if plot and report.active:
+            plot_cosines(plot, inspection.cosines, inspection.labels)
 
 
 @app.command()
@@ -243,10 +243,7 @@ def bench(
         if json:
             say(bench_json(found, files, expected))
         else:
-            console = Console()
-            with console.capture() as text:
-                console.print(bench_table(found, files, expected))
-            say(text.get())
+            say(_drawn(bench_table(found, files, expected)))
 
 
 @app.command()
@@ -327,6 +324,14 @@ def export(
             run, out, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
         )
     say(f"wrote the exact merge of {n} candidates with the coefficients of {step} to {out}")
+
+
+def _drawn(table: RenderableType) -> str:
+    """Return what a console of this width shows."""
+    console = Console()
+    with console.capture() as text:
+        console.print(table)
+    return text.get().rstrip()
 
 
 @contextmanager

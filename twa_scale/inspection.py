@@ -15,9 +15,10 @@ from rich.table import Table
 
 from twa_scale.basis import Gram
 from twa_scale.kernels import Target, choose_kernels
+from twa_scale.ranks import Group
 from twa_scale.reading import Progress, job_bytes
-from twa_scale.sources import open_candidates
-from twa_scale.spans import whole
+from twa_scale.sources import open_together
+from twa_scale.spans import share, whole
 from twa_scale.streaming import Stream
 
 
@@ -40,21 +41,24 @@ class Inspection:
 
 
 def inspect(paths: str | Sequence[str | Path], progress: Progress | None = None) -> Inspection:
-    """Read every byte of the candidates once, in bounded memory.
+    """Read every byte of the candidates once, in bounded memory. Collective: the ranks of a launcher share the work.
 
     Raises:
         CandidateError: candidates that are damaged, not alike, or hold NaN or Inf.
     """
-    candidates = open_candidates(paths if isinstance(paths, str) else list(paths), minimum=1)
+    group = Group.world()
+    candidates = open_together(paths if isinstance(paths, str) else list(paths), group, minimum=1)
     n = len(candidates)
     names = [name for name in candidates[0].names() if candidates[0].dtype(name).is_floating_point]
     device = torch.device("cpu")
     gram = Gram(1, n, device)
-    spans = [whole(name, candidates[0].shape(name)) for name in names]
+    tensors = [whole(name, candidates[0].shape(name)) for name in names]
+    spans = [tensor.part(*share(len(tensor), group.rank, group.size)) for tensor in tensors]
     total = job_bytes(candidates, [(span, range(n)) for span in spans])
     stream = Stream(candidates, choose_kernels("auto", device), total=total, progress=progress)
-    stream.make_deltas({span: Target(products=gram.of(0)) for span in spans}, [1 / n] * n)
-    products = gram.values[0].numpy()
+    with group.agree():
+        stream.make_deltas({span: Target(products=gram.of(0)) for span in spans}, [1 / n] * n)
+    products = group.sum_(gram.values)[0].numpy()
     deltas, center = products[:n, :n], products[n]
     squares = np.diag(deltas)
     lengths = np.sqrt(squares)

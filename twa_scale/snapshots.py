@@ -15,7 +15,7 @@ from torch import nn
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import ConfigError
 from twa_scale.export import may_be_mask, write_live
-from twa_scale.ranks import Group, Pods
+from twa_scale.ranks import Group, Pods, require_same_settings
 from twa_scale.spans import Span, whole
 from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, stored_as, writing
 from twa_scale.writer.claims import Claim, sweep
@@ -105,6 +105,8 @@ class Snapshots:
         path = self._directory / f"step-{step:08d}"
         engine = choose_engine(model, self._replica_group)
         pods, group = Pods(engine.shard_group, engine.replica_group), engine.shard_group
+        told = {"step": step, "asynchronous": self._asynchronous, "keep_last": self._keep}
+        require_same_settings(pods, told)  # what they write, and where, is compared by the writer
         with pods.agree():
             background = None
             if pods.number == 0:  # pods hold the same weights: one of them writes

@@ -19,9 +19,9 @@ from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
 from twa_scale.names import nearest
 from twa_scale.notices import notice
-from twa_scale.ranks import Group
+from twa_scale.ranks import Group, require_same_settings
 from twa_scale.reading import Progress
-from twa_scale.sources import open_candidates
+from twa_scale.sources import open_together
 from twa_scale.sources.side_files import side_files
 from twa_scale.state import load_state
 
@@ -61,8 +61,12 @@ def average_fixed(
         ConfigError: unknown weights, weights that do not sum to 1, or some paths with a weight and some without.
         CandidateError, OutputError: see `merge`.
     """
-    paths, explicit = _split(candidates)
-    chosen = parse_dtype(dtype)
+    group = Group.world()
+    with group.agree():
+        paths, explicit = _split(candidates)
+        chosen = parse_dtype(dtype)
+    options = {"PATH:WEIGHT": explicit, "--weights": weights, "--normalize": normalize, "--buffers": buffers}
+    require_same_settings(group, options)
     if explicit is not None and weights is not None:
         raise ConfigError(
             f"--weights {weights}: the candidates have weights of their own as PATH:WEIGHT; give one or the other."
@@ -70,7 +74,7 @@ def average_fixed(
     given = explicit if explicit is not None else _parsed("mean" if weights is None else weights)
     if isinstance(given, list):
         given = _of_sum_one(given, normalize)
-    opened = open_candidates(paths, minimum=1)
+    opened = open_together(paths, group, minimum=1)
     vectors = spectral_vectors(opened[-1].names())
     if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(
@@ -86,7 +90,7 @@ def average_fixed(
         opened,
         out,
         source,
-        Group.world(),
+        group,
         max_shard_size=max_shard_size,
         dtype=chosen,
         files=side_files(opened[-1].directory, chosen),
@@ -114,11 +118,15 @@ def export_run(
         StateError: no run state, or candidates that are no longer those of the run; nothing is written.
         CandidateError, OutputError: see `merge`.
     """
-    group = Group.world()
-    state = load_state(Path(run), notice if group.rank == 0 else lambda _: None)
+    group, state = Group.world(), None
+    with group.agree():
+        chosen = parse_dtype(dtype)
+        if group.rank == 0:
+            state = load_state(Path(run), notice)
+    state = group.broadcast(state)  # one rank looks: file systems may show ranks different things
+    assert state is not None
     twa = state.exported
-    chosen = parse_dtype(dtype)
-    opened = open_candidates(state.candidates)
+    opened = open_together(state.candidates, group)
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]
     buffers = {*twa.buffer_names.values(), *spectral_vectors(opened[-1].names())}

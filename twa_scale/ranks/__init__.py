@@ -4,6 +4,18 @@ from twa_scale.ranks.comm import Group
 from twa_scale.ranks.ending import Ended, end, ended_by_signals
 from twa_scale.ranks.pods import Pods
 from twa_scale.ranks.reduction import Reduction
+from twa_scale.ranks.same import Difference, first_difference, require_same_settings
 from twa_scale.ranks.world import World
 
-__all__ = ["Ended", "Group", "Pods", "Reduction", "World", "end", "ended_by_signals"]
+__all__ = [
+    "Difference",
+    "Ended",
+    "Group",
+    "Pods",
+    "Reduction",
+    "World",
+    "end",
+    "ended_by_signals",
+    "first_difference",
+    "require_same_settings",
+]

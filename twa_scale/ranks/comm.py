@@ -39,6 +39,11 @@ class Group:
         world = World.from_environment()
         return MpiGroup(load_mpi(world.size).COMM_WORLD) if world.launcher == "mpi" and world.size > 1 else cls.alone()
 
+    @property
+    def name(self) -> str:
+        """What messages call this rank: its number among all ranks."""
+        return f"rank {dist.get_rank() if self.size > 1 else self.rank}"
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """SUM `tensor` over the ranks, in place; every rank ends with the same bits."""
         if self.size > 1:
@@ -116,6 +121,11 @@ class MpiGroup(Group):
         self.size: int = communicator.size
         self.rank: int = communicator.rank
         self._takes_cuda = mpi_takes_cuda()
+
+    @property
+    def name(self) -> str:
+        """What messages call this rank."""
+        return f"rank {self.rank}"
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """SUM `tensor` over the ranks, in place; every rank ends with the same bits."""

@@ -44,6 +44,12 @@ class Pods(Group):
         self.share = pod.size / self.size
         """This pod's part of all ranks: what its mean weighs in the mean of all."""
 
+    @property
+    def name(self) -> str:
+        """What messages call this rank: with its pod, where there are several."""
+        name = (self._pod if self._pod.size > 1 else self._leaders).name
+        return f"{name} (pod {self.number})" if self.count > 1 else name
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """SUM `tensor` over all ranks, in place; every rank ends with the same bits."""
         self._pod.sum_(tensor)
@@ -64,6 +70,8 @@ class Pods(Group):
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return the `value` of rank `source` on every rank. For small objects."""
+        if source == 0:
+            return self._pod.broadcast(self._leaders.broadcast(value) if self._pod.rank == 0 else value)
         return self.gather(value if self.rank == source else None)[source]  # type: ignore[return-value]
 
     def all_gather(self, out: torch.Tensor, local: torch.Tensor) -> None:

@@ -2,5 +2,6 @@
 
 from twa_scale.sources.open import open_candidates
 from twa_scale.sources.protocol import Candidate
+from twa_scale.sources.together import open_together
 
-__all__ = ["Candidate", "open_candidates"]
+__all__ = ["Candidate", "open_candidates", "open_together"]

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from twa_scale.errors import StateError
+from twa_scale.errors import CandidateError, StateError
 from twa_scale.names import nearest
+from twa_scale.ranks import Pods, first_difference
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,27 @@ class Fingerprint:
                         f"(then as {self.labels[i]}); the coefficients belong to the old candidates. Restore them, or "
                         "start a new run."
                     )
+
+    def require_same_in(self, pods: Pods) -> None:
+        """Refuse pods that have read other bits than the first, from disks of their own. Collective.
+
+        Raises:
+            CandidateError: on every rank, with the first tensor that differs.
+        """
+        if pods.count == 1:  # its ranks have read one set together
+            return
+        columns = dict(zip(self.shapes, self.checksums.T.tolist(), strict=True))
+        other = first_difference(pods, columns)
+        labels = pods.broadcast(self.labels)
+        with pods.agree():
+            if other is None:
+                return
+            assert isinstance(other.first, list)  # names and numbers were compared when the candidates were opened
+            i = next(i for i, checksum in enumerate(columns[other.key]) if checksum != other.first[i])
+            raise CandidateError(
+                f"{self.labels[i]}: tensor {other.key!r} on {other.where} is not that of {labels[i]} on "
+                f"{other.where_first}; give all pods the same candidates, in the same order."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data."""

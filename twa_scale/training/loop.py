@@ -20,7 +20,7 @@ from twa_scale.engines.zero import is_deepspeed
 from twa_scale.memory import peak_resident, return_freed_memory
 from twa_scale.optimizer import check_optimizer
 from twa_scale.plots import plot_training
-from twa_scale.ranks import Group, World
+from twa_scale.ranks import Group, World, require_same_settings
 from twa_scale.state import STATE, RunState, save_state
 from twa_scale.tasks import Task, build_task
 from twa_scale.training import comparison
@@ -76,6 +76,7 @@ class Run:
         self.report = report if self.group.rank == 0 else Report(active=False)
         self.output = Path(config.output)
         self.lock = lock or DirectoryLock(self.output)
+        require_same_settings(self.group, config.model_dump(mode="json"))
         with self.group.agree():
             check_optimizer(config)
             self.task: Task = build_task(config.task)

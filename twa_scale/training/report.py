@@ -25,7 +25,7 @@ class Report:
     """Draws on standard error; silent unless `active`."""
 
     def __init__(self, *, active: bool = True) -> None:
-        self._active = active
+        self.active = active
         self._console = Console(stderr=True, quiet=not active)
 
     def say(self, text: str) -> None:
@@ -63,7 +63,7 @@ class Report:
         self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")
 
     def _bar(self, *columns: Any) -> rich.progress.Progress:
-        return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not self._active)
+        return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not self.active)
 
 
 def _comparison_table(summary: dict[str, Any]) -> Table:

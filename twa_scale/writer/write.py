@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from twa_scale.errors import OutputError
-from twa_scale.ranks import Group
+from twa_scale.ranks import Group, require_same_settings
 from twa_scale.spans import Span
 from twa_scale.writer.claims import Claim, sweep
 from twa_scale.writer.disk import OpenFile
@@ -161,9 +161,14 @@ def begin(
     """Make the files, of full size and without values, in a hidden directory beside `out`. Collective.
 
     Raises:
+        ConfigError: ranks that were told to write something else, or to another place.
         OutputError: on every rank; nothing is left behind.
     """
-    target = group.broadcast(Path(out).expanduser().resolve())
+    own = Path(out).expanduser().resolve()
+    told = {"output": str(own), "max_shard_size": max_shard_size, "overwrite": overwrite}
+    tensors = {f"tensor {spec.name!r}": (str(spec.dtype), spec.shape) for spec in specs}
+    require_same_settings(group, {**told, **tensors})
+    target = group.broadcast(own)
     claim: Claim | None = None
     try:
         with group.agree():
