@@ -79,7 +79,7 @@ def plot_training(
         else:
             figure = Figure(figsize=(9.2 + 0.42 * num_groups, max(3.8, 1.8 + 0.28 * n)), layout="constrained")
             top, bottom = figure.subplots(1, 2, width_ratios=(3.4 + 0.42 * num_groups, 5.2))
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
+        figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2)  # type: ignore[union-attr, call-arg]
         if num_groups == 1:
             _bars(top, coefficients[:, 0], candidate_labels)
         else:
@@ -121,7 +121,7 @@ def plot_cosines(path: str | Path, matrix: Array, labels: Sequence[str]) -> None
             )
         axes.set_aspect("equal")
         axes.set_title("Cosines between candidates")
-        _save(figure, Path(path))
+        _save(figure, Path(path), bbox_inches="tight", pad_inches=0.2)  # squares leave room at two sides
 
 
 def _coefficients(axes: Axes, values: Array, candidates: Sequence[str], groups: Sequence[str]) -> None:
@@ -266,7 +266,7 @@ def _smooth(values: Array) -> Array:
     return means
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, **options: Any) -> None:
     picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.2)
+    figure.savefig(picture, format="png", dpi=160, facecolor="white", **options)
     replace_file(path, picture.getvalue())

@@ -1,6 +1,8 @@
 """A run goes on from its state: the same trajectory, on any ranks and any engine, with the same candidates."""
 
 import io
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,19 @@ def chain(ranks: Pool, config: dict[str, Any], parts: list[tuple[str, int, int]]
     return results
 
 
+@pytest.fixture(scope="module")
+def straight(ranks: Pool) -> Callable[[str, int, str], list[Any]]:
+    """Return how all steps in one go end, of an engine, a number of ranks and the name of a config; run once."""
+    return cache(lambda engine, size, name: chain(ranks, CONFIGS[name], [(engine, size, NUM_STEPS)]))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2)])
-def test_the_same_ranks_continue_bit_for_bit(ranks: Pool, engine: str, size: int, name: str) -> None:
-    straight = chain(ranks, CONFIGS[name], [(engine, size, NUM_STEPS)])
+def test_the_same_ranks_continue_bit_for_bit(
+    ranks: Pool, straight: Callable[..., Any], engine: str, size: int, name: str
+) -> None:
     resumed = chain(ranks, CONFIGS[name], [(engine, size, 3), (engine, size, NUM_STEPS - 3)])
-    for (weights, a, state), (want, want_a, _) in zip(resumed, straight, strict=True):
+    for (weights, a, state), (want, want_a, _) in zip(resumed, straight(engine, size, name), strict=True):
         assert torch.equal(a, want_a)
         assert all(torch.equal(weights[tensor], value) for tensor, value in want.items())
         assert len(state) < 64_000, "the state of a run is kilobytes"
@@ -76,8 +85,10 @@ def test_the_same_ranks_continue_bit_for_bit(ranks: Pool, engine: str, size: int
     ],
     ids=["fsdp2-2-3-1", "fsdp2-ddp-plain", "plain-plain-ddp", "fsdp1-sharded-ddp-flat", "tp-hsdp-tp", "zero"],
 )
-def test_other_ranks_and_engines_continue_the_trajectory(ranks: Pool, parts: list[Any], name: str) -> None:
-    want = chain(ranks, CONFIGS[name], [("plain", 1, NUM_STEPS)])[0][0]
+def test_other_ranks_and_engines_continue_the_trajectory(
+    ranks: Pool, straight: Callable[..., Any], parts: list[Any], name: str
+) -> None:
+    want = straight("plain", 1, name)[0][0]
     for weights, _, _ in chain(ranks, CONFIGS[name], parts):
         for tensor, value in want.items():
             assert (weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
