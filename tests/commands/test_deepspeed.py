@@ -12,8 +12,10 @@ import pytest
 import yaml
 from torch import Tensor
 
+from tests import zero
 from tests.commands.conftest import Brought
-from tests.commands.material import by_hand, load, state_of
+from tests.commands.material import by_hand, load, run_here, state_of
+from tests.pool import Pool
 from twa_scale.config import RunConfig, load_config, validated
 from twa_scale.errors import ConfigError
 from twa_scale.training.zero import zero_settings
@@ -51,13 +53,18 @@ def close(weights: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert (weights[name].double() - value.double()).norm() <= 1e-5 * value.double().norm(), name
 
 
+def run_all(runs: list[dict[str, Any]]) -> None:
+    zero.forget_groups()
+    for data in runs:
+        run_here(data)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_every_stage_ends_where_fsdp2_does(text: Brought, tmp_path: Path, precision: str) -> None:
-    for engine in ("fsdp2", "zero1", "zero2", "zero3"):
-        path = tmp_path / f"{engine}.json"
-        path.write_text(json.dumps(settings(text, tmp_path / engine, engine=engine, precision=precision)))
-        start(torchrun(2), path)
+def test_every_stage_ends_where_fsdp2_does(ranks: Pool, text: Brought, tmp_path: Path, precision: str) -> None:
+    engines = ("fsdp2", "zero1", "zero2", "zero3")
+    runs = [settings(text, tmp_path / engine, engine=engine, precision=precision) for engine in engines]
+    ranks(run_all, 2, timeout=400, runs=runs)
     want = load(tmp_path / "fsdp2" / "average")
     for engine in ("zero1", "zero2", "zero3"):
         weights = load(tmp_path / engine / "average")
@@ -157,8 +164,8 @@ def test_a_json_of_deepspeed_is_a_run(tmp_path: Path) -> None:
     assert config.engine == "zero3" and config.steps == 7
     assert config.deepspeed is not None and config.deepspeed["bf16"] == {"enabled": False}
     path = tmp_path / "ds.json"
-    for zero in ({"stage": 0}, None, []):
-        path.write_text(json.dumps({"twa": {}, "zero_optimization": zero}))
+    for wrong in ({"stage": 0}, None, []):
+        path.write_text(json.dumps({"twa": {}, "zero_optimization": wrong}))
         with pytest.raises(ConfigError, match=r"zero_optimization\.stage"):
             load_config(path)
     with pytest.raises(ConfigError, match=r"deepspeed: 'bf16' has to be a mapping"):
