@@ -6,6 +6,7 @@ Nothing here is shared with the package: the two only agree when both are right.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class Trained:
     weights: list[dict[str, Tensor]]
     coefficients: list[Tensor]
     groups: dict[str, list[str]]
+    norms: list[float]  # of the gradient of all weights, before it is clipped
 
 
 def train(
@@ -76,7 +78,7 @@ def train(
     options = {"name": "adamw", "lr": 0.03, "weight_decay": 0.0} | dict(config.get("optimizer", {}))
     optimizer = _optimizer_class(options.pop("name"))([group.x for group in groups], **options)
     scored = Scored(model, loss)
-    result = Trained([], [], {group.name: list(group.shapes) for group in groups})
+    result = Trained([], [], {group.name: list(group.shapes) for group in groups}, [])
 
     def weights() -> dict[str, Tensor]:
         return {name: value for group in groups for name, value in group.tensors().items()}
@@ -88,14 +90,32 @@ def train(
     record()
     for micro_batches in steps:
         optimizer.zero_grad()
+        gradients: dict[str, Tensor] = {}
         for data in micro_batches:
-            values = {f"model.{name}": value for name, value in (fixed | weights()).items()}
+            trained = weights()
+            for name, value in trained.items():
+                value.register_hook(partial(_add, gradients, name))
+            values = {f"model.{name}": value for name, value in (fixed | trained).items()}
             (functional_call(scored, values, (data,)) / len(micro_batches)).backward()
+        if config.get("max_weight_grad_norm"):
+            whole = [nn.Parameter(gradient) for gradient in gradients.values()]
+            for p, gradient in zip(whole, gradients.values(), strict=True):
+                p.grad = gradient.clone()
+            norm = torch.nn.utils.clip_grad_norm_(whole, config["max_weight_grad_norm"])
+            factor = torch.stack([p.grad.norm() for p in whole if p.grad is not None]).norm() / norm
+            for group in groups:
+                if group.x.grad is not None:
+                    group.x.grad *= factor  # projections are linear in the gradient
+            result.norms.append(float(norm))
         if config.get("max_grad_norm"):
             torch.nn.utils.clip_grad_norm_([group.x for group in groups], config["max_grad_norm"])
         optimizer.step()
         record()
     return result
+
+
+def _add(gradients: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    gradients[name] = gradients.get(name, 0) + gradient
 
 
 class Scored(nn.Module):

@@ -71,6 +71,12 @@ def attach(
         candidates = found if candidates is None else candidates
         if candidates is None:
             raise ConfigError('candidates: give them to attach, or as "twa": {"candidates": ..} in DeepSpeed\'s JSON.')
+        if config.max_weight_grad_norm is not None and pods.count > 1 and not engine.averages_replicas:
+            raise ConfigError(
+                "max_weight_grad_norm: needs the norm of the mean gradient over all data, and these replicas exchange "
+                "gradients of the coefficients only. Wrap the model in DistributedDataParallel or shard it over all "
+                "ranks, or set max_grad_norm, which clips the gradient of the coefficients."
+            )
         if config.combine == "forward":
             engine.units()  # may refuse: better now than when all is read
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))

@@ -17,7 +17,7 @@ from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine
 from twa_scale.errors import StateError, TwaError
 from twa_scale.export import export
-from twa_scale.gradients import Gradients
+from twa_scale.gradients import Gradients, clipping
 from twa_scale.layout import Layout
 from twa_scale.lifetime import while_open
 from twa_scale.limits import WeightLimits
@@ -65,7 +65,10 @@ class TrainableAverage:
         self._x = nn.Parameter(pods.broadcast(basis.locate(self._chosen(config.start))))
         self.clock = Clock(engine.device)
         sums = torch.zeros(len(candidates) + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
-        self._gradients = Gradients(store, self._spans, sums, self.clock, with_center=basis.needs_center)
+        clips = config.max_weight_grad_norm is not None
+        self._gradients = Gradients(
+            store, self._spans, sums, self.clock, with_center=basis.needs_center, with_norm=clips
+        )
         self.optimizer = AverageOptimizer(make_optimizer(config, self._x), self, self._take_step)
         """For schedulers, and for what calls optimizers: its step is `step`."""
         self.closed = False
@@ -78,6 +81,7 @@ class TrainableAverage:
         self._write()
         self._limits.require_weights(self._x, self._spans)
         engine.forget()
+        engine.keeps_gradients = clips
         engine.watch(self._project)
         self._weights.watch()
 
@@ -150,14 +154,17 @@ class TrainableAverage:
         finally:
             self._in_step = False
         with self.clock.part("reduce"):
-            products = self._reduction(self._gradients.sums())  # from here to the weights everything is small
+            products, norm = self._gradients.reduced(self._reduction)  # from here to the weights everything is small
         self._require_backward(products)
-        finite = bool(torch.isfinite(products).all())
-        if engine_scale := self._engine.loss_scale:
-            products /= engine_scale.value()
-            engine_scale.update(overflow=not finite)
         if scaler and not scaler.is_enabled():
             scaler = None  # it would let an overflow through
+        engine_scale = self._engine.loss_scale
+        scale = engine_scale.value() if engine_scale else scaler.get_scale() if scaler else 1.0
+        products *= clipping(norm and norm / scale, self.config.max_weight_grad_norm)
+        finite = bool(torch.isfinite(products).all())
+        if engine_scale:
+            products /= scale
+            engine_scale.update(overflow=not finite)
         if not finite and scaler is None:
             self.zero_grad()
             if engine_scale:

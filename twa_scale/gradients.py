@@ -1,10 +1,13 @@
 """What backward passes have left for the next step: the gradient, projected onto the deltas span by span."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 
 from twa_scale.clock import Clock
+from twa_scale.errors import TwaError
+from twa_scale.ranks import Reduction
 from twa_scale.spans import Span
 from twa_scale.store import Store
 
@@ -18,16 +21,26 @@ class Gradients:
         sums: zeros, (n + 1, G) float64, on the device of the gradients; the last row is for <center, gradient>.
         clock: is told what projecting costs, in backward and in a step.
         with_center: whether the last row is needed.
+        with_norm: whether the norm of the gradient of all trainable weights is needed, of those that stay fixed too.
     """
 
     def __init__(
-        self, store: Store, groups: Mapping[Span, int], sums: torch.Tensor, clock: Clock, *, with_center: bool
+        self,
+        store: Store,
+        groups: Mapping[Span, int],
+        sums: torch.Tensor,
+        clock: Clock,
+        *,
+        with_center: bool,
+        with_norm: bool,
     ) -> None:
         self._store = store
         self._groups = groups
         self._clock = clock
         self._with_center = with_center
         self._sums = sums
+        self._squares = torch.zeros_like(sums[:1]) if with_norm else None  # its first element, so that one sum does
+        self._squared: set[Span] = set()
         self._streams: set[torch.cuda.Stream] = set()
         self.received = False
         """Whether a gradient of a trained span has come to this rank since the last step."""
@@ -35,23 +48,53 @@ class Gradients:
     def project(self, span: Span, gradient: torch.Tensor, *, in_step: bool) -> None:
         """Add the products of one span's gradient, 1-D; it may be freed afterwards."""
         group = self._groups.get(span)
-        if group is None:
-            return
-        self.received = True
+        self.received |= group is not None
         if not len(span):
             return
         if gradient.is_cuda:
             self._streams.add(torch.cuda.current_stream())
+        self._square(span, gradient)
+        if group is None:
+            return
         with self._clock.part("project in step" if in_step else "project in backward"):
             self._sums[:, group] += self._store.project(span, gradient, self._with_center)
 
-    def sums(self) -> torch.Tensor:
-        """Return what this rank has summed, (n + 1, G) float64; the current stream waits for it."""
+    def _square(self, span: Span, gradient: torch.Tensor) -> None:
+        if self._squares is None:
+            return
+        if span in self._squared:  # the norm of a sum does not follow from the norms of its terms
+            raise TwaError(
+                f"max_weight_grad_norm: the gradient of {span.name!r} came in several parts since the last step, and "
+                "the norm of their sum is not known. Run one backward pass for each step, or another engine that keeps "
+                "gradients (DDP, FSDP1, FSDP2)."
+            )
+        self._squared.add(span)
+        precise = torch.promote_types(gradient.dtype, torch.float32)
+        self._squares[0, 0] += torch.linalg.vector_norm(gradient, dtype=precise).double().square()
+
+    def reduced(self, reduction: Reduction) -> tuple[torch.Tensor, float | None]:
+        """Return the sums over all ranks, (n + 1, G) float64 on the CPU, and the norm where it is needed. Collective.
+
+        The norm is the 2-norm of the gradient of all trainable weights of the shard group, each element counted once.
+        """
         for stream in self._streams:  # hooks may have run on the stream that reduced the gradient
             torch.cuda.current_stream().wait_stream(stream)
-        return self._sums
+        if self._squares is None:
+            return reduction(self._sums), None
+        sums = reduction(torch.cat([self._sums, self._squares]))
+        return sums[:-1], math.sqrt(sums[-1, 0])
 
     def clear(self) -> None:
         """Begin a new step."""
         self.received = False
         self._sums.zero_()
+        if self._squares is not None:
+            self._squares.zero_()
+            self._squared.clear()
+
+
+def clipping(norm: float | None, max_norm: float | None) -> float:
+    """Return what `torch.nn.utils.clip_grad_norm_` multiplies a gradient by; NaN when its norm is not finite."""
+    if norm is None or max_norm is None:
+        return 1.0
+    return min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan

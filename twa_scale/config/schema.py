@@ -107,6 +107,12 @@ class TwaConfig(Section):
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer of the coefficients.")
     max_grad_norm: PositiveFloat | None = Field(None, description="Clip the coefficient gradient to this norm.")
+    max_weight_grad_norm: PositiveFloat | None = Field(
+        None,
+        description="Clip the gradient of all trainable weights to this norm before it is projected, as "
+        "`torch.nn.utils.clip_grad_norm_` would on one process. Models whose gradients are otherwise freed in backward "
+        "(plain, FSDP2) keep them until the step.",
+    )
     num_components: Count | None = Field(
         None, description="Number of directions that `pca` keeps; all that are not numerically zero when not given."
     )

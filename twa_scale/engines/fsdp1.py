@@ -31,6 +31,7 @@ class FSDP1Engine(FlatEngine):
             handles: list[Any] = [child._handle for child in wrapped]  # None where modules inside took all parameters
         units = [_Unit(child, handle, group) for child, handle in zip(wrapped, handles, strict=True) if handle]
         super().__init__(module, units, group, replicas)
+        self.averages_replicas = replicas is not replica_group
 
 
 def _replicas(wrapped: Sequence[FullyShardedDataParallel], group: Group, given: Group | None) -> Group:

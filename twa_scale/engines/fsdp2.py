@@ -43,6 +43,7 @@ class FSDP2Engine(Engine):
         grid = Grid(self._sharded)
         self.shard_group = grid.shard_group
         self.replica_group = _only_one(grid.replica_group, replica_group)
+        self.averages_replicas = grid.replica_group.size > 1
         self._owned: dict[str, tuple[Span, int, int]] = {}  # the span, and where it lies in the local part
         self._repeated: list[ReplicatedParameters] = []
         with self.shard_group.agree():
@@ -116,6 +117,9 @@ class FSDP2Engine(Engine):
     def watch(self, consume: Consume) -> None:
         """Consume the local rows of each gradient right after their reduce-scatter."""
         self._consume = consume
+        if self.keeps_gradients:
+            self.in_backward = False
+            return
         for name, parameter in self._sharded.items():
             if self.parameters[name].trainable and not self._offloaded(name):
                 hook = partial(self._take, name=name)

@@ -24,6 +24,7 @@ class PlainEngine(Engine):
         self.device = next(iter(self._parameters.values())).device
         self.shard_group = Group.alone()
         self.replica_group = replica_group
+        self._consume: Consume | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def spans(self) -> list[Span]:
@@ -43,6 +44,10 @@ class PlainEngine(Engine):
 
     def watch(self, consume: Consume) -> None:
         """Consume each gradient as soon as autograd has accumulated it, so that few exist at a time."""
+        self._consume = consume
+        if self.keeps_gradients:
+            self.in_backward = False
+            return
 
         def take(parameter: torch.Tensor, span: Span) -> None:
             if parameter.grad is None:
@@ -57,7 +62,15 @@ class PlainEngine(Engine):
                 self._hooks.append(handle)
 
     def drain(self) -> None:
-        """Do nothing: the hooks have consumed every gradient."""
+        """Hand over what the model was told to keep; else the hooks have consumed every gradient."""
+        if not self.keeps_gradients:
+            return
+        assert self._consume is not None
+        for span in self.spans():
+            parameter = self._parameters[span.name]
+            if parameter.grad is not None:
+                self._consume(span, parameter.grad.reshape(-1))
+                parameter.grad = None
 
     def forget(self) -> None:
         """Drop what was there before the hooks were."""
@@ -65,5 +78,6 @@ class PlainEngine(Engine):
 
     def close(self) -> None:
         """Remove the hooks."""
+        self._consume = None
         while self._hooks:
             self._hooks.pop().remove()

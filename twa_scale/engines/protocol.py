@@ -84,6 +84,10 @@ class Engine(metaclass=_Complete):
     loss_scale: LossScale | None = None
     in_backward: bool = False
     """Whether gradients are handed over while backward runs, and only then."""
+    keeps_gradients: bool = False
+    """Set before `watch`: whether each gradient is handed over once a step, in `drain`, summed over backward passes."""
+    averages_replicas: bool = False
+    """Whether the gradients that are handed over are means over `replica_group` already."""
 
     def settings(self) -> Mapping[str, Any]:
         """Return the settings of the average that came with the model, in the JSON of its own engine perhaps."""

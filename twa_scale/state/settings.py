@@ -6,7 +6,18 @@ from typing import Any
 from twa_scale.errors import StateError
 
 # Settings under which saved coefficients and moments keep their meaning; the store and the start are free to change.
-_MEANING = ("basis", "groups", "center", "units", "num_components", "include", "exclude", "optimizer", "max_grad_norm")
+_MEANING = (
+    "basis",
+    "groups",
+    "center",
+    "units",
+    "num_components",
+    "include",
+    "exclude",
+    "optimizer",
+    "max_grad_norm",
+    "max_weight_grad_norm",
+)
 
 
 def require_same_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:

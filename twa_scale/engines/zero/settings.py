@@ -100,7 +100,7 @@ def warn_of_clipping(engine: Any) -> None:
     if asked:
         notice(
             f"gradient_clipping {asked} has no effect: DeepSpeed clips in engine.step(), which twa.step() replaces. "
-            "Set `max_grad_norm` of the average instead."
+            "Set `max_weight_grad_norm` of the average instead, or `max_grad_norm` for its coefficients."
         )
 
 
