@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from twa_scale.engines.describe import claim, named_parameters, persistent_buffers, release
+from twa_scale.engines.private import require
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.engines.wrappers import unwrapping
@@ -14,11 +15,14 @@ from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
 
+_MODEL = ("parameters_to_ignore", "process_group", "require_forward_param_sync", "require_backward_grad_sync")
+
 
 class DDPEngine(Engine):
     """Gradients are taken at the step: they are averaged by buckets only when backward has ended."""
 
     def __init__(self, model: DistributedDataParallel, replica_group: Group) -> None:
+        require("torch", model, _MODEL)
         # The inner module: DDP's own forward would overwrite buffers with those of rank 0.
         self.module: nn.Module = model.module
         self._model = model

@@ -9,8 +9,22 @@ import torch
 from torch import nn
 
 from twa_scale.engines.flat import FlatEngine, FlatUnit, Member, is_flat, one_group
+from twa_scale.engines.private import require
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
+
+_WRAPPER = (
+    "params",
+    "process_group",
+    "move_params_to_cpu",
+    "_has_shared_params",
+    "has_full_params",
+    "_free_full_params",
+    "_use_fp32_param_shard",
+)
+_PARAMETER = ("_is_sharded",)
+_SINGLE = ("_orig_size",)
+_FLAT = ("_param_infos", "_param_numels", "_param_shapes", "_shared_param_infos")
 
 
 def sharded_by_fairscale(model: nn.Module) -> list[Any]:
@@ -28,6 +42,8 @@ class FairscaleEngine(FlatEngine):
 
     def __init__(self, module: nn.Module, replica_group: Group | None = None) -> None:
         wrapped = sharded_by_fairscale(module)
+        for child in wrapped:
+            require("fairscale", child, _WRAPPER)
         group = one_group([child.process_group for child in wrapped], "fairscale FullyShardedDataParallel")
         places: dict[int, list[tuple[int, str]]] = {}
         for child in module.modules():
@@ -41,6 +57,7 @@ class _Unit(FlatUnit):
     """A parameter that fairscale has cut, flat or single."""
 
     def __init__(self, wrapper: Any, parameter: Any, places: list[tuple[int, str]], group: Group) -> None:
+        require("fairscale", parameter, (*_PARAMETER, *(_FLAT if is_flat(parameter) else _SINGLE)))
         if wrapper.move_params_to_cpu or wrapper._has_shared_params:
             raise EngineError(
                 "fairscale FullyShardedDataParallel with move_params_to_cpu (cpu_offload) or append_shared_param is "

@@ -11,8 +11,25 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 
 from twa_scale.engines.flat import FlatEngine, FlatUnit, Member, one_group
+from twa_scale.engines.private import require
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
+
+_MODULE = ("_handle", "_is_root", "_sync_gradients")
+_HANDLE = ("flat_param", "uses_sharded_strategy", "reshard", "post_reshard", "_prefetched")
+_FLAT = (
+    "_params",
+    "_shared_params",
+    "_param_infos",
+    "_shared_param_infos",
+    "_shapes",
+    "_fqns",
+    "_contiguities",
+    "_param_extensions",
+    "_numels_with_padding",
+    "_is_padding_mask",
+    "_local_shard",
+)
 
 
 class FSDP1Engine(FlatEngine):
@@ -74,6 +91,9 @@ class _Unit(FlatUnit):
                 "CPUOffload(offload_params=True) is not supported: FSDP1 loses gradients there when they are "
                 "accumulated. Leave it out, or use fully_shard with CPUOffloadPolicy."
             )
+        require("torch", module, _MODULE)
+        require("torch", handle, _HANDLE)
+        require("torch", handle.flat_param, _FLAT)
         with _known():
             self._flat = flat = handle.flat_param
             self._parameters = flat._params and [*flat._params, *flat._shared_params]

@@ -1,15 +1,20 @@
 """Where the local parts of DTensors lie in their tensors, and which ranks hold what."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor import DTensor, Replicate, Shard, placement_types
+from torch.distributed.tensor.placement_types import Placement
 
+from twa_scale.engines.private import require
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span, block, share
+
+# FSDP's cut of what tensor parallelism has cut. Other placements of a torch without it are refused.
+_StridedShard: Any = getattr(placement_types, "_StridedShard", Shard)
 
 Axis = tuple[int, ...]
 """One dimension of a mesh as a rank sees it: the ranks of the line through itself. Names differ between meshes that
@@ -56,6 +61,7 @@ class Grid:
         names = self._mesh.mesh_dim_names
         assert names is not None  # torch cannot build such a model on a mesh without names
         part = self._mesh[tuple(names[dim] for dim in dims)]
+        require("torch", part, ["_flatten"])
         return Group(part._flatten().get_group())  # the mesh keeps it: a later engine gets the same one
 
     def span(self, name: str, parameter: DTensor) -> Span:
@@ -77,8 +83,8 @@ class Grid:
         except ValueError as error:
             raise EngineError(f"cannot split parameters along two inner dimensions: {error}.") from None
 
-    def _split(self, name: str) -> dict[Axis, Shard | _StridedShard]:
-        return {a: p for a, p in self._placements[name].items() if isinstance(p, Shard | _StridedShard)}
+    def _split(self, name: str) -> dict[Axis, Any]:
+        return {a: p for a, p in self._placements[name].items() if isinstance(p, (Shard, _StridedShard))}
 
 
 def _axes(mesh: DeviceMesh) -> list[Axis]:
@@ -88,7 +94,7 @@ def _axes(mesh: DeviceMesh) -> list[Axis]:
 def _placements(name: str, parameter: DTensor) -> dict[Axis, Placement]:
     """Return how a parameter is placed along each axis of more than one rank."""
     for placement in parameter.placements:
-        if not isinstance(placement, Shard | _StridedShard | Replicate):
+        if not isinstance(placement, (Shard, _StridedShard, Replicate)):
             raise EngineError(f"parameter {name!r} is placed as {placement}; only Shard and Replicate are supported.")
     axes = zip(_axes(parameter.device_mesh), parameter.placements, strict=True)
     return {axis: placement for axis, placement in axes if len(axis) > 1}

@@ -8,11 +8,16 @@ import torch
 from torch import nn
 
 from twa_scale.engines.describe import claim, flat, named_parameters, persistent_buffers, release
+from twa_scale.engines.private import require
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters, buckets
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span, whole
+
+_MODEL = ("_process_group", "_sharded_optimizers", "_bucket_list", "_trainable_params", "_grad_to_be_reduced")
+_OSS = ("_param_to_rank",)
+_BUCKET = ("sent", "_params")
 
 
 def is_sharded_ddp(model: nn.Module) -> bool:
@@ -30,6 +35,11 @@ class ShardedDDPEngine(Engine):
     """
 
     def __init__(self, model: Any, replica_group: Group | None = None) -> None:
+        require("fairscale", model, _MODEL)
+        for oss in model._sharded_optimizers:
+            require("fairscale", oss, _OSS)
+        for bucket in model._bucket_list:
+            require("fairscale", bucket, _BUCKET)
         self._model = model
         # The inner module: fairscale's own forward would overwrite buffers with those of rank 0.
         self.module: nn.Module = model.module

@@ -8,18 +8,33 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from twa_scale.engines.describe import TWICE
+from twa_scale.engines.private import require
 from twa_scale.errors import EngineError
 
 Settle = Callable[[], torch.cuda.Event | None]
 """Lets the current stream find the weights of a unit; returns what other streams have to await, if anything."""
 
+_GROUP = ("fsdp_params", "_partial_reduce_output")
+_PARAMETER = ("sharded_param", "unsharded_accumulated_grad", "_unsharded_param")
+_UNSHARD = ("unshard", "_wait_all_gather_streams_on_event")
+
 
 def parameter_groups(wrapped: Iterable[FSDPModule]) -> list[Any]:
-    """Return the groups of parameters that FSDP2 gathers together, once each, in the order of the modules."""
+    """Return the groups of parameters that FSDP2 gathers together, once each, in the order of the modules.
+
+    Raises:
+        EngineError: a torch that calls what engines need otherwise.
+    """
     found: dict[int, Any] = {}
     for child in wrapped:
+        require("torch", child, ["_get_fsdp_state"])
         state: Any = child._get_fsdp_state()
+        if not hasattr(state, "_fsdp_param_groups"):
+            require("torch", state, ["_fsdp_param_group"])  # before torch 2.12
         for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+            require("torch", group, _GROUP)
+            for parameter in group.fsdp_params:
+                require("torch", parameter, _PARAMETER)
             found[id(group)] = group
     return list(found.values())
 
@@ -73,7 +88,7 @@ def require_own_unshard(groups: Iterable[Any]) -> None:
     for group in groups:
         if settling(group):
             raise EngineError(TWICE)
-        missing = [name for name in ("unshard", "_wait_all_gather_streams_on_event") if not hasattr(group, name)]
+        missing = [name for name in _UNSHARD if not hasattr(group, name)]
         if missing or "unshard" in vars(group):
             why = f"torch {torch.__version__} has no {missing[0]}" if missing else "something has replaced its unshard"
             raise EngineError(

@@ -8,9 +8,12 @@ from torch import nn
 
 from twa_scale.config import BLOCK
 from twa_scale.engines.describe import claim, persistent_buffers, release
+from twa_scale.engines.private import require
 from twa_scale.engines.protocol import Consume, Engine, LossScale
 from twa_scale.engines.zero.settings import check_trainable, settings_of, warn_of_clipping
 from twa_scale.ranks import Group
+
+_OPTIMIZER = ("dp_process_group", "optimizer", "zero_grad", "loss_scale", "loss_scaler")
 
 NO_GRADIENT = (
     "there is no gradient: call engine.backward(loss) before twa.step(), and leave engine.step() out, which twa.step() "
@@ -40,6 +43,7 @@ class ZeroEngine(Engine):
     """
 
     def __init__(self, engine: Any, replica_group: Group) -> None:
+        require("deepspeed", engine.optimizer, _OPTIMIZER)
         self.module: nn.Module = engine
         self.device = torch.device(engine.device)
         self.shard_group = Group(engine.optimizer.dp_process_group)

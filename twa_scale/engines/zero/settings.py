@@ -6,10 +6,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from twa_scale.engines.private import require
 from twa_scale.errors import EngineError
 from twa_scale.notices import notice
 
 _WRAPPERS = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+
+_ENGINE = (
+    "_config",
+    "optimizer",
+    "device",
+    "fp16_enabled",
+    "zero_optimization_stage",
+    "has_moe_layers",
+    "mp_world_size",
+    "sequence_parallel_size",
+    "is_deepcompile_enabled",
+    "gradient_predivide_factor",
+    "postscale_gradients",
+    "managed_gradient_accumulation",
+    "gradient_accumulation_steps",
+    "is_gradient_accumulation_boundary",
+    "micro_steps",
+    "global_steps",
+    "global_samples",
+    "train_batch_size",
+)
+_CONFIG = ("_param_dict", "zero_config")
 
 
 def stateless_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -33,6 +56,8 @@ def check_supported(engine: Any) -> None:
     """
     if type(engine).__name__ == "PipelineEngine":
         raise EngineError("DeepSpeed pipeline parallelism is not supported: use ZeRO, which needs no stages.")
+    require("deepspeed", engine, _ENGINE)
+    require("deepspeed", engine._config, _CONFIG)
     if engine.has_moe_layers:
         raise EngineError("DeepSpeed mixture-of-experts layers are not supported: experts have groups of their own.")
     for degree, name in ((engine.mp_world_size, "tensor"), (engine.sequence_parallel_size, "sequence")):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from twa_scale.engines.describe import named_parameters
+from twa_scale.engines.private import require
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
 from twa_scale.errors import EngineError
@@ -14,6 +15,17 @@ from twa_scale.ranks import Group
 from twa_scale.spans import Span
 
 _BEFORE_THE_FIRST = -1  # DeepSpeed's number of micro-batches, less one, since the last step
+
+_OPTIMIZER = (
+    "bit16_groups",
+    "bit16_groups_flat",
+    "single_partition_of_fp32_groups",
+    "partition_gradients",
+    "averaged_gradients",
+    "all_grad_tensors",
+    "micro_step_id",
+    "update_lp_params",
+)
 
 
 class Zero12Engine(ZeroEngine):
@@ -25,6 +37,7 @@ class Zero12Engine(ZeroEngine):
 
     def __init__(self, engine: Any, replica_group: Group) -> None:
         super().__init__(engine, replica_group)
+        require("deepspeed", engine.optimizer, _OPTIMIZER)
         parameters, infos = named_parameters(engine)
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._spans: dict[str, Span] = {}

@@ -7,10 +7,23 @@ from typing import Any
 import torch
 
 from twa_scale.engines.describe import named_parameters
+from twa_scale.engines.private import require
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
+
+_OPTIMIZER = (
+    "fp16_groups",
+    "averaged_gradients",
+    "grad_partitions_flat_buffer",
+    "ipg_buckets",
+    "parameter_offload",
+    "get_local_fp32_param",
+    "get_local_fp32_grad_for_param",
+)
+_OFFLOAD = ("partition_all_parameters", "persistent_parameters")
+_PARAMETER = ("ds_tensor", "ds_numel", "ds_shape")
 
 
 class Zero3Engine(ZeroEngine):
@@ -23,6 +36,10 @@ class Zero3Engine(ZeroEngine):
     def __init__(self, engine: Any, replica_group: Group) -> None:
         super().__init__(engine, replica_group)
         self._parameters, infos = named_parameters(engine)
+        require("deepspeed", engine.optimizer, _OPTIMIZER)
+        require("deepspeed", engine.optimizer.parameter_offload, _OFFLOAD)
+        for parameter in self._parameters.values():
+            require("deepspeed", parameter, _PARAMETER)
         optimized = {id(parameter) for group in self._optimizer.fp16_groups for parameter in group}
         self._trained: dict[str, Any] = {}
         self._live: dict[str, torch.Tensor] = {}
