@@ -153,15 +153,21 @@ class TrainableAverage:
             self._engine.drain()
         finally:
             self._in_step = False
+        if meddled := self._weights.meddled():
+            self._gradients.spoil(meddled)
         with self.clock.part("reduce"):
             products, norm = self._gradients.reduced(self._reduction)  # from here to the weights everything is small
-        self._require_backward(products)
+        self._gradients.require_any(products, self.pods)
         if scaler and not scaler.is_enabled():
             scaler = None  # it would let an overflow through
         engine_scale = self._engine.loss_scale
         scale = engine_scale.value() if engine_scale else scaler.get_scale() if scaler else 1.0
         products *= clipping(norm and norm / scale, self.config.max_weight_grad_norm)
         finite = bool(torch.isfinite(products).all())
+        if not finite:
+            with self.pods.agree():
+                if self._gradients.fault:
+                    raise self._gradients.fault
         if engine_scale:
             products /= scale
             engine_scale.update(overflow=not finite)
@@ -177,20 +183,6 @@ class TrainableAverage:
         self._gradients.clear()
         self._write_or_return_to(before)
         self._moved = finite
-
-    def _require_backward(self, products: torch.Tensor) -> None:
-        """Refuse a step without a backward pass since the last one: momentum would move the coefficients. Collective.
-
-        Ranks ask each other only where all products are zero, which all of them see.
-        """
-        if products.any():
-            return
-        received = torch.tensor(float(self._gradients.received), device=self._engine.device)
-        if not self.pods.sum_(received).item():
-            raise TwaError(
-                "step() without a backward pass since the last one, or with a loss that reaches no trained tensor. "
-                "twa.step() and twa.optimizer.step() are the same step: call one of them, once for each gradient."
-            )
 
     @while_open
     def settle(self) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from twa_scale.clock import Clock
 from twa_scale.errors import TwaError
-from twa_scale.ranks import Reduction
+from twa_scale.ranks import Pods, Reduction
 from twa_scale.spans import Span
 from twa_scale.store import Store
 
@@ -42,6 +42,8 @@ class Gradients:
         self._squares = torch.zeros_like(sums[:1]) if with_norm else None  # its first element, so that one sum does
         self._squared: set[Span] = set()
         self._streams: set[torch.cuda.Stream] = set()
+        self.fault: TwaError | None = None
+        """Why this rank cannot step, to be raised on all ranks when they find sums that are not finite."""
         self.received = False
         """Whether a gradient of a trained span has come to this rank since the last step."""
 
@@ -63,10 +65,12 @@ class Gradients:
         if self._squares is None:
             return
         if span in self._squared:  # the norm of a sum does not follow from the norms of its terms
-            raise TwaError(
-                f"max_weight_grad_norm: the gradient of {span.name!r} came in several parts since the last step, and "
-                "the norm of their sum is not known. Run one backward pass for each step, or another engine that keeps "
-                "gradients (DDP, FSDP1, FSDP2)."
+            self.spoil(
+                TwaError(
+                    f"max_weight_grad_norm: the gradient of {span.name!r} came in several parts since the last step, "
+                    "and the norm of their sum is not known. Run one backward pass for each step, or an engine that "
+                    "keeps gradients (DDP, FSDP1, FSDP2)."
+                )
             )
         self._squared.add(span)
         precise = torch.promote_types(gradient.dtype, torch.float32)
@@ -84,8 +88,27 @@ class Gradients:
         sums = reduction(torch.cat([self._sums, self._squares]))
         return sums[:-1], math.sqrt(sums[-1, 0])
 
+    def require_any(self, sums: torch.Tensor, pods: Pods) -> None:
+        """Refuse a step without a backward pass since the last one: momentum would move the coefficients. Collective.
+
+        Ranks ask each other only where the reduced sums are all zero, which all of them see.
+        """
+        if sums.any():
+            return
+        if not pods.sum_(torch.tensor(float(self.received), device=self._sums.device)).item():
+            raise TwaError(
+                "step() without a backward pass since the last one, or with a loss that reaches no trained tensor. "
+                "twa.step() and twa.optimizer.step() are the same step: call one of them, once for each gradient."
+            )
+
+    def spoil(self, fault: TwaError) -> None:
+        """Make the sums NaN on this rank, and so on all: they learn of a fault without asking each other every step."""
+        self.fault = self.fault or fault
+        self._sums.fill_(torch.nan)
+
     def clear(self) -> None:
         """Begin a new step."""
+        self.fault = None
         self.received = False
         self._sums.zero_()
         if self._squares is not None:

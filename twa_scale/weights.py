@@ -1,12 +1,13 @@
 """Writing the weights w = (1 + u_c) c + sum_i u_i delta_i into the live spans of a rank."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
 from twa_scale.clock import Clock
 from twa_scale.engines import Engine
 from twa_scale.engines.postponed import Combine, Postponed
+from twa_scale.errors import EngineError, TwaError
 from twa_scale.layout import Layout
 from twa_scale.spans import Span
 from twa_scale.store import Store
@@ -41,6 +42,7 @@ class Weights:
         self._clock = clock
         self._postponed = Postponed(engine.units() if postpone else [], groups, engine.device, clock)
         self.settle = self._postponed.settle_all
+        self._written: dict[str, object] = {}
 
     def watch(self) -> None:
         """Have the engine say when it uses weights that were postponed."""
@@ -60,6 +62,28 @@ class Weights:
             self._postponed.start(make)
         with self._clock.part("publish"), torch.no_grad():
             self._engine.publish(self._names)
+        self._note(self._names)
+
+    def _note(self, names: Collection[str]) -> None:
+        self._written |= self._engine.changed(names)
+
+    def meddled(self) -> TwaError | None:
+        """Return an error that says what else has written or replaced the weights of this rank since `write`, if any.
+
+        What has been postponed and is not written yet is as it was before.
+        """
+        try:
+            now = self._engine.changed(self._names)
+        except TwaError as error:
+            return error
+        for name, before in self._written.items():
+            if now[name] != before:
+                return EngineError(
+                    f"parameter {name!r} was written since the average wrote it, and the step would overwrite that. "
+                    "Load checkpoints and change weights before attach; show other weights with weights(); continue a "
+                    "run with load_state_dict() of its average."
+                )
+        return None
 
     @torch.no_grad()
     def _combiner(self, choose: Callable[[], torch.Tensor]) -> Combine:
@@ -69,10 +93,11 @@ class Weights:
         columns = u[:-1].T.to(self._engine.device, torch.float32).contiguous()
 
         @torch.no_grad()
-        def combine(spans: Iterable[Span]) -> None:
+        def combine(spans: Collection[Span]) -> None:
             with self._clock.part("combine"):
                 for span in spans:
                     group = self._groups[span]
                     self._store.combine(span, columns[group], scales[group], self._engine.live(span))
+            self._note({span.name for span in spans})
 
         return combine

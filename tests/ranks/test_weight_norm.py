@@ -15,7 +15,7 @@ from twa_scale import ConfigError, TwaError
 
 STEPS = 4
 NORM = 10.3
-CONFIG = {"groups": "block", "optimizer": {"name": "sgd", "lr": 0.1}, "max_weight_grad_norm": NORM}
+CONFIG = {"groups": "block", "optimizer": {"name": "sgd", "lr": 0.03}, "max_weight_grad_norm": NORM}
 ENGINES = ["ddp", "fsdp2", *flattened.ENGINES, *zero.ENGINES]
 
 

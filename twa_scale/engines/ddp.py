@@ -6,7 +6,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twa_scale.engines.describe import claim, named_parameters, persistent_buffers, release
+from twa_scale.engines.describe import (
+    claim,
+    named_parameters,
+    persistent_buffers,
+    places,
+    release,
+    require_in_place,
+    writes,
+)
 from twa_scale.engines.private import require
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
@@ -27,6 +35,7 @@ class DDPEngine(Engine):
         self.module: nn.Module = model.module
         self._model = model
         parameters, self.parameters = named_parameters(model)
+        self._whole, self._places = parameters, places(model)
         self.device = next(iter(parameters.values())).device
         self.shard_group = Group(model.process_group)
         self.replica_group = replica_group
@@ -52,6 +61,11 @@ class DDPEngine(Engine):
         """All-gather what each rank wrote."""
         self._averaged.publish(names)
         self._ignored.publish(names)
+
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return address and version of each parameter's memory."""
+        require_in_place(self._places)
+        return {name: writes(self._whole[name]) for name in names}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers."""

@@ -68,6 +68,39 @@ def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[s
     return {name: p for name, (p, _) in found.items()}, infos
 
 
+Places = list[tuple[str, nn.Module, str, nn.Parameter]]
+"""Name of a parameter, the module that holds it, its name there, and itself."""
+
+
+def places(module: nn.Module) -> Places:
+    """Return where the parameters of `module` are, tied ones everywhere."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, child, key, parameter)
+        for prefix, child in module.named_modules()
+        for key, parameter in child._parameters.items()
+        if parameter is not None
+    ]
+
+
+def require_in_place(places: Places) -> None:
+    """Refuse a model whose parameters are no longer those that were attached to.
+
+    Raises:
+        EngineError: names the first that was replaced.
+    """
+    for name, child, key, parameter in places:
+        if child._parameters.get(key) is not parameter:
+            raise EngineError(
+                f"parameter {name!r} was replaced since attach (load_state_dict(assign=True), perhaps): the average "
+                "writes to memory that the model no longer uses. Change the model before attach, or attach anew."
+            )
+
+
+def writes(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory is, and how often torch has written it in place."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the buffers that `module.state_dict()` holds, by name without wrappers."""
     unwrap, buffers = unwrapping(module), {}

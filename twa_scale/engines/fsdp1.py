@@ -28,7 +28,6 @@ _FLAT = (
     "_param_extensions",
     "_numels_with_padding",
     "_is_padding_mask",
-    "_local_shard",
 )
 
 

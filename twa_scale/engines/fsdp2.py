@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers
+from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers, writes
 from twa_scale.engines.mesh import Axis, Grid
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters
@@ -109,6 +109,15 @@ class FSDP2Engine(Engine):
         self._hooks += [
             SettlingUnshard(group, self.module, partial(settle, unit)) for unit, group in enumerate(self._groups)
         ]
+
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return address and version of each local part, and of each whole parameter.
+
+        FSDP2 puts gathered parameters in the place of its own during a forward pass, so only their memory is compared.
+        """
+        with torch.no_grad():
+            held = {name: p.to_local() for name, p in self._sharded.items() if name in names}
+        return {name: writes(local) for name, local in held.items()} | self._whole.changed(names)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers, which FSDP2 does not shard."""

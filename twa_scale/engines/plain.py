@@ -6,7 +6,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers
+from twa_scale.engines.describe import (
+    TWICE,
+    flat,
+    named_parameters,
+    persistent_buffers,
+    places,
+    require_in_place,
+    writes,
+)
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
@@ -21,6 +29,7 @@ class PlainEngine(Engine):
     def __init__(self, module: nn.Module, replica_group: Group) -> None:
         self.module = module
         self._parameters, self.parameters = named_parameters(module)
+        self._places = places(module)
         self.device = next(iter(self._parameters.values())).device
         self.shard_group = Group.alone()
         self.replica_group = replica_group
@@ -37,6 +46,11 @@ class PlainEngine(Engine):
 
     def publish(self, names: Collection[str]) -> None:
         """Do nothing: the memory that was written is the model's."""
+
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return address and version of each parameter's memory."""
+        require_in_place(self._places)
+        return {name: writes(self._parameters[name]) for name in names}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers."""
@@ -62,13 +76,11 @@ class PlainEngine(Engine):
                 self._hooks.append(handle)
 
     def drain(self) -> None:
-        """Hand over what the model was told to keep; else the hooks have consumed every gradient."""
-        if not self.keeps_gradients:
-            return
+        """Hand over gradients that were kept, or written by hand; the hooks have consumed all others."""
         assert self._consume is not None
         for span in self.spans():
             parameter = self._parameters[span.name]
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter.requires_grad:
                 self._consume(span, parameter.grad.reshape(-1))
                 parameter.grad = None
 

@@ -1,13 +1,13 @@
 """Weights that a step leaves to the next forward pass, unit by unit: `combine: forward`."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from twa_scale.clock import Clock
 from twa_scale.spans import Span
 
-Combine = Callable[[Iterable[Span]], None]
+Combine = Callable[[Collection[Span]], None]
 """Writes the weights of these spans."""
 
 

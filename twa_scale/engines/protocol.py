@@ -116,6 +116,17 @@ class Engine(metaclass=_Complete):
     def publish(self, names: Collection[str]) -> None:
         """Make what was written to `live` of these parameters visible to the next forward pass. Collective."""
 
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return, for each of these parameters of this rank, what is another value once something has written it.
+
+        It is asked after each write of the average, and compared at the next step. Parameters that are left out are not
+        compared.
+
+        Raises:
+            EngineError: a parameter that was replaced by another.
+        """
+        return {}
+
     def units(self) -> list[list[Span]]:
         """Return local spans by what the model uses at once, in the order of forward passes: for `before_use`.
 

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import torch
 
-from twa_scale.engines.describe import flat
+from twa_scale.engines.describe import flat, writes
 from twa_scale.engines.protocol import Consume
 from twa_scale.ranks import Group
 from twa_scale.spans import Span, share
@@ -55,6 +55,10 @@ class ReplicatedParameters:
     def live(self, span: Span) -> torch.Tensor:
         """Return the local memory of a span."""
         return flat(span.name, self._parameters[span.name])[span.start : span.stop]
+
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return address and version of these parameters' memory, as far as they are here."""
+        return {name: writes(parameter) for name, parameter in self._parameters.items() if name in names}
 
     def consume(self, consume: Consume, *, averaged: bool) -> None:
         """Hand over this rank's part of every gradient and free it; average over the group first unless `averaged`."""

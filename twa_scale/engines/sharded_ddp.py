@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.engines.describe import claim, flat, named_parameters, persistent_buffers, release
+from twa_scale.engines.describe import (
+    claim,
+    flat,
+    named_parameters,
+    persistent_buffers,
+    places,
+    release,
+    require_in_place,
+)
 from twa_scale.engines.private import require
 from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.engines.replicated import ReplicatedParameters, buckets
@@ -44,6 +52,7 @@ class ShardedDDPEngine(Engine):
         # The inner module: fairscale's own forward would overwrite buffers with those of rank 0.
         self.module: nn.Module = model.module
         self._parameters, self.parameters = named_parameters(model)
+        self._places = places(model)
         self.device = next(iter(self._parameters.values())).device
         self.shard_group = Group(model._process_group)
         self.replica_group = replica_group or Group.alone()
@@ -53,6 +62,8 @@ class ShardedDDPEngine(Engine):
             {name: p for name, p in self._parameters.items() if p not in owners}, self.shard_group
         )
         self._consume: Consume | None = None
+        self._ran = False
+        """Whether a forward pass that can be followed by backward was made since gradients were taken."""
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     def _mine(self) -> Iterator[str]:
@@ -78,6 +89,11 @@ class ShardedDDPEngine(Engine):
                     tensor.copy_(values)
         self._rest.publish(names)
 
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return nothing but for parameters that were replaced: fairscale itself writes parameters."""
+        require_in_place(self._places)
+        return {}
+
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers."""
         return persistent_buffers(self.module)
@@ -86,11 +102,18 @@ class ShardedDDPEngine(Engine):
         """Consume what has been reduced before each forward pass, so that accumulation needs no `no_sync`."""
         claim(self._model)
         self._consume = consume
-        self._hook = self._model.register_forward_pre_hook(lambda *_: self._take())
+        self._hook = self._model.register_forward_pre_hook(lambda *_: self._before_forward())
+
+    def _before_forward(self) -> None:
+        self._take()
+        self._ran |= torch.is_grad_enabled()
 
     def _take(self) -> None:
         """Hand over the gradients that fairscale has reduced, on the ranks that own them, and clear them on all."""
         assert self._consume is not None
+        if not self._ran:  # what looks reduced was taken before
+            return
+        self._ran = False
         reduced = self._reduced()
         for name, p in self._parameters.items():
             if p in reduced:

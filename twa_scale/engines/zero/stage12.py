@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from twa_scale.engines.describe import named_parameters
+from twa_scale.engines.describe import named_parameters, writes
 from twa_scale.engines.private import require
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
@@ -39,6 +39,7 @@ class Zero12Engine(ZeroEngine):
         super().__init__(engine, replica_group)
         require("deepspeed", engine.optimizer, _OPTIMIZER)
         parameters, infos = named_parameters(engine)
+        self._low = parameters
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._spans: dict[str, Span] = {}
         self._masters: dict[str, torch.Tensor] = {}
@@ -88,6 +89,11 @@ class Zero12Engine(ZeroEngine):
         if not self._spans.keys().isdisjoint(names):
             self._optimizer.update_lp_params()
         self._replicated.publish(names)
+
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return address and version of this rank's float32 weights, and of the low-precision ones."""
+        masters = {name: (writes(m), writes(self._low[name])) for name, m in self._masters.items() if name in names}
+        return masters | self._replicated.changed(names)
 
     def drain(self) -> None:
         """Hand over this rank's part of the averaged gradients.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from twa_scale.engines.describe import named_parameters
+from twa_scale.engines.describe import named_parameters, writes
 from twa_scale.engines.private import require
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
 from twa_scale.errors import EngineError
@@ -88,6 +88,10 @@ class Zero3Engine(ZeroEngine):
         offload.partition_all_parameters()
         if offload.persistent_parameters:
             offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
+
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return address and version of this rank's float32 partitions."""
+        return {name: writes(self._live[name]) for name in self._trained if name in names}
 
     def drain(self) -> None:
         """Hand over this rank's part of the averaged gradients.
