@@ -66,16 +66,11 @@ class TrainableAverage:
         self.clock = Clock(engine.device)
         sums = torch.zeros(len(candidates) + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         clips = config.max_weight_grad_norm is not None
-        self._gradients = Gradients(
-            store, self._spans, sums, self.clock, with_center=basis.needs_center, with_norm=clips
-        )
+        self._gradients = Gradients(store, self._spans, sums, self.clock, basis.needs_center, with_norm=clips)
         self.optimizer = AverageOptimizer(make_optimizer(config, self._x), self, self._take_step)
         """For schedulers, and for what calls optimizers: its step is `step`."""
-        self.closed = False
-        self._moved = False
+        self.closed = self._moved = self._in_step = self._accumulating = False
         self._shown: list[torch.Tensor | None] = []
-        self._in_step = False
-        self._accumulating = False
         self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=config.combine == "forward")
         self._limits = WeightLimits(engine, self._weights, layout, basis, pods)
         self._write()
@@ -165,9 +160,7 @@ class TrainableAverage:
         products *= clipping(norm and norm / scale, self.config.max_weight_grad_norm)
         finite = bool(torch.isfinite(products).all())
         if not finite:
-            with self.pods.agree():
-                if self._gradients.fault:
-                    raise self._gradients.fault
+            self._gradients.require_no_fault(self.pods)
         if engine_scale:
             products /= scale
             engine_scale.update(overflow=not finite)

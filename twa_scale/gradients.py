@@ -30,8 +30,8 @@ class Gradients:
         groups: Mapping[Span, int],
         sums: torch.Tensor,
         clock: Clock,
-        *,
         with_center: bool,
+        *,
         with_norm: bool,
     ) -> None:
         self._store = store
@@ -42,8 +42,7 @@ class Gradients:
         self._squares = torch.zeros_like(sums[:1]) if with_norm else None  # its first element, so that one sum does
         self._squared: set[Span] = set()
         self._streams: set[torch.cuda.Stream] = set()
-        self.fault: TwaError | None = None
-        """Why this rank cannot step, to be raised on all ranks when they find sums that are not finite."""
+        self._fault: TwaError | None = None
         self.received = False
         """Whether a gradient of a trained span has come to this rank since the last step."""
 
@@ -103,12 +102,18 @@ class Gradients:
 
     def spoil(self, fault: TwaError) -> None:
         """Make the sums NaN on this rank, and so on all: they learn of a fault without asking each other every step."""
-        self.fault = self.fault or fault
+        self._fault = self._fault or fault
         self._sums.fill_(torch.nan)
+
+    def require_no_fault(self, pods: Pods) -> None:
+        """Raise on every rank what one has found; to be called where the reduced sums are not finite. Collective."""
+        with pods.agree():
+            if self._fault:
+                raise self._fault
 
     def clear(self) -> None:
         """Begin a new step."""
-        self.fault = None
+        self._fault = None
         self.received = False
         self._sums.zero_()
         if self._squares is not None:
