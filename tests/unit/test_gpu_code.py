@@ -1,0 +1,40 @@
+"""What Triton compiles the GPU kernels to, for processors that this machine does not have."""
+
+import pytest
+
+from tests.gpu_code import STORES, TARGETS, WARP, Kernel
+
+OPERATIONS = ("project", "combine")
+IN_FLIGHT = 15_000
+"""Bytes that a multiprocessor has to wait for at a time: 3.35 TB/s x 600 ns over the 132 of an H100."""
+
+
+def check(kernel: Kernel) -> None:
+    assert kernel.spilled == 0
+    loads = kernel.shape.rows * kernel.row_bytes * (1 if kernel.store.startswith("dense") else 0.9)
+    if kernel.aligned and kernel.full:
+        loads += 4 * kernel.elements  # of the gradient or the center
+    assert kernel.wide_loads >= int(loads / (16 * WARP[kernel.target]))
+    if WARP[kernel.target] == 32 and kernel.store not in ("packed2", "packed1"):  # these are limited by instructions
+        assert kernel.bytes_in_flight >= IN_FLIGHT
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_4_bits_on_hopper(operation: str) -> None:
+    check(Kernel(operation, "packed4", "sm_90"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_store_on_every_target(target: str, operation: str, store: str) -> None:
+    check(Kernel(operation, store, target))
+    assert Kernel(operation, store, target, full=False).spilled == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", [store for store in STORES if store.startswith("packed")])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_spans_that_begin_within_a_tile(operation: str, store: str) -> None:
+    check(Kernel(operation, store, "sm_90", aligned=False))
