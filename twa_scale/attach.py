@@ -15,15 +15,17 @@ from twa_scale.basis import Basis, Gram, make_basis, needs_norms_only
 from twa_scale.buffers import buffer_source, copied_notice, spectral_vectors
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
-from twa_scale.errors import ConfigError
+from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.kernels import Target
-from twa_scale.layout import Layout, match
+from twa_scale.layout import Layout, alias_jobs, match, wanted_of
 from twa_scale.notices import notice
 from twa_scale.optimizer import check_optimizer, check_settings
 from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.reading import Progress, job_bytes
 from twa_scale.sources import Candidate, open_together
-from twa_scale.sources.mapped import mapped
+from twa_scale.sources.find import same_files
+from twa_scale.sources.mapped import mapped, refuse_overlap
+from twa_scale.sources.view import stored_once
 from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
 from twa_scale.store import Store, make_store
@@ -83,13 +85,16 @@ def attach(
     with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
         reduction = Reduction(config.comm, pods, group, engine.replica_group)
         undo.callback(reduction.close)
-        opened = open_together(candidates, pods)
+        opened = open_together(candidates, pods, wanted=wanted_of(engine.parameters, engine.buffers(), config))
         for candidate in opened:
             undo.callback(candidate.close)
         with pods.agree():
             layout = match(engine.parameters, engine.buffers(), opened, config)
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
+            if config.store == "mapped":
+                live = [engine.live(span) for span in engine.spans() if span.name in layout.group_of]
+                refuse_overlap(opened, [layout.source(name) for name in layout.group_of], live)
             store = make_store(
                 config,
                 len(opened),
@@ -108,11 +113,14 @@ def attach(
             norms_only = needs_norms_only(config.basis)
             gram = Gram(len(layout.groups), len(opened), store.device, diagonal=norms_only)
             _read_spans(engine, layout, stream, weights, store, gram)
+            _read_aliases(engine, layout, stream, opened)
             buffers = _read_buffers(engine, layout, stream, config.buffers, weights) if group.rank == 0 else {}
         fingerprint = _fingerprint(engine, layout, opened, stream)
         fingerprint.require_same_in(pods)
         inner = gram.values.to(engine.device).mul_(pods.share)
         pods.sum_(inner)  # all pods have the same but for rounding, which would part their bases
+        with pods.agree():
+            _require_equal_ties(layout, fingerprint)
         _write_rest(engine, layout, buffers)
         copied = {name: i for found in group.gather(stream.differing) for name, i in found.items()}
         with pods.agree():  # a warning may be an error
@@ -148,7 +156,8 @@ def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidat
     if engine.shard_group.rank == 0:
         live = _live_buffers(engine, layout)
         spans += [whole(layout.source(name), tuple(buffer.shape)) for name, buffer in live.items()]
-    return job_bytes(candidates, [(span, range(len(candidates))) for span in spans])
+    aliases = job_bytes(candidates, alias_jobs(engine.spans(), layout, candidates))
+    return aliases + job_bytes(candidates, [(span, range(len(candidates))) for span in spans])
 
 
 def _read_spans(
@@ -187,12 +196,24 @@ def _read_buffers(
     return values
 
 
+def _read_aliases(engine: Engine, layout: Layout, stream: Stream, candidates: Sequence[Candidate]) -> None:
+    """Find the checksums of tied parameters under their other names; what is stored once is not read again."""
+    stream.check(alias_jobs(engine.spans(), layout, candidates))
+    sums = stream.checksums
+    for source, *aliases in layout.held_as.values():
+        for alias in aliases if source in sums else ():
+            found = sums.setdefault(alias, torch.zeros_like(sums[source]))
+            for i, candidate in enumerate(candidates):
+                if stored_once(candidate, source, alias):
+                    found[i] = sums[source][i]
+
+
 def _live_buffers(engine: Engine, layout: Layout) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in engine.buffers().items() if name in layout.buffers}
 
 
 def _fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate], stream: Stream) -> Fingerprint:
-    names = [layout.source(name) for name in (*engine.parameters, *layout.buffers)]
+    names = [held for name in (*engine.parameters, *layout.buffers) for held in layout.held_as[name]]
     shapes = {name: candidates[0].shape(name) for name in names}
     fingerprint = fingerprint_of([candidate.label for candidate in candidates], shapes, stream.checksums)
     sums = engine.shard_group.sum_(fingerprint.checksums.to(engine.device))
@@ -207,8 +228,28 @@ def _write_rest(engine: Engine, layout: Layout, buffers: dict[str, torch.Tensor]
         live[name].copy_(value.view(live[name].shape))
 
 
+def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:
+    """Refuse candidates that hold different values under the names of one tied tensor of the model.
+
+    Raises:
+        CandidateError: naming the first candidate and both tensors.
+    """
+    sums = dict(zip(fingerprint.shapes, fingerprint.checksums.T.tolist(), strict=True))
+    for source, *aliases in layout.held_as.values():
+        for alias in aliases:
+            for label, first, second in zip(fingerprint.labels, sums[source], sums[alias], strict=True):
+                if first != second:
+                    raise CandidateError(
+                        f"{label}: tensors {source!r} and {alias!r} hold different values, but the model ties them: "
+                        "they are one parameter, which can have one value only. Untie them in the model, or name the "
+                        "one that is not meant in `ignore`."
+                    )
+
+
 def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
     for first, second in fingerprint.equals({layout.source(name) for name in layout.group_of}):
+        if same_files(first, second):  # reported when they were found
+            continue
         notice(
             f"candidates {first} and {second} have the same checksum in every tensor: of two with the same weights the "
             "second adds nothing."

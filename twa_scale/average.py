@@ -284,6 +284,7 @@ class TrainableAverage:
             "groups": list(self.layout.groups),
             "group_of": {a: group for n, group in self.layout.group_of.items() for a in self.layout.held_as[n]},
             "buffer_names": {name: self.layout.source(name) for name in self.layout.buffers},
+            "tied": [list(names) for names in self.layout.held_as.values() if len(names) > 1],
             "x": self._x.detach().cpu().clone(),
             "coefficients": self.coefficients.cpu(),
             "center_weights": self._basis.center_weights.cpu(),

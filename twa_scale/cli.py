@@ -39,6 +39,14 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="Type of the result: `float32`, `bfloat16`, `float16`; when not given, the candidates' widest."),
 ]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help="Regular expression of tensors to leave out; may be given several times.", show_default=False),
+]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(help="Where the weights are in files that hold several sets: `model_ema`, `ema.state_dict`, ..."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 
 
@@ -158,6 +166,8 @@ def plan(
 def inspect(
     candidates: Annotated[list[str], typer.Argument(help="Files, directories or globs, in training order.")],
     plot: Annotated[Path | None, typer.Option(help="Draw the cosine matrix of the deltas into this PNG.")] = None,
+    ignore: Ignore = None,
+    weights_key: WeightsKey = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what candidates hold and how they lie to each other. Reads each byte once, in bounded memory.
@@ -167,10 +177,11 @@ def inspect(
     from twa_scale.inspection import inspect as inspect_candidates
     from twa_scale.inspection import inspection_json, inspection_table
     from twa_scale.plots import plot_cosines
+    from twa_scale.sources import asked_for
 
     with _joined(Path.cwd() / "inspect") as (report, say):
         with report.bytes("reading candidates") as progress:
-            inspection = inspect_candidates(candidates, progress)
+            inspection = inspect_candidates(candidates, progress, asked_for(ignore or [], weights_key))
         say(inspection_json(inspection) if json else _drawn(inspection_table(inspection)))
         if plot and report.active:
             plot_cosines(plot, inspection.cosines, inspection.labels)
@@ -271,6 +282,8 @@ def average(
             "candidate; `mean`: average statistics uniformly; or take all from `first`, `last` or an index."
         ),
     ] = "average",
+    ignore: Ignore = None,
+    weights_key: WeightsKey = None,
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
@@ -294,6 +307,8 @@ def average(
             weights,
             normalize=normalize,
             buffers=buffers,
+            ignore=ignore or [],
+            weights_key=weights_key,
             max_shard_size=max_shard_size,
             dtype=dtype,
             overwrite=overwrite,

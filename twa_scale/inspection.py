@@ -17,7 +17,7 @@ from twa_scale.basis import Gram
 from twa_scale.kernels import Target, choose_kernels
 from twa_scale.ranks import Group
 from twa_scale.reading import Progress, job_bytes
-from twa_scale.sources import open_together
+from twa_scale.sources import Wanted, open_together
 from twa_scale.spans import share, whole
 from twa_scale.streaming import Stream
 
@@ -40,14 +40,16 @@ class Inspection:
     """(n, n): ||w_i - w_j||."""
 
 
-def inspect(paths: str | Sequence[str | Path], progress: Progress | None = None) -> Inspection:
+def inspect(
+    paths: str | Sequence[str | Path], progress: Progress | None = None, wanted: Wanted | None = None
+) -> Inspection:
     """Read every byte of the candidates once, in bounded memory. Collective: the ranks of a launcher share the work.
 
     Raises:
         CandidateError: candidates that are damaged, not alike, or hold NaN or Inf.
     """
     group = Group.world()
-    candidates = open_together(paths if isinstance(paths, str) else list(paths), group, minimum=1)
+    candidates = open_together(paths if isinstance(paths, str) else list(paths), group, 1, wanted or Wanted())
     n = len(candidates)
     names = [name for name in candidates[0].names() if candidates[0].dtype(name).is_floating_point]
     device = torch.device("cpu")

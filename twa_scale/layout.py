@@ -1,6 +1,6 @@
 """Matching a model with its candidates: which tensors are trained, which are fixed, and who shares coefficients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +9,8 @@ from twa_scale.config import TwaConfig
 from twa_scale.engines import ParameterInfo
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.names import group_names, matches_any, nearest, selected, some, without_wrappers
-from twa_scale.sources import Candidate
+from twa_scale.sources import Candidate, Wanted
+from twa_scale.sources.view import stored_once
 from twa_scale.spans import Span
 
 
@@ -36,6 +37,27 @@ class Layout:
     def sourced(self, span: Span) -> Span:
         """Return the span under the name under which it is read."""
         return replace(span, name=self.source(span.name))
+
+
+def alias_jobs(
+    spans: Iterable[Span], layout: Layout, candidates: Sequence[Candidate]
+) -> Iterator[tuple[Span, Sequence[int]]]:
+    """Yield what is read of tied tensors under their other names, where these are stored apart."""
+    for span in spans:
+        source, *aliases = layout.held_as[span.name]
+        for alias in aliases:
+            apart = [i for i, candidate in enumerate(candidates) if not stored_once(candidate, source, alias)]
+            if apart:
+                yield replace(span, name=alias), apart
+
+
+def wanted_of(
+    parameters: Mapping[str, ParameterInfo], buffers: Mapping[str, torch.Tensor], config: TwaConfig
+) -> Wanted:
+    """Return which tensors of the candidates a model wants: all that are its own, and of tied ones any name."""
+    ties = [info.aliases for info in parameters.values() if len(info.aliases) > 1]
+    known = {alias for info in parameters.values() for alias in info.aliases} | set(buffers)
+    return Wanted(config.weights_key, config.ignore, known, ties)
 
 
 def match(

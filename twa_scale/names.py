@@ -56,7 +56,7 @@ def selected(names: Sequence[str], include: Sequence[str], exclude: Sequence[str
         ConfigError: a pattern that matches no tensor, which would silently train something else.
     """
     for key, patterns in (("include", include), ("exclude", exclude)):
-        _refuse_unused(key, patterns, names)
+        refuse_unused(key, patterns, names)
     return [n for n in names if (not include or matches_any(n, include)) and not matches_any(n, exclude)]
 
 
@@ -74,7 +74,7 @@ def group_names(names: Sequence[str], groups: str | Sequence[str]) -> dict[str, 
     if groups == "block":
         return {name: _block(name) for name in names}
     assert not isinstance(groups, str)
-    _refuse_unused("groups", groups, names)
+    refuse_unused("groups", groups, names)
     return {name: next((p for p in groups if re.search(p, name)), REST) for name in names}
 
 
@@ -86,10 +86,15 @@ def _block(name: str) -> str:
     return parts[0]
 
 
-def _refuse_unused(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+def refuse_unused(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse patterns that match no tensor, which would silently do something else.
+
+    Raises:
+        ConfigError: naming the pattern.
+    """
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise ConfigError(
                 f"{key}: the pattern {pattern!r} matches none of the {len(names)} tensors. Each pattern must match "
-                f"at least one, so that nothing is trained by mistake. Names look like {some(names)}."
+                f"at least one, so that nothing is done by mistake. Names look like {some(names)}."
             )

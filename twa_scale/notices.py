@@ -17,3 +17,7 @@ def notice(text: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "twa_scale":
         level, frame = level + 1, frame.f_back
     warnings.warn(text, TwaWarning, stacklevel=level)
+
+
+def unsaid(text: str) -> None:
+    """Say nothing, where `notice` is called on another rank."""

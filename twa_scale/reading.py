@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -55,6 +55,23 @@ class Part:
     def element(self, i: int) -> int:
         """Return where its i-th element stands in the tensor's flattening."""
         return self.span.element(self.start + i)
+
+    def mask(self) -> torch.Tensor | None:
+        """Return where all candidates hold the same infinite number, as in a mask: (m,), bool.
+
+        None where nothing is infinite, or something else is not finite.
+        """
+        first = self.sources[0].to(torch.float64)
+        same = torch.isinf(first)
+        for source in self.sources[1:]:
+            same &= source.to(torch.float64) == first
+        finite = all(bool((torch.isfinite(source.to(torch.float64)) | same).all()) for source in self.sources)
+        return same if finite and bool(same.any()) else None
+
+    def without(self, where: torch.Tensor) -> "Part":
+        """Return the part with zeros at `where`, (m,), bool; in float32, or float64 where it is that already."""
+        kept = (source if source.dtype == torch.float64 else source.to(torch.float32) for source in self.sources)
+        return replace(self, sources=[source.masked_fill(where, 0) for source in kept])
 
 
 class _Cut(NamedTuple):

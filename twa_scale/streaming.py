@@ -1,6 +1,6 @@
 """One pass over the candidates: their bytes come by slices, and leave as deltas around the center."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -63,12 +63,35 @@ class Stream:
         """
         everyone = range(len(self._candidates))
         for part in self._reader.parts((span, everyone) for span in targets):
-            seen = self._kernels.make_deltas(part.sources, weights, targets[part.span], part.start)
+            target = targets[part.span]
+            only_products = target.rows is None and target.center is None and target.products is not None
+            before = target.products.clone() if only_products and target.products is not None else None
+            seen = self._kernels.make_deltas(part.sources, weights, target, part.start)
             self._add(part, seen.checksums)
             if not seen.finite:
-                raise self._blamed(part)
-            if targets[part.span].rows is None:
-                self._require_fits(part, targets[part.span].center)
+                if before is not None and target.products is not None:
+                    target.products.copy_(before)
+                self._make_deltas_of_mask(part, weights, target)
+            if target.rows is None:
+                self._require_fits(part, target.center)
+
+    def _make_deltas_of_mask(self, part: Part, weights: Sequence[float], target: Target) -> None:
+        """Keep the infinite numbers that all candidates share, as masks have them; what is trained may hold none."""
+        mask = part.mask()
+        if mask is None:
+            raise self._blamed(part)
+        if target.rows is not None or (target.center is not None and target.products is not None):
+            i = int(mask.nonzero()[0])
+            raise CandidateError(
+                f"{self._candidates[0].label}: tensor {part.span.name!r} holds {part.sources[0][i].item()} at element "
+                f"{part.element(i)}, as all candidates do; what is trained must be finite. If it is a mask, name it in "
+                "`exclude`: then it is kept as it is."
+            )
+        if not self._kernels.make_deltas(part.without(mask).sources, weights, target, part.start).finite:
+            raise self._blamed(part)
+        if target.center is not None:
+            center = target.center.detach()[part.start : part.stop]
+            center[mask.to(center.device)] = part.sources[0][mask].to(center)
 
     def copies(self, spans: Mapping[Span, int]) -> Iterator[tuple[Span, int, torch.Tensor]]:
         """Yield (span, offset, values) of one candidate, bit for bit: of tensors that are not averaged.
@@ -91,6 +114,11 @@ class Stream:
             if chosen.is_floating_point() and bool((nan := torch.isnan(chosen)).any()):
                 raise self._bad(part, which, nan)
             yield part.span, part.start, chosen
+
+    def check(self, jobs: Iterable[tuple[Span, Sequence[int]]]) -> None:
+        """Read spans of some candidates for their checksums alone."""
+        for part in self._reader.parts(jobs):
+            self._add(part, self._kernels.checksums(part.sources))
 
     def _add(self, part: Part, checksums: torch.Tensor) -> None:
         sums = self.checksums.setdefault(part.span.name, torch.zeros(len(self._candidates), dtype=torch.int64))

@@ -185,9 +185,6 @@ def test_what_is_named_twice_counts_twice_and_is_said(here: Path, twice: list[st
     spec = [path.format(here=here) for path in twice]
     paths, said = found(spec)
     assert paths == spec and len(said) == 1 and "count 2 times" in said[0] and repr(spec[0]) in said[0]
-    state = tensors(1.0)
-    assert len(find_sources([state, state], 1, said.append)) == 2
-    assert "state dict 0 and state dict 1 count 2 times" in said[1]
 
 
 def test_a_match_of_what_is_named_as_well_counts_once(here: Path) -> None:

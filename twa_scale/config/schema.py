@@ -119,6 +119,11 @@ class TwaConfig(Section):
     include: list[str] = Field([], description="Regular expressions of tensor names to train; all when empty.")
     exclude: list[str] = Field([], description="Regular expressions of tensor names to leave at the center.")
     ignore: list[str] = Field([], description="Regular expressions of candidate tensors that the model does not have.")
+    weights_key: str | None = Field(
+        None,
+        description="Where the weights are in candidates that hold several sets, with dots between keys: `model_ema`, "
+        "`ema.state_dict`, or what names begin with; under `state_dict`, `model` and other usual keys when not given.",
+    )
     buffers: Literal["average", "mean", "first", "last"] | int = Field(
         "average",
         description="Floating point buffers. `average`: running statistics (`running_mean`, `running_var`) are "

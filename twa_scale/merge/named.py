@@ -17,11 +17,12 @@ from twa_scale.config import (
 )
 from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
+from twa_scale.merge.ties import require_equal_ties
 from twa_scale.names import nearest
 from twa_scale.notices import notice
 from twa_scale.ranks import Group, require_same_settings
 from twa_scale.reading import Progress
-from twa_scale.sources import open_together
+from twa_scale.sources import Wanted, asked_for, open_together
 from twa_scale.sources.side_files import side_files
 from twa_scale.state import load_state
 
@@ -35,6 +36,8 @@ def average_fixed(
     *,
     normalize: bool = False,
     buffers: str | int = "average",
+    ignore: Sequence[str] = (),
+    weights_key: str | None = None,
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     overwrite: bool = False,
@@ -49,6 +52,8 @@ def average_fixed(
             The mean when neither they nor PATH:WEIGHT are given.
         normalize: divide weights that are given one by one by their sum, which else has to be 1.
         buffers: what the setting `buffers` takes. Names tell which tensors are buffers: see docs/candidates.md.
+        ignore: regular expressions of tensors to leave out.
+        weights_key: where the weights are in files that hold several sets; see TwaConfig.
         max_shard_size: see `merge`.
         dtype: name of the floating point type to write.
         overwrite: see `merge`.
@@ -64,6 +69,7 @@ def average_fixed(
     group = Group.world()
     with group.agree():
         paths, explicit = _split(candidates)
+        wanted = asked_for(ignore, weights_key)
         chosen = parse_dtype(dtype)
     options = {"PATH:WEIGHT": explicit, "--weights": weights, "--normalize": normalize, "--buffers": buffers}
     require_same_settings(group, options)
@@ -74,7 +80,7 @@ def average_fixed(
     given = explicit if explicit is not None else _parsed("mean" if weights is None else weights)
     if isinstance(given, list):
         given = _of_sum_one(given, normalize)
-    opened = open_together(paths, group, minimum=1)
+    opened = open_together(paths, group, 1, wanted)
     vectors = spectral_vectors(opened[-1].names())
     if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(
@@ -96,6 +102,7 @@ def average_fixed(
         files=side_files(opened[-1].directory, chosen),
         overwrite=overwrite,
         progress=progress,
+        verify=lambda checksums: require_equal_ties(opened, checksums),
     )
     return list(zip((candidate.label for candidate in opened), fixed, strict=True))
 
@@ -126,7 +133,9 @@ def export_run(
     state = group.broadcast(state)  # one rank looks: file systems may show ranks different things
     assert state is not None
     twa = state.exported
-    opened = open_together(state.candidates, group)
+    known = {*twa.fingerprint.shapes, *twa.group_of}
+    wanted = Wanted(twa.config.weights_key, twa.config.ignore, known, twa.tied)
+    opened = open_together(state.candidates, group, wanted=wanted)
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]
     buffers = {*twa.buffer_names.values(), *spectral_vectors(opened[-1].names())}

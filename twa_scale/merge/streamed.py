@@ -156,9 +156,11 @@ class _Merger:
         reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
         for part in reader.parts(streamed):
             source = self._source(part.span.name)
-            values = self._copied(part, source) if isinstance(source, int) else self._combined(part, source)
-            span = part.span.part(part.start, part.stop)
-            self.writer.write(span, values, masks=isinstance(source, int))  # Inf may be meant, as in a mask
+            if isinstance(source, int):
+                values, masks = self._copied(part, source), True
+            else:
+                values, masks = self._combined(part, source)
+            self.writer.write(part.span.part(part.start, part.stop), values, masks=masks)
 
     def _source(self, name: str) -> Source:
         if not self.candidates[-1].dtype(name).is_floating_point:
@@ -182,19 +184,29 @@ class _Merger:
             raise self._bad(part, which, nan)
         return chosen
 
-    def _combined(self, part: Part, weights: Sequence[float]) -> torch.Tensor:
+    def _combined(self, part: Part, weights: Sequence[float]) -> tuple[torch.Tensor, bool]:
+        """Return the average, and whether it holds infinite numbers that all candidates share, as in a mask."""
         a = [weights[i] for i in part.who]
         wide = any(source.dtype == torch.float64 for source in part.sources)
         result = torch.empty(len(part.sources[0]), dtype=torch.float64 if wide else torch.float32)
         seen = self.kernels.make_deltas(part.sources, a, Target(center=result), 0)
         self._add(part, seen.checksums)
+        mask, finite = None, part
         if not seen.finite:
-            raise self._blamed(part)
+            mask = part.mask()
+            if mask is None:
+                raise self._blamed(part)
+            finite = part.without(mask)
+            if not self.kernels.make_deltas(finite.sources, a, Target(center=result), 0).finite:
+                raise self._blamed(part)
         total = fsum(a)
         # Weights of sum 1 that were rounded must not move float64 candidates that agree by a last bit.
         if not isclose(total, 1, rel_tol=1e-12):
-            result.add_(part.sources[reference_of(a)].to(result.dtype), alpha=total - 1)
-        return result
+            result.add_(finite.sources[reference_of(a)].to(result.dtype), alpha=total - 1)
+        if mask is None or not torch.isfinite(result).all():
+            return result, False
+        result[mask] = part.sources[0][mask].to(result.dtype)
+        return result, True
 
     def _add(self, part: Part, checksums: torch.Tensor) -> None:
         for total, more in zip([self.checksums[i] for i in part.who], checksums.tolist(), strict=True):

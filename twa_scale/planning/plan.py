@@ -12,7 +12,7 @@ from twa_scale.engines import ParameterInfo
 from twa_scale.engines.describe import named_parameters, persistent_buffers
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, choose_kernels
-from twa_scale.layout import Layout, match
+from twa_scale.layout import Layout, alias_jobs, match, wanted_of
 from twa_scale.memory import resident
 from twa_scale.optimizer import make_optimizer
 from twa_scale.planning.activations import activation_bytes
@@ -100,7 +100,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     runtime = resident()  # with what the task imports, and data that it holds in memory
     _, parameters = named_parameters(model)
     buffers = persistent_buffers(model)
-    candidates = open_candidates(config.candidates)
+    candidates = open_candidates(config.candidates, wanted=wanted_of(parameters, buffers, config))
     layout = match(parameters, buffers, candidates, config)
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
     n = len(candidates)
@@ -136,7 +136,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         attach={} if offloaded else streaming,
         step={**activations, **transient(model, parameters, engine, config)},
         host={**store, **streaming} if offloaded else {},
-        bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, owned, n)),
+        bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, owned, candidates)),
         wire=wire_bytes(model, parameters, shards, engine, config, numbers),
         wire_between_pods={name: all_reduced(size, config.pods) for name, size in numbers.items() if config.pods > 1},
         notes=notes,
@@ -148,12 +148,13 @@ def _jobs(
     buffers: dict[str, torch.Tensor],
     layout: Layout,
     owned: dict[str, int],
-    n: int,
+    candidates: Sequence[Candidate],
 ) -> Iterator[Job]:
     """Yield what attach reads on the first rank, which takes the buffers."""
     found = {**owned, **{name: buffers[name].numel() for name in layout.buffers}}
     for name, size in found.items():
-        yield Span(layout.source(name), 0, size), range(n)
+        yield Span(layout.source(name), 0, size), range(len(candidates))
+    yield from alias_jobs([Span(name, 0, size) for name, size in owned.items()], layout, candidates)
 
 
 def _mapped_bytes(candidates: Sequence[Candidate], layout: Layout, local: dict[str, int]) -> int | None:

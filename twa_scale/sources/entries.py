@@ -149,6 +149,6 @@ def _after(path: Path, key: str) -> Path:
 
 
 def _alike(held: Counter[Shape], wanted: Counter[Shape]) -> bool:
-    """Whether most of the wanted shapes are there, and not much else: averages often lack buffers, or count steps."""
+    """Whether half of the wanted shapes are there, and not much else: averages often lack buffers, or count steps."""
     common = (held & wanted).total()
-    return 2 * common > wanted.total() and 2 * common > held.total()
+    return 2 * common >= wanted.total() and 2 * common > held.total()

@@ -130,24 +130,31 @@ def _refuse_versions(pattern: str, found: Sequence[Path]) -> None:
 
 def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[Source]:
     """Leave out what a glob matches again, or what is named as well; report that, and what is named twice."""
-    places: dict[_Files | int, list[int]] = defaultdict(list)
+    places: dict[_Files, list[int]] = defaultdict(list)
     for i, one in enumerate(named):
-        places[files_of(one.source) if isinstance(one.source, Path) else id(one.source)].append(i)
+        if isinstance(one.source, Path):
+            places[files_of(one.source)].append(i)
     left_out: dict[int, int] = {}  # and what it is the same as
     for same in places.values():
         by_name = [i for i in same if named[i].pattern is None]
         kept = by_name or [min(same, key=lambda i: _num_links(named[i].source))]
         left_out |= {i: kept[0] for i in same if i not in kept}
         if len(by_name) > 1:
-            labels = list(dict.fromkeys(_label(named, i) for i in by_name))
+            labels = list(dict.fromkeys(repr(str(named[i].source)) for i in by_name))
             tell(
                 f"candidates: {' and '.join(labels)} count {len(by_name)} times, as they were named: they are the same."
             )
     if left_out:
-        again = [f"{_label(named, i)} ({_label(named, kept)})" for i, kept in left_out.items()]
+        again = [f"{str(named[i].source)!r} ({str(named[kept].source)!r})" for i, kept in left_out.items()]
         more = f" and {len(again) - 3} more" if len(again) > 3 else ""
         tell(f"candidates: counted once, as the same files under another path: {', '.join(again[:3])}{more}.")
     return [one.source for i, one in enumerate(named) if i not in left_out]
+
+
+def same_files(first: str, second: str) -> bool:
+    """Whether two labels of candidates are paths that lead to the same files."""
+    paths = [Path(first), Path(second)]
+    return all(path.exists() for path in paths) and files_of(paths[0]) == files_of(paths[1])
 
 
 def files_of(path: Path) -> _Files:
@@ -174,11 +181,6 @@ def _identity(file: Path) -> tuple[int, int, int, int]:
 
 def _num_links(source: Source) -> int:
     return sum(part.is_symlink() for part in (source, *source.parents)) if isinstance(source, Path) else 0
-
-
-def _label(named: Sequence[_Named], i: int) -> str:
-    source = named[i].source
-    return repr(str(source)) if isinstance(source, Path) else f"state dict {i}"
 
 
 def _tell_what_is_left_aside(paths: Sequence[Path], tell: Tell) -> None:

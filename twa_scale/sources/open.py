@@ -15,16 +15,14 @@ from twa_scale.sources.find import Source, Spec, Tell, find_sources
 from twa_scale.sources.memory import MemoryCandidate
 from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.safetensors import SafetensorsCandidate
-from twa_scale.sources.select import Wanted, select
+from twa_scale.sources.select import ALL, Wanted, select
 from twa_scale.sources.sharded import ShardedCandidate
 from twa_scale.sources.torch_file import TorchFileCandidate
 from twa_scale.sources.unwrapped import unwrapped
 from twa_scale.sources.view import View
 
-_ALL = Wanted()
 
-
-def open_candidates(spec: Spec, minimum: int = 2, wanted: Wanted = _ALL, tell: Tell = notice) -> list[Candidate]:
+def open_candidates(spec: Spec, minimum: int = 2, wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:
     """Open the candidates that `spec` names, and check that they hold the same tensors.
 
     Args:
@@ -43,7 +41,7 @@ def open_candidates(spec: Spec, minimum: int = 2, wanted: Wanted = _ALL, tell: T
     return open_sources(find_sources(spec, minimum, tell), wanted, tell)
 
 
-def open_sources(sources: Sequence[Source], wanted: Wanted = _ALL, tell: Tell = notice) -> list[Candidate]:
+def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:
     """Open what `find_sources` has found, and check that all hold the same tensors.
 
     Raises:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from twa_scale.errors import CandidateError
-from twa_scale.names import and_more, matches_any, some
+from twa_scale.errors import CandidateError, ConfigError
+from twa_scale.names import and_more, matches_any, refuse_unused, some
 from twa_scale.sources.entries import optimizer_entries
 from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.quantized import refuse_quantized
@@ -29,6 +29,25 @@ class Wanted:
     """Names of the model's tensors: these are weights, whatever their names look like."""
     ties: Ties | None = None
     """What the model ties; found from the values where there is no model."""
+    must_match: bool = False
+    """Whether each pattern of `ignore` has to be found in the name of a tensor."""
+
+
+ALL = Wanted()
+
+
+def asked_for(ignore: Sequence[str], weights_key: str | None) -> Wanted:
+    """Return what `--ignore` and `--weights-key` ask for.
+
+    Raises:
+        ConfigError: a pattern that is no regular expression.
+    """
+    for pattern in ignore:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"--ignore: {pattern!r} is not a regular expression: {error}.") from None
+    return Wanted(weights_key, ignore, must_match=True)
 
 
 def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candidate], list[str]]:
@@ -36,7 +55,11 @@ def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candid
 
     Raises:
         CandidateError: quantized weights, or no weights at all.
+        ConfigError: a pattern that matches nothing although it must.
     """
+    if wanted.must_match:
+        everything = sorted({name for candidate in candidates for name in candidate.names()})
+        refuse_unused("ignore", wanted.ignore, everything)
     selected: list[Candidate] = []
     left_out: dict[str, list[str]] = {}
     for candidate in candidates:

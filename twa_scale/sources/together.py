@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
-from twa_scale.notices import notice
+from twa_scale.notices import notice, unsaid
 from twa_scale.ranks import Group, first_difference
 from twa_scale.sources.find import Source, Spec, find_sources, spec_items
 from twa_scale.sources.open import open_sources
 from twa_scale.sources.protocol import Candidate
+from twa_scale.sources.select import ALL, Wanted
 
 _SAMPLES = 512  # of a candidate, spread over its tensors; more where it has more tensors
 _SAMPLES_OF_A_TENSOR = 8
@@ -25,7 +26,7 @@ Key = tuple[int, str] | str
 """The place of a candidate and the name of one of its tensors; or `_NUMBER`."""
 
 
-def open_together(spec: Spec, group: Group, minimum: int = 2) -> list[Candidate]:
+def open_together(spec: Spec, group: Group, minimum: int = 2, wanted: Wanted = ALL) -> list[Candidate]:
     """Open the candidates that `spec` names on every rank of `group`, and check that they are the same. Collective.
 
     The first rank resolves globs, and ranks that were given the same paths open what it has found. Ranks may be given
@@ -36,6 +37,7 @@ def open_together(spec: Spec, group: Group, minimum: int = 2) -> list[Candidate]
         spec: see `open_candidates`.
         group: the ranks that work together.
         minimum: the fewest candidates that make sense.
+        wanted: which of their tensors are read.
 
     Raises:
         CandidateError: on every rank: see `open_candidates`; or candidates that differ between ranks.
@@ -44,7 +46,7 @@ def open_together(spec: Spec, group: Group, minimum: int = 2) -> list[Candidate]
     try:
         sources = _resolved(spec, group, minimum)
         with group.agree():
-            candidates = open_sources(sources)
+            candidates = open_sources(sources, wanted, notice if group.rank == 0 else unsaid)
         _require_same(candidates, group)
     except BaseException:
         for candidate in candidates:
@@ -62,7 +64,7 @@ def _resolved(spec: Spec, group: Group, minimum: int) -> list[Source]:
     sources: list[Source] = []
     with group.agree():
         if other or group.rank == 0:
-            sources = find_sources(items, minimum, notice if group.rank == 0 else lambda _: None)
+            sources = find_sources(items, minimum, notice if group.rank == 0 else unsaid)
     found = group.broadcast([None if isinstance(source, Mapping) else source for source in sources])
     if other or group.rank == 0:
         return sources

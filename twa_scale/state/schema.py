@@ -57,6 +57,8 @@ class AverageState(_Saved):
     group_of: dict[str, Count]
     buffer_names: dict[str, str]
     """Live name -> name in the candidates."""
+    tied: list[Names] = []
+    """Names in the candidates of each tensor of the model that has several."""
     x: Tensor
     """(k, G), float64."""
     coefficients: Tensor
