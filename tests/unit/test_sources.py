@@ -17,6 +17,7 @@ from twa_scale.errors import CandidateError
 from twa_scale.kernels.checksum import checksum, wrap
 from twa_scale.sources import open_candidates
 from twa_scale.sources.flat import copy_flat
+from twa_scale.sources.safetensors import SafetensorsCandidate
 from twa_scale.sources.side_files import side_files
 
 Tensors = dict[str, torch.Tensor]
@@ -452,3 +453,12 @@ def test_side_files(tmp_path: Path) -> None:
     changed = side_files(tmp_path, torch.float32)["config.json"]
     assert isinstance(changed, bytes) and json.loads(changed) == {"dtype": "float32", "layers": 2}
     assert side_files(None) == {}
+
+
+def test_an_index_lists_the_names_of_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each of its tensors, which takes minutes with twenty thousand."""
+    listed: list[str] = []
+    names = SafetensorsCandidate.names
+    monkeypatch.setattr(SafetensorsCandidate, "names", lambda self: listed.append(self.label) or names(self))
+    open_candidates([save_shards(tmp_path / "x", tensors())], minimum=1)
+    assert len(listed) <= 3
