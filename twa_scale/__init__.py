@@ -4,7 +4,7 @@ from twa_scale.attach import attach
 from twa_scale.average import TrainableAverage
 from twa_scale.config import RunConfig, TwaConfig
 from twa_scale.engines.zero import stateless_optimizer
-from twa_scale.errors import CandidateError, ConfigError, EngineError, OutputError, StateError, TwaError
+from twa_scale.errors import CandidateError, ConfigError, EngineError, OutputError, RankError, StateError, TwaError
 from twa_scale.notices import TwaWarning
 from twa_scale.snapshots import Snapshots
 
@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "EngineError",
     "OutputError",
+    "RankError",
     "RunConfig",
     "Snapshots",
     "StateError",

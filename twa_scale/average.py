@@ -15,7 +15,7 @@ from twa_scale.clock import Clock
 from twa_scale.coefficients import Which, averaging_coefficients
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine
-from twa_scale.errors import StateError, TwaError
+from twa_scale.errors import RankError, StateError, TwaError
 from twa_scale.export import export
 from twa_scale.gradients import Gradients, clipping
 from twa_scale.layout import Layout
@@ -130,6 +130,7 @@ class TrainableAverage:
         Raises:
             TwaError: a gradient that is not finite, weights that would not be, no backward pass since the last step, or
                 a step inside `weights`; coefficients and weights are as they were.
+            EngineError: on every rank, also when only one of them has gradients that are incomplete.
         """
         self.optimizer.step(grad_scaler=scaler)  # through its hooks, and so that schedulers see a step
         return self._moved
@@ -146,6 +147,10 @@ class TrainableAverage:
         self._in_step = True
         try:
             self._engine.drain()
+        except RankError:
+            raise
+        except Exception as error:
+            self._gradients.spoil(error)
         finally:
             self._in_step = False
         if meddled := self._weights.meddled():
@@ -232,7 +237,8 @@ class TrainableAverage:
         """
         engine = self._engine
         self.settle()
-        seen = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward)
+        apart = engine.shard_group.size == 1
+        seen = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward, apart=apart)
         engine.publish(())
         return seen
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twa_scale.ranks import Group
+from twa_scale.ranks import Group, last_words
 
 
 def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
@@ -23,6 +23,8 @@ def recalibrate(
     group: Group,
     device: torch.device,
     forward: Callable[[nn.Module, Any], object] | None = None,
+    *,
+    apart: bool = False,
 ) -> int:
     """Reset the running statistics of `module` and take their plain mean over `batches` of all ranks of `group`.
 
@@ -35,9 +37,14 @@ def recalibrate(
         group: the data-parallel ranks.
         device: where the batches go.
         forward: how to run one batch, when it is not module(input).
+        apart: a forward pass holds no collective, so that ranks can agree on its errors.
 
     Returns:
         The number of batches over all ranks; 0 leaves the statistics as they were.
+
+    Raises:
+        Whatever a batch raises, on every rank. A forward pass that fails on one rank of a sharded model raises there
+        alone: others may wait within the same pass, until that rank ends or the time-out of the process group is over.
     """
     layers = batchnorm_layers(module)
     if not layers:
@@ -54,8 +61,8 @@ def recalibrate(
             layer.train()
         iterator = iter(batches)
         while (batch := _next_on_all(iterator, group, device)) is not None:
-            batch = _to(batch, device)
-            forward(module, batch) if forward else _call(module, batch)
+            with group.agree() if apart else last_words():
+                forward(module, batch) if forward else _call(module, batch)
             count += 1
         total = int(group.sum_(torch.tensor([count], device=device)).item())
         if total:
@@ -84,7 +91,8 @@ def _average(layers: list[_BatchNorm], part: float, total: int, group: Group) ->
 
 def _next_on_all(iterator: Any, group: Group, device: torch.device) -> Any:
     """Return the next batch if every rank has one, else None."""
-    batch = next(iterator, None)
+    with group.agree():
+        batch = _to(next(iterator, None), device)
     have = group.sum_(torch.tensor([batch is not None], dtype=torch.int64, device=device))
     return batch if int(have.item()) == group.size else None
 

@@ -47,6 +47,10 @@ WeightsKey = Annotated[
     str | None,
     typer.Option(help="Where the weights are in files that hold several sets: `model_ema`, `ema.state_dict`, ..."),
 ]
+Timeout = Annotated[
+    float | None,
+    typer.Option(min=1, help="Under a launcher: seconds that ranks wait for each other; 600 when not given."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 
 
@@ -169,6 +173,7 @@ def inspect(
     ignore: Ignore = None,
     weights_key: WeightsKey = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    timeout: Timeout = None,
 ) -> None:
     """Show what candidates hold and how they lie to each other. Reads each byte once, in bounded memory.
 
@@ -179,7 +184,7 @@ def inspect(
     from twa_scale.plots import plot_cosines
     from twa_scale.sources import asked_for
 
-    with _joined(Path.cwd() / "inspect") as (report, say):
+    with _joined(Path.cwd() / "inspect", timeout) as (report, say):
         with report.bytes("reading candidates") as progress:
             inspection = inspect_candidates(candidates, progress, asked_for(ignore or [], weights_key))
         say(inspection_json(inspection) if json else _drawn(inspection_table(inspection)))
@@ -216,6 +221,7 @@ def bench(
         Path | None, typer.Option(help="Measure reading and writing too, with files in a folder of this disk.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    timeout: Timeout = None,
 ) -> None:
     """Measure on this machine what a step costs with each store, against the speed of its memory.
 
@@ -248,7 +254,7 @@ def bench(
         world, loaded = World.from_environment(), load_config(config, overrides)
         plan = make_plan(loaded, ranks or world.size)
         work = planned_work(plan, loaded, names, elements, world)
-    with _joined(Path.cwd() / "bench") as (_, say):
+    with _joined(Path.cwd() / "bench", timeout) as (_, say):
         found, files = work.measure(threads, streaming)
         expected = forecast(plan, found, files) if plan else None
         if json:
@@ -287,6 +293,7 @@ def average(
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
+    timeout: Timeout = None,
 ) -> None:
     """Average candidates with fixed weights: streamed, in bounded memory, no model code needed.
 
@@ -300,7 +307,7 @@ def average(
     """
     from twa_scale.merge import average_fixed
 
-    with _joined(out) as (report, say), report.bytes("averaging") as progress:
+    with _joined(out, timeout) as (report, say), report.bytes("averaging") as progress:
         used = average_fixed(
             candidates,
             out,
@@ -326,6 +333,7 @@ def export(
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
+    timeout: Timeout = None,
 ) -> None:
     """Write the trained average of RUN from its coefficients and the candidates alone; no model code needed.
 
@@ -334,7 +342,7 @@ def export(
     """
     from twa_scale.merge import export_run
 
-    with _joined(out) as (report, say), report.bytes("merging") as progress:
+    with _joined(out, timeout) as (report, say), report.bytes("merging") as progress:
         n, step = export_run(
             run, out, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
         )
@@ -350,19 +358,20 @@ def _drawn(table: RenderableType) -> str:
 
 
 @contextmanager
-def _joined(out: Path) -> "Iterator[tuple[Report, Callable[[str], None]]]":
+def _joined(out: Path, timeout: float | None) -> "Iterator[tuple[Report, Callable[[str], None]]]":
     """Share the work with the other ranks of the launcher, if there are any; rank 0 reports.
 
     SIGINT, SIGTERM and SIGHUP undo what is half done.
     """
     import torch
 
+    from twa_scale.config import TIMEOUT
     from twa_scale.ranks import Ended, World, ended_by_signals
     from twa_scale.training.report import Report
 
     world = World.from_environment()
     try:
-        with ended_by_signals(), world.joined(torch.device("cpu"), out.parent):
+        with ended_by_signals(), world.joined(torch.device("cpu"), out.parent, timeout or TIMEOUT):
             yield Report(active=world.rank == 0), typer.echo if world.rank == 0 else lambda _: None
     except Ended as ended:
         typer.echo(f"stopped by {ended.signal}: nothing was written", err=True)

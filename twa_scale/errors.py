@@ -26,3 +26,7 @@ class OutputError(TwaError):
 
 class StateError(TwaError):
     """A saved state that does not belong to this run."""
+
+
+class RankError(TwaError):
+    """A rank that the others wait for in vain: it failed, is frozen or gone, or does something else."""

@@ -42,7 +42,7 @@ class Gradients:
         self._squares = torch.zeros_like(sums[:1]) if with_norm else None  # its first element, so that one sum does
         self._squared: set[Span] = set()
         self._streams: set[torch.cuda.Stream] = set()
-        self._fault: TwaError | None = None
+        self._fault: Exception | None = None
         self.received = False
         """Whether a gradient of a trained span has come to this rank since the last step."""
 
@@ -100,7 +100,7 @@ class Gradients:
                 "twa.step() and twa.optimizer.step() are the same step: call one of them, once for each gradient."
             )
 
-    def spoil(self, fault: TwaError) -> None:
+    def spoil(self, fault: Exception) -> None:
         """Make the sums NaN on this rank, and so on all: they learn of a fault without asking each other every step."""
         self._fault = self._fault or fault
         self._sums.fill_(torch.nan)

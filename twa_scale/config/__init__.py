@@ -9,11 +9,12 @@ from twa_scale.config.center import (
     parse_center,
 )
 from twa_scale.config.load import dump, load_config, validated
-from twa_scale.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, TaskConfig, TwaConfig
+from twa_scale.config.schema import TIMEOUT, OptimizerConfig, RunConfig, ScheduleConfig, TaskConfig, TwaConfig
 from twa_scale.config.section import Count, Section
 
 __all__ = [
     "BLOCK",
+    "TIMEOUT",
     "Center",
     "Count",
     "OptimizerConfig",

@@ -9,6 +9,9 @@ from twa_scale.config.center import Center, check_index, of_sum_one, parse_cente
 from twa_scale.config.optimizers import check_name, check_options
 from twa_scale.config.section import Count, Integer, Section
 
+TIMEOUT = 600.0
+"""Seconds that ranks wait for each other, when they meet and in every collective."""
+
 
 class OptimizerConfig(Section):
     """The optimizer of the coefficients: a class of torch.optim; every further key goes to its constructor."""
@@ -255,6 +258,11 @@ class RunConfig(TwaConfig):
     )
     checkpoint_every: Count | None = Field(50, description="Steps between two saves of the run state (kilobytes).")
     recalibrate_batches: Count = Field(50, description="Batches for BatchNorm statistics, when the model has them.")
+    timeout: PositiveFloat = Field(
+        TIMEOUT,
+        description="Seconds that ranks wait for each other, when they meet and in every collective; then the run ends "
+        "with an error that names the rank that is missing.",
+    )
     resume: bool = Field(True, description="Continue from the run state in `output` when there is one.")
     max_shard_size: str = Field("5GB", description="Largest file of the exported average.")
 

@@ -91,13 +91,13 @@ class DDPEngine(Engine):
             EngineError: gradients of a backward pass in `no_sync()`, which are not averaged yet.
         """
         assert self._consume is not None
+        self._ignored.consume(self._consume, averaged=False)  # collective: before what may fail on one rank
         if self._unreduced:
             raise EngineError(
                 "DistributedDataParallel keeps gradients that it has not averaged: leave no_sync() before a step's "
                 "last backward pass."
             )
         self._averaged.consume(self._consume, averaged=True)
-        self._ignored.consume(self._consume, averaged=False)
 
     def forget(self) -> None:
         """Drop the gradients that wait for the step."""

@@ -148,6 +148,7 @@ class FlatEngine(Engine):
             EngineError: gradients that are not reduced yet.
         """
         assert self._consume is not None
+        self._rest.consume(self._consume, averaged=False)  # collective: before what may fail on one rank
         gradients = {unit: unit.gradient() for unit in self._units}
         for name, member in self._members.items():
             gradient = gradients[member.unit]
@@ -156,7 +157,6 @@ class FlatEngine(Engine):
                 self._consume(span, member.unit.part(gradient, member, span))
         for unit in self._units:
             unit.forget()
-        self._rest.consume(self._consume, averaged=False)
 
     def forget(self) -> None:
         """Drop the gradients, reduced or not."""

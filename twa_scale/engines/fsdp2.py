@@ -157,6 +157,9 @@ class FSDP2Engine(Engine):
             EngineError: gradients that FSDP2 still keeps unreduced.
         """
         assert self._consume is not None
+        # Collective, and so before what may fail on one rank. Without FSDP2 these parameters take part in the same
+        # computation on every rank, and have the same gradient.
+        self._whole.consume(self._consume, averaged=not self._wrapped)
         if next(self._unreduced(), None) is not None:
             raise EngineError(
                 "FSDP2 keeps gradients that it has not reduced: call set_requires_gradient_sync(True), and "
@@ -165,8 +168,6 @@ class FSDP2Engine(Engine):
         for name, parameter in self._sharded.items():
             if parameter.grad is not None:
                 self._take(parameter, name)
-        # Without FSDP2 these take part in the same computation on every rank, and have the same gradient.
-        self._whole.consume(self._consume, averaged=not self._wrapped)
 
     def forget(self) -> None:
         """Drop the gradients, also those that FSDP2 keeps unreduced."""

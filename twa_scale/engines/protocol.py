@@ -157,7 +157,11 @@ class Engine(metaclass=_Complete):
 
     @abstractmethod
     def drain(self) -> None:
-        """Hand over the gradients that could not be handed over during backward. Collective."""
+        """Hand over the gradients that could not be handed over during backward. Collective.
+
+        What may fail on one rank only comes after the collectives, or inside `Group.agree`: then `step` raises the
+        error on every rank.
+        """
 
     @abstractmethod
     def forget(self) -> None:

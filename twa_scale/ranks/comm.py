@@ -1,14 +1,15 @@
 """A group of ranks: sums of small tensors, exchange of small objects, and errors that reach every rank."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from twa_scale.errors import TwaError
+from twa_scale.errors import RankError, TwaError
 from twa_scale.ranks.mpi import load_mpi, mpi_takes_cuda
+from twa_scale.ranks.presence import waiting
 from twa_scale.ranks.world import World
 
 T = TypeVar("T")
@@ -47,7 +48,8 @@ class Group:
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """SUM `tensor` over the ranks, in place; every rank ends with the same bits."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self._process_group)
+            with self._waiting():
+                dist.all_reduce(tensor, group=self._process_group)
         return tensor
 
     def gather(self, value: T) -> list[T]:
@@ -55,7 +57,8 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._process_group)
+        with self._waiting():
+            dist.all_gather_object(values, value, group=self._process_group)
         return values
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -63,13 +66,15 @@ class Group:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, group=self._process_group, group_src=source)
+        with self._waiting():
+            dist.broadcast_object_list(box, group=self._process_group, group_src=source)
         return box[0]
 
     def copy_from(self, source: int, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` with what rank `source` of this group has in its own."""
         if self.size > 1:
-            dist.broadcast(tensor, group=self._process_group, group_src=source)
+            with self._waiting():
+                dist.broadcast(tensor, group=self._process_group, group_src=source)
 
     def all_gather(self, out: torch.Tensor, local: torch.Tensor) -> None:
         """Fill 1-D `out` (size * len(local) elements) with every rank's 1-D `local`, by rank."""
@@ -78,13 +83,17 @@ class Group:
         else:
             # torch 2.13 renamed it
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            gather(out, local, group=self._process_group)
+            with self._waiting():
+                gather(out, local, group=self._process_group)
 
     def to_connect(self, device: str, backend: str) -> tuple[int, ...]:
         """Return the global ranks of this group; none when alone, or where `backend` connects the `device`s already."""
         if self.size <= 1 or f"{device}:{backend}" in dist.get_backend_config(self._process_group).split(","):
             return ()
         return tuple(dist.get_process_group_ranks(self._process_group))
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return waiting(self._process_group)
 
     def close(self) -> None:
         """Take down the process group."""
@@ -95,10 +104,15 @@ class Group:
         """Turn an error of the body on any rank into the same error on every rank, so that none waits forever.
 
         The body must hold no collective: a rank that failed would miss it.
+
+        Raises:
+            RankError: at once and on this rank alone, where the body itself found that the ranks are apart.
         """
         failure: Exception | None = None
         try:
             yield
+        except RankError:
+            raise
         except Exception as error:
             failure = error
         failures = [(rank, error) for rank, error in enumerate(self.gather(_portable(failure))) if error is not None]

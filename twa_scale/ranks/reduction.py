@@ -9,6 +9,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.ranks.comm import Group, MpiGroup
 from twa_scale.ranks.mpi import load_mpi, require_mpi4py
 from twa_scale.ranks.pods import Pods
+from twa_scale.ranks.timeouts import default_timeout
 from twa_scale.ranks.world import mpi_size
 
 
@@ -62,7 +63,8 @@ def _over_torch(backend: str, device: torch.device, groups: Sequence[Group]) -> 
             raise ConfigError(f"comm: {backend!r} needs a GPU on every rank; use comm: gloo or auto.")
     mine = [group.to_connect(device.type, backend) for group in groups]
     wanted = sorted({ranks for theirs in world.gather(mine) for ranks in theirs if ranks})
-    made = {ranks: dist.new_group(ranks, backend=backend) for ranks in wanted}
+    limit = default_timeout()
+    made = {ranks: dist.new_group(ranks, backend=backend, timeout=limit) for ranks in wanted}
     return [Group(made[ranks]) if ranks else group for ranks, group in zip(mine, groups, strict=True)]
 
 

@@ -4,18 +4,19 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from twa_scale.errors import ConfigError
+from twa_scale.config import TIMEOUT
+from twa_scale.errors import ConfigError, RankError
 from twa_scale.ranks.mpi import abort_at_exit, load_mpi, mpi4py_is_installed
+from twa_scale.ranks.presence import Presence, last_words, waiting
 from twa_scale.ranks.rendezvous import meet_in, meet_over
 
-TIMEOUT = 300.0
-"""Seconds that ranks wait for each other when they meet."""
 _MASTER = ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -72,21 +73,26 @@ class World:
         Args:
             device: what `device()` has returned.
             directory: one that all ranks see, where they can find each other if nothing else says where rank 0 is.
-            timeout: seconds that ranks wait for each other.
+            timeout: seconds that ranks wait for each other, now and in every collective of groups that are made here
+                and by `limit_waiting`.
 
         Raises:
             ConfigError: the ranks cannot find each other.
+            RankError: a collective of the body failed or took longer than `timeout`; names the rank that is missing.
         """
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if self.size == 1 or dist.is_initialized():
+        if self.size == 1:
             yield
             return
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if dist.is_initialized():
+            with waiting(), last_words():
+                yield
+            return
         try:
-            store = None if self.has_master else self._meet(directory, timeout)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
-            yield
+            self._init(device, directory, timeout)
+            with Presence(timeout), waiting(), last_words():
+                yield
         except BaseException as error:
             if getattr(error, "agreed", False):
                 _leave()
@@ -94,6 +100,19 @@ class World:
                 abort_at_exit()
             raise
         _leave()
+
+    def _init(self, device: torch.device, directory: str | Path | None, timeout: float) -> None:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = None if self.has_master else self._meet(directory, timeout)
+        limit = timedelta(seconds=timeout)
+        try:
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
+        except (dist.DistError, RuntimeError) as error:
+            where = f" at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if self.has_master else ""
+            raise RankError(
+                f"rank {self.rank} waited for the other ranks{where}, and they did not all come within {timeout:.0f} s "
+                f"(`timeout`): {str(error).strip().splitlines()[0]}"
+            ) from error
 
     def _meet(self, directory: str | Path | None, timeout: float) -> Store:
         if self.launcher == "mpi" and mpi4py_is_installed():

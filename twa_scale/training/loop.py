@@ -20,7 +20,7 @@ from twa_scale.engines.zero import is_deepspeed
 from twa_scale.memory import peak_resident, return_freed_memory
 from twa_scale.optimizer import check_optimizer
 from twa_scale.plots import plot_training
-from twa_scale.ranks import Group, World, require_same_settings
+from twa_scale.ranks import Group, World, limit_waiting, require_same_settings
 from twa_scale.state import STATE, RunState, save_state
 from twa_scale.tasks import Task, build_task
 from twa_scale.training import comparison
@@ -52,7 +52,8 @@ def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
     device = world.device(config.device)
     if device.type == "cpu":
         return_freed_memory()
-    with stop.on_signals(), world.joined(device, config.output), DirectoryLock(Path(config.output)) as lock:
+    joined = world.joined(device, config.output, config.timeout)
+    with stop.on_signals(), joined, DirectoryLock(Path(config.output)) as lock:
         return Run(config, world, device, report or Report(active=False), stop, lock).train()
 
 
@@ -127,6 +128,7 @@ class Run:
         mesh = pod_mesh(config, world, device)
         with self.group.agree():  # apart: DDP exchanges shapes, which a rank without data would miss
             self.model: nn.Module = build_model(config, self.task, world, device, mesh and mesh["ranks"])
+        limit_waiting(config.timeout)
         start = time.perf_counter()
         with self.report.bytes("reading candidates") as progress:
             replicas = None if mesh is None else mesh.get_group("pods")

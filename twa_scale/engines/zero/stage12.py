@@ -102,6 +102,7 @@ class Zero12Engine(ZeroEngine):
             EngineError: no backward pass, or more of them than DeepSpeed has accumulated.
         """
         assert self._consume is not None
+        self._replicated.consume(self._consume, averaged=False)  # collective: before what may fail on one rank
         optimizer = self._optimizer
         passes = optimizer.micro_step_id - _BEFORE_THE_FIRST
         declared = self._engine.gradient_accumulation_steps()
@@ -120,7 +121,6 @@ class Zero12Engine(ZeroEngine):
                 if (span := starts.get(place)) is not None:
                     self._consume(span, piece.reshape(-1)[: len(span)])
                 place += piece.numel()
-        self._replicated.consume(self._consume, averaged=False)
         self.forget()
 
     def forget(self) -> None:
