@@ -30,18 +30,19 @@ class Presence:
         self._thread = threading.Thread(target=self._run, name="twa-scale-presence", daemon=True)
 
     def __enter__(self) -> None:
+        self._store = _own_store()
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
+        self._thread.join(1.0)  # no longer: a store that is frozen keeps it for ever
 
     def _run(self) -> None:
-        store = _own_store()
         who = f"{socket.gethostname()}, process {os.getpid()}"
         beat = 0
         with suppress(Exception):  # the store has ended, and with it the run
-            while store is not None and not self._done.is_set():
-                store.set(_key("sign", dist.get_rank()), f"{self._interval}\n{who}\n{beat}")
+            while self._store is not None and not self._done.is_set():
+                self._store.set(_key("sign", dist.get_rank()), f"{self._interval}\n{who}\n{beat}")
                 beat += 1
                 self._done.wait(self._interval)
 
