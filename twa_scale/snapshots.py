@@ -31,7 +31,8 @@ class Snapshots:
 
     No rank gathers the model: each writes the spans that it holds into the same files. A candidate appears
     when it is complete. What a killed run has left under hidden names, which no glob of candidates matches, is removed
-    when a Snapshots of the same directory is made.
+    when a Snapshots of the same directory is made. Give each training a directory of its own: a candidate of a step
+    that stands there already is replaced, whoever wrote it.
 
     With `asynchronous`, a due step copies this rank's part to host memory, in the type of the file, and returns; a
     thread writes the copy while training goes on. At most one candidate is being written at a time: the next due step

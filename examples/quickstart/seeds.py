@@ -23,7 +23,8 @@ Machine: {machine}{remark}. Date: {date}.
 
 A byte-level GPT of {parameters:,} parameters is trained for {steps} steps on the sources of Python's own library at a
 constant rate. Its last {candidates} candidates, {every} steps apart, are averaged. Losses are on test files that
-nothing has seen; only the decay of the EMA was chosen, on validation files.
+nothing has seen. Chosen on validation files were the decay of the EMA, and which of steps 0, 10 and 20 of TWA is
+exported.
 
 {quality}
 

@@ -17,6 +17,7 @@ from twa_scale.config import RunConfig, TaskConfig, validated
 from twa_scale.errors import ConfigError
 from twa_scale.state import load_state
 from twa_scale.tasks import build_task, stack
+from twa_scale.training.comparison import caveat
 from twa_scale.training.kept import Kept
 
 WILD = {"optimizer": {"name": "adamw", "lr": 50.0}, "schedule": {"name": "constant", "warmup": 0}, "evaluate_every": 2}
@@ -147,6 +148,21 @@ def test_other_data_forget_the_best(scores: Brought, tmp_path: Path, shell: Any)
     said = shell("run", config, "steps=6", "evaluate_batches=1")
     assert said.code == 0 and "the best of those is forgotten" in said.err
     assert load_state(tmp_path / "out").exported_step > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"evaluate_split": "test"}, "keep: best chooses by the test split"),
+        ({"evaluate_split": "test", "keep": "last"}, None),
+        ({"split": "validation"}, "which is trained on too"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_evaluations_that_say_less_than_they_seem_to(changes: dict[str, Any], said: str | None) -> None:
+    found = caveat(config(**changes))
+    assert found is None if said is None else said in str(found)
 
 
 # What decides

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from twa_scale.config import RunConfig
 from twa_scale.training.kept import Kept
 
 LAST, CENTER, TRAINED, EXPORTED = "last candidate", "center", "trained", "exported"
@@ -22,6 +23,19 @@ def verdict(kept: Kept, split: str, measured: Measured) -> str:
             "another rate, center or set of candidates."
         )
     return f"The average is no better than the last candidate: {numbers}."
+
+
+def caveat(config: RunConfig) -> str | None:
+    """Return in one sentence why evaluations say less than they seem to; None where they are on held-out data."""
+    split = config.evaluate_split
+    if split == config.split:
+        return f"evaluate_split is {split!r}, which is trained on too: the evaluations are not on held-out data"
+    if split == "test" and config.keep == "best":
+        return (
+            "keep: best chooses by the test split, which is then no test of the result: give keep: last, or "
+            "evaluate_split: validation"
+        )
+    return None
 
 
 def exported_as(kept: Kept, split: str, keep: str, step: int) -> str:

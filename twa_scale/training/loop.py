@@ -95,6 +95,8 @@ class Run:
         if summary is not None:
             return summary
         self._attach(state)
+        if caveat := comparison.caveat(self.config):
+            self.report.say(caveat)
         return self._train()
 
     def _found(self) -> tuple[dict[str, Any] | None, RunState | None]:
