@@ -15,6 +15,7 @@ from twa_scale.basis import Basis, Gram, make_basis, needs_norms_only
 from twa_scale.buffers import buffer_source, copied_notice, spectral_vectors
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
+from twa_scale.engines.misplaced import require_memory, wrapper_beside
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.kernels import Target
 from twa_scale.layout import Layout, alias_jobs, match, wanted_of
@@ -66,6 +67,7 @@ def attach(
     group = engine.shard_group
     pods = Pods(group, engine.replica_group)
     with pods.agree():
+        require_memory(engine)
         engine.check()
         found, fields = block_settings(engine.settings())
         config = validated(TwaConfig, fields if config is None else config)
@@ -126,6 +128,11 @@ def attach(
         with pods.agree():  # a warning may be an error
             if pods.rank == 0:
                 _warn_of_equals(layout, fingerprint)
+                if wrapper := wrapper_beside(engine):
+                    notice(
+                        f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "
+                        f"the wrapper's own averaging of gradients is wasted. Attach to the {wrapper}."
+                    )
                 if copied:
                     notice(copied_notice(copied, fingerprint.labels))
         basis = _basis(pods, config, inner.cpu(), weights)  # small mathematics: a GPU would only wait for it

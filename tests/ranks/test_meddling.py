@@ -1,5 +1,6 @@
 """What a script does to the model behind the average's back: refused at the next step, on every rank; or used."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -7,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+import twa_scale
 from tests import models, zero
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
 from twa_scale import TwaError
+from twa_scale.notices import TwaWarning
 
 RUN = Run({"groups": "block"}, steps=2)
 
@@ -128,3 +132,20 @@ def test_a_gradient_written_by_hand_counts() -> None:
     want = trained(by_hand=False)
     for name, value in trained(by_hand=True).items():
         torch.testing.assert_close(value, want[name])
+
+
+def notices_of(wrapped: bool) -> list[str]:
+    model = models.build()
+    outer = DistributedDataParallel(model) if wrapped else nn.Sequential(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        twa_scale.attach(model, models.candidates())
+    assert outer is not None
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, TwaWarning)]
+    return [text for text in said if "plain module" in text]
+
+
+def test_a_module_whose_wrapper_stands_beside_it_is_reported_once(ranks: Pool) -> None:
+    said, other = ranks(notices_of, 2, wrapped=True)
+    assert len(said) == 1 and "Attach to the DistributedDataParallel" in said[0] and not other
+    assert ranks(notices_of, 2, wrapped=False) == [[], []]

@@ -180,3 +180,15 @@ def test_from_pretrained_reads_the_average_of_hugging_face_directories(tmp_path:
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "average")
     with torch.no_grad():
         torch.testing.assert_close(again(tokens).logits, net(tokens).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", ["parameter", "buffer"])
+def test_a_model_without_memory_is_refused(part: str) -> None:
+    model = nn.BatchNorm1d(3)
+    states = [{name: value + i for name, value in model.state_dict().items()} for i in range(2)]
+    if part == "parameter":
+        model.weight = nn.Parameter(model.weight.to("meta"))
+    else:
+        model.running_mean = torch.empty(3, device="meta")
+    with pytest.raises(EngineError, match=r"meta device.*to_empty"):
+        twa_scale.attach(model, states)
