@@ -13,7 +13,7 @@ PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 SCRATCH ?= runs/scale
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup quickstart soup scale-run results test test-slow test-all test-gpu check docs clean
+.PHONY: help setup quickstart soup scale-run results test test-slow test-all test-chaos test-gpu check docs clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -46,15 +46,18 @@ results: setup ## Repeat the quickstart with three seeds and rewrite docs/result
 	$(BIN)/python examples/quickstart/seeds.py
 
 test: setup ## Run the tests, without slow ones, those that need a GPU, and the rest of large grids of options.
-	$(PYTEST) -m "not slow and not grid and not gpu"
+	$(PYTEST) -m "not slow and not grid and not gpu and not chaos"
 
 test-slow: setup $(SENTENCES) ## Run only what `make test` leaves out and needs no GPU.
 	$(PYTEST) -m "(slow or grid) and not gpu" --ignore=tests/scale
 	$(BIN)/pytest -q -m "slow and not gpu" tests/scale # alone: it measures memory and time
 
 test-all: setup $(SENTENCES) ## Run every test that needs no GPU.
-	$(PYTEST) -m "not gpu" --ignore=tests/scale
+	$(PYTEST) -m "not gpu and not chaos" --ignore=tests/scale
 	$(BIN)/pytest -q -m "not gpu" tests/scale # alone: it measures memory and time
+
+test-chaos: setup ## Damage, kills and full disks at random places; CHAOS_SEED=n for other places.
+	$(BIN)/pytest -m chaos -s tests/chaos
 
 test-gpu: setup ## Run the tests that need a GPU.
 	$(BIN)/pytest -m gpu

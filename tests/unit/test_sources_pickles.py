@@ -1,10 +1,12 @@
 """Pickles are read as Python reads them, but for what a hostile one could do: run code, fill memory, or never end."""
 
 import contextlib
+import itertools
 import pickle
 import struct
 import time
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.slices import opened, read, refused
 from twa_scale.errors import CandidateError
+from twa_scale.sources.crc import Pieces
 from twa_scale.sources.opaque import Opaque
 from twa_scale.sources.pickles import SafeUnpickler
 
@@ -218,3 +221,32 @@ def test_tensors_without_slices_are_refused(tmp_path: Path, make: Any, said: str
 def test_every_protocol_of_torch_save(tmp_path: Path, protocol: int) -> None:
     torch.save(OrderedDict(w=torch.arange(6.0), c=torch.Size([2])), tmp_path / "a.pt", pickle_protocol=protocol)
     assert torch.equal(read(opened(tmp_path / "a.pt"), "w", 0, 6), torch.arange(6.0))
+
+
+# Checksums
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_the_crc_of_pieces_in_any_order(data: st.DataObject) -> None:
+    raw = data.draw(st.binary(min_size=1, max_size=200))
+    cuts = sorted({0, len(raw), *data.draw(st.lists(st.integers(0, len(raw))))})
+    spans = data.draw(st.permutations(list(itertools.pairwise(cuts))))
+    pieces = Pieces()
+    sample = data.draw(st.integers(0, len(raw) - 1))  # read before, as the comparison of ranks does
+    pieces.add(sample, memoryview(raw[sample : sample + 1]), len(raw) + 1)
+    found = [pieces.add(a, memoryview(raw[a:b]), len(raw)) for a, b in spans]
+    assert zlib.crc32(raw) in found and set(found) <= {None, zlib.crc32(raw)}
+
+
+def test_data_that_were_changed_are_refused_when_all_have_been_read(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", w=torch.ones(1000), v=torch.zeros(10))
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(bytes(torch.ones(1000).numpy())) + 2001] ^= 4
+    path.write_bytes(raw)
+    candidate = opened(path)
+    assert read(candidate, "v", 0, 10).sum() == 0
+    read(candidate, "w", 300, 1000)
+    with pytest.raises(CandidateError, match=r"a\.pt: tensor 'w' does not have the CRC-32"):
+        read(candidate, "w", 0, 300)
+    candidate.close()

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Archive:
         self._start = start
         self._length = file.size if length is None else length
         self._label = file.path if length is None else f"{file.path} at byte {start}"
+        self._records: dict[tuple[str, torch.dtype, int], Record] = {}
         self.foreign: list[str] = []
         """After `content`: classes and functions that the pickle names and that have no meaning here."""
         try:
@@ -73,7 +75,10 @@ class Archive:
         return raw
 
     def _record(self, dtype: torch.dtype, key: str, numel: int) -> Record:
-        return Record(self._file, dtype, numel, lambda size: self._begin(f"data/{key}", size))
+        name = f"data/{key}"
+        crc = self._members[name].crc if name in self._members else 0
+        record = Record(self._file, dtype, numel, lambda size: self._begin(name, size), crc)
+        return self._records.setdefault((name, dtype, numel), record)  # tensors that share it are checked together
 
     def _begin(self, name: str, nbytes: int) -> int:
         """Return the byte of the file at which a record's data starts."""
@@ -114,7 +119,8 @@ def _tensor(
     if any(lazy):
         raise ValueError(f"a tensor is saved as a view that changes its numbers ({lazy[0]}); save it after clone()")
     if dtype is not None and dtype != record.dtype:
-        record = Record(record.file, dtype, record.numel * record.dtype.itemsize // dtype.itemsize, record.locate)
+        numel = record.nbytes // dtype.itemsize
+        record = replace(record, dtype=dtype, numel=numel)
     (begin,) = integers([first])
     stored = Stored(record, begin, integers(shape), integers(stride))
     if len(stored.shape) != len(stored.stride) or len(stored.shape) > _MAX_DIMS or min(stored.shape, default=0) < 0:

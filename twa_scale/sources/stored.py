@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.sources.crc import Pieces
 from twa_scale.sources.flat import copy_flat
 from twa_scale.sources.handles import File
 from twa_scale.sources.unwrapped import unwrapped
@@ -40,11 +41,33 @@ class Record:
     numel: int
     locate: Callable[[int], int]
     """Given the number of bytes, returns the byte at which they start; looked up when they are first read."""
+    crc: int = 0
+    """CRC-32 of the bytes; 0 where the file does not give it."""
+    pieces: Pieces = field(default_factory=Pieces, compare=False)
 
     @cached_property
     def begin(self) -> int:
         """Byte at which the first one starts."""
-        return self.locate(self.numel * self.dtype.itemsize)
+        return self.locate(self.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.numel * self.dtype.itemsize
+
+    def read(self, start: int, buffer: memoryview, what: str) -> None:
+        """Fill `buffer` with the bytes from `start` on.
+
+        Raises:
+            CandidateError: the file cannot be read; or with this piece all bytes have been read in this process, and
+                they do not have the CRC that the file gives.
+        """
+        self.file.read(buffer, self.begin + start, what)
+        if self.crc and self.pieces.add(start, buffer, self.nbytes) not in (None, self.crc):
+            raise CandidateError(
+                f"{self.file.path}: {what} does not have the CRC-32 that was saved with it: the file is damaged. Copy "
+                "it again, or leave this candidate out."
+            )
 
 
 @dataclass(frozen=True)
@@ -78,8 +101,7 @@ class Stored:
                 "it: the file is damaged. Copy it again, or leave this candidate out."
             )
         if self._row_major():
-            begin = self.record.begin + (self.first + start) * out.itemsize
-            self.record.file.read(out.view(torch.uint8).numpy().data, begin, what)
+            self.record.read((self.first + start) * out.itemsize, out.view(torch.uint8).numpy().data, what)
         else:
             self._read_mapped(start, out, last + 1, what)
 

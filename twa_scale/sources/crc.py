@@ -1,0 +1,68 @@
+"""The CRC-32 of bytes that are read in pieces, in any order."""
+
+import threading
+import zlib
+from functools import lru_cache
+
+_POLYNOMIAL = 0xEDB88320
+_ONE = 1 << 31  # the lowest power is the highest bit
+_BYTE = 1 << 23  # x^8
+
+
+class Pieces:
+    """Puts the CRC-32 of a range of bytes together from those of its pieces, of which some may be read twice."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pieces: dict[int, tuple[int, int]] = {}  # by first byte: stop and CRC of the longest one
+        self._held = 0  # bytes of all of them
+
+    def add(self, start: int, data: memoryview, nbytes: int) -> int | None:
+        """Take the bytes from `start` on; return the CRC of all `nbytes` when they have come together."""
+        crc, stop = zlib.crc32(data), start + len(data)
+        with self._lock:
+            known = self._pieces.get(start, (start, 0))[0]
+            if stop > known:
+                self._pieces[start] = stop, crc
+                self._held += stop - known
+            return self._whole(nbytes) if self._held >= nbytes else None
+
+    def _whole(self, nbytes: int) -> int | None:
+        chain, position = [], 0
+        while position < nbytes and position in self._pieces:
+            stop, crc = self._pieces[position]
+            chain.append((crc, stop - position))
+            position = stop
+        if position != nbytes:
+            return None
+        self._pieces, self._held = {}, 0
+        whole = 0
+        for crc, count in chain:
+            whole = combine(whole, crc, count)
+        return whole
+
+
+def combine(first: int, second: int, nbytes: int) -> int:
+    """Return the CRC-32 of two pieces, the second of `nbytes` bytes, from theirs."""
+    return _multiply(_power(nbytes), first) ^ second
+
+
+@lru_cache(maxsize=1024)
+def _power(nbytes: int) -> int:
+    """Return x^(8 nbytes) modulo the polynomial."""
+    result, factor = _ONE, _BYTE
+    while nbytes:
+        if nbytes & 1:
+            result = _multiply(factor, result)
+        factor = _multiply(factor, factor)
+        nbytes >>= 1
+    return result
+
+
+def _multiply(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
