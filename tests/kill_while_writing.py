@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from twa_scale.ranks import Group
 from twa_scale.spans import whole
 from twa_scale.writer import TensorSpec, publish, writing
-from twa_scale.writer.claims import sweep
+from twa_scale.writer.hidden import sweep
 
 KILLS = {"exchange": 20, "renames": 20, "between": 2}
 SPECS = [TensorSpec(name, (1000,), torch.float32) for name in "abc"]

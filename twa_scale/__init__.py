@@ -7,6 +7,7 @@ from twa_scale.engines.zero import stateless_optimizer
 from twa_scale.errors import CandidateError, ConfigError, EngineError, OutputError, RankError, StateError, TwaError
 from twa_scale.notices import TwaWarning
 from twa_scale.snapshots import Snapshots
+from twa_scale.version import __version__
 
 __all__ = [
     "CandidateError",
@@ -21,8 +22,7 @@ __all__ = [
     "TwaConfig",
     "TwaError",
     "TwaWarning",
+    "__version__",
     "attach",
     "stateless_optimizer",
 ]
-
-__version__ = "0.1.0"

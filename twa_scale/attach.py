@@ -24,6 +24,7 @@ from twa_scale.optimizer import check_optimizer, check_settings
 from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.reading import Progress, job_bytes
 from twa_scale.sources import Candidate, open_together
+from twa_scale.sources.carried import carry
 from twa_scale.sources.find import same_files
 from twa_scale.sources.mapped import mapped, refuse_overlap
 from twa_scale.sources.view import stored_once
@@ -91,6 +92,7 @@ def attach(
         for candidate in opened:
             undo.callback(candidate.close)
         with pods.agree():
+            carried = carry(opened, files=pods.rank == 0, code=config.carry_code)
             layout = match(engine.parameters, engine.buffers(), opened, config)
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
@@ -136,7 +138,7 @@ def attach(
                 if copied:
                     notice(copied_notice(copied, fingerprint.labels))
         basis = _basis(pods, config, inner.cpu(), weights)  # small mathematics: a GPU would only wait for it
-        average = TrainableAverage(config, engine, pods, reduction, layout, store, basis, fingerprint, opened)
+        average = TrainableAverage(config, engine, pods, reduction, layout, store, basis, fingerprint, opened, carried)
         undo.pop_all()
     return average
 

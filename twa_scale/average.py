@@ -25,11 +25,13 @@ from twa_scale.optimizer import check_state, make_optimizer
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Progress, job_bytes
 from twa_scale.sources import Candidate
+from twa_scale.sources.carried import Carried
 from twa_scale.spans import Span
 from twa_scale.state import VERSION, AverageState, Fingerprint, checked, require_same_settings
 from twa_scale.stepping import AverageOptimizer, refuse_copies
 from twa_scale.store import Store, step_cost, update_bytes
 from twa_scale.weights import Weights
+from twa_scale.writer.provenance import provenance
 
 
 class TrainableAverage:
@@ -50,6 +52,7 @@ class TrainableAverage:
         basis: Basis,
         fingerprint: Fingerprint,
         candidates: Sequence[Candidate],
+        carried: Carried,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -60,6 +63,7 @@ class TrainableAverage:
         self._store = store
         self._basis = basis
         self._candidates = candidates
+        self._carried = carried
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
         # From one rank, as the basis: all have the same bits.
         self._x = nn.Parameter(pods.broadcast(basis.locate(self._chosen(config.start))))
@@ -257,23 +261,25 @@ class TrainableAverage:
         See `export.export` for the arguments and errors.
         """
         self.settle()
-        provenance = {
-            "wrote": "the live weights",
-            "config": self._settings(),
-            "candidates": list(self.fingerprint.labels),
-            "groups": list(self.layout.groups),
-            "coefficients": (self.coefficients if self._now_shown is None else self._now_shown).tolist(),
-        }
+        origin = provenance(
+            "the live weights of an average",
+            self.fingerprint.labels,
+            config=self._settings(),
+            groups=list(self.layout.groups),
+            coefficients=(self.coefficients if self._now_shown is None else self._now_shown).tolist(),
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        )
         export(
             self._engine,
             self.pods,
             self.layout,
             self._candidates,
+            self._carried,
             path,
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            provenance=provenance,
+            provenance=origin,
             progress=progress,
         )
 

@@ -51,6 +51,9 @@ Timeout = Annotated[
     float | None,
     typer.Option(min=1, help="Under a launcher: seconds that ranks wait for each other; 600 when not given."),
 ]
+CarryCode = Annotated[
+    bool, typer.Option("--carry-code", help="Copy code (`*.py`) of the last candidate too; loaders may run it.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 
 
@@ -292,6 +295,7 @@ def average(
     weights_key: WeightsKey = None,
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
+    carry_code: CarryCode = False,
     overwrite: Overwrite = False,
     timeout: Timeout = None,
 ) -> None:
@@ -318,6 +322,7 @@ def average(
             weights_key=weights_key,
             max_shard_size=max_shard_size,
             dtype=dtype,
+            carry_code=carry_code,
             overwrite=overwrite,
             progress=progress,
         )
@@ -332,6 +337,7 @@ def export(
     out: Out,
     max_shard_size: ShardSize = "5GB",
     dtype: Dtype = None,
+    carry_code: CarryCode = False,
     overwrite: Overwrite = False,
     timeout: Timeout = None,
 ) -> None:
@@ -344,7 +350,13 @@ def export(
 
     with _joined(out, timeout) as (report, say), report.bytes("merging") as progress:
         n, step = export_run(
-            run, out, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
+            run,
+            out,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            carry_code=carry_code,
+            overwrite=overwrite,
+            progress=progress,
         )
     say(f"wrote the exact merge of {n} candidates with the coefficients of {step} to {out}")
 

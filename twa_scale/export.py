@@ -1,9 +1,9 @@
 """The live weights of a model as safetensors: every rank writes its own spans, none gathers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,13 +14,12 @@ from twa_scale.notices import notice
 from twa_scale.ranks import Pods
 from twa_scale.reading import Progress
 from twa_scale.sources import Candidate
-from twa_scale.sources.side_files import side_files
+from twa_scale.sources.carried import Carried
 from twa_scale.sources.types import types_notice, widest
 from twa_scale.spans import whole
 from twa_scale.writer import TensorSpec, Writer, stored_as, writing
+from twa_scale.writer.provenance import writing_options
 from twa_scale.writer.publish import check_apart
-
-PROVENANCE = "twa_scale.json"
 
 
 def export(
@@ -28,30 +27,32 @@ def export(
     pods: Pods,
     layout: Layout,
     candidates: Sequence[Candidate],
+    carried: Carried,
     out: str | Path,
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
-    provenance: Mapping[str, object] | None = None,
+    provenance: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> None:
     """Write what the model holds now to the directory `out`, under the candidates' names and types. Collective.
 
     The result has the tensors of the last candidate that the model knows, tied ones under each of their names that
-    it has, and its configuration and tokenizer files, so that what reads the candidates reads the average.
+    it has, and its small files, so that what reads the candidates reads the average.
 
     Args:
         engine: the model.
         pods: all that hold it: the first writes.
         layout: which of its tensors the candidates hold.
-        candidates: the last one gives names, types and side files.
+        candidates: the last one gives names and types.
+        carried: what else it gives; the small files are those of the first rank.
         out: a directory that is new, empty, or to be overwritten.
         dtype: type of all floating point tensors; when not given, the widest of the candidates, which is reported
             where they differ.
-        max_shard_size: most bytes of one file.
+        max_shard_size: most bytes of one file; see `Carried.shard_size`.
         overwrite: replace an earlier output.
-        provenance: written beside the weights as twa_scale.json.
+        provenance: written beside the weights as twa_scale.json, and into their headers.
         progress: called on every rank that writes.
 
     Raises:
@@ -63,15 +64,14 @@ def export(
         TensorSpec(name, last.shape(name), stored_as(widest(candidates, name), dtype), last.stored_names[name])
         for name in names
     ]
-    files = side_files(last.directory, dtype)
-    files[PROVENANCE] = (json.dumps(provenance or {}, indent=2) + "\n").encode()
+    options = writing_options(carried, provenance, dtype, max_shard_size)
     group = engine.shard_group
     with pods.agree():
         if pods.number != 0:
             return
         with group.agree():
             check_apart(Path(out), [candidate.label for candidate in candidates])
-        with writing(out, specs, group, max_shard_size=max_shard_size, files=files, overwrite=overwrite) as writer:
+        with writing(out, specs, group, overwrite=overwrite, **options) as writer:
             write_live(writer, engine, layout.held_as, progress)
     if pods.rank == 0 and dtype is None and (text := types_notice(candidates, names)):
         notice(text)

@@ -18,9 +18,10 @@ from twa_scale.export import may_be_mask, write_live
 from twa_scale.ranks import Group, Pods, require_same_settings
 from twa_scale.spans import Span, whole
 from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, stored_as, writing
-from twa_scale.writer.claims import Claim, sweep
 from twa_scale.writer.finite import require_finite
+from twa_scale.writer.hidden import HiddenName, sweep
 from twa_scale.writer.publish import reported
+from twa_scale.writer.write import is_below
 
 _LOG = logging.getLogger(__name__)
 Self = TypeVar("Self", bound="Snapshots")
@@ -45,13 +46,13 @@ class Snapshots:
         start_step: the first step that may be written; others follow every `every_n_steps`.
         keep_last: delete the oldest candidates beyond this many; None keeps all.
         dtype: type of the floating point tensors in the files; the model's own when not given.
-        files: small files for each candidate, such as config.json: content, or what to copy, by name.
+        files: small files for each candidate, such as config.json: content, or what to copy, by their path there.
         max_shard_size: most bytes in one file.
         replica_group: with pods, as for `attach`: the first pod writes.
         asynchronous: write while training goes on.
 
     Raises:
-        ConfigError: numbers that make no sense.
+        ConfigError: numbers that make no sense, or names of files elsewhere.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class Snapshots:
                 f"snapshots: every_n_steps={every_n_steps}, start_step={start_step}, keep_last={keep_last}; "
                 "give at least 1, 0 and 1."
             )
+        for name in files or {}:
+            if not is_below(name):
+                raise ConfigError(f"snapshots: files: {name!r} is no name of a file in the directory of a snapshot.")
         self._directory = Path(directory).expanduser().resolve()
         self._every = every_n_steps
         self._start = start_step
@@ -213,5 +217,5 @@ def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:
 def _delete(paths: Sequence[Path]) -> None:
     for path in paths:
         # Hidden first: a reader must never find a candidate that is half deleted.
-        with Claim(path) as claim:
-            path.rename(claim.path)
+        with HiddenName(path) as hidden:
+            path.rename(hidden.path)

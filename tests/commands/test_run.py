@@ -19,6 +19,7 @@ from twa_scale.ranks import World
 from twa_scale.tasks import build_task, stack
 from twa_scale.training.loop import Run
 from twa_scale.training.report import Report
+from twa_scale.writer import hidden
 
 FILES = [
     "average", "coefficients.png", "config.json", "metrics.jsonl", "state.previous.pt", "state.pt", "summary.json",
@@ -34,6 +35,8 @@ def lines(output: Path) -> list[dict[str, Any]]:
 def ended(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has ended; look, do not touch."""
     output = tmp_path_factory.mktemp("run") / "out"
+    (output / ".average.tmp-0a1b2c3d").mkdir(parents=True)  # of one that was killed
+    (output / ".average.tmp-0a1b2c3d.lock").write_bytes(hidden._host())
     run_here(settings(text.candidates, text.task, output, steps=6, evaluate_every=2))
     return output
 

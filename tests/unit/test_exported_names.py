@@ -86,6 +86,16 @@ def test_names_of_wrappers_are_those_of_the_candidates(tmp_path: Path, kind: str
     assert load_file(tmp_path / "averaged/model.safetensors").keys() == found.keys() == load_file(paths[0]).keys()
 
 
+def test_a_tied_name_that_one_candidate_lacks_has_the_wrapper_of_the_others(tmp_path: Path) -> None:
+    weight = torch.arange(4.0).view(2, 2)
+    tied = {"module.embed.weight": weight, "module.head.weight": weight.clone()}
+    states = [tied, {"module.embed.weight": weight}]
+    for i, state in enumerate(states):
+        save_file(state, tmp_path / f"{i}.safetensors")
+    average_fixed([str(tmp_path / f"{i}.safetensors") for i in range(2)], tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors").keys() == tied.keys()
+
+
 def test_candidates_with_and_without_a_wrapper(tmp_path: Path) -> None:
     plain = saved(net, tmp_path)[:1]
     (tmp_path / "ddp").mkdir()

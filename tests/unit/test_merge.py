@@ -17,6 +17,7 @@ from twa_scale.merge import Checksums, merge
 from twa_scale.merge import streamed as merging
 from twa_scale.ranks import Group
 from twa_scale.sources import open_candidates
+from twa_scale.sources.carried import Carried
 
 Tensors = dict[str, torch.Tensor]
 A = [0.7, -0.4, 0.5]  # of sum 0.8: nothing may rely on a sum of 1
@@ -120,7 +121,7 @@ def test_types_and_replacements(tmp_path: Path) -> None:
         Group.alone(),
         dtype=torch.float16,
         replace={"scalar": torch.tensor(9.0), "steps": torch.tensor(7)},
-        files={"config.json": b"{}"},
+        carried=Carried(files={"config.json": b"{}"}),
         progress=lambda nbytes, total: told.append((nbytes, total)),
     )
     found = load_file(tmp_path / "out/model.safetensors")

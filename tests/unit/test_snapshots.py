@@ -98,6 +98,12 @@ def test_numbers_that_make_no_sense(tmp_path: Path, options: dict[str, int]) -> 
         Snapshots(tmp_path, **options)
 
 
+@pytest.mark.parametrize("name", ["../config.json", "/config.json", ""])
+def test_names_of_files_elsewhere(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name of a file"):
+        Snapshots(tmp_path, every_n_steps=1, files={name: b""})
+
+
 def test_something_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(EngineError):
         Snapshots(tmp_path, every_n_steps=1).step({}, 1)  # type: ignore[arg-type]

@@ -18,7 +18,6 @@ from twa_scale.kernels.checksum import checksum, wrap
 from twa_scale.sources import open_candidates
 from twa_scale.sources.flat import copy_flat
 from twa_scale.sources.safetensors import SafetensorsCandidate
-from twa_scale.sources.side_files import side_files
 
 Tensors = dict[str, torch.Tensor]
 DTYPES = [
@@ -426,33 +425,6 @@ def test_where_a_torch_file_keeps_its_weights(here: Path, key: str | None) -> No
     assert first.names() == ["conv", "w"]
     for name, tensor in state.items():
         assert torch.equal(read(first, name, 5, 17), tensor.reshape(-1)[5:17])
-
-
-def test_side_files(tmp_path: Path) -> None:
-    carried = [
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-        "modeling_x.py",
-        "chat_template.jinja",
-    ]
-    for name in [
-        *carried,
-        "model.safetensors",
-        "optimizer.pt",
-        "trainer_state.json",
-        "training_args.bin",
-        "tokenizer.bin",
-    ]:
-        (tmp_path / name).write_text('{"dtype": "bfloat16", "layers": 2}')
-    files = side_files(tmp_path)
-    assert sorted(files) == sorted(carried)
-    changed = side_files(tmp_path, torch.float32)["config.json"]
-    assert isinstance(changed, bytes) and json.loads(changed) == {"dtype": "float32", "layers": 2}
-    assert side_files(None) == {}
 
 
 def test_an_index_lists_the_names_of_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,8 @@ def write_elsewhere(out: Path) -> None:
 
     def broadcast(value: Any, source: int = 0) -> Any:
         path = given(value, source)
-        return path / "unseen" if group.rank == 1 and path.name.startswith(".") else path
+        hidden = isinstance(path, Path) and path.name.startswith(".")
+        return path / "unseen" if group.rank == 1 and hidden else path
 
     group.broadcast = broadcast  # type: ignore[method-assign]
     write_share(out / "out", group)

@@ -127,6 +127,11 @@ class TwaConfig(Section):
         description="Where the weights are in candidates that hold several sets, with dots between keys: `model_ema`, "
         "`ema.state_dict`, or what names begin with; under `state_dict`, `model` and other usual keys when not given.",
     )
+    carry_code: bool = Field(
+        False,
+        description="Copy code of the last candidate's directory, such as `*.py` files, into exports, beside its other "
+        "small files. Loaders may run it.",
+    )
     buffers: Literal["average", "mean", "first", "last"] | int = Field(
         "average",
         description="Floating point buffers. `average`: running statistics (`running_mean`, `running_var`) are "

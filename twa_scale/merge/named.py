@@ -23,8 +23,9 @@ from twa_scale.notices import notice
 from twa_scale.ranks import Group, require_same_settings
 from twa_scale.reading import Progress
 from twa_scale.sources import Wanted, asked_for, open_together
-from twa_scale.sources.side_files import side_files
+from twa_scale.sources.carried import carry
 from twa_scale.state import load_state
+from twa_scale.writer.provenance import provenance
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -40,6 +41,7 @@ def average_fixed(
     weights_key: str | None = None,
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
+    carry_code: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[tuple[str, float]]:
@@ -56,6 +58,7 @@ def average_fixed(
         weights_key: where the weights are in files that hold several sets; see TwaConfig.
         max_shard_size: see `merge`.
         dtype: name of the floating point type to write.
+        carry_code: copy the last candidate's code, such as *.py files, with its other small files.
         overwrite: see `merge`.
         progress: see `merge`.
 
@@ -92,19 +95,23 @@ def average_fixed(
     def source(name: str) -> Source:
         return buffer_source(name, option, fixed) if name in vectors or is_statistic(name) else fixed
 
+    with group.agree():
+        carried = carry(opened, files=group.rank == 0, code=carry_code)
+    labels = [candidate.label for candidate in opened]
     merge(
         opened,
         out,
         source,
         group,
+        carried=carried,
+        origin=provenance("an average with fixed weights", labels, weights=fixed, asked=given, dtype=dtype),
         max_shard_size=max_shard_size,
         dtype=chosen,
-        files=side_files(opened[-1].directory, chosen),
         overwrite=overwrite,
         progress=progress,
         verify=lambda checksums: require_equal_ties(opened, checksums),
     )
-    return list(zip((candidate.label for candidate in opened), fixed, strict=True))
+    return list(zip(labels, fixed, strict=True))
 
 
 def export_run(
@@ -113,6 +120,7 @@ def export_run(
     *,
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
+    carry_code: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[int, str]:
@@ -145,16 +153,28 @@ def export_run(
             return list(coefficients[twa.group_of[name]])
         return buffer_source(name, twa.config.buffers, center) if name in buffers else center
 
+    with group.agree():
+        carried = carry(opened, files=group.rank == 0, code=carry_code or twa.config.carry_code)
+    origin = provenance(
+        "the exact merge of a run",
+        [candidate.label for candidate in opened],
+        step=state.exported_step,
+        config=twa.config.model_dump(mode="json"),
+        groups=list(twa.groups),
+        coefficients=twa.coefficients.tolist(),
+        dtype=dtype,
+    )
     merge(
         opened,
         out,
         source,
         group,
+        carried=carried,
+        origin=origin,
         max_shard_size=max_shard_size,
         dtype=chosen,
         ignore=twa.config.ignore,
         replace={twa.buffer_names[n]: value for n, value in twa.buffers.items() if n in twa.buffer_names},
-        files=side_files(opened[-1].directory, chosen),
         overwrite=overwrite,
         progress=progress,
         verify=twa.fingerprint.build().require_checksums,

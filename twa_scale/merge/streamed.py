@@ -19,9 +19,11 @@ from twa_scale.notices import notice
 from twa_scale.ranks import Group
 from twa_scale.reading import Job, Part, Progress, Reader, job_bytes, same_values
 from twa_scale.sources import Candidate
+from twa_scale.sources.carried import Carried
 from twa_scale.sources.types import types_notice, widest
 from twa_scale.spans import Span, whole
-from twa_scale.writer import Files, TensorSpec, Writer, stored_as, writing
+from twa_scale.writer import TensorSpec, Writer, stored_as, writing
+from twa_scale.writer.provenance import provenance, writing_options
 from twa_scale.writer.publish import check_apart
 
 _CHUNK = 1 << 21  # elements; what ranks share out
@@ -38,11 +40,12 @@ def merge(
     weights: Weights,
     group: Group,
     *,
+    carried: Carried | None = None,
+    origin: Mapping[str, Any] | None = None,
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype | None = None,
     ignore: Sequence[str] = (),
     replace: Mapping[str, torch.Tensor] | None = None,
-    files: Files | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     verify: Callable[[Checksums], None] | None = None,
@@ -61,12 +64,13 @@ def merge(
         out: directory to write, on a file system that all ranks share.
         weights: the weights of each tensor.
         group: ranks that share the work.
-        max_shard_size: most bytes of tensor data in one file.
+        carried: what the result takes over from the candidates; the small files are those of the first rank.
+        origin: where the result comes from (`provenance`), beside the candidates.
+        max_shard_size: most bytes of tensor data in one file; see `Carried.shard_size`.
         dtype: type of every floating point tensor in the result; when not given, the widest of the candidates, which
             is reported where they differ.
         ignore: regular expressions of tensor names to leave out.
         replace: values to write in place of tensors of the candidates; the same on every rank.
-        files: small files to put beside the weights.
         overwrite: replace an earlier output.
         progress: called with what this rank has read.
         verify: called on every rank with the checksums, before anything is published; it may raise.
@@ -80,8 +84,9 @@ def merge(
     with group.agree():
         _check_replace(specs, replace)
         check_apart(target=Path(out), inputs=[candidate.label for candidate in candidates])
-    options: Any = {"max_shard_size": max_shard_size, "files": files, "overwrite": overwrite}
-    with writing(out, specs, group, **options) as writer:
+    origin = origin or provenance("a weighted sum", [candidate.label for candidate in candidates])
+    options = writing_options(carried or Carried(), origin, dtype, max_shard_size)
+    with writing(out, specs, group, overwrite=overwrite, **options) as writer:
         kernels = choose_kernels("auto", torch.device("cpu"))
         merger = _Merger(candidates, cache(weights), replace, {spec.name: spec for spec in specs}, writer, kernels)
         with group.agree():

@@ -79,7 +79,9 @@ def _find(item: str | Path) -> list[_Named]:
         return [_Named(path)]
     pattern = str(path)
     if not glob.has_magic(pattern):
-        raise CandidateError(f"{pattern}: there is no such file or directory, seen from {Path.cwd()}.")
+        aside = next(path.parent.glob(f".{glob.escape(path.name)}.old-????????"), None)
+        hint = f" A writer that was killed has moved it to {str(aside)!r}: rename that." if aside else ""
+        raise CandidateError(f"{pattern}: there is no such file or directory, seen from {Path.cwd()}.{hint}")
     matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
     found = [Path(match) for match in matches if not _hidden(match, pattern)]
     if not found:

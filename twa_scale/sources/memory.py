@@ -28,6 +28,8 @@ class MemoryCandidate:
         tensors = {name: entries[path] for name, path in (keys or WeightsKey()).choose(shapes, label).items()}
         self.label = label
         self.directory = directory
+        self.file_name: str | None = None
+        self.metadata: dict[str, str] = {}
         self.bytes_read = 0
         self.stored_names = unwrapped(tensors, label)
         self._tensors: dict[str, torch.Tensor] = {

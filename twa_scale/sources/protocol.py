@@ -17,6 +17,10 @@ class Candidate(Protocol):
     """What messages call it: its path, or its place among in-memory candidates."""
     directory: Path | None
     """The folder that holds it, when that is a folder of its own (its config and tokenizer files are there)."""
+    file_name: str | None
+    """The name of its file of weights, or of the index of several; None where it is kept otherwise."""
+    metadata: dict[str, str]
+    """What the header of its safetensors says beside the tensors."""
     stored_names: dict[str, str]
     """The name of each tensor in the candidate's own files, which what loads them expects, by its name here."""
 

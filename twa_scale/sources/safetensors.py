@@ -48,10 +48,11 @@ class SafetensorsCandidate:
     def __init__(self, path: Path, directory: Path | None = None, label: str | None = None) -> None:
         self.label = label or str(path)
         self.directory = directory
+        self.file_name: str | None = path.name
         self.bytes_read = 0
         self._file = File(path)
         try:
-            entries, _ = read_header(self._file)
+            entries, self.metadata = read_header(self._file)
             self.stored_names = unwrapped(entries, str(path))
             self._entries = {name: entries[raw] for name, raw in self.stored_names.items()}
         except BaseException:
@@ -120,6 +121,7 @@ def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
         metadata = header.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict):
             raise ValueError(f"its __metadata__ is a {type(metadata).__name__}")
+        texts = metadata.items()
         entries = [(_entry(name, value, 8 + length, label), name) for name, value in header.items()]
     except ValueError as error:
         raise CandidateError(
@@ -128,7 +130,7 @@ def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
     if not entries:
         raise CandidateError(f"{label}: holds no tensors. Write it again from a model's state dict.")
     _check_tiling(entries, 8 + length, size, label)
-    return {name: entry for entry, name in entries}, metadata
+    return {name: entry for entry, name in entries}, {key: text for key, text in texts if isinstance(text, str)}
 
 
 def _entry(name: str, value: Any, data_start: int, label: str) -> Entry:

@@ -19,6 +19,7 @@ class ShardedCandidate:
     def __init__(self, index: Path, open_file: Callable[[Path], Candidate], label: str) -> None:
         self.label = label
         self.directory: Path | None = index.parent
+        self.file_name: str | None = index.name
         self.bytes_read = 0
         file_of = weight_map(index)
         missing = sorted({file for file in file_of.values() if not (index.parent / file).is_file()})
@@ -31,6 +32,8 @@ class ShardedCandidate:
         try:
             for file in sorted(set(file_of.values())):
                 self._parts[file] = open_file(index.parent / file)
+            parts = [part.metadata.items() for part in self._parts.values()]
+            self.metadata = dict(sorted(set(parts[0]).intersection(*parts[1:])))
             self.stored_names = unwrapped(file_of, str(index))
             # A part may lack names that the whole has, and so call the same tensor something else.
             names = {file: {raw: name for name, raw in part.stored_names.items()} for file, part in self._parts.items()}

@@ -176,6 +176,8 @@ class StoredCandidate:
     ) -> None:
         self.label = label
         self.directory = directory
+        self.file_name: str | None = None
+        self.metadata: dict[str, str] = {}
         self.bytes_read = 0
         self.stored_names = unwrapped(tensors, label)
         self._tensors = {name: tensors[raw] for name, raw in self.stored_names.items()}

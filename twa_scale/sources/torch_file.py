@@ -36,6 +36,7 @@ class TorchFileCandidate(StoredCandidate):
         try:
             self._stored = _chosen(_content(file), keys or WeightsKey(), str(path))
             super().__init__(self._stored, [file], label or str(path), directory)
+            self.file_name = path.name
         except BaseException:
             file.close()
             raise

@@ -32,8 +32,14 @@ class View:
     def __init__(self, candidate: Candidate, names: Mapping[str, str]) -> None:
         self.label = candidate.label
         self.directory: Path | None = candidate.directory
+        self.file_name: str | None = candidate.file_name
+        self.metadata = candidate.metadata
+        # What is before the name there, as "module.", is before the name here, too.
         self.stored_names = {
-            name: candidate.stored_names[own] if name == own else name for name, own in sorted(names.items())
+            name: candidate.stored_names[own].removesuffix(own) + name
+            if candidate.stored_names[own].endswith(own)
+            else name
+            for name, own in sorted(names.items())
         }
         self._candidate = candidate
         self._names = dict(sorted(names.items()))

@@ -34,6 +34,7 @@ from twa_scale.training.report import Report
 from twa_scale.training.schedule import set_rate
 from twa_scale.training.stopping import Stop, Stopped
 from twa_scale.writer import DirectoryLock, parse_size
+from twa_scale.writer.hidden import sweep
 from twa_scale.writer.publish import check_target, replace_file, reported
 
 
@@ -123,6 +124,7 @@ class Run:
             self.output.mkdir(parents=True, exist_ok=True)
             check_target(self.output / AVERAGE, 0, overwrite=True)
         self.lock.take()
+        sweep(self.output)
         return None, find_state(config, self.num_steps, say)  # as the owner before has left it
 
     def _attach(self, state: RunState | None) -> None:

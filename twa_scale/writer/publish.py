@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from twa_scale.errors import OutputError
-from twa_scale.writer.claims import Claim
+from twa_scale.errors import CandidateError, OutputError
+from twa_scale.inputs import MAX_JSON, parse_json, read_bounded
 from twa_scale.writer.exchange import exchange
+from twa_scale.writer.hidden import HiddenName
+from twa_scale.writer.provenance import PROVENANCE
 
 _HINTS = {
     errno.ENOSPC: "Free some space, or choose another disk",
@@ -71,13 +73,28 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
             "overwrite it."
         )
     ours = any(path.suffix == ".safetensors" for path in content)
-    lost = next((path.name for path in content if path.is_dir()), None)
+    carried = _carried(target)
+    lost = next((path.name for path in content if path.is_dir() and not _is_carried(path, carried)), None)
     if not ours or lost:
         found = f"holds the directory {lost!r}" if lost else "holds no weights"
         raise OutputError(
             f"{target}: {found}, so it is no earlier output that could be overwritten as a whole. Choose "
             "another name, or remove it yourself."
         )
+
+
+def _carried(target: Path) -> set[Path]:
+    """Return the side files of an earlier output, which it names itself."""
+    try:
+        names = parse_json(read_bounded(target / PROVENANCE, MAX_JSON))["files"]
+        return {target / str(name) for name in names}
+    except (CandidateError, ValueError, TypeError, KeyError):
+        return set()
+
+
+def _is_carried(folder: Path, carried: set[Path]) -> bool:
+    others = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return bool(others) and carried.issuperset(others)
 
 
 def check_apart(target: Path, inputs: Sequence[str]) -> None:
@@ -97,14 +114,14 @@ def publish(temporary: Path, target: Path) -> None:
     """Give a finished directory its name; an older output is at `temporary` then, or gone.
 
     Where names can be exchanged in one call, `target` is never absent. Elsewhere two renames leave a moment in which it
-    is; what a kill in that moment leaves is put in order by `claims.sweep`.
+    is; what a kill in that moment leaves is put in order by `hidden.sweep`.
     """
     for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
         sync(folder)
     if not target.exists() or not any(target.iterdir()):
         temporary.rename(target)
     elif not exchange(temporary, target):
-        with Claim(target, "old") as aside:
+        with HiddenName(target, "old") as aside:
             target.rename(aside.path)
             temporary.rename(target)
             sync(target.parent)
@@ -138,7 +155,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """
     with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with Claim(path) as claim:
-            write_file(claim.path, content)
-            claim.path.replace(path)
+        with HiddenName(path) as hidden:
+            write_file(hidden.path, content)
+            hidden.path.replace(path)
             sync(path.parent)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -11,7 +11,6 @@ import torch
 from twa_scale.errors import ConfigError, OutputError
 from twa_scale.sources.safetensors import DTYPES
 
-INDEX = "model.safetensors.index.json"
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _UNITS = {
     "": 1,
@@ -65,10 +64,13 @@ class Shard:
     """Size of the whole file."""
 
 
-def lay_out(specs: Sequence[TensorSpec], max_shard_size: int) -> list[Shard]:
+def lay_out(
+    specs: Sequence[TensorSpec], max_shard_size: int, base: str = "model", metadata: Mapping[str, str] | None = None
+) -> list[Shard]:
     """Put the tensors, in order, into files of at most `max_shard_size` bytes; a larger tensor has its own.
 
-    Names are those of Hugging Face: `model.safetensors`, or `model-00001-of-0000N.safetensors`.
+    Names are those of Hugging Face: `model.safetensors`, or `model-00001-of-0000N.safetensors`, with `base` in place of
+    "model". Every header has `metadata`.
 
     Raises:
         OutputError: a type that the format does not have.
@@ -85,12 +87,19 @@ def lay_out(specs: Sequence[TensorSpec], max_shard_size: int) -> list[Shard]:
         files[-1].append(spec)
         size += spec.nbytes
     if len(files) == 1:
-        return [_shard("model.safetensors", files[0])]
-    return [_shard(f"model-{i:05d}-of-{len(files):05d}.safetensors", file) for i, file in enumerate(files, 1)]
+        return [_shard(f"{base}.safetensors", files[0], metadata or {})]
+    number = len(files)
+    names = [f"{base}-{i:05d}-of-{number:05d}.safetensors" for i in range(1, number + 1)]
+    return [_shard(name, file, metadata or {}) for name, file in zip(names, files, strict=True)]
 
 
-def _shard(file: str, specs: list[TensorSpec]) -> Shard:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def index_name(base: str) -> str:
+    """Return the name of the index of several files."""
+    return f"{base}.safetensors.index.json"
+
+
+def _shard(file: str, specs: list[TensorSpec], metadata: Mapping[str, str]) -> Shard:
+    entries: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
     begins = {}
     end = 0
     # Widest types first: readers view the bytes as the type in place, which needs aligned starts.

@@ -2,34 +2,41 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 
 from twa_scale.errors import OutputError
 from twa_scale.ranks import Group, require_same_settings
 from twa_scale.spans import Span
-from twa_scale.writer.claims import Claim, sweep
 from twa_scale.writer.disk import OpenFile
 from twa_scale.writer.finite import require_finite
+from twa_scale.writer.hidden import HiddenName, sweep
 from twa_scale.writer.publish import check_target, publish, reported, write_file
-from twa_scale.writer.shards import INDEX, Shard, TensorSpec, index_of, lay_out, parse_size
+from twa_scale.writer.shards import Shard, TensorSpec, index_name, index_of, lay_out, parse_size
 
 Files = Mapping[str, bytes | Path]
-"""Small files to put beside the weights: content, or what to copy, by name."""
+"""Small files to put beside the weights: content, or what to copy, by their path there."""
 
 _PIECE_BYTES = 4 << 20  # of a file that are converted at a time: all that writing holds in memory, or rather in a cache
 
 
 class Writer:
-    """One rank's access to the files; made by `writing`, or `begin`. The first rank has the claim to the directory."""
+    """One rank's access to the files; made by `writing`, or `begin`. The first rank owns the hidden name of all."""
 
     def __init__(
-        self, directory: Path, target: Path, specs: Sequence[TensorSpec], shards: Sequence[Shard], claim: Claim | None
+        self,
+        directory: Path,
+        target: Path,
+        specs: Sequence[TensorSpec],
+        shards: Sequence[Shard],
+        base: str,
+        hidden: HiddenName | None,
     ) -> None:
         self.directory = directory
         """Where the files are until they are published."""
-        self._claim = claim
+        self._base = base
+        self._hidden = hidden
         self.target = target
         self._shards = shards
         self._specs = {spec.name: spec for spec in specs}
@@ -84,17 +91,19 @@ class Writer:
         """Add the small files and let the directory appear under its name; for one rank, when all have written."""
         extra = dict(files)
         if len(self._shards) > 1:
-            extra[INDEX] = index_of(self._shards, list(self._specs.values()))
+            extra[index_name(self._base)] = index_of(self._shards, list(self._specs.values()))
         with reported(self.target):
             for name, content in extra.items():
-                assert Path(name).name == name and name not in {shard.file for shard in self._shards}
-                write_file(self.directory / name, content)
+                assert is_below(name) and name not in {shard.file for shard in self._shards}
+                path = self.directory / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, content)
             publish(self.directory, self.target)
 
     def discard(self) -> None:
         """Remove what was not published, or the older output that was replaced; for the first rank."""
-        if self._claim:
-            self._claim.discard()
+        if self._hidden:
+            self._hidden.discard()
 
     def _converted(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a piece in the type of the file: where it lies, or in a buffer that the next piece takes again."""
@@ -120,6 +129,8 @@ def writing(
     max_shard_size: str | int = "5GB",
     files: Files | None = None,
     overwrite: bool = False,
+    base: str = "model",
+    metadata: Mapping[str, str] | None = None,
 ) -> Iterator[Writer]:
     """Write `specs` to the directory `out`; it appears when the body has succeeded on every rank. Collective.
 
@@ -134,11 +145,13 @@ def writing(
         max_shard_size: most bytes of tensor data in one file, unless a single tensor is larger.
         files: further files for the directory.
         overwrite: replace an earlier output; without it a directory that is not empty is refused.
+        base: what the files of weights are called, without suffix and number.
+        metadata: what their headers say beside the tensors.
 
     Raises:
         OutputError: on every rank; nothing is left behind, and what stood at `out` is as it was.
     """
-    writer = begin(out, specs, group, max_shard_size=max_shard_size, overwrite=overwrite)
+    writer = begin(out, specs, group, max_shard_size=max_shard_size, overwrite=overwrite, base=base, metadata=metadata)
     try:
         with group.agree():
             try:
@@ -155,8 +168,21 @@ def writing(
             writer.discard()
 
 
+def is_below(name: str) -> bool:
+    """Whether a name of `Files` is that of a file in the directory or below it."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
 def begin(
-    out: str | Path, specs: Sequence[TensorSpec], group: Group, *, max_shard_size: str | int, overwrite: bool
+    out: str | Path,
+    specs: Sequence[TensorSpec],
+    group: Group,
+    *,
+    max_shard_size: str | int,
+    overwrite: bool,
+    base: str = "model",
+    metadata: Mapping[str, str] | None = None,
 ) -> Writer:
     """Make the files, of full size and without values, in a hidden directory beside `out`. Collective.
 
@@ -169,39 +195,40 @@ def begin(
     tensors = {f"tensor {spec.name!r}": (str(spec.dtype), spec.shape) for spec in specs}
     require_same_settings(group, {**told, **tensors})
     target = group.broadcast(own)
-    claim: Claim | None = None
+    base, metadata = group.broadcast((base, metadata))  # decide where in the files each tensor lies
+    hidden: HiddenName | None = None
     try:
         with group.agree():
-            shards = lay_out(specs, parse_size(max_shard_size))
+            shards = lay_out(specs, parse_size(max_shard_size), base, metadata)
             if group.rank == 0:
-                claim = _prepare(target, shards, overwrite)
-        temporary = group.broadcast(claim.path if claim else target)
+                hidden = _prepare(target, shards, overwrite)
+        temporary = group.broadcast(hidden.path if hidden else target)
         with group.agree():
             _check_shared(target, temporary, shards[0])
-            return Writer(temporary, target, specs, shards, claim)
+            return Writer(temporary, target, specs, shards, base, hidden)
     except BaseException:
-        if claim:
-            claim.discard()
+        if hidden:
+            hidden.discard()
         raise
 
 
-def _prepare(target: Path, shards: Sequence[Shard], overwrite: bool) -> Claim:
+def _prepare(target: Path, shards: Sequence[Shard], overwrite: bool) -> HiddenName:
     with reported(target):
         sweep(target.parent, target.name)
         check_target(target, sum(shard.nbytes for shard in shards), overwrite)
         if not target.parent.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-        claim = Claim(target)
+        hidden = HiddenName(target)
         try:
-            claim.path.mkdir()
+            hidden.path.mkdir()
             for shard in shards:
-                with (claim.path / shard.file).open("wb") as file:
+                with (hidden.path / shard.file).open("wb") as file:
                     file.write(shard.header)
                     file.truncate(shard.nbytes)
         except BaseException:
-            claim.discard()
+            hidden.discard()
             raise
-        return claim
+        return hidden
 
 
 def _check_shared(target: Path, temporary: Path, shard: Shard) -> None:

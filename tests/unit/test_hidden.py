@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.kill_while_writing import KILLS
-from twa_scale.writer.claims import Claim, sweep
+from twa_scale.errors import CandidateError
+from twa_scale.sources import open_candidates
+from twa_scale.writer.hidden import HiddenName, sweep
 from twa_scale.writer.publish import publish, replace_file
 
 FORK = multiprocessing.get_context("fork")
@@ -25,11 +27,11 @@ def left(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def prepare(target: Path, kind: str = "tmp") -> Claim:
-    claim = Claim(target, kind)  # type: ignore[arg-type]
-    claim.path.mkdir()
-    (claim.path / "weights").write_bytes(b"0")
-    return claim
+def prepare(target: Path, kind: str = "tmp") -> HiddenName:
+    hidden = HiddenName(target, kind)  # type: ignore[arg-type]
+    hidden.path.mkdir()
+    (hidden.path / "weights").write_bytes(b"0")
+    return hidden
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,8 @@ def test_killed_writers_leave_a_whole_output_and_nothing_after_the_next_start(
 
 
 def hold(target: Path, ready: Connection) -> None:
-    claim = prepare(target)
-    ready.send(claim.path.name)
+    hidden = prepare(target)
+    ready.send(hidden.path.name)
     time.sleep(60)
 
 
@@ -101,30 +103,33 @@ def wait(ready: Connection) -> None:
 
 
 def hold_and_fork(target: Path, ready: Connection) -> None:
-    claim = prepare(target)
+    hidden = prepare(target)
     receive, send = FORK.Pipe(duplex=False)
     worker = FORK.Process(target=wait, args=(send,))
     worker.start()
     receive.recv()
     worker.terminate()
     worker.join()
-    ready.send(f"{claim.path.name} {worker.exitcode}")
+    FORK.Process(target=time.sleep, args=(5,)).start()
+    ready.send(f"{hidden.path.name} {worker.exitcode}")
     time.sleep(60)
 
 
-def test_a_worker_that_is_ended_leaves_what_its_parent_holds(tmp_path: Path) -> None:
+def test_what_a_process_holds_is_not_that_of_those_that_it_forks(tmp_path: Path) -> None:
     with holding(tmp_path / "out", hold_and_fork) as (_, said):
         name, code = said.split()
         assert left(tmp_path) == [name, f"{name}.lock"] and int(code) == -signal.SIGTERM
+    sweep(tmp_path)  # while another worker lives on
+    assert left(tmp_path) == []
 
 
 def test_handlers_of_ones_own_are_left_alone(tmp_path: Path) -> None:
     caught = []
     before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
     try:
-        with prepare(tmp_path / "out") as claim:
+        with prepare(tmp_path / "out") as hidden:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert caught == [signal.SIGTERM] and claim.path.exists()
+            assert caught == [signal.SIGTERM] and hidden.path.exists()
             assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -159,6 +164,9 @@ def test_an_output_that_was_moved_aside_comes_back_once(tmp_path: Path) -> None:
             (tmp_path / (name + suffix)).rename(tmp_path / (name.replace(".tmp-", ".old-") + suffix))
         if now:
             (out / "weights").write_bytes(now)
+        if not now:
+            with pytest.raises(CandidateError, match=r"killed.*\.out\.old-"):
+                open_candidates([out], minimum=1)
         sweep(tmp_path)
         assert left(tmp_path) == ["out"] and (out / "weights").read_bytes() == (now or b"0")
 
@@ -166,8 +174,8 @@ def test_an_output_that_was_moved_aside_comes_back_once(tmp_path: Path) -> None:
 def test_what_stands_in_the_way_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_bytes(b"a file")
-    with prepare(out) as claim, pytest.raises(OSError, match="directory"):
-        publish(claim.path, out)
+    with prepare(out) as hidden, pytest.raises(OSError, match="directory"):
+        publish(hidden.path, out)
     assert left(tmp_path) == ["out"] and out.read_bytes() == b"a file"
 
 

@@ -19,16 +19,14 @@ from types import FrameType, TracebackType
 from typing import Literal, TypeVar
 
 Kind = Literal["tmp", "old"]
-Self = TypeVar("Self", bound="Claim")
+Self = TypeVar("Self", bound="HiddenName")
 
 _LOCK = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}\.lock")
-_QUIET = (
-    24 * 3600.0
-)  # seconds without a change after which a lock that is free on this host counts for other hosts, too
+_QUIET = 24 * 3600.0  # seconds without a change, after which a lock that is free here is taken to be free elsewhere
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
-class Claim:
+class HiddenName:
     """A hidden name beside `target`, of a file or directory that this process will make there.
 
     As a context manager, or by `discard`, it removes what stands there. A process that SIGTERM or SIGHUP would kill
@@ -60,11 +58,14 @@ class Claim:
         clear(self.path, self._target, self._kind)
         if not self.path.exists():
             self._lock.unlink(missing_ok=True)
-        with suppress(OSError):
-            fcntl.flock(self._handle, fcntl.LOCK_UN)  # a process that was forked meanwhile has the same lock
-        os.close(self._handle)
-        self._handle = None
+        self.forget()
         _OWNED.remove(self)
+
+    def forget(self) -> None:
+        """Leave what stands under the name to others."""
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = None
 
     def __enter__(self: Self) -> Self:
         return self
@@ -173,31 +174,36 @@ def _host() -> bytes:
 
 
 class _Owned:
-    """The claims of this process; while there are any, the signals that would kill it are handled."""
+    """The hidden names of this process; while there are any, the signals that would kill it are handled."""
 
     def __init__(self) -> None:
-        self._claims: dict[Claim, int] = {}
+        self._names: set[HiddenName] = set()
 
-    def add(self, claim: Claim) -> None:
-        self._claims[claim] = os.getpid()
+    def add(self, name: HiddenName) -> None:
+        self._names.add(name)
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) is signal.SIG_DFL:
                     signal.signal(number, self._die)
 
-    def remove(self, claim: Claim) -> None:
-        self._claims.pop(claim, None)
-        if not self._claims and threading.current_thread() is threading.main_thread():
+    def remove(self, name: HiddenName) -> None:
+        self._names.discard(name)
+        if not self._names and threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) == self._die:
                     signal.signal(number, signal.SIG_DFL)
 
+    def forget(self) -> None:
+        """Leave all to the process that this one was forked from, which else could not end the locks by its own end."""
+        while self._names:
+            self._names.pop().forget()
+
     def _die(self, number: int, frame: FrameType | None) -> None:
-        """Discard what this process itself has claimed, not what the process that forked it has, and die."""
-        for claim in [claim for claim, pid in self._claims.items() if pid == os.getpid()]:
-            claim.discard()
+        for name in list(self._names):
+            name.discard()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
 _OWNED = _Owned()
+os.register_at_fork(after_in_child=_OWNED.forget)
