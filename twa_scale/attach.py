@@ -16,9 +16,10 @@ from twa_scale.buffers import buffer_source, copied_notice, spectral_vectors
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.misplaced import require_memory, wrapper_beside
+from twa_scale.engines.pairs import complex_in_model
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.kernels import Target
-from twa_scale.layout import Layout, alias_jobs, match, wanted_of
+from twa_scale.layout import Layout, alias_jobs, match, require_same_kinds, wanted_of
 from twa_scale.notices import notice
 from twa_scale.optimizer import check_optimizer, check_settings
 from twa_scale.ranks import Pods, Reduction, require_same_settings
@@ -27,6 +28,7 @@ from twa_scale.sources import Candidate, open_together
 from twa_scale.sources.carried import carry
 from twa_scale.sources.find import same_files
 from twa_scale.sources.mapped import mapped, refuse_overlap
+from twa_scale.sources.pairs import complex_in_files
 from twa_scale.sources.view import stored_once
 from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
@@ -94,6 +96,9 @@ def attach(
         with pods.agree():
             carried = carry(opened, files=pods.rank == 0, code=config.carry_code)
             layout = match(engine.parameters, engine.buffers(), opened, config)
+            types = {name: buffer.dtype for name, buffer in engine.buffers().items()}
+            types |= {name: info.dtype for name, info in engine.parameters.items()}
+            require_same_kinds(layout, types, complex_in_model(engine), opened[0], complex_in_files(opened[0]))
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
             if config.store == "mapped":

@@ -15,9 +15,10 @@ from twa_scale.ranks import Pods
 from twa_scale.reading import Progress
 from twa_scale.sources import Candidate
 from twa_scale.sources.carried import Carried
+from twa_scale.sources.pairs import complex_in_files
 from twa_scale.sources.types import types_notice, widest
 from twa_scale.spans import whole
-from twa_scale.writer import TensorSpec, Writer, stored_as, writing
+from twa_scale.writer import Writer, spec_of, writing
 from twa_scale.writer.provenance import writing_options
 from twa_scale.writer.publish import check_apart
 
@@ -60,8 +61,9 @@ def export(
     """
     last = candidates[-1]
     names = [name for held in layout.held_as.values() for name in held]
+    pairs = complex_in_files(last)
     specs = [
-        TensorSpec(name, last.shape(name), stored_as(widest(candidates, name), dtype), last.stored_names[name])
+        spec_of(name, last.shape(name), widest(candidates, name), dtype, last.stored_names[name], pairs=name in pairs)
         for name in names
     ]
     options = writing_options(carried, provenance, dtype, max_shard_size)

@@ -1,6 +1,6 @@
 """Matching a model with its candidates: which tensors are trained, which are fixed, and who shares coefficients."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,9 +91,6 @@ def match(
             f"nothing to train: of {len(parameters)} parameters {len(trainable)} require a gradient, and include and "
             "exclude leave none of them. Widen the patterns, or set requires_grad."
         )
-    complex_ = next((name for name in trained if parameters[name].dtype.is_complex), None)
-    if complex_ is not None:
-        raise ConfigError(f"tensor {complex_!r} is complex, which has no trained average yet; name it in `exclude`.")
     by_group = group_names(trained, config.groups)
     groups = tuple(dict.fromkeys(by_group.values()))
     return Layout(
@@ -152,3 +149,37 @@ def _check_shape(name: str, shape: tuple[int, ...], first: Candidate) -> None:
             f"{first.label}: tensor {name!r} has shape {first.shape(name)}, the model's is {shape}; candidates must "
             "be of the same architecture as the model."
         )
+
+
+def require_same_kinds(
+    layout: Layout,
+    model: Mapping[str, torch.dtype],
+    complex_in_model: Collection[str],
+    first: Candidate,
+    complex_in_files: Collection[str],
+) -> None:
+    """Refuse a tensor that is complex, floating point or integer in the model, and another of these in the candidates.
+
+    Args:
+        layout: the tensors of the model that candidates hold.
+        model: the types of the model's tensors.
+        complex_in_model: names of those that are pairs of real numbers here, and complex in the model.
+        first: one of the candidates, which are known to be alike.
+        complex_in_files: names of those that are complex there.
+
+    Raises:
+        CandidateError: names the tensor.
+    """
+    for name in layout.held_as:
+        source = layout.source(name)
+        found = _kind(first.dtype(source), source in complex_in_files)
+        wanted = _kind(model[name], name in complex_in_model)
+        if found != wanted:
+            raise CandidateError(
+                f"{first.label}: tensor {source!r} is {found}, the model's is {wanted}; candidates must be of the same "
+                "architecture as the model, and be saved in types of the same kind."
+            )
+
+
+def _kind(dtype: torch.dtype, pairs: bool) -> str:
+    return "complex" if pairs else "floating point" if dtype.is_floating_point else "integer"

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from twa_scale.engines import Engine, choose_engine
+from twa_scale.engines.pairs import complex_in_model
 from twa_scale.errors import ConfigError
 from twa_scale.export import may_be_mask, write_live
 from twa_scale.ranks import Group, Pods, require_same_settings
 from twa_scale.spans import Span, whole
-from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, stored_as, writing
+from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, spec_of, writing
 from twa_scale.writer.finite import require_finite
 from twa_scale.writer.hidden import HiddenName, sweep
 from twa_scale.writer.publish import reported
@@ -156,7 +157,8 @@ class Snapshots:
     def _specs(self, engine: Engine) -> list[TensorSpec]:
         tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
         tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
-        return [TensorSpec(name, shape, stored_as(own, self._dtype)) for name, (shape, own) in tensors.items()]
+        pairs = complex_in_model(engine)
+        return [spec_of(name, shape, own, self._dtype, pairs=name in pairs) for name, (shape, own) in tensors.items()]
 
     def _write(self, engine: Engine, path: Path) -> None:
         specs, limit = self._specs(engine), self._max_shard_size

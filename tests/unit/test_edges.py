@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import twa_scale
-from twa_scale import CandidateError, ConfigError, EngineError, Snapshots, TwaError
+from twa_scale import CandidateError, EngineError, Snapshots, TwaError
 
 SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
 
@@ -81,13 +81,6 @@ def test_tensors_that_are_not_trained_keep_their_bits(tmp_path: Path) -> None:
     twa = twa_scale.attach(net, held)
     assert all(torch.equal(net.state_dict()[k], source.state_dict()[k]) for k in ("third", "large", "seventh", "count"))
     twa.export(tmp_path / "out")
-
-
-def test_a_complex_parameter_is_refused() -> None:
-    net = nn.Module()
-    net.weight = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-    with pytest.raises((ConfigError, CandidateError), match="weight"):
-        twa_scale.attach(net, [dict(net.state_dict()), dict(net.state_dict())])
 
 
 def test_a_buffer_that_candidates_lack_is_named_unless_it_is_ignored() -> None:

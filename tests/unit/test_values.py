@@ -130,7 +130,15 @@ def test_an_exported_run_has_the_buffers_of_the_live_weights(tmp_path: Path) -> 
     paths, model = save(tmp_path, candidates), Everything()
     with pytest.warns(TwaWarning):
         twa = twa_scale.attach(model, paths, {"center": "ema:0.8", "buffers": "average"})
-    state = {"twa": twa.state_dict(), "step": 0, "course": {}, "candidates": paths}
+    state = {
+        "twa": twa.state_dict(),
+        "step": 0,
+        "keep": "last",
+        "kept": None,
+        "finished": False,
+        "course": {},
+        "candidates": paths,
+    }
     save_state(tmp_path / "run", state)
     with pytest.warns(TwaWarning, match="copied"):
         export_run(tmp_path / "run", tmp_path / "out")

@@ -13,6 +13,7 @@ from twa_scale.engines.ddp import DDPEngine
 from twa_scale.engines.fairscale import FairscaleEngine, sharded_by_fairscale
 from twa_scale.engines.fsdp1 import FSDP1Engine
 from twa_scale.engines.fsdp2 import FSDP2Engine
+from twa_scale.engines.pairs import in_pairs
 from twa_scale.engines.plain import PlainEngine
 from twa_scale.engines.protocol import Engine
 from twa_scale.engines.sharded_ddp import ShardedDDPEngine, is_sharded_ddp
@@ -28,7 +29,7 @@ _KNOWN = (
 
 
 def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None) -> Engine:
-    """Return the engine for `model`.
+    """Return the engine for `model`; it presents complex tensors as pairs of real numbers.
 
     Args:
         model: what a user trains, or an `Engine` of her own.
@@ -38,6 +39,10 @@ def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None)
     Raises:
         EngineError: a kind of model that no engine here knows, or one without parameters.
     """
+    return in_pairs(_chosen(model, replica_group))
+
+
+def _chosen(model: object, replica_group: dist.ProcessGroup | None) -> Engine:
     if isinstance(model, Engine):
         return _own(model, replica_group)
     if not isinstance(model, nn.Module):

@@ -20,9 +20,10 @@ from twa_scale.ranks import Group
 from twa_scale.reading import Job, Part, Progress, Reader, job_bytes, same_values
 from twa_scale.sources import Candidate
 from twa_scale.sources.carried import Carried
+from twa_scale.sources.pairs import complex_in_files
 from twa_scale.sources.types import types_notice, widest
 from twa_scale.spans import Span, whole
-from twa_scale.writer import TensorSpec, Writer, stored_as, writing
+from twa_scale.writer import TensorSpec, Writer, spec_of, writing
 from twa_scale.writer.provenance import provenance, writing_options
 from twa_scale.writer.publish import check_apart
 
@@ -106,8 +107,9 @@ def merge(
 def _specs(candidates: Sequence[Candidate], dtype: torch.dtype | None) -> list[TensorSpec]:
     """Return what is written: the last candidate's tensors, floating point ones as `dtype` or in the widest type."""
     last = candidates[-1]
+    pairs = complex_in_files(last)
     return [
-        TensorSpec(name, last.shape(name), stored_as(widest(candidates, name), dtype), last.stored_names[name])
+        spec_of(name, last.shape(name), widest(candidates, name), dtype, last.stored_names[name], pairs=name in pairs)
         for name in last.names()
     ]
 

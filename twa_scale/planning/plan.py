@@ -10,6 +10,7 @@ from torch import nn
 from twa_scale.config import RunConfig
 from twa_scale.engines import ParameterInfo
 from twa_scale.engines.describe import named_parameters, persistent_buffers
+from twa_scale.engines.pairs import described, real
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, choose_kernels
 from twa_scale.layout import Layout, alias_jobs, match, wanted_of
@@ -99,7 +100,8 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         model = task.model().to(torch.float32)
     runtime = resident()  # with what the task imports, and data that it holds in memory
     _, parameters = named_parameters(model)
-    buffers = persistent_buffers(model)
+    parameters = described(parameters)
+    buffers = {name: real(buffer) for name, buffer in persistent_buffers(model).items()}
     candidates = open_candidates(config.candidates, wanted=wanted_of(parameters, buffers, config))
     layout = match(parameters, buffers, candidates, config)
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))

@@ -13,6 +13,7 @@ from twa_scale.sources.directory import INDEX, LOADERS, TORCH_SUFFIXES, is_shard
 from twa_scale.sources.entries import WeightsKey
 from twa_scale.sources.find import Source, Spec, Tell, find_sources
 from twa_scale.sources.memory import MemoryCandidate
+from twa_scale.sources.pairs import in_pairs
 from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.safetensors import SafetensorsCandidate
 from twa_scale.sources.select import ALL, Wanted, select
@@ -42,7 +43,7 @@ def open_candidates(spec: Spec, minimum: int = 2, wanted: Wanted = ALL, tell: Te
 
 
 def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:
-    """Open what `find_sources` has found, and check that all hold the same tensors.
+    """Open what `find_sources` has found, and check that all hold the same tensors; complex ones are read as pairs.
 
     Raises:
         CandidateError: see `open_candidates`.
@@ -61,7 +62,7 @@ def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = n
         for candidate in candidates:
             candidate.close()
         raise
-    return selected
+    return [in_pairs(candidate) for candidate in selected]
 
 
 def _refuse_one_memory(sources: Sequence[Source], candidates: Sequence[Candidate]) -> None:

@@ -34,6 +34,8 @@ class TensorSpec:
     dtype: torch.dtype
     stored_name: str | None = None
     """What the file calls it, where that is not `name`."""
+    pairs: bool = False
+    """Whether it is complex in the file: the last dimension, of 2, is that of real and imaginary part."""
 
     @property
     def numel(self) -> int:
@@ -49,6 +51,20 @@ class TensorSpec:
 def stored_as(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """Return the type that a tensor is written in: `wanted`, if any, for floating point tensors, else its own."""
     return wanted if wanted is not None and own.is_floating_point else own
+
+
+def spec_of(
+    name: str,
+    shape: tuple[int, ...],
+    own: torch.dtype,
+    wanted: torch.dtype | None,
+    stored_name: str | None = None,
+    *,
+    pairs: bool = False,
+) -> TensorSpec:
+    """Return the tensor as it is written: see `stored_as`. The parts of a complex one are float32 at least."""
+    dtype = stored_as(own, wanted)
+    return TensorSpec(name, shape, torch.float32 if pairs and dtype.itemsize < 4 else dtype, stored_name, pairs)
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,11 @@ def lay_out(
         OutputError: a type that the format does not have.
     """
     for spec in specs:
+        if spec.pairs and spec.dtype != torch.float32:
+            raise OutputError(
+                f"tensor {spec.name!r}: the format cannot hold complex128; choose dtype float32, which makes it "
+                "complex64."
+            )
         if spec.dtype not in _KINDS:
             raise OutputError(f"tensor {spec.name!r}: the format cannot hold {spec.dtype}; choose another dtype.")
     files: list[list[TensorSpec]] = [[]]
@@ -103,13 +124,13 @@ def _shard(file: str, specs: list[TensorSpec], metadata: Mapping[str, str]) -> S
     begins = {}
     end = 0
     # Widest types first: readers view the bytes as the type in place, which needs aligned starts.
-    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize * (2 if spec.pairs else 1)):
         begins[spec.name] = end
         end += spec.nbytes
         offsets = [begins[spec.name], end]
         entries[spec.stored_name or spec.name] = {
-            "dtype": _KINDS[spec.dtype],
-            "shape": list(spec.shape),
+            "dtype": _KINDS[torch.complex64 if spec.pairs else spec.dtype],
+            "shape": list(spec.shape[:-1] if spec.pairs else spec.shape),
             "data_offsets": offsets,
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
