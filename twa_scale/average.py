@@ -1,4 +1,4 @@
-"""The heart: gradients are projected onto the deltas, coefficients are trained, weights are combined anew."""
+"""The average: gradients are projected onto the deltas, coefficients are trained, and weights are combined."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from twa_scale.reading import Progress, job_bytes
 from twa_scale.sources import Candidate
 from twa_scale.sources.carried import Carried
 from twa_scale.spans import Span
-from twa_scale.state import VERSION, AverageState, Fingerprint, checked, require_same_settings
+from twa_scale.state import VERSION, AverageState, Fingerprint, checked, require_same_settings, require_same_shapes
 from twa_scale.stepping import AverageOptimizer, refuse_copies
 from twa_scale.store import Store, step_cost, update_bytes
 from twa_scale.weights import Weights
@@ -114,7 +114,11 @@ class TrainableAverage:
         """
         elements = sum(len(span) for span in self._spans)
         weights = sum(self._engine.live(span).nbytes for span in self._spans)
-        nbytes = update_bytes(self._store.nbytes, elements, mapped=self._mapped_bytes(), weights=weights)
+        mapped = 0
+        if self.config.store == "mapped":  # it reads the candidates' own files where other stores read deltas
+            everyone = range(self.num_candidates)
+            mapped = job_bytes(self._candidates, [(self.layout.sourced(span), everyone) for span in self._spans])
+        nbytes = update_bytes(self._store.nbytes, elements, mapped=mapped, weights=weights)
         return step_cost(self.clock.read(), nbytes, steps)
 
     @while_open
@@ -239,9 +243,8 @@ class TrainableAverage:
 
         Returns the number of batches seen over all ranks. See `batchnorm.recalibrate` for the arguments.
         """
-        engine = self._engine
+        engine, apart = self._engine, self._engine.shard_group.size == 1
         self.settle()
-        apart = engine.shard_group.size == 1
         seen = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward, apart=apart)
         engine.publish(())
         return seen
@@ -328,23 +331,14 @@ class TrainableAverage:
     def _require_fit(self, saved: AverageState) -> None:
         self.fingerprint.require(saved.fingerprint.build())
         require_same_settings(self._settings(), saved.config.model_dump(mode="json"))
-        x = saved.x.to(self._x)
-        if x.shape != self._x.shape or list(self.layout.groups) != saved.groups:
-            raise StateError(
-                f"the state has {tuple(x.shape)} coefficients, this run {tuple(self._x.shape)}: other groups."
-            )
+        x, shape = saved.x.to(self._x), tuple(self._x.shape)
+        if tuple(x.shape) != shape or list(self.layout.groups) != saved.groups:
+            raise StateError(f"the state has {tuple(x.shape)} coefficients, this run {shape}: other groups.")
         a = self._basis.averaging(self._basis.expand(x))
         if not torch.allclose(a, saved.coefficients.to(a), rtol=1e-6, atol=1e-6):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
         check_state(self.config, self._x, saved.optimizer)
-        live = self._engine.buffers()
-        for name, value in saved.buffers.items():
-            if name not in live or live[name].shape != value.shape:
-                shape = tuple(live[name].shape) if name in live else "none"
-                raise StateError(
-                    f"state: buffers: {name!r} has shape {tuple(value.shape)} in the state, and {shape} in the model. "
-                    "Give the state of this model, or start a new run."
-                )
+        require_same_shapes(self._engine.buffers(), saved.buffers)
 
     def close(self) -> None:
         """Take the hooks off the model and release the store and the candidates; the model keeps its weights.
@@ -390,13 +384,6 @@ class TrainableAverage:
         """Return u, (n + 1, G), of the weights that are shown now."""
         shown = self._now_shown
         return self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
-
-    def _mapped_bytes(self) -> int:
-        """What store `mapped` reads of the candidates' own files; other stores hold deltas in their place."""
-        if self.config.store != "mapped":
-            return 0
-        everyone = range(self.num_candidates)
-        return job_bytes(self._candidates, [(self.layout.sourced(span), everyone) for span in self._spans])
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a TrainableAverage")

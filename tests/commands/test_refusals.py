@@ -48,7 +48,7 @@ def config(text: Brought, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optimizer.lr=-1", ["run.yaml", "optimizer.lr", "greater than 0"]),
+        ("optimizer.lr=-1", ["override 'optimizer.lr=-1'", "optimizer.lr", "greater than 0"]),
         ("bsis=pca", ["'bsis'", "did you mean 'basis'?"]),
         ("task.modl=byte_gpt", ["task", "'modl'", "did you mean 'model'?"]),
         ("task.model.byte_gpt.n_layers=3", ["task", "n_layers", "'n_layer'"]),

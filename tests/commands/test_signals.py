@@ -17,7 +17,12 @@ MEBI = 1 << 20
 
 def half_done(command: list[str], out: Path) -> "subprocess.Popen[bytes]":
     """Start a command that writes `out`, and return when it has begun to."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+
+    def heed() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):  # whoever runs the tests may ignore them
+            signal.signal(number, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed)
     while not any(out.parent.glob(f".{out.name}.tmp-*/*.safetensors")):
         assert process.poll() is None and not out.exists()
         time.sleep(0.002)

@@ -81,14 +81,14 @@ def average_fixed(
             f"--weights {weights}: the candidates have weights of their own as PATH:WEIGHT; give one or the other."
         )
     given = explicit if explicit is not None else _parsed("mean" if weights is None else weights)
-    if isinstance(given, list):
-        given = _of_sum_one(given, normalize)
     opened = open_together(paths, group, 1, wanted)
     vectors = spectral_vectors(opened[-1].names())
     if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(
             f"{len(explicit)} weights for {len(opened)} candidates: a PATH:WEIGHT must name one candidate."
         )
+    if isinstance(given, list):
+        given = _of_sum_one(given, normalize)
     fixed = center_weights(given, len(opened), "--weights")
     option = _parsed_buffers(buffers, len(opened))
 

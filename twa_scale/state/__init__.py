@@ -3,7 +3,7 @@
 from twa_scale.state.file import PREVIOUS, STATE, load_state, save_state
 from twa_scale.state.fingerprint import Fingerprint, fingerprint_of
 from twa_scale.state.schema import VERSION, AverageState, KeptState, RunState, checked
-from twa_scale.state.settings import require_same_settings
+from twa_scale.state.settings import require_same_settings, require_same_shapes
 
 __all__ = [
     "PREVIOUS",
@@ -17,5 +17,6 @@ __all__ = [
     "fingerprint_of",
     "load_state",
     "require_same_settings",
+    "require_same_shapes",
     "save_state",
 ]

@@ -1,7 +1,9 @@
-"""Which settings a saved state belongs to."""
+"""Which settings and which model a saved state belongs to."""
 
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from twa_scale.errors import StateError
 
@@ -31,4 +33,19 @@ def require_same_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> No
             raise StateError(
                 f"{key}: the state was trained with {then[key]!r}, this run has {now[key]!r}; its coefficients would "
                 "mean something else. Use the saved setting, or start a new run."
+            )
+
+
+def require_same_shapes(live: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Refuse saved buffers that the model does not have, or has with other shapes.
+
+    Raises:
+        StateError: names the first of them.
+    """
+    for name, value in saved.items():
+        if name not in live or live[name].shape != value.shape:
+            shape = tuple(live[name].shape) if name in live else "none"
+            raise StateError(
+                f"state: buffers: {name!r} has shape {tuple(value.shape)} in the state, and {shape} in the model. "
+                "Give the state of this model, or start a new run."
             )

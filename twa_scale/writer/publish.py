@@ -69,8 +69,8 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(
-            f"{target}: exists and is not empty; it is left alone. Choose another name, remove it, or ask to "
-            "overwrite it."
+            f"{target}: exists and is not empty; it is left alone. Choose another name, remove it, or give "
+            "--overwrite (overwrite=True)."
         )
     ours = any(path.suffix == ".safetensors" for path in content)
     carried = _carried(target)

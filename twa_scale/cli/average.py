@@ -1,0 +1,72 @@
+"""`twa-scale average`."""
+
+from typing import Annotated
+
+import typer
+
+from twa_scale.cli.options import CarryCode, Dtype, Ignore, Out, Overwrite, ShardSize, Timeout, WeightsKey
+from twa_scale.cli.shared import joined
+
+
+def average(
+    candidates: Annotated[
+        list[str], typer.Argument(help="Files, directories or globs in training order, or each as PATH:WEIGHT.")
+    ],
+    out: Out,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="`uniform` (when not given); `ema:D`: candidate i of n has D^(n-i) over the sum of these; "
+            "`ema-torch:D`, torch's EMA over the candidates: D^(n-1) for the first, (1-D) D^(n-i) for the others; "
+            "`linear` or `minus-sqrt` (WSM's decay shapes); `first`, `last` or an index; or `0.5,0.3,0.2`.",
+            show_default=False,
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Divide weights that do not sum to 1 by their sum.")
+    ] = False,
+    buffers: Annotated[
+        str,
+        typer.Option(
+            help="Floating point buffers: `average` running statistics with the weights and take others from the last "
+            "candidate; `mean`: average statistics uniformly; or take all from `first`, `last` or an index."
+        ),
+    ] = "average",
+    ignore: Ignore = None,
+    weights_key: WeightsKey = None,
+    max_shard_size: ShardSize = "5GB",
+    dtype: Dtype = None,
+    carry_code: CarryCode = False,
+    overwrite: Overwrite = False,
+    timeout: Timeout = None,
+) -> None:
+    """Average candidates with fixed weights: streamed, in bounded memory, no model code needed.
+
+    Under a launcher the ranks share the work.
+
+    twa-scale average 'runs/a/step-*' --weights ema:0.9 --out merged
+
+    twa-scale average runs/a:0.7 runs/b:0.3 --out merged
+
+    twa-scale average runs/a:3 runs/b:1 --normalize --out merged
+    """
+    from twa_scale.merge import average_fixed
+
+    with joined(out, timeout) as (report, say), report.bytes("averaging") as progress:
+        used = average_fixed(
+            candidates,
+            out,
+            weights,
+            normalize=normalize,
+            buffers=buffers,
+            ignore=ignore or [],
+            weights_key=weights_key,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            carry_code=carry_code,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for label, weight in used:
+        say(f"{weight:10.6f}  {label}")
+    say(f"wrote the average of {len(used)} candidates to {out}")

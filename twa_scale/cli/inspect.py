@@ -1,0 +1,34 @@
+"""`twa-scale inspect`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twa_scale.cli.options import Ignore, Timeout, WeightsKey
+from twa_scale.cli.shared import drawn, joined
+
+
+def inspect(
+    candidates: Annotated[list[str], typer.Argument(help="Files, directories or globs, in training order.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw the cosine matrix of the deltas into this PNG.")] = None,
+    ignore: Ignore = None,
+    weights_key: WeightsKey = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    timeout: Timeout = None,
+) -> None:
+    """Show what candidates hold and how they lie to each other. Reads each byte once, in bounded memory.
+
+    Under a launcher the ranks share the work, and rank 0 prints.
+    """
+    from twa_scale.inspection import inspect as inspect_candidates
+    from twa_scale.inspection import inspection_json, inspection_table
+    from twa_scale.plots import plot_cosines
+    from twa_scale.sources import asked_for
+
+    with joined(Path.cwd() / "inspect", timeout) as (report, say):
+        with report.bytes("reading candidates") as progress:
+            inspection = inspect_candidates(candidates, progress, asked_for(ignore or [], weights_key))
+        say(inspection_json(inspection) if json else drawn(inspection_table(inspection)))
+        if plot and report.active:
+            plot_cosines(plot, inspection.cosines, inspection.labels)

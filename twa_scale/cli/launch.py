@@ -1,0 +1,37 @@
+"""`twa-scale launch`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from twa_scale.cli.options import Overrides
+
+Launcher = Literal["torchrun", "deepspeed", "slurm", "mpi"]
+
+
+def launch(
+    config: Annotated[Path, typer.Argument(help="The file that `run` gets.")],
+    overrides: Overrides = None,
+    launcher: Annotated[Launcher, typer.Option("--with", help="What starts the ranks.")] = "torchrun",
+    nodes: Annotated[int, typer.Option(min=1, help="Number of hosts.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each of them: one for each GPU.")] = 1,
+    host_file: Annotated[str | None, typer.Option(help="deepspeed, mpi: file that lists the hosts.")] = None,
+    rdzv_endpoint: Annotated[str | None, typer.Option(help="torchrun: HOST:PORT where several nodes meet.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
+) -> None:
+    """Check CONFIG, print the command that runs it on many ranks, and become that command.
+
+    twa-scale launch --with torchrun configs/my-run.yaml --ranks-per-node 8
+
+    twa-scale launch --with slurm configs/my-run.yaml --nodes 4 --ranks-per-node 8 --dry-run
+    """
+    from twa_scale.config import load_config
+    from twa_scale.launch import Launch, execute, shown
+
+    load_config(config, overrides)
+    asked = Launch(str(config), overrides or [], nodes, ranks_per_node, host_file, rdzv_endpoint)
+    command = asked.command(launcher)
+    typer.echo(shown(command))
+    if not dry_run:
+        execute(command)

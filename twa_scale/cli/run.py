@@ -1,0 +1,47 @@
+"""`twa-scale run`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twa_scale.cli.options import Overrides
+from twa_scale.errors import ConfigError
+
+
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML or JSON file; see docs/configuration.md for every key.")
+    ] = None,
+    overrides: Overrides = None,
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="Ignored: scripts for DeepSpeed are given it.")
+    ] = False,
+    deepspeed_config: Annotated[
+        Path | None, typer.Option("--deepspeed_config", help='DeepSpeed JSON with a "twa" block, in place of CONFIG.')
+    ] = None,
+) -> None:
+    """Train the averaging coefficients as CONFIG says, then evaluate and export the average.
+
+    Alone, or on every rank of a launcher:
+
+        twa-scale run configs/my-run.yaml optimizer.lr=3e-3
+
+        torchrun --nproc-per-node 8 -m twa_scale run configs/my-run.yaml
+
+    Started again after a crash, it continues from the last saved state in `output`. SIGUSR1 or SIGTERM make it save its
+    state after what it is at, a step, an evaluation or attach, and exit with code 75.
+    """
+    from twa_scale.config import load_config
+    from twa_scale.training import run as run_training
+    from twa_scale.training.report import Report
+    from twa_scale.training.stopping import STOPPED, Stopped
+
+    if deepspeed_config is not None:  # then all arguments are overrides
+        config, overrides = deepspeed_config, [*([] if config is None else [str(config)]), *(overrides or [])]
+    if config is None:
+        raise ConfigError("give CONFIG, or --deepspeed_config FILE.")
+    try:
+        run_training(load_config(config, overrides), Report())
+    except Stopped:
+        raise typer.Exit(STOPPED) from None

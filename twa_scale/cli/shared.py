@@ -1,0 +1,41 @@
+"""What commands share: the work with other ranks, and what they print."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console, RenderableType
+
+if TYPE_CHECKING:
+    from twa_scale.training.report import Report
+
+
+def drawn(table: RenderableType) -> str:
+    """Return what a console of this width shows."""
+    console = Console()
+    with console.capture() as text:
+        console.print(table)
+    return text.get().rstrip()
+
+
+@contextmanager
+def joined(out: Path, timeout: float | None) -> "Iterator[tuple[Report, Callable[[str], None]]]":
+    """Share the work with the other ranks of the launcher, if there are any; rank 0 reports.
+
+    SIGINT, SIGTERM and SIGHUP undo what is half done.
+    """
+    import torch
+
+    from twa_scale.config import TIMEOUT
+    from twa_scale.ranks import Ended, World, ended_by_signals
+    from twa_scale.training.report import Report
+
+    world = World.from_environment()
+    try:
+        with ended_by_signals(), world.joined(torch.device("cpu"), out.parent, timeout or TIMEOUT):
+            yield Report(active=world.rank == 0), typer.echo if world.rank == 0 else lambda _: None
+    except Ended as ended:
+        typer.echo(f"stopped by {ended.signal}: nothing was written", err=True)
+        raise
