@@ -155,14 +155,13 @@ class TrainableAverage:
         self._in_step = True
         try:
             self._engine.drain()
+            self._weights.check()
         except RankError:
             raise
         except Exception as error:
             self._gradients.spoil(error)
         finally:
             self._in_step = False
-        if meddled := self._weights.meddled():
-            self._gradients.spoil(meddled)
         with self.clock.part("reduce"):
             products, norm = self._gradients.reduced(self._reduction)  # from here to the weights everything is small
         self._gradients.require_any(products, self.pods)
@@ -173,7 +172,7 @@ class TrainableAverage:
         products *= clipping(norm and norm / scale, self.config.max_weight_grad_norm)
         finite = bool(torch.isfinite(products).all())
         if not finite:
-            self._gradients.require_no_fault(self.pods)
+            self._require_no_fault()
         if engine_scale:
             products /= scale
             engine_scale.update(overflow=not finite)
@@ -243,8 +242,10 @@ class TrainableAverage:
 
         Returns the number of batches seen over all ranks. See `batchnorm.recalibrate` for the arguments.
         """
-        engine, apart = self._engine, self._engine.shard_group.size == 1
+        engine = self._engine
         self.settle()
+        synced = any(isinstance(layer, nn.SyncBatchNorm) for layer in engine.module.modules())
+        apart = self.pods.size == self.pods.count and not synced  # then no forward pass waits for another rank
         seen = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward, apart=apart)
         engine.publish(())
         return seen
@@ -364,12 +365,21 @@ class TrainableAverage:
             )
         self._gradients.project(span, gradient, in_step=self._in_step)
 
+    def _require_no_fault(self) -> None:
+        """Raise on every rank what one has found; the next step begins anew. Collective."""
+        try:
+            self._gradients.require_no_fault(self.pods)
+        finally:
+            self._gradients.clear()
+
     def _write_or_return_to(self, before: torch.Tensor) -> None:
         """Write the weights after a step; where they are not finite, restore the coefficients `before` it and raise."""
         try:
             self._limits.require_coefficients(self._x)
             self._write(postpone=self.config.combine == "forward")
             self._limits.require_weights(self._x, self._spans)
+        except RankError:  # writing again would wait for the same rank again
+            raise
         except TwaError:
             with torch.no_grad():
                 self._x.copy_(before)

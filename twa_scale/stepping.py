@@ -125,7 +125,10 @@ class AverageOptimizer(torch.optim.Optimizer):
 
     def load_inside(self, state: dict[str, Any]) -> None:
         """Load the state of the optimizer inside alone; `state` is not shared with it."""
-        self.inside.load_state_dict(deepcopy(state))
+        loaded = deepcopy(state)
+        for key, value in self.inside.param_groups[0].items():  # keys of a later version of torch than the state's
+            loaded["param_groups"][0].setdefault(key, value)
+        self.inside.load_state_dict(loaded)
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

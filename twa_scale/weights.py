@@ -7,8 +7,8 @@ import torch
 from twa_scale.clock import Clock
 from twa_scale.engines import Engine
 from twa_scale.engines.postponed import Combine, Postponed
-from twa_scale.errors import EngineError, TwaError
 from twa_scale.layout import Layout
+from twa_scale.notices import notice
 from twa_scale.spans import Span
 from twa_scale.store import Store
 
@@ -43,6 +43,7 @@ class Weights:
         self._postponed = Postponed(engine.units() if postpone else [], groups, engine.device, clock)
         self.settle = self._postponed.settle_all
         self._written: dict[str, object] = {}
+        self._reported = False
 
     def watch(self) -> None:
         """Have the engine say when it uses weights that were postponed."""
@@ -67,23 +68,28 @@ class Weights:
     def _note(self, names: Collection[str]) -> None:
         self._written |= self._engine.changed(names)
 
-    def meddled(self) -> TwaError | None:
-        """Return an error that says what else has written or replaced the weights of this rank since `write`, if any.
+    def check(self) -> None:
+        """Report once, on this rank, that something else has written the weights since `write`, as clamping does.
 
-        What has been postponed and is not written yet is as it was before.
+        The next write computes them from the candidates again. What has been postponed and is not written yet is as it
+        was before.
+
+        Raises:
+            EngineError: a parameter that was replaced by another.
         """
-        try:
-            now = self._engine.changed(self._names)
-        except TwaError as error:
-            return error
+        now = self._engine.changed(self._names)
+        if self._reported:
+            return
         for name, before in self._written.items():
-            if now[name] != before:
-                return EngineError(
-                    f"parameter {name!r} was written since the average wrote it, and the step would overwrite that. "
-                    "Load checkpoints and change weights before attach; show other weights with weights(); continue a "
-                    "run with load_state_dict() of its average."
+            if now.get(name, before) != before:
+                self._reported = True
+                notice(
+                    f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, a swap of "
+                    "weights, nn.Embedding(max_norm=..)): each step of the average overwrites that. Load checkpoints "
+                    "before attach; show other weights with weights(); continue a run with load_state_dict() of its "
+                    "average."
                 )
-        return None
+                return
 
     @torch.no_grad()
     def _combiner(self, choose: Callable[[], torch.Tensor]) -> Combine:

@@ -92,7 +92,6 @@ def train(how: str, combine: str, out: Path) -> dict[str, Any]:
     step(17)
     model.load_state_dict(kept)
     seen["given"] = own_loss(model, 20).item()
-    twa.load_state_dict(twa.state_dict())  # writes its weights again: a step on those of others is refused
     step(18)
     twa.settle()
     seen["settled"] = cases.gathered(model)

@@ -128,6 +128,17 @@ def test_other_names_are_part_of_the_fingerprint(tmp_path: Path) -> None:
         twa.load_state_dict(saved)
 
 
+def test_a_classifier_of_the_shape_of_token_types_is_not_tied(tmp_path: Path) -> None:
+    """BERT's config.json says that word embeddings are tied, of any head."""
+    names = ("bert.embeddings.token_type_embeddings.weight", "bert.embeddings.position_embeddings.weight")
+    states = [{name: torch.randn(2, 3) for name in (*names, "classifier.weight", "lm_head.weight")} for _ in "ab"]
+    for path in (paths := written(tmp_path, states)):
+        (Path(path) / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    average_fixed(paths, tmp_path / "merged")
+    for name, value in load_file(tmp_path / "merged/model.safetensors").items():
+        torch.testing.assert_close(value, (states[0][name] + states[1][name]) / 2)
+
+
 # Masks
 
 

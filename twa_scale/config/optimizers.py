@@ -49,6 +49,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _kind(key: str) -> tuple[Callable[[Any], bool], str]:
+    if key in ("foreach", "fused"):
+        return lambda value: value is None or isinstance(value, bool), "true, false or null"
     if key in FLAGS:
         return lambda value: isinstance(value, bool), "true or false"
     if length := LISTS.get(key):

@@ -48,10 +48,28 @@ class PairsEngine(Engine):
         self.shard_group = engine.shard_group
         self.replica_group = engine.replica_group
         self.loss_scale = engine.loss_scale
-        self.in_backward = engine.in_backward
         self.parameters = described(engine.parameters)
         parameters = {name for name, info in engine.parameters.items() if info.dtype.is_complex}
         self.complex_names = frozenset(parameters | {n for n, b in engine.buffers().items() if b.is_complex()})
+
+    @property
+    def in_backward(self) -> bool:  # type: ignore[override]
+        """Whether gradients are handed over while backward runs."""
+        return self._engine.in_backward
+
+    @property
+    def averages_replicas(self) -> bool:  # type: ignore[override]
+        """Whether gradients are means over the replica group."""
+        return self._engine.averages_replicas
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are handed over in `drain`."""
+        return self._engine.keeps_gradients
+
+    @keeps_gradients.setter
+    def keeps_gradients(self, value: bool) -> None:
+        self._engine.keeps_gradients = value
 
     def settings(self) -> Mapping[str, Any]:
         """Return what came with the model."""
@@ -76,6 +94,10 @@ class PairsEngine(Engine):
     def publish(self, names: Collection[str]) -> None:
         """Make what was written visible."""
         self._engine.publish(names)
+
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return what is another value once a parameter was written."""
+        return self._engine.changed(names)
 
     def units(self) -> list[list[Span]]:
         """Return local spans by what the model uses at once."""

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from twa_scale.errors import CandidateError
@@ -11,10 +11,11 @@ from twa_scale.names import and_more, nearest, some
 USUAL = ("app", "state_dict", "model", "model_state_dict", "module")
 _MAX_DEPTH = 16
 _MAX_CONTAINERS = 1_000_000
-_OPTIMIZER = re.compile(
-    r"(optim|optims|opt|optimizer|optimizers)_states?(_dicts?)?|optims?|optimizers?"
+_STATE = re.compile(
+    r"(optim|optims|opt|optimizer|optimizers)_states?(_dicts?)?"
     r"|(max_)?exp_avg(_sq)?(_row|_col)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta|master_(weights|params)"
 )
+_OPTIMIZER = re.compile(r"optims?|optimizers?")  # also what somebody may call a module
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -107,19 +108,42 @@ def flattened(content: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> I
 
 def is_optimizer_entry(path: Path) -> bool:
     """Whether a key on the way to a tensor, or in its name, says that it belongs to an optimizer."""
-    return any(_OPTIMIZER.fullmatch(part.lower()) for key in path for part in key.split("."))
+    return _is_state(path) or any(_OPTIMIZER.fullmatch(part.lower()) for key in path for part in key.split("."))
 
 
 def optimizer_entries(names: Sequence[str]) -> set[str]:
-    """Return the names that belong to an optimizer by their keys, or as the state that one keeps of a tensor."""
-    found = {name for name in names if is_optimizer_entry((name,))}
+    """Return the names that belong to an optimizer by their keys, or as the state that one keeps of a tensor.
+
+    A module may be called `optim` too: what is below such a key belongs to an optimizer when some of it does by its own
+    name, or by the name of a tensor that stands elsewhere.
+    """
+    found = {name for name in names if _is_state((name,))}
     weights = set(names) - found
-    for name in weights:
-        kind, _, rest = name.partition(".")
-        parents = {rest[:i] for i, letter in enumerate(rest) if letter == "."}
-        if kind in ("state", "param_groups") and parents & weights:
-            found.add(name)
+    below: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        parts = name.split(".")
+        for i, part in enumerate(parts[:-1]):
+            if _OPTIMIZER.fullmatch(part.lower()) or (i == 0 and part in ("state", "param_groups")):
+                below[".".join(parts[: i + 1])].append(name)
+    for prefix, members in below.items():
+        others = weights - set(members)
+        of_weights = [name for name in members if _named_in(name[len(prefix) + 1 :], others)]
+        if prefix in ("state", "param_groups"):
+            found.update(of_weights)
+        elif of_weights or found & set(members):
+            found.update(members)
     return found
+
+
+def _is_state(path: Path) -> bool:
+    return any(_STATE.fullmatch(part.lower()) for key in path for part in key.split("."))
+
+
+def _named_in(rest: str, weights: Set[str]) -> bool:
+    """Whether what follows the key of an optimizer is, or begins with, the name of a weight."""
+    for kind in ("state.", "param_groups."):
+        rest = rest.removeprefix(kind)
+    return any(rest[:i] in weights for i, letter in enumerate(f"{rest}.") if letter == ".")
 
 
 def _descend(below: Mapping[Path, Path]) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,13 @@ from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.settings import settings_of
 
 _FLOAT8 = frozenset(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32})  # no library packs codes into 64 bits
 _CODES = re.compile(r"weight|codes|qdata|packed|quant|blocks|W_q|^_data$", re.IGNORECASE)
 _SCALES = re.compile(r"scale|absmax|zero|scb|quant|codebook", re.IGNORECASE)
+_SCALES_ALONE = re.compile(
+    r"_?(scales?(_inv|_\w*weight)?|zeros?|zero_points?|absmax|scb|quant\w*|codebooks?)", re.IGNORECASE
+)
+_ENDS_OF_CODES = re.compile(r"_(blocks|codes|packed|qdata|weight)$")
 _WAY_OUT = (
     "Codes and scales cannot be averaged number by number: give the candidates as they were before quantization, or "
     "dequantize them (transformers: model.dequantize(), then save_pretrained)."
@@ -42,18 +47,21 @@ _METHODS = (
 )
 
 
-def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = ()) -> None:
+def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = (), known: Collection[str] = ()) -> None:
     """Refuse a candidate that holds quantized weights, or whose config.json says that it does.
 
     Args:
         candidate: any.
         ignore: regular expressions of the tensors that are not read.
+        known: names of the model, whose own integers are no codes.
 
     Raises:
         CandidateError: naming the quantization and a tensor.
     """
     beside = _by_module(candidate.names())
     for name in candidate.names():
+        if name in known and candidate.dtype(name) not in _FLOAT8:
+            continue
         if not matches_any(name, ignore) and (why := _quantization(candidate, name, beside)):
             raise CandidateError(f"{candidate.label}: tensor {name!r} is quantized ({why}). {_WAY_OUT}")
     section = settings_of(candidate).get("quantization_config")
@@ -68,7 +76,7 @@ def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = ()) -> None:
 def _quantization(candidate: Candidate, name: str, beside: Mapping[str, Sequence[str]]) -> str | None:
     """Return what says that a tensor holds codes; None for any other."""
     dtype = candidate.dtype(name)
-    if dtype not in _FLOAT8 and (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
+    if dtype not in _FLOAT8 and dtype not in _INTEGERS:
         return None
     module, _, last = name.rpartition(".")
     prefix = f"{module}." if module else ""
@@ -80,12 +88,18 @@ def _quantization(candidate: Candidate, name: str, beside: Mapping[str, Sequence
             if other:
                 return f"{method.name}: {kind} beside {other!r}"
     if _CODES.search(last) and (dtype in _FLOAT8 or len(candidate.shape(name)) > 1):
-        other = next((full for short, full in near.items() if full != name and _SCALES.search(short)), None)
+        stem = _ENDS_OF_CODES.sub("", last)
+        other = next((full for short, full in near.items() if full != name and _scales(short, stem)), None)
         if other:
             return f"{kind} codes beside {other!r}"
-        if dtype not in _FLOAT8 and last.endswith("weight"):
+        if dtype not in _FLOAT8 and last == "weight":
             return f"codes of type {kind}"
     return None
+
+
+def _scales(name: str, stem: str) -> bool:
+    """Whether a tensor holds the scales of codes: by its name alone, or by one that goes on from theirs."""
+    return bool(_SCALES_ALONE.fullmatch(name) or (name.startswith(stem) and _SCALES.search(name)))
 
 
 def _by_module(names: Sequence[str]) -> dict[str, list[str]]:

@@ -72,7 +72,7 @@ def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candid
         if not kept:
             why = "is ignored" if not entries else f"belongs to an optimizer ({some(entries)})"
             raise CandidateError(f"{candidate.label}: holds no weights: every tensor {why}. Leave this candidate out.")
-        refuse_quantized(candidate, wanted.ignore)
+        refuse_quantized(candidate, wanted.ignore, wanted.known)
         selected.append(candidate if len(kept) == len(names) else View(candidate, dict(zip(kept, kept, strict=True))))
     lines = []
     if left_out:

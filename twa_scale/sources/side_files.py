@@ -94,7 +94,12 @@ class _Found:
     def files(self, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
         """Yield the path and name of every file to read, those of a folder before those of the folders in it."""
         folders = []
-        for path in sorted(folder.iterdir()):
+        try:
+            found = sorted(folder.iterdir())
+        except OSError as error:
+            self.left_out[error.strerror or str(error)].append(folder.name)
+            return
+        for path in found:
             name = str(path.relative_to(self.directory))
             self._seen += bool(depth)
             if path.is_dir():
@@ -112,6 +117,9 @@ class _Found:
                 self.left_out[_LINK].append(name)
                 return
             content = _read(path, MAX_BYTES)
+        except RuntimeError:  # Python before 3.13
+            self.left_out["a loop of links"].append(name)
+            return
         except (CandidateError, OSError) as error:
             reason = "no regular file" if isinstance(error, CandidateError) else error.strerror or str(error)
             self.left_out[reason].append(name)

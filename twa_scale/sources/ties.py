@@ -12,9 +12,10 @@ from twa_scale.sources.settings import settings_of
 from twa_scale.sources.view import View
 
 _CHUNK = 1 << 20  # elements that are compared at a time
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|output|head|output_projection|decoder|classifier|lm_head\.decoder)\.weight$"
-)
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|head|output_projection|decoder|lm_head\.decoder)\.weight$")
+_NOT_VOCABULARY = re.compile(r"type|position|segment|patch")
+_FEW = 8  # names that a candidate lacks: more are no tied weights, but another model
+_GLANCE = 16  # elements that are compared before the rest is read
 _EMBEDDING = re.compile(r"(^|\.)\w*(embed\w*|wte|shared|token\w*)\.weight$")
 
 Ties = Sequence[Sequence[str]]
@@ -40,9 +41,11 @@ def complete(candidates: Sequence[Candidate], ties: Ties | None) -> tuple[list[C
     lacking: dict[tuple[str, str], list[str]] = {}
     for candidate, names in zip(candidates, held, strict=True):
         twins = {}
-        for name in sorted(everything - names):
+        missing = sorted(everything - names)
+        for name in missing:
             if ties is None:
-                twin = _equal_elsewhere(name, candidate, candidates)
+                few = len(missing) <= _FEW
+                twin = _equal_elsewhere(name, candidate, candidates, held) if few else None
             else:
                 group = next((group for group in ties if name in group), ())
                 twin = next((other for other in group if other in names), None)
@@ -64,6 +67,7 @@ def likely_ties(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
     last = candidates[-1]
     names = [name for name in last.names() if len(last.shape(name)) == 2]
     heads, embeddings = ([n for n in names if pattern.search(n)] for pattern in (_HEAD, _EMBEDDING))
+    embeddings = [name for name in embeddings if not _NOT_VOCABULARY.search(name.split(".")[-2])]
     return [(e, h) for e in embeddings for h in heads if e != h and last.shape(e) == last.shape(h)]
 
 
@@ -72,14 +76,19 @@ def says_tied(candidate: Candidate) -> bool:
     return settings_of(candidate).get("tie_word_embeddings") is True
 
 
-def _equal_elsewhere(name: str, candidate: Candidate, candidates: Sequence[Candidate]) -> str | None:
-    """Return a tensor of `candidate` that is equal to the tensor `name` in all candidates that have both."""
-    holders = [other for other in candidates if name in other.names()]
-    shape, dtype = holders[0].shape(name), holders[0].dtype(name)
+def _equal_elsewhere(
+    name: str, candidate: Candidate, candidates: Sequence[Candidate], held: Sequence[set[str]]
+) -> str | None:
+    """Return a tensor of `candidate` that is equal to the tensor `name` in all candidates that have both.
+
+    `held` are the names of each candidate.
+    """
+    holders = [(other, names) for other, names in zip(candidates, held, strict=True) if name in names]
+    shape, dtype = holders[0][0].shape(name), holders[0][0].dtype(name)
     if len(shape) < 2 or not dtype.is_floating_point:  # biases of zero are equal, and are not tied
         return None
     for twin in (twin for twin in candidate.names() if candidate.shape(twin) == shape):
-        both = [other for other in holders if twin in other.names()]
+        both = [other for other, names in holders if twin in names]
         if both and all(_equal(other, name, twin) for other in both):
             return twin
     return None
@@ -91,8 +100,8 @@ def _equal(candidate: Candidate, name: str, twin: str) -> bool:
         return False
     numel, varies = prod(candidate.shape(name)), False
     first, second = (torch.empty(min(numel, _CHUNK), dtype=candidate.dtype(name)) for _ in range(2))
-    for start in range(0, numel, _CHUNK):
-        count = min(_CHUNK, numel - start)
+    pieces = [(0, min(_GLANCE, numel)), *((start, min(_CHUNK, numel - start)) for start in range(0, numel, _CHUNK))]
+    for start, count in pieces:
         for values, tensor in ((first, name), (second, twin)):
             candidate.read(tensor, start, values[:count])
         if not torch.equal(first[:count].view(torch.uint8), second[:count].view(torch.uint8)):
