@@ -12,7 +12,6 @@ import shutil
 import signal
 import threading
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -133,7 +132,7 @@ def _locked(lock: Path) -> int | None:
     try:
         with suppress(OSError):  # not every file system has locks
             fcntl.flock(handle, fcntl.LOCK_EX)
-        os.write(handle, _host())
+        os.write(handle, _host(handle))
         if lock.exists():
             return handle
     except BaseException:
@@ -153,7 +152,7 @@ def _is_dead(handle: int, hidden: Path) -> bool:
         seen = False
     else:
         host = os.pread(handle, 100, 0)
-        seen = host == _host() or (not host and not hidden.exists())
+        seen = host == _host(handle) if host else not hidden.exists()
     return seen or time.time() - _last_change(handle, hidden) > _QUIET
 
 
@@ -165,12 +164,16 @@ def _last_change(handle: int, hidden: Path) -> float:
     return max(times)
 
 
-def _host() -> bytes:
-    """Return what is the same for all processes that see each other's locks for certain: this start of this host."""
+def _host(handle: int) -> bytes:
+    """Return what is the same for all processes that see each other's locks for certain; nothing where nobody knows.
+
+    That is this start of this host, and this mount of the file system: containers may have mounts of their own.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return f"{uuid.getnode():x}".encode()
+        return b""
+    return f"{boot} {os.fstat(handle).st_dev}".encode()
 
 
 class _Owned:
