@@ -133,9 +133,9 @@ class Kernel:
 
     @property
     def spilled(self) -> int:
-        """Registers (AMD) or bytes (NVIDIA) that did not find room."""
+        """Registers (AMD) or bytes (NVIDIA) that went to memory; scalar registers of AMD go to vector registers."""
         if self.target.startswith("gfx"):
-            return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", self.text)))
+            return sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", self.text)))
         return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", self._usage)))
 
     @property

@@ -89,7 +89,7 @@ def test_what_a_live_process_holds_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_kills_leaves_nothing(tmp_path: Path, number: int) -> None:
+def test_a_signal_that_kills_leaves_nothing(tmp_path: Path, number: int, heeded: None) -> None:
     with holding(tmp_path / "out") as (pid, _):
         os.kill(pid, number)
         _, status = os.waitpid(pid, 0)
@@ -123,7 +123,16 @@ def test_what_a_process_holds_is_not_that_of_those_that_it_forks(tmp_path: Path)
     assert left(tmp_path) == []
 
 
-def test_handlers_of_ones_own_are_left_alone(tmp_path: Path) -> None:
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Give signals back their meaning: whoever runs the tests may ignore them."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_handlers_of_ones_own_are_left_alone(tmp_path: Path, heeded: None) -> None:
     caught = []
     before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
     try:
