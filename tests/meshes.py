@@ -6,7 +6,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -15,6 +14,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from tests.pool import forget_meshes
+
 SIZES = {"hsdp": [2, 4], "fsdp2-tp": [2, 4], "columns-tp": [4], "hsdp-tp": [4], "tp": [2]}
 ENGINES = [*SIZES]
 TP = "tp"
@@ -22,7 +23,7 @@ TP = "tp"
 
 def mesh_of(engine: str) -> DeviceMesh:
     """All ranks in the shape that the engine needs, two in the last dimension where their number is even."""
-    _clear_sharding_prop_cache()  # it would answer with the equal mesh of a run before, whose groups are others
+    forget_meshes()
     size = dist.get_world_size()
     match engine:
         case "hsdp":

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.distributed.tensor import debug
 
 from twa_scale.errors import TwaError
 
@@ -204,6 +204,11 @@ def _work(pipe: Connection, stack: str) -> None:
             pipe.send_bytes(result)  # as bytes: `send` would share each tensor by a file of its own, kept open
 
 
+def forget_meshes() -> None:
+    """Clear what DTensor remembers: it would answer with the equal mesh of a call before, whose groups are gone."""
+    getattr(debug, "_clear_sharding_prop_cache", lambda: None)()  # torch 2.6 has no such function
+
+
 _LINEAR = torch.nn.functional.linear
 
 
@@ -217,7 +222,7 @@ def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
         return Outcome(error=_portable(error), trace=traceback.format_exc())
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # DTensor remembers meshes, whose groups are gone
+        forget_meshes()
         torch.nn.functional.linear = _LINEAR  # ZeRO-3 leaves one of its own, which inference mode does not know
         gc.collect()
 
