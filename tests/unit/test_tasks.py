@@ -433,6 +433,13 @@ def test_files_that_are_no_tokens(tmp_path: Path, name: str) -> None:
         task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / name)}, context=8).dataset("train")
 
 
+def test_bytes_of_any_file_are_tokens_when_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(b"0123456789" * 3)
+    options = {"model": TINY_GPT, "tokens": {"train": str(tmp_path / "a.py")}, "context": 9}
+    data = task_of("causal_lm", token_dtype="uint8", **options).dataset("train")
+    assert bytes(data[2]["tokens"].tolist()) == b"0123456789"
+
+
 @pytest.mark.parametrize("wide", ["uint32", "int32", "int64"])
 def test_wide_tokens_are_not_read_as_narrow_ones(llama: str, tmp_path: Path, wide: str) -> None:
     np.random.default_rng(0).integers(0, 60, 500).astype(wide).tofile(tmp_path / "t.bin")

@@ -176,9 +176,12 @@ class CausalLM:
     def _token_file(self, path: Path) -> TokenFile:
         if path.suffix == ".npy":
             return TokenFile.open_npy(path)
-        if path.suffix != ".bin":
-            raise ConfigError(f"{path}: is no file of tokens, .npy or .bin. Name text files with task.text.")
         dtype = self._options.token_dtype
+        if path.suffix != ".bin" and dtype != "uint8":
+            raise ConfigError(
+                f"{path}: is no file of tokens, .npy or .bin. Name text files with task.text, or set task.token_dtype: "
+                "uint8 where its bytes are the tokens."
+            )
         if dtype is None and self._vocabulary > 1 << 16:
             raise ConfigError(
                 f"{path}: does not say the type of its tokens, and uint16 does not hold the {self._vocabulary} that "
