@@ -36,7 +36,8 @@ def ended(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has ended; look, do not touch."""
     output = tmp_path_factory.mktemp("run") / "out"
     (output / ".average.tmp-0a1b2c3d").mkdir(parents=True)  # of one that was killed
-    (output / ".average.tmp-0a1b2c3d.lock").write_bytes(hidden._host())
+    with (output / ".average.tmp-0a1b2c3d.lock").open("wb") as lock:
+        lock.write(hidden._host(lock.fileno()))
     run_here(settings(text.candidates, text.task, output, steps=6, evaluate_every=2))
     return output
 
