@@ -57,7 +57,8 @@ def wanted_of(
     """Return which tensors of the candidates a model wants: all that are its own, and of tied ones any name."""
     ties = [info.aliases for info in parameters.values() if len(info.aliases) > 1]
     known = {alias for info in parameters.values() for alias in info.aliases} | set(buffers)
-    return Wanted(config.weights_key, config.ignore, known, ties)
+    shapes = {name: info.shape for name, info in parameters.items()}
+    return Wanted(config.weights_key, config.ignore, known, shapes, ties)
 
 
 def match(

@@ -142,7 +142,9 @@ def export_run(
     assert state is not None
     twa = state.exported
     known = {*twa.fingerprint.shapes, *twa.group_of}
-    wanted = Wanted(twa.config.weights_key, twa.config.ignore, known, twa.tied)
+    others = {*twa.buffer_names.values(), *(name for names in twa.tied for name in names[1:])}
+    parameters = {name: tuple(shape) for name, shape in twa.fingerprint.shapes.items() if name not in others}
+    wanted = Wanted(twa.config.weights_key, twa.config.ignore, known, parameters, twa.tied)
     opened = open_together(state.candidates, group, wanted=wanted)
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]

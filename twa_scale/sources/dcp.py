@@ -11,11 +11,12 @@ from twa_scale.errors import CandidateError
 from twa_scale.inputs import brief, integers, text
 from twa_scale.sources.archive import Archive
 from twa_scale.sources.boxes import Box, Boxed
-from twa_scale.sources.entries import WeightsKey
+from twa_scale.sources.by_order import item_name
 from twa_scale.sources.handles import File
 from twa_scale.sources.opaque import Opaque
 from twa_scale.sources.pickles import MAX_PICKLE, SafeUnpickler
 from twa_scale.sources.stored import Stored, StoredCandidate
+from twa_scale.sources.weights_key import WeightsKey
 
 METADATA = ".metadata"
 _Items = Mapping[tuple[str, tuple[int, ...]], Opaque]
@@ -49,7 +50,8 @@ def _open(directory: Path, metadata: Any, keys: WeightsKey) -> StoredCandidate:
     key_of = {_path(paths.get(text(key), (key,))): key for key in described}
     items = {(text(key.fqn), integers(key.offset or ())): item for key, item in metadata.storage_data.items()}
     tensors = {}
-    chosen = keys.choose({path: integers(described[key].size) for path, key in key_of.items()}, label)
+    shapes = {path: integers(described[key].size) for path, key in key_of.items()}
+    chosen = keys.choose(shapes, label, in_order=False)
     for name, path in chosen.items():
         key = key_of[path]
         what = f"{label}: tensor {name!r}"
@@ -60,7 +62,7 @@ def _open(directory: Path, metadata: Any, keys: WeightsKey) -> StoredCandidate:
 def _path(keys: Any) -> tuple[str, ...]:
     if not isinstance(keys, tuple) or not all(type(key) in (str, int) for key in keys):
         raise ValueError(f"{brief(keys)} is no path of keys")
-    return tuple(map(str, keys))
+    return tuple(key if isinstance(key, str) else item_name(key) for key in keys)
 
 
 class _Files:

@@ -9,7 +9,7 @@ from twa_scale.sources.dcp_safetensors import is_rank_shard
 from twa_scale.sources.sharded import weight_map
 
 INDEX = ".index.json"
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pt", ".pth", ".pth.tar", ".bin", ".ckpt")
 LOADERS = {
     "transformers": (
         "model.safetensors",
@@ -84,7 +84,7 @@ def left_aside(directory: Path, chosen: Path) -> list[str]:
 
 def is_weights(name: str) -> bool:
     """Whether a file has the name of one that holds weights."""
-    return Path(name).suffix in (".safetensors", *TORCH_SUFFIXES) or name.endswith(INDEX)
+    return name.endswith((".safetensors", *TORCH_SUFFIXES, INDEX))
 
 
 def is_shard(name: str) -> bool:

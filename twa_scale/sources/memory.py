@@ -8,9 +8,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from twa_scale.errors import CandidateError
-from twa_scale.sources.entries import WeightsKey, flattened
+from twa_scale.sources.entries import flattened
 from twa_scale.sources.flat import copy_flat
 from twa_scale.sources.unwrapped import unwrapped
+from twa_scale.sources.weights_key import WeightsKey
 
 
 class MemoryCandidate:

@@ -1,6 +1,6 @@
 """What stands for the classes and functions that a pickle names; none of them is imported or called."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,13 @@ Tensor = Callable[..., Any]
 class Opaque:
     """Stands for an object of a class that was not imported.
 
-    What the pickle says of its state are its attributes, or `state` if that is no dict.
+    What the pickle says of its state are its attributes, or `state` if that is no dict; its arguments and items are
+    `given`.
     """
 
+    __slots__ = ("__dict__", "given")
     state: Any = None
+    given: list[Any] | None
 
     def set_state(self, state: Any) -> None:
         """Take the state that the pickle gives it."""
@@ -43,6 +46,12 @@ class Opaque:
             self.__dict__ = state
         else:
             self.state = state
+
+    def give(self, values: Iterable[Any]) -> None:
+        """Keep arguments or items."""
+        if self.given is None:
+            self.given = []
+        self.given.extend(values)
 
     def __getattr__(self, name: str) -> Any:
         """Return None for what the state lacks, as versions differ."""
@@ -53,6 +62,21 @@ class Opaque:
     def kind(self) -> str:
         """The name of the class or function that it stands for."""
         return f"{type(self).__module__}.{type(self).__qualname__}"
+
+
+def within(value: Any) -> Iterator[Any]:
+    """Yield what an object or container holds, at any depth; what is shared comes once."""
+    waiting, seen = [value], set()
+    while waiting:
+        inner = waiting.pop()
+        yield inner
+        if not isinstance(inner, Opaque | Mapping | list | tuple | set) or id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        if isinstance(inner, Opaque):
+            waiting += [*vars(inner).values(), *(inner.given or ())]
+        else:
+            waiting += inner.values() if isinstance(inner, Mapping) else inner
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,7 @@ class Meanings:
         """Names that have no meaning here, in the order in which they were met."""
         self._found: dict[tuple[str, str], Meaning] = {
             ("collections", "OrderedDict"): Known(_dict),
+            ("collections", "defaultdict"): Known(lambda *_: {}),
             ("builtins", "set"): Known(_set),
             ("torch", "Size"): Known(lambda sizes: torch.Size(integers(sizes))),
             ("torch._utils", "_rebuild_parameter"): Known(_first),
@@ -123,7 +148,10 @@ class Meanings:
 def call(function: Any, args: Any) -> Any:
     """Return what calling `function` with a tuple of arguments stands for."""
     if isinstance(function, type) and issubclass(function, Opaque):
-        return function()
+        made = function()
+        if args:
+            made.give(args)
+        return made
     if not isinstance(args, tuple):
         raise ValueError("the arguments of a call are no tuple")
     if isinstance(function, Known):

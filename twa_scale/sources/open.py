@@ -10,7 +10,6 @@ from twa_scale.sources.dcp import METADATA, open_dcp
 from twa_scale.sources.dcp_safetensors import is_rank_shard, open_dcp_safetensors
 from twa_scale.sources.deepspeed import is_deepspeed, open_deepspeed
 from twa_scale.sources.directory import INDEX, LOADERS, TORCH_SUFFIXES, is_shard, refusal, weights_in
-from twa_scale.sources.entries import WeightsKey
 from twa_scale.sources.find import Source, Spec, Tell, find_sources
 from twa_scale.sources.memory import MemoryCandidate
 from twa_scale.sources.pairs import in_pairs
@@ -21,6 +20,7 @@ from twa_scale.sources.sharded import ShardedCandidate
 from twa_scale.sources.torch_file import TorchFileCandidate
 from twa_scale.sources.unwrapped import unwrapped
 from twa_scale.sources.view import View
+from twa_scale.sources.weights_key import WeightsKey
 
 
 def open_candidates(spec: Spec, minimum: int = 2, wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:
@@ -48,7 +48,7 @@ def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = n
     Raises:
         CandidateError: see `open_candidates`.
     """
-    opener = _Opener(WeightsKey(wanted.weights_key))
+    opener = _Opener(WeightsKey(wanted.weights_key, wanted.parameters))
     candidates: list[Candidate] = []
     try:
         for i, source in enumerate(sources):
@@ -118,7 +118,7 @@ class _Opener:
     def _file(self, path: Path, directory: Path | None, label: str) -> Candidate:
         if path.name.endswith(INDEX):
             return self._under_key(ShardedCandidate(path, _open_part, label))
-        if path.suffix in TORCH_SUFFIXES:
+        if path.name.endswith(TORCH_SUFFIXES):
             return TorchFileCandidate(path, directory, label, self.keys)
         return self._under_key(_safetensors(path, directory, label))
 
@@ -136,7 +136,7 @@ class _Opener:
 
 def _open_part(path: Path) -> Candidate:
     """Open a file that an index names."""
-    return TorchFileCandidate(path) if path.suffix in TORCH_SUFFIXES else _safetensors(path, None, str(path))
+    return TorchFileCandidate(path) if path.name.endswith(TORCH_SUFFIXES) else _safetensors(path, None, str(path))
 
 
 def _safetensors(path: Path, directory: Path | None, label: str) -> Candidate:

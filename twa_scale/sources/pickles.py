@@ -161,7 +161,9 @@ class SafeUnpickler:
             into.extend(values)
         elif type(into) is set:
             into.update(value for value in values if is_plain(value))
-        elif not isinstance(into, Opaque):
+        elif isinstance(into, Opaque):
+            into.give(values)
+        else:
             raise ValueError(f"items are added to a {type(into).__name__}")
 
     def _append_one(self) -> None:
@@ -176,7 +178,9 @@ class SafeUnpickler:
             for key, value in zip(items[::2], items[1::2], strict=True):
                 if type(key) is str or is_plain(key):
                     into[key] = value
-        elif not isinstance(into, Opaque):
+        elif isinstance(into, Opaque):
+            into.give(items[1::2])
+        else:
             raise ValueError(f"items are set in a {type(into).__name__}")
 
     def _set_one(self) -> None:
@@ -200,8 +204,10 @@ class SafeUnpickler:
         self._stack[-1] = call(self._stack[-1], args)
 
     def _call_with_names(self) -> None:
-        self._stack.pop()
+        named = self._stack.pop()
         self._call()
+        if isinstance(self._stack[-1], Opaque) and isinstance(named, dict):
+            self._stack[-1].give(named.values())
 
     def _build(self) -> None:
         state = self._stack.pop()

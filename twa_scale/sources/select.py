@@ -1,8 +1,8 @@
 """Which tensors of opened files are those of the candidates: without what is no weight, and under every tied name."""
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.names import and_more, matches_any, refuse_unused, some
@@ -27,6 +27,8 @@ class Wanted:
     """Regular expressions of names to leave out."""
     known: Collection[str] = ()
     """Names of the model's tensors: these are weights, whatever their names look like."""
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Names and shapes of the model's parameters, in its order."""
     ties: Ties | None = None
     """What the model ties; found from the values where there is no model."""
     must_match: bool = False

@@ -1,5 +1,7 @@
 """Files of torch.save that hold a state dict."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,22 +10,19 @@ import torch
 
 from twa_scale.errors import CandidateError
 from twa_scale.sources.archive import Archive, dense, is_tensor
-from twa_scale.sources.entries import WeightsKey, flattened
+from twa_scale.sources.entries import Keys, flattened
 from twa_scale.sources.handles import File
+from twa_scale.sources.opaque import Opaque, within
 from twa_scale.sources.stored import Stored, StoredCandidate
+from twa_scale.sources.weights_key import Object, WeightsKey
 
-# What torch.load(weights_only=True) knows too: none of it is a tensor, or `dense` refuses the tensor by its name.
-_HARMLESS = {
-    "_codecs.encode",
-    "builtins.bytearray",
-    "collections.Counter",
-    "collections.defaultdict",
-    "torch.Tensor",
-    "torch.device",
-    "torch.nn.parameter.Parameter",
-    "torch.serialization._get_layout",
-}
-_TENSORS = "torch._utils._rebuild_"
+# What an attack on the unpickler of Python looks like. Here nothing runs; elsewhere it would.
+_ATTACKS = re.compile(
+    r"(os|posix|nt|pty|sys|subprocess|shutil|socket|runpy|importlib|ctypes|webbrowser)\..*"
+    r"|builtins\.(exec|eval|compile|open|__import__)"
+)
+_ARRAYS = re.compile(r"numpy\..*\.(_reconstruct|_frombuffer)")
+_MAX_VALUES = 10_000_000  # in objects; what several share counts as often
 
 
 class TorchFileCandidate(StoredCandidate):
@@ -53,12 +52,30 @@ class TorchFileCandidate(StoredCandidate):
 
 def _chosen(content: Mapping[Any, Any], keys: WeightsKey, label: str) -> dict[str, Stored]:
     try:
-        entries = dict(flattened(content, is_tensor))
+        entries = dict(flattened(content, lambda value: isinstance(value, Stored | Opaque)))
+        tensors = {path: value for path, value in entries.items() if is_tensor(value)}
+        objects = _objects({path: value for path, value in entries.items() if not is_tensor(value)})
     except ValueError as error:
         raise CandidateError(f"{label}: {error}. Save only tensors: torch.save(model.state_dict(), path).") from error
-    shapes = {path: value.shape if isinstance(value, Stored) else () for path, value in entries.items()}
-    held = {name: entries[path] for name, path in keys.choose(shapes, label).items()}
+    shapes = {path: value.shape if isinstance(value, Stored) else () for path, value in tensors.items()}
+    held = {name: tensors[path] for name, path in keys.choose(shapes, label, objects).items()}
     return dense(held, label, "Save a dense tensor in its place.")
+
+
+def _objects(found: Mapping[Keys, Opaque]) -> dict[Keys, Object]:
+    """Return those objects that hold tensors, or are arrays: a weight may be in them."""
+    seen, objects = 0, {}
+    for path, value in found.items():
+        shapes: Counter[tuple[int, ...]] = Counter()
+        for inner in within(value):
+            seen += 1
+            if seen > _MAX_VALUES:
+                raise ValueError(f"its objects hold more than {_MAX_VALUES} values")
+            if is_tensor(inner):
+                shapes[inner.shape if isinstance(inner, Stored) else ()] += 1
+        if shapes or _ARRAYS.fullmatch(value.kind):
+            objects[path] = Object("numpy.ndarray" if not shapes else value.kind, shapes)
+    return objects
 
 
 def _content(file: File) -> Mapping[Any, Any]:
@@ -74,22 +91,12 @@ def _content(file: File) -> Mapping[Any, Any]:
         )
     archive = Archive(file)
     content = archive.content()
-    _refuse_objects(archive.foreign, file.path)
-    if not isinstance(content, Mapping):
+    if attack := next((name for name in archive.foreign if _ATTACKS.fullmatch(name)), None):
         raise CandidateError(
-            f"{file.path}: holds {type(content).__name__}, not a dict of tensors. Save model.state_dict() there."
+            f"{file.path}: its pickle asks for {attack!r}, which runs code in what loads it; it was refused and "
+            "nothing in it was run. No checkpoint needs that: do not load it elsewhere."
         )
+    if not isinstance(content, Mapping):
+        what = f"an object of class {content.kind}" if isinstance(content, Opaque) else type(content).__name__
+        raise CandidateError(f"{file.path}: holds {what}, not a dict of tensors. Save model.state_dict() there.")
     return content
-
-
-def _refuse_objects(foreign: list[str], path: str) -> None:
-    wants = next((name for name in foreign if name not in _HARMLESS and not name.startswith(_TENSORS)), None)
-    if wants is None:
-        return
-    fix = "Save only tensors: torch.save(model.state_dict(), path)."
-    if wants.startswith("torch.distributed"):
-        fix = "It holds one rank's shards: save the model with torch.distributed.checkpoint.save, or with Snapshots."
-    raise CandidateError(
-        f"{path}: its pickle asks for {wants!r}, which could run code on loading; it was refused and nothing in it "
-        f"was run. {fix}"
-    )

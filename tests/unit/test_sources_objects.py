@@ -1,0 +1,261 @@
+"""Torch files with more than tensors: objects beside the weights are inert, and no weights are guessed from them."""
+
+import argparse
+import collections
+import datetime
+import enum
+import functools
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+import twa_scale
+from tests.slices import read
+from twa_scale.errors import CandidateError
+from twa_scale.merge import average_fixed
+from twa_scale.notices import TwaWarning
+from twa_scale.sources import Candidate, open_candidates
+from twa_scale.sources import torch_file as module
+from twa_scale.sources.select import Wanted
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class Kind(enum.Enum):
+    SGD = 1
+
+
+class Settings(dict[str, Any]):
+    """As the configuration classes of mmengine, easydict and Lightning are."""
+
+
+class Holder:
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+class Called:
+    """What calling a class with arguments makes; it would run if anything was called."""
+
+    def __init__(self, *_: object) -> None:
+        self.args = _
+
+    def __reduce__(self) -> Any:
+        return Called, self.args
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"a.weight": torch.randn(4, 3, generator=generator), "a.bias": torch.randn(4, generator=generator)}
+
+
+def opened(path: Any, **wanted: Any) -> tuple[Candidate, list[str]]:
+    said: list[str] = []
+    (candidate,) = open_candidates([path], 1, Wanted(**wanted), said.append)
+    return candidate, said
+
+
+def refused(path: Any, **wanted: Any) -> str:
+    with pytest.raises(CandidateError) as error:
+        opened(path, **wanted)
+    return str(error.value)
+
+
+def saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def holds(candidate: Candidate, state: dict[str, torch.Tensor]) -> bool:
+    return candidate.names() == sorted(state) and all(
+        torch.equal(read(candidate, name, 0, value.numel()), value.reshape(-1)) for name, value in state.items()
+    )
+
+
+# Objects beside the weights
+
+HARMLESS = {
+    "timm's arguments": argparse.Namespace(model="vit", lr=[0.1, 1e-3], path=Path("x"), device=torch.device("cpu")),
+    "a namespace": types.SimpleNamespace(a=1),
+    "a configuration": Settings(a=Settings(b=1)),
+    "numbers of numpy": {"best": np.float64(0.5), "rng": np.random.RandomState(0).get_state()},
+    "dates, paths, enums": [datetime.datetime(2026, 1, 1), Path("x"), Kind.SGD, complex(1, 2), range(3), slice(1)],
+    "functions": [functools.partial(print, 1), torch.relu, len],
+    "containers": [collections.Counter("aab"), collections.deque([1]), collections.defaultdict(list, a=[1]), {1, 2}],
+    "what is called": Called(1, 2),
+    "a schedule": Holder(lambda_ := None),
+    "an optimizer": torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9),
+    "a criterion": nn.CrossEntropyLoss(weight=torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt"])
+def test_objects_beside_the_weights_are_not_touched(tmp_path: Path, what: str, suffix: str) -> None:
+    path = saved(tmp_path / f"x{suffix}", {"state_dict": weights(), "args": HARMLESS[what], "epoch": 3})
+    candidate, said = opened(path)
+    assert holds(candidate, weights()) and not said
+
+
+def test_pth_tar_files_are_read(tmp_path: Path) -> None:
+    """As timm writes them."""
+    for i in range(2):
+        saved(tmp_path / f"checkpoint-{i}.pth.tar", {"state_dict": weights(i), "args": argparse.Namespace(lr=0.1)})
+    candidates = open_candidates(str(tmp_path / "*.tar"))
+    assert all(holds(candidate, weights(i)) for i, candidate in enumerate(candidates))
+
+
+def test_a_default_dict_is_a_dict(tmp_path: Path) -> None:
+    assert holds(opened(saved(tmp_path / "x.pt", collections.defaultdict(list, weights())))[0], weights())
+
+
+@pytest.mark.parametrize(
+    "make", [Holder, Slotted, Called, lambda value: Settings(a=value), lambda value: [Holder([value])]]
+)
+def test_tensors_of_an_object_are_never_weights(tmp_path: Path, make: Callable[[object], object]) -> None:
+    inner = make(weights(1))
+    content = {"model": weights(), "ema": inner[0] if isinstance(inner, list) else inner}
+    candidate, said = opened(saved(tmp_path / "x.pt", content))
+    assert holds(candidate, weights()) and len(said) == 1 and "under 'ema'" in said[0]
+    message = refused(tmp_path / "x.pt", weights_key="ema")
+    assert "leads to an object of class" in message and "test_sources_objects" in message and "state_dict()" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (nn.Linear(2, 2), "holds an object of class torch.nn.modules.linear.Linear, not a dict"),
+        ({"epoch": 3, "model": nn.Linear(2, 2), "ema": None}, "'model' (torch.nn.modules.linear.Linear)"),
+        ({"model": weights() | {"b": Holder(torch.ones(2))}}, "'b' among the weights is an object of class"),
+        (Settings(weights()), "holds an object of class"),
+        ({"state_dict": Settings(weights())}, "'state_dict' (tests.unit.test_sources_objects.Settings)"),
+        ({"model": {"w": np.ones(3)}}, "'model.w' (numpy.ndarray)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weights_in_objects_are_refused(tmp_path: Path, content: object, said: str) -> None:
+    message = refused(saved(tmp_path / "x.pt", content))
+    assert message.startswith(f"{tmp_path / 'x.pt'}: ") and said in message and "state_dict()" in message
+
+
+def test_an_array_among_the_weights_is_said(tmp_path: Path) -> None:
+    candidate, said = opened(saved(tmp_path / "x.pt", weights() | {"mean": np.ones(3), "best": np.float32(1)}))
+    assert holds(candidate, weights()) and len(said) == 1 and "'mean' among the weights" in said[0]
+
+
+def test_an_optimizer_among_the_weights_is_left_out(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pt", weights() | {"optimizer": HARMLESS["an optimizer"]})
+    candidate, said = opened(path)
+    assert holds(candidate, weights()) and not said
+
+
+def test_what_objects_hold_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = list(range(100))
+    path = saved(tmp_path / "x.pt", {"model": weights(), "objects": [Holder(shared) for _ in range(100)]})
+    monkeypatch.setattr(module, "_MAX_VALUES", 1000)
+    assert "more than 1000 values" in refused(path)
+
+
+# Lists of tensors without names
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 4)
+
+
+def net(seed: int) -> Net:
+    torch.manual_seed(seed)
+    made = Net()
+    for p in made.parameters():
+        nn.init.normal_(p)
+    nn.init.normal_(made.norm.running_mean)  # type: ignore[arg-type]
+    return made
+
+
+def ema_of(model: nn.Module) -> dict[str, Any]:
+    """As torch_ema and diffusers save it."""
+    shadow = [2 * p.detach() for p in model.parameters()]
+    return {"decay": 0.9, "num_updates": 3, "shadow_params": shadow, "collected_params": None}
+
+
+def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of the model once the EMA has been copied into it."""
+    parameters = dict(model.named_parameters())
+    return {name: 2 * value if name in parameters else value for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("key", ["ema.shadow_params", "ema"])
+def test_a_list_is_named_by_the_state_dict_beside_it(tmp_path: Path, key: str) -> None:
+    model = net(0)
+    content = {"model": model.state_dict(), "ema": ema_of(model)}
+    if key == "ema":
+        content["ema"] = content["ema"]["shadow_params"]
+    for spec in (content, saved(tmp_path / "x.pt", content)):
+        candidate, said = opened(spec, weights_key=key)
+        assert holds(candidate, averaged(model))
+        assert (
+            len(said) == 1 and f"the list {key!r} has no names: its 6 tensors are taken for the parameters" in said[0]
+        )
+
+
+def test_a_list_is_named_by_the_model(tmp_path: Path) -> None:
+    models = [nn.Linear(3, 4) for _ in range(2)]
+    paths = [saved(tmp_path / f"{i}.pt", ema_of(model)) for i, model in enumerate(models)]
+    live = nn.Linear(3, 4)
+    with pytest.warns(TwaWarning, match="the parameters of the model, in their order"):
+        twa_scale.attach(live, paths, {"weights_key": "shadow_params"}).close()
+    expected = models[0].weight + models[1].weight
+    assert torch.allclose(live.weight, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda ema: {"ema": ema}, "there is no state dict beside it"),
+        (
+            lambda ema: {"model": net(0).first.state_dict(), "ema": ema},
+            "has 6 tensors, and there are 2 parameters in the",
+        ),
+        (
+            lambda ema: {"model": dict(reversed(net(0).state_dict().items())), "ema": ema},
+            "its tensor 0 has shape (4, 3)",
+        ),
+    ],
+)
+def test_a_list_that_cannot_be_named_is_refused(
+    tmp_path: Path, content: Callable[[Any], dict[str, Any]], said: str
+) -> None:
+    path = saved(tmp_path / "x.pt", content(ema_of(net(0))))
+    message = refused(path, weights_key="ema.shadow_params")
+    assert message.startswith(f"{path}: 'ema.shadow_params' is a list of tensors without names") and said in message
+    assert "copy_to" in message
+    with pytest.raises(CandidateError, match="without names"):
+        average_fixed([str(path)], tmp_path / "out", weights_key="ema.shadow_params")
+
+
+def test_the_order_of_a_distributed_checkpoint_names_nothing(tmp_path: Path) -> None:
+    """Its metadata do not keep the order of the state dict."""
+    model = net(0)
+    dcp.save({"model": model.state_dict(), "ema": ema_of(model)["shadow_params"]}, checkpoint_id=tmp_path, no_dist=True)
+    assert "no state dict beside it" in refused(tmp_path, weights_key="ema")
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    candidate, _ = opened(tmp_path, weights_key="ema", parameters=parameters)
+    assert holds(candidate, {name: 2 * p for name, p in model.named_parameters()})
