@@ -107,7 +107,12 @@ def dense(values: Mapping[Any, Any], path: object, fix: str) -> dict[str, Stored
     """
     for name, value in values.items():
         if is_tensor(value) and not isinstance(value, Stored):
-            raise CandidateError(f"{path}: {name!r} is a {value.kind}, which is no dense tensor. {fix}")
+            if value.what.startswith("torch.distributed."):
+                fix = (
+                    "It holds one rank's shards, and nothing in it was run: save the model with "
+                    "torch.distributed.checkpoint.save, or with Snapshots."
+                )
+            raise CandidateError(f"{path}: {name!r} is a {value.what}, which is no dense tensor. {fix}")
     return {str(name): value for name, value in values.items() if isinstance(value, Stored)}
 
 

@@ -61,7 +61,17 @@ class Opaque:
     @property
     def kind(self) -> str:
         """The name of the class or function that it stands for."""
-        return f"{type(self).__module__}.{type(self).__qualname__}"
+        return _full_name(type(self))
+
+    @property
+    def what(self) -> str:
+        """The class that a function was asked to make; else `kind`."""
+        classes = [given for given in self.given or () if isinstance(given, type) and issubclass(given, Opaque)]
+        return _full_name(classes[0]) if classes else self.kind
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def within(value: Any) -> Iterator[Any]:

@@ -21,7 +21,7 @@ _ATTACKS = re.compile(
     r"(os|posix|nt|pty|sys|subprocess|shutil|socket|runpy|importlib|ctypes|webbrowser)\..*"
     r"|builtins\.(exec|eval|compile|open|__import__)"
 )
-_ARRAYS = re.compile(r"numpy\..*\.(_reconstruct|_frombuffer)")
+_ARRAYS = re.compile(r"numpy\.(ndarray|.*\._frombuffer)")
 _MAX_VALUES = 10_000_000  # in objects; what several share counts as often
 
 
@@ -73,8 +73,8 @@ def _objects(found: Mapping[Keys, Opaque]) -> dict[Keys, Object]:
                 raise ValueError(f"its objects hold more than {_MAX_VALUES} values")
             if is_tensor(inner):
                 shapes[inner.shape if isinstance(inner, Stored) else ()] += 1
-        if shapes or _ARRAYS.fullmatch(value.kind):
-            objects[path] = Object("numpy.ndarray" if not shapes else value.kind, shapes)
+        if shapes or _ARRAYS.fullmatch(value.what):
+            objects[path] = Object(value.what, shapes)
     return objects
 
 
@@ -97,6 +97,6 @@ def _content(file: File) -> Mapping[Any, Any]:
             "nothing in it was run. No checkpoint needs that: do not load it elsewhere."
         )
     if not isinstance(content, Mapping):
-        what = f"an object of class {content.kind}" if isinstance(content, Opaque) else type(content).__name__
+        what = f"an object of class {content.what}" if isinstance(content, Opaque) else type(content).__name__
         raise CandidateError(f"{file.path}: holds {what}, not a dict of tensors. Save model.state_dict() there.")
     return content

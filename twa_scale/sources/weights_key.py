@@ -89,12 +89,9 @@ class WeightsKey:
         """Refuse objects with tensors among the weights, but for an optimizer; arrays are no tensors, and are said."""
         for name, held in beside.items():
             if held.shapes and not is_optimizer_entry((name,)):
-                fix = "Save its tensors, or its state_dict(), in its place."
-                if held.kind.startswith("torch.distributed."):
-                    fix = "It is one rank's shard: save the model with torch.distributed.checkpoint, or with Snapshots."
                 raise CandidateError(
                     f"{label}: {name!r} among the weights is an object of class {held.kind}, and the tensors in it are "
-                    f"not read. {fix}"
+                    "not read. Save its tensors, or its state_dict(), in its place."
                 )
         arrays = [name for name, held in beside.items() if not held.shapes]
         if arrays:
