@@ -15,7 +15,7 @@ from twa_scale.basis import Basis, Gram, make_basis, needs_norms_only
 from twa_scale.buffers import buffer_source, copied_notice, spectral_vectors
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
-from twa_scale.engines.misplaced import require_memory, wrapper_beside
+from twa_scale.engines.misplaced import require_device, require_memory, wrapper_beside
 from twa_scale.engines.pairs import complex_in_model
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.kernels import Target
@@ -71,6 +71,7 @@ def attach(
     pods = Pods(group, engine.replica_group)
     with pods.agree():
         require_memory(engine)
+        require_device(engine)
         engine.check()
         found, fields = block_settings(engine.settings())
         config = validated(TwaConfig, fields if config is None else config)

@@ -96,7 +96,7 @@ class Weights:
         """Return what computes the weights of the present u, whenever it is called."""
         u = choose()
         scales = (1 + u[-1]).tolist()
-        columns = u[:-1].T.to(self._engine.device, torch.float32).contiguous()
+        columns = _sent(u[:-1].T.to(torch.float32).contiguous(), self._engine.device)
 
         @torch.no_grad()
         def combine(spans: Collection[Span]) -> None:
@@ -107,3 +107,8 @@ class Weights:
             self._note({span.name for span in spans})
 
         return combine
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a CPU tensor on `device`. From page-locked memory it is copied to a GPU while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -25,6 +25,25 @@ def require_memory(engine: Engine) -> None:
             )
 
 
+def require_device(engine: Engine) -> None:
+    """Refuse a model whose weights are not on one CPU or GPU.
+
+    Raises:
+        EngineError: names the devices.
+    """
+    places = {str(device): device.type for device in (engine.device, *(engine.live(s).device for s in engine.spans()))}
+    if unknown := [place for place, kind in places.items() if kind not in ("cpu", "cuda")]:
+        raise EngineError(
+            f"the model is on {unknown[0]}; an average can be trained on a CPU, and on GPUs of NVIDIA (CUDA) and AMD "
+            "(ROCm). Move the model to the CPU before attach."
+        )
+    if len(places) > 1:
+        raise EngineError(
+            f"the model is spread over {' and '.join(sorted(places))}; the weights of a rank must be on one device. "
+            "Load it without device_map, and shard it with fully_shard if it does not fit."
+        )
+
+
 def wrapper_beside(engine: Engine) -> str | None:
     """Name the class of what wraps a plain module that was attached to on several ranks, if anything does.
 
