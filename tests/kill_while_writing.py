@@ -25,6 +25,7 @@ from twa_scale.ranks import Group
 from twa_scale.spans import whole
 from twa_scale.writer import TensorSpec, publish, writing
 from twa_scale.writer.hidden import sweep
+from twa_scale.writer.provenance import marked, provenance
 
 KILLS = {"exchange": 20, "renames": 20, "between": 2}
 SPECS = [TensorSpec(name, (1000,), torch.float32) for name in "abc"]
@@ -32,7 +33,8 @@ SPECS = [TensorSpec(name, (1000,), torch.float32) for name in "abc"]
 
 def write(out: Path, generation: int) -> None:
     files = {"generation": str(generation).encode()}
-    with writing(out, SPECS, Group.alone(), max_shard_size=4000, files=files, overwrite=True) as writer:
+    said = marked(provenance("a test", []), files)
+    with writing(out, SPECS, Group.alone(), max_shard_size=4000, overwrite=True, **said) as writer:
         for spec in SPECS:
             writer.write(whole(spec.name, spec.shape), torch.full(spec.shape, generation, dtype=torch.float32))
 

@@ -18,7 +18,7 @@ from twa_scale.sources.carried import Carried
 from twa_scale.sources.pairs import complex_in_files
 from twa_scale.sources.types import types_notice, widest
 from twa_scale.spans import whole
-from twa_scale.writer import Writer, spec_of, writing
+from twa_scale.writer import Writer, check_dtype, spec_of, writing
 from twa_scale.writer.provenance import writing_options
 from twa_scale.writer.publish import check_apart
 
@@ -59,6 +59,8 @@ def export(
     Raises:
         OutputError: on every rank; what stood at `out` is as it was.
     """
+    with pods.agree():
+        check_dtype(dtype)
     last = candidates[-1]
     names = [name for held in layout.held_as.values() for name in held]
     pairs = complex_in_files(last)

@@ -4,9 +4,10 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,27 @@ from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.pairs import complex_in_model
 from twa_scale.errors import ConfigError
 from twa_scale.export import may_be_mask, write_live
+from twa_scale.notices import notice
 from twa_scale.ranks import Group, Pods, require_same_settings
+from twa_scale.sources.carried import BASE
 from twa_scale.spans import Span, whole
-from twa_scale.writer import BackgroundWrite, Files, TensorSpec, begin, check_tiling, spec_of, writing
+from twa_scale.writer import (
+    BackgroundWrite,
+    Files,
+    TensorSpec,
+    begin,
+    check_dtype,
+    check_files,
+    check_tiling,
+    parse_size,
+    spec_of,
+    writing,
+)
 from twa_scale.writer.finite import require_finite
 from twa_scale.writer.hidden import HiddenName, sweep
+from twa_scale.writer.provenance import marked, provenance
 from twa_scale.writer.publish import reported
-from twa_scale.writer.write import is_below
+from twa_scale.writer.replaceable import foreign, marked_weights
 
 _LOG = logging.getLogger(__name__)
 Self = TypeVar("Self", bound="Snapshots")
@@ -34,7 +49,8 @@ class Snapshots:
     No rank gathers the model: each writes the spans that it holds into the same files. A candidate appears
     when it is complete. What a killed run has left under hidden names, which no glob of candidates matches, is removed
     when a Snapshots of the same directory is made. Give each training a directory of its own: a candidate of a step
-    that stands there already is replaced, whoever wrote it.
+    that stands there already is replaced, whichever Snapshots wrote it. A directory of a step that holds anything else,
+    as the state of an optimizer, is neither replaced nor deleted.
 
     With `asynchronous`, a due step copies this rank's part to host memory, in the type of the file, and returns; a
     thread writes the copy while training goes on. At most one candidate is being written at a time: the next due step
@@ -53,7 +69,7 @@ class Snapshots:
         asynchronous: write while training goes on.
 
     Raises:
-        ConfigError: numbers that make no sense, or names of files elsewhere.
+        ConfigError: numbers, types or sizes that make no sense; names of files that are elsewhere or taken.
     """
 
     def __init__(
@@ -69,20 +85,21 @@ class Snapshots:
         replica_group: dist.ProcessGroup | None = None,
         asynchronous: bool = False,
     ) -> None:
-        if every_n_steps < 1 or start_step < 0 or (keep_last is not None and keep_last < 1):
+        least = [(every_n_steps, 1), (start_step, 0)] + ([] if keep_last is None else [(keep_last, 1)])
+        if not all(_is_integer(number, low) for number, low in least):
             raise ConfigError(
-                f"snapshots: every_n_steps={every_n_steps}, start_step={start_step}, keep_last={keep_last}; "
-                "give at least 1, 0 and 1."
+                f"snapshots: every_n_steps={every_n_steps!r}, start_step={start_step!r}, keep_last={keep_last!r}; "
+                "give integers of at least 1, 0 and 1."
             )
-        for name in files or {}:
-            if not is_below(name):
-                raise ConfigError(f"snapshots: files: {name!r} is no name of a file in the directory of a snapshot.")
+        check_dtype(dtype)
+        check_files(files or {}, BASE)
+        parse_size(max_shard_size)
         self._directory = Path(directory).expanduser().resolve()
         self._every = every_n_steps
         self._start = start_step
         self._keep = keep_last
         self._dtype = dtype
-        self._files = files
+        self._files = files or {}
         self._max_shard_size = max_shard_size
         self._replica_group = replica_group
         self._asynchronous = asynchronous
@@ -98,13 +115,16 @@ class Snapshots:
         Raises:
             OutputError: on every rank; nothing is left behind. When asynchronous, that of the one before.
             EngineError: a model that is wrapped in an unknown way.
+            ConfigError: a step that is no integer of at least 0.
         """
+        step = _checked(step)
         if step < self._start or step < 1 or (step - self._start) % self._every:
             return None
         return self.save(model, step)
 
     def save(self, model: nn.Module, step: int) -> Path:
         """Write a candidate now, due or not; one of the same step is replaced. Collective."""
+        step = _checked(step)
         if self._pending and self._pending[2] and self._pending[2].alive:
             _LOG.info("snapshots: step %d waits until the snapshot before is written", step)
         self.wait()
@@ -119,7 +139,7 @@ class Snapshots:
                 if self._asynchronous:
                     background = self._start_writing(engine, path, step)
                 else:
-                    self._write(engine, path)
+                    self._write(engine, path, step)
                     with group.agree():
                         if group.rank == 0:
                             self._delete_old(step)
@@ -160,16 +180,21 @@ class Snapshots:
         pairs = complex_in_model(engine)
         return [spec_of(name, shape, own, self._dtype, pairs=name in pairs) for name, (shape, own) in tensors.items()]
 
-    def _write(self, engine: Engine, path: Path) -> None:
+    def _marked(self, step: int) -> dict[str, Any]:
+        """Return the files and the metadata of the candidate of a step."""
+        return marked(provenance("a snapshot of a training", [], step=step), self._files)
+
+    def _write(self, engine: Engine, path: Path, step: int) -> None:
         specs, limit = self._specs(engine), self._max_shard_size
         with writing(
-            path, specs, engine.shard_group, max_shard_size=limit, files=self._files, overwrite=True
+            path, specs, engine.shard_group, max_shard_size=limit, overwrite=True, base=BASE, **self._marked(step)
         ) as writer:
             write_live(writer, engine, {spec.name: (spec.name,) for spec in specs})
 
     def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
         specs, group = self._specs(engine), engine.shard_group
-        writer = begin(path, specs, group, max_shard_size=self._max_shard_size, overwrite=True)
+        said, limit = self._marked(step), self._max_shard_size
+        writer = begin(path, specs, group, max_shard_size=limit, overwrite=True, base=BASE, metadata=said["metadata"])
         try:
             copies: list[tuple[Span, torch.Tensor]] = []
             with group.agree():
@@ -185,12 +210,13 @@ class Snapshots:
             if group.rank == 0:
                 writer.discard()
             raise
-        return BackgroundWrite(writer, copies, group, dict(self._files or {}), partial(self._delete_old, step))
+        return BackgroundWrite(writer, copies, group, said["files"], partial(self._delete_old, step))
 
     def _delete_old(self, step: int) -> None:
         if self._keep is not None:
             with reported(self._directory):
-                _delete(_old(self._directory, step, self._keep))
+                for path in _old(self._directory, step, self._keep):
+                    _delete(path)
 
 
 def _held(engine: Engine) -> Iterator[tuple[Span, torch.Tensor]]:
@@ -216,8 +242,22 @@ def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:
     return sorted((path for path in steps if steps[path] <= step), key=lambda path: steps[path])[:-keep]
 
 
-def _delete(paths: Sequence[Path]) -> None:
-    for path in paths:
-        # Hidden first: a reader must never find a candidate that is half deleted.
-        with HiddenName(path) as hidden:
-            path.rename(hidden.path)
+def _delete(path: Path) -> None:
+    weights = marked_weights(path)
+    if not weights or (others := foreign(path, weights)):
+        held = f"it holds {others[0]}" if weights else "no Snapshots has written it"
+        notice(f"{path}: keep_last does not delete it, because {held}. Delete it yourself, or use another directory.")
+        return
+    # Hidden first: a reader must never find a candidate that is half deleted.
+    with HiddenName(path) as hidden:
+        path.rename(hidden.path)
+
+
+def _checked(step: int) -> int:
+    if not _is_integer(step, 0):
+        raise ConfigError(f"snapshots: step={step!r}; give an integer of at least 0.")
+    return int(step)
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return type(value) is not bool and isinstance(value, Integral) and int(value) >= least

@@ -1,5 +1,6 @@
 """Snapshots that are written while training goes on: of their own step, one at a time, complete or not there."""
 
+import contextlib
 import logging
 import os
 import resource
@@ -47,6 +48,10 @@ def gate() -> Iterator[threading.Event]:
         event.set()
 
 
+def left(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
 def visible(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
 
@@ -75,13 +80,39 @@ def train_meanwhile(directory: Path, engine: str) -> tuple[Tensors, Tensors]:
     return own, gathered(model)
 
 
+def meaning_of_signals(directory: Path) -> list[bool]:
+    """Whether SIGTERM has its default meaning before, while a thread writes, after it, and within a write here."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    model = models.build(0, (1,))
+
+    def default() -> bool:
+        return signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    found = [default()]
+    with gate() as event, Snapshots(directory, every_n_steps=1, asynchronous=True) as snapshots:
+        snapshots.step(model, 1)
+        found.append(default())
+        event.set()
+    found.append(default())
+    with (
+        mock.patch.object(Writer, "write", lambda *_, **__: found.append(default())),
+        contextlib.suppress(AssertionError),
+    ):
+        Snapshots(directory, every_n_steps=1).save(model, 2)
+    return found[:4]
+
+
+def test_signals_are_handled_in_writes_of_the_main_thread_only(ranks: Pool, tmp_path: Path) -> None:
+    assert ranks(meaning_of_signals, 1, directory=tmp_path) == [[True, True, True, False]]
+
+
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_snapshot_is_of_its_own_step(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
     own, later = ranks(train_meanwhile, size, directory=tmp_path, engine=engine)[0]
     (candidate,) = open_candidates(str(tmp_path / "step-*"), minimum=1)
     assert os.listdir(tmp_path) == ["step-00000001"]  # noqa: PTH208
-    assert os.listdir(tmp_path / "step-00000001") == ["model.safetensors"]  # noqa: PTH208
+    assert left(tmp_path / "step-00000001") == ["model.safetensors", "twa_scale.json"]
     found = load_file(tmp_path / "step-00000001/model.safetensors")
     assert {*own} <= {*found} == {*candidate.names()}
     for name, value in own.items():

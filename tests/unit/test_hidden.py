@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,6 +144,20 @@ def test_handlers_of_ones_own_are_left_alone(tmp_path: Path, heeded: None) -> No
     finally:
         signal.signal(signal.SIGTERM, before)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and left(tmp_path) == []
+
+
+def test_a_thread_leaves_signals_to_the_main_thread(tmp_path: Path, heeded: None) -> None:
+    """While a thread writes, SIGTERM has the meaning that it had before."""
+    hidden = prepare(tmp_path / "out")
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    with prepare(tmp_path / "other"):
+        hidden.hand_over()
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and hidden.path.exists()
+    thread = threading.Thread(target=lambda: (prepare(tmp_path / "third").discard(), hidden.discard()))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and left(tmp_path) == []
 
 
 def test_a_lock_that_nobody_came_to_use(tmp_path: Path) -> None:

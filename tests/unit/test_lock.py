@@ -1,5 +1,6 @@
 """A directory that belongs to one process, as long as that lives."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import signal
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -68,6 +70,35 @@ def test_a_file_that_was_removed_is_no_lock(tmp_path: Path) -> None:
         second.take()
         with pytest.raises(OutputError):
             DirectoryLock(tmp_path).take()
+
+
+@pytest.mark.parametrize("content", [b"my own", b'{"mine": 1}'])
+def test_a_file_of_another_program_is_kept(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / LOCK).write_bytes(content)
+    for lock in (DirectoryLock(tmp_path), DirectoryLock(tmp_path)):
+        with pytest.raises(OutputError, match=r"\.lock.*Move it away"):
+            lock.take()
+    assert (tmp_path / LOCK).read_bytes() == content
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"")
+    (tmp_path / LOCK).symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match="could not be written"):
+        DirectoryLock(tmp_path).take()
+    assert (tmp_path / "mine").read_bytes() == b""
+
+
+def test_a_lock_that_fails(tmp_path: Path) -> None:
+    """As on a network file system that has lost its server."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with patch("fcntl.flock", fail), pytest.raises(OutputError, match=os.strerror(errno.EIO)):
+        DirectoryLock(tmp_path).take()
+    with DirectoryLock(tmp_path) as lock:
+        lock.take()
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:

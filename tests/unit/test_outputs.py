@@ -138,7 +138,7 @@ def test_an_export_needs_no_candidates(tmp_path: Path) -> None:
     assert header(tmp_path / "out/adapter_model.safetensors")["kept"] == "yes"
     assert (tmp_path / "out/settings.json").exists() and (tmp_path / "out/folder/vocab.json").read_text() == "[]"
     (tmp_path / "out/folder/notes.txt").write_text("a user's own")
-    with pytest.raises(twa_scale.OutputError, match="'folder'"):
+    with pytest.raises(twa_scale.OutputError, match=r"'folder/notes\.txt'"):
         twa.export(tmp_path / "out", overwrite=True)
 
 

@@ -1,14 +1,17 @@
 """Snapshots of every kind of model at every number of ranks hold what the model held."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests import models
 from tests.pool import Pool
+from tests.ranks import cases
 from twa_scale.errors import ConfigError, EngineError, OutputError
 from twa_scale.ranks import Group
 from twa_scale.snapshots import Snapshots
@@ -92,16 +95,73 @@ def test_a_directory_that_cannot_be_made(ranks: Pool, tmp_path: Path, engine: st
     assert isinstance(error, OutputError) and str(tmp_path / "file") in str(error)
 
 
-@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"every_n_steps": 1, "keep_last": 0}])
-def test_numbers_that_make_no_sense(tmp_path: Path, options: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"every_n_steps": 0}, {"keep_last": 0}, {"every_n_steps": "10"}, {"start_step": 0.5}, {"keep_last": True}],
+)
+def test_numbers_that_make_no_sense(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="every_n_steps="):
-        Snapshots(tmp_path, **options)
+        Snapshots(tmp_path, **{"every_n_steps": 1, **options})
 
 
-@pytest.mark.parametrize("name", ["../config.json", "/config.json", ""])
-def test_names_of_files_elsewhere(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("step", [-1, 1.0, "1", None, True])
+def test_steps_that_are_none(tmp_path: Path, step: Any) -> None:
+    snapshots = Snapshots(tmp_path, every_n_steps=1)
+    for method in (snapshots.step, snapshots.save):
+        with pytest.raises(ConfigError, match="step="):
+            method(models.build(0), step)
+    assert snapshots.step(models.build(0), np.int64(1)) == tmp_path / "step-00000001"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex64, float])
+def test_types_that_weights_cannot_have(tmp_path: Path, dtype: Any) -> None:
+    with pytest.raises(ConfigError, match="no floating point type"):
+        Snapshots(tmp_path, every_n_steps=1, dtype=dtype)
+    twa = cases.attach("plain", cases.Run({}))[1]
+    with pytest.raises(ConfigError, match="no floating point type"):
+        twa.export(tmp_path / "out", dtype=dtype)
+    assert left(tmp_path) == []
+
+
+def test_sizes_are_read_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="size"):
+        Snapshots(tmp_path, every_n_steps=1, max_shard_size="5")
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/config.json", "", "a\0b", "\ud800", 3])
+def test_names_of_files_elsewhere(tmp_path: Path, name: Any) -> None:
     with pytest.raises(ConfigError, match="is no name of a file"):
         Snapshots(tmp_path, every_n_steps=1, files={name: b""})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "./Model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "model.safetensors/below",
+        "twa_scale.json",
+    ],
+)
+def test_names_that_are_taken(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is taken.*model\.safetensors.*twa_scale\.json"):
+        Snapshots(tmp_path, every_n_steps=1, files={name: b""})
+
+
+def test_content_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'config\.json' is a str.*bytes.*Path"):
+        Snapshots(tmp_path, every_n_steps=1, files={"config.json": "{}"})  # type: ignore[dict-item]
+
+
+def test_files_that_cannot_be_copied(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (("pipe", "not a regular file"), ("missing", "missing")):
+        snapshots = Snapshots(tmp_path / "out", every_n_steps=1, files={"config.json": tmp_path / name})
+        with pytest.raises(OutputError, match=said):
+            snapshots.save(models.build(0), 1)
+    assert left(tmp_path / "out") == []
 
 
 def test_something_that_is_no_model(tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ from twa_scale.ranks import Group
 from twa_scale.sources import open_candidates
 from twa_scale.spans import Span, share, whole
 from twa_scale.writer import TensorSpec, parse_size, write, writing
+from twa_scale.writer.provenance import marked, provenance
 from twa_scale.writer.shards import lay_out
 
 Tensors = dict[str, torch.Tensor]
+ORIGIN = provenance("a test", [])
 
 
 def tensors() -> Tensors:
@@ -144,10 +146,10 @@ def test_from_pretrained_reads_it(tmp_path: Path) -> None:
     model = transformers.BertModel(config)
     model.save_pretrained(tmp_path / "in")
     state = model.state_dict()
-    files = {"config.json": tmp_path / "in/config.json"}
+    said = marked(ORIGIN, {"config.json": tmp_path / "in/config.json"})
     for limit in (2000, "1GB"):
         with writing(
-            tmp_path / "out", specs_of(state), Group.alone(), files=files, max_shard_size=limit, overwrite=True
+            tmp_path / "out", specs_of(state), Group.alone(), max_shard_size=limit, overwrite=True, **said
         ) as writer:
             for name, tensor in state.items():
                 writer.write(whole(name, tuple(tensor.shape)), tensor.reshape(-1) * 2)
@@ -175,7 +177,7 @@ def test_an_error_of_one_rank_is_that_of_all(
     ranks: Pool, tmp_path: Path, size: int, bad_rank: int, overwrite: bool
 ) -> None:
     if overwrite:
-        write_share(tmp_path / "out", Group.alone(), files={"old": b""})
+        write_share(tmp_path / "out", Group.alone(), **marked(ORIGIN, {"old": b""}))
     before = left(tmp_path)
     error = ranks.error(fail_in_body, size, out=tmp_path / "out", bad_rank=bad_rank, overwrite=overwrite)
     assert isinstance(error, CandidateError) and str(error) == "step-3: is broken"
@@ -221,11 +223,14 @@ def test_a_rank_on_another_file_system(ranks: Pool, tmp_path: Path) -> None:
 def test_an_output_that_exists(ranks: Pool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    write_share(out, Group.alone())  # empty: taken
-    (out / "model.safetensors").write_bytes(b"precious")
-    error = ranks.error(on_ranks, 2, out=out)
-    assert isinstance(error, OutputError) and "not empty" in str(error) and str(out) in str(error)
-    assert (out / "model.safetensors").read_bytes() == b"precious"
+    write_share(out, Group.alone(), **marked(ORIGIN, {}))  # empty: taken
+    ours = (out / "model.safetensors").read_bytes()
+    for overwrite, said in ((False, "not empty"), (True, "'model.safetensors'")):
+        (out / "model.safetensors").write_bytes(b"precious")
+        error = ranks.error(on_ranks, 2, out=out, overwrite=overwrite)
+        assert isinstance(error, OutputError) and said in str(error) and str(out) in str(error)
+        assert (out / "model.safetensors").read_bytes() == b"precious"
+    (out / "model.safetensors").write_bytes(ours)
     ranks(on_ranks, 2, out=out, overwrite=True)
     assert_same(load(out), tensors())
     assert left(tmp_path) == ["out"]

@@ -2,9 +2,10 @@
 
 from twa_scale.writer.appended import Appended
 from twa_scale.writer.background import BackgroundWrite
+from twa_scale.writer.files import Files, check_files
 from twa_scale.writer.lock import DirectoryLock
-from twa_scale.writer.shards import TensorSpec, parse_size, spec_of, stored_as
-from twa_scale.writer.write import Files, Writer, begin, check_tiling, writing
+from twa_scale.writer.shards import TensorSpec, check_dtype, parse_size, spec_of, stored_as
+from twa_scale.writer.write import Writer, begin, check_tiling, writing
 
 __all__ = [
     "Appended",
@@ -14,6 +15,8 @@ __all__ = [
     "TensorSpec",
     "Writer",
     "begin",
+    "check_dtype",
+    "check_files",
     "check_tiling",
     "parse_size",
     "spec_of",

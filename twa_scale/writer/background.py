@@ -10,7 +10,9 @@ import torch
 
 from twa_scale.ranks import Group
 from twa_scale.spans import Span
-from twa_scale.writer.write import Files, Writer
+from twa_scale.writer.files import Files
+from twa_scale.writer.publish import reported
+from twa_scale.writer.write import Writer
 
 _LOG = logging.getLogger(__name__)
 _POLL = 0.2  # seconds between two looks for the marks of other ranks
@@ -40,6 +42,7 @@ class BackgroundWrite:
         published: Callable[[], None],
     ) -> None:
         self._writer = writer
+        writer.hand_over()
         self._values = list(values)
         self._rank, self._size = group.rank, group.size
         self._files = files
@@ -87,7 +90,8 @@ class BackgroundWrite:
         self._written.set()
         if self._rank == 0:
             try:
-                self._publish()
+                with reported(self._writer.target):
+                    self._publish()
             except Exception as error:
                 self._publish_error = error
                 _LOG.warning("%s", error)

@@ -28,8 +28,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 class HiddenName:
     """A hidden name beside `target`, of a file or directory that this process will make there.
 
-    As a context manager, or by `discard`, it removes what stands there. A process that SIGTERM or SIGHUP would kill
-    does so before it dies; its own handlers of these signals are left alone.
+    As a context manager, or by `discard`, it removes what stands there. While the main thread works on such a name, a
+    process that SIGTERM or SIGHUP would kill removes it before it dies; a process that handles these signals itself is
+    left alone. What a thread works on is removed by `sweep`: signals are handled by the main thread only, which may be
+    anywhere, and would wait until it is back in Python.
 
     Args:
         target: what is prepared.
@@ -55,10 +57,15 @@ class HiddenName:
         if self._handle is None:
             return
         clear(self.path, self._target, self._kind)
-        if not self.path.exists():
-            self._lock.unlink(missing_ok=True)
+        with suppress(OSError):  # what stays is swept later
+            if not self.path.exists():
+                self._lock.unlink(missing_ok=True)
         self.forget()
         _OWNED.remove(self)
+
+    def hand_over(self) -> None:
+        """Leave the name to a thread of this process: signals have the meaning again that they had before."""
+        _OWNED.leave(self)
 
     def forget(self) -> None:
         """Leave what stands under the name to others."""
@@ -177,27 +184,35 @@ def _host(handle: int) -> bytes:
 
 
 class _Owned:
-    """The hidden names of this process; while there are any, the signals that would kill it are handled."""
+    """The hidden names of this process. While the main thread works on one, signals that would kill it are handled."""
 
     def __init__(self) -> None:
         self._names: set[HiddenName] = set()
+        self._in_main_thread: set[HiddenName] = set()
 
     def add(self, name: HiddenName) -> None:
         self._names.add(name)
         if threading.current_thread() is threading.main_thread():
+            self._in_main_thread.add(name)
             for number in _SIGNALS:
                 if signal.getsignal(number) is signal.SIG_DFL:
                     signal.signal(number, self._die)
 
     def remove(self, name: HiddenName) -> None:
         self._names.discard(name)
-        if not self._names and threading.current_thread() is threading.main_thread():
+        self.leave(name)
+
+    def leave(self, name: HiddenName) -> None:
+        """Stop handling signals for a name."""
+        self._in_main_thread.discard(name)
+        if not self._in_main_thread and threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) == self._die:
                     signal.signal(number, signal.SIG_DFL)
 
     def forget(self) -> None:
         """Leave all to the process that this one was forked from, which else could not end the locks by its own end."""
+        self._in_main_thread.clear()
         while self._names:
             self._names.pop().forget()
 

@@ -16,6 +16,7 @@ from twa_scale.notices import notice
 from twa_scale.writer.publish import reported
 
 LOCK = ".lock"
+_BEGIN = b'{"host": "'  # of the file, whoever has the lock
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: set[int] = set()
 Self = TypeVar("Self", bound="DirectoryLock")
@@ -48,38 +49,59 @@ class DirectoryLock:
         """Take the lock in a directory that exists.
 
         Raises:
-            OutputError: another process has it, which is named; or the file cannot be written.
+            OutputError: another process has it, which is named; or the file cannot be written, or is not ours.
         """
-        while self._handle is None:
-            with reported(self._directory):
-                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                owner = _owner(handle)
-                os.close(handle)
-                raise OutputError(
-                    f"{self._directory}: another run is writing here: {owner}. An output directory belongs to one "
-                    "run at a time. Wait until that run has ended, stop it, or choose another output."
-                ) from None
-            except OSError as error:
-                os.close(handle)
-                if error.errno not in _UNSUPPORTED:
-                    raise
-                notice(
-                    f"{self._directory}: its file system has no locks ({error.strerror}), so that a second run in the "
-                    "same directory would not be noticed. Start one at a time."
-                )
-                return
-            if self._is_current(handle):
-                self._handle = handle
-                _held.add(handle)
-            else:  # the owner before has removed the file after it was opened here
-                os.close(handle)
-        said = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         with reported(self._directory):
+            while self._handle is None:
+                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+                try:
+                    if not self._locked(handle):
+                        return
+                    if self._is_current(handle):
+                        self._require_ours(handle)
+                        self._handle = handle
+                        _held.add(handle)
+                finally:
+                    if self._handle is None:  # the owner before may have removed the file after it was opened here
+                        os.close(handle)
+            self._sign()
+
+    def _locked(self, handle: int) -> bool:
+        """Lock an open file. Return False where there are no locks, and say so."""
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise OutputError(
+                f"{self._directory}: another run is writing here: {_owner(handle)}. An output directory belongs to one "
+                "run at a time. Wait until that run has ended, stop it, or choose another output."
+            ) from None
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            notice(
+                f"{self._directory}: its file system has no locks ({error.strerror}), so that a second run in the "
+                "same directory would not be noticed. Start one at a time."
+            )
+            return False
+        return True
+
+    def _require_ours(self, handle: int) -> None:
+        content = os.pread(handle, len(_BEGIN), 0)
+        if not _BEGIN.startswith(content):
+            raise OutputError(
+                f"{self._path}: is not the file of this name that a run writes, which would replace it. Move it away, "
+                "or choose another output."
+            )
+
+    def _sign(self) -> None:
+        assert self._handle is not None
+        said = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        try:
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, json.dumps(said).encode(), 0)
+        except OSError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Remove the file and the lock. Without a lock it does nothing."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from twa_scale.sources.carried import Carried
 from twa_scale.version import __version__
 
 PROVENANCE = "twa_scale.json"
+"""The file of an output that says where it comes from."""
+MARK = "twa_scale"
+"""The key of the same in the metadata of a header: what this program wrote is known by it."""
 _MOST = 1 << 16  # bytes in the header of each file of weights, which readers parse before anything else
 _SHORT = ("version", "wrote", "step", "candidates")
 
@@ -30,11 +34,25 @@ def writing_options(
         dtype: type that floating point tensors are converted to, if any.
         max_shard_size: most bytes of one file; without effect where loaders read only one.
     """
-    files = carried.files_for(dtype)
     return {
         "max_shard_size": carried.shard_size(max_shard_size),
         "base": carried.base,
-        "metadata": _in_header(origin, carried.metadata),
+        **marked(origin, carried.files_for(dtype), carried.metadata),
+    }
+
+
+def marked(
+    origin: Mapping[str, Any], files: Mapping[str, bytes | Path], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the `files` and `metadata` of an output that says where it comes from; only such a one is overwritten.
+
+    Args:
+        origin: the `provenance`.
+        files: what else is put beside the weights.
+        metadata: what else the headers say.
+    """
+    return {
+        "metadata": _in_header(origin, metadata or {}),
         "files": {**files, PROVENANCE: _as_file(origin, files)},
     }
 
@@ -49,7 +67,7 @@ def _in_header(origin: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, s
         said = json.dumps({key: origin[key] for key in _SHORT if key in origin} | {"more": PROVENANCE})
     if len(said) > _MOST:
         said = json.dumps({"version": origin["version"], "wrote": origin["wrote"], "more": PROVENANCE})
-    return {**own, "twa_scale": said}
+    return {**own, MARK: said}
 
 
 def _as_file(origin: Mapping[str, Any], files: Mapping[str, object]) -> bytes:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from twa_scale.errors import CandidateError, OutputError
-from twa_scale.inputs import MAX_JSON, parse_json, read_bounded
+from twa_scale.errors import OutputError
+from twa_scale.inputs import open_regular
 from twa_scale.writer.exchange import exchange
 from twa_scale.writer.hidden import HiddenName
-from twa_scale.writer.provenance import PROVENANCE
+from twa_scale.writer.replaceable import check_replaceable
 
 _HINTS = {
     errno.ENOSPC: "Free some space, or choose another disk",
@@ -53,7 +53,7 @@ def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
     if target.is_dir():
         if target.is_mount():
             raise OutputError(f"{target}: is a mount point, which no rename can replace. Name a directory below it.")
-        _check_replaceable(target, overwrite)
+        check_replaceable(target, overwrite)
     parent = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < nbytes:
@@ -61,40 +61,6 @@ def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
             f"{target}: needs {nbytes / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free there. Free some "
             "space, or choose another disk."
         )
-
-
-def _check_replaceable(target: Path, overwrite: bool) -> None:
-    content = sorted(target.iterdir())
-    if not content:
-        return
-    if not overwrite:
-        raise OutputError(
-            f"{target}: exists and is not empty; it is left alone. Choose another name, remove it, or give "
-            "--overwrite (overwrite=True)."
-        )
-    ours = any(path.suffix == ".safetensors" for path in content)
-    carried = _carried(target)
-    lost = next((path.name for path in content if path.is_dir() and not _is_carried(path, carried)), None)
-    if not ours or lost:
-        found = f"holds the directory {lost!r}" if lost else "holds no weights"
-        raise OutputError(
-            f"{target}: {found}, so it is no earlier output that could be overwritten as a whole. Choose "
-            "another name, or remove it yourself."
-        )
-
-
-def _carried(target: Path) -> set[Path]:
-    """Return the side files of an earlier output, which it names itself."""
-    try:
-        names = parse_json(read_bounded(target / PROVENANCE, MAX_JSON))["files"]
-        return {target / str(name) for name in names}
-    except (CandidateError, ValueError, TypeError, KeyError):
-        return set()
-
-
-def _is_carried(folder: Path, carried: set[Path]) -> bool:
-    others = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return bool(others) and carried.issuperset(others)
 
 
 def check_apart(target: Path, inputs: Sequence[str]) -> None:
@@ -142,9 +108,14 @@ def sync(directory: Path) -> None:
 def write_file(path: Path, content: bytes | Path) -> None:
     """Write a small file, or copy one, and make its content survive a power cut."""
     with path.open("wb") as file:
-        file.write(content if isinstance(content, bytes) else content.read_bytes())
+        file.write(content if isinstance(content, bytes) else _content(content))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _content(path: Path) -> bytes:
+    with os.fdopen(open_regular(path, OutputError), "rb") as file:
+        return file.read()
 
 
 def replace_file(path: Path, content: bytes) -> None:

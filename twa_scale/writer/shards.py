@@ -53,6 +53,16 @@ def stored_as(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and own.is_floating_point else own
 
 
+def check_dtype(wanted: object) -> None:
+    """Refuse what is no type that floating point tensors can be written in.
+
+    Raises:
+        ConfigError: names the value.
+    """
+    if wanted is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise ConfigError(f"dtype: {wanted!r} is no floating point type of torch; give one like torch.bfloat16.")
+
+
 def spec_of(
     name: str,
     shape: tuple[int, ...],

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import torch
 
@@ -10,13 +10,12 @@ from twa_scale.errors import OutputError
 from twa_scale.ranks import Group, require_same_settings
 from twa_scale.spans import Span
 from twa_scale.writer.disk import OpenFile
+from twa_scale.writer.files import Files, is_below
 from twa_scale.writer.finite import require_finite
 from twa_scale.writer.hidden import HiddenName, sweep
 from twa_scale.writer.publish import check_target, publish, reported, write_file
+from twa_scale.writer.replaceable import check_replaceable
 from twa_scale.writer.shards import Shard, TensorSpec, index_name, index_of, lay_out, parse_size
-
-Files = Mapping[str, bytes | Path]
-"""Small files to put beside the weights: content, or what to copy, by their path there."""
 
 _PIECE_BYTES = 4 << 20  # of a file that are converted at a time: all that writing holds in memory, or rather in a cache
 
@@ -32,11 +31,13 @@ class Writer:
         shards: Sequence[Shard],
         base: str,
         hidden: HiddenName | None,
+        overwrite: bool,
     ) -> None:
         self.directory = directory
         """Where the files are until they are published."""
         self._base = base
         self._hidden = hidden
+        self._overwrite = overwrite
         self.target = target
         self._shards = shards
         self._specs = {spec.name: spec for spec in specs}
@@ -98,7 +99,14 @@ class Writer:
                 path = self.directory / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, content)
+            if self.target.is_dir():  # something may have been put there while this was written
+                check_replaceable(self.target, self._overwrite)
             publish(self.directory, self.target)
+
+    def hand_over(self) -> None:
+        """Let a thread finish the files: signals have the meaning in this one that they had before."""
+        if self._hidden:
+            self._hidden.hand_over()
 
     def discard(self) -> None:
         """Remove what was not published, or the older output that was replaced; for the first rank."""
@@ -144,7 +152,8 @@ def writing(
         group: the ranks that write.
         max_shard_size: most bytes of tensor data in one file, unless a single tensor is larger.
         files: further files for the directory.
-        overwrite: replace an earlier output; without it a directory that is not empty is refused.
+        overwrite: replace an earlier output that was written with `marked` files and metadata, and nothing else;
+            without it a directory that is not empty is refused.
         base: what the files of weights are called, without suffix and number.
         metadata: what their headers say beside the tensors.
 
@@ -166,12 +175,6 @@ def writing(
     finally:
         if group.rank == 0:
             writer.discard()
-
-
-def is_below(name: str) -> bool:
-    """Whether a name of `Files` is that of a file in the directory or below it."""
-    path = PurePath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def begin(
@@ -205,7 +208,7 @@ def begin(
         temporary = group.broadcast(hidden.path if hidden else target)
         with group.agree():
             _check_shared(target, temporary, shards[0])
-            return Writer(temporary, target, specs, shards, base, hidden)
+            return Writer(temporary, target, specs, shards, base, hidden, overwrite)
     except BaseException:
         if hidden:
             hidden.discard()
