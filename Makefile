@@ -12,6 +12,8 @@ PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 # Where the candidates of the scale run go.
 SCRATCH ?= runs/scale
 export NO_MKDOCS_2_WARNING := 1
+# Hundreds of processes that the tests start would each compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup quickstart soup scale-run results test test-slow test-all test-chaos test-gpu check docs clean
 .DEFAULT_GOAL := help

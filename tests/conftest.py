@@ -10,12 +10,13 @@ from tests.pool import Pool
 torch.set_num_threads(1)  # on tensors this small, more threads only cost
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have one process run all tests of a file, which share fixtures, unless they say another group."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Have one process run all tests of a file, which share fixtures, unless they say another group.
+
+    Later hooks are too late: pytest-xdist reads the groups in the first of its own.
+    """
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ def inspect(
     """
     from twa_scale.inspection import inspect as inspect_candidates
     from twa_scale.inspection import inspection_json, inspection_table
-    from twa_scale.plots import plot_cosines
     from twa_scale.sources import asked_for
 
     with joined(Path.cwd() / "inspect", timeout) as (report, say):
@@ -31,4 +30,6 @@ def inspect(
             inspection = inspect_candidates(candidates, progress, asked_for(ignore or [], weights_key))
         say(inspection_json(inspection) if json else drawn(inspection_table(inspection)))
         if plot and report.active:
+            from twa_scale.plots import plot_cosines  # importing matplotlib takes long
+
             plot_cosines(plot, inspection.cosines, inspection.labels)

@@ -19,7 +19,6 @@ from twa_scale.config import RunConfig, dump
 from twa_scale.engines.zero import is_deepspeed
 from twa_scale.memory import peak_resident, return_freed_memory
 from twa_scale.optimizer import check_optimizer
-from twa_scale.plots import plot_training
 from twa_scale.ranks import Group, World, limit_waiting, require_same_settings
 from twa_scale.state import STATE, RunState, save_state
 from twa_scale.tasks import Task, build_task
@@ -295,6 +294,8 @@ class Run:
         return dict(best.metrics)
 
     def _write_results(self, summary: dict[str, Any]) -> None:
+        from twa_scale.plots import plot_training  # on the rank that draws only: importing matplotlib takes long
+
         plot_training(
             self.output / "coefficients.png",
             self.twa.coefficients.cpu().numpy(),
