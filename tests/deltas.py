@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twa_scale.kernels import Dense, Kernels, Packed, Target
+from twa_scale.kernels.reference import unpack
 from twa_scale.spans import Span
 from twa_scale.store import Store
 
@@ -31,6 +32,13 @@ def packed(values: Tensor, bits: int, kernels: Kernels, start: int = 0, device: 
     words = torch.cat([rows.words[:0], *(part[:, :n].flatten() for _, part, _ in tiles)])
     scales = torch.cat([rows.scales[:0], *(part[:, :n].flatten() for _, _, part in tiles)])
     return Packed(words, scales, n, m, rows.lead, bits)
+
+
+def packed_rows(rows: Packed) -> Tensor:
+    """Return packed rows as (n, m)."""
+    tiles = [unpack(words, scales, rows.bits) for _, words, scales in rows.tiles(0, rows.count)]
+    columns = torch.cat([torch.empty(rows.n, 0), *(tile.transpose(0, 1).flatten(1) for tile in tiles)], 1)
+    return columns[:, rows.lead : rows.lead + rows.m]
 
 
 def matrix(rows: Dense) -> Tensor:

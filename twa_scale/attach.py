@@ -1,5 +1,6 @@
 """Attaching to a model: match, stream the candidates into the store once, choose the basis, write the first weights."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +25,7 @@ from twa_scale.notices import notice
 from twa_scale.optimizer import check_optimizer, check_settings
 from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.reading import Progress, job_bytes
+from twa_scale.rounding import Rounding, choose_coding
 from twa_scale.sources import Candidate, open_together
 from twa_scale.sources.carried import carry
 from twa_scale.sources.find import same_files
@@ -32,7 +34,7 @@ from twa_scale.sources.pairs import complex_in_files
 from twa_scale.sources.view import stored_once
 from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
-from twa_scale.store import Store, make_store
+from twa_scale.store import Store, bits_of, make_store
 from twa_scale.streaming import Stream
 
 Candidates = str | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
@@ -102,6 +104,9 @@ def attach(
             require_same_kinds(layout, types, complex_in_model(engine), opened[0], complex_in_files(opened[0]))
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
+        sources = [layout.source(name) for name in layout.group_of]
+        coding = choose_coding(config, weights, pods, engine.device, opened, sources)
+        with pods.agree():
             if config.store == "mapped":
                 live = [engine.live(span) for span in engine.spans() if span.name in layout.group_of]
                 refuse_overlap(opened, [layout.source(name) for name in layout.group_of], live)
@@ -110,6 +115,7 @@ def attach(
                 len(opened),
                 engine.device,
                 lambda name: [mapped(candidate, layout.source(name)) for candidate in opened],
+                coding,
             )
             undo.callback(store.close)
             stream = Stream(
@@ -122,13 +128,15 @@ def attach(
             )
             norms_only = needs_norms_only(config.basis)
             gram = Gram(len(layout.groups), len(opened), store.device, diagonal=norms_only)
-            _read_spans(engine, layout, stream, weights, store, gram)
+            errors = torch.zeros(len(opened), dtype=torch.float64, device=store.device)
+            _read_spans(engine, layout, stream, weights, store, gram, errors)
             _read_aliases(engine, layout, stream, opened)
             buffers = _read_buffers(engine, layout, stream, config.buffers, weights) if group.rank == 0 else {}
         fingerprint = _fingerprint(engine, layout, opened, stream)
         fingerprint.require_same_in(pods)
         inner = gram.values.to(engine.device).mul_(pods.share)
         pods.sum_(inner)  # all pods have the same but for rounding, which would part their bases
+        rounding = _rounding(config, pods, store, errors.to(engine.device), inner)
         with pods.agree():
             _require_equal_ties(layout, fingerprint)
         _write_rest(engine, layout, buffers)
@@ -144,9 +152,30 @@ def attach(
                 if copied:
                     notice(copied_notice(copied, fingerprint.labels))
         basis = _basis(pods, config, inner.cpu(), weights)  # small mathematics: a GPU would only wait for it
-        average = TrainableAverage(config, engine, pods, reduction, layout, store, basis, fingerprint, opened, carried)
+        average = TrainableAverage(
+            config, engine, pods, reduction, layout, store, basis, fingerprint, opened, carried, rounding
+        )
         undo.pop_all()
     return average
+
+
+def _rounding(config: TwaConfig, pods: Pods, store: Store, errors: torch.Tensor, gram: torch.Tensor) -> Rounding | None:
+    """Return what a packed store makes of the candidates, and log it on the first rank. Collective.
+
+    Args:
+        config: names the store.
+        pods: all ranks.
+        store: the one that was filled.
+        errors: of this rank.
+        gram: of all ranks.
+    """
+    if bits_of(config.store) is None:
+        return None
+    total = pods.sum_(errors.mul_(pods.share))
+    rounding = Rounding.measured(config.store, store.coding, total.cpu(), gram.cpu())
+    if pods.rank == 0:
+        logging.getLogger("twa_scale").info("%s", rounding)
+    return rounding
 
 
 def _basis(pods: Pods, config: TwaConfig, gram: torch.Tensor, weights: Sequence[float]) -> Basis:
@@ -176,15 +205,25 @@ def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidat
 
 
 def _read_spans(
-    engine: Engine, layout: Layout, stream: Stream, weights: Sequence[float], store: Store, gram: Gram
+    engine: Engine,
+    layout: Layout,
+    stream: Stream,
+    weights: Sequence[float],
+    store: Store,
+    gram: Gram,
+    errors: torch.Tensor,
 ) -> None:
-    """Stream this rank's spans: those that are trained into the store, the others at once into the model."""
+    """Stream this rank's spans: those that are trained into the store, the others at once into the model.
+
+    The squared norms of what a packed store is off by are added to `errors`, (n,).
+    """
     live = {layout.sourced(span): span for span in engine.spans()}
     vectors = spectral_vectors({name for held in layout.held_as.values() for name in held})
     targets = {}
     for read, span in live.items():
         if span.name in layout.group_of:
-            targets[read] = replace(store.reserve(span), products=gram.of(layout.group_of[span.name]))
+            products = gram.of(layout.group_of[span.name])
+            targets[read] = replace(store.reserve(span), products=products, errors=errors)
         elif engine.parameters[span.name].dtype.is_floating_point and read.name not in vectors:
             targets[read] = Target(center=engine.live(span))
     stream.make_deltas(targets, weights)

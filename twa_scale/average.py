@@ -24,6 +24,7 @@ from twa_scale.limits import WeightLimits
 from twa_scale.optimizer import check_state, make_optimizer
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Progress, job_bytes
+from twa_scale.rounding import Rounding
 from twa_scale.sources import Candidate
 from twa_scale.sources.carried import Carried
 from twa_scale.spans import Span
@@ -53,8 +54,11 @@ class TrainableAverage:
         fingerprint: Fingerprint,
         candidates: Sequence[Candidate],
         carried: Carried,
+        rounding: Rounding | None,
     ) -> None:
         self.config = config
+        self.rounding = rounding
+        """What a packed store holds in place of the candidates, and averages; None for other stores."""
         self.layout = layout
         self.fingerprint = fingerprint
         self.pods = pods

@@ -13,7 +13,9 @@ from twa_scale.store import Store
 
 
 class Gradients:
-    """Sums s = <delta, gradient> over spans and backward passes; the gradients themselves may be freed.
+    """Sums <row, gradient> over spans and backward passes; the gradients themselves may be freed.
+
+    The rows are those of the store: deltas, or what deltas are sums of. `reduced` returns s = <delta, gradient>.
 
     Args:
         store: holds the deltas.
@@ -83,9 +85,12 @@ class Gradients:
         for stream in self._streams:  # hooks may have run on the stream that reduced the gradient
             torch.cuda.current_stream().wait_stream(stream)
         if self._squares is None:
-            return reduction(self._sums), None
+            return self._of_deltas(reduction(self._sums)), None
         sums = reduction(torch.cat([self._sums, self._squares]))
-        return sums[:-1], math.sqrt(sums[-1, 0])
+        return self._of_deltas(sums[:-1]), math.sqrt(sums[-1, 0])
+
+    def _of_deltas(self, sums: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._store.coding.products_of_deltas(sums[:-1]), sums[-1:]])
 
     def require_any(self, sums: torch.Tensor, pods: Pods) -> None:
         """Refuse a step without a backward pass since the last one: momentum would move the coefficients. Collective.

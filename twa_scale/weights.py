@@ -96,7 +96,8 @@ class Weights:
         """Return what computes the weights of the present u, whenever it is called."""
         u = choose()
         scales = (1 + u[-1]).tolist()
-        columns = _sent(u[:-1].T.to(torch.float32).contiguous(), self._engine.device)
+        rows = self._store.coding.weights_of_rows(u[:-1])
+        columns = _sent(rows.T.to(torch.float32).contiguous(), self._engine.device)
 
         @torch.no_grad()
         def combine(spans: Collection[Span]) -> None:

@@ -76,7 +76,23 @@ ROUNDED = {
     "mapped": Run({"store": "mapped", "groups": "block", "optimizer": SGD["delta"]}),
     "bfloat16": Run({"groups": "block", "optimizer": SGD["delta"]}, bf16=True),
 }
-ALL = GRID | {name: replace(run, steps=6) for name, run in (MORE | ROUNDED).items()}
+IN_INCREMENTS: dict[str, Any] = {
+    "normalized": {"start": "last"},
+    "normalized-center-ema": {"center": "ema:0.6", "start": "first"},
+    "normalized-center-last": {"center": "last", "start": 1},
+    "orthonormal": {"start": "first"},
+    "pca": {"center": 1},
+    "simplex": {"center": "ema:0.6"},
+}
+INCREMENTS = {
+    f"increments-{name}": Run(
+        {"store": "packed8", "coding": "increments", "basis": name.split("-")[0], "groups": "block"}
+        | {"optimizer": SGD["delta"] | {"lr": 0.05}}
+        | config
+    )
+    for name, config in IN_INCREMENTS.items()
+}
+ALL = GRID | {name: replace(run, steps=6) for name, run in (MORE | ROUNDED | INCREMENTS).items()}
 
 # Every basis, every grouping, and two passes a step.
 EACH_ONCE = ["normalized-block", "orthonormal-tensor", "pca-global", "simplex-patterns", "accumulated"]
@@ -89,12 +105,12 @@ PLACES += [(engine, size) for engine in meshes.ENGINES for size in meshes.SIZES[
 def runs_of(engine: str, size: int) -> list[str]:
     """All that a user can set on the first engines with two ranks; only engines know their number of ranks."""
     if engine in flattened.ENGINES:
-        return ["orthonormal-tensor", "accumulated", "scalar-of-shape-1"]
+        return ["orthonormal-tensor", "accumulated", "scalar-of-shape-1", "increments-normalized"]
     if engine in zero.ENGINES:
-        return [*EACH_ONCE, "bfloat16"] if size == 2 else EACH_ONCE
+        return [*EACH_ONCE, "increments-orthonormal", *(["bfloat16"] if size == 2 else [])]
     if engine in meshes.ENGINES:
         return EACH_ONCE if size == 2 or engine == "fsdp2-tp" else EACH_ONCE[:2]
-    names = list(ALL) if size == 2 else [*EACH_ONCE, "scalar-of-shape-1"]
+    names = list(ALL) if size == 2 else [*EACH_ONCE, "scalar-of-shape-1", *INCREMENTS]
     return [name for name in names if engine == "fsdp2" or not ALL[name].bf16]
 
 
@@ -113,9 +129,12 @@ def group_of(engine: str, size: int, *_: object) -> str:
 
 
 CASES = grid(
-    [(e, s, name) for e, s in PLACES for name in runs_of(e, s) if name not in ROUNDED],
+    [(e, s, name) for e, s in PLACES for name in runs_of(e, s) if name not in ROUNDED | INCREMENTS],
     options_of,
     group_of,
+)
+CASES_OF_INCREMENTS = grid(
+    [(e, s, name) for e, s in PLACES for name in runs_of(e, s) if name in INCREMENTS], options_of, group_of
 )
 Ends = Callable[[str, int], list[dict[str, Ended]]]
 
@@ -204,6 +223,25 @@ def test_stores_stay_near(ends: Ends, engine: str, size: int, name: str) -> None
     """Deltas are rounded by the store, gradients and weights are not; `mapped` rounds nothing."""
     for by_name in ends(engine, size):
         require_close(by_name[name], expected(name, size).weights[-1], TOLERANCES[name])
+
+
+@pytest.mark.parametrize(("engine", "size", "name"), CASES_OF_INCREMENTS)
+def test_increments_stay_near(ends: Ends, engine: str, size: int, name: str) -> None:
+    """Rows are of increments and codes are rounded; bases, starts, centers and coefficients are what they were."""
+    want = expected(name, meshes.data_ranks(engine, size))
+    for by_name in ends(engine, size):
+        require_close(by_name[name], want.weights[-1], 1e-2)
+        a = by_name[name].coefficients.double()
+        known = ~want.coefficients[-1].isnan()
+        torch.testing.assert_close(a[known], want.coefficients[-1][known], rtol=0, atol=1e-2)
+        assert torch.equal(a, ends(engine, size)[0][name].coefficients.double())
+
+
+def test_increments_move_farther_than_their_tolerance() -> None:
+    for name in INCREMENTS:
+        result = expected(name, 1)
+        moved = (result.coefficients[-1] - result.coefficients[0]).nan_to_num().abs().max()
+        assert moved > 2e-2, (name, moved)
 
 
 @pytest.mark.parametrize(("engine", "size", "name"), together([("fsdp2", 2, "bfloat16")]))

@@ -29,6 +29,7 @@ ORDER = [
     "layout",
     "reading",
     "streaming",
+    "rounding",
     "basis",
     "optimizer",
     "stepping",

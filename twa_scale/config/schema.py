@@ -80,6 +80,12 @@ class TwaConfig(Section):
         description="How the deltas are held beside the weights: float32, bfloat16, codes of 8 to 1 bits with one "
         "scale a block, or not at all: `mapped` takes them from the candidates' files.",
     )
+    coding: Literal["auto", "increments", "center"] = Field(
+        "auto",
+        description="What packed stores hold codes of: deltas to the `center`; or `increments`, each candidate less "
+        "what codes made of its neighbour, for candidates of one run, in training order. `auto` codes a sample both "
+        "ways and takes the more exact. Coefficients mean the same with both.",
+    )
     store_device: Literal["auto", "cpu"] = Field(
         "auto",
         description="Where the store lies: `auto` is beside the weights; with `cpu` a model on a GPU leaves it in "
@@ -162,6 +168,15 @@ class TwaConfig(Section):
     def _known_index(cls, value: str | int) -> str | int:
         check_index(value)
         return value
+
+    @model_validator(mode="after")
+    def _increments_need_codes(self) -> "TwaConfig":
+        if self.coding == "increments" and not self.store.startswith("packed"):
+            raise ValueError(
+                f"coding 'increments' is for packed stores; the store is {self.store!r}. Use packed8, packed4, packed2 "
+                "or packed1, or leave `coding` out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _components_need_pca(self) -> "TwaConfig":

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from twa_scale.kernels import delta_loops, loops
+from twa_scale.kernels.coding import CENTER, of_deltas
 from twa_scale.kernels.deltas import (
     GRID,
     ROW_BYTES,
@@ -125,7 +126,7 @@ class NumbaKernels:
         at = grid_column(target.rows, start)
         integers, floats = (torch.int16, torch.uint16) if sources.itemsize == 2 else (torch.int32, torch.float32)
         bits = target.rows.bits if isinstance(target.rows, Packed) else 0
-        rule = (np.array(weights, np.float32), np.uint64(reference_of(weights)))
+        rule = (np.array(weights, np.float32), np.uint64(reference_of(weights)), _walk(target, n))
         data = (_flat(sources.view(floats)), _flat(sources.view(integers)), np.uint64(sources.stride(0)))
         center = None if target.center is None else target.center.detach()[start : start + m]
         live = target.rows is None  # must not see what is not finite
@@ -134,17 +135,19 @@ class NumbaKernels:
 
         def work(first: int, last: int) -> None:
             low, high = (min(max((at // GRID + i) * GRID - at, 0), m) for i in (first, last))
-            sums = np.zeros(n, np.int64), _wanted(target, n), np.zeros(1)
+            sums = np.zeros(n, np.int64), _wanted(target, n), np.zeros(1), np.zeros(n)
             delta_loops.delta_loop(bits)(data, rule, _writable(target), at, place.numpy(), sums, low, high)
             parts.append((first, sums))
 
         self._threads.share(work, -(-(at % GRID + m) // GRID), sources.nbytes)
-        checked, products, size = (_in_order([(first, sums[k]) for first, sums in parts]) for k in range(3))
+        checked, products, size, errors = (_in_order([(first, sums[k]) for first, sums in parts]) for k in range(4))
         if target.products is not None and target.products.ndim == 1:
             target.products.add_(torch.from_numpy(products[0]))
         elif target.products is not None:
             upper = torch.from_numpy(products)[: n + 1, : n + 1].triu()
             target.products.add_(upper + upper.triu(1).T)
+        if target.errors is not None:
+            target.errors.add_(torch.from_numpy(errors))
         finite = bool(np.isfinite(size[0]))
         if center is not None and live and finite:
             center.copy_(place)
@@ -156,6 +159,14 @@ def _wanted(target: Target, n: int) -> Any:
     if target.products is None:
         return np.zeros((0, 0))
     return np.zeros((1, n + 1) if target.products.ndim == 1 else (-(-(n + 1) // 3) * 3,) * 2)
+
+
+def _walk(target: Target, n: int) -> Any:
+    """Return the order in which rows are coded, and for each the one that it is relative to: n for the center."""
+    coding = target.coding or of_deltas(n)
+    order = [i for level in coding.levels for i in level]
+    before = [n if coding.before[i] == CENTER else coding.before[i] for i in order]
+    return np.array(order, np.uint64), np.array(before, np.uint64)
 
 
 def _writable(target: Target) -> Any:

@@ -190,14 +190,15 @@ def delta_loop(bits: int) -> Callable[..., None]:
 
     `bits` says what `rows` are: 8, 4, 2 or 1, packed ones, as in packed_loops.py; 0, dense ones (values, m), or none,
     where m is 0. Their column `at`, counted from the beginning of the first block, is column 0 here. Added up are
-    checksums, the products that their shape asks for (none (0, 0), squares (1, n + 1) or all), the center's sum.
+    checksums, the products that their shape asks for (none (0, 0), squares (1, n + 1) or all), the center's sum, and
+    squared errors. `walk` is that of quantize_loops.py.
     """
 
     @partial(compiled, variant=bits)
     def make_deltas(data: Any, rule: Any, rows: Any, at: int, target: Any, sums: Any, start: int, stop: int) -> None:
         source, integers, pitch = data
-        weights, reference = rule
-        checked, products, size = sums
+        weights, reference, walk = rule
+        checked, products, size, errors = sums
         n = U(len(weights))
         deltas = np.empty((n + ONE) * _STRIDE, np.float32)
         t, end = U(start), U(stop)
@@ -214,7 +215,7 @@ def delta_loop(bits: int) -> Callable[..., None]:
             if bits == 0:
                 _write(rows, U(at) + t, deltas, n, width)
             else:
-                quantize(bits, rows, U(at) + t, deltas, _STRIDE, n, width)
+                quantize(bits, rows, U(at) + t, deltas, _STRIDE, walk, width, errors)
             t = to
 
     return make_deltas

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from twa_scale.kernels.checksum import checksum
-from twa_scale.kernels.packed import BLOCKS, Packed
+from twa_scale.kernels.coding import CENTER, of_deltas
+from twa_scale.kernels.packed import BLOCKS, Packed, zero_of
 from twa_scale.kernels.protocol import Seen, Sources, Target
 from twa_scale.kernels.quantize import quantize
 from twa_scale.kernels.rows import TILE, Dense
@@ -37,7 +38,7 @@ def make_deltas(sources: Sources, weights: Sequence[float], target: Target, star
             case Dense():
                 target.rows.write(start + low, rows[:-1])
             case Packed():
-                _pack(target.rows, start + low, rows[:-1].to(torch.float32))
+                _pack(target.rows, target, start + low, rows[:-1].to(torch.float32))
     return Seen(checksums(sources), finite)
 
 
@@ -98,12 +99,30 @@ def _squares(rows: torch.Tensor) -> torch.Tensor:
     return norms.square()
 
 
-def _pack(rows: Packed, start: int, values: torch.Tensor) -> None:
-    """Quantize columns from `start` on, and put the blocks of a tile, one a field, into its words: all at once."""
+def _pack(rows: Packed, target: Target, start: int, deltas: torch.Tensor) -> None:
+    """Code columns from `start` on, all candidates of a level at once; `deltas` become what the rows make of them."""
+    coding = target.coding or of_deltas(rows.n)
+    for level in coding.levels:
+        some = slice(None) if len(level) == rows.n else list(level)
+        before = [coding.before[i] for i in level]
+        base = deltas[before] if before[0] != CENTER else torch.zeros(())
+        values = deltas[some] - base
+        kept = _write_level(rows, some, start, values)
+        if target.errors is not None:
+            target.errors[some] += torch.linalg.vector_norm(values - kept, dim=1, dtype=torch.float64).square()
+        deltas[some] = base + kept
+
+
+def _write_level(rows: Packed, some: slice | list[int], start: int, values: torch.Tensor) -> torch.Tensor:
+    """Quantize some rows, and put the blocks of a tile, one a field, into its words, all at once.
+
+    Returns what the codes stand for.
+    """
     size, fields, bits = rows.block, rows.fields, rows.bits
     block, front = divmod(rows.lead + start, size)
     count = -(-(front + values.shape[1]) // size)
     codes, scales = quantize(values, front, count * size - front - values.shape[1], size, bits)
+    kept = ((codes - zero_of(bits)) * scales[..., None].to(torch.float32)).flatten(1)
     tile, before = divmod(block, fields)
     tiles = -(-(before + count) // fields)
     missing = (before, tiles * fields - before - count)  # blocks of the first and the last tile: all bits zero
@@ -114,5 +133,6 @@ def _pack(rows: Packed, start: int, values: torch.Tensor) -> None:
     done = 0
     for _, words, scale in rows.tiles(tile, tile + tiles):
         part = slice(done, done := done + len(words))
-        words |= words_of_tiles[part, :, : words.shape[2]]
-        scale += scales_of_tiles[part, :, : scale.shape[2]]
+        words[:, some] |= words_of_tiles[part, :, : words.shape[2]]
+        scale[:, some] += scales_of_tiles[part, :, : scale.shape[2]]
+    return kept[:, front : front + values.shape[1]]

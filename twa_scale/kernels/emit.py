@@ -134,6 +134,10 @@ class Emitter:
         rounded = self.build.select(number, self.build.lshr(even, splat(16)), splat(0x7FC0))
         return self.build.trunc(rounded, ir.VectorType(HALF, LANES))
 
+    def room(self, name: str, kind: Any, count: int) -> None:
+        """Make an array of this call's own, which goes by that name from now on."""
+        self._arguments[name] = cgutils.alloca_once(self.build, kind, size=count)
+
     def variable(self, first: Any) -> "Variable":
         """Return what a loop may change."""
         return Variable(self.build, first)

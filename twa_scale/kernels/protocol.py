@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from twa_scale.kernels.coding import Coding
 from twa_scale.kernels.packed import Packed
 from twa_scale.kernels.rows import Dense
 
@@ -30,11 +31,15 @@ class Target:
     """Where what is made of the candidates' elements of a span goes; None: it is not wanted."""
 
     rows: Dense | Packed | None = None
-    """The deltas w_i - c, n of m elements; packed rows are zero before."""
+    """The deltas w_i - c, n of m elements; or, packed, what `coding` says. Packed rows are zero before."""
     center: torch.Tensor | None = None
     """(m,): float32 beside rows; without them any floating type, and live model memory, written only when finite."""
     products: torch.Tensor | None = None
     """(n + 1, n + 1) or (n + 1,), float64: what inner products of the deltas and, last, the center are added to."""
+    coding: Coding | None = None
+    """What packed rows stand for: deltas when not given."""
+    errors: torch.Tensor | None = None
+    """(n,), float64: what the squared norm of each candidate less what packed rows make of it is added to."""
 
     @property
     def device(self) -> torch.device:

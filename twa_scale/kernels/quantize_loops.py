@@ -9,55 +9,80 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from twa_scale.kernels.emit import FLOATS, FUSED, HALF, INTS, LANES, Join, splat
+from twa_scale.kernels.emit import FLOAT, FLOATS, FUSED, HALF, INTS, LANES, Join, splat
 from twa_scale.kernels.loops import FLOAT0, U, inlined
 from twa_scale.kernels.packed import zero_of
 from twa_scale.kernels.packed_loops import ONE, SIXTEEN, extent, sizes
 from twa_scale.kernels.quantize import EXTREMES, MEAN_SIZE, REFINEMENTS, SMALLEST
 from twa_scale.kernels.vectors import Tile, of_tile
 
-Part = Callable[[int, int], Any]
-"""Gives 16 neighbours of block k from element c on."""
+Part = Callable[[Any, int], Any]
+"""Gives 16 neighbours of block k, an index at run time, from element c on."""
 
 
 @inlined
-def quantize(bits: Any, rows: Any, at: Any, values: Any, stride: Any, n: Any, count: Any) -> None:
-    """Put the first `count` columns of n rows of `values`, `stride` apart, into blocks.
+def quantize(bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, walk: Any, count: Any, errors: Any) -> None:
+    """Put the first `count` columns of n rows of `deltas`, `stride` apart, into blocks, and what these hold over them.
 
     `at` counts the columns of `rows`, which are as in packed_loops.py, from the beginning of the first block. A block
-    begins there, or the rows.
+    begins there, or the rows. `walk` is the order of the rows, and for each the one to which it is relative, n for
+    none. The squared norms of the errors are added to `errors`, (n,), float64.
     """
-    words, scales, shape = rows
+    words, scales, _ = rows
+    order, before = walk
+    n = U(len(order))
     block, fields = sizes(bits)
     most = SIXTEEN * block
-    packed, padded = np.empty(most // fields, np.int16), np.empty(most, np.float32)
+    packed, padded, off = np.empty(most // fields, np.int16), np.empty(most, np.float32), np.empty(SIXTEEN, np.float32)
     found, present = np.empty(SIXTEEN, np.uint16), np.empty(SIXTEEN, np.float32)
     done, end, tile = U(0), count, at // (block * fields)
     low = at - tile * block * fields
     while done < end:  # rows within columns: those of a tile lie beside each other
         high = min(most, low + end - done)
+        size = high - low
         for k in range(SIXTEEN):
             present[k] = max(ONE, _inside(high, k, block) - _inside(low, k, block))
-        for i in range(n):
-            source = i * stride + done
-            if high - low == most:
+        for p in range(n):
+            i, error = order[p], 0.0
+            source, base = i * stride + done, before[p] * stride + done
+            if before[p] != n:
+                for j in range(size):
+                    deltas[source + j] -= deltas[base + j]
+            if size == most:
                 first = tile * n + i
-                quantize_blocks(bits, words, scales, present, values, source, first * block, first * fields, n)
-                continue
-            padded[:] = FLOAT0
-            padded[low:high] = values[source : source + high - low]
-            quantize_blocks(bits, packed, found, present, padded, U(0), U(0), U(0), ONE)
-            _clear_absent(bits, packed, low, high)
-            for t in range((high + fields * block - ONE) // (fields * block)):
-                _, _, width, blocks, word, scale = extent(shape, bits, tile + t)
-                for j in range(width):
-                    words[word + i * width + j] |= packed[t * block + j]
-                first, last = _inside(low, t, block * fields), _inside(high, t, block * fields)
-                for k in range(first // block, (last + block - ONE) // block):
-                    scales[scale + i * blocks + k] = found[t * fields + k]
-        done += high - low
+                quantize_blocks(bits, words, scales, off, present, deltas, source, first * block, first * fields, n)
+                for j in range(SIXTEEN):
+                    error += np.float64(off[j])
+            else:
+                padded[:] = FLOAT0
+                padded[low:high] = deltas[source : source + size]
+                quantize_blocks(bits, packed, found, off, present, padded, U(0), U(0), U(0), ONE)
+                for j in range(size):
+                    error += np.float64(deltas[source + j] - padded[low + j]) ** 2
+                deltas[source : source + size] = padded[low:high]
+                _clear_absent(bits, packed, low, high)
+                _place(bits, rows, tile, i, packed, found, low, high)
+            if before[p] != n:
+                for j in range(size):
+                    deltas[source + j] += deltas[base + j]
+            errors[i] += error
+        done += size
         tile += SIXTEEN // fields
         low = U(0)
+
+
+@inlined
+def _place(bits: Any, rows: Any, tile: Any, i: Any, packed: Any, found: Any, low: Any, high: Any) -> None:
+    """Put the words and the scales of row i of some tiles, which are not all there, where they belong."""
+    words, scales, shape = rows
+    block, fields = sizes(bits)
+    for t in range((high + fields * block - ONE) // (fields * block)):
+        _, _, width, blocks, word, scale = extent(shape, bits, tile + t)
+        for j in range(width):
+            words[word + i * width + j] |= packed[t * block + j]
+        first, last = _inside(low, t, block * fields), _inside(high, t, block * fields)
+        for k in range(first // block, (last + block - ONE) // block):
+            scales[scale + i * blocks + k] = found[t * fields + k]
 
 
 @inlined
@@ -79,20 +104,24 @@ def _clear_absent(bits: Any, packed: Any, low: Any, high: Any) -> None:
 
 
 @intrinsic
-def quantize_blocks(typing, bits, words, scales, present, values, at, word, scale, n):  # type: ignore[no-untyped-def]
+def quantize_blocks(  # type: ignore[no-untyped-def]
+    typing, bits, words, scales, off, present, values, at, word, scale, n
+):
     """Write words and scales of a row of 16 blocks, of which `present` elements count and the others are 0.
 
-    The first go to `word` and `scale`, those of the tiles that follow are n rows farther.
+    The first go to `word` and `scale`, those of the tiles that follow are n rows farther. Values become what the codes
+    stand for, and `off` 16 parts of the squared norm of what they change by.
     """
-    names = "words scales present values at word scale n"
-    return of_tile(_quantize_blocks, names, bits, words, scales, present, values, at, word, scale, n)
+    names = "words scales off present values at word scale n"
+    return of_tile(_quantize_blocks, names, bits, words, scales, off, present, values, at, word, scale, n)
 
 
 def _quantize_blocks(v: Tile) -> None:
-    b, present = v.build, v.load("present", 0)
-    values: Part = lambda k, c: v.load("values", v.at(v["at"], k * v.block + c))  # noqa: E731
+    b, values, present = v.build, _values(v), v.load("present", 0)
+    for name, count in (("inverses", LANES), ("units", LANES), ("joined", LANES * LANES)):
+        v.room(name, FLOAT, count)
     if v.bits >= 4:
-        low, high = _of_blocks(v, values, partial(_chosen, v, "<")), _of_blocks(v, values, partial(_chosen, v, ">"))
+        low, high = (_of_blocks(v, values, partial(_chosen, v, order)) for order in "<>")
         below, (far, near) = b.fneg(low), EXTREMES[v.bits]
         extents = (b.fmul(_chosen(v, o, below, high), splat(unit)) for o, unit in ((">", far), ("<", near)))
         extent = _chosen(v, ">", *extents)
@@ -103,34 +132,73 @@ def _quantize_blocks(v: Tile) -> None:
     scales = v.variable(_rounded(v, first))
     if REFINEMENTS[v.bits]:
         with cgutils.for_range(b, v.at(REFINEMENTS[v.bits])):
-            scales.set(_rounded(v, _fitted(v, values, present, scales.get())))
-    inverses, halves = _inverses(v, scales.get()), v.bfloat16(scales.get())
+            scales.set(_rounded(v, _fitted(v, present, scales.get())))
+    _write_codes(v, scales.get())
+
+
+def _write_codes(v: Tile, scales: Any) -> None:
+    """Write scales and codes, and over the values what these stand for."""
+    b, values, off = v.build, _values(v), v.variable(splat(0.0))
+    _use(v, scales)
+    halves = v.bfloat16(scales)
     for k in range(0, LANES, v.fields):
-        word, scale = (v.times(v["n"], k // v.fields * size) for size in (v.block, v.fields))
-        v.store("scales", v.at(v["scale"], scale), v.shuffle(halves, halves, range(k, k + v.fields)))
-        for c in range(0, v.block, LANES):
-            codes = [_codes(v, values(k + f, c), inverses, k + f) for f in range(v.fields)]
-            words = reduce(b.or_, (b.shl(code, splat(v.bits * f)) for f, code in enumerate(codes)))
-            v.store("words", v.at(v["word"], word, c), b.trunc(words, ir.VectorType(HALF, LANES)))
+        v.store("scales", v.at(v["scale"], v.times(v["n"], k)), v.shuffle(halves, halves, range(k, k + v.fields)))
+    with (
+        cgutils.for_range(b, v.at(LANES // v.fields)) as tile,
+        cgutils.for_range(b, v.at(v.block // LANES)) as part,
+    ):
+        c, words = v.times(part.index, LANES), splat(0)
+        for f in range(v.fields):
+            k = v.at(v.times(tile.index, v.fields), f)
+            some = values(k, c)
+            code = _codes(v, some, k)
+            kept = b.fmul(_level(v, code), v.spread("units", k))
+            error = b.fsub(some, kept)
+            off.set(b.fadd(off.get(), b.fmul(error, error)))
+            v.store("values", v.at(v["at"], v.times(k, v.block), c), kept)
+            words = b.or_(words, b.shl(code, splat(v.bits * f)))
+        word = v.at(v["word"], b.mul(v["n"], v.times(tile.index, v.block)), c)
+        v.store("words", word, b.trunc(words, ir.VectorType(HALF, LANES)))
+    v.store("off", 0, off.get())
 
 
-def _of_blocks(v: Tile, part: Part, join: Join, first: int = 0, count: int = LANES) -> Any:
-    """Join the elements of each of `count` blocks; lane l has block first + l % count."""
+def _values(v: Tile) -> Part:
+    return lambda k, c: v.load("values", v.at(v["at"], v.times(k, v.block), c))
+
+
+def _use(v: Tile, scales: Any) -> None:
+    """Have `_codes` and `_write_codes` use these scales."""
+    some = v.build.fcmp_ordered("!=", scales, splat(0.0))
+    v.store("inverses", 0, v.build.select(some, v.build.fdiv(splat(1.0), scales), splat(0.0)))
+    v.store("units", 0, scales)
+
+
+def _of_blocks(v: Tile, part: Part, join: Join) -> Any:
+    """Join the elements of each of 16 blocks: lane l has block l. The loop keeps the machine code short."""
+    with cgutils.for_range(v.build, v.at(LANES)) as block:
+        vectors = (part(block.index, c) for c in range(0, v.block, LANES))
+        v.store("joined", v.times(block.index, LANES), reduce(join, vectors))
+    return _joined(v, join, 0, LANES)
+
+
+def _joined(v: Tile, join: Join, first: int, count: int) -> Any:
+    """Join the lanes of each of `count` vectors; lane l has that of first + l % count."""
     if count == 1:
-        return reduce(join, (part(first, c) for c in range(0, v.block, LANES)))
+        return v.load("joined", first * LANES)
     half = count // 2
-    a, b = (_of_blocks(v, part, join, k, half) for k in (first, first + half))
+    a, b = (_joined(v, join, k, half) for k in (first, first + half))
     one = [lane if lane % count < half else LANES + lane - half for lane in range(LANES)]
     other = [lane + half if lane % count < half else LANES + lane for lane in range(LANES)]
     return join(v.shuffle(a, b, one), v.shuffle(a, b, other))
 
 
-def _fitted(v: Tile, values: Part, present: Any, scales: Any) -> Any:
+def _fitted(v: Tile, present: Any, scales: Any) -> Any:
     """Return the scales that fit best to the codes that `scales` give: quantize.py's rule."""
-    b, inverses, zero = v.build, _inverses(v, scales), zero_of(v.bits)
+    b, values, zero = v.build, _values(v), zero_of(v.bits)
+    _use(v, scales)
 
-    def level(k: int, c: int) -> Any:
-        return b.fsub(b.sitofp(_codes(v, values(k, c), inverses, k), FLOATS), splat(zero))
+    def level(k: Any, c: int) -> Any:
+        return _level(v, _codes(v, values(k, c), k))
 
     along = _of_blocks(v, lambda k, c: b.fmul(values(k, c), level(k, c)), b.fadd)
     square = _of_blocks(v, lambda k, c: b.fmul(level(k, c), level(k, c)), b.fadd)
@@ -139,22 +207,21 @@ def _fitted(v: Tile, values: Part, present: Any, scales: Any) -> Any:
     return b.fdiv(along, _chosen(v, ">", square, splat(0.25)))
 
 
-def _codes(v: Tile, values: Any, inverses: Any, k: int) -> Any:
+def _level(v: Tile, codes: Any) -> Any:
+    return v.build.fsub(v.build.sitofp(codes, FLOATS), splat(zero_of(v.bits)))
+
+
+def _codes(v: Tile, values: Any, k: Any) -> Any:
     """Return the codes of elements of block k: what is not below zero, a conversion rounds down.
 
     With 8 and 4 bits nothing has to be clipped. A scale is rounded by up to 1 / 256, so that extremes come to lie at
     1.004 and 255.996 of [0, 256), or at 0.47 and 15.53 of [0, 16).
     """
     b, zero, top = v.build, splat(0.0), splat(float((1 << v.bits) - 1))
-    level = b.fmul(values, v.shuffle(inverses, inverses, [k] * LANES), flags=FUSED)
+    level = b.fmul(values, v.spread("inverses", k), flags=FUSED)
     level = b.fadd(level, splat(zero_of(v.bits) + 0.5), flags=FUSED)
     inside = level if v.bits >= 4 else _chosen(v, "<", _chosen(v, ">", level, zero), top)
     return b.fptosi(inside, INTS)
-
-
-def _inverses(v: Tile, scales: Any) -> Any:
-    some = v.build.fcmp_ordered("!=", scales, splat(0.0))
-    return v.build.select(some, v.build.fdiv(splat(1.0), scales), splat(0.0))
 
 
 def _rounded(v: Tile, scales: Any) -> Any:

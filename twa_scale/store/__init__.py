@@ -1,7 +1,7 @@
 """The store: deltas of the local spans, beside the weights; what they take, and what an update moves."""
 
 from twa_scale.store.cost import staging_bytes, step_cost, store_bytes, update_bytes
-from twa_scale.store.make import make_store, span_bytes
+from twa_scale.store.make import bits_of, make_store, span_bytes
 from twa_scale.store.protocol import Store
 
-__all__ = ["Store", "make_store", "span_bytes", "staging_bytes", "step_cost", "store_bytes", "update_bytes"]
+__all__ = ["Store", "bits_of", "make_store", "span_bytes", "staging_bytes", "step_cost", "store_bytes", "update_bytes"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Target
+from twa_scale.kernels import Allocate, Coding, Dense, Kernels, Packed, Target
 from twa_scale.spans import Span
 from twa_scale.store.products import products
 
@@ -20,15 +20,22 @@ class HeldStore:
         make: returns rows for a span, yet to be written.
         device: where they lie.
         kernels: that compute there.
+        coding: what the rows stand for.
         allocate: gives memory for the center.
     """
 
     def __init__(
-        self, make: Callable[[Span], Dense | Packed], device: torch.device, kernels: Kernels, allocate: Allocate
+        self,
+        make: Callable[[Span], Dense | Packed],
+        device: torch.device,
+        kernels: Kernels,
+        coding: Coding,
+        allocate: Allocate,
     ) -> None:
         self._make = make
         self.device = device
         self.kernels = kernels
+        self.coding = coding
         self._allocate = allocate
         self._spans: dict[Span, tuple[Dense | Packed, torch.Tensor]] = {}
 
@@ -40,7 +47,7 @@ class HeldStore:
     def reserve(self, span: Span) -> Target:
         """Allocate a span; on a CPU the memory is touched when it is filled."""
         self._spans[span] = self._make(span), self._allocate(len(span), dtype=torch.float32, device=self.device)
-        return Target(*self._spans[span])
+        return Target(*self._spans[span], coding=self.coding)
 
     def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
         """Return the rows of a span and its center (m,), as they lie in memory."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from twa_scale.kernels import Dense, Differences, Kernels, Target
+from twa_scale.kernels import Dense, Differences, Kernels, Target, of_deltas
 from twa_scale.spans import Span
 
 _PIECE = 1 << 20  # elements of a span of many runs that are put side by side at a time
@@ -25,6 +25,7 @@ class MappedStore:
         self._mapped = mapped
         self.device = torch.device("cpu")
         self.kernels = kernels
+        self.coding = of_deltas(n)
         self._spans: dict[Span, tuple[Sequence[torch.Tensor], torch.Tensor]] = {}
 
     @property

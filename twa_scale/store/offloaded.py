@@ -38,6 +38,7 @@ class OffloadedStore:
         self._buffer = buffer
         self.device = self._inner.device
         self.kernels = self._inner.kernels
+        self.coding = self._inner.coding
 
     @property
     def nbytes(self) -> int:

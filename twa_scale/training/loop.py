@@ -3,7 +3,7 @@
 import json
 import random
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,6 +139,8 @@ class Run:
                 self.model, config.candidates, config, replica_group=replicas, progress=progress
             )
         self._attach_seconds = time.perf_counter() - start
+        if self.twa.rounding:
+            self.report.say(str(self.twa.rounding))
         self.step = 0
         self.kept = Kept(self.task, config)
         self._stopping = False
@@ -327,6 +329,7 @@ class Run:
         return {
             "bytes_read_per_rank": self.group.gather(self.twa.bytes_read),
             "store_bytes_per_rank": self.group.gather(self.twa.store_bytes),
+            "rounding": self.twa.rounding and asdict(self.twa.rounding),
             "peak_resident_bytes_per_rank": self.group.gather(peak_resident()),
             "attach_seconds": self._attach_seconds,
             "forward_backward_seconds": seconds.get("forward+backward", 0.0) - within,

@@ -1,0 +1,225 @@
+"""Increments: what rows stand for, how exactly they hold candidates, and which coding is taken."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import twa_scale
+from tests.deltas import packed_rows
+from twa_scale import ConfigError
+from twa_scale.config import TwaConfig, center_weights, validated
+from twa_scale.kernels import Coding, Kernels, Packed, Target, of_deltas, of_increments
+from twa_scale.kernels.coding import CENTER
+from twa_scale.kernels.compiled import NumbaKernels
+from twa_scale.kernels.reference import TorchKernels
+from twa_scale.ranks import Group
+from twa_scale.rounding import choose_coding
+from twa_scale.sources import open_candidates
+from twa_scale.spans import Span
+from twa_scale.store import make_store
+
+CPU = torch.device("cpu")
+KERNELS: list[Kernels] = [TorchKernels(), NumbaKernels()]
+BITS = [8, 4, 2, 1]
+each_kernels = pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+each_bits = pytest.mark.parametrize("bits", BITS)
+
+
+def walk(n: int, m: int, seed: int = 0) -> Tensor:
+    """Candidates of one run: each is some way from the one before."""
+    torch.manual_seed(seed)
+    return (torch.randn(1, m) + 0.1 * torch.randn(n, m).cumsum(0)).float()
+
+
+def coded(values: Tensor, weights: list[float], bits: int, kernels: Kernels, coding: Coding, start: int = 0) -> Any:
+    """What the rows make of the candidates, (n, m) around the center, and the errors that the kernels have found."""
+    n, m = values.shape
+    rows, center = Packed.empty(n, m, start, bits, CPU), torch.empty(m)
+    errors = torch.zeros(n, dtype=torch.float64)
+    kernels.make_deltas(values, weights, Target(rows, center, coding=coding, errors=errors), 0)
+    return coding.products_of_deltas(packed_rows(rows).double()) + center, errors
+
+
+class TestCoding:
+    @pytest.mark.parametrize(
+        ("center", "first"), [("mean", 2), ("last", 4), ("first", 0), (1, 1), ("ema:0.5", 3), ([2.0, -1, 0, 0, 0], 0)]
+    )
+    def test_increments_go_from_the_center_to_both_ends(self, center: Any, first: int) -> None:
+        coding = of_increments(center_weights(center, 5))
+        assert coding.before[first] == CENTER
+        assert all(coding.before[i] == i + (1 if i < first else -1) for i in range(5) if i != first)
+        assert coding.levels[0] == (first,)
+        assert sorted(i for level in coding.levels for i in level) == list(range(5))
+
+    @given(st.lists(st.floats(-1, 1), min_size=1, max_size=9), st.integers(0, 99))
+    def test_products_and_weights_belong_together(self, b: list[float], seed: int) -> None:
+        """<sum_i u_i delta_i, g>, by the rows as by the deltas; weights may be many, as those of groups are."""
+        torch.manual_seed(seed)
+        n = len(b)
+        rows, g, u = torch.randn(n, 7).double(), torch.randn(7).double(), torch.randn(n, 3).double()
+        for coding in (of_increments(b), of_deltas(n)):
+            deltas = torch.zeros(n, 7).double()
+            for i in (i for level in coding.levels for i in level):
+                deltas[i] = rows[i] + (deltas[coding.before[i]] if coding.before[i] != CENTER else 0)
+            torch.testing.assert_close(coding.products_of_deltas(rows @ g), deltas @ g)
+            torch.testing.assert_close(coding.weights_of_rows(u).T @ rows, u.T @ deltas)
+
+
+@each_kernels
+@each_bits
+class TestErrors:
+    def test_they_are_what_the_kernels_say(self, kernels: Kernels, bits: int) -> None:
+        """In tiles that are full and in those that are not, for rows that begin and end within a block."""
+        values, weights = walk(7, 9001), [1 / 7] * 7
+        for coding in (of_increments(weights), of_deltas(7)):
+            kept, errors = coded(values, weights, bits, kernels, coding, start=37)
+            torch.testing.assert_close((kept - values.double()).square().sum(1), errors, rtol=1e-4, atol=1e-7)
+
+    def test_they_do_not_add_up(self, kernels: Kernels, bits: int) -> None:
+        """Far along a trajectory the error is that of a few increments, where a delta's grows with its length."""
+        n = 24
+        values, weights = walk(n, 4096), [1 / n] * n
+        _, errors = coded(values, weights, bits, kernels, of_increments(weights))
+        _, around = coded(values, weights, bits, kernels, of_deltas(n))
+        ends = [0, 1, n - 2, n - 1]
+        assert errors[ends].max() < 1.5 * errors.median()
+        assert errors.sum() < 0.6 * around.sum(), (errors, around)
+
+    def test_equal_candidates_are_exact(self, kernels: Kernels, bits: int) -> None:
+        values = walk(1, 3000).expand(5, -1).contiguous()
+        kept, errors = coded(values, [0.2] * 5, bits, kernels, of_increments([0.2] * 5), start=5)
+        assert torch.equal(kept, values.double()) and not errors.any()
+
+
+@each_bits
+@settings(max_examples=15, deadline=None)
+@given(m=st.integers(1, 3000), start=st.integers(0, 500), n=st.integers(2, 5), seed=st.integers(0, 99))
+def test_both_kernels_code_alike(bits: int, m: int, start: int, n: int, seed: int) -> None:
+    """A tie may fall to either side where the order of a sum is another; what follows it makes up for it."""
+    values, weights = walk(n, m, seed), [1 / n] * n
+    one, other = (coded(values, weights, bits, kernels, of_increments(weights), start)[0] for kernels in KERNELS)
+    scale = 0.1 * n**0.5 * 5
+    assert ((one - other).abs() <= scale * 2.1 / (1 << bits)).all()
+    assert (one != other).sum() <= 3 * n + 128 * n + 2e-3 * one.numel()
+
+
+@each_bits
+@each_kernels
+@settings(max_examples=10, deadline=None)
+@given(data=st.data(), m=st.integers(0, 1500), start=st.integers(0, 700))
+def test_chunks_and_splits_do_not_matter(kernels: Kernels, bits: int, data: st.DataObject, m: int, start: int) -> None:
+    """Rows have the same bits however elements come in and whoever holds them, where no border cuts a block."""
+    values, coding = walk(3, m), of_increments([0.2, 0.3, 0.5])
+    borders = range(128 - start % 128, m, 128)
+    cuts = sorted(set(data.draw(st.lists(st.sampled_from(borders), max_size=4)))) if borders else []
+
+    def held(parts: list[tuple[int, int]]) -> Tensor:
+        found = []
+        for low, high in parts:
+            rows = Packed.empty(3, high - low, start + low, bits, CPU)
+            kernels.make_deltas(values[:, low:high].clone(), [0.2, 0.3, 0.5], Target(rows, coding=coding), 0)
+            found.append(packed_rows(rows))
+        return torch.cat([torch.empty(3, 0), *found], 1)
+
+    whole = held([(0, m)])
+    assert torch.equal(held(list(zip([0, *cuts], [*cuts, m], strict=True))), whole)
+    rows = Packed.empty(3, m, start, bits, CPU)
+    for low, high in zip([0, *cuts], [*cuts, m], strict=True):
+        kernels.make_deltas(values[:, low:high].clone(), [0.2, 0.3, 0.5], Target(rows, coding=coding), low)
+    assert torch.equal(packed_rows(rows), whole)
+
+
+class TestChoice:
+    def choose(self, values: Tensor, **settings: Any) -> bool:
+        """Whether increments are taken."""
+        states = [{"a": row[:100], "b": row[100:].view(2, -1)} for row in values]
+        config, n = validated(TwaConfig, {"store": "packed2"} | settings), len(values)
+        candidates = open_candidates(states)
+        coding = choose_coding(config, center_weights(config.center, n), Group.alone(), CPU, candidates, ["a", "b"])
+        assert not any(candidate.bytes_read for candidate in candidates)
+        return not coding.relative_to_center
+
+    def test_one_run_is_held_in_increments_and_a_soup_in_deltas(self) -> None:
+        run = walk(9, 5000)
+        soup = torch.randn(1, 5000) + 0.1 * torch.randn(9, 5000)
+        assert self.choose(run) and not self.choose(soup)
+        assert not self.choose(run[torch.tensor([8, 3, 0, 6, 1, 7, 4, 2, 5])])
+        assert self.choose(soup, coding="increments") and not self.choose(run, coding="center")
+
+    def test_only_codes_are_of_increments(self) -> None:
+        assert not self.choose(walk(9, 5000), store="dense16")
+        with pytest.raises(ConfigError, match="coding 'increments' is for packed stores; the store is 'dense32'"):
+            validated(TwaConfig, {"coding": "increments"})
+
+    def test_what_is_not_finite_is_left_to_the_reader(self) -> None:
+        values = walk(9, 5000)
+        values[4, 77] = torch.nan
+        assert not self.choose(values)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 3))
+
+
+def states(n: int) -> list[dict[str, Tensor]]:
+    base = model().state_dict()
+    rows = {name: 0.05 * walk(n, value.numel(), i) for i, (name, value) in enumerate(base.items())}
+    return [{name: value + rows[name][i].view_as(value) for name, value in base.items()} for i in range(n)]
+
+
+class TestAttached:
+    def test_live_weights_are_those_of_the_rounded_candidates(self, tmp_path: Path) -> None:
+        """And the center is exact; how far they are off is said, and is true."""
+        given_ = states(6)
+        for i, state in enumerate(given_):
+            save_file(state, tmp_path / f"{i}.safetensors")
+        net = model()
+        twa = twa_scale.attach(net, str(tmp_path / "*.safetensors"), {"store": "packed1", "coding": "increments"})
+        exact = torch.stack([torch.cat([v.flatten() for v in state.values()]) for state in given_]).double()
+        flat = lambda: torch.cat([p.detach().flatten() for p in net.parameters()]).double()  # noqa: E731
+        torch.testing.assert_close(flat(), exact.mean(0), rtol=1e-6, atol=1e-6)
+        assert twa.rounding is not None
+        for i, error in enumerate(twa.rounding.errors):
+            with twa.weights(i):
+                off = (flat() - exact[i]).norm() / (exact[i] - exact.mean(0)).norm()
+            assert off == pytest.approx(error, rel=0.01)
+        assert "packed1, coding increments" in str(twa.rounding)
+        twa.close()
+
+    def test_a_state_goes_on_in_another_coding(self) -> None:
+        """Coefficients are of candidates, whatever the rows stand for."""
+        given_ = states(6)
+        settings_ = {"store": "packed8", "groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.3}}
+        ended = []
+        for codings in (["center"] * 2, ["center", "increments"], ["increments", "center"], ["increments"] * 2):
+            state = None
+            for coding in codings:
+                net = model()
+                twa = twa_scale.attach(net, given_, settings_ | {"coding": coding})
+                if state is not None:
+                    twa.load_state_dict(state)
+                for seed in range(3):
+                    x = torch.randn(16, 20, generator=torch.Generator().manual_seed(seed))
+                    net(x).square().mean().backward()
+                    twa.step()
+                state = twa.state_dict()
+                twa.close()
+            assert state is not None
+            ended.append(state["coefficients"])
+        for other in ended[1:]:
+            torch.testing.assert_close(other, ended[0], rtol=1e-3, atol=1e-3)
+        assert (ended[0] - 1 / 6).abs().max() > 0.01
+
+
+def test_a_store_says_what_its_rows_are() -> None:
+    coding = of_increments([0.5, 0.5])
+    store = make_store(TwaConfig(store="packed4"), 2, CPU, lambda _: [], coding)
+    assert store.coding is coding and store.reserve(Span("w", 0, 10)).coding is coding
+    assert make_store(TwaConfig(store="mapped"), 2, CPU, lambda _: []).coding.relative_to_center
