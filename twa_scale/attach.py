@@ -31,7 +31,7 @@ from twa_scale.sources.carried import carry
 from twa_scale.sources.find import same_files
 from twa_scale.sources.mapped import mapped, refuse_overlap
 from twa_scale.sources.pairs import complex_in_files
-from twa_scale.sources.view import stored_once
+from twa_scale.sources.wrapped import stored_once
 from twa_scale.spans import whole
 from twa_scale.state import Fingerprint, fingerprint_of
 from twa_scale.store import Store, bits_of, make_store

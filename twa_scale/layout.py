@@ -10,7 +10,7 @@ from twa_scale.engines import ParameterInfo
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.names import group_names, matches_any, nearest, selected, some, without_wrappers
 from twa_scale.sources import Candidate, Wanted
-from twa_scale.sources.view import stored_once
+from twa_scale.sources.wrapped import stored_once
 from twa_scale.spans import Span
 
 

@@ -224,6 +224,10 @@ def test_a_key_like_no_other_is_answered_with_the_list(tmp_path: Path) -> None:
         ({"optimizer": {"lr": math.nan}}, ["optimizer.lr", "nan"]),
         ({"optimizer": {"lr": True}}, ["optimizer.lr", "True"]),
         ({"max_grad_norm": math.inf}, ["max_grad_norm", "finite"]),
+        ({"optimizer": {"name": "adafactor", "eps": 1e-3}}, ["'eps' of adafactor", "list of two numbers", "0.001"]),
+        ({"optimizer": {"name": "adafactor", "eps": [1e-30, None]}}, ["'eps' of adafactor", "first", "None"]),
+        ({"optimizer": {"name": "adafactor", "eps": [1e-3]}}, ["'eps' of adafactor"]),
+        ({"optimizer": {"name": "adamw", "eps": [1e-30, 1e-3]}}, ["'eps' of adamw", "finite number"]),
         ({"steps": True}, ["steps", "integer", "True"]),
         ({"steps": "3"}, ["steps", "integer", "'3'"]),
         ({"steps": 2.5}, ["steps", "integer", "2.5"]),
@@ -298,7 +302,7 @@ def test_the_known_optimizers_are_those_of_torch() -> None:
     for name in classes.keys() & OPTIONS.keys():
         signature = inspect.signature(classes[name]).parameters
         options = OPTIONS[name].split()
-        assert set(options) == signature.keys() - left_out - ({"eps"} if name == "adafactor" else set()), name
+        assert set(options) == signature.keys() - left_out, name
         for option in options:
             value = signature[option].default
             value = list(value) if isinstance(value, tuple) else True if option in FLAGS else value

@@ -66,6 +66,27 @@ def test_names_of_files(tmp_path: Path, name: str, becomes: str) -> None:
     assert (tmp_path / "exported" / becomes).exists()
 
 
+@pytest.mark.parametrize(
+    ("weights", "norms", "said", "becomes"),
+    [
+        (("bfloat16", "bfloat16"), ("float32", "bfloat16"), "bfloat16", "bfloat16"),
+        (("bfloat16", "bfloat16"), ("float32", "bfloat16"), "float32", "float32"),
+        (("float32", "bfloat16"), ("bfloat16", "bfloat16"), "bfloat16", "float32"),
+    ],
+)
+def test_the_configuration_says_the_type_of_most_weights(
+    tmp_path: Path, weights: tuple[str, str], norms: tuple[str, str], said: str, becomes: str
+) -> None:
+    """Of most elements: a few that are wider do not make loaders take twice the memory."""
+    for i, (weight, norm) in enumerate(zip(weights, norms, strict=True)):
+        (tmp_path / f"{i}").mkdir()
+        state = {"w": torch.ones(64, dtype=getattr(torch, weight)), "norm": torch.ones(4, dtype=getattr(torch, norm))}
+        save_file(state, tmp_path / f"{i}/model.safetensors")
+        (tmp_path / f"{i}/config.json").write_text(json.dumps({"dtype": said}))
+    average([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == becomes
+
+
 def test_files_of_one_directory_name_no_output(tmp_path: Path) -> None:
     for i in range(2):
         written(tmp_path / f"all/step-{i}.pt")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.slices import read
 from twa_scale.errors import CandidateError
-from twa_scale.sources import open_candidates
+from twa_scale.sources import directory, find, open_candidates
 from twa_scale.sources.find import find_sources
 from twa_scale.sources.open import open_sources
 
@@ -207,6 +207,10 @@ def test_a_match_of_what_is_named_as_well_counts_once(here: Path) -> None:
         (["model.safetensors", "model.fp16.safetensors"], "*"),
         (["step-1/model.safetensors", "step-1-ema/model.safetensors"], "*"),
         (["step-1/model.safetensors", "average/model.safetensors"], "*"),
+        (["avg_10.pt", "10.pt"], "*"),
+        (["epoch=3-avg_loss=0.1.pt", "epoch=3-avg_loss=0.1-EMA.pt"], "*"),
+        (["ema=0.99.pt", "ema_decay=0.9.pt", "raw.pt"], "*"),
+        (["a.fp16/model.safetensors", "a/model.safetensors"], "*"),
         (["a/EMA/model.safetensors", "a/raw/model.safetensors"], "a/*"),
     ],
     ids=str,
@@ -220,12 +224,30 @@ def test_a_glob_that_matches_two_versions_of_one_model(here: Path, names: list[s
 
 
 @pytest.mark.parametrize(
-    "names", [["ema-1.pt", "ema-2.pt"], ["schema.pt", "other.pt"], ["a.fp.pt", "b.fp16.pt"]], ids=str
+    "names",
+    [
+        ["ema-1.pt", "ema-2.pt"],
+        ["schema.pt", "other.pt"],
+        ["a.fp.pt", "b.fp16.pt"],
+        ["last.pt", "step=100-avg_loss=0.3.pt"],
+        ["epoch=1-val_avg=0.25.pt", "last.pt"],
+        ["last.pt", "step-3_avg-acc-0.9.pt", "step-4-val_avg_0.3.pt"],
+        ["avg_reward_10.pt", "resnet_avg_pool.pt"],
+    ],
+    ids=str,
 )
 def test_a_glob_that_matches_one_version(here: Path, names: list[str]) -> None:
     for name in names:
         write(here, name, 1.0)
     assert found("*.pt") == (sorted(names), [])
+
+
+def test_a_glob_of_many_files_is_compared_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    plain = directory.plain_names
+    monkeypatch.setattr(find, "plain_names", lambda name: names.append(name) or plain(name))
+    find._refuse_versions("*", [Path(f"step-{i}.fp16.pt") for i in range(300)])
+    assert len(names) == 300
 
 
 def test_digits_of_other_scripts(here: Path) -> None:

@@ -4,15 +4,16 @@ from typing import Annotated
 
 import typer
 
-from twa_scale.cli.options import CarryCode, Dtype, Ignore, Out, Overwrite, ShardSize, Timeout, WeightsKey
+from twa_scale.cli.options import Ignore, Timeout, WeightsKey
+from twa_scale.cli.output import Output, with_output
 from twa_scale.cli.shared import joined
 
 
+@with_output
 def average(
     candidates: Annotated[
         list[str], typer.Argument(help="Files, directories or globs in training order, or each as PATH:WEIGHT.")
     ],
-    out: Out,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -34,11 +35,9 @@ def average(
     ] = "average",
     ignore: Ignore = None,
     weights_key: WeightsKey = None,
-    max_shard_size: ShardSize = "5GB",
-    dtype: Dtype = None,
-    carry_code: CarryCode = False,
-    overwrite: Overwrite = False,
     timeout: Timeout = None,
+    *,
+    output: Output,
 ) -> None:
     """Average candidates with fixed weights: streamed, in bounded memory, no model code needed.
 
@@ -52,21 +51,18 @@ def average(
     """
     from twa_scale.merge import average_fixed
 
-    with joined(out, timeout) as (report, say), report.bytes("averaging") as progress:
+    with joined(output.out, timeout) as (report, say), report.bytes("averaging") as progress:
         used = average_fixed(
             candidates,
-            out,
+            output.out,
             weights,
             normalize=normalize,
             buffers=buffers,
             ignore=ignore or [],
             weights_key=weights_key,
-            max_shard_size=max_shard_size,
-            dtype=dtype,
-            carry_code=carry_code,
-            overwrite=overwrite,
             progress=progress,
+            **output.options,
         )
     for label, weight in used:
         say(f"{weight:10.6f}  {label}")
-    say(f"wrote the average of {len(used)} candidates to {out}")
+    say(f"wrote the average of {len(used)} candidates to {output.out}")

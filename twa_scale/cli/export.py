@@ -5,18 +5,17 @@ from typing import Annotated
 
 import typer
 
-from twa_scale.cli.options import CarryCode, Dtype, Out, Overwrite, ShardSize, Timeout
+from twa_scale.cli.options import Timeout
+from twa_scale.cli.output import Output, with_output
 from twa_scale.cli.shared import joined
 
 
+@with_output
 def export(
     run: Annotated[Path, typer.Argument(help="Output directory of `twa-scale run`.")],
-    out: Out,
-    max_shard_size: ShardSize = "5GB",
-    dtype: Dtype = None,
-    carry_code: CarryCode = False,
-    overwrite: Overwrite = False,
     timeout: Timeout = None,
+    *,
+    output: Output,
 ) -> None:
     """Write the trained average of RUN from its coefficients and the candidates alone; no model code needed.
 
@@ -25,14 +24,6 @@ def export(
     """
     from twa_scale.merge import export_run
 
-    with joined(out, timeout) as (report, say), report.bytes("merging") as progress:
-        n, step = export_run(
-            run,
-            out,
-            max_shard_size=max_shard_size,
-            dtype=dtype,
-            carry_code=carry_code,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    say(f"wrote the exact merge of {n} candidates with the coefficients of {step} to {out}")
+    with joined(output.out, timeout) as (report, say), report.bytes("merging") as progress:
+        n, step = export_run(run, output.out, progress=progress, **output.options)
+    say(f"wrote the exact merge of {n} candidates with the coefficients of {step} to {output.out}")

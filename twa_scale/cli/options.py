@@ -1,6 +1,5 @@
 """Arguments and options that several commands take."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,12 +9,6 @@ Overrides = Annotated[
     typer.Argument(
         help="Settings that replace those of the file: `optimizer.lr=3e-3 groups=block`.", show_default=False
     ),
-]
-Out = Annotated[Path, typer.Option(help="Directory to write; it appears only when it is complete.")]
-ShardSize = Annotated[str, typer.Option(help="Largest file: `5GB`, `512MiB`, ...")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="Type of the result: `float32`, `bfloat16`, `float16`; when not given, the candidates' widest."),
 ]
 Ignore = Annotated[
     list[str] | None,
@@ -29,7 +22,3 @@ Timeout = Annotated[
     float | None,
     typer.Option(min=1, help="Under a launcher: seconds that ranks wait for each other; 600 when not given."),
 ]
-CarryCode = Annotated[
-    bool, typer.Option("--carry-code", help="Copy code (`*.py`) of the last candidate too; loaders may run it.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]

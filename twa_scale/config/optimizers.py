@@ -6,10 +6,11 @@ from typing import Any
 
 LISTS = {"betas": 2, "etas": 2, "step_sizes": 2, "ns_coefficients": 3}
 """Options that are lists, and of how many numbers."""
+_PAIRS = {("adafactor", "eps")}  # numbers of other optimizers; the first of the two may be null, for the type's own
 FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "foreach", "fused", "maximize", "nesterov")
 OPTIONS = {
     "adadelta": "rho eps weight_decay foreach maximize",
-    "adafactor": "beta2_decay d weight_decay foreach maximize",
+    "adafactor": "beta2_decay eps d weight_decay foreach maximize",
     "adagrad": "lr_decay weight_decay initial_accumulator_value eps foreach fused maximize",
     "adam": "betas eps weight_decay amsgrad decoupled_weight_decay foreach fused maximize",
     "adamax": "betas eps weight_decay foreach maximize",
@@ -43,12 +44,14 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if key not in known:
             raise ValueError(f"{name} takes no {key!r}; it takes {', '.join(('lr', *known))}")
-        fits, kind = _kind(key)
+        fits, kind = _kind(name.lower(), key)
         if not fits(value):
             raise ValueError(f"{key!r} of {name} has to be {kind} (got {value!r})")
 
 
-def _kind(key: str) -> tuple[Callable[[Any], bool], str]:
+def _kind(name: str, key: str) -> tuple[Callable[[Any], bool], str]:
+    if (name, key) in _PAIRS:
+        return _is_pair, "a list of two numbers, the first of which may be null"
     if key in ("foreach", "fused"):
         return lambda value: value is None or isinstance(value, bool), "true, false or null"
     if key in FLAGS:
@@ -62,6 +65,10 @@ def _kind(key: str) -> tuple[Callable[[Any], bool], str]:
 
 def _is_list(value: Any, length: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == length and all(map(_is_number, value))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and (_is_list(value, 2) or (_is_list(value[1:], 1) and value[0] is None))
 
 
 def _is_number(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """What an output takes over from the candidates, so that what reads them reads it."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -29,7 +30,7 @@ class Carried:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Small files of the last candidate by their path in its directory."""
     wider: torch.dtype | None = None
-    """The type that is written unless another is asked for, where it is not the last candidate's own."""
+    """The type that most weights are written in unless another is asked for, where it is not the last candidate's."""
 
     def files_for(self, dtype: torch.dtype | None) -> dict[str, bytes]:
         """Return the small files, with a config.json that says the type of the output where it says one."""
@@ -64,10 +65,17 @@ def carry(
 
 
 def _wider(candidates: Sequence[Candidate]) -> torch.dtype | None:
+    """Return the type that most elements of the output have, where most of the last candidate's have another."""
     last = candidates[-1]
-    floating = [name for name in last.names() if last.dtype(name).is_floating_point]
-    wider = [name for name in floating if widest(candidates, name) != last.dtype(name)]
-    return widest(candidates, max(wider, key=lambda name: prod(last.shape(name)))) if wider else None
+    before, after = Counter[torch.dtype](), Counter[torch.dtype]()
+    for name in last.names():
+        if last.dtype(name).is_floating_point:
+            before[last.dtype(name)] += prod(last.shape(name))
+            after[widest(candidates, name)] += prod(last.shape(name))
+    if not after:
+        return None
+    (was, _), (now, _) = before.most_common(1)[0], after.most_common(1)[0]
+    return now if now != was else None
 
 
 def _base(candidates: Sequence[Candidate]) -> str:

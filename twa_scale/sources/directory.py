@@ -29,8 +29,18 @@ LOADERS = {
 """The names of files of weights, in the order in which each library looks for them in a directory."""
 
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.")
-_PRECISION = r"(fp|bf|float|bfloat|int)\d\w*"
-_AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|polyak|averaged?|avg)([^a-z]|$)")
+_VARIANT = re.compile(r"(?P<stem>.+)\.(fp|bf|float|bfloat|int)\d\w*(?P<suffix>\.[^.]+)?(\.index\.json)?")
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|polyak|averaged?|avg)(?![a-z])")
+# "avg_loss=0.3" and "val-avg-0.3" name an average of numbers, where "ema-0.999" and "avg_10" name one of weights.
+_METRIC = re.compile(
+    r"(?<![^-=/. ])(?!(ema|swa|polyak)([-_](decay|rate))?=)[^-=/. ]*=[^-=_ ]*"
+    r"|(?<![a-z])(averaged?|avg)[-_. =]?\d*\.\d+"
+    r"|(?<![a-z])(averaged?|avg)[-_. ]({0})(?![a-z])"
+    r"|(?<![a-z])({0})[-_. ](averaged?|avg)(?![a-z])".format(
+        "loss|acc|accuracy|score|reward|return|error|err|f1|val|valid|validation|train|training|test|eval|dev|metric|"
+        "ppl|perplexity|bleu|rouge|wer|cer|iou|dice|auc|map|psnr|recall|precision|mse|mae|rmse|nll|grad|length|pool"
+    )
+)
 
 
 def weights_in(directory: Path) -> Path | None:
@@ -95,13 +105,19 @@ def is_shard(name: str) -> bool:
 
 def is_averaged(name: str) -> bool:
     """Whether a name says that it is an average of weights already, as `ema.safetensors` does."""
-    return _AVERAGED.search(name.lower()) is not None
+    return _AVERAGED.search(_METRIC.sub("", name.lower())) is not None
 
 
 def is_variant(name: str, plain: str) -> bool:
     """Whether two files hold one model in different precisions, as `model.fp16.safetensors` and `model.safetensors`."""
-    stem, suffix = Path(plain.removesuffix(INDEX)).stem, Path(plain.removesuffix(INDEX)).suffix
-    return re.fullmatch(rf"{re.escape(stem)}\.{_PRECISION}{re.escape(suffix)}(\.index\.json)?", name) is not None
+    return plain in plain_names(name)
+
+
+def plain_names(name: str) -> tuple[str, ...]:
+    """Return what a file of weights would be called if its name did not say a precision; nothing if it says none."""
+    match = _VARIANT.fullmatch(name)
+    plain = f"{match['stem']}{match['suffix'] or ''}" if match else ""
+    return (plain, plain + INDEX) if match else ()
 
 
 def refusal(directory: Path) -> CandidateError:

@@ -14,7 +14,7 @@ from twa_scale.errors import CandidateError
 from twa_scale.names import and_more, some
 from twa_scale.notices import notice
 from twa_scale.sources.deepspeed import is_deepspeed, tagged_folder
-from twa_scale.sources.directory import INDEX, is_averaged, is_variant, is_weights, left_aside, weights_in
+from twa_scale.sources.directory import INDEX, is_averaged, is_weights, left_aside, plain_names, weights_in
 from twa_scale.sources.sharded import weight_map
 
 Source = Path | Mapping[str, torch.Tensor]
@@ -118,10 +118,11 @@ def _refuse_versions(pattern: str, found: Sequence[Path]) -> None:
     for path in found:
         by_parent[path.parent].append(path.name)
     for parent, names in by_parent.items():
+        held = set(names)
         averaged = [name for name in names if is_averaged(name)]
         raw = [name for name in names if not is_averaged(name)]
         two = (raw[0], averaged[0]) if raw and averaged else None
-        two = two or next(((plain, name) for plain in names for name in names if is_variant(name, plain)), None)
+        two = two or next(((plain, name) for name in names for plain in plain_names(name) if plain in held), None)
         if two:
             raise CandidateError(
                 f"candidates {pattern!r}: the pattern matches {two[0]!r} and {two[1]!r} in {str(parent)!r}, which by "
