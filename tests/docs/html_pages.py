@@ -1,0 +1,59 @@
+"""What the tests need of a built page: its links, its anchors, its tags, and what it loads."""
+
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Page(HTMLParser):
+    """One HTML file."""
+
+    path: Path
+    ids: set[str] = field(default_factory=set)
+    links: list[str] = field(default_factory=list)
+    loads: list[str] = field(default_factory=list)
+    tags: set[str] = field(default_factory=set)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._in_article = self._in_code = 0
+        self.feed(self.path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.ids.update(found[key] for key in ("id", "name") if key in found)
+        if tag == "a" and "href" in found:
+            self.links.append(found["href"])
+        if tag in ("script", "img", "iframe", "source") and "src" in found:
+            self.loads.append(found["src"])
+        if tag == "link" and found.get("rel") in ("stylesheet", "preconnect", "icon"):
+            self.loads.append(found["href"])
+        self._in_article += tag == "article"
+        self._in_code += tag in ("code", "style", "script")
+        if self._in_article:
+            self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_article -= tag == "article"
+        self._in_code -= tag in ("code", "style", "script")
+
+    def handle_data(self, data: str) -> None:
+        if self._in_article and not self._in_code:
+            self.text += data
+
+
+def pages_of(site: Path) -> dict[Path, Page]:
+    """Return the pages of a site by their path."""
+    return {path: Page(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
+
+
+def target_of(page: Page, link: str) -> tuple[Path, str] | None:
+    """Return the file and the anchor that a link leads to; None when it leads to another site."""
+    parts = urlsplit(link)
+    if parts.scheme or parts.netloc:
+        return None
+    path = (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path.resolve()
+    return (path / "index.html" if path.is_dir() else path), unquote(parts.fragment)
