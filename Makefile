@@ -15,7 +15,7 @@ export NO_MKDOCS_2_WARNING := 1
 # Hundreds of processes that the tests start would each compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart soup scale-run results test test-slow test-all test-chaos test-gpu check docs clean
+.PHONY: help setup quickstart soup scale-run results test test-slow test-all test-chaos test-gpu check docs release clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -69,11 +69,25 @@ check: setup ## Format, lint, types, generated pages, documentation links.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python docs/tools/configuration.py --check
+	$(BIN)/python docs/tools/pictures.py --check
 	$(BIN)/mkdocs build --strict
 
-docs: setup ## Regenerate docs/configuration.md and build the site into site/.
+docs: setup ## Regenerate docs/configuration.md and the pictures, and build the site into site/.
 	$(BIN)/python docs/tools/configuration.py
+	$(BIN)/python docs/tools/pictures.py
 	$(BIN)/mkdocs build --strict
+
+release: ## Build wheel and sdist into dist/, check them, and install each in an environment of its own.
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release/tools
+	build/release/tools/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt build twine
+	build/release/tools/bin/python -m build --outdir dist
+	build/release/tools/bin/twine check --strict dist/*
+	for package in dist/*.whl dist/*.tar.gz; do \
+	  $(PYTHON) -m venv --clear build/release/bare && \
+	  build/release/bare/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $$package && \
+	  (cd build/release && bare/bin/twa-scale --version && bare/bin/python -c "import twa_scale; twa_scale.attach") || exit 1; \
+	done
 
 clean: ## Remove caches and built files; .venv and runs/ stay.
 	rm -rf site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,8 +38,8 @@ from twa_scale.writer.provenance import provenance
 class TrainableAverage:
     """A model whose weights are an average of candidates with trained coefficients. Made by `attach`.
 
-    One step: backward hands gradients to `_project` span by span; `step` sums s = <delta, gradient> over the ranks,
-    takes x.grad from it through the basis, steps the optimizer, and writes w = (1 + u_c) c + sum_i u_i delta_i.
+    A backward pass adds up the inner products s of deltas and gradient, span by span. `step` sums s over the ranks,
+    computes the gradient of the coefficients x, steps the optimizer, and writes w = (1 + u_c) c + sum_i u_i delta_i.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ def data_flow() -> str:
         label((20, 160), "each step", "soft", anchor="start"),
         box(20, 178, 170, 64, "backward", "gradient of its shard"),
         box(300, 178, 220, 64, "project", "s = ⟨delta, gradient⟩", "blue"),
-        box(640, 178, 200, 64, "sum over ranks", "n × G numbers", "orange"),
+        box(640, 178, 200, 64, "sum over ranks", "n x G numbers", "orange"),
         box(640, 300, 200, 64, "optimizer", "steps the coefficients x"),
         box(300, 300, 220, 64, "combine", "w = center + Σ u · delta", "blue"),
         box(20, 300, 170, 64, "live weights", "in the model's own shard"),
@@ -122,7 +122,7 @@ def memory() -> str:
         parts.append(label((left - 12, y + 19), name, "ink", anchor="end"))
         for what, size in pieces:
             parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="28" class="bar" fill="var(--{colors[what]})"/>'
+                f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="28" fill="var(--{colors[what]})"/>'
             )
             x += size * scale
         parts.append(label((x + 8, y + 19), f"{sum(size for _, size in pieces):.1f}", "soft", anchor="start"))
@@ -132,7 +132,9 @@ def memory() -> str:
         parts.append(f'<rect x="{x}" y="14" width="14" height="14" fill="var(--{color})"/>')
         parts.append(label((x + 20, 26), text, "soft", anchor="start"))
         x += 44 + 7.6 * len(text)
-    parts.append(label((left, 290), "bytes for each element of a rank's shard, float32 weights, n = 16", "soft", anchor="start"))
+    parts.append(
+        label((left, 290), "bytes for each element of a rank's shard, float32 weights, n = 16", "soft", anchor="start")
+    )
     return svg("memory", 860, 306, parts)
 
 
@@ -180,8 +182,8 @@ def label(at: Point, text: str, color: str, *, anchor: str = "middle", size: flo
     """Return text."""
     weight = ' font-weight="600"' if bold else ""
     return (
-        f'<text x="{at[0]:.1f}" y="{at[1]:.1f}" fill="var(--{color})" text-anchor="{anchor}" font-size="{size}"{weight}>'
-        f"{text}</text>"
+        f'<text x="{at[0]:.1f}" y="{at[1]:.1f}" fill="var(--{color})" text-anchor="{anchor}" '
+        f'font-size="{size}"{weight}>{text}</text>'
     )
 
 

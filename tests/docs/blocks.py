@@ -5,8 +5,8 @@
     <!-- file: NAME -->         the block is the content of the file NAME; later blocks use it
     <!-- run: CODE -->          Python code that is executed before the block
 
-Without a comment a `python` block is executed, each line of an `sh` block is a `twa-scale` command that is executed, and
-a `yaml` block is read as the configuration of a run.
+Without a comment a `python` block is executed, each line of an `sh` block is executed as a `twa-scale` command, and a
+`yaml` block is read as the configuration of a run.
 """
 
 import re

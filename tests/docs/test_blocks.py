@@ -28,6 +28,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     material.write_candidates(tmp_path / "runs/a")
+    for name in ("configs", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
     yield tmp_path
     if dist.is_initialized():
         dist.destroy_process_group()
