@@ -5,7 +5,8 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,15 @@ def parse_json(raw: bytes | bytearray) -> Any:
     if _SURROGATE.search(raw):
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no character, and cannot be printed
     return value
+
+
+@contextmanager
+def named_errors(error: type[TwaError] = CandidateError) -> Iterator[None]:
+    """Raise what the system says of a path in a `with` block as a TwaError of type `error`."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(f"{problem.filename}: cannot be read: {problem.strerror}.") from problem
 
 
 def integers(value: Any) -> tuple[int, ...]:

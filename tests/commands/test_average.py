@@ -79,6 +79,10 @@ def test_weights_of_another_sum_than_one(digits: Brought, tmp_path: Path, shell:
     assert said.code == 2 and "sum 8" in said.err and "--normalize" in said.err and not (tmp_path / "out").exists()
     assert shell("average", *words, "--normalize", "--out", tmp_path / "out").code == 0
     check(tmp_path / "out", digits.candidates, [1 / 8, 3 / 8, 1 / 2])
+    with pytest.raises(
+        ConfigError, match=r"nan is not a finite number; give one finite weight for each candidate: nan,"
+    ):
+        average_fixed([words[0].partition(":")[0] + ":nan", *words[1:]], tmp_path / "out")
     with pytest.raises(ConfigError, match=r"normalize=True"):
         average_fixed(words, tmp_path / "out2")
     average_fixed(words, tmp_path / "out2", normalize=True)

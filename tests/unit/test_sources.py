@@ -378,6 +378,35 @@ def test_index_problems(here: Path) -> None:
         assert "model.safetensors.index.json" in refused("step-*")
 
 
+def test_files_that_hold_more_than_the_index_says(here: Path) -> None:
+    path = save_shards(here / "step-1", tensors())
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["scalar"]
+    index.write_text(json.dumps(content))
+    message = refused(["step-1"], 1)
+    assert message.startswith("step-1/model-0000")
+    assert "'scalar', which model.safetensors.index.json does not name" in message
+    save_file({"scalar": torch.ones(())}, path / "extra.safetensors")
+    content["weight_map"]["scalar"] = "extra.safetensors"
+    index.write_text(json.dumps(content))
+    assert "'scalar', which model.safetensors.index.json places in 'extra.safetensors'" in refused(["step-1"], 1)
+    index.write_bytes(index.read_text().encode("utf-16"))
+    assert "UnicodeDecodeError" in refused(["step-1"], 1) and len(refused(["step-1"], 1)) < 500
+
+
+def test_a_file_that_is_written_while_in_use(tmp_path: Path) -> None:
+    path = save_whole(tmp_path / "a", tensors()) / "model.safetensors"
+    (candidate,) = open_candidates([path], minimum=1)
+    read(candidate, "float32", 0, 4)
+    with path.open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(bytes(8))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # clocks of file systems are coarse
+    with pytest.raises(CandidateError, match=r"cannot be read: the file has been written since it was opened"):
+        read(candidate, "float32", 0, 4)
+
+
 # Torch files
 
 

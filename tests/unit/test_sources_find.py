@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.slices import read
 from twa_scale.errors import CandidateError
-from twa_scale.sources import directory, find, open_candidates
+from twa_scale.sources import directory, expand, open_candidates
 from twa_scale.sources.find import find_sources
 from twa_scale.sources.open import open_sources
 
@@ -245,8 +245,8 @@ def test_a_glob_that_matches_one_version(here: Path, names: list[str]) -> None:
 def test_a_glob_of_many_files_is_compared_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     plain = directory.plain_names
-    monkeypatch.setattr(find, "plain_names", lambda name: names.append(name) or plain(name))
-    find._refuse_versions("*", [Path(f"step-{i}.fp16.pt") for i in range(300)])
+    monkeypatch.setattr(expand, "plain_names", lambda name: names.append(name) or plain(name))
+    assert expand.versions_or_parts([Path(f"step-{i}.fp16.pt") for i in range(300)]) is None
     assert len(names) == 300
 
 

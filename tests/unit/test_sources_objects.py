@@ -152,6 +152,32 @@ def test_weights_in_objects_are_refused(tmp_path: Path, content: object, said: s
     assert message.startswith(f"{tmp_path / 'x.pt'}: ") and said in message and "state_dict()" in message
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (torch.ones(2), "holds a single tensor, not a dict"),
+        ([weights()], "holds list, not a dict"),
+        (
+            weights() | {"q": torch.ones(2).untyped_storage()},
+            "'q' among the weights is an object of class torch.st",
+        ),
+        (weights() | {"q": nn.UninitializedParameter()}, "torch.nn.parameter.UninitializedParameter"),
+        (weights() | {"q": torch.ones(2, device="meta")}, "'q' is a torch._utils._rebuild_meta_tensor_no_storage"),
+        ({0: torch.ones(2), "0": torch.zeros(2)}, "two tensors are called '0'"),
+        ({b"a": torch.ones(2)}, "holds no tensors"),  # a text of its own in every process
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_plain_tensor_under_a_name(tmp_path: Path, content: object, said: str) -> None:
+    message = refused(saved(tmp_path / "x.pt", content))
+    assert message.startswith(f"{tmp_path / 'x.pt'}: ") and said in message
+
+
+def test_programs_of_torch_are_named(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "x.pt")  # type: ignore[no-untyped-call]
+    assert "a program of torch.jit (TorchScript): save the state_dict()" in refused(tmp_path / "x.pt")
+
+
 def test_an_array_among_the_weights_is_said(tmp_path: Path) -> None:
     candidate, said = opened(saved(tmp_path / "x.pt", weights() | {"mean": np.ones(3), "best": np.float32(1)}))
     assert holds(candidate, weights()) and len(said) == 1 and "'mean' among the weights" in said[0]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -192,7 +193,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
         ConfigError: another name.
     """
     if name is not None and name not in _DTYPES:
-        raise ConfigError(f"dtype: {name!r} is none of {', '.join(_DTYPES)}{nearest(name, _DTYPES)}.")
+        raise ConfigError(f"dtype: {name!r} is none of {', '.join(_DTYPES)}{nearest(name, _DTYPES) or '.'}")
     return _DTYPES[name] if name else None
 
 
@@ -216,7 +217,8 @@ def _of_sum_one(weights: list[float], normalize: bool) -> list[float]:
     try:
         return of_sum_one(weights, normalize=normalize)
     except ValueError as error:
-        fix = "" if normalize else ", or be scaled to it with --normalize (normalize=True)"
+        scalable = not normalize and all(map(isfinite, weights))
+        fix = ", or be scaled to it with --normalize (normalize=True)" if scalable else ""
         raise ConfigError(f"{error}{fix}: {', '.join(f'{weight:g}' for weight in weights[:8])}.") from None
 
 

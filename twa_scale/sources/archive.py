@@ -65,7 +65,7 @@ class Archive:
     def _small(self, name: str) -> bytes:
         """Return the bytes of a member that is no tensor, checked against its checksum."""
         if name not in self._members:
-            raise ValueError(f"it has no member {name!r}")
+            raise ValueError(f"it has no member {name!r}, as files of torch.export and others have none")
         member = self._members[name]
         if member.nbytes > MAX_PICKLE:
             raise ValueError(f"its member {name!r} has {member.nbytes} bytes, more than {MAX_PICKLE}")

@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from twa_scale.notices import notice
+from twa_scale.sources.companions import differences
 from twa_scale.sources.directory import INDEX, LOADERS, TORCH_SUFFIXES
 from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.side_files import side_files, with_dtype
@@ -56,6 +57,8 @@ def carry(
         tell: see `side_files`.
     """
     last = candidates[-1]
+    for line in differences(candidates) if files else ():
+        tell(line)
     return Carried(
         _base(candidates),
         {key: value for key, value in last.metadata.items() if "hash" not in key.lower()},
@@ -91,5 +94,5 @@ def _base(candidates: Sequence[Candidate]) -> str:
         return BASE
     name = name.removesuffix(INDEX)
     suffixes = "|".join(map(re.escape, (".safetensors", *TORCH_SUFFIXES)))
-    base = re.sub(rf"({suffixes})$", "", name)
+    base = re.sub(rf"({suffixes})$", "", name, flags=re.IGNORECASE)
     return BASE if base in ("", "pytorch_model") else base

@@ -75,7 +75,7 @@ def _offsets(metadata: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]
         return {name: integers(said["saved_offsets"]) for name, said in sharding.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CandidateError(
-            f"{path}: its header does not say which part of each tensor it holds (DCP_SHARDING_INFO): {error!r}. Save "
+            f"{path}: its header does not say which part of each tensor it holds (DCP_SHARDING_INFO: {error}). Save "
             "it again with torch.distributed.checkpoint."
         ) from error
 

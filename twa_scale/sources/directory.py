@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from twa_scale.errors import CandidateError
-from twa_scale.names import some
 from twa_scale.sources.dcp_safetensors import is_rank_shard
 from twa_scale.sources.sharded import weight_map
 
@@ -49,7 +48,7 @@ def weights_in(directory: Path) -> Path | None:
     Raises:
         CandidateError: weights of several libraries, of which any may be meant.
     """
-    names = _files(directory)
+    names = files_in(directory)
     found = {library: next((name for name in order if name in names), None) for library, order in LOADERS.items()}
     known = {library: name for library, name in found.items() if name}
     if len(known) > 1:
@@ -64,7 +63,7 @@ def weights_in(directory: Path) -> Path | None:
         parts = set(weight_map(directory / indices[0]).values())
         others = [name for name in others if name not in parts]
         names = [name for name in names if name not in parts]
-    alone = len(others) == 1 and not any(name.endswith(".safetensors") for name in names if name != others[0])
+    alone = len(others) == 1 and not any(name.lower().endswith(".safetensors") for name in names if name != others[0])
     return directory / others[0] if alone else None
 
 
@@ -80,7 +79,7 @@ def left_aside(directory: Path, chosen: Path) -> list[str]:
     twin = chosen.name.removesuffix(INDEX) if chosen.name.endswith(INDEX) else chosen.name + INDEX
     return [
         name
-        for name in _files(directory)
+        for name in files_in(directory)
         if name not in parts
         and not is_shard(name)
         and name != chosen.name
@@ -94,7 +93,12 @@ def left_aside(directory: Path, chosen: Path) -> list[str]:
 
 def is_weights(name: str) -> bool:
     """Whether a file has the name of one that holds weights."""
-    return name.endswith((".safetensors", *TORCH_SUFFIXES, INDEX))
+    return is_torch(name) or name.lower().endswith((".safetensors", INDEX))
+
+
+def is_torch(name: str) -> bool:
+    """Whether a file has the name of one that torch.save wrote."""
+    return name.lower().endswith(TORCH_SUFFIXES)
 
 
 def is_shard(name: str) -> bool:
@@ -120,19 +124,8 @@ def plain_names(name: str) -> tuple[str, ...]:
     return (plain, plain + INDEX) if match else ()
 
 
-def refusal(directory: Path) -> CandidateError:
-    """Return the error for a directory that is no candidate."""
-    files = [name for name in _files(directory) if name.endswith(".safetensors")]
-    several = f", but {len(files)} *.safetensors files without an index ({some(files)})" if files else ""
-    return CandidateError(
-        f"{directory}: is no candidate: it holds none of {', '.join(LOADERS['transformers'])}, no single *.safetensors "
-        f"file{several}, and is no checkpoint folder of DeepSpeed (*_model_states.pt, latest) or "
-        "torch.distributed.checkpoint (.metadata). Name the file itself, leave the directory out, or, if its "
-        f"subdirectories are the candidates, write '{directory}/*'."
-    )
-
-
-def _files(directory: Path) -> list[str]:
+def files_in(directory: Path) -> list[str]:
+    """Return the names of the regular files of a directory that are not hidden."""
     return sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
@@ -140,4 +133,4 @@ def _is_other(name: str) -> bool:
     """Whether a file holds weights and has none of the names that libraries look for."""
     if is_rank_shard(Path(name)) or is_shard(name) or any(name in order for order in LOADERS.values()):
         return False
-    return name.endswith((".safetensors", ".safetensors" + INDEX, ".bin" + INDEX))
+    return name.lower().endswith((".safetensors", ".safetensors" + INDEX, ".bin" + INDEX))

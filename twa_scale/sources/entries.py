@@ -19,12 +19,21 @@ Keys = tuple[str, ...]
 Shape = tuple[int, ...]
 
 
-def flattened(content: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> Iterator[tuple[Keys, Any]]:
-    """Yield the path and value of each tensor in nested mappings and lists.
+def flattened(content: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> dict[Keys, Any]:
+    """Return each tensor in nested mappings and lists by its path; what is under a key that is no name is left out.
 
     Raises:
-        ValueError: containers that hold each other so often that they would never end.
+        ValueError: containers that hold each other so often that they would never end, or two tensors of one path.
     """
+    found: dict[Keys, Any] = {}
+    for path, value in _tensors(content, is_tensor):
+        if path in found:
+            raise ValueError(f"two tensors are called {'.'.join(path)!r}, under keys of different types")
+        found[path] = value
+    return found
+
+
+def _tensors(content: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> Iterator[tuple[Keys, Any]]:
     waiting: list[tuple[Keys, Mapping[Any, Any] | Sequence[Any]]] = [((), content)]
     for _ in range(_MAX_CONTAINERS):
         if not waiting:
@@ -32,6 +41,8 @@ def flattened(content: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> I
         prefix, inner = waiting.pop()
         items = inner.items() if isinstance(inner, Mapping) else ((item_name(i), held) for i, held in enumerate(inner))
         for key, value in items:
+            if not isinstance(key, str | int | float | None):  # the text of others differs from process to process
+                continue
             if is_tensor(value):
                 yield (*prefix, str(key)), value
             elif isinstance(value, Mapping | list | tuple) and len(prefix) < _MAX_DEPTH:

@@ -1,7 +1,5 @@
 """Finding candidates: what a glob or a list of paths names, each of them once."""
 
-import glob
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +9,12 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import named_errors
 from twa_scale.names import and_more, some
 from twa_scale.notices import notice
 from twa_scale.sources.deepspeed import is_deepspeed, tagged_folder
-from twa_scale.sources.directory import INDEX, is_averaged, is_weights, left_aside, plain_names, weights_in
+from twa_scale.sources.directory import INDEX, left_aside, weights_in
+from twa_scale.sources.expand import expand, versions_or_parts
 from twa_scale.sources.sharded import weight_map
 
 Source = Path | Mapping[str, torch.Tensor]
@@ -45,13 +45,19 @@ def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice) -> list[Sour
         CandidateError: nothing found, fewer than `minimum`, or a glob that also matches what is no candidate, or what
             is another version of one.
     """
-    items = spec_items(spec)
-    named = [one for item in items for one in ([_Named(item)] if isinstance(item, Mapping) else _find(item))]
-    sources = _without_repeated_matches(named, tell)
-    if len(sources) < minimum:
-        raise CandidateError(_too_few(items, sources, minimum))
-    _tell_what_is_left_aside([source for source in sources if isinstance(source, Path)], tell)
-    return sources
+    with named_errors():
+        items = spec_items(spec)
+        named: list[_Named] = []
+        for item in items:
+            paths, pattern = ([item], None) if isinstance(item, Mapping) else expand(item)
+            named += [_Named(path, pattern) for path in paths]
+        if why := versions_or_parts([one.source for one in named if isinstance(one.source, Path) and not one.pattern]):
+            tell(f"candidates: {why} They are averaged as they were named.")
+        sources = _without_repeated_matches(named, tell)
+        if len(sources) < minimum:
+            raise CandidateError(_too_few(items, sources, minimum))
+        _tell_what_is_left_aside([source for source in sources if isinstance(source, Path)], tell)
+        return sources
 
 
 def spec_items(spec: Spec) -> list[str | Path | Mapping[str, torch.Tensor]]:
@@ -70,65 +76,6 @@ def spec_items(spec: Spec) -> list[str | Path | Mapping[str, torch.Tensor]]:
                 f"candidates: a glob, or a list of paths or state dicts is expected, not {type(item).__name__}{fix}."
             )
     return items
-
-
-def _find(item: str | Path) -> list[_Named]:
-    """Return the path itself, or what it matches as a glob, in natural order."""
-    path = Path(item).expanduser()
-    if path.exists():
-        return [_Named(path)]
-    pattern = str(path)
-    if not glob.has_magic(pattern):
-        aside = next(path.parent.glob(f".{glob.escape(path.name)}.old-????????"), None)
-        hint = f" A writer that was killed has moved it to {str(aside)!r}: rename that." if aside else ""
-        raise CandidateError(f"{pattern}: there is no such file or directory, seen from {Path.cwd()}.{hint}")
-    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-    found = [Path(match) for match in matches if not _hidden(match, pattern)]
-    if not found:
-        raise CandidateError(
-            f"candidates {pattern!r}: the pattern matches nothing, seen from {Path.cwd()}. It must match at "
-            "least one file or directory of weights."
-        )
-    strange = next((match for match in found if not match.is_dir() and not is_weights(match.name)), None)
-    if strange:
-        raise CandidateError(
-            f"candidates {pattern!r}: the pattern also matches {str(strange)!r}, which holds no weights, "
-            f"seen from {Path.cwd()}. Narrow the pattern, for instance to 'step-*' or '*.safetensors'."
-        )
-    found = sorted(found, key=_natural)
-    _refuse_versions(pattern, found)
-    return [_Named(path, pattern) for path in found]
-
-
-def _hidden(match: str, pattern: str) -> bool:
-    """Whether a wildcard matched an output that a writer has not finished."""
-    literal = next(i for i, part in enumerate(Path(pattern).parts) if glob.has_magic(part))
-    return any(part.startswith(".") or ".tmp-" in part for part in Path(match).parts[literal:])
-
-
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Order numbers by value, the rest as text; separators come first, so that parents stay together."""
-    pieces = re.split(r"(\d+)", str(path).replace("/", "\0"))
-    return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece]
-
-
-def _refuse_versions(pattern: str, found: Sequence[Path]) -> None:
-    """Refuse matches in one directory that are two versions of one model: raw and averaged, or of two precisions."""
-    by_parent: dict[Path, list[str]] = defaultdict(list)
-    for path in found:
-        by_parent[path.parent].append(path.name)
-    for parent, names in by_parent.items():
-        held = set(names)
-        averaged = [name for name in names if is_averaged(name)]
-        raw = [name for name in names if not is_averaged(name)]
-        two = (raw[0], averaged[0]) if raw and averaged else None
-        two = two or next(((plain, name) for name in names for plain in plain_names(name) if plain in held), None)
-        if two:
-            raise CandidateError(
-                f"candidates {pattern!r}: the pattern matches {two[0]!r} and {two[1]!r} in {str(parent)!r}, which by "
-                "their names are versions of one model. Narrow the pattern to one of them, or give a list of paths if "
-                "both are meant."
-            )
 
 
 def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[Source]:
@@ -156,8 +103,10 @@ def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[Sourc
 
 def same_files(first: str, second: str) -> bool:
     """Whether two labels of candidates are paths that lead to the same files."""
-    paths = [Path(first), Path(second)]
-    return all(path.exists() for path in paths) and files_of(paths[0]) == files_of(paths[1])
+    try:
+        return files_of(Path(first)) == files_of(Path(second))
+    except OSError:  # of state dicts, which have no path, or files that are gone
+        return False
 
 
 def files_of(path: Path) -> _Files:
@@ -169,7 +118,7 @@ def files_of(path: Path) -> _Files:
     if path.is_dir():
         path = weights_in(path) or (tagged_folder(path) if is_deepspeed(path) else path)
     if path.is_dir():
-        return frozenset(_identity(file) for file in path.iterdir() if file.is_file())
+        return frozenset(_identity(file) for file in path.iterdir() if file.is_file()) or frozenset([_identity(path)])
     if path.name.endswith(INDEX):
         shards = [path.parent / file for file in set(weight_map(path).values())]
         return frozenset(_identity(file) for file in shards if file.is_file())

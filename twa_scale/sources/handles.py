@@ -41,9 +41,11 @@ class File:
             return
         with self.borrowed() as handle:
             problem = _read_exactly(handle, buffer, offset)
-            size = os.fstat(handle).st_size
-            if not problem and size != self.size:
-                problem = f"the file had {self.size} bytes when it was opened and has {size} now"
+            found = os.fstat(handle)
+            if not problem and found.st_size != self.size:
+                problem = f"the file had {self.size} bytes when it was opened and has {found.st_size} now"
+            elif not problem and _identity(found) != self._identity:
+                problem = "the file has been written since it was opened"
         if problem:
             raise CandidateError(
                 f"{self.path}: {what} cannot be read: {problem}. The file was changed or removed while it was in "
@@ -78,12 +80,16 @@ class File:
             again = f", which could be read before; {_STEADY}" if self._identity else "."
             raise CandidateError(f"{self.path}: cannot be opened: {error.strerror}{again}") from error
         found = os.fstat(handle)
-        identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        identity = _identity(found)
         if self._identity not in (None, identity):
             os.close(handle)
             raise CandidateError(f"{self.path}: is not the file that it was when it was first opened; {_STEADY}")
         self._identity = identity
         return handle
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass

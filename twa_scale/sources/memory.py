@@ -24,7 +24,10 @@ class MemoryCandidate:
         directory: Path | None = None,
         keys: WeightsKey | None = None,
     ) -> None:
-        entries = dict(flattened(state_dict, lambda value: isinstance(value, torch.Tensor)))
+        try:
+            entries = flattened(state_dict, lambda value: isinstance(value, torch.Tensor))
+        except ValueError as error:
+            raise CandidateError(f"{label}: {error}. Give the state dict of the model alone.") from error
         shapes = {path: () if value.is_nested else tuple(value.shape) for path, value in entries.items()}
         tensors = {name: entries[path] for name, path in (keys or WeightsKey()).choose(shapes, label).items()}
         self.label = label

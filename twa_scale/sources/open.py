@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from twa_scale.errors import CandidateError
+from twa_scale.inputs import named_errors
 from twa_scale.notices import notice
 from twa_scale.sources.alike import check_alike
 from twa_scale.sources.dcp import METADATA, open_dcp
 from twa_scale.sources.dcp_safetensors import is_rank_shard, open_dcp_safetensors
 from twa_scale.sources.deepspeed import is_deepspeed, open_deepspeed
-from twa_scale.sources.directory import INDEX, LOADERS, TORCH_SUFFIXES, is_shard, refusal, weights_in
+from twa_scale.sources.directory import INDEX, LOADERS, is_shard, is_torch, weights_in
 from twa_scale.sources.find import Source, Spec, Tell, find_sources
 from twa_scale.sources.memory import MemoryCandidate
+from twa_scale.sources.no_candidate import refusal
 from twa_scale.sources.pairs import in_pairs
 from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.safetensors import SafetensorsCandidate
@@ -52,7 +54,8 @@ def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = n
     candidates: list[Candidate] = []
     try:
         for i, source in enumerate(sources):
-            candidates.append(opener.open(source, i))
+            with named_errors():
+                candidates.append(opener.open(source, i))
         _refuse_one_memory(sources, candidates)
         selected, lines = select(candidates, wanted)
         check_alike(selected)
@@ -118,7 +121,7 @@ class _Opener:
     def _file(self, path: Path, directory: Path | None, label: str) -> Candidate:
         if path.name.endswith(INDEX):
             return self._under_key(ShardedCandidate(path, _open_part, label))
-        if path.name.endswith(TORCH_SUFFIXES):
+        if is_torch(path.name):
             return TorchFileCandidate(path, directory, label, self.keys)
         return self._under_key(_safetensors(path, directory, label))
 
@@ -136,11 +139,11 @@ class _Opener:
 
 def _open_part(path: Path) -> Candidate:
     """Open a file that an index names."""
-    return TorchFileCandidate(path) if path.name.endswith(TORCH_SUFFIXES) else _safetensors(path, None, str(path))
+    return TorchFileCandidate(path) if is_torch(path.name) else _safetensors(path, None, str(path))
 
 
 def _safetensors(path: Path, directory: Path | None, label: str) -> Candidate:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return SafetensorsCandidate(path, directory, label)
     raise CandidateError(
         f"{path}: is no file of weights; a candidate is a .safetensors, .pt, .pth, .bin or .ckpt file, a Hugging "

@@ -1,6 +1,6 @@
 """Several files that are one candidate, by a Hugging Face index."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,6 +41,8 @@ class ShardedCandidate:
                 name: self._place(raw, file_of[raw], names[file_of[raw]], index)
                 for name, raw in self.stored_names.items()
             }
+            for file, held in names.items():
+                _refuse_unlisted(index, file, held, file_of)
         except BaseException:
             self.close()
             raise
@@ -86,6 +88,17 @@ class ShardedCandidate:
             part.close()
 
 
+def _refuse_unlisted(index: Path, file: str, held: Iterable[str], file_of: Mapping[str, str]) -> None:
+    """Refuse a file with tensors that the index does not place in it: loaders would read these too, or others."""
+    for raw in held:
+        if file_of.get(raw) != file:
+            where = f"places in {file_of[raw]!r}" if raw in file_of else "does not name"
+            raise CandidateError(
+                f"{index.parent / file}: holds tensor {raw!r}, which {index.name} {where}. Files and index must be of "
+                "one writing: write the candidate again (from_pretrained, save_pretrained)."
+            )
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Return the file of each tensor that an index names.
 
@@ -96,7 +109,8 @@ def weight_map(index: Path) -> dict[str, str]:
         weight_map = parse_json(read_bounded(index, MAX_JSON))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise CandidateError(
-            f"{index}: is not a Hugging Face index, which is JSON with a 'weight_map': {error!r}."
+            f"{index}: is not a Hugging Face index, which is JSON with a 'weight_map' "
+            f"({type(error).__name__}: {error}). Copy it again, or leave this candidate out."
         ) from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CandidateError(f"{index}: its 'weight_map' must map tensor names to files; it is {brief(weight_map)}.")

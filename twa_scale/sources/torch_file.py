@@ -13,7 +13,7 @@ from twa_scale.sources.archive import Archive, dense, is_tensor
 from twa_scale.sources.entries import Keys, flattened
 from twa_scale.sources.handles import File
 from twa_scale.sources.opaque import Opaque, within
-from twa_scale.sources.stored import Stored, StoredCandidate
+from twa_scale.sources.stored import Record, Stored, StoredCandidate
 from twa_scale.sources.weights_key import Object, WeightsKey
 
 # What an attack on the unpickler of Python looks like. Here nothing runs; elsewhere it would.
@@ -21,6 +21,7 @@ _ATTACKS = re.compile(
     r"(os|posix|nt|pty|sys|subprocess|shutil|socket|runpy|importlib|ctypes|webbrowser)\..*"
     r"|builtins\.(exec|eval|compile|open|__import__)"
 )
+_TENSORS = re.compile(r"torch\.(.+\.)?(Uninitialized)?(Parameter|Buffer|Tensor)")
 _ARRAYS = re.compile(r"numpy\.(ndarray|.*\._frombuffer)")
 _MAX_VALUES = 10_000_000  # in objects; what several share counts as often
 
@@ -52,7 +53,7 @@ class TorchFileCandidate(StoredCandidate):
 
 def _chosen(content: Mapping[Any, Any], keys: WeightsKey, label: str) -> dict[str, Stored]:
     try:
-        entries = dict(flattened(content, lambda value: isinstance(value, Stored | Opaque)))
+        entries = flattened(content, lambda value: isinstance(value, Stored | Opaque | Record))
         tensors = {path: value for path, value in entries.items() if is_tensor(value)}
         objects = _objects({path: value for path, value in entries.items() if not is_tensor(value)})
     except ValueError as error:
@@ -62,10 +63,14 @@ def _chosen(content: Mapping[Any, Any], keys: WeightsKey, label: str) -> dict[st
     return dense(held, label, "Save a dense tensor in its place.")
 
 
-def _objects(found: Mapping[Keys, Opaque]) -> dict[Keys, Object]:
+def _objects(found: Mapping[Keys, Opaque | Record]) -> dict[Keys, Object]:
     """Return those objects that hold tensors, or are arrays: a weight may be in them."""
     seen, objects = 0, {}
     for path, value in found.items():
+        if isinstance(value, Record) or _TENSORS.fullmatch(value.what):
+            what = "torch.storage.UntypedStorage" if isinstance(value, Record) else value.what
+            objects[path] = Object(what, Counter([()]))
+            continue
         shapes: Counter[tuple[int, ...]] = Counter()
         for inner in within(value):
             seen += 1
@@ -97,6 +102,10 @@ def _content(file: File) -> Mapping[Any, Any]:
             "nothing in it was run. No checkpoint needs that: do not load it elsewhere."
         )
     if not isinstance(content, Mapping):
-        what = f"an object of class {content.what}" if isinstance(content, Opaque) else type(content).__name__
+        what = type(content).__name__
+        if isinstance(content, Opaque):
+            what = f"an object of class {content.what}"
+        elif isinstance(content, Stored | Record):
+            what = "a single tensor"
         raise CandidateError(f"{file.path}: holds {what}, not a dict of tensors. Save model.state_dict() there.")
     return content

@@ -90,8 +90,8 @@ class WeightsKey:
         for name, held in beside.items():
             if held.shapes and not is_optimizer_entry((name,)):
                 raise CandidateError(
-                    f"{label}: {name!r} among the weights is an object of class {held.kind}, and the tensors in it are "
-                    "not read. Save its tensors, or its state_dict(), in its place."
+                    f"{label}: {name!r} among the weights is an object of class {held.kind}, and numbers in it are "
+                    "not read. Save a plain tensor, or its state_dict(), in its place."
                 )
         arrays = [name for name, held in beside.items() if not held.shapes]
         if arrays:

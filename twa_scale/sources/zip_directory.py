@@ -92,6 +92,8 @@ def _member(raw: bytes, position: int) -> tuple[Member, int]:
     name = raw[start : start + lengths[0]]
     extra = raw[start + lengths[0] : start + lengths[0] + lengths[1]]
     nbytes, packed, header = _wide([nbytes, packed, header], extra)
+    if b"/code/" in name or name.endswith(b"/constants.pkl"):
+        raise ValueError("it is a program of torch.jit (TorchScript): save the state_dict() of the module in it")
     if method or packed != nbytes or flags & _ENCRYPTED:
         raise ValueError(f"its member {name!r} is compressed or encrypted, which torch.save never does")
     return Member(name, flags, crc, nbytes, header), stop

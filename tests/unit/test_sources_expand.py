@@ -1,0 +1,219 @@
+"""Paths and globs that are not what they seem: links, names with brackets, parts of models, what shells leave over."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from twa_scale.errors import CandidateError
+from twa_scale.sources import open_candidates
+from twa_scale.sources.find import find_sources
+
+
+def write(path: Path, value: float = 1.0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (torch.save if path.suffix.lower().startswith((".p", ".b")) else save_file)({"w": torch.full((2,), value)}, path)  # type: ignore[operator]
+    return path
+
+
+def steps(folder: Path) -> Path:
+    for i in (1, 2):
+        write(folder / f"step-{i}/model.safetensors", i)
+    return folder
+
+
+def found(spec: object) -> tuple[list[str], list[str]]:
+    """The paths that are found, and what is said."""
+    said: list[str] = []
+    return [str(path) for path in find_sources(spec, 1, said.append)], said  # type: ignore[arg-type]
+
+
+def refused(spec: object) -> str:
+    with pytest.raises(CandidateError) as error:
+        open_candidates(spec, minimum=1)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["lr=0.1,seed=[1]", "run[a]", "what?", "a*b", "ein schöner ordner ☃", "[", "{1,2}"])
+def test_folders_that_exist_are_no_patterns(here: Path, name: str) -> None:
+    steps(here / name)
+    expected = [f"{name}/step-1", f"{name}/step-2"]
+    assert found(f"{name}/step-*") == (expected, []) == found(expected)
+    assert found(str(here / name / "step-*"))[0] == [str(here / path) for path in expected]
+
+
+@pytest.mark.parametrize("name", ["MODEL.SAFETENSORS", "Model.Safetensors", "X.PT", "x.Bin"])
+def test_suffixes_in_capitals(here: Path, name: str) -> None:
+    write(here / "a" / name)
+    assert open_candidates([f"a/{name}"], minimum=1)[0].names() == ["w"]
+    assert found(f"a/{name[:2]}*") == ([f"a/{name}"], [])
+    if name.lower().endswith("safetensors"):
+        assert open_candidates(["a"], minimum=1)[0].names() == ["w"]
+
+
+def test_a_folder_may_be_called_like_a_file(here: Path) -> None:
+    write(here / "1.safetensors/model.safetensors")
+    write(here / "2.safetensors")
+    assert len(open_candidates("*.safetensors")) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("", "'' is no path. Is a variable of the shell empty?"),
+        ("a\0b", "is no path"),
+        ("x" * 5000, "File name too long"),
+        ("x" * 5000 + "*", "File name too long"),
+        ("~nobody-of-this-name/x", "Write the path out"),
+        ("run/step-{1,2}", "Braces are expanded by the shell only"),
+        ("run/step-1,run/step-2", "Give the paths one by one"),
+        ("s3://bucket/run", "download them"),
+        ("file:///run", "download them"),
+        ("someone/some-model-7B", "`hf download someone/some-model-7B --local-dir DIR`"),
+        ("run/step-[", "matches nothing"),
+        ("run/**x", "is no pattern|matches nothing"),
+        ("run/stop-1", "no such file or directory"),
+    ],
+)
+def test_what_is_not_there(here: Path, spec: str, said: str) -> None:
+    steps(here / "run")
+    for given in (spec, ["run/step-1", spec]):
+        assert any(part in refused(given) for part in said.split("|")), refused(given)
+
+
+# Links, and what cannot be read
+
+
+def dangling(link: Path) -> None:
+    link.symlink_to("nothing")
+
+
+def circle(link: Path) -> None:
+    link.symlink_to(link.name)
+
+
+@pytest.mark.parametrize("make", [dangling, circle])
+def test_links_that_lead_nowhere(here: Path, make: Callable[[Path], None]) -> None:
+    steps(here / "run")
+    make(here / "run/step-3")
+    for spec in ("run/step-*", "run/step-3", ["run/step-1", "run/step-3"]):
+        assert "'run/step-3'" in refused(spec) or refused(spec).startswith("run/step-3: "), refused(spec)
+        assert "leads nowhere" in refused(spec)
+    make(here / "run/step-1/extra.json")
+    assert found("run/step-[12]")[0] == ["run/step-1", "run/step-2"]
+    (here / "run/step-1/model.safetensors").unlink()
+    make(here / "run/step-1/model.safetensors")
+    assert "'model.safetensors' is there, but is no regular file" in refused(["run/step-1"])
+
+
+def test_circles_of_folders_end(here: Path) -> None:
+    """Two of them make a tree of 2^40 paths for what follows links."""
+    steps(here / "run")
+    for name in ("again", "once-more"):
+        (here / "run" / name).symlink_to(".")
+    assert found("run/**/model.safetensors")[0] == ["run/step-1/model.safetensors", "run/step-2/model.safetensors"]
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Another user, whom permissions bind; root they do not."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", ["run/step-1", "run/step-1/model.safetensors", "run"])
+def test_what_may_not_be_read(here: Path, closed: str, request: pytest.FixtureRequest) -> None:
+    steps(here / "run")
+    for folder in (here, *here.parents[:3], here / "run", here / "run/step-1", here / "run/step-2"):
+        folder.chmod(0o777)
+    for file in here.glob("run/*/*"):
+        file.chmod(0o666)
+    (here / closed).chmod(0)
+    request.getfixturevalue("nobody")
+    for spec in (["run/step-1", "run/step-2"], ["run/step-1/model.safetensors"]):
+        message = refused(spec)
+        assert message.startswith("run/step-1") and "Permission denied" in message, message
+
+
+# Parts of one model
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["consolidated.00.pth", "consolidated.01.pth"], "*.pth"),
+        (["iter_10/mp_rank_00/model.pt", "iter_10/mp_rank_01/model.pt"], "iter_10/*/model.pt"),
+        (["model_rank_0.pt", "model_rank_1.pt", "model_rank_2.pt"], "*.pt"),
+        (["checkpoint-shard0.pt", "checkpoint-shard1.pt"], "*"),
+        (["tp-1/model.safetensors", "tp-2/model.safetensors"], "*/*"),
+        (["a-Rank0.pt", "a-Rank1.pt"], "*"),
+    ],
+    ids=str,
+)
+def test_the_parts_of_ranks_are_no_candidates(here: Path, names: list[str], pattern: str) -> None:
+    """Their shapes are often equal, so that an average looks right."""
+    for name in names:
+        write(here / name)
+    message = refused(pattern)
+    assert f"'{pattern}'" in message and "parts of one model" in message and repr(names[0]) in message
+    paths, said = found(names)  # as a shell expands the pattern
+    assert paths == names and len(said) == 1 and "parts of one model" in said[0]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["rank-8.pt", "rank-16.pt"], ["rank0-step1.pt", "rank0-step2.pt"], ["tp1.pt"], ["crank0.pt", "crank1.pt"]],
+    ids=str,
+)
+def test_candidates_with_numbers_of_ranks(here: Path, names: list[str]) -> None:
+    for name in names:
+        write(here / name)
+    assert found("*.pt") == (names, [])
+
+
+def test_versions_in_a_list_are_said(here: Path) -> None:
+    """As when a shell has expanded `*.pt`."""
+    names = [write(here / name).name for name in ("1.pt", "1_ema.pt")]
+    paths, said = found(names)
+    assert paths == names and len(said) == 1 and "versions of one model" in said[0]
+
+
+# Folders of folders
+
+
+@pytest.mark.parametrize(
+    ("files", "inside"),
+    [
+        (["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"], "'unet', 'vae'"),
+        (["snapshots/0a1b/model.safetensors"], "'snapshots/0a1b'"),
+        (["pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"], "'optimizer_0', 'pytorch_model_fsdp_0'"),
+        (["global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt"], "'global_step5'"),
+    ],
+    ids=str,
+)
+def test_folders_with_weights_in_them_are_named(here: Path, files: list[str], inside: str) -> None:
+    for name in ("1", "2"):
+        for file in files:
+            (here / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (here / name / file).write_bytes(b"x")
+    message = refused("*")
+    assert message.startswith("1: is no candidate") and f"There are weights in {inside}" in message
+    assert found("*") == (["1", "2"], [])  # not the same because neither holds a file
