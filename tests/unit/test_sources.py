@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -156,6 +156,7 @@ def test_the_directory_is_that_of_a_candidate_of_its_own(tmp_path: Path) -> None
     assert [candidate.directory for candidate in open_candidates(spec)] == [path, path, None]
 
 
+@settings(deadline=None)  # of a shared machine
 @given(st.data())
 def test_slices_of_any_layout(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
@@ -170,6 +171,7 @@ def test_slices_of_any_layout(data: st.DataObject) -> None:
     assert torch.equal(out, tensor.reshape(-1)[start:stop])
 
 
+@settings(deadline=None)  # of a shared machine
 @given(st.data())
 def test_checksums_add_up_over_any_split(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
