@@ -230,6 +230,9 @@ def test_a_key_like_no_other_is_answered_with_the_list(tmp_path: Path) -> None:
         ({"optimizer": {"name": "adamw", "eps": [1e-30, 1e-3]}}, ["'eps' of adamw", "finite number"]),
         ({"steps": True}, ["steps", "integer", "True"]),
         ({"steps": "3"}, ["steps", "integer", "'3'"]),
+        ({"output": " "}, ["output", "no path"]),
+        ({"output": "a\0b"}, ["output", "no path"]),
+        ({"output": "~nobody-of-this-name/a"}, ["output", "Write the path out"]),
         ({"steps": 2.5}, ["steps", "integer", "2.5"]),
         ({"resume": "yes"}, ["resume", "boolean", "'yes'"]),
         ({"seed": -1}, ["seed", "greater than or equal to 0"]),
@@ -244,6 +247,16 @@ def test_a_key_like_no_other_is_answered_with_the_list(tmp_path: Path) -> None:
 def test_wrong_values_are_named_with_what_is_right(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
     message = refusal(tmp_path, **changes)
     assert all(word in message for word in words), message
+
+
+def test_numbers_and_homes_are_what_people_mean(tmp_path: Path) -> None:
+    """YAML 1.1 reads 0100 as 64, and 1:30 as 90."""
+    text = yaml.safe_dump(MINIMAL).replace("steps: 3", "steps: 0100").replace("output: out", "output: ~/out")
+    config = load_config(write(tmp_path, text))
+    assert config.steps == 100 and config.output == str(Path.home() / "out")
+    with pytest.raises(ConfigError, match=r"steps.*integer.*'1:30'"):
+        load_config(write(tmp_path, text.replace("0100", "1:30")))
+    assert load_config(write(tmp_path, text), ["steps=0x10"]).steps == 16
 
 
 def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:

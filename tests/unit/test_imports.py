@@ -14,6 +14,7 @@ ORDER = [
     "version",
     "errors",
     "inputs",
+    "globs",
     "notices",
     "config",
     "ranks",

@@ -1,8 +1,10 @@
 """The shipped tasks on real data, and what they say about input that cannot be used."""
 
+import gzip
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,8 +26,11 @@ from transformers import (
 from tests.digits import load_digits
 from twa_scale.config import TaskConfig
 from twa_scale.errors import ConfigError
+from twa_scale.notices import TwaWarning
 from twa_scale.tasks import SPLITS, Examples, Task, build_task, stack
 from twa_scale.tasks.gpt import ByteGPT
+from twa_scale.tasks.images import ImageFolder, read_npz
+from twa_scale.tasks.tables import read_columns
 
 TINY_GPT = {"byte_gpt": {"n_layer": 2, "n_head": 2, "d_model": 32}}
 SENTENCES = {
@@ -403,6 +408,20 @@ def test_splits_without_data(tmp_path: Path) -> None:
         task.dataset("valid")
 
 
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    """They would keep their reader waiting for ever."""
+    (tmp_path / "x").mkdir()
+    for name in ("a.csv", "a.npz", "x/a.png"):
+        os.mkfifo(tmp_path / name)
+    for read in (
+        lambda: read_columns(tmp_path / "a.csv", ["text"], "task.train"),
+        lambda: read_npz(tmp_path / "a.npz", "", "task.data"),
+        lambda: ImageFolder(tmp_path, ["x"], 4, "task.data")[0],
+    ):
+        with pytest.raises(ConfigError, match=r"a\.(csv|npz|png): cannot be read: it is a named pipe"):
+            read()
+
+
 def test_one_file_cannot_be_divided(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"abc" * 100)
     fractions = {"train": 1.0, "validation": 0.0, "test": 0.0}
@@ -417,6 +436,63 @@ def test_files_that_are_no_text_by_their_name(tmp_path: Path, name: str) -> None
     (tmp_path / name).write_bytes(b"abc" * 100)
     with pytest.raises(ConfigError, match=f"{name}.*suffix"):
         task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path)}, context=8).dataset("train")
+
+
+def test_text_files_that_begin_as_others(tmp_path: Path) -> None:
+    for i, content in enumerate([b"%PDF-1.7\n" + b"x" * 99, gzip.compress(b"text"), b"PK\x03\x04" + b"x" * 99]):
+        (tmp_path / f"{i}.txt").write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{i}\.txt: is no plain text: it begins as"):
+            task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path / f"{i}.txt")}, context=2).dataset("train")
+
+
+def test_data_that_cannot_be_found_or_read(tmp_path: Path) -> None:
+    """Nothing is left out in silence: a part of the data would be missing."""
+    folder = tmp_path / "run[1]"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("text " * 9)
+    (folder / "again").symlink_to(".")
+    (folder / "once-more").symlink_to(".")
+    for spec in (f"{folder}/*.txt", f"{folder}/**/*.txt", f"{folder}/**", str(folder)):
+        task = task_of("causal_lm", model=TINY_GPT, text={"train": spec}, context=4)
+        assert len(task.dataset("train")) == 9
+    (folder / "deep/b.txt").symlink_to("nothing")
+    os.mkfifo(folder / "c.txt")
+    for spec, said in {
+        "": "no path",
+        "~nobody-of-this-name/a": "Write the path out",
+        "x" * 5000: "File name too long",
+        str(folder): "deep/b.txt: is a link that leads nowhere",
+        f"{folder}/*/*.txt": "deep/b.txt: is a link that leads nowhere",
+        f"{folder}/c.txt": "matches no file",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            task_of("causal_lm", model=TINY_GPT, text={"train": spec}, context=4)
+
+
+def test_files_in_two_splits_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 9)
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    for other in ("a.txt", "b.txt"):
+        text = {"train": str(tmp_path / "a.txt"), "validation": str(tmp_path / other)}
+        with pytest.warns(TwaWarning, match=rf"{other}' of split 'validation' is .*a\.txt' of split 'train'"):
+            task_of("causal_lm", model=TINY_GPT, text=text, context=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"plain text, " * 20, "plain text"),
+        (b"\x93NUMPY" + bytes(100), "an array of numpy"),
+        (b"PK\x03\x04" + bytes(100), "an archive"),
+        ((20240520).to_bytes(4, "little") + bytes(2000), "header of 1024 bytes"),
+    ],
+)
+def test_bare_files_that_are_no_tokens_of_two_bytes(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "t.bin").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"t\.bin: is no bare file of tokens, but .*{said}"):
+        task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / "t.bin")}, context=4).dataset("train")
+    bytewise = {"tokens": {"train": str(tmp_path / "t.bin")}, "token_dtype": "uint8"}
+    assert task_of("causal_lm", model=TINY_GPT, context=4, **bytewise).dataset("train")
 
 
 @pytest.mark.parametrize("content", ["text".encode("utf-16"), b"\x7fELF\x02\x01\x00", b"abc\0" * 50])
@@ -497,6 +573,10 @@ def test_token_files_that_cannot_be_read(tmp_path: Path, content: bytes) -> None
     ("file", "content", "words"),
     [
         ("a.csv", "sentence,label\nfine,1\n", ["a.csv, line 2", "'text'", "sentence"]),
+        ("a.csv", "text,label\nfine\n", ["a.csv, line 2", "no value in column 'label'. Fill it in"]),
+        ("a.csv", "text,label\nfine, is it,1\n", ["a.csv, line 2", "more values than the 2 columns", "Quote"]),
+        ("a.csv", "text,text,label\na,b,1\n", ["two columns called 'text'"]),
+        ("a.CSV", "sentence,label\nfine,1\n", ["a.CSV, line 2", "'text'"]),
         ("a.csv", "text,label\n", ["holds no examples"]),
         ("a.csv", "text,label\nfine,-1\n", ["label -1", "a.csv"]),
         ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": "fine"\n', ["a.jsonl, line 2", "not JSON"]),

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, field_validator, model_va
 
 from twa_scale.config.center import Center, check_index, of_sum_one, parse_center
 from twa_scale.config.optimizers import check_name, check_options
-from twa_scale.config.section import Count, Integer, Section
+from twa_scale.config.section import Count, Directory, Integer, Section
 
 TIMEOUT = 600.0
 """Seconds that ranks wait for each other, when they meet and in every collective."""
@@ -229,7 +229,9 @@ class RunConfig(TwaConfig):
 
     candidates: str | list[str] = Field(description="Glob or list of paths of the candidates, in training order.")
     task: TaskConfig = Field(description="Model, data and loss.")
-    output: str = Field(description="Directory of the run: its state, metrics, pictures and the exported average.")
+    output: Directory = Field(
+        description="Directory of the run: its state, metrics, pictures and the exported average."
+    )
     engine: Literal["auto", "plain", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
         "auto",
         description="How the model is held: `auto` shards it with FSDP2 when there are several ranks; `zero1` to "

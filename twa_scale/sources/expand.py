@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twa_scale.errors import CandidateError
+from twa_scale.globs import matching, path_of
 from twa_scale.sources.directory import is_averaged, is_weights, plain_names
 
 _PART = re.compile(
@@ -28,12 +29,7 @@ def expand(item: str | Path) -> tuple[list[Path], str | None]:
         OSError: a path that the system refuses.
     """
     given = str(item)
-    if not given.strip() or "\0" in given:
-        raise CandidateError(f"candidates: {given!r} is no path. Is a variable of the shell empty?")
-    try:
-        path = Path(given).expanduser()
-    except RuntimeError as error:  # of a user that there is not
-        raise CandidateError(f"{given}: {error}. Write the path out.") from None
+    path = path_of(given)
     if path.exists():
         return [path], None
     if path.is_symlink():
@@ -56,14 +52,11 @@ def expand(item: str | Path) -> tuple[list[Path], str | None]:
 
 
 def _matches(path: Path) -> list[Path]:
-    literal = next(i for i in range(len(path.parts)) if not Path(*path.parts[: i + 1]).exists())
-    try:
-        matches = list(Path(*path.parts[:literal]).glob(str(Path(*path.parts[literal:]))))
-    except ValueError as error:
-        raise CandidateError(f"candidates {str(path)!r}: is no pattern: {error}.") from None
+    root, matches = matching(path)
     # An output that a writer has not finished has a hidden name, or had one that ends in .tmp-*.
-    hidden = {m for m in matches if any(part.startswith(".") or ".tmp-" in part for part in m.parts[literal:])}
-    return sorted(set(matches) - hidden, key=_natural)
+    below = len(root.parts)
+    finished = [m for m in matches if not any(p.startswith(".") or ".tmp-" in p for p in m.parts[below:])]
+    return sorted(finished, key=_natural)
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

@@ -174,10 +174,10 @@ class CausalLM:
         return [TokenArray(_tokenize(tokenizer, path), str(path)) for path in paths]
 
     def _token_file(self, path: Path) -> TokenFile:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             return TokenFile.open_npy(path)
         dtype = self._options.token_dtype
-        if path.suffix != ".bin" and dtype != "uint8":
+        if path.suffix.lower() != ".bin" and dtype != "uint8":
             raise ConfigError(
                 f"{path}: is no file of tokens, .npy or .bin. Name text files with task.text, or set task.token_dtype: "
                 "uint8 where its bytes are the tokens."

@@ -4,15 +4,16 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
-from glob import glob, has_magic
-from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from twa_scale.config import Section
 from twa_scale.errors import ConfigError
+from twa_scale.globs import matching, path_of
+from twa_scale.inputs import named_errors
+from twa_scale.notices import notice
 from twa_scale.tasks.protocol import SPLITS
 
 STDLIB = "stdlib"
@@ -24,6 +25,7 @@ _NOT_TEXT = (
     *(".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".npy", ".npz", ".bin", ".idx", ".pt", ".pth", ".pkl"),
     *(".safetensors", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".pdf"),
 )
+_OTHER_FORMATS = (b"%PDF-", b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _SAMPLED = 4096  # bytes
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -82,12 +84,27 @@ def split_files(
     Raises:
         ConfigError: a path or pattern that matches no file.
     """
-    if not files.all:
-        return {s: [path for path, _ in _find(getattr(files, s), suffixes, f"{key}.{s}")] for s in SPLITS}
-    splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for path, name in _find(files.all, suffixes, key):
-        splits[_split_of(name, fractions, seed)].append(path)
-    return splits
+    with named_errors(ConfigError):
+        if not files.all:
+            found = {s: [path for path, _ in _find(getattr(files, s), suffixes, f"{key}.{s}")] for s in SPLITS}
+            _tell_of_repeated(found, key)
+            return found
+        splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
+        for path, name in _find(files.all, suffixes, key):
+            splits[_split_of(name, fractions, seed)].append(path)
+        return splits
+
+
+def _tell_of_repeated(splits: dict[str, list[Path]], key: str) -> None:
+    """Report files that are in two splits, under whatever paths."""
+    first: dict[tuple[int, int], tuple[str, Path]] = {}
+    for split, paths in splits.items():
+        for path in paths:
+            stat = path.stat()
+            other, where = first.setdefault((stat.st_dev, stat.st_ino), (split, path))
+            if other != split:
+                notice(f"{key}: {str(path)!r} of split {split!r} is {str(where)!r} of split {other!r}.")
+                return
 
 
 def require_text(path: Path) -> None:
@@ -99,7 +116,10 @@ def require_text(path: Path) -> None:
     reason = f"its suffix is {path.suffix}" if path.suffix.lower() in _NOT_TEXT else ""
     try:
         with path.open("rb") as file:
-            if not reason and b"\0" in file.read(_SAMPLED):
+            start = file.read(_SAMPLED)
+            if not reason and start.startswith(_OTHER_FORMATS):
+                reason = "it begins as a PDF or a compressed file does"
+            elif not reason and b"\0" in start:
                 reason = "it holds zero bytes"
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
@@ -129,14 +149,20 @@ def _find(entries: list[str], suffixes: tuple[str, ...], key: str) -> list[tuple
 
 
 def _matches(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
-    path = Path(entry).expanduser()
+    path = path_of(entry, ConfigError)
     if path.is_file():
         return [(path, path.name)]
     if path.is_dir():
-        return sorted((p, name) for p, name in _below(path) if name.endswith(suffixes))
-    root = Path(*takewhile(lambda part: not has_magic(part), path.parts))
-    found = (Path(match) for match in glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob knows no absolute patterns)
-    return sorted((p, p.relative_to(root).as_posix()) for p in found if p.is_file())
+        return sorted((p, name) for p, name in _below(path) if name.lower().endswith(suffixes))
+    root, found = matching(path)
+    return sorted((p, p.relative_to(root).as_posix()) for p in found if _is_file(p))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether this is a regular file; a pipe would keep its reader waiting, and a broken link hides data."""
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{path}: is a link that leads nowhere, or in a circle. Remove it, or copy what it led to.")
+    return path.is_file()
 
 
 def _standard_library() -> list[tuple[Path, str]]:
@@ -146,9 +172,13 @@ def _standard_library() -> list[tuple[Path, str]]:
 
 def _below(root: Path, without: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
     """Yield each file below `root` and its name there; nothing that starts with a dot or one of `without`."""
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_raise):  # else what cannot be read would be missing silently
         folders[:] = [name for name in folders if not name.startswith((".", *without))]
         for name in files:
             path = Path(folder, name)
-            if not name.startswith((".", *without)) and path.is_file():  # a pipe would keep its reader waiting
+            if not name.startswith((".", *without)) and _is_file(path):
                 yield path, path.relative_to(root).as_posix()
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error

@@ -1,5 +1,6 @@
 """Arrays of images and labels, from npz files and folders."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twa_scale.errors import ConfigError
+from twa_scale.inputs import open_regular
 from twa_scale.names import some
 from twa_scale.tasks.classification import integer_labels
 from twa_scale.tasks.protocol import Batch
@@ -28,7 +30,7 @@ def read_npz(path: Path, prefix: str, where: str) -> tuple[Tensor, Tensor]:
         ConfigError: an unreadable file, a missing array, or lengths and types that do not fit.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with os.fdopen(open_regular(path, ConfigError), "rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = (f"{prefix}images", f"{prefix}labels")
             missing = [name for name in names if name not in arrays]
             if missing:
@@ -84,7 +86,7 @@ class ImageFolder:
         except ImportError as error:
             raise ConfigError(f"{where}: an image folder needs Pillow. Install it: pip install pillow.") from error
         found = ((p, i) for i, name in enumerate(classes) for p in sorted((root / name).rglob("*")))
-        self._files = [(p, i) for p, i in found if p.suffix.lower() in SUFFIXES]
+        self._files = [(p, i) for p, i in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
         self._size = size
         if not self._files:
             raise ConfigError(f"{where}: {root} has no images. Put {', '.join(SUFFIXES)} files into its subfolders.")
@@ -95,8 +97,10 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Batch:
         path, label = self._files[index]
         try:
-            with self._image.open(path) as image:
+            with os.fdopen(open_regular(path, ConfigError), "rb") as file, self._image.open(file) as image:
                 square = self._ops.fit(image.convert("RGB"), (self._size, self._size), self._image.Resampling.BILINEAR)
+        except ConfigError:
+            raise
         except Exception as error:  # the decoders of damaged images raise almost anything
             raise ConfigError(f"{path}: cannot be read as an image: {error}. Repair or remove it.") from error
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)

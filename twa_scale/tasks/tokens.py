@@ -16,6 +16,9 @@ from twa_scale.tasks.protocol import Batch
 Array = npt.NDArray[Any]
 Dtype = Literal["uint8", "uint16", "int32", "uint32", "int64"]
 _SAMPLED = 4096  # tokens of a bare file
+_FEW = 64  # bytes that may look like text by accident
+_PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
+_MAGIC_OF_LLM_C = tuple(number.to_bytes(4, "little") for number in (20240520, 20240801))
 _LOOKED_AT = 16  # windows of a split
 
 
@@ -55,6 +58,8 @@ class TokenFile:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
         width = np.dtype(dtype).itemsize
+        if width > 1 and (what := _other_format(path)):
+            raise ConfigError(f"{path}: is no bare file of tokens, but {what}.")
         if size % width:
             raise ConfigError(
                 f"{path}: {size} bytes are no whole number of {dtype} tokens. Set the right `token_dtype`."
@@ -171,15 +176,30 @@ class Windows:
 
     def _known(self, sequence: Tokens, start: int, stop: int) -> Array:
         # A token out of range would end as an assertion inside a GPU kernel, far from its cause.
-        tokens = sequence.read(start, stop).astype(np.int64)
+        stored = sequence.read(start, stop)
+        tokens = stored.astype(np.int64)
         unknown = (tokens < 0) | (tokens >= self._vocabulary)
         if unknown.any():
             at = int(unknown.argmax())
             raise ConfigError(
-                f"{sequence.where}: position {start + at}: token {tokens[at]}; the model knows "
+                f"{sequence.where}: position {start + at}: token {stored[at]}; the model knows "
                 f"0 to {self._vocabulary - 1}. Use its own tokenizer; name the `token_dtype` of bare files."
             )
         return tokens
+
+
+def _other_format(path: Path) -> str | None:
+    """Return what a file is by its first bytes if that is no sequence of tokens of more than a byte."""
+    start = np.fromfile(path, np.uint8, _SAMPLED).tobytes()
+    if start.startswith(b"\x93NUMPY"):
+        return "an array of numpy: call it .npy, which says its type"
+    if start.startswith((b"PK\x03\x04", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+        return "an archive or a compressed file: extract it"
+    if start[:4] in _MAGIC_OF_LLM_C:
+        return "a file of llm.c with a header of 1024 bytes: cut it off, or write an .npy file"
+    if len(start) >= _FEW and not start.translate(None, _PRINTABLE):
+        return "plain text: name it with task.text, or set task.token_dtype: uint8 where its bytes are the tokens"
+    return None
 
 
 def _are_halves(tokens: Array) -> bool:
