@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import twa_scale
 from tests.deltas import fill
 from twa_scale.config import TwaConfig
-from twa_scale.kernels import choose_kernels
+from twa_scale.kernels import Coding, choose_kernels
 from twa_scale.spans import Span
 from twa_scale.store import Store, make_store
 from twa_scale.store.make import host_store
@@ -24,9 +24,9 @@ NAMES = ["dense32", "dense16", "packed8", "packed4", "packed2", "packed1"]
 each_store = pytest.mark.parametrize("name", NAMES)
 
 
-def offloaded(config: TwaConfig, n: int, buffer: int) -> OffloadedStore:
+def offloaded(config: TwaConfig, n: int, buffer: int, coding: Coding | None = None) -> OffloadedStore:
     kernels = choose_kernels(config.kernels, CPU)
-    return OffloadedStore(lambda allocate: host_store(config, n, allocate), CPU, kernels, buffer)
+    return OffloadedStore(lambda allocate: host_store(config, n, allocate, coding), CPU, kernels, buffer)
 
 
 def resident(config: TwaConfig, n: int) -> Store:
@@ -137,8 +137,8 @@ def test_a_cpu_model_has_nothing_to_offload(name: Any) -> None:
 
 
 @pytest.mark.parametrize("basis", ["normalized", "orthonormal"])
-@pytest.mark.parametrize("name", ["dense32", "packed4"])
-def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name: str, basis: str) -> None:
+@pytest.mark.parametrize(("name", "coding"), [("dense32", "auto"), ("packed4", "center"), ("packed4", "increments")])
+def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name: str, coding: str, basis: str) -> None:
     """The orthonormal basis asks for the center's products, too."""
 
     def build() -> nn.Module:
@@ -150,7 +150,8 @@ def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name:
 
     def train() -> list[Tensor]:
         model = build()
-        config = {"store": name, "basis": basis, "groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.1}}
+        config = {"store": name, "coding": coding, "basis": basis, "groups": "tensor"}
+        config |= {"optimizer": {"name": "sgd", "lr": 0.1}}
         twa = twa_scale.attach(model, candidates, config)
         for seed in range(5):
             x = torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))
@@ -163,8 +164,8 @@ def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name:
     want = train()
     made: list[OffloadedStore] = []
 
-    def make(config: TwaConfig, n: int, device: torch.device, mapped: object) -> Store:
-        made.append(offloaded(config, n, 2000))
+    def make(config: TwaConfig, n: int, device: torch.device, mapped: object, coding: Coding) -> Store:
+        made.append(offloaded(config, n, 2000, coding))
         return made[-1]
 
     monkeypatch.setattr(import_module("twa_scale.attach"), "make_store", make)
