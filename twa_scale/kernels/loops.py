@@ -49,7 +49,7 @@ def _sources() -> str:
 
 def inlined(function: F) -> F:
     """Compile as a part of whatever calls it, whose constants it then knows."""
-    return njit(function, nogil=True, fastmath=FAST, error_model="numpy", forceinline=True)  # type: ignore[no-any-return]
+    return njit(function, inline="always", fastmath=FAST, error_model="numpy")  # type: ignore[no-any-return]
 
 
 def exact(function: F) -> F:

@@ -55,11 +55,13 @@ def quantize(bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, walk: Any,
                     error += np.float64(off[j])
             else:
                 padded[:] = FLOAT0
-                padded[low:high] = deltas[source : source + size]
+                for j in range(size):
+                    padded[low + j] = deltas[source + j]
                 quantize_blocks(bits, packed, found, off, present, padded, U(0), U(0), U(0), ONE)
                 for j in range(size):
-                    error += np.float64(deltas[source + j] - padded[low + j]) ** 2
-                deltas[source : source + size] = padded[low:high]
+                    difference = np.float64(deltas[source + j] - padded[low + j])
+                    error += difference * difference
+                    deltas[source + j] = padded[low + j]
                 _clear_absent(bits, packed, low, high)
                 _place(bits, rows, tile, i, packed, found, low, high)
             if before[p] != n:

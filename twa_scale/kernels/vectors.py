@@ -46,12 +46,17 @@ class Tile(Emitter):
         self.zeros = [int(-2 * zero_of(self.bits)) * place for place in places]
         self.shares = [(0.5 if self.even else 1.0) / place for place in places]
 
-    def parts(self) -> Iterator[tuple[list[int], int]]:
-        """Yield what is worked on at a time: up to four fields, and where in a block their 64 words begin."""
+    def parts(self) -> Iterator[tuple[list[int], Any]]:
+        """Yield what is worked on at a time: up to four fields, and where in a block their 64 words begin.
+
+        The words are a loop at run time, which keeps the machine code short; masks of fields are constants, which make
+        it fast.
+        """
         together = min(2, self.in_byte)
         for k in range(0, self.in_byte, together):
-            for s in range(0, self.block, 2 * WIDE):
-                yield [side + k + i for side in (0, self.in_byte) for i in range(together)], s
+            with cgutils.for_range(self.build, self.at(self.block // (2 * WIDE))) as words:
+                fields = [side + k + i for side in (0, self.in_byte) for i in range(together)]
+                yield fields, self.times(words.index, 2 * WIDE)
 
     def codes(self, words: Any, fields: Sequence[int]) -> list[Any]:
         """Return codes, each in its place in a byte."""
@@ -130,7 +135,8 @@ def _add_dots(v: Tile) -> None:
         start = v.times(chunk.index, LANES)
         v.store("factors", start, v.build.fmul(v.floats("scales", start), units))
     for fields, s in v.parts():
-        numbers = [[v.load("numbers", k * v.block + s + c, WIDE) for c in (0, WIDE)] for k in fields]
+        places = [v.at(s, k * v.block) for k in fields]
+        numbers = [[v.load("numbers", v.at(place, c), WIDE) for c in (0, WIDE)] for place in places]
         firsts = []
         for k, some in zip(fields, numbers, strict=True):
             first = splat(0)
@@ -140,7 +146,7 @@ def _add_dots(v: Tile) -> None:
         with cgutils.for_range(v.build, v["n"]) as row:
             sums = firsts
             for c in (0, 1):
-                words = v.load("words", v.at(v["at"], v.times(row.index, v.block), s + c * WIDE), WIDE)
+                words = v.load("words", v.at(v["at"], v.times(row.index, v.block), s, c * WIDE), WIDE)
                 codes = v.codes(words, fields)
                 sums = [v.add_products(x, code, some[c]) for x, code, some in zip(sums, codes, numbers, strict=True)]
             lane = v.times(row.index, LANES)
@@ -200,7 +206,7 @@ def _sum_rows(v: Tile) -> None:
     last = b.sub(v["n"], v.at(1))
     for fields, s in v.parts():
         firsts = [v.spread("firsts", k) for k in fields]
-        sums = {(c, f, side): v.variable(firsts[f]) for c in (0, WIDE) for f in range(len(fields)) for side in (0, 1)}
+        sums = {(c, f, side): v.variable(first) for c in (0, WIDE) for f, first in enumerate(firsts) for side in (0, 1)}
         with cgutils.for_range(b, b.lshr(v.at(v["n"], 1), v.at(1))) as pair:
             one = v.times(pair.index, 2)
             other = v.at(one, 1)
@@ -221,7 +227,7 @@ def _sum_rows(v: Tile) -> None:
                 for i in (0, LANES):
                     order = _ORDER[i : i + LANES]
                     some = v.shuffle(sums[c, f, 0].get(), sums[c, f, 1].get(), order)
-                    v.store("total", k * v.block + s + c + i, v.scaled(some, unit))
+                    v.store("total", v.at(s, k * v.block + c + i), v.scaled(some, unit))
 
 
 @intrinsic
