@@ -17,6 +17,7 @@ from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.kernels import Coding, Kernels, Packed, Target, of_deltas, of_increments
 from twa_scale.kernels.coding import CENTER
 from twa_scale.kernels.compiled import NumbaKernels
+from twa_scale.kernels.packed import BLOCKS
 from twa_scale.kernels.reference import TorchKernels
 from twa_scale.ranks import Group
 from twa_scale.rounding import choose_coding
@@ -101,12 +102,12 @@ class TestErrors:
 @settings(max_examples=15, deadline=None)
 @given(m=st.integers(1, 3000), start=st.integers(0, 500), n=st.integers(2, 5), seed=st.integers(0, 99))
 def test_both_kernels_code_alike(bits: int, m: int, start: int, n: int, seed: int) -> None:
-    """A tie may fall to either side where the order of a sum is another; what follows it makes up for it."""
+    """A tie may fall to either side where the order of a sum is another, and the next rows differ then, too."""
     values, weights = walk(n, m, seed), [1 / n] * n
     one, other = (coded(values, weights, bits, kernels, of_increments(weights), start)[0] for kernels in KERNELS)
     scale = 0.1 * n**0.5 * 5
     assert ((one - other).abs() <= scale * 2.1 / (1 << bits)).all()
-    assert (one != other).sum() <= 3 * n + 128 * n + 2e-3 * one.numel()
+    assert (one != other).sum() <= (3 + 1e-4 * one.numel()) * n * BLOCKS[bits]
 
 
 @each_bits
