@@ -334,6 +334,7 @@ def test_truncated(here: Path) -> None:
         (lambda raw: (2).to_bytes(8, "little") + b"{}", "holds no tensors"),
         (lambda raw: raw + b"xx", "2 bytes follow"),
         (lambda raw: b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (lambda raw: b"<!DOCTYPE html><html>404 Not Found</html>", "download has failed"),
         (rewritten(lambda e: e["scalar"].update(dtype="F3")), "'F3' is not supported"),  # type: ignore[attr-defined]
         (rewritten(lambda e: e["scalar"].update(shape=[2])), "tensor 'scalar'"),  # type: ignore[attr-defined]
         (rewritten(lambda e: e["scalar"].update(shape=[-1])), "integers from 0 on"),  # type: ignore[attr-defined]

@@ -206,6 +206,14 @@ def test_models_that_are_split_otherwise(copied: Callable[[str], Path], name: st
     assert f"holds '{name}'" in message and said in message and "not supported" in message
 
 
+def test_a_number_of_ranks_is_not_counted_to(tmp_path: Path) -> None:
+    """What a file claims does not decide how much time and memory is spent."""
+    torch.save({"module": {}, "param_shapes": [{"w": torch.Size([4])}]}, tmp_path / "mp_rank_00_model_states.pt")
+    state = {"optimizer_state_dict": {"zero_stage": 2, "partition_count": 10**12}}
+    torch.save(state, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert "was saved by 1000000000000 ranks" in refused(tmp_path) and "'1', '2', '3', '4'" in refused(tmp_path)
+
+
 def test_expert_groups_in_the_optimizer(copied: Callable[[str], Path]) -> None:
     folder = copied("2/2-fp32")
     file = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"

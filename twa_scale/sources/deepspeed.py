@@ -203,7 +203,8 @@ def _world(files: _Files, optimizer: Mapping[str, Any]) -> int:
             f"be split over the same (no MoE). {_REGROUP}"
         )
     world: int = counts[0]
-    missing = [rank for rank in range(world) if rank not in files.optimizer]
+    few = min(world, len(files.optimizer) + 8)  # ranks: one of them is missing if any is, whatever number is claimed
+    missing = [rank for rank in range(few) if rank not in files.optimizer]
     extra = [rank for rank in files.optimizer if rank is None or rank >= world]
     if missing or extra:
         problem = f"those of ranks {some(map(str, missing))} are missing" if missing else f"{len(extra)} more are there"

@@ -107,6 +107,10 @@ def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
     length = int.from_bytes(raw_length, "little")
     if raw_length == b"version ":
         raise CandidateError(f"{label}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
+    if raw_length.lower().startswith((b"<!doctyp", b"<html", b"<?xml")):
+        raise CandidateError(
+            f"{label}: is a page of the web, not the weights: its download has failed. Fetch it again."
+        )
     if length > min(size - 8, MAX_JSON):
         raise CandidateError(
             f"{label}: its first 8 bytes promise a header of {length} bytes, but {size - 8} bytes follow: it "
