@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,20 +14,21 @@ from twa_scale.clock import Clock
 from twa_scale.coefficients import Which, averaging_coefficients
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine
-from twa_scale.errors import RankError, StateError, TwaError
+from twa_scale.errors import RankError, TwaError
 from twa_scale.export import export
 from twa_scale.gradients import Gradients, clipping
 from twa_scale.layout import Layout
 from twa_scale.lifetime import while_open
 from twa_scale.limits import WeightLimits
-from twa_scale.optimizer import check_state, make_optimizer
+from twa_scale.optimizer import make_optimizer
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.reading import Progress, job_bytes
 from twa_scale.rounding import Rounding
+from twa_scale.shown import Shown
 from twa_scale.sources import Candidate
 from twa_scale.sources.carried import Carried
 from twa_scale.spans import Span
-from twa_scale.state import VERSION, AverageState, Fingerprint, checked, require_same_settings, require_same_shapes
+from twa_scale.state import Fingerprint, StateForm, require_same_state
 from twa_scale.stepping import AverageOptimizer, refuse_copies
 from twa_scale.store import Store, step_cost, update_bytes
 from twa_scale.weights import Weights
@@ -68,6 +68,7 @@ class TrainableAverage:
         self._basis = basis
         self._candidates = candidates
         self._carried = carried
+        self._form = StateForm(config, layout, basis, fingerprint)
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
         # From one rank, as the basis: all have the same bits.
         self._x = nn.Parameter(pods.broadcast(basis.locate(self._chosen(config.start))))
@@ -78,7 +79,7 @@ class TrainableAverage:
         self.optimizer = AverageOptimizer(make_optimizer(config, self._x), self, self._take_step)
         """For schedulers, and for what calls optimizers: its step is `step`."""
         self.closed = self._moved = self._in_step = self._accumulating = False
-        self._shown: list[torch.Tensor | None] = []
+        self._shown = Shown(engine, pods, self._write, self._gradients.spoil)
         self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=config.combine == "forward")
         self._limits = WeightLimits(engine, self._weights, layout, basis, pods)
         self._write()
@@ -94,9 +95,14 @@ class TrainableAverage:
         return len(self._candidates)
 
     @property
+    def lost(self) -> str:
+        """Why the average can no longer be used; empty as long as it can."""
+        return self._shown.lost
+
+    @property
     def coefficients(self) -> torch.Tensor:
         """The averaging coefficients a, (n, G) float64: w_g = sum_i a[i, g] w_i; in centered bases they sum to 1."""
-        return self._basis.averaging(self._basis.expand(self._x.detach()))
+        return self._form.averaging(self._x)
 
     @property
     def bytes_read(self) -> int:
@@ -224,19 +230,16 @@ class TrainableAverage:
 
         Args:
             which: "trained", "center", what the setting `center` takes ("mean", "ema:0.9", "last", the index of a
-                candidate), or coefficients a: n numbers, or (n, G), of any sum.
+                candidate), or coefficients a: n numbers, or (n, G), of any sum. The same on every rank.
+
+        Raises:
+            TwaError: a backward pass inside the block, which would give the gradient of other weights.
+            RankError: another rank has left the block by an error and has not come to its end: nothing is restored, and
+                the average cannot be used any more. An error of the block is raised on every rank that ends it.
         """
-        chosen = None if isinstance(which, str) and which == "trained" else self._chosen(which)
-        buffers = {name: buffer.clone() for name, buffer in self._engine.buffers().items()}
-        self._shown.append(chosen)
-        try:
-            self._write()
+        trained = isinstance(which, str) and which == "trained"
+        with self._shown.showing(which, lambda: None if trained else self._chosen(which)):
             yield
-        finally:
-            self._shown.pop()
-            self._write()
-            for name, buffer in self._engine.buffers().items():
-                buffer.copy_(buffers[name])
 
     @while_open
     def recalibrate_batchnorm(
@@ -272,9 +275,9 @@ class TrainableAverage:
         origin = provenance(
             "the live weights of an average",
             self.fingerprint.labels,
-            config=self._settings(),
+            config=self._form.settings(),
             groups=list(self.layout.groups),
-            coefficients=(self.coefficients if self._now_shown is None else self._now_shown).tolist(),
+            coefficients=(self.coefficients if self._shown.now is None else self._shown.now).tolist(),
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         )
         export(
@@ -297,21 +300,9 @@ class TrainableAverage:
 
         It is the same on every rank, but for BatchNorm statistics where ranks keep their own.
         """
-        layers = {id(b) for layer in batchnorm.batchnorm_layers(self._engine.module) for b in layer.buffers()}
-        return {
-            "version": VERSION,
-            "config": self._settings(),
-            "groups": list(self.layout.groups),
-            "group_of": {a: group for n, group in self.layout.group_of.items() for a in self.layout.held_as[n]},
-            "buffer_names": {name: self.layout.source(name) for name in self.layout.buffers},
-            "tied": [list(names) for names in self.layout.held_as.values() if len(names) > 1],
-            "x": self._x.detach().cpu().clone(),
-            "coefficients": self.coefficients.cpu(),
-            "center_weights": self._basis.center_weights.cpu(),
-            "optimizer": deepcopy(self.optimizer.inside.state_dict()),
-            "buffers": {n: b.detach().cpu().clone() for n, b in self._engine.buffers().items() if id(b) in layers},
-            "fingerprint": self.fingerprint.state_dict(),
-        }
+        names = batchnorm.statistics(self._engine.module, self._engine.buffers())
+        statistics = {name: buffer for name, buffer in self._shown.own_buffers().items() if name in names}
+        return self._form.state(self._x, self.optimizer.inside.state_dict(), statistics)
 
     @while_open
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -322,28 +313,19 @@ class TrainableAverage:
                 settings under which the coefficients would mean something else. The average is as it was.
         """
         with self.pods.agree():
-            saved = checked(AverageState, state, "state")
-            self._require_fit(saved)
+            if self._shown:
+                raise TwaError("load_state_dict() inside weights(): leave it first.")
+            saved = self._form.checked(state, self._x, self._engine.buffers())
+        require_same_state(self.pods, saved)
+        before = self._x.detach().clone()
         with torch.no_grad():
             self._x.copy_(saved.x)
+        self._write_or_return_to(before)
         self.optimizer.load_inside(saved.optimizer)
         self.zero_grad()
-        self._write()
         live = self._engine.buffers()
         for name, value in saved.buffers.items():
             live[name].copy_(value)
-
-    def _require_fit(self, saved: AverageState) -> None:
-        self.fingerprint.require(saved.fingerprint.build())
-        require_same_settings(self._settings(), saved.config.model_dump(mode="json"))
-        x, shape = saved.x.to(self._x), tuple(self._x.shape)
-        if tuple(x.shape) != shape or list(self.layout.groups) != saved.groups:
-            raise StateError(f"the state has {tuple(x.shape)} coefficients, this run {shape}: other groups.")
-        a = self._basis.averaging(self._basis.expand(x))
-        if not torch.allclose(a, saved.coefficients.to(a), rtol=1e-6, atol=1e-6):
-            raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
-        check_state(self.config, self._x, saved.optimizer)
-        require_same_shapes(self._engine.buffers(), saved.buffers)
 
     def close(self) -> None:
         """Take the hooks off the model and release the store and the candidates; the model keeps its weights.
@@ -352,8 +334,11 @@ class TrainableAverage:
         """
         if self.closed:
             return
+        if self._shown:
+            raise TwaError("close() inside weights(): the model would keep those; leave it first.")
         try:
-            self.settle()
+            if not self.lost:
+                self.settle()
         finally:  # also where the weights can no longer be written
             self.closed = True
             self._engine.close()
@@ -363,10 +348,6 @@ class TrainableAverage:
                 candidate.close()
 
     def _project(self, span: Span, gradient: torch.Tensor) -> None:
-        if self._shown and self._engine.in_backward and not self._in_step and span in self._spans and len(span):
-            raise TwaError(
-                "backward() inside weights(): the gradient is not that of the trained weights; leave it first."
-            )
         self._gradients.project(span, gradient, in_step=self._in_step)
 
     def _require_no_fault(self) -> None:
@@ -396,20 +377,11 @@ class TrainableAverage:
 
     def _u(self) -> torch.Tensor:
         """Return u, (n + 1, G), of the weights that are shown now."""
-        shown = self._now_shown
+        shown = self._shown.now
         return self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a TrainableAverage")
 
-    @property
-    def _now_shown(self) -> torch.Tensor | None:
-        """The coefficients that `weights` shows in place of the trained ones."""
-        return self._shown[-1] if self._shown else None
-
     def _chosen(self, which: Which) -> torch.Tensor:
         return averaging_coefficients(which, self._basis.center_weights, len(self.layout.groups))
-
-    def _settings(self) -> dict[str, Any]:
-        """Return the settings of the average alone, also where the configuration is that of a whole run."""
-        return self.config.model_dump(mode="json", include=set(TwaConfig.model_fields))

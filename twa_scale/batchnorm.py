@@ -1,6 +1,6 @@
 """BatchNorm statistics of averaged weights: measured anew, since they are not the average of the statistics."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -87,6 +87,12 @@ def _average(layers: list[_BatchNorm], part: float, total: int, group: Group) ->
             buffer.copy_(group.sum_(buffer.to(torch.float64) * part))
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(total)
+
+
+def statistics(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return the names of those of `buffers` that are the statistics of a BatchNorm layer."""
+    held = {id(buffer) for layer in batchnorm_layers(module) for buffer in layer.buffers()}
+    return {name for name, buffer in buffers.items() if id(buffer) in held}
 
 
 def _next_on_all(iterator: Any, group: Group, device: torch.device) -> Any:

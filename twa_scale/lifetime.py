@@ -1,4 +1,4 @@
-"""Objects that are closed: their methods say so afterwards."""
+"""Objects that are closed, or can no longer be used: their methods say so afterwards."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,12 +12,14 @@ S = TypeVar("S", bound=Any)
 
 
 def while_open(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Make a method raise TwaError where its object has `closed` set."""
+    """Make a method raise TwaError where its object has `closed` set, or says in `lost` why it cannot be used."""
 
     @wraps(method)
     def checked(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.closed:
             raise TwaError(f"{method.__name__}: this {type(self).__name__} is closed; attach anew.")
+        if self.lost:
+            raise TwaError(f"{method.__name__}: {self.lost}")
         return method(self, *args, **kwargs)
 
     return checked  # type: ignore[return-value]  # mypy calls the first argument of a wrapped method by its name

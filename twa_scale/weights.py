@@ -41,6 +41,8 @@ class Weights:
         self._names = layout.group_of.keys()
         self._clock = clock
         self._postponed = Postponed(engine.units() if postpone else [], groups, engine.device, clock)
+        units = {span.name for unit in self._postponed.units for span in unit}
+        self._names_of_rest = [name for name in self._names if name not in units]
         self.settle = self._postponed.settle_all
         self._written: dict[str, object] = {}
         self._reported = False
@@ -60,13 +62,25 @@ class Weights:
         # First: behind the units, the current stream would wait until a store in host memory has copied them all.
         make()(self._postponed.rest if postpone else self._groups)
         if postpone:
-            self._postponed.start(make)
+            self._postponed.start(lambda: self._noting(make()))
         with self._clock.part("publish"), torch.no_grad():
             self._engine.publish(self._names)
-        self._note(self._names)
+        self._note(self._names_of_rest if postpone else self._names)
 
     def _note(self, names: Collection[str]) -> None:
-        self._written |= self._engine.changed(names)
+        """Remember what these parameters of this rank are after a write: `check` compares it at the next step.
+
+        Each is asked for once after a write and once before the next. A unit that is written later is noted then.
+        """
+        if not self._reported:
+            self._written |= self._engine.changed(names)
+
+    def _noting(self, combine: Combine) -> Combine:
+        def noted(spans: Collection[Span]) -> None:
+            combine(spans)
+            self._note({span.name for span in spans})
+
+        return noted
 
     def check(self) -> None:
         """Report once, on this rank, that something else has written the weights since `write`, as clamping does.
@@ -105,7 +119,6 @@ class Weights:
                 for span in spans:
                     group = self._groups[span]
                     self._store.combine(span, columns[group], scales[group], self._engine.live(span))
-            self._note({span.name for span in spans})
 
         return combine
 

@@ -1,6 +1,7 @@
 """Gradients: freed when they are projected, forgotten when asked, refused when they are not finite."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
 from twa_scale import TwaError
+from twa_scale.engines.zero import is_deepspeed
 
 ENGINES = ["plain", "ddp", "fsdp2", *flattened.ENGINES]
 SIZES = [1, 2, 3]
@@ -272,12 +274,54 @@ def test_a_second_average_is_refused_until_the_first_is_closed(ranks: Pool, engi
     assert "another average is attached" in str(ranks.error(attach_twice, 2, engine=engine))
 
 
-def train_what_is_shown(engine: str) -> None:
-    model, twa = cases.attach(engine, RUN)
+CLIPPED = {"max_weight_grad_norm": 1.0}
+
+
+def backward(model: Any, loss: torch.Tensor) -> None:
+    if is_deepspeed(model):
+        model.backward(loss)
+    else:
+        loss.backward()
+
+
+def train_what_is_shown(engine: str, config: dict[str, Any]) -> None:
+    model, twa = cases.attach(engine, Run({**RUN.config, **config}))
     with twa.weights("last"):
-        models.loss(model, own_part(0)).backward()
+        backward(model, models.loss(model, own_part(0)))
 
 
-@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
-def test_a_backward_pass_of_other_weights_is_refused(ranks: Pool, engine: str) -> None:
-    assert "backward() inside weights()" in str(ranks.error(train_what_is_shown, 2, engine=engine))
+@pytest.mark.parametrize(
+    ("engine", "config"),
+    [
+        *((engine, {}) for engine in ("plain", "ddp", "fsdp2", *flattened.ENGINES, *zero.ENGINES)),
+        ("plain", CLIPPED),
+        ("fsdp2", CLIPPED),
+    ],
+)
+def test_a_backward_pass_of_other_weights_is_refused(ranks: Pool, engine: str, config: dict[str, Any]) -> None:
+    size = 1 if engine == "plain" else 2
+    assert "backward() inside weights()" in str(ranks.error(train_what_is_shown, size, engine=engine, config=config))
+
+
+def train_after_a_refusal(engine: str, refused: bool) -> dict[str, torch.Tensor]:
+    model, twa = cases.attach(engine, RUN)
+    if refused:
+        backward(model, models.loss(model, own_part(0)))  # of a step that is given up
+
+        def train() -> None:
+            with twa.weights("last"):
+                backward(model, models.loss(model, own_part(0)))
+
+        assert "backward() inside weights()" in cases.complaint(train)
+        if engine == "plain":  # without zero_grad the next step refuses what it has
+            assert "backward() inside weights()" in cases.complaint(twa.step)
+        twa.zero_grad()
+    cases.one_step(model, twa, 1)
+    return cases.gathered(model)
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2), ("fsdp1", 2)])
+def test_a_step_after_a_refused_backward_pass(ranks: Pool, engine: str, size: int) -> None:
+    want = ranks(train_after_a_refusal, size, engine=engine, refused=False)[0]
+    for name, value in ranks(train_after_a_refusal, size, engine=engine, refused=True)[0].items():
+        assert torch.equal(value, want[name]), name

@@ -1,6 +1,7 @@
 """`weights(which)` shows what it says and gives back, bit for bit, what was there."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from tests import flattened, models
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
+from twa_scale import TwaError
+from twa_scale.errors import RankError
+from twa_scale.ranks import limit_waiting
 
 N = models.NUM_CANDIDATES
 GROUPS = ["stem", "embed", "embed_mix", "blocks.0", "blocks.1"]  # of `block`, in the order of the model
@@ -136,3 +140,98 @@ def test_an_export_names_the_coefficients_of_what_it_writes(tmp_path: Path) -> N
         w: json.loads((tmp_path / w / "twa_scale.json").read_text())["coefficients"] for w in ("trained", "last")
     }
     assert written == {"trained": twa.coefficients.tolist(), "last": coefficients("last").tolist()}
+
+
+# What goes wrong inside
+
+
+class Alone(Exception):
+    """Raised on one rank only."""
+
+
+def fail_at_the_end(engine: str) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """One rank leaves the block by an error when the others are at its end."""
+    model, twa = cases.attach(engine, Run({}))
+    rank, size = cases.where()
+    cases.one_step(model, twa, 0)
+    before, said = everything(model), ""
+    try:
+        with twa.weights("last"):
+            models.loss(model, models.part(models.batch(77), rank, size))
+            if rank == size - 1:
+                raise Alone("no more disk space for predictions")
+    except (Alone, RuntimeError) as error:
+        said = str(error)
+    after = everything(model)
+    cases.one_step(model, twa, 1)
+    return said, before, after
+
+
+@pytest.mark.parametrize(("engine", "size"), [("fsdp2", 2), ("ddp", 3), ("fsdp1", 2), ("zero3", 2)])
+def test_an_error_at_the_end_of_the_block_is_that_of_all_ranks(ranks: Pool, engine: str, size: int) -> None:
+    for said, before, after in ranks(fail_at_the_end, size, engine=engine):
+        assert "no more disk space for predictions" in said
+        for name, value in before.items():
+            assert torch.equal(after[name], value), name
+
+
+def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
+    """The last rank leaves the block by an error, and the others go on to a forward pass, which waits for it."""
+    model, twa = cases.attach(engine, Run({}))
+    rank, size = cases.where()
+    limit_waiting(4.0)
+    said = ""
+    start = time.perf_counter()
+    try:
+        with twa.weights("last"):
+            if rank == size - 1:
+                raise Alone("cannot decode picture 17")
+            models.loss(model, models.part(models.batch(77), rank, size))
+    except (Alone, RankError) as error:
+        said = f"{type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    uses = {"step": twa.step, "export": lambda: twa.export("never-written"), "zero_grad": twa.zero_grad}
+    refused = [cases.complaint(use) for use in uses.values()]
+    twa.close()
+    return said, refused, seconds
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_an_error_in_the_middle_of_the_block_ends_the_average(ranks: Pool, engine: str) -> None:
+    (waited, *other), (failed, *own) = ranks(fail_in_the_middle, 2, engine=engine)
+    assert failed == "Alone: cannot decode picture 17"
+    assert waited.startswith("RankError: rank 0 waited in vain: rank 1 failed (Alone: cannot decode picture 17)")
+    for refused, seconds in (other, own):
+        assert all("could not restore the trained weights" in text for text in refused) and seconds < 30
+
+
+def show_different() -> tuple[str, bool]:
+    model, twa = cases.attach("fsdp2", Run({}))
+    before = everything(model)
+    which: Any = "last" if cases.where()[0] else [0.7, 0.1, 0.1, 0.1]
+
+    def look() -> None:
+        with twa.weights(which):
+            raise AssertionError
+
+    said = cases.complaint(look)
+    return said, all(torch.equal(value, before[name]) for name, value in everything(model).items())
+
+
+def test_ranks_that_show_different_weights_are_refused(ranks: Pool) -> None:
+    (said, kept), other = ranks(show_different, 2)
+    assert (said, kept) == other and kept and "weights(which): rank 1 has 'last'" in said
+
+
+def test_what_is_refused_inside_or_belongs_to_the_trained_weights() -> None:
+    model, twa = cases.attach("plain", Run({}))
+    cases.one_step(model, twa, 0)
+    state = twa.state_dict()
+    with twa.weights("last"):
+        models.loss(model, models.batch(5))  # moves BatchNorm
+        assert not torch.equal(model.get_buffer(BATCHNORM), state["buffers"][BATCHNORM])
+        assert torch.equal(twa.state_dict()["buffers"][BATCHNORM], state["buffers"][BATCHNORM])
+        for name, use in {"load_state_dict": lambda: twa.load_state_dict(state), "close": twa.close}.items():
+            with pytest.raises(TwaError, match=rf"{name}\(\) inside weights\(\)"):
+                use()
+    cases.one_step(model, twa, 1)

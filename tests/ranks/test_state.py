@@ -147,3 +147,19 @@ def test_the_same_candidates_elsewhere_are_the_same(ranks: Pool, tmp_path: Path)
     options: dict[str, Any] = {"engine": "fsdp2", "config": {}}
     state = ranks(go_on, 2, **options, first=0, last=2, state=None, paths=here)[0][2]
     ranks(go_on, 2, **options, first=2, last=3, state=state, paths=there)
+
+
+def load_different_states() -> tuple[str, bool]:
+    model, twa = cases.attach("fsdp2", Run(CONFIGS["normalized"]))
+    states = [twa.state_dict()]
+    for step in range(2):
+        cases.one_step(model, twa, step)
+        states.append(twa.state_dict())
+    before = twa.coefficients
+    said = cases.complaint(lambda: twa.load_state_dict(states[cases.where()[0]]))
+    return said, torch.equal(twa.coefficients, before)
+
+
+def test_ranks_that_load_different_states_are_refused(ranks: Pool) -> None:
+    first, second = ranks(load_different_states, 2)
+    assert first == second and first[1] and "state: x: rank 1 has another one than rank 0" in first[0]

@@ -38,6 +38,7 @@ ORDER = [
     "weights",
     "lifetime",
     "coefficients",
+    "shown",
     "limits",
     "writer",
     "batchnorm",

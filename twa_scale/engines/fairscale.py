@@ -95,6 +95,10 @@ class _Unit(FlatUnit):
             )
         return gradient.detach().view(-1)
 
+    def leaf(self) -> torch.Tensor:
+        leaf: torch.Tensor = self._parameter
+        return leaf
+
     def forget(self) -> None:
         self._parameter.grad = None
         self._parameter.__dict__.pop("_saved_grad_shard", None)  # from before a pass without sync

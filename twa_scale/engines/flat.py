@@ -4,16 +4,17 @@ FSDP1 and fairscale keep a model this way. A part begins and ends at any element
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from twa_scale.engines.describe import by_first_name, claim, persistent_buffers, release
-from twa_scale.engines.protocol import Consume, Engine, ParameterInfo
+from twa_scale.engines.protocol import Consume, Engine, ParameterInfo, calling
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
@@ -51,6 +52,10 @@ class FlatUnit(ABC):
         Raises:
             EngineError: a gradient that is not reduced yet.
         """
+
+    @abstractmethod
+    def leaf(self) -> torch.Tensor:
+        """Return what autograd accumulates the gradient in."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -140,6 +145,11 @@ class FlatEngine(Engine):
         self._consume = consume
         for unit in self._units:
             unit.watch()
+
+    def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
+        """Call `call` in every backward pass that reaches a flat parameter, or one outside of them."""
+        leaves = [*(unit.leaf() for unit in self._units), *self._rest.parameters()]
+        return calling(call, [leaf for leaf in leaves if leaf.requires_grad])
 
     def drain(self) -> None:
         """Hand over this rank's part of every gradient and free it; average those that nobody has averaged.

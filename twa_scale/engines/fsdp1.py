@@ -142,6 +142,10 @@ class _Unit(FlatUnit):
             )
         return gradient.detach()
 
+    def leaf(self) -> torch.Tensor:
+        leaf: torch.Tensor = self._flat
+        return leaf
+
     def forget(self) -> None:
         self._unreduced = False
         self._flat.__dict__.pop("_saved_grad_shard", None)  # from before a pass without sync

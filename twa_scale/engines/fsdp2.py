@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers, writes
 from twa_scale.engines.mesh import Axis, Grid
-from twa_scale.engines.protocol import Consume, Engine
+from twa_scale.engines.protocol import Consume, Engine, calling
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.engines.units import SettlingUnshard, parameter_groups, require_own_unshard, settling
 from twa_scale.errors import EngineError
@@ -27,8 +28,6 @@ class FSDP2Engine(Engine):
     Parameters that FSDP2 was told to ignore are whole on every rank and nobody averages their gradients: their rows
     of the basis are split over the ranks, and their gradients averaged at the step.
     """
-
-    in_backward = True
 
     def __init__(self, module: nn.Module, replica_group: Group | None = None) -> None:
         self.module = module
@@ -116,7 +115,7 @@ class FSDP2Engine(Engine):
         FSDP2 puts gathered parameters in the place of its own during a forward pass, so only their memory is compared.
         """
         with torch.no_grad():
-            held = {name: p.to_local() for name, p in self._sharded.items() if name in names}
+            held = {name: self._sharded[name].to_local() for name in names if name in self._sharded}
         return {name: writes(local) for name, local in held.items()} | self._whole.changed(names)
 
     def buffers(self) -> dict[str, torch.Tensor]:
@@ -127,7 +126,6 @@ class FSDP2Engine(Engine):
         """Consume the local rows of each gradient right after their reduce-scatter."""
         self._consume = consume
         if self.keeps_gradients:
-            self.in_backward = False
             return
         for name, parameter in self._sharded.items():
             if self.parameters[name].trainable and not self._offloaded(name):
@@ -149,6 +147,12 @@ class FSDP2Engine(Engine):
         span, start, stop = self._owned[name]
         self._consume(span, gradient.to_local().reshape(-1)[start:stop])
         parameter.grad = None
+
+    def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
+        """Call `call` in every backward pass that reaches a parameter: when FSDP2 has reduced it, if it is sharded."""
+        sharded = [cast(torch.Tensor, p) for p in self._sharded.values() if p.requires_grad]
+        whole = [p for p in self._whole.parameters() if p.requires_grad]
+        return calling(call, whole) + [p.register_post_accumulate_grad_hook(lambda _: call()) for p in sharded]
 
     def drain(self) -> None:
         """Average and hand over the gradients of ignored parameters; the hooks have consumed all others.

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from twa_scale.engines.protocol import Consume, Engine, ParameterInfo
 from twa_scale.spans import Span
@@ -51,11 +52,6 @@ class PairsEngine(Engine):
         self.parameters = described(engine.parameters)
         parameters = {name for name, info in engine.parameters.items() if info.dtype.is_complex}
         self.complex_names = frozenset(parameters | {n for n, b in engine.buffers().items() if b.is_complex()})
-
-    @property
-    def in_backward(self) -> bool:  # type: ignore[override]
-        """Whether gradients are handed over while backward runs."""
-        return self._engine.in_backward
 
     @property
     def averages_replicas(self) -> bool:  # type: ignore[override]
@@ -114,6 +110,10 @@ class PairsEngine(Engine):
     def watch(self, consume: Consume) -> None:
         """Hand over gradients, those of complex parameters as pairs."""
         self._engine.watch(lambda span, gradient: consume(self._doubled(span), real(gradient).reshape(-1)))
+
+    def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
+        """Call `call` in every backward pass that reaches a parameter."""
+        return self._engine.on_gradient(call)
 
     def drain(self) -> None:
         """Hand over what is left."""

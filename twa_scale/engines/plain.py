@@ -24,8 +24,6 @@ from twa_scale.spans import Span, whole
 class PlainEngine(Engine):
     """An ordinary module. With several ranks each is a shard group of its own, and they exchange only coefficients."""
 
-    in_backward = True
-
     def __init__(self, module: nn.Module, replica_group: Group) -> None:
         self.module = module
         self._parameters, self.parameters = named_parameters(module)
@@ -60,7 +58,6 @@ class PlainEngine(Engine):
         """Consume each gradient as soon as autograd has accumulated it, so that few exist at a time."""
         self._consume = consume
         if self.keeps_gradients:
-            self.in_backward = False
             return
 
         def take(parameter: torch.Tensor, span: Span) -> None:

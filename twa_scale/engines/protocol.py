@@ -1,12 +1,13 @@
 """What the average needs of whatever shards a model."""
 
 from abc import ABC, ABCMeta, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
@@ -23,6 +24,11 @@ class ParameterInfo:
     trainable: bool
     aliases: tuple[str, ...]
     """Every name it goes by, its own first."""
+
+
+def calling(call: Callable[[], None], leaves: Iterable[torch.Tensor]) -> list[RemovableHandle]:
+    """Call `call` when autograd has a gradient of one of `leaves`, before it is accumulated."""
+    return [leaf.register_hook(lambda _: call()) for leaf in leaves]
 
 
 Consume = Callable[[Span, torch.Tensor], None]
@@ -82,8 +88,6 @@ class Engine(metaclass=_Complete):
     parameters: dict[str, ParameterInfo]
     """By name without wrappers, in the model's order."""
     loss_scale: LossScale | None = None
-    in_backward: bool = False
-    """Whether gradients are handed over while backward runs, and only then."""
     keeps_gradients: bool = False
     """Set before `watch`: whether each gradient is handed over once a step, in `drain`, summed over backward passes."""
     averages_replicas: bool = False
@@ -154,6 +158,15 @@ class Engine(metaclass=_Complete):
     @abstractmethod
     def watch(self, consume: Consume) -> None:
         """From now on hand every gradient of a local span to `consume`, as soon as it is final, and free it."""
+
+    def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
+        """Call `call` in every backward pass that reaches a parameter, as soon as it does on this rank.
+
+        Returns:
+            What stops it.
+        """
+        leaves = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return calling(call, leaves)
 
     @abstractmethod
     def drain(self) -> None:

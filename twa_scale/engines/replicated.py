@@ -48,6 +48,10 @@ class ReplicatedParameters:
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
 
+    def parameters(self) -> Collection[torch.Tensor]:
+        """Return the parameters."""
+        return self._parameters.values()
+
     def spans(self) -> list[Span]:
         """Return this rank's part of every parameter; parts of small parameters are empty on the last ranks."""
         return [Span(name, *self._part(name, self._group.rank)) for name in self._parameters]
@@ -58,7 +62,7 @@ class ReplicatedParameters:
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return address and version of these parameters' memory, as far as they are here."""
-        return {name: writes(parameter) for name, parameter in self._parameters.items() if name in names}
+        return {name: writes(self._parameters[name]) for name in names if name in self._parameters}
 
     def consume(self, consume: Consume, *, averaged: bool) -> None:
         """Hand over this rank's part of every gradient and free it; average over the group first unless `averaged`."""

@@ -2,14 +2,16 @@
 
 from twa_scale.ranks.comm import Group
 from twa_scale.ranks.ending import Ended, end, ended_by_signals
+from twa_scale.ranks.leaving import Departures
 from twa_scale.ranks.pods import Pods
-from twa_scale.ranks.presence import last_words
+from twa_scale.ranks.presence import is_broken, last_words, waiting
 from twa_scale.ranks.reduction import Reduction
 from twa_scale.ranks.same import Difference, first_difference, require_same_settings
 from twa_scale.ranks.timeouts import limit_waiting
 from twa_scale.ranks.world import World
 
 __all__ = [
+    "Departures",
     "Difference",
     "Ended",
     "Group",
@@ -19,7 +21,9 @@ __all__ = [
     "end",
     "ended_by_signals",
     "first_difference",
+    "is_broken",
     "last_words",
     "limit_waiting",
     "require_same_settings",
+    "waiting",
 ]

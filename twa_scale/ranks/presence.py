@@ -15,6 +15,7 @@ from twa_scale.errors import RankError
 
 _BEATS = 20  # signs of life within a time-out
 _FASTEST, _SLOWEST = 0.2, 5.0  # seconds between two of them
+_BROKEN = ("gloo", "NCCL", "caused pair closure")  # what such an error says, of which some have no type of their own
 _PATIENCE = 5.0  # seconds that ranks without signs of life have, to say that they wait too
 
 
@@ -30,7 +31,7 @@ class Presence:
         self._thread = threading.Thread(target=self._run, name="twa-scale-presence", daemon=True)
 
     def __enter__(self) -> None:
-        self._store = _own_store()
+        self._store = own_store()
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -78,9 +79,9 @@ def waiting(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 def is_broken(error: BaseException) -> bool:
     """Return whether an error says that ranks do not reach each other. Gloo raises no type of its own."""
-    if isinstance(error, dist.DistError):
+    if isinstance(error, dist.DistError | RankError):
         return True
-    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in _BROKEN)
 
 
 def _explained(error: RuntimeError, group: dist.ProcessGroup | None) -> str:
@@ -97,7 +98,7 @@ def _explained(error: RuntimeError, group: dist.ProcessGroup | None) -> str:
 
 
 def _found(others: Sequence[int]) -> str:
-    store = _own_store()
+    store = own_store()
     if store is None:
         return "some of the other ranks did not come"
     with suppress(Exception):
@@ -141,7 +142,7 @@ def _say(what: str, text: str) -> None:
 
     def set_() -> None:
         with suppress(Exception):
-            store = _own_store()
+            store = own_store()
             if store is not None:
                 store.set(_key(what, dist.get_rank()), text)
 
@@ -159,7 +160,7 @@ def _key(what: str, rank: int) -> str:
     return f"twa-scale/{what}/{rank}"
 
 
-def _own_store() -> Any:
+def own_store() -> Any:
     """Return a connection of its own to the store of the process group, or None; torch has no public name for it."""
     find = getattr(dist.distributed_c10d, "_get_default_store", None)
     store: Any = find() if find is not None else None

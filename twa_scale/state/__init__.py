@@ -2,8 +2,9 @@
 
 from twa_scale.state.file import PREVIOUS, STATE, load_state, save_state
 from twa_scale.state.fingerprint import Fingerprint, fingerprint_of
+from twa_scale.state.form import StateForm
 from twa_scale.state.schema import VERSION, AverageState, KeptState, RunState, checked
-from twa_scale.state.settings import require_same_settings, require_same_shapes
+from twa_scale.state.settings import require_same_settings, require_same_shapes, require_same_state
 
 __all__ = [
     "PREVIOUS",
@@ -13,10 +14,12 @@ __all__ = [
     "Fingerprint",
     "KeptState",
     "RunState",
+    "StateForm",
     "checked",
     "fingerprint_of",
     "load_state",
     "require_same_settings",
     "require_same_shapes",
+    "require_same_state",
     "save_state",
 ]

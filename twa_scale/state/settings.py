@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from twa_scale.errors import StateError
+from twa_scale.ranks import Group, first_difference
+from twa_scale.state.schema import AverageState
 
 # Settings under which saved coefficients and moments keep their meaning; the store and the start are free to change.
 _MEANING = (
@@ -49,3 +51,26 @@ def require_same_shapes(live: Mapping[str, torch.Tensor], saved: Mapping[str, to
                 f"state: buffers: {name!r} has shape {tuple(value.shape)} in the state, and {shape} in the model. "
                 "Give the state of this model, or start a new run."
             )
+
+
+def require_same_state(group: Group, state: AverageState) -> None:
+    """Refuse states that differ between ranks, whose coefficients would part. Collective.
+
+    Raises:
+        StateError: on every rank.
+    """
+    other = first_difference(group, {"x": _plain(state.x), "optimizer": _plain(state.optimizer)})
+    with group.agree():
+        if other:
+            raise StateError(
+                f"state: {other.key}: {other.where} has another one than {other.where_first}; give all ranks the same."
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value whose text holds all numbers of its tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
