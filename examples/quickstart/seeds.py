@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
-This page is written by `make results`, which runs the story of `make quickstart` once for each seed ({seeds}): another
+This page is written by `make results`, which runs the steps of `make quickstart` once for each seed ({seeds}): another
 order of the training data and other random starting weights each time. Figures are the mean over the seeds and, in
 brackets, the lowest and the highest.
 
@@ -23,22 +23,22 @@ Machine: {machine}{remark}. Date: {date}.
 
 A byte-level GPT of {parameters:,} parameters is trained for {steps} steps on the sources of Python's own library at a
 constant rate. Its last {candidates} candidates, {every} steps apart, are averaged. Losses are on test files that
-nothing has seen. Chosen on validation files were the decay of the EMA, and which of steps 0, 10 and 20 of TWA is
+were not used before. Chosen on validation files were the decay of the EMA, and which of steps 0, 10 and 20 of TWA is
 exported.
 
 {quality}
 
-`optimizer steps` counts every forward and backward pass over a batch of 32 sequences that a method needs, those of the
-run that made the candidates included. The decayed run branches off at 80 % of its steps and ends with the same number
-as training and TWA together; in a real project the branch is paid for on top, unless its end was known before.
-Evaluations on validation files, and the choice of the EMA's decay on them, are not counted.
+`optimizer steps` counts every forward and backward pass over a batch of 32 sequences that a method needs, including
+those of the run that made the candidates. The decayed run branches off at 80 % of its steps and ends with the same
+number as training and TWA together; in a real project the branch is an additional cost, unless its end was known
+before. Evaluations on validation files, and the choice of the EMA's decay on them, are not counted.
 
 {reading}
 
 ## What a step costs
 
 Rank 0 of two FSDP2 ranks on CPU, one thread each: seconds of a step, and bytes moved in memory. At this size the
-overhead of a call outweighs the bytes; the model is small so that the story fits into minutes.
+overhead of a call outweighs the bytes; the model is small so that the example takes minutes.
 
 {cost}
 
@@ -106,7 +106,7 @@ def reading(rows: list[list[dict[str, float]]]) -> str:
     apart = max(abs(a - b) for a, b in zip(exact, packed, strict=True))
     return (
         f"Of {len(rows)} seeds, TWA-t had a lower test loss {', '.join(sentences)}. Deltas of 4 bits "
-        f"moved its loss by at most {apart:.4f}; its own seeds lie {max(exact) - min(exact):.4f} apart."
+        f"moved its loss by at most {apart:.4f}; its own seeds differ by {max(exact) - min(exact):.4f}."
     )
 
 
