@@ -15,7 +15,7 @@ export NO_MKDOCS_2_WARNING := 1
 # Hundreds of processes that the tests start would each compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart soup scale-run results test test-slow test-all test-chaos test-gpu check docs release clean
+.PHONY: help setup quickstart soup scale-run results test test-slow test-all test-chaos gpu-wheels test-gpu check docs release clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -61,8 +61,12 @@ test-all: setup $(SENTENCES) ## Run every test that needs no GPU.
 test-chaos: setup ## Damage, kills and full disks at random places; CHAOS_SEED=n for other places.
 	$(BIN)/pytest -m chaos -s tests/chaos
 
-test-gpu: setup ## Run the tests that need a GPU.
-	$(BIN)/pytest -m gpu
+gpu-wheels: setup ## Collect in .gpu/ what a GPU machine without a network lacks.
+	$(BIN)/python tests/gpu/wheels.py collect .gpu
+
+# No `setup`: the machine may have no network. Its own Python is taken, which has torch and Triton.
+test-gpu: ## Measure and test on a GPU, in eight minutes; prints a table for docs/performance.md.
+	PYTHON=$(PYTHON) bash tests/gpu/run.sh
 
 check: setup ## Format, lint, types, generated pages, documentation links.
 	$(BIN)/ruff format --check .

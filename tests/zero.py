@@ -1,4 +1,4 @@
-"""DeepSpeed engines for tests: ZeRO-1, 2 and 3 on CPU, in whatever process group the pool has made."""
+"""DeepSpeed engines for tests: ZeRO-1, 2 and 3, in whatever process group the pool has made."""
 
 import os
 from collections.abc import Mapping
@@ -30,7 +30,9 @@ def wrap(
 ) -> Any:
     """Hand `model` to a DeepSpeedEngine; `settings` and `zero` (of `zero_optimization`) are added to its JSON."""
     # What launchers set, and DeepSpeed asks for now and then.
-    os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "DS_ACCELERATOR": "cpu"}
+    device = next(model.parameters()).device
+    local_rank = dist.get_rank() if device.index is None else device.index
+    os.environ |= {"LOCAL_RANK": str(local_rank), "DS_ACCELERATOR": device.type}
     import deepspeed
 
     forget_groups()

@@ -216,7 +216,7 @@ class TritonKernels(TorchKernels):
         shape = DENSE if isinstance(rows, Dense) else PROJECT[rows.bits]
         partial = gradient.new_empty(-(-rows.count // shape.tiles), rows.n, dtype=torch.float32)
         with torch.cuda.device_of(gradient):  # Triton launches on the current device, torch on that of the tensors
-            for first, count, full in _launches(rows, shape.tiles):
+            for first, count, full in launches(rows, shape.tiles):
                 how = {"TILES": shape.tiles, "ROWS": shape.rows, "FULL": full, "num_warps": 1}
                 if isinstance(rows, Dense):
                     data = (rows.values, gradient, partial, rows.n, rows.m, first)
@@ -236,7 +236,7 @@ class TritonKernels(TorchKernels):
         weights = weights.to(torch.float32).contiguous()
         shape = DENSE if isinstance(rows, Dense) else COMBINE[rows.bits]
         with torch.cuda.device_of(out):
-            for first, count, full in _launches(rows, shape.tiles):
+            for first, count, full in launches(rows, shape.tiles):
                 how = {"TILES": shape.tiles, "ROWS": shape.rows, "FULL": full, "num_warps": 1}
                 if isinstance(rows, Dense):
                     data = (rows.values, weights, base, scale, out, rows.n, rows.m, first)
@@ -247,7 +247,7 @@ class TritonKernels(TorchKernels):
                     _combine_packed[(count,)](*packed, BITS=rows.bits, BLOCK=rows.block, **how)
 
 
-def _launches(rows: Dense | Packed, tiles: int) -> Iterator[tuple[int, int, bool]]:
+def launches(rows: Dense | Packed, tiles: int) -> Iterator[tuple[int, int, bool]]:
     """Yield the first program of a launch, their number, and whether all of their tiles are full."""
     lead = rows.lead if isinstance(rows, Packed) else 0
     programs = -(-rows.count // tiles)

@@ -1,0 +1,65 @@
+"""Peak memory of a run against what `plan` said, of the device and of the host."""
+
+from collections.abc import Iterator
+
+import torch
+from safetensors.torch import save_file
+
+from tests.gpu.stages.setup import Row, Setup, gigabytes
+from twa_scale.config import RunConfig, validated
+from twa_scale.memory import peak_resident
+from twa_scale.planning import make_plan
+from twa_scale.tasks.gpt import ByteGPT
+from twa_scale.training import run as train
+
+N, WITHIN = 4, 0.1
+LIBRARIES = "python and libraries"
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    sizes = {"n_layer": 2, "n_head": 2, "d_model": 32}
+    if not setup.tiny:
+        sizes = {"n_layer": 12, "n_head": 16, "d_model": 1024}
+    write_candidates(setup, sizes)
+    for store_device in ("auto", "cpu"):
+        config = settings(setup, sizes, store_device)
+        plan = make_plan(config, 1)
+        libraries = plan.memory[LIBRARIES]
+        if setup.cuda:
+            torch.cuda.reset_peak_memory_stats(setup.device)
+        train(config)
+        device = torch.cuda.max_memory_allocated(setup.device) if setup.cuda else 0
+        planned = plan.peak - libraries if setup.cuda else 0
+        host, planned_host = peak_resident(), sum(plan.host.values()) + (libraries if setup.cuda else plan.peak)
+        measured = f"device {gigabytes(device)}, host {gigabytes(host)}"
+        expected = f"device {gigabytes(planned)}, host {gigabytes(planned_host)} (without what CUDA takes there)"
+        ok = abs(device / planned - 1) <= WITHIN if setup.cuda else None
+        yield Row(f"peak memory, store_device: {store_device}", measured, expected, ok)
+
+
+def write_candidates(setup: Setup, sizes: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    with setup.device:
+        base = ByteGPT(context=256, **sizes).state_dict()
+    for i in range(N):
+        folder = setup.scratch / "candidates" / f"step-{i}"
+        folder.mkdir(parents=True)
+        values = {name: (value + 2e-3 * torch.randn_like(value)).cpu() for name, value in base.items()}
+        save_file(values, folder / "model.safetensors")
+
+
+def settings(setup: Setup, sizes: dict[str, int], store_device: str) -> RunConfig:
+    fields = {
+        "candidates": str(setup.scratch / "candidates" / "step-*"),
+        "output": str(setup.scratch / f"run-{store_device}"),
+        "task": {"name": "causal_lm", "model": {"byte_gpt": sizes}, "text": "stdlib", "context": 256},
+        "device": setup.device.type,
+        "store": "packed4",
+        "store_device": store_device,
+        "groups": "block",
+        "steps": 2,
+        "batch_size": setup.size(32, 2),
+        "evaluate_batches": 1,
+        "compare": False,
+    }
+    return validated(RunConfig, fields, "the memory stage")

@@ -1,0 +1,121 @@
+"""Whether work beside the model hides behind it: `store_device: cpu` and `combine: forward`, by time and by trace."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import twa_scale
+from tests.gpu.stages.alone import alone
+from tests.gpu.stages.setup import Row, Setup, milliseconds
+from tests.gpu.stages.synthetic import synthetic
+from tests.gpu.stages.waits import build
+
+BLOCKS, N = 8, 8
+Times = list[tuple[float, float]]
+"""Start and end, microseconds."""
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    width, tokens = setup.size(2048, 64), setup.size(1 << 14, 8)
+    x = torch.randn(tokens, width, device=setup.device)
+    with alone(setup):
+        model = build(setup.device, width, BLOCKS, sharded=True)
+
+        def without() -> None:
+            for _ in range(2):
+                model(x).square().mean().backward()
+                model.zero_grad()
+
+        nothing = setup.seconds(without)
+        yield Row("forward and backward, twice", milliseconds(nothing))
+        taken: dict[str, float] = {}
+        for device in ("auto", "cpu"):
+            for combine in ("step", "forward"):
+                model = build(setup.device, width, BLOCKS, sharded=True)
+                config = {"store": "packed4", "store_device": device, "combine": combine}
+                with synthetic(model, N) as candidates:
+                    twa = twa_scale.attach(model, candidates, config)
+                step = stepping(model, twa, x)
+                what = f"store_device: {device}, combine: {combine}"
+                taken[what] = setup.seconds(step)
+                trace = beside(kernels(setup, step))
+                twa.close()
+                ok = None
+                if combine == "forward" and setup.cuda:
+                    ok = taken[what] <= 1.02 * taken[f"store_device: {device}, combine: step"]
+                more = f"{taken[what] / nothing - 1:+.1%} of forward and backward"
+                yield Row(what, f"{milliseconds(taken[what])}, {more}; {trace}", "forward no slower than step", ok)
+
+
+def stepping(model: nn.Module, twa: twa_scale.TrainableAverage, x: Tensor) -> Callable[[], None]:
+    """Return two steps: what the first leaves to the next forward pass is part of it."""
+
+    def step() -> None:
+        for _ in range(2):
+            model(x).square().mean().backward()
+            twa.step()
+            twa.zero_grad()
+
+    return step
+
+
+def kernels(setup: Setup, work: Callable[[], object]) -> dict[Any, Times]:
+    """Return when kernels and copies ran, by stream."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setup.cuda else [])]
+    with profile(activities=activities) as profiled:
+        work()
+        setup.wait()
+    with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    found: dict[Any, Times] = {}
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            times = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+            found.setdefault(event["args"].get("stream"), []).append(times)
+    return found
+
+
+def beside(streams: dict[Any, Times]) -> str:
+    """Say how long the busiest stream ran and paused, and how much of the others' time it was running."""
+    if not streams:
+        return "no kernels in the trace"
+    busy = {stream: merged(times) for stream, times in streams.items()}
+    main = max(busy, key=lambda stream: length(busy[stream]))
+    others = merged([times for stream, found in busy.items() if stream != main for times in found])
+    pause = busy[main][-1][1] - busy[main][0][0] - length(busy[main])
+    hidden = length(intersection(busy[main], others)) / length(others) if others else 0.0
+    return (
+        f"the model's stream ran {length(busy[main]) / 1e3:.2f} ms and paused {pause / 1e3:.2f}; others ran "
+        f"{length(others) / 1e3:.2f} ms, {hidden:.0%} of it beside the model"
+    )
+
+
+def merged(times: Sequence[tuple[float, float]]) -> Times:
+    """Return the same moments without overlaps."""
+    ordered = sorted(times)
+    ends = list(accumulate((end for _, end in ordered), max))
+    found: Times = []
+    for (start, _), end in zip(ordered, ends, strict=True):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], end
+        else:
+            found.append((start, end))
+    return found
+
+
+def intersection(one: Times, other: Times) -> Times:
+    cut = ((max(a, c), min(b, d)) for a, b in one for c, d in other)
+    return [(start, end) for start, end in cut if start < end]
+
+
+def length(times: Times) -> float:
+    return sum(end - start for start, end in times)

@@ -1,0 +1,82 @@
+"""Where a stage runs, how large, and what it returns."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was measured, and what it is held against."""
+
+    what: str
+    measured: str
+    expected: str = ""
+    ok: bool | None = None
+    """Whether it is as expected; None where nothing says what to expect."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how large."""
+
+    device: torch.device
+    tiny: bool
+    """Run all code on small data, so that a typing error is found without a GPU."""
+    scratch: Path
+    """A folder of this stage on a local disk."""
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def backend(self) -> str:
+        return "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+
+    def size(self, full: int, tiny: int) -> int:
+        return tiny if self.tiny else full
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, work: Callable[[], object], times: int = 10) -> float:
+        """Return the median of several calls; two calls before compile, and touch memory."""
+        found: list[float] = []
+        for _ in range(2 + self.size(times, 1)):
+            self.wait()
+            start = time.perf_counter()
+            work()
+            self.wait()
+            found.append(time.perf_counter() - start)
+        return sorted(found[2:])[len(found[2:]) // 2]
+
+    def device_seconds(self, work: Callable[[], object], times: int = 10) -> float:
+        """Return the median by events of the GPU, which leave out what the host takes to launch the first kernel."""
+        if not self.cuda:
+            return self.seconds(work, times)
+        events = []
+        for _ in range(2 + times):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            work()
+            last.record()
+            events.append((first, last))
+        self.wait()
+        found = sorted(first.elapsed_time(last) / 1e3 for first, last in events[2:])
+        return found[len(found) // 2]
+
+
+Stage = Callable[[Setup], Iterator[Row]]
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB"

@@ -1,0 +1,62 @@
+"""Candidates of any size in no time: attach gives the store random deltas, made on its device, and reads nothing."""
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.gpu.stages.rows import randomize, repeat
+from twa_scale.kernels import Dense, Packed, Target
+from twa_scale.spans import Span
+
+BASE, DELTA = 0.02, 1e-3
+"""Standard deviations of a weight, and about that of a delta."""
+
+
+def _ones(part: Tensor) -> Tensor:
+    return part.fill_(1.0)
+
+
+def _normal(part: Tensor) -> Tensor:
+    return part.normal_(std=BASE)
+
+
+class SyntheticStream:
+    """Stands in for the stream that reads candidates."""
+
+    def __init__(self, candidates: Sequence[Any], *_: object, **__: object) -> None:
+        self._n = len(candidates)
+        self.checksums: dict[str, Tensor] = {}
+        self.differing: dict[str, int] = {}
+
+    def make_deltas(self, targets: Mapping[Span, Target], weights: Sequence[float]) -> None:
+        for span, target in targets.items():
+            assert isinstance(target.rows, Dense | Packed) and target.center is not None
+            randomize(target.rows)
+            if isinstance(target.rows, Packed):
+                target.rows.scales.mul_(DELTA / (1 << (target.rows.bits - 1)))
+            else:
+                target.rows.values.mul_(DELTA)
+            repeat(target.center, _ones if span.name.endswith("norm.weight") else _normal)
+            if target.products is not None:
+                squares = torch.full((self._n + 1,), len(span) * DELTA**2, dtype=torch.float64)
+                target.products.add_((squares.diag() if target.products.ndim == 2 else squares).to(target.products))
+            self.checksums[span.name] = torch.randint(1 << 40, (self._n,))
+
+    def copies(self, spans: Mapping[Span, int]) -> Iterator[Any]:
+        yield from ()
+
+    def check(self, jobs: object) -> None:
+        """Read nothing."""
+
+
+@contextmanager
+def synthetic(model: nn.Module, n: int) -> Iterator[list[dict[str, Tensor]]]:
+    """Have `attach` make its deltas up; returns candidates whose tensors share one number each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("twa_scale.attach"), "Stream", SyntheticStream)
+        yield [{name: torch.zeros(1).expand(p.shape) for name, p in model.named_parameters()} for _ in range(n)]

@@ -1,0 +1,61 @@
+"""The same with two processes on one card: over NCCL where it lets them, else over gloo with tensors on the GPU."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.gpu.stages.setup import Row, Setup
+from tests.gpu.stages.sharded import compared, reference
+
+RANKS = 2
+TIMEOUT = timedelta(seconds=30)
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    folder = Path(mkdtemp(dir=setup.scratch))
+    mp.start_processes(rank_of, (str(setup.device), str(folder)), RANKS, start_method="spawn")
+    for line in (folder / "rows").read_text().splitlines():
+        yield Row(**json.loads(line))
+
+
+def rank_of(rank: int, device_name: str, folder_name: str) -> None:
+    """Do what one rank does. The first writes rows as it finds them."""
+    torch.set_num_threads(1)
+    device, folder = torch.device(device_name), Path(folder_name)
+    want = reference(folder)
+    backend, why = connected(rank, device, folder)
+    rows = [Row("backend of two ranks on one device", backend, why)]
+    with (folder / "rows").open("a") if rank == 0 else open("/dev/null", "a") as file:  # noqa: PTH123
+        for row in (*rows, *compared(device, folder, want)):
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+    dist.destroy_process_group()
+
+
+def connected(rank: int, device: torch.device, folder: Path) -> tuple[str, str]:
+    """Make the process group, and return its backend and why it is not NCCL."""
+
+    def join(backend: str) -> None:
+        store = dist.FileStore(str(folder / backend.replace(":", "-")), RANKS)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=RANKS, timeout=TIMEOUT)
+
+    if device.type == "cpu":
+        join("gloo")
+        return "gloo", "no GPU"
+    torch.cuda.set_device(device)
+    join("cpu:gloo,cuda:nccl")
+    try:
+        dist.all_reduce(torch.ones(1, device=device))
+        torch.cuda.synchronize()
+        return "nccl", ""
+    except dist.DistBackendError as error:
+        dist.destroy_process_group()
+        join("gloo")
+        return "gloo", str(error).strip().splitlines()[-1][:150]

@@ -1,0 +1,130 @@
+"""What runs on a GPU machine for a few minutes starts and ends here, too: without a GPU, and on small data on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import launches
+from tests.gpu.stages import __main__
+from tests.gpu.stages.__main__ import SKIPPED, STAGES
+from tests.gpu.stages.overlap import beside, intersection, length, merged
+from tests.simulated import CUDA, Simulated, simulated
+from twa_scale.kernels import Packed, fused
+from twa_scale.store.products import products
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+FAIRSCALE = ("sharded", "two-ranks")
+"""Stages with a library that does not run on a CPU."""
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((out / "results.json").read_text())
+    return rows
+
+
+@pytest.mark.slow
+def test_the_script(tmp_path: Path) -> None:
+    """A stage is a process of its own; the table is printed at the end."""
+    environment = {**WITHOUT_GPU, "OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", "tests/gpu/run.sh", "kernels"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert [(row["stage"], row["what"]) for row in results(tmp_path)] == [("kernels", SKIPPED)]
+    assert (tmp_path / "table.md").read_text() in ended.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "table.md", "log.txt"}
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    monkeypatch.setattr(sys, "argv", ["", "--out", str(out), *arguments])
+    status = __main__.main()
+    __main__.write_table(out)
+    return status, results(out)
+
+
+def test_every_stage_is_skipped_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, found = run_here(monkeypatch, tmp_path)
+    assert status == 0 and [(row["stage"], row["what"]) for row in found] == [(name, SKIPPED) for name in STAGES]
+    assert f"| waits | {SKIPPED} |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_stage_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STAGES, "kernels", (1, "machine.is_not_there"))
+    status, found = run_here(monkeypatch, tmp_path, "--tiny", "--device", "cpu", "kernels", "machine")
+    assert status == 1 and [row["stage"] for row in found] == ["kernels", "machine", "machine"]
+    assert found[0]["ok"] is False and "AttributeError" in found[0]["measured"]
+
+
+@pytest.mark.slow
+def test_all_stages_on_small_data(tmp_path: Path) -> None:
+    """In one process, and nothing is unlike what is expected but for what a CPU cannot do."""
+    command = [sys.executable, "-m", "tests.gpu.stages", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    subprocess.run([*command, "--table"], cwd=ROOT, env=WITHOUT_GPU, check=True, stdout=subprocess.DEVNULL)
+    found = results(tmp_path)
+    assert {row["stage"] for row in found} == set(STAGES)
+    wrong = [row for row in found if row["ok"] is False]
+    assert {row["stage"] for row in wrong} <= {*FAIRSCALE, "update"}
+    assert all(row["what"].startswith("fairscale") for row in wrong if row["stage"] in FAIRSCALE)
+
+
+def test_times_of_streams() -> None:
+    one = merged([(5, 9), (0, 2), (1, 3), (9, 10)])
+    assert one == [(0, 3), (5, 10)] and length(one) == 8
+    assert intersection(one, [(2, 6)]) == [(2, 3), (5, 6)]
+    said = beside({7: [(0, 4000), (6000, 10_000)], 9: [(3000, 5000)]})
+    assert said == "the model's stream ran 8.00 ms and paused 2.00; others ran 2.00 ms, 50% of it beside the model"
+    assert beside({}) == "no kernels in the trace"
+
+
+class Launched:
+    """Stands in for a Triton kernel."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __getitem__(self, grid: object) -> "Launched":
+        return self
+
+    def __call__(self, *args: object, **options: object) -> None:
+        self.times += 1
+
+
+@pytest.mark.parametrize(("start", "elements"), [(0, 4096), (0, 5000), (37, 5000), (37, 20), (0, 1)])
+def test_launches_are_what_is_counted(monkeypatch: pytest.MonkeyPatch, start: int, elements: int) -> None:
+    kernels = {name: Launched() for name in ("_project_packed", "_combine_packed")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(fused, name, kernel)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    with simulated() as device:
+        rows = Packed.empty(launches.CANDIDATES, elements, start, launches.BITS, CUDA)
+        gradient, out = _vector(device, elements), _vector(device, elements)
+        weights, sums = _vector(device, launches.CANDIDATES), _vector(device, launches.CANDIDATES + 1).double()
+        triton = fused.TritonKernels()
+        device.launches.clear()
+        sums += products(triton, rows, None, gradient)
+        project = kernels["_project_packed"].times + sum(device.launches.values())
+        device.launches.clear()
+        triton.combine(rows, weights, gradient, 1.0, out)
+        combine = kernels["_combine_packed"].times + sum(device.launches.values())
+    assert launches.count([(start, elements)]) == (project, combine)
+
+
+def _vector(device: Simulated, elements: int) -> torch.Tensor:
+    return device.far(torch.ones(elements))
+
+
+def test_spans_of_all_ranks_tile_the_70b_model() -> None:
+    total = sum(torch.Size(shape).numel() for shape in launches.LLAMA_70B)
+    for engine in launches.ENGINES:
+        owned = [launches.spans(engine, rank) for rank in range(launches.RANKS)]
+        assert sum(size for spans in owned for _, size in spans) == total, engine
