@@ -79,19 +79,19 @@ def count(owned: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def main() -> None:
+def table() -> Iterator[str]:
+    """Yield the lines of a table of all engines."""
     parameters = sum(map(prod, LLAMA_70B))
     step = 6 * parameters * TOKENS / FLOPS
-    print(f"{parameters / 1e9:.1f} G parameters, a step of {TOKENS} tokens a rank: {step:.1f} s")
-    print("| engine | tensors of a rank | launches of project | of combine | gaps | of a step |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    yield "| engine | tensors of a rank | launches of project | of combine | gaps | of a step |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     for engine in ENGINES:
         owned = spans(engine)
         project, combine = count(owned)
         gaps = GAP * (project + combine)
         numbers = f"{sum(1 for _, size in owned if size)} | {project:,} | {combine:,}"
-        print(f"| {engine} | {numbers} | {1e3 * gaps:.1f} ms | {gaps / step:.2%} |")
+        yield f"| {engine} | {numbers} | {1e3 * gaps:.1f} ms | {gaps / step:.2%} |"
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(table()))

@@ -128,3 +128,9 @@ def test_spans_of_all_ranks_tile_the_70b_model() -> None:
     for engine in launches.ENGINES:
         owned = [launches.spans(engine, rank) for rank in range(launches.RANKS)]
         assert sum(size for spans in owned for _, size in spans) == total, engine
+
+
+def test_docs_have_the_stages_and_the_launches() -> None:
+    page = (ROOT / "docs/gpu.md").read_text()
+    assert "\n".join(launches.table()) in page
+    assert [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")] == list(STAGES)

@@ -40,7 +40,7 @@ def seven_billion(setup: Setup) -> Iterator[Row]:
     if where == "cpu" and store > 0.9 * free_memory():
         yield Row("Llama 7 B", f"skipped: a store of {gigabytes(store)} fits neither the GPU nor host memory")
         return
-    settings = {"store": "packed4", "store_device": where, "combine": "step"}
+    settings = {"store": "packed4", "store_device": where}
     yield from _measured(setup, "7 B", sizes, torch.bfloat16, 1, settings)
     yield _ordinary(setup, "7 B", sizes, torch.bfloat16, 1)
 
@@ -62,7 +62,7 @@ def _measured(
     what = f"Llama {name}, average of {N}, {', '.join(f'{key}: {value}' for key, value in settings.items())}"
     model = build(sizes, dtype, setup.device)
     with synthetic(model, N) as candidates:
-        twa = twa_scale.attach(model, candidates, settings)
+        twa = twa_scale.attach(model, candidates, {"coding": "center", **settings})
 
     def step() -> None:
         twa.step()

@@ -39,7 +39,7 @@ def run(setup: Setup) -> Iterator[Row]:
         for device in ("auto", "cpu"):
             for combine in ("step", "forward"):
                 model = build(setup.device, width, BLOCKS, sharded=True)
-                config = {"store": "packed4", "store_device": device, "combine": combine}
+                config = {"store": "packed4", "store_device": device, "combine": combine, "coding": "center"}
                 with synthetic(model, N) as candidates:
                     twa = twa_scale.attach(model, candidates, config)
                 step = stepping(model, twa, x)

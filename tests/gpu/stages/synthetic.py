@@ -45,6 +45,8 @@ class SyntheticStream:
             if target.products is not None:
                 squares = torch.full((self._n + 1,), len(span) * DELTA**2, dtype=torch.float64)
                 target.products.add_((squares.diag() if target.products.ndim == 2 else squares).to(target.products))
+            if target.errors is not None:
+                target.errors.add_(0.01 * len(span) * DELTA**2)
             self.checksums[span.name] = torch.randint(1 << 40, (self._n,))
 
     def copies(self, spans: Mapping[Span, int]) -> Iterator[Any]:
