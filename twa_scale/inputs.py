@@ -102,7 +102,7 @@ def named_errors(error: type[TwaError] = CandidateError) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise error(f"{problem.filename}: cannot be read: {problem.strerror}.") from problem
+        raise error(f"{problem.filename or 'a file'}: cannot be read: {problem.strerror}.") from problem
 
 
 def integers(value: Any) -> tuple[int, ...]:

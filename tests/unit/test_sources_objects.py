@@ -183,6 +183,12 @@ def test_an_array_among_the_weights_is_said(tmp_path: Path) -> None:
     assert holds(candidate, weights()) and len(said) == 1 and "'mean' among the weights" in said[0]
 
 
+def test_an_array_in_a_state_dict_is_said() -> None:
+    candidate, said = opened(weights() | {"mean": np.ones(3), "best": np.float32(1)})
+    assert holds(candidate, weights()) and len(said) == 1 and "'mean' among the weights" in said[0]
+    assert "'w' (numpy.ndarray)" in refused({"w": np.ones(3)})
+
+
 def test_an_optimizer_among_the_weights_is_left_out(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pt", weights() | {"optimizer": HARMLESS["an optimizer"]})
     candidate, said = opened(path)

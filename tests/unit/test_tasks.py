@@ -582,6 +582,10 @@ def test_token_files_that_cannot_be_read(tmp_path: Path, content: bytes) -> None
         ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": "fine"\n', ["a.jsonl, line 2", "not JSON"]),
         ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": "fine"}\n', ["a.jsonl, line 2", "'label'"]),
         ("a.jsonl", "[1, 2]\n", ["line 1", "list"]),
+        ("a.csv", "text,label\nfine,1\nfine,\n", ["a.csv: example 2: '' is no label"]),
+        ("a.jsonl", '{"text": "fine", "label": NaN}\n', ["example 1: nan is no label"]),
+        ("a.jsonl", '{"text": "fine", "label": [1]}\n', ["example 1: [1] is no label"]),
+        ("a.jsonl", '{"text": ["fine"], "label": 1}\n', ["example 1: ['fine'] is no text"]),
         ("a.csv", b"text,label\n\xff\xfe,1\n", ["a.csv", "cannot be read"]),
     ],
 )

@@ -1,5 +1,6 @@
 """Candidates that are state dicts in memory."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from twa_scale.errors import CandidateError
 from twa_scale.sources.entries import flattened
 from twa_scale.sources.flat import copy_flat
 from twa_scale.sources.unwrapped import unwrapped
-from twa_scale.sources.weights_key import WeightsKey
+from twa_scale.sources.weights_key import Object, WeightsKey
 
 
 class MemoryCandidate:
@@ -25,11 +26,14 @@ class MemoryCandidate:
         keys: WeightsKey | None = None,
     ) -> None:
         try:
-            entries = flattened(state_dict, lambda value: isinstance(value, torch.Tensor))
+            entries = flattened(state_dict, lambda value: isinstance(value, torch.Tensor) or _is_array(value))
         except ValueError as error:
             raise CandidateError(f"{label}: {error}. Give the state dict of the model alone.") from error
-        shapes = {path: () if value.is_nested else tuple(value.shape) for path, value in entries.items()}
-        tensors = {name: entries[path] for name, path in (keys or WeightsKey()).choose(shapes, label).items()}
+        arrays = {path: Object(_kind(value), Counter()) for path, value in entries.items() if _is_array(value)}
+        shapes = {
+            path: () if value.is_nested else tuple(value.shape) for path, value in entries.items() if path not in arrays
+        }
+        tensors = {name: entries[path] for name, path in (keys or WeightsKey()).choose(shapes, label, arrays).items()}
         self.label = label
         self.directory = directory
         self.file_name: str | None = None
@@ -76,6 +80,15 @@ class MemoryCandidate:
     def close(self) -> None:
         """Let go of the tensors."""
         self._tensors = {}
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array of another library, which might be meant as a weight; no number of numpy is."""
+    return hasattr(value, "__array__") and not isinstance(value, torch.Tensor) and bool(getattr(value, "shape", ()))
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _place(tensor: torch.Tensor) -> object:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
+from twa_scale.inputs import brief
 from twa_scale.names import nearest, some
 from twa_scale.tasks import huggingface
 from twa_scale.tasks.classification import (
@@ -63,6 +64,8 @@ class SequenceClassification:
         self._paths: dict[str, str] = {s: getattr(options, s) for s in SPLITS if getattr(options, s)}
         columns = (options.text, options.label)
         tables = {s: read_columns(Path(p).expanduser(), columns, f"task.{s}") for s, p in self._paths.items()}
+        for split, table in tables.items():
+            _require_values(table[0], table[1], self._paths[split])
         self._texts = {split: [str(text) for text in table[0]] for split, table in tables.items()}
         config = huggingface.load_config(options.model)
         labels = {split: _numbers(table[1]) for split, table in tables.items()}
@@ -113,6 +116,15 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
         input_ids=batch["input_ids"][:, used], attention_mask=batch["attention_mask"][:, used]
     ).logits
     return logits
+
+
+def _require_values(texts: list[Any], labels: list[Any], path: str) -> None:
+    """Refuse what would become a text or a class of its own: lists, empty labels, NaN."""
+    for i, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
+        if isinstance(text, list | dict):
+            raise ConfigError(f"{path}: example {i}: {brief(text)} is no text. Write one text for each example.")
+        if isinstance(label, list | dict) or label == "" or label != label:
+            raise ConfigError(f"{path}: example {i}: {brief(label)} is no label. Give a name or integer.")
 
 
 def _numbers(labels: list[Any]) -> list[Label]:
