@@ -210,6 +210,12 @@ def test_outputs_that_cannot_be_written(text: Brought, config: Any, shell: Any, 
     assert (tmp_path / "file").read_text() == "mine" and (occupied / "thesis.tex").read_text() == "mine"
 
 
+def test_an_error_is_one_paragraph(shell: Any, tmp_path: Path) -> None:
+    """Without a terminal there is no bar, nor the empty line that one leaves."""
+    for words in (("average", tmp_path / "a", "--out", tmp_path / "out"), ("inspect", tmp_path / "a")):
+        assert shell(*words).err.startswith(f"CandidateError: {tmp_path / 'a'}: ")
+
+
 def test_a_run_that_is_none(shell: Any, tmp_path: Path) -> None:
     refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "no run state")
     (tmp_path / "state.pt").write_text("hello")

@@ -1,8 +1,11 @@
 """Settings: what files and overrides may say, and how a mistake is answered."""
 
+import copy
 import inspect
 import json
 import math
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import yaml
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twa_scale.config import (
+    OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     TwaConfig,
@@ -56,8 +60,56 @@ def test_a_file_with_defaults_filled_in(tmp_path: Path) -> None:
 
 def test_a_config_is_frozen(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL))
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ConfigError, match="steps: settings are frozen"):
         config.steps = 4
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: TwaConfig(basis="pcaa"), r"TwaConfig: basis: .*'pca'.*got 'pcaa'"),  # type: ignore[arg-type]
+        (lambda: TwaConfig(gruops="block"), "TwaConfig: unknown key 'gruops'; did you mean 'groups'"),  # type: ignore[call-arg]
+        (lambda: TwaConfig(optimizer={"lr": -1}), r"TwaConfig: optimizer\.lr: .*greater than 0"),  # type: ignore[arg-type]
+        (lambda: TwaConfig(num_components=2), "TwaConfig: num_components is for basis 'pca'"),
+        (lambda: TwaConfig({"basis": "pca"}), "TwaConfig: give settings by name"),  # type: ignore[call-arg]
+        (lambda: ScheduleConfig(name="step"), "ScheduleConfig: schedule 'step' needs"),
+        (lambda: RunConfig(candidates="a"), "RunConfig: task: Field required"),  # type: ignore[call-arg]
+    ],
+)
+def test_a_mistake_in_python_is_a_configuration_error(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def test_settings_are_copied_and_pickled_as_they_are() -> None:
+    config = TwaConfig(basis="pca", num_components=2, optimizer=OptimizerConfig(name="sgd", momentum=0.9))  # type: ignore[call-arg]
+    for other in (
+        pickle.loads(pickle.dumps(config)),
+        copy.copy(config),
+        copy.deepcopy(config),
+        TwaConfig(**config.model_dump()),
+        TwaConfig.model_validate_json(config.model_dump_json()),
+        validated(TwaConfig, config),
+    ):
+        assert type(other) is TwaConfig and other == config and other.optimizer.options == {"momentum": 0.9}
+
+
+@pytest.mark.parametrize("given", [{"basis": "pcaa"}, {"optimizer": 3}, {"num_components": 2}])
+def test_copies_that_were_changed_are_checked_when_they_are_used(given: dict[str, Any]) -> None:
+    for config in (TwaConfig().model_copy(update=given), TwaConfig.model_construct(**given)):
+        with pytest.raises(ConfigError, match="config: "):
+            validated(TwaConfig, config)
+
+
+def test_copies_that_were_changed_get_the_types_of_settings() -> None:
+    config = validated(TwaConfig, TwaConfig().model_copy(update={"read_chunk": 1e6, "include": ("a",)}))
+    assert type(config.read_chunk) is int and config.include == ["a"]
+
+
+@pytest.mark.parametrize("given", [[], "", 0, False, "run.yaml"])
+def test_what_is_no_mapping_is_no_configuration(given: Any) -> None:
+    with pytest.raises(ConfigError, match="valid dictionary or instance of TwaConfig"):
+        validated(TwaConfig, given)
 
 
 @pytest.mark.parametrize("indent", [None, 2, "\t"])

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from twa_scale.config.block import BLOCK, unfolded
+from twa_scale.config.explain import explain
 from twa_scale.config.schema import RunConfig
 from twa_scale.config.section import Section
 from twa_scale.config.yaml_text import parse_yaml
@@ -70,14 +69,15 @@ def validated(
         where: where they come from.
         overrides: those of `data` that come from elsewhere, as key=value.
     """
-    if isinstance(data, model):
-        return data
     try:
-        return model.model_validate(data or {})
+        if isinstance(data, model):  # which may be a copy that was changed without a check, as model_copy does
+            checked = type(data).model_validate(data)
+            return data if repr(checked) == repr(data) else checked
+        return model.model_validate({} if data is None else data)
     except ValidationError as error:
         lines: dict[str, dict[str, None]] = {}
         for found in error.errors():
-            lines.setdefault(_origin(found["loc"], where, overrides), {})[_explain(model, dict(found))] = None
+            lines.setdefault(_origin(found["loc"], where, overrides), {})[explain(model, found)] = None
         raise ConfigError("; ".join(f"{origin}: {'; '.join(said)}" for origin, said in lines.items())) from None
 
 
@@ -90,41 +90,6 @@ def _origin(location: tuple[str | int, ...], where: str, overrides: Sequence[str
         if shorter and keys[:shorter] == path[:shorter]:
             return f"override {brief(override)}"
     return f"{where} with {', '.join(map(brief, overrides))}" if overrides and not path else where
-
-
-_BRANCHES = ("str", "int", "float")
-
-
-def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
-    location: tuple[str | int, ...] = error["loc"]
-    # Beside keys and indices pydantic names the branches of a union: `str`, `list[float]`.
-    parts = [part for part in location if isinstance(part, int) or (part.isidentifier() and part not in _BRANCHES)]
-    key = ".".join(map(str, parts))
-    if error["type"] == "extra_forbidden":
-        key = ".".join(map(str, location))
-        known = _keys(model, location[:-1])
-        nearest = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(known))}"
-        return f"unknown key {key!r}; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("missing", "value_error") else f" (got {brief(error['input'])})"
-    return f"{key}: {message}{given}" if key else message
-
-
-def _keys(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None:
-            return []
-        nested = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)
-
-
-def _types(annotation: Any) -> list[Any]:
-    return list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
 
 
 def dump(config: BaseModel) -> str:

@@ -63,7 +63,10 @@ class Report:
         self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")
 
     def _bar(self, *columns: Any) -> rich.progress.Progress:
-        return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not self.active)
+        seen = self.active and (
+            self._console.is_interactive or self._console.is_jupyter
+        )  # else it leaves an empty line
+        return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not seen)
 
 
 def _comparison_table(summary: dict[str, Any]) -> Table:
