@@ -45,6 +45,7 @@ ORDER = [
     "state",
     "merge",
     "export",
+    "filling",
     "average",
     "attach",
     "snapshots",
