@@ -41,7 +41,10 @@ def _named(which: Which, n: int) -> torch.Tensor:
             which = parse_center(which)
             if not isinstance(which, list):
                 which = center_weights(which, n, "weights")
-        return torch.as_tensor(which, dtype=torch.float64)
+        given = torch.as_tensor(which).detach()
+        if given.is_meta or given.is_complex():
+            raise TypeError
+        return given.to(torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(
             f"weights: {which!r} are no weights of {n} candidates; use trained, center, a name or an index that the "

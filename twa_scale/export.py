@@ -74,7 +74,7 @@ def export(
         if pods.number != 0:
             return
         with group.agree():
-            check_apart(Path(out), [candidate.label for candidate in candidates])
+            check_apart(out, [candidate.label for candidate in candidates])
         with writing(out, specs, group, overwrite=overwrite, **options) as writer:
             write_live(writer, engine, layout.held_as, progress)
     if pods.rank == 0 and dtype is None and (text := types_notice(candidates, names)):

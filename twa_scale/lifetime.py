@@ -16,10 +16,11 @@ def while_open(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
 
     @wraps(method)
     def checked(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        name = method.__name__.removeprefix("_take_")
         if self.closed:
-            raise TwaError(f"{method.__name__}: this {type(self).__name__} is closed; attach anew.")
+            raise TwaError(f"{name}: this {type(self).__name__} is closed; attach anew.")
         if self.lost:
-            raise TwaError(f"{method.__name__}: {self.lost}")
+            raise TwaError(f"{name}: {self.lost}")
         return method(self, *args, **kwargs)
 
     return checked  # type: ignore[return-value]  # mypy calls the first argument of a wrapped method by its name

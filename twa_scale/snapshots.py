@@ -36,7 +36,7 @@ from twa_scale.writer import (
 from twa_scale.writer.finite import require_finite
 from twa_scale.writer.hidden import HiddenName, sweep
 from twa_scale.writer.provenance import marked, provenance
-from twa_scale.writer.publish import reported
+from twa_scale.writer.publish import reported, target_of
 from twa_scale.writer.replaceable import foreign, marked_weights
 
 _LOG = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Snapshots:
         asynchronous: write while training goes on.
 
     Raises:
+        OutputError: a directory that is no path.
         ConfigError: numbers, types or sizes that make no sense; names of files that are elsewhere or taken.
     """
 
@@ -94,7 +95,7 @@ class Snapshots:
         check_dtype(dtype)
         check_files(files or {}, BASE)
         parse_size(max_shard_size)
-        self._directory = Path(directory).expanduser().resolve()
+        self._directory = target_of(directory)
         self._every = every_n_steps
         self._start = start_step
         self._keep = keep_last

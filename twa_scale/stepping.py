@@ -1,6 +1,6 @@
 """The optimizer that users get: its step is the step of the average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, NoReturn, Protocol
 
@@ -115,7 +115,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: the state of another optimizer, or one that `TrainableAverage.load_state_dict` refuses.
         """
-        if not isinstance(state_dict.get(_AVERAGE), dict):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(_AVERAGE), Mapping):
             raise StateError(
                 f"the state dict has no {_AVERAGE!r}, so it is not from the optimizer of an average; give the "
                 "state_dict() of twa.optimizer."

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import twa_scale
 from tests import models
 from tests.ranks import cases
 from tests.ranks.cases import Run
-from twa_scale import StateError, TrainableAverage, TwaError
+from twa_scale import ConfigError, EngineError, OutputError, Snapshots, StateError, TrainableAverage, TwaError
 
 RUN = Run({"groups": "block", "optimizer": {"name": "adamw", "lr": 0.03}}, steps=4)
 
@@ -152,8 +153,9 @@ def test_the_state_of_the_optimizer_continues_the_run() -> None:
 def test_the_state_of_another_optimizer_is_refused() -> None:
     _, twa = attach()
     other = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    with pytest.raises(StateError, match=r"twa\.optimizer"):
-        twa.optimizer.load_state_dict(other.state_dict())
+    for state in (other.state_dict(), None, [1]):
+        with pytest.raises(StateError, match=r"twa\.optimizer"):
+            twa.optimizer.load_state_dict(state)  # type: ignore[arg-type]
     with pytest.raises(TwaError, match="add_param_group"):
         twa.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
 
@@ -205,8 +207,8 @@ def test_a_closed_average_says_so() -> None:
     twa.close()
     methods = {name for name, value in vars(TrainableAverage).items() if callable(value) and not name.startswith("_")}
     assert methods - {"close"} <= USES.keys()
-    for use in USES.values():
-        with pytest.raises(TwaError, match="is closed"):
+    for name, use in USES.items():
+        with pytest.raises(TwaError, match=rf"^{name.removeprefix('optimizer.')}: .* is closed"):
             use(twa)
     assert torch.equal(twa.coefficients, a) and twa.num_candidates == models.NUM_CANDIDATES
     assert twa.bytes_read >= 0 and twa.store_bytes >= 0
@@ -220,3 +222,27 @@ def test_copies_are_refused_with_what_to_save_instead(copied: Callable[[Any], ob
     for thing in (twa, twa.optimizer):
         with pytest.raises(TwaError, match=r"state_dict\(\)"):
             copied(thing)
+
+
+@pytest.mark.parametrize(
+    "which", [torch.ones(4, device="meta"), torch.ones(4, dtype=torch.complex64), torch.ones(4, dtype=torch.bool)[:2]]
+)
+def test_tensors_that_are_no_coefficients(which: torch.Tensor) -> None:
+    _, twa = attach()
+    with pytest.raises(ConfigError, match="weights"), twa.weights(which):
+        pass
+    with twa.weights(torch.ones(4, requires_grad=True) / 4):
+        pass
+
+
+@pytest.mark.parametrize("out", [None, 5, "a\0b", b"out"])
+def test_outputs_that_are_no_paths(out: Any) -> None:
+    _, twa = attach()
+    for use in (lambda: twa.export(out), lambda: Snapshots(out, every_n_steps=1)):
+        with pytest.raises(OutputError, match="is no path"):
+            use()
+
+
+def test_a_replica_group_that_is_none() -> None:
+    with pytest.raises(EngineError, match="replica_group: is a int"):
+        twa_scale.attach(models.build(), models.candidates(), replica_group=5)  # type: ignore[arg-type]

@@ -37,8 +37,14 @@ def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None)
             wrapper says: this rank's counterparts in the other pods.
 
     Raises:
-        EngineError: a kind of model that no engine here knows, or one without parameters.
+        EngineError: a kind of model that no engine here knows, or one without parameters; no process group.
     """
+    given: object = replica_group
+    if not (given is None or given == dist.GroupMember.NON_GROUP_MEMBER or isinstance(given, dist.ProcessGroup)):
+        raise EngineError(
+            f"replica_group: is a {type(replica_group).__name__}; give a process group of torch, as new_group() "
+            "or DeviceMesh.get_group() returns."
+        )
     return in_pairs(_chosen(model, replica_group))
 
 

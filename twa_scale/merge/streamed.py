@@ -84,7 +84,7 @@ def merge(
     specs = [spec for spec in _specs(candidates, dtype) if not matches_any(spec.name, ignore)]
     with group.agree():
         _check_replace(specs, replace)
-        check_apart(target=Path(out), inputs=[candidate.label for candidate in candidates])
+        check_apart(out, [candidate.label for candidate in candidates])
     origin = origin or provenance("a weighted sum", [candidate.label for candidate in candidates])
     options = writing_options(carried or Carried(), origin, dtype, max_shard_size)
     with writing(out, specs, group, overwrite=overwrite, **options) as writer:

@@ -42,6 +42,17 @@ def _other(error: OSError, target: Path) -> str:
     return f" ({error.filename})" if foreign else ""
 
 
+def target_of(out: object) -> Path:
+    """Return the directory that a user names.
+
+    Raises:
+        OutputError: what is no path.
+    """
+    if not isinstance(out, str | os.PathLike) or "\0" in (name := os.fspath(out)) or not isinstance(name, str):
+        raise OutputError(f"{out!r}: is no path; name the directory to write.")
+    return Path(name).expanduser().resolve()
+
+
 def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
     """Refuse, before anything is written, a target that could not be published.
 
@@ -63,13 +74,13 @@ def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
         )
 
 
-def check_apart(target: Path, inputs: Sequence[str]) -> None:
+def check_apart(out: object, inputs: Sequence[str]) -> None:
     """Refuse a target that holds what it is made of: overwriting it would destroy that.
 
     Raises:
         OutputError: names the candidate.
     """
-    target = target.expanduser().resolve()
+    target = target_of(out)
     for label in inputs:
         path = Path(label).resolve()
         if path.exists() and path.is_relative_to(target):

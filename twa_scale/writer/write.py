@@ -13,7 +13,7 @@ from twa_scale.writer.disk import OpenFile
 from twa_scale.writer.files import Files, is_below
 from twa_scale.writer.finite import require_finite
 from twa_scale.writer.hidden import HiddenName, sweep
-from twa_scale.writer.publish import check_target, publish, reported, write_file
+from twa_scale.writer.publish import check_target, publish, reported, target_of, write_file
 from twa_scale.writer.replaceable import check_replaceable
 from twa_scale.writer.shards import Shard, TensorSpec, index_name, index_of, lay_out, parse_size
 
@@ -193,7 +193,8 @@ def begin(
         ConfigError: ranks that were told to write something else, or to another place.
         OutputError: on every rank; nothing is left behind.
     """
-    own = Path(out).expanduser().resolve()
+    with group.agree():
+        own = target_of(out)
     told = {"output": str(own), "max_shard_size": max_shard_size, "overwrite": overwrite}
     tensors = {f"tensor {spec.name!r}": (str(spec.dtype), spec.shape) for spec in specs}
     require_same_settings(group, {**told, **tensors})
