@@ -235,7 +235,7 @@ def test_tensors_that_are_no_coefficients(which: torch.Tensor) -> None:
         pass
 
 
-@pytest.mark.parametrize("out", [None, 5, "a\0b", b"out"])
+@pytest.mark.parametrize("out", [None, 5, "", "a\0b", b"out"])
 def test_outputs_that_are_no_paths(out: Any) -> None:
     _, twa = attach()
     for use in (lambda: twa.export(out), lambda: Snapshots(out, every_n_steps=1)):

@@ -6,14 +6,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 
 from twa_scale.config.explain import explain
 from twa_scale.errors import ConfigError
+from twa_scale.globs import path_of
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 else:
     ModelMetaclass = type(BaseModel)  # which has no public name
-
-from twa_scale.errors import ConfigError
-from twa_scale.globs import path_of
 
 
 def _whole(value: Any) -> Any:

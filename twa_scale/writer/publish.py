@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from twa_scale.errors import OutputError
+from twa_scale.globs import path_of
 from twa_scale.inputs import open_regular
 from twa_scale.writer.exchange import exchange
 from twa_scale.writer.hidden import HiddenName
@@ -48,9 +49,9 @@ def target_of(out: object) -> Path:
     Raises:
         OutputError: what is no path.
     """
-    if not isinstance(out, str | os.PathLike) or "\0" in (name := os.fspath(out)) or not isinstance(name, str):
-        raise OutputError(f"{out!r}: is no path; name the directory to write.")
-    return Path(name).expanduser().resolve()
+    if not isinstance(out, str | Path):
+        raise OutputError(f"{out!r} is no path; name the directory to write.")
+    return path_of(out, OutputError).resolve()
 
 
 def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
