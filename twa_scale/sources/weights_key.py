@@ -102,23 +102,22 @@ class WeightsKey:
     ) -> dict[str, Keys]:
         """Name the items of a list as the parameters of a state dict in the same file, or as those of the model."""
         beside = _descend({path: path for path in shapes}) if in_order else {}
-        beside = {} if items_of(beside) else beside
+        if items_of(beside) is not None:
+            beside = {}
+        named = {name: shapes[beside[name]] for name in parameters_of(list(beside))}
         why = "there is no state dict beside it"
-        for names, source in (
-            ({name: shapes[beside[name]] for name in parameters_of(list(beside))}, "in the state dict beside it"),
-            (self._parameters, "of the model"),
-        ):
-            if not names:
-                continue
-            wrong = mismatch(items, names, shapes.__getitem__)
-            if wrong is None:
+        nothing: dict[str, Keys] = {}
+        ways = (named, beside, "in the state dict beside it"), (self._parameters, nothing, "of the model")
+        for names, rest, source in ways:
+            if names and (wrong := mismatch(items, names, shapes.__getitem__)):
+                why = f"{wrong} {source}"
+            elif names:
+                others = "; all other tensors are those beside it" if rest else ""
                 self._said[
                     f"the list {where!r} has no names: its {len(items)} tensors are taken for the parameters {source}, "
-                    "in their order, which have the same shapes"
-                    + ("; all other tensors are those of the state dict." if source.startswith("in") else ".")
+                    f"in their order, which have the same shapes{others}."
                 ].append(label)
-                return (beside if source.startswith("in") else {}) | dict(zip(names, items, strict=True))
-            why = f"{wrong} {source}"
+                return {**rest, **dict(zip(names, items, strict=True))}
         raise CandidateError(
             f"{label}: {where!r} is a list of tensors without names, as classes for EMA keep it. They can be named by "
             f"order only, from a state dict in the same file or from the model, and {why}. Copy them into the model "
