@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from tests.commands.conftest import Brought
 from tests.commands.material import load, run_here, settings
+from tests.limits import files_up_to
 from twa_scale.errors import OutputError, StateError
 from twa_scale.state import PREVIOUS, STATE, load_state, save_state
 
@@ -223,11 +223,6 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(output: Path) -> None
     state = load_state(output).model_dump()
     save_state(output, state)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(OutputError, match=r"state.*\.pt"):
-            save_state(output, {**state, "step": 3})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_up_to(1000), pytest.raises(OutputError, match=r"state.*\.pt"):
+        save_state(output, {**state, "step": 3})
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before

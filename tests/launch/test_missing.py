@@ -36,6 +36,7 @@ def test_the_others_end_and_name_it(tmp_path: Path, how: str, who: int, words: l
         for rank, process in ranks.items():
             _, said = process.communicate(timeout=240)
             assert process.returncode == 2, said
+            assert "Exception in thread" not in said
             last = next(line for line in said.splitlines() if line.startswith("RankError"))
             assert f"rank {rank} waited in vain" in last and all(word in last for word in words), said
     finally:

@@ -1,27 +1,14 @@
 """What a run writes down: whole lines only, on a disk that is full for a while too."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.limits import files_up_to
 from twa_scale.errors import OutputError
 from twa_scale.training.records import METRICS, Records, read_records
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
@@ -37,7 +24,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(tmp_path: Path) -> None:
         if step < 10 or step > 20:
             records.write(step, {"loss": step / 8, "lr": 0.5})
         else:
-            with full_disk(400):
+            with files_up_to(400):
                 records.write(step, {"loss": step / 8, "lr": 0.5})
                 assert (tmp_path / METRICS).read_bytes().endswith(b"\n")
     records.close()
@@ -51,7 +38,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(tmp_path: Path) -> None:
 def test_what_is_lost_in_the_end_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     records = Records(tmp_path, active=True, step=0, say=said.append)
-    with full_disk(10):
+    with files_up_to(10):
         records.write(1, {"loss": 0.5})
         records.close()
     assert read_records(tmp_path) == [] and any("are lost" in text for text in said)
@@ -59,7 +46,7 @@ def test_what_is_lost_in_the_end_is_told(tmp_path: Path) -> None:
 
 def test_records_that_cannot_be_created(tmp_path: Path) -> None:
     Records(tmp_path, active=True, step=0, say=print).write(1, {"loss": 0.5, "lr": 0.1})
-    with full_disk(10), pytest.raises(OutputError, match=METRICS):
+    with files_up_to(10), pytest.raises(OutputError, match=METRICS):
         Records(tmp_path, active=True, step=1, say=print)
     assert len(read_records(tmp_path)) == 1
 

@@ -3,9 +3,7 @@
 import errno
 import json
 import os
-import resource
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.limits import files_up_to, small_disk
 from tests.pool import Pool
 from twa_scale.errors import CandidateError, ConfigError, OutputError
 from twa_scale.ranks import Group
@@ -281,15 +280,10 @@ def test_an_unwritable_parent(tmp_path: Path) -> None:
 
 def write_limited(out: Path, limit: int) -> None:
     group = Group.world()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        numel = 1 << 20
-        with writing(out, [TensorSpec("w", (numel,), torch.float32)], group) as writer:
-            start, stop = share(numel, group.rank, group.size)
-            writer.write(Span("w", start, stop), torch.ones(stop - start))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    numel = 1 << 20
+    with files_up_to(limit), writing(out, [TensorSpec("w", (numel,), torch.float32)], group) as writer:
+        start, stop = share(numel, group.rank, group.size)
+        writer.write(Span("w", start, stop), torch.ones(stop - start))
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -297,17 +291,6 @@ def test_a_limit_on_file_sizes(ranks: Pool, tmp_path: Path, size: int) -> None:
     error = ranks.error(write_limited, size, out=tmp_path / "out", limit=1 << 16)
     assert isinstance(error, OutputError) and os.strerror(errno.EFBIG) in str(error) and "ulimit -f" in str(error)
     assert left(tmp_path) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", mount], capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
 
 
 def fill_while_writing(out: Path) -> None:
@@ -323,12 +306,13 @@ def fill_while_writing(out: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_disk_that_fills_up(ranks: Pool, small_disk: Path, size: int) -> None:
-    error = ranks.error(fill_while_writing, size, out=small_disk / "out")
-    assert isinstance(error, OutputError) and os.strerror(errno.ENOSPC) in str(error) and "out" in str(error)
-    assert left(small_disk) == ["other"]
-    with pytest.raises(OutputError, match="mount point"):
-        write_share(small_disk, Group.alone())
+def test_a_disk_that_fills_up(ranks: Pool, tmp_path: Path, size: int) -> None:
+    with small_disk(tmp_path / "disk", 6 << 20) as disk:
+        error = ranks.error(fill_while_writing, size, out=disk / "out")
+        assert isinstance(error, OutputError) and os.strerror(errno.ENOSPC) in str(error) and "out" in str(error)
+        assert left(disk) == ["other"]
+        with pytest.raises(OutputError, match="mount point"):
+            write_share(disk, Group.alone())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from twa_scale.errors import RankError
 _BEATS = 20  # signs of life within a time-out
 _FASTEST, _SLOWEST = 0.2, 5.0  # seconds between two of them
 _BROKEN = ("gloo", "NCCL", "caused pair closure")  # what such an error says, of which some have no type of their own
+_HOLDER = "rank 0, whose process or launcher holds the store of all ranks"
 _PATIENCE = 5.0  # seconds that ranks without signs of life have, to say that they wait too
 
 
@@ -92,13 +93,16 @@ def _explained(error: RuntimeError, group: dist.ProcessGroup | None) -> str:
     reader = threading.Thread(target=lambda: said.append(_found(others)), daemon=True)
     reader.start()
     reader.join(5 * _PATIENCE)
-    found = said[0] if said else "rank 0, whose process or launcher holds the store of all ranks, does not answer"
+    found = said[0] if said else f"{_HOLDER}, does not answer"
     why = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0])  # without where in gloo's sources
     return f"rank {me} waited in vain: {found}. ({why.partition('. ')[0]})"
 
 
 def _found(others: Sequence[int]) -> str:
-    store = own_store()
+    try:
+        store = own_store()
+    except Exception:  # nobody accepts a new connection
+        return f"{_HOLDER}, does not answer"
     if store is None:
         return "some of the other ranks did not come"
     with suppress(Exception):
@@ -111,7 +115,7 @@ def _found(others: Sequence[int]) -> str:
                 time.sleep(_FASTEST)
                 late = [rank for rank in late if not store.check([_key("knows", rank)])]
         return found
-    return "rank 0, whose process or launcher holds the store of all ranks, has ended"
+    return f"{_HOLDER}, has ended"
 
 
 def _looked_for(others: Sequence[int], store: Any) -> str:

@@ -1,0 +1,127 @@
+"""Disks that are full: an error that names the file, what stood there before, and the right end once there is space."""
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.works import Work, attempt
+from tests.limits import resize, small_disk
+from tests.pool import Outcome, Pool
+from twa_scale.errors import OutputError
+
+CASES = {"run": 4, "continued": 4, "two ranks": 3, "average": 6, "export": 6, "snapshots": 6, "asynchronous": 6}
+"""By work, for each way in which a disk is full."""
+RANKS = {"two ranks": 2, "average": 2, "export": 2}
+ENOUGH = 1 << 28  # bytes of a disk that is not full
+
+
+@dataclass
+class Disk:
+    """A directory on a disk that is full, or becomes so."""
+
+    directory: Path
+    limit: int | None = None
+    """Bytes of the largest file that can be written."""
+    mount: Path | None = None
+    filling: threading.Timer | None = None
+
+    def relieve(self) -> None:
+        """Make space."""
+        self.limit = None
+        if self.filling:
+            self.filling.join()
+            (self.directory.parent / "other").unlink()
+        if self.mount:
+            resize(self.mount, ENOUGH)
+
+
+def limited(work: Work, root: Path, chance: random.Random, _: float) -> Iterator[Disk]:
+    """Files may grow to a size between one byte and that of the largest one, small ones as likely as large ones."""
+    work.prepare(root)
+    yield Disk(root, int(max(_sizes(work.whole)) ** chance.random()))
+
+
+def small(work: Work, root: Path, chance: random.Random, _: float) -> Iterator[Disk]:
+    """There is space for a random part of what is to be written."""
+    with small_disk(root, ENOUGH):
+        work.prepare(root / "work")
+        resize(root, _used(root) + int(chance.random() * sum(_sizes(work.whole))))
+        yield Disk(root / "work", mount=root)
+
+
+def filled(work: Work, root: Path, chance: random.Random, seconds: float) -> Iterator[Disk]:
+    """Another process takes all but a random rest of the space at a random moment."""
+
+    def fill() -> None:
+        free = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
+        with suppress(OSError):  # the work has taken some of it meanwhile
+            (root / "other").write_bytes(bytes(max(0, free - rest)))
+
+    with small_disk(root, ENOUGH):
+        work.prepare(root / "work")
+        needed = sum(_sizes(work.whole))
+        resize(root, _used(root) + 3 * needed)
+        rest = int(0.2 * chance.random() * needed)
+        timer = threading.Timer(chance.random() * seconds, fill)
+        timer.start()
+        yield Disk(root / "work", mount=root, filling=timer)
+
+
+WAYS = {way.__name__: contextmanager(way) for way in (limited, small, filled)}
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", CASES)
+def test_full(ranks: Pool, works: dict[str, Work], tmp_path: Path, name: str, chaos_seed: int) -> None:
+    work, size = works[name], RANKS.get(name, 1)
+    started = time.monotonic()
+    work.prepare(tmp_path)
+    ranks(attempt, size, work=work, directory=tmp_path)
+    seconds = time.monotonic() - started
+    refused = Counter(dict.fromkeys(WAYS, 0))
+    for number, way in product(range(CASES[name]), WAYS):
+        chance = random.Random(f"{chaos_seed} {name} {way} {number}")
+        with WAYS[way](work, tmp_path / f"{way}-{number}", chance, seconds) as disk:
+            before = work.found(disk.directory)
+            outcomes = ranks.outcomes(attempt, size, work=work, directory=disk.directory, limit=disk.limit)
+            disk.relieve()
+            if all(outcome.error is None for outcome in outcomes):
+                work.check_done(disk.directory, is_full=True)
+            else:
+                refused[way] += 1
+                require_named(outcomes, disk.directory)
+                work.check_kept(before, disk.directory)
+                assert not [path.name for path in disk.directory.iterdir() if ".tmp-" in path.name]
+            again = time.monotonic()
+            ranks(attempt, size, work=work, directory=disk.directory)
+            seconds = time.monotonic() - again
+            work.check_done(disk.directory, is_full=True)
+    table = ", ".join(f"{way} {count} of {CASES[name]}" for way, count in refused.items())
+    print(f"\n{name}: seed {chaos_seed}: errors of disks: {table}; {time.monotonic() - started:.0f} s")
+    assert refused.total() >= CASES[name] / 2
+
+
+def require_named(outcomes: list[Outcome], directory: Path) -> None:
+    """Every rank raises the same error; it names the file, or the output of which it is a part."""
+    for outcome in outcomes:
+        assert outcome.same_error(outcomes[0]), outcomes
+        assert isinstance(outcome.error, OutputError), outcome.trace
+        assert str(directory) in str(outcome.error)
+
+
+def _sizes(directory: Path) -> list[int]:
+    return [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
+
+
+def _used(disk: Path) -> int:
+    found = os.statvfs(disk)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize

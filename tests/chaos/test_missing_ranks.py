@@ -1,0 +1,91 @@
+"""Ranks that are frozen or killed at random moments: the others end in time and name them, and nothing is lost."""
+
+import random
+import signal
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.victims import Moment, Usual, Victim
+from tests.chaos.works import TrainingOnRanks
+
+TRIALS = {signal.SIGSTOP: 10, signal.SIGKILL: 4}
+AT_ONCE = 3
+TIMEOUT = 6.0  # seconds that ranks wait for each other
+SOON, LATE = 10.0, 30.0  # seconds more until the others have looked for the missing rank; late where it holds the store
+NAMED, NONE_WAITED, TOO_SLOW = "named", "nobody waited for it any more", "ended before, on a slow machine"
+
+
+@pytest.mark.chaos
+def test_missing_at_random_moments(two_ranks: TrainingOnRanks, tmp_path: Path, chaos_seed: int) -> None:
+    started = time.monotonic()
+    two_ranks.prepare(tmp_path / "usual")
+    victims = to_the_end(two_ranks, tmp_path / "usual", 0)
+    usual = [victim.usual() for victim in victims]
+    numbers = [number for number, count in TRIALS.items() for _ in range(count)]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        trials = [
+            threads.submit(trial, two_ranks, tmp_path / str(job), job, number, usual, chaos_seed)
+            for job, number in enumerate(numbers, 1)
+        ]
+    ended = Counter(result.result()[0] for result in trials)
+    longest = max(result.result()[1] for result in trials)
+    print(
+        f"\nseed {chaos_seed}: {len(numbers)} ranks missing: {dict(ended)}. With a time-out of {TIMEOUT:.0f} s the ",
+        end="",
+    )
+    print(f"others had ended after {longest:.0f} s; {time.monotonic() - started:.0f} s")
+    assert ended[NAMED] >= 0.7 * len(numbers)
+
+
+def trial(
+    work: TrainingOnRanks, directory: Path, job: int, how: signal.Signals, usual: list[dict[str, Usual]], seed: int
+) -> tuple[str, float]:
+    """Return how it went, and the seconds from the signal to the end of the other rank."""
+    chance = random.Random(f"{seed} {job}")
+    who = job % 2
+    aim = chance.choice(sorted(usual[who]))
+    moment = Moment.of(aim, usual[who][aim], chance)
+    hasty = replace(work, changes={**work.changes, "timeout": TIMEOUT})
+    work.prepare(directory)
+    victims = start(hasty, directory, job)
+    missing, other = victims[who], victims[1 - who]
+    try:
+        reached = missing.reach(moment)
+        phase = missing.stop(how) if reached else ""
+        since = time.monotonic()
+        code = other.ended(TIMEOUT + (LATE if who == 0 else SOON))
+        took = time.monotonic() - since
+    finally:
+        missing.kill()
+        other.kill()
+    outcome = NAMED
+    if not reached:
+        outcome = TOO_SLOW
+    elif code == 0:
+        outcome = NONE_WAITED
+    else:
+        said = f"rank {who} of job {job}, {how.name} in {phase}: the other ended with {code}: {other.said}"
+        assert code == 2 and other.said.startswith(f"RankError: rank {1 - who} waited in vain"), said
+        assert f"rank {who}" in other.said, said
+    before = work.found(directory)
+    to_the_end(work, directory, job)
+    work.check_kept(before, directory)
+    work.check_done(directory)
+    return outcome, took
+
+
+def to_the_end(work: TrainingOnRanks, directory: Path, job: int) -> list[Victim]:
+    victims = start(work, directory, job)
+    assert [victim.ended() for victim in victims] == [0, 0], [victim.said for victim in victims]
+    return victims
+
+
+def start(work: TrainingOnRanks, directory: Path, job: int) -> list[Victim]:
+    shared = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    own = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    return [Victim(work.do, directory, phases=work.phases, environment=shared | mine) for mine in own]

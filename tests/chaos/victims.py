@@ -1,0 +1,180 @@
+"""Processes that are stopped by a signal at a random moment of a phase of their work.
+
+They are forked from the server of the pool, which has imported everything. Each tells its phases through a pipe.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from tests.pool import PRELOAD
+from twa_scale.average import TrainableAverage
+from twa_scale.errors import TwaError
+from twa_scale.merge import streamed
+from twa_scale.ranks import end
+from twa_scale.snapshots import Snapshots
+from twa_scale.training.loop import Run
+from twa_scale.writer import BackgroundWrite
+
+PHASES: dict[str, tuple[Any, str]] = {
+    "attach": (Run, "_attach"),
+    "step": (Run, "_one_step"),
+    "evaluation": (Run, "_measure"),
+    "state": (Run, "_save"),
+    "export": (TrainableAverage, "export"),
+    "results": (Run, "_write_results"),
+    "average": (streamed._Merger, "merge"),
+    "export of a run": (streamed._Merger, "merge"),
+    "snapshot": (Snapshots, "save"),
+    "asynchronous snapshot": (BackgroundWrite, "_run"),
+}
+"""The function that a process is in during each phase."""
+ELSEWHERE = "elsewhere"
+_LONG = 120.0  # seconds after which a process hangs
+
+
+@dataclass
+class Usual:
+    """How often a phase comes in a life that nothing disturbs, and how many seconds it takes."""
+
+    count: int
+    seconds: float
+
+
+@dataclass
+class Moment:
+    """A moment of a phase: `seconds` after it has begun for the `count`-th time."""
+
+    phase: str
+    count: int
+    seconds: float
+
+    @classmethod
+    def of(cls, phase: str, usual: Usual, chance: random.Random) -> "Moment":
+        """Draw one, each as likely as any other."""
+        return cls(phase, chance.randint(1, usual.count), chance.random() * usual.seconds)
+
+
+class Victim:
+    """A process that calls a function of a module, and tells which of `phases` it enters and leaves."""
+
+    def __init__(
+        self,
+        function: Callable[..., None],
+        *arguments: Any,
+        phases: tuple[str, ...],
+        environment: Mapping[str, str] = {},
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self._pipe, there = context.Pipe(duplex=False)
+        self._process: BaseProcess = context.Process(
+            target=_live, args=(there, phases, dict(environment), function, arguments), daemon=True
+        )
+        self._process.start()
+        there.close()
+        self._entered: dict[str, list[float]] = defaultdict(list)
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._phase = ELSEWHERE
+        self.said = ""
+        """The error by which it ended itself."""
+
+    def reach(self, moment: Moment) -> bool:
+        """Return at that moment; False when the process has ended before."""
+        while len(self._entered[moment.phase]) < moment.count:
+            if not self._hear(_LONG):
+                return False
+        time.sleep(moment.seconds)
+        return True
+
+    def stop(self, number: signal.Signals) -> str:
+        """Send a signal that nothing outlives or withstands; return the phase that it came in."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+        if number == signal.SIGKILL:
+            self._process.join(_LONG)
+        while self._hear(0.2):
+            pass
+        return self._phase
+
+    def ended(self, seconds: float = _LONG) -> int | None:
+        """Wait for the end; return the exit code, or None when it did not come within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._hear(max(0.0, deadline - time.monotonic())):
+            pass
+        self._process.join(max(0.1, deadline - time.monotonic()))
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """End it, frozen or not."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def usual(self) -> dict[str, Usual]:
+        """Return what a life has shown that came to its end."""
+        return {phase: Usual(len(seconds), sum(seconds) / len(seconds)) for phase, seconds in self._seconds.items()}
+
+    def _hear(self, seconds: float) -> bool:
+        """Take one message; False when none came within `seconds`, or none will ever come."""
+        try:
+            if not self._pipe.poll(seconds):
+                return False
+            what, phase, now = self._pipe.recv()
+        except (EOFError, OSError):
+            return False
+        match what:
+            case "enter":
+                self._entered[phase].append(now)
+                self._phase = phase
+            case "leave":
+                self._seconds[phase].append(now - self._entered[phase][-1])
+                self._phase = ELSEWHERE
+            case "error":
+                self.said = phase
+        return True
+
+
+def _live(
+    pipe: Connection,
+    phases: tuple[str, ...],
+    environment: dict[str, str],
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    for phase in phases:
+        _tell(phase, pipe)
+    code = 0
+    try:
+        function(*arguments)
+    except Exception as error:
+        pipe.send(("error", f"{type(error).__name__}: {error}", time.monotonic()))
+        code = 2 if isinstance(error, TwaError) else 1
+    end(code)
+
+
+def _tell(phase: str, pipe: Connection) -> None:
+    """Have the function of a phase say when it begins and when it ends."""
+    owner, name = PHASES[phase]
+    function = getattr(owner, name)
+
+    def told(*arguments: Any, **options: Any) -> Any:
+        pipe.send(("enter", phase, time.monotonic()))
+        try:
+            return function(*arguments, **options)
+        finally:
+            pipe.send(("leave", phase, time.monotonic()))
+
+    setattr(owner, name, told)

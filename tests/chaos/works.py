@@ -1,0 +1,250 @@
+"""What is cut short at random moments: runs, merges, snapshots; what is on disk then, and what has to be there."""
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from tests.chaos.task import WIDE
+from tests.commands.material import load, run_here, settings, state_of
+from tests.commands.test_resume import lines
+from tests.limits import files_up_to
+from twa_scale import Snapshots
+from twa_scale.config import RunConfig, validated
+from twa_scale.merge import average_fixed, export_run
+from twa_scale.state import PREVIOUS, STATE, load_state
+from twa_scale.training import run
+
+Tensors = dict[str, Tensor]
+NOTE = "notes.txt"
+"""A file of the user's own beside the outputs."""
+
+
+class Work(ABC):
+    """Something that is done in a directory. What cuts it short loses nothing, and doing it again completes it."""
+
+    whole: Path
+    """What it gives when nothing disturbs it."""
+
+    @property
+    @abstractmethod
+    def phases(self) -> tuple[str, ...]:
+        """Names of `victims.PHASES`."""
+
+    @abstractmethod
+    def prepare(self, directory: Path) -> None:
+        """Make the directory as it is before."""
+
+    @abstractmethod
+    def do(self, directory: Path) -> None:
+        """Do it, on one rank or on those of a pool."""
+
+    @abstractmethod
+    def found(self, directory: Path) -> Any:
+        """Return what a reader finds."""
+
+    @abstractmethod
+    def check_kept(self, before: Any, directory: Path) -> None:
+        """Assert that all that was found before is there, or what takes its place, and nothing that is half done."""
+
+    @abstractmethod
+    def check_done(self, directory: Path, *, is_full: bool = False) -> None:
+        """Assert that it ended as it does when nothing disturbs it, or at most a disk that was full for a while."""
+
+
+@dataclass
+class OnDisk:
+    """What a reader finds in the output of a run."""
+
+    step: int
+    """That of the state; -1 without one."""
+    average: Tensors | None
+    records: list[str]
+
+
+@dataclass
+class Training(Work):
+    """A run from candidates, or from an earlier one of fewer steps whose average is there until the new one is."""
+
+    candidates: str
+    whole: Path
+    """The output of such a run that nothing disturbed."""
+    earlier: Path | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("attach", "step", "evaluation", "state", "export", "results")
+
+    def prepare(self, directory: Path) -> None:
+        if self.earlier is None:
+            directory.mkdir(exist_ok=True)
+        else:
+            shutil.copytree(self.earlier, directory, dirs_exist_ok=True)
+        (directory / NOTE).write_text("mine")
+
+    def settings(self, directory: Path) -> dict[str, Any]:
+        usual = {"steps": 6, "evaluate_every": 2, "checkpoint_every": 1}
+        return settings(self.candidates, WIDE, directory, **usual | self.changes)
+
+    def do(self, directory: Path) -> None:
+        run_here(self.settings(directory))
+
+    def found(self, directory: Path) -> OnDisk:
+        has_state = any((directory / name).exists() for name in (STATE, PREVIOUS))
+        step = load_state(directory).step if has_state else -1
+        records = lines(directory) if (directory / "metrics.jsonl").exists() else []
+        # A run that goes on from `step` evaluates there again.
+        kept = [line for line in records if line["step"] < step or (line["step"] == step and "lr" in line)]
+        return OnDisk(step, _average(directory / "average"), [json.dumps(line) for line in kept])
+
+    def check_kept(self, before: OnDisk, directory: Path) -> None:
+        now = self.found(directory)
+        assert now.step >= before.step
+        assert set(before.records) <= set(now.records)
+        assert (directory / NOTE).read_text() == "mine"
+        assert _same(now.average, before.average) or _same(now.average, _average(self.whole / "average"))
+
+    def check_done(self, directory: Path, *, is_full: bool = False) -> None:
+        assert torch.equal(state_of(directory)["twa"]["x"], state_of(self.whole)["twa"]["x"])
+        assert _same(_average(directory / "average"), _average(self.whole / "average"))
+        assert load_state(directory).finished and (directory / NOTE).read_text() == "mine"
+        assert _names(directory) - {NOTE} == _names(self.whole) - {NOTE}
+        told, wanted = (
+            [{key: value for key, value in line.items() if key != "seconds"} for line in lines(output)]
+            for output in (directory, self.whole)
+        )
+        if is_full:  # what could not be written down is lost, and what was is right
+            assert [line for line in wanted if line in told] == told
+        else:
+            assert told == wanted
+            assert _board(directory) == [(line["step"], pytest.approx(line["loss"])) for line in told if "loss" in line]
+
+
+@dataclass
+class TrainingOnRanks(Training):
+    """The same on ranks that find each other by the variables of a launcher."""
+
+    def do(self, directory: Path) -> None:
+        run(validated(RunConfig, self.settings(directory)))
+
+
+@dataclass
+class Merge(Work):
+    """`average`, or `export` where there is a run, over an earlier output."""
+
+    candidates: str
+    whole: Path
+    run: Path | None = None
+    earlier: Path | None = None
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("average" if self.run is None else "export of a run",)
+
+    def prepare(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        assert self.earlier is not None
+        shutil.copytree(self.earlier, directory / "out")
+
+    def do(self, directory: Path) -> None:
+        if self.run is None:
+            average_fixed([self.candidates], directory / "out", "ema:0.5", overwrite=True)
+        else:
+            export_run(self.run, directory / "out", overwrite=True)
+
+    def found(self, directory: Path) -> Tensors | None:
+        return _average(directory / "out")
+
+    def check_kept(self, before: Tensors | None, directory: Path) -> None:
+        now = self.found(directory)
+        assert now is not None and (_same(now, before) or _same(now, _average(self.whole / "out")))
+
+    def check_done(self, directory: Path, *, is_full: bool = False) -> None:
+        assert _same(_average(directory / "out"), _average(self.whole / "out"))
+        assert _names(directory) == {"out"} and _names(directory / "out") == _names(self.whole / "out")
+
+
+@dataclass
+class Snapshotting(Work):
+    """A training of the user's own, which goes on from its last snapshot."""
+
+    whole: Path
+    """Of which all snapshots are kept."""
+    asynchronous: bool = False
+    keep_last: int | None = 3
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("asynchronous snapshot" if self.asynchronous else "snapshot",)
+
+    def prepare(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+
+    def do(self, directory: Path) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 300))
+        done = max(self.found(directory), default=0)
+        if done:
+            model.load_state_dict(load(directory / f"step-{done:08d}"))
+        options: dict[str, Any] = {"keep_last": self.keep_last, "asynchronous": self.asynchronous}
+        with Snapshots(directory, every_n_steps=1, **options) as snapshots:
+            for step in range(done + 1, 9):
+                batch = torch.randn(4, 300, generator=torch.Generator().manual_seed(step))
+                model(batch).square().mean().backward()
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        assert parameter.grad is not None
+                        parameter -= 0.1 * parameter.grad
+                model.zero_grad()
+                snapshots.step(model, step)
+
+    def found(self, directory: Path) -> set[int]:
+        return {int(path.name.removeprefix("step-")) for path in directory.glob("step-*")}
+
+    def check_kept(self, before: set[int], directory: Path) -> None:
+        now = self.found(directory)
+        assert self.keep_last is not None and set(sorted(before | now)[-self.keep_last :]) <= now
+        for step in now:
+            name = f"step-{step:08d}"
+            assert _same(load(directory / name), load(self.whole / name)), name
+
+    def check_done(self, directory: Path, *, is_full: bool = False) -> None:
+        self.check_kept({6, 7, 8}, directory)
+        assert _names(directory) == {f"step-{step:08d}" for step in (6, 7, 8)}
+
+
+def _average(directory: Path) -> Tensors | None:
+    """Return copies of the tensors: those that `load` returns are the mapped file."""
+    return {name: value.clone() for name, value in load(directory).items()} if directory.exists() else None
+
+
+def _same(one: Tensors | None, other: Tensors | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def _board(directory: Path) -> list[tuple[int, float]]:
+    """Return the losses that TensorBoard shows."""
+    board = EventAccumulator(str(directory / "tensorboard"))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars("loss")]
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def attempt(work: Work, directory: Path, limit: int | None = None) -> None:
+    """Do it in a worker of the pool, whose files may grow to `limit` bytes."""
+    with nullcontext() if limit is None else files_up_to(limit):
+        work.do(directory)
