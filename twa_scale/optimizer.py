@@ -1,5 +1,6 @@
 """The optimizer of the coefficients, and what could not be trained."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
@@ -44,7 +45,7 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
     """Build the optimizer of the coefficients by its name in torch.optim.
 
     Raises:
-        ConfigError: a class that this torch does not have, or options that it does not take.
+        ConfigError: a class that this torch does not have, or options or values that it does not take.
     """
     known: dict[str, Callable[..., torch.optim.Optimizer]] = {
         name.lower(): value for name, value in vars(torch.optim).items() if isinstance(value, type)
@@ -52,8 +53,15 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
     settings = config.optimizer
     if settings.name.lower() not in known:
         raise ConfigError(f"optimizer.name: torch {torch.__version__} has no {settings.name!r}; use adamw or sgd.")
+    kind = known[settings.name.lower()]
+    taken = inspect.signature(kind).parameters
+    if unknown := [key for key in settings.options if key not in taken]:
+        raise ConfigError(
+            f"optimizer.{unknown[0]}: {settings.name} of torch {torch.__version__} takes no {unknown[0]!r}, which "
+            "a later torch has; leave it out, or install a later torch."
+        )
     try:
-        return known[settings.name.lower()]([x], lr=settings.lr, **settings.options)
+        return kind([x], lr=settings.lr, **settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {settings.name} refuses these options: {error}.") from error
 
