@@ -10,6 +10,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -100,7 +101,8 @@ class Victim:
     def stop(self, number: signal.Signals) -> str:
         """Send a signal that nothing outlives or withstands; return the phase that it came in."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with suppress(ProcessLookupError):  # it has just come to its end
+            os.kill(self._process.pid, number)
         if number == signal.SIGKILL:
             self._process.join(_LONG)
         while self._hear(0.2):
