@@ -58,7 +58,7 @@ test-all: setup $(SENTENCES) ## Run every test that needs no GPU.
 	$(PYTEST) -m "not gpu and not chaos" --ignore=tests/scale
 	$(BIN)/pytest -q -m "not gpu" tests/scale # alone: it measures memory and time
 
-test-chaos: setup ## Damage, kills and full disks at random places; CHAOS_SEED=n for other places.
+test-chaos: setup ## Damage, kills, full disks and missing ranks at random moments; CHAOS_SEED=n for others.
 	$(BIN)/pytest -m chaos -s tests/chaos
 
 gpu-wheels: setup ## Collect in .gpu/ what a GPU machine without a network lacks.
