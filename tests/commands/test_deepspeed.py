@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from torch import Tensor
 
 from tests import zero
@@ -34,10 +33,6 @@ def start(module: list[str], *words: object) -> None:
     command = [sys.executable, "-m", *module, "run", *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
-def torchrun(size: int) -> list[str]:
-    return ["torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m", "twa_scale"]
 
 
 def deepspeed(size: int) -> list[str]:
@@ -97,18 +92,14 @@ def test_one_json_under_the_launcher_of_deepspeed(text: Brought, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_zero3_on_four_ranks_goes_on_with_fsdp2_on_two(text: Brought, tmp_path: Path) -> None:
-    for name in ("whole", "parts"):
-        data = settings(text, tmp_path / name, checkpoint_every=2)
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(data))
-    start(torchrun(2), tmp_path / "whole.yaml", "engine=fsdp2")
-    stopping = tmp_path / "stopping.yaml"
+def test_zero3_on_four_ranks_goes_on_with_fsdp2_on_two(ranks: Pool, text: Brought, tmp_path: Path) -> None:
+    whole, parts = (settings(text, tmp_path / name, checkpoint_every=2) for name in ("whole", "parts"))
+    ranks(run_here, 2, data={**whole, "engine": "fsdp2"})
     task = {"name": "tests.commands.test_deepspeed:stopping", "text": text.task, "after": 2 * 2 + 2}
-    stopping.write_text(yaml.safe_dump({**settings(text, tmp_path / "parts", checkpoint_every=2), "task": task}))
-    with pytest.raises(AssertionError, match="the job is over"):
-        start(torchrun(4), stopping, "engine=zero3")
+    with pytest.raises(RuntimeError, match="the job is over"):
+        ranks(run_all, 4, timeout=100, runs=[{**parts, "engine": "zero3", "task": task}])
     assert state_of(tmp_path / "parts")["step"] == 2
-    start(torchrun(2), tmp_path / "parts.yaml", "engine=fsdp2")
+    ranks(run_here, 2, data={**parts, "engine": "fsdp2"})
     close(load(tmp_path / "parts" / "average"), load(tmp_path / "whole" / "average"))
 
 

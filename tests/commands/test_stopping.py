@@ -141,14 +141,15 @@ def test_exit_code_of_the_command(scores: Brought, tmp_path: Path, shell: Any) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["launcher", "rank"])
-def test_under_torchrun(scores: Brought, undisturbed: Path, tmp_path: Path, to: str) -> None:
+def test_under_torchrun(ranks: Pool, scores: Brought, undisturbed: Path, tmp_path: Path, to: str) -> None:
     """torchrun hands SIGTERM on to its ranks; and one rank that is told alone tells the others."""
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(life(scores, tmp_path / "out", engine="fsdp2")))
+    data = life(scores, tmp_path / "out", engine="fsdp2")
+    config.write_text(yaml.safe_dump(data))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "twa_scale", "run", str(config)]
+    command += ["-m", "twa_scale", "run", str(config), "task.seconds=1.0"]
     with (tmp_path / "log").open("w") as log:
-        launcher = subprocess.Popen([*command, "task.seconds=1.0"], cwd=ROOT, stdout=log, stderr=log)
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 90
         while not lines_so_far(tmp_path / "out"):
@@ -166,8 +167,7 @@ def test_under_torchrun(scores: Brought, undisturbed: Path, tmp_path: Path, to: 
     step = state_of(tmp_path / "out")["step"]
     assert 1 <= step < STEPS and text.count(f"stopped early at step {step} of {STEPS}") == 1, text
     assert to == "launcher" or f"exitcode  : {STOPPED}" in text, text
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
+    ranks(run_here, 2, data=data)
     same_end(undisturbed, tmp_path / "out")
 
 
