@@ -66,12 +66,9 @@ def run(name: str, device: str, out: Path, *, tiny: bool) -> bool:
             _add(out, name, row)
     except Exception as error:
         traceback.print_exc()
-        lines = str(error).splitlines() or [""]
-        _add(
-            out,
-            name,
-            {"what": "ended by an error", "measured": f"{type(error).__name__}: {lines[0][:200]}", "ok": False},
-        )
+        first_line = str(error).strip().partition("\n")[0]
+        said = f"{type(error).__name__}: {first_line[:200]}"
+        _add(out, name, {"what": "ended by an error", "measured": said, "ok": False})
         return False
     finally:
         taken = f"{time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} s of CPU"

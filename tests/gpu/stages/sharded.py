@@ -41,7 +41,8 @@ def compared(device: torch.device, scratch: Path, want: Trained) -> Iterator[Row
         try:
             found = trained(wrap(build().to(device), kind), device, scratch)
         except Exception as error:  # each library is tried
-            yield Row(what, f"{type(error).__name__}: {str(error).splitlines()[0][:150]}", ok=False)
+            first_line = str(error).strip().partition("\n")[0]
+            yield Row(what, f"{type(error).__name__}: {first_line[:150]}", ok=False)
             continue
         error_of = {name: float((found[name] - value).norm() / value.norm()) for name, value in want.items()}
         worst = max(error_of, key=lambda name: error_of[name])

@@ -20,9 +20,21 @@ TIMEOUT = timedelta(seconds=30)
 
 def run(setup: Setup) -> Iterator[Row]:
     folder = Path(mkdtemp(dir=setup.scratch))
-    mp.start_processes(rank_of, (str(setup.device), str(folder)), RANKS, start_method="spawn")
-    for line in (folder / "rows").read_text().splitlines():
-        yield Row(**json.loads(line))
+    rows = folder / "rows"
+    rows.touch()
+    arguments = (str(setup.device), str(folder))
+    ranks = mp.start_processes(rank_of, arguments, RANKS, join=False, start_method="spawn")
+    assert ranks is not None
+    ended, failure = False, None
+    with rows.open() as file:
+        while not ended:  # rows come out as they are found: a rank may hang later
+            try:
+                ended = ranks.join(timeout=1)
+            except Exception as error:  # of a rank
+                ended, failure = True, error
+            yield from (Row(**json.loads(line)) for line in file)
+    if failure:
+        raise failure
 
 
 def rank_of(rank: int, device_name: str, folder_name: str) -> None:
