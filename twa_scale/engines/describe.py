@@ -98,7 +98,11 @@ def require_in_place(places: Places) -> None:
 
 def writes(tensor: torch.Tensor) -> tuple[int, int]:
     """Return where a tensor's memory is, and how often torch has written it in place."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    address = tensor.data_ptr()
+    try:
+        return address, tensor._version
+    except RuntimeError:  # an inference tensor has no counter; asking each first costs half as much again
+        return address, 0
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
