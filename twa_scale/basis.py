@@ -83,6 +83,8 @@ class Basis:
             assert bool((a > 0).all())  # the corners, which no finite x reaches, are refused before anything is read
             return torch.log(a)
         target = self.weights_of(a) - self.offset
+        if not target.any():  # at the center of a centered basis; a pseudo-inverse takes a while with many candidates
+            return target.new_zeros(self.matrix.shape[2], target.shape[1])
         normal = self.matrix.mT @ self.gram @ self.matrix
         right = torch.einsum("gik,gij,jg->gk", self.matrix, self.gram, target)
         inverse: torch.Tensor = torch.linalg.pinv(normal, rtol=1e-12, hermitian=True)
@@ -142,18 +144,19 @@ def _normalized(gram: torch.Tensor) -> torch.Tensor:
 def _schmidt(gram: torch.Tensor) -> torch.Tensor:
     """Orthonormalize w_1, .., w_n, where w_i = c + delta_i, in this order; what depends on earlier ones is dropped."""
     n = len(gram) - 1
-    columns: list[torch.Tensor] = []
+    basis, rank = gram.new_zeros(n + 1, n), 0
     for i in range(n):
         vector = gram.new_zeros(n + 1)
         vector[i] = vector[n] = 1.0
         original = vector @ gram @ vector
+        earlier = basis[:, :rank]
         for _ in range(2):  # the second sweep removes what rounding left of the first
-            for column in columns:
-                vector = vector - (column @ gram @ vector) * column
+            vector = vector - earlier @ (earlier.T @ (gram @ vector))
         rest = vector @ gram @ vector
         if rest > _SCHMIDT_FLOOR * original:
-            columns.append(vector / rest.sqrt())
-    return torch.stack(columns, dim=1) if columns else gram.new_zeros(n + 1, 0)
+            basis[:, rank] = vector / rest.sqrt()
+            rank += 1
+    return basis[:, :rank]
 
 
 def _principal(gram: torch.Tensor, num_components: int | None) -> torch.Tensor:

@@ -9,16 +9,15 @@ from math import prod
 import torch
 
 from twa_scale.config import TwaConfig
-from twa_scale.kernels import Coding, Packed, Target, of_deltas, of_increments
+from twa_scale.kernels import Coding, Kernels, Packed, Target, choose_kernels, of_deltas, of_increments
 from twa_scale.kernels.packed import BLOCKS
-from twa_scale.kernels.reference import TorchKernels
 from twa_scale.ranks import Group
 from twa_scale.sources import Candidate
 from twa_scale.store import bits_of
 
 _SAMPLE = max(BLOCKS.values())  # elements: a block
 _SAMPLES = 1024  # over all ranks
-_SAMPLED_BYTES = 16 << 20  # of all candidates in float32, at most
+_SAMPLED_BYTES = 8 << 20  # of all candidates in float32, at most
 _THREADS = 8
 
 
@@ -72,7 +71,7 @@ def choose_coding(
         config: names store and coding.
         weights: of the center, (n,).
         group: all ranks that attach.
-        device: on which they sum.
+        device: of the model, on which they sum.
         candidates: known to be alike.
         names: of the trained tensors, in the candidates.
 
@@ -82,23 +81,26 @@ def choose_coding(
     deltas, increments, bits = of_deltas(len(weights)), of_increments(weights), bits_of(config.store)
     if bits is None or config.coding != "auto":
         return increments if bits is not None and config.coding == "increments" else deltas
+    # The kernels that a CPU codes with anyway. Beside a GPU, theirs would be compiled for the sample alone.
+    as_named = device.type == "cpu" and config.kernels != "torch"
+    kernels = choose_kernels("auto" if as_named else "torch", torch.device("cpu"))
     codings = (deltas, increments)
     squares = torch.zeros(len(codings), dtype=torch.float64)
     with group.agree():
         values = _sample(candidates, names, group.rank, group.size)
         for k, coding in enumerate(codings):
-            squares[k] = _error(values, weights, coding, bits)
+            squares[k] = _error(kernels, values, weights, coding, bits)
     # The sum has the same bits on every rank. A NaN is no smaller: what is not finite is refused when it is read.
     squares = group.sum_(squares.to(device))
     return increments if squares[1] < squares[0] else deltas
 
 
-def _error(values: torch.Tensor, weights: Sequence[float], coding: Coding, bits: int) -> float:
+def _error(kernels: Kernels, values: torch.Tensor, weights: Sequence[float], coding: Coding, bits: int) -> float:
     """Return the sum of the squared errors of all candidates."""
     n, m = values.shape
     errors = torch.zeros(n, dtype=torch.float64)
     rows = Packed.empty(n, m, 0, bits, values.device)
-    TorchKernels().make_deltas(values, weights, Target(rows, coding=coding, errors=errors), 0)
+    kernels.make_deltas(values, weights, Target(rows, coding=coding, errors=errors), 0)
     return float(errors.sum())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import twa_scale
 from tests.deltas import packed_rows
 from twa_scale import ConfigError
+from twa_scale.basis import make_basis
 from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.kernels import Coding, Kernels, Packed, Target, of_deltas, of_increments
 from twa_scale.kernels.coding import CENTER
@@ -217,6 +218,23 @@ class TestAttached:
         for other in ended[1:]:
             torch.testing.assert_close(other, ended[0], rtol=1e-3, atol=1e-3)
         assert (ended[0] - 1 / 6).abs().max() > 0.01
+
+
+def test_256_candidates_of_a_run() -> None:
+    """They are held by a bit each, in increments, and their basis is orthonormal to rounding."""
+    n = 256
+    given_ = states(n)
+    twa = twa_scale.attach(model(), given_, {"store": "packed1", "basis": "orthonormal"})
+    assert twa.rounding is not None and twa.rounding.coding == "increments"
+    assert sum(twa.rounding.errors) / n < 0.2
+    torch.testing.assert_close(twa.coefficients, torch.full((n, 1), 1 / n).double(), rtol=0, atol=1e-4)
+    twa.close()
+    deltas = walk(n, 2000).double()
+    rows = torch.cat([deltas - deltas.mean(0), deltas.mean(0, keepdim=True)])
+    basis = make_basis("orthonormal", (rows @ rows.T)[None], torch.full((n,), 1 / n).double(), units="weight")
+    matrix = basis.matrix[0]
+    assert matrix.shape == (n + 1, n)
+    torch.testing.assert_close(matrix.T @ basis.gram[0] @ matrix, torch.eye(n).double(), rtol=0, atol=1e-9)
 
 
 def test_a_store_says_what_its_rows_are() -> None:
