@@ -1,5 +1,6 @@
 """Every format that is read, as its own library writes it, and what reading it has to give."""
 
+import importlib.util
 import json
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import twa_scale
 from twa_scale.config import load_config
@@ -69,7 +69,9 @@ def write_dcp_safetensors(path: Path, seed: int) -> None:
     state = {name: value for name, value in tensors(seed).items() if name != "scalar"}  # DCP writes it as zeros
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True), no_dist=True)
+        hf_storage = importlib.import_module("torch.distributed.checkpoint.hf_storage")
+        writer = hf_storage.HuggingFaceStorageWriter(str(path), save_distributed=True)
+        dcp.save(state, storage_writer=writer, no_dist=True)
 
 
 def write_state(path: Path, seed: int) -> None:
@@ -160,7 +162,6 @@ class Format:
 FORMATS = {
     "safetensors": Format(write_safetensors, has_checksum=False),
     "sharded": Format(write_sharded, has_checksum=False),
-    "dcp-safetensors": Format(write_dcp_safetensors, has_checksum=False),
     "bin": Format(write_torch),
     "bins": Format(write_bins),
     "dcp": Format(write_dcp),
@@ -168,3 +169,5 @@ FORMATS = {
     "yaml": Format(write_settings, read_settings),
     "json": Format(write_json_settings, read_settings),
 }
+if importlib.util.find_spec("torch.distributed.checkpoint.hf_storage"):  # torch has it since 2.7
+    FORMATS["dcp-safetensors"] = Format(write_dcp_safetensors, has_checksum=False)
