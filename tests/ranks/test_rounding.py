@@ -1,0 +1,37 @@
+"""What a packed store is off by, and which coding is taken: the same on all ranks, whatever their number."""
+
+from functools import cache
+
+import pytest
+
+from tests.pool import Pool
+from tests.ranks import cases
+from tests.ranks.cases import Run
+from twa_scale.rounding import Rounding
+
+
+def roundings(engine: str) -> list[Rounding | None]:
+    """Of the judged candidates, with both codings and with the one that is taken."""
+    found = []
+    for coding in ("center", "increments", "auto"):
+        _, twa = cases.attach(engine, Run({"store": "packed4", "coding": coding}))
+        found.append(twa.rounding)
+        twa.close()
+    return found
+
+
+@cache
+def alone() -> tuple[Rounding, ...]:
+    return tuple(rounding for rounding in roundings("plain") if rounding)
+
+
+@pytest.mark.parametrize(("engine", "size", "room"), [("plain", 2, 1e-9), ("fsdp2", 2, 0.5), ("ddp", 3, 0.5)])
+def test_ranks_know_the_error_of_all(ranks: Pool, engine: str, size: int, room: float) -> None:
+    """Replicas count once, and parts add up. Of tensors as small as these, borders of ranks cut many blocks."""
+    by_rank = ranks(roundings, size, engine=engine)
+    assert all(found == by_rank[0] for found in by_rank)
+    for found, want in zip(by_rank[0], alone(), strict=True):
+        assert found.coding == want.coding and len(want.errors) == 4
+        assert found.errors == pytest.approx(want.errors, rel=room)
+    center, increments, auto = alone()
+    assert auto == min(center, increments, key=lambda rounding: sum(e * e for e in rounding.errors))
