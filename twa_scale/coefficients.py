@@ -41,10 +41,11 @@ def _named(which: Which, n: int) -> torch.Tensor:
             which = parse_center(which)
             if not isinstance(which, list):
                 which = center_weights(which, n, "weights")
-        given = torch.as_tensor(which).detach()
-        if given.is_meta or given.is_complex():
+        if not isinstance(which, torch.Tensor):  # directly: in the default type numbers would be rounded
+            return torch.as_tensor(which, dtype=torch.float64)
+        if which.is_meta or which.is_complex():
             raise TypeError
-        return given.to(torch.float64)
+        return which.detach().to(torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(
             f"weights: {which!r} are no weights of {n} candidates; use trained, center, a name or an index that the "

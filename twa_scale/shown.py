@@ -40,7 +40,7 @@ class Shown:
         self._spoil = spoil
         self._stack: list[torch.Tensor | None] = []
         self._held: list[dict[str, torch.Tensor]] = []
-        self._departures = Departures(engine.shard_group)
+        self._departures = Departures(pods)
         self.lost = ""
         """Why the average can no longer be used; empty as long as it can."""
 
@@ -111,8 +111,7 @@ class Shown:
         Raises:
             BaseException: `failure`, when they have not.
         """
-        group = self._engine.shard_group
-        if group.size == 1:
+        if self._pods.size == 1:
             return failure
         if self.lost:
             raise failure or TwaError(self.lost)
@@ -127,7 +126,7 @@ class Shown:
             with last_words():
                 raise failure
         try:
-            with group.agree():
+            with self._pods.agree():
                 if failure is not None:
                     raise failure
         except RankError:

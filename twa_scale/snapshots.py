@@ -39,6 +39,7 @@ from twa_scale.writer.provenance import marked, provenance
 from twa_scale.writer.publish import reported, target_of
 from twa_scale.writer.replaceable import foreign, marked_weights
 
+_WROTE = "a snapshot of a training"
 _LOG = logging.getLogger(__name__)
 Self = TypeVar("Self", bound="Snapshots")
 
@@ -50,7 +51,7 @@ class Snapshots:
     when it is complete. What a killed run has left under hidden names, which no glob of candidates matches, is removed
     when a Snapshots of the same directory is made. Give each training a directory of its own: a candidate of a step
     that stands there already is replaced, whichever Snapshots wrote it. A directory of a step that holds anything else,
-    as the state of an optimizer, is neither replaced nor deleted.
+    as the state of an optimizer, is neither replaced nor deleted, and `keep_last` deletes only what a Snapshots wrote.
 
     With `asynchronous`, a due step copies this rank's part to host memory, in the type of the file, and returns; a
     thread writes the copy while training goes on. At most one candidate is being written at a time: the next due step
@@ -183,7 +184,7 @@ class Snapshots:
 
     def _marked(self, step: int) -> dict[str, Any]:
         """Return the files and the metadata of the candidate of a step."""
-        return marked(provenance("a snapshot of a training", [], step=step), self._files)
+        return marked(provenance(_WROTE, [], step=step), self._files)
 
     def _write(self, engine: Engine, path: Path, step: int) -> None:
         specs, limit = self._specs(engine), self._max_shard_size
@@ -244,7 +245,7 @@ def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:
 
 
 def _delete(path: Path) -> None:
-    weights = marked_weights(path)
+    weights = marked_weights(path, _WROTE)
     if not weights or (others := foreign(path, weights)):
         held = f"it holds {others[0]}" if weights else "no Snapshots has written it"
         notice(f"{path}: keep_last does not delete it, because {held}. Delete it yourself, or use another directory.")

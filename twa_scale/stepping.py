@@ -7,6 +7,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from twa_scale.errors import StateError, TwaError
+from twa_scale.ranks import Pods
 
 _AVERAGE = "twa_scale"
 """The key of the average in the state dict of its optimizer."""
@@ -14,6 +15,8 @@ _AVERAGE = "twa_scale"
 
 class Average(Protocol):
     """What the optimizer needs of a `TrainableAverage`."""
+
+    pods: Pods
 
     def zero_grad(self) -> None:
         """Forget gradients."""
@@ -115,11 +118,12 @@ class AverageOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: the state of another optimizer, or one that `TrainableAverage.load_state_dict` refuses.
         """
-        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(_AVERAGE), Mapping):
-            raise StateError(
-                f"the state dict has no {_AVERAGE!r}, so it is not from the optimizer of an average; give the "
-                "state_dict() of twa.optimizer."
-            )
+        with self._average.pods.agree():
+            if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(_AVERAGE), Mapping):
+                raise StateError(
+                    f"the state dict has no {_AVERAGE!r}, so it is not from the optimizer of an average; give the "
+                    "state_dict() of twa.optimizer."
+                )
         inside = {key: value for key, value in state_dict.items() if key != _AVERAGE}
         self._average.load_state_dict({**state_dict[_AVERAGE], "optimizer": inside})
 

@@ -290,6 +290,19 @@ def train_what_is_shown(engine: str, config: dict[str, Any]) -> None:
         backward(model, models.loss(model, own_part(0)))
 
 
+def train_what_is_shown_unsynchronized() -> None:
+    model, twa = cases.attach("fsdp2", RUN)
+    cases.one_step(model, twa, 0)
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(False)
+    with twa.weights("last"):
+        backward(model, models.loss(model, own_part(0)))
+
+
+def test_an_unsynchronized_backward_pass_of_other_weights_is_refused(ranks: Pool) -> None:
+    assert "backward() inside weights()" in str(ranks.error(train_what_is_shown_unsynchronized, 2))
+
+
 @pytest.mark.parametrize(
     ("engine", "config"),
     [

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import twa_scale
 from tests import flattened, models
 from tests.pool import Pool
 from tests.ranks import cases
@@ -142,6 +143,23 @@ def test_an_export_names_the_coefficients_of_what_it_writes(tmp_path: Path) -> N
     assert written == {"trained": twa.coefficients.tolist(), "last": coefficients("last").tolist()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_named_weights_are_not_rounded_to_the_default_type(dtype: torch.dtype) -> None:
+    """A third has more bits than float32. Coefficients that are those of the center show its exact weights."""
+    model = nn.Linear(300, 5)
+    states = [{name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(3)]
+    twa = twa_scale.attach(model, states, {"store": "packed1", "center": "mean"})
+    center = cases.gathered(model)
+    torch.set_default_dtype(dtype)
+    try:
+        with twa.weights("mean"):
+            assert all(torch.equal(value, center[name]) for name, value in cases.gathered(model).items())
+        with twa.weights([1 / 3] * 3):
+            assert all(torch.equal(value, center[name]) for name, value in cases.gathered(model).items())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # What goes wrong inside
 
 
@@ -167,7 +185,9 @@ def fail_at_the_end(engine: str) -> tuple[str, dict[str, Tensor], dict[str, Tens
     return said, before, after
 
 
-@pytest.mark.parametrize(("engine", "size"), [("fsdp2", 2), ("ddp", 3), ("fsdp1", 2), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("engine", "size"), [("fsdp2", 2), ("ddp", 3), ("fsdp1", 2), ("zero3", 2), ("plain", 2), ("hsdp", 4)]
+)
 def test_an_error_at_the_end_of_the_block_is_that_of_all_ranks(ranks: Pool, engine: str, size: int) -> None:
     for said, before, after in ranks(fail_at_the_end, size, engine=engine):
         assert "no more disk space for predictions" in said

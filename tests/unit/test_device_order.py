@@ -159,3 +159,9 @@ def test_devices_without_kernels_are_refused(device: Simulated, kind: str) -> No
     engine.device = torch.device(kind)
     with pytest.raises(twa_scale.EngineError, match=rf"on {kind}; .*\(CUDA\) and AMD \(ROCm\). Move"):
         require_device(engine)
+
+
+def test_an_engine_may_leave_the_number_of_its_device_out(device: Simulated) -> None:
+    engine = UnitsOnStreams(build(device), device)
+    engine.device = torch.device("cuda")
+    require_device(engine)

@@ -20,6 +20,8 @@ from twa_scale.writer.provenance import marked, provenance
 
 STATES = [{"a": torch.full((4,), float(i)), "b": torch.full((4,), float(i))} for i in range(2)]
 
+SPEC = TensorSpec("a", (1,), torch.float32)
+
 
 def model() -> nn.Module:
     return nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in STATES[0].items()})
@@ -135,10 +137,9 @@ def test_every_writer_replaces_its_own_outputs_only(tmp_path: Path, writer: str)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_appears_while_an_output_is_written_is_kept(tmp_path: Path, overwrite: bool) -> None:
     out = tmp_path / "out"
-    spec = TensorSpec("a", (1,), torch.float32)
     with (
         pytest.raises(OutputError, match="would be lost" if overwrite else "not empty"),
-        writing(out, [spec], Group.alone(), overwrite=overwrite, **marked(provenance("a test", []), {})) as writer,
+        writing(out, [SPEC], Group.alone(), overwrite=overwrite, **marked(provenance("a test", []), {})) as writer,
     ):
         writer.write(whole("a", (1,)), torch.ones(1))
         touch("optimizer.pt")(out)
@@ -147,8 +148,12 @@ def test_what_appears_while_an_output_is_written_is_kept(tmp_path: Path, overwri
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_only_snapshots_are_deleted(tmp_path: Path, asynchronous: bool) -> None:
-    """Of five steps the second has a user's file, and the first is of another program."""
+    """Of five steps the second has a user's file; before them are one of another program and an average."""
     touch("step-00000001/model.safetensors")(tmp_path)
+    with writing(
+        tmp_path / "step-00000000", [SPEC], Group.alone(), **marked(provenance("an average", []), {})
+    ) as writer:
+        writer.write(whole("a", (1,)), torch.ones(1))
     with (
         pytest.warns(TwaWarning, match="keep_last does not delete it") as said,
         Snapshots(tmp_path, every_n_steps=1, keep_last=1, asynchronous=asynchronous) as snapshots,
@@ -159,7 +164,7 @@ def test_only_snapshots_are_deleted(tmp_path: Path, asynchronous: bool) -> None:
             if step == 2:
                 touch("step-00000002/optimizer.pt")(tmp_path)
     assert {str(warning.message).split(": ")[0] for warning in said} == {
-        str(tmp_path / f"step-0000000{step}") for step in (1, 2)
+        str(tmp_path / f"step-0000000{step}") for step in (0, 1, 2)
     }
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (1, 2, 5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (0, 1, 2, 5)]
     assert (tmp_path / "step-00000002/optimizer.pt").exists()

@@ -12,6 +12,7 @@ import torch
 
 import twa_scale
 from tests import models
+from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
 from twa_scale import ConfigError, EngineError, OutputError, Snapshots, StateError, TrainableAverage, TwaError
@@ -158,6 +159,16 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
             twa.optimizer.load_state_dict(state)  # type: ignore[arg-type]
     with pytest.raises(TwaError, match="add_param_group"):
         twa.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+
+
+def load_on_the_first_rank() -> None:
+    _, twa = attach()
+    state = twa.optimizer.state_dict() if cases.where()[0] == 0 else None
+    twa.optimizer.load_state_dict(state)  # type: ignore[arg-type]
+
+
+def test_a_state_that_one_rank_lacks_is_refused_on_all(ranks: Pool) -> None:
+    assert "twa.optimizer" in str(ranks.error(load_on_the_first_rank, 2))
 
 
 @pytest.mark.parametrize("second", ["twa", "optimizer"])

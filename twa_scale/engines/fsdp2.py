@@ -149,10 +149,16 @@ class FSDP2Engine(Engine):
         parameter.grad = None
 
     def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
-        """Call `call` in every backward pass that reaches a parameter: when FSDP2 has reduced it, if it is sharded."""
-        sharded = [cast(torch.Tensor, p) for p in self._sharded.values() if p.requires_grad]
+        """Call `call` in every backward pass that reaches a parameter: when FSDP2 has reduced it, if it is sharded.
+
+        Without synchronization it does not; then when the gradient is added to the one that FSDP2 keeps.
+        """
+        gathered = [getattr(p, "_unsharded_param", None) for group in self._groups for p in group.fsdp_params]
+        sharded = [p for p in (*self._sharded.values(), *gathered) if p is not None and p.requires_grad]
         whole = [p for p in self._whole.parameters() if p.requires_grad]
-        return calling(call, whole) + [p.register_post_accumulate_grad_hook(lambda _: call()) for p in sharded]
+        return calling(call, whole) + [
+            cast(torch.Tensor, p).register_post_accumulate_grad_hook(lambda _: call()) for p in sharded
+        ]
 
     def drain(self) -> None:
         """Average and hand over the gradients of ignored parameters; the hooks have consumed all others.

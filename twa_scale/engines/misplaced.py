@@ -31,7 +31,11 @@ def require_device(engine: Engine) -> None:
     Raises:
         EngineError: names the devices.
     """
-    places = {str(device): device.type for device in (engine.device, *(engine.live(s).device for s in engine.spans()))}
+    # By the weights: an engine of a user's own may give its device without a number.
+    devices = {engine.live(span).device for span in engine.spans()} or {engine.device}
+    if all(device.type != engine.device.type for device in devices):
+        devices.add(engine.device)
+    places = {str(device): device.type for device in devices}
     if unknown := [place for place, kind in places.items() if kind not in ("cpu", "cuda")]:
         raise EngineError(
             f"the model is on {unknown[0]}; an average can be trained on a CPU, and on GPUs of NVIDIA (CUDA) and AMD "

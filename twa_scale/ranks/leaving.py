@@ -2,23 +2,21 @@
 
 import secrets
 import time
-from contextlib import suppress
 from typing import Any
 
 from twa_scale.errors import RankError
 from twa_scale.ranks.comm import Group
-from twa_scale.ranks.presence import own_store
+from twa_scale.ranks.presence import answer, own_store
 
 _PATIENCE = 5.0  # seconds that others have to leave a block after a rank has left it by an error
 _POLL = 0.05
-_GONE = -1
 
 
 class Departures:
-    """Counts the blocks that each rank of a group has left, in the store through which the ranks met.
+    """Tells which blocks each rank of a group has left, in the store through which the ranks met.
 
     A rank that leaves a block by an error cannot ask the others by a collective: they may still be in the block, in
-    another one.
+    another one. Where the store does not answer, ranks learn from a collective that fails.
 
     Args:
         group: ranks that enter and leave the same blocks in the same order. Collective.
@@ -26,36 +24,29 @@ class Departures:
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._name = group.broadcast(secrets.token_hex(8))
+        self._name = f"twa-scale/left/{group.broadcast(secrets.token_hex(8))}"
         self._left = 0
         self._store: Any = None
 
     def note(self) -> None:
         """Tell the others that this rank has left one more block."""
         self._left += 1
-        self._tell(self._left)
+        answer(self._tell_left)
 
     def all_left(self) -> bool:
         """Return whether all ranks have left the block that this one has left last, after a moment if need be.
 
         Where it is False this rank will not come to another collective, and the others are told so.
         """
-        others = set(range(self._group.size)) - {self._group.rank}
         deadline = time.monotonic() + _PATIENCE
-        with suppress(Exception):
-            while self._gone() is None:
-                others = {rank for rank in others if self._count(rank) < self._left}
-                if not others:
-                    return True
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(_POLL)
-        self.give_up()
-        return False
+        left = answer(lambda: self._wait(deadline), 2 * _PATIENCE)
+        if not left:
+            self.give_up()
+        return bool(left)
 
     def give_up(self) -> None:
         """Tell the others that this rank will not come to another collective."""
-        self._tell(_GONE)
+        answer(lambda: self._connected().set(self._gone, str(self._group.rank)))
 
     def require_all(self) -> None:
         """Refuse to wait for a rank that has told that it will not come.
@@ -63,24 +54,36 @@ class Departures:
         Raises:
             RankError: names it by its number in the group.
         """
-        gone = None
-        with suppress(Exception):
-            gone = self._gone()
+        gone = answer(self._who_has_gone)
         if gone is not None:
-            raise RankError(f"rank {gone} of this shard group has failed in a block that the other ranks have left.")
+            raise RankError(f"rank {gone} of this group has failed in a block that the other ranks have left.")
 
-    def _gone(self) -> int | None:
-        return next((rank for rank in range(self._group.size) if self._count(rank) == _GONE), None)
+    def _tell_left(self) -> None:
+        store = self._connected()
+        store.set(self._key(self._group.rank, self._left), "")
+        if self._left > 1:  # the end of that block was collective: nobody asks for it any more
+            store.delete_key(self._key(self._group.rank, self._left - 1))
 
-    def _tell(self, count: int) -> None:
-        if self._group.size > 1:
-            with suppress(Exception):  # without a store the others learn from a collective that fails
-                self._store = self._store or own_store()
-                self._store.set(self._key(self._group.rank), str(count))
+    def _wait(self, deadline: float) -> bool:
+        store = self._connected()
+        keys = [self._key(rank, self._left) for rank in range(self._group.size)]
+        while not store.check(keys):
+            if time.monotonic() > deadline or store.check([self._gone]):
+                return False
+            time.sleep(_POLL)
+        return not store.check([self._gone])
 
-    def _count(self, rank: int) -> int:
-        key = self._key(rank)
-        return int(self._store.get(key)) if self._store.check([key]) else 0
+    def _who_has_gone(self) -> int | None:
+        store = self._connected()
+        return int(store.get(self._gone)) if store.check([self._gone]) else None
 
-    def _key(self, rank: int) -> str:
-        return f"twa-scale/left/{self._name}/{rank}"
+    def _connected(self) -> Any:
+        self._store = self._store or own_store()
+        return self._store
+
+    @property
+    def _gone(self) -> str:
+        return f"{self._name}/gone"
+
+    def _key(self, rank: int, block: int) -> str:
+        return f"{self._name}/{block}/{rank}"

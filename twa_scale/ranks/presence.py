@@ -5,14 +5,15 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from twa_scale.errors import RankError
 
+T = TypeVar("T")
 _BEATS = 20  # signs of life within a time-out
 _FASTEST, _SLOWEST = 0.2, 5.0  # seconds between two of them
 _BROKEN = ("gloo", "NCCL", "caused pair closure")  # what such an error says, of which some have no type of their own
@@ -86,14 +87,10 @@ def is_broken(error: BaseException) -> bool:
 
 
 def _explained(error: RuntimeError, group: dist.ProcessGroup | None) -> str:
-    """Return what the others left in the store. It is read in a thread: a store that is frozen itself never answers."""
-    said: list[str] = []
+    """Return what the others left in the store."""
     me = dist.get_rank()
     others = [rank for rank in dist.get_process_group_ranks(group) if rank != me]
-    reader = threading.Thread(target=lambda: said.append(_found(others)), daemon=True)
-    reader.start()
-    reader.join(5 * _PATIENCE)
-    found = said[0] if said else f"{_HOLDER}, does not answer"
+    found = answer(lambda: _found(others), 5 * _PATIENCE) or f"{_HOLDER}, does not answer"
     why = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0])  # without where in gloo's sources
     return f"rank {me} waited in vain: {found}. ({why.partition('. ')[0]})"
 
@@ -144,15 +141,26 @@ def _say(what: str, text: str) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
 
-    def set_() -> None:
-        with suppress(Exception):
-            store = own_store()
-            if store is not None:
-                store.set(_key(what, dist.get_rank()), text)
+    def tell() -> None:
+        store = own_store()
+        if store is not None:
+            store.set(_key(what, dist.get_rank()), text)
 
-    writer = threading.Thread(target=set_, daemon=True)  # a frozen store must not keep this rank
-    writer.start()
-    writer.join(_PATIENCE)
+    answer(tell, _PATIENCE)
+
+
+def answer(ask: Callable[[], T], seconds: float = _PATIENCE) -> T | None:
+    """Return what `ask` returns; None where it raises or takes longer, as with a store that is frozen itself."""
+    found: list[T] = []
+
+    def run() -> None:
+        with suppress(Exception):
+            found.append(ask())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
 def _read(store: Any, what: str, rank: int) -> str:

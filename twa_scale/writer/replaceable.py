@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from twa_scale.errors import CandidateError, OutputError
 from twa_scale.inputs import MAX_JSON, parse_json, read_bounded
@@ -40,9 +41,15 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
     )
 
 
-def marked_weights(directory: Path) -> set[str]:
-    """Return the names of the files of weights in a directory whose headers say that this program wrote them."""
-    return {path.name for path in directory.glob("*.safetensors") if _is_marked(path)}
+def marked_weights(directory: Path, wrote: str | None = None) -> set[str]:
+    """Return the names of the files of weights in a directory whose headers say that this program wrote them.
+
+    Args:
+        directory: where an output may be.
+        wrote: what their `provenance` has to say was written, if it has to.
+    """
+    marks = {path.name: _mark(path) for path in directory.glob("*.safetensors")}
+    return {name for name, mark in marks.items() if mark is not None and wrote in (None, mark.get("wrote"))}
 
 
 def foreign(directory: Path, weights: Collection[str]) -> list[str]:
@@ -69,15 +76,17 @@ def _unknown(folder: Path, own: Collection[Path], folders: Collection[Path], roo
             yield name
 
 
-def _is_marked(path: Path) -> bool:
+def _mark(path: Path) -> dict[str, Any] | None:
+    """Return what the header of a file says of its origin; None where another program wrote it."""
     try:
         file = File(path)
         try:
-            return MARK in read_header(file)[1]
+            said = parse_json(read_header(file)[1][MARK].encode())
         finally:
             file.close()
-    except (CandidateError, OSError):
-        return False
+    except (CandidateError, OSError, KeyError, ValueError):
+        return None
+    return said if isinstance(said, dict) else None
 
 
 def _side_files(directory: Path) -> set[Path]:

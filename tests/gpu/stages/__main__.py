@@ -32,6 +32,8 @@ STAGES = {
     "tests": (120, "pytests.run"),
 }
 """By name, in order of worth: the most seconds, and what yields rows."""
+CORRECTNESS = ("kernels", "waits", "sharded", "bf16", "two-ranks", "tests")
+"""Stages whose rows are right or wrong; elsewhere a row that is not as expected is a prediction that was off."""
 ROWS, RESULTS, TABLE = "rows.jsonl", "results.json", "table.md"
 SKIPPED = "no accelerator: skipped"
 
@@ -59,11 +61,13 @@ def main() -> int:
 
 
 def run(name: str, device: str, out: Path, *, tiny: bool) -> bool:
-    """Run a stage, and return whether it came to its end. What it raises becomes a row."""
+    """Run a stage, and return whether it came to its end and found nothing wrong. What it raises becomes a row."""
     start, cpu = time.perf_counter(), time.process_time()
+    right = True
     try:
         for row in _rows(name, device, tiny):
             _add(out, name, row)
+            right &= name not in CORRECTNESS or row["ok"] is not False
     except Exception as error:
         traceback.print_exc()
         first_line = str(error).strip().partition("\n")[0]
@@ -73,7 +77,7 @@ def run(name: str, device: str, out: Path, *, tiny: bool) -> bool:
     finally:
         taken = f"{time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} s of CPU"
         print(f"== {name}: {taken}", flush=True)
-    return True
+    return right
 
 
 def _rows(name: str, device: str, tiny: bool) -> Iterator[dict[str, object]]:

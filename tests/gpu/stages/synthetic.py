@@ -1,6 +1,5 @@
 """Candidates of any size in no time: attach gives the store random deltas, made on its device, and reads nothing."""
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.gpu.stages.rows import randomize, repeat
+from twa_scale import filling
 from twa_scale.kernels import Dense, Packed, Target
 from twa_scale.spans import Span
 
@@ -60,5 +60,5 @@ class SyntheticStream:
 def synthetic(model: nn.Module, n: int) -> Iterator[list[dict[str, Tensor]]]:
     """Have `attach` make its deltas up; returns candidates whose tensors share one number each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("twa_scale.attach"), "Stream", SyntheticStream)
+        patch.setattr(filling, "Stream", SyntheticStream)
         yield [{name: torch.zeros(1).expand(p.shape) for name, p in model.named_parameters()} for _ in range(n)]
