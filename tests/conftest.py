@@ -1,5 +1,6 @@
 """Fixtures that every test can ask for."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -25,3 +26,16 @@ def ranks() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Be another user, whom permissions bind; root they do not."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

@@ -97,12 +97,13 @@ def parse_json(raw: bytes | bytearray) -> Any:
 
 
 @contextmanager
-def named_errors(error: type[TwaError] = CandidateError) -> Iterator[None]:
-    """Raise what the system says of a path in a `with` block as a TwaError of type `error`."""
+def named_errors(error: type[TwaError] = CandidateError, fix: str = "") -> Iterator[None]:
+    """Raise what the system says of a path in a `with` block as a TwaError of type `error`; `fix` is what to do."""
     try:
         yield
     except OSError as problem:
-        raise error(f"{problem.filename or 'a file'}: cannot be read: {problem.strerror}.") from problem
+        said = f"{problem.filename or 'a file'}: cannot be read: {problem.strerror}."
+        raise error(f"{said} {fix}".rstrip()) from problem
 
 
 def integers(value: Any) -> tuple[int, ...]:

@@ -35,9 +35,11 @@ def said(*directories: Path) -> list[str]:
     [
         ("config__json", CONFIG, CONFIG | {"rope_theta": 1e6}, "'rope_theta' (10000.0, 1000000.0)"),
         ("config__json", CONFIG, {"dtype": "float32", "rope_theta": 1e4}, "'rope_scaling'"),
+        ("config__json", {"text_config": CONFIG}, {"text_config": CONFIG | {"rope_theta": 1e6}}, "'text_config' "),
         ("adapter_config__json", {"lora_alpha": 8}, {"lora_alpha": 16}, "'lora_alpha' (8, 16)"),
         ("tokenizer__json", TOKENS, TOKENS | {"model": {"vocab": {"a": 1, "b": 0}}}, "its tokens"),
         ("tokenizer__json", TOKENS, TOKENS | {"added_tokens": [{"id": 2}]}, "its tokens"),
+        ("tokenizer__json", TOKENS, TOKENS | {"model": {"vocab": {"a": 0, "b": 1, "dtype": 2}}}, "its tokens"),
         ("vocab__txt", "a\nb\n", "b\na\n", "its tokens"),
     ],
 )
@@ -54,6 +56,8 @@ def test_differences_are_said(tmp_path: Path, name: str, first: Any, last: Any, 
     ("name", "first", "last"),
     [
         ("config__json", CONFIG, CONFIG | {"dtype": "bfloat16", "transformers_version": "5", "use_cache": False}),
+        ("config__json", {"text_config": CONFIG}, {"text_config": CONFIG | {"dtype": "bfloat16", "use_cache": False}}),
+        ("config__json", {"parts": [CONFIG]}, {"parts": [CONFIG | {"_name_or_path": "x"}]}),
         ("config__json", CONFIG, "{"),
         ("config__json", "[1]", CONFIG),
         ("adapter_config__json", {"r": 8, "inference_mode": True}, {"r": 8, "inference_mode": False}),

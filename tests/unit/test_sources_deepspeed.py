@@ -214,6 +214,18 @@ def test_a_number_of_ranks_is_not_counted_to(tmp_path: Path) -> None:
     assert "was saved by 1000000000000 ranks" in refused(tmp_path) and "'1', '2', '3', '4'" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"])
+def test_universal_checkpoints_are_named(tmp_path: Path, name: str) -> None:
+    """As ds_to_universal.py leaves them: without files of the optimizer."""
+    (tmp_path / "step_universal/zero/w").mkdir(parents=True)
+    torch.save({"param": torch.ones(4)}, tmp_path / "step_universal/zero/w/fp32.pt")
+    torch.save({"module": None, "param_shapes": [{"w": torch.Size([4])}]}, tmp_path / "step_universal" / name)
+    message = refused(tmp_path / "step_universal")
+    assert "universal checkpoint of DeepSpeed" in message and "from which it was made" in message
+    (tmp_path / "latest_universal").write_text("step_universal")
+    assert "'step_universal'" in refused(tmp_path)
+
+
 def test_expert_groups_in_the_optimizer(copied: Callable[[str], Path]) -> None:
     folder = copied("2/2-fp32")
     file = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"

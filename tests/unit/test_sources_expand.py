@@ -1,7 +1,6 @@
 """Paths and globs that are not what they seem: links, names with brackets, parts of models, what shells leave over."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from twa_scale.errors import CandidateError
-from twa_scale.sources import open_candidates
+from twa_scale.ranks import Group
+from twa_scale.sources import open_candidates, open_together
 from twa_scale.sources.find import find_sources
 
 
@@ -91,6 +91,8 @@ def test_what_is_not_there(here: Path, spec: str, said: str) -> None:
     steps(here / "run")
     for given in (spec, ["run/step-1", spec]):
         assert any(part in refused(given) for part in said.split("|")), refused(given)
+    with pytest.raises(CandidateError):  # as the ranks of a run look
+        open_together(["run/step-1", spec], Group.alone())
 
 
 # Links, and what cannot be read
@@ -124,19 +126,6 @@ def test_circles_of_folders_end(here: Path) -> None:
     for name in ("again", "once-more"):
         (here / "run" / name).symlink_to(".")
     assert found("run/**/model.safetensors")[0] == ["run/step-1/model.safetensors", "run/step-2/model.safetensors"]
-
-
-@pytest.fixture
-def nobody() -> Iterator[None]:
-    """Another user, whom permissions bind; root they do not."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.parametrize("closed", ["run/step-1", "run/step-1/model.safetensors", "run"])

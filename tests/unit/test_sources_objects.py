@@ -165,12 +165,26 @@ def test_weights_in_objects_are_refused(tmp_path: Path, content: object, said: s
         (weights() | {"q": torch.ones(2, device="meta")}, "'q' is a torch._utils._rebuild_meta_tensor_no_storage"),
         ({0: torch.ones(2), "0": torch.zeros(2)}, "two tensors are called '0'"),
         ({b"a": torch.ones(2)}, "holds no tensors"),  # a text of its own in every process
+        ({"model": weights() | {b"c": torch.ones(2)}}, "the tensor under the key b'c' has no name"),
+        ({"model": weights() | {Kind.SGD: torch.ones(2)}}, "the tensor under a Kind as key has no name"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_plain_tensor_under_a_name(tmp_path: Path, content: object, said: str) -> None:
     message = refused(saved(tmp_path / "x.pt", content))
     assert message.startswith(f"{tmp_path / 'x.pt'}: ") and said in message
+
+
+@pytest.mark.parametrize(("key", "said"), [(b"c", "the key b'c'"), (("c", 1), "a tuple as key"), (Kind.SGD, "a Kind")])
+def test_a_tensor_without_a_name_in_a_state_dict(key: object, said: str) -> None:
+    assert f"the tensor under {said}" in refused(weights() | {key: torch.ones(2)})  # type: ignore[dict-item]
+
+
+def test_other_keys_without_a_name_beside_the_weights(tmp_path: Path) -> None:
+    beside = {"keyed": {b"a": Path("a"), "b": Path("b"), Kind.SGD: 1}, "bytes": {b"a": torch.ones(1), "b": 1}}
+    content = {"model": weights(), **beside, "optimizer": {torch.ones(1): torch.ones(2), "step": torch.ones(1)}}
+    for given in (content, saved(tmp_path / "x.pt", content)):
+        assert holds(opened(given)[0], weights())
 
 
 def test_programs_of_torch_are_named(tmp_path: Path) -> None:

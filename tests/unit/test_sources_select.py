@@ -156,6 +156,38 @@ def test_where_tensors_are_is_said_when_they_are_not_found() -> None:
     assert "holds no tensors" in message and "'ema', 'net'" in message and "`weights_key`" in message
 
 
+@each_nested
+@pytest.mark.parametrize(
+    ("content", "stray", "key"),
+    [
+        ({"net": weights(), "loss": torch.tensor(0.3)}, "loss", "net"),
+        ({"D": weights(), "G": weights(1), "rng_state": torch.zeros(9, dtype=torch.uint8)}, "rng_state", "D"),
+        ({"model": {"net": weights(), "step": torch.tensor(3)}}, "step", "model.net"),
+        ({"tree": {"a": {"weight": torch.ones(2)}, "b": {"bias": torch.ones(2)}}, "lr": torch.ones(1)}, "lr", None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_tensor_beside_the_weights_is_not_taken_for_them(
+    tmp_path: Path, save: Callable[..., Any], content: dict[str, Any], stray: str, key: str | None
+) -> None:
+    spec = save(content, tmp_path / "x")
+    message = refused([spec])
+    assert f"holds no tensors but {stray!r} where" in message and "`weights_key`" in message, message
+    if key:
+        assert repr(key) in message and holds(opened([spec], weights_key=key)[0][0], weights())
+
+
+def test_a_tensor_beside_the_set_of_a_key_is_not_taken_for_it() -> None:
+    content = {"model": weights(), "ema": {"shadow": weights(1), "decay": torch.tensor(0.9)}}
+    message = refused([content], weights_key="ema")
+    assert "no tensors but 'decay'" in message and "'ema.shadow'" in message
+
+
+def test_small_sets_beside_the_weights_are_no_weights() -> None:
+    content = weights() | {"metrics": {"loss": torch.ones(1)}, "optimizer": {"state": [torch.ones(2)] * 9}}
+    assert holds(opened([content])[0][0], weights())
+
+
 # Quantized weights
 
 BYTES = torch.zeros(6, 1, dtype=torch.uint8)

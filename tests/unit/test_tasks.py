@@ -28,9 +28,11 @@ from twa_scale.config import TaskConfig
 from twa_scale.errors import ConfigError
 from twa_scale.notices import TwaWarning
 from twa_scale.tasks import SPLITS, Examples, Task, build_task, stack
+from twa_scale.tasks.files import Fractions, SplitFiles, data_files, split_files
 from twa_scale.tasks.gpt import ByteGPT
-from twa_scale.tasks.images import ImageFolder, read_npz
+from twa_scale.tasks.images import ImageFolder, class_names, read_npz
 from twa_scale.tasks.tables import read_columns
+from twa_scale.tasks.tokens import TokenFile
 
 TINY_GPT = {"byte_gpt": {"n_layer": 2, "n_head": 2, "d_model": 32}}
 SENTENCES = {
@@ -386,6 +388,12 @@ def test_own_task_by_import_path(digits: Path, mine: str) -> None:
         ({"name": "image_classification", "model": "m:f", "data": "a", "train": "b"}, ["`data`"]),
         ({"name": "image_classification", "model": "mine_for_twa:number", "data": "gone.npz"}, ["gone.npz"]),
         ({"name": "image_classification", "model": "mine_for_twa:number", "data": "."}, ["subfolder train"]),
+        ({"name": "image_classification", "model": "mine_for_twa:number", "data": "~no-one/a"}, ["Write the path out"]),
+        ({"name": "image_classification", "model": "mine_for_twa:number", "test": "~no-one/a"}, ["Write the path out"]),
+        ({"name": "image_classification", "model": "mine_for_twa:number", "test": "x" * 5000}, ["name too long"]),
+        ({"name": "causal_lm", "text": "stdlib", "model": "~no-one/a"}, ["Write the path out"]),
+        ({"name": "causal_lm", "text": "stdlib", "model": "x" * 5000}, ["name too long"]),
+        ({"name": "sequence_classification", "model": "m", "test": "~no-one/a.csv"}, ["Write the path out"]),
         ({"name": "sequence_classification", "model": "m"}, ["at least one of"]),
         ({"name": "sequence_classification", "model": "m", "train": "a.parquet"}, ["task.train", ".jsonl"]),
         ({"name": "sequence_classification", "model": "m", "test": "gone.csv"}, ["task.test", "gone.csv"]),
@@ -394,6 +402,7 @@ def test_own_task_by_import_path(digits: Path, mine: str) -> None:
 def test_refusals_name_the_key_and_the_fix(section: dict[str, object], words: list[str], mine: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_task(TaskConfig.model_validate(section))
+    assert "?." not in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
@@ -469,6 +478,75 @@ def test_data_that_cannot_be_found_or_read(tmp_path: Path) -> None:
             task_of("causal_lm", model=TINY_GPT, text={"train": spec}, context=4)
 
 
+def test_data_behind_links_are_read_once(tmp_path: Path) -> None:
+    """Splits follow from names, so a second name must not put a file into two of them."""
+    for name in ("data/deep/a.txt", "elsewhere/b.txt", "data/lost+found/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "data/wiki").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "data")
+
+    def found(spec: str) -> list[Path]:
+        splits = split_files(SplitFiles.model_validate(spec), Fractions(), 0, (".txt",), "task.text")
+        return sorted(path for paths in splits.values() for path in paths)
+
+    once = [tmp_path / "data/deep/a.txt", tmp_path / "data/wiki/b.txt"]
+    assert found(f"{tmp_path}/data") == found(f"{tmp_path}/data/**/*.txt") == once
+    (tmp_path / "data/0.txt").symlink_to("deep/a.txt")
+    os.link(tmp_path / "data/deep/a.txt", tmp_path / "data/deep/b.txt")
+    for spec in (f"{tmp_path}/data", f"{tmp_path}/data/**/*.txt"):
+        with pytest.warns(TwaWarning, match=r"task\.text: .*0\.txt' leads to the same file as .*a\.txt' \(and 1 more"):
+            assert found(spec) == once
+
+
+def test_links_that_lead_nowhere_are_data_by_their_names(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(b"")
+    (tmp_path / "wiki").symlink_to("/nowhere/wiki")
+    with pytest.warns(TwaWarning, match="wiki: is a link that leads nowhere"):
+        assert data_files(tmp_path, (".npy",)) == [tmp_path / "a.npy"]
+    (tmp_path / "b.npy").symlink_to("b.npy")
+    with pytest.warns(TwaWarning), pytest.raises(ConfigError, match=r"b\.npy: is a link that leads nowhere"):
+        data_files(tmp_path, (".npy",))
+
+
+def test_image_folders_behind_links(tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image")
+    for name in ("data/cat/0.png", "elsewhere/deep/1.png", "data/.hidden/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "data/dog").symlink_to(tmp_path / "elsewhere")
+    assert class_names(tmp_path / "data", "task.train") == ["cat", "dog"]
+    assert len(ImageFolder(tmp_path / "data", ["cat", "dog", "only in train"], 4, "task.train")) == 2
+    (tmp_path / "elsewhere/deep/3.png").symlink_to("nothing")
+    with pytest.raises(ConfigError, match=r"dog/deep/3\.png: is a link that leads nowhere"):
+        ImageFolder(tmp_path / "data", ["cat", "dog"], 4, "task.train")
+    (tmp_path / "data/mouse").symlink_to("/nowhere/mouse")
+    with pytest.raises(ConfigError, match="mouse: is a link that leads nowhere"):
+        class_names(tmp_path / "data", "task.train")
+
+
+def test_data_that_may_not_be_read(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "images/cat/deep").mkdir(parents=True)
+    np.zeros(99, np.uint16).tofile(tmp_path / "t.bin")
+    for folder in (tmp_path, *tmp_path.parents[:3], tmp_path / "images", tmp_path / "images/cat"):
+        folder.chmod(0o777)
+    for closed in (tmp_path / "t.bin", tmp_path / "images/cat/deep"):
+        closed.chmod(0)
+    request.getfixturevalue("nobody")
+    options = {"model": TINY_GPT, "tokens": {"train": str(tmp_path / "t.bin")}, "context": 4}
+    for dtype in ("uint8", "uint16", "uint32"):
+        with pytest.raises(ConfigError, match=r"t\.bin: cannot be read: Permission denied\. Make it"):
+            task_of("causal_lm", token_dtype=dtype, **options).dataset("train")
+    for read in (
+        lambda: ImageFolder(tmp_path / "images", ["cat"], 4, "task.train"),
+        lambda: class_names(tmp_path / "images/cat/deep", "task.train"),
+        lambda: task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path / "images")}),
+    ):
+        with pytest.raises(ConfigError, match=r"deep: cannot be read: Permission denied\. Make it readable"):
+            read()
+
+
 def test_files_in_two_splits_are_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text " * 9)
     (tmp_path / "b.txt").symlink_to("a.txt")
@@ -484,6 +562,7 @@ def test_files_in_two_splits_are_said(tmp_path: Path) -> None:
         (b"plain text, " * 20, "plain text"),
         (b"\x93NUMPY" + bytes(100), "an array of numpy"),
         (b"PK\x03\x04" + bytes(100), "an archive"),
+        (gzip.compress(b"text"), "a compressed file"),
         ((20240520).to_bytes(4, "little") + bytes(2000), "header of 1024 bytes"),
     ],
 )
@@ -493,6 +572,12 @@ def test_bare_files_that_are_no_tokens_of_two_bytes(tmp_path: Path, content: byt
         task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / "t.bin")}, context=4).dataset("train")
     bytewise = {"tokens": {"train": str(tmp_path / "t.bin")}, "token_dtype": "uint8"}
     assert task_of("causal_lm", model=TINY_GPT, context=4, **bytewise).dataset("train")
+
+
+def test_a_token_may_be_the_first_two_bytes_of_gzip(tmp_path: Path) -> None:
+    tokens = np.array([0x8B1F, 300, 0x8B1F, 40_000], np.uint16)
+    tokens.tofile(tmp_path / "t.bin")
+    assert np.array_equal(TokenFile.open(tmp_path / "t.bin", "uint16").read(0, 4), tokens)
 
 
 @pytest.mark.parametrize("content", ["text".encode("utf-16"), b"\x7fELF\x02\x01\x00", b"abc\0" * 50])

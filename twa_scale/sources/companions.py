@@ -67,7 +67,8 @@ def _difference(path: Path, other: Path) -> str | None:
     first, second = _settings(path), _settings(other)
     if first is None or second is None:
         return None
-    for key in sorted((first.keys() | second.keys()) - _INDIFFERENT):
+    first, second = _meaningful(first), _meaningful(second)
+    for key in sorted(first.keys() | second.keys()):
         if first.get(key) != second.get(key):
             return f" in {key!r} ({brief(first.get(key))}, {brief(second.get(key))})"
     return None
@@ -79,6 +80,13 @@ def _settings(path: Path) -> dict[str, Any] | None:
     except (CandidateError, ValueError):  # what cannot be read is reported when it is carried over
         return None
     return content if isinstance(content, dict) else None
+
+
+def _meaningful(value: Any) -> Any:
+    """Return settings without those that say nothing of the weights, also of the parts of a model (`text_config`)."""
+    if isinstance(value, dict):
+        return {key: _meaningful(held) for key, held in value.items() if key not in _INDIFFERENT}
+    return [_meaningful(held) for held in value] if isinstance(value, list) else value
 
 
 def _other_vocabulary(path: Path, other: Path) -> str | None:

@@ -21,6 +21,7 @@ _OTHERS = {
     re.compile(r"layer_\d+_expert_\d+_.*|expp_rank_.*"): "experts (MoE)",
     re.compile(r"layer_\d+-model.*"): "a pipeline of stages",
 }
+_UNIVERSAL = "zero"  # the folder that ds_to_universal.py makes in its output
 _LONGEST_TAG = 4096  # bytes: as long as a path
 _REGROUP = "Convert it to safetensors with DeepSpeed's own tools, and give those files."
 
@@ -86,6 +87,12 @@ class _Files:
         self.content = lru_cache(maxsize=None)(self._content)
         if not self.model:
             raise CandidateError(f"{folder}: holds no *_model_states.pt. Copy the whole folder again.")
+        if not self.optimizer and (folder / _UNIVERSAL).is_dir():
+            raise CandidateError(
+                f"{folder}: is a universal checkpoint of DeepSpeed, with the weights in {_UNIVERSAL!r}, which is not "
+                "supported. Give the checkpoint from which it was made; or save {NAME: "
+                f"torch.load('{_UNIVERSAL}/NAME/fp32.pt')['param']}} of all names as a .pt file, and give that."
+            )
 
     def _by_rank(self, names: Sequence[str], pattern: re.Pattern[str]) -> dict[int | None, str]:
         """Return file names by rank, None for the file that stands for all ranks."""

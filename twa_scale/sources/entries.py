@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
+from twa_scale.inputs import brief
 from twa_scale.sources.by_order import item_name
 
 _MAX_DEPTH = 16
@@ -19,34 +20,49 @@ Keys = tuple[str, ...]
 Shape = tuple[int, ...]
 
 
-def flattened(content: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> dict[Keys, Any]:
-    """Return each tensor in nested mappings and lists by its path; what is under a key that is no name is left out.
+def flattened(
+    content: Mapping[Any, Any], is_entry: Callable[[Any], bool], is_tensor: Callable[[Any], bool]
+) -> dict[Keys, Any]:
+    """Return each entry of nested mappings and lists by its path; what is under a key that is no name is left out.
+
+    Args:
+        content: the outermost mapping.
+        is_entry: whether a value is a tensor, or an object that may hold one.
+        is_tensor: whether it is a tensor.
 
     Raises:
-        ValueError: containers that hold each other so often that they would never end, or two tensors of one path.
+        ValueError: containers that hold each other so often that they would never end, two tensors of one path, or
+            tensors in one mapping of which only some have names.
     """
     found: dict[Keys, Any] = {}
-    for path, value in _tensors(content, is_tensor):
+    for path, value in _entries(content, is_entry, is_tensor):
         if path in found:
             raise ValueError(f"two tensors are called {'.'.join(path)!r}, under keys of different types")
         found[path] = value
     return found
 
 
-def _tensors(content: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> Iterator[tuple[Keys, Any]]:
+def _entries(
+    content: Mapping[Any, Any], is_entry: Callable[[Any], bool], is_tensor: Callable[[Any], bool]
+) -> Iterator[tuple[Keys, Any]]:
     waiting: list[tuple[Keys, Mapping[Any, Any] | Sequence[Any]]] = [((), content)]
     for _ in range(_MAX_CONTAINERS):
         if not waiting:
             return
         prefix, inner = waiting.pop()
         items = inner.items() if isinstance(inner, Mapping) else ((item_name(i), held) for i, held in enumerate(inner))
+        named, nameless = False, None
         for key, value in items:
             if not isinstance(key, str | int | float | None):  # the text of others differs from process to process
-                continue
-            if is_tensor(value):
+                nameless = key if is_tensor(value) and not is_tensor(key) else nameless
+            elif is_entry(value):
+                named = named or is_tensor(value)
                 yield (*prefix, str(key)), value
             elif isinstance(value, Mapping | list | tuple) and len(prefix) < _MAX_DEPTH:
                 waiting.append(((*prefix, str(key)), value))
+        if named and nameless is not None:
+            key = f"the key {brief(nameless)}" if isinstance(nameless, bytes) else f"a {type(nameless).__name__} as key"
+            raise ValueError(f"the tensor under {key} has no name: only text and numbers are names")
     raise ValueError(f"it holds more than {_MAX_CONTAINERS} containers, counting each as often as it is referred to")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.globs import identity, num_links
 from twa_scale.inputs import named_errors
 from twa_scale.names import and_more, some
 from twa_scale.notices import notice
@@ -87,7 +88,7 @@ def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[Sourc
     left_out: dict[int, int] = {}  # and what it is the same as
     for same in places.values():
         by_name = [i for i in same if named[i].pattern is None]
-        kept = by_name or [min(same, key=lambda i: _num_links(named[i].source))]
+        kept = by_name or [min(same, key=lambda i: num_links(Path(str(named[i].source))))]
         left_out |= {i: kept[0] for i in same if i not in kept}
         if len(by_name) > 1:
             labels = list(dict.fromkeys(repr(str(named[i].source)) for i in by_name))
@@ -118,21 +119,11 @@ def files_of(path: Path) -> _Files:
     if path.is_dir():
         path = weights_in(path) or (tagged_folder(path) if is_deepspeed(path) else path)
     if path.is_dir():
-        return frozenset(_identity(file) for file in path.iterdir() if file.is_file()) or frozenset([_identity(path)])
+        return frozenset(identity(file) for file in path.iterdir() if file.is_file()) or frozenset([identity(path)])
     if path.name.endswith(INDEX):
         shards = [path.parent / file for file in set(weight_map(path).values())]
-        return frozenset(_identity(file) for file in shards if file.is_file())
-    return frozenset([_identity(path)])
-
-
-def _identity(file: Path) -> tuple[int, int, int, int]:
-    # Size and time as well: some network file systems give different files the same number.
-    stat = file.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _num_links(source: Source) -> int:
-    return sum(part.is_symlink() for part in (source, *source.parents)) if isinstance(source, Path) else 0
+        return frozenset(identity(file) for file in shards if file.is_file())
+    return frozenset([identity(path)])
 
 
 def _tell_what_is_left_aside(paths: Sequence[Path], tell: Tell) -> None:

@@ -26,7 +26,7 @@ class MemoryCandidate:
         keys: WeightsKey | None = None,
     ) -> None:
         try:
-            entries = flattened(state_dict, lambda value: isinstance(value, torch.Tensor) or _is_array(value))
+            entries = flattened(state_dict, lambda value: _is_tensor(value) or _is_array(value), _is_tensor)
         except ValueError as error:
             raise CandidateError(f"{label}: {error}. Give the state dict of the model alone.") from error
         arrays = {path: Object(_kind(value), Counter()) for path, value in entries.items() if _is_array(value)}
@@ -80,6 +80,10 @@ class MemoryCandidate:
     def close(self) -> None:
         """Let go of the tensors."""
         self._tensors = {}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _is_array(value: Any) -> bool:

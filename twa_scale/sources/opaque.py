@@ -124,6 +124,7 @@ class Meanings:
             ("collections", "OrderedDict"): Known(_dict),
             ("collections", "defaultdict"): Known(lambda *_: {}),
             ("builtins", "set"): Known(_set),
+            ("_codecs", "encode"): Known(_bytes),  # as bytes are written in protocol 2
             ("torch", "Size"): Known(lambda sizes: torch.Size(integers(sizes))),
             ("torch._utils", "_rebuild_parameter"): Known(_first),
             ("torch._utils", "_rebuild_parameter_with_state"): Known(_first),
@@ -177,6 +178,10 @@ def _first(value: Any, *_: Any) -> Any:
 
 def _from_type(function: Any, _: Any, args: Any, __: Any) -> Any:
     return call(function, args)
+
+
+def _bytes(text: Any, encoding: Any = None, *_: Any) -> Any:
+    return text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else Opaque()
 
 
 def _dict(pairs: Iterable[Any] = ()) -> dict[Any, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from twa_scale.errors import CandidateError
+from twa_scale.globs import path_of
 from twa_scale.notices import notice, unsaid
 from twa_scale.ranks import Group, first_difference
 from twa_scale.sources.find import Source, Spec, find_sources, spec_items
@@ -74,7 +75,7 @@ def _resolved(spec: Spec, group: Group, minimum: int) -> list[Source]:
 
 def _given(item: object) -> str:
     """Return what names an item on every rank; ranks may run in other directories."""
-    return str(Path(item).expanduser().absolute()) if isinstance(item, str | Path) else "a state dict"
+    return str(path_of(item).absolute()) if isinstance(item, str | Path) else "a state dict"
 
 
 def _require_same(candidates: Sequence[Candidate], group: Group) -> None:

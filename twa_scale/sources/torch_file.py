@@ -53,7 +53,7 @@ class TorchFileCandidate(StoredCandidate):
 
 def _chosen(content: Mapping[Any, Any], keys: WeightsKey, label: str) -> dict[str, Stored]:
     try:
-        entries = flattened(content, lambda value: isinstance(value, Stored | Opaque | Record))
+        entries = flattened(content, lambda value: isinstance(value, Stored | Opaque | Record), is_tensor)
         tensors = {path: value for path, value in entries.items() if is_tensor(value)}
         objects = _objects({path: value for path, value in entries.items() if not is_tensor(value)})
     except ValueError as error:

@@ -52,8 +52,8 @@ class WeightsKey:
             in_order: whether a state dict in the file has its order in `shapes`.
 
         Raises:
-            CandidateError: there are no tensors where the weights should be, some of them are in an object, or they
-                have no names.
+            CandidateError: there are no tensors where the weights should be, or more of them deeper in the file; some
+                of them are in an object; or they have no names.
         """
         objects = objects or {}
         below = {path: path for path in shapes} if self.key is None else self._under_key(shapes, label, objects)
@@ -61,6 +61,8 @@ class WeightsKey:
         if not found:
             raise _nothing_found(shapes, label, objects)
         chosen = next(iter(found.values()))[:-1]
+        if _most_below(chosen, shapes, objects) > len(found):  # as beside a loss, of weights under a key of their own
+            raise _nothing_found(shapes, label, objects, beside=list(found))
         self._refuse_objects({path[-1]: held for path, held in objects.items() if path[:-1] == chosen}, label)
         if (items := items_of(found)) is not None:
             return self._named(items, ".".join(chosen), shapes, label, in_order=in_order)
@@ -81,7 +83,7 @@ class WeightsKey:
             sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1})
             there = f"tensors are under {some(sets)}" if sets else f"its keys are {some(sorted(p[0] for p in shapes))}"
             raise CandidateError(
-                f"{label}: weights_key {self.key!r} has no tensors under it; {there}{nearest(self.key, sets)}."
+                f"{label}: weights_key {self.key!r} has no tensors under it; {there}{nearest(self.key, sets) or '.'}"
             )
         return below
 
@@ -148,15 +150,30 @@ class WeightsKey:
             yield f"{and_more(labels)}: {line}"
 
 
-def _nothing_found(shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, Object]) -> CandidateError:
+def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Keys, Object]) -> int:
+    """Return the largest number of tensors under one key beside those that are directly under `chosen`."""
+    depth = len(chosen)
+    counts: Counter[str] = Counter()
+    numbers = dict.fromkeys(shapes, 1) | {path: held.shapes.total() for path, held in objects.items()}
+    for path, number in numbers.items():
+        if path[:depth] == chosen and len(path) > depth + 1 and not is_optimizer_entry(path):
+            counts[path[depth]] += number
+    return max(counts.values(), default=0)
+
+
+def _nothing_found(
+    shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, Object], beside: Sequence[str] = ()
+) -> CandidateError:
+    """Return the error for a file whose weights are not found, or only tensors that stand beside more of them."""
     keys = some(sorted({".".join(path[:1]) for path in (*shapes, *objects)}))
     sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1 and not is_optimizer_entry(path)})
     hint = f" There are tensors under {some(sets)}: name one as `weights_key`." if sets else ""
     inside = [f"{'.'.join(path)!r} ({held.kind})" for path, held in objects.items() if not is_optimizer_entry(path)]
     if inside:
         hint += f" What is inside of objects is not read: {', '.join(inside[:4])}."
+    only = f" but {some(beside)} where weights are looked for" if beside else ""
     return CandidateError(
-        f"{label}: holds no tensors, neither by name nor under one of {some(USUAL, 6)}; its keys are "
+        f"{label}: holds no tensors{only}, neither by name nor under one of {some(USUAL, 6)}; its keys are "
         f"{keys or 'none at all'}.{hint} Save {{'model': model.state_dict()}}, or the state dict itself."
     )
 

@@ -30,8 +30,8 @@ def build_task(config: TaskConfig) -> Task:
             return _own_task(path, config)
         case name:
             raise ConfigError(
-                f"task.name: {name!r} is unknown{nearest(name, SHIPPED)}. Use {', '.join(SHIPPED)}, or your own by "
-                "package.module:function."
+                f"task.name: {name!r} is unknown{nearest(name, SHIPPED) or '.'} Use {', '.join(SHIPPED)}, or your own "
+                "by package.module:function."
             )
 
 

@@ -132,7 +132,7 @@ class CausalLM:
     def dataset(self, split: str) -> Windows:
         """Return the windows of a split: {"tokens": int64 of context + 1}."""
         if split not in self._files:
-            raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS)}.")
+            raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS) or '.'}")
         if split not in self._datasets:
             where = f"{self._key}, split {split!r}"
             if not self._files[split]:

@@ -68,5 +68,5 @@ def given_split(split: str, given: Mapping[str, T]) -> T:
     if split in given:
         return given[split]
     if split not in SPLITS:
-        raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS)}.")
+        raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS) or '.'}")
     raise ConfigError(f"task.{split}: is not set, and the run asks for it. Name its data, or use {', '.join(given)}.")

@@ -1,21 +1,21 @@
 """Which files hold the data of a split: patterns, the standard library, and a division by whole files."""
 
 import hashlib
-import os
 import sysconfig
-from collections.abc import Iterator
+from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from twa_scale.config import Section
 from twa_scale.errors import ConfigError
-from twa_scale.globs import matching, path_of
+from twa_scale.globs import folders_below, identity, leads_nowhere, matching, num_links, path_of
 from twa_scale.inputs import named_errors
 from twa_scale.notices import notice
 from twa_scale.tasks.protocol import SPLITS
 
+READABLE = "Make it readable, or give patterns that leave it out."
 STDLIB = "stdlib"
 # Not on every installation, not Python's own, or written for the machine at hand.
 _NOT_STDLIB = ("site-packages", "dist-packages", "test", "tests", "idle_test", "config-", "_sysconfigdata")
@@ -72,7 +72,7 @@ def split_files(
     """Return the files of each split, every path found.
 
     A file's split follows from its name below the directory or pattern that named it, and from the seed: new
-    files never move old ones to another split, and no file is in two.
+    files never move old ones to another split, and no file is in two, also where links lead to it.
 
     Args:
         files: Where to look.
@@ -82,9 +82,9 @@ def split_files(
         key: Setting to name in messages.
 
     Raises:
-        ConfigError: a path or pattern that matches no file.
+        ConfigError: a path or pattern that matches no file, or what cannot be read.
     """
-    with named_errors(ConfigError):
+    with named_errors(ConfigError, READABLE):
         if not files.all:
             found = {s: [path for path, _ in _find(getattr(files, s), suffixes, f"{key}.{s}")] for s in SPLITS}
             _tell_of_repeated(found, key)
@@ -97,11 +97,10 @@ def split_files(
 
 def _tell_of_repeated(splits: dict[str, list[Path]], key: str) -> None:
     """Report files that are in two splits, under whatever paths."""
-    first: dict[tuple[int, int], tuple[str, Path]] = {}
+    first: dict[tuple[int, ...], tuple[str, Path]] = {}
     for split, paths in splits.items():
         for path in paths:
-            stat = path.stat()
-            other, where = first.setdefault((stat.st_dev, stat.st_ino), (split, path))
+            other, where = first.setdefault(identity(path), (split, path))
             if other != split:
                 notice(f"{key}: {str(path)!r} of split {split!r} is {str(where)!r} of split {other!r}.")
                 return
@@ -137,15 +136,52 @@ def _split_of(name: str, fractions: Fractions, seed: int) -> str:
     return "validation" if place < fractions.train + fractions.validation or fractions.test == 0 else "test"
 
 
+def data_files(root: Path, suffixes: tuple[str, ...], without: tuple[str, ...] = ()) -> list[Path]:
+    """Return what has one of the suffixes in a folder and in those below it, also behind links, sorted.
+
+    Left out are names that begin with a dot or one of `without`. A link that leads nowhere and has another name may
+    have led to a folder, and is reported.
+
+    Raises:
+        ConfigError: a link with one of the suffixes that leads nowhere.
+        OSError: a folder that cannot be read.
+    """
+    found = sorted(path for _, paths in folders_below(root, without) for path in paths)
+    named = [path for path in found if path.name.lower().endswith(suffixes)]
+    lost = next((path for path in found if not path.name.lower().endswith(suffixes) and leads_nowhere(path)), None)
+    if lost:
+        notice(f"{lost}: is a link that leads nowhere. What may have been there is left out.")
+    for path in named:
+        refuse_lost(path)
+    return named
+
+
+def refuse_lost(path: Path) -> None:
+    """Refuse a link that leads nowhere, which hides data.
+
+    Raises:
+        ConfigError: naming the link.
+    """
+    if leads_nowhere(path):
+        raise ConfigError(f"{path}: is a link that leads nowhere, or in a circle. Remove it, or copy what it led to.")
+
+
 def _find(entries: list[str], suffixes: tuple[str, ...], key: str) -> list[tuple[Path, str]]:
-    found: dict[Path, str] = {}
+    """Return every file once, with the name that decides on its split: that on the path with the fewest links."""
+    found: dict[tuple[int, ...], dict[Path, str]] = defaultdict(dict)
     for entry in entries:
         files = _standard_library() if entry == STDLIB else _matches(entry, suffixes)
         if not files:
             raise ConfigError(f"{key}: {entry!r} matches no file. Give files, globs or directories that exist.")
         for path, name in files:
-            found.setdefault(path, name)
-    return list(found.items())
+            found[identity(path)].setdefault(path, name)
+    kept = [(min(same, key=num_links) if len(same) > 1 else next(iter(same)), same) for same in found.values()]
+    again = [(path, first) for first, same in kept for path in same if path != first]
+    if again:
+        path, first = again[0]
+        more = f" (and {len(again) - 1} more like it)" if len(again) > 1 else ""
+        notice(f"{key}: {str(path)!r} leads to the same file as {str(first)!r}{more}. Each file is read once.")
+    return [(path, same[path]) for path, same in kept]
 
 
 def _matches(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
@@ -153,32 +189,15 @@ def _matches(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
     if path.is_file():
         return [(path, path.name)]
     if path.is_dir():
-        return sorted((p, name) for p, name in _below(path) if name.lower().endswith(suffixes))
-    root, found = matching(path)
-    return sorted((p, p.relative_to(root).as_posix()) for p in found if _is_file(p))
-
-
-def _is_file(path: Path) -> bool:
-    """Whether this is a regular file; a pipe would keep its reader waiting, and a broken link hides data."""
-    if path.is_symlink() and not path.exists():
-        raise ConfigError(f"{path}: is a link that leads nowhere, or in a circle. Remove it, or copy what it led to.")
-    return path.is_file()
+        root, found = path, data_files(path, suffixes)
+    else:
+        root, found = matching(path)
+        for match in found:
+            refuse_lost(match)
+    # A pipe would keep its reader waiting.
+    return [(match, match.relative_to(root).as_posix()) for match in found if match.is_file()]
 
 
 def _standard_library() -> list[tuple[Path, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    return sorted((path, name) for path, name in _below(root, _NOT_STDLIB) if name.endswith(".py"))
-
-
-def _below(root: Path, without: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
-    """Yield each file below `root` and its name there; nothing that starts with a dot or one of `without`."""
-    for folder, folders, files in os.walk(root, onerror=_raise):  # else what cannot be read would be missing silently
-        folders[:] = [name for name in folders if not name.startswith((".", *without))]
-        for name in files:
-            path = Path(folder, name)
-            if not name.startswith((".", *without)) and _is_file(path):
-                yield path, path.relative_to(root).as_posix()
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
+    return [(path, path.relative_to(root).as_posix()) for path in data_files(root, (".py",), _NOT_STDLIB)]

@@ -1,13 +1,14 @@
 """Models and tokenizers of Hugging Face directories on disk, with nothing downloaded."""
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from twa_scale.errors import ConfigError
+from twa_scale.globs import path_of
+from twa_scale.inputs import named_errors
 
 
 def load_config(directory: str) -> Any:
@@ -16,7 +17,9 @@ def load_config(directory: str) -> Any:
     Raises:
         ConfigError: transformers is not installed, or there is no usable config.json.
     """
-    if not Path(directory).expanduser().joinpath("config.json").is_file():
+    with named_errors(ConfigError):
+        there = (path_of(directory, ConfigError) / "config.json").is_file()
+    if not there:
         raise ConfigError(f"task.model: {directory!r} has no config.json. Give a Hugging Face model directory on disk.")
     return _from_pretrained("AutoConfig", directory, "config.json")
 
@@ -59,9 +62,9 @@ def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module
 
 def _from_pretrained(kind: str, directory: str, what: str) -> Any:
     auto = getattr(_transformers(), kind)
+    path = str(path_of(directory, ConfigError))
     try:
         # Without `trust_remote_code=False` it asks at a prompt whether to run code of the directory.
-        path = str(Path(directory).expanduser())
         return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of damaged files, transformers and tokenizers raise almost anything
         _refuse_code(error, directory)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
+from twa_scale.globs import path_of
+from twa_scale.inputs import named_errors
 from twa_scale.tasks.classification import TensorExamples, classification_metrics, cross_entropy, given_split
 from twa_scale.tasks.images import ImageFolder, class_names, read_npz
 from twa_scale.tasks.imports import call, import_function
@@ -58,7 +60,8 @@ class ImageClassification:
         """
         self._options = options
         self._function = import_function(options.model, "task.model")
-        self._paths = _paths(options)
+        with named_errors(ConfigError):
+            self._paths = _paths(options)
         folders = {split: path for split, path in self._paths.items() if path.is_dir()}
         if folders and options.image_size is None:
             raise ConfigError(
@@ -116,9 +119,9 @@ class ImageClassification:
 def _paths(options: ImageClassificationOptions) -> dict[str, Path]:
     if options.data is None:
         named = {split: getattr(options, split) for split in SPLITS}
-        paths = {split: Path(path).expanduser() for split, path in named.items() if path}
+        paths = {split: path_of(path, ConfigError) for split, path in named.items() if path}
     else:
-        root = Path(options.data).expanduser()
+        root = path_of(options.data, ConfigError)
         paths = {s: root / s for s in SPLITS if (root / s).is_dir()} if root.is_dir() else dict.fromkeys(SPLITS, root)
         if not paths:
             raise ConfigError(f"task.data: {root} has no subfolder {', '.join(SPLITS)}. Name each split on its own.")

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from twa_scale.errors import ConfigError
-from twa_scale.inputs import open_regular
+from twa_scale.globs import entries
+from twa_scale.inputs import named_errors, open_regular
 from twa_scale.names import some
 from twa_scale.tasks.classification import integer_labels
+from twa_scale.tasks.files import READABLE, data_files, refuse_lost
 from twa_scale.tasks.protocol import Batch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -56,12 +58,16 @@ def _native(array: Any) -> Any:
 
 
 def class_names(root: Path, where: str) -> list[str]:
-    """Return the subfolders of an image folder, sorted: the classes.
+    """Return the subfolders of an image folder, sorted: the classes. Those with a hidden name are none.
 
     Raises:
-        ConfigError: no folder, or none in it.
+        ConfigError: no folder, none in it, one that cannot be read, or a link that leads nowhere.
     """
-    names = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    with named_errors(ConfigError, READABLE):
+        inside = entries(root) if root.is_dir() else []
+        for path in inside:
+            refuse_lost(path)
+        names = [path.name for path in inside if path.is_dir()]
     if not names:
         raise ConfigError(
             f"{where}: {root} holds no subfolders. Give a folder with one subfolder of images for each class."
@@ -76,17 +82,18 @@ class ImageFolder:
     """
 
     def __init__(self, root: Path, classes: list[str], size: int, where: str) -> None:
-        """List the images.
+        """List the images, also those behind links.
 
         Raises:
-            ConfigError: no images, or no Pillow to read them with.
+            ConfigError: no images, what cannot be read, links that lead nowhere, or no Pillow to read images with.
         """
         try:
             self._image, self._ops = import_module("PIL.Image"), import_module("PIL.ImageOps")
         except ImportError as error:
             raise ConfigError(f"{where}: an image folder needs Pillow. Install it: pip install pillow.") from error
-        found = ((p, i) for i, name in enumerate(classes) for p in sorted((root / name).rglob("*")))
-        self._files = [(p, i) for p, i in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+        with named_errors(ConfigError, READABLE):
+            folders = [(root / name, i) for i, name in enumerate(classes) if (root / name).is_dir()]
+            self._files = [(path, i) for folder, i in folders for path in data_files(folder, SUFFIXES)]
         self._size = size
         if not self._files:
             raise ConfigError(f"{where}: {root} has no images. Put {', '.join(SUFFIXES)} files into its subfolders.")

@@ -30,7 +30,7 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise ConfigError(f"{key}: the module {module_name!r} has no function {name!r}{nearest(name, public)}.")
+        raise ConfigError(f"{key}: the module {module_name!r} has no function {name!r}{nearest(name, public) or '.'}")
     return function  # type: ignore[no-any-return]
 
 
@@ -46,7 +46,7 @@ def call(function: Callable[..., Any], options: dict[str, Any], key: str, path: 
     except TypeError as error:
         valid = [p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
         wrong = next((name for name in options if name not in valid), "")
-        hint = nearest(wrong, valid) if wrong else ""
+        hint = (nearest(wrong, valid) if wrong else "") or "."
         known = f"It takes {', '.join(valid)}." if valid else "It takes none."
-        raise ConfigError(f"{key}: {path!r} cannot be called with these options: {error}{hint}. {known}") from error
+        raise ConfigError(f"{key}: {path!r} cannot be called with these options: {error}{hint} {known}") from error
     return function(**options)

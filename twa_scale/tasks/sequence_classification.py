@@ -1,6 +1,5 @@
 """Task `sequence_classification`: a Hugging Face model with a classification head, on labelled text."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
+from twa_scale.globs import path_of
 from twa_scale.inputs import brief
 from twa_scale.names import nearest, some
 from twa_scale.tasks import huggingface
@@ -63,7 +63,7 @@ class SequenceClassification:
         self._options = options
         self._paths: dict[str, str] = {s: getattr(options, s) for s in SPLITS if getattr(options, s)}
         columns = (options.text, options.label)
-        tables = {s: read_columns(Path(p).expanduser(), columns, f"task.{s}") for s, p in self._paths.items()}
+        tables = {s: read_columns(path_of(p, ConfigError), columns, f"task.{s}") for s, p in self._paths.items()}
         for split, table in tables.items():
             _require_values(table[0], table[1], self._paths[split])
         self._texts = {split: [str(text) for text in table[0]] for split, table in tables.items()}
@@ -155,7 +155,7 @@ def _refuse_strangers(labels: dict[str, list[Label]]) -> None:
         if trained and strangers:
             raise ConfigError(
                 f"task.{split}: has the labels {some(strangers)}, which are not in the training data"
-                f"{nearest(strangers[0], trained)}. Use the same labels in all files."
+                f"{nearest(strangers[0], trained) or '.'} Use the same labels in all files."
             )
 
 

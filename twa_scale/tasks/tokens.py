@@ -1,5 +1,6 @@
 """Token sequences on disk or in memory, cut into windows of equal length."""
 
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +19,7 @@ Dtype = Literal["uint8", "uint16", "int32", "uint32", "int64"]
 _SAMPLED = 4096  # tokens of a bare file
 _FEW = 64  # bytes that may look like text by accident
 _PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
+_GZIP = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")  # with its method and flags: two bytes alone may be a token
 _MAGIC_OF_LLM_C = tuple(number.to_bytes(4, "little") for number in (20240520, 20240801))
 _LOOKED_AT = 16  # windows of a split
 
@@ -100,13 +102,9 @@ class TokenFile:
         """Return the tokens start..stop-1.
 
         Raises:
-            ConfigError: the file vanished or shrank.
+            ConfigError: the file cannot be read, or shrank.
         """
-        offset = self.offset + start * self.dtype.itemsize
-        try:
-            tokens = np.fromfile(self.path, self.dtype, stop - start, offset=offset)
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be read: {error.strerror}.") from error
+        tokens = _numbers(self.path, self.dtype, stop - start, self.offset + start * self.dtype.itemsize)
         if len(tokens) < stop - start:
             raise ConfigError(f"{self.path}: has become shorter since the run began. Start again with files at rest.")
         return tokens
@@ -188,12 +186,19 @@ class Windows:
         return tokens
 
 
+def _numbers(path: Path, dtype: "np.dtype[Any]", count: int, offset: int = 0) -> Array:
+    try:
+        return np.fromfile(path, dtype, count, offset=offset)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}. Make it readable.") from error
+
+
 def _other_format(path: Path) -> str | None:
     """Return what a file is by its first bytes if that is no sequence of tokens of more than a byte."""
-    start = np.fromfile(path, np.uint8, _SAMPLED).tobytes()
+    start = _numbers(path, np.dtype(np.uint8), _SAMPLED).tobytes()
     if start.startswith(b"\x93NUMPY"):
         return "an array of numpy: call it .npy, which says its type"
-    if start.startswith((b"PK\x03\x04", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+    if start.startswith((b"PK\x03\x04", b"\x28\xb5\x2f\xfd")) or _GZIP.match(start):
         return "an archive or a compressed file: extract it"
     if start[:4] in _MAGIC_OF_LLM_C:
         return "a file of llm.c with a header of 1024 bytes: cut it off, or write an .npy file"
