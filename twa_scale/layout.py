@@ -116,7 +116,7 @@ def _found_buffers(
     for name, buffer in buffers.items():
         if name not in found and buffer.is_floating_point() and not matches_any(name, config.ignore):
             raise CandidateError(
-                f"{first.label}: buffer {name!r} of the model is missing{nearest(name, held)}. Save it with the "
+                f"{first.label}: buffer {name!r} of the model is missing{nearest(name, held) or '.'} Save it with the "
                 "candidates, or name it in `ignore` to keep the value that the model has."
             )
     return tuple(name for name in buffers if name in found)

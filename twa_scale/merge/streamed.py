@@ -120,7 +120,7 @@ def _check_replace(specs: Sequence[TensorSpec], replace: Mapping[str, torch.Tens
         if shapes.get(name) != tuple(value.shape):
             raise CandidateError(
                 f"replacement of tensor {name!r}: has shape {tuple(value.shape)}, the candidates have "
-                f"{shapes.get(name, 'no such tensor')}{nearest(name, shapes) if name not in shapes else ''}."
+                f"{shapes.get(name, 'no such tensor')}{(name not in shapes and nearest(name, shapes)) or '.'}"
             )
 
 

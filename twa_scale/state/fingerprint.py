@@ -43,7 +43,7 @@ class Fingerprint:
             if self.shapes.get(name) != shape:
                 raise StateError(
                     f"the state was trained on a tensor {name!r} of shape {shape}, the candidates now have "
-                    f"{self.shapes.get(name, 'none')}{nearest(name, self.shapes) if name not in self.shapes else ''}."
+                    f"{self.shapes.get(name, 'none')}{(name not in self.shapes and nearest(name, self.shapes)) or '.'}"
                 )
         columns = {name: self.checksums[:, column].tolist() for column, name in enumerate(self.shapes)}
         saved.require_checksums(
