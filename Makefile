@@ -32,7 +32,7 @@ endif
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: setup ## The whole story on real text, from training to the comparison table.
+quickstart: setup ## Train a small model on real text, average its candidates, and compare the results.
 	$(BIN)/python examples/quickstart/run.py
 
 soup: setup $(SENTENCES) ## Fine-tune a pretrained transformer several times, and average the results.
@@ -47,14 +47,14 @@ scale-run: setup ## A billion parameters and 16 candidates on two ranks: 40 GB o
 results: setup ## Repeat the quickstart with three seeds and rewrite docs/results.md.
 	$(BIN)/python examples/quickstart/seeds.py
 
-test: setup ## Run the tests, without slow ones, those that need a GPU, and the rest of large grids of options.
+test: setup ## Run the tests, without slow ones, chaos, those that need a GPU, and the rest of large grids of options.
 	$(PYTEST) -m "not slow and not grid and not gpu and not chaos"
 
-test-slow: setup $(SENTENCES) ## Run only what `make test` leaves out and needs no GPU.
+test-slow: setup $(SENTENCES) ## Run only the slow tests, and the rest of large grids of options.
 	$(PYTEST) -m "(slow or grid) and not gpu" --ignore=tests/scale
 	$(BIN)/pytest -q -m "slow and not gpu" tests/scale # alone: it measures memory and time
 
-test-all: setup $(SENTENCES) ## Run every test that needs no GPU.
+test-all: setup $(SENTENCES) ## Run every test that needs no GPU, without chaos.
 	$(PYTEST) -m "not gpu and not chaos" --ignore=tests/scale
 	$(BIN)/pytest -q -m "not gpu" tests/scale # alone: it measures memory and time
 

@@ -83,7 +83,7 @@ def data_flow() -> str:
         label((20, 160), "each step", "soft", anchor="start"),
         box(20, 178, 170, 64, "backward", "gradient of its shard"),
         box(300, 178, 220, 64, "project", "s = ⟨delta, gradient⟩", "blue"),
-        box(640, 178, 200, 64, "sum over ranks", "n x G numbers", "orange"),
+        box(640, 178, 200, 64, "sum over ranks", "(n + 1) x G numbers", "orange"),
         box(640, 300, 200, 64, "optimizer", "steps the coefficients x"),
         box(300, 300, 220, 64, "combine", "w = center + Σ u · delta", "blue"),
         box(20, 300, 170, 64, "live weights", "in the model's own shard"),
