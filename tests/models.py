@@ -4,6 +4,7 @@ A convolution with BatchNorm, two transformer blocks, an embedding tied to the h
 of shape (), and tensors with fewer rows than three ranks.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ FROZEN = "stem.gain"
 EQUAL = "blocks.0.norm1.bias"  # the same values in every candidate, so all its deltas are zero
 TINY = "embed_mix.rows"  # two rows: fewer than three ranks
 SCALAR = "embed_mix.scale"
+# fully_shard of torch 2.6 shards no scalar, and cannot leave it out.
+SCALAR_SHAPE: tuple[int, ...] = () if "ignored_params" in signature(fully_shard).parameters else (1,)
 PATTERNS = [r"^stem\.", r"^blocks\.\d\.(qkv|out)", r"norm"]  # leaves "rest": the embedding, the mlp, the mix
 
 Batch = dict[str, Tensor]
@@ -74,7 +77,7 @@ class Mix(nn.Module):
 class Judged(nn.Module):
     """Next-token prediction of a text that goes with a picture."""
 
-    def __init__(self, scalar_shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, scalar_shape: tuple[int, ...] = SCALAR_SHAPE) -> None:
         super().__init__()
         self.stem = Stem()
         self.embed = nn.Embedding(VOCAB, WIDTH)
@@ -90,7 +93,7 @@ class Judged(nn.Module):
         return self.head(x)
 
 
-def build(seed: int = 0, scalar_shape: tuple[int, ...] = ()) -> Judged:
+def build(seed: int = 0, scalar_shape: tuple[int, ...] = SCALAR_SHAPE) -> Judged:
     """The model in float32, with the same values everywhere for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -102,7 +105,7 @@ def build(seed: int = 0, scalar_shape: tuple[int, ...] = ()) -> Judged:
 
 
 def candidates(
-    n: int = NUM_CANDIDATES, size: float = 0.05, scalar_shape: tuple[int, ...] = ()
+    n: int = NUM_CANDIDATES, size: float = 0.05, scalar_shape: tuple[int, ...] = SCALAR_SHAPE
 ) -> list[dict[str, Tensor]]:
     """n state dicts around one base; every tensor but EQUAL differs from it by about `size` relative.
 
@@ -185,5 +188,7 @@ def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = No
     scalars = {p for p in model.parameters() if p.dim() == 0}
     for block in model.blocks:
         fully_shard(block, **options)
-    fully_shard(model, ignored_params=scalars or None, **options)
+    if scalars:
+        options["ignored_params"] = scalars
+    fully_shard(model, **options)
     return model

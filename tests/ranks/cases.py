@@ -26,7 +26,7 @@ class Run:
 
     config: Mapping[str, Any]
     steps: int = NUM_STEPS
-    scalar_shape: tuple[int, ...] = ()
+    scalar_shape: tuple[int, ...] = models.SCALAR_SHAPE
     accumulate: int = 1
     bf16: bool = False
 
