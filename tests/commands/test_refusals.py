@@ -316,12 +316,9 @@ def test_one_message_as_a_process(config: Any) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun(config: Any, text: Brought, tmp_path: Path) -> None:
-    """Two ranks: a run that ends, then one that is refused, with one message of ours."""
+def test_torchrun(config: Any) -> None:
+    """Two ranks that are refused say so once."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "twa_scale", "run")
-    said = typed(*launch, config())
-    assert said.returncode == 0, said.stderr
-    assert (tmp_path / "out/average/model.safetensors").exists()
     said = typed(*launch, config(), "candidates=missing/*")
     assert said.returncode != 0 and len(re.findall(KINDS, said.stderr)) == 1, said.stderr
 

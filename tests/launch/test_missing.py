@@ -1,11 +1,11 @@
 """A rank that does not come ends the others within the time-out, with an error that names it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.chaos.victims import Victim
+from tests.launch.missing import run
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "OMP_NUM_THREADS": "1"}
 
@@ -21,24 +21,24 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3",
     ],
 )
 def test_the_others_end_and_name_it(tmp_path: Path, how: str, who: int, words: list[str]) -> None:
-    command = [sys.executable, "-m", "tests.launch.missing", how, str(who), str(tmp_path)]
     ranks = {
-        rank: subprocess.Popen(
-            command,
-            env={**os.environ, **SLURM, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+        rank: Victim(
+            run,
+            how,
+            who,
+            tmp_path,
+            phases=(),
+            environment={**SLURM, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
         )
         for rank in range(3)
     }
     missing = ranks.pop(who)
     try:
         for rank, process in ranks.items():
-            _, said = process.communicate(timeout=240)
-            assert process.returncode == 2, said
-            assert "Exception in thread" not in said
-            last = next(line for line in said.splitlines() if line.startswith("RankError"))
-            assert f"rank {rank} waited in vain" in last and all(word in last for word in words), said
+            assert process.ended() == 2, process.said
+            assert "Exception in thread" not in (tmp_path / f"stderr-{rank}").read_text()
+            assert process.said.startswith(f"RankError: rank {rank} waited in vain"), process.said
+            assert all(word in process.said for word in words), process.said
     finally:
-        missing.kill()
-        missing.communicate()
+        for process in (missing, *ranks.values()):
+            process.kill()
