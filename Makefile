@@ -9,8 +9,6 @@ SENTENCES := .venv/share/vaderSentiment-3.3.2.tar.gz
 # Processes that share the tests. Each has up to four ranks of its own, most of which wait.
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
-# Compares times, so it runs alone.
-TIMED := tests/scale/test_slow_link.py
 # Where the candidates of the scale run go.
 SCRATCH ?= runs/scale
 export NO_MKDOCS_2_WARNING := 1
@@ -53,12 +51,12 @@ test: setup ## Run the tests, without slow ones, chaos, those that need a GPU, a
 	$(PYTEST) -m "not slow and not grid and not gpu and not chaos"
 
 test-slow: setup $(SENTENCES) ## Run only the slow tests, and the rest of large grids of options.
-	$(PYTEST) -m "(slow or grid) and not gpu and not chaos" --ignore=$(TIMED)
-	$(BIN)/pytest -q -m "slow and not gpu" $(TIMED)
+	$(PYTEST) -m "(slow or grid) and not gpu and not chaos" --ignore=tests/scale
+	$(BIN)/pytest -q -m "slow and not gpu" tests/scale # alone: it measures memory and time
 
 test-all: setup $(SENTENCES) ## Run every test that needs no GPU, without chaos.
-	$(PYTEST) -m "not gpu and not chaos" --ignore=$(TIMED)
-	$(BIN)/pytest -q -m "not gpu" $(TIMED)
+	$(PYTEST) -m "not gpu and not chaos" --ignore=tests/scale
+	$(BIN)/pytest -q -m "not gpu" tests/scale # alone: it measures memory and time
 
 test-chaos: setup ## Damage, kills, full disks and missing ranks at random moments; CHAOS_SEED=n for others.
 	$(BIN)/pytest -m chaos -s tests/chaos
