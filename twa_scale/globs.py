@@ -84,8 +84,12 @@ def num_links(path: Path) -> int:
 
 def identity(file: Path) -> tuple[int, int, int, int]:
     """Return what identifies a file, the same under each path that leads to it."""
+    return identity_of(file.stat())
+
+
+def identity_of(stat: os.stat_result) -> tuple[int, int, int, int]:
+    """Return the `identity` of the file that the system says this of."""
     # Size and time as well: some network file systems give different files the same number.
-    stat = file.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 

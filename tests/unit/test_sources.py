@@ -102,12 +102,6 @@ def refused(spec: object, minimum: int = 2) -> str:
     return str(error.value)
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("save", SAVERS)
 def test_every_source_reads_the_same_slices(tmp_path: Path, save: Callable[[Path, Tensors], Path | Tensors]) -> None:
     states = [tensors(0), tensors(1)]

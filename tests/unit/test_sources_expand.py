@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.specs import found, refused
 from twa_scale.errors import CandidateError
 from twa_scale.ranks import Group
 from twa_scale.sources import open_candidates, open_together
-from twa_scale.sources.find import find_sources
 
 
 def write(path: Path, value: float = 1.0) -> Path:
@@ -23,24 +23,6 @@ def steps(folder: Path) -> Path:
     for i in (1, 2):
         write(folder / f"step-{i}/model.safetensors", i)
     return folder
-
-
-def found(spec: object) -> tuple[list[str], list[str]]:
-    """The paths that are found, and what is said."""
-    said: list[str] = []
-    return [str(path) for path in find_sources(spec, 1, said.append)], said  # type: ignore[arg-type]
-
-
-def refused(spec: object) -> str:
-    with pytest.raises(CandidateError) as error:
-        open_candidates(spec, minimum=1)  # type: ignore[arg-type]
-    return str(error.value)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 # Names

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.slices import read
-from twa_scale.errors import CandidateError
-from twa_scale.sources import directory, expand, open_candidates
+from tests.specs import found, refused
+from twa_scale.sources import directory, expand
 from twa_scale.sources.find import find_sources
 from twa_scale.sources.open import open_sources
 
@@ -36,24 +36,6 @@ def write(directory: Path, files: str, value: float, name: str = "model") -> Non
         (save_file if suffix == "safetensors" else torch.save)({key: tensor}, directory / file)  # type: ignore[operator]
         weight_map[key] = file
     (directory / files).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def found(spec: object) -> tuple[list[str], list[str]]:
-    """The paths that are found, and what is said."""
-    said: list[str] = []
-    return [str(path) for path in find_sources(spec, 1, said.append)], said  # type: ignore[arg-type]
-
-
-def refused(spec: object) -> str:
-    with pytest.raises(CandidateError) as error:
-        open_candidates(spec, minimum=1)  # type: ignore[arg-type]
-    return str(error.value)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 # Directories

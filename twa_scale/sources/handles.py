@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twa_scale.errors import CandidateError
+from twa_scale.globs import identity_of
 from twa_scale.inputs import open_regular
 
 _STEADY = "candidates must stay as they are until the run has ended."
@@ -44,7 +45,7 @@ class File:
             found = os.fstat(handle)
             if not problem and found.st_size != self.size:
                 problem = f"the file had {self.size} bytes when it was opened and has {found.st_size} now"
-            elif not problem and _identity(found) != self._identity:
+            elif not problem and identity_of(found) != self._identity:
                 problem = "the file has been written since it was opened"
         if problem:
             raise CandidateError(
@@ -79,17 +80,12 @@ class File:
                 raise
             again = f", which could be read before; {_STEADY}" if self._identity else "."
             raise CandidateError(f"{self.path}: cannot be opened: {error.strerror}{again}") from error
-        found = os.fstat(handle)
-        identity = _identity(found)
+        identity = identity_of(os.fstat(handle))
         if self._identity not in (None, identity):
             os.close(handle)
             raise CandidateError(f"{self.path}: is not the file that it was when it was first opened; {_STEADY}")
         self._identity = identity
         return handle
-
-
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass

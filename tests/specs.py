@@ -1,0 +1,20 @@
+"""What candidates that a user names stand for."""
+
+import pytest
+
+from twa_scale.errors import CandidateError
+from twa_scale.sources import open_candidates
+from twa_scale.sources.find import find_sources
+
+
+def found(spec: object) -> tuple[list[str], list[str]]:
+    """The paths that are found, and what is said."""
+    said: list[str] = []
+    return [str(path) for path in find_sources(spec, 1, said.append)], said  # type: ignore[arg-type]
+
+
+def refused(spec: object) -> str:
+    """What is said where they are refused."""
+    with pytest.raises(CandidateError) as error:
+        open_candidates(spec, minimum=1)  # type: ignore[arg-type]
+    return str(error.value)
