@@ -26,7 +26,7 @@ from twa_scale.optimizer import check_optimizer, check_settings
 from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.reading import Progress
 from twa_scale.rounding import Rounding, choose_coding
-from twa_scale.sources import Candidate, open_together
+from twa_scale.sources import Candidate, Wanted, open_together
 from twa_scale.sources.carried import carry
 from twa_scale.sources.find import same_files
 from twa_scale.sources.mapped import mapped, refuse_overlap
@@ -77,7 +77,7 @@ def attach(
     with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
-        opened = open_together(candidates, pods, wanted=wanted_of(engine.parameters, engine.buffers(), config))
+        opened = open_together(candidates, pods, wanted=_wanted(engine, config))
         for candidate in opened:
             undo.callback(candidate.close)
         with pods.agree():
@@ -137,6 +137,10 @@ def _check(config: TwaConfig, engine: Engine, pods: Pods) -> None:
         )
     if config.combine == "forward":
         engine.units()  # may refuse
+
+
+def _wanted(engine: Engine, config: TwaConfig) -> Wanted:
+    return wanted_of(engine.parameters, engine.buffers(), config, engine.module)
 
 
 def _matched(engine: Engine, candidates: Sequence[Candidate], config: TwaConfig) -> Layout:

@@ -4,12 +4,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from twa_scale.config import TwaConfig
 from twa_scale.engines import ParameterInfo
+from twa_scale.engines.wrappers import named_modules
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.names import group_names, matches_any, nearest, selected, some, without_wrappers
 from twa_scale.sources import Candidate, Wanted
+from twa_scale.sources.live_names import Naming
+from twa_scale.sources.transformers_rules import transformers_rules
 from twa_scale.sources.wrapped import stored_once
 from twa_scale.spans import Span
 
@@ -52,13 +56,29 @@ def alias_jobs(
 
 
 def wanted_of(
-    parameters: Mapping[str, ParameterInfo], buffers: Mapping[str, torch.Tensor], config: TwaConfig
+    parameters: Mapping[str, ParameterInfo], buffers: Mapping[str, torch.Tensor], config: TwaConfig, module: nn.Module
 ) -> Wanted:
-    """Return which tensors of the candidates a model wants: all that are its own, and of tied ones any name."""
+    """Return which tensors of the candidates a model wants: all that are its own, and of tied ones any name.
+
+    Args:
+        parameters: of the model.
+        buffers: that checkpoints of it hold.
+        config: says what is ignored and renamed.
+        module: the model, or what wraps it.
+    """
     ties = [info.aliases for info in parameters.values() if len(info.aliases) > 1]
     known = {alias for info in parameters.values() for alias in info.aliases} | set(buffers)
     shapes = {name: info.shape for name, info in parameters.items()}
-    return Wanted(config.weights_key, config.ignore, known, shapes, ties)
+    held = {alias: info.shape for info in parameters.values() for alias in info.aliases}
+    held |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+    naming = Naming(
+        rename=config.rename,
+        prefix=config.prefix,
+        library=transformers_rules(named_modules(module), held),
+        parameters=[info.aliases for info in parameters.values()],
+        buffers=list(buffers),
+    )
+    return Wanted(config.weights_key, config.ignore, known, shapes, ties, naming)
 
 
 def match(

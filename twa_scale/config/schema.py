@@ -133,6 +133,17 @@ class TwaConfig(Section):
         description="Where the weights are in candidates that hold several sets, with dots between keys: `model_ema`, "
         "`ema.state_dict`, or what names begin with; under `state_dict`, `model` and other usual keys when not given.",
     )
+    rename: dict[str, str] = Field(
+        {},
+        description="Regular expressions, and what takes their place in the names of candidates, in this order, where "
+        "the model's names differ: `{'^backbone[.]': 'encoder.'}`; `{'^': 'model.'}` adds a prefix. What transformers "
+        "renames when it loads one of its models needs no entry. Exports have the candidates' own names.",
+    )
+    prefix: str | None = Field(
+        None,
+        description="What the names of candidates have before those of the model, as `model.`; other tensors are not "
+        "read. When not given, a prefix with which every parameter is found is taken off, or put before the names.",
+    )
     carry_code: bool = Field(
         False,
         description="Copy code of the last candidate's directory, such as `*.py` files, into exports, beside its other "
@@ -153,6 +164,16 @@ class TwaConfig(Section):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
+
+    @field_validator("rename")
+    @classmethod
+    def _renamings(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern, replacement in value.items():
+            try:
+                re.compile(pattern).sub(replacement, "")
+            except (re.error, IndexError) as error:
+                raise ValueError(f"{pattern!r}: {replacement!r} cannot be used: {error}") from None
         return value
 
     @field_validator("center")

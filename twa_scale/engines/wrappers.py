@@ -1,6 +1,6 @@
 """Names of a module's tensors as its own state dict has them before anything wrapped it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -42,3 +42,10 @@ def unwrapping(root: nn.Module) -> Callable[[str], str]:
         return ".".join(part for part, path in zip(parts, paths, strict=True) if path not in steps)
 
     return unwrap if steps else str
+
+
+def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module under its name in `root` without wrappers; wrappers have that of what they wrap."""
+    unwrap = unwrapping(root)
+    for path, module in root.named_modules():
+        yield unwrap(path), module

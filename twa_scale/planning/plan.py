@@ -102,7 +102,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     _, parameters = named_parameters(model)
     parameters = described(parameters)
     buffers = {name: real(buffer) for name, buffer in persistent_buffers(model).items()}
-    candidates = open_candidates(config.candidates, wanted=wanted_of(parameters, buffers, config))
+    candidates = open_candidates(config.candidates, wanted=wanted_of(parameters, buffers, config, model))
     layout = match(parameters, buffers, candidates, config)
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
     n = len(candidates)

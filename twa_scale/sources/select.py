@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.names import and_more, matches_any, refuse_unused, some
 from twa_scale.sources.entries import optimizer_entries
+from twa_scale.sources.live_names import Naming, in_live_names
 from twa_scale.sources.protocol import Candidate
 from twa_scale.sources.quantized import refuse_quantized
 from twa_scale.sources.ties import Ties, complete
@@ -31,6 +32,8 @@ class Wanted:
     """Names and shapes of the model's parameters, in its order."""
     ties: Ties | None = None
     """What the model ties; found from the values where there is no model."""
+    naming: Naming | None = None
+    """How names become those of the model; where there is none, they stay as they are stored."""
     must_match: bool = False
     """Whether each pattern of `ignore` has to be found in the name of a tensor."""
 
@@ -80,6 +83,9 @@ def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candid
     if left_out:
         found = next(iter(left_out.values()))
         lines.append(f"{and_more(list(left_out))}: entries of an optimizer are not read: {some(found)}.")
+    if wanted.naming:
+        selected, inferred = in_live_names(selected, wanted.naming)
+        lines += inferred
     selected, missing = complete(selected, wanted.ties)
     return selected, lines + missing + _about_factors(selected)
 

@@ -1,0 +1,120 @@
+"""Tensors made of segments of others: what torch does to traced tensors is followed, and read and written by ranges."""
+
+import random
+from collections.abc import Callable
+from math import prod
+
+import pytest
+import torch
+
+from twa_scale.sources.segments import Segments
+from twa_scale.sources.traced import CannotTrace, Traced
+from twa_scale.spans import Span
+
+Make = Callable[..., torch.Tensor]
+MAKES: dict[str, tuple[Make, list[tuple[int, ...]]]] = {
+    "experts": (lambda a, b, c, d: torch.cat([torch.stack([a, b]), torch.stack([c, d])], 1), [(3, 4)] * 4),
+    "a third": (lambda a: torch.chunk(a, 3)[1], [(6, 4)]),
+    "columns": (lambda a: torch.split(a, [1, 2, 3], 1)[2].squeeze(), [(2, 6, 1)]),
+    "transposed experts": (lambda a: a.transpose(1, 2).contiguous(), [(3, 4, 5)]),
+    "transposed, joined": (lambda a, b: torch.cat([a, b], 1).t(), [(4, 3), (4, 2)]),
+    "rotary order": (lambda a: a.view(2, 2, 3, 5).transpose(1, 2).reshape(12, 5), [(12, 5)]),
+    "interleaved": (lambda a: a.reshape(2, 3, 2).transpose(1, 2).reshape(2, 6), [(2, 6)]),
+    "convolution": (lambda a: a.reshape(3, -1), [(3, 2, 2, 2, 2)]),
+    "cut across rows": (lambda a: a.reshape(4, 3, 2).transpose(1, 2).reshape(24)[5:20].view(5, 3), [(24,)]),
+    "joined, split elsewhere": (lambda a, b: torch.cat([a, b], 1).reshape(2, 2, 5).permute(2, 0, 1), [(4, 3), (4, 2)]),
+    "scalars": (lambda a, b: torch.stack([a.view(()), b]), [(1,), ()]),
+    "nothing": (lambda a: a[:, :0], [(2, 3)]),
+}
+
+
+def stored(shapes: list[tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Return tensors in which every number is another one."""
+    numbers = iter(torch.arange(sum(map(prod, shapes))).split([prod(shape) for shape in shapes]))
+    return {f"t{i}": next(numbers).view(shape) for i, shape in enumerate(shapes)}
+
+
+def traced(make: Make, tensors: dict[str, torch.Tensor]) -> Traced:
+    made = make(*(Traced.stored(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()))
+    assert isinstance(made, Traced)
+    return made
+
+
+def read(segments: Segments, tensors: dict[str, torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    out = torch.full((stop - start,), -1)
+    for part in segments.within(start, stop):
+        part = part.in_order_there()
+        runs = [tensors[span.name].reshape(-1)[slice(*run)] for span in part.spans() for run in span.runs()]
+        place = part.of(out, start)
+        place.copy_(torch.cat(runs).view(place.shape))
+    return out
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_every_range_of_what_torch_makes_is_read_from_what_it_was_made_of(name: str) -> None:
+    make, shapes = MAKES[name]
+    tensors = stored(shapes)
+    expected, made = make(*tensors.values()), traced(make, tensors)
+    assert made.shape == expected.shape
+    segments = Segments(made.segments("x"))
+    for start in range(expected.numel() + 1):
+        for stop in range(start, expected.numel() + 1):
+            assert torch.equal(read(segments, tensors, start, stop), expected.reshape(-1)[start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_of_functions_is_followed(seed: int) -> None:
+    def make(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        rng, x = random.Random(seed), a
+        for _ in range(6):
+            dim = rng.randrange(x.dim())
+            match rng.choice(["cat", "stack", "chunk", "permute", "view", "select"]):
+                case "cat" if x.shape == b.shape:
+                    x = torch.cat([x, b], dim)
+                case "stack":
+                    x = torch.stack([x, x.clone()], dim)
+                case "chunk":
+                    x = rng.choice(torch.chunk(x, 2, dim))
+                case "permute":
+                    x = x.permute(rng.sample(range(x.dim()), x.dim()))
+                case "view":
+                    x = x.reshape(*x.shape[:dim], -1)
+                case "select" if x.dim() > 2:
+                    x = x.select(dim, rng.randrange(x.shape[dim]))
+        return x
+
+    tensors = stored([(4, 3, 4), (4, 3, 4)])
+    expected, made = make(*tensors.values()), traced(make, tensors)
+    assert made.shape == expected.shape
+    cuts = sorted(random.Random(seed).sample(range(expected.numel() + 1), min(6, expected.numel())))
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        found = read(Segments(made.segments("x")), tensors, start, stop)
+        assert torch.equal(found, expected.reshape(-1)[start:stop])
+
+
+@pytest.mark.parametrize("span", [Span("x", 0, 48), Span("x", 7, 31), Span("x", 1, 46, run=3, stride=6)])
+def test_a_span_is_written_to_where_it_was_read(span: Span) -> None:
+    make, shapes = MAKES["experts"]
+    tensors = stored(shapes)
+    segments = Segments(traced(make, tensors).segments("x"))
+    values = torch.cat([make(*tensors.values()).reshape(-1)[start:stop] for start, stop in span.runs()])
+    written = {name: torch.full((tensor.numel(),), -1) for name, tensor in tensors.items()}
+    for other, part in segments.spans(span, values):
+        runs = list(other.runs())
+        for (start, stop), run in zip(runs, part.split([stop - start for start, stop in runs]), strict=True):
+            written[other.name][start:stop] = run
+    found = torch.cat(list(written.values()))
+    assert torch.equal(found[found >= 0].sort().values, values.sort().values)
+    assert torch.equal(found[values], values)  # number i stands at place i
+
+
+@pytest.mark.parametrize("make", [lambda a: a + 1, lambda a: a.to(torch.int32), lambda a: a[::2], torch.abs])
+def test_what_does_more_than_move_elements_is_an_error(make: Make) -> None:
+    with pytest.raises(CannotTrace):
+        traced(make, stored([(4, 3)]))
+
+
+def test_tensors_that_are_stored_as_they_are_are_known() -> None:
+    tensor = Traced.stored("a", (4, 3), torch.float32)
+    assert tensor.origin() == tensor.clone().contiguous().origin() == "a"
+    assert tensor.t().origin() is None and tensor.view(12).origin() == "a" and tensor[1:].origin() is None
