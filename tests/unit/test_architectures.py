@@ -1,0 +1,67 @@
+"""Architectures of transformers that the documentation lists: candidates are read, and exports read again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import twa_scale
+from tests.architectures import ARCHITECTURES, Architecture
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def built(architecture: Architecture, seed: int) -> transformers.PreTrainedModel:
+    config = getattr(transformers, architecture.config)(**architecture.settings)
+    torch.manual_seed(seed)
+    model: transformers.PreTrainedModel = getattr(transformers, architecture.model)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # many start at zero or one
+            parameter.normal_()
+        for module in model.modules():  # some classes set this row to zero again when they load
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
+    return model
+
+
+def cases() -> list[object]:
+    marks = [() if one.common else (pytest.mark.grid,) for one in ARCHITECTURES]
+    return [pytest.param(one, marks=mark, id=one.model) for one, mark in zip(ARCHITECTURES, marks, strict=True)]
+
+
+@pytest.mark.parametrize("architecture", cases())
+def test_candidates_are_read_as_from_pretrained_reads_them_and_it_reads_the_export(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    with quiet():
+        kind = getattr(transformers, architecture.model)
+        paths = [tmp_path / f"step-{i}" for i in range(2)]
+        for i, path in enumerate(paths):
+            built(architecture, i).save_pretrained(path)
+        for i, path in enumerate(paths):
+            model = built(architecture, 2)
+            average = twa_scale.attach(model, paths, {"center": i})
+            loaded = kind.from_pretrained(path).state_dict()
+            live = model.state_dict()
+            wrong = [name for name in loaded if not torch.equal(live[name], loaded[name])]
+            assert live.keys() == loaded.keys() and not wrong, wrong
+            if i == 0:
+                average.close()
+        average.export(tmp_path / "out")
+        exported, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(report.values()), report
+        again = exported.state_dict()
+        wrong = [name for name in live if not torch.equal(live[name], again[name])]
+        assert not wrong, wrong
