@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from twa_scale.config import load_config
 from twa_scale.ranks import Group, World, end
-from twa_scale.tasks import build_task
-from twa_scale.training.batches import make_batches
-from twa_scale.training.evaluate import evaluate
+from twa_scale.run.batches import make_batches
+from twa_scale.run.evaluate import evaluate
+from twa_scale.run.tasks import build_task
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from twa_scale.base.spans import Span
 from twa_scale.kernels import Dense, Kernels, Packed, Target
-from twa_scale.kernels.reference import unpack
-from twa_scale.spans import Span
+from twa_scale.kernels.torch.reference import unpack
 from twa_scale.store import Store
 
 CPU = torch.device("cpu")

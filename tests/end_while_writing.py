@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from tests import models
 from tests.ranks.test_snapshots_asynchronous import gate
-from twa_scale.snapshots import Snapshots
-from twa_scale.writer import background
+from twa_scale.output import background
+from twa_scale.output.snapshots import Snapshots
 
 
 def run(rank: int, mode: str, directory: Path) -> None:

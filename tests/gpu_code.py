@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twa_scale.kernels import fused
-from twa_scale.kernels.packed import BLOCKS
+from twa_scale.kernels.packed_rows import BLOCKS
 from twa_scale.kernels.rows import TILE
+from twa_scale.kernels.triton import fused
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

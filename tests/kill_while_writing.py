@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from twa_scale.base.spans import whole
+from twa_scale.output import TensorSpec, publish, writing
+from twa_scale.output.provenance import marked, provenance
+from twa_scale.output.temporary import sweep
 from twa_scale.ranks import Group
-from twa_scale.spans import whole
-from twa_scale.writer import TensorSpec, publish, writing
-from twa_scale.writer.hidden import sweep
-from twa_scale.writer.provenance import marked, provenance
 
 KILLS = {"exchange": 20, "renames": 20, "between": 2}
 SPECS = [TensorSpec(name, (1000,), torch.float32) for name in "abc"]

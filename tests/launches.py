@@ -9,9 +9,9 @@ from math import prod
 
 import torch
 
+from twa_scale.base.spans import share
 from twa_scale.kernels import Packed
-from twa_scale.kernels.fused import COMBINE, PROJECT, launches
-from twa_scale.spans import share
+from twa_scale.kernels.triton.fused import COMBINE, PROJECT, launches
 
 Shape = tuple[int, ...]
 RANKS, CANDIDATES, BITS = 64, 16, 4

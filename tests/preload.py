@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from twa_scale.kernels import Dense, Differences, Packed, Target
-from twa_scale.kernels.compiled import NumbaKernels
+from twa_scale.kernels.numba.compiled import NumbaKernels
 
 MODULES = [
     "pytest",
@@ -30,7 +30,7 @@ MODULES = [
     "fairscale.nn.data_parallel",
     "fairscale.optim.oss",
     "safetensors.torch",
-    "twa_scale.training",
+    "twa_scale.run",
     "tests.ranks.cases",
 ]
 FLOATS = (torch.float32, torch.bfloat16)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from twa_scale.candidates import Candidate, open_candidates
 from twa_scale.errors import CandidateError
-from twa_scale.sources import Candidate, open_candidates
 
 
 def opened(path: Path) -> Candidate:

@@ -2,9 +2,9 @@
 
 import pytest
 
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.find import find_sources
 from twa_scale.errors import CandidateError
-from twa_scale.sources import open_candidates
-from twa_scale.sources.find import find_sources
 
 
 def found(spec: object) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ from deepspeed.utils import zero_to_fp32
 from torch import nn
 from torch.nn import functional as F
 
-from twa_scale.snapshots import Snapshots
+from twa_scale.output.snapshots import Snapshots
 
 CASES = {
     "0-fp32": {"zero_optimization": {"stage": 0}},

@@ -1,13 +1,18 @@
 """Trainable weight averaging (TWA) of checkpoints of models that exist only sharded."""
 
-from twa_scale.attach import attach
-from twa_scale.average import TrainableAverage
-from twa_scale.config import RunConfig, TwaConfig
-from twa_scale.engines.zero import stateless_optimizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from twa_scale.errors import CandidateError, ConfigError, EngineError, OutputError, RankError, StateError, TwaError
-from twa_scale.notices import TwaWarning
-from twa_scale.snapshots import Snapshots
 from twa_scale.version import __version__
+
+if TYPE_CHECKING:
+    from twa_scale.average.attach import attach
+    from twa_scale.average.average import TrainableAverage
+    from twa_scale.base.notices import TwaWarning
+    from twa_scale.config import RunConfig, TwaConfig
+    from twa_scale.engines.zero import stateless_optimizer
+    from twa_scale.output.snapshots import Snapshots
 
 __all__ = [
     "CandidateError",
@@ -26,3 +31,25 @@ __all__ = [
     "attach",
     "stateless_optimizer",
 ]
+
+# Imported on first use: torch takes seconds, which `twa-scale --help` does not need.
+_MODULES = {
+    "RunConfig": "twa_scale.config",
+    "Snapshots": "twa_scale.output.snapshots",
+    "TrainableAverage": "twa_scale.average.average",
+    "TwaConfig": "twa_scale.config",
+    "TwaWarning": "twa_scale.base.notices",
+    "attach": "twa_scale.average.attach",
+    "stateless_optimizer": "twa_scale.engines.zero",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,9 +1,9 @@
 """The command line as a process of its own: the console script `twa-scale`, and `python -m twa_scale` of launchers."""
 
+import sys
 from typing import NoReturn
 
 from twa_scale.cli import main
-from twa_scale.ranks import end
 
 
 def program() -> NoReturn:
@@ -13,8 +13,17 @@ def program() -> NoReturn:
     except SystemExit as left:
         if not isinstance(left.code, int | None):
             raise
-        end(left.code or 0)
-    end(0)
+        _end(left.code or 0)
+    _end(0)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process; one that never was a rank has nothing to clean up and does not import what is needed for it."""
+    if "twa_scale.ranks" in sys.modules:
+        from twa_scale.ranks import end
+
+        end(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

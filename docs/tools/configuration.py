@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from twa_scale.config import RunConfig, TwaConfig
-from twa_scale.tasks.causal_lm import CausalLMOptions
-from twa_scale.tasks.image_classification import ImageClassificationOptions
-from twa_scale.tasks.sequence_classification import SequenceClassificationOptions
+from twa_scale.run.tasks.causal_lm import CausalLMOptions
+from twa_scale.run.tasks.image_classification import ImageClassificationOptions
+from twa_scale.run.tasks.sequence_classification import SequenceClassificationOptions
 
 PAGE = Path(__file__).resolve().parents[1] / "configuration.md"
 INTRODUCTION = """\

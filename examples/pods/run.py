@@ -27,7 +27,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from worker import CONTEXT, SIZES
 
-from twa_scale.tasks.gpt import ByteGPT
+from twa_scale.run.tasks.byte_gpt import ByteGPT
 
 HERE = Path(__file__).parent
 PORT = 29400  # in a namespace of our own nobody else has it

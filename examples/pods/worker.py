@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 import twa_scale
 from twa_scale.config import TaskConfig
 from twa_scale.ranks import end
-from twa_scale.tasks import build_task
-from twa_scale.tasks.gpt import ByteGPT
-from twa_scale.training.batches import make_batches
+from twa_scale.run.batches import make_batches
+from twa_scale.run.tasks import build_task
+from twa_scale.run.tasks.byte_gpt import ByteGPT
 
 SIZES = {"n_layer": 7, "n_head": 8, "d_model": 512}
 CONTEXT = 64

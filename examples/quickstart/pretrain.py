@@ -19,9 +19,9 @@ from torch import nn
 from twa_scale import Snapshots
 from twa_scale.config import RunConfig, load_config
 from twa_scale.ranks import World, end
-from twa_scale.tasks import build_task
-from twa_scale.training.batches import make_batches
-from twa_scale.training.model import build_model
+from twa_scale.run.batches import make_batches
+from twa_scale.run.model import build_model
+from twa_scale.run.tasks import build_task
 
 EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
 

@@ -20,7 +20,7 @@ import torch
 
 import twa_scale
 from twa_scale.config import load_config
-from twa_scale.tasks import build_task
+from twa_scale.run.tasks import build_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from run import CONFIG, HERE, torchrun

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from twa_scale.kernels.packed import BLOCKS, zero_of
-from twa_scale.kernels.quantize import quantize
-from twa_scale.state import AverageState, load_state
+from twa_scale.average.state import AverageState, load_state
+from twa_scale.kernels.packed_rows import BLOCKS, zero_of
+from twa_scale.kernels.torch.quantize import quantize
 
 BITS = 4
 PIECE = 1 << 17  # elements of each candidate that are in memory at a time

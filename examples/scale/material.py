@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from twa_scale.base.spans import whole
+from twa_scale.output import TensorSpec, writing
 from twa_scale.ranks import Group
-from twa_scale.spans import whole
-from twa_scale.writer import TensorSpec, writing
 
 SIZES = {
     "100m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 9, "tie_word_embeddings": True},

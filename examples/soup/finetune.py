@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from twa_scale.config import load_config
-from twa_scale.tasks import build_task, stack
+from twa_scale.run.tasks import build_task, stack
 
 
 def main() -> None:

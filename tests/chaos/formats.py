@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import twa_scale
+from twa_scale.average.state import load_state, save_state
+from twa_scale.candidates import open_candidates
 from twa_scale.config import load_config
-from twa_scale.sources import open_candidates
-from twa_scale.state import load_state, save_state
 
 Values = dict[str, tuple[tuple[int, ...], torch.dtype, bytes]]
 """By name: shape, type and bytes of a tensor."""

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from tests.pool import PRELOAD
-from twa_scale.average import TrainableAverage
+from twa_scale.average.average import TrainableAverage
 from twa_scale.errors import TwaError
 from twa_scale.merge import streamed
+from twa_scale.output import BackgroundWrite
+from twa_scale.output.snapshots import Snapshots
 from twa_scale.ranks import end
-from twa_scale.snapshots import Snapshots
-from twa_scale.training.loop import Run
-from twa_scale.writer import BackgroundWrite
+from twa_scale.run.loop import Run
 
 PHASES: dict[str, tuple[Any, str]] = {
     "attach": (Run, "_attach"),

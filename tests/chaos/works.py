@@ -18,10 +18,10 @@ from tests.commands.material import load, run_here, settings, state_of
 from tests.commands.test_resume import lines
 from tests.limits import files_up_to
 from twa_scale import Snapshots
+from twa_scale.average.state import PREVIOUS, STATE, load_state
 from twa_scale.config import RunConfig, validated
 from twa_scale.merge import average_fixed, export_run
-from twa_scale.state import PREVIOUS, STATE, load_state
-from twa_scale.training import run
+from twa_scale.run import run
 
 Tensors = dict[str, Tensor]
 NOTE = "notes.txt"

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from tests.digits import load_digits
 from twa_scale import Snapshots
+from twa_scale.average.state import load_state
 from twa_scale.config import RunConfig, TaskConfig, validated
-from twa_scale.state import load_state
-from twa_scale.tasks import Task, build_task, stack
-from twa_scale.tasks.protocol import SPLITS
-from twa_scale.training import run
+from twa_scale.run import run
+from twa_scale.run.tasks import Task, build_task, stack
+from twa_scale.run.tasks.task import SPLITS
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 TEXT = {

@@ -14,13 +14,13 @@ from tests.commands.conftest import Brought
 from tests.commands.material import settings
 from tests.pool import Pool
 from twa_scale import ConfigError
-from twa_scale.bench import bench_json, bench_table, measured, planned
-from twa_scale.bench.files import run_streaming
-from twa_scale.bench.stores import bench_bytes, run_bench
 from twa_scale.cli import app
 from twa_scale.config import RunConfig, validated
-from twa_scale.planning import make_plan
 from twa_scale.ranks import World
+from twa_scale.tools.bench import bench_json, bench_table, planned, timing
+from twa_scale.tools.bench.files import run_streaming
+from twa_scale.tools.bench.stores import bench_bytes, run_bench
+from twa_scale.tools.planning import make_plan
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
 
 def measure_on_a_rank() -> int:
     """Measure on ranks of which one is content long before the other."""
-    with patch.multiple(measured, _TIMES=2 + 30 * dist.get_rank(), _SECONDS=0.0):
+    with patch.multiple(timing, _TIMES=2 + 30 * dist.get_rank(), _SECONDS=0.0):
         return run_bench(["packed4"], 1000, 2, None, "torch", CPU).elements
 
 
@@ -87,8 +87,8 @@ def test_ranks_measure_equally_often(ranks: Pool) -> None:
 @pytest.fixture
 def config(text: Brought, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run, for a bench that is quick rather than right."""
-    monkeypatch.setattr(measured, "_TIMES", 1)
-    monkeypatch.setattr(measured, "_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_TIMES", 1)
+    monkeypatch.setattr(timing, "_SECONDS", 0.0)
     path = tmp_path / "run.json"
     path.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out", store="packed8")))
     return path
@@ -118,7 +118,7 @@ def test_a_step_of_a_configuration(config: Path, tmp_path: Path) -> None:
     assert step["attach"] == pytest.approx(plan.bytes_read / rates["attach, packed8"])
     nbytes = {row["what"]: row["nbytes"] for row in run["stores"]["packed8"]}
     assert nbytes["reduction over 1 ranks"] == 8 * (n + 1) * plan.num_groups
-    # The same tensors are measured, so that the blocks of every tensor are counted, tails and all.
+    # The same tensors are timing, so that the blocks of every tensor are counted, tails and all.
     for row in said["stores"]["packed8"][:2]:
         assert nbytes[row["what"]] == row["nbytes"]
 

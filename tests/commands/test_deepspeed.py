@@ -17,7 +17,7 @@ from tests.commands.material import by_hand, load, run_here, state_of
 from tests.pool import Pool
 from twa_scale.config import RunConfig, load_config, validated
 from twa_scale.errors import ConfigError
-from twa_scale.training.zero import zero_settings
+from twa_scale.run.deepspeed import zero_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"steps": 4, "batch_size": 8, "micro_batch_size": 1, "evaluate_batches": 2, "groups": "block"}
@@ -106,7 +106,7 @@ def test_zero3_on_four_ranks_goes_on_with_fsdp2_on_two(ranks: Pool, text: Brough
 def stopping(text: dict[str, Any], after: int) -> Any:
     """The text task, until its loss has been asked for `after` times in training."""
     from twa_scale.config import TaskConfig
-    from twa_scale.tasks import build_task
+    from twa_scale.run.tasks import build_task
 
     task: Any = build_task(validated(TaskConfig, text))  # type: ignore[type-var]
     loss, asked = task.loss, iter(range(after))

@@ -97,7 +97,7 @@ def test_a_shard_that_is_damaged(
 
 def attach_meanwhile(engine: str, paths: list[Path], damage: str) -> dict[str, Any] | None:
     """Rank 0 damages the last candidate when all ranks have opened it."""
-    from twa_scale.layout import match
+    from twa_scale.average.layout import match
 
     def damage_then_match(*arguments: Any) -> Any:
         dist.barrier()
@@ -111,7 +111,7 @@ def attach_meanwhile(engine: str, paths: list[Path], damage: str) -> dict[str, A
         return match_(*arguments)
 
     match_ = match
-    with patch("twa_scale.attach.match", damage_then_match):
+    with patch("twa_scale.average.attach.match", damage_then_match):
         model = make(engine)
         twa_scale.attach(model, candidates=[str(path) for path in paths])
     return None

@@ -13,12 +13,12 @@ from torch import nn
 from tests.commands.conftest import Brought
 from tests.commands.material import by_hand, load, run_here, settings
 from tests.pool import Pool
+from twa_scale.average.state import load_state
 from twa_scale.config import RunConfig, TaskConfig, validated
 from twa_scale.errors import ConfigError
-from twa_scale.state import load_state
-from twa_scale.tasks import build_task, stack
-from twa_scale.training.comparison import caveat
-from twa_scale.training.kept import Kept
+from twa_scale.run.best import Kept
+from twa_scale.run.comparison import caveat
+from twa_scale.run.tasks import build_task, stack
 
 WILD = {"optimizer": {"name": "adamw", "lr": 50.0}, "schedule": {"name": "constant", "warmup": 0}, "evaluate_every": 2}
 """A rate at which every step makes it worse."""

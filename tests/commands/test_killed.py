@@ -15,7 +15,7 @@ from tests.commands.conftest import Brought
 from tests.commands.material import load, run_here, settings
 from tests.commands.test_stopping import same_end
 from tests.pool import PRELOAD
-from twa_scale.state import load_state
+from twa_scale.average.state import load_state
 
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 """Events of Python's own audit by which files are opened, renamed and removed."""

@@ -16,7 +16,7 @@ from tests.commands.material import load, run_here, settings, state_of
 from tests.pool import Pool
 from twa_scale.errors import OutputError, StateError, TwaError
 from twa_scale.merge import export_run
-from twa_scale.writer import DirectoryLock
+from twa_scale.output import DirectoryLock
 
 STEPS = 8
 EVERY = 2

@@ -15,11 +15,11 @@ from tests.commands.conftest import Brought
 from tests.commands.material import by_hand, load, run_here, settings, state_of
 from tests.pool import Pool
 from twa_scale.config import RunConfig, TaskConfig, validated
+from twa_scale.output import temporary
 from twa_scale.ranks import World
-from twa_scale.tasks import build_task, stack
-from twa_scale.training.loop import Run
-from twa_scale.training.report import Report
-from twa_scale.writer import hidden
+from twa_scale.run.loop import Run
+from twa_scale.run.progress import Report
+from twa_scale.run.tasks import build_task, stack
 
 FILES = [
     "average", "coefficients.png", "config.json", "metrics.jsonl", "state.previous.pt", "state.pt", "summary.json",
@@ -37,7 +37,7 @@ def ended(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("run") / "out"
     (output / ".average.tmp-0a1b2c3d").mkdir(parents=True)  # of one that was killed
     with (output / ".average.tmp-0a1b2c3d.lock").open("wb") as lock:
-        lock.write(hidden._host(lock.fileno()))
+        lock.write(temporary._host(lock.fileno()))
     run_here(settings(text.candidates, text.task, output, steps=6, evaluate_every=2))
     return output
 

@@ -13,8 +13,8 @@ import torch
 from tests.commands.conftest import Brought
 from tests.commands.material import load, run_here, settings
 from tests.limits import files_up_to
+from twa_scale.average.state import PREVIOUS, STATE, load_state, save_state
 from twa_scale.errors import OutputError, StateError
-from twa_scale.state import PREVIOUS, STATE, load_state, save_state
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.commands.conftest import Brought
 from tests.commands.material import load, run_here, settings, state_of
 from tests.commands.test_resume import lines
 from tests.pool import Pool
-from twa_scale.training.stopping import SIGNALS, STOPPED, Stop, Stopped
+from twa_scale.run.stopping import SIGNALS, STOPPED, Stop, Stopped
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import twa_scale
 from tests.deltas import packed
+from twa_scale.candidates.streaming import scratch_bytes
 from twa_scale.kernels import Dense, choose_kernels
-from twa_scale.kernels.reference import GPU_BLOCK
-from twa_scale.streaming import scratch_bytes
+from twa_scale.kernels.torch.reference import GPU_BLOCK
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 import twa_scale
 from tests.deltas import fill
 from tests.gpu.test_cuda import build, candidates, exact, nccl, shard
+from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
-from twa_scale.engines.postponed import Combine
+from twa_scale.engines.deferred_weights import Combine
 from twa_scale.kernels import choose_kernels
-from twa_scale.spans import Span
 from twa_scale.store.make import host_store, make_store
 from twa_scale.store.offloaded import BUFFER, OffloadedStore
 

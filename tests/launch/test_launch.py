@@ -15,7 +15,7 @@ import yaml
 from tests.commands import material
 from tests.commands.conftest import Brought, Said, shell
 from tests.commands.material import load, run_here, settings
-from twa_scale.launch import Launch, shown
+from twa_scale.tools.launch import Launch, shown
 
 __all__ = ["shell"]  # the fixture
 

@@ -19,11 +19,11 @@ from tests.ranks import cases
 from tests.ranks.cases import Run
 from tests.ranks.test_reading import save
 from twa_scale import CandidateError, ConfigError, Snapshots, TwaError
-from twa_scale.inspection import inspect
 from twa_scale.merge import average_fixed
 from twa_scale.ranks import Group
-from twa_scale.training.batches import Batches
-from twa_scale.training.evaluate import evaluate
+from twa_scale.run.batches import Batches
+from twa_scale.run.evaluate import evaluate
+from twa_scale.tools.inspection import inspect
 
 ENGINES = ["plain", "ddp", "fsdp2"]
 

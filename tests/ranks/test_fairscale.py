@@ -21,8 +21,8 @@ from tests.ranks import cases
 from tests.ranks.cases import Run
 from tests.ranks.test_fsdp1 import CONFIG, batches, build, candidates, loss, loss_of
 from twa_scale import Snapshots
+from twa_scale.base.spans import Span
 from twa_scale.engines import choose_engine
-from twa_scale.spans import Span
 
 
 def sharded(bucket: int) -> Any:

@@ -16,7 +16,7 @@ from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
 from twa_scale import TwaError
-from twa_scale.notices import TwaWarning
+from twa_scale.base.notices import TwaWarning
 
 RUN = Run({"groups": "block"}, steps=2)
 

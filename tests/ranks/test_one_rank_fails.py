@@ -99,7 +99,9 @@ def test_an_engine_that_fails_in_drain(ranks: Pool, engine: str) -> None:
 
 def attach_with_one_basis(engine: str) -> Tensor:
     only_the_first = (
-        nullcontext() if dist.get_rank() == 0 else patch("twa_scale.attach.make_basis", side_effect=AssertionError)
+        nullcontext()
+        if dist.get_rank() == 0
+        else patch("twa_scale.average.attach.make_basis", side_effect=AssertionError)
     )
     with only_the_first:
         _, twa = cases.attach(engine, Run({"basis": "pca", "start": "last"}))

@@ -16,7 +16,7 @@ from tests.ranks import cases, test_together
 from tests.unit.test_snapshots import assert_same, load_file
 from twa_scale import EngineError
 from twa_scale.engines import Engine
-from twa_scale.snapshots import Snapshots
+from twa_scale.output.snapshots import Snapshots
 
 PAGE = Path(__file__).parents[2] / "docs/add-an-engine.md"
 

@@ -8,7 +8,7 @@ import pytest
 import twa_scale
 from tests import models
 from tests.pool import Pool
-from twa_scale.engines.private import version
+from twa_scale.engines.private_attributes import version
 
 
 def fsdp2_group(model: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
-from twa_scale.rounding import Rounding
+from twa_scale.candidates.rounding import Rounding
 
 
 def roundings(engine: str) -> list[Rounding | None]:

@@ -23,11 +23,11 @@ from torch import nn
 from tests import models
 from tests.pool import Pool
 from tests.ranks.cases import gathered
+from twa_scale.candidates import open_candidates
 from twa_scale.errors import OutputError
+from twa_scale.output.ranks_writer import Writer
+from twa_scale.output.snapshots import Snapshots
 from twa_scale.ranks import Group
-from twa_scale.snapshots import Snapshots
-from twa_scale.sources import open_candidates
-from twa_scale.writer.write import Writer
 
 Tensors = dict[str, torch.Tensor]
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +128,7 @@ def take_many(directory: Path, dtype: torch.dtype | None) -> list[str]:
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("twa_scale.snapshots")
+    logger = logging.getLogger("twa_scale.output.snapshots")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     with gate() as event:

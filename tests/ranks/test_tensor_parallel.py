@@ -19,9 +19,9 @@ from tests.ranks import cases
 from tests.ranks.cases import Run
 from tests.ranks.test_reading import save
 from twa_scale import EngineError
+from twa_scale.base.spans import Span
 from twa_scale.engines import choose_engine
-from twa_scale.snapshots import Snapshots
-from twa_scale.spans import Span
+from twa_scale.output.snapshots import Snapshots
 
 PLACES = [(engine, size) for engine in meshes.ENGINES for size in meshes.SIZES[engine]]
 

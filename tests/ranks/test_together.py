@@ -20,8 +20,8 @@ from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
 from twa_scale import EngineError
+from twa_scale.base.names import without_wrappers
 from twa_scale.engines.zero import is_deepspeed
-from twa_scale.names import without_wrappers
 
 ENGINES = {"plain": 1, "ddp": 2, "fsdp2": 2, "fsdp2-tp": 2, "fsdp1": 2, "fsdp1-flat": 2, "sharded-ddp": 2}
 ENGINES |= dict.fromkeys(zero.ENGINES, 2)  # with how many ranks

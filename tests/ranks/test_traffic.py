@@ -19,11 +19,11 @@ from tests.commands.material import settings, train_candidates
 from tests.pool import Pool
 from tests.traffic import Call
 from twa_scale.config import RunConfig, validated
-from twa_scale.planning import make_plan
 from twa_scale.ranks import World
-from twa_scale.tasks.gpt import ByteGPT
-from twa_scale.training.loop import Run
-from twa_scale.training.report import Report
+from twa_scale.run.loop import Run
+from twa_scale.run.progress import Report
+from twa_scale.run.tasks.byte_gpt import ByteGPT
+from twa_scale.tools.planning import make_plan
 
 PODS = (range(0, 2), range(2, 4))
 SIZES = {"n_layer": 2, "n_head": 2, "d_model": 32}  # even rows everywhere: two ranks need no padding

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from twa_scale.streaming import scratch_bytes
+from twa_scale.candidates.streaming import scratch_bytes
 
 N, WIDTH, LAYERS = 16, 2048, 2  # 8.4 M elements: 268 MB of candidates, 537 MB of deltas in float32
 MIB = 1 << 20

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from twa_scale.tasks.gpt import ByteGPT
+from twa_scale.run.tasks.byte_gpt import ByteGPT
 
 CANDIDATES, RANKS = 8, 2
 SIZES = {"n_layer": 8, "n_head": 12, "d_model": 768}

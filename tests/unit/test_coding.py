@@ -13,17 +13,17 @@ from torch import Tensor, nn
 import twa_scale
 from tests.deltas import packed_rows
 from twa_scale import ConfigError
-from twa_scale.basis import make_basis
+from twa_scale.average.basis import make_basis
+from twa_scale.base.spans import Span
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.rounding import choose_coding
 from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.kernels import Coding, Kernels, Packed, Target, of_deltas, of_increments
 from twa_scale.kernels.coding import CENTER
-from twa_scale.kernels.compiled import NumbaKernels
-from twa_scale.kernels.packed import BLOCKS
-from twa_scale.kernels.reference import TorchKernels
+from twa_scale.kernels.numba.compiled import NumbaKernels
+from twa_scale.kernels.packed_rows import BLOCKS
+from twa_scale.kernels.torch.reference import TorchKernels
 from twa_scale.ranks import Group
-from twa_scale.rounding import choose_coding
-from twa_scale.sources import open_candidates
-from twa_scale.spans import Span
 from twa_scale.store import make_store
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from twa_scale.base.notices import TwaWarning
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.compatibility import differences
 from twa_scale.merge import average_fixed
-from twa_scale.notices import TwaWarning
-from twa_scale.sources import open_candidates
-from twa_scale.sources.companions import differences
 
 CONFIG = {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 2.0}, "dtype": "float32"}
 TOKENS: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [], "truncation": None}

@@ -14,6 +14,9 @@ import torch
 import yaml
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from twa_scale.average.optimizer import check_optimizer, make_optimizer
+from twa_scale.base.names import REST, group_names, selected
+from twa_scale.base.spans import share
 from twa_scale.config import (
     OptimizerConfig,
     RunConfig,
@@ -28,10 +31,7 @@ from twa_scale.config import (
 )
 from twa_scale.config.optimizers import FLAGS, OPTIONS
 from twa_scale.errors import ConfigError
-from twa_scale.names import REST, group_names, selected
-from twa_scale.optimizer import check_optimizer, make_optimizer
-from twa_scale.spans import share
-from twa_scale.training.schedule import factor, set_rate
+from twa_scale.run.schedule import factor, set_rate
 
 MINIMAL = {"candidates": "step-*", "task": {"name": "causal_lm"}, "output": "out", "steps": 3}
 

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import twa_scale
 from twa_scale.merge import average_fixed
-from twa_scale.snapshots import Snapshots
+from twa_scale.output.snapshots import Snapshots
 
 
 class Holder(nn.Module):

@@ -14,9 +14,9 @@ from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
 from twa_scale import OutputError, Snapshots, TwaError
+from twa_scale.base.spans import Span
+from twa_scale.output import TensorSpec, writing
 from twa_scale.ranks import Group
-from twa_scale.spans import Span
-from twa_scale.writer import TensorSpec, writing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
 

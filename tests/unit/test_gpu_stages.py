@@ -16,8 +16,9 @@ from tests.gpu.stages import __main__
 from tests.gpu.stages.__main__ import SKIPPED, STAGES
 from tests.gpu.stages.overlap import beside, intersection, length, merged
 from tests.simulated import CUDA, Simulated, simulated
-from twa_scale.kernels import Packed, fused
-from twa_scale.store.products import products
+from twa_scale.kernels import Packed
+from twa_scale.kernels.triton import fused
+from twa_scale.store.projection import products
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.kill_while_writing import KILLS
+from twa_scale.candidates import open_candidates
 from twa_scale.errors import CandidateError
-from twa_scale.sources import open_candidates
-from twa_scale.writer.hidden import HiddenName, sweep
-from twa_scale.writer.publish import publish, replace_file
+from twa_scale.output.publish import publish, replace_file
+from twa_scale.output.temporary import HiddenName, sweep
 
 FORK = multiprocessing.get_context("fork")
 

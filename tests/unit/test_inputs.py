@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from twa_scale.base.inputs import MAX_DEPTH, brief, integers, open_regular, parse_json, read_bounded
+from twa_scale.candidates import open_candidates
 from twa_scale.config import load_config
 from twa_scale.errors import CandidateError, ConfigError, TwaError
-from twa_scale.inputs import MAX_DEPTH, brief, integers, open_regular, parse_json, read_bounded
-from twa_scale.sources import open_candidates
-from twa_scale.tasks.files import Fractions, SplitFiles, split_files
+from twa_scale.run.tasks.data_files import Fractions, SplitFiles, split_files
 
 N = 100_000
 

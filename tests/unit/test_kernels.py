@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.deltas import packed
 from twa_scale.kernels import Dense, Differences, Kernels, Packed, Rows, Target, choose_kernels
-from twa_scale.kernels.compiled import NumbaKernels
-from twa_scale.kernels.reference import TorchKernels, unpack
+from twa_scale.kernels.numba.compiled import NumbaKernels
+from twa_scale.kernels.torch.reference import TorchKernels, unpack
 
 CPU = torch.device("cpu")
 KERNELS: list[Kernels] = [TorchKernels(), NumbaKernels()]
@@ -224,7 +224,7 @@ class TestChoice:
     def test_the_next_is_taken_with_one_line(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setitem(sys.modules, "twa_scale.kernels.compiled", None)
+        monkeypatch.setitem(sys.modules, "twa_scale.kernels.numba.compiled", None)
         with caplog.at_level(logging.WARNING, "twa_scale"):
             assert choose_kernels("numba", CPU).name == "torch"
         assert len(caplog.records) == 1 and "numba" in caplog.text
@@ -251,8 +251,8 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     program = """
 import torch
 from twa_scale.kernels import Packed, Target, choose_kernels
-from twa_scale.kernels.delta_loops import delta_loop
-from twa_scale.kernels.packed_loops import packed_loops
+from twa_scale.kernels.numba.delta_loops import delta_loop
+from twa_scale.kernels.numba.packed_loops import packed_loops
 kernels, cpu = choose_kernels("numba", torch.device("cpu")), torch.device("cpu")
 for bits in (8, 4):
     rows = Packed.empty(2, 5, 0, bits, cpu)

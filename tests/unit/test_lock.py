@@ -13,8 +13,8 @@ from unittest.mock import patch
 import pytest
 
 from twa_scale.errors import OutputError
-from twa_scale.writer import DirectoryLock
-from twa_scale.writer.lock import LOCK
+from twa_scale.output import DirectoryLock
+from twa_scale.output.lock import LOCK
 
 
 def hold(directory: Path, pipe: Connection) -> None:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.pool import Pool
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.carry_over import Carried
 from twa_scale.errors import CandidateError, OutputError, StateError
-from twa_scale.kernels.checksum import checksum
+from twa_scale.kernels.torch.checksum import checksum
 from twa_scale.merge import Checksums, merge
 from twa_scale.merge import streamed as merging
 from twa_scale.ranks import Group
-from twa_scale.sources import open_candidates
-from twa_scale.sources.carried import Carried
 
 Tensors = dict[str, torch.Tensor]
 A = [0.7, -0.4, 0.5]  # of sum 0.8: nothing may rely on a sum of 1

@@ -20,7 +20,7 @@ def test_a_notice_names_the_callers_line() -> None:
 def test_the_command_line_prints_it_as_one_line() -> None:
     program = """
 import twa_scale.cli.program as cli
-from twa_scale.notices import notice
+from twa_scale.base.notices import notice
 cli.app = lambda **_: [notice(text) for text in ("a [b] 'c'", "a [b] 'c'", "d")]
 cli.main()
 """

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import twa_scale
 from tests.deltas import fill
+from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
 from twa_scale.kernels import Coding, choose_kernels
-from twa_scale.spans import Span
 from twa_scale.store import Store, make_store
 from twa_scale.store.make import host_store
 from twa_scale.store.offloaded import OffloadedStore
@@ -168,7 +168,7 @@ def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name:
         made.append(offloaded(config, n, 2000, coding))
         return made[-1]
 
-    monkeypatch.setattr(import_module("twa_scale.attach"), "make_store", make)
+    monkeypatch.setattr(import_module("twa_scale.average.attach"), "make_store", make)
     for one, other in zip(train(), want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert len(made) == 1 and made[0].device_bytes > 0

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import twa_scale
+from twa_scale.candidates.carry_over import Carried
 from twa_scale.merge import average_fixed
-from twa_scale.sources.carried import Carried
-from twa_scale.writer.provenance import provenance, writing_options
+from twa_scale.output.provenance import provenance, writing_options
 
 SMALL = {"a": torch.ones(4), "b": torch.ones(4)}
 

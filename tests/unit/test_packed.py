@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import twa_scale
 from tests.deltas import fill, packed
 from twa_scale import ConfigError
+from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig, load_config
 from twa_scale.kernels import Kernels, Packed
-from twa_scale.kernels.compiled import NumbaKernels
-from twa_scale.kernels.packed import BLOCKS
-from twa_scale.kernels.reference import TorchKernels, unpack
-from twa_scale.spans import Span
+from twa_scale.kernels.numba.compiled import NumbaKernels
+from twa_scale.kernels.packed_rows import BLOCKS
+from twa_scale.kernels.torch.reference import TorchKernels, unpack
+from twa_scale.run.tasks import build_task, stack
 from twa_scale.store import Store, make_store, span_bytes
-from twa_scale.tasks import build_task, stack
 
 CPU = torch.device("cpu")
 KERNELS: list[Kernels] = [TorchKernels(), NumbaKernels()]

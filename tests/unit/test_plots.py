@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from twa_scale.errors import OutputError
-from twa_scale.plots import DIVERGING, plot_cosines, plot_training
+from twa_scale.run.plots import DIVERGING, plot_cosines, plot_training
 
 RECORDS = [
     {"step": 0, "validation/loss": 1.5, "validation/bits_per_byte": 2.2},

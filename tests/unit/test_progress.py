@@ -10,9 +10,9 @@ from rich.console import Console
 from torch import nn
 
 import twa_scale
-from twa_scale.inspection import inspect
-from twa_scale.training import report as reporting
-from twa_scale.training.report import Report
+from twa_scale.run import progress as reporting
+from twa_scale.run.progress import Report
+from twa_scale.tools.inspection import inspect
 
 Told = list[tuple[int, int]]
 

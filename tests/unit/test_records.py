@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.limits import files_up_to
 from twa_scale.errors import OutputError
-from twa_scale.training.records import METRICS, Records, read_records
+from twa_scale.run.records import METRICS, Records, read_records
 
 
 def scalars(directory: Path, name: str) -> list[tuple[int, float]]:

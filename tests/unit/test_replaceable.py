@@ -12,11 +12,11 @@ from torch import nn
 
 import twa_scale
 from twa_scale import OutputError, Snapshots, TwaWarning
+from twa_scale.base.spans import whole
 from twa_scale.merge import average_fixed
+from twa_scale.output import TensorSpec, writing
+from twa_scale.output.provenance import marked, provenance
 from twa_scale.ranks import Group
-from twa_scale.spans import whole
-from twa_scale.writer import TensorSpec, writing
-from twa_scale.writer.provenance import marked, provenance
 
 STATES = [{"a": torch.full((4,), float(i)), "b": torch.full((4,), float(i))} for i in range(2)]
 

@@ -8,9 +8,9 @@ from math import prod
 import pytest
 import torch
 
-from twa_scale.sources.segments import Segments
-from twa_scale.sources.traced import CannotTrace, Traced
-from twa_scale.spans import Span
+from twa_scale.base.spans import Span
+from twa_scale.candidates.segments import Segments
+from twa_scale.candidates.traced import CannotTrace, Traced
 
 Make = Callable[..., torch.Tensor]
 MAKES: dict[str, tuple[Make, list[tuple[int, ...]]]] = {

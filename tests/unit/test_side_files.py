@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from twa_scale.sources import side_files as module
-from twa_scale.sources.side_files import side_files, with_dtype
+from twa_scale.candidates import side_files as module
+from twa_scale.candidates.side_files import side_files, with_dtype
 
 CARRIED = [
     "config.json",

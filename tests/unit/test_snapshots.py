@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tests import models
 from tests.pool import Pool
 from tests.ranks import cases
+from twa_scale.candidates import open_candidates
 from twa_scale.errors import ConfigError, EngineError, OutputError
+from twa_scale.output.snapshots import Snapshots
 from twa_scale.ranks import Group
-from twa_scale.snapshots import Snapshots
-from twa_scale.sources import open_candidates
 
 Tensors = dict[str, torch.Tensor]
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tests.slices import read
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.formats.flat_slices import copy_flat
+from twa_scale.candidates.formats.safetensors import SafetensorsCandidate
 from twa_scale.errors import CandidateError
-from twa_scale.kernels.checksum import checksum, wrap
-from twa_scale.sources import open_candidates
-from twa_scale.sources.flat import copy_flat
-from twa_scale.sources.safetensors import SafetensorsCandidate
+from twa_scale.kernels.torch.checksum import checksum, wrap
 
 Tensors = dict[str, torch.Tensor]
 DTYPES = [

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.pickle_stubs import Opaque
+from twa_scale.candidates.formats.stored_tensors import Stored
+from twa_scale.candidates.formats.torch_archive import Archive
 from twa_scale.errors import CandidateError
-from twa_scale.sources.archive import Archive
-from twa_scale.sources.handles import File
-from twa_scale.sources.opaque import Opaque
-from twa_scale.sources.stored import Stored
 
 GENERATOR = torch.Generator().manual_seed(0)
 BASE = torch.randn(6, 5, 4, 3, generator=GENERATOR)

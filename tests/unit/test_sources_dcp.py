@@ -24,9 +24,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from tests import models
 from tests.pool import Pool
 from tests.slices import opened, read, refused
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.formats.boxes import Box, Boxed, count_before, scatter
 from twa_scale.errors import CandidateError
-from twa_scale.sources import open_candidates
-from twa_scale.sources.boxes import Box, Boxed, count_before, scatter
 
 Tensors = dict[str, torch.Tensor]
 NOT_IN_SAFETENSORS = ("empty", "count", "scalar")  # DCP's own consolidation fails on them, or writes zeros

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.slices import opened, read, refused
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.side_files import side_files
 from twa_scale.errors import CandidateError
-from twa_scale.sources import open_candidates
-from twa_scale.sources.side_files import side_files
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.specs import found, refused
+from twa_scale.candidates import open_candidates, open_together
 from twa_scale.errors import CandidateError
 from twa_scale.ranks import Group
-from twa_scale.sources import open_candidates, open_together
 
 
 def write(path: Path, value: float = 1.0) -> Path:

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from tests.slices import read
 from tests.specs import found, refused
-from twa_scale.sources import directory, expand
-from twa_scale.sources.find import find_sources
-from twa_scale.sources.open import open_sources
+from twa_scale.candidates import directory, expand
+from twa_scale.candidates.find import find_sources
+from twa_scale.candidates.open import open_sources
 
 NUMBER = {"raw": 1.0, "other": 2.0, "shards": 3.0, "torch": 4.0, "torch shards": 5.0}
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from twa_scale.candidates import Candidate, open_candidates
+from twa_scale.candidates.formats import file_handles
 from twa_scale.errors import CandidateError
-from twa_scale.sources import Candidate, handles, open_candidates
 
 
 def num_open() -> int:
@@ -24,8 +25,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = num_open()
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + 48, hard))
-    monkeypatch.setattr(handles, "_HANDLES", handles._Handles())
-    monkeypatch.setattr(handles._HANDLES, "_most", 8)
+    monkeypatch.setattr(file_handles, "_HANDLES", file_handles._Handles())
+    monkeypatch.setattr(file_handles._HANDLES, "_most", 8)
     yield before
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -18,12 +18,12 @@ from torch import nn
 
 import twa_scale
 from tests.slices import read
+from twa_scale.base.notices import TwaWarning
+from twa_scale.candidates import Candidate, open_candidates
+from twa_scale.candidates.formats import torch_file as module
+from twa_scale.candidates.select import Wanted
 from twa_scale.errors import CandidateError
 from twa_scale.merge import average_fixed
-from twa_scale.notices import TwaWarning
-from twa_scale.sources import Candidate, open_candidates
-from twa_scale.sources import torch_file as module
-from twa_scale.sources.select import Wanted
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.slices import opened, read, refused
+from twa_scale.candidates.formats.crc import Pieces
+from twa_scale.candidates.formats.pickle_stubs import Opaque
+from twa_scale.candidates.formats.pickles import SafeUnpickler
 from twa_scale.errors import CandidateError
-from twa_scale.sources.crc import Pieces
-from twa_scale.sources.opaque import Opaque
-from twa_scale.sources.pickles import SafeUnpickler
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
 KEYS = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text() | st.binary()

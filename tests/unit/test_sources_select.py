@@ -12,9 +12,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from tests.slices import read
+from twa_scale.candidates import Candidate, open_candidates
+from twa_scale.candidates.select import Wanted
 from twa_scale.errors import CandidateError
-from twa_scale.sources import Candidate, open_candidates
-from twa_scale.sources.select import Wanted
 
 Tensors = dict[str, torch.Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

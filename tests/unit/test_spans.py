@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twa_scale.spans import Span, block
+from twa_scale.base.spans import Span, block
 
 
 def elements(span: Span) -> list[int]:

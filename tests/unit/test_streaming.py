@@ -12,15 +12,15 @@ from torch import Tensor
 
 from tests.deltas import matrix
 from twa_scale import CandidateError
+from twa_scale.base.spans import Span
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.streaming import Stream
 from twa_scale.config import TwaConfig, validated
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, Kernels, Packed, Sources, Target
-from twa_scale.kernels.checksum import checksum
-from twa_scale.kernels.compiled import NumbaKernels
-from twa_scale.kernels.reference import TorchKernels
-from twa_scale.sources import open_candidates
-from twa_scale.spans import Span
-from twa_scale.streaming import Stream
+from twa_scale.kernels.numba.compiled import NumbaKernels
+from twa_scale.kernels.torch.checksum import checksum
+from twa_scale.kernels.torch.reference import TorchKernels
 
 CPU = torch.device("cpu")
 KERNELS: list[Kernels] = [TorchKernels(), NumbaKernels()]

@@ -24,15 +24,15 @@ from transformers import (
 )
 
 from tests.digits import load_digits
+from twa_scale.base.notices import TwaWarning
 from twa_scale.config import TaskConfig
 from twa_scale.errors import ConfigError
-from twa_scale.notices import TwaWarning
-from twa_scale.tasks import SPLITS, Examples, Task, build_task, stack
-from twa_scale.tasks.files import Fractions, SplitFiles, data_files, split_files
-from twa_scale.tasks.gpt import ByteGPT
-from twa_scale.tasks.images import ImageFolder, class_names, read_npz
-from twa_scale.tasks.tables import read_columns
-from twa_scale.tasks.tokens import TokenFile
+from twa_scale.run.tasks import SPLITS, Examples, Task, build_task, stack
+from twa_scale.run.tasks.byte_gpt import ByteGPT
+from twa_scale.run.tasks.data_files import Fractions, SplitFiles, data_files, split_files
+from twa_scale.run.tasks.images import ImageFolder, class_names, read_npz
+from twa_scale.run.tasks.text_tables import read_columns
+from twa_scale.run.tasks.tokens import TokenFile
 
 TINY_GPT = {"byte_gpt": {"n_layer": 2, "n_head": 2, "d_model": 32}}
 SENTENCES = {
@@ -133,7 +133,7 @@ def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
         "    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))\n"
         "def number(): return 3\n"
         "def task(data, *, size=2):\n"
-        "    from twa_scale.tasks import build_task\n"
+        "    from twa_scale.run.tasks import build_task\n"
         "    from twa_scale.config import TaskConfig\n"
         "    options = {'data': data, 'model': 'mine_for_twa:classifier'}\n"
         "    return build_task(TaskConfig(name='image_classification', **options))\n"
@@ -735,7 +735,7 @@ def test_code_of_a_model_directory_is_never_run(tmp_path: Path, file: str) -> No
 import subprocess
 import sys
 from twa_scale.errors import ConfigError
-from twa_scale.tasks import huggingface
+from twa_scale.run.tasks import huggingface
 for loads in (huggingface.load_config, huggingface.load_tokenizer):
     try:
         loads(sys.argv[1])

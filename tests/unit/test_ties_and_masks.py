@@ -10,9 +10,9 @@ from torch import nn
 
 import twa_scale
 from twa_scale import CandidateError, ConfigError, StateError, TwaWarning
-from twa_scale.inspection import inspect
+from twa_scale.candidates import asked_for
 from twa_scale.merge import average_fixed
-from twa_scale.sources import asked_for
+from twa_scale.tools.inspection import inspect
 
 Tensors = dict[str, torch.Tensor]
 INF = float("inf")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import twa_scale
 from twa_scale import ConfigError, TwaWarning
-from twa_scale.buffers import is_statistic, spectral_vectors
+from twa_scale.average.state import save_state
+from twa_scale.candidates.buffers import is_statistic, spectral_vectors
 from twa_scale.merge import average_fixed, export_run
-from twa_scale.state import save_state
 
 N = 3
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from tests.limits import files_up_to, small_disk
 from tests.pool import Pool
+from twa_scale.base.spans import Span, share, whole
+from twa_scale.candidates import open_candidates
 from twa_scale.errors import CandidateError, ConfigError, OutputError
+from twa_scale.output import TensorSpec, parse_size, ranks_writer, writing
+from twa_scale.output.file_layout import lay_out
+from twa_scale.output.provenance import marked, provenance
 from twa_scale.ranks import Group
-from twa_scale.sources import open_candidates
-from twa_scale.spans import Span, share, whole
-from twa_scale.writer import TensorSpec, parse_size, write, writing
-from twa_scale.writer.provenance import marked, provenance
-from twa_scale.writer.shards import lay_out
 
 Tensors = dict[str, torch.Tensor]
 ORIGIN = provenance("a test", [])
@@ -129,7 +129,7 @@ def test_layout(numels: list[int], limit: int) -> None:
 
 
 def test_values_are_converted_once_to_the_type_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "_PIECE_BYTES", 16)
+    monkeypatch.setattr(ranks_writer, "_PIECE_BYTES", 16)
     values = torch.randn(1000, dtype=torch.float64)
     with writing(tmp_path / "out", [TensorSpec("w", (10, 100), torch.bfloat16)], Group.alone()) as writer:
         writer.write(Span("w", 600, len(values)), values[600:])

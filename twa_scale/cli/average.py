@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from twa_scale.cli.options import Ignore, Timeout, WeightsKey
-from twa_scale.cli.output import Output, with_output
+from twa_scale.cli.output_options import Output, with_output
 from twa_scale.cli.shared import joined
 
 

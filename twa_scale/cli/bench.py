@@ -49,10 +49,10 @@ def bench(
     """
     import torch
 
-    from twa_scale.bench import Work, bench_json, bench_table, forecast, planned_work
     from twa_scale.config import load_config
-    from twa_scale.planning import make_plan
     from twa_scale.ranks import World
+    from twa_scale.tools.bench import Work, bench_json, bench_table, forecast, planned_work
+    from twa_scale.tools.planning import make_plan
 
     names = stores.split(",") if stores else []
     plan = None

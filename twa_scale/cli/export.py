@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from twa_scale.cli.options import Timeout
-from twa_scale.cli.output import Output, with_output
+from twa_scale.cli.output_options import Output, with_output
 from twa_scale.cli.shared import joined
 
 

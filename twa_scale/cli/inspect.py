@@ -21,15 +21,15 @@ def inspect(
 
     Under a launcher the ranks share the work, and rank 0 prints.
     """
-    from twa_scale.inspection import inspect as inspect_candidates
-    from twa_scale.inspection import inspection_json, inspection_table
-    from twa_scale.sources import asked_for
+    from twa_scale.candidates import asked_for
+    from twa_scale.tools.inspection import inspect as inspect_candidates
+    from twa_scale.tools.inspection import inspection_json, inspection_table
 
     with joined(Path.cwd() / "inspect", timeout) as (report, say):
         with report.bytes("reading candidates") as progress:
             inspection = inspect_candidates(candidates, progress, asked_for(ignore or [], weights_key))
         say(inspection_json(inspection) if json else drawn(inspection_table(inspection)))
         if plot and report.active:
-            from twa_scale.plots import plot_cosines  # importing matplotlib takes long
+            from twa_scale.run.plots import plot_cosines  # importing matplotlib takes long
 
             plot_cosines(plot, inspection.cosines, inspection.labels)

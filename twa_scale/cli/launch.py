@@ -27,7 +27,7 @@ def launch(
     twa-scale launch --with slurm configs/my-run.yaml --nodes 4 --ranks-per-node 8 --dry-run
     """
     from twa_scale.config import load_config
-    from twa_scale.launch import Launch, execute, shown
+    from twa_scale.tools.launch import Launch, execute, shown
 
     load_config(config, overrides)
     asked = Launch(str(config), overrides or [], nodes, ranks_per_node, host_file, rdzv_endpoint)

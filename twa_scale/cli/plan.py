@@ -29,8 +29,8 @@ def plan(
     Starts nothing.
     """
     from twa_scale.config import load_config
-    from twa_scale.planning import choose_store, make_plan, plan_json, plan_tables
-    from twa_scale.writer import parse_size
+    from twa_scale.output import parse_size
+    from twa_scale.tools.planning import choose_store, make_plan, plan_json, plan_tables
 
     given: list[int | None] = []
     for option, size in (("--memory", memory), ("--host-memory", host_memory)):

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from twa_scale.cli.commands import app
+from twa_scale.base.notices import TwaWarning
+from twa_scale.cli.app import app
 from twa_scale.errors import ConfigError, TwaError
-from twa_scale.notices import TwaWarning
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ def run(
     state after what it is at, a step, an evaluation or attach, and exit with code 75.
     """
     from twa_scale.config import load_config
-    from twa_scale.training import run as run_training
-    from twa_scale.training.report import Report
-    from twa_scale.training.stopping import STOPPED, Stopped
+    from twa_scale.run import run as run_training
+    from twa_scale.run.progress import Report
+    from twa_scale.run.stopping import STOPPED, Stopped
 
     if deepspeed_config is not None:  # then all arguments are overrides
         config, overrides = deepspeed_config, [*([] if config is None else [str(config)]), *(overrides or [])]

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console, RenderableType
 
 if TYPE_CHECKING:
-    from twa_scale.training.report import Report
+    from twa_scale.run.progress import Report
 
 
 def drawn(table: RenderableType) -> str:
@@ -30,7 +30,7 @@ def joined(out: Path, timeout: float | None) -> "Iterator[tuple[Report, Callable
 
     from twa_scale.config import TIMEOUT
     from twa_scale.ranks import Ended, World, ended_by_signals
-    from twa_scale.training.report import Report
+    from twa_scale.run.progress import Report
 
     world = World.from_environment()
     try:

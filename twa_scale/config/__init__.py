@@ -1,6 +1,5 @@
 """What a user can set: one schema for Python, YAML files and the command line. Imports no torch."""
 
-from twa_scale.config.block import BLOCK, block_settings
 from twa_scale.config.center import (
     Center,
     candidate_index,
@@ -8,6 +7,7 @@ from twa_scale.config.center import (
     of_sum_one,
     parse_center,
 )
+from twa_scale.config.deepspeed_block import BLOCK, block_settings
 from twa_scale.config.load import dump, load_config, validated
 from twa_scale.config.schema import TIMEOUT, OptimizerConfig, RunConfig, ScheduleConfig, TaskConfig, TwaConfig
 from twa_scale.config.section import Count, Section

@@ -7,7 +7,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from twa_scale.inputs import brief
+from twa_scale.base.inputs import brief
 
 _BRANCHES = ("str", "int", "float")
 

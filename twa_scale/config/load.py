@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from twa_scale.config.block import BLOCK, unfolded
+from twa_scale.base.inputs import MAX_DEPTH, brief, parse_json, read_bounded
+from twa_scale.config.deepspeed_block import BLOCK, unfolded
 from twa_scale.config.explain import explain
 from twa_scale.config.schema import RunConfig
 from twa_scale.config.section import Section
 from twa_scale.config.yaml_text import parse_yaml
 from twa_scale.errors import ConfigError
-from twa_scale.inputs import MAX_DEPTH, brief, parse_json, read_bounded
 
 M = TypeVar("M", bound=Section)
 

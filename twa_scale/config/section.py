@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError, model_validator
 
+from twa_scale.base.paths import path_of
 from twa_scale.config.explain import explain
 from twa_scale.errors import ConfigError
-from twa_scale.globs import path_of
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass

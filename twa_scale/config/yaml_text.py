@@ -7,7 +7,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.nodes import Node
 
-from twa_scale.inputs import MAX_DEPTH
+from twa_scale.base.inputs import MAX_DEPTH
 
 _MAX_NODES = 20_000  # a list of ten thousand candidates fits
 _MAX_SCALAR = 10_000  # characters

@@ -6,7 +6,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twa_scale.engines.describe import (
+from twa_scale.base.spans import Span
+from twa_scale.engines.engine import Consume, Engine
+from twa_scale.engines.module_names import unwrapping
+from twa_scale.engines.parameters import (
     claim,
     named_parameters,
     persistent_buffers,
@@ -15,13 +18,10 @@ from twa_scale.engines.describe import (
     require_in_place,
     writes,
 )
-from twa_scale.engines.private import require
-from twa_scale.engines.protocol import Consume, Engine
+from twa_scale.engines.private_attributes import require
 from twa_scale.engines.replicated import ReplicatedParameters
-from twa_scale.engines.wrappers import unwrapping
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
-from twa_scale.spans import Span
 
 _MODEL = ("parameters_to_ignore", "process_group", "require_forward_param_sync", "require_backward_grad_sync")
 

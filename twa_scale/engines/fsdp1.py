@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 
-from twa_scale.engines.flat import FlatEngine, FlatUnit, Member, one_group
-from twa_scale.engines.private import require
+from twa_scale.engines.flat_parameters import FlatEngine, FlatUnit, Member, one_group
+from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 

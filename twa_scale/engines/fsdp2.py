@@ -10,14 +10,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from twa_scale.engines.describe import TWICE, flat, named_parameters, persistent_buffers, writes
-from twa_scale.engines.mesh import Axis, Grid
-from twa_scale.engines.protocol import Consume, Engine, calling
+from twa_scale.base.spans import Span
+from twa_scale.engines.dtensor_spans import Axis, Grid
+from twa_scale.engines.engine import Consume, Engine, calling
+from twa_scale.engines.fsdp2_units import SettlingUnshard, parameter_groups, require_own_unshard, settling
+from twa_scale.engines.parameters import TWICE, flat, named_parameters, persistent_buffers, writes
 from twa_scale.engines.replicated import ReplicatedParameters
-from twa_scale.engines.units import SettlingUnshard, parameter_groups, require_own_unshard, settling
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
-from twa_scale.spans import Span
 
 
 class FSDP2Engine(Engine):

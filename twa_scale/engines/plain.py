@@ -6,7 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from twa_scale.engines.describe import (
+from twa_scale.base.spans import Span, whole
+from twa_scale.engines.engine import Consume, Engine
+from twa_scale.engines.parameters import (
     TWICE,
     flat,
     named_parameters,
@@ -15,10 +17,8 @@ from twa_scale.engines.describe import (
     require_in_place,
     writes,
 )
-from twa_scale.engines.protocol import Consume, Engine
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
-from twa_scale.spans import Span, whole
 
 
 class PlainEngine(Engine):

@@ -5,10 +5,10 @@ from itertools import groupby
 
 import torch
 
-from twa_scale.engines.describe import flat, writes
-from twa_scale.engines.protocol import Consume
+from twa_scale.base.spans import Span, share
+from twa_scale.engines.engine import Consume
+from twa_scale.engines.parameters import flat, writes
 from twa_scale.ranks import Group
-from twa_scale.spans import Span, share
 
 _BUCKET = 1 << 23  # elements per all-gather: large enough to hide latency, small beside the model
 

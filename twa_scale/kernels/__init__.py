@@ -1,9 +1,9 @@
 """What is done with data of the size of the model: making deltas, project and combine, for dense and packed rows."""
 
-from twa_scale.kernels.choose import choose_kernels
+from twa_scale.kernels.backend import choose_kernels
 from twa_scale.kernels.coding import Coding, of_deltas, of_increments
-from twa_scale.kernels.packed import Packed, packed_bytes
-from twa_scale.kernels.protocol import Differences, Kernels, Rows, Sources, Target
+from twa_scale.kernels.kernels import Differences, Kernels, Rows, Sources, Target
+from twa_scale.kernels.packed_rows import Packed, packed_bytes
 from twa_scale.kernels.rows import Allocate, Dense
 
 __all__ = [

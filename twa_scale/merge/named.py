@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 
-from twa_scale.buffers import Source, buffer_source, is_statistic, spectral_vectors
+from twa_scale.average.state import load_state
+from twa_scale.base.names import nearest
+from twa_scale.base.notices import notice
+from twa_scale.candidates import Wanted, asked_for, open_together
+from twa_scale.candidates.buffers import Source, buffer_source, is_statistic, spectral_vectors
+from twa_scale.candidates.carry_over import carry
+from twa_scale.candidates.read_ahead import Progress
 from twa_scale.config import (
     Center,
     TwaConfig,
@@ -19,14 +25,8 @@ from twa_scale.config import (
 from twa_scale.errors import ConfigError
 from twa_scale.merge.streamed import merge
 from twa_scale.merge.ties import require_equal_ties
-from twa_scale.names import nearest
-from twa_scale.notices import notice
+from twa_scale.output.provenance import provenance
 from twa_scale.ranks import Group, require_same_settings
-from twa_scale.reading import Progress
-from twa_scale.sources import Wanted, asked_for, open_together
-from twa_scale.sources.carried import carry
-from twa_scale.state import load_state
-from twa_scale.writer.provenance import provenance
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

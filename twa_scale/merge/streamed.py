@@ -9,23 +9,23 @@ from typing import Any
 
 import torch
 
-from twa_scale.buffers import Source, copied_notice
+from twa_scale.base.names import matches_any, nearest
+from twa_scale.base.notices import notice
+from twa_scale.base.spans import Span, whole
+from twa_scale.candidates import Candidate
+from twa_scale.candidates.buffers import Source, copied_notice
+from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.complex_tensors import complex_in_files
+from twa_scale.candidates.dtypes import types_notice, widest
+from twa_scale.candidates.read_ahead import Job, Part, Progress, Reader, job_bytes, same_values
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Target, choose_kernels
-from twa_scale.kernels.checksum import wrap
-from twa_scale.kernels.deltas import reference_of
-from twa_scale.names import matches_any, nearest
-from twa_scale.notices import notice
+from twa_scale.kernels.torch.checksum import wrap
+from twa_scale.kernels.torch.deltas import reference_of
+from twa_scale.output import TensorSpec, Writer, spec_of, writing
+from twa_scale.output.provenance import provenance, writing_options
+from twa_scale.output.publish import check_apart
 from twa_scale.ranks import Group
-from twa_scale.reading import Job, Part, Progress, Reader, job_bytes, same_values
-from twa_scale.sources import Candidate
-from twa_scale.sources.carried import Carried
-from twa_scale.sources.pairs import complex_in_files
-from twa_scale.sources.types import types_notice, widest
-from twa_scale.spans import Span, whole
-from twa_scale.writer import TensorSpec, Writer, spec_of, writing
-from twa_scale.writer.provenance import provenance, writing_options
-from twa_scale.writer.publish import check_apart
 
 _CHUNK = 1 << 21  # elements; what ranks share out
 

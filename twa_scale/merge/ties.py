@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from twa_scale.candidates import Candidate
+from twa_scale.candidates.ties import likely_ties, says_tied
 from twa_scale.errors import CandidateError
 from twa_scale.merge.streamed import Checksums
-from twa_scale.sources import Candidate
-from twa_scale.sources.ties import likely_ties, says_tied
 
 
 def require_equal_ties(candidates: Sequence[Candidate], checksums: Checksums) -> None:

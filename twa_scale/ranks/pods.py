@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch
 
 from twa_scale.errors import EngineError
-from twa_scale.ranks.comm import Group
+from twa_scale.ranks.group import Group
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from twa_scale.errors import ConfigError
-from twa_scale.ranks.comm import Group, MpiGroup
+from twa_scale.ranks.group import Group, MpiGroup
 from twa_scale.ranks.mpi import load_mpi, require_mpi4py
 from twa_scale.ranks.pods import Pods
 from twa_scale.ranks.timeouts import default_timeout

@@ -13,8 +13,8 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from twa_scale.config import TIMEOUT
 from twa_scale.errors import ConfigError, RankError
+from twa_scale.ranks.failures import Presence, last_words, waiting
 from twa_scale.ranks.mpi import abort_at_exit, load_mpi, mpi4py_is_installed
-from twa_scale.ranks.presence import Presence, last_words, waiting
 from twa_scale.ranks.rendezvous import meet_in, meet_over
 
 _MASTER = ("MASTER_ADDR", "MASTER_PORT")

@@ -2,6 +2,6 @@
 
 from twa_scale.store.cost import staging_bytes, step_cost, store_bytes, update_bytes
 from twa_scale.store.make import bits_of, make_store, span_bytes
-from twa_scale.store.protocol import Store
+from twa_scale.store.store import Store
 
 __all__ = ["Store", "bits_of", "make_store", "span_bytes", "staging_bytes", "step_cost", "store_bytes", "update_bytes"]

@@ -2,15 +2,15 @@
 
 import torch
 
+from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Allocate, Coding, Dense, Kernels, Packed, choose_kernels, of_deltas, packed_bytes
-from twa_scale.spans import Span
-from twa_scale.store.held import HeldStore
+from twa_scale.store.host_memory import in_large_pages
+from twa_scale.store.in_memory import HeldStore
 from twa_scale.store.mapped import Mapped, MappedStore
 from twa_scale.store.offloaded import OffloadedStore
-from twa_scale.store.pages import in_large_pages
-from twa_scale.store.protocol import Store
+from twa_scale.store.store import Store
 
 _DTYPES = {"dense32": torch.float32, "dense16": torch.bfloat16}
 _BITS = {"packed8": 8, "packed4": 4, "packed2": 2, "packed1": 1}

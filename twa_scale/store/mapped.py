@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from twa_scale.base.spans import Span
 from twa_scale.kernels import Dense, Differences, Kernels, Target, of_deltas
-from twa_scale.spans import Span
 
 _PIECE = 1 << 20  # elements of a span of many runs that are put side by side at a time
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from twa_scale.base.spans import Span
 from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Target
-from twa_scale.spans import Span
-from twa_scale.store.held import HeldStore
-from twa_scale.store.pages import Pages
-from twa_scale.store.products import products
+from twa_scale.store.host_memory import Pages
+from twa_scale.store.in_memory import HeldStore
+from twa_scale.store.projection import products
 from twa_scale.store.staging import Staging
 
 BUFFER = 64 << 20

@@ -11,7 +11,7 @@ from torch import nn
 import twa_scale
 from tests.gpu.stages.setup import Row, Setup, gigabytes, milliseconds
 from tests.gpu.stages.synthetic import synthetic
-from twa_scale.memory import free_memory
+from twa_scale.base.process_memory import free_memory
 from twa_scale.store import store_bytes
 
 N, STEPS, CONTEXT = 16, 3, 2048

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.gpu.stages.setup import Row, Setup, gigabytes
+from twa_scale.base.process_memory import peak_resident
 from twa_scale.config import RunConfig, validated
-from twa_scale.memory import peak_resident
-from twa_scale.planning import make_plan
-from twa_scale.tasks.gpt import ByteGPT
-from twa_scale.training import run as train
+from twa_scale.run import run as train
+from twa_scale.run.tasks.byte_gpt import ByteGPT
+from twa_scale.tools.planning import make_plan
 
 N, WITHIN = 4, 0.1
 LIBRARIES = "python and libraries"

@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 
 from tests.gpu.stages.setup import Row, Setup
 from twa_scale.config import RunConfig, load_config
-from twa_scale.tasks import build_task
-from twa_scale.training import run as train
-from twa_scale.training.batches import make_batches
+from twa_scale.run import run as train
+from twa_scale.run.batches import make_batches
+from twa_scale.run.tasks import build_task
 
 CONFIG = "configs/quickstart.yaml"
 N, EVERY = 8, 10

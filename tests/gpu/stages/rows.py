@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.deltas import matrix
 from twa_scale.kernels import Dense, Packed
-from twa_scale.kernels.reference import unpack
+from twa_scale.kernels.torch.reference import unpack
 
 STORES = ("packed4", "packed8", "dense16", "dense32", "packed2", "packed1")
 _DTYPES = {"dense32": torch.float32, "dense16": torch.bfloat16}

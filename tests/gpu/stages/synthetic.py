@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.gpu.stages.rows import randomize, repeat
-from twa_scale import filling
+from twa_scale.average import load_candidates
+from twa_scale.base.spans import Span
 from twa_scale.kernels import Dense, Packed, Target
-from twa_scale.spans import Span
 
 BASE, DELTA = 0.02, 1e-3
 """Standard deviations of a weight, and about that of a delta."""
@@ -60,5 +60,5 @@ class SyntheticStream:
 def synthetic(model: nn.Module, n: int) -> Iterator[list[dict[str, Tensor]]]:
     """Have `attach` make its deltas up; returns candidates whose tensors share one number each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filling, "Stream", SyntheticStream)
+        patch.setattr(load_candidates, "Stream", SyntheticStream)
         yield [{name: torch.zeros(1).expand(p.shape) for name, p in model.named_parameters()} for _ in range(n)]

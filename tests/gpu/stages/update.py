@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from tests.gpu.stages.rows import randomize
 from tests.gpu.stages.setup import Row, Setup, milliseconds
 from tests.launches import LLAMA_70B, rows_of
-from twa_scale.bench.beside import coefficient_optimizer
+from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
 from twa_scale.kernels import Dense, Packed
-from twa_scale.spans import Span
 from twa_scale.store import Store, make_store
+from twa_scale.tools.bench.baselines import coefficient_optimizer
 
 N, RANKS = 16, 64
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from twa_scale.config import BLOCK
-from twa_scale.engines.describe import claim, persistent_buffers, release
-from twa_scale.engines.private import require
-from twa_scale.engines.protocol import Consume, Engine, LossScale
-from twa_scale.engines.zero.settings import check_trainable, settings_of, warn_of_clipping
+from twa_scale.engines.engine import Consume, Engine, LossScale
+from twa_scale.engines.parameters import claim, persistent_buffers, release
+from twa_scale.engines.private_attributes import require
+from twa_scale.engines.zero.deepspeed_settings import check_trainable, settings_of, warn_of_clipping
 from twa_scale.ranks import Group
 
 _OPTIMIZER = ("dp_process_group", "optimizer", "zero_grad", "loss_scale", "loss_scaler")

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from twa_scale.engines.describe import named_parameters, writes
-from twa_scale.engines.private import require
+from twa_scale.base.spans import Span
+from twa_scale.engines.parameters import named_parameters, writes
+from twa_scale.engines.private_attributes import require
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
-from twa_scale.spans import Span
 
 _BEFORE_THE_FIRST = -1  # DeepSpeed's number of micro-batches, less one, since the last step
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from twa_scale.engines.describe import named_parameters, writes
-from twa_scale.engines.private import require
+from twa_scale.base.spans import Span
+from twa_scale.engines.parameters import named_parameters, writes
+from twa_scale.engines.private_attributes import require
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
-from twa_scale.spans import Span
 
 _OPTIMIZER = (
     "fp16_groups",

@@ -1,0 +1,47 @@
+"""The configuration that `twa-scale init` writes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from twa_scale.cli import app
+from twa_scale.config import load_config
+from twa_scale.config.schema import RunConfig
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "image_classification", "mine:make"])
+def test_the_file_is_a_configuration(tmp_path: Path, task: str) -> None:
+    file = tmp_path / "twa.yaml"
+    options = ["--candidates", "a b/*: c", "--task", task, "--output", "out"]
+    said = CliRunner().invoke(app, ["init", str(file), *options], catch_exceptions=False)
+    config = load_config(file, [])
+    assert (config.candidates, config.task.name, config.output, config.steps) == ("a b/*: c", task, "out", 100)
+    assert "twa-scale plan" in said.output
+
+
+def test_commented_keys_are_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "twa.yaml"
+    CliRunner().invoke(app, ["init", str(file)], catch_exceptions=False)
+    text = file.read_text()
+    keys = r"^# ((?:  )?[a-z_]+:( .*)?)$"  # no explanation begins with one lower-case word and a colon
+    found = yaml.safe_load(re.sub(keys, r"\1", text, flags=re.MULTILINE))
+    assert found.keys() == RunConfig.model_fields.keys()
+    assert {**RunConfig(**found).model_dump()} == load_config(file, []).model_dump()
+
+
+def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "twa.yaml"
+    file.write_text("mine")
+    refused = CliRunner().invoke(app, ["init", str(file)])
+    assert "--overwrite" in str(refused.exception)
+    assert file.read_text() == "mine"
+    CliRunner().invoke(app, ["init", str(file), "--overwrite"], catch_exceptions=False)
+    assert load_config(file, []).steps == 100
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["init", str(tmp_path / "absent" / "twa.yaml")])
+    assert "cannot be written" in str(refused.exception)

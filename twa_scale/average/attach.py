@@ -1,0 +1,255 @@
+"""Attaching to a model: match, stream the candidates into the store once, choose the basis, write the first weights."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from twa_scale.average.average import TrainableAverage
+from twa_scale.average.basis import Basis, make_basis
+from twa_scale.average.layout import Layout, match, require_same_kinds, wanted_of
+from twa_scale.average.load_candidates import Filled, fill, fingerprint, write_rest
+from twa_scale.average.optimizer import check_optimizer, check_settings
+from twa_scale.base.notices import notice
+from twa_scale.candidates import Candidate, Wanted, open_together
+from twa_scale.candidates.buffers import copied_notice
+from twa_scale.candidates.carry_over import carry
+from twa_scale.candidates.complex_tensors import complex_in_files
+from twa_scale.candidates.find import same_files
+from twa_scale.candidates.fingerprint import Fingerprint
+from twa_scale.candidates.mapped import mapped, refuse_overlap
+from twa_scale.candidates.read_ahead import Progress
+from twa_scale.candidates.rounding import Rounding, choose_coding
+from twa_scale.config import TwaConfig, block_settings, center_weights, validated
+from twa_scale.engines import Engine, choose_engine
+from twa_scale.engines.complex_weights import complex_in_model
+from twa_scale.engines.mistakes import require_device, require_memory, wrapper_beside
+from twa_scale.errors import CandidateError, ConfigError
+from twa_scale.kernels import Coding
+from twa_scale.ranks import Pods, Reduction, require_same_settings
+from twa_scale.store import Store, bits_of, make_store
+
+Candidates = str | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
+
+
+def attach(
+    model: nn.Module | Engine,
+    candidates: Candidates | None = None,
+    config: TwaConfig | dict[str, Any] | None = None,
+    *,
+    replica_group: dist.ProcessGroup | None = None,
+    progress: Progress | None = None,
+) -> TrainableAverage:
+    """Put a trainable average of `candidates` into `model`, whatever shards it. Collective.
+
+    The weights that the model has are overwritten; each rank reads only the spans that it holds. The model stays
+    yours: run forward and backward as before, then `step()` in place of your optimizer's. A plain module on several
+    ranks of a process group is a replica: every rank calls this, holds everything, and sees its own data.
+
+    Args:
+        model: a plain module, DistributedDataParallel, a module sharded by `fully_shard`, a DeepSpeedEngine, or
+            another kind that docs/engines.md lists; or an `Engine` of your own.
+        candidates: a glob, a list of paths, or a list of state dicts, in training order. A DeepSpeedEngine may
+            have them in its JSON, with the settings: `"twa": {"candidates": ..}`.
+        config: a `TwaConfig`, or a dict of its fields; where it is not given, the fields in DeepSpeed's JSON.
+        replica_group: with pods, the first rank of every pod; or each rank's own counterparts, as `get_group("pods")`
+            of a 2-D mesh. Pods are shard groups that see different data and exchange only coefficient gradients, which
+            count by rank. A plain module's pod is one rank; its replica group is all ranks unless given here.
+        progress: called on every rank with the number of bytes that it has just read, and of those that it will read.
+
+    Raises:
+        ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the fault.
+    """
+    engine = choose_engine(model, replica_group)
+    pods = Pods(engine.shard_group, engine.replica_group)
+    with pods.agree():
+        require_memory(engine)
+        require_device(engine)
+        engine.check()
+        candidates, config = _given(engine, candidates, config)
+        _check(config, engine, pods)
+    require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
+    with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
+        reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
+        undo.callback(reduction.close)
+        opened = open_together(candidates, pods, wanted=_wanted(engine, config))
+        for candidate in opened:
+            undo.callback(candidate.close)
+        with pods.agree():
+            carried = carry(opened, files=pods.rank == 0, code=config.carry_code)
+            layout = _matched(engine, opened, config)
+            weights = center_weights(config.center, len(opened))
+            check_settings(config, weights)
+        sources = [layout.source(name) for name in layout.group_of]
+        coding = choose_coding(config, weights, pods, engine.device, opened, sources)
+        with pods.agree():
+            store = _store(engine, layout, opened, config, coding)
+            undo.callback(store.close)
+            filled = fill(engine, layout, opened, weights, config, store, progress)
+        found = fingerprint(engine, layout, opened, filled)
+        found.require_same_in(pods)
+        gram = pods.sum_(filled.gram.mul_(pods.share))  # all pods have the same but for rounding, which would part them
+        rounding = _rounding(config, pods, store, filled.errors, gram)
+        with pods.agree():
+            _require_equal_ties(layout, found)
+        write_rest(engine, layout, filled)
+        _report(engine, pods, layout, found, filled)
+        basis = _basis(pods, config, gram.cpu(), weights)  # small mathematics: a GPU would only wait for it
+        average = TrainableAverage(
+            config, engine, pods, reduction, layout, store, basis, found, opened, carried, rounding
+        )
+        undo.pop_all()
+    return average
+
+
+def _given(
+    engine: Engine, candidates: Candidates | None, config: TwaConfig | dict[str, Any] | None
+) -> tuple[Candidates, TwaConfig]:
+    """Return candidates and settings: those that were given, else those in the JSON of DeepSpeed.
+
+    Raises:
+        ConfigError: settings that are wrong, or no candidates.
+    """
+    beside, fields = block_settings(engine.settings())
+    candidates = beside if candidates is None else candidates
+    if candidates is None:
+        raise ConfigError('candidates: give them to attach, or as "twa": {"candidates": ..} in DeepSpeed\'s JSON.')
+    return candidates, validated(TwaConfig, fields if config is None else config)
+
+
+def _check(config: TwaConfig, engine: Engine, pods: Pods) -> None:
+    """Refuse what cannot be trained with this engine, before any candidate is opened.
+
+    Raises:
+        ConfigError, EngineError: name the setting.
+    """
+    check_optimizer(config)
+    if config.max_weight_grad_norm is not None and pods.count > 1 and not engine.averages_replicas:
+        raise ConfigError(
+            "max_weight_grad_norm: needs the norm of the mean gradient over all data, and these replicas exchange "
+            "gradients of the coefficients only. Wrap the model in DistributedDataParallel or shard it over all "
+            "ranks, or set max_grad_norm, which clips the gradient of the coefficients."
+        )
+    if config.combine == "forward":
+        engine.units()  # may refuse
+
+
+def _wanted(engine: Engine, config: TwaConfig) -> Wanted:
+    return wanted_of(engine.parameters, engine.buffers(), config, engine.module)
+
+
+def _matched(engine: Engine, candidates: Sequence[Candidate], config: TwaConfig) -> Layout:
+    """Find the tensors of the model in the candidates.
+
+    Raises:
+        CandidateError, ConfigError: as `match` and `require_same_kinds` do.
+    """
+    first, buffers = candidates[0], engine.buffers()
+    layout = match(engine.parameters, buffers, candidates, config)
+    types = {name: buffer.dtype for name, buffer in buffers.items()}
+    types |= {name: info.dtype for name, info in engine.parameters.items()}
+    require_same_kinds(layout, types, complex_in_model(engine), first, complex_in_files(first))
+    return layout
+
+
+def _store(engine: Engine, layout: Layout, candidates: Sequence[Candidate], config: TwaConfig, coding: Coding) -> Store:
+    """Return the store, which is empty.
+
+    Raises:
+        CandidateError, ConfigError: candidates that the store would overwrite, or that cannot be mapped.
+    """
+    if config.store == "mapped":
+        live = [engine.live(span) for span in engine.spans() if span.name in layout.group_of]
+        refuse_overlap(candidates, [layout.source(name) for name in layout.group_of], live)
+    return make_store(
+        config,
+        len(candidates),
+        engine.device,
+        lambda name: [mapped(candidate, layout.source(name)) for candidate in candidates],
+        coding,
+    )
+
+
+def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, filled: Filled) -> None:
+    """Say on one rank what a user may not have meant. Collective: a warning may be an error."""
+    copied = {name: i for differing in engine.shard_group.gather(filled.differing) for name, i in differing.items()}
+    with pods.agree():
+        if pods.rank != 0:
+            return
+        _warn_of_equals(layout, found)
+        if wrapper := wrapper_beside(engine):
+            notice(
+                f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "
+                f"the wrapper's own averaging of gradients is wasted. Attach to the {wrapper}."
+            )
+        if copied:
+            notice(copied_notice(copied, found.labels))
+
+
+def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:
+    """Refuse candidates that hold different values under the names of one tied tensor of the model.
+
+    Raises:
+        CandidateError: naming the first candidate and both tensors.
+    """
+    sums = dict(zip(fingerprint.shapes, fingerprint.checksums.T.tolist(), strict=True))
+    for source, *aliases in layout.held_as.values():
+        for alias in aliases:
+            for label, first, second in zip(fingerprint.labels, sums[source], sums[alias], strict=True):
+                if first != second:
+                    raise CandidateError(
+                        f"{label}: tensors {source!r} and {alias!r} hold different values, but the model ties them: "
+                        "they are one parameter, which can have one value only. Untie them in the model, or name the "
+                        "one that is not meant in `ignore`."
+                    )
+
+
+def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
+    for first, second in fingerprint.equals({layout.source(name) for name in layout.group_of}):
+        if same_files(first, second):  # reported when they were found
+            continue
+        notice(
+            f"candidates {first} and {second} have the same checksum in every tensor: of two with the same weights the "
+            "second adds nothing."
+        )
+
+
+def _rounding(config: TwaConfig, pods: Pods, store: Store, errors: torch.Tensor, gram: torch.Tensor) -> Rounding | None:
+    """Return what a packed store makes of the candidates, and log it on the first rank. Collective.
+
+    Args:
+        config: names the store.
+        pods: all ranks.
+        store: the one that was filled.
+        errors: of this rank.
+        gram: of all ranks.
+    """
+    if bits_of(config.store) is None:
+        return None
+    total = pods.sum_(errors.mul_(pods.share))
+    rounding = Rounding.measured(config.store, store.coding, total.cpu(), gram.cpu())
+    if pods.rank == 0:
+        logging.getLogger("twa_scale").info("%s", rounding)
+    return rounding
+
+
+def _basis(pods: Pods, config: TwaConfig, gram: torch.Tensor, weights: Sequence[float]) -> Basis:
+    """Return the basis that the first rank has made: processors of another kind round otherwise."""
+    basis = None
+    with pods.agree():
+        if pods.rank == 0:
+            basis = make_basis(
+                config.basis,
+                gram,
+                torch.tensor(weights, dtype=torch.float64),
+                units=config.units,
+                num_components=config.num_components,
+            )
+    basis = pods.broadcast(basis)
+    assert basis is not None
+    return basis

@@ -1,0 +1,133 @@
+"""What backward passes have left for the next step: the gradient, projected onto the deltas span by span."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from twa_scale.base.clock import Clock
+from twa_scale.base.spans import Span
+from twa_scale.errors import TwaError
+from twa_scale.ranks import Pods, Reduction
+from twa_scale.store import Store
+
+
+class Gradients:
+    """Sums <row, gradient> over spans and backward passes; the gradients themselves may be freed.
+
+    The rows are those of the store: deltas, or what deltas are sums of. `reduced` returns s = <delta, gradient>.
+
+    Args:
+        store: holds the deltas.
+        groups: the number of the group of each trained span of this rank.
+        sums: zeros, (n + 1, G) float64, on the device of the gradients; the last row is for <center, gradient>.
+        clock: is told what projecting costs, in backward and in a step.
+        with_center: whether the last row is needed.
+        with_norm: whether the norm of the gradient of all trainable weights is needed, of those that stay fixed too.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        groups: Mapping[Span, int],
+        sums: torch.Tensor,
+        clock: Clock,
+        with_center: bool,
+        *,
+        with_norm: bool,
+    ) -> None:
+        self._store = store
+        self._groups = groups
+        self._clock = clock
+        self._with_center = with_center
+        self._sums = sums
+        self._squares = torch.zeros_like(sums[:1]) if with_norm else None  # its first element, so that one sum does
+        self._squared: set[Span] = set()
+        self._streams: set[torch.cuda.Stream] = set()
+        self._fault: Exception | None = None
+        self.received = False
+        """Whether a gradient of a trained span has come to this rank since the last step."""
+
+    def project(self, span: Span, gradient: torch.Tensor, *, in_step: bool) -> None:
+        """Add the products of one span's gradient, 1-D; it may be freed afterwards."""
+        group = self._groups.get(span)
+        self.received |= group is not None
+        if not len(span):
+            return
+        if gradient.is_cuda:
+            self._streams.add(torch.cuda.current_stream())
+        self._square(span, gradient)
+        if group is None:
+            return
+        with self._clock.part("project in step" if in_step else "project in backward"):
+            self._sums[:, group] += self._store.project(span, gradient, self._with_center)
+
+    def _square(self, span: Span, gradient: torch.Tensor) -> None:
+        if self._squares is None:
+            return
+        if span in self._squared:  # the norm of a sum does not follow from the norms of its terms
+            self.spoil(
+                TwaError(
+                    f"max_weight_grad_norm: the gradient of {span.name!r} came in several parts since the last step, "
+                    "and the norm of their sum is not known. Run one backward pass for each step, or an engine that "
+                    "keeps gradients (DDP, FSDP1, FSDP2)."
+                )
+            )
+        self._squared.add(span)
+        precise = torch.promote_types(gradient.dtype, torch.float32)
+        self._squares[0, 0] += torch.linalg.vector_norm(gradient, dtype=precise).double().square()
+
+    def reduced(self, reduction: Reduction) -> tuple[torch.Tensor, float | None]:
+        """Return the sums over all ranks, (n + 1, G) float64 on the CPU, and the norm where it is needed. Collective.
+
+        The norm is the 2-norm of the gradient of all trainable weights of the shard group, each element counted once.
+        """
+        for stream in self._streams:  # hooks may have run on the stream that reduced the gradient
+            torch.cuda.current_stream().wait_stream(stream)
+        if self._squares is None:
+            return self._of_deltas(reduction(self._sums)), None
+        sums = reduction(torch.cat([self._sums, self._squares]))
+        return self._of_deltas(sums[:-1]), math.sqrt(sums[-1, 0])
+
+    def _of_deltas(self, sums: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._store.coding.products_of_deltas(sums[:-1]), sums[-1:]])
+
+    def require_any(self, sums: torch.Tensor, pods: Pods) -> None:
+        """Refuse a step without a backward pass since the last one: momentum would move the coefficients. Collective.
+
+        Ranks ask each other only where the reduced sums are all zero, which all of them see.
+        """
+        if sums.any():
+            return
+        if not pods.sum_(torch.tensor(float(self.received), device=self._sums.device)).item():
+            raise TwaError(
+                "step() without a backward pass since the last one, or with a loss that reaches no trained tensor. "
+                "twa.step() and twa.optimizer.step() are the same step: call one of them, once for each gradient."
+            )
+
+    def spoil(self, fault: Exception) -> None:
+        """Make the sums NaN on this rank, and so on all: they learn of a fault without asking each other every step."""
+        self._fault = self._fault or fault
+        self._sums.fill_(torch.nan)
+
+    def require_no_fault(self, pods: Pods) -> None:
+        """Raise on every rank what one has found; to be called where the reduced sums are not finite. Collective."""
+        with pods.agree():
+            if self._fault:
+                raise self._fault
+
+    def clear(self) -> None:
+        """Begin a new step."""
+        self._fault = None
+        self.received = False
+        self._sums.zero_()
+        if self._squares is not None:
+            self._squares.zero_()
+            self._squared.clear()
+
+
+def clipping(norm: float | None, max_norm: float | None) -> float:
+    """Return what `torch.nn.utils.clip_grad_norm_` multiplies a gradient by; NaN when its norm is not finite."""
+    if norm is None or max_norm is None:
+        return 1.0
+    return min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan

@@ -1,0 +1,164 @@
+"""One pass over the candidates: what is trained goes into the store, all else into the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from twa_scale.average.basis import Gram, needs_norms_only
+from twa_scale.average.layout import Layout, alias_jobs
+from twa_scale.base.spans import whole
+from twa_scale.candidates import Candidate
+from twa_scale.candidates.buffers import buffer_source, spectral_vectors
+from twa_scale.candidates.fingerprint import Fingerprint, fingerprint_of
+from twa_scale.candidates.proxy import stored_once
+from twa_scale.candidates.read_ahead import Progress, job_bytes
+from twa_scale.candidates.streaming import Stream
+from twa_scale.config import TwaConfig
+from twa_scale.engines import Engine
+from twa_scale.kernels import Target
+from twa_scale.store import Store
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What the pass has found on this rank."""
+
+    gram: torch.Tensor
+    """Inner products of the deltas and the center of local spans: (G, n + 1, n + 1), float64."""
+    errors: torch.Tensor
+    """Squared norms of what a packed store is off by: (n,), float64."""
+    checksums: dict[str, torch.Tensor]
+    """Of the local part of each tensor, by its name in the candidates: (n,), int64."""
+    buffers: dict[str, torch.Tensor]
+    """Values of buffers, on the first rank."""
+    differing: dict[str, int]
+    """Tensors that were copied although candidates differ, and the candidate that each is from."""
+
+
+def fill(
+    engine: Engine,
+    layout: Layout,
+    candidates: Sequence[Candidate],
+    weights: Sequence[float],
+    config: TwaConfig,
+    store: Store,
+    progress: Progress | None,
+) -> Filled:
+    """Read this rank's spans of all candidates, each byte once. Not collective.
+
+    Args:
+        engine: the model; its fixed parameters get their values.
+        layout: which tensor is trained, and what it is called in the candidates.
+        candidates: known to be alike.
+        weights: of the center.
+        config: what is made of buffers, and how files are read.
+        store: gets deltas and center of the trained spans.
+        progress: called with the bytes that were read.
+
+    Raises:
+        CandidateError: a file that cannot be read, or a value that is not finite.
+    """
+    stream = Stream(
+        candidates,
+        store.kernels,
+        total=_bytes_to_read(engine, layout, candidates),
+        progress=progress,
+        read_chunk=config.read_chunk,
+        reads_in_flight=config.reads_in_flight,
+    )
+    gram = Gram(len(layout.groups), len(candidates), store.device, diagonal=needs_norms_only(config.basis))
+    errors = torch.zeros(len(candidates), dtype=torch.float64, device=store.device)
+    _read_spans(engine, layout, stream, weights, store, gram, errors)
+    _read_aliases(engine, layout, stream, candidates)
+    first = engine.shard_group.rank == 0
+    buffers = _read_buffers(engine, layout, stream, config.buffers, weights) if first else {}
+    return Filled(gram.values.to(engine.device), errors.to(engine.device), stream.checksums, buffers, stream.differing)
+
+
+def fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate], filled: Filled) -> Fingerprint:
+    """Return the fingerprint of the candidates: the sums of all ranks. Collective over the shard group."""
+    names = [held for name in (*engine.parameters, *layout.buffers) for held in layout.held_as[name]]
+    shapes = {name: candidates[0].shape(name) for name in names}
+    local = fingerprint_of([candidate.label for candidate in candidates], shapes, filled.checksums)
+    sums = engine.shard_group.sum_(local.checksums.to(engine.device))
+    return replace(local, checksums=sums.cpu())
+
+
+def write_rest(engine: Engine, layout: Layout, filled: Filled) -> None:
+    """Make the fixed parameters visible and give every rank the buffers that the first has read. Collective."""
+    engine.publish(set(layout.fixed))
+    live = engine.buffers()
+    for name, value in engine.shard_group.broadcast(filled.buffers).items():
+        live[name].copy_(value.view(live[name].shape))
+
+
+def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidate]) -> int:
+    spans = [layout.sourced(span) for span in engine.spans()]
+    if engine.shard_group.rank == 0:
+        live = _live_buffers(engine, layout)
+        spans += [whole(layout.source(name), tuple(buffer.shape)) for name, buffer in live.items()]
+    aliases = job_bytes(candidates, alias_jobs(engine.spans(), layout, candidates))
+    return aliases + job_bytes(candidates, [(span, range(len(candidates))) for span in spans])
+
+
+def _read_spans(
+    engine: Engine,
+    layout: Layout,
+    stream: Stream,
+    weights: Sequence[float],
+    store: Store,
+    gram: Gram,
+    errors: torch.Tensor,
+) -> None:
+    """Stream this rank's spans: those that are trained into the store, the others at once into the model.
+
+    The squared norms of what a packed store is off by are added to `errors`, (n,).
+    """
+    live = {layout.sourced(span): span for span in engine.spans()}
+    vectors = spectral_vectors({name for held in layout.held_as.values() for name in held})
+    targets = {}
+    for read, span in live.items():
+        if span.name in layout.group_of:
+            products = gram.of(layout.group_of[span.name])
+            targets[read] = replace(store.reserve(span), products=products, errors=errors)
+        elif engine.parameters[span.name].dtype.is_floating_point and read.name not in vectors:
+            targets[read] = Target(center=engine.live(span))
+    stream.make_deltas(targets, weights)
+    for read, start, values in stream.copies({read: len(weights) - 1 for read in live if read not in targets}):
+        engine.live(live[read])[start : start + len(values)] = values
+
+
+def _read_buffers(
+    engine: Engine, layout: Layout, stream: Stream, buffers: str | int, weights: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """Read every buffer that the candidates hold: statistics averaged as `buffers` says, others from one candidate."""
+    live, last = _live_buffers(engine, layout), len(weights) - 1
+    values = {name: torch.empty(buffer.numel(), dtype=buffer.dtype) for name, buffer in live.items()}
+    spans = {whole(layout.source(name), tuple(buffer.shape)): name for name, buffer in live.items()}
+    sources = {
+        span: buffer_source(name, buffers, weights) if live[name].is_floating_point() else last
+        for span, name in spans.items()
+    }
+    averaged = {span: source for span, source in sources.items() if not isinstance(source, int)}
+    statistics = {span: Target(center=values[spans[span]]) for span in averaged}
+    stream.make_deltas(statistics, next(iter(averaged.values()), weights))  # which are the same for all
+    for span, start, part in stream.copies({s: source for s, source in sources.items() if isinstance(source, int)}):
+        values[spans[span]][start : start + len(part)] = part
+    return values
+
+
+def _read_aliases(engine: Engine, layout: Layout, stream: Stream, candidates: Sequence[Candidate]) -> None:
+    """Find the checksums of tied parameters under their other names; what is stored once is not read again."""
+    stream.check(alias_jobs(engine.spans(), layout, candidates))
+    sums = stream.checksums
+    for source, *aliases in layout.held_as.values():
+        for alias in aliases if source in sums else ():
+            found = sums.setdefault(alias, torch.zeros_like(sums[source]))
+            for i, candidate in enumerate(candidates):
+                if stored_once(candidate, source, alias):
+                    found[i] = sums[source][i]
+
+
+def _live_buffers(engine: Engine, layout: Layout) -> dict[str, torch.Tensor]:
+    return {name: buffer for name, buffer in engine.buffers().items() if name in layout.buffers}

@@ -1,0 +1,22 @@
+"""The state of a run, from which it is continued: its file, its schema, and what it must match."""
+
+from twa_scale.average.state.file import PREVIOUS, STATE, load_state, save_state
+from twa_scale.average.state.form import StateForm
+from twa_scale.average.state.run_settings import require_same_settings, require_same_shapes, require_same_state
+from twa_scale.average.state.schema import VERSION, AverageState, KeptState, RunState, checked
+
+__all__ = [
+    "PREVIOUS",
+    "STATE",
+    "VERSION",
+    "AverageState",
+    "KeptState",
+    "RunState",
+    "StateForm",
+    "checked",
+    "load_state",
+    "require_same_settings",
+    "require_same_shapes",
+    "require_same_state",
+    "save_state",
+]

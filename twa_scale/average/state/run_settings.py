@@ -1,0 +1,76 @@
+"""Which settings and which model a saved state belongs to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from twa_scale.average.state.schema import AverageState
+from twa_scale.errors import StateError
+from twa_scale.ranks import Group, first_difference
+
+# Settings under which saved coefficients and moments keep their meaning; the store and the start are free to change.
+_MEANING = (
+    "basis",
+    "groups",
+    "center",
+    "units",
+    "num_components",
+    "include",
+    "exclude",
+    "optimizer",
+    "max_grad_norm",
+    "max_weight_grad_norm",
+)
+
+
+def require_same_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Refuse to go on under settings that give saved coefficients another meaning.
+
+    Raises:
+        StateError: names the first setting that differs.
+    """
+    for key in _MEANING:
+        if then[key] != now[key]:
+            raise StateError(
+                f"{key}: the state was trained with {then[key]!r}, this run has {now[key]!r}; its coefficients would "
+                "mean something else. Use the saved setting, or start a new run."
+            )
+
+
+def require_same_shapes(live: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Refuse saved buffers that the model does not have, or has with other shapes.
+
+    Raises:
+        StateError: names the first of them.
+    """
+    for name, value in saved.items():
+        if name not in live or live[name].shape != value.shape:
+            shape = tuple(live[name].shape) if name in live else "none"
+            raise StateError(
+                f"state: buffers: {name!r} has shape {tuple(value.shape)} in the state, and {shape} in the model. "
+                "Give the state of this model, or start a new run."
+            )
+
+
+def require_same_state(group: Group, state: AverageState) -> None:
+    """Refuse states that differ between ranks, whose coefficients would part. Collective.
+
+    Raises:
+        StateError: on every rank.
+    """
+    other = first_difference(group, {"x": _plain(state.x), "optimizer": _plain(state.optimizer)})
+    with group.agree():
+        if other:
+            raise StateError(
+                f"state: {other.key}: {other.where} has another one than {other.where_first}; give all ranks the same."
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value whose text holds all numbers of its tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,177 @@
+"""What a saved state must hold. Every field is checked for type, shape and finiteness before anything uses it."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from twa_scale.candidates.fingerprint import Fingerprint
+from twa_scale.config import TwaConfig
+from twa_scale.errors import StateError
+
+VERSION: Literal[2] = 2
+"""Of the format. A state of another version is refused: its fields may mean something else."""
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_complex():
+        raise ValueError(f"a tensor of layout {tensor.layout}, device {tensor.device} and type {tensor.dtype}")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError("holds values that are not finite")
+    return tensor
+
+
+Tensor = Annotated[torch.Tensor, AfterValidator(_usable)]
+Names = list[str]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class FingerprintState(_Saved):
+    """See `Fingerprint`."""
+
+    labels: Annotated[Names, Field(min_length=1)]
+    shapes: dict[str, tuple[Count, ...]]
+    checksums: Tensor
+
+    @model_validator(mode="after")
+    def _fits(self) -> "FingerprintState":
+        _require("checksums", self.checksums, (len(self.labels), len(self.shapes)), torch.int64)
+        return self
+
+    def build(self) -> Fingerprint:
+        """Return the fingerprint."""
+        return Fingerprint(tuple(self.labels), self.shapes, self.checksums)
+
+
+class AverageState(_Saved):
+    """What `TrainableAverage.state_dict` returns: n candidates, G groups, k coefficients in each."""
+
+    version: Literal[2]
+    config: TwaConfig
+    groups: Annotated[Names, Field(min_length=1)]
+    group_of: dict[str, Count]
+    buffer_names: dict[str, str]
+    """Live name -> name in the candidates."""
+    tied: list[Names] = []
+    """Names in the candidates of each tensor of the model that has several."""
+    x: Tensor
+    """(k, G), float64."""
+    coefficients: Tensor
+    """a: (n, G), float64."""
+    center_weights: Tensor
+    """b: (n,), float64."""
+    optimizer: dict[str, Any]
+    buffers: dict[str, Tensor]
+    fingerprint: FingerprintState
+
+    @model_validator(mode="after")
+    def _fits(self) -> "AverageState":
+        n, num_groups = len(self.fingerprint.labels), len(self.groups)
+        _require("coefficients", self.coefficients, (n, num_groups), torch.float64)
+        _require("center_weights", self.center_weights, (n,), torch.float64)
+        _require("x", self.x, (self.x.shape[0] if self.x.dim() else 0, num_groups), torch.float64)
+        for name, group in self.group_of.items():
+            if group >= num_groups:
+                raise ValueError(f"group_of: {name!r} is in group {group}, and there are {num_groups}")
+        return self
+
+
+class KeptState(_Saved):
+    """The best average that a run has evaluated."""
+
+    step: Count
+    data: dict[str, Any]
+    """What it was measured on, and by which metric."""
+    metrics: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+    x: Tensor
+    coefficients: Tensor
+    buffers: dict[str, Tensor]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "KeptState":
+        if self.data.get("metric") not in self.metrics:
+            raise ValueError(f"data: its metric {self.data.get('metric')!r} is none of metrics")
+        return self
+
+
+class RunState(_Saved):
+    """What `twa-scale run` saves."""
+
+    twa: AverageState
+    """At the last step."""
+    keep: Literal["best", "last"]
+    """Which coefficients the run exports."""
+    kept: KeptState | None
+    step: Count
+    finished: bool
+    """Whether the results of this step have been written."""
+    course: dict[str, Any]
+    candidates: Annotated[Names, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunState":
+        if self.kept:
+            _require("kept.x", self.kept.x, tuple(self.twa.x.shape), torch.float64)
+            _require("kept.coefficients", self.kept.coefficients, tuple(self.twa.coefficients.shape), torch.float64)
+            shapes = [{name: value.shape for name, value in held.buffers.items()} for held in (self.kept, self.twa)]
+            if shapes[0] != shapes[1]:
+                raise ValueError("kept.buffers: other names or shapes than those of the last step")
+        return self
+
+    @property
+    def exported_step(self) -> int:
+        """The step of the coefficients that the run exports."""
+        return self.kept.step if self.kept and self.keep == "best" else self.step
+
+    @property
+    def exported(self) -> AverageState:
+        """What the run exports: the average with the coefficients and the statistics that it keeps."""
+        if self.kept is None or self.keep == "last":
+            return self.twa
+        kept = {name: getattr(self.kept, name) for name in ("x", "coefficients", "buffers")}
+        return self.twa.model_copy(update=kept)
+
+
+def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}, where {dtype} of {shape} belongs")
+
+
+M = TypeVar("M", bound=_Saved)
+
+
+def checked(model: type[M], state: Any, where: str) -> M:
+    """Return `state` as a `model`.
+
+    Raises:
+        StateError: names the first field that is missing, unknown, or of another type, shape or version.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(f"{where}: is {type(state).__name__}, and no saved state: a mapping of names to values.")
+    version = state.get("version")
+    if model is AverageState and (version is None or (type(version) is int and version != VERSION)):
+        found = "no version" if version is None else f"version {version}"
+        raise StateError(
+            f"{where}: has {found} of the format, and this twa_scale reads version {VERSION}. Continue with the "
+            "twa_scale that wrote it, or start a new run."
+        )
+    try:
+        return model.model_validate(state)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise StateError(
+            f"{where}: {key + ': ' if key else ''}{message} (got {_shown(first['input'])}). It is not the state of a "
+            "run of this twa_scale. Give the one that was saved, or start a new run."
+        ) from None
+
+
+def _shown(value: object) -> str:
+    text = type(value).__name__ if isinstance(value, torch.Tensor | Mapping) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

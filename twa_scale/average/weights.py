@@ -1,0 +1,128 @@
+"""Writing the weights w = (1 + u_c) c + sum_i u_i delta_i into the live spans of a rank."""
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+
+from twa_scale.average.layout import Layout
+from twa_scale.base.clock import Clock
+from twa_scale.base.notices import notice
+from twa_scale.base.spans import Span
+from twa_scale.engines import Engine
+from twa_scale.engines.deferred_weights import Combine, Postponed
+from twa_scale.store import Store
+
+
+class Weights:
+    """Computes weights from the center and the deltas, never from what they were before.
+
+    Args:
+        engine: holds the model.
+        store: holds the center and the deltas.
+        groups: the number of the group of each trained span of this rank.
+        layout: names the trained tensors, the same on every rank.
+        clock: is told what combining and publishing cost.
+        postpone: whether units of the engine are written by the time they are next used.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        groups: Mapping[Span, int],
+        layout: Layout,
+        clock: Clock,
+        *,
+        postpone: bool,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._groups = groups
+        self._names = layout.group_of.keys()
+        self._clock = clock
+        self._postponed = Postponed(engine.units() if postpone else [], groups, engine.device, clock)
+        units = {span.name for unit in self._postponed.units for span in unit}
+        self._names_of_rest = [name for name in self._names if name not in units]
+        self.settle = self._postponed.settle_all
+        self._written: dict[str, object] = {}
+        self._reported = False
+
+    def watch(self) -> None:
+        """Have the engine say when it uses weights that were postponed."""
+        if self._postponed.units:
+            self._engine.before_use(self._postponed.settle)
+
+    def write(self, choose: Callable[[], torch.Tensor], *, postpone: bool = False) -> None:
+        """Write the weights of u = `choose()`, (n + 1, G) with u_c last, or `postpone` what can be. Collective."""
+        self._postponed.drop()
+
+        def make() -> Combine:
+            return self._combiner(choose)
+
+        # First: behind the units, the current stream would wait until a store in host memory has copied them all.
+        make()(self._postponed.rest if postpone else self._groups)
+        if postpone:
+            self._postponed.start(lambda: self._noting(make()))
+        with self._clock.part("publish"), torch.no_grad():
+            self._engine.publish(self._names)
+        self._note(self._names_of_rest if postpone else self._names)
+
+    def _note(self, names: Collection[str]) -> None:
+        """Remember what these parameters of this rank are after a write: `check` compares it at the next step.
+
+        Each is asked for once after a write and once before the next. A unit that is written later is noted then.
+        """
+        if not self._reported:
+            self._written |= self._engine.changed(names)
+
+    def _noting(self, combine: Combine) -> Combine:
+        def noted(spans: Collection[Span]) -> None:
+            combine(spans)
+            self._note({span.name for span in spans})
+
+        return noted
+
+    def check(self) -> None:
+        """Report once, on this rank, that something else has written the weights since `write`, as clamping does.
+
+        The next write computes them from the candidates again. What has been postponed and is not written yet is as it
+        was before.
+
+        Raises:
+            EngineError: a parameter that was replaced by another.
+        """
+        now = self._engine.changed(self._names)
+        if self._reported:
+            return
+        for name, before in self._written.items():
+            if now.get(name, before) != before:
+                self._reported = True
+                notice(
+                    f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, a swap of "
+                    "weights, nn.Embedding(max_norm=..)): each step of the average overwrites that. Load checkpoints "
+                    "before attach; show other weights with weights(); continue a run with load_state_dict() of its "
+                    "average."
+                )
+                return
+
+    @torch.no_grad()
+    def _combiner(self, choose: Callable[[], torch.Tensor]) -> Combine:
+        """Return what computes the weights of the present u, whenever it is called."""
+        u = choose()
+        scales = (1 + u[-1]).tolist()
+        rows = self._store.coding.weights_of_rows(u[:-1])
+        columns = _sent(rows.T.to(torch.float32).contiguous(), self._engine.device)
+
+        @torch.no_grad()
+        def combine(spans: Collection[Span]) -> None:
+            with self._clock.part("combine"):
+                for span in spans:
+                    group = self._groups[span]
+                    self._store.combine(span, columns[group], scales[group], self._engine.live(span))
+
+        return combine
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a CPU tensor on `device`. From page-locked memory it is copied to a GPU while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,0 +1,1 @@
+"""What everything else uses: tensor names, spans, bounded reading of files, time and memory."""

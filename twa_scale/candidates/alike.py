@@ -1,0 +1,69 @@
+"""The check that candidates hold the same tensors."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from twa_scale.base.names import nearest
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.errors import CandidateError
+
+Trait = tuple[tuple[int, ...], str]
+"""Shape, and the kind of number."""
+
+
+def check_alike(candidates: Sequence[Candidate]) -> None:
+    """Refuse candidates that differ from what most of them (the first, in a tie) hold.
+
+    Raises:
+        CandidateError: names the odd candidate, the tensor, what was found and what was expected.
+    """
+    traits = [{name: (c.shape(name), _kind(c.dtype(name))) for name in c.names()} for c in candidates]
+    expected: dict[str, Trait] = {}
+    for name in {name: None for held in traits for name in held}:
+        (trait, _), *_ = Counter(held.get(name) for held in traits).most_common(1)
+        if trait is not None:
+            expected[name] = trait
+    for candidate, held in zip(candidates, traits, strict=True):
+        _check_one(candidate.label, held, expected)
+
+
+def _check_one(label: str, held: dict[str, Trait], expected: dict[str, Trait]) -> None:
+    missing = [name for name in expected if name not in held]
+    extra = [name for name in held if name not in expected]
+    rule = (
+        "Candidates must hold the same tensors: name in `ignore` (--ignore) what need not be averaged, save all from "
+        "the same model, or leave this one out."
+    )
+    if missing:
+        more = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
+        raise CandidateError(
+            f"{label}: tensor {missing[0]!r}{more} missing, which the other candidates "
+            f"have{nearest(missing[0], extra) or '.'} {rule}"
+        )
+    if extra:
+        more = f" and {len(extra) - 1} others" if len(extra) > 1 else ""
+        raise CandidateError(
+            f"{label}: holds tensor {extra[0]!r}{more}, which the other candidates have "
+            f"not{nearest(extra[0], expected) or '.'} {rule}"
+        )
+    for name, (shape, kind) in held.items():
+        expected_shape, expected_kind = expected[name]
+        if shape != expected_shape:
+            raise CandidateError(
+                f"{label}: tensor {name!r} has shape {shape}, where the other candidates have "
+                f"{expected_shape}. Candidates must be of one architecture: leave this one out."
+            )
+        if kind != expected_kind:
+            raise CandidateError(
+                f"{label}: tensor {name!r} is {kind}, where the other candidates have it {expected_kind}. "
+                "Only floating point types may differ between candidates: save this one in the same type, or "
+                "leave it out."
+            )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "floating point" if dtype.is_floating_point else str(dtype).removeprefix("torch.")

@@ -1,0 +1,112 @@
+"""Files beside the weights that say what these mean: candidates that differ in them may have no useful average."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from twa_scale.base.inputs import MAX_JSON, brief, open_regular, parse_json, read_bounded
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.errors import CandidateError
+
+_CONFIGURATIONS = ("config.json", "adapter_config.json", "open_clip_config.json")
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+# What says nothing of the weights' meaning: types, versions, paths and how the model is run.
+_INDIFFERENT = {
+    "_name_or_path",
+    "_commit_hash",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "inference_mode",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "revision",
+    "peft_version",
+    "_diffusers_version",
+}
+_PIECE = 1 << 20
+
+
+def differences(candidates: Sequence[Candidate]) -> Iterator[str]:
+    """Yield a line for each configuration and each vocabulary in which a candidate differs from the last one."""
+    last = candidates[-1].directory
+    if last is None:
+        return
+    for name in (*_CONFIGURATIONS, *_VOCABULARIES):
+        difference = _difference if name in _CONFIGURATIONS else _other_vocabulary
+        if not (last / name).is_file():
+            continue
+        found = [(path, why) for path in _others(candidates, name) if (why := difference(path, last / name))]
+        if found:
+            path, why = found[0]
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            yield (
+                f"{path}{more}: differs from {last / name}{why}, which the output gets. Such candidates may have no "
+                "useful average."
+            )
+
+
+def _others(candidates: Sequence[Candidate], name: str) -> list[Path]:
+    paths = [c.directory / name for c in candidates[:-1] if c.directory and c.directory != candidates[-1].directory]
+    return [path for path in dict.fromkeys(paths) if path.is_file()]
+
+
+def _difference(path: Path, other: Path) -> str | None:
+    """Return the first setting in which two configurations differ, in words."""
+    first, second = _settings(path), _settings(other)
+    if first is None or second is None:
+        return None
+    first, second = _meaningful(first), _meaningful(second)
+    for key in sorted(first.keys() | second.keys()):
+        if first.get(key) != second.get(key):
+            return f" in {key!r} ({brief(first.get(key))}, {brief(second.get(key))})"
+    return None
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    try:
+        content = parse_json(read_bounded(path, MAX_JSON))
+    except (CandidateError, ValueError):  # what cannot be read is reported when it is carried over
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _meaningful(value: Any) -> Any:
+    """Return settings without those that say nothing of the weights, also of the parts of a model (`text_config`)."""
+    if isinstance(value, dict):
+        return {key: _meaningful(held) for key, held in value.items() if key not in _INDIFFERENT}
+    return [_meaningful(held) for held in value] if isinstance(value, list) else value
+
+
+def _other_vocabulary(path: Path, other: Path) -> str | None:
+    """Return a text where two files hold different tokens; how a tokenizer pads and truncates is no difference."""
+    try:
+        if path.samefile(other) or _same_bytes(path, other):
+            return None
+    except (CandidateError, OSError):
+        return None
+    first, second = (_settings(p) if p.name == "tokenizer.json" else None for p in (path, other))
+    if first and second and all(first.get(key) == second.get(key) for key in ("model", "added_tokens")):
+        return None
+    return " in its tokens"
+
+
+def _same_bytes(path: Path, other: Path) -> bool:
+    with os.fdopen(open_regular(path), "rb") as first, os.fdopen(open_regular(other), "rb") as second:
+        if os.fstat(first.fileno()).st_size != os.fstat(second.fileno()).st_size:
+            return False
+        while piece := first.read(_PIECE):
+            if piece != second.read(_PIECE):
+                return False
+    return True

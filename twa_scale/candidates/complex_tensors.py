@@ -1,0 +1,49 @@
+"""Candidates with complex tensors: to what reads them, each is real and has one dimension more."""
+
+import torch
+
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.proxy import Wrapped
+
+
+def in_pairs(candidate: Candidate) -> Candidate:
+    """Return a candidate that presents complex tensors as pairs; the candidate itself where there are none."""
+    return PairsCandidate(candidate) if any(candidate.dtype(n).is_complex for n in candidate.names()) else candidate
+
+
+def complex_in_files(candidate: Candidate) -> frozenset[str]:
+    """Return the tensors that are complex where they are stored."""
+    return candidate.complex_names if isinstance(candidate, PairsCandidate) else frozenset()
+
+
+class PairsCandidate(Wrapped):
+    """Another candidate, whose complex tensors have the shape (.., 2) of real and imaginary part, and a real type."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        super().__init__(candidate)
+        self.complex_names = frozenset(name for name in candidate.names() if candidate.dtype(name).is_complex)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        shape = super().shape(name)
+        return (*shape, 2) if name in self.complex_names else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which `read` delivers a tensor."""
+        dtype = super().dtype(name)
+        return dtype.to_real() if dtype.is_complex else dtype
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the elements from `start` on; a range may begin and end within a pair."""
+        if name not in self.complex_names:
+            super().read(name, start, out)
+            return
+        first, last = start // 2, -(-(start + len(out)) // 2)
+        numbers = torch.empty(last - first, dtype=super().dtype(name))
+        super().read(name, first, numbers)
+        out.copy_(torch.view_as_real(numbers).view(-1)[start - 2 * first :][: len(out)])
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a view of a whole tensor, flattened; None where the candidate has none."""
+        view = super().mapped(name)
+        return torch.view_as_real(view).view(-1) if view is not None and name in self.complex_names else view

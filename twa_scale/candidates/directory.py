@@ -1,0 +1,136 @@
+"""Which file of a directory holds its weights: the one that the library reads which writes such directories."""
+
+import re
+from pathlib import Path
+
+from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard
+from twa_scale.candidates.formats.sharded import weight_map
+from twa_scale.errors import CandidateError
+
+INDEX = ".index.json"
+TORCH_SUFFIXES = (".pt", ".pth", ".pth.tar", ".bin", ".ckpt")
+LOADERS = {
+    "transformers": (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
+    "diffusers": (
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.bin.index.json",
+        "diffusion_pytorch_model.bin",
+    ),
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+    "peft": ("adapter_model.safetensors", "adapter_model.bin"),
+}
+"""The names of files of weights, in the order in which each library looks for them in a directory."""
+
+_SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.")
+_VARIANT = re.compile(r"(?P<stem>.+)\.(fp|bf|float|bfloat|int)\d\w*(?P<suffix>\.[^.]+)?(\.index\.json)?")
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|polyak|averaged?|avg)(?![a-z])")
+# "avg_loss=0.3" and "val-avg-0.3" name an average of numbers, where "ema-0.999" and "avg_10" name one of weights.
+_METRIC = re.compile(
+    r"(?<![^-=/. ])(?!(ema|swa|polyak)([-_](decay|rate))?=)[^-=/. ]*=[^-=_ ]*"
+    r"|(?<![a-z])(averaged?|avg)[-_. =]?\d*\.\d+"
+    r"|(?<![a-z])(averaged?|avg)[-_. ]({0})(?![a-z])"
+    r"|(?<![a-z])({0})[-_. ](averaged?|avg)(?![a-z])".format(
+        "loss|acc|accuracy|score|reward|return|error|err|f1|val|valid|validation|train|training|test|eval|dev|metric|"
+        "ppl|perplexity|bleu|rouge|wer|cer|iou|dice|auc|map|psnr|recall|precision|mse|mae|rmse|nll|grad|length|pool"
+    )
+)
+
+
+def weights_in(directory: Path) -> Path | None:
+    """Return the file or index that holds the weights of a directory; None where nothing says which it is.
+
+    Raises:
+        CandidateError: weights of several libraries, of which any may be meant.
+    """
+    names = files_in(directory)
+    found = {library: next((name for name in order if name in names), None) for library, order in LOADERS.items()}
+    known = {library: name for library, name in found.items() if name}
+    if len(known) > 1:
+        raise CandidateError(
+            f"{directory}: holds {' and '.join(f'{name!r} ({library})' for library, name in known.items())}; a "
+            "directory that is a candidate holds one set of weights. Name the file that is meant."
+        )
+    if known:
+        return directory / next(iter(known.values()))
+    others = [name for name in names if _is_other(name)]
+    if len(indices := [name for name in others if name.endswith(INDEX)]) == 1:
+        parts = set(weight_map(directory / indices[0]).values())
+        others = [name for name in others if name not in parts]
+        names = [name for name in names if name not in parts]
+    alone = len(others) == 1 and not any(name.lower().endswith(".safetensors") for name in names if name != others[0])
+    return directory / others[0] if alone else None
+
+
+def left_aside(directory: Path, chosen: Path) -> list[str]:
+    """Return the files beside the weights of a directory that a user may mean instead.
+
+    Left out are those that nobody means who names the directory: the same weights as torch files, and those of another
+    precision (`model.fp16.safetensors`).
+    """
+    if not any(chosen.name in order for order in LOADERS.values()):
+        return []
+    parts = set(weight_map(chosen).values()) if chosen.name.endswith(INDEX) else set()
+    twin = chosen.name.removesuffix(INDEX) if chosen.name.endswith(INDEX) else chosen.name + INDEX
+    return [
+        name
+        for name in files_in(directory)
+        if name not in parts
+        and not is_shard(name)
+        and name != chosen.name
+        and (
+            name == twin
+            or (is_averaged(name) and is_weights(name))
+            or (_is_other(name) and not is_variant(name, chosen.name))
+        )
+    ]
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file has the name of one that holds weights."""
+    return is_torch(name) or name.lower().endswith((".safetensors", INDEX))
+
+
+def is_torch(name: str) -> bool:
+    """Whether a file has the name of one that torch.save wrote."""
+    return name.lower().endswith(TORCH_SUFFIXES)
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file has the name of one of several that an index puts together."""
+    match = _SHARD.search(name)
+    return match is not None and int(match[2]) > 1 and not name.endswith(INDEX)
+
+
+def is_averaged(name: str) -> bool:
+    """Whether a name says that it is an average of weights already, as `ema.safetensors` does."""
+    return _AVERAGED.search(_METRIC.sub("", name.lower())) is not None
+
+
+def is_variant(name: str, plain: str) -> bool:
+    """Whether two files hold one model in different precisions, as `model.fp16.safetensors` and `model.safetensors`."""
+    return plain in plain_names(name)
+
+
+def plain_names(name: str) -> tuple[str, ...]:
+    """Return what a file of weights would be called if its name did not say a precision; nothing if it says none."""
+    match = _VARIANT.fullmatch(name)
+    plain = f"{match['stem']}{match['suffix'] or ''}" if match else ""
+    return (plain, plain + INDEX) if match else ()
+
+
+def files_in(directory: Path) -> list[str]:
+    """Return the names of the regular files of a directory that are not hidden."""
+    return sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def _is_other(name: str) -> bool:
+    """Whether a file holds weights and has none of the names that libraries look for."""
+    if is_rank_shard(Path(name)) or is_shard(name) or any(name in order for order in LOADERS.values()):
+        return False
+    return name.lower().endswith((".safetensors", ".safetensors" + INDEX, ".bin" + INDEX))

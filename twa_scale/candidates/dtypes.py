@@ -1,0 +1,34 @@
+"""Floating point types of tensors that candidates hold in several."""
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+
+import torch
+
+from twa_scale.base.names import some
+from twa_scale.candidates.candidate import Candidate
+
+
+def widest(candidates: Sequence[Candidate], name: str) -> torch.dtype:
+    """Return the narrowest type that holds a tensor of every candidate exactly: float32 for float16 and bfloat16."""
+    types = {candidate.dtype(name) for candidate in candidates}
+    if len(types) == 1:
+        return types.pop()
+    wide = [dtype for dtype in types if dtype.itemsize > 1]  # torch promotes no float8 types, which fit into any other
+    return reduce(torch.promote_types, wide) if wide else torch.bfloat16
+
+
+def types_notice(candidates: Sequence[Candidate], names: Iterable[str]) -> str | None:
+    """Return the line about tensors that candidates hold in several types; None where there are none."""
+    mixed = [name for name in names if len({candidate.dtype(name) for candidate in candidates}) > 1]
+    if not mixed:
+        return None
+    types = sorted({_plain(candidate.dtype(mixed[0])) for candidate in candidates})
+    return (
+        f"candidates hold {some(mixed)} as {' and '.join(types)}: written in the widest type, "
+        f"{_plain(widest(candidates, mixed[0]))}; dtype chooses another."
+    )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,122 @@
+"""Which paths a path or a glob stands for, in natural order; what cannot be meant is refused."""
+
+import glob
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from twa_scale.base.paths import matching, path_of
+from twa_scale.candidates.directory import is_averaged, is_weights, plain_names
+from twa_scale.errors import CandidateError
+
+_PART = re.compile(
+    r"(?<![a-z0-9])(consolidated\.|(zero_)?((mp|tp|pp|ep|dp)_)?rank[-_]?|shard[-_]?|model[-_]part[-_]?|(mp|tp)[-_]?)"
+    r"(?P<number>\d+)",
+    re.IGNORECASE,
+)
+"""What stands in the names of the parts of one model: Llama's and Megatron's files, one for each rank."""
+
+
+def expand(item: str | Path) -> tuple[list[Path], str | None]:
+    """Return the path itself, or the paths that it matches as a glob, and then the glob.
+
+    Folders that exist are no part of the pattern, whatever characters their names have.
+
+    Raises:
+        CandidateError: nothing is there, or a glob that matches also what is no candidate, or versions or parts of one
+            model.
+        OSError: a path that the system refuses.
+    """
+    given = str(item)
+    path = path_of(given)
+    if path.exists():
+        return [path], None
+    if path.is_symlink():
+        raise CandidateError(f"{path}: is a link that leads nowhere, or in a circle. Copy what it should lead to.")
+    if not glob.has_magic(given):
+        raise CandidateError(f"{path}: there is no such file or directory, seen from {Path.cwd()}.{_hint(given, path)}")
+    found = _matches(path)
+    if not found:
+        raise CandidateError(
+            f"candidates {given!r}: the pattern matches nothing, seen from {Path.cwd()}. It must match at "
+            f"least one file or directory of weights.{_hint(given, path)}"
+        )
+    _refuse_strange(given, found)
+    if why := versions_or_parts(found):
+        raise CandidateError(
+            f"candidates {given!r}: the pattern matches {why} Narrow the pattern, or give a list of paths if all are "
+            "meant."
+        )
+    return found, given
+
+
+def _matches(path: Path) -> list[Path]:
+    root, matches = matching(path)
+    # An output that a writer has not finished has a hidden name, or had one that ends in .tmp-*.
+    below = len(root.parts)
+    finished = [m for m in matches if not any(p.startswith(".") or ".tmp-" in p for p in m.parts[below:])]
+    return sorted(finished, key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Order numbers by value, the rest as text; separators come first, so that parents stay together."""
+    pieces = re.split(r"(\d+)", str(path).replace("/", "\0"))
+    return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece]
+
+
+def _refuse_strange(pattern: str, found: Sequence[Path]) -> None:
+    if broken := next((match for match in found if not match.exists()), None):
+        raise CandidateError(
+            f"candidates {pattern!r}: the pattern matches {str(broken)!r}, a link that leads nowhere, or in a circle. "
+            "Remove it, or narrow the pattern."
+        )
+    if strange := next((match for match in found if not match.is_dir() and not is_weights(match.name)), None):
+        raise CandidateError(
+            f"candidates {pattern!r}: the pattern also matches {str(strange)!r}, which holds no weights, "
+            f"seen from {Path.cwd()}. Narrow the pattern, for instance to 'step-*' or '*.safetensors'."
+        )
+
+
+def versions_or_parts(paths: Sequence[Path]) -> str | None:
+    """Return which paths are by their names versions of one model (raw and averaged, two precisions), or its parts."""
+    parts: dict[str, dict[int, Path]] = defaultdict(dict)
+    by_parent: dict[Path, list[str]] = defaultdict(list)
+    for path in paths:
+        by_parent[path.parent].append(path.name)
+        for match in _PART.finditer(str(path)):
+            start, stop = match.span("number")
+            parts[f"{str(path)[:start]}#{str(path)[stop:]}"][int(match["number"])] = path
+    for numbers in parts.values():
+        if len(numbers) > 1 and sorted(numbers) in (list(range(len(numbers))), list(range(1, len(numbers) + 1))):
+            first, second, *_ = (str(numbers[number]) for number in sorted(numbers))
+            return f"{first!r} and {second!r}, which by their names are parts of one model, of one rank each."
+    for parent, names in by_parent.items():
+        if two := _versions(names):
+            return f"{two[0]!r} and {two[1]!r} in {str(parent)!r}, which by their names are versions of one model."
+    return None
+
+
+def _versions(names: Sequence[str]) -> tuple[str, str] | None:
+    held = set(names)
+    averaged = [name for name in names if is_averaged(name)]
+    raw = [name for name in names if not is_averaged(name)]
+    if raw and averaged:
+        return raw[0], averaged[0]
+    return next(((plain, name) for name in names for plain in plain_names(name) if plain in held), None)
+
+
+def _hint(given: str, path: Path) -> str:
+    """Return what may have been meant by a path that is not there."""
+    aside = next(path.parent.glob(f".{glob.escape(path.name)}.old-????????"), None) if path.name else None
+    if aside:
+        return f" A writer that was killed has moved it to {str(aside)!r}: rename that."
+    if "://" in given:
+        return " Candidates are files of this machine: download them, and give their paths."
+    if re.search(r"\{.*\}", given):
+        return " Braces are expanded by the shell only, and only outside of quotes: give the paths one by one."
+    if "," in given and all(Path(part).exists() for part in given.split(",")):
+        return " Give the paths one by one, not with commas."
+    if re.fullmatch(r"[\w-]+/[\w.-]+", given) and not path.parent.exists():
+        return f" A model of the Hugging Face hub has to be downloaded first: `hf download {given} --local-dir DIR`."
+    return ""

@@ -1,0 +1,149 @@
+"""Finding candidates: what a glob or a list of paths names, each of them once."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.base.inputs import named_errors
+from twa_scale.base.names import and_more, some
+from twa_scale.base.notices import notice
+from twa_scale.base.paths import identity, num_links
+from twa_scale.candidates.directory import INDEX, left_aside, weights_in
+from twa_scale.candidates.expand import expand, versions_or_parts
+from twa_scale.candidates.formats.deepspeed import is_deepspeed, tagged_folder
+from twa_scale.candidates.formats.sharded import weight_map
+from twa_scale.errors import CandidateError
+
+Source = Path | Mapping[str, torch.Tensor]
+"""One candidate that is not opened yet."""
+Spec = str | Path | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
+Tell = Callable[[str], None]
+"""What is called with each line that a user should see."""
+
+_Files = frozenset[tuple[int, int, int, int]]
+"""What identifies the files of a candidate, under whatever paths they are reached."""
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A source, and the pattern that matched it; None where the user has named it."""
+
+    source: Source
+    pattern: str | None = None
+
+
+def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice) -> list[Source]:
+    """Return the paths and state dicts that `spec` names, in order; nothing is opened.
+
+    Files that a glob matches under several paths, as through `latest -> step-2`, are one candidate. What is named twice
+    in a list counts twice, and is reported.
+
+    Raises:
+        CandidateError: nothing found, fewer than `minimum`, or a glob that also matches what is no candidate, or what
+            is another version of one.
+    """
+    with named_errors():
+        items = spec_items(spec)
+        named: list[_Named] = []
+        for item in items:
+            paths, pattern = ([item], None) if isinstance(item, Mapping) else expand(item)
+            named += [_Named(path, pattern) for path in paths]
+        if why := versions_or_parts([one.source for one in named if isinstance(one.source, Path) and not one.pattern]):
+            tell(f"candidates: {why} They are averaged as they were named.")
+        sources = _without_repeated_matches(named, tell)
+        if len(sources) < minimum:
+            raise CandidateError(_too_few(items, sources, minimum))
+        _tell_what_is_left_aside([source for source in sources if isinstance(source, Path)], tell)
+        return sources
+
+
+def spec_items(spec: Spec) -> list[str | Path | Mapping[str, torch.Tensor]]:
+    """Return what `spec` lists, a single path or glob as a list of one.
+
+    Raises:
+        CandidateError: something that is neither path nor state dict.
+    """
+    given: Any = spec
+    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    items: list[Any] = list(given) if several else [given]
+    for item in items:
+        if not isinstance(item, str | Path | Mapping) or (isinstance(item, Mapping) and not several):
+            fix = "; give its state_dict()" if hasattr(item, "state_dict") else ""
+            raise CandidateError(
+                f"candidates: a glob, or a list of paths or state dicts is expected, not {type(item).__name__}{fix}."
+            )
+    return items
+
+
+def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[Source]:
+    """Leave out what a glob matches again, or what is named as well; report that, and what is named twice."""
+    places: dict[_Files, list[int]] = defaultdict(list)
+    for i, one in enumerate(named):
+        if isinstance(one.source, Path):
+            places[files_of(one.source)].append(i)
+    left_out: dict[int, int] = {}  # and what it is the same as
+    for same in places.values():
+        by_name = [i for i in same if named[i].pattern is None]
+        kept = by_name or [min(same, key=lambda i: num_links(Path(str(named[i].source))))]
+        left_out |= {i: kept[0] for i in same if i not in kept}
+        if len(by_name) > 1:
+            labels = list(dict.fromkeys(repr(str(named[i].source)) for i in by_name))
+            tell(
+                f"candidates: {' and '.join(labels)} count {len(by_name)} times, as they were named: they are the same."
+            )
+    if left_out:
+        again = [f"{str(named[i].source)!r} ({str(named[kept].source)!r})" for i, kept in left_out.items()]
+        more = f" and {len(again) - 3} more" if len(again) > 3 else ""
+        tell(f"candidates: counted once, as the same files under another path: {', '.join(again[:3])}{more}.")
+    return [one.source for i, one in enumerate(named) if i not in left_out]
+
+
+def same_files(first: str, second: str) -> bool:
+    """Whether two labels of candidates are paths that lead to the same files."""
+    try:
+        return files_of(Path(first)) == files_of(Path(second))
+    except OSError:  # of state dicts, which have no path, or files that are gone
+        return False
+
+
+def files_of(path: Path) -> _Files:
+    """Return what identifies the files of a candidate, the same under each path that leads to them.
+
+    Raises:
+        CandidateError: a directory of which it is not clear which files are meant.
+    """
+    if path.is_dir():
+        path = weights_in(path) or (tagged_folder(path) if is_deepspeed(path) else path)
+    if path.is_dir():
+        return frozenset(identity(file) for file in path.iterdir() if file.is_file()) or frozenset([identity(path)])
+    if path.name.endswith(INDEX):
+        shards = [path.parent / file for file in set(weight_map(path).values())]
+        return frozenset(identity(file) for file in shards if file.is_file())
+    return frozenset([identity(path)])
+
+
+def _tell_what_is_left_aside(paths: Sequence[Path], tell: Tell) -> None:
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path in paths:
+        chosen = weights_in(path) if path.is_dir() else None
+        if chosen and (beside := left_aside(path, chosen)):
+            found[chosen.name, some(beside)].append(str(path))
+    for (chosen_name, beside_names), directories in found.items():
+        tell(
+            f"{and_more(directories)}: the weights are those of {chosen_name!r}, which loaders take; "
+            f"{beside_names} beside it is not read. Name the file itself if that is meant."
+        )
+
+
+def _too_few(items: Sequence[object], sources: Sequence[object], minimum: int) -> str:
+    if not items:
+        return f"candidates: the list is empty; give {minimum} or more paths, globs or state dicts."
+    only = f" ({sources[0]})" if isinstance(sources[0], Path) else ""
+    return (
+        f"candidates: found {len(sources)}{only}, but an average needs at least {minimum}. Widen the "
+        f"pattern, or save candidates more often while training (twa_scale.Snapshots)."
+    )

@@ -1,0 +1,99 @@
+"""The fingerprint of candidates: what a saved state is compared with before it is used."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from twa_scale.base.names import nearest
+from twa_scale.errors import CandidateError, StateError
+from twa_scale.ranks import Pods, first_difference
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the candidates were: their labels, tensors, shapes and a checksum of the bits of each tensor."""
+
+    labels: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    checksums: torch.Tensor
+    """(n, tensors), int64; columns in the order of `shapes`. Additive over spans, so independent of the ranks."""
+
+    def equals(self, names: Collection[str]) -> list[tuple[str, str]]:
+        """Return the labels of candidates in which these tensors have the same bits."""
+        columns = [column for column, name in enumerate(self.shapes) if name in names]
+        rows = self.checksums[:, columns].tolist()
+        pairs = combinations(range(len(rows)), 2)
+        return [(self.labels[i], self.labels[j]) for i, j in pairs if rows[i] == rows[j]]
+
+    def require(self, saved: "Fingerprint") -> None:
+        """Refuse to go on with candidates that are not those of a saved state.
+
+        Raises:
+            StateError: names the first candidate and tensor that differ.
+        """
+        if len(self.labels) != len(saved.labels):
+            raise StateError(
+                f"the state was trained on {len(saved.labels)} candidates ({saved.labels[0]} to {saved.labels[-1]}), "
+                f"this run has {len(self.labels)}; give the same ones, in the same order."
+            )
+        for name, shape in saved.shapes.items():
+            if self.shapes.get(name) != shape:
+                raise StateError(
+                    f"the state was trained on a tensor {name!r} of shape {shape}, the candidates now have "
+                    f"{self.shapes.get(name, 'none')}{(name not in self.shapes and nearest(name, self.shapes)) or '.'}"
+                )
+        columns = {name: self.checksums[:, column].tolist() for column, name in enumerate(self.shapes)}
+        saved.require_checksums(
+            [{name: column[i] for name, column in columns.items()} for i in range(len(self.labels))], self.labels
+        )
+
+    def require_checksums(self, found: Sequence[Mapping[str, int]], labels: Sequence[str] = ()) -> None:
+        """Refuse tensors whose bits are not those of this fingerprint; `found` holds, by candidate, what was read.
+
+        Raises:
+            StateError: names the first candidate and tensor that differ.
+        """
+        for name, expected in zip(self.shapes, self.checksums.T.tolist(), strict=True):
+            for i, sums in enumerate(found):
+                if sums.get(name, expected[i]) != expected[i]:
+                    raise StateError(
+                        f"{(labels or self.labels)[i]}: tensor {name!r} is not what it was when the state was saved "
+                        f"(then as {self.labels[i]}); the coefficients belong to the old candidates. Restore them, or "
+                        "start a new run."
+                    )
+
+    def require_same_in(self, pods: Pods) -> None:
+        """Refuse pods that have read other bits than the first, from disks of their own. Collective.
+
+        Raises:
+            CandidateError: on every rank, with the first tensor that differs.
+        """
+        if pods.count == 1:  # its ranks have read one set together
+            return
+        columns = dict(zip(self.shapes, self.checksums.T.tolist(), strict=True))
+        other = first_difference(pods, columns)
+        labels = pods.broadcast(self.labels)
+        with pods.agree():
+            if other is None:
+                return
+            assert isinstance(other.first, list)  # names and numbers were compared when the candidates were opened
+            i = next(i for i, checksum in enumerate(columns[other.key]) if checksum != other.first[i])
+            raise CandidateError(
+                f"{self.labels[i]}: tensor {other.key!r} on {other.where} is not that of {labels[i]} on "
+                f"{other.where_first}; give all pods the same candidates, in the same order."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"labels": list(self.labels), "shapes": dict(self.shapes), "checksums": self.checksums}
+
+
+def fingerprint_of(
+    labels: Sequence[str], shapes: dict[str, tuple[int, ...]], checksums: dict[str, torch.Tensor]
+) -> Fingerprint:
+    """Put the checksums of single tensors, (n,) each, together; what this rank did not read counts zero."""
+    none = torch.zeros(len(labels), dtype=torch.int64)
+    return Fingerprint(tuple(labels), shapes, torch.stack([checksums.get(name, none) for name in shapes], dim=1))

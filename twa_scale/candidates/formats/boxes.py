@@ -1,0 +1,169 @@
+"""Tensors that lie in files as boxes: a shard of a matrix split by columns, of a mesh of ranks, or a block of rows."""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from twa_scale.candidates.formats.stored_tensors import Stored
+from twa_scale.errors import CandidateError
+
+Shape = tuple[int, ...]
+_MAX_SPLIT = 8  # dims: no mesh of ranks has more
+
+
+class Box(NamedTuple):
+    """Elements [start, start + size) of every dim, stored row-major."""
+
+    starts: Shape
+    sizes: Shape
+    where: tuple[int, ...]
+    """Numbers by which the stored tensor is found."""
+
+
+class Boxed:
+    """A tensor that boxes tile.
+
+    Args:
+        shape: of the whole tensor.
+        dtype: of all boxes.
+        boxes: in any order.
+        find: returns the stored tensor of a box; called when the box is first read.
+        what: what messages call the tensor.
+
+    Raises:
+        CandidateError: boxes that leave a hole, overlap or reach out of the tensor.
+    """
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, boxes: Sequence[Box], find: Callable[[Box], Stored], what: str
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self._find = lru_cache(maxsize=None)(find)
+        boxes = [box for box in boxes if prod(box.sizes)]
+        inside = all(
+            len(box.starts) == len(box.sizes) == len(shape)
+            and all(0 <= a <= a + n <= size for a, n, size in zip(box.starts, box.sizes, shape, strict=True))
+            for box in boxes
+        )
+        if min(shape, default=0) < 0 or not inside or not _tile(boxes, shape):
+            held = sum(prod(box.sizes) for box in boxes)
+            raise CandidateError(
+                f"{what}: its parts hold {held} elements at {[box.starts for box in boxes[:4]]} and do not tile "
+                f"its shape {shape}. Save the checkpoint again from all ranks, or leave this candidate out."
+            )
+        # A checkpoint of many ranks has hundreds of thousands of boxes: as objects they would take a kilobyte each.
+        self._numbers = array("q", [i for box in boxes for i in (*box.starts, *box.sizes, *box.where)])
+        self._width = len(self._numbers) // max(1, len(boxes))
+
+    def read(self, start: int, out: torch.Tensor, what: str) -> None:
+        """Fill `out` with the elements from `start` on, in row-major order."""
+        total = 0
+        for box in self._boxes():
+            # Row-major order within a box is that of the tensor: what a slice needs of a box is one range of it.
+            first = count_before(self.shape, box.starts, box.sizes, start)
+            count = count_before(self.shape, box.starts, box.sizes, start + len(out)) - first
+            if not count:
+                continue
+            stored = self._stored(box)
+            if count == len(out):
+                stored.read(first, out, what)
+            elif box.sizes[1:] == self.shape[1:]:  # whole rows stay together
+                begin = max(0, box.starts[0] * prod(self.shape[1:]) - start)
+                stored.read(first, out[begin : begin + count], what)
+            else:
+                values = torch.empty(count, dtype=self.dtype)
+                stored.read(first, values, what)
+                scatter(values, self.shape, box.starts, box.sizes, start, out)
+            total += count
+        assert total == len(out)
+
+    def _boxes(self) -> Iterator[Box]:
+        dims = len(self.shape)
+        for i in range(0, len(self._numbers), max(1, self._width)):
+            row = tuple(self._numbers[i : i + self._width])
+            yield Box(row[:dims], row[dims : 2 * dims], row[2 * dims :])
+
+    def _stored(self, box: Box) -> Stored:
+        stored = self._find(box)
+        if (stored.shape, stored.dtype) != (box.sizes, self.dtype):
+            raise CandidateError(
+                f"{stored.record.file.path}: holds {stored.dtype} of shape {stored.shape}, where the checkpoint's "
+                f"metadata promise {self.dtype} of {box.sizes}. All files must be of one saving: copy it again."
+            )
+        return stored
+
+
+def _tile(boxes: Sequence[Box], shape: Shape) -> bool:
+    """Whether boxes that lie in a tensor cover each element exactly once.
+
+    The number of boxes over an element, as a function on the grid of the tensor, is known from its mixed differences:
+    those of a box are +1 and -1 at its corners. So the corners of all boxes must sum to those of the tensor. Dims that
+    no box divides need not be looked at.
+    """
+    split = [dim for dim, size in enumerate(shape) if any(box.sizes[dim] != size for box in boxes)]
+    if len(split) > _MAX_SPLIT:
+        return False
+    sums: Counter[Shape] = Counter()
+    _add_corners(sums, [0] * len(split), [shape[dim] for dim in split], -1 if prod(shape) else 0)
+    for box in boxes:
+        _add_corners(sums, [box.starts[dim] for dim in split], [box.sizes[dim] for dim in split], 1)
+    return not any(sums.values())
+
+
+def _add_corners(sums: Counter[Shape], starts: Sequence[int], sizes: Sequence[int], times: int) -> None:
+    ends = [((start, 1), (start + size, -1)) for start, size in zip(starts, sizes, strict=True)]
+    for corner in product(*ends):
+        sums[tuple(place for place, _ in corner)] += times * prod(sign for _, sign in corner)
+
+
+def count_before(shape: Shape, starts: Shape, sizes: Shape, position: int) -> int:
+    """Return how many elements of a box come before `position` in the row-major flattening of the tensor."""
+    count, row, box_row = 0, prod(shape), prod(sizes)
+    if position >= row:
+        return box_row
+    for size, start, held in zip(shape, starts, sizes, strict=True):
+        row, box_row = row // size, box_row // held
+        index, position = divmod(position, row)
+        count += min(max(index - start, 0), held) * box_row
+        if not start <= index < start + held:
+            return count
+    return count
+
+
+def scatter(values: torch.Tensor, shape: Shape, starts: Shape, sizes: Shape, start: int, out: torch.Tensor) -> int:
+    """Put a box's elements, in order, to their places in `out`; return how many were taken.
+
+    `out` holds elements [start, start + len(out)) of the flattening, `values` at least those of the box that are
+    among them. The range is cut into a partial row, whole rows and a partial row, down the dims.
+    """
+    if not shape:
+        out.copy_(values[:1])
+        return 1
+    row, taken = prod(shape[1:]), 0
+
+    def part(index: int, offset: int, begin: int, stop: int) -> int:
+        if begin == stop or not starts[0] <= index < starts[0] + sizes[0]:
+            return 0
+        return scatter(values[taken:], shape[1:], starts[1:], sizes[1:], offset, out[begin:stop])
+
+    first, offset = divmod(start, row)
+    head = min(-offset % row, len(out))
+    if head:
+        taken += part(first, offset, 0, head)
+        first += 1
+    rows = (len(out) - head) // row
+    low, high = max(first, starts[0]), min(first + rows, starts[0] + sizes[0])
+    if low < high:
+        view = out[head : head + rows * row].view(rows, *shape[1:])[low - first : high - first]
+        for dim, (begin, size) in enumerate(zip(starts[1:], sizes[1:], strict=True), 1):
+            view = view.narrow(dim, begin, size)
+        view.copy_(values[taken : taken + view.numel()].view(view.shape))
+        taken += view.numel()
+    return taken + part(first + rows, 0, head + rows * row, len(out))

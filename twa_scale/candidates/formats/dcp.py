@@ -1,0 +1,138 @@
+"""Checkpoints of torch.distributed.checkpoint (DCP): tensors in chunks, of which a slice reads its part."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.base.inputs import brief, integers, text
+from twa_scale.candidates.ema_lists import item_name
+from twa_scale.candidates.formats.boxes import Box, Boxed
+from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.pickle_stubs import Opaque
+from twa_scale.candidates.formats.pickles import MAX_PICKLE, SafeUnpickler
+from twa_scale.candidates.formats.stored_tensors import Stored, StoredCandidate
+from twa_scale.candidates.formats.torch_archive import Archive
+from twa_scale.candidates.weights_key import WeightsKey
+from twa_scale.errors import CandidateError
+
+METADATA = ".metadata"
+_Items = Mapping[tuple[str, tuple[int, ...]], Opaque]
+
+
+def open_dcp(directory: Path, keys: WeightsKey | None = None) -> StoredCandidate:
+    """Open a folder that `torch.distributed.checkpoint.save` wrote: `.metadata` and files of chunks.
+
+    The weights are found by name, or under "model", "app" and other usual keys, nested in any way; or where `keys`
+    says.
+
+    Raises:
+        CandidateError: damaged metadata, a file that is missing, or no weights.
+    """
+    try:
+        return _open(directory, _metadata(directory / METADATA), keys or WeightsKey())
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CandidateError(
+            f"{directory / METADATA}: is not laid out as torch.distributed.checkpoint does it ({type(error).__name__}: "
+            f"{error}). Copy the folder again, or leave this candidate out."
+        ) from error
+
+
+def _open(directory: Path, metadata: Any, keys: WeightsKey) -> StoredCandidate:
+    files = _Files(directory)
+    label = str(directory)
+    paths = metadata.planner_data or {}
+    described = {
+        key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value.properties, Opaque)
+    }
+    key_of = {_path(paths.get(text(key), (key,))): key for key in described}
+    items = {(text(key.fqn), integers(key.offset or ())): item for key, item in metadata.storage_data.items()}
+    tensors = {}
+    shapes = {path: integers(described[key].size) for path, key in key_of.items()}
+    chosen = keys.choose(shapes, label, in_order=False)
+    for name, path in chosen.items():
+        key = key_of[path]
+        what = f"{label}: tensor {name!r}"
+        tensors[name] = _tensor(key, described[key], items, files, what)
+    return StoredCandidate(tensors, files.open.values(), label, directory)
+
+
+def _path(keys: Any) -> tuple[str, ...]:
+    if not isinstance(keys, tuple) or not all(type(key) in (str, int) for key in keys):
+        raise ValueError(f"{brief(keys)} is no path of keys")
+    return tuple(key if isinstance(key, str) else item_name(key) for key in keys)
+
+
+class _Files:
+    """The files of chunks by number, opened when something of them is first read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.open: dict[int, File] = {}
+        self._paths = list(directory.iterdir())
+        self._numbers = {path.name: i for i, path in enumerate(self._paths)}
+
+    def number(self, name: str, what: str) -> int:
+        if name not in self._numbers:
+            raise CandidateError(
+                f"{what}: is stored in {name!r}, which is not there. Copy the whole folder again, or leave this "
+                "candidate out."
+            )
+        return self._numbers[name]
+
+    def __getitem__(self, number: int) -> File:
+        if number not in self.open:
+            self.open[number] = File(self._paths[number])
+        return self.open[number]
+
+
+def _metadata(path: Path) -> Any:
+    file = File(path)
+    raw = bytearray(min(file.size, MAX_PICKLE + 1))
+    file.read(memoryview(raw), 0, "the metadata")
+    file.close()
+    try:
+        metadata = SafeUnpickler(raw).load()
+        metadata.state_dict_metadata.items()
+        metadata.storage_data.items()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CandidateError(
+            f"{path}: is not the metadata that torch.distributed.checkpoint writes ({type(error).__name__}: {error}). "
+            "Copy the folder again, or leave this candidate out."
+        ) from error
+    return metadata
+
+
+def _tensor(key: str, described: Opaque, items: _Items, files: _Files, what: str) -> Boxed:
+    dtype = described.properties.state[0]
+    boxes = []
+    for chunk in described.chunks:
+        starts, sizes = integers(chunk.offsets), integers(chunk.sizes)
+        item = items.get((key, starts))
+        if item is None:
+            raise CandidateError(f"{what}: the metadata do not say where its part at {starts} is. Save it again.")
+        if item.transform_descriptors:
+            raise CandidateError(
+                f"{what}: is stored as {brief(item.transform_descriptors)}, which has no slices. Save it without "
+                "extensions."
+            )
+        place = integers([item.offset, item.length])
+        boxes.append(Box(starts, sizes, (files.number(text(item.relative_path), what), *place)))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{key!r} has no type of numbers")
+    return Boxed(integers(described.size), dtype, boxes, partial(_find, files), what)
+
+
+def _find(files: _Files, box: Box) -> Stored:
+    number, offset, length = box.where
+    file = files[number]
+    if min(offset, length) < 0 or offset + length > file.size:
+        raise CandidateError(
+            f"{file.path}: has {file.size} bytes, but a tensor ends at byte {offset + length}: it is truncated. Copy "
+            "it again, or leave this candidate out."
+        )
+    stored = Archive(file, offset, length).content()
+    if not isinstance(stored, Stored):
+        raise CandidateError(f"{file.path}: holds no tensor at byte {offset}. Copy it again.")
+    return stored

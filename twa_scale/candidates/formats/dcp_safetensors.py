@@ -1,0 +1,92 @@
+"""safetensors as DCP writes them from every rank: each file has its part of the tensors, and says which part."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.base.inputs import integers, parse_json
+from twa_scale.candidates.formats.boxes import Box, Boxed
+from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.safetensors import read_header
+from twa_scale.candidates.formats.stored_tensors import Record, Stored, StoredCandidate
+from twa_scale.errors import CandidateError
+
+_NAME = re.compile(r"shard-(\d+)-model-\d+-of-(\d+)\.safetensors")
+
+
+def is_rank_shard(file: Path) -> bool:
+    """Whether a file holds one rank's parts of tensors."""
+    return _NAME.fullmatch(file.name) is not None
+
+
+def open_dcp_safetensors(paths: Sequence[Path], directory: Path) -> StoredCandidate:
+    """Open what a HuggingFaceStorageWriter with `save_distributed` has written and nobody has consolidated.
+
+    The files do not say how many they are: that the last ones are missing shows only in the shapes.
+
+    Raises:
+        CandidateError: a file is missing or damaged.
+    """
+    shards = {int(match[1]) for path in paths if (match := _NAME.fullmatch(path.name))}
+    if missing := set(range(1, max(shards))) - shards:
+        raise CandidateError(
+            f"{directory}: holds no file shard-{min(missing):05d}-*.safetensors, but later ones. Copy the whole folder "
+            "again, or leave this candidate out."
+        )
+    files: list[File] = []
+    try:
+        boxes: dict[str, list[Box]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for number, path in enumerate(paths):
+            files.append(File(path))
+            entries, metadata = read_header(files[-1])
+            offsets = _offsets(metadata, path)
+            for name, entry in entries.items():
+                starts = offsets.get(name, (0,) * len(entry.shape))
+                if len(starts) != len(entry.shape) or dtypes.get(name, entry.dtype) != entry.dtype:
+                    raise CandidateError(
+                        f"{path}: tensor {name!r} of {entry.dtype} and shape {entry.shape} cannot start at {starts} of "
+                        f"{dtypes.get(name, entry.dtype)}. All files must be of one saving: copy the folder again."
+                    )
+                boxes.setdefault(name, []).append(Box(starts, entry.shape, (number, entry.offset)))
+                dtypes[name] = entry.dtype
+        tensors = {
+            # nor do they say how large a tensor is as a whole: that is where its last part ends
+            name: Boxed(
+                _extent(held), dtypes[name], held, partial(_find, files, dtypes[name]), f"{directory}: tensor {name!r}"
+            )
+            for name, held in boxes.items()
+        }
+        return StoredCandidate(tensors, files, str(directory), directory)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def _offsets(metadata: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        sharding = parse_json(metadata["DCP_SHARDING_INFO"].encode())
+        return {name: integers(said["saved_offsets"]) for name, said in sharding.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CandidateError(
+            f"{path}: its header does not say which part of each tensor it holds (DCP_SHARDING_INFO: {error}). Save "
+            "it again with torch.distributed.checkpoint."
+        ) from error
+
+
+def _find(files: Sequence[File], dtype: torch.dtype, box: Box) -> Stored:
+    number, begin = box.where
+    strides = torch.empty(box.sizes, device="meta").stride()
+    return Stored(Record(files[number], dtype, prod(box.sizes), lambda _: begin), 0, box.sizes, strides)
+
+
+def _extent(boxes: Sequence[Box]) -> tuple[int, ...]:
+    boxes = [box for box in boxes if len(box.starts) == len(boxes[0].starts)]  # Boxed refuses others
+    ends = ([start + size for start, size in zip(box.starts, box.sizes, strict=True)] for box in boxes)
+    return tuple(max(column) for column in zip(*ends, strict=True))

@@ -1,0 +1,271 @@
+"""DeepSpeed checkpoints: parameters put together from the float32 partitions of ZeRO, by slices."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from twa_scale.base.inputs import brief, integers, read_bounded, text
+from twa_scale.base.names import some
+from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.stored_tensors import Readable, Stored, StoredCandidate
+from twa_scale.candidates.formats.torch_archive import Archive, dense
+from twa_scale.candidates.formats.zero_partitions import split_fragments, split_groups, split_parameters
+from twa_scale.errors import CandidateError
+
+_MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<slice>\d+)_model_states\.pt")
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<slice>\d+)_optim_states\.pt")
+_OTHERS = {
+    re.compile(r"layer_\d+_expert_\d+_.*|expp_rank_.*"): "experts (MoE)",
+    re.compile(r"layer_\d+-model.*"): "a pipeline of stages",
+}
+_UNIVERSAL = "zero"  # the folder that ds_to_universal.py makes in its output
+_LONGEST_TAG = 4096  # bytes: as long as a path
+_REGROUP = "Convert it to safetensors with DeepSpeed's own tools, and give those files."
+
+
+def is_deepspeed(directory: Path) -> bool:
+    """Whether this is a folder that `save_checkpoint` of a DeepSpeed engine wrote, or the one above it."""
+    return (directory / "latest").is_file() or any(directory.glob("*_model_states.pt"))
+
+
+def open_deepspeed(directory: Path) -> StoredCandidate:
+    """Open a folder such as `global_step100`, or the one above it, whose file `latest` names one.
+
+    Parameters that were trained come in the type of the optimizer's copy (float32, unless that was configured
+    otherwise); frozen ones and buffers in the type of the model.
+
+    Raises:
+        CandidateError: a file is missing, damaged or of another saving, or the model was split in a way that is not
+            supported.
+    """
+    folder = tagged_folder(directory)
+    files = _Files(folder)
+    try:
+        return StoredCandidate(_tensors(files), files, str(directory), directory)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        files.close()
+        raise CandidateError(
+            f"{folder}: is not laid out as DeepSpeed does it ({type(error).__name__}: {error}). Copy it again, or "
+            "convert it with DeepSpeed's zero_to_fp32.py."
+        ) from error
+    except BaseException:
+        files.close()
+        raise
+
+
+def tagged_folder(directory: Path) -> Path:
+    """Return the folder of a step: the directory itself, or the one that its file `latest` names."""
+    latest = directory / "latest"
+    if any(directory.glob("*_model_states.pt")) or not latest.is_file():
+        return directory
+    tag = read_bounded(latest, _LONGEST_TAG).decode(errors="replace").strip()
+    if not tag or Path(tag).name != tag or not (directory / tag).is_dir():
+        folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
+        raise CandidateError(
+            f"{latest}: names {tag!r}, which is no folder beside it; there are {some(folders) or 'none'}. Copy that "
+            "folder too, or give the folder of another step."
+        )
+    return directory / tag
+
+
+class _Files:
+    """The files of a checkpoint by rank; each is opened when something of it is first read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.label = str(folder)
+        self._open: list[File] = []
+        names = sorted(path.name for path in folder.iterdir())
+        for pattern, what in _OTHERS.items():
+            if odd := next((name for name in names if pattern.fullmatch(name)), None):
+                raise CandidateError(f"{folder}: holds {odd!r}, a part of {what}, which is not supported. {_REGROUP}")
+        self.model = self._by_rank(names, _MODEL)
+        self.optimizer = self._by_rank(names, _OPTIMIZER)
+        self.content = lru_cache(maxsize=None)(self._content)
+        if not self.model:
+            raise CandidateError(f"{folder}: holds no *_model_states.pt. Copy the whole folder again.")
+        if not self.optimizer and (folder / _UNIVERSAL).is_dir():
+            raise CandidateError(
+                f"{folder}: is a universal checkpoint of DeepSpeed, with the weights in {_UNIVERSAL!r}, which is not "
+                "supported. Give the checkpoint from which it was made; or save {NAME: "
+                f"torch.load('{_UNIVERSAL}/NAME/fp32.pt')['param']}} of all names as a .pt file, and give that."
+            )
+
+    def _by_rank(self, names: Sequence[str], pattern: re.Pattern[str]) -> dict[int | None, str]:
+        """Return file names by rank, None for the file that stands for all ranks."""
+        found: dict[int | None, str] = {}
+        for name in names:
+            if not (match := pattern.fullmatch(name)):
+                continue
+            if int(match["slice"]):
+                raise CandidateError(
+                    f"{self.folder}: holds {name!r}: the model was split by tensor or model parallelism, which is not "
+                    f"supported. {_REGROUP}"
+                )
+            rank = None if match["rank"] is None else int(match["rank"])
+            if rank in found:
+                raise CandidateError(
+                    f"{self.folder}: holds both {found[rank]!r} and {name!r}; a folder is of one saving. Remove the "
+                    "files of the other."
+                )
+            found[rank] = name
+        return found
+
+    def _content(self, name: str) -> dict[str, Any]:
+        file = File(self.folder / name)
+        self._open.append(file)
+        content = Archive(file).content()
+        if not isinstance(content, dict):
+            raise CandidateError(f"{file.path}: holds no dict, so DeepSpeed has not written it. Copy it again.")
+        return content
+
+    def __iter__(self) -> Any:
+        return iter(self._open)
+
+    def close(self) -> None:
+        for file in self._open:
+            file.close()
+
+
+def _tensors(files: _Files) -> dict[str, Readable]:
+    optimizer = _optimizer_state(files, 0) if files.optimizer else {}
+    stage = int(optimizer.get("zero_stage", 1)) if optimizer else 0
+    path, model = _model_state(files, 0 if stage == 3 or (not optimizer and None not in files.model) else None)
+    shapes = model.get("param_shapes")
+    tied = {text(name): text(source) for name, source in (model.get("shared_params") or {}).items()}
+    _refuse_unsupported(path, model, optimizer)
+    if not optimizer:
+        if shapes is not None:
+            raise CandidateError(
+                f"{files.folder}: was saved with ZeRO, but no *_optim_states.pt is there, which hold the weights. Copy "
+                "the whole folder again."
+            )
+        return dict(dense(model["module"], path, _REGROUP))
+    if not isinstance(shapes, list):
+        raise CandidateError(f"{path}: has no list 'param_shapes'; it is not of this saving. Copy the folder again.")
+    world = _world(files, optimizer)
+    if stage == 3:
+        tensors = _of_stage_3(files, model, path, world)
+    else:
+        # The model's own file holds everything once, in the type of the model: frozen parameters and buffers are only
+        # there, the others are known better from the optimizer.
+        paddings = [_sizes(group) for group in optimizer.get("param_alignment_paddings") or ()]
+        partitions = _partitions(files, "single_partition_of_fp32_groups")
+        trained = split_groups([_shapes(group) for group in shapes], paddings, partitions, world, files.label)
+        tensors = {**dense(model["module"], path, _REGROUP), **trained}
+    for name, source in tied.items():
+        if source in tensors and (name not in tensors or tensors[name].shape == tensors[source].shape):
+            tensors[name] = tensors[source]
+    return tensors
+
+
+def _of_stage_3(files: _Files, model: Mapping[str, Any], path: Path, world: int) -> dict[str, Readable]:
+    """Parameters in the model's own file are empty placeholders; buffers are whole."""
+    buffers = {text(name) for name in model.get("buffer_names") or ()}
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in _shapes(group).items()}
+    frozen = _shapes(model.get("frozen_param_shapes") or {})
+
+    def fragments(rank: int) -> Mapping[str, Stored]:
+        held_in, state = _model_state(files, rank)
+        held = state.get("frozen_param_fragments") or {}
+        if not isinstance(held, dict):
+            raise CandidateError(f"{held_in}: its 'frozen_param_fragments' are no dict. Copy the checkpoint again.")
+        for name, shape in frozen.items():
+            stored, part = held.get(name), -(-prod(shape) // world)
+            if not isinstance(stored, Stored) or stored.numel < min(part, prod(shape) - rank * part):
+                raise CandidateError(
+                    f"{held_in}: has no part of the frozen parameter {name!r} of shape {tuple(shape)}. All files must "
+                    "be of one saving: copy the checkpoint again."
+                )
+        return held
+
+    return {
+        **dense({name: value for name, value in model["module"].items() if name in buffers}, path, _REGROUP),
+        **split_fragments(frozen, fragments, world),
+        **split_parameters(shapes, _partitions(files, "fp32_flat_groups"), world, files.label),
+    }
+
+
+def _shapes(group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {text(name): _sizes(shape) for name, shape in group.items()}
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    sizes = integers(value)
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"{brief(sizes)} has a negative number")
+    return sizes
+
+
+def _world(files: _Files, optimizer: Mapping[str, Any]) -> int:
+    """Return the number of ranks that saved, of which every file must be there."""
+    counts = optimizer.get("partition_count")
+    counts = counts if isinstance(counts, list) else [counts]
+    if not counts or any(type(count) is not int or count != counts[0] or count < 1 for count in counts):
+        raise CandidateError(
+            f"{files.folder / files.optimizer[0]}: its parameter groups are split over {brief(counts)} ranks; all must "
+            f"be split over the same (no MoE). {_REGROUP}"
+        )
+    world: int = counts[0]
+    few = min(world, len(files.optimizer) + 8)  # ranks: one of them is missing if any is, whatever number is claimed
+    missing = [rank for rank in range(few) if rank not in files.optimizer]
+    extra = [rank for rank in files.optimizer if rank is None or rank >= world]
+    if missing or extra:
+        problem = f"those of ranks {some(map(str, missing))} are missing" if missing else f"{len(extra)} more are there"
+        raise CandidateError(
+            f"{files.folder}: was saved by {world} ranks, each with its *_optim_states.pt, but {problem}. Copy the "
+            "checkpoint again as one folder, or leave this candidate out."
+        )
+    return world
+
+
+def _partitions(files: _Files, key: str) -> Any:
+    def partitions(rank: int) -> Sequence[Stored]:
+        state = _optimizer_state(files, rank)
+        held = state.get(key)
+        if not isinstance(held, list) or not all(isinstance(part, Stored) for part in held):
+            raise CandidateError(
+                f"{files.folder / files.optimizer[rank]}: has no list of tensors {key!r}: its weights were offloaded "
+                "to disk, or it is of another version of DeepSpeed. Convert it with DeepSpeed's zero_to_fp32.py."
+            )
+        return held
+
+    return partitions
+
+
+def _optimizer_state(files: _Files, rank: int) -> Mapping[str, Any]:
+    if rank not in files.optimizer:
+        raise CandidateError(f"{files.folder}: has no *_optim_states.pt of rank {rank}. Copy the folder again.")
+    state = files.content(files.optimizer[rank]).get("optimizer_state_dict")
+    if not isinstance(state, dict):
+        raise CandidateError(
+            f"{files.folder / files.optimizer[rank]}: has no dict 'optimizer_state_dict', so DeepSpeed has not written "
+            "it. Copy it again."
+        )
+    return state
+
+
+def _model_state(files: _Files, rank: int | None) -> tuple[Path, Mapping[str, Any]]:
+    if rank not in files.model:
+        of = "" if rank is None else f"zero_pp_rank_{rank}_"
+        raise CandidateError(f"{files.folder}: has no {of}mp_rank_00_model_states.pt. Copy the folder again.")
+    path = files.folder / files.model[rank]
+    state = files.content(files.model[rank])
+    if not isinstance(state.get("module"), dict):
+        raise CandidateError(f"{path}: has no dict 'module', so DeepSpeed has not written it. Copy it again.")
+    return path, state
+
+
+def _refuse_unsupported(path: Path, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
+    ways = {
+        "model parallelism": (model.get("mp_world_size") or 1) > 1,
+        "expert parallelism": bool(
+            model.get("ds_autoep_layers") or model.get("autoep_layers") or optimizer.get("ds_zero_partition_groups")
+        ),
+    }
+    for way, used in ways.items():
+        if used:
+            raise CandidateError(f"{path}: the model was split by {way}, which is not supported. {_REGROUP}")

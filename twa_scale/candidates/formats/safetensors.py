@@ -1,0 +1,186 @@
+"""safetensors files: the header parsed once, tensor data read by exact byte ranges."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.base.inputs import MAX_JSON, brief, parse_json
+from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.wrapper_names import unwrapped
+from twa_scale.errors import CandidateError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_MAX_DIMS = 64  # what torch can index
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: `offset` is in bytes from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsCandidate:
+    """One .safetensors file. Nothing is mapped: each read asks for its own bytes, and only those."""
+
+    def __init__(self, path: Path, directory: Path | None = None, label: str | None = None) -> None:
+        self.label = label or str(path)
+        self.directory = directory
+        self.file_name: str | None = path.name
+        self.bytes_read = 0
+        self._file = File(path)
+        try:
+            entries, self.metadata = read_header(self._file)
+            self.stored_names = unwrapped(entries, str(path))
+            self._entries = {name: entries[raw] for name, raw in self.stored_names.items()}
+        except BaseException:
+            self.close()
+            raise
+
+    def names(self) -> list[str]:
+        """Return the tensor names without wrappers, sorted."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which `read` delivers a tensor."""
+        return self._entries[name].dtype
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the elements from `start` on, straight from the file into its memory."""
+        entry = self._entries[name]
+        assert out.dtype == entry.dtype and start + out.numel() <= prod(entry.shape)
+        begin = entry.offset + start * out.itemsize
+        self._file.read(out.view(torch.uint8).numpy().data, begin, f"tensor {name!r}")
+        self.bytes_read += out.nbytes
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a view of a whole tensor in the mapped file, flattened; None where it is not aligned."""
+        entry = self._entries[name]
+        if entry.offset % entry.dtype.itemsize or not prod(entry.shape):
+            return None if prod(entry.shape) else torch.empty(0, dtype=entry.dtype)
+        return torch.frombuffer(self._file.map(), dtype=entry.dtype, count=prod(entry.shape), offset=entry.offset)
+
+    def close(self) -> None:
+        """Close the file; what is mapped stays while it is in use."""
+        self._file.close()
+
+
+def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Parse and check the header: the tensors, checked against the size of the file, and what else it says.
+
+    Raises:
+        CandidateError: a file that is damaged, truncated or something else.
+    """
+    label, size = file.path, file.size
+    raw_length = bytearray(8)
+    if size < 8:
+        raise CandidateError(
+            f"{label}: has {size} bytes, too few for a safetensors file: it is truncated. Copy it again."
+        )
+    file.read(memoryview(raw_length), 0, "the header")
+    length = int.from_bytes(raw_length, "little")
+    if raw_length == b"version ":
+        raise CandidateError(f"{label}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
+    if raw_length.lower().startswith((b"<!doctyp", b"<html", b"<?xml")):
+        raise CandidateError(
+            f"{label}: is a page of the web, not the weights: its download has failed. Fetch it again."
+        )
+    if length > min(size - 8, MAX_JSON):
+        raise CandidateError(
+            f"{label}: its first 8 bytes promise a header of {length} bytes, but {size - 8} bytes follow: it "
+            "is no safetensors file, or it is truncated. Write or copy it again."
+        )
+    raw = bytearray(length)
+    file.read(memoryview(raw), 8, "the header")
+    try:
+        header = parse_json(raw)
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a {type(header).__name__}")
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
+            raise ValueError(f"its __metadata__ is a {type(metadata).__name__}")
+        texts = metadata.items()
+        entries = [(_entry(name, value, 8 + length, label), name) for name, value in header.items()]
+    except ValueError as error:
+        raise CandidateError(
+            f"{label}: the header is not the JSON that a safetensors file starts with ({error}). Write it again."
+        ) from error
+    if not entries:
+        raise CandidateError(f"{label}: holds no tensors. Write it again from a model's state dict.")
+    _check_tiling(entries, 8 + length, size, label)
+    return {name: entry for entry, name in entries}, {key: text for key, text in texts if isinstance(text, str)}
+
+
+def _entry(name: str, value: Any, data_start: int, label: str) -> Entry:
+    where = f"{label}: tensor {name!r}"
+    try:
+        kind, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        numbers = (*shape, begin, end)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CandidateError(
+            f"{where}: the header must give its dtype, shape and two data_offsets, but says {brief(value)}. Write "
+            "the file again."
+        ) from error
+    if len(shape) > _MAX_DIMS or any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
+        raise CandidateError(
+            f"{where}: shape and data_offsets must be 64-bit integers from 0 on, at most {_MAX_DIMS} in a "
+            f"shape, not {brief(value)}. Write the file again."
+        )
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise CandidateError(
+            f"{where}: dtype {brief(kind)} is not supported; supported: {', '.join(DTYPES)}. Convert the tensor."
+        )
+    needed = prod(shape) * DTYPES[kind].itemsize
+    if end - begin != needed:
+        raise CandidateError(
+            f"{where}: shape {list(shape)} of {kind} needs {needed} bytes, but its data_offsets [{begin}, "
+            f"{end}] hold {end - begin}. Write the file again."
+        )
+    return Entry(DTYPES[kind], shape, data_start + begin)
+
+
+def _check_tiling(entries: list[tuple[Entry, str]], data_start: int, size: int, label: str) -> None:
+    """Tensors must follow each other without hole or overlap, from the header to the end of the file."""
+    end = data_start
+    for entry, name in sorted(entries, key=lambda item: (item[0].offset, prod(item[0].shape))):
+        if entry.offset != end:
+            raise CandidateError(
+                f"{label}: tensor {name!r} starts at byte {entry.offset} where {end} was expected: the "
+                "header leaves a hole or an overlap. Write the file again."
+            )
+        end += prod(entry.shape) * entry.dtype.itemsize
+        if end > size:
+            raise CandidateError(
+                f"{label}: tensor {name!r} ends at byte {end}, but the file has {size}: it is truncated. "
+                "Copy it again, or leave this candidate out if its writer died."
+            )
+    if end != size:
+        raise CandidateError(
+            f"{label}: {size - end} bytes follow the last tensor, where the file must end. Write it again."
+        )

@@ -1,0 +1,115 @@
+"""Candidates that are state dicts in memory."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from twa_scale.candidates.entries import flattened
+from twa_scale.candidates.formats.flat_slices import copy_flat
+from twa_scale.candidates.weights_key import Object, WeightsKey
+from twa_scale.candidates.wrapper_names import unwrapped
+from twa_scale.errors import CandidateError
+
+
+class MemoryCandidate:
+    """Tensors on any device, in any layout. They are not copied: clone what training goes on changing."""
+
+    def __init__(
+        self,
+        state_dict: Mapping[str, Any],
+        label: str,
+        directory: Path | None = None,
+        keys: WeightsKey | None = None,
+    ) -> None:
+        try:
+            entries = flattened(state_dict, lambda value: _is_tensor(value) or _is_array(value), _is_tensor)
+        except ValueError as error:
+            raise CandidateError(f"{label}: {error}. Give the state dict of the model alone.") from error
+        arrays = {path: Object(_kind(value), Counter()) for path, value in entries.items() if _is_array(value)}
+        shapes = {
+            path: () if value.is_nested else tuple(value.shape) for path, value in entries.items() if path not in arrays
+        }
+        tensors = {name: entries[path] for name, path in (keys or WeightsKey()).choose(shapes, label, arrays).items()}
+        self.label = label
+        self.directory = directory
+        self.file_name: str | None = None
+        self.metadata: dict[str, str] = {}
+        self.bytes_read = 0
+        self.stored_names = unwrapped(tensors, label)
+        self._tensors: dict[str, torch.Tensor] = {
+            name: tensors[raw].detach() for name, raw in self.stored_names.items()
+        }
+        for name, tensor in self._tensors.items():
+            _refuse_unreadable(tensor, name, label)
+
+    def names(self) -> list[str]:
+        """Return the tensor names without wrappers, sorted."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which `read` delivers a tensor."""
+        return self._tensors[name].dtype
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the elements from `start` on, in row-major order."""
+        copy_flat(self._tensors[name], start, out)
+        self.bytes_read += out.nbytes
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a tensor in the CPU's memory, flattened, where it lies there in row-major order."""
+        tensor = self._tensors[name]
+        return tensor.view(-1) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+
+    def stored_once(self, name: str, other: str) -> bool:
+        """Whether two names stand for the same memory."""
+        return _place(self._tensors[name]) == _place(self._tensors[other])
+
+    @property
+    def places(self) -> dict[str, object]:
+        """What identifies the memory of each tensor."""
+        return {name: _place(tensor) for name, tensor in self._tensors.items()}
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._tensors = {}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array of another library, which might be meant as a weight; no number of numpy is."""
+    return hasattr(value, "__array__") and not isinstance(value, torch.Tensor) and bool(getattr(value, "shape", ()))
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _place(tensor: torch.Tensor) -> object:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _refuse_unreadable(tensor: torch.Tensor, name: str, label: str) -> None:
+    if isinstance(tensor, DTensor):
+        problem = "a DTensor, only this rank's part. Save it with twa_scale.Snapshots and give the paths"
+    elif tensor.is_nested:
+        problem = "a nested tensor, which has no rows of one length. Give a dense tensor"
+    elif tensor.is_meta:
+        problem = "on the meta device, which holds no values. Give a materialized tensor"
+    elif tensor.layout != torch.strided:
+        problem = f"stored as {tensor.layout}, which has no row-major slices. Give a dense tensor"
+    elif tensor.is_quantized:
+        problem = "quantized. Give the floating point weights"
+    else:
+        return
+    raise CandidateError(f"{label}: tensor {name!r} is {problem}.")

@@ -1,0 +1,55 @@
+"""What is said of a directory that is no candidate: what is missing, and what may have been meant."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from twa_scale.base.names import some
+from twa_scale.candidates.directory import LOADERS, files_in, is_weights, weights_in
+from twa_scale.candidates.formats.dcp import METADATA
+from twa_scale.candidates.formats.deepspeed import is_deepspeed
+from twa_scale.errors import CandidateError
+
+_MAX_SEEN = 1000  # folders that are looked into
+_MAX_DEPTH = 2  # as deep as the snapshots in a cache of the Hugging Face hub
+
+
+def refusal(directory: Path) -> CandidateError:
+    """Return the error for a directory that is no candidate."""
+    names = files_in(directory)
+    files = [name for name in names if name.endswith(".safetensors")]
+    several = f", but {len(files)} *.safetensors files without an index ({some(files)})" if files else ""
+    odd = [path.name for path in directory.iterdir() if is_weights(path.name) and not (path.is_file() or path.is_dir())]
+    irregular = f" {some(odd)} is there, but is no regular file, or a link that leads nowhere." if odd else ""
+    return CandidateError(
+        f"{directory}: is no candidate: it holds none of {', '.join(LOADERS['transformers'])}, no single *.safetensors "
+        f"file{several}, and is no checkpoint folder of DeepSpeed (*_model_states.pt, latest) or "
+        f"torch.distributed.checkpoint (.metadata).{irregular} {_fix(directory)}"
+    )
+
+
+def _fix(directory: Path) -> str:
+    inside = list(_with_weights(directory, 0))
+    if not inside:
+        return (
+            "Name the file itself, leave the directory out, or, if its subdirectories are the candidates, write "
+            f"'{directory}/*'."
+        )
+    found = some(sorted(str(path.relative_to(directory)) for path in inside))
+    return f"There are weights in {found}: name that folder itself, as in {str(min(inside))!r}."
+
+
+def _with_weights(directory: Path, depth: int) -> Iterator[Path]:
+    """Yield the folders in a directory that are candidates, not those within them."""
+    for path in sorted(directory.iterdir())[:_MAX_SEEN]:
+        if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            known = weights_in(path) or is_deepspeed(path) or (path / METADATA).is_file()
+        except CandidateError:  # weights of several libraries
+            known = True
+        except OSError:
+            continue
+        if known:
+            yield path
+        elif depth < _MAX_DEPTH - 1:
+            yield from _with_weights(path, depth + 1)

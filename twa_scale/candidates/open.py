@@ -1,0 +1,151 @@
+"""Opening candidates, each as what it is, and checking that they are alike."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from twa_scale.base.inputs import named_errors
+from twa_scale.base.notices import notice
+from twa_scale.candidates.alike import check_alike
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.complex_tensors import in_pairs
+from twa_scale.candidates.directory import INDEX, LOADERS, is_shard, is_torch, weights_in
+from twa_scale.candidates.find import Source, Spec, Tell, find_sources
+from twa_scale.candidates.formats.dcp import METADATA, open_dcp
+from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard, open_dcp_safetensors
+from twa_scale.candidates.formats.deepspeed import is_deepspeed, open_deepspeed
+from twa_scale.candidates.formats.safetensors import SafetensorsCandidate
+from twa_scale.candidates.formats.sharded import ShardedCandidate
+from twa_scale.candidates.formats.state_dict import MemoryCandidate
+from twa_scale.candidates.formats.torch_file import TorchFileCandidate
+from twa_scale.candidates.not_found import refusal
+from twa_scale.candidates.select import ALL, Wanted, select
+from twa_scale.candidates.view import View
+from twa_scale.candidates.weights_key import WeightsKey
+from twa_scale.candidates.wrapper_names import unwrapped
+from twa_scale.errors import CandidateError
+
+
+def open_candidates(spec: Spec, minimum: int = 2, wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:
+    """Open the candidates that `spec` names, and check that they hold the same tensors.
+
+    Args:
+        spec: a glob (its matches in natural order: step-2 before step-10), a list of paths and globs in
+            training order, or a list of state dicts. A path is a .safetensors, .pt, .pth, .bin or .ckpt file, a
+            Hugging Face index, a directory that holds one of these, or a checkpoint folder of DeepSpeed or
+            torch.distributed.checkpoint.
+        minimum: the fewest candidates that make sense.
+        wanted: which of their tensors are read.
+        tell: called with each line about what was done and may not be meant.
+
+    Raises:
+        CandidateError: nothing found, something that is no candidate, a damaged file, quantized weights, or candidates
+            that differ in names, shapes or kinds of number. Different floating point types are fine.
+    """
+    return open_sources(find_sources(spec, minimum, tell), wanted, tell)
+
+
+def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:
+    """Open what `find_sources` has found, and check that all hold the same tensors; complex ones are read as pairs.
+
+    Raises:
+        CandidateError: see `open_candidates`.
+    """
+    opener = _Opener(WeightsKey(wanted.weights_key, wanted.parameters))
+    candidates: list[Candidate] = []
+    try:
+        for i, source in enumerate(sources):
+            with named_errors():
+                candidates.append(opener.open(source, i))
+        _refuse_one_memory(sources, candidates)
+        selected, lines = select(candidates, wanted)
+        check_alike(selected)
+        for line in [*opener.keys.notices(), *lines]:
+            tell(line)
+    except BaseException:
+        for candidate in candidates:
+            candidate.close()
+        raise
+    return [in_pairs(candidate) for candidate in selected]
+
+
+def _refuse_one_memory(sources: Sequence[Source], candidates: Sequence[Candidate]) -> None:
+    """Refuse state dicts that are one set of tensors, as those are that a training model returned without copies."""
+    first_of: dict[object, int] = {}
+    for i, candidate in enumerate(candidates):
+        if isinstance(sources[i], Mapping) and isinstance(candidate, MemoryCandidate):
+            places = candidate.places
+            first = first_of.setdefault(frozenset(places.items()), i)
+            if sources[first] is not sources[i]:
+                raise CandidateError(
+                    f"{candidate.label}: its tensors ({next(iter(places))!r}, ..) are in the same memory as those of "
+                    f"state dict {first}, so both hold the same values: state_dict() is live. Keep copies: "
+                    "{name: tensor.clone() for name, tensor in model.state_dict().items()}."
+                )
+
+
+class _Opener:
+    """Opens files as what they are."""
+
+    def __init__(self, keys: WeightsKey) -> None:
+        self.keys = keys
+
+    def open(self, source: Source, number: int) -> Candidate:
+        """Open a path, or the state dict of this number in the list."""
+        if isinstance(source, Mapping):
+            return MemoryCandidate(source, f"state dict {number}", None, self.keys)
+        if source.is_dir():
+            return self._directory(source)
+        if is_rank_shard(source):
+            raise CandidateError(
+                f"{source}: holds one rank's part of each tensor. Give the directory, {source.parent}."
+            )
+        if is_shard(source.name):
+            raise CandidateError(
+                f"{source}: holds a part of the tensors. Give its index, or the directory {source.parent}."
+            )
+        of_its_own = any(source.name in order for order in LOADERS.values())
+        return self._file(source, source.parent if of_its_own else None, str(source))
+
+    def _directory(self, directory: Path) -> Candidate:
+        if file := weights_in(directory):
+            return self._file(file, directory, str(directory))
+        if is_deepspeed(directory):
+            return self._under_key(open_deepspeed(directory))
+        if (directory / METADATA).is_file():
+            return open_dcp(directory, self.keys)
+        files = sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("."))
+        if files and all(map(is_rank_shard, files)):
+            return self._under_key(open_dcp_safetensors(files, directory))
+        raise refusal(directory)
+
+    def _file(self, path: Path, directory: Path | None, label: str) -> Candidate:
+        if path.name.endswith(INDEX):
+            return self._under_key(ShardedCandidate(path, _open_part, label))
+        if is_torch(path.name):
+            return TorchFileCandidate(path, directory, label, self.keys)
+        return self._under_key(_safetensors(path, directory, label))
+
+    def _under_key(self, candidate: Candidate) -> Candidate:
+        """Return the tensors whose names begin with the key, where one is given: these files hold names only."""
+        if self.keys.key is None:
+            return candidate
+        try:
+            chosen = self.keys.choose({(name,): candidate.shape(name) for name in candidate.names()}, candidate.label)
+            return View(candidate, {name: chosen[raw][0] for name, raw in unwrapped(chosen, candidate.label).items()})
+        except BaseException:
+            candidate.close()
+            raise
+
+
+def _open_part(path: Path) -> Candidate:
+    """Open a file that an index names."""
+    return TorchFileCandidate(path) if is_torch(path.name) else _safetensors(path, None, str(path))
+
+
+def _safetensors(path: Path, directory: Path | None, label: str) -> Candidate:
+    if path.suffix.lower() == ".safetensors":
+        return SafetensorsCandidate(path, directory, label)
+    raise CandidateError(
+        f"{path}: is no file of weights; a candidate is a .safetensors, .pt, .pth, .bin or .ckpt file, a Hugging "
+        "Face index (*.index.json), or a directory that holds one."
+    )

@@ -1,0 +1,129 @@
+"""The same candidates on every rank: one rank resolves the paths, and all compare what they have opened."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.base.notices import notice, unsaid
+from twa_scale.base.paths import path_of
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.find import Source, Spec, find_sources, spec_items
+from twa_scale.candidates.open import open_sources
+from twa_scale.candidates.select import ALL, Wanted
+from twa_scale.errors import CandidateError
+from twa_scale.ranks import Group, first_difference
+
+_SAMPLES = 512  # of a candidate, spread over its tensors; more where it has more tensors
+_SAMPLES_OF_A_TENSOR = 8
+_ELEMENTS = 16  # of a sample
+_THREADS = 8
+_NUMBER = "the number of candidates"
+
+Key = tuple[int, str] | str
+"""The place of a candidate and the name of one of its tensors; or `_NUMBER`."""
+
+
+def open_together(spec: Spec, group: Group, minimum: int = 2, wanted: Wanted = ALL) -> list[Candidate]:
+    """Open the candidates that `spec` names on every rank of `group`, and check that they are the same. Collective.
+
+    The first rank resolves globs, and ranks that were given the same paths open what it has found. Ranks may be given
+    other paths, as of copies on disks of their own. Names, shapes and types of all tensors are compared, and a few
+    numbers of each, so that copies that differ are found without being read.
+
+    Args:
+        spec: see `open_candidates`.
+        group: the ranks that work together.
+        minimum: the fewest candidates that make sense.
+        wanted: which of their tensors are read.
+
+    Raises:
+        CandidateError: on every rank: see `open_candidates`; or candidates that differ between ranks.
+    """
+    candidates: list[Candidate] = []
+    try:
+        sources = _resolved(spec, group, minimum)
+        with group.agree():
+            candidates = open_sources(sources, wanted, notice if group.rank == 0 else unsaid)
+        _require_same(candidates, group)
+    except BaseException:
+        for candidate in candidates:
+            candidate.close()
+        raise
+    return candidates
+
+
+def _resolved(spec: Spec, group: Group, minimum: int) -> list[Source]:
+    """Return the sources of this rank: those of the first rank where both were given the same paths."""
+    with group.agree():
+        items: Any = spec_items(spec)  # a list also of a generator, which gives its items once
+        given = {i: _given(item) for i, item in enumerate(items)}
+    other = first_difference(group, given)
+    sources: list[Source] = []
+    with group.agree():
+        if other or group.rank == 0:
+            sources = find_sources(items, minimum, notice if group.rank == 0 else unsaid)
+    found = group.broadcast([None if isinstance(source, Mapping) else source for source in sources])
+    if other or group.rank == 0:
+        return sources
+    state_dicts = iter([item for item in items if isinstance(item, Mapping)])
+    return [next(state_dicts) if path is None else path for path in found]
+
+
+def _given(item: object) -> str:
+    """Return what names an item on every rank; ranks may run in other directories."""
+    return str(path_of(item).absolute()) if isinstance(item, str | Path) else "a state dict"
+
+
+def _require_same(candidates: Sequence[Candidate], group: Group) -> None:
+    if group.size == 1:
+        return
+    with group.agree(), ThreadPoolExecutor(_THREADS, "twa-scale-sample") as pool:
+        traits = list(pool.map(_traits, candidates))
+    entries: dict[Key, object] = {_NUMBER: len(candidates)}
+    entries |= {(i, name): trait for i, held in enumerate(traits) for name, trait in held.items()}
+    other = first_difference(group, entries)
+    labels = group.broadcast([candidate.label for candidate in candidates])
+    with group.agree():
+        if other is None:
+            return
+        rule = "Give all ranks the same candidates, in the same order; copies on disks of their own must be equal."
+        if other.key == _NUMBER:
+            raise CandidateError(
+                f"{candidates[0].label}: {other.where} has {other.mine} candidates and {other.where_first} has "
+                f"{other.first}, from {labels[0]} on. {rule}"
+            )
+        i, name = other.key
+        raise CandidateError(
+            f"{candidates[i].label}: tensor {name!r} on {other.where} is not that of {labels[i]} on "
+            f"{other.where_first}. {rule}"
+        )
+
+
+def _traits(candidate: Candidate) -> dict[str, tuple[tuple[int, ...], str, str]]:
+    """Return shape, type and sampled bytes of every tensor; the samples do not count as read."""
+    before = candidate.bytes_read
+    names = candidate.names()
+    count = min(max(_SAMPLES // max(len(names), 1), 1), _SAMPLES_OF_A_TENSOR)
+    traits = {
+        name: (candidate.shape(name), str(candidate.dtype(name)), _sampled(candidate, name, count)) for name in names
+    }
+    candidate.bytes_read = before
+    return traits
+
+
+def _sampled(candidate: Candidate, name: str, count: int) -> str:
+    """Return some elements of a tensor, from its first to its last, as text of their bytes."""
+    numel = prod(candidate.shape(name))
+    values = torch.empty(min(numel, _ELEMENTS), dtype=candidate.dtype(name))
+    room = numel - len(values)
+    # One sample lies in the middle, two or more reach from end to end.
+    starts = {room * i // (count - 1) for i in range(count)} if count > 1 else {room // 2}
+    sampled = []
+    for start in sorted(starts if numel else ()):
+        candidate.read(name, start, values)
+        sampled.append(values.view(torch.uint8).numpy().tobytes().hex())
+    return " ".join(sampled)

@@ -1,0 +1,71 @@
+"""What candidates that present another candidate otherwise have in common."""
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.mapped import Mappable
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """What a candidate may offer that can store a tensor once under several names."""
+
+    def stored_once(self, name: str, other: str) -> bool:
+        """Whether two names stand for one tensor in the file or memory."""
+
+
+def stored_once(candidate: Candidate, name: str, other: str) -> bool:
+    """Whether two names are known to stand for one tensor without reading either."""
+    return isinstance(candidate, Sharing) and candidate.stored_once(name, other)
+
+
+class Wrapped:
+    """A candidate that passes everything on to another; subclasses change what they present otherwise."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._candidate = candidate
+        self.label: str = candidate.label
+        self.directory: Path | None = candidate.directory
+        self.file_name: str | None = candidate.file_name
+        self.metadata = candidate.metadata
+        self.stored_names = candidate.stored_names
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data that `read` has taken from it in this process."""
+        return self._candidate.bytes_read
+
+    @bytes_read.setter
+    def bytes_read(self, value: int) -> None:
+        self._candidate.bytes_read = value
+
+    def names(self) -> list[str]:
+        """Return the tensor names, sorted."""
+        return self._candidate.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._candidate.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which `read` delivers a tensor."""
+        return self._candidate.dtype(name)
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the elements from `start` on."""
+        self._candidate.read(name, start, out)
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a view of a whole tensor, flattened, where the candidate offers one."""
+        return self._candidate.mapped(name) if isinstance(self._candidate, Mappable) else None
+
+    def stored_once(self, name: str, other: str) -> bool:
+        """Whether two names stand for one tensor."""
+        return stored_once(self._candidate, name, other)
+
+    def close(self) -> None:
+        """Close the candidate."""
+        self._candidate.close()

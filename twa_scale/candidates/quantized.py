@@ -1,0 +1,115 @@
+"""Quantized weights: codes beside scales, which cannot be averaged number by number."""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from twa_scale.base.names import matches_any
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.model_config import settings_of
+from twa_scale.errors import CandidateError
+
+_FLOAT8 = frozenset(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32})  # no library packs codes into 64 bits
+_CODES = re.compile(r"weight|codes|qdata|packed|quant|blocks|W_q|^_data$", re.IGNORECASE)
+_SCALES = re.compile(r"scale|absmax|zero|scb|quant|codebook", re.IGNORECASE)
+_SCALES_ALONE = re.compile(
+    r"_?(scales?(_inv|_\w*weight)?|zeros?|zero_points?|absmax|scb|quant\w*|codebooks?)", re.IGNORECASE
+)
+_ENDS_OF_CODES = re.compile(r"_(blocks|codes|packed|qdata|weight)$")
+_WAY_OUT = (
+    "Codes and scales cannot be averaged number by number: give the candidates as they were before quantization, or "
+    "dequantize them (transformers: model.dequantize(), then save_pretrained)."
+)
+
+
+class _Method(NamedTuple):
+    """How a quantization calls its tensors: the ends of the name of one with codes, and of one that is beside it."""
+
+    name: str
+    codes: str
+    beside: str
+
+
+_METHODS = (
+    _Method("bitsandbytes, 4 bits", r"weight", r"weight\.(absmax|quant_map|nested_absmax|quant_state\..+)"),
+    _Method("bitsandbytes, 8 bits", r"weight", r"(weight\.)?SCB"),
+    _Method("GPTQ", r"qweight", r"g_idx"),
+    _Method("AWQ or GPTQ", r"qweight", r"qzeros"),
+    _Method("EXL2", r"q_weight", r"q_scale"),
+    _Method("HQQ", r"W_q", r"(scale|zero|meta)"),
+    _Method("AQLM", r"codes", r"codebooks"),
+    _Method("compressed-tensors", r"weight_packed", r"weight_(scale|shape|zero_point)"),
+    _Method("compressed-tensors", r"weight", r"(weight|input)_zero_point"),
+)
+
+
+def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = (), known: Collection[str] = ()) -> None:
+    """Refuse a candidate that holds quantized weights, or whose config.json says that it does.
+
+    Args:
+        candidate: any.
+        ignore: regular expressions of the tensors that are not read.
+        known: names of the model, whose own integers are no codes.
+
+    Raises:
+        CandidateError: naming the quantization and a tensor.
+    """
+    beside = _by_module(candidate.names())
+    for name in candidate.names():
+        if name in known and candidate.dtype(name) not in _FLOAT8:
+            continue
+        if not matches_any(name, ignore) and (why := _quantization(candidate, name, beside)):
+            raise CandidateError(f"{candidate.label}: tensor {name!r} is quantized ({why}). {_WAY_OUT}")
+    section = settings_of(candidate).get("quantization_config")
+    if section:
+        method = section.get("quant_method", "of no name") if isinstance(section, dict) else "of no name"
+        raise CandidateError(
+            f"{candidate.label}: its config.json has a quantization_config ({method}). {_WAY_OUT} If the weights are "
+            "not quantized, remove that entry."
+        )
+
+
+def _quantization(candidate: Candidate, name: str, beside: Mapping[str, Sequence[str]]) -> str | None:
+    """Return what says that a tensor holds codes; None for any other."""
+    dtype = candidate.dtype(name)
+    if dtype not in _FLOAT8 and dtype not in _INTEGERS:
+        return None
+    module, _, last = name.rpartition(".")
+    prefix = f"{module}." if module else ""
+    near = {other.removeprefix(prefix): other for other in (*beside[module], *_below(beside, name))}
+    kind = str(dtype).removeprefix("torch.")
+    for method in _METHODS:
+        if re.fullmatch(method.codes, last):
+            other = next((full for short, full in near.items() if re.fullmatch(method.beside, short)), None)
+            if other:
+                return f"{method.name}: {kind} beside {other!r}"
+    if _CODES.search(last) and (dtype in _FLOAT8 or len(candidate.shape(name)) > 1):
+        stem = _ENDS_OF_CODES.sub("", last)
+        other = next((full for short, full in near.items() if full != name and _scales(short, stem)), None)
+        if other:
+            return f"{kind} codes beside {other!r}"
+        if dtype not in _FLOAT8 and last == "weight":
+            return f"codes of type {kind}"
+    return None
+
+
+def _scales(name: str, stem: str) -> bool:
+    """Whether a tensor holds the scales of codes: by its name alone, or by one that goes on from theirs."""
+    return bool(_SCALES_ALONE.fullmatch(name) or (name.startswith(stem) and _SCALES.search(name)))
+
+
+def _by_module(names: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[name.rpartition(".")[0]].append(name)
+    return found
+
+
+def _below(beside: Mapping[str, Sequence[str]], name: str) -> Iterator[str]:
+    """Yield tensors whose names go on from this one's, as `weight.absmax` and `weight.quant_state.x` do."""
+    for module in (name, f"{name}.quant_state"):
+        yield from beside.get(module, ())

@@ -1,0 +1,139 @@
+"""How exactly a store of few bits holds the candidates, and in which coding it holds them best."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+
+import torch
+
+from twa_scale.candidates import Candidate
+from twa_scale.config import TwaConfig
+from twa_scale.kernels import Coding, Kernels, Packed, Target, choose_kernels, of_deltas, of_increments
+from twa_scale.kernels.packed_rows import BLOCKS
+from twa_scale.ranks import Group
+from twa_scale.store import bits_of
+
+_SAMPLE = max(BLOCKS.values())  # elements: a block
+_SAMPLES = 1024  # over all ranks
+_SAMPLED_BYTES = 8 << 20  # of all candidates in float32, at most
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a packed store makes of the candidates."""
+
+    store: str
+    coding: str
+    """`increments` or `center`."""
+    errors: tuple[float, ...]
+    """By candidate: the norm of what its weights are off by, over the norm of its delta; 0 where that is 0."""
+
+    @classmethod
+    def measured(cls, store: str, coding: Coding, errors: torch.Tensor, gram: torch.Tensor) -> "Rounding":
+        """Return what was measured while candidates were read.
+
+        Args:
+            store: its name.
+            coding: of its rows.
+            errors: (n,), float64: squared norms of errors, over all ranks.
+            gram: (G, n + 1, n + 1), float64: its diagonal holds the squared norms of the deltas.
+        """
+        squares = gram.diagonal(dim1=1, dim2=2)[:, :-1].sum(0)
+        relative = torch.where(squares > 0, (errors / squares).sqrt(), 0.0)
+        return cls(store, "center" if coding.relative_to_center else "increments", tuple(relative.tolist()))
+
+    def __str__(self) -> str:
+        n = len(self.errors)
+        return (
+            f"{self.store}, coding {self.coding}: live weights are averages of rounded candidates, which are off by "
+            f"{sum(self.errors) / n:.3g} of their deltas in the mean ({min(self.errors):.3g} to "
+            f"{max(self.errors):.3g}); `twa-scale export` merges the exact ones."
+        )
+
+
+def choose_coding(
+    config: TwaConfig,
+    weights: Sequence[float],
+    group: Group,
+    device: torch.device,
+    candidates: Sequence[Candidate],
+    names: Sequence[str],
+) -> Coding:
+    """Return the coding that `config` names; for `auto`, the one with the smaller errors in a sample. Collective.
+
+    The sample is of blocks that are spread evenly over the trained weights, so it does not depend on the number of
+    ranks. Each rank codes some of them both ways. They do not count as read.
+
+    Args:
+        config: names store and coding.
+        weights: of the center, (n,).
+        group: all ranks that attach.
+        device: of the model, on which they sum.
+        candidates: known to be alike.
+        names: of the trained tensors, in the candidates.
+
+    Raises:
+        CandidateError: on every rank; a file that cannot be read.
+    """
+    deltas, increments, bits = of_deltas(len(weights)), of_increments(weights), bits_of(config.store)
+    if bits is None or config.coding != "auto":
+        return increments if bits is not None and config.coding == "increments" else deltas
+    # The kernels that a CPU codes with anyway. Beside a GPU, theirs would be compiled for the sample alone.
+    as_named = device.type == "cpu" and config.kernels != "torch"
+    kernels = choose_kernels("auto" if as_named else "torch", torch.device("cpu"))
+    codings = (deltas, increments)
+    squares = torch.zeros(len(codings), dtype=torch.float64)
+    with group.agree():
+        values = _sample(candidates, names, group.rank, group.size)
+        for k, coding in enumerate(codings):
+            squares[k] = _error(kernels, values, weights, coding, bits)
+    # The sum has the same bits on every rank. A NaN is no smaller: what is not finite is refused when it is read.
+    squares = group.sum_(squares.to(device))
+    return increments if squares[1] < squares[0] else deltas
+
+
+def _error(kernels: Kernels, values: torch.Tensor, weights: Sequence[float], coding: Coding, bits: int) -> float:
+    """Return the sum of the squared errors of all candidates."""
+    n, m = values.shape
+    errors = torch.zeros(n, dtype=torch.float64)
+    rows = Packed.empty(n, m, 0, bits, values.device)
+    kernels.make_deltas(values, weights, Target(rows, coding=coding, errors=errors), 0)
+    return float(errors.sum())
+
+
+def _sample(candidates: Sequence[Candidate], names: Sequence[str], rank: int, ranks: int) -> torch.Tensor:
+    """Return this rank's part of the sampled elements of all candidates, (n, k), float32."""
+    n = len(candidates)
+    count = max(min(_SAMPLES, _SAMPLED_BYTES // (4 * n * _SAMPLE)), 1)
+    places = [place for i, place in enumerate(_places(candidates[0], names, count)) if i % ranks == rank]
+    values = torch.zeros(n, len(places) * _SAMPLE)
+
+    def read(i: int) -> None:
+        candidate, before = candidates[i], candidates[i].bytes_read
+        for k, (name, start, length) in enumerate(places):
+            part = torch.empty(length, dtype=candidate.dtype(name))
+            candidate.read(name, start, part)
+            values[i, k * _SAMPLE :][:length] = part
+        candidate.bytes_read = before
+
+    with ThreadPoolExecutor(_THREADS, "twa-scale-sample") as pool:
+        list(pool.map(read, range(n)))
+    return values
+
+
+def _places(candidate: Candidate, names: Sequence[str], count: int) -> Iterator[tuple[str, int, int]]:
+    """Yield name, first element and length of about `count` blocks that are spread evenly over tensors."""
+    sizes = [prod(candidate.shape(name)) for name in names]
+    ends = list(accumulate(sizes))
+    total = ends[-1] if ends else 0
+    step, at, done = max(total // count, _SAMPLE), 0, set[tuple[str, int]]()
+    for name, size, end in zip(names, sizes, ends, strict=True):
+        while at < end:
+            start = (at - (end - size)) // _SAMPLE * _SAMPLE
+            if (name, start) not in done:
+                done.add((name, start))
+                yield name, start, min(_SAMPLE, size - start)
+            at += step

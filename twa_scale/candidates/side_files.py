@@ -1,0 +1,198 @@
+"""The small files beside a candidate's weights, to be carried over to an output: configuration, tokenizers, others."""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from twa_scale.base.inputs import open_regular, parse_json
+from twa_scale.base.names import some
+from twa_scale.base.notices import notice
+from twa_scale.errors import CandidateError
+
+MAX_BYTES = 64 << 20
+"""Most bytes of one file that is carried over: tokenizers of large vocabularies take about 40 MB."""
+MAX_TOTAL = 256 << 20
+"""Most bytes of all of them; they are held in memory until the output is written."""
+MAX_FILES = 1000
+MAX_DEPTH = 4
+"""Most folders between the candidate's directory and a file."""
+_MAX_SEEN = 20_000  # entries of sub-folders that are looked at
+
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|distcp|pkl|pickle|joblib|h5|hdf5|keras|msgpack|ot|npz|npy|onnx|onnx_data\S*|gguf|"
+    r"ggml|tflite|pb|mlmodel|engine|plan|params|pdparams|nemo|mar|zip|tar|gz|xz|zst)"
+    r"|.*\.index(\.[\w-]+)?\.json|openvino_\S+\.xml",
+    re.IGNORECASE,
+)
+"""Weights of any format, archives, and indices of weights: none of it belongs to the weights of the output."""
+_STATE = (
+    "optimizer.*",
+    "scheduler.*",
+    "rng_state*",
+    "random_states*",
+    "trainer_state.json",
+    "training_args.*",
+    "*_results.json",
+    "latest",
+    "events.out.tfevents*",
+    "*.log",
+    "twa_scale.json",
+)
+"""The state and the records of the training that wrote the candidate."""
+_CODE = re.compile(r".*\.(py|pyc|pyd|so|dll|dylib|sh|ipynb)", re.IGNORECASE)
+_OF_DEEPSPEED = ("zero_to_fp32.py", "zero_to_torch.py")  # read DeepSpeed's checkpoints, and nothing else
+_NO_FOLDER = ("__pycache__", "runs", "logs", "wandb")
+
+_LINK = "a link that leads out of the directory, or to a folder"
+_LARGE = f"more than {MAX_BYTES >> 20} MiB, or than {MAX_FILES} files or {MAX_TOTAL >> 20} MiB in all"
+
+
+def side_files(directory: Path | None, *, code: bool = False, tell: Callable[[str], None] = notice) -> dict[str, bytes]:
+    """Return the content of the small files of a candidate by their path in its directory.
+
+    Only regular files are read, and links to such files within the directory (in the cache of the Hugging Face hub:
+    within the repository). Left out are hidden files, weights in any format, the state of a training, code unless
+    asked for, and folders that hold weights: what is there belongs to those.
+
+    Args:
+        directory: that of a candidate; None has no files.
+        code: carry over code as well, which loaders may run.
+        tell: called with one line for each reason for which a file was left out that an output may need.
+    """
+    if directory is None:
+        return {}
+    found = _Found(directory, code)
+    for name, path in found.files(directory, 0):
+        found.read(name, path)
+    for why, names in found.left_out.items():
+        tell(f"{directory}: left out of the output: {some(sorted(names))} ({why}).")
+    return found.content
+
+
+@dataclass
+class _Found:
+    """What has been found in a directory, and what was left out and why."""
+
+    directory: Path
+    code: bool
+    content: dict[str, bytes] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    _seen: int = 0
+    _total: int = 0
+
+    def __post_init__(self) -> None:
+        self._root = _root(self.directory.resolve())
+        self._modules = _modules(self.directory / "modules.json")
+
+    def files(self, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
+        """Yield the path and name of every file to read, those of a folder before those of the folders in it."""
+        folders = []
+        try:
+            found = sorted(folder.iterdir())
+        except OSError as error:
+            self.left_out[error.strerror or str(error)].append(folder.name)
+            return
+        for path in found:
+            name = str(path.relative_to(self.directory))
+            self._seen += bool(depth)
+            if path.is_dir():
+                folders.append((name, path))
+            elif self._wanted(name, path.name):
+                yield name, path
+        for name, path in folders:
+            if self._enter(name, path, depth):
+                yield from self.files(path, depth + 1)
+
+    def read(self, name: str, path: Path) -> None:
+        """Keep the content of a file."""
+        try:
+            if path.is_symlink() and not path.resolve(strict=True).is_relative_to(self._root):
+                self.left_out[_LINK].append(name)
+                return
+            content = _read(path, MAX_BYTES)
+        except RuntimeError:  # Python before 3.13
+            self.left_out["a loop of links"].append(name)
+            return
+        except (CandidateError, OSError) as error:
+            reason = "no regular file" if isinstance(error, CandidateError) else error.strerror or str(error)
+            self.left_out[reason].append(name)
+            return
+        if len(content) > MAX_BYTES or self._total + len(content) > MAX_TOTAL or len(self.content) == MAX_FILES:
+            self.left_out[_LARGE].append(name)
+        else:
+            self.content[name] = content
+            self._total += len(content)
+
+    def _wanted(self, name: str, own: str) -> bool:
+        if own.startswith(".") or own in _OF_DEEPSPEED or _WEIGHTS.fullmatch(own):
+            return False
+        if any(fnmatch(own, pattern) for pattern in _STATE):
+            return False
+        if _CODE.fullmatch(own) and not self.code:
+            self.left_out["code, which is copied with carry_code only"].append(name)
+            return False
+        return True
+
+    def _enter(self, name: str, path: Path, depth: int) -> bool:
+        if path.name.startswith(".") or path.name in _NO_FOLDER:
+            return False
+        if path.is_symlink():
+            self.left_out[_LINK].append(name)
+        elif depth == MAX_DEPTH or self._seen > _MAX_SEEN:
+            self.left_out["more folders or files than small files have"].append(name)
+        elif not self._holds_weights(path):
+            return True
+        elif name in self._modules:
+            self.left_out["its weights are not averaged; what loads modules.json will miss it"].append(name)
+        return False
+
+    def _holds_weights(self, folder: Path) -> bool:
+        for _, folders, files in os.walk(folder):
+            self._seen += len(folders) + len(files)
+            if self._seen > _MAX_SEEN:
+                return False  # is left out as well
+            if any(_WEIGHTS.fullmatch(name) for name in files):
+                return True
+        return False
+
+
+def _root(directory: Path) -> Path:
+    """Return the folder that links may lead to; a snapshot of the hub's cache has its files beside it, in `blobs`."""
+    in_cache = directory.parent.name == "snapshots" and directory.parent.parent.name.startswith(
+        ("models--", "datasets--")
+    )
+    return directory.parent.parent if in_cache else directory
+
+
+def _modules(path: Path) -> set[str]:
+    """Return the folders that the modules.json of sentence-transformers names."""
+    try:
+        content = _read(path, 1 << 20)
+        return {str(module["path"]).rstrip("/") for module in parse_json(content)}
+    except (CandidateError, OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
+def _read(path: Path, most: int) -> bytes:
+    """Return the content of a regular file, at most `most` bytes and one."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read(most + 1)
+
+
+def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
+    """Return a config.json that says `dtype`, where it says one: loading would convert the weights back."""
+    try:
+        settings = parse_json(config)
+    except ValueError:
+        return config
+    if not isinstance(settings, dict):
+        return config
+    changed = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in settings}
+    return (json.dumps(settings | changed, indent=2) + "\n").encode() if changed else config

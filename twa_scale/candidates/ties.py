@@ -1,0 +1,110 @@
+"""Tied weights: one tensor of the model that files store under some or all of its names."""
+
+import re
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from twa_scale.base.names import and_more
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.model_config import settings_of
+from twa_scale.candidates.view import View
+
+_CHUNK = 1 << 20  # elements that are compared at a time
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|head|output_projection|decoder|lm_head\.decoder)\.weight$")
+_NOT_VOCABULARY = re.compile(r"type|position|segment|patch")
+_FEW = 8  # names that a candidate lacks: more are no tied weights, but another model
+_GLANCE = 16  # elements that are compared before the rest is read
+_EMBEDDING = re.compile(r"(^|\.)\w*(embed\w*|wte|shared|token\w*)\.weight$")
+
+Ties = Sequence[Sequence[str]]
+"""Groups of names, each of one tensor of the model."""
+
+
+def complete(candidates: Sequence[Candidate], ties: Ties | None) -> tuple[list[Candidate], list[str]]:
+    """Let each candidate that lacks a name of a tied tensor have it from a name that is there.
+
+    Args:
+        candidates: any.
+        ties: what the model ties. When not given, tensors count as tied that have equal bits in every other candidate.
+
+    Returns:
+        The candidates, and a line for each kind of name that was missing.
+
+    Raises:
+        CandidateError: a file that cannot be read.
+    """
+    held = [set(candidate.names()) for candidate in candidates]
+    everything = set().union(*held)
+    completed: list[Candidate] = []
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for candidate, names in zip(candidates, held, strict=True):
+        twins = {}
+        missing = sorted(everything - names)
+        for name in missing:
+            if ties is None:
+                few = len(missing) <= _FEW
+                twin = _equal_elsewhere(name, candidate, candidates, held) if few else None
+            else:
+                group = next((group for group in ties if name in group), ())
+                twin = next((other for other in group if other in names), None)
+            if twin:
+                twins[name] = twin
+                lacking.setdefault((name, twin), []).append(candidate.label)
+        completed.append(View(candidate, {n: n for n in names} | twins) if twins else candidate)
+    return completed, [
+        f"{and_more(labels)}: tensor {name!r} is not stored; it is tied to {twin!r} and read from there."
+        for (name, twin), labels in lacking.items()
+    ]
+
+
+def likely_ties(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
+    """Return the pairs of an embedding and a head that config.json says are tied, or that their names and shapes allow.
+
+    Whether they are is seen from their values: those of a pair are equal in all candidates, or in none.
+    """
+    last = candidates[-1]
+    names = [name for name in last.names() if len(last.shape(name)) == 2]
+    heads, embeddings = ([n for n in names if pattern.search(n)] for pattern in (_HEAD, _EMBEDDING))
+    embeddings = [name for name in embeddings if not _NOT_VOCABULARY.search(name.split(".")[-2])]
+    return [(e, h) for e in embeddings for h in heads if e != h and last.shape(e) == last.shape(h)]
+
+
+def says_tied(candidate: Candidate) -> bool:
+    """Whether the config.json of a candidate says that its embedding and its head are one tensor."""
+    return settings_of(candidate).get("tie_word_embeddings") is True
+
+
+def _equal_elsewhere(
+    name: str, candidate: Candidate, candidates: Sequence[Candidate], held: Sequence[set[str]]
+) -> str | None:
+    """Return a tensor of `candidate` that is equal to the tensor `name` in all candidates that have both.
+
+    `held` are the names of each candidate.
+    """
+    holders = [(other, names) for other, names in zip(candidates, held, strict=True) if name in names]
+    shape, dtype = holders[0][0].shape(name), holders[0][0].dtype(name)
+    if len(shape) < 2 or not dtype.is_floating_point:  # biases of zero are equal, and are not tied
+        return None
+    for twin in (twin for twin in candidate.names() if candidate.shape(twin) == shape):
+        both = [other for other, names in holders if twin in names]
+        if both and all(_equal(other, name, twin) for other in both):
+            return twin
+    return None
+
+
+def _equal(candidate: Candidate, name: str, twin: str) -> bool:
+    """Whether two tensors of a candidate have equal bits, which are not all the same number. It reads both."""
+    if (candidate.shape(twin), candidate.dtype(twin)) != (candidate.shape(name), candidate.dtype(name)):
+        return False
+    numel, varies = prod(candidate.shape(name)), False
+    first, second = (torch.empty(min(numel, _CHUNK), dtype=candidate.dtype(name)) for _ in range(2))
+    pieces = [(0, min(_GLANCE, numel)), *((start, min(_CHUNK, numel - start)) for start in range(0, numel, _CHUNK))]
+    for start, count in pieces:
+        for values, tensor in ((first, name), (second, twin)):
+            candidate.read(tensor, start, values[:count])
+        if not torch.equal(first[:count].view(torch.uint8), second[:count].view(torch.uint8)):
+            return False
+        varies = varies or bool((first[:count] != first[0]).any())
+    return varies

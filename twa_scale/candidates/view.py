@@ -1,0 +1,51 @@
+"""Some of the tensors of a candidate, under other names."""
+
+from collections.abc import Mapping
+
+import torch
+
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.proxy import Wrapped
+
+
+class View(Wrapped):
+    """A candidate that shows the tensors `names` of another: the name there, by the name here.
+
+    Two names here may stand for one there, as the names of tied weights do that are stored once.
+    """
+
+    def __init__(self, candidate: Candidate, names: Mapping[str, str]) -> None:
+        super().__init__(candidate)
+        self._names = dict(sorted(names.items()))
+        # What is before the name there, as "module.", is before the name here, too.
+        self.stored_names = {
+            name: candidate.stored_names[own].removesuffix(own) + name
+            if candidate.stored_names[own].endswith(own)
+            else name
+            for name, own in self._names.items()
+        }
+
+    def names(self) -> list[str]:
+        """Return the tensor names, sorted."""
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return super().shape(self._names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which `read` delivers a tensor."""
+        return super().dtype(self._names[name])
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the elements from `start` on."""
+        super().read(self._names[name], start, out)
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a view of a whole tensor, flattened, where the candidate offers one."""
+        return super().mapped(self._names[name])
+
+    def stored_once(self, name: str, other: str) -> bool:
+        """Whether two names stand for one tensor."""
+        own, others = self._names[name], self._names[other]
+        return own == others or super().stored_once(own, others)

@@ -1,0 +1,210 @@
+"""Which entries of a file are the weights: those under a usual key, or under the one that the user names."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from twa_scale.base.names import and_more, nearest, some
+from twa_scale.candidates.ema_lists import items_of, mismatch, parameters_of
+from twa_scale.candidates.entries import Keys, Shape, is_optimizer_entry
+from twa_scale.errors import CandidateError
+
+USUAL = ("app", "state_dict", "model", "model_state_dict", "module")
+
+
+class Object(NamedTuple):
+    """An object in a file, of a class that is not known here, with numbers in it that are not read."""
+
+    kind: str
+    """Its class."""
+    shapes: Counter[Shape]
+    """Those of the tensors in it."""
+
+
+class WeightsKey:
+    """Finds the weights among the tensors of a file, and remembers what a user should be told of it.
+
+    Args:
+        key: the path of the weights, with dots between keys, as `weights_key` gives it; None for the usual ones.
+        parameters: names and shapes of the model's parameters in its order, for lists that have no names.
+    """
+
+    def __init__(self, key: str | None = None, parameters: Mapping[str, Shape] | None = None) -> None:
+        self.key = key
+        self._parameters = parameters or {}
+        self._said: dict[str, list[str]] = defaultdict(list)
+        """By what there is to say: the candidates of which it is said."""
+
+    def choose(
+        self,
+        shapes: Mapping[Keys, Shape],
+        label: str,
+        objects: Mapping[Keys, Object] | None = None,
+        *,
+        in_order: bool = True,
+    ) -> dict[str, Keys]:
+        """Map the names of the weights to the paths of their entries in a file.
+
+        Args:
+            shapes: of all tensors in the file.
+            label: what messages call the file.
+            objects: what else holds numbers there.
+            in_order: whether a state dict in the file has its order in `shapes`.
+
+        Raises:
+            CandidateError: there are no tensors where the weights should be, or more of them deeper in the file; some
+                of them are in an object; or they have no names.
+        """
+        objects = objects or {}
+        below = {path: path for path in shapes} if self.key is None else self._under_key(shapes, label, objects)
+        found = _descend(below)
+        if not found:
+            raise _nothing_found(shapes, label, objects)
+        chosen = next(iter(found.values()))[:-1]
+        if _most_below(chosen, shapes, objects) > len(found):  # as beside a loss, of weights under a key of their own
+            raise _nothing_found(shapes, label, objects, beside=list(found))
+        self._refuse_objects({path[-1]: held for path, held in objects.items() if path[:-1] == chosen}, label)
+        if (items := items_of(found)) is not None:
+            return self._named(items, ".".join(chosen), shapes, label, in_order=in_order)
+        if self.key is None:
+            self._remember(shapes, found, label, objects)
+        return found
+
+    def _under_key(self, shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, Object]) -> dict[Keys, Keys]:
+        assert self.key is not None
+        below = {rest: path for path in shapes if (rest := _after(path, self.key))}
+        if not below:
+            for path, held in objects.items():
+                if f"{self.key}.".startswith(f"{'.'.join(path)}."):
+                    raise CandidateError(
+                        f"{label}: weights_key {self.key!r} leads to an object of class {held.kind}, in which nothing "
+                        "is read. Save its state_dict() there."
+                    )
+            sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1})
+            there = f"tensors are under {some(sets)}" if sets else f"its keys are {some(sorted(p[0] for p in shapes))}"
+            raise CandidateError(
+                f"{label}: weights_key {self.key!r} has no tensors under it; {there}{nearest(self.key, sets) or '.'}"
+            )
+        return below
+
+    def _refuse_objects(self, beside: Mapping[str, Object], label: str) -> None:
+        """Refuse objects with tensors among the weights, but for an optimizer; arrays are no tensors, and are said."""
+        for name, held in beside.items():
+            if held.shapes and not is_optimizer_entry((name,)):
+                raise CandidateError(
+                    f"{label}: {name!r} among the weights is an object of class {held.kind}, and numbers in it are "
+                    "not read. Save a plain tensor, or its state_dict(), in its place."
+                )
+        arrays = [name for name, held in beside.items() if not held.shapes]
+        if arrays:
+            self._said[f"{some(arrays)} among the weights are no tensors of torch, and are not read."].append(label)
+
+    def _named(
+        self, items: Sequence[Keys], where: str, shapes: Mapping[Keys, Shape], label: str, *, in_order: bool
+    ) -> dict[str, Keys]:
+        """Name the items of a list as the parameters of a state dict in the same file, or as those of the model."""
+        beside = _descend({path: path for path in shapes}) if in_order else {}
+        if items_of(beside) is not None:
+            beside = {}
+        named = {name: shapes[beside[name]] for name in parameters_of(list(beside))}
+        why = "there is no state dict beside it"
+        nothing: dict[str, Keys] = {}
+        ways = (named, beside, "in the state dict beside it"), (self._parameters, nothing, "of the model")
+        for names, rest, source in ways:
+            if names and (wrong := mismatch(items, names, shapes.__getitem__)):
+                why = f"{wrong} {source}"
+            elif names:
+                others = "; all other tensors are those beside it" if rest else ""
+                self._said[
+                    f"the list {where!r} has no names: its {len(items)} tensors are taken for the parameters {source}, "
+                    f"in their order, which have the same shapes{others}."
+                ].append(label)
+                return {**rest, **dict(zip(names, items, strict=True))}
+        raise CandidateError(
+            f"{label}: {where!r} is a list of tensors without names, as classes for EMA keep it. They can be named by "
+            f"order only, from a state dict in the same file or from the model, and {why}. Copy them into the model "
+            "(`ema.copy_to(model.parameters())`), and save its state_dict()."
+        )
+
+    def _remember(
+        self, shapes: Mapping[Keys, Shape], found: Mapping[str, Keys], label: str, objects: Mapping[Keys, Object]
+    ) -> None:
+        """Remember sets of tensors that look like other weights of the same model."""
+        chosen = next(iter(found.values()))[:-1]
+        wanted = Counter(shapes[path] for path in found.values())
+        sets: dict[Keys, Counter[Shape]] = defaultdict(Counter)
+        for path, shape in shapes.items():
+            if path[:-1] != chosen and len(path) > 1 and not is_optimizer_entry(path):
+                sets[path[:-1]][shape] += 1
+        sets |= {path: held.shapes for path, held in objects.items() if not is_optimizer_entry(path)}
+        alike = [".".join(path) for path, held in sets.items() if _alike(held, wanted)]
+        if alike:
+            self._said[
+                f"the weights are those under {'.'.join(chosen) or 'the top level'!r}; tensors of the same shapes are "
+                f"also under {some(alike)}. Set `weights_key` to read those."
+            ].append(label)
+
+    def notices(self) -> Iterator[str]:
+        """Yield a line for each thing that a user should be told, with the candidates of which it is true."""
+        for line, labels in self._said.items():
+            yield f"{and_more(labels)}: {line}"
+
+
+def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Keys, Object]) -> int:
+    """Return the largest number of tensors under one key beside those that are directly under `chosen`."""
+    depth = len(chosen)
+    counts: Counter[str] = Counter()
+    numbers = dict.fromkeys(shapes, 1) | {path: held.shapes.total() for path, held in objects.items()}
+    for path, number in numbers.items():
+        if path[:depth] == chosen and len(path) > depth + 1 and not is_optimizer_entry(path):
+            counts[path[depth]] += number
+    return max(counts.values(), default=0)
+
+
+def _nothing_found(
+    shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, Object], beside: Sequence[str] = ()
+) -> CandidateError:
+    """Return the error for a file whose weights are not found, or only tensors that stand beside more of them."""
+    keys = some(sorted({".".join(path[:1]) for path in (*shapes, *objects)}))
+    sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1 and not is_optimizer_entry(path)})
+    hint = f" There are tensors under {some(sets)}: name one as `weights_key`." if sets else ""
+    inside = [f"{'.'.join(path)!r} ({held.kind})" for path, held in objects.items() if not is_optimizer_entry(path)]
+    if inside:
+        hint += f" What is inside of objects is not read: {', '.join(inside[:4])}."
+    only = f" but {some(beside)} where weights are looked for" if beside else ""
+    return CandidateError(
+        f"{label}: holds no tensors{only}, neither by name nor under one of {some(USUAL, 6)}; its keys are "
+        f"{keys or 'none at all'}.{hint} Save {{'model': model.state_dict()}}, or the state dict itself."
+    )
+
+
+def _descend(below: Mapping[Keys, Keys]) -> dict[str, Keys]:
+    """Return what is at the end of the chain of usual keys, which may be nested in any way: paths by name."""
+    prefix: Keys = ()
+    while True:
+        depth = len(prefix)
+        inner = next((k for k in USUAL if any(p[depth] == k and len(p) > depth + 1 for p in below)), None)
+        if inner is None:
+            break
+        below = {rest: path for rest, path in below.items() if rest[depth] == inner and len(rest) > depth + 1}
+        prefix = (*prefix, inner)
+    return {rest[-1]: path for rest, path in below.items() if len(rest) == len(prefix) + 1}
+
+
+def _after(path: Keys, key: str) -> Keys:
+    """Return what follows `key` in a path, or nothing where the path does not begin with it."""
+    for i, part in enumerate(path):
+        if part == key:
+            return path[i + 1 :]
+        if part.startswith(f"{key}."):
+            return (part[len(key) + 1 :], *path[i + 1 :])
+        if not key.startswith(f"{part}."):
+            return ()
+        key = key[len(part) + 1 :]
+    return ()
+
+
+def _alike(held: Counter[Shape], wanted: Counter[Shape]) -> bool:
+    """Whether half of the wanted shapes are there, and not much else: averages often lack buffers, or count steps."""
+    common = (held & wanted).total()
+    return 2 * common >= wanted.total() and 2 * common > held.total()

@@ -1,0 +1,44 @@
+"""`twa-scale init`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from twa_scale.errors import OutputError
+
+_DATA: dict[str, dict[str, Any]] = {
+    "causal_lm": {"text": ["data/*.txt"]},
+    "sequence_classification": {"train": "data/train.csv", "validation": "data/validation.csv"},
+    "image_classification": {"train": "data/train.npz", "validation": "data/validation.npz"},
+}
+
+
+def init(
+    config: Annotated[Path, typer.Argument(help="The file to write.")] = Path("twa.yaml"),
+    candidates: Annotated[str, typer.Option(help="Glob of the candidates, in training order.")] = "checkpoints/step-*",
+    task: Annotated[
+        str, typer.Option(help="`causal_lm`, `sequence_classification`, `image_classification`, or your own.")
+    ] = "causal_lm",
+    model: Annotated[str, typer.Option(help="Hugging Face directory, or `package.module:function`.")] = "model",
+    output: Annotated[str, typer.Option(help="Directory of the run.")] = "runs/twa",
+    steps: Annotated[int, typer.Option(min=1, help="Updates of the coefficients.")] = 100,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a configuration for `run` in which every key is explained, and say what comes next.
+
+    twa-scale init my-run.yaml --candidates 'checkpoints/step-*' --model checkpoints/step-100
+    """
+    from twa_scale.config.template import template
+
+    data = _DATA.get(task, {})
+    options = {"model": model, **data} if data else {}
+    text = template({"candidates": candidates, "task": {"name": task, **options}, "output": output, "steps": steps})
+    try:
+        with config.open("w" if overwrite else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise OutputError(f"{config} exists. Give another name, or --overwrite.") from None
+    except OSError as error:
+        raise OutputError(f"{config} cannot be written: {error.strerror}.") from None
+    typer.echo(f"wrote {config}. Next: complete `task`, then `twa-scale plan {config}` and `twa-scale run {config}`.")

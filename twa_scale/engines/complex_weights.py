@@ -1,0 +1,138 @@
+"""Models with complex tensors: to the average, each is real and has one dimension more, of real and imaginary part."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from twa_scale.base.spans import Span
+from twa_scale.engines.engine import Consume, Engine, ParameterInfo
+
+
+def described(parameters: Mapping[str, ParameterInfo]) -> dict[str, ParameterInfo]:
+    """Return the descriptions of parameters as pairs: a complex one has the shape (.., 2), and a real type."""
+    return {
+        name: replace(info, shape=(*info.shape, 2), dtype=info.dtype.to_real()) if info.dtype.is_complex else info
+        for name, info in parameters.items()
+    }
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a complex tensor as pairs, in the same memory; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def complex_in_model(engine: Engine) -> frozenset[str]:
+    """Return the parameters and buffers of the model that are complex."""
+    return engine.complex_names if isinstance(engine, PairsEngine) else frozenset()
+
+
+def in_pairs(engine: Engine) -> Engine:
+    """Return an engine that presents complex tensors as pairs; the engine itself where there are none."""
+    dtypes = {info.dtype for info in engine.parameters.values()} | {b.dtype for b in engine.buffers().values()}
+    return PairsEngine(engine) if any(dtype.is_complex for dtype in dtypes) else engine
+
+
+class PairsEngine(Engine):
+    """Another engine, whose spans of complex parameters are counted in real numbers.
+
+    The gradient of a real loss by a complex parameter, as torch gives it, holds the gradients by the real and the
+    imaginary part.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.module = engine.module
+        self.device = engine.device
+        self.shard_group = engine.shard_group
+        self.replica_group = engine.replica_group
+        self.loss_scale = engine.loss_scale
+        self.parameters = described(engine.parameters)
+        parameters = {name for name, info in engine.parameters.items() if info.dtype.is_complex}
+        self.complex_names = frozenset(parameters | {n for n, b in engine.buffers().items() if b.is_complex()})
+
+    @property
+    def averages_replicas(self) -> bool:  # type: ignore[override]
+        """Whether gradients are means over the replica group."""
+        return self._engine.averages_replicas
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are handed over in `drain`."""
+        return self._engine.keeps_gradients
+
+    @keeps_gradients.setter
+    def keeps_gradients(self, value: bool) -> None:
+        self._engine.keeps_gradients = value
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return what came with the model."""
+        return self._engine.settings()
+
+    def check(self) -> None:
+        """Raise EngineError where no average can be trained."""
+        self._engine.check()
+
+    def boundary(self) -> bool:
+        """Return whether gradients are complete."""
+        return self._engine.boundary()
+
+    def spans(self) -> list[Span]:
+        """Return the spans of this rank."""
+        return [self._doubled(span) for span in self._engine.spans()]
+
+    def live(self, span: Span) -> torch.Tensor:
+        """Return the live memory of a local span."""
+        return real(self._engine.live(self._halved(span))).view(-1)
+
+    def publish(self, names: Collection[str]) -> None:
+        """Make what was written visible."""
+        self._engine.publish(names)
+
+    def changed(self, names: Collection[str]) -> dict[str, object]:
+        """Return what is another value once a parameter was written."""
+        return self._engine.changed(names)
+
+    def units(self) -> list[list[Span]]:
+        """Return local spans by what the model uses at once."""
+        return [[self._doubled(span) for span in unit] for unit in self._engine.units()]
+
+    def before_use(self, settle: Callable[[int], torch.cuda.Event | None]) -> None:
+        """Call `settle` before a unit is used."""
+        self._engine.before_use(settle)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Return the buffers, live."""
+        return {name: real(buffer) for name, buffer in self._engine.buffers().items()}
+
+    def watch(self, consume: Consume) -> None:
+        """Hand over gradients, those of complex parameters as pairs."""
+        self._engine.watch(lambda span, gradient: consume(self._doubled(span), real(gradient).reshape(-1)))
+
+    def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
+        """Call `call` in every backward pass that reaches a parameter."""
+        return self._engine.on_gradient(call)
+
+    def drain(self) -> None:
+        """Hand over what is left."""
+        self._engine.drain()
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self._engine.forget()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._engine.close()
+
+    def _doubled(self, span: Span) -> Span:
+        if span.name not in self.complex_names:
+            return span
+        return Span(span.name, 2 * span.start, 2 * span.stop, 2 * span.run, 2 * span.stride)
+
+    def _halved(self, span: Span) -> Span:
+        if span.name not in self.complex_names:
+            return span
+        return Span(span.name, span.start // 2, span.stop // 2, span.run // 2, span.stride // 2)

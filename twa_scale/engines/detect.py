@@ -1,0 +1,125 @@
+"""Finding the engine of a model."""
+
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from twa_scale.engines.complex_weights import in_pairs
+from twa_scale.engines.ddp import DDPEngine
+from twa_scale.engines.engine import Engine
+from twa_scale.engines.fairscale_fsdp import FairscaleEngine, sharded_by_fairscale
+from twa_scale.engines.fairscale_sharded_ddp import ShardedDDPEngine, is_sharded_ddp
+from twa_scale.engines.fsdp1 import FSDP1Engine
+from twa_scale.engines.fsdp2 import FSDP2Engine
+from twa_scale.engines.plain import PlainEngine
+from twa_scale.engines.zero import is_deepspeed, zero_engine
+from twa_scale.errors import EngineError
+from twa_scale.ranks import Group
+
+_KNOWN = (
+    "a plain torch.nn.Module, DistributedDataParallel, a module sharded by fully_shard (FSDP2) or by torch's or "
+    "fairscale's FullyShardedDataParallel, one with DTensor parameters (tensor parallelism), fairscale's "
+    "ShardedDataParallel, or a DeepSpeedEngine with ZeRO 1, 2 or 3"
+)
+
+
+def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None) -> Engine:
+    """Return the engine for `model`; it presents complex tensors as pairs of real numbers.
+
+    Args:
+        model: what a user trains, or an `Engine` of her own.
+        replica_group: the ranks that hold the same spans and see other data, when those are not what the model's own
+            wrapper says: this rank's counterparts in the other pods.
+
+    Raises:
+        EngineError: a kind of model that no engine here knows, or one without parameters; no process group.
+    """
+    given: object = replica_group
+    if not (given is None or given == dist.GroupMember.NON_GROUP_MEMBER or isinstance(given, dist.ProcessGroup)):
+        raise EngineError(
+            f"replica_group: is a {type(replica_group).__name__}; give a process group of torch, as new_group() "
+            "or DeviceMesh.get_group() returns."
+        )
+    return in_pairs(_chosen(model, replica_group))
+
+
+def _chosen(model: object, replica_group: dist.ProcessGroup | None) -> Engine:
+    if isinstance(model, Engine):
+        return _own(model, replica_group)
+    if not isinstance(model, nn.Module):
+        raise EngineError(f"cannot attach to {type(model).__name__}: give {_KNOWN}.")
+    if is_deepspeed(model):
+        return zero_engine(model, Group.alone() if replica_group is None else Group(replica_group))
+    unwrapped = _uncompiled(model)
+    if next(model.parameters(), None) is None:
+        raise EngineError("the model has no parameters: there is nothing to average.")
+    given = None if replica_group is None else Group(replica_group)
+    replicas = given or Group.alone()
+    match unwrapped:
+        case DistributedDataParallel():
+            return DDPEngine(unwrapped, replicas)
+        case _ if is_sharded_ddp(unwrapped):
+            return ShardedDDPEngine(unwrapped, given)
+        case _ if sharded_by_fairscale(unwrapped):
+            return FairscaleEngine(unwrapped, given)
+        case _ if any(isinstance(child, FullyShardedDataParallel) for child in unwrapped.modules()):
+            return FSDP1Engine(unwrapped, given)
+        case _ if any(isinstance(child, FSDPModule) for child in unwrapped.modules()):
+            return FSDP2Engine(unwrapped, given)
+        case _ if (kind := _foreign(unwrapped)) is not None:
+            raise EngineError(f"cannot attach to a model that holds {kind}: give {_KNOWN}.")
+        case _ if any(isinstance(parameter, DTensor) for parameter in unwrapped.parameters()):
+            return FSDP2Engine(unwrapped, given)  # tensor parallelism alone
+        case _:
+            return PlainEngine(unwrapped, Group.world() if replica_group is None else replicas)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Return what torch.compile was given, if the model is its result; never what a wrapper of that result wraps.
+
+    So not by getattr, which some wrappers pass on; and a compiled module that was sharded afterwards is sharded itself.
+    """
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None or isinstance(model, FSDPModule) else inner
+
+
+def _own(engine: Engine, replica_group: dist.ProcessGroup | None) -> Engine:
+    if replica_group is not None:
+        raise EngineError(f"replica_group: {type(engine).__name__} has one of its own; set it there.")
+    _require_tiling(engine)
+    return engine
+
+
+def _require_tiling(engine: Engine) -> None:
+    """Count what the ranks of a shard group own. Collective.
+
+    Raises:
+        EngineError: on every rank, where elements of a parameter have no owner, or several.
+    """
+    kind, place = type(engine).__name__, {name: i for i, name in enumerate(engine.parameters)}
+    owned = torch.zeros(len(place), dtype=torch.int64, device=engine.device)
+    with engine.shard_group.agree():
+        for span in engine.spans():
+            if span.name not in place:
+                raise EngineError(f"{kind}: spans() has {span.name!r}, which is not in `parameters`.")
+            owned[place[span.name]] += len(span)
+    for info, total in zip(engine.parameters.values(), engine.shard_group.sum_(owned).tolist(), strict=True):
+        if total != prod(info.shape):
+            raise EngineError(
+                f"{kind}: the spans of all ranks have {total} elements of {info.name!r}, which has {prod(info.shape)}; "
+                "over the shard group each element must be in exactly one span."
+            )
+
+
+def _foreign(model: nn.Module) -> str | None:
+    """Name what shards the model behind our back, if anything does: treating it as whole would be silently wrong."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed ZeRO-3 parameters (attach to the engine that deepspeed.initialize returned)"
+    if type(model).__name__ in ("DeepSpeedEngine", "DataParallel"):
+        return type(model).__name__
+    return None

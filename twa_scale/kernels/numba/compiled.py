@@ -1,0 +1,220 @@
+"""Kernels for CPUs, compiled by numba on their first use."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from twa_scale.kernels.coding import CENTER, of_deltas
+from twa_scale.kernels.kernels import Differences, Rows, Seen, Sources, Target
+from twa_scale.kernels.numba import delta_loops, loops
+from twa_scale.kernels.numba.packed_loops import packed_loops
+from twa_scale.kernels.numba.threads import Threads
+from twa_scale.kernels.packed_rows import RUN, Packed
+from twa_scale.kernels.rows import TILE, Dense
+from twa_scale.kernels.torch.deltas import (
+    GRID,
+    ROW_BYTES,
+    checksums,
+    cuts,
+    grid_column,
+    make_deltas,
+    reference_of,
+    require_whole_blocks,
+)
+
+_PIECE = 1 << 17  # elements of a sum of differences: it stays in cache while the rows go by
+_PART = 1024  # elements of them that are added in float32
+
+
+class NumbaKernels:
+    """Each thread takes a range of tiles, and reads all rows of a tile while the gradient or the sum is in cache."""
+
+    name = "numba"
+
+    def __init__(self) -> None:
+        self._threads = Threads()
+
+    def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
+        """Return <row_i, gradient>."""
+        right = _array(gradient)
+        parts: list[tuple[int, Any]] = []
+
+        def work(start: int, stop: int) -> None:
+            match rows:
+                case Dense():
+                    total = np.zeros(rows.n)
+                    loops.project_dense(_array(rows.values), rows.n, rows.m, TILE, right, start, stop, total)
+                case Packed():
+                    total = np.zeros(rows.n)
+                    packed_loops(rows.bits).project(_packed(rows), right, *_tiles(rows, start, stop), total)
+                case Differences():
+                    center = rows.center.numpy()
+                    cut = (start * _PIECE, min(stop * _PIECE, len(center)))
+                    arrays = map(_array, rows.rows)
+                    total = np.array([loops.project_differences(a, center, right, *cut, _PART) for a in arrays])
+            parts.append((start, total))
+
+        self._threads.share(work, *_size(rows))
+        return torch.from_numpy(_in_order(parts))
+
+    def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """Write scale * base + sum_i weights_i row_i."""
+        out = out.detach()
+        if out.dtype not in (torch.float32, torch.bfloat16) or not out.is_contiguous():
+            total = torch.empty(out.shape, dtype=torch.float32)
+            self.combine(rows, weights, base, scale, total)
+            out.copy_(total)
+            return
+        factors, center, factor, target = (
+            weights.to(torch.float32).numpy(),
+            base.numpy(),
+            np.float32(scale),
+            _array(out),
+        )
+
+        def work(start: int, stop: int) -> None:
+            match rows:
+                case Dense():
+                    size = (rows.n, rows.m, TILE)
+                    loops.combine_dense(_array(rows.values), *size, factors, center, factor, target, start, stop)
+                case Packed():
+                    cut = _tiles(rows, start, stop)
+                    packed_loops(rows.bits).combine(_packed(rows), factors, center, factor, target, *cut)
+                case Differences():
+                    for piece in range(start, stop):
+                        self._combine_differences(rows, factors, base, scale, out, piece * _PIECE)
+
+        self._threads.share(work, *_size(rows))
+
+    def _combine_differences(
+        self, rows: Differences, weights: Any, base: torch.Tensor, scale: float, out: torch.Tensor, start: int
+    ) -> None:
+        total = base[start : start + _PIECE] * scale
+        for row, weight in zip(rows.rows, weights, strict=True):
+            loops.add_difference(total.numpy(), _array(row), rows.center.numpy(), weight, start)
+        out[start : start + _PIECE] = total
+
+    def checksums(self, sources: Sources) -> torch.Tensor:
+        """Return the checksum of each source."""
+        if not isinstance(sources, torch.Tensor) or sources.itemsize != 2:
+            return checksums(sources)
+        total = np.zeros(len(sources), np.int64)
+        pitch, width = map(np.uint64, (sources.stride(0), sources.shape[1]))
+        delta_loops.checksums(_flat(sources.view(torch.int16)), pitch, width, total)
+        return torch.from_numpy(total)
+
+    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
+        """Make deltas and what goes with them, each thread of some columns that share no word of packed rows."""
+        types = {source.dtype for source in sources}
+        if torch.float64 in types:
+            return make_deltas(sources, weights, target, start)
+        require_whole_blocks(target.rows, start, len(sources[0]))
+        if isinstance(sources, torch.Tensor) and types <= {torch.bfloat16, torch.float32}:
+            return self._make_deltas(sources, weights, target, start)
+        finite = True
+        for low, high in cuts(target.rows, start, len(sources[0]), ROW_BYTES // 4 // len(sources)):
+            wide = torch.empty(len(sources), high - low)
+            for row, source in zip(wide, sources, strict=True):
+                row.copy_(source[low:high])
+            finite &= self._make_deltas(wide, weights, target, start + low).finite
+        return Seen(self.checksums(sources), finite)
+
+    def _make_deltas(self, sources: torch.Tensor, weights: Sequence[float], target: Target, start: int) -> Seen:
+        n, m = sources.shape
+        at = grid_column(target.rows, start)
+        integers, floats = (torch.int16, torch.uint16) if sources.itemsize == 2 else (torch.int32, torch.float32)
+        bits = target.rows.bits if isinstance(target.rows, Packed) else 0
+        rule = (np.array(weights, np.float32), np.uint64(reference_of(weights)), _walk(target, n))
+        data = (_flat(sources.view(floats)), _flat(sources.view(integers)), np.uint64(sources.stride(0)))
+        center = None if target.center is None else target.center.detach()[start : start + m]
+        live = target.rows is None  # must not see what is not finite
+        place = torch.empty(m) if center is None or live else center
+        parts: list[tuple[int, Any]] = []
+
+        def work(first: int, last: int) -> None:
+            low, high = (min(max((at // GRID + i) * GRID - at, 0), m) for i in (first, last))
+            sums = np.zeros(n, np.int64), _wanted(target, n), np.zeros(1), np.zeros(n)
+            delta_loops.delta_loop(bits)(data, rule, _writable(target), at, place.numpy(), sums, low, high)
+            parts.append((first, sums))
+
+        self._threads.share(work, -(-(at % GRID + m) // GRID), sources.nbytes)
+        checked, products, size, errors = (_in_order([(first, sums[k]) for first, sums in parts]) for k in range(4))
+        if target.products is not None and target.products.ndim == 1:
+            target.products.add_(torch.from_numpy(products[0]))
+        elif target.products is not None:
+            upper = torch.from_numpy(products)[: n + 1, : n + 1].triu()
+            target.products.add_(upper + upper.triu(1).T)
+        if target.errors is not None:
+            target.errors.add_(torch.from_numpy(errors))
+        finite = bool(np.isfinite(size[0]))
+        if center is not None and live and finite:
+            center.copy_(place)
+        return Seen(torch.from_numpy(checked), finite)
+
+
+def _wanted(target: Target, n: int) -> Any:
+    """Return zeros for the products that are wanted, in delta_loop's shape: of all, a multiple of three."""
+    if target.products is None:
+        return np.zeros((0, 0))
+    return np.zeros((1, n + 1) if target.products.ndim == 1 else (-(-(n + 1) // 3) * 3,) * 2)
+
+
+def _walk(target: Target, n: int) -> Any:
+    """Return the order in which rows are coded, and for each the one that it is relative to: n for the center."""
+    coding = target.coding or of_deltas(n)
+    order = [i for level in coding.levels for i in level]
+    before = [n if coding.before[i] == CENTER else coding.before[i] for i in order]
+    return np.array(order, np.uint64), np.array(before, np.uint64)
+
+
+def _writable(target: Target) -> Any:
+    """Return the memory of a target's rows as delta_loop has it."""
+    match target.rows:
+        case Packed():
+            return _packed(target.rows)
+        case Dense():
+            return _array(target.rows.values), np.uint64(target.rows.m)
+        case _:
+            return np.empty(0, np.float32), np.uint64(0)
+
+
+def _in_order(parts: list[tuple[int, Any]]) -> Any:
+    """Add up parts in the order of the columns: the same bits whichever thread was first."""
+    return np.sum([total for _, total in sorted(parts, key=lambda part: part[0])], axis=0)
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """Return a tensor's memory as numpy has it: bfloat16 as uint16, and what loops do not know as float32."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy()
+    return tensor.to(torch.float32).contiguous().numpy()
+
+
+def _flat(rows: torch.Tensor) -> Any:
+    """Return the memory of rows (n, m), however far apart, as one array."""
+    assert rows.stride(1) == 1 or rows.shape[1] <= 1
+    size = (len(rows) - 1) * rows.stride(0) + rows.shape[1] if rows.numel() else 0
+    return rows.as_strided((size,), (1,)).numpy()
+
+
+def _packed(rows: Packed) -> Any:
+    return rows.words.numpy(), _array(rows.scales), tuple(map(np.uint64, (rows.n, rows.m, rows.lead)))
+
+
+def _tiles(rows: Packed, start: int, stop: int) -> tuple[int, int]:
+    """Return the tiles of a range of runs."""
+    return start * RUN, min(stop * RUN, rows.count)
+
+
+def _size(rows: Rows) -> tuple[int, int]:
+    """Return how many ranges rows can be cut into, and their bytes."""
+    match rows:
+        case Dense():
+            return -(-rows.m // TILE), rows.nbytes
+        case Packed():
+            return -(-rows.count // RUN), rows.nbytes
+        case Differences():
+            return -(-len(rows.center) // _PIECE), sum(row.nbytes for row in rows.rows)

@@ -1,0 +1,221 @@
+"""The loop that makes deltas on a CPU, as in loops.py: all of it for some columns, while a core's cache holds them.
+
+Differences are taken as they are written: fast math could turn (w - r) - s into w - (r + s), and candidates that agree
+would no longer give zeros.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from twa_scale.kernels.numba.intrinsics import FUSED, LANES, Emitter, splat
+from twa_scale.kernels.numba.loops import FLOAT0, U, compiled, exact, narrow, widen
+from twa_scale.kernels.numba.quantize_loops import quantize
+from twa_scale.kernels.rows import TILE
+from twa_scale.kernels.torch.deltas import GRID
+
+_STRIDE = U(GRID + LANES)  # rows a power of two apart would all want the same places in the cache
+ONE, TWO, THREE = U(1), U(2), U(3)
+_WIDE = U(512)
+_VECTORS = 4  # at once: a sum has to wait for its last addition, and others are made meanwhile
+_ABREAST = U(_VECTORS * LANES)
+
+
+def _sum(integers: Any, start: Any, stop: Any) -> Any:
+    """Return the sum of at most GRID integers: of 16 bits in 32, which vectors hold twice as many of."""
+
+
+@overload(_sum, strict=False, jit_options={"fastmath": True})  # type: ignore[untyped-decorator]
+def _sum_of(integers: Any, start: Any, stop: Any) -> Any:
+    wide = np.int32 if integers.dtype.bitwidth == 16 else np.int64
+
+    def total(integers: Any, start: Any, stop: Any) -> Any:
+        part = wide(0)
+        for j in range(start, stop):
+            part = wide(part + wide(integers[j]))
+        return np.int64(part)
+
+    return total
+
+
+@compiled
+def checksums(integers: Any, pitch: int, width: int, total: Any) -> None:
+    """Add the sum of the first `width` integers of each row, `pitch` apart, to total (n,), int64."""
+    for i in range(U(len(total))):
+        for t in range(U(0), U(width), U(GRID)):
+            total[i] += _sum(integers, U(i) * U(pitch) + t, U(i) * U(pitch) + min(t + U(GRID), U(width)))
+
+
+@exact
+def _center(source: Any, pitch: Any, weights: Any, reference: Any, rows: Any, width: Any) -> None:
+    """Write the first `width` columns of w_i - c and, last, c into rows; the sources w_i are `pitch` apart."""
+    n, rest = U(len(weights)), width - width % _ABREAST
+    for t in range(U(0), rest, _ABREAST):
+        subtract_mean(source, pitch, weights, n, reference, rows, _STRIDE, t)
+    for t in range(rest, width):
+        base, shift = widen(source[reference * pitch + t]), FLOAT0
+        for i in range(n):
+            shift += weights[i] * (widen(source[i * pitch + t]) - base)
+        for i in range(n):
+            rows[i * _STRIDE + t] = widen(source[i * pitch + t]) - base - shift
+        rows[n * _STRIDE + t] = base + shift
+
+
+@intrinsic
+def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at):  # type: ignore[no-untyped-def]
+    """Do what `_center` does for 64 columns, of which the sources are read twice and nothing else is kept."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        names = "source pitch weights n reference rows stride at"
+        v = Emitter(context, builder, signature.args, arguments, names)
+        columns = [v.at(v["at"], c * LANES) for c in range(_VECTORS)]
+
+        def differences(row: Any) -> list[Any]:
+            start = builder.mul(row, v["pitch"])
+            return [builder.fsub(v.floats("source", v.at(start, c)), b) for c, b in zip(columns, bases, strict=True)]
+
+        start = builder.mul(v["reference"], v["pitch"])
+        bases = [v.floats("source", v.at(start, column)) for column in columns]
+        shifts = [v.variable(splat(0.0)) for _ in columns]
+        with cgutils.for_range(builder, v["n"]) as row:
+            weight = v.spread("weights", row.index)
+            for shift, difference in zip(shifts, differences(row.index), strict=True):
+                shift.set(builder.fadd(shift.get(), builder.fmul(weight, difference, flags=FUSED), flags=FUSED))
+        with cgutils.for_range(builder, v["n"]) as row:
+            ahead = v.at(builder.mul(row.index, v["pitch"]), v["at"], GRID)
+            for c in range(0, _VECTORS * LANES, 32):
+                v.prefetch("source", v.at(ahead, c))
+            start = builder.mul(row.index, v["stride"])
+            for column, shift, difference in zip(columns, shifts, differences(row.index), strict=True):
+                v.store("rows", v.at(start, column), builder.fsub(difference, shift.get()))
+        start = builder.mul(v["n"], v["stride"])
+        for column, shift, base in zip(columns, shifts, bases, strict=True):
+            v.store("rows", v.at(start, column), builder.fadd(base, shift.get()))
+        return context.get_dummy_value()
+
+    index = types.uint64
+    return types.void(source, index, weights, index, index, rows, index, index), generate
+
+
+@compiled
+def _squares(rows: Any, width: Any, total: Any) -> None:
+    """Add <row_i, row_i> to total, float64."""
+    for i in range(U(len(total))):
+        part = 0.0
+        for j in range(U(i) * _STRIDE, U(i) * _STRIDE + width):
+            part += np.float64(rows[j]) * np.float64(rows[j])
+        total[i] += part
+
+
+@compiled
+def _gram(rows: Any, n: Any, width: Any, total: Any) -> None:
+    """Add <row_i, row_j> to total, float64, for i <= j < n.
+
+    The size of total is a multiple of three, so up to two more than n.
+    """
+    size = U(len(total))
+    wide = np.zeros((size, _WIDE + U(8)))  # not a power of two apart, either
+    for t in range(U(0), width, _WIDE):
+        part = min(_WIDE, width - t)
+        for i in range(n):
+            at = i * _STRIDE + t
+            for j in range(part):
+                wide[i, j] = rows[at + j]
+        for i in range(U(0), size, THREE):
+            for k in range(i, size, THREE):
+                _products(wide, i, k, part, total)
+
+
+@compiled
+def _products(wide: Any, i: Any, k: Any, width: Any, total: Any) -> None:
+    """Add the products of rows i to i + 2 with rows k to k + 2: nine for six loads."""
+    s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = 0.0
+    for j in range(width):
+        x0, x1, x2 = wide[i, j], wide[i + ONE, j], wide[i + TWO, j]
+        y0, y1, y2 = wide[k, j], wide[k + ONE, j], wide[k + TWO, j]
+        s00 += x0 * y0
+        s01 += x0 * y1
+        s02 += x0 * y2
+        s10 += x1 * y0
+        s11 += x1 * y1
+        s12 += x1 * y2
+        s20 += x2 * y0
+        s21 += x2 * y1
+        s22 += x2 * y2
+    total[i, k] += s00
+    total[i, k + ONE] += s01
+    total[i, k + TWO] += s02
+    total[i + ONE, k] += s10
+    total[i + ONE, k + ONE] += s11
+    total[i + ONE, k + TWO] += s12
+    total[i + TWO, k] += s20
+    total[i + TWO, k + ONE] += s21
+    total[i + TWO, k + TWO] += s22
+
+
+@compiled
+def _write(rows: Any, at: Any, deltas: Any, n: Any, width: Any) -> None:
+    """Write columns of deltas into dense rows, from their column `at` on; or nowhere, where m is 0."""
+    values, m = rows
+    done = U(0) if m else width
+    while done < width:
+        first = (at + done) // U(TILE) * U(TILE)
+        size, begin = min(U(TILE), m - first), at + done - first
+        count = min(size - begin, width - done)
+        for i in range(n):
+            target, source = first * n + i * size + begin, i * _STRIDE + done
+            for j in range(count):
+                values[target + j] = narrow(values, deltas[source + j])
+        done += count
+
+
+@compiled
+def _copy(rows: Any, start: Any, target: Any, at: Any, width: Any) -> Any:
+    """Copy a row, and return its sum."""
+    total = 0.0  # in float64, in which finite ones have a finite sum
+    for j in range(width):
+        target[at + j] = rows[start + j]
+        total += np.float64(rows[start + j])
+    return total
+
+
+@cache
+def delta_loop(bits: int) -> Callable[..., None]:
+    """Return the loop that makes deltas of columns [start, stop) of sources, `pitch` apart, whose bits are `integers`.
+
+    `bits` says what `rows` are: 8, 4, 2 or 1, packed ones, as in packed_loops.py; 0, dense ones (values, m), or none,
+    where m is 0. Their column `at`, counted from the beginning of the first block, is column 0 here. Added up are
+    checksums, the products that their shape asks for (none (0, 0), squares (1, n + 1) or all), the center's sum, and
+    squared errors. `walk` is that of quantize_loops.py.
+    """
+
+    @partial(compiled, variant=bits)
+    def make_deltas(data: Any, rule: Any, rows: Any, at: int, target: Any, sums: Any, start: int, stop: int) -> None:
+        source, integers, pitch = data
+        weights, reference, walk = rule
+        checked, products, size, errors = sums
+        n = U(len(weights))
+        deltas = np.empty((n + ONE) * _STRIDE, np.float32)
+        t, end = U(start), U(stop)
+        while t < end:
+            to = min(end, ((U(at) + t) // U(GRID) + ONE) * U(GRID) - U(at))
+            width = to - t
+            checksums(integers[t:], pitch, width, checked)
+            _center(source[t:], pitch, weights, reference, deltas, width)
+            if len(products) == 1:
+                _squares(deltas, width, products[0])
+            elif len(products) > 1:
+                _gram(deltas, n + ONE, width, products)
+            size[0] += _copy(deltas, n * _STRIDE, target, t, width)
+            if bits == 0:
+                _write(rows, U(at) + t, deltas, n, width)
+            else:
+                quantize(bits, rows, U(at) + t, deltas, _STRIDE, walk, width, errors)
+            t = to
+
+    return make_deltas

@@ -1,0 +1,1 @@
+"""Kernels in plain torch, on any device: the reference for the others."""

@@ -1,0 +1,138 @@
+"""From elements of candidates to their deltas in a store, in plain torch, some columns at a time."""
+
+from collections.abc import Iterator, Sequence
+from math import lcm
+
+import torch
+from torch.nn import functional as F
+
+from twa_scale.kernels.coding import CENTER, of_deltas
+from twa_scale.kernels.kernels import Seen, Sources, Target
+from twa_scale.kernels.packed_rows import BLOCKS, Packed, zero_of
+from twa_scale.kernels.rows import TILE, Dense
+from twa_scale.kernels.torch.checksum import checksum
+from twa_scale.kernels.torch.quantize import quantize
+
+ROW_BYTES = 4 << 20
+"""Bytes of deltas that exist at a time."""
+GRID = lcm(TILE, *(16 // bits * size for bits, size in BLOCKS.items()))
+"""At multiples of it all kinds of tiles begin, counted from where a row's first block does: parts share no word."""
+
+
+def make_deltas(sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
+    """Do what `Kernels.make_deltas` says."""
+    require_whole_blocks(target.rows, start, len(sources[0]))
+    wide = any(source.dtype == torch.float64 for source in sources)
+    dtype, finite = torch.float64 if wide else torch.float32, True
+    for low, high in cuts(target.rows, start, len(sources[0]), ROW_BYTES // (len(sources) + 1) // dtype.itemsize):
+        rows = torch.empty(len(sources) + 1, high - low, dtype=dtype, device=target.device)
+        for row, source in zip(rows, sources, strict=False):
+            row.copy_(source[low:high])
+        _center(rows, weights)
+        finite &= bool(torch.isfinite(rows[-1]).all())
+        if target.products is not None:
+            target.products.add_(_gram(rows) if target.products.ndim == 2 else _squares(rows))
+        if target.center is not None and finite:
+            target.center.detach()[start + low : start + high] = rows[-1]
+        match target.rows:
+            case Dense():
+                target.rows.write(start + low, rows[:-1])
+            case Packed():
+                _pack(target.rows, target, start + low, rows[:-1].to(torch.float32))
+    return Seen(checksums(sources), finite)
+
+
+def checksums(sources: Sources) -> torch.Tensor:
+    """Return the checksum of each source."""
+    return torch.tensor([checksum(source) for source in sources])
+
+
+def require_whole_blocks(rows: Dense | Packed | None, start: int, count: int) -> None:
+    """Refuse columns that begin or end within a block: its scale is found once."""
+    if isinstance(rows, Packed):
+        assert start == 0 or (rows.lead + start) % rows.block == 0, "a block begins, or the rows"
+        assert start + count == rows.m or (rows.lead + start + count) % rows.block == 0, "a block ends, or the rows"
+
+
+def grid_column(rows: Dense | Packed | None, column: int) -> int:
+    """Return where a column of rows is, counted from the beginning of their first block."""
+    return column + (rows.lead if isinstance(rows, Packed) else 0)
+
+
+def cuts(rows: Dense | Packed | None, start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut `count` columns, the first being column `start` of the rows, at multiples of about `size` in the grid."""
+    size, first = max(size // GRID, 1) * GRID, grid_column(rows, start)
+    low = 0
+    while low < count:
+        high = min(((first + low) // size + 1) * size - first, count)
+        yield low, high
+        low = high
+
+
+def reference_of(weights: Sequence[float]) -> int:
+    """Return the index of the largest weight, the first of equals."""
+    return max(range(len(weights)), key=lambda i: weights[i])
+
+
+def _center(rows: torch.Tensor, weights: Sequence[float]) -> None:
+    """Make deltas and center of rows (n + 1, k): subtract the reference, and then what the center differs from it."""
+    deltas, center = rows[:-1], rows[-1]
+    center.copy_(deltas[reference_of(weights)])
+    deltas.sub_(center)
+    shift = torch.tensor(weights, dtype=rows.dtype, device=rows.device) @ deltas
+    deltas.sub_(shift)
+    center.add_(shift)
+
+
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    """Return <row_i, row_j> in float64, a part of the columns at a time."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for part in torch.split(rows, 1 << 16, dim=1):
+        exact = part.to(torch.float64)
+        total += exact @ exact.T
+    return total
+
+
+def _squares(rows: torch.Tensor) -> torch.Tensor:
+    """Return <row_i, row_i> in float64."""
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
+
+
+def _pack(rows: Packed, target: Target, start: int, deltas: torch.Tensor) -> None:
+    """Code columns from `start` on, all candidates of a level at once; `deltas` become what the rows make of them."""
+    coding = target.coding or of_deltas(rows.n)
+    for level in coding.levels:
+        some = slice(None) if len(level) == rows.n else list(level)
+        before = [coding.before[i] for i in level]
+        base = deltas[before] if before[0] != CENTER else torch.zeros(())
+        values = deltas[some] - base
+        kept = _write_level(rows, some, start, values)
+        if target.errors is not None:
+            target.errors[some] += torch.linalg.vector_norm(values - kept, dim=1, dtype=torch.float64).square()
+        deltas[some] = base + kept
+
+
+def _write_level(rows: Packed, some: slice | list[int], start: int, values: torch.Tensor) -> torch.Tensor:
+    """Quantize some rows, and put the blocks of a tile, one a field, into its words, all at once.
+
+    Returns what the codes stand for.
+    """
+    size, fields, bits = rows.block, rows.fields, rows.bits
+    block, front = divmod(rows.lead + start, size)
+    count = -(-(front + values.shape[1]) // size)
+    codes, scales = quantize(values, front, count * size - front - values.shape[1], size, bits)
+    kept = ((codes - zero_of(bits)) * scales[..., None].to(torch.float32)).flatten(1)
+    tile, before = divmod(block, fields)
+    tiles = -(-(before + count) // fields)
+    missing = (before, tiles * fields - before - count)  # blocks of the first and the last tile: all bits zero
+    shifts = torch.arange(fields, dtype=torch.int32, device=values.device) * bits
+    codes = F.pad(codes, (0, 0, *missing)).unflatten(1, (tiles, fields)) << shifts[:, None]
+    words_of_tiles = codes.sum(2, dtype=torch.int32).to(torch.int16).transpose(0, 1)  # bits are apart: as good as an or
+    scales_of_tiles = F.pad(scales, missing).unflatten(1, (tiles, fields)).transpose(0, 1)
+    done = 0
+    for _, words, scale in rows.tiles(tile, tile + tiles):
+        part = slice(done, done := done + len(words))
+        words[:, some] |= words_of_tiles[part, :, : words.shape[2]]
+        scale[:, some] += scales_of_tiles[part, :, : scale.shape[2]]
+    return kept[:, front : front + values.shape[1]]

@@ -1,0 +1,258 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""Kernels for GPUs in Triton: codes are unpacked, scaled and multiplied in registers, in one pass over their bytes.
+
+A program is one warp. It holds its elements of the gradient, or of the result, in registers and loops over the rows, of
+which each lane loads 16 bytes at a time. A row of a program then needs one reduction within a warp, and no barrier.
+Programs whose tiles are all full are compiled without masks; the others, at the ends of a span, are launched apart.
+docs/performance.md has the instructions that each kernel needs, and the bandwidth that follows.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from twa_scale.kernels.kernels import Differences, Rows
+from twa_scale.kernels.packed_rows import Packed
+from twa_scale.kernels.rows import TILE, Dense
+from twa_scale.kernels.torch.reference import TorchKernels
+
+_EXPONENT = 0x4B000000
+"""The bits of 2^23 in float32: whole numbers in its mantissa are added to it. It is an argument of the kernels because
+ptxas would load a constant into a register again for each code."""
+
+
+class Shape(NamedTuple):
+    """What one program works on."""
+
+    tiles: int
+    rows: int
+    """Rows whose loads are in flight together."""
+
+
+DENSE = Shape(tiles=8, rows=2)
+PROJECT = {8: Shape(8, 2), 4: Shape(4, 2), 2: Shape(2, 2), 1: Shape(1, 2)}
+COMBINE = {8: Shape(8, 2), 4: Shape(4, 2), 2: Shape(2, 2), 1: Shape(1, 2)}
+"""By bits: 32 or 64 elements in each lane. More, or more rows, would be spilled to memory."""
+
+
+@triton.jit
+def _project_dense(
+    values,
+    gradient,
+    partial,
+    n,
+    m,
+    first,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    program = first + tl.program_id(0).to(tl.int64)
+    at = (program * TILES + tl.arange(0, TILES)[None, :, None]) * TILE
+    column = tl.arange(0, TILE)[None, None, :]
+    if FULL:
+        width = TILE
+        right = tl.load(gradient + at + column).to(tl.float32)
+    else:
+        width = tl.minimum(TILE, m - at)  # the last tile is narrow; beyond it, nothing
+        right = tl.load(gradient + at + column, mask=column < width, other=0).to(tl.float32)
+    for block in range(0, n, ROWS):
+        row = block + tl.arange(0, ROWS)
+        i = row[:, None, None]
+        there = i < n
+        if not FULL:
+            there &= column < width
+        left = tl.load(values + at * n + i * width + column, mask=there, other=0).to(tl.float32)
+        sums = tl.sum(tl.reshape(left * right, [ROWS, TILES * TILE]), 1)
+        tl.store(partial + program * n + row, sums, mask=row < n)
+
+
+@triton.jit
+def _combine_dense(
+    values,
+    weights,
+    base,
+    center,
+    out,
+    n,
+    m,
+    first,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    program = first + tl.program_id(0).to(tl.int64)
+    at = (program * TILES + tl.arange(0, TILES)[:, None]) * TILE
+    column = tl.arange(0, TILE)[None, :]
+    if FULL:
+        width, there, other = TILE, None, None
+    else:
+        width = tl.minimum(TILE, m - at)
+        there, other = column < width, 0
+    total = center * tl.load(base + at + column, mask=there, other=other)
+    for i in tl.range(0, n, loop_unroll_factor=ROWS):
+        row = tl.load(values + at * n + i * width + column, mask=there, other=other).to(tl.float32)
+        total += tl.load(weights + i) * row
+    tl.store(out + at + column, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _codes(words, field, exponent, BITS: tl.constexpr):
+    """Return 2 (code - zero) 2^(BITS field), exactly: a code is taken out of its word in its place, not shifted down.
+
+    The factor of 2 makes the zero of 2 and 1 bits, which is half a step, a whole number.
+    """
+    twice = words.to(tl.uint16, bitcast=True).to(tl.int32) << 1
+    code = twice & (((1 << BITS) - 1) << (BITS * field + 1))
+    zero = (1 << BITS) - (BITS < 4)  # twice zero_of(BITS)
+    return (code | exponent).to(tl.float32, bitcast=True) - (8388608.0 + (zero << (BITS * field)).to(tl.float32))
+
+
+@triton.jit
+def _project_packed(
+    words,
+    scales,
+    gradient,
+    partial,
+    n,
+    end,
+    lead,
+    first,
+    exponent,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    FIELDS: tl.constexpr = 16 // BITS
+    program = first + tl.program_id(0).to(tl.int64)
+    tile = program * TILES + tl.arange(0, TILES)[None, :, None, None, None]
+    field = tl.arange(0, FIELDS)[None, None, :, None, None]
+    # The 8 words of a lane: 16 bytes, whose products are added without leaving the lane.
+    word = tl.arange(0, BLOCK // 8)[None, None, None, :, None] * 8 + tl.arange(0, 8)[None, None, None, None, :]
+    at, element = tile * (BLOCK * FIELDS), field * BLOCK + word
+    if FULL:
+        width, present = BLOCK, FIELDS
+        right = tl.load(gradient + (at + element - lead)).to(tl.float32)
+    else:
+        used = tl.maximum(tl.minimum(BLOCK * FIELDS, end - at), 0)
+        width, present = tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK
+        there = (element < used) & (at + element >= lead)
+        right = tl.load(gradient + (at + element - lead), mask=there, other=0).to(tl.float32)
+    right *= 0.5 / (1 << (BITS * field)).to(tl.float32)
+    for block in range(0, n, ROWS):
+        row = block + tl.arange(0, ROWS)
+        i = row[:, None, None, None, None]
+        has_word, has_scale = i < n, i < n
+        if not FULL:
+            has_word &= word < width
+            has_scale &= field < present
+        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=has_word, other=0)
+        scale = tl.load(scales + tile * n * FIELDS + i * present + field, mask=has_scale, other=0).to(tl.float32)
+        sums = tl.sum(_codes(packed, field, exponent, BITS) * right, 4, keep_dims=True) * scale
+        sums = tl.sum(tl.reshape(sums, [ROWS, TILES * FIELDS * BLOCK // 8]), 1)
+        tl.store(partial + program * n + row, sums, mask=row < n)
+
+
+@triton.jit
+def _combine_packed(
+    words,
+    scales,
+    weights,
+    base,
+    center,
+    out,
+    n,
+    end,
+    lead,
+    first,
+    exponent,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    FIELDS: tl.constexpr = 16 // BITS
+    program = first + tl.program_id(0).to(tl.int64)
+    tile = program * TILES + tl.arange(0, TILES)[:, None, None, None]
+    field = tl.arange(0, FIELDS)[None, :, None, None]
+    word = tl.arange(0, BLOCK // 8)[None, None, :, None] * 8 + tl.arange(0, 8)[None, None, None, :]
+    at, element = tile * (BLOCK * FIELDS), field * BLOCK + word
+    if FULL:
+        width, present = BLOCK, FIELDS
+        there, has_word, has_scale, other = None, None, None, None
+    else:
+        used = tl.maximum(tl.minimum(BLOCK * FIELDS, end - at), 0)
+        width, present = tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK
+        there = (element < used) & (at + element >= lead)
+        has_word, has_scale, other = word < width, field < present, 0
+    place = 0.5 / (1 << (BITS * field)).to(tl.float32)
+    total = tl.zeros([TILES, FIELDS, BLOCK // 8, 8], tl.float32)
+    for i in tl.range(0, n, loop_unroll_factor=ROWS):
+        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=has_word, other=other)
+        scale = tl.load(scales + tile * n * FIELDS + i * present + field, mask=has_scale, other=other).to(tl.float32)
+        total += _codes(packed, field, exponent, BITS) * (scale * (tl.load(weights + i) * place))
+    total += center * tl.load(base + (at + element - lead), mask=there, other=other)
+    tl.store(out + (at + element - lead), total.to(out.dtype.element_ty), mask=there)
+
+
+class TritonKernels(TorchKernels):
+    """Dense and packed rows; quantizing, and differences to files, are left to torch."""
+
+    name = "triton"
+
+    def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
+        """Return <row_i, gradient>: float32 within a program, float64 over all."""
+        if isinstance(rows, Differences):
+            return super().project(rows, gradient)
+        gradient = gradient.contiguous()
+        shape = DENSE if isinstance(rows, Dense) else PROJECT[rows.bits]
+        partial = gradient.new_empty(-(-rows.count // shape.tiles), rows.n, dtype=torch.float32)
+        with torch.cuda.device_of(gradient):  # Triton launches on the current device, torch on that of the tensors
+            for first, count, full in launches(rows, shape.tiles):
+                how = {"TILES": shape.tiles, "ROWS": shape.rows, "FULL": full, "num_warps": 1}
+                if isinstance(rows, Dense):
+                    data = (rows.values, gradient, partial, rows.n, rows.m, first)
+                    _project_dense[(count,)](*data, TILE=TILE, **how)
+                else:
+                    place = (rows.n, rows.lead + rows.m, rows.lead, first, _EXPONENT)
+                    packed = (rows.words, rows.scales, gradient, partial, *place)
+                    _project_packed[(count,)](*packed, BITS=rows.bits, BLOCK=rows.block, **how)
+        return partial.sum(0, dtype=torch.float64)
+
+    def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """Write scale * base + sum_i weights_i row_i."""
+        out = out.detach()
+        if isinstance(rows, Differences) or not out.is_contiguous():
+            super().combine(rows, weights, base, scale, out)
+            return
+        weights = weights.to(torch.float32).contiguous()
+        shape = DENSE if isinstance(rows, Dense) else COMBINE[rows.bits]
+        with torch.cuda.device_of(out):
+            for first, count, full in launches(rows, shape.tiles):
+                how = {"TILES": shape.tiles, "ROWS": shape.rows, "FULL": full, "num_warps": 1}
+                if isinstance(rows, Dense):
+                    data = (rows.values, weights, base, scale, out, rows.n, rows.m, first)
+                    _combine_dense[(count,)](*data, TILE=TILE, **how)
+                else:
+                    place = (rows.n, rows.lead + rows.m, rows.lead, first, _EXPONENT)
+                    packed = (rows.words, rows.scales, weights, base, scale, out, *place)
+                    _combine_packed[(count,)](*packed, BITS=rows.bits, BLOCK=rows.block, **how)
+
+
+def launches(rows: Dense | Packed, tiles: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield the first program of a launch, their number, and whether all of their tiles are full."""
+    lead = rows.lead if isinstance(rows, Packed) else 0
+    programs = -(-rows.count // tiles)
+    full = (lead + rows.m) // (rows.tile * tiles)
+    cuts = (0, min(1, full) if lead else 0, full, programs)
+    for first, last, is_full in zip(cuts, cuts[1:], (False, True, False), strict=False):
+        if first < last:
+            yield first, last - first, is_full

@@ -1,7 +1,0 @@
-"""What a run will need, before anything starts, and which stores there is memory for."""
-
-from twa_scale.planning.choices import STORES, choose_store
-from twa_scale.planning.plan import Plan, make_plan
-from twa_scale.planning.tables import plan_json, plan_tables
-
-__all__ = ["STORES", "Plan", "choose_store", "make_plan", "plan_json", "plan_tables"]

@@ -1,0 +1,83 @@
+"""Metrics over a split, summed over batches and ranks."""
+
+import torch
+from torch import nn
+
+from twa_scale.errors import ConfigError
+from twa_scale.ranks import Group
+from twa_scale.run.batches import Batches
+from twa_scale.run.tasks import Metrics, Task
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, batches: Batches, group: Group, device: torch.device, limit: int | None = None
+) -> dict[str, float]:
+    """Return the mean of every metric of the task over the examples of all ranks. Collective.
+
+    A metric may be missing in some batches, or on some ranks: its mean is that of the examples that it counted. The
+    model is in evaluation mode meanwhile. `limit` bounds the number of batches of a rank.
+
+    Raises:
+        ConfigError: on every rank: a metric that counted nothing, or that is no sum and count.
+    """
+    training = model.training
+    model.eval()
+    totals = Totals(device)
+    try:
+        for batch, counts in batches.in_order(limit):
+            totals.add(task.metrics(model, {key: value.to(device) for key, value in batch.items()}), counts)
+    finally:
+        model.train(training)
+    return totals.means(group)
+
+
+class Totals:
+    """Sums and counts of the metrics of one rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._totals: dict[str, torch.Tensor] = {}
+        self._wrong = ""
+
+    def add(self, metrics: Metrics, counts: bool) -> None:
+        """Add those of a batch; if it does not count, its names alone."""
+        for name, value in metrics.items():
+            try:
+                total, count = value
+                pair = torch.stack([self._scalar(total), self._scalar(count)])
+            except (TypeError, ValueError, RuntimeError) as error:
+                self._wrong = self._wrong or (
+                    f"metric {name!r}: the task returned {value!r}, which is no sum (a scalar) and count: {error}."
+                )
+                continue  # ranks agree on it when all have done their forward passes
+            known = self._totals.setdefault(name, torch.zeros_like(pair))
+            if counts:
+                known += pair
+
+    def _scalar(self, number: torch.Tensor | float) -> torch.Tensor:
+        return torch.as_tensor(number, dtype=torch.float64, device=self._device).reshape(())
+
+    def means(self, group: Group) -> dict[str, float]:
+        """Return the mean of every metric over all ranks. Collective.
+
+        Ranks agree on the names first: their metrics may come in another order.
+
+        Raises:
+            ConfigError: see `evaluate`.
+        """
+        with group.agree():
+            if self._wrong:
+                raise ConfigError(self._wrong)
+        names = list(dict.fromkeys(name for known in group.gather(list(self._totals)) for name in known))
+        none = torch.zeros(2, dtype=torch.float64, device=self._device)
+        stacked = torch.stack([self._totals.get(name, none) for name in names] or [none])
+        means = {}
+        for name, (total, count) in zip(names, group.sum_(stacked).tolist(), strict=False):
+            if count == 0:
+                raise ConfigError(
+                    f"metric {name!r}: no example of the evaluated batches counts. Evaluate more of them "
+                    "(`evaluate_batches`), or leave the metric out."
+                )
+            means[name] = total / count
+        return means

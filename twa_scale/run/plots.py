@@ -1,0 +1,272 @@
+"""Pictures: the coefficients and losses of a run, and how alike candidates are."""
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from twa_scale.output.publish import replace_file
+
+Array = npt.NDArray[Any]
+
+INK, QUIET, LINE = "#22262e", "#8a8f99", "#d9dce1"
+LESS, MORE, MARK = "#2f6690", "#c8553d", "#3a7d44"
+DIVERGING = LinearSegmentedColormap.from_list(
+    "twa", ["#173b57", LESS, "#a9c4d6", "#f7f5f2", "#ecb9a6", MORE, "#7d2a1b"]
+)
+RISING = LinearSegmentedColormap.from_list("twa-rising", ["#f7f5f2", "#a9c4d6", LESS, "#173b57"])
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": LINE,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+}
+# Beyond these, numbers in cells and labels on the axes run into each other.
+MOST_NUMBERS, MOST_LABELS = 20, 64
+
+
+def plot_training(
+    path: str | Path,
+    coefficients: Array,
+    candidate_labels: Sequence[str],
+    group_names: Sequence[str],
+    records: Sequence[dict[str, Any]],
+) -> None:
+    """Write a PNG of the averaging coefficients beside (for many groups, above) the losses of a run.
+
+    Args:
+        path: The file; replaced as a whole.
+        coefficients: a[i, g], shape (n, G).
+        candidate_labels: n names, in training order.
+        group_names: G names.
+        records: Lines of metrics.jsonl: `step` with `loss` (training), or with `SPLIT/loss` (an evaluation; that
+            of step 0 is drawn as a line across: what the run started from).
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    n, num_groups = coefficients.shape
+    wide = num_groups > 12
+    with rc_context(STYLE):
+        if wide:
+            width = max(9.0, 3 + 0.19 * min(num_groups, 90))
+            figure = Figure(figsize=(width, 5.4 + 0.26 * n), layout="constrained")
+            top, bottom = figure.subplots(2, 1, height_ratios=(0.26 * n + 1.6, 3.2))
+        else:
+            figure = Figure(figsize=(9.2 + 0.42 * num_groups, max(3.8, 1.8 + 0.28 * n)), layout="constrained")
+            top, bottom = figure.subplots(1, 2, width_ratios=(3.4 + 0.42 * num_groups, 5.2))
+        figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2)  # type: ignore[union-attr, call-arg]
+        if num_groups == 1:
+            _bars(top, coefficients[:, 0], candidate_labels)
+        else:
+            _coefficients(top, coefficients, candidate_labels, group_names)
+        _losses(bottom, records)
+        _save(figure, Path(path))
+
+
+def plot_cosines(path: str | Path, matrix: Array, labels: Sequence[str]) -> None:
+    """Write a PNG of cosines between candidates.
+
+    Args:
+        path: The file; replaced as a whole.
+        matrix: Cosines, shape (n, n).
+        labels: n names, in training order.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    n = len(labels)
+    away = matrix[~np.eye(n, dtype=bool)]
+    low = float(np.nanmin(away, initial=1.0))
+    with rc_context(STYLE):
+        size = max(4.0, 1.6 + 0.34 * min(n, MOST_LABELS))
+        figure = Figure(figsize=(size + 0.9, size), layout="constrained")
+        axes = figure.subplots()
+        if low < 0:
+            _heat(axes, matrix, DIVERGING, Normalize(-1, 1), labels, labels, 2)
+        else:
+            # Checkpoints of one run are often alike to the third digit: the scale begins at the least cosine.
+            _heat(
+                axes,
+                matrix,
+                RISING,
+                Normalize(min(low, 0.999), 1),
+                labels,
+                labels,
+                3 if low > 0.9 else 2,
+            )
+        axes.set_aspect("equal")
+        axes.set_title("Cosines between candidates")
+        _save(figure, Path(path), bbox_inches="tight", pad_inches=0.2)  # squares leave room at two sides
+
+
+def _coefficients(axes: Axes, values: Array, candidates: Sequence[str], groups: Sequence[str]) -> None:
+    # The middle of the scale is the uniform weight: color says more, or less, than the plain mean would give.
+    uniform = 1 / len(values)
+    reach = max(float(np.nanmax(np.abs(values - uniform), initial=0.0)), 0.1 * uniform)
+    scale = Normalize(uniform - reach, uniform + reach)
+    bar = _heat(axes, values, DIVERGING, scale, candidates, groups, 2)
+    ticks = {uniform - reach: "", uniform: " uniform", uniform + reach: ""}
+    if min(abs(tick) for tick in ticks) > 0.2 * reach and reach > uniform:
+        ticks[0.0] = ""
+    bar.set_ticks(list(ticks), labels=[f"{tick:.2f}{word}" for tick, word in ticks.items()])
+    axes.set_title("Averaging coefficients by candidate and group")
+
+
+def _heat(
+    axes: Axes,
+    values: Array,
+    colors: Colormap,
+    scale: Normalize,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    digits: int,
+) -> Colorbar:
+    image = axes.pcolormesh(
+        values, cmap=colors, norm=scale, edgecolors="white", linewidth=0.8 if values.size < 3000 else 0
+    )
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    _name_ticks(axes, "y", rows)
+    _name_ticks(axes, "x", columns)
+    if max(values.shape) <= MOST_NUMBERS:
+        _write_numbers(axes, values, digits, ScalarMappable(scale, colors))
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.015, aspect=30, shrink=0.9)
+    bar.outline.set_visible(False)
+    return bar
+
+
+def _write_numbers(axes: Axes, values: Array, digits: int, colors: ScalarMappable) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        red, green, blue, _ = colors.to_rgba(value)
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+        color = "white" if dark else INK
+        text = _number(value, digits)
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color, fontsize=6.5)
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # adding 0.0 makes -0.0 a plain zero
+
+
+def _name_ticks(axes: Axes, side: str, labels: Sequence[str]) -> None:
+    every = -(-len(labels) // MOST_LABELS)
+    shown = range(0, len(labels), every)
+    names = list(_short(labels))
+    axis = axes.yaxis if side == "y" else axes.xaxis
+    upright = side == "x" and (len(labels) > 8 or max(map(len, names)) > 5)
+    size = 8 if len(labels) <= 24 else 6.5
+    turn: dict[str, Any] = {"rotation": 90} if upright else {}
+    axis.set_ticks([i + 0.5 for i in shown], labels=[names[i] for i in shown], fontsize=size, **turn)
+
+
+def _short(labels: Sequence[str], longest: int = 44) -> Iterator[str]:
+    """Yield labels without the folders that all share, cut in the middle where they are still long."""
+    folders = [label.split("/")[:-1] for label in labels]
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
+    for label in labels:
+        name = "/".join(label.split("/")[shared if len(labels) > 1 else -1 :])
+        yield name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
+
+
+def _bars(axes: Axes, values: Array, candidates: Sequence[str]) -> None:
+    uniform = 1 / len(values)
+    colors = [MORE if value >= uniform else LESS for value in values]
+    places = np.arange(len(values)) + 0.5
+    axes.barh(places, values, height=0.72, color=colors)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.axvline(uniform, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(len(values), 0)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.14)
+    _name_ticks(axes, "y", candidates)
+    if len(values) <= MOST_NUMBERS:
+        for place, value in zip(places, values, strict=True):
+            at: dict[str, Any] = {"xytext": (4, 0), "ha": "left"} if value >= 0 else {"xytext": (-4, 0), "ha": "right"}
+            page = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # so that the dashed line passes behind
+            number = _number(value, 2)
+            axes.annotate(number, (value, place), **at, textcoords="offset points", va="center", fontsize=8, bbox=page)
+    axes.set_title("Coefficients by candidate")
+    axes.set_xlabel("averaging coefficient; dashed: uniform")
+
+
+def _losses(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
+    trained = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    if trained:
+        steps, losses = zip(*trained, strict=True)
+        smooth = _smooth(np.array(losses))
+        axes.plot(steps, losses, color=QUIET, linewidth=0.8, alpha=0.45)
+        axes.plot(steps, smooth, color=INK, linewidth=1.6, label="training batches")
+    splits = dict.fromkeys(key for r in records for key in r if key.endswith("/loss"))
+    for key, color in zip(splits, (MORE, LESS, MARK), strict=False):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points[0][0] == 0:
+            axes.axhline(points[0][1], color=color, linewidth=1, linestyle=(0, (4, 3)), label="before the first step")
+        axes.plot(
+            *zip(*points, strict=True),
+            color=color,
+            linewidth=1.6,
+            marker="o",
+            markersize=4,
+            label=key.split("/")[0],
+        )
+    _look_closely(axes)
+    axes.grid(axis="y", color=LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_title("Loss")
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", fontsize=8.5)
+
+
+def _look_closely(axes: Axes) -> None:
+    """Fit the axis to the curves that have a name: single batches scatter far more than an average gains."""
+    named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    heights = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in named] or [np.empty(0)])
+    heights = heights[np.isfinite(heights)]
+    if len(heights) and np.ptp(heights) > 0:
+        room = 0.35 * float(np.ptp(heights))
+        axes.set_ylim(heights.min() - room, heights.max() + room)
+
+
+def _smooth(values: Array) -> Array:
+    """Return a centered running mean over about a tenth of the run."""
+    half = len(values) // 20
+    places = np.arange(len(values))
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means: Array = (sums[last] - sums[first]) / (last - first)
+    return means
+
+
+def _save(figure: Figure, path: Path, **options: Any) -> None:
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=160, facecolor="white", **options)
+    replace_file(path, picture.getvalue())

@@ -1,0 +1,97 @@
+"""What a person sees of a run: progress bars and a closing table, on rank 0 only."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rich.progress
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from twa_scale.candidates.read_ahead import Progress
+from twa_scale.run import comparison
+
+
+class Report:
+    """Draws on standard error; silent unless `active`."""
+
+    def __init__(self, *, active: bool = True) -> None:
+        self.active = active
+        self._console = Console(stderr=True, quiet=not active)
+
+    def say(self, text: str) -> None:
+        """Print one line, above a running bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def bytes(self, description: str) -> Iterator[Progress]:
+        """Show how many bytes have passed, how fast, and the time left; the body calls what it is given."""
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with self._bar(*columns, TimeRemainingColumn()) as bar:
+            task = bar.add_task(description, total=None)
+            yield lambda nbytes, total: bar.update(task, advance=nbytes, total=total)
+
+    @contextmanager
+    def steps(self, description: str, total: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
+        """Show steps and the time left; the body calls what it is given with the values of each step."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with self._bar(*columns, TextColumn("{task.fields[note]}")) as bar:
+            task = bar.add_task(description, total=total, completed=done, note="")
+
+            def advance(values: dict[str, float]) -> None:
+                bar.update(task, advance=1, note=f"loss {values['loss']:.4f}")
+
+            yield advance
+
+    def finish(self, output: Path, summary: dict[str, Any]) -> None:
+        """Print what the run has won, what it cost, and where its results are."""
+        self._console.print(_cost_table(summary))
+        self._console.print(_comparison_table(summary))
+        for text in (summary["exported_as"], summary["verdict"]):
+            if text:
+                self.say(text)
+        steps = summary["steps"]
+        self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")
+
+    def _bar(self, *columns: Any) -> rich.progress.Progress:
+        seen = self.active and (
+            self._console.is_interactive or self._console.is_jupyter
+        )  # else it leaves an empty line
+        return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not seen)
+
+
+def _comparison_table(summary: dict[str, Any]) -> Table:
+    table = Table(title="Held-out data")
+    measured = comparison.rows(summary)
+    names = list(measured[-1][1])
+    for column in ("weights", *names):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for label, metrics in measured:
+        table.add_row(label, *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names))
+    return table
+
+
+def _cost_table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"One step of rank 0, {summary['ranks']} ranks")
+    for column in ("part", "ms", "MB moved", "GB/s", "of read bandwidth"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    bandwidth = summary["read_bandwidth"]
+    table.add_row("forward + backward", f"{summary['forward_backward_seconds'] * 1e3:.2f}", "", "", "")
+    for part, cost in summary["cost"].items():
+        speed = cost["bytes"] / cost["seconds"] if cost["seconds"] else 0.0
+        moved = (
+            (f"{cost['bytes'] / 1e6:.2f}", f"{speed / 1e9:.2f}", f"{speed / bandwidth:.0%}")
+            if cost["bytes"]
+            else ("",) * 3
+        )
+        table.add_row(part, f"{cost['seconds'] * 1e3:.2f}", *moved)
+    return table

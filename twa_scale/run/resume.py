@@ -1,0 +1,83 @@
+"""Whether the state in an output directory is that of this run, and whether there is anything left to do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from twa_scale.average.state import PREVIOUS, STATE, RunState, load_state, require_same_settings
+from twa_scale.candidates.find import find_sources
+from twa_scale.config import RunConfig
+from twa_scale.errors import CandidateError, StateError
+
+AVERAGE = "average"
+SUMMARY = "summary.json"
+
+
+def course(config: RunConfig, num_steps: int) -> dict[str, Any]:
+    """Return what decides, with the state of the average, how a run goes on; the seed is its random state."""
+    settings = config.model_dump(mode="json", include={"split", "seed", "batch_size", "schedule", "precision"})
+    return {"steps": num_steps, **settings}
+
+
+def find_state(config: RunConfig, num_steps: int, say: Callable[[str], object]) -> RunState | None:
+    """Return the state from which the run continues; None where there is none, or where it must not resume.
+
+    Raises:
+        StateError: a state that is damaged, or of a run with other settings; more steps than it had are fine.
+    """
+    output = Path(config.output)
+    if not config.resume or not any((output / name).exists() for name in (STATE, PREVIOUS)):
+        return None
+    state = load_state(output, say)
+    _require_same_course(output / STATE, state, course(config, num_steps))
+    require_same_settings(config.model_dump(mode="json"), state.twa.config.model_dump(mode="json"))
+    return state
+
+
+def forget_state(output: Path) -> None:
+    """Remove the states of another run; a later start that resumes must not take them for ours."""
+    for name in (PREVIOUS, STATE):
+        (output / name).unlink(missing_ok=True)
+
+
+def finished_summary(config: RunConfig, num_steps: int, state: RunState) -> dict[str, Any] | None:
+    """Return the summary of a run that has finished: its results are there, and nothing asks for more.
+
+    What is missing, or asked for anew with more steps or other candidates, is for the run itself to find.
+    """
+    if not state.finished or state.step != num_steps or not _same_candidates(config, state):
+        return None
+    output = Path(config.output)
+    if not (output / AVERAGE).is_dir():
+        return None
+    try:
+        summary = json.loads((output / SUMMARY).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return summary if isinstance(summary, dict) and summary.get("steps") == state.step else None
+
+
+def _require_same_course(path: Path, state: RunState, now: dict[str, Any]) -> None:
+    for key, value in now.items():
+        saved = state.course.get(key)
+        if key == "steps":
+            if not isinstance(saved, int) or value < saved:
+                raise StateError(
+                    f"{path}: steps was {saved!r} when it was saved, and is {value!r} now (of `steps` or `epochs`): "
+                    "they can be raised, not lowered. Give at least as many, another output, or resume=false."
+                )
+        elif saved != value:
+            raise StateError(
+                f"{path}: {key} was {saved!r} when it was saved, and is {value!r} now; the "
+                "course of the run would change. Give the same, another output, or resume=false."
+            )
+
+
+def _same_candidates(config: RunConfig, state: RunState) -> bool:
+    """Whether the candidates are where they were, or have been removed as a whole since the run has finished."""
+    try:
+        sources = find_sources(config.candidates, minimum=1, tell=lambda _: None)
+    except CandidateError:
+        return not any(Path(path).exists() for path in state.candidates)
+    return [str(Path(str(source)).resolve()) for source in sources] == state.candidates

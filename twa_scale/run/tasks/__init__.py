@@ -1,0 +1,6 @@
+"""What `twa-scale run` trains on: a model, its data and its loss, as one object."""
+
+from twa_scale.run.tasks.build import build_task
+from twa_scale.run.tasks.task import SPLITS, Batch, Examples, Metrics, Task, stack
+
+__all__ = ["SPLITS", "Batch", "Examples", "Metrics", "Task", "build_task", "stack"]

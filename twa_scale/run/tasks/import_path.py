@@ -1,0 +1,52 @@
+"""A user's own functions, by import path."""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from twa_scale.base.names import nearest
+from twa_scale.errors import ConfigError
+
+
+def import_function(path: str, key: str) -> Callable[..., Any]:
+    """Return what `package.module:function` names. Errors of the module's own code are left as they are.
+
+    Args:
+        path: The import path.
+        key: Setting to name in messages.
+
+    Raises:
+        ConfigError: a malformed path, a module that cannot be found, or no such function in it.
+    """
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{key}: {path!r} is no import path. Write package.module:function.")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        fix = f"Install it, or put its folder on PYTHONPATH ({path!r} is imported as it stands)."
+        raise ConfigError(f"{key}: there is no module {error.name!r}. {fix}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise ConfigError(f"{key}: the module {module_name!r} has no function {name!r}{nearest(name, public) or '.'}")
+    return function  # type: ignore[no-any-return]
+
+
+def call(function: Callable[..., Any], options: dict[str, Any], key: str, path: str) -> Any:
+    """Return function(**options).
+
+    Raises:
+        ConfigError: options that the function does not take, or lacks.
+    """
+    signature = inspect.signature(function)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        valid = [p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        wrong = next((name for name in options if name not in valid), "")
+        hint = (nearest(wrong, valid) if wrong else "") or "."
+        known = f"It takes {', '.join(valid)}." if valid else "It takes none."
+        raise ConfigError(f"{key}: {path!r} cannot be called with these options: {error}{hint} {known}") from error
+    return function(**options)

@@ -1,0 +1,1 @@
+"""The commands that train nothing: planning, measuring, inspecting, launching."""

@@ -1,0 +1,6 @@
+"""What projecting, combining, reading and writing cost on this machine; and by that a step of a planned run."""
+
+from twa_scale.tools.bench.bench_tables import bench_json, bench_table
+from twa_scale.tools.bench.planned import Work, forecast, planned_work
+
+__all__ = ["Work", "bench_json", "bench_table", "forecast", "planned_work"]

@@ -1,0 +1,68 @@
+"""What projecting and combining are held against: memory, AdamW, the published form; and the rest of an update."""
+
+from collections.abc import Iterator
+
+import torch
+
+from twa_scale.ranks import Group
+from twa_scale.tools.bench.timing import Measured, measure
+
+MEMORY = 1 << 31
+"""Bytes of the memory that is read and copied, at most."""
+
+
+def coefficient_optimizer(n: int, groups: int, device: torch.device) -> torch.optim.Optimizer:
+    """Return AdamW on coefficients (G, n) that have a gradient."""
+    x = torch.nn.Parameter(torch.zeros(groups, n, device=device))
+    x.grad = torch.zeros_like(x)
+    return torch.optim.AdamW([x], lr=1e-3)
+
+
+def memory_rates(elements: int, device: torch.device) -> list[Measured]:
+    """Return reading and copying so many float32, or as many as `MEMORY` holds."""
+    data = torch.ones(min(elements, MEMORY // 4), device=device)
+    first, second = data.chunk(2) if len(data) % 2 == 0 else data[1:].chunk(2)
+    return [
+        measure("read", data.sum, data.nbytes, device),
+        measure("copy", lambda: first.copy_(second), 2 * first.nbytes, device),
+    ]
+
+
+def reduction(n: int, groups: int, device: torch.device) -> Measured:
+    """Return the sum of the coefficient gradients over the ranks that take part."""
+    group, products = Group.world(), torch.zeros(groups, n + 1, dtype=torch.float64, device=device)
+    return measure(f"reduction over {group.size} ranks", lambda: group.sum_(products), products.nbytes, device)
+
+
+def adamw(weights: torch.Tensor, gradient: torch.Tensor) -> Measured:
+    """Return the step of AdamW on all weights, as a run without averaging takes it."""
+    parameter = torch.nn.Parameter(weights.clone())
+    parameter.grad = gradient
+    optimizer = torch.optim.AdamW([parameter], lr=1e-9, fused=True)
+    optimizer.step()
+    return measure("AdamW(fused=True)", optimizer.step, 7 * weights.nbytes, weights.device)
+
+
+def published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
+    """The journal branch's form: uint8 codes, one scale and zero point a row, everything made element by element.
+
+    On a part of the elements, since it holds n of them in float32; the time is that of all.
+    """
+    part = gradient[: 1 << 20]
+    times = len(gradient) / len(part)
+    codes = torch.randint(256, (n, len(part)), dtype=torch.uint8, device=gradient.device)
+    scale, zero, u = (
+        torch.rand(n, 1, device=gradient.device),
+        torch.rand(n, device=gradient.device),
+        torch.rand(n, 1, device=gradient.device),
+    )
+
+    def project() -> torch.Tensor:
+        return (codes * (scale * part)).sum(1) + zero * part.sum()
+
+    def combine() -> torch.Tensor:
+        return (codes * (scale * u)).sum(0) + (zero[:, None] * u).sum()
+
+    for what, function in (("published project", project), ("published combine", combine)):
+        small = measure(what, function, codes.nbytes + part.nbytes, gradient.device)
+        yield Measured(what, small.seconds * times, small.nbytes * times)

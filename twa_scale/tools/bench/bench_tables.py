@@ -1,0 +1,52 @@
+"""What `bench` prints: a table for people, JSON for machines."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.table import Table
+
+from twa_scale.tools.bench.planned import Forecast
+from twa_scale.tools.bench.stores import Bench
+from twa_scale.tools.bench.timing import Measured
+from twa_scale.tools.planning.plan_tables import human_bytes
+
+
+def bench_json(bench: Bench, files: Sequence[Measured] = (), expected: Forecast | None = None) -> str:
+    """Return what was measured as JSON: seconds, bytes, and bytes per second; and a planned run's step."""
+
+    def plain(rows: Sequence[Measured]) -> list[dict[str, object]]:
+        return [{**asdict(row), "rate": row.rate} for row in rows]
+
+    stores = {name: plain(rows) for name, rows in bench.stores.items()}
+    lists = {"memory": plain(bench.memory), "stores": stores, "others": plain(bench.others), "streaming": plain(files)}
+    found = {**asdict(bench), **lists, "read": bench.read}
+    if expected:
+        steps = {name: plain(rows) for name, rows in expected.stores.items()}
+        found["run"] = {**asdict(expected), "stores": steps}
+    return json.dumps(found, indent=2)
+
+
+def bench_table(bench: Bench, files: Sequence[Measured] = (), expected: Forecast | None = None) -> Table:
+    """Return one row for each thing that was measured; shares are of the best rate of reading."""
+    title = f"{bench.elements:,} elements, {bench.candidates} candidates, {bench.device}, {bench.threads} threads"
+    caption = "best of several; bytes: each that has to move, counted once"
+    sections = {"memory": bench.memory, **bench.stores, "beside": bench.others, "files": files}
+    if expected:
+        sections |= {f"a step, {name}": rows for name, rows in expected.stores.items()}
+        caption += f"\na step: what the run adds to forward and backward, {expected.elements:,} elements of a rank"
+        if expected.measured < expected.elements:
+            caption += f", project and combine scaled up from {expected.measured:,}"
+        if files:
+            caption += "; attach: at the speed of the files above, which are in the page cache"
+        caption += "; a lower bound, since a run finds its caches cold"
+    table = Table(title=title, caption=caption)
+    for column in ("", "", "ms", "moved", "GB/s", "of read"):
+        table.add_column(column, justify="right" if column else "left")
+    for section, rows in sections.items():
+        for i, row in enumerate(rows):
+            share = f"{row.rate / bench.read:.0%}"
+            cells = (f"{1e3 * row.seconds:.3f}", human_bytes(row.nbytes), f"{row.rate / 1e9:.1f}", share)
+            table.add_row(section if i == 0 else "", row.what, *cells)
+        table.add_section()
+    return table

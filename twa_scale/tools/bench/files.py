@@ -1,0 +1,152 @@
+"""What reading candidates into a store and writing weights cost on this machine, against plain reads and copies."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+
+from twa_scale.average.basis import Gram, needs_norms_only
+from twa_scale.base.spans import whole
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.mapped import mapped
+from twa_scale.candidates.streaming import Stream
+from twa_scale.config import TwaConfig, validated
+from twa_scale.merge import merge
+from twa_scale.output import TensorSpec, writing
+from twa_scale.ranks import Group
+from twa_scale.store import make_store
+from twa_scale.tools.bench.timing import Measured
+
+_TIMES = 5
+_EXPORT_BYTES = 1_050_000_000
+_BUFFER = 128 << 10  # bytes; what `cat` reads at a time
+
+
+class Case(NamedTuple):
+    """Something to be timed."""
+
+    what: str
+    function: Callable[[], None]
+    nbytes: float
+
+
+def run_streaming(
+    stores: Sequence[str], elements: int, candidates: int, kernels: str, device: torch.device, directory: Path
+) -> list[Measured]:
+    """Write candidates of bfloat16 into a folder that goes away, and measure; they are in the page cache when read.
+
+    Each rank has files of its own. Bytes are those of the files. What is copied or exported has the size of as many
+    candidates as a gigabyte holds, a file each when they are copied; a merge reads all of them, and writes one.
+
+    Args:
+        stores: names, as in the configuration.
+        elements: of a candidate.
+        candidates: n.
+        kernels: as in the configuration.
+        device: where the stores lie.
+        directory: on the disk that is meant.
+    """
+    with TemporaryDirectory(prefix=".bench-", dir=directory) as temporary:
+        paths, out = _write(Path(temporary), elements, candidates), Path(temporary) / "out"
+        nbytes = sum(path.stat().st_size for path in paths)
+        found = [_best(Case("plain read", lambda: _read(paths), nbytes))]
+        for name in stores:
+            config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
+            attach = lambda config=config: _attach(paths, config, device)  # noqa: E731
+            found.append(_best(Case(f"attach, {name}", attach, nbytes)))
+        some = paths[: max(1, _EXPORT_BYTES // paths[0].stat().st_size)]
+        weights = torch.randn(elements * len(some), device=device)
+        written, merged = nbytes * len(some) / len(paths), nbytes * (1 + 1 / len(paths))
+        cases = [
+            Case("copy", lambda: _copy(some, out, sync=False), written),
+            Case("copy and sync", lambda: _copy(some, out, sync=True), written),
+            Case("export and sync", lambda: _export(weights, out), written),
+            Case("read all, copy one and sync", lambda: _read_and_copy(paths, out), merged),
+            Case("merge and sync", lambda: _merge(paths, out), merged),
+        ]
+        found += _in_turn(cases, out)
+    return found
+
+
+def _write(folder: Path, elements: int, n: int) -> list[Path]:
+    base = torch.randn(elements)
+    for i in range(n):
+        _export(base + 1e-3 * torch.randn(elements), folder / str(i))
+    return [folder / str(i) / "model.safetensors" for i in range(n)]
+
+
+def _export(weights: torch.Tensor, out: Path) -> None:
+    spec = TensorSpec("w", tuple(weights.shape), torch.bfloat16)
+    with writing(out, [spec], Group.alone()) as writer:
+        writer.write(whole("w", spec.shape), weights)
+
+
+def _copy(sources: Sequence[Path], out: Path, *, sync: bool) -> None:
+    out.mkdir()
+    for i, source in enumerate(sources):
+        target = out / str(i)
+        shutil.copyfile(source, target)
+        if sync:
+            with target.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _read_and_copy(paths: Sequence[Path], out: Path) -> None:
+    _read(paths)
+    _copy(paths[:1], out, sync=True)
+
+
+def _merge(paths: Sequence[Path], out: Path) -> None:
+    opened = open_candidates([str(path) for path in paths], minimum=1)
+    merge(opened, out, lambda _: [1 / len(opened)] * len(opened), Group.alone())
+    for candidate in opened:
+        candidate.close()
+
+
+def _read(paths: Sequence[Path]) -> None:
+    buffer = bytearray(_BUFFER)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _attach(paths: Sequence[Path], config: TwaConfig, device: torch.device) -> None:
+    opened = open_candidates([str(path) for path in paths], minimum=1)
+    n = len(opened)
+    store = make_store(config, n, device, lambda name: [mapped(candidate, name) for candidate in opened])
+    gram = Gram(1, n, device, diagonal=needs_norms_only(config.basis))
+    span = whole("w", opened[0].shape("w"))
+    target = replace(store.reserve(span), products=gram.of(0))
+    Stream(opened, store.kernels).make_deltas({span: target}, [1 / n] * n)
+    gram.values.cpu()
+    store.close()
+    for candidate in opened:
+        candidate.close()
+
+
+def _in_turn(cases: Sequence[Case], out: Path) -> list[Measured]:
+    """Time things that write to `out` one after the other, several times: a busy moment of the disk hits all."""
+    seconds: list[list[float]] = [[] for _ in cases]
+    for _ in range(_TIMES):
+        for case, times in zip(cases, seconds, strict=True):
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            times.append(_time(case.function))
+    return [Measured(case.what, min(times), case.nbytes) for case, times in zip(cases, seconds, strict=True)]
+
+
+def _best(case: Case) -> Measured:
+    return Measured(case.what, min(_time(case.function) for _ in range(_TIMES)), case.nbytes)
+
+
+def _time(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

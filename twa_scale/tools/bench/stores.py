@@ -1,0 +1,153 @@
+"""What project and combine cost on this machine, store by store, against the limit of its memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from twa_scale.base.spans import Span
+from twa_scale.config import TwaConfig, validated
+from twa_scale.errors import ConfigError
+from twa_scale.ranks import Group
+from twa_scale.store import Store, make_store, store_bytes, update_bytes
+from twa_scale.tools.bench.baselines import MEMORY, adamw, coefficient_optimizer, memory_rates, published, reduction
+from twa_scale.tools.bench.timing import Measured, measure
+
+_CHUNK = 1 << 20  # elements of each row that exist in float32 while a store is filled
+_SPAN = 1 << 26  # largest tensor of the bench
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured in one process, one thing after another."""
+
+    device: str
+    threads: int
+    elements: int
+    candidates: int
+    memory: list[Measured]
+    """Reading and copying large memory, before and after everything else."""
+    stores: dict[str, list[Measured]]
+    """By store: project, combine, and a whole update: both, with the reduction and the step of the coefficients."""
+    coefficients: Measured
+    """The step of the optimizer of the coefficients."""
+    others: list[Measured]
+    """The reduction of the coefficient gradients, AdamW on the same weights, and the published form on uint8."""
+
+    @property
+    def read(self) -> float:
+        """The best rate at which this process read large memory."""
+        return max(m.rate for m in self.memory if m.what == "read")
+
+    @property
+    def reduction(self) -> Measured:
+        """The sum of the coefficient gradients over the ranks that took part."""
+        return self.others[0]
+
+
+def run_bench(
+    stores: list[str],
+    elements: int,
+    candidates: int,
+    threads: int | None,
+    kernels: str,
+    device: torch.device,
+    *,
+    groups: int = 1,
+    sizes: Sequence[int] = (),
+) -> Bench:
+    """Measure. The memory of one store at a time is taken.
+
+    Args:
+        stores: names, as in the configuration.
+        elements: trained elements D of this rank.
+        candidates: n.
+        threads: of torch and of the kernels on a CPU; as torch has them when not given.
+        kernels: as in the configuration.
+        device: where everything lies.
+        groups: G of the coefficients.
+        sizes: elements of the tensors that the first `elements` are of, since each has a price; few large ones when
+            not given.
+
+    Raises:
+        ConfigError: an unknown store or kernels.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    gradient, weights = torch.randn(elements, device=device), torch.randn(elements, device=device)
+    memory = memory_rates(elements * candidates, device)
+    measured = {}
+    for name in stores:
+        config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
+        store = make_store(config, candidates, device, _refuse)
+        measured[name] = _store(store, _spans(elements, sizes), candidates, groups, gradient, weights)
+        store.close()
+    others = [reduction(candidates, groups, device), adamw(weights, gradient), *published(candidates, gradient)]
+    memory += memory_rates(elements * candidates, device)
+    x = coefficient_optimizer(candidates, groups, device)
+    coefficients = measure("coefficient step", x.step, 28 * candidates * groups, device)
+    threads = torch.get_num_threads()
+    return Bench(str(device), threads, elements, candidates, memory, measured, coefficients, others)
+
+
+def bench_bytes(stores: Sequence[str], elements: int, candidates: int) -> int:
+    """Return about what `run_bench` takes: weights and gradient, with what is largest of all that comes and goes."""
+    filled = 3 * candidates * 4 * min(_CHUNK, elements)
+    largest = max(store_bytes(store, candidates, [elements]) for store in stores)
+    adamw, read = 12 * elements, min(4 * elements * candidates, MEMORY)
+    return 8 * elements + max(largest + filled, adamw, read)
+
+
+def _refuse(name: str) -> list[torch.Tensor]:
+    raise ConfigError(
+        "bench: store 'mapped' is as fast as the files that it maps, and the bench has none; give others "
+        "(--stores packed8,packed4)."
+    )
+
+
+def _spans(elements: int, sizes: Sequence[int]) -> list[tuple[Span, slice]]:
+    """Return spans, none too large, that together have so many elements, and their places in one long vector."""
+    spans: list[tuple[Span, slice]] = []
+    done = 0
+    for i, size in enumerate(sizes or [elements]):
+        for _, span in Span(str(i), 0, min(size, elements - done)).pieces(_SPAN):
+            spans.append((span, slice(done, done + len(span))))
+            done += len(span)
+    return spans
+
+
+def _store(
+    store: Store,
+    spans: list[tuple[Span, slice]],
+    n: int,
+    groups: int,
+    gradient: torch.Tensor,
+    weights: torch.Tensor,
+) -> list[Measured]:
+    candidates = torch.randn(n, min(_CHUNK, len(gradient)))
+    for span, _ in spans:
+        target = store.reserve(span)
+        for start in range(0, len(span), _CHUNK):
+            store.kernels.make_deltas(candidates[:, : len(span) - start], [1 / n] * n, target, start)
+    optimizer = coefficient_optimizer(n, groups, gradient.device)
+    (x,) = optimizer.param_groups[0]["params"]
+    group = Group.world()
+
+    def project() -> torch.Tensor:
+        return torch.stack([store.project(span, gradient[cut], False) for span, cut in spans]).sum(0)
+
+    def combine() -> None:
+        for span, cut in spans:
+            store.combine(span, x.detach()[0], 1.0, weights[cut])
+
+    def update() -> None:
+        x.grad = group.sum_(project().repeat(groups, 1))[:, :-1].to(torch.float32)
+        optimizer.step()
+        combine()
+
+    moved = update_bytes(store.nbytes, len(gradient))
+    return [
+        measure("project", project, moved["project"], gradient.device),
+        measure("combine", combine, moved["combine"], gradient.device),
+        measure("update", update, sum(moved.values()), gradient.device),
+    ]

@@ -1,0 +1,108 @@
+"""What candidates hold and how they lie to each other, from one streamed pass; and what `inspect` prints of it."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from twa_scale.average.basis import Gram
+from twa_scale.base.spans import share, whole
+from twa_scale.candidates import Wanted, open_together
+from twa_scale.candidates.read_ahead import Progress, job_bytes
+from twa_scale.candidates.streaming import Stream
+from twa_scale.kernels import Target, choose_kernels
+from twa_scale.ranks import Group
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """n candidates. Deltas are those to their mean, over all floating point tensors together."""
+
+    labels: list[str]
+    tensors: list[int]
+    elements: list[int]
+    dtypes: list[str]
+    norms: list[float]
+    """||w_i||."""
+    delta_norms: list[float]
+    """||delta_i||."""
+    cosines: npt.NDArray[np.float64]
+    """(n, n): cosine between delta_i and delta_j; NaN where one is zero."""
+    distances: npt.NDArray[np.float64]
+    """(n, n): ||w_i - w_j||."""
+
+
+def inspect(
+    paths: str | Sequence[str | Path], progress: Progress | None = None, wanted: Wanted | None = None
+) -> Inspection:
+    """Read every byte of the candidates once, in bounded memory. Collective: the ranks of a launcher share the work.
+
+    Raises:
+        CandidateError: candidates that are damaged, not alike, or hold NaN or Inf.
+    """
+    group = Group.world()
+    candidates = open_together(paths if isinstance(paths, str) else list(paths), group, 1, wanted or Wanted())
+    n = len(candidates)
+    names = [name for name in candidates[0].names() if candidates[0].dtype(name).is_floating_point]
+    device = torch.device("cpu")
+    gram = Gram(1, n, device)
+    tensors = [whole(name, candidates[0].shape(name)) for name in names]
+    spans = [tensor.part(*share(len(tensor), group.rank, group.size)) for tensor in tensors]
+    total = job_bytes(candidates, [(span, range(n)) for span in spans])
+    stream = Stream(candidates, choose_kernels("auto", device), total=total, progress=progress)
+    with group.agree():
+        stream.make_deltas({span: Target(products=gram.of(0)) for span in spans}, [1 / n] * n)
+    products = group.sum_(gram.values)[0].numpy()
+    deltas, center = products[:n, :n], products[n]
+    squares = np.diag(deltas)
+    lengths = np.sqrt(squares)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = deltas / lengths[:, None] / lengths[None, :]
+    return Inspection(
+        labels=[candidate.label for candidate in candidates],
+        tensors=[len(candidate.names()) for candidate in candidates],
+        elements=[sum(prod(c.shape(name)) for name in c.names()) for c in candidates],
+        dtypes=[_dtypes(Counter(str(c.dtype(name)).removeprefix("torch.") for name in c.names())) for c in candidates],
+        norms=np.sqrt(squares + 2 * center[:n] + center[n]).tolist(),
+        delta_norms=lengths.tolist(),
+        cosines=cosines,
+        distances=np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * deltas, 0)),
+    )
+
+
+def _dtypes(counts: Counter[str]) -> str:
+    return ", ".join(name for name, _ in counts.most_common())
+
+
+def inspection_json(found: Inspection) -> str:
+    """Return what was found as JSON; a cosine with a delta of zero norm is null."""
+    plain = asdict(found)
+    cosines = [[None if value != value else value for value in row] for row in found.cosines.tolist()]
+    return json.dumps({**plain, "cosines": cosines, "distances": found.distances.tolist()}, indent=2)
+
+
+def inspection_table(found: Inspection) -> Table:
+    """Return one row for each candidate."""
+    table = Table(caption="delta: to the mean of these candidates; cosine: of a delta and the one above")
+    table.add_column("candidate", overflow="fold")
+    for column in ("tensors", "elements", "dtype", "norm", "delta", "cosine"):
+        table.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=column != "dtype")
+    for i, label in enumerate(found.labels):
+        table.add_row(
+            escape(Path(label).name),
+            f"{found.tensors[i]:,}",
+            f"{found.elements[i]:,}",
+            found.dtypes[i],
+            f"{found.norms[i]:.4g}",
+            f"{found.delta_norms[i]:.4g}",
+            f"{found.cosines[i, i - 1]:+.3f}" if i else "",
+        )
+    return table

@@ -1,0 +1,123 @@
+"""The command that starts `twa-scale run` on many ranks, as the scripts in launch/ have it."""
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from twa_scale.errors import ConfigError
+
+Launcher = Literal["torchrun", "deepspeed", "slurm", "mpi"]
+_PACKAGE = Path(__file__).parents[1]
+_SCRIPTS = (_PACKAGE / "launch_scripts", _PACKAGE.parent / "launch")  # installed; in the sources
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to run, and on how many ranks."""
+
+    config: str
+    overrides: list[str] = field(default_factory=list)
+    nodes: int = 1
+    ranks_per_node: int = 1
+    host_file: str | None = None
+    rdzv_endpoint: str | None = None
+
+    def command(self, launcher: Launcher) -> list[str]:
+        """Return the words of the command line.
+
+        Raises:
+            ConfigError: options that this launcher does not have, or several nodes without a way to find them.
+        """
+        if self.host_file and launcher not in ("deepspeed", "mpi"):
+            raise ConfigError(f"--host-file is for deepspeed and mpi; {launcher} has no use for it.")
+        if self.rdzv_endpoint and launcher != "torchrun":
+            raise ConfigError(f"--rdzv-endpoint is for torchrun; {launcher} has no use for it.")
+        match launcher:
+            case "torchrun":
+                return self._torchrun()
+            case "deepspeed":
+                return self._deepspeed()
+            case "mpi":
+                return self._mpi()
+            case "slurm":
+                return self._slurm()
+
+    @property
+    def _run(self) -> list[str]:
+        return ["twa_scale", "run", self.config, *self.overrides]
+
+    def _torchrun(self) -> list[str]:
+        nodes = ["--standalone"]
+        if self.nodes > 1:
+            if not self.rdzv_endpoint:
+                raise ConfigError(
+                    f"torchrun on {self.nodes} nodes is started on each of them, and they have to meet: add "
+                    "--rdzv-endpoint HOST:PORT, the same everywhere, HOST being one of them. slurm and mpi need none."
+                )
+            name = self.rdzv_endpoint
+            nodes = [f"--nnodes={self.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={name}", f"--rdzv-id={name}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        return [*torchrun, *nodes, f"--nproc-per-node={self.ranks_per_node}", "-m", *self._run]
+
+    def _deepspeed(self) -> list[str]:
+        nodes = []
+        if self.nodes > 1:
+            if not self.host_file:
+                raise ConfigError(
+                    f"deepspeed on {self.nodes} nodes starts ranks over ssh: add --host-file FILE with a line "
+                    "`HOST slots=N` for each node."
+                )
+            nodes = [f"--hostfile={self.host_file}", f"--num_nodes={self.nodes}"]
+        # DeepSpeed's own default is one port for all jobs of a host.
+        ranks = [f"--num_gpus={self.ranks_per_node}", f"--master_port={_free_port()}"]
+        deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        return [*deepspeed, *nodes, *ranks, "--no_local_rank", "--module", *self._run]
+
+    def _mpi(self) -> list[str]:
+        hosts = ["--hostfile", self.host_file] if self.host_file else []
+        ranks = ["-n", str(self.nodes * self.ranks_per_node)]
+        if self.nodes > 1:
+            ranks += ["--map-by", f"ppr:{self.ranks_per_node}:node"]
+        # Bound to one core each, the threads of a rank would share it; unbound, all ranks would use all cores.
+        threads = ["--bind-to", "none", "-x", f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '1')}"]
+        return [_place("mpirun"), *ranks, *hosts, *threads, sys.executable, "-m", *self._run]
+
+    def _slurm(self) -> list[str]:
+        script = next(place for place in _SCRIPTS if place.is_dir()) / "slurm.sbatch"
+        ranks = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}"]
+        python = f"--export=ALL,PYTHON={sys.executable}"  # that of the submitting shell need not have twa_scale
+        return [_place("sbatch"), *ranks, python, str(script), self.config, *self.overrides]
+
+
+def execute(command: list[str]) -> NoReturn:
+    """Become the command: signals and the exit code are its own.
+
+    Raises:
+        ConfigError: it is not installed here.
+    """
+    if shutil.which(command[0]) is None:
+        packages = {"mpirun": "Open MPI (Debian: openmpi-bin)", "sbatch": "SLURM (Debian: slurm-client)"}
+        raise ConfigError(f"{command[0]} is not installed: it comes with {packages[command[0]]}.")
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def shown(command: list[str]) -> str:
+    """Return the command as one line that a shell takes."""
+    return shlex.join(command)
+
+
+def _place(program: str) -> str:
+    """Return where a program is, or its name where it is not installed: the command may be meant for another host."""
+    return shutil.which(program) or program
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,81 @@
+"""What autograd keeps of a forward pass, found without memory."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from twa_scale.config import RunConfig
+from twa_scale.run.model import blocks_of
+from twa_scale.run.tasks import Batch, Task, build_task
+
+
+def activation_bytes(
+    task: Task, model: nn.Module, config: RunConfig, batch: Batch
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the bytes that activations take in backward, by what they are, and notes where it cannot be said."""
+    scale = 0.5 if config.precision == "bfloat16" else 1.0
+    batch = {key: value.to("meta") for key, value in batch.items()}
+    try:
+        kept, passing = _kept(task, model, batch)
+        found = {"activations": int(scale * (kept + passing))}
+        if config.task.options.get("recompute_activations"):
+            task = build_task(config.task.model_copy(update={"recompute_activations": False}))
+            with torch.device("meta"):
+                model = task.model().to(torch.float32)
+            of_blocks = _kept(task, model, batch)[0] - kept
+            found["activations of the block computed again"] = int(scale * of_blocks / max(1, len(blocks_of(model))))
+    except Exception as error:
+        return {}, (f"activations are not counted: the model does not run without memory ({type(error).__name__})",)
+    return found, ()
+
+
+def _kept(task: Task, model: nn.Module, batch: Batch) -> tuple[int, int]:
+    """Return the bytes that autograd keeps for backward, and those of two gradients as large as the largest kept."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata  # views of one memory, as transposed weights are, count once
+        if storage not in own:
+            kept[storage] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _WithoutMemory():
+        task.loss(model, batch)
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    return sum(sizes), 2 * max(sizes, default=0)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Makes a model do without memory what it does with it.
+
+    It says yes where the model looks at values that are not there: "is nothing masked", "is it one sequence". And
+    attention keeps no scores, as fused kernels do not, which torch has for all devices but this one.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.Tensor.__bool__ and args[0].is_meta:
+            return True
+        if function is scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what fused attention keeps, but for one number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out

@@ -1,0 +1,170 @@
+"""What a run will need, before anything starts: memory of a rank, bytes read, bytes on the wire of a step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from twa_scale.average.layout import Layout, alias_jobs, match, wanted_of
+from twa_scale.average.optimizer import make_optimizer
+from twa_scale.base.process_memory import resident
+from twa_scale.base.spans import Span
+from twa_scale.candidates import Candidate, open_candidates
+from twa_scale.candidates.mapped import mapped
+from twa_scale.candidates.read_ahead import Job, job_bytes
+from twa_scale.candidates.streaming import scratch_bytes
+from twa_scale.config import RunConfig
+from twa_scale.engines import ParameterInfo
+from twa_scale.engines.complex_weights import described, real
+from twa_scale.engines.parameters import named_parameters, persistent_buffers
+from twa_scale.errors import ConfigError
+from twa_scale.kernels import Dense, choose_kernels
+from twa_scale.ranks import World
+from twa_scale.run.batches import make_batches
+from twa_scale.run.deepspeed import load_stages
+from twa_scale.run.model import ZERO_ENGINES, resolve_engine
+from twa_scale.run.tasks import build_task, stack
+from twa_scale.store import staging_bytes, store_bytes
+from twa_scale.tools.planning.activations import activation_bytes
+from twa_scale.tools.planning.rank_memory import ELEMENT, compute_bytes, owned_elements, partitions, transient
+from twa_scale.tools.planning.wire import all_reduced, wire_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of a run. Memory is that of the rank that holds most, in bytes."""
+
+    ranks: int
+    device: str
+    """`cpu` or `cuda`."""
+    store: str
+    num_candidates: int
+    num_groups: int
+    trained_elements: int
+    local_sizes: dict[str, int]
+    """Trained elements of each tensor on a rank."""
+    mapped_bytes: int | None
+    """Of the candidates, what store `mapped` reads on a rank in each step; None where it cannot be had."""
+    memory: dict[str, int]
+    """What is there from attach to the end."""
+    attach: dict[str, int]
+    """What comes on top while candidates are read."""
+    step: dict[str, int]
+    """What comes on top while a step is taken."""
+    host: dict[str, int]
+    """What lies in host memory although the run is on GPUs, with `store_device: cpu`; not part of the peak."""
+    bytes_read: int
+    """Of the candidates, on the rank that reads most."""
+    wire: dict[str, int]
+    """Bytes that a rank sends inside its pod in a step, by what they are."""
+    wire_between_pods: dict[str, int]
+    """Bytes that the first rank of a pod sends to other pods in a step, by what they are."""
+    notes: tuple[str, ...]
+
+    @property
+    def local_elements(self) -> int:
+        """Trained elements of a rank."""
+        return sum(self.local_sizes.values())
+
+    @property
+    def peak(self) -> int:
+        """Peak of resident memory of a rank."""
+        return sum(self.memory.values()) + max(sum(self.attach.values()), sum(self.step.values()))
+
+
+def make_plan(config: RunConfig, ranks: int) -> Plan:
+    """Work out the needs of `config` on `ranks` ranks.
+
+    Reads the headers of the candidates and builds the model without memory, so that it finds what does not fit
+    together, too.
+
+    Raises:
+        TwaError: whatever `run` would raise before it reads the candidates.
+    """
+    row = Dense.one(torch.ones(1))
+    # These load compilers, which take memory: that of the kernels, and torch's with its first optimizer.
+    choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)
+    make_optimizer(config, nn.Parameter(torch.zeros(1)))
+    if config.engine in ZERO_ENGINES:
+        load_stages()
+    engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0), config.pods)
+    shards = ranks // config.pods
+    task = build_task(config.task)
+    examples = task.dataset(config.split)
+    micro = make_batches(
+        examples, config.split, config.batch_size, config.micro_batch_size, 0, ranks, config.seed
+    ).micro_batch_size
+    with torch.device("meta"):
+        model = task.model().to(torch.float32)
+    runtime = resident()  # with what the task imports, and data that it holds in memory
+    _, parameters = named_parameters(model)
+    parameters = described(parameters)
+    buffers = {name: real(buffer) for name, buffer in persistent_buffers(model).items()}
+    candidates = open_candidates(config.candidates, wanted=wanted_of(parameters, buffers, config, model))
+    layout = match(parameters, buffers, candidates, config)
+    activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
+    n = len(candidates)
+    owned = {name: owned_elements(info, shards, engine) for name, info in parameters.items()}
+    held = (
+        sum(owned.values()) if engine in ("fsdp2", "zero3") else sum(prod(info.shape) for info in parameters.values())
+    )
+    local = {name: owned[name] for name in layout.group_of}
+    device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    elements = sum(prod(parameters[name].shape) for name in layout.group_of)
+    itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in owned for candidate in candidates)
+    streaming = {"streaming": scratch_bytes(n, max(owned.values()), itemsize, config.read_chunk)}
+    store = {f"store ({config.store})": store_bytes(config.store, n, local.values())}
+    offloaded = device == "cuda" and config.store_device == "cpu"
+    beside = {"buffers of the store": staging_bytes(config.store, n, local.values())} if offloaded else store
+    numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
+    return Plan(
+        ranks=ranks,
+        device=device,
+        store=config.store,
+        num_candidates=n,
+        num_groups=len(layout.groups),
+        trained_elements=elements,
+        local_sizes=local,
+        mapped_bytes=_mapped_bytes(candidates, layout, local) if device == "cpu" else None,
+        memory={
+            "python and libraries": runtime,
+            "weights": held * compute_bytes(config) if engine in ZERO_ENGINES else held * ELEMENT,
+            **partitions(sum(owned.values()), engine, config),
+            "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
+            **beside,
+        },
+        attach={} if offloaded else streaming,
+        step={**activations, **transient(model, parameters, engine, config)},
+        host={**store, **streaming} if offloaded else {},
+        bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, owned, candidates)),
+        wire=wire_bytes(model, parameters, shards, engine, config, numbers),
+        wire_between_pods={name: all_reduced(size, config.pods) for name, size in numbers.items() if config.pods > 1},
+        notes=notes,
+    )
+
+
+def _jobs(
+    parameters: dict[str, ParameterInfo],
+    buffers: dict[str, torch.Tensor],
+    layout: Layout,
+    owned: dict[str, int],
+    candidates: Sequence[Candidate],
+) -> Iterator[Job]:
+    """Yield what attach reads on the first rank, which takes the buffers."""
+    found = {**owned, **{name: buffers[name].numel() for name in layout.buffers}}
+    for name, size in found.items():
+        yield Span(layout.source(name), 0, size), range(len(candidates))
+    yield from alias_jobs([Span(name, 0, size) for name, size in owned.items()], layout, candidates)
+
+
+def _mapped_bytes(candidates: Sequence[Candidate], layout: Layout, local: dict[str, int]) -> int | None:
+    try:
+        for name in local:
+            for candidate in candidates:
+                mapped(candidate, layout.source(name))
+    except ConfigError:
+        return None
+    everyone = range(len(candidates))
+    return job_bytes(candidates, ((Span(layout.source(name), 0, size), everyone) for name, size in local.items()))

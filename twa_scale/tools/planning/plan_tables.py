@@ -1,0 +1,81 @@
+"""What `plan` prints: tables for people, JSON for machines."""
+
+import json
+from dataclasses import asdict
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from twa_scale.tools.planning.choices import Choices
+from twa_scale.tools.planning.plan import Plan
+
+
+def human_bytes(nbytes: float) -> str:
+    """Return 1234567 as "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def plan_json(plan: Plan, choices: Choices) -> str:
+    """Return the plan, its peak and the stores as JSON; sizes in bytes."""
+    stores = {**asdict(choices), "most_exact": choices.most_exact, "verdict": choices.verdict}
+    return json.dumps({**asdict(plan), "peak": plan.peak, "stores": stores}, indent=2)
+
+
+def plan_tables(plan: Plan, choices: Choices) -> Group:
+    """Return the plan, the stores in its place, and which of them fits."""
+    verdict = Text(choices.verdict, "" if choices.own.fits else "bold red")
+    return Group(_plan_table(plan), _stores_table(choices), verdict)
+
+
+def _stores_table(choices: Choices) -> Table:
+    caption = f"memory of a rank: {human_bytes(choices.memory)}, {_source(choices.assumed, '--memory')}"
+    if choices.own.host:
+        source = _source(choices.host_assumed, "--host-memory")
+        caption += f"; host memory of a rank: {human_bytes(choices.host_memory)}, {source}"
+    table = Table(title="stores, per rank", caption=caption)
+    for column in ("store", "bytes", "peak", "moved in a step", "fits"):
+        table.add_column(column, justify="left" if column in ("store", "fits") else "right")
+    for choice in choices.stores:
+        own = choice.store == choices.configured
+        fits = f"no: {choice.obstacle}" if choice.obstacle else "yes" if choice.fits else "no"
+        if choice.page_cache:
+            fits += f", with {human_bytes(choice.page_cache)} of page cache"
+        if choice.host:
+            fits += f", with {human_bytes(choice.host)} of host memory"
+        sizes = (human_bytes(size) for size in (choice.nbytes, choice.peak, sum(choice.moved.values())))
+        table.add_row(choice.store + (", configured" if own else ""), *sizes, fits, style="bold" if own else "")
+    return table
+
+
+def _source(assumed: str, option: str) -> str:
+    return f"assumed: {assumed}; {option} says otherwise" if assumed else "as given"
+
+
+def _plan_table(plan: Plan) -> Table:
+    title = (
+        f"{plan.num_candidates} candidates, {plan.trained_elements:,} trained elements in {plan.num_groups} groups, "
+        f"{plan.ranks} {'rank' if plan.ranks == 1 else 'ranks'}"
+    )
+    table = Table(title=title, caption="; ".join(plan.notes) or None)
+    for column in ("", "per rank", "bytes"):
+        table.add_column(column, justify="right" if column == "bytes" else "left")
+    sections = {
+        "memory, always": plan.memory,
+        "memory, while reading candidates": plan.attach,
+        "memory, during a step": plan.step,
+        "peak memory": {"": plan.peak},
+        "host memory": plan.host,
+        "read from the candidates": {"": plan.bytes_read},
+        "sent in a step": plan.wire,
+        "sent to other pods in a step": plan.wire_between_pods,
+    }
+    for section, rows in sections.items():
+        for i, (name, nbytes) in enumerate(rows.items()):
+            table.add_row(section if i == 0 else "", name, human_bytes(nbytes))
+        table.add_section()
+    return table
