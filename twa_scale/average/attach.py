@@ -15,6 +15,7 @@ from twa_scale.average.basis import Basis, make_basis
 from twa_scale.average.layout import Layout, match, require_same_kinds, wanted_of
 from twa_scale.average.load_candidates import Filled, fill, fingerprint, write_rest
 from twa_scale.average.optimizer import check_optimizer, check_settings
+from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate, Wanted, open_together
 from twa_scale.candidates.buffers import copied_notice
@@ -28,6 +29,7 @@ from twa_scale.candidates.rounding import Rounding, choose_coding
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.complex_weights import complex_in_model
+from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting
 from twa_scale.engines.mistakes import require_device, require_memory, wrapper_beside
 from twa_scale.errors import CandidateError, ConfigError
 from twa_scale.kernels import Coding
@@ -73,16 +75,17 @@ def attach(
         engine.check()
         candidates, config = _given(engine, candidates, config)
         _check(config, engine, pods)
+        adapter = live_adapter(engine.module)
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
     with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
-        opened = open_together(candidates, pods, wanted=_wanted(engine, config))
+        opened = open_together(candidates, pods, wanted=_wanted(engine, config, adapter))
         for candidate in opened:
             undo.callback(candidate.close)
         with pods.agree():
             carried = carry(opened, files=pods.rank == 0, code=config.carry_code)
-            layout = _matched(engine, opened, config)
+            layout = _matched(engine, opened, config, adapter)
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
         sources = [layout.source(name) for name in layout.group_of]
@@ -139,18 +142,20 @@ def _check(config: TwaConfig, engine: Engine, pods: Pods) -> None:
         engine.units()  # may refuse
 
 
-def _wanted(engine: Engine, config: TwaConfig) -> Wanted:
-    return wanted_of(engine.parameters, engine.buffers(), config, engine.module)
+def _wanted(engine: Engine, config: TwaConfig, adapter: LiveAdapter | None) -> Wanted:
+    return wanted_of(engine.parameters, engine.buffers(), config, engine.module, adapter)
 
 
-def _matched(engine: Engine, candidates: Sequence[Candidate], config: TwaConfig) -> Layout:
+def _matched(engine: Engine, candidates: Sequence[Candidate], config: TwaConfig, adapter: LiveAdapter | None) -> Layout:
     """Find the tensors of the model in the candidates.
 
     Raises:
         CandidateError, ConfigError: as `match` and `require_same_kinds` do.
     """
     first, buffers = candidates[0], engine.buffers()
-    layout = match(engine.parameters, buffers, candidates, config)
+    if adapter:
+        require_fitting(adapter, candidates)
+    layout = match(engine.parameters, buffers, candidates, config, adapter)
     types = {name: buffer.dtype for name, buffer in buffers.items()}
     types |= {name: info.dtype for name, info in engine.parameters.items()}
     require_same_kinds(layout, types, complex_in_model(engine), first, complex_in_files(first))
@@ -182,6 +187,11 @@ def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, fill
         if pods.rank != 0:
             return
         _warn_of_equals(layout, found)
+        if layout.kept:
+            notice(
+                f"{len(layout.kept)} tensors of the model ({some(layout.kept, 2)}) are in no candidate, and keep the "
+                "value that the model has (`missing`)."
+            )
         if wrapper := wrapper_beside(engine):
             notice(
                 f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "
