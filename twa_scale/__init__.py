@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from twa_scale.config import RunConfig, TwaConfig
     from twa_scale.engines.zero import stateless_optimizer
     from twa_scale.output.snapshots import Snapshots
+    from twa_scale.running import RunningAverages
 
 __all__ = [
     "CandidateError",
@@ -21,6 +22,7 @@ __all__ = [
     "OutputError",
     "RankError",
     "RunConfig",
+    "RunningAverages",
     "Snapshots",
     "StateError",
     "TrainableAverage",
@@ -35,6 +37,7 @@ __all__ = [
 # Imported on first use: torch takes seconds, which `twa-scale --help` does not need.
 _MODULES = {
     "RunConfig": "twa_scale.config",
+    "RunningAverages": "twa_scale.running",
     "Snapshots": "twa_scale.output.snapshots",
     "TrainableAverage": "twa_scale.average.average",
     "TwaConfig": "twa_scale.config",

@@ -25,6 +25,7 @@ ORDER = [
     "output",
     "average",
     "merge",
+    "running",
     "run",
     "tools",
     "cli",

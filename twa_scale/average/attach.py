@@ -10,31 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from twa_scale.average.assemble import assemble
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.basis import Basis, make_basis
 from twa_scale.average.layout import Layout, match, require_same_kinds, wanted_of
-from twa_scale.average.load_candidates import Filled, fill, fingerprint, write_rest
+from twa_scale.average.load_candidates import fill
 from twa_scale.average.optimizer import check_optimizer, check_settings
-from twa_scale.base.names import some
-from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate, Wanted, open_together
-from twa_scale.candidates.buffers import copied_notice
 from twa_scale.candidates.carry_over import carry
 from twa_scale.candidates.complex_tensors import complex_in_files
-from twa_scale.candidates.find import same_files
-from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.mapped import mapped, refuse_overlap
 from twa_scale.candidates.read_ahead import Progress
-from twa_scale.candidates.rounding import Rounding, choose_coding
+from twa_scale.candidates.rounding import choose_coding
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.complex_weights import complex_in_model
-from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting
-from twa_scale.engines.mistakes import require_device, require_memory, wrapper_beside
-from twa_scale.errors import CandidateError, ConfigError
+from twa_scale.engines.mistakes import require_device, require_memory
+from twa_scale.errors import ConfigError
 from twa_scale.kernels import Coding
 from twa_scale.ranks import Pods, Reduction, require_same_settings
-from twa_scale.store import Store, bits_of, make_store
+from twa_scale.store import Store, make_store
 
 Candidates = str | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
 
@@ -74,18 +68,17 @@ def attach(
         require_device(engine)
         engine.check()
         candidates, config = _given(engine, candidates, config)
-        _check(config, engine, pods)
-        adapter = live_adapter(engine.module)
+        require_trainable(config, engine, pods)
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
     with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
-        opened = open_together(candidates, pods, wanted=_wanted(engine, config, adapter))
+        opened = open_together(candidates, pods, wanted=_wanted(engine, config))
         for candidate in opened:
             undo.callback(candidate.close)
         with pods.agree():
             carried = carry(opened, files=pods.rank == 0, code=config.carry_code)
-            layout = _matched(engine, opened, config, adapter)
+            layout = matched(engine, opened, config)
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
         sources = [layout.source(name) for name in layout.group_of]
@@ -94,19 +87,10 @@ def attach(
             store = _store(engine, layout, opened, config, coding)
             undo.callback(store.close)
             filled = fill(engine, layout, opened, weights, config, store, progress)
-        found = fingerprint(engine, layout, opened, filled)
-        found.require_same_in(pods)
-        gram = pods.sum_(filled.gram.mul_(pods.share))  # all pods have the same but for rounding, which would part them
-        rounding = _rounding(config, pods, store, filled.errors, gram)
-        with pods.agree():
-            _require_equal_ties(layout, found)
-        write_rest(engine, layout, filled)
-        _report(engine, pods, layout, found, filled)
-        basis = _basis(pods, config, gram.cpu(), weights)  # small mathematics: a GPU would only wait for it
-        average = TrainableAverage(
-            config, engine, pods, reduction, layout, store, basis, found, opened, carried, rounding
-        )
+        average = assemble(config, engine, pods, reduction, layout, store, filled, opened, carried, weights)
         undo.pop_all()
+    if average.rounding is not None and pods.rank == 0:
+        logging.getLogger("twa_scale").info("%s", average.rounding)
     return average
 
 
@@ -125,7 +109,7 @@ def _given(
     return candidates, validated(TwaConfig, fields if config is None else config)
 
 
-def _check(config: TwaConfig, engine: Engine, pods: Pods) -> None:
+def require_trainable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
     """Refuse what cannot be trained with this engine, before any candidate is opened.
 
     Raises:
@@ -142,20 +126,18 @@ def _check(config: TwaConfig, engine: Engine, pods: Pods) -> None:
         engine.units()  # may refuse
 
 
-def _wanted(engine: Engine, config: TwaConfig, adapter: LiveAdapter | None) -> Wanted:
-    return wanted_of(engine.parameters, engine.buffers(), config, engine.module, adapter)
+def _wanted(engine: Engine, config: TwaConfig) -> Wanted:
+    return wanted_of(engine.parameters, engine.buffers(), config, engine.module)
 
 
-def _matched(engine: Engine, candidates: Sequence[Candidate], config: TwaConfig, adapter: LiveAdapter | None) -> Layout:
+def matched(engine: Engine, candidates: Sequence[Candidate], config: TwaConfig) -> Layout:
     """Find the tensors of the model in the candidates.
 
     Raises:
         CandidateError, ConfigError: as `match` and `require_same_kinds` do.
     """
     first, buffers = candidates[0], engine.buffers()
-    if adapter:
-        require_fitting(adapter, candidates)
-    layout = match(engine.parameters, buffers, candidates, config, adapter)
+    layout = match(engine.parameters, buffers, candidates, config)
     types = {name: buffer.dtype for name, buffer in buffers.items()}
     types |= {name: info.dtype for name, info in engine.parameters.items()}
     require_same_kinds(layout, types, complex_in_model(engine), first, complex_in_files(first))
@@ -178,88 +160,3 @@ def _store(engine: Engine, layout: Layout, candidates: Sequence[Candidate], conf
         lambda name: [mapped(candidate, layout.source(name)) for candidate in candidates],
         coding,
     )
-
-
-def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, filled: Filled) -> None:
-    """Say on one rank what a user may not have meant. Collective: a warning may be an error."""
-    copied = {name: i for differing in engine.shard_group.gather(filled.differing) for name, i in differing.items()}
-    with pods.agree():
-        if pods.rank != 0:
-            return
-        _warn_of_equals(layout, found)
-        if layout.kept:
-            notice(
-                f"{len(layout.kept)} tensors of the model ({some(layout.kept, 2)}) are in no candidate, and keep the "
-                "value that the model has (`missing`)."
-            )
-        if wrapper := wrapper_beside(engine):
-            notice(
-                f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "
-                f"the wrapper's own averaging of gradients is wasted. Attach to the {wrapper}."
-            )
-        if copied:
-            notice(copied_notice(copied, found.labels))
-
-
-def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:
-    """Refuse candidates that hold different values under the names of one tied tensor of the model.
-
-    Raises:
-        CandidateError: naming the first candidate and both tensors.
-    """
-    sums = dict(zip(fingerprint.shapes, fingerprint.checksums.T.tolist(), strict=True))
-    for source, *aliases in layout.held_as.values():
-        for alias in aliases:
-            for label, first, second in zip(fingerprint.labels, sums[source], sums[alias], strict=True):
-                if first != second:
-                    raise CandidateError(
-                        f"{label}: tensors {source!r} and {alias!r} hold different values, but the model ties them: "
-                        "they are one parameter, which can have one value only. Untie them in the model, or name the "
-                        "one that is not meant in `ignore`."
-                    )
-
-
-def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
-    for first, second in fingerprint.equals({layout.source(name) for name in layout.group_of}):
-        if same_files(first, second):  # reported when they were found
-            continue
-        notice(
-            f"candidates {first} and {second} have the same checksum in every tensor: of two with the same weights the "
-            "second adds nothing."
-        )
-
-
-def _rounding(config: TwaConfig, pods: Pods, store: Store, errors: torch.Tensor, gram: torch.Tensor) -> Rounding | None:
-    """Return what a packed store makes of the candidates, and log it on the first rank. Collective.
-
-    Args:
-        config: names the store.
-        pods: all ranks.
-        store: the one that was filled.
-        errors: of this rank.
-        gram: of all ranks.
-    """
-    if bits_of(config.store) is None:
-        return None
-    total = pods.sum_(errors.mul_(pods.share))
-    rounding = Rounding.measured(config.store, store.coding, total.cpu(), gram.cpu())
-    if pods.rank == 0:
-        logging.getLogger("twa_scale").info("%s", rounding)
-    return rounding
-
-
-def _basis(pods: Pods, config: TwaConfig, gram: torch.Tensor, weights: Sequence[float]) -> Basis:
-    """Return the basis that the first rank has made: processors of another kind round otherwise."""
-    basis = None
-    with pods.agree():
-        if pods.rank == 0:
-            basis = make_basis(
-                config.basis,
-                gram,
-                torch.tensor(weights, dtype=torch.float64),
-                units=config.units,
-                num_components=config.num_components,
-            )
-    basis = pods.broadcast(basis)
-    assert basis is not None
-    return basis

@@ -74,7 +74,7 @@ class TrainableAverage:
         # From one rank, as the basis: all have the same bits.
         self._x = nn.Parameter(pods.broadcast(basis.locate(self._chosen(config.start))))
         self.clock = Clock(engine.device)
-        sums = torch.zeros(len(candidates) + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
+        sums = torch.zeros(store.coding.num_rows + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         clips = config.max_weight_grad_norm is not None
         self._gradients = Gradients(store, self._spans, sums, self.clock, basis.needs_center, with_norm=clips)
         self.optimizer = AverageOptimizer(make_optimizer(config, self._x), self, self._take_step)

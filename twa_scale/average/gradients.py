@@ -20,7 +20,7 @@ class Gradients:
     Args:
         store: holds the deltas.
         groups: the number of the group of each trained span of this rank.
-        sums: zeros, (n + 1, G) float64, on the device of the gradients; the last row is for <center, gradient>.
+        sums: zeros, (rows + 1, G) float64, on the device of the gradients; the last row is for <base, gradient>.
         clock: is told what projecting costs, in backward and in a step.
         with_center: whether the last row is needed.
         with_norm: whether the norm of the gradient of all trainable weights is needed, of those that stay fixed too.
@@ -90,7 +90,7 @@ class Gradients:
         return self._of_deltas(sums[:-1]), math.sqrt(sums[-1, 0])
 
     def _of_deltas(self, sums: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self._store.coding.products_of_deltas(sums[:-1]), sums[-1:]])
+        return self._store.coding.delta_products(sums)
 
     def require_any(self, sums: torch.Tensor, pods: Pods) -> None:
         """Refuse a step without a backward pass since the last one: momentum would move the coefficients. Collective.

@@ -109,9 +109,9 @@ class Weights:
     def _combiner(self, choose: Callable[[], torch.Tensor]) -> Combine:
         """Return what computes the weights of the present u, whenever it is called."""
         u = choose()
-        scales = (1 + u[-1]).tolist()
-        rows = self._store.coding.weights_of_rows(u[:-1])
-        columns = _sent(rows.T.to(torch.float32).contiguous(), self._engine.device)
+        factors = self._store.coding.row_weights(u)
+        scales = factors[-1].tolist()
+        columns = sent(factors[:-1].T.to(torch.float32).contiguous(), self._engine.device)
 
         @torch.no_grad()
         def combine(spans: Collection[Span]) -> None:
@@ -123,6 +123,6 @@ class Weights:
         return combine
 
 
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a CPU tensor on `device`. From page-locked memory it is copied to a GPU while the host goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -10,7 +10,7 @@ import torch
 
 from twa_scale.candidates import Candidate
 from twa_scale.config import TwaConfig
-from twa_scale.kernels import Coding, Kernels, Packed, Target, choose_kernels, of_deltas, of_increments
+from twa_scale.kernels import Coding, Kernels, Packed, RowMap, Target, choose_kernels, of_deltas, of_increments
 from twa_scale.kernels.packed_rows import BLOCKS
 from twa_scale.ranks import Group
 from twa_scale.store import bits_of
@@ -32,7 +32,7 @@ class Rounding:
     """By candidate: the norm of what its weights are off by, over the norm of its delta; 0 where that is 0."""
 
     @classmethod
-    def measured(cls, store: str, coding: Coding, errors: torch.Tensor, gram: torch.Tensor) -> "Rounding":
+    def measured(cls, store: str, coding: RowMap, errors: torch.Tensor, gram: torch.Tensor) -> "Rounding":
         """Return what was measured while candidates were read.
 
         Args:

@@ -67,6 +67,15 @@ class PairsEngine(Engine):
     def keeps_gradients(self, value: bool) -> None:
         self._engine.keeps_gradients = value
 
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether the optimizer that the model came with goes on afterwards."""
+        return self._engine.keeps_optimizer
+
+    @keeps_optimizer.setter
+    def keeps_optimizer(self, value: bool) -> None:
+        self._engine.keeps_optimizer = value
+
     def settings(self) -> Mapping[str, Any]:
         """Return what came with the model."""
         return self._engine.settings()
@@ -94,6 +103,10 @@ class PairsEngine(Engine):
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return what is another value once a parameter was written."""
         return self._engine.changed(names)
+
+    def steps_taken(self) -> int | None:
+        """Return how many steps the optimizer has taken, where the engine's library counts them."""
+        return self._engine.steps_taken()
 
     def units(self) -> list[list[Span]]:
         """Return local spans by what the model uses at once."""

@@ -90,6 +90,8 @@ class Engine(metaclass=_Complete):
     loss_scale: LossScale | None = None
     keeps_gradients: bool = False
     """Set before `watch`: whether each gradient is handed over once a step, in `drain`, summed over backward passes."""
+    keeps_optimizer: bool = False
+    """Set before `check`: whether the optimizer that came with the model goes on afterwards, and keeps its state."""
     averages_replicas: bool = False
     """Whether the gradients that are handed over are means over `replica_group` already."""
 
@@ -130,6 +132,17 @@ class Engine(metaclass=_Complete):
             EngineError: a parameter that was replaced by another.
         """
         return {}
+
+    def sharded(self, span: Span, values: torch.Tensor) -> torch.Tensor | None:
+        """Return values of this span as a DTensor that shares their memory and is sharded as the parameter is.
+
+        None where the span is no whole local part of a DTensor.
+        """
+        return None
+
+    def steps_taken(self) -> int | None:
+        """Return how many steps the optimizer has taken, where the engine's library counts them."""
+        return None
 
     def units(self) -> list[list[Span]]:
         """Return local spans by what the model uses at once, in the order of forward passes: for `before_use`.

@@ -90,6 +90,24 @@ class FSDP2Engine(Engine):
         for repeated in (*self._repeated, self._whole):
             repeated.publish(names)
 
+    def sharded(self, span: Span, values: torch.Tensor) -> torch.Tensor | None:
+        """Return values of a whole local shard as a DTensor like the parameter."""
+        if span.name not in self._owned:
+            return None
+        parameter = self._sharded[span.name]
+        with torch.no_grad():
+            local = parameter.to_local()
+        if len(values) != local.numel():
+            return None
+        return DTensor.from_local(
+            values.view(local.shape),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
     def units(self) -> list[list[Span]]:
         """Return what each group of FSDP2 gathers, without parameters that `publish` has to gather first.
 

@@ -1,7 +1,7 @@
 """What is done with data of the size of the model: making deltas, project and combine, for dense and packed rows."""
 
 from twa_scale.kernels.backend import choose_kernels
-from twa_scale.kernels.coding import Coding, of_deltas, of_increments
+from twa_scale.kernels.coding import Coding, RowMap, Trajectory, of_deltas, of_increments
 from twa_scale.kernels.kernels import Differences, Kernels, Rows, Sources, Target
 from twa_scale.kernels.packed_rows import Packed, packed_bytes
 from twa_scale.kernels.rows import Allocate, Dense
@@ -13,9 +13,11 @@ __all__ = [
     "Differences",
     "Kernels",
     "Packed",
+    "RowMap",
     "Rows",
     "Sources",
     "Target",
+    "Trajectory",
     "choose_kernels",
     "of_deltas",
     "of_increments",

@@ -176,26 +176,22 @@ class Snapshots:
         if kind is None:
             self.close()
 
-    def _specs(self, engine: Engine) -> list[TensorSpec]:
-        tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
-        tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
-        pairs = complex_in_model(engine)
-        return [spec_of(name, shape, own, self._dtype, pairs=name in pairs) for name, (shape, own) in tensors.items()]
-
-    def _marked(self, step: int) -> dict[str, Any]:
-        """Return the files and the metadata of the candidate of a step."""
-        return marked(provenance(_WROTE, [], step=step), self._files)
-
     def _write(self, engine: Engine, path: Path, step: int) -> None:
-        specs, limit = self._specs(engine), self._max_shard_size
+        specs, limit = snapshot_specs(engine, self._dtype), self._max_shard_size
         with writing(
-            path, specs, engine.shard_group, max_shard_size=limit, overwrite=True, base=BASE, **self._marked(step)
+            path,
+            specs,
+            engine.shard_group,
+            max_shard_size=limit,
+            overwrite=True,
+            base=BASE,
+            **snapshot_files(step, self._files),
         ) as writer:
             write_live(writer, engine, {spec.name: (spec.name,) for spec in specs})
 
     def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
-        specs, group = self._specs(engine), engine.shard_group
-        said, limit = self._marked(step), self._max_shard_size
+        specs, group = snapshot_specs(engine, self._dtype), engine.shard_group
+        said, limit = snapshot_files(step, self._files), self._max_shard_size
         writer = begin(path, specs, group, max_shard_size=limit, overwrite=True, base=BASE, metadata=said["metadata"])
         try:
             copies: list[tuple[Span, torch.Tensor]] = []
@@ -219,6 +215,19 @@ class Snapshots:
             with reported(self._directory):
                 for path in _old(self._directory, step, self._keep):
                     _delete(path)
+
+
+def snapshot_specs(engine: Engine, dtype: torch.dtype | None) -> list[TensorSpec]:
+    """Return what a candidate of the model holds; floating point tensors in `dtype`, or in the model's own types."""
+    tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
+    tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
+    pairs = complex_in_model(engine)
+    return [spec_of(name, shape, own, dtype, pairs=name in pairs) for name, (shape, own) in tensors.items()]
+
+
+def snapshot_files(step: int, files: Files) -> dict[str, Any]:
+    """Return the `files` and the `metadata` of the candidate of a step, by which it is known as one."""
+    return marked(provenance(_WROTE, [], step=step), files)
 
 
 def _held(engine: Engine) -> Iterator[tuple[Span, torch.Tensor]]:

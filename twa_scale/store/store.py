@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.kernels import Coding, Kernels, Target
+from twa_scale.kernels import Kernels, RowMap, Target
 
 
 class Store(Protocol):
@@ -20,8 +20,10 @@ class Store(Protocol):
     """Where it holds the deltas and the center, which need not be that of gradients and weights."""
     kernels: Kernels
     """For data on `device`."""
-    coding: Coding
-    """What its rows stand for."""
+
+    @property
+    def coding(self) -> RowMap:
+        """What its rows stand for."""
 
     @property
     def nbytes(self) -> int:

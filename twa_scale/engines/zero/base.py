@@ -61,7 +61,7 @@ class ZeroEngine(Engine):
 
     def check(self) -> None:
         """Refuse settings under which the average would not train as it says, and state that it never uses."""
-        check_trainable(self._engine)
+        check_trainable(self._engine, with_state=self.keeps_optimizer)
         if self.shard_group.rank == 0:
             warn_of_clipping(self._engine)
 
@@ -74,6 +74,10 @@ class ZeroEngine(Engine):
             engine.global_steps += 1
             engine.global_samples += engine.train_batch_size()
         return complete
+
+    def steps_taken(self) -> int:
+        """Return DeepSpeed's own count: its `step` is called for each micro-batch."""
+        return int(self._engine.global_steps)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers, which ZeRO does not shard."""

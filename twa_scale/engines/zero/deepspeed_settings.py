@@ -94,8 +94,12 @@ def check_supported(engine: Any) -> None:
         )
 
 
-def check_trainable(engine: Any) -> None:
+def check_trainable(engine: Any, *, with_state: bool = False) -> None:
     """Refuse settings that act in `engine.step`, which an average replaces, or that would change the gradient.
+
+    Args:
+        engine: of DeepSpeed.
+        with_state: whether its optimizer may hold state, for training that goes on afterwards.
 
     Raises:
         EngineError: with what would do instead.
@@ -116,7 +120,8 @@ def check_trainable(engine: Any) -> None:
             )
     if getattr(engine.optimizer, "torch_autocast_gradscaler", None) is not None:
         raise EngineError('torch_autocast with float16 is not supported: take "bfloat16", or the "fp16" block.')
-    _check_stateless(engine)
+    if not with_state:
+        _check_stateless(engine)
 
 
 def warn_of_clipping(engine: Any) -> None:

@@ -31,7 +31,7 @@ def make_deltas(sources: Sources, weights: Sequence[float], target: Target, star
         _center(rows, weights)
         finite &= bool(torch.isfinite(rows[-1]).all())
         if target.products is not None:
-            target.products.add_(_gram(rows) if target.products.ndim == 2 else _squares(rows))
+            target.products.add_(inner_products(rows) if target.products.ndim == 2 else squared_norms(rows))
         if target.center is not None and finite:
             target.center.detach()[start + low : start + high] = rows[-1]
         match target.rows:
@@ -84,7 +84,7 @@ def _center(rows: torch.Tensor, weights: Sequence[float]) -> None:
     center.add_(shift)
 
 
-def _gram(rows: torch.Tensor) -> torch.Tensor:
+def inner_products(rows: torch.Tensor) -> torch.Tensor:
     """Return <row_i, row_j> in float64, a part of the columns at a time."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for part in torch.split(rows, 1 << 16, dim=1):
@@ -93,10 +93,29 @@ def _gram(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _squares(rows: torch.Tensor) -> torch.Tensor:
+def squared_norms(rows: torch.Tensor) -> torch.Tensor:
     """Return <row_i, row_i> in float64."""
     norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms.square()
+
+
+def write_row(rows: Dense | Packed, i: int, values: torch.Tensor) -> torch.Tensor:
+    """Replace row `i` by `values`, (m,) float32, rounded or coded as the rows are; the other rows keep theirs.
+
+    On a GPU nothing waits for the device.
+
+    Returns:
+        What the row now stands for, (m,) float32.
+    """
+    if isinstance(rows, Dense):
+        for start, part in rows.tiles(0, rows.count):
+            place = part[:, i]
+            place.copy_(values[start : start + place.numel()].view(place.shape))
+        return values.to(rows.values.dtype).to(torch.float32)
+    for _, words, scales in rows.tiles(0, rows.count):
+        words[:, i] = 0
+        scales[:, i] = 0
+    return _write_level(rows, slice(i, i + 1), 0, values[None])[0]
 
 
 def _pack(rows: Packed, target: Target, start: int, deltas: torch.Tensor) -> None:

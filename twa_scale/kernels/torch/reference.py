@@ -24,7 +24,7 @@ class TorchKernels:
         """Return <row_i, gradient>."""
         n = len(rows.rows) if isinstance(rows, Differences) else rows.n
         total = torch.zeros(n, dtype=torch.float64, device=gradient.device)
-        for start, part in _blocks(rows):
+        for start, part in widened(rows):
             count, _, width = part.shape
             right = _cut(gradient, start, count * width).to(torch.float32).view(count, 1, width)
             total += (part * right).sum(2).sum(0, dtype=torch.float64)  # a matrix product could be one of TF32
@@ -33,7 +33,7 @@ class TorchKernels:
     def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write scale * base + sum_i weights_i row_i."""
         weights = weights.to(torch.float32).view(1, -1, 1)
-        for start, part in _blocks(rows):
+        for start, part in widened(rows):
             total = (part * weights).sum(1).view(-1)
             low, high = max(start, 0), min(start + len(total), len(out))
             out[low:high] = torch.add(total[low - start : high - start], base[low:high], alpha=scale)
@@ -54,7 +54,7 @@ def unpack(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor
     return ((codes - zero_of(bits)) * scales.to(torch.float32)[..., None]).flatten(2)
 
 
-def _blocks(rows: Rows) -> Iterator[tuple[int, torch.Tensor]]:
+def widened(rows: Rows) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield float32 rows some tiles at a time: first column (negative in a block that begins before it), (t, n, w)."""
     match rows:
         case Dense():

@@ -1,0 +1,238 @@
+"""Running averages on every engine are those of the whole weights, resume with the same bits, and can be trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import twa_scale
+from tests import models, zero
+from tests.pool import Pool
+from tests.ranks import cases
+from twa_scale.base.spans import Span
+from twa_scale.config import center_weights
+from twa_scale.engines import choose_engine
+from twa_scale.engines.zero import is_deepspeed
+
+STEPS = 8
+EMA: dict[str, Any] = {"decays": [0.5, 0.9], "half_life": 0.3, "use_buffers": True}
+WINDOW = {"every": 2, "keep": 3, "store": "dense32"}
+KEPT = [3, 5, 7]  # the weights of steps 4, 6 and 8
+CONFIG = {"groups": "block", "basis": "orthonormal", "optimizer": {"name": "sgd", "lr": 0.005}}
+AVERAGES: dict[str, list[float]] = {
+    "mean": [1 / 3] * 3,
+    "minus-sqrt": center_weights("minus-sqrt", 3),
+    "lawa:2": [0.0, 0.5, 0.5],
+    "window:ema:0.5": center_weights("ema:0.5", 3),
+    "0": [1.0, 0.0, 0.0],
+    "explicit": [0.5, -0.2, 0.9],
+}
+STATISTIC = "stem.norm.running_var"
+ENGINES = [
+    ("plain", 1),
+    ("plain", 2),
+    ("ddp", 3),
+    ("fsdp2", 1),
+    ("fsdp2", 3),
+    ("columns-tp", 4),
+    ("fsdp1", 2),
+    ("fsdp1-flat", 3),
+    ("sharded-ddp", 2),
+    ("zero1", 2),
+    ("zero2", 3),
+    ("zero3", 3),
+]
+
+
+def shape_of(engine: str) -> tuple[int, ...]:
+    return (1,) if engine in zero.ENGINES else models.SCALAR_SHAPE
+
+
+def training(engine: str) -> list[dict[str, Tensor]]:
+    """The whole weights after each step of a training."""
+    return models.candidates(STEPS, scalar_shape=shape_of(engine))
+
+
+def wrapped(engine: str) -> nn.Module:
+    model = models.build(seed=5, scalar_shape=shape_of(engine))
+    return models.wrap(model, engine)
+
+
+def local(values: Tensor, span: Span) -> Tensor:
+    flat = values.reshape(-1)
+    return torch.cat([flat[start:stop] for start, stop in span.runs()])
+
+
+def put(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Do what a step of an optimizer does: the model has other weights, on every rank its own part."""
+    engine = choose_engine(model)
+    with torch.no_grad():
+        for span in engine.spans():
+            if engine.parameters[span.name].trainable and len(span):
+                engine.live(span).copy_(local(state[span.name], span))
+        engine.publish([name for name, info in engine.parameters.items() if info.trainable])
+        for name, buffer in engine.buffers().items():
+            buffer.copy_(state[name])
+    if is_deepspeed(model):
+        model.global_steps += 1  # type: ignore[operator]
+
+
+def follow(engine: str, directory: Path) -> dict[str, Any]:
+    """Follow a training, look at each average, go on from a state, and learn the coefficients of the window."""
+    model, found = wrapped(engine), dict[str, Any]()
+    averages = twa_scale.RunningAverages(model, ema=EMA, window=WINDOW)
+    resumed = None
+    for step, state in enumerate(training(engine)):
+        if step == 5:
+            resumed = twa_scale.RunningAverages(model, ema=EMA, window=WINDOW)
+            resumed.load_state_dict(copied(averages.state_dict()))
+        put(model, state)
+        averages.step()
+        if resumed:
+            resumed.step()
+    assert resumed is not None
+    found["resumed"] = same_bits(averages.state_dict(), resumed.state_dict())
+    found["steps"] = averages.snapshot_steps
+    before = everything(model)
+    for name in (*AVERAGES, "ema:0.5", "ema:0.9", "ema:half-life:0.3"):
+        with averages.weights({"0": 0, "explicit": AVERAGES["explicit"]}.get(name, name)):
+            found[name] = everything(model)
+    found["restored"] = same_bits(before, everything(model))
+    twa = averages.learn(CONFIG)
+    found["learned"] = trained(model, twa)
+    averages.restore()
+    found["given back"] = same_bits(before, everything(model))
+    twa = twa_scale.attach(model, [str(path) for path in averages.save(directory)], CONFIG)
+    found["attached"] = trained(model, twa)
+    twa.close()
+    return found
+
+
+def trained(model: nn.Module, twa: Any) -> dict[str, Tensor]:
+    for step in range(3):
+        cases.one_step(model, twa, step)
+    return {"coefficients": twa.coefficients, **everything(model)}
+
+
+def everything(model: nn.Module) -> dict[str, Tensor]:
+    buffers = {name: buffer.clone() for name, buffer in choose_engine(model).buffers().items()}
+    return cases.gathered(model) | buffers
+
+
+def copied(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: copied(value) for key, value in tree.items()}
+    return tree.clone() if isinstance(tree, Tensor) else tree
+
+
+def same_bits(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_bits(value, second[key]) for key, value in first.items())
+    if isinstance(first, torch.distributed.tensor.DTensor):
+        return torch.equal(first.to_local(), second.to_local())
+    return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
+
+
+def averaged_by_torch(engine: str, decay: float) -> dict[str, Tensor]:
+    """What torch makes of the whole weights."""
+    states = training(engine)
+    model = models.build(scalar_shape=shape_of(engine))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for state in states:
+        model.load_state_dict(state)
+        average.update_parameters(model)
+    return dict(average.module.state_dict())
+
+
+def averaged_by_half_life(engine: str, half_life: float) -> dict[str, Tensor]:
+    average: dict[str, Tensor] = {}
+    for t, state in enumerate(training(engine), 1):
+        d = 0.0 if t == 1 else 0.5 ** (1 / (half_life * t))
+        average = {name: d * average.get(name, 0) + (1 - d) * value.double() for name, value in state.items()}
+    return average
+
+
+@pytest.mark.parametrize(("engine", "size"), ENGINES)
+def test_averages_are_those_of_whole_weights(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
+    states = training(engine)
+    wanted = {"ema:0.5": averaged_by_torch(engine, 0.5), "ema:0.9": averaged_by_torch(engine, 0.9)}
+    wanted["ema:half-life:0.3"] = averaged_by_half_life(engine, 0.3)
+    for name, weights in AVERAGES.items():
+        kept = [states[i] for i in KEPT]
+        wanted[name] = {
+            key: sum((a * state[key].double() for a, state in zip(weights, kept, strict=True)), torch.zeros(()))
+            for key, value in states[0].items()
+            if value.is_floating_point()
+        }
+    for found in ranks(follow, size, engine=engine, directory=tmp_path, timeout=100):
+        assert found["steps"] == [4, 6, 8]
+        assert found["resumed"] and found["restored"] and found["given back"]
+        for name, tensors in wanted.items():
+            for key in set(found[name]) - {models.FROZEN}:
+                if (key == STATISTIC and name.startswith("ema:")) or key in dict(models.build().named_parameters()):
+                    torch.testing.assert_close(
+                        found[name][key].double(),
+                        tensors[key].double().view(found[name][key].shape),
+                        rtol=1e-5,
+                        atol=1e-6,
+                    )
+        assert not torch.allclose(found["learned"]["coefficients"], found["learned"]["coefficients"][:1])
+        for key, value in found["attached"].items():
+            torch.testing.assert_close(
+                found["learned"][key], value, rtol=1e-4, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}"
+            )
+
+
+def save_distributed(directory: Path) -> dict[str, Any]:
+    model = wrapped("fsdp2")
+    averages = twa_scale.RunningAverages(model, ema=[0.5])
+    windowed = twa_scale.RunningAverages(model, window=WINDOW | {"store": "packed4"})
+    for state in training("fsdp2"):
+        put(model, state)
+        averages.step()
+        windowed.step()
+    dcp.save({"averages": averages, "windowed": windowed}, checkpoint_id=directory)
+    return shown(model, averages, "ema") | shown(model, windowed, "mean")
+
+
+def load_distributed(directory: Path, window: bool) -> dict[str, Any]:
+    model = wrapped("fsdp2")
+    averages = twa_scale.RunningAverages(model, ema=[0.5])
+    held: dict[str, Any] = {"averages": averages}
+    if window:
+        held["windowed"] = twa_scale.RunningAverages(model, window=WINDOW | {"store": "packed4"})
+    dcp.load(held, checkpoint_id=directory)
+    assert averages.num_steps == STEPS
+    found = shown(model, averages, "ema")
+    return found | shown(model, held["windowed"], "mean") if window else found
+
+
+def shown(model: nn.Module, averages: Any, which: str) -> dict[str, Tensor]:
+    with averages.weights(which):
+        return {f"{which} {name}": value for name, value in cases.gathered(model).items()}
+
+
+def test_a_distributed_checkpoint_carries_the_state(ranks: Pool, tmp_path: Path) -> None:
+    wanted = ranks(save_distributed, 2, directory=tmp_path)[0]
+    for found in ranks(load_distributed, 2, directory=tmp_path, window=True):
+        assert same_bits(found, wanted)
+    for found in ranks(load_distributed, 3, directory=tmp_path, window=False):  # other ranks: the shards are others
+        assert all(same_bits(value, wanted[name]) for name, value in found.items())
+
+
+def load_of_the_first(directory: Path) -> str:
+    model = wrapped("ddp")
+    averages = twa_scale.RunningAverages(model, ema=[0.5])
+    averages.step()
+    mine = averages.state_dict()
+    states = twa_scale.ranks.Group.world().gather(mine)
+    return cases.complaint(lambda: averages.load_state_dict(states[0]))
+
+
+def test_the_state_of_another_rank_is_refused_on_every_rank(ranks: Pool, tmp_path: Path) -> None:
+    first, second = ranks(load_of_the_first, 2, directory=tmp_path)
+    assert first == second and "Each rank saves and loads a state of its own" in first

@@ -1,0 +1,273 @@
+"""Running averages in one process: names, rounding, refusals."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import twa_scale
+from twa_scale import ConfigError, StateError, TwaError, TwaWarning
+
+STORES = {"dense32": 1e-5, "dense16": 0.01, "packed8": 0.02, "packed4": 0.2, "packed2": 0.6, "packed1": 0.9}
+KEEP = 4
+
+
+def linear(seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(50, 70)
+
+
+def move(model: nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+
+
+def followed(steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, nn.Module, list[Tensor]]:
+    """Averages after some steps of a random walk, and the weights of each step."""
+    model = linear().to(dtype)
+    averages, seen = twa_scale.RunningAverages(model, **options), []
+    for _ in range(steps):
+        move(model)
+        averages.step()
+        seen.append(model.weight.detach().double())
+    return averages, model, seen
+
+
+def shown(averages: Any, model: Any, which: Any) -> Tensor:
+    with averages.weights(which):
+        return model.weight.detach().double()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("store", "tolerance"), STORES.items())
+@pytest.mark.parametrize("steps", [1, KEEP, 12 * KEEP])
+def test_a_snapshot_is_off_by_the_rounding_of_one_increment(store: str, tolerance: float, steps: int) -> None:
+    """However many have come and gone: what is off is part of the next increment."""
+    averages, model, seen = followed(steps, window={"every": 1, "keep": KEEP, "store": store})
+    assert averages.snapshot_steps == [*range(max(steps - KEEP, 0) + 1, steps + 1)]
+    for i, want in enumerate(seen[-KEEP:]):
+        error = (shown(averages, model, i) - want).norm() / (0.1 * 50 * 70**0.5)
+        assert error < tolerance
+    mean = torch.stack(seen[-KEEP:]).mean(0)
+    assert (shown(averages, model, "mean") - mean).norm() / 50 < tolerance
+
+
+def test_dropping_the_oldest_leaves_the_others_as_they_were() -> None:
+    averages, model, _ = followed(KEEP, window={"every": 1, "keep": KEEP, "store": "packed2"})
+    before = [shown(averages, model, i) for i in range(KEEP)]
+    move(model)
+    averages.step()
+    for i in range(KEEP - 1):
+        torch.testing.assert_close(shown(averages, model, i), before[i + 1], rtol=0, atol=1e-5)
+
+
+def test_weights_that_stay_keep_their_bits() -> None:
+    model = linear()
+    averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 3, "store": "packed1"})
+    before = model.weight.detach().clone()
+    for _ in range(7):
+        averages.step()
+    for which in ("mean", 0, -1, [0.5, 0.25, 0.25]):
+        assert torch.equal(shown(averages, model, which), before.double())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_bias_correction_leaves_out_the_first_weights(every: int) -> None:
+    settings = {"decays": 0.9, "bias_correction": True, "update_every": every, "start_step": 2}
+    averages, model, seen = followed(12, ema=settings)
+    used = seen[1::every]
+    factors = torch.tensor([0.9 ** (len(used) - 1 - i) for i in range(len(used))], dtype=torch.float64)
+    want = torch.tensordot(factors / factors.sum(), torch.stack(used), 1)
+    torch.testing.assert_close(shown(averages, model, "ema"), want, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_few_bits_are_averaged_in_float32() -> None:
+    averages, model, seen = followed(200, torch.bfloat16, ema=[0.99])
+    average = seen[0]
+    for weights in seen[1:]:
+        average = 0.99 * average + 0.01 * weights
+    before = model.weight.detach().clone()
+    torch.testing.assert_close(shown(averages, model, "ema"), average.to(torch.bfloat16).double(), rtol=1e-2, atol=1e-3)
+    assert averages.nbytes == 4 * 51 * 70 and torch.equal(model.weight.detach(), before)
+
+
+def test_half_lives_forget_in_proportion_to_the_age() -> None:
+    averages, model, seen = followed(400, ema={"half_life": 0.1})
+    want = seen[0]
+    for t, weights in enumerate(seen[1:], 2):
+        d = 0.5 ** (1 / (0.1 * t))
+        want = d * want + (1 - d) * weights
+    torch.testing.assert_close(shown(averages, model, "ema:half-life:0.1"), want, rtol=1e-4, atol=1e-4)
+
+
+def test_compare_gives_a_table_and_the_weights_back() -> None:
+    averages, model, seen = followed(5, ema=[0.9], window={"every": 1, "keep": 3, "store": "dense32"})
+    scores = averages.compare(lambda given: float(given.weight.detach().double().sum()))
+    assert list(scores) == averages.names == ["last", "ema", "mean", "linear", "minus-sqrt"]
+    assert scores["last"] == float(seen[-1].sum()) and scores["mean"] == pytest.approx(float(sum(seen[-3:]).sum() / 3))
+    assert str(scores).splitlines()[0].split() == ["last", f"{scores['last']:.6g}"]
+    assert torch.equal(model.weight.detach().double(), seen[-1])
+
+
+def test_training_goes_on_after_learning() -> None:
+    averages, model, seen = followed(6, window={"every": 2, "keep": 3})
+    twa = averages.learn({"optimizer": {"lr": 0.1}})
+    model(torch.randn(8, 50)).square().mean().backward()
+    assert twa.step() and twa.rounding.store == "packed1" and averages.nbytes > twa.store_bytes
+    assert not torch.equal(model.weight.detach().double(), seen[-1])
+    for call in (averages.step, lambda: averages.learn(), lambda: averages.weights("mean").__enter__()):
+        with pytest.raises(TwaError, match=r"call restore\(\) first"):
+            call()
+    averages.restore()
+    assert torch.equal(model.weight.detach().double(), seen[-1]) and twa.closed
+    move(model)
+    averages.step()
+    averages.restore()
+    assert not torch.equal(model.weight.detach().double(), seen[-1]) and averages.num_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "give ema="),
+        ({"ema": []}, "give decays"),
+        ({"ema": [1.0]}, "less than 1"),
+        ({"ema": "0.9"}, "give decays"),
+        ({"ema": {"decay": 0.9, "decays": [0.9]}}, "the same setting"),
+        ({"ema": [0.9, 0.9]}, "given once"),
+        ({"ema": {"half_live": 0.1}}, "half_life"),
+        ({"window": {"every": 5}}, "keep"),
+        ({"window": {"every": 5, "keep": 1}}, "keep"),
+        ({"window": 5}, "window: 5"),
+        ({"window": {"every": 1, "keep": 2, "store": "mapped"}}, "store"),
+        ({"ema": 0.9, "device": "cuda"}, "'auto' or 'cpu'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        twa_scale.RunningAverages(linear(), **options)
+
+
+@pytest.mark.parametrize(
+    ("which", "said"),
+    [
+        ("ema", "is one of several"),
+        ("ema:0.7", "keeps ema:0.9, ema:0.99; window:ema:0.7"),
+        ("ema:x", "is not kept"),
+        ("lawa:0", "give 1 to 3"),
+        ("lawa:4", "give 1 to 3"),
+        ("center", "is no average"),
+        ("window:x", "is no average"),
+        (7, "indices 0 to 2"),
+        ([0.5, 0.5], r"\(3,\)"),
+        ([0.5, 0.5, float("nan")], "finite"),
+    ],
+)
+def test_averages_that_are_not_kept_are_refused(which: Any, said: str) -> None:
+    averages, model, seen = followed(3, ema=[0.9, 0.99], window={"every": 1, "keep": 3})
+    with pytest.raises(ConfigError, match=said), averages.weights(which):
+        pass
+    assert torch.equal(model.weight.detach().double(), seen[-1])
+
+
+@pytest.mark.parametrize("which", ["ema", "mean"])
+def test_an_average_of_nothing_yet_is_refused(which: str) -> None:
+    averages, _, _ = followed(2, ema={"decays": [0.9], "start_step": 3}, window={"every": 5, "keep": 3})
+    assert averages.names == ["last"]
+    with pytest.raises(TwaError, match="yet"), averages.weights(which):
+        pass
+
+
+@pytest.mark.parametrize(("which", "step"), [("ema", 1), ("mean", 1), ("mean", 2)])
+def test_averages_of_a_training_that_has_diverged_are_refused(which: str, step: int) -> None:
+    model = linear()
+    averages = twa_scale.RunningAverages(model, ema=[0.5], window={"every": 1, "keep": 3})
+    for i in range(1, 4):
+        with torch.no_grad():
+            model.bias[3] = torch.inf if i == step else 1.0
+        averages.step()
+    with pytest.raises(TwaError, match="training has diverged"), averages.weights(which):
+        pass
+
+
+def learn_without_snapshots(averages: Any) -> None:
+    averages.learn()
+
+
+def step_inside(averages: Any) -> None:
+    with averages.weights("last"):
+        averages.step()
+
+
+def backward_inside(averages: Any) -> None:
+    with averages.weights("ema"):
+        averages._model(torch.ones(2, 50)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (learn_without_snapshots, "the window holds 1"),
+        (step_inside, "leave it first"),
+        (backward_inside, "not that of the trained weights"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(wrong: Callable[[Any], None], said: str) -> None:
+    averages, _, _ = followed(3, ema=[0.9], window={"every": 3, "keep": 3})
+    with pytest.raises(TwaError, match=said):
+        wrong(averages)
+    with averages.weights("ema"):
+        pass
+    averages.step()
+
+
+@pytest.mark.parametrize(("key", "value"), [("store", "packed4"), ("coding", "center"), ("store", "dense32")])
+def test_another_store_than_that_of_the_window_is_refused(key: str, value: str) -> None:
+    averages, model, seen = followed(3, window={"every": 1, "keep": 3})
+    with pytest.raises(ConfigError, match=f"^{key}: .* the window"):
+        averages.learn({key: value})
+    assert torch.equal(model.weight.detach().double(), seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("settings"), "no `settings`"),
+        (lambda state: state.update(settings="{"), "damaged"),
+        (lambda state: state["ema"]["ema:0.9"]["weights"].popitem(), "the state has no"),
+        (lambda state: state.update(more=1), "'more'"),
+        (lambda state: state["window"]["order"].fill_(0), "damaged"),
+        (lambda state: state["window"].update(steps=torch.zeros(2)), "belongs there"),
+    ],
+)
+def test_states_that_do_not_fit_change_nothing(change: Callable[[Any], object], said: str) -> None:
+    averages, model, _ = followed(4, ema=[0.9], window={"every": 1, "keep": 3})
+    state = averages.state_dict()
+    state["window"] = {
+        key: value.clone() if isinstance(value, Tensor) else value for key, value in state["window"].items()
+    }
+    state["ema"] = {"ema:0.9": {**state["ema"]["ema:0.9"], "weights": dict(state["ema"]["ema:0.9"]["weights"])}}
+    before = {which: shown(averages, model, which) for which in ("ema", "mean")}
+    change(state)
+    with pytest.raises(StateError, match=said):
+        averages.load_state_dict(state)
+    assert all(torch.equal(shown(averages, model, which), value) for which, value in before.items())
+
+
+def test_the_state_of_other_settings_is_refused() -> None:
+    averages, _, _ = followed(3, ema=[0.9])
+    other, _, _ = followed(3, ema=[0.99])
+    with pytest.raises(StateError, match=r"saved with ema=.*0\.99"):
+        averages.load_state_dict(other.state_dict())
+
+
+def test_parameters_that_are_trained_later_are_reported() -> None:
+    model = nn.Sequential(linear(), linear())
+    model[1].requires_grad_(False)
+    averages = twa_scale.RunningAverages(model, ema=[0.9])
+    averages.step()
+    model[1].requires_grad_(True)
+    with pytest.warns(TwaWarning, match="2 more parameters"), averages.weights("ema"):
+        pass

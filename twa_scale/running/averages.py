@@ -1,0 +1,384 @@
+"""Averages of a model's weights while it trains, on any engine, without gathering it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from twa_scale.average.average import TrainableAverage
+from twa_scale.average.coefficients import Which
+from twa_scale.average.step_optimizer import refuse_copies
+from twa_scale.average.swap import Shown
+from twa_scale.base.notices import notice
+from twa_scale.base.spans import Span
+from twa_scale.candidates.carry_over import BASE, Carried
+from twa_scale.config import TwaConfig
+from twa_scale.engines import Engine, choose_engine
+from twa_scale.engines.mistakes import require_device, require_memory, wrapper_beside
+from twa_scale.errors import ConfigError, RankError, TwaError
+from twa_scale.output import Files, check_dtype, check_files, parse_size
+from twa_scale.ranks import Pods, require_same_settings
+from twa_scale.running import checkpoint, saving
+from twa_scale.running.ema import Ema
+from twa_scale.running.learning import learn, settings_for
+from twa_scale.running.named import mixture, names
+from twa_scale.running.scores import Scores
+from twa_scale.running.settings import Ema as EmaOption
+from twa_scale.running.settings import Window as WindowOption
+from twa_scale.running.settings import ema_settings, is_due, window_settings
+from twa_scale.running.trained import Trained
+from twa_scale.running.window import Window
+from twa_scale.store.host_memory import Pages
+
+
+class RunningAverages:
+    """Exponential averages and the last snapshots of a model, held beside each rank's own weights.
+
+    The optimizer stays yours: call `step()` after each of its steps. `weights(which)` shows an average in a `with`
+    block, and `learn()` trains the coefficients of the snapshots. What is averaged are the floating point parameters
+    that require a gradient when this is made.
+
+    Args:
+        model: as for `attach`; make this after the model has been wrapped or sharded.
+        ema: decays, as `[0.99, 0.999]`, or settings: `decays`, `half_life` (of the average, as a fraction of the
+            updates so far), `update_every` and `start_step` (in steps), `bias_correction`, `use_buffers`.
+        window: settings: `every` (steps between two snapshots), `keep` (how many), `store` ("packed1" to "packed8",
+            "dense16", "dense32": how the difference of two is held), `start_step`.
+        device: "auto" holds the averages beside the weights; "cpu" in the host's memory, page-locked for a GPU: a step
+            at which something is due then waits for the weights to be copied there.
+        replica_group: with pods, as for `attach`.
+
+    Raises:
+        ConfigError, EngineError: on every rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Engine,
+        *,
+        ema: EmaOption | None = None,
+        window: WindowOption | None = None,
+        device: str = "auto",
+        replica_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._model = model
+        self._replica_group = replica_group
+        self._device = device
+        self._engine = choose_engine(model, replica_group)
+        self._pods = Pods(self._engine.shard_group, self._engine.replica_group)
+        with self._pods.agree():
+            require_memory(self._engine)
+            require_device(self._engine)
+            of_ema, of_window = ema_settings(ema), window_settings(window)
+            if of_ema is None and of_window is None:
+                raise ConfigError("RunningAverages: give ema=[0.999], window={'every': 100, 'keep': 40}, or both.")
+            if device not in ("auto", "cpu"):
+                raise ConfigError(f"device: {device!r}; give 'auto' or 'cpu'.")
+            self._names = self._averaged()
+        require_same_settings(self._pods, {"ema": repr(of_ema), "window": repr(of_window), "device": device})
+        with self._pods.agree():
+            self._pages = Pages(self._engine.device)
+            live, buffers = self._live(), self._engine.buffers()
+            self._window: Window | None = None
+            self._ema = None if of_ema is None else Ema(of_ema, live, buffers, self._allocate)
+            if of_window is not None:
+                own = buffers if self._engine.shard_group.rank == 0 else {}
+                self._window = Window(of_window, live, own, self._engine.device, device)
+        self._step = 0
+        self._counted = self._engine.steps_taken()
+        self._trained = Trained()
+        self._shown = Shown(self._engine, self._pods, self._write_shown, lambda _: None)
+        self._learned: TrainableAverage | None = None
+        self._reported = False
+        if self._pods.rank == 0 and (wrapper := wrapper_beside(self._engine)):
+            notice(
+                f"RunningAverages of a plain module that a {wrapper} wraps: every rank holds whole averages. Give the "
+                f"{wrapper}, so that each holds a part."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that have been counted."""
+        return self._step
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        """The steps of the snapshots in the window, oldest first."""
+        return list(self._window.steps) if self._window else []
+
+    @property
+    def names(self) -> list[str]:
+        """Averages that `weights` can show now, beside indices of snapshots and coefficients."""
+        return names(self._ema, self._window)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank holds beside its weights; while other weights are shown, a copy of these comes to it."""
+        return sum(part.nbytes for part in (self._ema, self._window) if part) + self._trained.nbytes
+
+    def step(self) -> None:
+        """Count a step of the optimizer, and update what is due. Not collective; on a GPU the host does not wait.
+
+        Call it after each step of the optimizer. With DeepSpeed it may follow each micro-batch: its own count of steps
+        decides.
+
+        Raises:
+            TwaError: the model holds other weights than those that are trained.
+            EngineError: a parameter that was replaced by another.
+        """
+        self._require_own_weights("step()")
+        if (count := self._engine.steps_taken()) is not None:
+            if count == self._counted:
+                return
+            self._counted = count
+        self._step += 1
+        ema, window = self._ema, self._window
+        if ema and is_due(self._step, ema.settings.update_every, ema.settings.start_step):
+            ema.update(self._live(), self._engine.buffers())
+        if window and is_due(self._step, window.settings.every, window.settings.start_step):
+            self._require_same_parameters()
+            window.take(self._step, self._live(), self._engine.buffers())
+
+    @contextmanager
+    def weights(self, which: Which) -> Iterator[None]:
+        """Show the model with an average in a `with` block, then restore its weights and buffers. Collective.
+
+        Within the block this rank keeps a copy of its weights. Buffers stay as they are, but for an average with
+        `use_buffers`: measure BatchNorm statistics anew where the model has them.
+
+        Args:
+            which: "last", the weights that training has reached; "ema", or "ema:0.999", "ema:half-life:0.05" of
+                several; of the snapshots "mean", "linear", "minus-sqrt", "lawa:8" (the mean of at most the last 8), an
+                index, n coefficients of any sum, or "window:NAME" with a name that the setting `center` takes.
+
+        Raises:
+            ConfigError: a name that is unknown or not kept.
+            TwaError: nothing to show yet; weights that are not finite; a backward pass inside the block.
+            RankError: another rank has left the block by an error: nothing is restored.
+        """
+        if self._learned:
+            self._require_own_weights("weights()")
+        if self._shown.lost:
+            raise TwaError(self._shown.lost)
+        with self._shown.showing(which, lambda: self._mixture(which)):
+            yield
+
+    def compare(self, score: Callable[[nn.Module], float], which: Sequence[Which] | None = None) -> Scores:
+        """Return what `score` makes of averages, one after another. Collective.
+
+        Args:
+            score: is given the model with an average in it, and returns a number; every rank calls it.
+            which: as for `weights`; `names` when not given.
+
+        Returns:
+            The numbers by name, which prints as a table.
+        """
+        scores = Scores()
+        for one in self.names if which is None else which:
+            with self.weights(one):
+                scores[str(one)] = float(score(self._engine.module))
+        return scores
+
+    def learn(
+        self, config: TwaConfig | Mapping[str, Any] | None = None, *, files: Files | None = None
+    ) -> TrainableAverage:
+        """Put a trainable average of the snapshots into the model, as `attach` does of candidates. Collective.
+
+        The window is its store. This rank keeps a copy of its weights, which `restore` gives back; until then training
+        does not go on.
+
+        Args:
+            config: as for `attach`, without `store`, `store_device` and `coding`, which are the window's.
+            files: small files that `export` of the average puts beside the weights, as for `Snapshots`.
+
+        Raises:
+            ConfigError, EngineError, TwaError: on every rank.
+        """
+        window = self._window
+        with self._pods.agree():
+            self._require_own_weights("learn()")
+            self._require_same_parameters()
+            if window is None or window.count < 2:
+                count = window.count if window else 0
+                raise TwaError(
+                    f"learn() needs at least two snapshots, and the window holds {count}; make RunningAverages with "
+                    "window={'every': .., 'keep': ..}, and train for longer."
+                )
+            settings = settings_for(window, config, self._device)
+            check_files(files or {}, BASE)
+            content = {name: _content(value) for name, value in (files or {}).items()}
+            window.require_finite()
+        self._trained.keep(self._live(), self._engine.buffers())
+        try:
+            engine = choose_engine(self._model, self._replica_group)
+            self._learned = learn(engine, self._pods, window, settings, Carried(files=content))
+        except RankError:  # giving back would wait for the same rank again
+            raise
+        except TwaError:
+            self._give_back()
+            raise
+        return self._learned
+
+    def restore(self) -> None:
+        """Close the average that `learn` has made, and give the model its weights and buffers back. Collective.
+
+        Does nothing where `learn` has not been called.
+        """
+        if self._learned is None:
+            return
+        if not self._learned.closed:
+            self._learned.close()
+        self._learned = None
+        self._give_back()
+        self._counted = self._engine.steps_taken()
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        files: Files | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> list[Path]:
+        """Write the snapshots as candidates, as `Snapshots` does, and return their directories. Collective.
+
+        Args:
+            directory: gets `step-00000100` and so on; the same file system on every rank.
+            dtype: type of the floating point tensors in the files; the model's own when not given.
+            files: small files for each candidate.
+            max_shard_size: most bytes in one file.
+
+        Raises:
+            ConfigError, OutputError, TwaError: on every rank.
+        """
+        with self._pods.agree():
+            if self._window is None or not self._window.count:
+                raise TwaError("save(): there is no snapshot; make RunningAverages with window={..}, and train.")
+            check_dtype(dtype)
+            check_files(files or {}, BASE)
+            parse_size(max_shard_size)
+            self._window.require_finite()
+        return saving.save(
+            self._engine,
+            self._pods,
+            self._window,
+            directory,
+            dtype=dtype,
+            files=files or {},
+            max_shard_size=max_shard_size,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on, with the same bits on the same number of ranks.
+
+        Tensors are live, and this rank's own: save the state of every rank. Under FSDP2 averages are DTensors: give
+        this object to torch.distributed.checkpoint, which saves all ranks' tensors and reshards exponential averages.
+        """
+        return checkpoint.state_of(self._engine, self._step, self._ema, self._window)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`. Collective.
+
+        Raises:
+            StateError: on every rank; the state of other settings, of another rank, or of another number of ranks.
+        """
+        with self._pods.agree():
+            self._require_own_weights("load_state_dict()")
+            checkpoint.check(state, self._engine, self._ema, self._window)
+        self._step = checkpoint.load(state, self._engine, self._ema, self._window)
+        self._counted = self._engine.steps_taken()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_copies("a RunningAverages")
+
+    def _averaged(self) -> frozenset[str]:
+        parameters = self._engine.parameters.values()
+        found = frozenset(info.name for info in parameters if info.trainable and info.dtype.is_floating_point)
+        if not found:
+            raise ConfigError(
+                f"RunningAverages: none of the model's {len(self._engine.parameters)} parameters requires a gradient, "
+                "so that there is nothing to average. Set requires_grad first."
+            )
+        return found
+
+    def _live(self) -> dict[Span, torch.Tensor]:
+        engine = self._engine
+        return {span: engine.live(span) for span in engine.spans() if span.name in self._names and len(span)}
+
+    def _allocate(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        device = self._engine.device
+        if self._device == "cpu" and device.type != "cpu":
+            return self._pages.zeros(count, dtype=dtype, device=torch.device("cpu"))
+        return torch.zeros(count, dtype=dtype, device=device)
+
+    def _mixture(self, which: Which) -> torch.Tensor | None:
+        self._require_same_parameters()
+        chosen = mixture(which, self._ema, self._window)
+        if chosen is None:
+            return None
+        index = self._ema_of(chosen)
+        if index is not None:
+            assert self._ema is not None
+            self._ema.require_finite(index)
+        elif self._window:
+            self._window.require_finite()
+        return chosen
+
+    def _ema_of(self, chosen: torch.Tensor) -> int | None:
+        """Return which exponential average a mixture is, if it is one."""
+        n = self._window.count if self._window else 0
+        return int(chosen[n:].argmax()) if chosen[n:].any() else None
+
+    def _write_shown(self) -> None:
+        """Write the weights that are shown now; the trained ones come from their copy. Collective."""
+        chosen = self._shown.now
+        if chosen is None:
+            self._give_back()
+            return
+        live, buffers = self._live(), self._engine.buffers()
+        self._trained.keep(live, {})
+        index = self._ema_of(chosen)
+        if index is None:
+            assert self._window is not None
+            self._window.write(chosen[: self._window.count], live)
+        else:
+            assert self._ema is not None
+            self._ema.write(index, live, buffers)
+        with torch.no_grad():
+            self._engine.publish(self._names)
+
+    def _give_back(self) -> None:
+        if self._trained.give_back(self._live(), self._engine.buffers()):
+            with torch.no_grad():
+                self._engine.publish(self._names)
+
+    def _require_own_weights(self, what: str) -> None:
+        if self._learned is not None:
+            raise TwaError(f"{what}: the model holds the average that learn() has made; call restore() first.")
+        if self._shown:
+            raise TwaError(f"{what} inside weights(): the weights are not those that are trained; leave it first.")
+        if self._shown.lost:
+            raise TwaError(f"{what}: {self._shown.lost}")
+
+    def _require_same_parameters(self) -> None:
+        """Refuse parameters that were replaced, and report once those that are trained now and were not before."""
+        self._engine.changed(self._names)
+        if self._reported:
+            return
+        now = [name for name, p in self._engine.module.named_parameters(remove_duplicate=True) if p.requires_grad]
+        known = sum(info.trainable for info in self._engine.parameters.values())
+        if len(now) > known:
+            self._reported = True
+        if self._reported and self._pods.rank == 0:
+            notice(
+                f"{len(now) - known} more parameters require a gradient now than when RunningAverages was made: their "
+                "averages are not kept. Make it when all that will be trained requires a gradient."
+            )
+
+
+def _content(value: bytes | Path) -> bytes:
+    return value if isinstance(value, bytes) else Path(value).read_bytes()

@@ -1,0 +1,54 @@
+"""Snapshots of a window in the place of candidates: what has names, shapes and types, but no file to read."""
+
+from pathlib import Path
+
+import torch
+
+from twa_scale.candidates import Candidate
+from twa_scale.candidates.complex_tensors import in_pairs
+from twa_scale.engines import Engine
+from twa_scale.engines.complex_weights import complex_in_model
+
+
+class SnapshotCandidate:
+    """One snapshot, described as the file would be that `RunningAverages.save` writes of it."""
+
+    directory: Path | None = None
+    file_name: str | None = None
+    bytes_read = 0
+
+    def __init__(self, engine: Engine, step: int) -> None:
+        self.label = f"the snapshot of step {step}"
+        self.metadata: dict[str, str] = {}
+        pairs = complex_in_model(engine)
+        tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
+        tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
+        self._tensors = {
+            name: (shape[:-1], dtype.to_complex()) if name in pairs else (shape, dtype)
+            for name, (shape, dtype) in tensors.items()
+        }
+        self.stored_names = {name: name for name in self._tensors}
+
+    def names(self) -> list[str]:
+        """Return the tensor names, sorted."""
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._tensors[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor in the model."""
+        return self._tensors[name][1]
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Refuse: the window is the store, and nothing is read."""
+        raise AssertionError(f"{self.label}: {name!r} [{start}:{start + len(out)}] is in the window")
+
+    def close(self) -> None:
+        """Do nothing: the window stays."""
+
+
+def snapshot_candidate(engine: Engine, step: int) -> Candidate:
+    """Return the snapshot of a step as a candidate, complex tensors as pairs of real numbers."""
+    return in_pairs(SnapshotCandidate(engine, step))

@@ -1,0 +1,163 @@
+"""A trainable average of the snapshots of a window: the window is its store, and nothing is read or copied."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from twa_scale.average.assemble import assemble
+from twa_scale.average.attach import matched, require_trainable
+from twa_scale.average.average import TrainableAverage
+from twa_scale.average.basis import Gram, needs_norms_only
+from twa_scale.average.layout import Layout
+from twa_scale.average.load_candidates import Filled
+from twa_scale.average.optimizer import check_settings
+from twa_scale.base.spans import Span
+from twa_scale.candidates.buffers import buffer_source
+from twa_scale.candidates.carry_over import Carried
+from twa_scale.config import TwaConfig, center_weights, validated
+from twa_scale.engines import Engine
+from twa_scale.errors import ConfigError
+from twa_scale.kernels import Kernels, RowMap, Target
+from twa_scale.kernels.torch.deltas import inner_products, squared_norms
+from twa_scale.ranks import Pods, Reduction, require_same_settings
+from twa_scale.running.candidate import snapshot_candidate
+from twa_scale.running.window import Window
+from twa_scale.store import Store
+
+
+class WindowStore:
+    """The store of a window as that of an average: it is only read, and stays when the average is closed."""
+
+    def __init__(self, store: Store, coding: RowMap) -> None:
+        self._store = store
+        self.device = store.device
+        self.kernels: Kernels = store.kernels
+        self.coding = coding
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the snapshots occupy."""
+        return self._store.nbytes
+
+    def reserve(self, span: Span) -> Target:
+        """Refuse: the window has filled it."""
+        raise AssertionError(f"{span} is in the window")
+
+    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
+        """Return the inner products of rows and base with the gradient of this span."""
+        return self._store.project(span, gradient, with_center)
+
+    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """Write the weights of this span; the window holds no empty ones."""
+        if len(span):
+            self._store.combine(span, weights, scale, out)
+
+    def close(self) -> None:
+        """Do nothing: the window stays."""
+
+
+def settings_for(window: Window, config: TwaConfig | Mapping[str, Any] | None, store_device: str) -> TwaConfig:
+    """Return the settings of an average whose store is the window's.
+
+    Raises:
+        ConfigError: names the key; another store than the window's, or candidates that are coded otherwise.
+    """
+    given = validated(TwaConfig, dict(config) if isinstance(config, Mapping) else config)
+    packed = window.settings.store.startswith("packed")
+    own = {"store": window.settings.store, "coding": "increments" if packed else "auto", "store_device": store_device}
+    for key, value in own.items():
+        if key in given.model_fields_set and getattr(given, key) not in (value, "auto"):
+            raise ConfigError(
+                f"{key}: {getattr(given, key)!r} asked for, but the window holds the snapshots with {value!r}; leave "
+                f"{key} out, or set it in window={{..}} before training."
+            )
+    return validated(
+        TwaConfig, {**given.model_dump(include=given.model_fields_set & set(TwaConfig.model_fields)), **own}
+    )
+
+
+def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried: Carried) -> TrainableAverage:
+    """Return a trainable average of the snapshots, whose first weights are in the model. Collective.
+
+    Args:
+        engine: the model, made anew, since the average takes its gradients.
+        pods: all ranks.
+        window: holds at least two snapshots.
+        config: made by `settings_for`.
+        carried: what exports put beside the weights.
+
+    Raises:
+        ConfigError, EngineError: on every rank.
+    """
+    with pods.agree():
+        engine.keeps_optimizer = True
+        engine.check()
+        require_trainable(config, engine, pods)
+        candidates = [snapshot_candidate(engine, step) for step in window.steps]
+        layout = matched(engine, candidates, config)
+        weights = center_weights(config.center, len(candidates))
+        check_settings(config, weights)
+    require_same_settings(pods, {"the steps of the snapshots": window.steps, **config.model_dump(mode="json")})
+    with ExitStack() as undo:
+        reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
+        undo.callback(reduction.close)
+        store = WindowStore(window.store, window.row_map(weights))
+        with pods.agree():
+            filled = _measured(engine, layout, window, config, weights)
+            _write_center(engine, layout, window, weights)
+        filled.buffers.update(pods.broadcast(_buffers(engine, layout, window, config, weights)))
+        average = assemble(config, engine, pods, reduction, layout, store, filled, candidates, carried, weights)
+        undo.pop_all()
+    return average
+
+
+@torch.no_grad()
+def _measured(engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float]) -> Filled:
+    """Return what a pass over candidates would have found: products of the deltas, errors and checksums."""
+    n, device = window.count, window.store.device
+    gram = Gram(len(layout.groups), n, device, diagonal=needs_norms_only(config.basis))
+    b = torch.tensor(weights, dtype=torch.float32, device=device)
+    checksums = {}
+    for span in window.spans:
+        sums = torch.zeros(n, dtype=torch.int64, device=device)
+        group = layout.group_of.get(span.name)
+        for base, increments in window.parts(span):
+            beyond = torch.cat([torch.zeros_like(base)[None], increments.cumsum(0)])
+            sums += (base + beyond).view(torch.int32).sum(1)
+            if group is None:
+                continue
+            shift = b @ beyond
+            rows = torch.cat([beyond - shift, (base + shift)[None]])
+            products = gram.of(group)
+            products += inner_products(rows) if products.ndim == 2 else squared_norms(rows)
+        checksums[layout.source(span.name)] = sums.cpu()
+    errors = window.squared_errors().to(engine.device)
+    return Filled(gram.values.to(engine.device), errors, checksums, {}, {})
+
+
+@torch.no_grad()
+def _write_center(engine: Engine, layout: Layout, window: Window, weights: Sequence[float]) -> None:
+    """Write what is not trained as it is at the center."""
+    spans = [span for span in window.spans if span.name not in layout.group_of]
+    window.write(torch.tensor(weights, dtype=torch.float64), {span: engine.live(span) for span in spans})
+
+
+def _buffers(
+    engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """Return the values of buffers, 1-D, on ranks that keep them: statistics averaged, others from one snapshot."""
+    values, last = {}, len(weights) - 1
+    for name in window.buffers:
+        if name not in layout.buffers:
+            continue
+        averaged = window.buffers[name].is_floating_point()
+        source = buffer_source(name, config.buffers, weights) if averaged else last
+        if isinstance(source, int):
+            value = window.buffer(name, source).clone()
+        else:
+            held = [window.buffer(name, i).double() * weight for i, weight in enumerate(source)]
+            value = torch.stack(held).sum(0).to(window.buffers[name].dtype)
+        values[name] = value.reshape(-1).cpu()
+    return values

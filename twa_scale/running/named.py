@@ -1,0 +1,91 @@
+"""Averages that people name: "ema", "ema:0.999", "mean", "lawa:8", .."""
+
+import re
+
+import torch
+
+from twa_scale.average.coefficients import Which, averaging_coefficients
+from twa_scale.config import parse_center
+from twa_scale.errors import ConfigError, TwaError
+from twa_scale.running.ema import Ema
+from twa_scale.running.window import Window
+
+NOW = ("last", "trained")
+"""The weights that training has reached."""
+_FIXED = ("mean", "linear", "minus-sqrt")
+
+
+def names(ema: Ema | None, window: Window | None) -> list[str]:
+    """Return the averages that can be shown now, beside indices and coefficients."""
+    found = [NOW[0]]
+    if ema and ema.updates:
+        found += ["ema"] if len(ema.names) == 1 else ema.names
+    return found + (list(_FIXED) if window and window.count else [])
+
+
+def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tensor | None:
+    """Return the factors of the snapshots and, after them, of the exponential averages, float64; None for `NOW`.
+
+    Raises:
+        ConfigError: a name that is unknown, or that this object does not keep; coefficients that are not n numbers.
+        TwaError: an average of which there is nothing yet.
+    """
+    text = re.sub(r"\s*:\s*", ":", which.strip().lower()) if isinstance(which, str) else None
+    if text in NOW:
+        return None
+    n, count = window.count if window else 0, len(ema.names) if ema else 0
+    factors = torch.zeros(n + count, dtype=torch.float64)
+    if text is not None and text.partition(":")[0] == "ema":
+        factors[n + _ema(text, ema)] = 1
+        return factors
+    if window is None:
+        raise ConfigError(f"weights: {which!r} is an average of snapshots; make RunningAverages with window={{..}}.")
+    if not n:
+        raise TwaError(f"weights: {which!r} is an average of snapshots, and none has been taken yet.")
+    factors[:n] = _over_snapshots(which if text is None else text, n, window.settings.keep)
+    return factors
+
+
+def _ema(text: str, ema: Ema | None) -> int:
+    if ema is None:
+        raise ConfigError(f"weights: {text!r}; make RunningAverages with ema=[0.999], say.")
+    kept = f"this object keeps {', '.join(ema.names)}; window:{text} would be the one over the snapshots"
+    names = list(ema.names)
+    if text == "ema" and len(names) > 1:
+        raise ConfigError(f"weights: 'ema' is one of several; {kept}.")
+    found = names[0] if text == "ema" else next((name for name in names if _same(name, text)), None)
+    if found is None:
+        raise ConfigError(f"weights: {text!r} is not kept; {kept}.")
+    if not ema.updates:
+        start = ema.settings.start_step
+        raise TwaError(f"weights: {text!r} has had no update yet; updates begin at step {max(start, 1)} or later.")
+    return names.index(found)
+
+
+def _same(name: str, text: str) -> bool:
+    kind, _, number = name.rpartition(":")
+    other, _, value = text.rpartition(":")
+    try:
+        return kind == other and float(f"{float(value):g}") == float(number)
+    except ValueError:
+        return False
+
+
+def _over_snapshots(which: Which, n: int, keep: int) -> torch.Tensor:
+    """Return the coefficients of n snapshots, (n,), float64."""
+    if isinstance(which, str):
+        which = which.removeprefix("window:")
+        if lawa := re.fullmatch(r"lawa:(\d+)", which):
+            last = int(lawa[1])
+            if not 1 <= last <= keep:
+                raise ConfigError(f"weights: {which!r}; the window keeps {keep} snapshots: give 1 to {keep}.")
+            last = min(last, n)
+            return torch.tensor([0.0] * (n - last) + [1 / last] * last, dtype=torch.float64)
+        try:
+            parse_center(which)
+        except ValueError:
+            raise ConfigError(
+                f"weights: {which!r} is no average; give last, ema, ema:DECAY, mean, linear, minus-sqrt, lawa:K, the "
+                "index of a snapshot, one coefficient for each, or window:NAME with a name that `center` takes."
+            ) from None
+    return averaging_coefficients(which, torch.zeros(n, dtype=torch.float64), 1)[:, 0]

@@ -1,0 +1,76 @@
+"""The snapshots of a window as candidates on disk."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from twa_scale.base.spans import Span, whole
+from twa_scale.candidates.carry_over import BASE
+from twa_scale.engines import Engine
+from twa_scale.output import Files, writing
+from twa_scale.output.live_weights import may_be_mask
+from twa_scale.output.publish import target_of
+from twa_scale.output.snapshots import snapshot_files, snapshot_specs
+from twa_scale.ranks import Pods
+from twa_scale.running.window import Window
+
+
+def save(
+    engine: Engine,
+    pods: Pods,
+    window: Window,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    files: Files,
+    max_shard_size: str | int,
+) -> list[Path]:
+    """Write every snapshot as `directory/step-00000100` and so on, as `Snapshots` does. Collective.
+
+    Returns:
+        The directories, oldest first.
+    """
+    with pods.agree():
+        root = target_of(directory)
+    paths = [root / f"step-{step:08d}" for step in window.steps]
+    with pods.agree():
+        if pods.number == 0:  # pods hold the same weights: one of them writes
+            for i, path in enumerate(paths):
+                _save(engine, window, i, path, dtype, files, max_shard_size)
+    return paths
+
+
+def _save(
+    engine: Engine,
+    window: Window,
+    i: int,
+    path: Path,
+    dtype: torch.dtype | None,
+    files: Files,
+    max_shard_size: str | int,
+) -> None:
+    specs = snapshot_specs(engine, dtype)
+    said = snapshot_files(window.steps[i], files)
+    with writing(
+        path, specs, engine.shard_group, max_shard_size=max_shard_size, overwrite=True, base=BASE, **said
+    ) as writer:
+        held = set(window.spans)
+        for span in engine.spans():
+            masks = may_be_mask(engine, span.name)
+            pieces = _combined(window, i, span) if span in held else [(span, engine.live(span))]
+            for piece, values in pieces:
+                writer.write(piece, values, masks=masks)
+        if engine.shard_group.rank == 0:
+            for name, buffer in engine.buffers().items():
+                value = window.buffer(name, i).reshape(-1)
+                writer.write(whole(name, tuple(buffer.shape)), value, masks=may_be_mask(engine, name))
+
+
+def _combined(window: Window, i: int, span: Span) -> Iterator[tuple[Span, torch.Tensor]]:
+    """Yield a snapshot's elements of a span in float32, some at a time; of a strided span all at once."""
+    if span.run:
+        yield span, torch.cat([values for _, values in window.snapshot(i, span)])
+        return
+    for cut, values in window.snapshot(i, span):
+        yield span.part(cut.start, cut.stop), values

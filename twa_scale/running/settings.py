@@ -1,0 +1,118 @@
+"""What a user can set of running averages."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from twa_scale.config import validated
+from twa_scale.config.section import Count, Integer, Section
+from twa_scale.errors import ConfigError
+
+Decay = Annotated[float, Field(gt=0, lt=1)]
+HalfLife = Annotated[float, Field(gt=0, le=10)]
+
+
+class EmaSettings(Section):
+    """Exponential moving averages of the weights."""
+
+    decays: list[Decay] = Field([], description="Decay of each update.")
+    half_life: list[HalfLife] = Field(
+        [], description="Half-lives as fractions of the updates so far: the average forgets in proportion to its age."
+    )
+    update_every: Count = Field(1, description="Steps between two updates.")
+    start_step: Annotated[Integer, Field(ge=0)] = Field(0, description="First step that may be an update.")
+    bias_correction: bool = Field(
+        False,
+        description="Leave out the weight that the first weights keep in an average of constant decay, as Adam does "
+        "for its moments. torch.optim.swa_utils does not.",
+    )
+    use_buffers: bool = Field(False, description="Average floating point buffers, too, and copy the others.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        renamed = {("decays" if key == "decay" else key): value for key, value in data.items()}
+        if len(renamed) < len(data):
+            raise ValueError("decay and decays are the same setting; give one of them")
+        lists = ("decays", "half_life")
+        return {k: [v] if k in lists and isinstance(v, int | float) else v for k, v in renamed.items()}
+
+    @model_validator(mode="after")
+    def _some(self) -> "EmaSettings":
+        if not self.decays and not self.half_life:
+            raise ValueError("give decays, as [0.999], or half_life, as 0.05")
+        if len(set(self.names())) < len(list(self.names())):
+            raise ValueError("each decay and each half_life may be given once")
+        return self
+
+    def names(self) -> Iterator[str]:
+        """Yield what `weights` calls each average."""
+        yield from (f"ema:{decay:g}" for decay in self.decays)
+        yield from (f"ema:half-life:{half_life:g}" for half_life in self.half_life)
+
+    def decay(self, index: int, updates: int) -> float:
+        """Return what the average `index`, in the order of `names`, is multiplied by at its update number `updates`."""
+        if updates == 1:
+            return 0.0
+        if index >= len(self.decays):
+            return float(0.5 ** (1 / (self.half_life[index - len(self.decays)] * updates)))
+        decay = self.decays[index]
+        if not self.bias_correction:
+            return decay
+        return float(decay * (1 - decay ** (updates - 1)) / (1 - decay**updates))
+
+
+class WindowSettings(Section):
+    """The window of the last snapshots."""
+
+    every: Count = Field(description="Steps between two snapshots.")
+    keep: Annotated[Integer, Field(ge=2, le=4096)] = Field(description="Snapshots that are kept: the last ones.")
+    store: Literal["dense32", "dense16", "packed8", "packed4", "packed2", "packed1"] = Field(
+        "packed1", description="How the difference of each snapshot to the one before it is held."
+    )
+    start_step: Annotated[Integer, Field(ge=0)] = Field(0, description="First step that may be a snapshot.")
+
+
+Ema = EmaSettings | Mapping[str, Any] | Sequence[float] | float
+Window = WindowSettings | Mapping[str, Any]
+
+
+def ema_settings(ema: Ema | None) -> EmaSettings | None:
+    """Return validated settings; a number or several are decays.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if ema is None:
+        return None
+    if isinstance(ema, bool | str):
+        raise ConfigError(f"ema: {ema!r}; give decays, as [0.999], or settings, as {{'half_life': 0.05}}.")
+    if isinstance(ema, int | float):
+        ema = {"decays": [float(ema)]}
+    elif isinstance(ema, Sequence):
+        ema = {"decays": list(ema)}
+    return validated(EmaSettings, dict(ema) if isinstance(ema, Mapping) else ema, "ema")
+
+
+def window_settings(window: Window | None) -> WindowSettings | None:
+    """Return validated settings.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if window is None:
+        return None
+    if not isinstance(window, WindowSettings | Mapping):
+        raise ConfigError(f"window: {window!r}; give settings, as {{'every': 100, 'keep': 40}}.")
+    return validated(WindowSettings, dict(window) if isinstance(window, Mapping) else window, "window")
+
+
+def is_due(step: int, every: int, start: int) -> bool:
+    """Whether something that happens every `every` steps from step `start` on happens at `step`, which counts from 1.
+
+    The rule of `Snapshots`.
+    """
+    return step >= max(start, 1) and (step - start) % every == 0

@@ -1,0 +1,41 @@
+"""A copy of the trained weights of this rank, for the time in which the model holds others."""
+
+from collections.abc import Mapping
+
+import torch
+
+from twa_scale.base.spans import Span
+
+
+class Trained:
+    """Holds the weights, in their own type, from `keep` until `give_back`."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._weights: dict[Span, torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return sum(tensor.nbytes for held in (self._weights, self._buffers) for tensor in held.values())
+
+    @torch.no_grad()
+    def keep(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
+        """Copy the weights; once only, until they are given back."""
+        if self._held:
+            return
+        self._held = True
+        self._weights = {span: values.clone() for span, values in live.items()}
+        self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+
+    @torch.no_grad()
+    def give_back(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> bool:
+        """Write the copy into the model and let go of it; return whether there was one, the same on every rank."""
+        held, self._held = self._held, False
+        for span, values in self._weights.items():
+            live[span].copy_(values)
+        for name, buffer in self._buffers.items():
+            buffers[name].copy_(buffer)
+        self._weights, self._buffers = {}, {}
+        return held

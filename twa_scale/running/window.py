@@ -1,0 +1,197 @@
+"""The last snapshots of this rank's weights: the oldest in float32, and what each later one adds to the one before."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from twa_scale.average.weights import sent
+from twa_scale.base.spans import Span
+from twa_scale.config import TwaConfig
+from twa_scale.errors import TwaError
+from twa_scale.kernels import Dense, Packed, Trajectory
+from twa_scale.kernels.torch.deltas import write_row
+from twa_scale.kernels.torch.reference import widened
+from twa_scale.running.settings import WindowSettings
+from twa_scale.store import Store, make_store
+
+_CPU_PIECE = 1 << 20  # elements that are worked on at a time: on a CPU they stay in cache
+_GPU_PIECE = 1 << 24
+Piece = tuple[slice, Dense | Packed, torch.Tensor]
+"""Columns of a span, the rows of these columns, and the base there, as views."""
+
+
+class Window:
+    """Snapshots of the spans of a rank. Nothing here is collective.
+
+    Snapshot k is the base plus the first k increments. An increment is the rounded difference of the weights to what
+    the store makes of the snapshot before, so errors do not add up. Increments lie in the rows of a store, which one
+    pass reads, in a ring: dropping the oldest snapshot adds its successor's increment to the base and frees its row.
+
+    Args:
+        settings: when, how many, and in which store.
+        live: the weights of this rank, by span.
+        buffers: of the model, live; empty on ranks that do not keep them.
+        device: of the model.
+        store_device: "auto" or "cpu", as of `TwaConfig`.
+
+    Raises:
+        ConfigError: no memory.
+    """
+
+    def __init__(
+        self,
+        settings: WindowSettings,
+        live: Mapping[Span, torch.Tensor],
+        buffers: Mapping[str, torch.Tensor],
+        device: torch.device,
+        store_device: str = "auto",
+    ) -> None:
+        self.settings = settings
+        rows = settings.keep - 1
+        config = TwaConfig(store=settings.store, store_device="cpu" if store_device == "cpu" else "auto")
+        self.store: Store = make_store(config, rows, device, lambda _: [])
+        targets = {span: self.store.reserve(span) for span in live}
+        self._held = {span: (target.rows, target.center) for span, target in targets.items()}
+        self.steps: list[int] = []
+        """Of the snapshots, oldest first."""
+        self.order: list[int] = []
+        """The row of each snapshot but the oldest."""
+        self.errors = torch.zeros(rows + 1, dtype=torch.float64, device=self.store.device)
+        """Squared norm, on this rank, of what each row's snapshot is off by; last, the base's."""
+        self.buffers = {name: buffer.new_zeros((settings.keep, *buffer.shape)) for name, buffer in buffers.items()}
+        """By name: of the snapshots, in a ring; see `buffer`."""
+        self.taken = 0
+
+    @property
+    def count(self) -> int:
+        """Number of snapshots, n."""
+        return len(self.steps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the snapshots occupy on this rank."""
+        return self.store.nbytes + sum(buffer.nbytes for buffer in self.buffers.values())
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """The spans that are held."""
+        return list(self._held)
+
+    def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
+        """Return the rows and the base of a span, as they lie in memory."""
+        rows, base = self._held[span]
+        assert rows is not None and base is not None
+        return rows, base
+
+    @torch.no_grad()
+    def take(self, step: int, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
+        """Take a snapshot of the weights after `step`; the oldest goes where the window is full.
+
+        On a GPU it is queued, and nothing waits, unless the store is in host memory.
+        """
+        if self.steps:
+            self._add(live)
+        else:
+            self._begin(live)
+        for name, buffer in self.buffers.items():
+            buffer[self.taken % self.settings.keep].copy_(buffers[name])
+        self.steps = [*self.steps, step][-self.settings.keep :]
+        self.taken += 1
+
+    def _begin(self, live: Mapping[Span, torch.Tensor]) -> None:
+        for span, values in live.items():
+            base = self.held(span)[1]
+            base.copy_(values)
+            self.errors[-1] += 0 * torch.linalg.vector_norm(base)  # NaN where they are not finite
+
+    def _add(self, live: Mapping[Span, torch.Tensor]) -> None:
+        """Fold the increment of a snapshot that goes into the base, and write the new one into a free row."""
+        full = self.count == self.settings.keep
+        kept = self.order[int(full) :]
+        row = next(i for i in range(self.settings.keep) if i not in kept)
+        if full:
+            self.errors[-1].copy_(self.errors[row])
+        self.errors[row] = 0
+        dropped = self._marked([row]) if full else None
+        newest = self._marked(kept)
+        for span, values in live.items():
+            self._add_span(span, values.detach(), row, dropped, newest)
+        self.order = [*kept, row]
+
+    def _add_span(
+        self, span: Span, values: torch.Tensor, row: int, dropped: torch.Tensor | None, newest: torch.Tensor
+    ) -> None:
+        combine = self.store.kernels.combine
+        for cut, part, base in self._pieces(span):
+            before = torch.empty_like(base)
+            if dropped is not None:  # its row, the only one that is free, takes the new increment
+                combine(part, dropped, base, 1.0, before)
+                base.copy_(before)
+            combine(part, newest, base, 1.0, before)
+            difference = values[cut].to(before) - before
+            kept = write_row(part, row, difference)
+            self.errors[row] += torch.linalg.vector_norm(difference - kept).double().square()
+
+    def _marked(self, rows: Sequence[int]) -> torch.Tensor:
+        """Return factors of the rows: 1 for these, 0 for the others."""
+        factors = torch.zeros(self.settings.keep - 1)
+        factors[list(rows)] = 1
+        return sent(factors, self.store.device)
+
+    def _pieces(self, span: Span) -> Iterator[Piece]:
+        rows, base = self.held(span)
+        size = _CPU_PIECE if base.device.type == "cpu" else _GPU_PIECE
+        run = rows.run * rows.tile
+        step = rows.run * max(1, size // run)
+        for tile in range(0, rows.count, step):
+            first, part = rows.part(tile, tile + step)
+            cut = slice(first, first + part.m)
+            yield cut, part, base[cut]
+
+    def row_map(self, center: Sequence[float]) -> Trajectory:
+        """Return what the rows stand for, for a center of these weights of the snapshots."""
+        return Trajectory(tuple(self.order), self.settings.keep - 1, tuple(center))
+
+    @torch.no_grad()
+    def write(self, a: torch.Tensor, live: Mapping[Span, torch.Tensor]) -> None:
+        """Write sum_i a_i w_i of the snapshots into weights of this rank; a is (n,), float64."""
+        factors = self.row_map([]).of_candidates(a[:, None])[:, 0]
+        for span, values in live.items():
+            self.store.combine(span, sent(factors[:-1].float(), values.device), float(factors[-1]), values)
+
+    def snapshot(self, i: int, span: Span) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield (columns, float32 values) of a span as it was at snapshot `i`, some at a time."""
+        factors = self._marked(self.order[:i])
+        for cut, part, base in self._pieces(span):
+            values = torch.empty_like(base)
+            self.store.kernels.combine(part, factors, base, 1.0, values)
+            yield cut, values
+
+    def buffer(self, name: str, i: int) -> torch.Tensor:
+        """Return a buffer as it was at snapshot `i`."""
+        return self.buffers[name][(self.taken - self.count + i) % self.settings.keep]
+
+    def parts(self, span: Span) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the base (k,) and the increments (n - 1, k) of a span some columns at a time, in float32."""
+        rows, base = self.held(span)
+        for start, part in widened(rows):
+            values = part.transpose(0, 1).flatten(1)[self.order]
+            low, high = max(start, 0), min(start + values.shape[1], len(base))
+            yield base[low:high], values[:, low - start : high - start]
+
+    def require_finite(self) -> None:
+        """Refuse snapshots of weights that were not finite.
+
+        Raises:
+            TwaError: names the first step.
+        """
+        wrong = ~torch.isfinite(self.squared_errors())
+        if bool(wrong.any()):
+            raise TwaError(
+                f"the snapshot of step {self.steps[int(wrong.nonzero()[0])]} has weights that are not finite: training "
+                "has diverged. Load the state of a step before."
+            )
+
+    def squared_errors(self) -> torch.Tensor:
+        """Return what the snapshots are off by: squared norms over this rank's spans, (n,), float64."""
+        return torch.cat([self.errors[-1:], self.errors[self.order]])
