@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from twa_scale.config import load_config
-from twa_scale.ranks import Group, World, end
+from twa_scale.ranks import Group, World, exit_process
 from twa_scale.run.batches import make_batches
 from twa_scale.run.evaluate import evaluate
 from twa_scale.run.tasks import build_task
@@ -42,4 +42,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    end(0)
+    exit_process(0)

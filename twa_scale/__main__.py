@@ -20,9 +20,9 @@ def program() -> NoReturn:
 def _end(code: int) -> NoReturn:
     """End the process; one that never was a rank has nothing to clean up and does not import what is needed for it."""
     if "twa_scale.ranks" in sys.modules:
-        from twa_scale.ranks import end
+        from twa_scale.ranks import exit_process
 
-        end(code)
+        exit_process(code)
     sys.exit(code)
 
 

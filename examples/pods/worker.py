@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
 from twa_scale.config import TaskConfig
-from twa_scale.ranks import end
+from twa_scale.ranks import exit_process
 from twa_scale.run.batches import make_batches
 from twa_scale.run.tasks import build_task
 from twa_scale.run.tasks.byte_gpt import ByteGPT
@@ -87,4 +87,4 @@ def counters() -> dict[str, int]:
 
 if __name__ == "__main__":
     main()
-    end(0)
+    exit_process(0)

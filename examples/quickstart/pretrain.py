@@ -18,7 +18,7 @@ from torch import nn
 
 from twa_scale import Snapshots
 from twa_scale.config import RunConfig, load_config
-from twa_scale.ranks import World, end
+from twa_scale.ranks import World, exit_process
 from twa_scale.run.batches import make_batches
 from twa_scale.run.model import build_model
 from twa_scale.run.tasks import build_task
@@ -143,4 +143,4 @@ def name_it(path: Path, name: str) -> None:
 
 if __name__ == "__main__":
     main()
-    end(0)
+    exit_process(0)

@@ -70,7 +70,7 @@ def trial(
         outcome = NONE_WAITED
     else:
         said = f"rank {who} of job {job}, {how.name} in {phase}: the other ended with {code}: {other.said}"
-        assert code == 2 and other.said.startswith(f"RankError: rank {1 - who} waited in vain"), said
+        assert code == 2 and other.said.startswith(f"RankError: rank {1 - who} could not complete a collective"), said
         assert f"rank {who}" in other.said, said
     before = work.found(directory)
     to_the_end(work, directory, job)

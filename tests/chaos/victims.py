@@ -24,7 +24,7 @@ from twa_scale.errors import TwaError
 from twa_scale.merge import streamed
 from twa_scale.output import BackgroundWrite
 from twa_scale.output.snapshots import Snapshots
-from twa_scale.ranks import end
+from twa_scale.ranks import exit_process
 from twa_scale.run.loop import Run
 
 PHASES: dict[str, tuple[Any, str]] = {
@@ -164,7 +164,7 @@ def _live(
     except Exception as error:
         pipe.send(("error", f"{type(error).__name__}: {error}", time.monotonic()))
         code = 2 if isinstance(error, TwaError) else 1
-    end(code)
+    exit_process(code)
 
 
 def _tell(phase: str, pipe: Connection) -> None:

@@ -1,4 +1,4 @@
-"""`average` and `export` undo what is half done when a signal ends them; their exit code says which."""
+"""`average` and `export` remove unfinished outputs when a signal ends them, and exit with 128 plus its number."""
 
 import os
 import signal
@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.sparse import sparse
-from twa_scale.ranks import ended_by_signals
+from twa_scale.ranks import exit_on_signals
 
 MEBI = 1 << 20
 
 
-def half_done(command: list[str], out: Path) -> "subprocess.Popen[bytes]":
-    """Start a command that writes `out`, and return when it has begun to."""
+def start_writing(command: list[str], out: Path) -> "subprocess.Popen[bytes]":
+    """Start a command that writes `out`, and return when it has started to write."""
 
     def heed() -> None:
-        for number in (signal.SIGINT, signal.SIGHUP):  # whoever runs the tests may ignore them
+        for number in (signal.SIGINT, signal.SIGHUP):  # The process that runs the tests may ignore them.
             signal.signal(number, signal.SIG_DFL)
 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed)
@@ -32,11 +32,11 @@ def half_done(command: list[str], out: Path) -> "subprocess.Popen[bytes]":
 @pytest.mark.parametrize(
     ("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
 )
-def test_nothing_is_left(tmp_path: Path, number: int, ranks: int) -> None:
+def test_signal_leaves_no_files(tmp_path: Path, number: int, ranks: int) -> None:
     candidates = [sparse(tmp_path / f"candidates/{i}.safetensors", 256 * MEBI) for i in range(2)]
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     out = tmp_path / "out"
-    process = half_done(
+    process = start_writing(
         [sys.executable, *launcher, "-m", "twa_scale", "average", *map(str, candidates), "--out", str(out)], out
     )
     os.kill(process.pid, number)
@@ -46,12 +46,12 @@ def test_nothing_is_left(tmp_path: Path, number: int, ranks: int) -> None:
     assert process.returncode == (128 + number if ranks == 1 else 1)  # torchrun's own
 
 
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
+def test_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with ended_by_signals():
+        with exit_on_signals():
             os.kill(os.getpid(), signal.SIGHUP)
-        with pytest.raises(SystemExit) as ended, ended_by_signals():
+        with pytest.raises(SystemExit) as ended, exit_on_signals():
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
             finally:

@@ -1,4 +1,4 @@
-"""Ranks of which one does not come; test_missing.py starts them."""
+"""Ranks, one of which does not join a collective. Started by test_missing.py."""
 
 import os
 import signal
@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from twa_scale.ranks import Group, World, limit_waiting
+from twa_scale.ranks import Group, World, set_collective_timeout
 
 TIMEOUT = 3.0
 
 
 def run(how: str, who: int, directory: Path) -> None:
-    """Be one of these ranks: wait for rank `who`, or be it. What goes to stderr is in a file of `directory`."""
+    """Run one rank, in which rank `who` freezes, ends, sleeps or fails. Write stderr to a file in `directory`."""
     world = World.from_environment()
     with (directory / f"stderr-{world.rank}").open("w") as file:
         os.dup2(file.fileno(), 2)
     with world.joined(torch.device("cpu"), directory, TIMEOUT):
         group = Group.world()
         mesh = init_device_mesh("cpu", (1, world.size), mesh_dim_names=("pods", "ranks"))
-        limit_waiting(TIMEOUT)
+        set_collective_timeout(TIMEOUT)
         group.gather(0)
         if world.rank == who:
             match how:
@@ -33,5 +33,5 @@ def run(how: str, who: int, directory: Path) -> None:
                     time.sleep(60)
                 case "failed":
                     raise RuntimeError("the data is not mounted on this node")
-        # What a forward pass does, in a group that torch has made.
+        # A collective of a forward pass, in a group that torch has made.
         torch.distributed.all_reduce(torch.ones(8), group=mesh.get_group("ranks"))

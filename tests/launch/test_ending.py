@@ -1,4 +1,4 @@
-"""A rank leaves with its own exit code, whatever threads it leaves behind."""
+"""A rank exits with its own code although threads still run."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ RANK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
 
 
 def test_threads_of_gloo_do_not_change_the_exit_code(tmp_path: Path) -> None:
-    """With `sys.exit` in place of `end` nine of ten such ranks abort; so one that does not is no proof, but six are."""
+    """With `sys.exit` instead of `exit_process` nine of ten such ranks abort, so the test starts six."""
     for life in range(3):
         command = [sys.executable, "-m", "tests.launch.leaving", str(tmp_path / str(life))]
         ranks = [

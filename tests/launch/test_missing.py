@@ -1,4 +1,4 @@
-"""A rank that does not come ends the others within the time-out, with an error that names it."""
+"""When a rank is missing, the other ranks end within the time limit, with an error that names it."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3",
     ("how", "who", "words"),
     [
         ("frozen", 1, ["rank 1", "process", "frozen"]),
-        pytest.param("frozen", 0, ["rank 0", "does not answer"], marks=pytest.mark.slow),  # it holds the store of all
+        pytest.param("frozen", 0, ["rank 0", "does not answer"], marks=pytest.mark.slow),  # rank 0 holds the store
         pytest.param("gone", 2, ["rank 2"], marks=pytest.mark.slow),
-        pytest.param("busy", 1, ["rank 1 did not come"], marks=pytest.mark.slow),
+        pytest.param("busy", 1, ["rank 1 did not join"], marks=pytest.mark.slow),
         ("failed", 1, ["rank 1 failed", "the data is not mounted on this node"]),
     ],
 )
-def test_the_others_end_and_name_it(tmp_path: Path, how: str, who: int, words: list[str]) -> None:
+def test_other_ranks_name_the_missing_rank(tmp_path: Path, how: str, who: int, words: list[str]) -> None:
     ranks = {
         rank: Victim(
             run,
@@ -37,7 +37,7 @@ def test_the_others_end_and_name_it(tmp_path: Path, how: str, who: int, words: l
         for rank, process in ranks.items():
             assert process.ended() == 2, process.said
             assert "Exception in thread" not in (tmp_path / f"stderr-{rank}").read_text()
-            assert process.said.startswith(f"RankError: rank {rank} waited in vain"), process.said
+            assert process.said.startswith(f"RankError: rank {rank} could not complete a collective"), process.said
             assert all(word in process.said for word in words), process.said
     finally:
         for process in (missing, *ranks.values()):

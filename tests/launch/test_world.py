@@ -1,4 +1,4 @@
-"""Which rank we are, from the variables that launchers really set."""
+"""`World.from_environment` with the variables that launchers set."""
 
 from typing import Any
 
@@ -57,14 +57,14 @@ def test_rank_size_and_local_rank(environment: dict[str, str], place: Any, launc
         (STEP | {"MASTER_ADDR": "n1"}, ["MASTER_ADDR", "MASTER_PORT"]),
     ],
 )
-def test_variables_that_do_not_fit_are_named(environment: dict[str, str], words: list[str]) -> None:
+def test_errors_name_invalid_variables(environment: dict[str, str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         World.from_environment(environment)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_start_has_a_name_of_its_own() -> None:
+def test_each_launch_has_a_unique_name() -> None:
     def job(environment: dict[str, str]) -> str:
         return World.from_environment(environment).job
 
@@ -81,7 +81,7 @@ def test_a_start_has_a_name_of_its_own() -> None:
     assert job(TORCHRUN) == job(HYDRA) == job({}) == ""
 
 
-def test_master_is_used_where_it_is_given() -> None:
+def test_has_master() -> None:
     assert World.from_environment(TORCHRUN | MASTER).has_master and World.from_environment(STEP | MASTER).has_master
     assert not World.from_environment(STEP).has_master
 
@@ -90,5 +90,5 @@ def test_master_is_used_where_it_is_given() -> None:
     ("environment", "size"),
     [({}, 1), (TORCHRUN, 1), (TORCHRUN | OPEN_MPI, 4), (STEP, 4), (BATCH, 1), (HYDRA, 6), (STEP | HYDRA, 6)],
 )
-def test_what_mpi_can_know_of(environment: dict[str, str], size: int) -> None:
+def test_mpi_size(environment: dict[str, str], size: int) -> None:
     assert mpi_size(environment) == size

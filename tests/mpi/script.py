@@ -18,7 +18,7 @@ import twa_scale
 from tests import models
 from tests.mpi.settings import BATCH, CONFIGS, PODS, STEPS
 from twa_scale.errors import CandidateError, TwaError
-from twa_scale.ranks import Group, World, end, rendezvous
+from twa_scale.ranks import Group, World, exit_process, rendezvous
 
 
 def train(model: torch.nn.Module, config: dict[str, Any], group: Group, **options: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def dies() -> dict[str, Any]:
 def lost() -> dict[str, Any]:
     """One rank's node does not reach that of rank 0, which waits for it at the door."""
     world = World.from_environment()
-    cut_off = patch.object(rendezvous, "enter", side_effect=OSError("rank 0 is not reached"))
+    cut_off = patch.object(rendezvous, "connect", side_effect=OSError("rank 0 is not reachable"))
     with cut_off if world.rank == 1 else nullcontext(), world.joined(torch.device("cpu")):
         return {}
 
@@ -125,4 +125,4 @@ if __name__ == "__main__":
     for name in case.split(","):
         results = globals()[name]()
         torch.save(results, Path(directory) / f"{name}-{World.from_environment().rank}.pt")
-    end(0)
+    exit_process(0)

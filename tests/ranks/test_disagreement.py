@@ -1,4 +1,4 @@
-"""Ranks that are given different things: the same error on every rank, or a result that is right."""
+"""Ranks with different candidates, settings or metrics: the same error on every rank, or a correct result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What fails on one rank is raised on all ranks that can agree on it; else the others end and name the rank."""
+"""An error on one rank is raised on all ranks if they can agree on it; else the other ranks end and name the rank."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Pods: shard groups that see different data and exchange coefficient gradients are one data-parallel run."""
+"""Training in pods gives the same result as data-parallel training in one shard group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Groups of another backend over the same ranks: made by all, used by those concerned, taken down again."""
+"""Reductions through groups of another backend: all ranks create them, their members use and destroy them."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from twa_scale.ranks import Group, reduction
 
 
 def over_new_groups() -> list[list[float]]:
-    """Sums in a group of ranks 0 and 2, rank 1 being alone, and in one of all; twice, since names may come again."""
+    """Return sums over a group of ranks 0 and 2 and over all ranks, twice, because group names may repeat."""
     rank = dist.get_rank()
     some = dist.new_group([0, 2])
     mine = Group.alone() if rank == 1 else Group(some)
     sums = []
     for _ in range(2):
-        # no device of this kind has a backend yet, so that groups have to be made
+        # No group has a backend for this device type, so new groups are created.
         made = reduction._over_torch("gloo", torch.device("meta"), [mine, Group(None)])
         assert made[1].size == 3 and (made[0] is mine) == (rank == 1)
         sums.append([group.sum_(torch.tensor(rank + 1.0, dtype=torch.float64)).item() for group in made])
@@ -30,7 +30,7 @@ def over_new_groups() -> list[list[float]]:
     return sums
 
 
-def test_groups_are_made_over_the_same_ranks(ranks: Pool) -> None:
+def test_new_groups_have_the_same_ranks(ranks: Pool) -> None:
     assert ranks(over_new_groups, 3) == [[[4.0, 6.0]] * 2, [[2.0, 6.0]] * 2, [[4.0, 6.0]] * 2]
 
 
@@ -45,7 +45,7 @@ def attach(engine: str, comm: str) -> Any:
 
 
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
-def test_gloo_is_what_a_cpu_model_has_anyway(ranks: Pool, engine: str) -> None:
+def test_gloo_equals_auto_on_cpu(ranks: Pool, engine: str) -> None:
     auto, gloo = (ranks(attach, 2, engine=engine, comm=comm) for comm in ("auto", "gloo"))
     assert all(torch.equal(one, auto[0]) for one in auto + gloo)
 
@@ -57,11 +57,11 @@ def test_nccl_needs_gpus(ranks: Pool) -> None:
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp2"])
 def test_mpi_needs_mpirun(ranks: Pool, engine: str) -> None:
-    """And it is not started to find that out: as singletons the ranks would not know each other."""
+    """The check does not initialize MPI, which would start every rank as a singleton."""
     error = ranks.error(attach, 2, engine=engine, comm="mpi")
-    assert isinstance(error, ConfigError) and "knows 1 of 2" in str(error) and "mpirun" in str(error)
+    assert isinstance(error, ConfigError) and "started 1 of 2" in str(error) and "mpirun" in str(error)
 
 
-def test_alone_every_choice_is_the_same() -> None:
+def test_single_process_accepts_every_comm() -> None:
     for comm in ("auto", "gloo", "mpi"):
         twa_scale.attach(models.build(), models.candidates(), {"comm": comm}).close()

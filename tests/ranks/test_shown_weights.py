@@ -16,7 +16,7 @@ from tests.ranks import cases
 from tests.ranks.cases import Run
 from twa_scale import TwaError
 from twa_scale.errors import RankError
-from twa_scale.ranks import limit_waiting
+from twa_scale.ranks import set_collective_timeout
 
 N = models.NUM_CANDIDATES
 GROUPS = ["stem", "embed", "embed_mix", "blocks.0", "blocks.1"]  # of `block`, in the order of the model
@@ -199,7 +199,7 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
     """The last rank leaves the block by an error, and the others go on to a forward pass, which waits for it."""
     model, twa = cases.attach(engine, Run({}))
     rank, size = cases.where()
-    limit_waiting(4.0)
+    set_collective_timeout(4.0)
     said = ""
     start = time.perf_counter()
     try:
@@ -220,7 +220,8 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
 def test_an_error_in_the_middle_of_the_block_ends_the_average(ranks: Pool, engine: str) -> None:
     (waited, *other), (failed, *own) = ranks(fail_in_the_middle, 2, engine=engine)
     assert failed == "Alone: cannot decode picture 17"
-    assert waited.startswith("RankError: rank 0 waited in vain: rank 1 failed (Alone: cannot decode picture 17)")
+    expected = "RankError: rank 0 could not complete a collective: rank 1 failed (Alone: cannot decode picture 17)"
+    assert waited.startswith(expected)
     for refused, seconds in (other, own):
         assert all("could not restore the trained weights" in text for text in refused) and seconds < 30
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twa_scale.ranks import Group, last_words
+from twa_scale.ranks import Group, publish_failure
 
 
 def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
@@ -61,7 +61,7 @@ def recalibrate(
             layer.train()
         iterator = iter(batches)
         while (batch := _next_on_all(iterator, group, device)) is not None:
-            with group.agree() if apart else last_words():
+            with group.agree() if apart else publish_failure():
                 forward(module, batch) if forward else _call(module, batch)
             count += 1
         total = int(group.sum_(torch.tensor([count], device=device)).item())

@@ -9,7 +9,7 @@ import torch
 from twa_scale.average.coefficients import Which
 from twa_scale.engines import Engine
 from twa_scale.errors import RankError, TwaError
-from twa_scale.ranks import Departures, Pods, is_broken, last_words, require_same_settings, waiting
+from twa_scale.ranks import BlockExits, Pods, is_collective_failure, publish_failure, rank_errors, require_same_settings
 
 _BACKWARD = (
     "backward() inside weights(): the gradient is not that of the trained weights. Leave weights() before backward(), "
@@ -40,7 +40,7 @@ class Shown:
         self._spoil = spoil
         self._stack: list[torch.Tensor | None] = []
         self._held: list[dict[str, torch.Tensor]] = []
-        self._departures = Departures(pods)
+        self._exits = BlockExits(pods)
         self.lost = ""
         """Why the average can no longer be used; empty as long as it can."""
 
@@ -115,15 +115,15 @@ class Shown:
             return failure
         if self.lost:
             raise failure or TwaError(self.lost)
-        if failure is not None and (not isinstance(failure, Exception) or is_broken(failure)):
-            self._departures.give_up()
-            with last_words(), waiting():
+        if failure is not None and (not isinstance(failure, Exception) or is_collective_failure(failure)):
+            self._exits.give_up()
+            with publish_failure(), rank_errors():
                 raise failure
-        self._departures.note()
+        self._exits.record()
         if failure is None:
-            self._departures.require_all()
-        elif not self._departures.all_left():
-            with last_words():
+            self._exits.require_all()
+        elif not self._exits.all_left():
+            with publish_failure():
                 raise failure
         try:
             with self._pods.agree():

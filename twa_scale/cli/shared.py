@@ -29,13 +29,13 @@ def joined(out: Path, timeout: float | None) -> "Iterator[tuple[Report, Callable
     import torch
 
     from twa_scale.config import TIMEOUT
-    from twa_scale.ranks import Ended, World, ended_by_signals
+    from twa_scale.ranks import SignalExit, World, exit_on_signals
     from twa_scale.run.progress import Report
 
     world = World.from_environment()
     try:
-        with ended_by_signals(), world.joined(torch.device("cpu"), out.parent, timeout or TIMEOUT):
+        with exit_on_signals(), world.joined(torch.device("cpu"), out.parent, timeout or TIMEOUT):
             yield Report(active=world.rank == 0), typer.echo if world.rank == 0 else lambda _: None
-    except Ended as ended:
+    except SignalExit as ended:
         typer.echo(f"stopped by {ended.signal}: nothing was written", err=True)
         raise

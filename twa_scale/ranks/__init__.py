@@ -1,29 +1,32 @@
-"""Which rank this process is, how ranks find each other, and what they sum and exchange."""
+"""Ranks: process groups and their rendezvous, collectives on small data, reductions, failures, process exit.
 
-from twa_scale.ranks.block_exit import Departures
+Start with `world.py` (the rank of this process and its process group) and `group.py` (collectives of a group of ranks).
+"""
+
+from twa_scale.ranks.block_exit import BlockExits
 from twa_scale.ranks.consistency import Difference, first_difference, require_same_settings
-from twa_scale.ranks.failures import is_broken, last_words, waiting
+from twa_scale.ranks.failures import is_collective_failure, publish_failure, rank_errors
 from twa_scale.ranks.group import Group
 from twa_scale.ranks.pods import Pods
-from twa_scale.ranks.process_exit import Ended, end, ended_by_signals
+from twa_scale.ranks.process_exit import SignalExit, exit_on_signals, exit_process
 from twa_scale.ranks.reduction import Reduction
-from twa_scale.ranks.timeouts import limit_waiting
+from twa_scale.ranks.timeouts import set_collective_timeout
 from twa_scale.ranks.world import World
 
 __all__ = [
-    "Departures",
+    "BlockExits",
     "Difference",
-    "Ended",
     "Group",
     "Pods",
     "Reduction",
+    "SignalExit",
     "World",
-    "end",
-    "ended_by_signals",
+    "exit_on_signals",
+    "exit_process",
     "first_difference",
-    "is_broken",
-    "last_words",
-    "limit_waiting",
+    "is_collective_failure",
+    "publish_failure",
+    "rank_errors",
     "require_same_settings",
-    "waiting",
+    "set_collective_timeout",
 ]

@@ -1,89 +1,89 @@
-"""Blocks that hold collectives and that a rank may leave by an error: whether the other ranks have left them too."""
+"""Exits from blocks that contain collectives: whether all ranks have left a block that one of them left by an error."""
 
 import secrets
 import time
 from typing import Any
 
 from twa_scale.errors import RankError
-from twa_scale.ranks.failures import answer, own_store
+from twa_scale.ranks.failures import call_with_timeout, connect_to_store
 from twa_scale.ranks.group import Group
 
-_PATIENCE = 5.0  # seconds that others have to leave a block after a rank has left it by an error
+_PATIENCE = 5.0  # seconds that other ranks have to leave a block after one has left it by an error
 _POLL = 0.05
 
 
-class Departures:
-    """Tells which blocks each rank of a group has left, in the store through which the ranks met.
+class BlockExits:
+    """A record, in the rendezvous store, of the blocks that each rank of a group has left.
 
-    A rank that leaves a block by an error cannot ask the others by a collective: they may still be in the block, in
-    another one. Where the store does not answer, ranks learn from a collective that fails.
+    A rank that leaves a block by an error cannot use a collective to ask the others, because they may be in a
+    collective of the block. If the store does not answer, the other ranks get the error of a failed collective.
 
     Args:
-        group: ranks that enter and leave the same blocks in the same order. Collective.
+        group: ranks that enter and leave the same blocks in the same order. The constructor is collective.
     """
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._name = f"twa-scale/left/{group.broadcast(secrets.token_hex(8))}"
-        self._left = 0
+        self._prefix = f"twa-scale/left/{group.broadcast(secrets.token_hex(8))}"
+        self._num_left = 0
         self._store: Any = None
 
-    def note(self) -> None:
-        """Tell the others that this rank has left one more block."""
-        self._left += 1
-        answer(self._tell_left)
+    def record(self) -> None:
+        """Record that this rank has left one more block."""
+        self._num_left += 1
+        call_with_timeout(self._write)
 
     def all_left(self) -> bool:
-        """Return whether all ranks have left the block that this one has left last, after a moment if need be.
+        """Return whether all ranks leave the last block of this rank within five seconds.
 
-        Where it is False this rank will not come to another collective, and the others are told so.
+        If they do not, record that this rank takes part in no further collective.
         """
         deadline = time.monotonic() + _PATIENCE
-        left = answer(lambda: self._wait(deadline), 2 * _PATIENCE)
+        left = call_with_timeout(lambda: self._wait(deadline), 2 * _PATIENCE)
         if not left:
             self.give_up()
         return bool(left)
 
     def give_up(self) -> None:
-        """Tell the others that this rank will not come to another collective."""
-        answer(lambda: self._connected().set(self._gone, str(self._group.rank)))
+        """Record that this rank takes part in no further collective."""
+        call_with_timeout(lambda: self._connected().set(self._gone_key, str(self._group.rank)))
 
     def require_all(self) -> None:
-        """Refuse to wait for a rank that has told that it will not come.
+        """Check that no rank has given up.
 
         Raises:
-            RankError: names it by its number in the group.
+            RankError: a rank has given up. The message has its number in the group.
         """
-        gone = answer(self._who_has_gone)
+        gone = call_with_timeout(self._rank_that_gave_up)
         if gone is not None:
             raise RankError(f"rank {gone} of this group has failed in a block that the other ranks have left.")
 
-    def _tell_left(self) -> None:
+    def _write(self) -> None:
         store = self._connected()
-        store.set(self._key(self._group.rank, self._left), "")
-        if self._left > 1:  # the end of that block was collective: nobody asks for it any more
-            store.delete_key(self._key(self._group.rank, self._left - 1))
+        store.set(self._key(self._group.rank, self._num_left), "")
+        if self._num_left > 1:  # The exit from the block before was collective, so no rank reads its key any more.
+            store.delete_key(self._key(self._group.rank, self._num_left - 1))
 
     def _wait(self, deadline: float) -> bool:
         store = self._connected()
-        keys = [self._key(rank, self._left) for rank in range(self._group.size)]
+        keys = [self._key(rank, self._num_left) for rank in range(self._group.size)]
         while not store.check(keys):
-            if time.monotonic() > deadline or store.check([self._gone]):
+            if time.monotonic() > deadline or store.check([self._gone_key]):
                 return False
             time.sleep(_POLL)
-        return not store.check([self._gone])
+        return not store.check([self._gone_key])
 
-    def _who_has_gone(self) -> int | None:
+    def _rank_that_gave_up(self) -> int | None:
         store = self._connected()
-        return int(store.get(self._gone)) if store.check([self._gone]) else None
+        return int(store.get(self._gone_key)) if store.check([self._gone_key]) else None
 
     def _connected(self) -> Any:
-        self._store = self._store or own_store()
+        self._store = self._store or connect_to_store()
         return self._store
 
     @property
-    def _gone(self) -> str:
-        return f"{self._name}/gone"
+    def _gone_key(self) -> str:
+        return f"{self._prefix}/gone"
 
     def _key(self, rank: int, block: int) -> str:
-        return f"{self._name}/{block}/{rank}"
+        return f"{self._prefix}/{block}/{rank}"

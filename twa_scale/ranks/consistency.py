@@ -1,4 +1,4 @@
-"""What has to be the same on every rank: each compares its own with that of the first rank."""
+"""Checks that values are equal on all ranks: each rank compares its own with those of the first rank."""
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ _ABSENT = "nothing"
 
 @dataclass(frozen=True)
 class Difference:
-    """An entry that this rank has otherwise than the first rank."""
+    """An entry whose value on this rank differs from the value on the first rank."""
 
     key: Any
     mine: object
     first: object
     where: str
-    """What messages call this rank."""
+    """The name of this rank, for messages."""
     where_first: str
-    """What messages call the first rank."""
+    """The name of the first rank, for messages."""
 
 
 def first_difference(group: Group, entries: Mapping[K, object]) -> Difference | None:
-    """Return the first of `entries` that is not what the first rank of `group` has, or None. Collective.
+    """Return the first of `entries` that differs from the first rank of `group`, or None. Collective.
 
-    Ranks exchange 32 bytes where all have the same. Only a rank with a difference returns one: raise inside
-    `Group.agree`.
+    Ranks exchange only digests of 32 bytes if all entries are equal. Only a rank whose entries differ returns a
+    difference, so raise errors about it inside `Group.agree`.
     """
     if group.size == 1:
         return None
@@ -46,10 +46,10 @@ def first_difference(group: Group, entries: Mapping[K, object]) -> Difference | 
 
 
 def require_same_settings(group: Group, settings: Mapping[str, object]) -> None:
-    """Refuse settings that differ between ranks: these would wait for each other, or part. Collective.
+    """Raise an error if settings differ between ranks, which would hang or give different results. Collective.
 
     Raises:
-        ConfigError: on every rank, with the first setting that differs.
+        ConfigError: a setting differs. Raised on every rank.
     """
     other = first_difference(group, settings)
     with group.agree():

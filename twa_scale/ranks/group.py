@@ -1,4 +1,4 @@
-"""A group of ranks: sums of small tensors, exchange of small objects, and errors that reach every rank."""
+"""A group of ranks: sums of small tensors, exchange of small objects, and errors raised on every rank."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from twa_scale.errors import RankError, TwaError
-from twa_scale.ranks.failures import waiting
+from twa_scale.ranks.failures import rank_errors
 from twa_scale.ranks.mpi import load_mpi, mpi_takes_cuda
 from twa_scale.ranks.world import World
 
@@ -16,7 +16,12 @@ T = TypeVar("T")
 
 
 class Group:
-    """Ranks that act together; works unchanged on a single process."""
+    """The ranks of a torch process group. Also works in a single process without one.
+
+    Args:
+        process_group: the process group; None for the default one.
+        alone: whether the group contains only this process.
+    """
 
     def __init__(self, process_group: dist.ProcessGroup | None, *, alone: bool = False) -> None:
         self._process_group = process_group
@@ -25,15 +30,15 @@ class Group:
 
     @classmethod
     def alone(cls) -> "Group":
-        """A group of this process only."""
+        """Return a group of this process only."""
         return cls(None, alone=True)
 
     @classmethod
     def world(cls) -> "Group":
-        """All ranks: of torch's default process group, else of `mpirun`; without either this process alone.
+        """Return all ranks of torch's default process group, else of `mpirun`, else this process alone.
 
         Raises:
-            ConfigError: started by `mpirun`, without a process group, and mpi4py cannot be loaded.
+            ConfigError: `mpirun` has started this process, no process group exists, and mpi4py cannot be loaded.
         """
         if dist.is_available() and dist.is_initialized():
             return cls(None)
@@ -42,22 +47,22 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What messages call this rank: its number among all ranks."""
+        """The name of this rank for messages, with its global rank."""
         return f"rank {dist.get_rank() if self.size > 1 else self.rank}"
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """SUM `tensor` over the ranks, in place; every rank ends with the same bits."""
+        """Sum `tensor` over the ranks in place; the result is bitwise equal on every rank."""
         if self.size > 1:
-            with self._waiting():
+            with self._rank_errors():
                 dist.all_reduce(tensor, group=self._process_group)
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's `value`, by rank, on every rank. For small objects."""
+        """Return the `value` of every rank, ordered by rank. For small objects."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._waiting():
+        with self._rank_errors():
             dist.all_gather_object(values, value, group=self._process_group)
         return values
 
@@ -65,48 +70,53 @@ class Group:
         """Return the `value` of rank `source` of this group on every rank. For small objects."""
         if self.size == 1:
             return value
-        box = [value]
-        with self._waiting():
-            dist.broadcast_object_list(box, group=self._process_group, group_src=source)
-        return box[0]
+        values = [value]
+        with self._rank_errors():
+            dist.broadcast_object_list(values, group=self._process_group, group_src=source)
+        return values[0]
 
     def copy_from(self, source: int, tensor: torch.Tensor) -> None:
-        """Overwrite `tensor` with what rank `source` of this group has in its own."""
+        """Overwrite `tensor` with that of rank `source` of this group."""
         if self.size > 1:
-            with self._waiting():
+            with self._rank_errors():
                 dist.broadcast(tensor, group=self._process_group, group_src=source)
 
     def all_gather(self, out: torch.Tensor, local: torch.Tensor) -> None:
-        """Fill 1-D `out` (size * len(local) elements) with every rank's 1-D `local`, by rank."""
+        """Fill `out`, 1-D of size * len(local) elements, with the 1-D `local` of every rank, ordered by rank."""
         if self.size == 1:
             out.copy_(local)
         else:
-            # torch 2.13 renamed it
+            # torch 2.13 renamed all_gather_into_tensor.
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            with self._waiting():
+            with self._rank_errors():
                 gather(out, local, group=self._process_group)
 
-    def to_connect(self, device: str, backend: str) -> tuple[int, ...]:
-        """Return the global ranks of this group; none when alone, or where `backend` connects the `device`s already."""
+    def ranks_to_connect(self, device: str, backend: str) -> tuple[int, ...]:
+        """Return the global ranks of this group, or () for one rank and if `backend` connects their devices already.
+
+        Args:
+            device: a device type, such as `cuda`.
+            backend: a backend of torch.distributed, such as `nccl`.
+        """
         if self.size <= 1 or f"{device}:{backend}" in dist.get_backend_config(self._process_group).split(","):
             return ()
         return tuple(dist.get_process_group_ranks(self._process_group))
 
-    def _waiting(self) -> AbstractContextManager[None]:
-        return waiting(self._process_group)
+    def _rank_errors(self) -> AbstractContextManager[None]:
+        return rank_errors(self._process_group)
 
     def close(self) -> None:
-        """Take down the process group."""
+        """Destroy the process group."""
         dist.destroy_process_group(self._process_group)
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """Turn an error of the body on any rank into the same error on every rank, so that none waits forever.
+        """Raise an error of the body on any rank on every rank, so that no rank waits for one that failed. Collective.
 
-        The body must hold no collective: a rank that failed would miss it.
+        The body must not contain a collective, because a rank that failed would not join it.
 
         Raises:
-            RankError: at once and on this rank alone, where the body itself found that the ranks are apart.
+            RankError: a RankError of the body, at once and only on this rank.
         """
         failure: Exception | None = None
         try:
@@ -138,19 +148,19 @@ class MpiGroup(Group):
 
     @property
     def name(self) -> str:
-        """What messages call this rank."""
+        """The name of this rank for messages."""
         return f"rank {self.rank}"
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """SUM `tensor` over the ranks, in place; every rank ends with the same bits."""
+        """Sum `tensor` over the ranks in place; the result is bitwise equal on every rank."""
         with self._memory(tensor) as memory:
-            # MPI only advises that the result of Allreduce be the same bits everywhere.
+            # MPI does not guarantee that the result of Allreduce is bitwise equal on all ranks.
             self._communicator.Reduce(load_mpi().IN_PLACE if self.rank == 0 else memory, memory)
             self._communicator.Bcast(memory)
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's `value`, by rank, on every rank. For small objects."""
+        """Return the `value` of every rank, ordered by rank. For small objects."""
         values: list[T] = self._communicator.allgather(value)
         return values
 
@@ -160,32 +170,32 @@ class MpiGroup(Group):
         return result
 
     def copy_from(self, source: int, tensor: torch.Tensor) -> None:
-        """Overwrite `tensor` with what rank `source` of this group has in its own."""
+        """Overwrite `tensor` with that of rank `source` of this group."""
         with self._memory(tensor) as memory:
             self._communicator.Bcast(memory, source)
 
     def all_gather(self, out: torch.Tensor, local: torch.Tensor) -> None:
-        """Fill 1-D `out` (size * len(local) elements) with every rank's 1-D `local`, by rank."""
+        """Fill `out`, 1-D of size * len(local) elements, with the 1-D `local` of every rank, ordered by rank."""
         with self._memory(local) as part, self._memory(out) as whole:
             self._communicator.Allgather(part, whole)
 
     @contextmanager
     def _memory(self, tensor: torch.Tensor) -> Iterator[Any]:
-        """Give the memory of `tensor` where MPI can use it, else a copy that is copied back afterwards."""
+        """Yield the memory of `tensor` if MPI can use it, else a copy that is copied back afterwards."""
         work = tensor.detach().contiguous()
-        if work.dtype in (torch.bfloat16, torch.float16):  # types that MPI does not have
+        if work.dtype in (torch.bfloat16, torch.float16):  # MPI has no such types.
             work = work.float()
         if work.is_cuda and not self._takes_cuda:
             work = work.cpu()
         if work.is_cuda:
-            torch.cuda.current_stream(work.device).synchronize()  # MPI knows nothing of streams
+            torch.cuda.current_stream(work.device).synchronize()  # MPI does not use CUDA streams.
         yield work if work.is_cuda else work.numpy()
         if work.data_ptr() != tensor.data_ptr():
             tensor.copy_(work)
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """Return an error that survives the trip to another process: ours as they are, others as their text."""
+    """Return an error that can be pickled: a TwaError as it is, another error as a RuntimeError with its text."""
     if error is None or isinstance(error, TwaError):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Pods: shard groups that see different data and exchange numbers, never weights or gradients."""
+"""Pods: shard groups that see different data and exchange only coefficient gradients and small objects."""
 
 from typing import TypeVar
 
@@ -11,21 +11,21 @@ T = TypeVar("T")
 
 
 class Pods(Group):
-    """All ranks of all pods, pod by pod. What goes from pod to pod goes once: their first ranks speak for them.
+    """All ranks of all pods, ordered by pod. Only the first ranks of the pods communicate between pods.
 
-    So pods may differ in size, and every rank gets the same bits: the sum over pods is formed in one group only.
+    Pods may therefore differ in size, and every rank gets the same bits, because one group forms the sum over pods.
     """
 
     def __init__(self, pod: Group, replicas: Group) -> None:
-        """Find the other pods. Collective.
+        """Exchange the sizes of all pods. Collective.
 
         Args:
             pod: the shard group of this rank.
-            replicas: a group with one rank of every pod. That of the first ranks is used; other ranks may give theirs,
-                or one that they are not in (`dist.GroupMember.NON_GROUP_MEMBER`).
+            replicas: a group with one rank of every pod. Only the group of the first ranks is used. Other ranks may
+                pass theirs, or a group that they are not in (`dist.GroupMember.NON_GROUP_MEMBER`).
 
         Raises:
-            EngineError: replicas that are not one rank of each pod.
+            EngineError: `replicas` does not hold the counterpart of this rank in every pod.
         """
         outside = replicas.size < 1
         known = Group.alone() if outside else replicas
@@ -42,16 +42,16 @@ class Pods(Group):
         self.size = sum(sizes)
         self.rank = sum(sizes[: self.number]) + pod.rank
         self.share = pod.size / self.size
-        """This pod's part of all ranks: what its mean weighs in the mean of all."""
+        """The number of this pod's ranks divided by that of all ranks: the weight of its mean in the mean of all."""
 
     @property
     def name(self) -> str:
-        """What messages call this rank: with its pod, where there are several."""
+        """The name of this rank for messages, with its pod if there are several."""
         name = (self._pod if self._pod.size > 1 else self._leaders).name
         return f"{name} (pod {self.number})" if self.count > 1 else name
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """SUM `tensor` over all ranks, in place; every rank ends with the same bits."""
+        """Sum `tensor` over all ranks in place; the result is bitwise equal on every rank."""
         self._pod.sum_(tensor)
         if self.count > 1:
             if self._pod.rank == 0:
@@ -60,12 +60,12 @@ class Pods(Group):
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's `value`, by rank, on every rank. For small objects."""
+        """Return the `value` of every rank, ordered by rank. For small objects."""
         values = self._pod.gather(value)
         if self.count == 1:
             return values
         if self._pod.rank == 0:
-            values = [one for part in self._leaders.gather(values) for one in part]
+            values = [value for of_pod in self._leaders.gather(values) for value in of_pod]
         return self._pod.broadcast(values)
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -75,7 +75,7 @@ class Pods(Group):
         return self.gather(value if self.rank == source else None)[source]  # type: ignore[return-value]
 
     def all_gather(self, out: torch.Tensor, local: torch.Tensor) -> None:
-        """Refuse: large tensors stay inside a pod."""
+        """Not supported: pods do not exchange large tensors."""
         raise NotImplementedError
 
 

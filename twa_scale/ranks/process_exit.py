@@ -1,4 +1,4 @@
-"""The end of a process that was a rank: with the exit code that its job script waits for, whatever threads remain."""
+"""Process exit: signals raise an exception, and a rank exits with its own code although threads still run."""
 
 import atexit
 import os
@@ -15,8 +15,8 @@ from twa_scale.ranks.mpi import finalize_mpi
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Ended(SystemExit):
-    """A signal ended the process: exit code 128 + its number, as shells have it."""
+class SignalExit(SystemExit):
+    """Raised when a signal ends the process. The exit code is 128 plus the signal's number, as in shells."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -24,20 +24,20 @@ class Ended(SystemExit):
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP end a `with` block by an exception, so that it cleans up.
+def exit_on_signals() -> Iterator[None]:
+    """Raise an exception on SIGINT, SIGTERM and SIGHUP inside a `with` block, so that the block cleans up.
 
-    Python lets only the main thread handle signals; in another one nothing changes. A signal that is ignored or handled
-    already, as SIGHUP is under nohup, stays so. Signals that come while the block cleans up are ignored.
+    Has no effect outside the main thread, where Python does not allow signal handlers. A signal that is already ignored
+    or handled, as SIGHUP is under nohup, keeps its handler. Signals during the clean-up are ignored.
 
     Raises:
-        Ended: a signal came.
+        SignalExit: the process received a signal.
     """
 
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        for taken in before:
-            signal.signal(taken, signal.SIG_IGN)
-        raise Ended(number)
+    def exit_once(number: int, frame: FrameType | None) -> NoReturn:
+        for replaced in before:
+            signal.signal(replaced, signal.SIG_IGN)
+        raise SignalExit(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,7 +45,7 @@ def ended_by_signals() -> Iterator[None]:
     found = {number: signal.getsignal(number) for number in _SIGNALS}
     before = {n: handler for n, handler in found.items() if handler in (signal.SIG_DFL, signal.default_int_handler)}
     for number in before:
-        signal.signal(number, leave)
+        signal.signal(number, exit_once)
     try:
         yield
     finally:
@@ -53,15 +53,15 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end(code: int) -> NoReturn:
-    """End this process with `code`: do what was registered for the end, but do not take the interpreter down.
+def exit_process(code: int) -> NoReturn:
+    """Run the exit handlers and end this process with `code`, without finalizing the interpreter.
 
-    Worker threads of gloo outlive their group where anything still refers to it, and hold the tensors of their last
-    collective. One that lets go of them while the interpreter is taken down asks for its lock and aborts the process
-    (pytorch/pytorch#179291): a rank that has saved its state would leave with 134 and not be started again.
+    Threads of gloo outlive their process group while anything refers to it, and hold the tensors of their last
+    collective. A thread that frees these tensors while the interpreter is finalized aborts the process
+    (pytorch/pytorch#179291). A rank that has saved its state would then exit with code 134 and not be restarted.
     """
     atexit._run_exitfuncs()
-    finalize_mpi()  # mpi4py registers it below Python, for an end that does not come
+    finalize_mpi()  # mpi4py registers this with C's atexit, which os._exit skips.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""What sums the coefficient gradients over the ranks: the model's own process group, or what `comm` asks for."""
+"""The reduction of coefficient gradients over ranks, through the model's process groups or the backend of `comm`."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,19 @@ from twa_scale.ranks.world import mpi_size
 
 
 class Reduction:
-    """The mean of coefficient gradients over all ranks that see other data; float64, the same bits on every rank."""
+    """The mean of coefficient gradients over all pods, in float64. The result is bitwise equal on every rank."""
 
     def __init__(self, comm: str, pods: Pods, shard_group: Group, replica_group: Group) -> None:
-        """Connect the ranks of `shard_group` and `replica_group`, which make `pods`, as `comm` says. Collective.
+        """Connect the ranks of `shard_group` and `replica_group`. Collective.
+
+        Args:
+            comm: `auto` for the model's own process groups, `mpi`, or a torch backend (`gloo`, `nccl`).
+            pods: the pods that the two groups make.
+            shard_group: the ranks that together hold the weights once.
+            replica_group: the ranks that hold the same spans.
 
         Raises:
-            ConfigError: on every rank, when they cannot be connected so.
+            ConfigError: `comm` cannot connect these ranks. Raised on every rank.
         """
         own = (shard_group, replica_group)
         self._made: list[Group] = []
@@ -37,31 +43,36 @@ class Reduction:
         self._pods = pods if groups == own else Pods(*groups)
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:
-        """Return, on the CPU, the mean over pods of what each rank has summed; `products` stays. Collective."""
+        """Return the sums over the shard groups, averaged over pods by their numbers of ranks, on the CPU. Collective.
+
+        Args:
+            products: the local partial sums of this rank, float64 on the CPU; not changed.
+        """
         mine = products * self._pods.share
         return self._pods.sum_(mine if self._device is None else mine.to(self._device)).cpu()
 
     def close(self) -> None:
-        """Take down the process groups that were made here; communicators of MPI go with the process."""
+        """Destroy the process groups that were created here. MPI communicators live until the process ends."""
         while self._made:
             self._made.pop().close()
 
 
 def _over_torch(backend: str, device: torch.device, groups: Sequence[Group]) -> list[Group]:
-    """Connect the ranks of each group by `backend`.
+    """Return groups of the same ranks that communicate through `backend`.
 
-    Every rank of the default process group takes part: torch wants them all, in one order, to make a group of some.
+    Collective over the default process group: `torch.distributed.new_group` has to be called by all of its ranks, in
+    the same order.
     """
     world = Group.world()
     with world.agree():
         if isinstance(world, MpiGroup):
             raise ConfigError(
-                f"comm: {backend!r} needs a torch process group, and these ranks meet over MPI alone; call "
+                f"comm: {backend!r} needs a torch process group, and these ranks are connected only by MPI; call "
                 "torch.distributed.init_process_group first, or use comm: auto."
             )
         if device.type == "cuda" and not (torch.cuda.is_available() and dist.is_nccl_available()):
             raise ConfigError(f"comm: {backend!r} needs a GPU on every rank; use comm: gloo or auto.")
-    mine = [group.to_connect(device.type, backend) for group in groups]
+    mine = [group.ranks_to_connect(device.type, backend) for group in groups]
     wanted = sorted({ranks for theirs in world.gather(mine) for ranks in theirs if ranks})
     limit = default_timeout()
     made = {ranks: dist.new_group(ranks, backend=backend, timeout=limit) for ranks in wanted}
@@ -73,16 +84,16 @@ def _over_mpi(group: Group) -> Group:
         return group
     with group.agree():
         known = mpi_size()
-        if known < group.size:  # before MPI starts: two processes in the place of one would hang it
+        if known < group.size:  # Checked before MPI starts: MPI hangs if two processes have the same rank.
             raise ConfigError(
-                f"comm: 'mpi' needs ranks that MPI has started, and it knows {known} of {group.size}; start with "
+                f"comm: 'mpi' needs ranks that MPI has started, and it started {known} of {group.size}; start with "
                 "mpirun (launch/mpirun.sh), or use comm: auto."
             )
         require_mpi4py()
-    with group.agree():  # apart: MPI starts on all of its ranks or on none
+    with group.agree():  # A second block, because MPI has to be initialized on all of its ranks or on none.
         world = load_mpi(known).COMM_WORLD
     ranks = group.gather(world.rank)
     with group.agree():
         if len(set(ranks)) < group.size:
-            raise ConfigError(f"comm: 'mpi': MPI gives several processes the same place: {ranks}. Start with mpirun.")
+            raise ConfigError(f"comm: 'mpi': MPI gives several processes the same rank: {ranks}. Start with mpirun.")
     return MpiGroup(world.Create_group(world.group.Incl(ranks)))

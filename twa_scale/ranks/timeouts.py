@@ -1,4 +1,4 @@
-"""How long ranks wait in collectives of groups that are not made by us."""
+"""Time limits of the collectives of process groups, including groups that other libraries made."""
 
 from contextlib import suppress
 from datetime import timedelta
@@ -9,13 +9,17 @@ import torch.distributed as dist
 from twa_scale.errors import RankError
 
 
-def limit_waiting(seconds: float) -> None:
-    """Let collectives of every process group of this rank fail after `seconds`. Not collective.
+def set_collective_timeout(seconds: float) -> None:
+    """Set the time limit of the collectives of every process group of this rank. Not collective.
 
-    Device meshes and DeepSpeed make groups with torch's own 10 or 30 minutes, whatever the default group has.
+    Device meshes and DeepSpeed create groups with torch's default of 10 or 30 minutes, not with that of the default
+    group.
+
+    Args:
+        seconds: the time limit.
 
     Raises:
-        RankError: a torch that does not let us.
+        RankError: this version of torch lacks the private attributes that are used.
     """
     if not dist.is_initialized():
         return
@@ -25,17 +29,17 @@ def limit_waiting(seconds: float) -> None:
     if groups is None or set_timeout is None:
         raise RankError(
             f"timeout: torch {torch.__version__} has no torch.distributed.distributed_c10d._world.pg_map or "
-            "_set_pg_timeout, by which groups get it; use a torch from 2.6 to 2.13."
+            "_set_pg_timeout, which set the time limit of groups; use torch 2.6 to 2.13."
         )
     for group in list(groups):
-        if any(name in dist.get_backend_config(group) for name in ("gloo", "nccl")):  # others have none
+        if any(name in dist.get_backend_config(group) for name in ("gloo", "nccl")):  # Other backends have no limit.
             set_timeout(timedelta(seconds=seconds), group)
 
 
 def default_timeout() -> timedelta | None:
-    """Return how long ranks of the default group wait, for groups made after it; None where torch does not tell."""
+    """Return the time limit of the default process group; None if torch does not expose it."""
     for device in ("cpu", "cuda"):
-        with suppress(RuntimeError, AttributeError):  # no backend for this device, or one without a time-out
+        with suppress(RuntimeError, AttributeError):  # no backend for this device, or one without a time limit
             timeout: timedelta = dist.group.WORLD._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
             return timeout
     return None

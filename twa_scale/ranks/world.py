@@ -1,4 +1,4 @@
-"""Which rank this process is, read once from the launcher's variables, and the process group that they make."""
+"""The rank of this process, read from the launcher's environment variables, and the process group of all ranks."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,72 +13,75 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from twa_scale.config import TIMEOUT
 from twa_scale.errors import ConfigError, RankError
-from twa_scale.ranks.failures import Presence, last_words, waiting
+from twa_scale.ranks.failures import Heartbeat, publish_failure, rank_errors
 from twa_scale.ranks.mpi import abort_at_exit, load_mpi, mpi4py_is_installed
-from twa_scale.ranks.rendezvous import meet_in, meet_over
+from twa_scale.ranks.rendezvous import rendezvous_in_directory, rendezvous_over_mpi
 
-_MASTER = ("MASTER_ADDR", "MASTER_PORT")
+_MASTER_KEYS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among the ranks of the run."""
+    """The rank of this process and the number of ranks, as the launcher gave them."""
 
     rank: int
     size: int
     local_rank: int
     launcher: str = ""
-    """`torchrun` (and all that set the same variables, as DeepSpeed does), `mpi`, `slurm`, or nothing when alone."""
+    """`torchrun` (also for launchers with the same variables, as DeepSpeed's), `mpi`, `slurm`; empty for one rank."""
     job: str = ""
-    """A name that no other start of ranks has at the same time, where the launcher gives one."""
+    """A name that is unique to this launch; empty where the launcher does not give one."""
     has_master: bool = False
-    """Whether MASTER_ADDR and MASTER_PORT say where rank 0 is."""
+    """Whether MASTER_ADDR and MASTER_PORT are set."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "World":
-        """Read the variables of torchrun or DeepSpeed, else of mpirun, else of srun; without any, we are alone.
+        """Read the variables of torchrun or DeepSpeed, else of mpirun, else of srun; without any, return a single rank.
 
         Raises:
-            ConfigError: some of a launcher's variables are set and others are not, or their values cannot be.
+            ConfigError: some of a launcher's variables are missing, or their values are not valid.
         """
         for launcher, keys in _launchers(environment):
             if any(key in environment for key in keys):
                 rank, size, local_rank = _numbers(environment, keys)
-                master = [key for key in _MASTER if key in environment]
+                master = [key for key in _MASTER_KEYS if key in environment]
                 if len(master) == 1:
-                    raise ConfigError(f"the environment sets {master[0]} alone; set both of {' and '.join(_MASTER)}.")
+                    raise ConfigError(f"the environment sets only {master[0]}; set both {' and '.join(_MASTER_KEYS)}.")
                 return cls(rank, size, local_rank, launcher, _job(launcher, environment), bool(master))
         return cls(0, 1, 0)
 
-    def device(self, wanted: str = "auto") -> torch.device:
-        """Return the device of this rank: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+    def device(self, setting: str = "auto") -> torch.device:
+        """Return the device of this rank.
+
+        Args:
+            setting: `cpu`, `cuda`, or `auto` for a GPU where torch sees one.
 
         Raises:
-            ConfigError: `cuda` is wanted and there is none.
+            ConfigError: `setting` is `cuda`, and torch sees no GPU.
         """
         available = torch.cuda.is_available()
-        if wanted == "cuda" and not available:
-            raise ConfigError("device: 'cuda' is asked for, but torch sees no GPU; use cpu or auto.")
-        if wanted == "cpu" or not available:
+        if setting == "cuda" and not available:
+            raise ConfigError("device: 'cuda' is set, but torch sees no GPU; use cpu or auto.")
+        if setting == "cpu" or not available:
             return torch.device("cpu")
-        # A scheduler may show each rank its own GPU only, as number 0.
+        # A scheduler may make only one GPU visible to each rank, as number 0.
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     @contextmanager
     def joined(
         self, device: torch.device, directory: str | Path | None = None, timeout: float = TIMEOUT
     ) -> Iterator[None]:
-        """Be part of the process group in a `with` block: NCCL on GPUs, gloo on CPUs, none when alone.
+        """Initialize the process group for a `with` block: NCCL on GPUs, gloo on CPUs, none for one rank.
 
         Args:
-            device: what `device()` has returned.
-            directory: one that all ranks see, where they can find each other if nothing else says where rank 0 is.
-            timeout: seconds that ranks wait for each other, now and in every collective of groups that are made here
-                and by `limit_waiting`.
+            device: the device of this rank, from `device()`.
+            directory: a directory that all ranks share. They use it for their rendezvous if neither MASTER_ADDR nor MPI
+                gives the address of rank 0.
+            timeout: the time limit of the rendezvous and of every collective of the group, in seconds.
 
         Raises:
-            ConfigError: the ranks cannot find each other.
-            RankError: a collective of the body failed or took longer than `timeout`; names the rank that is missing.
+            ConfigError: the rendezvous failed.
+            RankError: a collective of the body failed or took longer than `timeout`. The message names missing ranks.
         """
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -86,52 +89,52 @@ class World:
             yield
             return
         if dist.is_initialized():
-            with waiting(), last_words():
+            with rank_errors(), publish_failure():
                 yield
             return
         try:
             self._init(device, directory, timeout)
-            with Presence(timeout), waiting(), last_words():
+            with Heartbeat(timeout), rank_errors(), publish_failure():
                 yield
         except BaseException as error:
             if getattr(error, "agreed", False):
-                _leave()
-            else:  # taking the group down would wait for ranks that wait for this one; the end of the process does not
+                _destroy_process_group()
+            else:  # Destroying the group would wait for ranks that wait for this one.
                 abort_at_exit()
             raise
-        _leave()
+        _destroy_process_group()
 
     def _init(self, device: torch.device, directory: str | Path | None, timeout: float) -> None:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = None if self.has_master else self._meet(directory, timeout)
+        store = None if self.has_master else self._rendezvous(directory, timeout)
         limit = timedelta(seconds=timeout)
         try:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
         except (dist.DistError, RuntimeError) as error:
             where = f" at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if self.has_master else ""
             raise RankError(
-                f"rank {self.rank} waited for the other ranks{where}, and they did not all come within {timeout:.0f} s "
+                f"rank {self.rank} waited for the other ranks{where}, and not all of them joined in {timeout:.0f} s "
                 f"(`timeout`): {str(error).strip().splitlines()[0]}"
             ) from error
 
-    def _meet(self, directory: str | Path | None, timeout: float) -> Store:
+    def _rendezvous(self, directory: str | Path | None, timeout: float) -> Store:
         if self.launcher == "mpi" and mpi4py_is_installed():
-            return meet_over(load_mpi(self.size).COMM_WORLD, timeout)
+            return rendezvous_over_mpi(load_mpi(self.size).COMM_WORLD, timeout)
         if directory is None or not self.job:
             raise ConfigError(
-                "nothing says where rank 0 is: set MASTER_ADDR and MASTER_PORT, start with torchrun or srun, or, under "
-                "mpirun, install mpi4py."
+                "the address of rank 0 is unknown: set MASTER_ADDR and MASTER_PORT, start with torchrun or srun, or, "
+                "under mpirun, install mpi4py."
             )
-        return meet_in(Path(directory), self.job, self.rank, self.size, timeout)
+        return rendezvous_in_directory(Path(directory), self.job, self.rank, self.size, timeout)
 
 
-def _leave() -> None:
+def _destroy_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def mpi_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the ranks that MPI can know of: those of mpirun, or those of an srun that may have started it; else 1."""
+    """Return the number of ranks that mpirun, or an srun that MPI may use, has started; else 1."""
     for launcher, keys in _launchers(environment):
         if launcher != "torchrun" and keys[1] in environment:
             return _numbers(environment, keys)[1]
@@ -139,10 +142,10 @@ def mpi_size(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def _launchers(environment: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str, str]]]:
-    """Yield who may have started us, the innermost first, with its variables of rank, size and local rank.
+    """Yield the launchers that may have started this process, innermost first, with (rank, size, local rank) variables.
 
-    mpirun may start its ranks through srun, so that these have the variables of both. A SLURM batch script or an
-    interactive shell has a rank too, but is no task of an `srun`; and an `srun` may speak PMI to its tasks.
+    mpirun may start its ranks through srun, which sets the variables of both. SLURM also sets a rank in batch scripts
+    and interactive shells, which are not tasks of an `srun`. An `srun` may provide PMI to its tasks.
     """
     yield "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     yield "mpi", ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -157,26 +160,26 @@ def _launchers(environment: Mapping[str, str]) -> Iterator[tuple[str, tuple[str,
 def _numbers(environment: Mapping[str, str], keys: tuple[str, str, str]) -> tuple[int, int, int]:
     missing = [key for key in keys if key not in environment]
     found = {key: environment[key] for key in keys if key in environment}
-    said = ", ".join(f"{key}={value}" for key, value in found.items())
+    settings = ", ".join(f"{key}={value}" for key, value in found.items())
     if missing:
         raise ConfigError(
-            f"the environment sets {said} but not {', '.join(missing)}: set all or none, or leave it to a launcher "
+            f"the environment sets {settings} but not {', '.join(missing)}: set all or none, or leave it to a launcher "
             "(torchrun, deepspeed, mpirun, srun)."
         )
     try:
         rank, size, local_rank = map(int, found.values())
     except ValueError:
-        raise ConfigError(f"the environment sets {said}: these have to be whole numbers.") from None
+        raise ConfigError(f"the environment sets {settings}: these have to be whole numbers.") from None
     if not 0 <= rank < size or local_rank < 0:
-        raise ConfigError(f"the environment sets {said}: ranks count from 0 and stay below the size.")
+        raise ConfigError(f"the environment sets {settings}: ranks count from 0 and stay below the size.")
     return rank, size, local_rank
 
 
 def _job(launcher: str, environment: Mapping[str, str]) -> str:
-    """Return a name for files of this start of ranks; empty where the launcher gives nothing to make it of."""
+    """Return a name that is unique to this launch and valid in file names; empty if the launcher does not give one."""
     keys = {"slurm": ["SLURM_JOB_ID", "SLURM_STEP_ID"], "mpi": ["PMIX_NAMESPACE"]}.get(launcher, [])
     parts = [environment[key] for key in keys if key in environment]
     if not keys or len(parts) < len(keys):
         return ""
     name = "-".join([launcher, *parts, environment.get("SLURM_RESTART_COUNT", "0")])
-    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
+    return "".join(char if char.isalnum() or char in ".-" else "-" for char in name)

@@ -23,7 +23,7 @@ from twa_scale.engines.zero import is_deepspeed
 from twa_scale.output import DirectoryLock, parse_size
 from twa_scale.output.publish import check_target, replace_file, reported
 from twa_scale.output.temporary import sweep
-from twa_scale.ranks import Group, World, limit_waiting, require_same_settings
+from twa_scale.ranks import Group, World, require_same_settings, set_collective_timeout
 from twa_scale.run import comparison
 from twa_scale.run.batches import Batches, make_batches
 from twa_scale.run.best import Kept
@@ -131,7 +131,7 @@ class Run:
         mesh = pod_mesh(config, world, device)
         with self.group.agree():  # apart: DDP exchanges shapes, which a rank without data would miss
             self.model: nn.Module = build_model(config, self.task, world, device, mesh and mesh["ranks"])
-        limit_waiting(config.timeout)
+        set_collective_timeout(config.timeout)
         start = time.perf_counter()
         with self.report.bytes("reading candidates") as progress:
             replicas = None if mesh is None else mesh.get_group("pods")
