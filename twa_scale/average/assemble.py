@@ -8,6 +8,7 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.basis import Basis, make_basis
 from twa_scale.average.layout import Layout
 from twa_scale.average.load_candidates import Filled, fingerprint, write_rest
+from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.buffers import copied_notice
@@ -71,6 +72,11 @@ def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, fill
         if pods.rank != 0:
             return
         _warn_of_equals(layout, found)
+        if layout.kept:
+            notice(
+                f"{len(layout.kept)} tensors of the model ({some(layout.kept, 2)}) are in no candidate, and keep the "
+                "value that the model has (`missing`)."
+            )
         if wrapper := wrapper_beside(engine):
             notice(
                 f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "

@@ -24,6 +24,7 @@ from twa_scale.candidates.rounding import choose_coding
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.complex_weights import complex_in_model
+from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting
 from twa_scale.engines.mistakes import require_device, require_memory
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Coding
@@ -69,16 +70,17 @@ def attach(
         engine.check()
         candidates, config = _given(engine, candidates, config)
         require_trainable(config, engine, pods)
+        adapter = live_adapter(engine.module)
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
     with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
-        opened = open_together(candidates, pods, wanted=_wanted(engine, config))
+        opened = open_together(candidates, pods, wanted=_wanted(engine, config, adapter))
         for candidate in opened:
             undo.callback(candidate.close)
         with pods.agree():
             carried = carry(opened, files=pods.rank == 0, code=config.carry_code)
-            layout = matched(engine, opened, config)
+            layout = matched(engine, opened, config, adapter)
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
         sources = [layout.source(name) for name in layout.group_of]
@@ -126,18 +128,22 @@ def require_trainable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
         engine.units()  # may refuse
 
 
-def _wanted(engine: Engine, config: TwaConfig) -> Wanted:
-    return wanted_of(engine.parameters, engine.buffers(), config, engine.module)
+def _wanted(engine: Engine, config: TwaConfig, adapter: LiveAdapter | None) -> Wanted:
+    return wanted_of(engine.parameters, engine.buffers(), config, engine.module, adapter)
 
 
-def matched(engine: Engine, candidates: Sequence[Candidate], config: TwaConfig) -> Layout:
+def matched(
+    engine: Engine, candidates: Sequence[Candidate], config: TwaConfig, adapter: LiveAdapter | None = None
+) -> Layout:
     """Find the tensors of the model in the candidates.
 
     Raises:
         CandidateError, ConfigError: as `match` and `require_same_kinds` do.
     """
     first, buffers = candidates[0], engine.buffers()
-    layout = match(engine.parameters, buffers, candidates, config)
+    if adapter:
+        require_fitting(adapter, candidates)
+    layout = match(engine.parameters, buffers, candidates, config, adapter)
     types = {name: buffer.dtype for name, buffer in buffers.items()}
     types |= {name: info.dtype for name, info in engine.parameters.items()}
     require_same_kinds(layout, types, complex_in_model(engine), first, complex_in_files(first))

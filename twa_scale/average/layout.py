@@ -1,6 +1,6 @@
 """Matching a model with its candidates: which tensors are trained, which are fixed, and who shares coefficients."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,11 +9,13 @@ from torch import nn
 from twa_scale.base.names import group_names, matches_any, nearest, selected, some, without_wrappers
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate, Wanted
+from twa_scale.candidates.adapters import adapter_config, summed
 from twa_scale.candidates.live_names import Naming
 from twa_scale.candidates.proxy import stored_once
 from twa_scale.candidates.transformers_rules import transformers_rules
 from twa_scale.config import TwaConfig
 from twa_scale.engines import ParameterInfo
+from twa_scale.engines.live_adapter import LiveAdapter
 from twa_scale.engines.module_names import named_modules
 from twa_scale.errors import CandidateError, ConfigError
 
@@ -28,6 +30,11 @@ class Layout:
     """Group of each trained tensor, by the model's name."""
     fixed: tuple[str, ...]
     """Parameters that stay at the center: frozen, or left out by `include` and `exclude`."""
+    summed: frozenset[str]
+    """Those of the fixed parameters that are the sum of what the candidates hold: the A of LoRA, where products are
+    averaged."""
+    kept: tuple[str, ...]
+    """Parameters and buffers that no candidate has, which keep their value."""
     buffers: tuple[str, ...]
     """Buffers that the candidates hold, by the model's name."""
     held_as: dict[str, tuple[str, ...]]
@@ -38,6 +45,10 @@ class Layout:
         """Return the name under which a tensor is read."""
         return self.held_as[name][0]
 
+    def read(self, spans: Iterable[Span]) -> list[Span]:
+        """Return the spans of tensors that candidates hold."""
+        return [span for span in spans if span.name in self.held_as]
+
     def sourced(self, span: Span) -> Span:
         """Return the span under the name under which it is read."""
         return replace(span, name=self.source(span.name))
@@ -47,7 +58,7 @@ def alias_jobs(
     spans: Iterable[Span], layout: Layout, candidates: Sequence[Candidate]
 ) -> Iterator[tuple[Span, Sequence[int]]]:
     """Yield what is read of tied tensors under their other names, where these are stored apart."""
-    for span in spans:
+    for span in layout.read(spans):
         source, *aliases = layout.held_as[span.name]
         for alias in aliases:
             apart = [i for i, candidate in enumerate(candidates) if not stored_once(candidate, source, alias)]
@@ -56,7 +67,11 @@ def alias_jobs(
 
 
 def wanted_of(
-    parameters: Mapping[str, ParameterInfo], buffers: Mapping[str, torch.Tensor], config: TwaConfig, module: nn.Module
+    parameters: Mapping[str, ParameterInfo],
+    buffers: Mapping[str, torch.Tensor],
+    config: TwaConfig,
+    module: nn.Module,
+    adapter: LiveAdapter | None = None,
 ) -> Wanted:
     """Return which tensors of the candidates a model wants: all that are its own, and of tied ones any name.
 
@@ -65,20 +80,23 @@ def wanted_of(
         buffers: that checkpoints of it hold.
         config: says what is ignored and renamed.
         module: the model, or what wraps it.
+        adapter: that the model trains, if it has one.
     """
     ties = [info.aliases for info in parameters.values() if len(info.aliases) > 1]
     known = {alias for info in parameters.values() for alias in info.aliases} | set(buffers)
+    known |= {name for names in (adapter.stored.values() if adapter else ()) for name in names}
     shapes = {name: info.shape for name, info in parameters.items()}
     held = {alias: info.shape for info in parameters.values() for alias in info.aliases}
     held |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
     naming = Naming(
         rename=config.rename,
         prefix=config.prefix,
-        library=transformers_rules(named_modules(module), held),
-        parameters=[info.aliases for info in parameters.values()],
+        # PEFT's own rules say how the tensors of an adapter are called in files.
+        library=None if adapter else transformers_rules(named_modules(module), held),
+        parameters=[] if adapter else [info.aliases for info in parameters.values()],
         buffers=list(buffers),
     )
-    return Wanted(config.weights_key, config.ignore, known, shapes, ties, naming)
+    return Wanted(config.weights_key, config.ignore, known, shapes, ties, naming, space=config.space)
 
 
 def match(
@@ -86,8 +104,16 @@ def match(
     buffers: Mapping[str, torch.Tensor],
     candidates: Sequence[Candidate],
     config: TwaConfig,
+    adapter: LiveAdapter | None = None,
 ) -> Layout:
     """Find every tensor of the model in the candidates, which are known to be alike.
+
+    Args:
+        parameters: of the model.
+        buffers: of the model.
+        candidates: what is averaged.
+        config: which tensors are left out, and what is made of those that are missing.
+        adapter: what the model trains, if it has adapters: their names in files, and what may be missing.
 
     Raises:
         CandidateError: a tensor that is missing, left over or of another shape.
@@ -95,46 +121,83 @@ def match(
     """
     held = [name for name in candidates[0].names() if not matches_any(name, config.ignore)]
     known = [*(alias for info in parameters.values() for alias in info.aliases), *buffers]
-    found = _found(known, held)
-    held_as = _held_as(parameters, found, held, candidates[0])
-    found_buffers = _found_buffers(buffers, found, held, candidates[0], config)
+    found = _found(known, held, adapter.stored if adapter else {})
+    may_be_missing = _may_be_missing(config, candidates[-1], found, adapter)
+    held_as = _held_as(parameters, found, held, candidates[0], may_be_missing)
+    found_buffers = _found_buffers(buffers, found, held, candidates[0], config, may_be_missing)
     used = set(found.values())
     _refuse_leftovers([name for name in held if name not in used], known, candidates[0])
     for name, info in parameters.items():
-        for alias in held_as[name]:
+        for alias in held_as.get(name, ()):
             _check_shape(alias, info.shape, candidates[0])
     for name in found_buffers:
         _check_shape(found[name], tuple(buffers[name].shape), candidates[0])
-    trainable = [name for name, info in parameters.items() if info.trainable]
-    trained = selected(trainable, config.include, config.exclude)
+    in_sum = summed(candidates[-1])
+    all_summed = frozenset(name for name, (source, *_) in held_as.items() if source in in_sum)
+    trainable = [name for name, info in parameters.items() if info.trainable and name in held_as]
+    trained = selected([name for name in trainable if name not in all_summed], config.include, config.exclude)
     if not trained:
         raise ConfigError(
-            f"nothing to train: of {len(parameters)} parameters {len(trainable)} require a gradient, and include and "
-            "exclude leave none of them. Widen the patterns, or set requires_grad."
+            f"nothing to train: of {len(held_as)} parameters {len(trainable)} require a gradient, and include and "
+            "exclude leave none of them. Widen the patterns, or set requires_grad"
+            f"{' (PeftModel.from_pretrained(.., is_trainable=True))' if adapter else ''}."
         )
     by_group = group_names(trained, config.groups)
     groups = tuple(dict.fromkeys(by_group.values()))
     return Layout(
         groups=groups,
         group_of={name: groups.index(group) for name, group in by_group.items()},
-        fixed=tuple(name for name in parameters if name not in by_group),
+        fixed=tuple(name for name in held_as if name not in by_group),
+        summed=all_summed,
+        kept=tuple(
+            name
+            for name in (*parameters, *buffers)
+            if may_be_missing(name) and name not in held_as and name not in found_buffers
+        ),
         buffers=found_buffers,
         held_as={**held_as, **{name: (found[name],) for name in found_buffers}},
     )
 
 
-def _found(known: Sequence[str], held: Sequence[str]) -> dict[str, str]:
-    """Map names of the model to those of the candidates; either may have "module." before all of them."""
+def _found(known: Sequence[str], held: Sequence[str], stored: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Map names of the model to those of the candidates; either may have "module." before all of them.
+
+    `stored` has other names that tensors of the model may have in files.
+    """
     by_key = {key: name for name, key in without_wrappers(held).items()}
-    return {name: by_key[key] for name, key in without_wrappers(known).items() if key in by_key}
+    names = {name: (*stored.get(name, ()), plain) for name, plain in without_wrappers(known).items()}
+    return {name: by_key[key] for name, keys in names.items() if (key := next((k for k in keys if k in by_key), ""))}
+
+
+def _may_be_missing(
+    config: TwaConfig, candidate: Candidate, found: Mapping[str, str], adapter: LiveAdapter | None
+) -> Callable[[str], bool]:
+    """Return what says whether a tensor of the model may be in no candidate, as `missing` says.
+
+    Of a model with an adapter, whose candidates are adapters, all others may.
+    """
+    if config.missing == "keep":
+        return lambda name: True
+    if config.missing == "error" or adapter is None:
+        return lambda name: False
+    own = adapter
+    if not adapter_config(candidate) and any(not own.holds(name) for name in found):
+        return lambda name: False
+    return lambda name: not own.holds(name)
 
 
 def _found_buffers(
-    buffers: Mapping[str, torch.Tensor], found: Mapping[str, str], held: list[str], first: Candidate, config: TwaConfig
+    buffers: Mapping[str, torch.Tensor],
+    found: Mapping[str, str],
+    held: list[str],
+    first: Candidate,
+    config: TwaConfig,
+    may_be_missing: Callable[[str], bool],
 ) -> tuple[str, ...]:
-    """Only counters may be missing, as BatchNorm's are in old checkpoints, or what `ignore` names."""
+    """Only counters may be missing, as BatchNorm's are in old checkpoints, or what `ignore` or `missing` allows."""
     for name, buffer in buffers.items():
-        if name not in found and buffer.is_floating_point() and not matches_any(name, config.ignore):
+        may_be = may_be_missing(name) or matches_any(name, config.ignore)
+        if name not in found and buffer.is_floating_point() and not may_be:
             raise CandidateError(
                 f"{first.label}: buffer {name!r} of the model is missing{nearest(name, held) or '.'} Save it with the "
                 "candidates, or name it in `ignore` to keep the value that the model has."
@@ -143,16 +206,21 @@ def _found_buffers(
 
 
 def _held_as(
-    parameters: Mapping[str, ParameterInfo], found: Mapping[str, str], held: list[str], first: Candidate
+    parameters: Mapping[str, ParameterInfo],
+    found: Mapping[str, str],
+    held: list[str],
+    first: Candidate,
+    may_be_missing: Callable[[str], bool],
 ) -> dict[str, tuple[str, ...]]:
     names = {name: tuple(found[a] for a in info.aliases if a in found) for name, info in parameters.items()}
-    missing = [name for name, stored in names.items() if not stored]
+    missing = [name for name, stored in names.items() if not stored and not may_be_missing(name)]
     if missing:
         raise CandidateError(
             f"{first.label}: tensor {missing[0]!r} of the model is missing{nearest(missing[0], held)} "
-            f"({len(missing)} missing in all: {some(missing)}). Candidates must hold every parameter of the model."
+            f"({len(missing)} missing in all: {some(missing)}). Candidates must hold every parameter of the model; "
+            "with `missing: keep` what no candidate has keeps the value that the model has."
         )
-    return names
+    return {name: stored for name, stored in names.items() if stored}
 
 
 def _refuse_leftovers(leftover: list[str], known: list[str], first: Candidate) -> None:

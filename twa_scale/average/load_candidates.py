@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
 from twa_scale.average.basis import Gram, needs_norms_only
 from twa_scale.average.layout import Layout, alias_jobs
-from twa_scale.base.spans import whole
+from twa_scale.base.spans import Span, whole
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.buffers import buffer_source, spectral_vectors
 from twa_scale.candidates.fingerprint import Fingerprint, fingerprint_of
@@ -78,7 +79,7 @@ def fill(
 
 def fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate], filled: Filled) -> Fingerprint:
     """Return the fingerprint of the candidates: the sums of all ranks. Collective over the shard group."""
-    names = [held for name in (*engine.parameters, *layout.buffers) for held in layout.held_as[name]]
+    names = [held for name in (*engine.parameters, *layout.buffers) for held in layout.held_as.get(name, ())]
     shapes = {name: candidates[0].shape(name) for name in names}
     local = fingerprint_of([candidate.label for candidate in candidates], shapes, filled.checksums)
     sums = engine.shard_group.sum_(local.checksums.to(engine.device))
@@ -94,7 +95,7 @@ def write_rest(engine: Engine, layout: Layout, filled: Filled) -> None:
 
 
 def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidate]) -> int:
-    spans = [layout.sourced(span) for span in engine.spans()]
+    spans = [layout.sourced(span) for span in layout.read(engine.spans())]
     if engine.shard_group.rank == 0:
         live = _live_buffers(engine, layout)
         spans += [whole(layout.source(name), tuple(buffer.shape)) for name, buffer in live.items()]
@@ -115,17 +116,21 @@ def _read_spans(
 
     The squared norms of what a packed store is off by are added to `errors`, (n,).
     """
-    live = {layout.sourced(span): span for span in engine.spans()}
+    live = {layout.sourced(span): span for span in layout.read(engine.spans())}
     vectors = spectral_vectors({name for held in layout.held_as.values() for name in held})
-    targets = {}
+    targets: dict[Span, Target] = {}
+    sums: list[Span] = []
     for read, span in live.items():
         if span.name in layout.group_of:
             products = gram.of(layout.group_of[span.name])
             targets[read] = replace(store.reserve(span), products=products, errors=errors)
+        elif span.name in layout.summed:
+            sums.append(read)
         elif engine.parameters[span.name].dtype.is_floating_point and read.name not in vectors:
             targets[read] = Target(center=engine.live(span))
     stream.make_deltas(targets, weights)
-    for read, start, values in stream.copies({read: len(weights) - 1 for read in live if read not in targets}):
+    copied = {read: len(weights) - 1 for read in live if read not in targets and read not in sums}
+    for read, start, values in chain(stream.copies(copied), stream.sums(sums)):
         engine.live(live[read])[start : start + len(values)] = values
 
 

@@ -9,10 +9,11 @@ from math import prod
 import torch
 
 from twa_scale.base.notices import notice
+from twa_scale.candidates.adapters import ADAPTER_CONFIG, ranks_of, with_ranks
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.compatibility import differences
 from twa_scale.candidates.directory import INDEX, LOADERS, TORCH_SUFFIXES
-from twa_scale.candidates.dtypes import widest
+from twa_scale.candidates.dtypes import stored_dtype, widest
 from twa_scale.candidates.side_files import side_files, with_dtype
 
 BASE = "model"
@@ -59,10 +60,13 @@ def carry(
     last = candidates[-1]
     for line in differences(candidates) if files else ():
         tell(line)
+    small = side_files(last.directory, code=code, tell=tell) if files else {}
+    if (ranks := ranks_of(last)) and ADAPTER_CONFIG in small:
+        small[ADAPTER_CONFIG] = with_ranks(small[ADAPTER_CONFIG], ranks)
     return Carried(
         _base(candidates),
         {key: value for key, value in last.metadata.items() if "hash" not in key.lower()},
-        side_files(last.directory, code=code, tell=tell) if files else {},
+        small,
         _wider(candidates),
     )
 
@@ -73,7 +77,7 @@ def _wider(candidates: Sequence[Candidate]) -> torch.dtype | None:
     before, after = Counter[torch.dtype](), Counter[torch.dtype]()
     for name in last.names():
         if last.dtype(name).is_floating_point:
-            before[last.dtype(name)] += prod(last.shape(name))
+            before[stored_dtype(last, name)] += prod(last.shape(name))
             after[widest(candidates, name)] += prod(last.shape(name))
     if not after:
         return None

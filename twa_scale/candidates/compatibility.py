@@ -1,11 +1,13 @@
 """Files beside the weights that say what these mean: candidates that differ in them may have no useful average."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from twa_scale.base.inputs import MAX_JSON, brief, open_regular, parse_json, read_bounded
+from twa_scale.candidates.adapters import adapter_config
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.errors import CandidateError
 
@@ -35,6 +37,9 @@ _INDIFFERENT = {
     "peft_version",
     "_diffusers_version",
 }
+# Of LoRA adapters also the scalings and ranks, which an average takes into account, and what only training uses.
+_INDIFFERENT_OF_LORA = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"}
+_SETS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")  # saved in any order
 _PIECE = 1 << 20
 
 
@@ -43,8 +48,10 @@ def differences(candidates: Sequence[Candidate]) -> Iterator[str]:
     last = candidates[-1].directory
     if last is None:
         return
+    config = adapter_config(candidates[-1])
+    ignored = _INDIFFERENT | (_INDIFFERENT_OF_LORA if config and config.kind == "LORA" else set())
     for name in (*_CONFIGURATIONS, *_VOCABULARIES):
-        difference = _difference if name in _CONFIGURATIONS else _other_vocabulary
+        difference = partial(_difference, ignored=ignored) if name in _CONFIGURATIONS else _other_vocabulary
         if not (last / name).is_file():
             continue
         found = [(path, why) for path in _others(candidates, name) if (why := difference(path, last / name))]
@@ -62,12 +69,12 @@ def _others(candidates: Sequence[Candidate], name: str) -> list[Path]:
     return [path for path in dict.fromkeys(paths) if path.is_file()]
 
 
-def _difference(path: Path, other: Path) -> str | None:
+def _difference(path: Path, other: Path, ignored: Collection[str]) -> str | None:
     """Return the first setting in which two configurations differ, in words."""
     first, second = _settings(path), _settings(other)
     if first is None or second is None:
         return None
-    first, second = _meaningful(first), _meaningful(second)
+    first, second = _meaningful(first, ignored), _meaningful(second, ignored)
     for key in sorted(first.keys() | second.keys()):
         if first.get(key) != second.get(key):
             return f" in {key!r} ({brief(first.get(key))}, {brief(second.get(key))})"
@@ -82,11 +89,15 @@ def _settings(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _meaningful(value: Any) -> Any:
+def _meaningful(value: Any, ignored: Collection[str]) -> Any:
     """Return settings without those that say nothing of the weights, also of the parts of a model (`text_config`)."""
     if isinstance(value, dict):
-        return {key: _meaningful(held) for key, held in value.items() if key not in _INDIFFERENT}
-    return [_meaningful(held) for held in value] if isinstance(value, list) else value
+        held = {key: one for key, one in value.items() if key not in ignored}
+        return {
+            key: sorted(map(str, one)) if key in _SETS and isinstance(one, list) else _meaningful(one, ignored)
+            for key, one in held.items()
+        }
+    return [_meaningful(one, ignored) for one in value] if isinstance(value, list) else value
 
 
 def _other_vocabulary(path: Path, other: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -9,9 +10,22 @@ from twa_scale.base.names import some
 from twa_scale.candidates.candidate import Candidate
 
 
+@runtime_checkable
+class Converting(Protocol):
+    """What a candidate offers that reads tensors in another type than they are stored in."""
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the type that the tensor has in the file."""
+
+
+def stored_dtype(candidate: Candidate, name: str) -> torch.dtype:
+    """Return the type that a tensor has in the candidate's file or memory."""
+    return candidate.stored_dtype(name) if isinstance(candidate, Converting) else candidate.dtype(name)
+
+
 def widest(candidates: Sequence[Candidate], name: str) -> torch.dtype:
     """Return the narrowest type that holds a tensor of every candidate exactly: float32 for float16 and bfloat16."""
-    types = {candidate.dtype(name) for candidate in candidates}
+    types = {stored_dtype(candidate, name) for candidate in candidates}
     if len(types) == 1:
         return types.pop()
     wide = [dtype for dtype in types if dtype.itemsize > 1]  # torch promotes no float8 types, which fit into any other
@@ -20,10 +34,10 @@ def widest(candidates: Sequence[Candidate], name: str) -> torch.dtype:
 
 def types_notice(candidates: Sequence[Candidate], names: Iterable[str]) -> str | None:
     """Return the line about tensors that candidates hold in several types; None where there are none."""
-    mixed = [name for name in names if len({candidate.dtype(name) for candidate in candidates}) > 1]
+    mixed = [name for name in names if len({stored_dtype(candidate, name) for candidate in candidates}) > 1]
     if not mixed:
         return None
-    types = sorted({_plain(candidate.dtype(mixed[0])) for candidate in candidates})
+    types = sorted({_plain(stored_dtype(candidate, mixed[0])) for candidate in candidates})
     return (
         f"candidates hold {some(mixed)} as {' and '.join(types)}: written in the widest type, "
         f"{_plain(widest(candidates, mixed[0]))}; dtype chooses another."

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from twa_scale.base.inputs import named_errors
 from twa_scale.base.notices import notice
+from twa_scale.candidates.adapters import in_space
 from twa_scale.candidates.alike import check_alike
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.complex_tensors import in_pairs
@@ -58,8 +59,9 @@ def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = n
                 candidates.append(opener.open(source, i))
         _refuse_one_memory(sources, candidates)
         selected, lines = select(candidates, wanted)
+        selected, more = in_space(selected, wanted.space)
         check_alike(selected)
-        for line in [*opener.keys.notices(), *lines]:
+        for line in [*opener.keys.notices(), *lines, *more]:
             tell(line)
     except BaseException:
         for candidate in candidates:

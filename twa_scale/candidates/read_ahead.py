@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -167,6 +168,14 @@ def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], cut: _Cut) -> No
         for start, stop in cut.span.runs(cut.start, cut.stop):
             candidate.read(cut.span.name, start, values[done : done + stop - start])
             done += stop - start
+
+
+def sum_of(sources: Sources) -> torch.Tensor:
+    """Return the sum of the values of candidates of which, for each element, all but one are zero: exactly that one."""
+    total = sources[0].to(reduce(torch.promote_types, (source.dtype for source in sources)), copy=True)
+    for source in sources[1:]:
+        total += source
+    return total
 
 
 def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:

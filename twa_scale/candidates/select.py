@@ -3,8 +3,10 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast, get_args
 
-from twa_scale.base.names import and_more, matches_any, refuse_unused, some
+from twa_scale.base.names import and_more, matches_any, nearest, refuse_unused, some
+from twa_scale.candidates.adapters import Space, adapter_config
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.entries import optimizer_entries
 from twa_scale.candidates.live_names import Naming, in_live_names
@@ -36,23 +38,29 @@ class Wanted:
     """How names become those of the model; where there is none, they stay as they are stored."""
     must_match: bool = False
     """Whether each pattern of `ignore` has to be found in the name of a tensor."""
+    space: Space = "auto"
+    """In which space adapters are averaged."""
 
 
 ALL = Wanted()
 
 
-def asked_for(ignore: Sequence[str], weights_key: str | None) -> Wanted:
-    """Return what `--ignore` and `--weights-key` ask for.
+def asked_for(ignore: Sequence[str], weights_key: str | None, space: str = "auto") -> Wanted:
+    """Return what `--ignore`, `--weights-key` and `--space` ask for.
 
     Raises:
-        ConfigError: a pattern that is no regular expression.
+        ConfigError: a pattern that is no regular expression, or a space of another name.
     """
+    if space not in get_args(Space):
+        raise ConfigError(
+            f"--space: {space!r} is none of {', '.join(get_args(Space))}{nearest(space, get_args(Space))}"
+        )
     for pattern in ignore:
         try:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(f"--ignore: {pattern!r} is not a regular expression: {error}.") from None
-    return Wanted(weights_key, ignore, must_match=True)
+    return Wanted(weights_key, ignore, must_match=True, space=cast("Space", space))
 
 
 def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candidate], list[str]]:
@@ -91,11 +99,13 @@ def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candid
 
 
 def _about_factors(candidates: Sequence[Candidate]) -> list[str]:
-    """Return a line where several candidates hold the factors of low-rank updates."""
+    """Return a line where several candidates that are no LoRA adapters of PEFT hold factors of low-rank updates."""
     factors = [name for name in candidates[0].names() if _FACTOR.search(name)]
-    if not factors or len(candidates) < 2:
+    config = adapter_config(candidates[-1])
+    if not factors or len(candidates) < 2 or (config and config.kind == "LORA"):
         return []
     return [
         f"{candidates[0].label}: {some(factors, 2)} are factors of low-rank updates (LoRA). They are averaged one by "
-        "one, which is not the average of their products; for that, merge each adapter into its weights first."
+        "one, which is not the average of their products; for that, give LoRA adapters of PEFT as directories and set "
+        "`space: product`, or merge each adapter into its weights first."
     ]

@@ -6,7 +6,16 @@ import torch
 
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
-from twa_scale.candidates.read_ahead import READ_CHUNK, READS_IN_FLIGHT, Part, Progress, Reader, at_once, same_values
+from twa_scale.candidates.read_ahead import (
+    READ_CHUNK,
+    READS_IN_FLIGHT,
+    Part,
+    Progress,
+    Reader,
+    at_once,
+    same_values,
+    sum_of,
+)
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Target
 from twa_scale.kernels.torch.deltas import GRID, ROW_BYTES
@@ -114,6 +123,20 @@ class Stream:
             if chosen.is_floating_point() and bool((nan := torch.isnan(chosen)).any()):
                 raise self._bad(part, which, nan)
             yield part.span, part.start, chosen
+
+    def sums(self, spans: Iterable[Span]) -> Iterator[tuple[Span, int, torch.Tensor]]:
+        """Yield (span, offset, values) of tensors each element of which is zero in all candidates but one.
+
+        Raises:
+            CandidateError: NaN or Inf, or a file that cannot be read.
+        """
+        everyone = range(len(self._candidates))
+        for part in self._reader.parts((span, everyone) for span in spans):
+            self._add(part, self._kernels.checksums(part.sources))
+            for i, source in enumerate(part.sources):
+                if (wrong := ~torch.isfinite(source)).any():
+                    raise self._bad(part, i, wrong)
+            yield part.span, part.start, sum_of(part.sources)
 
     def check(self, jobs: Iterable[tuple[Span, Sequence[int]]]) -> None:
         """Read spans of some candidates for their checksums alone."""

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from twa_scale.cli.options import Ignore, Timeout, WeightsKey
+from twa_scale.cli.options import Ignore, Space, Timeout, WeightsKey
 from twa_scale.cli.output_options import Output, with_output
 from twa_scale.cli.shared import joined
 
@@ -33,6 +33,15 @@ def average(
             "candidate; `mean`: average statistics uniformly; or take all from `first`, `last` or an index."
         ),
     ] = "average",
+    space: Space = "auto",
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With `--space product`: truncate the result to this rank. The exact one has the sum of all ranks.",
+            show_default=False,
+        ),
+    ] = None,
     ignore: Ignore = None,
     weights_key: WeightsKey = None,
     timeout: Timeout = None,
@@ -48,6 +57,8 @@ def average(
     twa-scale average runs/a:0.7 runs/b:0.3 --out merged
 
     twa-scale average runs/a:3 runs/b:1 --normalize --out merged
+
+    twa-scale average 'lora/*' --space product --rank 16 --out merged
     """
     from twa_scale.merge import average_fixed
 
@@ -60,6 +71,8 @@ def average(
             buffers=buffers,
             ignore=ignore or [],
             weights_key=weights_key,
+            space=space,
+            rank=rank,
             progress=progress,
             **output.options,
         )

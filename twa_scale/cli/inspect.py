@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from twa_scale.cli.options import Ignore, Timeout, WeightsKey
+from twa_scale.cli.options import Ignore, Space, Timeout, WeightsKey
 from twa_scale.cli.shared import drawn, joined
 
 
 def inspect(
     candidates: Annotated[list[str], typer.Argument(help="Files, directories or globs, in training order.")],
     plot: Annotated[Path | None, typer.Option(help="Draw the cosine matrix of the deltas into this PNG.")] = None,
+    space: Space = "auto",
     ignore: Ignore = None,
     weights_key: WeightsKey = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -27,7 +28,7 @@ def inspect(
 
     with joined(Path.cwd() / "inspect", timeout) as (report, say):
         with report.bytes("reading candidates") as progress:
-            inspection = inspect_candidates(candidates, progress, asked_for(ignore or [], weights_key))
+            inspection = inspect_candidates(candidates, progress, asked_for(ignore or [], weights_key, space))
         say(inspection_json(inspection) if json else drawn(inspection_table(inspection)))
         if plot and report.active:
             from twa_scale.run.plots import plot_cosines  # importing matplotlib takes long

@@ -128,6 +128,16 @@ class TwaConfig(Section):
     include: list[str] = Field([], description="Regular expressions of tensor names to train; all when empty.")
     exclude: list[str] = Field([], description="Regular expressions of tensor names to leave at the center.")
     ignore: list[str] = Field([], description="Regular expressions of candidate tensors that the model does not have.")
+    missing: Literal["auto", "error", "keep"] = Field(
+        "auto",
+        description="Tensors of the model that no candidate has: an `error`, or they `keep` the value that the model "
+        "has. `auto`: an error, but for the base model of an adapter (LoRA), whose candidates are adapters.",
+    )
+    space: Literal["auto", "factors", "product"] = Field(
+        "auto",
+        description="What is averaged of LoRA adapters: the `factors` A and B one by one, or each `product` B A, with "
+        "factors of rank sum(r_i). `auto` is `factors`, and says so.",
+    )
     weights_key: str | None = Field(
         None,
         description="Where the weights are in candidates that hold several sets, with dots between keys: `model_ema`, "

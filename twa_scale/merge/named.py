@@ -10,7 +10,8 @@ import torch
 from twa_scale.average.state import load_state
 from twa_scale.base.names import nearest
 from twa_scale.base.notices import notice
-from twa_scale.candidates import Wanted, asked_for, open_together
+from twa_scale.candidates import Candidate, Wanted, asked_for, open_together
+from twa_scale.candidates.adapters import Truncated, ranks_of
 from twa_scale.candidates.buffers import Source, buffer_source, is_statistic, spectral_vectors
 from twa_scale.candidates.carry_over import carry
 from twa_scale.candidates.read_ahead import Progress
@@ -23,6 +24,7 @@ from twa_scale.config import (
     validated,
 )
 from twa_scale.errors import ConfigError
+from twa_scale.merge.low_rank import truncated, truncation_line
 from twa_scale.merge.streamed import merge
 from twa_scale.merge.ties import require_equal_ties
 from twa_scale.output.provenance import provenance
@@ -40,6 +42,8 @@ def average_fixed(
     buffers: str | int = "average",
     ignore: Sequence[str] = (),
     weights_key: str | None = None,
+    space: str = "auto",
+    rank: int | None = None,
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     carry_code: bool = False,
@@ -57,6 +61,8 @@ def average_fixed(
         buffers: what the setting `buffers` takes. Names tell which tensors are buffers: see docs/candidates.md.
         ignore: regular expressions of tensors to leave out.
         weights_key: where the weights are in files that hold several sets; see TwaConfig.
+        space: what the setting `space` takes: what is averaged of LoRA adapters.
+        rank: truncate the averages of products to this rank; their relative error is reported.
         max_shard_size: see `merge`.
         dtype: name of the floating point type to write.
         carry_code: copy the last candidate's code, such as *.py files, with its other small files.
@@ -73,9 +79,10 @@ def average_fixed(
     group = Group.world()
     with group.agree():
         paths, explicit = _split(candidates)
-        wanted = asked_for(ignore, weights_key)
+        wanted = asked_for(ignore, weights_key, space)
         chosen = parse_dtype(dtype)
     options = {"PATH:WEIGHT": explicit, "--weights": weights, "--normalize": normalize, "--buffers": buffers}
+    options |= {"--space": space, "--rank": rank}
     require_same_settings(group, options)
     if explicit is not None and weights is not None:
         raise ConfigError(
@@ -93,11 +100,19 @@ def average_fixed(
     fixed = center_weights(given, len(opened), "--weights")
     option = _parsed_buffers(buffers, len(opened))
 
+    low: Truncated | None = None
+    with group.agree():
+        if rank is not None:
+            low = truncated(opened, fixed, rank)
+            opened = [*opened[:-1], low]
+        carried = carry(opened, files=group.rank == 0, code=carry_code)
+    units = low.units if low else {}
+
     def source(name: str) -> Source:
+        if name in units:
+            return [0.0] * (len(opened) - 1) + [1.0]
         return buffer_source(name, option, fixed) if name in vectors or is_statistic(name) else fixed
 
-    with group.agree():
-        carried = carry(opened, files=group.rank == 0, code=carry_code)
     labels = [candidate.label for candidate in opened]
     merge(
         opened,
@@ -105,13 +120,20 @@ def average_fixed(
         source,
         group,
         carried=carried,
-        origin=provenance("an average with fixed weights", labels, weights=fixed, asked=given, dtype=dtype),
+        origin=provenance(
+            "an average with fixed weights", labels, weights=fixed, asked=given, dtype=dtype, **_products(opened, rank)
+        ),
         max_shard_size=max_shard_size,
         dtype=chosen,
         overwrite=overwrite,
         progress=progress,
         verify=lambda checksums: require_equal_ties(opened, checksums),
+        units=units,
     )
+    if low and rank:
+        line = truncation_line(low, rank, group)
+        if group.rank == 0:
+            notice(line)
     return list(zip(labels, fixed, strict=True))
 
 
@@ -145,7 +167,7 @@ def export_run(
     known = {*twa.fingerprint.shapes, *twa.group_of}
     others = {*twa.buffer_names.values(), *(name for names in twa.tied for name in names[1:])}
     parameters = {name: tuple(shape) for name, shape in twa.fingerprint.shapes.items() if name not in others}
-    wanted = Wanted(twa.config.weights_key, twa.config.ignore, known, parameters, twa.tied)
+    wanted = Wanted(twa.config.weights_key, twa.config.ignore, known, parameters, twa.tied, space=twa.config.space)
     opened = open_together(state.candidates, group, wanted=wanted)
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]
@@ -184,6 +206,11 @@ def export_run(
     )
     last = "" if state.exported_step == state.step else f", the best of the evaluations (the last is step {state.step})"
     return len(opened), f"step {state.exported_step}{last}"
+
+
+def _products(candidates: Sequence[Candidate], rank: int | None) -> dict[str, object]:
+    """Return what an output says of adapters whose products were averaged."""
+    return {"space": "product", "rank": rank} if ranks_of(candidates[-1]) else {}
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

@@ -13,11 +13,12 @@ from twa_scale.base.names import matches_any, nearest
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span, whole
 from twa_scale.candidates import Candidate
+from twa_scale.candidates.adapters import summed
 from twa_scale.candidates.buffers import Source, copied_notice
 from twa_scale.candidates.carry_over import Carried
 from twa_scale.candidates.complex_tensors import complex_in_files
 from twa_scale.candidates.dtypes import types_notice, widest
-from twa_scale.candidates.read_ahead import Job, Part, Progress, Reader, job_bytes, same_values
+from twa_scale.candidates.read_ahead import Job, Part, Progress, Reader, job_bytes, same_values, sum_of
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Target, choose_kernels
 from twa_scale.kernels.torch.checksum import wrap
@@ -50,6 +51,7 @@ def merge(
     overwrite: bool = False,
     progress: Progress | None = None,
     verify: Callable[[Checksums], None] | None = None,
+    units: Mapping[str, str] | None = None,
 ) -> Checksums:
     """Write sum_i a_i w_i as safetensors, no tensor of which is ever whole in memory. Collective.
 
@@ -75,6 +77,7 @@ def merge(
         overwrite: replace an earlier output.
         progress: called with what this rank has read.
         verify: called on every rank with the checksums, before anything is published; it may raise.
+        units: by tensor: tensors of one unit are written by one rank, which computes them together.
 
     Raises:
         CandidateError: NaN or Inf, or a file that cannot be read.
@@ -91,7 +94,7 @@ def merge(
         kernels = choose_kernels("auto", torch.device("cpu"))
         merger = _Merger(candidates, cache(weights), replace, {spec.name: spec for spec in specs}, writer, kernels)
         with group.agree():
-            merger.merge(_share(specs, group), progress)
+            merger.merge(_share(specs, group, units or {}), progress)
         checksums = _total(group.gather(merger.checksums))
         copied = {name: i for found in group.gather(merger.differing) for name, i in found.items()}
         if verify:
@@ -124,14 +127,18 @@ def _check_replace(specs: Sequence[TensorSpec], replace: Mapping[str, torch.Tens
             )
 
 
-def _share(specs: Sequence[TensorSpec], group: Group) -> list[Span]:
+def _share(specs: Sequence[TensorSpec], group: Group, units: Mapping[str, str]) -> list[Span]:
     """Return this rank's equal part of the chunks, consecutive ones, so that files are read in order."""
     itemsize = {spec.name: spec.dtype.itemsize for spec in specs}
     total = sum(spec.nbytes for spec in specs)
     mine = []
     done = 0
+    rank_of: dict[str, int] = {}  # of units
     for _, piece in (cut for spec in specs for cut in whole(spec.name, spec.shape).pieces(_CHUNK)):
-        if min(done * group.size // max(total, 1), group.size - 1) == group.rank:
+        rank = min(done * group.size // max(total, 1), group.size - 1)
+        if piece.name in units:
+            rank = rank_of.setdefault(units[piece.name], rank)
+        if rank == group.rank:
             mine.append(piece)
         done += len(piece) * itemsize[piece.name]
     return mine
@@ -149,6 +156,7 @@ class _Merger:
     kernels: Kernels
 
     def __post_init__(self) -> None:
+        self.summed = summed(self.candidates[-1])
         self.checksums: Checksums = [{} for _ in self.candidates]
         self.differing: dict[str, int] = {}
 
@@ -163,7 +171,9 @@ class _Merger:
         reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
         for part in reader.parts(streamed):
             source = self._source(part.span.name)
-            if isinstance(source, int):
+            if part.span.name in self.summed:
+                values, masks = self._summed(part), False
+            elif isinstance(source, int):
                 values, masks = self._copied(part, source), True
             else:
                 values, masks = self._combined(part, source)
@@ -177,7 +187,7 @@ class _Merger:
     def _who(self, name: str) -> list[int]:
         """Return the candidates that are read: those that have a weight, or all of what is copied."""
         a = self._source(name)
-        if isinstance(a, int):
+        if isinstance(a, int) or name in self.summed:
             return list(range(len(self.candidates)))
         assert len(a) == len(self.candidates)
         return [i for i, weight in enumerate(a) if weight != 0] or [0]
@@ -190,6 +200,14 @@ class _Merger:
         if chosen.is_floating_point() and bool((nan := torch.isnan(chosen)).any()):
             raise self._bad(part, which, nan)
         return chosen
+
+    def _summed(self, part: Part) -> torch.Tensor:
+        """Return the sum of all candidates; each element is zero in all but one."""
+        self._add(part, self.kernels.checksums(part.sources))
+        for i, source in enumerate(part.sources):
+            if (wrong := ~torch.isfinite(source)).any():
+                raise self._bad(part, i, wrong)
+        return sum_of(part.sources)
 
     def _combined(self, part: Part, weights: Sequence[float]) -> tuple[torch.Tensor, bool]:
         """Return the average, and whether it holds infinite numbers that all candidates share, as in a mask."""

@@ -21,10 +21,10 @@ def write_live(
     Args:
         writer: open for all these tensors.
         engine: the model.
-        names: under which names each parameter and buffer is written; a buffer that is not listed is left out.
+        names: under which names each parameter and buffer is written; one that is not listed is left out.
         progress: called when a span is written.
     """
-    spans, group = list(engine.spans()), engine.shard_group
+    spans, group = [span for span in engine.spans() if span.name in names], engine.shard_group
     first = len(spans) * group.rank // group.size  # ranks that are in different files do not wait for each other
     total = sum(writer.nbytes(span, names[span.name]) for span in spans)
     for span in spans[first:] + spans[:first]:

@@ -15,7 +15,9 @@ from rich.table import Table
 
 from twa_scale.average.basis import Gram
 from twa_scale.base.spans import share, whole
-from twa_scale.candidates import Wanted, open_together
+from twa_scale.candidates import Candidate, Wanted, open_together
+from twa_scale.candidates.adapters import Concatenated, described, factors_in, products_gram
+from twa_scale.candidates.dtypes import stored_dtype
 from twa_scale.candidates.read_ahead import Progress, job_bytes
 from twa_scale.candidates.streaming import Stream
 from twa_scale.kernels import Target, choose_kernels
@@ -38,6 +40,8 @@ class Inspection:
     """(n, n): cosine between delta_i and delta_j; NaN where one is zero."""
     distances: npt.NDArray[np.float64]
     """(n, n): ||w_i - w_j||."""
+    adapters: list[str | None]
+    """Of each adapter of PEFT its kind, ranks and scalings; None for other candidates."""
 
 
 def inspect(
@@ -45,13 +49,22 @@ def inspect(
 ) -> Inspection:
     """Read every byte of the candidates once, in bounded memory. Collective: the ranks of a launcher share the work.
 
+    Of LoRA adapters in the space of products (`Wanted.space`) the products s B A are compared, in place of the factors.
+
     Raises:
         CandidateError: candidates that are damaged, not alike, or hold NaN or Inf.
     """
     group = Group.world()
     candidates = open_together(paths if isinstance(paths, str) else list(paths), group, 1, wanted or Wanted())
     n = len(candidates)
-    names = [name for name in candidates[0].names() if candidates[0].dtype(name).is_floating_point]
+    adapters = [candidate for candidate in candidates if isinstance(candidate, Concatenated)]
+    factors = list(factors_in(candidates[0].names()).values()) if adapters else []
+    in_products = {name for one in factors for name in (one.a, one.b)}
+    names = [
+        name
+        for name in candidates[0].names()
+        if candidates[0].dtype(name).is_floating_point and name not in in_products
+    ]
     device = torch.device("cpu")
     gram = Gram(1, n, device)
     tensors = [whole(name, candidates[0].shape(name)) for name in names]
@@ -60,6 +73,8 @@ def inspect(
     stream = Stream(candidates, choose_kernels("auto", device), total=total, progress=progress)
     with group.agree():
         stream.make_deltas({span: Target(products=gram.of(0)) for span in spans}, [1 / n] * n)
+        if adapters:
+            gram.values[0] += _around_mean(products_gram(adapters, factors[group.rank :: group.size]))
     products = group.sum_(gram.values)[0].numpy()
     deltas, center = products[:n, :n], products[n]
     squares = np.diag(deltas)
@@ -69,13 +84,29 @@ def inspect(
     return Inspection(
         labels=[candidate.label for candidate in candidates],
         tensors=[len(candidate.names()) for candidate in candidates],
-        elements=[sum(prod(c.shape(name)) for name in c.names()) for c in candidates],
-        dtypes=[_dtypes(Counter(str(c.dtype(name)).removeprefix("torch.") for name in c.names())) for c in candidates],
+        elements=[sum(prod(c.shape(name)) for name in c.names()) for c in map(_as_stored, candidates)],
+        dtypes=[
+            _dtypes(Counter(str(stored_dtype(c, name)).removeprefix("torch.") for name in c.names()))
+            for c in candidates
+        ],
         norms=np.sqrt(squares + 2 * center[:n] + center[n]).tolist(),
         delta_norms=lengths.tolist(),
         cosines=cosines,
         distances=np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * deltas, 0)),
+        adapters=[described(candidate) for candidate in candidates],
     )
+
+
+def _around_mean(products: torch.Tensor) -> torch.Tensor:
+    """Return the inner products of the deltas to the mean, and of the mean, (n + 1, n + 1), from those of the w_i."""
+    n = len(products)
+    mean = torch.full((1, n), 1 / n, dtype=torch.float64)
+    rows = torch.cat([torch.eye(n, dtype=torch.float64) - mean, mean])
+    return rows @ products @ rows.T
+
+
+def _as_stored(candidate: Candidate) -> Candidate:
+    return candidate.adapter if isinstance(candidate, Concatenated) else candidate
 
 
 def _dtypes(counts: Counter[str]) -> str:
@@ -92,9 +123,12 @@ def inspection_json(found: Inspection) -> str:
 def inspection_table(found: Inspection) -> Table:
     """Return one row for each candidate."""
     table = Table(caption="delta: to the mean of these candidates; cosine: of a delta and the one above")
+    with_adapters = any(found.adapters)
     table.add_column("candidate", overflow="fold")
     for column in ("tensors", "elements", "dtype", "norm", "delta", "cosine"):
         table.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=column != "dtype")
+    if with_adapters:
+        table.add_column("adapter", overflow="fold")
     for i, label in enumerate(found.labels):
         table.add_row(
             escape(Path(label).name),
@@ -104,5 +138,6 @@ def inspection_table(found: Inspection) -> Table:
             f"{found.norms[i]:.4g}",
             f"{found.delta_norms[i]:.4g}",
             f"{found.cosines[i, i - 1]:+.3f}" if i else "",
+            *([found.adapters[i] or ""] if with_adapters else []),
         )
     return table

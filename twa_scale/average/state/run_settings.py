@@ -18,6 +18,7 @@ _MEANING = (
     "num_components",
     "include",
     "exclude",
+    "space",
     "optimizer",
     "max_grad_norm",
     "max_weight_grad_norm",

@@ -18,6 +18,7 @@ from twa_scale.candidates.streaming import scratch_bytes
 from twa_scale.config import RunConfig
 from twa_scale.engines import ParameterInfo
 from twa_scale.engines.complex_weights import described, real
+from twa_scale.engines.live_adapter import live_adapter
 from twa_scale.engines.parameters import named_parameters, persistent_buffers
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, choose_kernels
@@ -102,19 +103,21 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     _, parameters = named_parameters(model)
     parameters = described(parameters)
     buffers = {name: real(buffer) for name, buffer in persistent_buffers(model).items()}
-    candidates = open_candidates(config.candidates, wanted=wanted_of(parameters, buffers, config, model))
-    layout = match(parameters, buffers, candidates, config)
+    adapter = live_adapter(model)
+    candidates = open_candidates(config.candidates, wanted=wanted_of(parameters, buffers, config, model, adapter))
+    layout = match(parameters, buffers, candidates, config, adapter)
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
     n = len(candidates)
     owned = {name: owned_elements(info, shards, engine) for name, info in parameters.items()}
+    read = {name: size for name, size in owned.items() if name in layout.held_as}
     held = (
         sum(owned.values()) if engine in ("fsdp2", "zero3") else sum(prod(info.shape) for info in parameters.values())
     )
     local = {name: owned[name] for name in layout.group_of}
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     elements = sum(prod(parameters[name].shape) for name in layout.group_of)
-    itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in owned for candidate in candidates)
-    streaming = {"streaming": scratch_bytes(n, max(owned.values()), itemsize, config.read_chunk)}
+    itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in read for candidate in candidates)
+    streaming = {"streaming": scratch_bytes(n, max(read.values()), itemsize, config.read_chunk)}
     store = {f"store ({config.store})": store_bytes(config.store, n, local.values())}
     offloaded = device == "cuda" and config.store_device == "cpu"
     beside = {"buffers of the store": staging_bytes(config.store, n, local.values())} if offloaded else store
@@ -138,7 +141,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         attach={} if offloaded else streaming,
         step={**activations, **transient(model, parameters, engine, config)},
         host={**store, **streaming} if offloaded else {},
-        bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, owned, candidates)),
+        bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, read, candidates)),
         wire=wire_bytes(model, parameters, shards, engine, config, numbers),
         wire_between_pods={name: all_reduced(size, config.pods) for name, size in numbers.items() if config.pods > 1},
         notes=notes,

@@ -1,0 +1,81 @@
+"""Adapters that PEFT itself makes and writes, of a tiny GPT-2."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+
+transformers.logging.set_verbosity_error()
+IDS = torch.arange(12).view(1, 12) % 7
+MODULES = ["c_attn", "wte"]
+
+
+def base() -> Any:
+    """The same base model each time."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, **special, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
+    )
+
+
+def adapted(config: PeftConfig | None = None, seed: int = 0, **lora: Any) -> Any:
+    """A PeftModel whose trainable tensors are random: LoRA with these settings, unless `config` says what else."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": MODULES, "fan_in_fan_out": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base(), config or LoraConfig(**(settings | lora)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def save(model: Any, path: Path) -> str:
+    """Write the adapter as PEFT does, and return its directory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(path), save_embedding_layers=False)
+    return str(path)
+
+
+def load(path: str | Path, trainable: bool = False) -> Any:
+    """The base model with the adapter of a directory, as PEFT loads it; nothing may be missing or left over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(base(), str(path), is_trainable=trainable)
+    return model.train(trainable)
+
+
+def updates(model: nn.Module) -> dict[str, Tensor]:
+    """s B A of every module, in float64, as PEFT would add it to the base weight."""
+    return {
+        name: module.double().get_delta_weight("default").detach()
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")
+    }
+
+
+def weighted(parts: Sequence[Mapping[str, Tensor]], a: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted sum of updates."""
+    return {name: sum(w * part[name] for w, part in zip(a, parts, strict=True)) for name in parts[0]}  # type: ignore[misc]
+
+
+def logits(model: nn.Module) -> Tensor:
+    """What the model computes, without dropout."""
+    training = model.training
+    with torch.no_grad():
+        found = model.eval()(IDS).logits
+    model.train(training)
+    return found

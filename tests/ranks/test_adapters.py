@@ -1,0 +1,73 @@
+"""Adapters of PEFT on several ranks: DDP and FSDP2 train what a plain model trains, and read the adapters only."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import twa_scale
+from tests import adapters
+from tests.pool import Pool
+from twa_scale.merge import average_fixed
+
+BATCHES = torch.stack([adapters.IDS, adapters.IDS.flip(1)])
+MIXED: list[dict[str, Any]] = [
+    {"modules_to_save": ["ln_f"], "r": r, "lora_alpha": a} for r, a in ((4, 8), (3, 2), (2, 5))
+]
+
+
+def wrapped(model: Any, engine: str) -> Any:
+    if engine == "fsdp2":
+        for block in model.base_model.model.transformer.h:
+            fully_shard(block)
+        return fully_shard(model)
+    return DistributedDataParallel(model) if engine == "ddp" else model
+
+
+def trained(engine: str, start: str, paths: list[str], space: str, out: str) -> tuple[Tensor, int]:
+    """Two steps on batches that differ by rank, or, alone, on all of them; returns coefficients and bytes read."""
+    torch.manual_seed(0)
+    model = wrapped(adapters.load(start, trainable=True), engine)
+    config = {"space": space, "groups": "block", "optimizer": {"name": "sgd", "lr": 0.1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twa = twa_scale.attach(model, paths, config)
+    model.eval()
+    batches = BATCHES if engine == "plain" else BATCHES[torch.distributed.get_rank()][None]
+    for _ in range(2):
+        for batch in batches:
+            (model(batch, labels=batch).loss / len(batches)).backward()
+        twa.step()
+    twa.export(out)
+    result = twa.coefficients.clone(), twa.bytes_read
+    twa.close()
+    return result
+
+
+@pytest.mark.parametrize("space", ["factors", "product"])
+def test_ranks_train_what_one_process_trains(space: str, ranks: Pool, tmp_path: Path) -> None:
+    settings = MIXED if space == "product" else MIXED[:1] * 3
+    paths = [adapters.save(adapters.adapted(seed=i, **s), tmp_path / f"step-{i}") for i, s in enumerate(settings)]
+    start = paths[-1]
+    if space == "product":
+        start = str(tmp_path / "start")
+        average_fixed(paths, start, space="product")
+    nbytes = sum(t.nbytes for path in paths for t in load_file(f"{path}/adapter_model.safetensors").values())
+    plain, read = trained("plain", start, paths, space, str(tmp_path / "plain"))
+    assert read == nbytes
+    expected = adapters.logits(adapters.load(tmp_path / "plain"))
+    for engine in ("ddp", "fsdp2"):
+        out = str(tmp_path / engine)
+        (first, read_first), (second, read_second) = ranks(
+            trained, 2, engine=engine, start=start, paths=paths, space=space, out=out, timeout=120
+        )
+        assert torch.equal(first, second)
+        assert read_first + read_second == nbytes and read_first < nbytes
+        torch.testing.assert_close(first, plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapters.logits(adapters.load(out)), expected, rtol=1e-4, atol=1e-4)

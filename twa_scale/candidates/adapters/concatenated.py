@@ -1,0 +1,158 @@
+"""LoRA adapters as points of one space in which sums of their products are sums of tensors."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from twa_scale.candidates.adapters.lora_factors import Factors, factors_in, rank_of
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.dtypes import stored_dtype
+from twa_scale.candidates.proxy import Wrapped
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the tensor of one adapter lies in the concatenation of all, along one dimension.
+
+    The row-major flattening of the concatenation has rows of `width` elements, of which [start, start + own) are those
+    of the adapter; its other elements are zero.
+    """
+
+    dim: int
+    size: int
+    """Of the concatenation, along `dim`."""
+    start: int
+    own: int
+    width: int
+
+    def before(self, element: int) -> int:
+        """Return how many of the first `element` elements are those of the adapter."""
+        row, column = divmod(element, self.width)
+        return row * self.own + min(max(column - self.start, 0), self.own)
+
+
+class Concatenated(Wrapped):
+    """One of several LoRA adapters, with factors of rank R = sum_i r_i that are zero outside of its own ranks.
+
+    With A = [A_1; ..; A_n] and B = [a_1 B_1, .., a_n B_n] the product B A is sum_i a_i B_i A_i. So B is
+    sum_i a_i B^(i) over these candidates, and A is the sum of their A^(i), whatever the coefficients are. The zeros are
+    not read.
+
+    Args:
+        candidate: one of the adapters, its B multiplied by its scaling.
+        places: where its factors lie, by tensor.
+        ranks: R by module.
+        own: the first of its ranks and the one after the last, by module.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        places: Mapping[str, _Place],
+        ranks: Mapping[str, int],
+        own: Mapping[str, tuple[int, int]],
+    ) -> None:
+        super().__init__(candidate)
+        self._places = places
+        self.ranks = ranks
+        self.own = own
+        self.adapter = candidate
+        """What is concatenated."""
+        self.summed = frozenset(name for name, place in places.items() if place.dim == 0)
+        """The A of every module."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        shape, place = super().shape(name), self._places.get(name)
+        return shape if place is None else (*shape[: place.dim], place.size, *shape[place.dim + 1 :])
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the type that the tensor has in the file."""
+        return stored_dtype(self._candidate, name)
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the elements from `start` on: those of the adapter are read, in one piece."""
+        place = self._places.get(name)
+        if place is None:
+            super().read(name, start, out)
+            return
+        stop, width = start + len(out), place.width
+        first = place.before(start)
+        own = torch.empty(place.before(stop) - first, dtype=out.dtype)
+        if len(own):
+            super().read(name, first, own)
+        out.zero_()
+        begin = start
+        while begin < stop:
+            row = begin // width * width
+            if begin == row and stop - begin >= width:
+                end = stop // width * width  # the whole rows at once
+                rows = own[place.before(begin) - first : place.before(end) - first].view(-1, place.own)
+                out[begin - start : end - start].view(-1, width)[:, place.start : place.start + place.own] = rows
+            else:
+                end = min(stop, row + width)
+                left, right = max(begin, row + place.start), min(end, row + place.start + place.own)
+                if left < right:
+                    out[left - start : right - start] = own[place.before(left) - first : place.before(right) - first]
+            begin = end
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Return a view of a whole tensor, flattened; None for a factor, which no file holds as it is here."""
+        return None if name in self._places else super().mapped(name)
+
+
+def concatenated(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return LoRA adapters, whose B are multiplied by their scalings, as `Concatenated`.
+
+    Raises:
+        CandidateError: factors whose shapes do not fit each other.
+    """
+    factors = [factors_in(candidate.names()) for candidate in candidates]
+    ranks = [{m: rank_of(c, f) for m, f in held.items()} for c, held in zip(candidates, factors, strict=True)]
+    totals = Counter[str]()
+    for held_ranks in ranks:
+        totals.update(held_ranks)
+    starts = dict.fromkeys(totals, 0)
+    result: list[Candidate] = []
+    for candidate, held, own in zip(candidates, factors, ranks, strict=True):
+        places: dict[str, _Place] = {}
+        parts = {}
+        for module, one in held.items():
+            places |= _places_of(candidate, one, starts[module], own[module], totals[module])
+            parts[module] = (starts[module], starts[module] + own[module])
+            starts[module] += own[module]
+        result.append(Concatenated(candidate, places, totals, parts))
+    return result
+
+
+def _places_of(candidate: Candidate, factors: Factors, start: int, own: int, total: int) -> dict[str, _Place]:
+    places = {}
+    for name, dim in ((factors.a, 0), (factors.b, 1)):
+        inner = prod(candidate.shape(name)[dim + 1 :])
+        places[name] = _Place(dim, total, start * inner, own * inner, total * inner)
+    return places
+
+
+def product_factors(
+    candidates: Sequence[Concatenated], factors: Factors, weights: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (R, in) and B (out, R) of sum_i a_i s_i B_i A_i of one module, in float64."""
+    return _sum(candidates, factors.a, [1.0] * len(candidates)), _sum(candidates, factors.b, weights)
+
+
+def _sum(candidates: Sequence[Concatenated], name: str, weights: Sequence[float]) -> torch.Tensor:
+    shape = candidates[-1].shape(name)
+    total = torch.zeros(prod(shape), dtype=torch.float64)
+    for candidate, weight in zip(candidates, weights, strict=True):
+        values = torch.empty(prod(shape), dtype=candidate.dtype(name))
+        candidate.read(name, 0, values)
+        total.add_(values, alpha=weight)
+    return total.view(shape[0], -1)
+
+
+def summed(candidate: Candidate) -> frozenset[str]:
+    """Return the tensors whose value is the sum over all candidates, whatever their coefficients are."""
+    return candidate.summed if isinstance(candidate, Concatenated) else frozenset()

@@ -1,0 +1,39 @@
+"""Inner products of the updates of adapters, from their factors alone: no update is ever a matrix."""
+
+from collections.abc import Sequence
+
+import torch
+
+from twa_scale.candidates.adapters.concatenated import Concatenated, product_factors
+from twa_scale.candidates.adapters.lora_factors import Factors
+from twa_scale.errors import CandidateError
+
+
+def products_gram(candidates: Sequence[Concatenated], factors: Sequence[Factors]) -> torch.Tensor:
+    """Return sum over modules of <s_i B_i A_i, s_j B_j A_j>: (n, n), float64.
+
+    With B = [s_i B_i] and A = [A_i] it is a sum over the blocks of (B^T B) * (A A^T), an R x R matrix.
+
+    Args:
+        candidates: adapters in the space of products.
+        factors: of the modules.
+
+    Raises:
+        CandidateError: a file that cannot be read, or NaN or Inf.
+    """
+    n = len(candidates)
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    for one in factors:
+        a, b = product_factors(candidates, one, [1.0] * n)
+        owner = torch.zeros(n, len(a), dtype=torch.float64)
+        for i, candidate in enumerate(candidates):
+            owner[i, slice(*candidate.own[one.module])] = 1
+        products = (b.T @ b) * (a @ a.T)
+        if not torch.isfinite(products).all():
+            wrong = owner @ (~torch.isfinite(a).all(1) | ~torch.isfinite(b).all(0)).double()
+            raise CandidateError(
+                f"{candidates[int(wrong.argmax())].label}: the factors of {one.module!r} hold NaN or Inf; weights must "
+                "be finite. Leave this candidate out."
+            )
+        gram += owner @ products @ owner.T
+    return gram

@@ -1,0 +1,60 @@
+"""The factors of LoRA among the tensors of a candidate, told by their names."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.errors import CandidateError
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.(?!weight$|bias$)[^.]+)?(\.(?P<kind>weight|bias))?"
+)
+_OF_LORA = re.compile(r"(^|\.)lora_")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The names of the tensors of one module: its update is s B A, with A (r, in, ..) and B (out, r, ..)."""
+
+    module: str
+    a: str
+    b: str
+    bias: str | None = None
+    """Of B (`lora_bias`): s times this is added to the output."""
+
+
+def factors_in(names: Iterable[str]) -> dict[str, Factors]:
+    """Return the factors of LoRA by module; other tensors, such as `modules_to_save`, are none."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if match := _FACTOR.fullmatch(name):
+            part = "bias" if match["kind"] == "bias" else match["factor"]
+            found.setdefault(match["module"], {})[part] = name
+    return {
+        module: Factors(module, parts["A"], parts["B"], parts.get("bias"))
+        for module, parts in found.items()
+        if parts.keys() >= {"A", "B"}
+    }
+
+
+def other_parts(names: Iterable[str], factors: Iterable[Factors]) -> list[str]:
+    """Return the tensors of LoRA that are neither A nor B: the magnitudes of DoRA, for one."""
+    known = {name for one in factors for name in (one.a, one.b, one.bias)}
+    return [name for name in names if _OF_LORA.search(name) and name not in known]
+
+
+def rank_of(candidate: Candidate, factors: Factors) -> int:
+    """Return the rank of the factors, from their shapes.
+
+    Raises:
+        CandidateError: shapes that are not those of two factors of one product.
+    """
+    a, b = candidate.shape(factors.a), candidate.shape(factors.b)
+    if len(a) < 2 or len(b) < 2 or a[0] != b[1] or prod(b[2:]) != 1:
+        raise CandidateError(
+            f"{candidate.label}: {factors.a!r} of shape {a} and {factors.b!r} of shape {b} are not the factors A (r, "
+            "in) and B (out, r) of one product, as those of grouped convolutions are not. Use `space: factors`."
+        )
+    return a[0]

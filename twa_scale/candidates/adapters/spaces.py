@@ -1,0 +1,177 @@
+"""In which space adapters are averaged: their factors one by one, or the products of their factors."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import sqrt
+from typing import Literal
+
+from twa_scale.base.names import some
+from twa_scale.candidates.adapters.adapter_config import ADAPTER_CONFIG, AdapterConfig, adapter_config
+from twa_scale.candidates.adapters.concatenated import concatenated
+from twa_scale.candidates.adapters.lora_factors import factors_in, other_parts, rank_of
+from twa_scale.candidates.adapters.rescaled import Rescaled
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.errors import CandidateError
+
+Space = Literal["auto", "factors", "product"]
+"""The setting `space`; `auto` is `factors`, and says so."""
+_FACTORS = "Average their factors with `space: factors` (--space factors)"
+_MERGED = "or merge each adapter into its base model (merge_and_unload) and average those"
+
+
+def in_space(candidates: Sequence[Candidate], space: Space) -> tuple[list[Candidate], list[str]]:
+    """Return candidates as they are averaged in a space, and a line about what a user may not expect.
+
+    Candidates that are no adapters stay as they are in the space of factors. There, adapters of other scalings than the
+    last one's are multiplied so that all have its scaling.
+
+    Raises:
+        CandidateError: adapters of several kinds or beside full weights; ranks that differ in the space of factors; or,
+            in the space of products, what has no products of two factors.
+    """
+    configs = [adapter_config(candidate) for candidate in candidates]
+    _require_one_kind(candidates, configs)
+    if space == "product":
+        return _products(candidates, configs), []
+    if configs[-1] is None or configs[-1].kind != "LORA":
+        return list(candidates), []
+    return _factors(candidates, configs), [_said(candidates)] if space == "auto" and len(candidates) > 1 else []
+
+
+def scalings(candidate: Candidate) -> dict[str, float]:
+    """Return the scaling of every module of a LoRA adapter; empty for any other candidate.
+
+    Raises:
+        CandidateError: a configuration that gives none.
+    """
+    config = adapter_config(candidate)
+    if config is None or config.kind != "LORA":
+        return {}
+    return {module: config.scaling(module) for module in factors_in(candidate.names())}
+
+
+def described(candidate: Candidate) -> str | None:
+    """Return the kind of an adapter, and of LoRA its ranks and scalings, in words; None for any other candidate."""
+    config = adapter_config(candidate)
+    if config is None:
+        return None
+    modules = scalings(candidate)
+    if not modules:
+        return config.kind
+    return f"{config.kind}, rank {_range(map(config.rank, modules))}, scaling {_range(modules.values())}"
+
+
+def _range(numbers: Iterable[float]) -> str:
+    found = sorted(numbers)
+    return f"{found[0]:g}" if found[0] == found[-1] else f"{found[0]:g} to {found[-1]:g}"
+
+
+def _require_one_kind(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | None]) -> None:
+    last = configs[-1]
+    for candidate, config in zip(candidates, configs, strict=True):
+        if (config is None) != (last is None):
+            adapter, other = (candidates[-1], candidate) if config is None else (candidate, candidates[-1])
+            raise CandidateError(
+                f"{adapter.label}: is an adapter of PEFT, and {other.label} has no {ADAPTER_CONFIG} beside its "
+                "weights. Candidates are of one kind: give adapters only, as directories, or merge the adapters into "
+                "their base models first (merge_and_unload)."
+            )
+        if config and last and config.kind != last.kind:
+            raise CandidateError(
+                f"{config.path}: peft_type is {config.kind}, that of {candidates[-1].label} is {last.kind}. Adapters "
+                "are averaged with others of their kind: leave this one out."
+            )
+
+
+def _factors(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | None]) -> list[Candidate]:
+    """Return LoRA adapters with the scaling of the last one: both factors take the root of the quotient."""
+    _require_equal_ranks(candidates)
+    reference = scalings(candidates[-1])
+    result: list[Candidate] = []
+    for candidate in candidates:
+        scales: dict[str, float] = {}
+        for module, scaling in scalings(candidate).items():
+            quotient, one = scaling / reference.get(module, scaling), factors_in(candidate.names())[module]
+            scales |= {one.a: sqrt(abs(quotient)), one.b: sqrt(abs(quotient)) * (1 if quotient > 0 else -1)}
+            scales |= {one.bias: quotient} if one.bias else {}
+        result.append(_rescaled(candidate, scales))
+    return result
+
+
+def _require_equal_ranks(candidates: Sequence[Candidate]) -> None:
+    last = {module: candidates[-1].shape(one.a)[:1] for module, one in factors_in(candidates[-1].names()).items()}
+    for candidate in candidates[:-1]:
+        for module, one in factors_in(candidate.names()).items():
+            rank = candidate.shape(one.a)[:1]
+            if rank != last.get(module, rank):
+                raise CandidateError(
+                    f"{candidate.label}: the factors of {module!r} have rank {rank[0]}, those of "
+                    f"{candidates[-1].label} {last[module][0]}. Factors of other ranks have no average; their products "
+                    "have: use `space: product` (--space product)."
+                )
+
+
+def _products(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | None]) -> list[Candidate]:
+    """Return LoRA adapters as points of the space of products."""
+    result: list[Candidate] = []
+    for candidate, config in zip(candidates, configs, strict=True):
+        if config is None:
+            raise CandidateError(
+                f"{candidate.label}: space: product needs LoRA adapters of PEFT, directories with {ADAPTER_CONFIG}, "
+                f"which says how products are scaled; there is none. Leave `space` out."
+            )
+        _require_products(candidate, config)
+        factors = factors_in(candidate.names())
+        scales = {
+            name: scaling
+            for module, scaling in scalings(candidate).items()
+            for name in (factors[module].b, factors[module].bias)
+            if name
+        }
+        result.append(_rescaled(candidate, scales))
+    return concatenated(result)
+
+
+def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
+    """Refuse adapters whose update is not s B A.
+
+    Raises:
+        CandidateError: names what it is.
+    """
+    factors = factors_in(candidate.names())
+    others = other_parts(candidate.names(), factors.values())
+    why = None
+    if config.kind != "LORA":
+        why = f"{config.kind} adapters have no product of two factors A and B"
+    elif config.settings.get("use_dora"):
+        why = "DoRA (use_dora) scales the sum of base weight and product, which averages of products are not"
+    elif config.changes_base:
+        why = (
+            f"init_lora_weights is {config.changes_base!r}: loading subtracts a product of the original rank from the "
+            "base weights. Convert it first (save_pretrained(path_initial_model_for_weight_conversion=..))"
+        )
+    elif others:
+        why = f"{some(others, 2)} are neither A nor B of LoRA"
+    elif not factors:
+        why = "it holds no factors of LoRA"
+    if why:
+        raise CandidateError(f"{config.path}: space: product is not possible: {why}. {_FACTORS}, {_MERGED}.")
+    for module, one in factors.items():
+        rank = rank_of(candidate, one)
+        if rank != config.rank(module):
+            raise CandidateError(
+                f"{candidate.label}: the factors of {module!r} have rank {rank}, and {config.path} says "
+                f"{config.rank(module)}. Factors of stacked experts (target_parameters) have no product of this form; "
+                f"if that is what they are: {_FACTORS}, {_MERGED}."
+            )
+
+
+def _rescaled(candidate: Candidate, scales: Mapping[str, float]) -> Candidate:
+    return candidate if all(scale == 1 for scale in scales.values()) else Rescaled(candidate, scales)
+
+
+def _said(candidates: Sequence[Candidate]) -> str:
+    return (
+        f"{candidates[-1].label}: LoRA adapters are averaged in the space of their factors: A and B one by one, which "
+        "is not the average of the products B A. `space: product` (--space product) averages those; `space: factors` "
+        "says that this is meant."
+    )

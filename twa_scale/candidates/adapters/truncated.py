@@ -1,0 +1,109 @@
+"""The average of the products of LoRA adapters, truncated to a lower rank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+from threading import Lock
+
+import torch
+
+from twa_scale.candidates.adapters.concatenated import Concatenated, product_factors
+from twa_scale.candidates.adapters.lora_factors import Factors, factors_in
+from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.dtypes import stored_dtype
+from twa_scale.candidates.proxy import Wrapped
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What was left out of one module: squared Frobenius norms of the product, and of the part that was left out."""
+
+    total: float
+    left_out: float
+
+
+class Truncated(Wrapped):
+    """sum_i a_i s_i B_i A_i of every module with factors of rank at most `rank`: the best in the Frobenius norm.
+
+    B and A are computed module by module in float64 when they are read: from the QR factors of B = [a_i s_i B_i] and of
+    A^T = [A_i^T], and the singular values of an R x R matrix. One module is in memory at a time. Both get the root of
+    the singular values. In place of the last candidate, whose other tensors it has.
+
+    Args:
+        candidates: adapters in the space of products.
+        weights: a_i.
+        rank: the most ranks of a module.
+    """
+
+    def __init__(self, candidates: Sequence[Concatenated], weights: Sequence[float], rank: int) -> None:
+        super().__init__(candidates[-1])
+        self._candidates = candidates
+        self._weights = weights
+        self._factors = {name: one for one in factors_in(candidates[-1].names()).values() for name in (one.a, one.b)}
+        self.exact_ranks = candidates[-1].ranks
+        self.ranks = {
+            one.module: min(rank, self.exact_ranks[one.module], *self._sides(one)) for one in self._factors.values()
+        }
+        self.units = {name: one.module for name, one in self._factors.items()}
+        """The module of each factor: one rank computes both."""
+        self.truncations: dict[str, Truncation] = {}
+        """By module: of those that were read here."""
+        self._lock = Lock()
+        self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        shape = super().shape(name)
+        if name not in self._factors:
+            return shape
+        one = self._factors[name]
+        rank = self.ranks[one.module]
+        return (rank, *shape[1:]) if name == one.a else (shape[0], rank, *shape[2:])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which `read` delivers a tensor."""
+        return torch.float64 if name in self._factors else super().dtype(name)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the type that the tensor has in the file."""
+        return stored_dtype(self._candidate, name)
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the elements from `start` on."""
+        if name not in self._factors:
+            super().read(name, start, out)
+            return
+        with self._lock:
+            one = self._factors[name]
+            if self._last[0] != one.module:
+                self._last = (one.module, self._computed(one))
+            out.copy_(self._last[1][name].view(-1)[start : start + len(out)])
+
+    def mapped(self, name: str) -> None:
+        """Return None: what is computed lies in no file."""
+
+    def _sides(self, one: Factors) -> tuple[int, int]:
+        a, b = self._candidate.shape(one.a), self._candidate.shape(one.b)
+        return prod(a[1:]), b[0] * prod(b[2:])
+
+    def _computed(self, one: Factors) -> dict[str, torch.Tensor]:
+        a, b = product_factors(self._candidates, one, self._weights)
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.T)
+        u, values, v = torch.linalg.svd(r_b @ r_a.T)
+        rank = self.ranks[one.module]
+        squares = values.square()
+        self.truncations[one.module] = Truncation(float(squares.sum()), float(squares[rank:].sum()))
+        roots = values[:rank].sqrt()
+        return {one.b: ((q_b @ u[:, :rank]) * roots).contiguous(), one.a: roots[:, None] * (v[:rank] @ q_a.T)}
+
+
+def ranks_of(candidate: Candidate) -> Mapping[str, int]:
+    """Return the rank of every module of a candidate in the space of products; empty for any other."""
+    return candidate.ranks if isinstance(candidate, Concatenated | Truncated) else {}
+
+
+def relative_error(truncations: Sequence[Truncation]) -> float:
+    """Return the Frobenius norm of what was left out over that of the whole, 0 where that is 0."""
+    total = sum(one.total for one in truncations)
+    return sqrt(sum(one.left_out for one in truncations) / total) if total else 0.0

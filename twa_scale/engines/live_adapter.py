@@ -1,0 +1,158 @@
+"""The adapter of PEFT that a live model trains: its tensors, what PEFT calls them in files, and its scalings."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isclose
+from typing import Any
+
+import torch
+from torch import nn
+
+from twa_scale.base.names import some, without_wrappers
+from twa_scale.candidates import Candidate
+from twa_scale.candidates.adapters import ranks_of, scalings
+from twa_scale.engines.module_names import unwrapping
+from twa_scale.errors import CandidateError, EngineError
+
+_PREFIX = "base_model.model."  # what PEFT's files put before the names of the model that was wrapped
+
+
+@dataclass(frozen=True)
+class LiveAdapter:
+    """The active adapter of a model. The same on every rank."""
+
+    name: str
+    kind: str
+    """The `peft_type`: LORA, IA3, .."""
+    stored: Mapping[str, tuple[str, ...]]
+    """For each of its tensors, by the model's name, the names that it may have in files."""
+    scalings: Mapping[str, tuple[float, int]]
+    """The scaling s and the rank of each module of LoRA, by its name in the base model."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of the model belongs to the adapter; all others are those of the base model."""
+        return name in self.stored
+
+
+def live_adapter(root: nn.Module) -> LiveAdapter | None:
+    """Return the adapter that a model trains, whatever wraps or shards it; None for a model without adapters.
+
+    Raises:
+        EngineError: several active adapters, or one that is merged into the base weights.
+    """
+    found = _adapted(root)
+    if found is None:
+        return None
+    path, model = found
+    name = _active(model)
+    _require_apart(model)
+    prefix, unwrap = f"{path}." if path else "", unwrapping(root)
+    marks = {raw: torch.empty(0) for raw in _names(model)}
+    own = {id(mark): unwrap(prefix + raw) for raw, mark in marks.items()}
+    files = _in_files(model, name, marks)
+    plain = without_wrappers(files)
+    stored = {own[id(mark)]: _spellings(plain[raw]) for raw, mark in files.items() if id(mark) in own}
+    kind = _text(model.peft_config[name].peft_type)
+    if not stored:
+        raise EngineError(
+            f"adapter {name!r} ({kind}): none of its tensors is in its file as it is in the model: the file holds what "
+            "the model computes from them. Average such adapters without a model: twa-scale average."
+        )
+    return LiveAdapter(name, kind, stored, dict(_scalings(model, name)))
+
+
+def require_fitting(adapter: LiveAdapter, candidates: Sequence[Candidate]) -> None:
+    """Refuse a live adapter in which the tensors of the candidates would mean another update.
+
+    Raises:
+        CandidateError: names the module, and how to make an adapter that fits.
+    """
+    last = candidates[-1]
+    sums = ranks_of(last)
+    expected = dict.fromkeys(sums, 1.0) if sums else scalings(last)
+    for module, scaling in expected.items():
+        live, rank = adapter.scalings.get(module.removeprefix(_PREFIX), (scaling, 0))
+        if rank and rank != sums.get(module, rank):
+            raise CandidateError(
+                f"space: product: the ranks of the candidates add up to {sums[module]} in {module!r}, and the adapter "
+                f"of the model has rank {rank}. Make the one that it starts from with `twa-scale average .. --space "
+                "product --out START`, and load it with PeftModel.from_pretrained(base, 'START', is_trainable=True)."
+            )
+        if not isclose(live, scaling, rel_tol=1e-6):
+            where = "with `space: product`" if sums else f"in {last.label}"
+            raise CandidateError(
+                f"{module!r}: the product of the factors is scaled by {scaling:g} {where}, and by {live:g} in the "
+                "model, where the same factors make another update. Load the adapter of the model from "
+                f"{'what `twa-scale average .. --space product` writes' if sums else last.label} "
+                "(PeftModel.from_pretrained(.., is_trainable=True)), or set its lora_alpha so."
+            )
+
+
+def _adapted(root: nn.Module) -> tuple[str, Any] | None:
+    """Return the outermost module with adapters, and its path: a PeftModel, or what PEFT has put adapters into."""
+    return next(((path, module) for path, module in root.named_modules() if _has_adapters(module)), None)
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    """Whether a module itself has adapters: wrappers pass on the attributes of what they wrap."""
+    own = "peft_config" in vars(module) or isinstance(getattr(type(module), "peft_config", None), property)
+    configs = getattr(module, "peft_config", None) if own else None
+    return isinstance(configs, dict) and bool(configs)
+
+
+def _active(model: Any) -> str:
+    active = getattr(model, "active_adapters", None)
+    active = active() if callable(active) else active
+    names = [active] if isinstance(active, str) else list(active or model.peft_config)
+    if len(names) != 1:
+        raise EngineError(
+            f"the model has {len(names)} active adapters ({some(names)}); an average is one of them. Choose it with "
+            "model.set_adapter(name)."
+        )
+    return str(names[0])
+
+
+def _require_apart(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if getattr(module, "merged_adapters", None):
+            raise EngineError(
+                f"{path!r}: the adapter is merged into the base weights, where training it changes nothing. Call "
+                "model.unmerge_adapter() before attach."
+            )
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        yield name
+    for name, _ in model.named_buffers(remove_duplicate=False):
+        yield name
+
+
+def _in_files(model: Any, name: str, marks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what PEFT itself would write of a state dict, by the names that it would write."""
+    from peft import get_peft_model_state_dict
+
+    # Without embeddings: where files have those, they have the names of the model.
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, marks, adapter_name=name, save_embedding_layers=False
+    )
+    return found
+
+
+def _spellings(stored: str) -> tuple[str, ...]:
+    """Return a name with and without PEFT's prefix, which it has not where adapters were put into a model in place."""
+    bare = stored.removeprefix(_PREFIX)
+    return tuple(dict.fromkeys((stored, _PREFIX + bare, bare)))
+
+
+def _scalings(model: nn.Module, name: str) -> Iterator[tuple[str, tuple[float, int]]]:
+    unwrap = unwrapping(model)
+    for path, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if hasattr(module, "lora_A") and isinstance(scaling, Mapping) and name in scaling:
+            rank: Any = module.r
+            yield unwrap(path).removeprefix(_PREFIX), (float(scaling[name]), int(rank[name]))
+
+
+def _text(kind: object) -> str:
+    return str(getattr(kind, "value", kind))

@@ -1,0 +1,35 @@
+"""Averages of the products of adapters, truncated to a rank."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from twa_scale.candidates import Candidate
+from twa_scale.candidates.adapters import Concatenated, Truncated, Truncation, relative_error
+from twa_scale.errors import ConfigError
+from twa_scale.ranks import Group
+
+
+def truncated(candidates: Sequence[Candidate], weights: Sequence[float], rank: int) -> Truncated:
+    """Return the average of adapters in the space of products, truncated to `rank`.
+
+    Raises:
+        ConfigError: no rank, or candidates that are not in the space of products.
+    """
+    if rank < 1:
+        raise ConfigError(f"--rank {rank}: a rank is 1 or more.")
+    if not all(isinstance(candidate, Concatenated) for candidate in candidates):
+        raise ConfigError("--rank: only products can be truncated to a rank; add --space product (space='product').")
+    return Truncated(cast("Sequence[Concatenated]", candidates), weights, rank)
+
+
+def truncation_line(low: Truncated, rank: int, group: Group) -> str:
+    """Return the line about what truncation has left out. Collective."""
+    found: dict[str, Truncation] = {}
+    for one in group.gather(low.truncations):
+        found |= one
+    worst = max(found, key=lambda module: relative_error([found[module]]))
+    return (
+        f"rank {rank}: the products differ from their exact average, of rank {max(low.exact_ranks.values())}, by "
+        f"{relative_error(list(found.values())):.3g} of its norm, most in {worst!r} "
+        f"({relative_error([found[worst]]):.3g})."
+    )
