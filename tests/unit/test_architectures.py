@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import twa_scale
 from tests.architectures import ARCHITECTURES, Architecture
@@ -36,6 +37,13 @@ def built(architecture: Architecture, seed: int) -> transformers.PreTrainedModel
     return model
 
 
+def assert_same_files(written: Path, saved: Path) -> None:
+    """Check that a directory holds what `save_pretrained` has written: names, shapes and bits."""
+    found, expected = (load_file(directory / "model.safetensors") for directory in (written, saved))
+    assert found.keys() == expected.keys()
+    assert not [name for name, value in expected.items() if not torch.equal(value, found[name])]
+
+
 def cases() -> list[object]:
     marks = [() if one.common else (pytest.mark.grid,) for one in ARCHITECTURES]
     return [pytest.param(one, marks=mark, id=one.model) for one, mark in zip(ARCHITECTURES, marks, strict=True)]
@@ -60,6 +68,11 @@ def test_candidates_are_read_as_from_pretrained_reads_them_and_it_reads_the_expo
             if i == 0:
                 average.close()
         average.export(tmp_path / "out")
+        average.close()
+        snapshot = twa_scale.Snapshots(tmp_path / "snapshots", every_n_steps=1).step(model, 1)
+        assert snapshot
+        for written in (tmp_path / "out", snapshot):
+            assert_same_files(written, paths[-1])
         exported, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not any(report.values()), report
         again = exported.state_dict()

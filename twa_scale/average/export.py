@@ -10,14 +10,14 @@ from twa_scale.average.layout import Layout
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.carry_over import Carried
-from twa_scale.candidates.complex_tensors import complex_in_files
-from twa_scale.candidates.dtypes import types_notice, widest
+from twa_scale.candidates.dtypes import types_notice
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
-from twa_scale.output import check_dtype, spec_of, writing
+from twa_scale.output import check_dtype, writing
 from twa_scale.output.live_weights import write_live
 from twa_scale.output.provenance import writing_options
 from twa_scale.output.publish import check_apart
+from twa_scale.output.stored_form import form_of_candidates
 from twa_scale.ranks import Pods
 
 
@@ -59,13 +59,8 @@ def export(
     """
     with pods.agree():
         check_dtype(dtype)
-    last = candidates[-1]
     names = [name for held in layout.held_as.values() for name in held]
-    pairs = complex_in_files(last)
-    specs = [
-        spec_of(name, last.shape(name), widest(candidates, name), dtype, last.stored_names[name], pairs=name in pairs)
-        for name in names
-    ]
+    form = form_of_candidates(candidates, names, dtype)
     options = writing_options(carried, provenance, dtype, max_shard_size)
     group = engine.shard_group
     with pods.agree():
@@ -73,7 +68,7 @@ def export(
             return
         with group.agree():
             check_apart(out, [candidate.label for candidate in candidates])
-        with writing(out, specs, group, overwrite=overwrite, **options) as writer:
-            write_live(writer, engine, layout.held_as, progress)
+        with writing(out, form.specs, group, overwrite=overwrite, **options) as writer:
+            write_live(writer, engine, layout.held_as, form, progress)
     if pods.rank == 0 and dtype is None and (text := types_notice(candidates, names)):
         notice(text)

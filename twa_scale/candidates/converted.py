@@ -2,41 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
-from typing import Protocol, runtime_checkable
 
 import torch
 
 from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.made import Made
 from twa_scale.candidates.proxy import Wrapped, stored_once
 from twa_scale.candidates.segments import Segments
 from twa_scale.candidates.traced import Traced
 from twa_scale.errors import CandidateError
-
-
-@dataclass(frozen=True)
-class Made:
-    """A tensor that is no stored tensor, but made of segments of some."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    segments: Segments
-    stored: Mapping[str, tuple[str, tuple[int, ...]]]
-    """The name in the files and the shape of each tensor that segments are of, by the name that they have for it."""
-
-
-@runtime_checkable
-class Making(Protocol):
-    """What a candidate may offer that makes tensors of stored ones."""
-
-    def made(self, name: str) -> Made | None:
-        """Return of what a tensor is made; None where it is stored as it is."""
-
-
-def made(candidate: Candidate, name: str) -> Made | None:
-    """Return of what a tensor is made; None where it is stored as it is, under whatever name."""
-    return candidate.made(name) if isinstance(candidate, Making) else None
 
 
 class Converted(Wrapped):
@@ -122,6 +97,11 @@ class Converted(Wrapped):
 
 
 def _made(candidate: Candidate, name: str, tensor: Traced) -> Made:
+    if tensor.dtype.is_complex:
+        raise CandidateError(
+            f"{candidate.label}: tensor {name!r} of the model is made of parts of others and complex, which cannot be "
+            "averaged. Save a state dict of the model in its place (torch.save(model.state_dict(), ..))."
+        )
     segments = Segments(tensor.segments(name))
     others = dict.fromkeys(segment.there.name for segment in segments)
     stored = {other: (candidate.stored_names[other], candidate.shape(other)) for other in others}

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from twa_scale.base.names import and_more, refuse_unused, some
+from twa_scale.base.names import and_more, refuse_unused, some, without_wrappers
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.converted import Converted
 from twa_scale.candidates.traced import Traced
@@ -118,6 +118,10 @@ def _complete(tensors: Tensors, naming: Naming, before: str = "", less: int = 0)
 
 def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, str | None]:
     """Take off, or put before, the one prefix with which every parameter is found; leave names alone if none is."""
+    known = [name for names in naming.parameters for name in names] + list(naming.buffers)
+    plain, held = without_wrappers(known), set(without_wrappers(tensors).values())
+    if all(any(plain[name] in held for name in names) for names in naming.parameters):
+        return tensors, None  # "module." before all names is a wrapper's, and matched as such
     first = naming.parameters[0]
     possible = sorted({other.removesuffix(name) for name in first for other in tensors if other.endswith(f".{name}")})
     prefixes = [prefix for prefix in possible if _complete(tensors, naming, prefix)]
@@ -130,15 +134,12 @@ def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, st
         (prefix,) = prefixes
         line = f"names have the prefix {prefix!r} before those of the model: taken off."
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, line
-    known = [name for names in naming.parameters for name in names] + list(naming.buffers)
     for prefix in _common(known):
         if _complete(tensors, naming, less=len(prefix)):
             added = {name.removeprefix(prefix) for name in known}
             named = {prefix + name if name in added else name: tensor for name, tensor in tensors.items()}
-            return (
-                named,
-                f"names of the model have the prefix {prefix!r} before those of the candidates: put before them.",
-            )
+            line = f"names of the model have the prefix {prefix!r} before those of the candidates: put before them."
+            return named, line
     return tensors, None
 
 

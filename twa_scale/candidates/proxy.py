@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.made import Made, made
 from twa_scale.candidates.mapped import Mappable
 
 
@@ -65,6 +66,10 @@ class Wrapped:
     def stored_once(self, name: str, other: str) -> bool:
         """Whether two names stand for one tensor."""
         return stored_once(self._candidate, name, other)
+
+    def made(self, name: str) -> Made | None:
+        """Return of what a tensor is made; None where it is stored as it is."""
+        return made(self._candidate, name)
 
     def close(self) -> None:
         """Close the candidate."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.made import Made
 from twa_scale.candidates.proxy import Wrapped
 
 
@@ -17,13 +18,14 @@ class View(Wrapped):
     def __init__(self, candidate: Candidate, names: Mapping[str, str]) -> None:
         super().__init__(candidate)
         self._names = dict(sorted(names.items()))
-        # What is before the name there, as "module.", is before the name here, too.
-        self.stored_names = {
-            name: candidate.stored_names[own].removesuffix(own) + name
-            if candidate.stored_names[own].endswith(own)
-            else name
-            for name, own in self._names.items()
-        }
+        self.stored_names = {name: self._stored_name(name, own) for name, own in self._names.items()}
+
+    def _stored_name(self, name: str, own: str) -> str:
+        """Return the name in the files; what is before the name there, as "module.", is before a new name, too."""
+        stored = self._candidate.stored_names[own]
+        if name == own:
+            return stored
+        return stored.removesuffix(own) + name if stored.endswith(own) else name
 
     def names(self) -> list[str]:
         """Return the tensor names, sorted."""
@@ -44,6 +46,10 @@ class View(Wrapped):
     def mapped(self, name: str) -> torch.Tensor | None:
         """Return a view of a whole tensor, flattened, where the candidate offers one."""
         return super().mapped(self._names[name])
+
+    def made(self, name: str) -> Made | None:
+        """Return of what a tensor is made; None where it is stored as it is."""
+        return super().made(self._names[name])
 
     def stored_once(self, name: str, other: str) -> bool:
         """Whether two names stand for one tensor."""

@@ -16,16 +16,16 @@ from twa_scale.candidates import Candidate
 from twa_scale.candidates.adapters import summed
 from twa_scale.candidates.buffers import Source, copied_notice
 from twa_scale.candidates.carry_over import Carried
-from twa_scale.candidates.complex_tensors import complex_in_files
-from twa_scale.candidates.dtypes import types_notice, widest
+from twa_scale.candidates.dtypes import types_notice
 from twa_scale.candidates.read_ahead import Job, Part, Progress, Reader, job_bytes, same_values, sum_of
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Target, choose_kernels
 from twa_scale.kernels.torch.checksum import wrap
 from twa_scale.kernels.torch.deltas import reference_of
-from twa_scale.output import TensorSpec, Writer, spec_of, writing
+from twa_scale.output import Writer, writing
 from twa_scale.output.provenance import provenance, writing_options
 from twa_scale.output.publish import check_apart
+from twa_scale.output.stored_form import StoredForm, form_of_candidates
 from twa_scale.ranks import Group
 
 _CHUNK = 1 << 21  # elements; what ranks share out
@@ -84,17 +84,19 @@ def merge(
         OutputError: see `writing`; or a result that is too large for `dtype`.
     """
     replace = replace or {}
-    specs = [spec for spec in _specs(candidates, dtype) if not matches_any(spec.name, ignore)]
+    names = [name for name in candidates[-1].names() if not matches_any(name, ignore)]
+    form = form_of_candidates(candidates, names, dtype)
+    tensors = [whole(name, candidates[-1].shape(name)) for name in names]
     with group.agree():
-        _check_replace(specs, replace)
+        _check_replace({name: candidates[-1].shape(name) for name in names}, replace)
         check_apart(out, [candidate.label for candidate in candidates])
     origin = origin or provenance("a weighted sum", [candidate.label for candidate in candidates])
     options = writing_options(carried or Carried(), origin, dtype, max_shard_size)
-    with writing(out, specs, group, overwrite=overwrite, **options) as writer:
+    with writing(out, form.specs, group, overwrite=overwrite, **options) as writer:
         kernels = choose_kernels("auto", torch.device("cpu"))
-        merger = _Merger(candidates, cache(weights), replace, {spec.name: spec for spec in specs}, writer, kernels)
+        merger = _Merger(candidates, cache(weights), replace, form, writer, kernels)
         with group.agree():
-            merger.merge(_share(specs, group, units or {}), progress)
+            merger.merge(_share(tensors, form, group, units or {}), progress)
         checksums = _total(group.gather(merger.checksums))
         copied = {name: i for found in group.gather(merger.differing) for name, i in found.items()}
         if verify:
@@ -102,23 +104,12 @@ def merge(
     if group.rank == 0:
         if copied:
             notice(copied_notice(copied, [candidate.label for candidate in candidates]))
-        if dtype is None and (text := types_notice(candidates, [spec.name for spec in specs])):
+        if dtype is None and (text := types_notice(candidates, names)):
             notice(text)
     return checksums
 
 
-def _specs(candidates: Sequence[Candidate], dtype: torch.dtype | None) -> list[TensorSpec]:
-    """Return what is written: the last candidate's tensors, floating point ones as `dtype` or in the widest type."""
-    last = candidates[-1]
-    pairs = complex_in_files(last)
-    return [
-        spec_of(name, last.shape(name), widest(candidates, name), dtype, last.stored_names[name], pairs=name in pairs)
-        for name in last.names()
-    ]
-
-
-def _check_replace(specs: Sequence[TensorSpec], replace: Mapping[str, torch.Tensor]) -> None:
-    shapes = {spec.name: spec.shape for spec in specs}
+def _check_replace(shapes: Mapping[str, tuple[int, ...]], replace: Mapping[str, torch.Tensor]) -> None:
     for name, value in replace.items():
         if shapes.get(name) != tuple(value.shape):
             raise CandidateError(
@@ -127,20 +118,19 @@ def _check_replace(specs: Sequence[TensorSpec], replace: Mapping[str, torch.Tens
             )
 
 
-def _share(specs: Sequence[TensorSpec], group: Group, units: Mapping[str, str]) -> list[Span]:
+def _share(tensors: Sequence[Span], form: StoredForm, group: Group, units: Mapping[str, str]) -> list[Span]:
     """Return this rank's equal part of the chunks, consecutive ones, so that files are read in order."""
-    itemsize = {spec.name: spec.dtype.itemsize for spec in specs}
-    total = sum(spec.nbytes for spec in specs)
+    total = sum(map(form.nbytes, tensors))
     mine = []
     done = 0
     rank_of: dict[str, int] = {}  # of units
-    for _, piece in (cut for spec in specs for cut in whole(spec.name, spec.shape).pieces(_CHUNK)):
+    for _, piece in (cut for tensor in tensors for cut in tensor.pieces(_CHUNK)):
         rank = min(done * group.size // max(total, 1), group.size - 1)
         if piece.name in units:
             rank = rank_of.setdefault(units[piece.name], rank)
         if rank == group.rank:
             mine.append(piece)
-        done += len(piece) * itemsize[piece.name]
+        done += form.nbytes(piece)
     return mine
 
 
@@ -151,7 +141,7 @@ class _Merger:
     candidates: Sequence[Candidate]
     weights: Weights
     replace: Mapping[str, torch.Tensor]
-    specs: Mapping[str, TensorSpec]
+    form: StoredForm
     writer: Writer
     kernels: Kernels
 
@@ -165,7 +155,7 @@ class _Merger:
         streamed: list[Job] = []
         for piece in pieces:
             if piece.name in self.replace:
-                self.writer.write(piece, self.replace[piece.name].reshape(-1)[piece.start : piece.stop])
+                self._write(piece, self.replace[piece.name].reshape(-1)[piece.start : piece.stop])
             else:
                 streamed.append((piece, self._who(piece.name)))
         reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
@@ -177,7 +167,11 @@ class _Merger:
                 values, masks = self._copied(part, source), True
             else:
                 values, masks = self._combined(part, source)
-            self.writer.write(part.span.part(part.start, part.stop), values, masks=masks)
+            self._write(part.span.part(part.start, part.stop), values, masks=masks)
+
+    def _write(self, span: Span, values: torch.Tensor, *, masks: bool = False) -> None:
+        for stored, part in self.form.spans(span, values):
+            self.writer.write(stored, part, masks=masks)
 
     def _source(self, name: str) -> Source:
         if not self.candidates[-1].dtype(name).is_floating_point:

@@ -32,8 +32,6 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    stored_name: str | None = None
-    """What the file calls it, where that is not `name`."""
     pairs: bool = False
     """Whether it is complex in the file: the last dimension, of 2, is that of real and imaginary part."""
 
@@ -68,13 +66,12 @@ def spec_of(
     shape: tuple[int, ...],
     own: torch.dtype,
     wanted: torch.dtype | None,
-    stored_name: str | None = None,
     *,
     pairs: bool = False,
 ) -> TensorSpec:
     """Return the tensor as it is written: see `stored_as`. The parts of a complex one are float32 at least."""
     dtype = stored_as(own, wanted)
-    return TensorSpec(name, shape, torch.float32 if pairs and dtype.itemsize < 4 else dtype, stored_name, pairs)
+    return TensorSpec(name, shape, torch.float32 if pairs and dtype.itemsize < 4 else dtype, pairs)
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def _shard(file: str, specs: list[TensorSpec], metadata: Mapping[str, str]) -> S
         begins[spec.name] = end
         end += spec.nbytes
         offsets = [begins[spec.name], end]
-        entries[spec.stored_name or spec.name] = {
+        entries[spec.name] = {
             "dtype": _KINDS[torch.complex64 if spec.pairs else spec.dtype],
             "shape": list(spec.shape[:-1] if spec.pairs else spec.shape),
             "data_offsets": offsets,
@@ -152,8 +149,7 @@ def _shard(file: str, specs: list[TensorSpec], metadata: Mapping[str, str]) -> S
 
 def index_of(shards: Sequence[Shard], specs: Sequence[TensorSpec]) -> bytes:
     """Return the Hugging Face index of several files."""
-    stored = {spec.name: spec.stored_name or spec.name for spec in specs}
-    weight_map = {stored[name]: shard.file for shard in shards for name in shard.offsets}
+    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
     total = sum(spec.nbytes for spec in specs)
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
 

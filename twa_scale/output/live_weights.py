@@ -3,17 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from twa_scale.base.spans import whole
+import torch
+
+from twa_scale.base.spans import Span, whole
 from twa_scale.candidates.buffers import is_statistic
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
 from twa_scale.output.ranks_writer import Writer
+from twa_scale.output.stored_form import StoredForm
 
 
 def write_live(
     writer: Writer,
     engine: Engine,
     names: Mapping[str, Sequence[str]],
+    form: StoredForm,
     progress: Progress | None = None,
 ) -> None:
     """Write this rank's spans of the live weights, and from the first rank the buffers.
@@ -22,22 +26,26 @@ def write_live(
         writer: open for all these tensors.
         engine: the model.
         names: under which names each parameter and buffer is written; one that is not listed is left out.
+        form: what the files hold under these names.
         progress: called when a span is written.
     """
     spans, group = [span for span in engine.spans() if span.name in names], engine.shard_group
     first = len(spans) * group.rank // group.size  # ranks that are in different files do not wait for each other
-    total = sum(writer.nbytes(span, names[span.name]) for span in spans)
+    nbytes = {span: sum(form.nbytes(replace(span, name=name)) for name in names[span.name]) for span in spans}
+
+    def write(own: str, span: Span, values: torch.Tensor) -> None:
+        masks = may_be_mask(engine, own)
+        for name in names.get(own, ()):
+            for stored, part in form.spans(replace(span, name=name), values):
+                writer.write(stored, part, masks=masks)
+
     for span in spans[first:] + spans[:first]:
-        values = engine.live(span)
-        for name in names[span.name]:
-            writer.write(replace(span, name=name), values, masks=may_be_mask(engine, span.name))
+        write(span.name, span, engine.live(span))
         if progress:
-            progress(writer.nbytes(span, names[span.name]), total)
+            progress(nbytes[span], sum(nbytes.values()))
     if group.rank == 0:
         for own, buffer in engine.buffers().items():
-            for name in names.get(own, ()):
-                values = buffer.reshape(-1)
-                writer.write(whole(name, tuple(buffer.shape)), values, masks=may_be_mask(engine, own))
+            write(own, whole(own, tuple(buffer.shape)), buffer.reshape(-1))
 
 
 def may_be_mask(engine: Engine, name: str) -> bool:

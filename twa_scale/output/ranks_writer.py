@@ -72,10 +72,6 @@ class Writer:
                     self._file(shard).write(run, shard.offsets[span.name] + start * size)
         self.elements[span.name] += len(span)
 
-    def nbytes(self, span: Span, names: Sequence[str]) -> int:
-        """Return what a span takes in the files, under all its names."""
-        return sum(len(span) * self._specs[name].dtype.itemsize for name in names)
-
     def sync(self) -> None:
         """Make what this rank wrote survive a power cut."""
         with reported(self.target):

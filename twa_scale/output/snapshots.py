@@ -17,18 +17,15 @@ from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span, whole
 from twa_scale.candidates.carry_over import BASE
 from twa_scale.engines import Engine, choose_engine
-from twa_scale.engines.complex_weights import complex_in_model
 from twa_scale.errors import ConfigError
 from twa_scale.output import (
     BackgroundWrite,
     Files,
-    TensorSpec,
     begin,
     check_dtype,
     check_files,
     check_tiling,
     parse_size,
-    spec_of,
     writing,
 )
 from twa_scale.output.finite import require_finite
@@ -36,6 +33,7 @@ from twa_scale.output.live_weights import may_be_mask, write_live
 from twa_scale.output.overwriting import foreign, marked_weights
 from twa_scale.output.provenance import marked, provenance
 from twa_scale.output.publish import reported, target_of
+from twa_scale.output.snapshot_form import snapshot_form
 from twa_scale.output.temporary import HiddenName, sweep
 from twa_scale.ranks import Group, Pods, require_same_settings
 
@@ -177,29 +175,31 @@ class Snapshots:
             self.close()
 
     def _write(self, engine: Engine, path: Path, step: int) -> None:
-        specs, limit = snapshot_specs(engine, self._dtype), self._max_shard_size
+        form, limit = snapshot_form(engine, self._dtype), self._max_shard_size
         with writing(
             path,
-            specs,
+            form.specs,
             engine.shard_group,
             max_shard_size=limit,
             overwrite=True,
             base=BASE,
             **snapshot_files(step, self._files),
         ) as writer:
-            write_live(writer, engine, {spec.name: (spec.name,) for spec in specs})
+            write_live(writer, engine, {name: (name,) for name in (*engine.parameters, *engine.buffers())}, form)
 
     def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
-        specs, group = snapshot_specs(engine, self._dtype), engine.shard_group
-        said, limit = snapshot_files(step, self._files), self._max_shard_size
+        form, group = snapshot_form(engine, self._dtype), engine.shard_group
+        specs, said, limit = form.specs, snapshot_files(step, self._files), self._max_shard_size
         writer = begin(path, specs, group, max_shard_size=limit, overwrite=True, base=BASE, metadata=said["metadata"])
         try:
             copies: list[tuple[Span, torch.Tensor]] = []
             with group.agree():
                 dtypes = {spec.name: spec.dtype for spec in specs}
-                for span, values in _held(engine):
-                    copies.append((span, _host_copy(values, dtypes[span.name])))
-                    require_finite(span, values.detach(), copies[-1][1], masks=may_be_mask(engine, span.name))
+                for held, live in _held(engine):
+                    masks = may_be_mask(engine, held.name)
+                    for span, values in form.spans(held, live.detach()):
+                        copies.append((span, _host_copy(values, dtypes[span.name])))
+                        require_finite(span, values, copies[-1][1], masks=masks)
             counts = dict.fromkeys(dtypes, 0)
             for span, _ in copies:
                 counts[span.name] += len(span)
@@ -215,14 +215,6 @@ class Snapshots:
             with reported(self._directory):
                 for path in _old(self._directory, step, self._keep):
                     _delete(path)
-
-
-def snapshot_specs(engine: Engine, dtype: torch.dtype | None) -> list[TensorSpec]:
-    """Return what a candidate of the model holds; floating point tensors in `dtype`, or in the model's own types."""
-    tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
-    tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
-    pairs = complex_in_model(engine)
-    return [spec_of(name, shape, own, dtype, pairs=name in pairs) for name, (shape, own) in tensors.items()]
 
 
 def snapshot_files(step: int, files: Files) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from twa_scale.engines import Engine
 from twa_scale.output import Files, writing
 from twa_scale.output.live_weights import may_be_mask
 from twa_scale.output.publish import target_of
-from twa_scale.output.snapshots import snapshot_files, snapshot_specs
+from twa_scale.output.snapshot_form import snapshot_form
+from twa_scale.output.snapshots import snapshot_files
 from twa_scale.ranks import Pods
 from twa_scale.running.window import Window
 
@@ -50,21 +51,24 @@ def _save(
     files: Files,
     max_shard_size: str | int,
 ) -> None:
-    specs = snapshot_specs(engine, dtype)
+    form = snapshot_form(engine, dtype)
     said = snapshot_files(window.steps[i], files)
     with writing(
-        path, specs, engine.shard_group, max_shard_size=max_shard_size, overwrite=True, base=BASE, **said
+        path, form.specs, engine.shard_group, max_shard_size=max_shard_size, overwrite=True, base=BASE, **said
     ) as writer:
         held = set(window.spans)
+
+        def write(span: Span, values: torch.Tensor) -> None:
+            for stored, part in form.spans(span, values):
+                writer.write(stored, part, masks=may_be_mask(engine, span.name))
+
         for span in engine.spans():
-            masks = may_be_mask(engine, span.name)
             pieces = _combined(window, i, span) if span in held else [(span, engine.live(span))]
             for piece, values in pieces:
-                writer.write(piece, values, masks=masks)
+                write(piece, values)
         if engine.shard_group.rank == 0:
             for name, buffer in engine.buffers().items():
-                value = window.buffer(name, i).reshape(-1)
-                writer.write(whole(name, tuple(buffer.shape)), value, masks=may_be_mask(engine, name))
+                write(whole(name, tuple(buffer.shape)), window.buffer(name, i).reshape(-1))
 
 
 def _combined(window: Window, i: int, span: Span) -> Iterator[tuple[Span, torch.Tensor]]:
