@@ -58,10 +58,10 @@ def load(path: str | Path, trainable: bool = False) -> Any:
     return model.train(trainable)
 
 
-def updates(model: nn.Module) -> dict[str, Tensor]:
+def updates(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """s B A of every module, in float64, as PEFT would add it to the base weight."""
     return {
-        name: module.double().get_delta_weight("default").detach()
+        name: module.double().get_delta_weight(adapter).detach()
         for name, module in model.named_modules()
         if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")
     }

@@ -32,6 +32,19 @@ def write_candidates(folder: Path) -> None:
         snapshots.save(Model(), step)
 
 
+def write_adapters() -> None:
+    """Write three LoRA adapters of `Model` to lora/step-*."""
+    from peft import LoraConfig, get_peft_model
+
+    for step in (1, 2, 3):
+        adapted = get_peft_model(Model(), LoraConfig(r=2, target_modules=["blocks.0", "blocks.1"]))
+        torch.manual_seed(step)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.1)
+        adapted.save_pretrained(f"lora/step-{step}")
+
+
 def names() -> dict[str, Any]:
     """Return the names that a block may use without making them."""
     random = torch.Generator().manual_seed(0)

@@ -12,9 +12,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
-from tests import adapters
+from tests import adapters, zero
 from tests.pool import Pool
+from twa_scale.candidates import Wanted
 from twa_scale.merge import average_fixed
+from twa_scale.tools.inspection import inspect
 
 BATCHES = torch.stack([adapters.IDS, adapters.IDS.flip(1)])
 MIXED: list[dict[str, Any]] = [
@@ -23,6 +25,8 @@ MIXED: list[dict[str, Any]] = [
 
 
 def wrapped(model: Any, engine: str) -> Any:
+    if engine == "zero3":
+        return zero.wrap(model, engine)
     if engine == "fsdp2":
         for block in model.base_model.model.transformer.h:
             fully_shard(block)
@@ -34,7 +38,7 @@ def trained(engine: str, start: str, paths: list[str], space: str, out: str) -> 
     """Two steps on batches that differ by rank, or, alone, on all of them; returns coefficients and bytes read."""
     torch.manual_seed(0)
     model = wrapped(adapters.load(start, trainable=True), engine)
-    config = {"space": space, "groups": "block", "optimizer": {"name": "sgd", "lr": 0.1}}
+    config = {"space": space, "groups": "block", "optimizer": {"name": "sgd", "lr": 10.0}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         twa = twa_scale.attach(model, paths, config)
@@ -42,7 +46,8 @@ def trained(engine: str, start: str, paths: list[str], space: str, out: str) -> 
     batches = BATCHES if engine == "plain" else BATCHES[torch.distributed.get_rank()][None]
     for _ in range(2):
         for batch in batches:
-            (model(batch, labels=batch).loss / len(batches)).backward()
+            loss = model(batch, labels=batch).loss / len(batches)
+            model.backward(loss) if engine == "zero3" else loss.backward()
         twa.step()
     twa.export(out)
     result = twa.coefficients.clone(), twa.bytes_read
@@ -62,7 +67,8 @@ def test_ranks_train_what_one_process_trains(space: str, ranks: Pool, tmp_path: 
     plain, read = trained("plain", start, paths, space, str(tmp_path / "plain"))
     assert read == nbytes
     expected = adapters.logits(adapters.load(tmp_path / "plain"))
-    for engine in ("ddp", "fsdp2"):
+    assert float((plain - 1 / 3).abs().max()) > 1e-3  # it has learned something
+    for engine in ("fsdp2", "ddp" if space == "product" else "zero3"):
         out = str(tmp_path / engine)
         (first, read_first), (second, read_second) = ranks(
             trained, 2, engine=engine, start=start, paths=paths, space=space, out=out, timeout=120
@@ -71,3 +77,24 @@ def test_ranks_train_what_one_process_trains(space: str, ranks: Pool, tmp_path: 
         assert read_first + read_second == nbytes and read_first < nbytes
         torch.testing.assert_close(first, plain, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(adapters.logits(adapters.load(out)), expected, rtol=1e-4, atol=1e-4)
+
+
+def merged(paths: list[str], out: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        average_fixed(paths, out, [0.5, 0.75, -0.25], space="product", rank=3)
+
+
+def compared(paths: list[str]) -> tuple[list[float], list[float]]:
+    found = inspect(paths, wanted=Wanted(space="product"))
+    return found.norms, found.delta_norms
+
+
+def test_ranks_share_the_modules(ranks: Pool, tmp_path: Path) -> None:
+    paths = [adapters.save(adapters.adapted(seed=i, **s), tmp_path / f"step-{i}") for i, s in enumerate(MIXED)]
+    merged(paths, str(tmp_path / "alone"))
+    ranks(merged, 2, paths=paths, out=str(tmp_path / "shared"))
+    alone, shared = (load_file(tmp_path / f"{name}/adapter_model.safetensors") for name in ("alone", "shared"))
+    assert all(torch.equal(tensor, shared[name]) for name, tensor in alone.items())
+    for found in ranks(compared, 2, paths=paths):
+        assert found == pytest.approx(compared(paths), rel=1e-12)

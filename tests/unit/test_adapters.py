@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model_state_dict
+from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,7 +22,7 @@ from twa_scale.average.state import save_state
 from twa_scale.base.notices import TwaWarning
 from twa_scale.candidates import Wanted, open_candidates
 from twa_scale.merge import average_fixed, export_run
-from twa_scale.tools.inspection import inspect
+from twa_scale.tools.inspection import inspect, inspection_table
 
 A = [0.5, 0.75, -0.25]
 MIXED: list[dict[str, Any]] = [
@@ -75,6 +75,21 @@ def test_products_are_averaged_exactly(mixed: list[str], tmp_path: Path) -> None
     written = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (12, 12, False)
     assert list(written["rank_pattern"].values()) == [13]
+
+
+def test_products_are_those_of_peft(alike: list[str], tmp_path: Path) -> None:
+    """`cat` is the exact average; `linear` takes roots of weights, so n equal adapters give n times their update."""
+    average_fixed(alike, tmp_path / "out", [0.5, 0.25, 0.25], space="product")
+    with pytest.warns(TwaWarning, match="count 2 times"):
+        average_fixed(alike[:1] * 2, tmp_path / "same", space="factors")
+    model = load(alike[0])
+    for i in (1, 2):
+        model.load_adapter(alike[i], f"{i}")
+    model.add_weighted_adapter(["default", "1", "2"], [0.5, 0.25, 0.25], "cat", combination_type="cat")
+    model.add_weighted_adapter(["default", "default"], [0.5, 0.5], "linear", combination_type="linear")
+    for path, name, times in ((tmp_path / "out", "cat", 1), (tmp_path / "same", "linear", 2)):
+        for module, update in updates(load(path)).items():
+            torch.testing.assert_close(updates(model, name)[module], times * update, rtol=1e-4, atol=1e-7)
 
 
 def test_a_rank_truncates_as_numpy_does(mixed: list[str], tmp_path: Path) -> None:
@@ -271,10 +286,11 @@ def test_gradients_of_products(mixed: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
+        VeraConfig(r=8, target_modules=["lm_head"]),
         LoraConfig(r=4, use_dora=True, target_modules=["c_attn"], fan_in_fan_out=True),
         IA3Config(target_modules=["c_attn", "mlp.c_fc"], feedforward_modules=["mlp.c_fc"], fan_in_fan_out=True),
     ],
-    ids=["DoRA", "IA3"],
+    ids=["VeRA", "DoRA", "IA3"],
 )
 def test_other_adapters_are_averaged_tensor_by_tensor(config: Any, tmp_path: Path) -> None:
     paths = [save(adapted(config, seed=i), tmp_path / f"{i}") for i in range(3)]
@@ -332,18 +348,19 @@ class Two(nn.Module):
         super().__init__()
         self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
         self.register_buffer("scale", torch.ones(2))
+        self.codes = nn.Parameter(torch.arange(2, dtype=torch.uint8), requires_grad=False)  # as of a quantized base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x)) * self.scale
+        return self.head(self.body(x)) * self.scale * self.codes
 
 
 def test_missing_tensors_keep_their_value_where_that_is_asked(tmp_path: Path) -> None:
     model = Two()
     states = [{f"body.{k}": v.detach().clone() for k, v in nn.Linear(3, 3).named_parameters()} for _ in range(2)]
-    with pytest.raises(TwaError, match=r"'head.weight' of the model is missing.*`missing: keep`"):
+    with pytest.raises(TwaError, match=r"'codes' of the model is missing.*'head.weight'.*`missing: keep`"):
         twa_scale.attach(model, states)
     head = model.head.weight.detach().clone()
-    with pytest.warns(TwaWarning, match=r"3 tensors of the model \('head.weight', .*" + KEPT):
+    with pytest.warns(TwaWarning, match=r"4 tensors of the model \('codes', .*" + KEPT):
         twa = twa_scale.attach(model, states, {"missing": "keep"})
     model(torch.ones(1, 3)).sum().backward()
     twa.step()
@@ -364,4 +381,5 @@ def test_inspect_compares_products(mixed: list[str]) -> None:
     assert found.delta_norms == pytest.approx([float((w - mean).norm()) for w in flat], rel=1e-6)
     assert found.distances[0, 2] == pytest.approx(float((flat[0] - flat[2]).norm()), rel=1e-6)
     assert found.elements == [data_bytes([path]) // 4 for path in mixed]
-    assert found.adapters[0] == "LORA, rank 4, scaling 2"
+    assert found.adapters[::2] == ["LORA, rank 4, scaling 2", "LORA, rank 2 to 3, scaling 2.67 to 4"]
+    assert list(inspection_table(found).columns[-1].cells) == found.adapters

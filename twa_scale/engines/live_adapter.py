@@ -47,8 +47,9 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
     name = _active(model)
     _require_apart(model)
     prefix, unwrap = f"{path}." if path else "", unwrapping(root)
-    marks = {raw: torch.empty(0) for raw in _names(model)}
-    own = {id(mark): unwrap(prefix + raw) for raw, mark in marks.items()}
+    names = _names(model)
+    marks = {raw: torch.empty(0) for raw in names}
+    own = {id(mark): unwrap(prefix + names[raw]) for raw, mark in marks.items()}
     files = _in_files(model, name, marks)
     plain = without_wrappers(files)
     stored = {own[id(mark)]: _spellings(plain[raw]) for raw, mark in files.items() if id(mark) in own}
@@ -121,11 +122,11 @@ def _require_apart(model: nn.Module) -> None:
             )
 
 
-def _names(model: nn.Module) -> Iterator[str]:
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        yield name
-    for name, _ in model.named_buffers(remove_duplicate=False):
-        yield name
+def _names(model: nn.Module) -> dict[str, str]:
+    """Return every name of a parameter or buffer, with the first name of the same buffer."""
+    first = {id(buffer): name for name, buffer in model.named_buffers()}
+    names = {name: name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return names | {name: first[id(buffer)] for name, buffer in model.named_buffers(remove_duplicate=False)}
 
 
 def _in_files(model: Any, name: str, marks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ def described(candidate: Candidate) -> str | None:
 
 def _range(numbers: Iterable[float]) -> str:
     found = sorted(numbers)
-    return f"{found[0]:g}" if found[0] == found[-1] else f"{found[0]:g} to {found[-1]:g}"
+    return f"{found[0]:.3g}" if found[0] == found[-1] else f"{found[0]:.3g} to {found[-1]:.3g}"
 
 
 def _require_one_kind(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | None]) -> None:
