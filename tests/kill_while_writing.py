@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 
 from twa_scale.base.spans import whole
 from twa_scale.output import TensorSpec, publish, writing
-from twa_scale.output.provenance import marked, provenance
-from twa_scale.output.temporary import sweep
+from twa_scale.output.provenance import provenance, with_provenance
+from twa_scale.output.temporary import remove_leftovers
 from twa_scale.ranks import Group
 
 KILLS = {"exchange": 20, "renames": 20, "between": 2}
@@ -33,7 +33,7 @@ SPECS = [TensorSpec(name, (1000,), torch.float32) for name in "abc"]
 
 def write(out: Path, generation: int) -> None:
     files = {"generation": str(generation).encode()}
-    said = marked(provenance("a test", []), files)
+    said = with_provenance(provenance("a test", []), files)
     with writing(out, SPECS, Group.alone(), max_shard_size=4000, overwrite=True, **said) as writer:
         for spec in SPECS:
             writer.write(whole(spec.name, spec.shape), torch.full(spec.shape, generation, dtype=torch.float32))
@@ -95,7 +95,7 @@ def kill(out: Path, mode: str, chance: random.Random) -> dict[str, int]:
             seen["complete"] += read(out) <= begun
         else:
             seen["absent"] += 1
-        sweep(out.parent, "out")
+        remove_leftovers(out.parent, "out")
         seen["complete afterwards"] += read(out) <= begun
         seen["left"] += list(out.parent.iterdir()) != [out]
     return seen

@@ -1,4 +1,4 @@
-"""Snapshots that are written while training goes on: of their own step, one at a time, complete or not there."""
+"""Asynchronous snapshots: each holds the weights of its step, one is written at a time, and publication is atomic."""
 
 import contextlib
 import logging
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def gate() -> Iterator[threading.Event]:
-    """Hold every write of this process back until the event is set."""
+    """Block every write of this process until the event is set."""
     event = threading.Event()
     write = Writer.write
 
@@ -108,7 +108,7 @@ def test_signals_are_handled_in_writes_of_the_main_thread_only(ranks: Pool, tmp_
 
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_snapshot_is_of_its_own_step(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
+def test_snapshot_holds_the_weights_of_its_step(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
     own, later = ranks(train_meanwhile, size, directory=tmp_path, engine=engine)[0]
     (candidate,) = open_candidates(str(tmp_path / "step-*"), minimum=1)
     assert os.listdir(tmp_path) == ["step-00000001"]  # noqa: PTH208
@@ -146,7 +146,7 @@ def take_many(directory: Path, dtype: torch.dtype | None) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_one_at_a_time(ranks: Pool, tmp_path: Path, dtype: torch.dtype | None) -> None:
+def test_one_snapshot_is_written_at_a_time(ranks: Pool, tmp_path: Path, dtype: torch.dtype | None) -> None:
     records = ranks(take_many, 2, directory=tmp_path, dtype=dtype)
     assert all(any("step 4 waits" in message for message in said) for said in records)
     assert sorted(os.listdir(tmp_path)) == ["step-00000004", "step-00000006"]  # noqa: PTH208
@@ -187,7 +187,7 @@ def fail_on_one_rank(directory: Path, failing: int, how: str) -> None:
 
 @pytest.mark.parametrize(("size", "failing"), [(1, 0), (2, 0), (2, 1), (3, 1)])
 @pytest.mark.parametrize("how", ["wait", "step"])
-def test_an_error_of_one_rank_reaches_all(ranks: Pool, tmp_path: Path, size: int, failing: int, how: str) -> None:
+def test_error_of_one_rank_is_raised_on_all(ranks: Pool, tmp_path: Path, size: int, failing: int, how: str) -> None:
     error = ranks.error(fail_on_one_rank, size, directory=tmp_path, failing=failing, how=how)
     assert isinstance(error, OutputError)
     assert "step-00000001: could not be written: File too large" in str(error) and "ulimit -f" in str(error)
@@ -205,7 +205,7 @@ def leave_by_an_error(directory: Path) -> list[str]:
     return held
 
 
-def test_after_an_error_nobody_is_waited_for(ranks: Pool, tmp_path: Path) -> None:
+def test_exit_after_an_error_does_not_wait(ranks: Pool, tmp_path: Path) -> None:
     assert ranks(leave_by_an_error, 2, directory=tmp_path) == [[], []]
     assert visible(tmp_path) == ["step-00000001"]
 
@@ -228,7 +228,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, lis
     }
 
 
-def test_a_program_that_ends_early_leaves_a_complete_candidate(ended: dict[str, tuple[Path, list[int]]]) -> None:
+def test_program_that_ends_early_leaves_a_complete_candidate(ended: dict[str, tuple[Path, list[int]]]) -> None:
     directory, codes = ended["leave"]
     assert codes == [0, 0] and os.listdir(directory) == ["step-00000001"]  # noqa: PTH208
     found = load_file(directory / "step-00000001/model.safetensors")
@@ -236,7 +236,7 @@ def test_a_program_that_ends_early_leaves_a_complete_candidate(ended: dict[str, 
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_crash_leaves_no_candidate(ended: dict[str, tuple[Path, list[int]]], killed: int) -> None:
+def test_crash_leaves_no_candidate(ended: dict[str, tuple[Path, list[int]]], killed: int) -> None:
     directory, codes = ended[f"kill-{killed}"]
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] == 0
     assert visible(directory) == []

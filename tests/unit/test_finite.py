@@ -1,4 +1,4 @@
-"""No writer leaves a file with a number that is not finite, or that its type cannot hold."""
+"""No writer publishes values that are not finite or overflow the type of the file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +21,15 @@ from twa_scale.ranks import Group
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
 
 
-def write(out: Path, values: Tensor, dtype: torch.dtype, masks: bool = False) -> Tensor:
+def write(out: Path, values: Tensor, dtype: torch.dtype, allow_infinite: bool = False) -> Tensor:
     with writing(out, [TensorSpec("w", tuple(values.shape), dtype)], Group.alone()) as writer:
-        writer.write(Span("w", 0, len(values)), values, masks=masks)
+        writer.write(Span("w", 0, len(values)), values, allow_infinite=allow_infinite)
     return load_file(out / "model.safetensors")["w"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("own", [torch.float64, torch.float32], ids=str)
-def test_the_writer_itself(tmp_path: Path, own: torch.dtype, dtype: torch.dtype) -> None:
+def test_writer(tmp_path: Path, own: torch.dtype, dtype: torch.dtype) -> None:
     values = torch.ones(2_000_000, dtype=own)
     values[0] = torch.finfo(dtype).max if dtype.itemsize < own.itemsize else 1.0
     values[1], values[2] = 1e-310, -0.0
@@ -41,19 +41,19 @@ def test_the_writer_itself(tmp_path: Path, own: torch.dtype, dtype: torch.dtype)
     values[1_999_990] = -1e300 if own == torch.float64 else torch.finfo(own).min
     if dtype != own:
         with pytest.raises(OutputError, match=r"'w', element 1999990: holds -.*e\+.*too large for torch.*wider dtype"):
-            write(tmp_path / "bad", values, dtype, masks=True)
+            write(tmp_path / "bad", values, dtype, allow_infinite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_masks_may_be_infinite_but_not_nan(tmp_path: Path) -> None:
     values = torch.tensor([0, float("-inf"), float("inf")])
-    assert torch.equal(write(tmp_path / "out", values, torch.float16, masks=True), values.half())
+    assert torch.equal(write(tmp_path / "out", values, torch.float16, allow_infinite=True), values.half())
     with pytest.raises(OutputError, match="nan"):
-        write(tmp_path / "bad", values * 0, torch.float16, masks=True)
+        write(tmp_path / "bad", values * 0, torch.float16, allow_infinite=True)
 
 
 class Masked(nn.Module):
-    """A trained tensor, a statistic, and two kinds of masks."""
+    """A model with a trained tensor, a statistic and two kinds of masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def snapshot_on_ranks(out: Path, asynchronous: bool) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_every_rank_gets_the_error(ranks: Pool, tmp_path: Path, asynchronous: bool) -> None:
+def test_error_on_every_rank(ranks: Pool, tmp_path: Path, asynchronous: bool) -> None:
     error = ranks.error(snapshot_on_ranks, 2, out=tmp_path, asynchronous=asynchronous)
     assert isinstance(error, TwaError) and "'blocks.1.up.weight'" in str(error) and not list(tmp_path.iterdir())
 
@@ -145,7 +145,7 @@ def step(model: nn.Module, twa: twa_scale.TrainableAverage) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("basis", ["normalized", "orthonormal", "pca"])
-def test_a_step_to_weights_that_are_not_finite_is_undone(tmp_path: Path, basis: str, dtype: torch.dtype) -> None:
+def test_step_to_infinite_weights_is_undone(tmp_path: Path, basis: str, dtype: torch.dtype) -> None:
     model, states = linear(dtype)
     rate = 1e6 if dtype == torch.float16 else 1e39
     twa = twa_scale.attach(model, states, {"basis": basis, "optimizer": {"name": "sgd", "lr": rate}})
@@ -161,7 +161,7 @@ def test_a_step_to_weights_that_are_not_finite_is_undone(tmp_path: Path, basis: 
     assert not torch.equal(twa.coefficients, coefficients)
 
 
-def test_large_weights_that_are_finite_are_kept() -> None:
+def test_large_finite_weights_are_kept() -> None:
     model, states = linear()
     for state in states:
         state["weight"] *= 1e37
@@ -170,7 +170,7 @@ def test_large_weights_that_are_finite_are_kept() -> None:
     assert twa.step() and bool(model.get_parameter("weight").isfinite().all())
 
 
-def test_candidates_that_the_type_of_the_model_cannot_hold() -> None:
+def test_candidates_that_overflow_the_type_of_the_model() -> None:
     model, states = linear(torch.float16)
     wide = [{name: 70000 + value.float() for name, value in state.items()} for state in states]
     for frozen in (False, True):

@@ -1,4 +1,4 @@
-"""A directory that belongs to one process, as long as that lives."""
+"""The lock on an output directory, which one process holds until it ends."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ def hold(directory: Path, pipe: Connection) -> None:
     threading.Event().wait()
 
 
-def test_it_dies_with_its_owner(tmp_path: Path) -> None:
+def test_lock_ends_with_its_owner(tmp_path: Path) -> None:
     here, there = multiprocessing.Pipe()
     owner = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, there), daemon=True)
     owner.start()
@@ -40,7 +40,7 @@ def test_it_dies_with_its_owner(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_forked_child_does_not_hold_it(tmp_path: Path) -> None:
+def test_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     lock = DirectoryLock(tmp_path)
     lock.take()
     child = multiprocessing.get_context("fork").Process(target=threading.Event().wait, daemon=True)
@@ -55,7 +55,7 @@ def test_a_forked_child_does_not_hold_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": "x"}', b"\xff"])
-def test_an_owner_without_a_name(tmp_path: Path, content: bytes) -> None:
+def test_lock_file_with_invalid_content(tmp_path: Path, content: bytes) -> None:
     with DirectoryLock(tmp_path) as lock:
         lock.take()
         (tmp_path / LOCK).write_bytes(content)
@@ -63,7 +63,7 @@ def test_an_owner_without_a_name(tmp_path: Path, content: bytes) -> None:
             DirectoryLock(tmp_path).take()
 
 
-def test_a_file_that_was_removed_is_no_lock(tmp_path: Path) -> None:
+def test_removed_lock_file(tmp_path: Path) -> None:
     with DirectoryLock(tmp_path) as first, DirectoryLock(tmp_path) as second:
         first.take()
         (tmp_path / LOCK).unlink()
@@ -73,7 +73,7 @@ def test_a_file_that_was_removed_is_no_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"my own", b'{"mine": 1}'])
-def test_a_file_of_another_program_is_kept(tmp_path: Path, content: bytes) -> None:
+def test_file_of_another_program_is_kept(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LOCK).write_bytes(content)
     for lock in (DirectoryLock(tmp_path), DirectoryLock(tmp_path)):
         with pytest.raises(OutputError, match=r"\.lock.*Move it away"):
@@ -81,7 +81,7 @@ def test_a_file_of_another_program_is_kept(tmp_path: Path, content: bytes) -> No
     assert (tmp_path / LOCK).read_bytes() == content
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_symbolic_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_bytes(b"")
     (tmp_path / LOCK).symlink_to(tmp_path / "mine")
     with pytest.raises(OutputError, match="could not be written"):
@@ -89,8 +89,8 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_bytes() == b""
 
 
-def test_a_lock_that_fails(tmp_path: Path) -> None:
-    """As on a network file system that has lost its server."""
+def test_flock_fails(tmp_path: Path) -> None:
+    """As on a network file system whose server is unreachable."""
 
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -101,6 +101,6 @@ def test_a_lock_that_fails(tmp_path: Path) -> None:
         lock.take()
 
 
-def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="missing"):
         DirectoryLock(tmp_path / "missing").take()

@@ -1,4 +1,4 @@
-"""An output replaces an earlier one as a whole, and nothing else that is on a disk."""
+"""An output replaces a whole earlier output, and no other files."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from twa_scale import OutputError, Snapshots, TwaWarning
 from twa_scale.base.spans import whole
 from twa_scale.merge import average_fixed
 from twa_scale.output import TensorSpec, writing
-from twa_scale.output.provenance import marked, provenance
+from twa_scale.output.provenance import provenance, with_provenance
 from twa_scale.ranks import Group
 
 STATES = [{"a": torch.full((4,), float(i)), "b": torch.full((4,), float(i))} for i in range(2)]
@@ -73,7 +73,7 @@ def touch(name: str) -> Callable[[Path], object]:
 
 
 def train_on(out: Path) -> None:
-    """What save_pretrained of another program does in the directory that it has loaded from."""
+    """Save as save_pretrained of another program does, in the directory from which it loaded."""
     for path in out.glob("model*"):
         path.unlink()
     save_file(STATES[0], out / "model.safetensors", {"format": "pt"})
@@ -83,7 +83,9 @@ def keep_an_index(out: Path) -> None:
     shutil.copy(out / "model.safetensors.index.json", out / "old.safetensors.index.json")
     for path in out.glob("model*"):
         path.unlink()
-    with writing(out.parent / "x", [TensorSpec("a", (1,), torch.float32)], Group.alone(), **marked({}, {})) as writer:
+    with writing(
+        out.parent / "x", [TensorSpec("a", (1,), torch.float32)], Group.alone(), **with_provenance({}, {})
+    ) as writer:
         writer.write(whole("a", (1,)), torch.ones(1))
     (out.parent / "x/model.safetensors").rename(out / "model.safetensors")
     shutil.rmtree(out.parent / "x")
@@ -107,7 +109,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
-def test_what_is_no_part_of_an_output_is_kept(tmp_path: Path, foreign: str) -> None:
+def test_foreign_files_are_kept(tmp_path: Path, foreign: str) -> None:
     make, said = FOREIGN[foreign]
     out = tmp_path / "out"
     average(tmp_path, out)
@@ -120,7 +122,7 @@ def test_what_is_no_part_of_an_output_is_kept(tmp_path: Path, foreign: str) -> N
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_writer_replaces_its_own_outputs_only(tmp_path: Path, writer: str) -> None:
+def test_every_writer_replaces_only_its_own_outputs(tmp_path: Path, writer: str) -> None:
     write, out = WRITERS[writer], tmp_path / "out"
     step = out / "step-00000001" if writer in ("snapshot", "asynchronous") else out
     write(tmp_path, out)
@@ -135,11 +137,13 @@ def test_every_writer_replaces_its_own_outputs_only(tmp_path: Path, writer: str)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_appears_while_an_output_is_written_is_kept(tmp_path: Path, overwrite: bool) -> None:
+def test_files_that_appear_during_writing_are_kept(tmp_path: Path, overwrite: bool) -> None:
     out = tmp_path / "out"
     with (
         pytest.raises(OutputError, match="would be lost" if overwrite else "not empty"),
-        writing(out, [SPEC], Group.alone(), overwrite=overwrite, **marked(provenance("a test", []), {})) as writer,
+        writing(
+            out, [SPEC], Group.alone(), overwrite=overwrite, **with_provenance(provenance("a test", []), {})
+        ) as writer,
     ):
         writer.write(whole("a", (1,)), torch.ones(1))
         touch("optimizer.pt")(out)
@@ -147,11 +151,11 @@ def test_what_appears_while_an_output_is_written_is_kept(tmp_path: Path, overwri
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_only_snapshots_are_deleted(tmp_path: Path, asynchronous: bool) -> None:
+def test_keep_last_deletes_only_snapshots(tmp_path: Path, asynchronous: bool) -> None:
     """Of five steps the second has a user's file; before them are one of another program and an average."""
     touch("step-00000001/model.safetensors")(tmp_path)
     with writing(
-        tmp_path / "step-00000000", [SPEC], Group.alone(), **marked(provenance("an average", []), {})
+        tmp_path / "step-00000000", [SPEC], Group.alone(), **with_provenance(provenance("an average", []), {})
     ) as writer:
         writer.write(whole("a", (1,)), torch.ones(1))
     with (

@@ -1,4 +1,4 @@
-"""Snapshots of every kind of model at every number of ranks hold what the model held."""
+"""Snapshots of every engine at every number of ranks hold the weights of the model."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def expected(step: int) -> Tensors:
-    """The state dict of the model of a step, its tied tensor once, under its first name."""
+    """Return the state dict after a step, with the tied tensor only under its first name."""
     return {name: value for name, value in models.build(step).state_dict().items() if name != "head.weight"}
 
 
@@ -52,7 +52,9 @@ def assert_same(found: Tensors, wanted: Tensors) -> None:
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("forward", [False, True])
-def test_files_hold_what_the_model_held(ranks: Pool, tmp_path: Path, engine: str, size: int, forward: bool) -> None:
+def test_files_hold_the_weights_of_the_model(
+    ranks: Pool, tmp_path: Path, engine: str, size: int, forward: bool
+) -> None:
     options = {"every_n_steps": 4, "start_step": 2}
     written = ranks(snap, size, directory=tmp_path, engine=engine, steps=list(range(8)), forward=forward, **options)
     assert written == [[None, None, "step-00000002", None, None, None, "step-00000006", None]] * size
@@ -63,13 +65,13 @@ def test_files_hold_what_the_model_held(ranks: Pool, tmp_path: Path, engine: str
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_only_the_newest_are_kept(ranks: Pool, tmp_path: Path, size: int) -> None:
+def test_keep_last(ranks: Pool, tmp_path: Path, size: int) -> None:
     (tmp_path / "step-notes").mkdir()
     ranks(snap, size, directory=tmp_path, engine="fsdp2", steps=[1, 2, 3, 4, 5], every_n_steps=1, keep_last=2)
     assert left(tmp_path) == ["step-00000004", "step-00000005", "step-notes"]
 
 
-def test_types_files_and_shards(ranks: Pool, tmp_path: Path) -> None:
+def test_dtype_files_and_shards(ranks: Pool, tmp_path: Path) -> None:
     options = {"dtype": torch.bfloat16, "files": {"config.json": b"{}"}, "max_shard_size": 500}
     ranks(snap, 2, directory=tmp_path, engine="fsdp2", steps=[3], every_n_steps=3, **options)
     out = tmp_path / "step-00000003"
@@ -81,7 +83,7 @@ def test_types_files_and_shards(ranks: Pool, tmp_path: Path) -> None:
     assert_same(found, {n: t.bfloat16() if t.is_floating_point() else t for n, t in wanted.items()})
 
 
-def test_a_step_written_again_is_replaced(tmp_path: Path) -> None:
+def test_same_step_is_replaced(tmp_path: Path) -> None:
     snapshots = Snapshots(tmp_path, every_n_steps=10)
     assert snapshots.save(models.build(1), 7) == snapshots.save(models.build(2), 7)
     assert_same(load_file(tmp_path / "step-00000007/model.safetensors"), expected(2))
@@ -89,7 +91,7 @@ def test_a_step_written_again_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
-def test_a_directory_that_cannot_be_made(ranks: Pool, tmp_path: Path, engine: str) -> None:
+def test_directory_that_cannot_be_created(ranks: Pool, tmp_path: Path, engine: str) -> None:
     (tmp_path / "file").touch()
     error = ranks.error(snap, 2, directory=tmp_path / "file", engine=engine, steps=[1], every_n_steps=1)
     assert isinstance(error, OutputError) and str(tmp_path / "file") in str(error)
@@ -99,13 +101,13 @@ def test_a_directory_that_cannot_be_made(ranks: Pool, tmp_path: Path, engine: st
     "options",
     [{"every_n_steps": 0}, {"keep_last": 0}, {"every_n_steps": "10"}, {"start_step": 0.5}, {"keep_last": True}],
 )
-def test_numbers_that_make_no_sense(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_invalid_numbers(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="every_n_steps="):
         Snapshots(tmp_path, **{"every_n_steps": 1, **options})
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, "1", None, True])
-def test_steps_that_are_none(tmp_path: Path, step: Any) -> None:
+def test_invalid_steps(tmp_path: Path, step: Any) -> None:
     snapshots = Snapshots(tmp_path, every_n_steps=1)
     for method in (snapshots.step, snapshots.save):
         with pytest.raises(ConfigError, match="step="):
@@ -114,7 +116,7 @@ def test_steps_that_are_none(tmp_path: Path, step: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex64, float])
-def test_types_that_weights_cannot_have(tmp_path: Path, dtype: Any) -> None:
+def test_invalid_dtypes(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(ConfigError, match="no floating point type"):
         Snapshots(tmp_path, every_n_steps=1, dtype=dtype)
     twa = cases.attach("plain", cases.Run({}))[1]
@@ -123,14 +125,14 @@ def test_types_that_weights_cannot_have(tmp_path: Path, dtype: Any) -> None:
     assert left(tmp_path) == []
 
 
-def test_sizes_are_read_at_once(tmp_path: Path) -> None:
+def test_invalid_size(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="size"):
         Snapshots(tmp_path, every_n_steps=1, max_shard_size="5")
 
 
 @pytest.mark.parametrize("name", ["../config.json", "/config.json", "", "a\0b", "\ud800", 3])
-def test_names_of_files_elsewhere(tmp_path: Path, name: Any) -> None:
-    with pytest.raises(ConfigError, match="is no name of a file"):
+def test_file_names_outside_the_candidate(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(ConfigError, match="is not the name of a file"):
         Snapshots(tmp_path, every_n_steps=1, files={name: b""})
 
 
@@ -145,17 +147,17 @@ def test_names_of_files_elsewhere(tmp_path: Path, name: Any) -> None:
         "twa_scale.json",
     ],
 )
-def test_names_that_are_taken(tmp_path: Path, name: str) -> None:
+def test_taken_file_names(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"is taken.*model\.safetensors.*twa_scale\.json"):
         Snapshots(tmp_path, every_n_steps=1, files={name: b""})
 
 
-def test_content_that_is_none(tmp_path: Path) -> None:
+def test_invalid_file_content(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'config\.json' is a str.*bytes.*Path"):
         Snapshots(tmp_path, every_n_steps=1, files={"config.json": "{}"})  # type: ignore[dict-item]
 
 
-def test_files_that_cannot_be_copied(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, said in (("pipe", "not a regular file"), ("missing", "missing")):
         snapshots = Snapshots(tmp_path / "out", every_n_steps=1, files={"config.json": tmp_path / name})
@@ -164,6 +166,6 @@ def test_files_that_cannot_be_copied(tmp_path: Path) -> None:
     assert left(tmp_path / "out") == []
 
 
-def test_something_that_is_no_model(tmp_path: Path) -> None:
+def test_invalid_model(tmp_path: Path) -> None:
     with pytest.raises(EngineError):
         Snapshots(tmp_path, every_n_steps=1).step({}, 1)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Outputs: standard readers read them, every rank writes its part, and nothing is ever half there."""
+"""Outputs: standard readers read them, every rank writes its spans, and publication is atomic."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from twa_scale.candidates import open_candidates
 from twa_scale.errors import CandidateError, ConfigError, OutputError
 from twa_scale.output import TensorSpec, parse_size, ranks_writer, writing
 from twa_scale.output.file_layout import lay_out
-from twa_scale.output.provenance import marked, provenance
+from twa_scale.output.provenance import provenance, with_provenance
 from twa_scale.ranks import Group
 
 Tensors = dict[str, torch.Tensor]
@@ -47,7 +47,7 @@ def specs_of(state: Tensors) -> list[TensorSpec]:
 
 
 def write_share(out: Path, group: Group, **options: Any) -> None:
-    """Write this rank's part of every tensor."""
+    """Write the spans of this rank."""
     state = tensors()
     with writing(out, specs_of(state), group, **options) as writer:
         for name, tensor in state.items():
@@ -79,7 +79,7 @@ def left(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("limit", ["5GB", 40])
-def test_ranks_write_one_candidate(ranks: Pool, tmp_path: Path, size: int, limit: str | int) -> None:
+def test_ranks_write_one_output(ranks: Pool, tmp_path: Path, size: int, limit: str | int) -> None:
     out = tmp_path / "deep/er/out"
     ranks(on_ranks, size, out=out, max_shard_size=limit, files={"note.txt": b"hello"})
     assert_same(load(out), tensors())
@@ -89,7 +89,7 @@ def test_ranks_write_one_candidate(ranks: Pool, tmp_path: Path, size: int, limit
     assert candidate.names() == sorted(tensors())
 
 
-def test_what_a_single_file_looks_like(tmp_path: Path) -> None:
+def test_single_file(tmp_path: Path) -> None:
     write_share(tmp_path / "out", Group.alone())
     assert left(tmp_path / "out") == ["model.safetensors"]
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
@@ -104,7 +104,7 @@ def _umask() -> int:
     return mask
 
 
-def test_what_the_index_says(tmp_path: Path) -> None:
+def test_index(tmp_path: Path) -> None:
     write_share(tmp_path / "out", Group.alone(), max_shard_size="40B")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     state = tensors()
@@ -128,7 +128,7 @@ def test_layout(numels: list[int], limit: int) -> None:
         assert all(offset % by_name[name].dtype.itemsize == 0 for name, offset in shard.offsets.items())
 
 
-def test_values_are_converted_once_to_the_type_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks_writer, "_PIECE_BYTES", 16)
     values = torch.randn(1000, dtype=torch.float64)
     with writing(tmp_path / "out", [TensorSpec("w", (10, 100), torch.bfloat16)], Group.alone()) as writer:
@@ -137,7 +137,7 @@ def test_values_are_converted_once_to_the_type_of_the_file(tmp_path: Path, monke
     assert torch.equal(load(tmp_path / "out")["w"].view(-1), values.bfloat16())
 
 
-def test_from_pretrained_reads_it(tmp_path: Path) -> None:
+def test_from_pretrained(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
@@ -145,7 +145,7 @@ def test_from_pretrained_reads_it(tmp_path: Path) -> None:
     model = transformers.BertModel(config)
     model.save_pretrained(tmp_path / "in")
     state = model.state_dict()
-    said = marked(ORIGIN, {"config.json": tmp_path / "in/config.json"})
+    said = with_provenance(ORIGIN, {"config.json": tmp_path / "in/config.json"})
     for limit in (2000, "1GB"):
         with writing(
             tmp_path / "out", specs_of(state), Group.alone(), max_shard_size=limit, overwrite=True, **said
@@ -172,11 +172,11 @@ def fail_in_body(out: Path, bad_rank: int, overwrite: bool) -> None:
 
 @pytest.mark.parametrize(("size", "bad_rank"), [(1, 0), (2, 0), (2, 1), (3, 1)])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_error_of_one_rank_is_that_of_all(
+def test_error_of_one_rank_is_raised_on_all(
     ranks: Pool, tmp_path: Path, size: int, bad_rank: int, overwrite: bool
 ) -> None:
     if overwrite:
-        write_share(tmp_path / "out", Group.alone(), **marked(ORIGIN, {"old": b""}))
+        write_share(tmp_path / "out", Group.alone(), **with_provenance(ORIGIN, {"old": b""}))
     before = left(tmp_path)
     error = ranks.error(fail_in_body, size, out=tmp_path / "out", bad_rank=bad_rank, overwrite=overwrite)
     assert isinstance(error, CandidateError) and str(error) == "step-3: is broken"
@@ -193,14 +193,14 @@ def leave_a_hole(out: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_hole_is_never_published(ranks: Pool, tmp_path: Path, size: int) -> None:
+def test_incomplete_spans_are_never_published(ranks: Pool, tmp_path: Path, size: int) -> None:
     with pytest.raises(AssertionError, match="'w'"):
         ranks(leave_a_hole, size, out=tmp_path / "out")
     assert left(tmp_path) == []
 
 
 def write_elsewhere(out: Path) -> None:
-    """Rank 1 is told another place than rank 0's, as a node that does not mount it sees it."""
+    """Give rank 1 another directory than rank 0, as on a node that does not mount it."""
     group = Group.world()
     given = group.broadcast
 
@@ -213,16 +213,16 @@ def write_elsewhere(out: Path) -> None:
     write_share(out / "out", group)
 
 
-def test_a_rank_on_another_file_system(ranks: Pool, tmp_path: Path) -> None:
+def test_rank_on_another_file_system(ranks: Pool, tmp_path: Path) -> None:
     error = ranks.error(write_elsewhere, 2, out=tmp_path)
     assert isinstance(error, OutputError) and "not on a shared file system" in str(error)
     assert left(tmp_path) == []
 
 
-def test_an_output_that_exists(ranks: Pool, tmp_path: Path) -> None:
+def test_existing_output(ranks: Pool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    write_share(out, Group.alone(), **marked(ORIGIN, {}))  # empty: taken
+    write_share(out, Group.alone(), **with_provenance(ORIGIN, {}))  # empty: taken
     ours = (out / "model.safetensors").read_bytes()
     for overwrite, said in ((False, "not empty"), (True, "'model.safetensors'")):
         (out / "model.safetensors").write_bytes(b"precious")
@@ -243,7 +243,7 @@ def test_an_output_that_exists(ranks: Pool, tmp_path: Path) -> None:
         (lambda out: (out / "logs").mkdir(parents=True), "holds the directory 'logs'"),
     ],
 )
-def test_overwriting_spares_what_is_no_output(tmp_path: Path, make: Callable[[Path], object], said: str) -> None:
+def test_overwrite_replaces_only_outputs(tmp_path: Path, make: Callable[[Path], object], said: str) -> None:
     out = tmp_path / "out"
     make(out)
     with pytest.raises(OutputError, match=said):
@@ -251,7 +251,7 @@ def test_overwriting_spares_what_is_no_output(tmp_path: Path, make: Callable[[Pa
     assert left(tmp_path) == ["out"]
 
 
-def test_a_side_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_side_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"elsewhere/config\.json"):
         write_share(tmp_path / "a/out", Group.alone(), files={"config.json": tmp_path / "elsewhere/config.json"})
     assert left(tmp_path / "a") == []
@@ -267,7 +267,7 @@ def test_not_enough_space(tmp_path: Path) -> None:
     assert left(tmp_path) == []
 
 
-def test_an_unwritable_parent(tmp_path: Path) -> None:
+def test_unwritable_parent(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="Not a directory"):
         write_share(tmp_path / "file/out", Group.alone())
@@ -287,14 +287,14 @@ def write_limited(out: Path, limit: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_limit_on_file_sizes(ranks: Pool, tmp_path: Path, size: int) -> None:
+def test_limit_on_file_sizes(ranks: Pool, tmp_path: Path, size: int) -> None:
     error = ranks.error(write_limited, size, out=tmp_path / "out", limit=1 << 16)
     assert isinstance(error, OutputError) and os.strerror(errno.EFBIG) in str(error) and "ulimit -f" in str(error)
     assert left(tmp_path) == []
 
 
 def fill_while_writing(out: Path) -> None:
-    """Another process takes the space after the check."""
+    """Fill the disk after the check of free space."""
     group = Group.world()
     numel = 1 << 20
     with writing(out, [TensorSpec("w", (numel,), torch.float32)], group) as writer:
@@ -306,7 +306,7 @@ def fill_while_writing(out: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_disk_that_fills_up(ranks: Pool, tmp_path: Path, size: int) -> None:
+def test_disk_fills_up(ranks: Pool, tmp_path: Path, size: int) -> None:
     with small_disk(tmp_path / "disk", 6 << 20) as disk:
         error = ranks.error(fill_while_writing, size, out=disk / "out")
         assert isinstance(error, OutputError) and os.strerror(errno.ENOSPC) in str(error) and "out" in str(error)
@@ -319,11 +319,11 @@ def test_a_disk_that_fills_up(ranks: Pool, tmp_path: Path, size: int) -> None:
     ("text", "nbytes"),
     [("5GB", 5 * 10**9), ("5 gb", 5 * 10**9), ("1.5GiB", 3 << 29), ("2Mi", 2 << 20), ("7B", 7), (9, 9), ("10B", 10)],
 )
-def test_sizes(text: str | int, nbytes: int) -> None:
+def test_parse_size(text: str | int, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1", "5 apples", "0.1B", "5", "5.0", " 5 "])
-def test_sizes_that_are_none(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="5GB"):
         parse_size(text)

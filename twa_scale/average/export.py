@@ -16,7 +16,7 @@ from twa_scale.engines import Engine
 from twa_scale.output import check_dtype, writing
 from twa_scale.output.live_weights import write_live
 from twa_scale.output.provenance import writing_options
-from twa_scale.output.publish import check_apart
+from twa_scale.output.publish import check_inputs_outside
 from twa_scale.output.stored_form import form_of_candidates
 from twa_scale.ranks import Pods
 
@@ -67,7 +67,7 @@ def export(
         if pods.number != 0:
             return
         with group.agree():
-            check_apart(out, [candidate.label for candidate in candidates])
+            check_inputs_outside(out, [candidate.label for candidate in candidates])
         with writing(out, form.specs, group, overwrite=overwrite, **options) as writer:
             write_live(writer, engine, layout.held_as, form, progress)
     if pods.rank == 0 and dtype is None and (text := types_notice(candidates, names)):

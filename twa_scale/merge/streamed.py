@@ -24,7 +24,7 @@ from twa_scale.kernels.torch.checksum import wrap
 from twa_scale.kernels.torch.deltas import reference_of
 from twa_scale.output import Writer, writing
 from twa_scale.output.provenance import provenance, writing_options
-from twa_scale.output.publish import check_apart
+from twa_scale.output.publish import check_inputs_outside
 from twa_scale.output.stored_form import StoredForm, form_of_candidates
 from twa_scale.ranks import Group
 
@@ -89,7 +89,7 @@ def merge(
     tensors = [whole(name, candidates[-1].shape(name)) for name in names]
     with group.agree():
         _check_replace({name: candidates[-1].shape(name) for name in names}, replace)
-        check_apart(out, [candidate.label for candidate in candidates])
+        check_inputs_outside(out, [candidate.label for candidate in candidates])
     origin = origin or provenance("a weighted sum", [candidate.label for candidate in candidates])
     options = writing_options(carried or Carried(), origin, dtype, max_shard_size)
     with writing(out, form.specs, group, overwrite=overwrite, **options) as writer:
@@ -167,11 +167,11 @@ class _Merger:
                 values, masks = self._copied(part, source), True
             else:
                 values, masks = self._combined(part, source)
-            self._write(part.span.part(part.start, part.stop), values, masks=masks)
+            self._write(part.span.part(part.start, part.stop), values, allow_infinite=masks)
 
-    def _write(self, span: Span, values: torch.Tensor, *, masks: bool = False) -> None:
+    def _write(self, span: Span, values: torch.Tensor, *, allow_infinite: bool = False) -> None:
         for stored, part in self.form.spans(span, values):
-            self.writer.write(stored, part, masks=masks)
+            self.writer.write(stored, part, allow_infinite=allow_infinite)
 
     def _source(self, name: str) -> Source:
         if not self.candidates[-1].dtype(name).is_floating_point:

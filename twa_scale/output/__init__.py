@@ -1,23 +1,27 @@
-"""Writing safetensors by all ranks at once, without gathering and never half-written."""
+"""Output directories: all ranks write safetensors files together, without gathering, and publish them atomically.
 
-from twa_scale.output.append import Appended
+Start with `ranks_writer.py` (the writer), `publish.py` (atomic replacement) and `snapshots.py` (candidates that are
+written during training).
+"""
+
+from twa_scale.output.append import AppendedFile
 from twa_scale.output.background import BackgroundWrite
 from twa_scale.output.file_layout import TensorSpec, check_dtype, parse_size, spec_of, stored_as
 from twa_scale.output.lock import DirectoryLock
-from twa_scale.output.ranks_writer import Writer, begin, check_tiling, writing
+from twa_scale.output.ranks_writer import Writer, check_tiling, open_writer, writing
 from twa_scale.output.small_files import Files, check_files
 
 __all__ = [
-    "Appended",
+    "AppendedFile",
     "BackgroundWrite",
     "DirectoryLock",
     "Files",
     "TensorSpec",
     "Writer",
-    "begin",
     "check_dtype",
     "check_files",
     "check_tiling",
+    "open_writer",
     "parse_size",
     "spec_of",
     "stored_as",

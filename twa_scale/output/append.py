@@ -1,4 +1,4 @@
-"""A file that grows, on a disk that may be full for a while."""
+"""A file to which a run appends, on a disk that may be full for a while."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 from twa_scale.output.publish import replace_file
 
 
-class Appended:
-    """A file to which pieces are appended: each is whole in the file, or waits in memory until the disk takes it.
+class AppendedFile:
+    """A file to which pieces are appended. A piece that cannot be written completely stays in memory until it can.
 
     Args:
-        path: the file.
-        content: what it holds at first; a file of this name is replaced.
-        say: called with one line when writing begins to fail.
+        path: the file. An existing file is replaced.
+        content: its first content.
+        say: called with one line when writing starts to fail.
 
     Raises:
-        OutputError: it cannot be created.
+        OutputError: the file cannot be created.
     """
 
     def __init__(self, path: Path, content: bytes, say: Callable[[str], object]) -> None:
@@ -27,7 +27,7 @@ class Appended:
         self._failed = False
 
     def write(self, piece: bytes) -> None:
-        """Append `piece`, after those that wait."""
+        """Append `piece`, after the pieces that are still in memory."""
         self._pending += piece
         try:
             with self._path.open("r+b", buffering=0) as file:
@@ -38,19 +38,19 @@ class Appended:
                         self._pending = b""
                         self._failed = False
                 finally:
-                    file.truncate(self._size)  # a piece that was cut short would spoil the next
-            reason = "the disk took a part only"
+                    file.truncate(self._size)  # Remove a piece that was written only in part.
+            reason = "the disk took only a part"
         except OSError as error:
             reason = error.strerror or str(error)
         if self._pending and not self._failed:
             self._failed = True
             self._say(
-                f"{self._path}: could not be written: {reason}. The run goes on; what belongs there is kept in memory "
-                "and written when the disk takes it."
+                f"{self._path}: could not be written: {reason}. The run continues; the data is kept in memory and "
+                "written when there is space."
             )
 
     def close(self) -> None:
-        """Try once more to write what waits; say how much is lost."""
+        """Try once more to write the pieces in memory, and report how many bytes are lost."""
         if self._pending:
             self.write(b"")
         if self._pending:

@@ -1,4 +1,4 @@
-"""Files written by a thread while training goes on, from copies of the values."""
+"""Writing an output in a thread while training continues."""
 
 import logging
 import threading
@@ -9,28 +9,28 @@ from contextlib import suppress
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.output.publish import reported
+from twa_scale.output.publish import output_errors
 from twa_scale.output.ranks_writer import Writer
 from twa_scale.output.small_files import Files
 from twa_scale.ranks import Group
 
 _LOG = logging.getLogger(__name__)
-_POLL = 0.2  # seconds between two looks for the marks of other ranks
-_GRACE = 120.0  # seconds without progress of other ranks after which a program that has ended gives up on them
+_POLL = 0.2  # seconds between two checks of the markers of other ranks
+_GRACE = 120.0  # seconds without progress of other ranks, after which a program at its end stops waiting for them
 
 
 class BackgroundWrite:
-    """Writes this rank's values; the first rank publishes when all have written.
+    """A thread that writes the values of this rank. The first rank publishes the output when all ranks have written.
 
-    The thread takes part in no collective, which would mix with those of training: ranks leave marks beside the files,
-    on the file system that they share. The thread outlives the main program, which so ends when its files are written.
+    The thread takes part in no collective, because it would interfere with those of training. Instead, ranks create
+    marker files beside the weights, on their shared file system. The process ends only after the thread has ended.
 
     Args:
-        writer: open for all tensors, from `begin`.
-        values: copies that nobody changes; let go of one by one.
+        writer: a writer from `open_writer`.
+        values: copies of the values of this rank with their spans. They are freed one by one.
         group: the ranks that write.
         files: small files to publish beside the weights.
-        published: called on the first rank when the directory has its name.
+        published: called on the first rank after the output is published.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BackgroundWrite:
         published: Callable[[], None],
     ) -> None:
         self._writer = writer
-        writer.hand_over()
+        writer.move_to_thread()
         self._values = list(values)
         self._rank, self._size = group.rank, group.size
         self._files = files
@@ -57,14 +57,14 @@ class BackgroundWrite:
 
     @property
     def alive(self) -> bool:
-        """Whether this rank still has something to do."""
+        """Whether the thread still runs."""
         return self._thread.is_alive()
 
     def join(self, group: Group) -> None:
-        """Wait until the files are published. Collective, on the main thread.
+        """Wait until the output is published. Collective; call it on the main thread.
 
         Raises:
-            OutputError: on every rank; nothing is left behind.
+            OutputError: the output could not be written. Raised on every rank; no temporary files remain.
         """
         self._written.wait()
         try:
@@ -84,13 +84,13 @@ class BackgroundWrite:
             self._write()
         except Exception as error:
             self._write_error = error
-            _LOG.warning("%s", error)  # nobody may ask any more
+            _LOG.warning("%s", error)  # The program may end without calling `join`.
         self._values.clear()
-        self._mark("failed" if self._write_error else "done")
+        self._create_marker("failed" if self._write_error else "done")
         self._written.set()
         if self._rank == 0:
             try:
-                with reported(self._writer.target):
+                with output_errors(self._writer.target):
                     self._publish()
             except Exception as error:
                 self._publish_error = error
@@ -101,25 +101,25 @@ class BackgroundWrite:
     def _write(self) -> None:
         try:
             while self._values:
-                self._writer.write(*self._values.pop(), masks=True)  # what is not finite was refused when it was copied
+                self._writer.write(*self._values.pop(), allow_infinite=True)  # `Snapshots` has checked the copies.
             self._writer.sync()
         finally:
             self._writer.close()
 
-    def _mark(self, word: str) -> None:
-        with suppress(OSError):  # without it `join` finds out
-            (self._writer.directory / f".{word}-{self._rank}").touch()
+    def _create_marker(self, state: str) -> None:
+        with suppress(OSError):  # `join` does not need the marker.
+            (self._writer.directory / f".{state}-{self._rank}").touch()
 
     def _publish(self) -> None:
         if not self._all_written():
             return
-        for mark in self._writer.directory.glob(".done-*"):
-            mark.unlink()
+        for marker in self._writer.directory.glob(".done-*"):
+            marker.unlink()
         self._writer.publish(self._files)
         self._published()
 
     def _all_written(self) -> bool:
-        """Wait for the marks of all ranks, for what `join` finds out, or for the end of a program that lost ranks."""
+        """Wait for the markers of all ranks or the result of `join`; give up on missing ranks after `_GRACE`."""
         progress: object = None
         since = time.monotonic()
         while not self._decided.wait(_POLL):
@@ -129,6 +129,6 @@ class BackgroundWrite:
             if found != progress or threading.main_thread().is_alive():
                 progress, since = found, time.monotonic()
             if time.monotonic() - since > _GRACE:
-                _LOG.warning("%s: given up, other ranks have not written their part", self._writer.target)
+                _LOG.warning("%s: not published, because other ranks have not written their part", self._writer.target)
                 return False
         return self._all_wrote

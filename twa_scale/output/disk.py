@@ -1,26 +1,26 @@
-"""Bytes on their way to a disk."""
+"""Writing to files with early write-back to the disk."""
 
 import ctypes
 import errno
 import os
 import sys
 
-_START = 2  # SYNC_FILE_RANGE_WRITE: start what is not under way yet, and wait for nothing
-_BEHIND = 32 << 20  # bytes that wait in memory at most before the disk is given work
+_SYNC_FILE_RANGE_WRITE = 2  # Start the write-back of dirty pages without waiting for it.
+_WRITE_BACK_BYTES = 32 << 20  # bytes that are written before their write-back starts
 
 
 class OpenFile:
-    """A file that exists, written at any place, whose bytes are on their way to the disk while more are written."""
+    """An existing file that is written at any offset. Write-back to the disk starts while more data is written."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._handle = os.open(path, os.O_WRONLY)
-        self._behind = 0
+        self._num_dirty = 0
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write bytes from `offset` on.
+        """Write `data` at byte `offset`.
 
         Raises:
-            OSError: the disk is full, or fails.
+            OSError: the disk is full or fails.
         """
         done = 0
         while done < len(data):
@@ -28,13 +28,13 @@ class OpenFile:
             if count == 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             done += count
-        self._behind += done
-        if self._behind >= _BEHIND:
-            start_writing(self._handle)
-            self._behind = 0
+        self._num_dirty += done
+        if self._num_dirty >= _WRITE_BACK_BYTES:
+            start_write_back(self._handle)
+            self._num_dirty = 0
 
     def sync(self) -> None:
-        """Make what was written survive a power cut."""
+        """Flush all data to the disk."""
         os.fsync(self._handle)
 
     def close(self) -> None:
@@ -42,10 +42,8 @@ class OpenFile:
         os.close(self._handle)
 
 
-def start_writing(handle: int) -> None:
-    """Let the disk begin with what was written to a file; else it would wait for `sync`, and `sync` for all of it.
-
-    Linux alone can be asked; errors come to light in `sync`.
-    """
-    if sys.platform == "linux" and (start := getattr(ctypes.CDLL(None), "sync_file_range", None)):
-        start(ctypes.c_int(handle), ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_START))  # 0, 0: the whole file
+def start_write_back(handle: int) -> None:
+    """Start the write-back of a file's data on Linux, so that `sync` has less to wait for. `sync` reports errors."""
+    if sys.platform == "linux" and (sync_range := getattr(ctypes.CDLL(None), "sync_file_range", None)):
+        start, length = ctypes.c_int64(0), ctypes.c_int64(0)  # zeros stand for the whole file
+        sync_range(ctypes.c_int(handle), start, length, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))

@@ -1,4 +1,4 @@
-"""Exchanging the names of two directories in one system call, where the system and the file system have one."""
+"""Exchanging two directory names in one system call, on systems and file systems that support it."""
 
 import ctypes
 import errno
@@ -6,25 +6,26 @@ import os
 import sys
 from pathlib import Path
 
-_HERE = -100  # AT_FDCWD
+_AT_FDCWD = -100
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2, and RENAME_SWAP of renamex_np
-_MISSING = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange two names of one file system; neither is ever absent.
+    """Exchange two names on one file system atomically, so that both exist at any time.
 
     Returns:
-        Whether it was done. False: the system or this file system (some network file systems) has no such call.
+        True if the names were exchanged; False if the system or the file system does not support it, as some network
+        file systems do not.
 
     Raises:
-        OSError: it has one, which failed.
+        OSError: the exchange failed.
     """
     ctypes.set_errno(0)
     if _exchange(os.fsencode(first), os.fsencode(second)) == 0:
         return True
     code = ctypes.get_errno()
-    if code in _MISSING:
+    if code in _UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(second))
 
@@ -35,7 +36,7 @@ def _exchange(first: bytes, second: bytes) -> int:
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):
         result = library.renamex_np(first, second, ctypes.c_uint(_EXCHANGE))
     elif hasattr(library, "renameat2"):
-        result = library.renameat2(_HERE, first, _HERE, second, ctypes.c_uint(_EXCHANGE))
+        result = library.renameat2(_AT_FDCWD, first, _AT_FDCWD, second, ctypes.c_uint(_EXCHANGE))
     else:
         ctypes.set_errno(errno.ENOSYS)
     return result

@@ -1,4 +1,4 @@
-"""Which tensor lies at which byte of which file: headers and index, before any value is known."""
+"""The layout of safetensors files: the byte offset of every tensor, the headers and the index."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import torch
 from twa_scale.candidates.formats.safetensors import DTYPES
 from twa_scale.errors import ConfigError, OutputError
 
-_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -32,79 +32,86 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pairs: bool = False
-    """Whether it is complex in the file: the last dimension, of 2, is that of real and imaginary part."""
+    as_complex: bool = False
+    """Whether the file holds complex numbers. The last dimension, of size 2, is that of real and imaginary parts."""
 
     @property
     def numel(self) -> int:
-        """Number of elements; a scalar has one."""
+        """The number of elements; 1 for a scalar."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Size in the file."""
+        """The size in the file, in bytes."""
         return self.numel * self.dtype.itemsize
 
 
-def stored_as(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """Return the type that a tensor is written in: `wanted`, if any, for floating point tensors, else its own."""
-    return wanted if wanted is not None and own.is_floating_point else own
+def stored_as(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the type that a tensor is written in: `dtype`, if given, for floating point tensors, else `own`."""
+    return dtype if dtype is not None and own.is_floating_point else own
 
 
-def check_dtype(wanted: object) -> None:
-    """Refuse what is no type that floating point tensors can be written in.
+def check_dtype(dtype: object) -> None:
+    """Check that `dtype` is None or a floating point type of torch.
 
     Raises:
-        ConfigError: names the value.
+        ConfigError: it is not.
     """
-    if wanted is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise ConfigError(f"dtype: {wanted!r} is no floating point type of torch; give one like torch.bfloat16.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype: {dtype!r} is no floating point type of torch; give one like torch.bfloat16.")
 
 
 def spec_of(
     name: str,
     shape: tuple[int, ...],
     own: torch.dtype,
-    wanted: torch.dtype | None,
+    dtype: torch.dtype | None,
     *,
-    pairs: bool = False,
+    as_complex: bool = False,
 ) -> TensorSpec:
-    """Return the tensor as it is written: see `stored_as`. The parts of a complex one are float32 at least."""
-    dtype = stored_as(own, wanted)
-    return TensorSpec(name, shape, torch.float32 if pairs and dtype.itemsize < 4 else dtype, pairs)
+    """Return the spec of a tensor whose type in the file is `stored_as(own, dtype)`, or float32 if narrower complex."""
+    stored = stored_as(own, dtype)
+    return TensorSpec(name, shape, torch.float32 if as_complex and stored.itemsize < 4 else stored, as_complex)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file."""
+    """The layout of one file."""
 
     file: str
+    """The name of the file."""
     header: bytes
-    """The first bytes of the file: the length of the JSON, then the JSON."""
+    """The first bytes of the file: the length of the JSON (8 bytes, little-endian), then the JSON."""
     offsets: dict[str, int]
-    """Byte at which each tensor starts, from the start of the file."""
+    """The byte offset of each tensor from the start of the file."""
     nbytes: int
-    """Size of the whole file."""
+    """The size of the file in bytes."""
 
 
 def lay_out(
     specs: Sequence[TensorSpec], max_shard_size: int, base: str = "model", metadata: Mapping[str, str] | None = None
 ) -> list[Shard]:
-    """Put the tensors, in order, into files of at most `max_shard_size` bytes; a larger tensor has its own.
+    """Assign the tensors, in order, to files of at most `max_shard_size` bytes; a larger tensor gets its own file.
 
-    Names are those of Hugging Face: `model.safetensors`, or `model-00001-of-0000N.safetensors`, with `base` in place of
-    "model". Every header has `metadata`.
+    The names are those of Hugging Face: `model.safetensors`, or `model-00001-of-0000N.safetensors`, with `base` instead
+    of "model".
+
+    Args:
+        specs: the tensors.
+        max_shard_size: the maximum size of a file's tensors, in bytes.
+        base: the name of the files without suffix and number.
+        metadata: the metadata of every header.
 
     Raises:
-        OutputError: a type that the format does not have.
+        OutputError: safetensors does not support the type of a tensor.
     """
     for spec in specs:
-        if spec.pairs and spec.dtype != torch.float32:
+        if spec.as_complex and spec.dtype != torch.float32:
             raise OutputError(
                 f"tensor {spec.name!r}: the format cannot hold complex128; choose dtype float32, which makes it "
                 "complex64."
             )
-        if spec.dtype not in _KINDS:
+        if spec.dtype not in _DTYPE_NAMES:
             raise OutputError(f"tensor {spec.name!r}: the format cannot hold {spec.dtype}; choose another dtype.")
     files: list[list[TensorSpec]] = [[]]
     size = 0
@@ -122,7 +129,7 @@ def lay_out(
 
 
 def index_name(base: str) -> str:
-    """Return the name of the index of several files."""
+    """Return the file name of the index."""
     return f"{base}.safetensors.index.json"
 
 
@@ -130,14 +137,14 @@ def _shard(file: str, specs: list[TensorSpec], metadata: Mapping[str, str]) -> S
     entries: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
     begins = {}
     end = 0
-    # Widest types first: readers view the bytes as the type in place, which needs aligned starts.
-    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize * (2 if spec.pairs else 1)):
+    # Widest types first: readers view the bytes in place as the type, which requires aligned offsets.
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize * (2 if spec.as_complex else 1)):
         begins[spec.name] = end
         end += spec.nbytes
         offsets = [begins[spec.name], end]
         entries[spec.name] = {
-            "dtype": _KINDS[torch.complex64 if spec.pairs else spec.dtype],
-            "shape": list(spec.shape[:-1] if spec.pairs else spec.shape),
+            "dtype": _DTYPE_NAMES[torch.complex64 if spec.as_complex else spec.dtype],
+            "shape": list(spec.shape[:-1] if spec.as_complex else spec.shape),
             "data_offsets": offsets,
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -148,17 +155,17 @@ def _shard(file: str, specs: list[TensorSpec], metadata: Mapping[str, str]) -> S
 
 
 def index_of(shards: Sequence[Shard], specs: Sequence[TensorSpec]) -> bytes:
-    """Return the Hugging Face index of several files."""
+    """Return the content of the Hugging Face index of several files."""
     weight_map = {name: shard.file for shard in shards for name in shard.offsets}
     total = sum(spec.nbytes for spec in specs)
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
 
 
 def parse_size(size: str | int) -> int:
-    """Return the bytes that "5GB" (10^9 each), "512MiB" (2^20 each) or a number that is no text means.
+    """Return the number of bytes of a size such as "5GB" (10^9 bytes each), "512MiB" (2^20 bytes each) or 1000.
 
     Raises:
-        ConfigError: anything else, a text without a unit, or no byte at all.
+        ConfigError: the size is not valid, is a string without a unit, or is less than one byte.
     """
     match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]I?)?B?\s*", str(size).upper())
     if match and isinstance(size, str) and size.strip()[-1] in "0123456789.":

@@ -1,4 +1,4 @@
-"""No file holds a number that is not finite, but for the infinities of masks."""
+"""The check that written values are finite, except for infinities in masks."""
 
 import torch
 
@@ -6,22 +6,22 @@ from twa_scale.base.spans import Span
 from twa_scale.errors import OutputError
 
 
-def require_finite(span: Span, values: torch.Tensor, stored: torch.Tensor, *, masks: bool = False) -> None:
-    """Refuse what a file must not hold.
+def require_finite(span: Span, values: torch.Tensor, stored: torch.Tensor, *, allow_infinite: bool = False) -> None:
+    """Check that the values to be written are finite.
 
     Args:
-        span: where the values stand in their tensor.
-        values: 1-D, as they were before they were converted; of any type and on any device.
-        stored: 1-D, on the CPU, what the file would get.
-        masks: whether values that are infinite may be written.
+        span: the span of the values.
+        values: the values before conversion, 1-D, of any type and on any device.
+        stored: the values in the type of the file, 1-D, on the CPU.
+        allow_infinite: whether values that were infinite before conversion are accepted.
 
     Raises:
-        OutputError: a value that is not finite, or too large for the type in the file.
+        OutputError: a value is not finite, or too large for the type of the file.
     """
     if not stored.is_floating_point() or _all_finite(stored):
         return
     wrong = ~torch.isfinite(stored.float())
-    if masks:
+    if allow_infinite:
         wrong &= ~torch.isinf(values.to("cpu", torch.float64))
     if not wrong.any():
         return
@@ -29,7 +29,7 @@ def require_finite(span: Span, values: torch.Tensor, stored: torch.Tensor, *, ma
     value, where = values[i].item(), f"tensor {span.name!r}, element {span.element(i)}"
     if torch.isfinite(values[i]):
         raise OutputError(
-            f"{where}: holds {value:g}, too large for {stored.dtype}, which ends at "
+            f"{where}: holds {value:g}, too large for {stored.dtype}, whose maximum is "
             f"{torch.finfo(stored.dtype).max:g}. Choose a wider dtype."
         )
     raise OutputError(
@@ -41,7 +41,7 @@ def require_finite(span: Span, values: torch.Tensor, stored: torch.Tensor, *, ma
 def _all_finite(values: torch.Tensor) -> bool:
     if not len(values):
         return True
-    values = values if values.itemsize > 1 else values.float()  # there are no sums of 8 bits
-    if torch.isfinite(values.sum()):  # the cheapest test; but finite numbers may have a sum that is too large
+    values = values if values.itemsize > 1 else values.float()  # torch has no sums of 8-bit floating point types.
+    if torch.isfinite(values.sum()):  # This is the fastest test, but the sum of finite numbers may overflow.
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))

@@ -1,4 +1,4 @@
-"""The live weights of a model, written by all ranks: each writes its own spans, and none gathers."""
+"""Writing the live weights of a model: each rank writes its own spans, without gathering."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,24 +20,24 @@ def write_live(
     form: StoredForm,
     progress: Progress | None = None,
 ) -> None:
-    """Write this rank's spans of the live weights, and from the first rank the buffers.
+    """Write the spans of this rank, and on the first rank the buffers.
 
     Args:
-        writer: open for all these tensors.
-        engine: the model.
-        names: under which names each parameter and buffer is written; one that is not listed is left out.
-        form: what the files hold under these names.
-        progress: called when a span is written.
+        writer: the writer of these tensors.
+        engine: the engine of the model.
+        names: the names in `form` of each parameter and buffer. Tensors without an entry are not written.
+        form: the form in which the files hold the tensors.
+        progress: called after each span with the bytes of the span and the total bytes of this rank.
     """
     spans, group = [span for span in engine.spans() if span.name in names], engine.shard_group
-    first = len(spans) * group.rank // group.size  # ranks that are in different files do not wait for each other
+    first = len(spans) * group.rank // group.size  # Ranks start in different files to avoid waiting for each other.
     nbytes = {span: sum(form.nbytes(replace(span, name=name)) for name in names[span.name]) for span in spans}
 
     def write(own: str, span: Span, values: torch.Tensor) -> None:
         masks = may_be_mask(engine, own)
         for name in names.get(own, ()):
             for stored, part in form.spans(replace(span, name=name), values):
-                writer.write(stored, part, masks=masks)
+                writer.write(stored, part, allow_infinite=masks)
 
     for span in spans[first:] + spans[:first]:
         write(span.name, span, engine.live(span))
@@ -49,11 +49,11 @@ def write_live(
 
 
 def may_be_mask(engine: Engine, name: str) -> bool:
-    """Whether a parameter or buffer may be infinite, as attention masks are: no statistic, and nothing that is trained.
+    """Return whether a tensor may hold infinite values, as attention masks do: not if it is trained or a statistic.
 
     Args:
-        engine: the model.
-        name: the model's own name for it.
+        engine: the engine of the model.
+        name: the name of a parameter or buffer in the model.
     """
     parameter = engine.parameters.get(name)
     return not is_statistic(name) if parameter is None else not parameter.trainable

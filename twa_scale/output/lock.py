@@ -1,4 +1,4 @@
-"""The right to write into a directory: one process has it at a time, and it ends with that process."""
+"""A lock on an output directory, held by one process until it releases it or ends."""
 
 import errno
 import fcntl
@@ -13,31 +13,31 @@ from typing import TypeVar
 
 from twa_scale.base.notices import notice
 from twa_scale.errors import OutputError
-from twa_scale.output.publish import reported
+from twa_scale.output.publish import output_errors
 
 LOCK = ".lock"
-_BEGIN = b'{"host": "'  # of the file, whoever has the lock
+_BEGIN = b'{"host": "'  # the first bytes of every lock file
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: set[int] = set()
 Self = TypeVar("Self", bound="DirectoryLock")
 
 
-def _let_go() -> None:
-    """Close the locks in a forked child, which would otherwise hold them longer than the process that took them."""
+def _close_all() -> None:
+    """Close the lock files in a forked child, which would otherwise hold the locks after its parent has ended."""
     for handle in _held:
         with suppress(OSError):
             os.close(handle)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_all)
 
 
 class DirectoryLock:
-    """A lock (`flock`) on `directory`/.lock, which says who has it. The file goes when the lock is released.
+    """A lock (`flock`) on `directory`/.lock, a file that names its owner and is removed on release.
 
-    The kernel releases the lock when the process ends, however it ends; the file may then remain, and means nothing. On
-    NFS the server holds the lock, so that it works between hosts, unless the mount says `nolock` or `local_lock=flock`.
+    The kernel releases the lock when the process ends in any way. A lock file that remains after that has no effect. On
+    NFS the server holds the lock, so that it works between hosts, unless the mount has `nolock` or `local_lock=flock`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -46,12 +46,12 @@ class DirectoryLock:
         self._handle: int | None = None
 
     def take(self) -> None:
-        """Take the lock in a directory that exists.
+        """Take the lock. The directory has to exist.
 
         Raises:
-            OutputError: another process has it, which is named; or the file cannot be written, or is not ours.
+            OutputError: another process holds the lock, the file cannot be written, or another program wrote it.
         """
-        with reported(self._directory):
+        with output_errors(self._directory):
             while self._handle is None:
                 handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
                 try:
@@ -62,12 +62,12 @@ class DirectoryLock:
                         self._handle = handle
                         _held.add(handle)
                 finally:
-                    if self._handle is None:  # the owner before may have removed the file after it was opened here
+                    if self._handle is None:  # The previous owner may have removed the file after it was opened here.
                         os.close(handle)
-            self._sign()
+            self._write_owner()
 
     def _locked(self, handle: int) -> bool:
-        """Lock an open file. Return False where there are no locks, and say so."""
+        """Lock an open file. Return False, with a notice, if the file system has no locks."""
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -89,22 +89,22 @@ class DirectoryLock:
         content = os.pread(handle, len(_BEGIN), 0)
         if not _BEGIN.startswith(content):
             raise OutputError(
-                f"{self._path}: is not the file of this name that a run writes, which would replace it. Move it away, "
-                "or choose another output."
+                f"{self._path}: was written by another program, and a run would replace it. Move it away, or choose "
+                "another output."
             )
 
-    def _sign(self) -> None:
+    def _write_owner(self) -> None:
         assert self._handle is not None
-        said = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         try:
             os.ftruncate(self._handle, 0)
-            os.pwrite(self._handle, json.dumps(said).encode(), 0)
+            os.pwrite(self._handle, json.dumps(owner).encode(), 0)
         except OSError:
             self.release()
             raise
 
     def release(self) -> None:
-        """Remove the file and the lock. Without a lock it does nothing."""
+        """Remove the file and release the lock. Do nothing if the lock is not held."""
         if self._handle is None:
             return
         handle, self._handle = self._handle, None
@@ -130,7 +130,7 @@ class DirectoryLock:
 
 def _owner(handle: int) -> str:
     try:
-        said = json.loads(os.pread(handle, 1000, 0))
-        return f"process {int(said['pid'])} on host {str(said['host'])[:80]}, started {str(said['started'])[:40]}"
+        owner = json.loads(os.pread(handle, 1000, 0))
+        return f"process {int(owner['pid'])} on host {str(owner['host'])[:80]}, started {str(owner['started'])[:40]}"
     except (OSError, ValueError, TypeError, KeyError):
-        return "a process that has not written down its name"
+        return "a process that has not written its name"

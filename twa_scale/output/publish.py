@@ -1,4 +1,4 @@
-"""A directory that appears complete or not at all: prepared under a hidden name, which is then exchanged."""
+"""Atomic publication: an output is prepared under a temporary name, and then takes its name in one step."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from twa_scale.base.paths import path_of
 from twa_scale.errors import OutputError
 from twa_scale.output.exchange import exchange
 from twa_scale.output.overwriting import check_replaceable
-from twa_scale.output.temporary import HiddenName
+from twa_scale.output.temporary import TemporaryName
 
 _HINTS = {
     errno.ENOSPC: "Free some space, or choose another disk",
@@ -25,29 +25,29 @@ _HINTS = {
 
 
 @contextmanager
-def reported(target: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into an OutputError that names the target and the fix."""
+def output_errors(target: Path) -> Iterator[None]:
+    """Replace an OSError of the body by an OutputError that names the target, the reason and the fix."""
     try:
         yield
     except OSError as error:
         hint = _HINTS.get(error.errno or 0, "Choose another directory, or repair this one")
         raise OutputError(
             f"{target}: could not be written: {error.strerror or error}{_other(error, target)}. {hint}. "
-            "Nothing is left behind, and what stood there is as it was."
+            "No temporary file remains, and an earlier output is unchanged."
         ) from error
 
 
 def _other(error: OSError, target: Path) -> str:
-    """Name the file at fault when it is not one of the output, such as a side file that cannot be read."""
+    """Return the name of the file that failed, in brackets, if it is not part of the output."""
     foreign = error.filename and not Path(error.filename).is_relative_to(target.parent)
     return f" ({error.filename})" if foreign else ""
 
 
 def target_of(out: object) -> Path:
-    """Return the directory that a user names.
+    """Return the absolute path of the output directory `out`.
 
     Raises:
-        OutputError: what is no path.
+        OutputError: `out` is not a path.
     """
     if not isinstance(out, str | Path):
         raise OutputError(f"{out!r} is no path; name the directory to write.")
@@ -55,16 +55,21 @@ def target_of(out: object) -> Path:
 
 
 def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
-    """Refuse, before anything is written, a target that could not be published.
+    """Check that an output can be published as `target`.
+
+    Args:
+        target: the output directory.
+        nbytes: the size of the output in bytes.
+        overwrite: whether it may replace an earlier output.
 
     Raises:
-        OutputError: names the rule and the fix.
+        OutputError: `target` is a file, a mount point or a directory that must not be replaced, or the disk is full.
     """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; the output is a directory. Choose another name.")
     if target.is_dir():
         if target.is_mount():
-            raise OutputError(f"{target}: is a mount point, which no rename can replace. Name a directory below it.")
+            raise OutputError(f"{target}: is a mount point, which a rename cannot replace. Name a directory below it.")
         check_replaceable(target, overwrite)
     parent = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(parent).free
@@ -75,11 +80,11 @@ def check_target(target: Path, nbytes: int, overwrite: bool) -> None:
         )
 
 
-def check_apart(out: object, inputs: Sequence[str]) -> None:
-    """Refuse a target that holds what it is made of: overwriting it would destroy that.
+def check_inputs_outside(out: object, inputs: Sequence[str]) -> None:
+    """Check that no candidate is inside the output directory, because overwriting would delete it.
 
     Raises:
-        OutputError: names the candidate.
+        OutputError: a candidate is inside it.
     """
     target = target_of(out)
     for label in inputs:
@@ -89,18 +94,18 @@ def check_apart(out: object, inputs: Sequence[str]) -> None:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a finished directory its name; an older output is at `temporary` then, or gone.
+    """Rename a finished directory to `target`. An earlier output is then at `temporary`, or deleted.
 
-    Where names can be exchanged in one call, `target` is never absent. Elsewhere two renames leave a moment in which it
-    is; what a kill in that moment leaves is put in order by `hidden.sweep`.
+    If the file system can exchange two names, `target` exists at any time. Otherwise there is a moment between two
+    renames in which it does not. `remove_leftovers` restores an earlier output after a kill in that moment.
     """
     for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
         sync(folder)
     if not target.exists() or not any(target.iterdir()):
         temporary.rename(target)
     elif not exchange(temporary, target):
-        with HiddenName(target, "old") as aside:
-            target.rename(aside.path)
+        with TemporaryName(target, "old") as old:
+            target.rename(old.path)
             temporary.rename(target)
             sync(target.parent)
         return
@@ -108,8 +113,8 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    with suppress(OSError):  # not every file system can do it, and by now nothing would be won by an error
+    """Flush the names in a directory to the disk."""
+    with suppress(OSError):  # Some file systems do not support it, and the output is complete.
         handle = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -118,7 +123,7 @@ def sync(directory: Path) -> None:
 
 
 def write_file(path: Path, content: bytes | Path) -> None:
-    """Write a small file, or copy one, and make its content survive a power cut."""
+    """Write or copy a small file and flush it to the disk."""
     with path.open("wb") as file:
         file.write(content if isinstance(content, bytes) else _content(content))
         file.flush()
@@ -131,14 +136,14 @@ def _content(path: Path) -> bytes:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all; an older one of this name stays until then.
+    """Write a file atomically: `path` is the old file until the new one is complete.
 
     Raises:
-        OutputError: the old file is as it was.
+        OutputError: the file could not be written. The old file is unchanged.
     """
-    with reported(path):
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with HiddenName(path) as hidden:
-            write_file(hidden.path, content)
-            hidden.path.replace(path)
+        with TemporaryName(path) as temporary:
+            write_file(temporary.path, content)
+            temporary.path.replace(path)
             sync(path.parent)

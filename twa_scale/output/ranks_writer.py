@@ -1,4 +1,4 @@
-"""Ranks that write their spans of the same files at once."""
+"""The writer of output directories: all ranks write their spans to the same files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,16 +12,26 @@ from twa_scale.output.disk import OpenFile
 from twa_scale.output.file_layout import Shard, TensorSpec, index_name, index_of, lay_out, parse_size
 from twa_scale.output.finite import require_finite
 from twa_scale.output.overwriting import check_replaceable
-from twa_scale.output.publish import check_target, publish, reported, target_of, write_file
+from twa_scale.output.publish import check_target, output_errors, publish, target_of, write_file
 from twa_scale.output.small_files import Files, is_below
-from twa_scale.output.temporary import HiddenName, sweep
+from twa_scale.output.temporary import TemporaryName, remove_leftovers
 from twa_scale.ranks import Group, require_same_settings
 
-_PIECE_BYTES = 4 << 20  # of a file that are converted at a time: all that writing holds in memory, or rather in a cache
+_PIECE_BYTES = 4 << 20  # bytes that are converted at a time; they fit in a cache
 
 
 class Writer:
-    """One rank's access to the files; made by `writing`, or `begin`. The first rank owns the hidden name of all."""
+    """The access of one rank to the files of an output. Use `writing` or `open_writer` to create it.
+
+    Args:
+        directory: the temporary directory of the files.
+        target: the output directory.
+        specs: the tensors.
+        shards: the layout of the files.
+        base: the name of the files without suffix and number.
+        temporary: on the first rank the owner of `directory`, else None.
+        overwrite: whether the output may replace an earlier one.
+    """
 
     def __init__(
         self,
@@ -30,13 +40,13 @@ class Writer:
         specs: Sequence[TensorSpec],
         shards: Sequence[Shard],
         base: str,
-        hidden: HiddenName | None,
+        temporary: TemporaryName | None,
         overwrite: bool,
     ) -> None:
         self.directory = directory
-        """Where the files are until they are published."""
+        """The directory of the files before they are published."""
         self._base = base
-        self._hidden = hidden
+        self._temporary = temporary
         self._overwrite = overwrite
         self.target = target
         self._shards = shards
@@ -45,36 +55,36 @@ class Writer:
         self._files: dict[str, OpenFile] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.elements: dict[str, int] = dict.fromkeys(self._specs, 0)
-        """Number of elements written by this rank, by tensor."""
+        """The number of elements that this rank has written, by tensor."""
 
-    def write(self, span: Span, values: torch.Tensor, *, masks: bool = False) -> None:
-        """Write the elements of a span, converted to the type of its tensor once.
+    def write(self, span: Span, values: torch.Tensor, *, allow_infinite: bool = False) -> None:
+        """Convert the elements of a span to the type of its tensor in the file, and write them.
 
         Args:
-            span: of a tensor that the writer was made for.
-            values: 1-D, of any type and on any device.
-            masks: whether they may be infinite, as in attention masks.
+            span: a span of one of the writer's tensors.
+            values: the elements, 1-D of len(span), of any type and on any device.
+            allow_infinite: whether values may be infinite, as in attention masks.
 
         Raises:
-            OutputError: a number that is not finite, or too large for the type; or the disk is full, or fails.
+            OutputError: a value is not finite or too large for the type, or the disk is full or fails.
         """
         spec, shard = self._specs[span.name], self._shard_of[span.name]
         assert values.shape == (len(span),) and 0 <= span.start <= span.stop <= spec.numel
         size = spec.dtype.itemsize
-        with reported(self.target):
+        with output_errors(self.target):
             for offset, piece in span.pieces(max(1, _PIECE_BYTES // size)):
                 part = values[offset : offset + len(piece)].detach()
                 stored = self._converted(part, spec.dtype)
-                require_finite(piece, part, stored, masks=masks)
-                left: memoryview = stored.view(torch.uint8).numpy().data
+                require_finite(piece, part, stored, allow_infinite=allow_infinite)
+                remaining: memoryview = stored.view(torch.uint8).numpy().data
                 for start, stop in piece.runs():
-                    run, left = left[: (stop - start) * size], left[(stop - start) * size :]
+                    run, remaining = remaining[: (stop - start) * size], remaining[(stop - start) * size :]
                     self._file(shard).write(run, shard.offsets[span.name] + start * size)
         self.elements[span.name] += len(span)
 
     def sync(self) -> None:
-        """Make what this rank wrote survive a power cut."""
-        with reported(self.target):
+        """Flush the data of this rank to the disk."""
+        with output_errors(self.target):
             for file in self._files.values():
                 file.sync()
 
@@ -85,32 +95,32 @@ class Writer:
         self._files = {}
 
     def publish(self, files: Files) -> None:
-        """Add the small files and let the directory appear under its name; for one rank, when all have written."""
+        """Add the small files and publish the directory. Call it on one rank, after all ranks have written."""
         extra = dict(files)
         if len(self._shards) > 1:
             extra[index_name(self._base)] = index_of(self._shards, list(self._specs.values()))
-        with reported(self.target):
+        with output_errors(self.target):
             for name, content in extra.items():
                 assert is_below(name) and name not in {shard.file for shard in self._shards}
                 path = self.directory / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, content)
-            if self.target.is_dir():  # something may have been put there while this was written
+            if self.target.is_dir():  # Its content may have changed since `open_writer`.
                 check_replaceable(self.target, self._overwrite)
             publish(self.directory, self.target)
 
-    def hand_over(self) -> None:
-        """Let a thread finish the files: signals have the meaning in this one that they had before."""
-        if self._hidden:
-            self._hidden.hand_over()
+    def move_to_thread(self) -> None:
+        """Let a thread of this process finish the files, and restore the signal handlers of the main thread."""
+        if self._temporary:
+            self._temporary.move_to_thread()
 
     def discard(self) -> None:
-        """Remove what was not published, or the older output that was replaced; for the first rank."""
-        if self._hidden:
-            self._hidden.discard()
+        """Remove the unpublished files, or the earlier output that was replaced. For the first rank."""
+        if self._temporary:
+            self._temporary.discard()
 
     def _converted(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return a piece in the type of the file: where it lies, or in a buffer that the next piece takes again."""
+        """Return the values as a contiguous CPU tensor of type `dtype`: the same tensor, or a buffer that is reused."""
         if values.dtype != dtype or values.device.type != "cpu" or not values.is_contiguous():
             nbytes = len(values) * dtype.itemsize
             if self._buffer.numel() < nbytes:
@@ -136,27 +146,29 @@ def writing(
     base: str = "model",
     metadata: Mapping[str, str] | None = None,
 ) -> Iterator[Writer]:
-    """Write `specs` to the directory `out`; it appears when the body has succeeded on every rank. Collective.
+    """Write tensors to the directory `out`, and publish it when the body has succeeded on every rank. Collective.
 
-    The body writes this rank's spans; over the group they must tile every tensor. It may hold collectives
-    only where an error of one rank reaches all (`Group.agree`). `files` are taken from rank 0 when the body
-    has ended.
+    The body writes the spans of this rank, which must tile every tensor over the group. It may contain collectives only
+    if an error of one rank is raised on every rank (`Group.agree`). `files` are read on rank 0 after the body.
 
     Args:
-        out: the directory; its parents are made. The same file system on every rank.
-        specs: the same on every rank; their order is that of the files.
+        out: the directory, on a file system that all ranks share. Parent directories are created.
+        specs: the tensors in the order of the files; equal on every rank.
         group: the ranks that write.
-        max_shard_size: most bytes of tensor data in one file, unless a single tensor is larger.
+        max_shard_size: the maximum size of one file's tensors; a larger tensor gets its own file.
         files: further files for the directory.
-        overwrite: replace an earlier output that was written with `marked` files and metadata, and nothing else;
-            without it a directory that is not empty is refused.
-        base: what the files of weights are called, without suffix and number.
-        metadata: what their headers say beside the tensors.
+        overwrite: whether to replace an earlier output that has the files and metadata of `with_provenance`. Other
+            directories that are not empty are never replaced.
+        base: the name of the weight files without suffix and number.
+        metadata: the metadata of their headers.
 
     Raises:
-        OutputError: on every rank; nothing is left behind, and what stood at `out` is as it was.
+        OutputError: the output could not be written. Raised on every rank; no temporary files remain, and `out` is
+            unchanged.
     """
-    writer = begin(out, specs, group, max_shard_size=max_shard_size, overwrite=overwrite, base=base, metadata=metadata)
+    writer = open_writer(
+        out, specs, group, max_shard_size=max_shard_size, overwrite=overwrite, base=base, metadata=metadata
+    )
     try:
         with group.agree():
             try:
@@ -173,7 +185,7 @@ def writing(
             writer.discard()
 
 
-def begin(
+def open_writer(
     out: str | Path,
     specs: Sequence[TensorSpec],
     group: Group,
@@ -183,70 +195,75 @@ def begin(
     base: str = "model",
     metadata: Mapping[str, str] | None = None,
 ) -> Writer:
-    """Make the files, of full size and without values, in a hidden directory beside `out`. Collective.
+    """Create the files, of full size and without values, in a temporary directory beside `out`. Collective.
+
+    The arguments are those of `writing`.
 
     Raises:
-        ConfigError: ranks that were told to write something else, or to another place.
-        OutputError: on every rank; nothing is left behind.
+        ConfigError: the arguments differ between ranks.
+        OutputError: the files could not be created. Raised on every rank; no temporary files remain.
     """
     with group.agree():
         own = target_of(out)
-    told = {"output": str(own), "max_shard_size": max_shard_size, "overwrite": overwrite}
+    settings = {"output": str(own), "max_shard_size": max_shard_size, "overwrite": overwrite}
     tensors = {f"tensor {spec.name!r}": (str(spec.dtype), spec.shape) for spec in specs}
-    require_same_settings(group, {**told, **tensors})
+    require_same_settings(group, {**settings, **tensors})
     target = group.broadcast(own)
-    base, metadata = group.broadcast((base, metadata))  # decide where in the files each tensor lies
-    hidden: HiddenName | None = None
+    base, metadata = group.broadcast((base, metadata))  # The layout depends on them.
+    temporary: TemporaryName | None = None
     try:
         with group.agree():
             shards = lay_out(specs, parse_size(max_shard_size), base, metadata)
             if group.rank == 0:
-                hidden = _prepare(target, shards, overwrite)
-        temporary = group.broadcast(hidden.path if hidden else target)
+                temporary = _prepare(target, shards, overwrite)
+        directory = group.broadcast(temporary.path if temporary else target)
         with group.agree():
-            _check_shared(target, temporary, shards[0])
-            return Writer(temporary, target, specs, shards, base, hidden, overwrite)
+            _check_shared(target, directory, shards[0])
+            return Writer(directory, target, specs, shards, base, temporary, overwrite)
     except BaseException:
-        if hidden:
-            hidden.discard()
+        if temporary:
+            temporary.discard()
         raise
 
 
-def _prepare(target: Path, shards: Sequence[Shard], overwrite: bool) -> HiddenName:
-    with reported(target):
-        sweep(target.parent, target.name)
+def _prepare(target: Path, shards: Sequence[Shard], overwrite: bool) -> TemporaryName:
+    with output_errors(target):
+        remove_leftovers(target.parent, target.name)
         check_target(target, sum(shard.nbytes for shard in shards), overwrite)
         if not target.parent.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-        hidden = HiddenName(target)
+        temporary = TemporaryName(target)
         try:
-            hidden.path.mkdir()
+            temporary.path.mkdir()
             for shard in shards:
-                with (hidden.path / shard.file).open("wb") as file:
+                with (temporary.path / shard.file).open("wb") as file:
                     file.write(shard.header)
                     file.truncate(shard.nbytes)
         except BaseException:
-            hidden.discard()
+            temporary.discard()
             raise
-        return hidden
+        return temporary
 
 
-def _check_shared(target: Path, temporary: Path, shard: Shard) -> None:
-    path = temporary / shard.file
+def _check_shared(target: Path, directory: Path, shard: Shard) -> None:
+    path = directory / shard.file
     if not path.exists() or path.stat().st_size != shard.nbytes:
         raise OutputError(
-            f"{target}: this rank does not see the file that rank 0 made there: it is not on a shared file "
+            f"{target}: this rank does not see the file that rank 0 created there, because it is not on a shared file "
             "system. Choose a directory that every node mounts."
         )
 
 
 def check_tiling(elements: Mapping[str, int], specs: Sequence[TensorSpec], group: Group) -> None:
-    """A hole would be a wrong span list: our bug, but one that must never reach a published file. Collective.
+    """Check that the ranks together write every element once, so that a wrong span list is never published. Collective.
 
     Args:
-        elements: how many of each tensor this rank writes.
+        elements: the number of elements that this rank writes, by tensor.
         specs: the tensors.
         group: the ranks that write.
+
+    Raises:
+        AssertionError: the numbers of elements do not add up.
     """
     total = sum(group.gather(sum(elements.values())))
     if total != sum(spec.numel for spec in specs):

@@ -1,4 +1,4 @@
-"""Small files that are put beside the weights of an output."""
+"""Small files beside the weights of an output, such as config.json."""
 
 import os
 import re
@@ -10,23 +10,24 @@ from twa_scale.output.file_layout import index_name
 from twa_scale.output.provenance import PROVENANCE
 
 Files = Mapping[str, bytes | Path]
-"""Small files to put beside the weights: content, or what to copy, by their path there."""
+"""Small files beside the weights: the content of each, or the path of a file to copy, by its path in the output."""
 
 
 def check_files(files: Files, base: str) -> None:
-    """Refuse small files that cannot stand beside the weights, before anything is written.
+    """Check the names and contents of small files.
 
     Args:
-        files: what a user gives.
-        base: what the files of weights are called, without suffix and number.
+        files: the files of a user.
+        base: the name of the weight files without suffix and number.
 
     Raises:
-        ConfigError: a path that leads elsewhere, a name that the output needs itself, or content that is none.
+        ConfigError: a path outside the output, a name that the output itself uses, or content that is neither bytes
+            nor a path.
     """
     taken = re.compile(rf"{re.escape(base)}(-\d+-of-\d+)?\.safetensors", re.IGNORECASE)
     for name, content in files.items():
         if not is_below(name):
-            raise ConfigError(f"files: {name!r} is no name of a file in the directory of the output.")
+            raise ConfigError(f"files: {name!r} is not the name of a file inside the output directory.")
         first = PurePath(name).parts[0]
         if taken.fullmatch(first) or first.lower() in (index_name(base).lower(), PROVENANCE):
             raise ConfigError(
@@ -40,7 +41,7 @@ def check_files(files: Files, base: str) -> None:
 
 
 def is_below(name: object) -> bool:
-    """Whether a name of `Files` is that of a file in the directory or below it."""
+    """Return whether `name` is a relative path that stays inside the output directory."""
     if not isinstance(name, str) or "\0" in name:
         return False
     try:

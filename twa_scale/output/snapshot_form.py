@@ -1,4 +1,4 @@
-"""The form in which snapshots of a model are stored: that of the library which loads it."""
+"""The form of a model's snapshots: that in which its library saves and loads it."""
 
 import torch
 
@@ -12,11 +12,11 @@ from twa_scale.output.stored_form import StoredForm, Tensor, form_of_model
 
 
 def snapshot_form(engine: Engine, dtype: torch.dtype | None) -> StoredForm:
-    """Return what a snapshot of a model holds: what transformers saves of its models, and the tensors of others.
+    """Return the form of a model's snapshots: that of transformers for its models, else the tensors unchanged.
 
     Args:
-        engine: the model.
-        dtype: of floating point tensors in the files; the model's own when not given.
+        engine: the engine of the model.
+        dtype: the type of floating point tensors in the files; None for their type in the model.
     """
     pairs = complex_in_model(engine)
     held = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
@@ -24,14 +24,14 @@ def snapshot_form(engine: Engine, dtype: torch.dtype | None) -> StoredForm:
     tensors = {name: Tensor(shape, own, name in pairs) for name, (shape, own) in held.items()}
     live = {name: Traced.stored(name, shape, own) for name, (shape, own) in held.items()}
     rules = transformers_rules(named_modules(engine.module), {name: shape for name, (shape, _) in held.items()})
-    if rules is None or rules.prefix:  # nothing loads a part of a model from its files
+    if rules is None or rules.prefix:  # No loader reads a part of a model from these files.
         return form_of_model(tensors, live, dtype)
     try:
         return form_of_model(tensors, rules.saved(live), dtype)
-    except Exception as error:  # of any kind, from code of another library
+    except Exception as error:  # The rules are code of another library.
         if engine.shard_group.rank == 0:
             notice(
-                "the form in which transformers saves this model is not written, but its tensors as they are, which "
-                f"from_pretrained reads: {type(error).__name__}: {error}."
+                "snapshots hold the tensors under the model's own names, which from_pretrained reads, because the form "
+                f"in which transformers saves this model is unknown: {type(error).__name__}: {error}."
             )
         return form_of_model(tensors, live, dtype)

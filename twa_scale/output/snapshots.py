@@ -1,4 +1,4 @@
-"""Candidates written while a model trains, each rank its own part."""
+"""Candidates written during training, by all ranks together."""
 
 import logging
 import re
@@ -21,55 +21,56 @@ from twa_scale.errors import ConfigError
 from twa_scale.output import (
     BackgroundWrite,
     Files,
-    begin,
     check_dtype,
     check_files,
     check_tiling,
+    open_writer,
     parse_size,
     writing,
 )
 from twa_scale.output.finite import require_finite
 from twa_scale.output.live_weights import may_be_mask, write_live
-from twa_scale.output.overwriting import foreign, marked_weights
-from twa_scale.output.provenance import marked, provenance
-from twa_scale.output.publish import reported, target_of
+from twa_scale.output.overwriting import foreign_files, own_weight_files
+from twa_scale.output.provenance import provenance, with_provenance
+from twa_scale.output.publish import output_errors, target_of
 from twa_scale.output.snapshot_form import snapshot_form
-from twa_scale.output.temporary import HiddenName, sweep
+from twa_scale.output.temporary import TemporaryName, remove_leftovers
 from twa_scale.ranks import Group, Pods, require_same_settings
 
-_WROTE = "a snapshot of a training"
+_WROTE = "a snapshot of a training"  # the "wrote" entry of the provenance, which `keep_last` looks for
 _LOG = logging.getLogger(__name__)
 Self = TypeVar("Self", bound="Snapshots")
 
 
 class Snapshots:
-    """Writes `directory/step-00000120/` and so on: safetensors candidates of a model under any engine.
+    """Writes safetensors candidates `directory/step-00000120/` and so on while a model trains under any engine.
 
-    No rank gathers the model: each writes the spans that it holds into the same files. A candidate appears
-    when it is complete. What a killed run has left under hidden names, which no glob of candidates matches, is removed
-    when a Snapshots of the same directory is made. Give each training a directory of its own: a candidate of a step
-    that stands there already is replaced, whichever Snapshots wrote it. A directory of a step that holds anything else,
-    as the state of an optimizer, is neither replaced nor deleted, and `keep_last` deletes only what a Snapshots wrote.
+    Each rank writes its own spans to the same files, without gathering. A candidate appears when it is complete.
+    Temporary files of a killed run match no glob of candidates, and are removed when a `Snapshots` of the same
+    directory is created. Use a separate directory for each training: a candidate of the same step is replaced,
+    whichever `Snapshots` wrote it. A directory of a step that holds other files, such as an optimizer state, is neither
+    replaced nor deleted, and `keep_last` deletes only candidates that a `Snapshots` wrote.
 
-    With `asynchronous`, a due step copies this rank's part to host memory, in the type of the file, and returns; a
-    thread writes the copy while training goes on. At most one candidate is being written at a time: the next due step
-    first waits for it. What went wrong is raised on every rank by the next due step, `wait` or `close`. Use it in a
-    `with` block, or call `close` before the process group is taken down.
+    With `asynchronous`, a due step copies the data of this rank to host memory, in the type of the file, and returns. A
+    thread writes the copy while training continues. Only one candidate is written at a time: the next due step waits
+    for it. Errors are raised on every rank by the next due step, `wait` or `close`. Use `Snapshots` in a `with` block,
+    or call `close` before the process group is destroyed.
 
     Args:
-        directory: where the candidates go; the same file system on every rank.
-        every_n_steps: steps between two candidates.
+        directory: the directory of the candidates, on a file system that all ranks share.
+        every_n_steps: the number of steps between two candidates.
         start_step: the first step that may be written; others follow every `every_n_steps`.
-        keep_last: delete the oldest candidates beyond this many; None keeps all.
-        dtype: type of the floating point tensors in the files; the model's own when not given.
-        files: small files for each candidate, such as config.json: content, or what to copy, by their path there.
-        max_shard_size: most bytes in one file.
-        replica_group: with pods, as for `attach`: the first pod writes.
-        asynchronous: write while training goes on.
+        keep_last: the number of candidates to keep; older ones are deleted. None keeps all.
+        dtype: the type of floating point tensors in the files; None for their type in the model.
+        files: small files for each candidate, such as config.json: the content of each, or the path of a file to copy,
+            by its path in the candidate.
+        max_shard_size: the maximum size of one file, such as "5GB".
+        replica_group: with pods, the group that is passed to `attach`. The first pod writes.
+        asynchronous: whether a thread writes while training continues.
 
     Raises:
-        OutputError: a directory that is no path.
-        ConfigError: numbers, types or sizes that make no sense; names of files that are elsewhere or taken.
+        OutputError: `directory` is not a path.
+        ConfigError: a number, type or size is not valid, or a name in `files` is outside the candidate or taken.
     """
 
     def __init__(
@@ -105,17 +106,22 @@ class Snapshots:
         self._asynchronous = asynchronous
         self._pending: tuple[Pods, Group, BackgroundWrite | None] | None = None
         if not dist.is_initialized() or dist.get_rank() == 0:
-            sweep(self._directory)
+            remove_leftovers(self._directory)
 
     def step(self, model: nn.Module, step: int) -> Path | None:
-        """Write a candidate if `step` (from 1 on, after its update) is due, and return its path. Collective.
+        """Write a candidate if `step` is due, and return its path, else None. Collective.
 
-        When asynchronous, the path appears later.
+        With `asynchronous`, the path appears later.
+
+        Args:
+            model: the model, wrapped by its engine.
+            step: the number of the step, from 1. Call this method after the update of the step.
 
         Raises:
-            OutputError: on every rank; nothing is left behind. When asynchronous, that of the one before.
-            EngineError: a model that is wrapped in an unknown way.
-            ConfigError: a step that is no integer of at least 0.
+            OutputError: the candidate, or with `asynchronous` the one before, could not be written. Raised on every
+                rank; no temporary files remain.
+            EngineError: no engine supports the model.
+            ConfigError: `step` is not an integer of at least 0.
         """
         step = _checked(step)
         if step < self._start or step < 1 or (step - self._start) % self._every:
@@ -123,19 +129,22 @@ class Snapshots:
         return self.save(model, step)
 
     def save(self, model: nn.Module, step: int) -> Path:
-        """Write a candidate now, due or not; one of the same step is replaced. Collective."""
+        """Write a candidate whether or not `step` is due. Replaces a candidate of the same step. Collective.
+
+        The arguments, the result and the errors are those of `step`.
+        """
         step = _checked(step)
         if self._pending and self._pending[2] and self._pending[2].alive:
-            _LOG.info("snapshots: step %d waits until the snapshot before is written", step)
+            _LOG.info("snapshots: step %d waits until the previous snapshot is written", step)
         self.wait()
         path = self._directory / f"step-{step:08d}"
         engine = choose_engine(model, self._replica_group)
         pods, group = Pods(engine.shard_group, engine.replica_group), engine.shard_group
-        told = {"step": step, "asynchronous": self._asynchronous, "keep_last": self._keep}
-        require_same_settings(pods, told)  # what they write, and where, is compared by the writer
+        settings = {"step": step, "asynchronous": self._asynchronous, "keep_last": self._keep}
+        require_same_settings(pods, settings)  # The writer compares the tensors and the target.
         with pods.agree():
             background = None
-            if pods.number == 0:  # pods hold the same weights: one of them writes
+            if pods.number == 0:  # All pods hold the same weights.
                 if self._asynchronous:
                     background = self._start_writing(engine, path, step)
                 else:
@@ -148,10 +157,10 @@ class Snapshots:
         return path
 
     def wait(self) -> None:
-        """Return when the candidate that is being written, if any, is complete. Collective.
+        """Wait until the candidate that is being written, if any, is complete. Collective.
 
         Raises:
-            OutputError: on every rank; it could not be written, and nothing of it is left behind.
+            OutputError: it could not be written. Raised on every rank; no temporary files remain.
         """
         if self._pending is None:
             return
@@ -161,7 +170,7 @@ class Snapshots:
                 background.join(group)
 
     def close(self) -> None:
-        """Do as `wait`. Collective."""
+        """Call `wait`. Collective."""
         self.wait()
 
     def __enter__(self: Self) -> Self:
@@ -170,7 +179,7 @@ class Snapshots:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error the other ranks may not come: what is being written ends by itself.
+        # After an error the other ranks may not reach this point. The thread ends by itself.
         if kind is None:
             self.close()
 
@@ -189,17 +198,19 @@ class Snapshots:
 
     def _start_writing(self, engine: Engine, path: Path, step: int) -> BackgroundWrite:
         form, group = snapshot_form(engine, self._dtype), engine.shard_group
-        specs, said, limit = form.specs, snapshot_files(step, self._files), self._max_shard_size
-        writer = begin(path, specs, group, max_shard_size=limit, overwrite=True, base=BASE, metadata=said["metadata"])
+        specs, extra, limit = form.specs, snapshot_files(step, self._files), self._max_shard_size
+        writer = open_writer(
+            path, specs, group, max_shard_size=limit, overwrite=True, base=BASE, metadata=extra["metadata"]
+        )
         try:
             copies: list[tuple[Span, torch.Tensor]] = []
             with group.agree():
                 dtypes = {spec.name: spec.dtype for spec in specs}
-                for held, live in _held(engine):
+                for held, live in _local_values(engine):
                     masks = may_be_mask(engine, held.name)
                     for span, values in form.spans(held, live.detach()):
                         copies.append((span, _host_copy(values, dtypes[span.name])))
-                        require_finite(span, values, copies[-1][1], masks=masks)
+                        require_finite(span, values, copies[-1][1], allow_infinite=masks)
             counts = dict.fromkeys(dtypes, 0)
             for span, _ in copies:
                 counts[span.name] += len(span)
@@ -208,22 +219,22 @@ class Snapshots:
             if group.rank == 0:
                 writer.discard()
             raise
-        return BackgroundWrite(writer, copies, group, said["files"], partial(self._delete_old, step))
+        return BackgroundWrite(writer, copies, group, extra["files"], partial(self._delete_old, step))
 
     def _delete_old(self, step: int) -> None:
         if self._keep is not None:
-            with reported(self._directory):
+            with output_errors(self._directory):
                 for path in _old(self._directory, step, self._keep):
                     _delete(path)
 
 
 def snapshot_files(step: int, files: Files) -> dict[str, Any]:
-    """Return the `files` and the `metadata` of the candidate of a step, by which it is known as one."""
-    return marked(provenance(_WROTE, [], step=step), files)
+    """Return the `files` and the `metadata` of a snapshot, which identify it as one."""
+    return with_provenance(provenance(_WROTE, [], step=step), files)
 
 
-def _held(engine: Engine) -> Iterator[tuple[Span, torch.Tensor]]:
-    """Yield what this rank writes: its spans, and the buffers on the first rank."""
+def _local_values(engine: Engine) -> Iterator[tuple[Span, torch.Tensor]]:
+    """Yield the spans that this rank writes with their values: its own, and on the first rank the buffers."""
     for span in engine.spans():
         yield span, engine.live(span)
     if engine.shard_group.rank == 0:
@@ -236,7 +247,7 @@ def _host_copy(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:
-    """Return all but the newest candidates up to `step`; later ones are of another run, and not ours to delete."""
+    """Return all but the newest candidates up to `step`. Later steps belong to another run and are not deleted."""
     steps = {
         path: int(path.name.removeprefix("step-"))
         for path in directory.iterdir()
@@ -246,14 +257,14 @@ def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:
 
 
 def _delete(path: Path) -> None:
-    weights = marked_weights(path, _WROTE)
-    if not weights or (others := foreign(path, weights)):
-        held = f"it holds {others[0]}" if weights else "no Snapshots has written it"
-        notice(f"{path}: keep_last does not delete it, because {held}. Delete it yourself, or use another directory.")
+    weights = own_weight_files(path, _WROTE)
+    if not weights or (others := foreign_files(path, weights)):
+        reason = f"it holds {others[0]}" if weights else "no Snapshots has written it"
+        notice(f"{path}: keep_last does not delete it, because {reason}. Delete it yourself, or use another directory.")
         return
-    # Hidden first: a reader must never find a candidate that is half deleted.
-    with HiddenName(path) as hidden:
-        path.rename(hidden.path)
+    # Rename it first, so that readers never find a partly deleted candidate.
+    with TemporaryName(path) as temporary:
+        path.rename(temporary.path)
 
 
 def _checked(step: int) -> int:

@@ -1,4 +1,4 @@
-"""What files hold of the tensors of a model: each as it is, under the name that loaders expect, or in other tensors."""
+"""The form in which files hold the tensors of a model: unchanged under the name that loaders expect, or restacked."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,33 +22,33 @@ class Tensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pairs: bool = False
-    """Whether it is complex in files, and has a last dimension of real and imaginary part here."""
+    as_complex: bool = False
+    """Whether the files hold complex numbers. The last dimension of `shape` is that of real and imaginary parts."""
 
 
 @dataclass(frozen=True)
 class StoredForm:
-    """Says for each tensor what of the files it is."""
+    """The mapping from the tensors of a model to those of the files."""
 
     specs: Sequence[TensorSpec]
-    """What the files hold."""
+    """The tensors of the files."""
     _itemsize: Mapping[str, int]
-    """Bytes of an element in the files, by the name of a tensor here."""
+    """The bytes of one element in the files, by the name in the model."""
     _names: Mapping[str, str]
-    """The names in the files of tensors that are stored as they are."""
+    """The names in the files of tensors that are stored unchanged, by the name in the model."""
     _made: Mapping[str, Segments]
-    """What the other tensors are in the files."""
+    """The segments in the files of the other tensors, by the name in the model."""
 
     def nbytes(self, span: Span) -> int:
-        """Return what a span takes in the files."""
+        """Return the size of a span in the files, in bytes."""
         return len(span) * self._itemsize[span.name]
 
     def spans(self, span: Span, values: torch.Tensor) -> Iterator[tuple[Span, torch.Tensor]]:
-        """Yield what a span is in the files, and the values of each.
+        """Yield the spans of the files that hold a span of the model, with their values.
 
         Args:
-            span: of a tensor here.
-            values: 1-D, its elements, of any type and on any device.
+            span: a span of a tensor of the model.
+            values: its elements, 1-D, of any type and on any device.
         """
         if span.name in self._names:
             yield replace(span, name=self._names[span.name]), values
@@ -57,7 +57,13 @@ class StoredForm:
 
 
 def form_of_candidates(candidates: Sequence[Candidate], names: Iterable[str], dtype: torch.dtype | None) -> StoredForm:
-    """Return the form of the last candidate, for its tensors `names`; floating point ones as `dtype`, or the widest."""
+    """Return the form of the last candidate.
+
+    Args:
+        candidates: the candidates.
+        names: the tensors to store, by the model's names.
+        dtype: the type of floating point tensors in the files; None for the widest type of the candidates.
+    """
     last = candidates[-1]
     pairs = complex_in_files(last)
     tensors: dict[str, Tensor] = {}
@@ -79,12 +85,12 @@ def form_of_model(tensors: Mapping[str, Tensor], saved: Mapping[str, Traced], dt
     """Return the form in which the library of a model saves it.
 
     Args:
-        tensors: of the model.
-        saved: what the library makes of them, by its names.
-        dtype: of floating point tensors in the files; their own when not given.
+        tensors: the tensors of the model.
+        saved: the tensors that the library saves, by their names in the files, traced to those of the model.
+        dtype: the type of floating point tensors in the files; None for their type in the model.
 
     Raises:
-        ValueError: a tensor of which a part is left out, or saved twice.
+        ValueError: the library saves elements of a tensor not at all or twice.
     """
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     segments: dict[str, list[Segment]] = {}
@@ -109,18 +115,19 @@ def _form(
     segments: Mapping[str, Collection[Segment]],
     dtype: torch.dtype | None,
 ) -> StoredForm:
-    """Return a form.
+    """Return the form of some tensors.
 
     Args:
-        tensors: by name here.
-        stored: by name in the files: the name of the tensor here that it is, or is a part of, and the shape there.
-        segments: of the tensors here that are not stored as they are.
-        dtype: of floating point tensors in the files.
+        tensors: the tensors of the model, by name.
+        stored: for each name in the files the name of a tensor of the model that it holds, at least in part, and its
+            shape in the files.
+        segments: the segments of tensors that are not stored unchanged, by the name in the model.
+        dtype: the type of floating point tensors in the files.
     """
     specs = []
     for raw, (name, shape) in stored.items():
         tensor = tensors[name]
-        specs.append(spec_of(raw, shape, tensor.dtype, dtype, pairs=tensor.pairs))
+        specs.append(spec_of(raw, shape, tensor.dtype, dtype, as_complex=tensor.as_complex))
     sizes = {name: spec.dtype.itemsize for (name, _), spec in zip(stored.values(), specs, strict=True)}
     names = {name: raw for raw, (name, _) in stored.items() if name not in segments}
     return StoredForm(specs, sizes, names, {name: Segments(parts) for name, parts in segments.items()})

@@ -1,7 +1,7 @@
-"""Hidden names beside an output, where it is prepared: each belongs to one process for as long as that lives.
+"""Temporary names beside an output, each owned by one process, and the removal of those whose owner has died.
 
-A process that is killed leaves what it has prepared. The lock that it held on a file beside it ends with it, so whoever
-writes the same output next knows that nobody will finish it.
+The owner holds a lock on a file beside the temporary name. The kernel releases this lock when the process ends, so the
+next writer of the same output can recognize and remove what a killed process has left.
 """
 
 import fcntl
@@ -18,25 +18,25 @@ from types import FrameType, TracebackType
 from typing import Literal, TypeVar
 
 Kind = Literal["tmp", "old"]
-Self = TypeVar("Self", bound="HiddenName")
+Self = TypeVar("Self", bound="TemporaryName")
 
-_LOCK = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}\.lock")
-_QUIET = 24 * 3600.0  # seconds without a change, after which a lock that is free here is taken to be free elsewhere
+_LOCK_NAME = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}\.lock")
+_UNCHANGED = 24 * 3600.0  # seconds without a change, after which the owner of a lock that cannot be seen counts as dead
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
-class HiddenName:
-    """A hidden name beside `target`, of a file or directory that this process will make there.
+class TemporaryName:
+    """A temporary name beside `target` for a file or directory, with a lock.
 
-    As a context manager, or by `discard`, it removes what stands there. While the main thread works on such a name, a
-    process that SIGTERM or SIGHUP would kill removes it before it dies; a process that handles these signals itself is
-    left alone. What a thread works on is removed by `sweep`: signals are handled by the main thread only, which may be
-    anywhere, and would wait until it is back in Python.
+    `discard`, or the end of a `with` block, removes the file or directory. While the main thread uses a temporary name,
+    handlers of SIGTERM and SIGHUP remove it before the process dies, unless the process has its own handlers. A name
+    that another thread uses is left to `remove_leftovers`, because Python runs signal handlers only in the main thread,
+    and only when it executes Python code.
 
     Args:
-        target: what is prepared.
-        kind: "tmp" for what is not finished or no longer needed; "old" for an output that was moved aside, which gets
-            its name back unless another output has it.
+        target: the output that is prepared.
+        kind: "tmp" for an output that is not finished or no longer needed; "old" for an output that is replaced, which
+            gets its name back unless another output has this name.
 
     Raises:
         OSError: the directory cannot be written.
@@ -48,27 +48,27 @@ class HiddenName:
         self._handle: int | None = None
         while self._handle is None:
             self.path = target.parent / f".{target.name}.{kind}-{secrets.token_hex(4)}"
-            self._lock = _lock_of(self.path)
-            self._handle = _locked(self._lock)
+            self._lock = _lock_path(self.path)
+            self._handle = _create_lock(self._lock)
         _OWNED.add(self)
 
     def discard(self) -> None:
-        """Remove what stands under the hidden name, and give the name up."""
+        """Remove the file or directory with this name, and release the lock."""
         if self._handle is None:
             return
         clear(self.path, self._target, self._kind)
-        with suppress(OSError):  # what stays is swept later
+        with suppress(OSError):  # `remove_leftovers` removes what remains.
             if not self.path.exists():
                 self._lock.unlink(missing_ok=True)
-        self.forget()
+        self.close_lock()
         _OWNED.remove(self)
 
-    def hand_over(self) -> None:
-        """Leave the name to a thread of this process: signals have the meaning again that they had before."""
-        _OWNED.leave(self)
+    def move_to_thread(self) -> None:
+        """Let another thread of this process use the name, and restore the signal handlers."""
+        _OWNED.stop_handling_signals(self)
 
-    def forget(self) -> None:
-        """Leave what stands under the name to others."""
+    def close_lock(self) -> None:
+        """Close the lock file without removing anything."""
         if self._handle is not None:
             os.close(self._handle)
         self._handle = None
@@ -82,62 +82,62 @@ class HiddenName:
         self.discard()
 
 
-def sweep(directory: Path, name: str | None = None) -> None:
-    """Remove what dead processes have left in `directory`; an output that one had moved aside gets its name back.
+def remove_leftovers(directory: Path, name: str | None = None) -> None:
+    """Remove temporary files of dead processes in `directory`, and give an output that one was replacing its name back.
 
-    What a process holds is known by its lock. A lock that was taken on another host, or before this host started, may
-    not be seen from here on every file system: then what belongs to it must not have changed for a day either.
+    A process is alive if it holds its lock. On some file systems a lock that was taken on another host, or before this
+    host started, is not visible here. In this case files are removed only if they have not changed for a day.
 
     Args:
-        directory: where outputs are written; it may be missing.
-        name: of the output whose leavings are removed; all when not given.
+        directory: the directory of the outputs; it may be missing.
+        name: the name of the output whose temporary files are removed; None for all outputs.
     """
     try:
-        found = sorted(path for path in directory.iterdir() if path.name.endswith(".lock"))  # "old" before "tmp"
+        locks = sorted(path for path in directory.iterdir() if path.name.endswith(".lock"))  # "old" before "tmp"
     except OSError:
         return
-    for lock in found:
-        match = _LOCK.fullmatch(lock.name)
+    for lock in locks:
+        match = _LOCK_NAME.fullmatch(lock.name)
         if match and name in (None, match["target"]):
             with suppress(OSError):
-                _sweep(lock, directory / match["target"], "old" if match["kind"] == "old" else "tmp")
+                _remove_leftover(lock, directory / match["target"], "old" if match["kind"] == "old" else "tmp")
 
 
-def _sweep(lock: Path, target: Path, kind: Kind) -> None:
-    hidden = lock.with_name(lock.name.removesuffix(".lock"))
+def _remove_leftover(lock: Path, target: Path, kind: Kind) -> None:
+    path = lock.with_name(lock.name.removesuffix(".lock"))
     handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        if _is_dead(handle, hidden):
-            clear(hidden, target, kind)
-            if not hidden.exists():
+        if _is_dead(handle, path):
+            clear(path, target, kind)
+            if not path.exists():
                 lock.unlink(missing_ok=True)
     finally:
         os.close(handle)
 
 
-def clear(hidden: Path, target: Path, kind: Kind) -> None:
-    """Remove a hidden file or directory; one of kind "old" becomes `target` again where nothing stands there."""
-    if kind == "old" and hidden.exists() and not target.exists():
+def clear(path: Path, target: Path, kind: Kind) -> None:
+    """Remove the file or directory at a temporary path. One of kind "old" is renamed to `target` if that is free."""
+    if kind == "old" and path.exists() and not target.exists():
         with suppress(OSError):
-            hidden.rename(target)
+            path.rename(target)
         return
-    if hidden.is_dir() and not hidden.is_symlink():
-        shutil.rmtree(hidden, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
-            hidden.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
-def _lock_of(hidden: Path) -> Path:
-    """Return the file that is locked: beside the hidden name, so that it is never published with what stands there."""
-    return hidden.with_name(f"{hidden.name}.lock")
+def _lock_path(path: Path) -> Path:
+    """Return the path of the lock file. It is beside the temporary directory, so that it is never published."""
+    return path.with_name(f"{path.name}.lock")
 
 
-def _locked(lock: Path) -> int | None:
-    """Make a file and lock it; None where another process has taken the file, not locked yet, for a dead one's."""
+def _create_lock(lock: Path) -> int | None:
+    """Create and lock a file. Return None if another process removed it as a leftover before it was locked."""
     handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        with suppress(OSError):  # not every file system has locks
+        with suppress(OSError):  # Some file systems have no locks.
             fcntl.flock(handle, fcntl.LOCK_EX)
         os.write(handle, _host(handle))
         if lock.exists():
@@ -150,31 +150,31 @@ def _locked(lock: Path) -> int | None:
     return None
 
 
-def _is_dead(handle: int, hidden: Path) -> bool:
+def _is_dead(handle: int, temporary: Path) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # no locks here
-        seen = False
+    except OSError:  # This file system has no locks.
+        lock_is_visible = False
     else:
         host = os.pread(handle, 100, 0)
-        seen = host == _host(handle) if host else not hidden.exists()
-    return seen or time.time() - _last_change(handle, hidden) > _QUIET
+        lock_is_visible = host == _host(handle) if host else not temporary.exists()
+    return lock_is_visible or time.time() - _last_change(handle, temporary) > _UNCHANGED
 
 
-def _last_change(handle: int, hidden: Path) -> float:
+def _last_change(handle: int, temporary: Path) -> float:
     times = [os.fstat(handle).st_mtime]
-    for path in (hidden, *hidden.rglob("*")):
+    for path in (temporary, *temporary.rglob("*")):
         with suppress(FileNotFoundError):
             times.append(path.lstat().st_mtime)
     return max(times)
 
 
 def _host(handle: int) -> bytes:
-    """Return what is the same for all processes that see each other's locks for certain; nothing where nobody knows.
+    """Return an identifier that is equal only for processes that see each other's locks; empty if it is unknown.
 
-    That is this start of this host, and this mount of the file system: containers may have mounts of their own.
+    It contains the boot id of this host and the device of the mount, because containers may have their own mounts.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -183,45 +183,45 @@ def _host(handle: int) -> bytes:
     return f"{boot} {os.fstat(handle).st_dev}".encode()
 
 
-class _Owned:
-    """The hidden names of this process. While the main thread works on one, signals that would kill it are handled."""
+class _OwnedNames:
+    """The temporary names of this process. Handles SIGTERM and SIGHUP while the main thread uses one of them."""
 
     def __init__(self) -> None:
-        self._names: set[HiddenName] = set()
-        self._in_main_thread: set[HiddenName] = set()
+        self._names: set[TemporaryName] = set()
+        self._in_main_thread: set[TemporaryName] = set()
 
-    def add(self, name: HiddenName) -> None:
+    def add(self, name: TemporaryName) -> None:
         self._names.add(name)
         if threading.current_thread() is threading.main_thread():
             self._in_main_thread.add(name)
             for number in _SIGNALS:
                 if signal.getsignal(number) is signal.SIG_DFL:
-                    signal.signal(number, self._die)
+                    signal.signal(number, self._discard_and_die)
 
-    def remove(self, name: HiddenName) -> None:
+    def remove(self, name: TemporaryName) -> None:
         self._names.discard(name)
-        self.leave(name)
+        self.stop_handling_signals(name)
 
-    def leave(self, name: HiddenName) -> None:
-        """Stop handling signals for a name."""
+    def stop_handling_signals(self, name: TemporaryName) -> None:
+        """Restore the signal handlers if the main thread uses no other name."""
         self._in_main_thread.discard(name)
         if not self._in_main_thread and threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                if signal.getsignal(number) == self._die:
+                if signal.getsignal(number) == self._discard_and_die:
                     signal.signal(number, signal.SIG_DFL)
 
-    def forget(self) -> None:
-        """Leave all to the process that this one was forked from, which else could not end the locks by its own end."""
+    def close_locks(self) -> None:
+        """Close all locks in a forked child, which would otherwise hold them after its parent has ended."""
         self._in_main_thread.clear()
         while self._names:
-            self._names.pop().forget()
+            self._names.pop().close_lock()
 
-    def _die(self, number: int, frame: FrameType | None) -> None:
+    def _discard_and_die(self, number: int, frame: FrameType | None) -> None:
         for name in list(self._names):
             name.discard()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
-_OWNED = _Owned()
-os.register_at_fork(after_in_child=_OWNED.forget)
+_OWNED = _OwnedNames()
+os.register_at_fork(after_in_child=_OWNED.close_locks)

@@ -21,8 +21,8 @@ from twa_scale.base.process_memory import peak_resident, return_freed_memory
 from twa_scale.config import RunConfig, dump
 from twa_scale.engines.zero import is_deepspeed
 from twa_scale.output import DirectoryLock, parse_size
-from twa_scale.output.publish import check_target, replace_file, reported
-from twa_scale.output.temporary import sweep
+from twa_scale.output.publish import check_target, output_errors, replace_file
+from twa_scale.output.temporary import remove_leftovers
 from twa_scale.ranks import Group, World, require_same_settings, set_collective_timeout
 from twa_scale.run import comparison
 from twa_scale.run.batches import Batches, make_batches
@@ -119,11 +119,11 @@ class Run:
                 "continue it, resume=false to start anew, or another output."
             )
             return summary, None
-        with reported(self.output):
+        with output_errors(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
             check_target(self.output / AVERAGE, 0, overwrite=True)
         self.lock.take()
-        sweep(self.output)
+        remove_leftovers(self.output)
         return None, find_state(config, self.num_steps, say)  # as the owner before has left it
 
     def _attach(self, state: RunState | None) -> None:

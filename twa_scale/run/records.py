@@ -13,8 +13,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from twa_scale.output import Appended
-from twa_scale.output.publish import reported
+from twa_scale.output import AppendedFile
+from twa_scale.output.publish import output_errors
 
 METRICS = "metrics.jsonl"
 
@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 class Records:
     """Appends to metrics.jsonl and to a TensorBoard event file; on other ranks it does nothing.
 
-    A full disk does not stop a run: see `Appended`. TensorBoard's own writer would raise in a thread.
+    A full disk does not stop a run: see `AppendedFile`. TensorBoard's own writer would raise in a thread.
     """
 
     def __init__(self, directory: Path, *, active: bool, step: int, say: Callable[[str], object]) -> None:
@@ -31,7 +31,7 @@ class Records:
         Raises:
             OutputError: the files cannot be created; an older metrics.jsonl is as it was.
         """
-        self._files: tuple[Appended, Appended] | None = None
+        self._files: tuple[AppendedFile, AppendedFile] | None = None
         if not active:
             return
         known, damaged = _read(directory) if step else ([], 0)
@@ -40,8 +40,8 @@ class Records:
         kept = [line for line in known if line["step"] < step or (line["step"] == step and "lr" in line)]
         lines = "".join(json.dumps(line) + "\n" for line in kept)
         self._files = (
-            Appended(directory / METRICS, lines.encode(), say),
-            Appended(directory / "tensorboard" / _event_file(), _opening(step), say),
+            AppendedFile(directory / METRICS, lines.encode(), say),
+            AppendedFile(directory / "tensorboard" / _event_file(), _opening(step), say),
         )
         for line in kept:
             if line["step"] == step:  # the opening drops it too
@@ -70,7 +70,7 @@ def _read(directory: Path) -> tuple[list[dict[str, Any]], int]:
     path = directory / METRICS
     if not path.is_file():
         return [], 0
-    with reported(path):
+    with output_errors(path):
         *whole, rest = path.read_bytes().split(b"\n")
     lines = [line for line in map(_record, whole) if line is not None]
     return lines, len(whole) - len(lines) + bool(rest)

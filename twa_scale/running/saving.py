@@ -60,7 +60,7 @@ def _save(
 
         def write(span: Span, values: torch.Tensor) -> None:
             for stored, part in form.spans(span, values):
-                writer.write(stored, part, masks=may_be_mask(engine, span.name))
+                writer.write(stored, part, allow_infinite=may_be_mask(engine, span.name))
 
         for span in engine.spans():
             pieces = _combined(window, i, span) if span in held else [(span, engine.live(span))]

@@ -1,4 +1,4 @@
-"""Outputs are whole at any moment, and what dead writers leave is removed; what belongs to a live one is not."""
+"""Outputs are complete at any time, and temporary files are removed once their owner is dead."""
 
 import json
 import multiprocessing
@@ -19,17 +19,17 @@ from tests.kill_while_writing import KILLS
 from twa_scale.candidates import open_candidates
 from twa_scale.errors import CandidateError
 from twa_scale.output.publish import publish, replace_file
-from twa_scale.output.temporary import HiddenName, sweep
+from twa_scale.output.temporary import TemporaryName, remove_leftovers
 
 FORK = multiprocessing.get_context("fork")
 
 
-def left(directory: Path) -> list[str]:
+def remaining(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def prepare(target: Path, kind: str = "tmp") -> HiddenName:
-    hidden = HiddenName(target, kind)  # type: ignore[arg-type]
+def prepare(target: Path, kind: str = "tmp") -> TemporaryName:
+    hidden = TemporaryName(target, kind)  # type: ignore[arg-type]
     hidden.path.mkdir()
     (hidden.path / "weights").write_bytes(b"0")
     return hidden
@@ -47,9 +47,7 @@ def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]
 
 
 @pytest.mark.parametrize("mode", KILLS)
-def test_killed_writers_leave_a_whole_output_and_nothing_after_the_next_start(
-    kills: dict[str, dict[str, int]], mode: str
-) -> None:
+def test_killed_writers_leave_a_complete_output(kills: dict[str, dict[str, int]], mode: str) -> None:
     found = kills[mode]
     assert found["killed"] == found["complete afterwards"] == KILLS[mode] and found["left"] == 0
     assert found["hidden"] > 0
@@ -66,7 +64,7 @@ def hold(target: Path, ready: Connection) -> None:
 
 @contextmanager
 def holding(target: Path, run: Callable[[Path, Connection], None] = hold) -> Iterator[tuple[int, str]]:
-    """A process that has something under a hidden name: its number and the name."""
+    """Run a process that holds a temporary name; yield its id and the name."""
     receive, send = FORK.Pipe(duplex=False)
     process = FORK.Process(target=run, args=(target, send))
     process.start()
@@ -78,24 +76,24 @@ def holding(target: Path, run: Callable[[Path, Connection], None] = hold) -> Ite
         process.join()
 
 
-def test_what_a_live_process_holds_stays(tmp_path: Path) -> None:
+def test_names_of_live_processes_are_kept(tmp_path: Path) -> None:
     with holding(tmp_path / "out") as (pid, name):
         os.kill(pid, signal.SIGSTOP)
-        sweep(tmp_path)
-        assert left(tmp_path) == [name, f"{name}.lock"]
-    sweep(tmp_path, "other")
-    assert left(tmp_path) == [name, f"{name}.lock"]
-    sweep(tmp_path, "out")
-    assert left(tmp_path) == []
+        remove_leftovers(tmp_path)
+        assert remaining(tmp_path) == [name, f"{name}.lock"]
+    remove_leftovers(tmp_path, "other")
+    assert remaining(tmp_path) == [name, f"{name}.lock"]
+    remove_leftovers(tmp_path, "out")
+    assert remaining(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_kills_leaves_nothing(tmp_path: Path, number: int, heeded: None) -> None:
+def test_killing_signals_remove_temporary_files(tmp_path: Path, number: int, default_handlers: None) -> None:
     with holding(tmp_path / "out") as (pid, _):
         os.kill(pid, number)
         _, status = os.waitpid(pid, 0)
         assert os.WTERMSIG(status) == number
-        assert left(tmp_path) == []
+        assert remaining(tmp_path) == []
 
 
 def wait(ready: Connection) -> None:
@@ -116,24 +114,24 @@ def hold_and_fork(target: Path, ready: Connection) -> None:
     time.sleep(60)
 
 
-def test_what_a_process_holds_is_not_that_of_those_that_it_forks(tmp_path: Path) -> None:
+def test_forked_children_do_not_hold_locks(tmp_path: Path) -> None:
     with holding(tmp_path / "out", hold_and_fork) as (_, said):
         name, code = said.split()
-        assert left(tmp_path) == [name, f"{name}.lock"] and int(code) == -signal.SIGTERM
-    sweep(tmp_path)  # while another worker lives on
-    assert left(tmp_path) == []
+        assert remaining(tmp_path) == [name, f"{name}.lock"] and int(code) == -signal.SIGTERM
+    remove_leftovers(tmp_path)  # while another worker still runs
+    assert remaining(tmp_path) == []
 
 
 @pytest.fixture
-def heeded() -> Iterator[None]:
-    """Give signals back their meaning: whoever runs the tests may ignore them."""
+def default_handlers() -> Iterator[None]:
+    """Restore the default handlers, because the process that runs the tests may ignore signals."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_handlers_of_ones_own_are_left_alone(tmp_path: Path, heeded: None) -> None:
+def test_existing_handlers_are_kept(tmp_path: Path, default_handlers: None) -> None:
     caught = []
     before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
     try:
@@ -143,31 +141,31 @@ def test_handlers_of_ones_own_are_left_alone(tmp_path: Path, heeded: None) -> No
             assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and left(tmp_path) == []
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and remaining(tmp_path) == []
 
 
-def test_a_thread_leaves_signals_to_the_main_thread(tmp_path: Path, heeded: None) -> None:
-    """While a thread writes, SIGTERM has the meaning that it had before."""
+def test_move_to_thread_restores_handlers(tmp_path: Path, default_handlers: None) -> None:
+    """While another thread writes, SIGTERM has its previous handler."""
     hidden = prepare(tmp_path / "out")
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     with prepare(tmp_path / "other"):
-        hidden.hand_over()
+        hidden.move_to_thread()
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and hidden.path.exists()
     thread = threading.Thread(target=lambda: (prepare(tmp_path / "third").discard(), hidden.discard()))
     thread.start()
     thread.join()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and left(tmp_path) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and remaining(tmp_path) == []
 
 
-def test_a_lock_that_nobody_came_to_use(tmp_path: Path) -> None:
+def test_lock_without_a_temporary_file(tmp_path: Path) -> None:
     (tmp_path / ".out.tmp-0a1b2c3d.lock").touch()  # killed before the first byte
-    sweep(tmp_path)
-    assert left(tmp_path) == []
+    remove_leftovers(tmp_path)
+    assert remaining(tmp_path) == []
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_another_host_is_given_a_day(tmp_path: Path, old: bool) -> None:
+def test_locks_of_other_hosts_are_kept_for_a_day(tmp_path: Path, old: bool) -> None:
     with holding(tmp_path / "out") as (_, name):
         pass
     lock = tmp_path / f"{name}.lock"
@@ -175,11 +173,11 @@ def test_another_host_is_given_a_day(tmp_path: Path, old: bool) -> None:
     if old:
         for path in (lock, *(tmp_path / name).rglob("*"), tmp_path / name):
             os.utime(path, (0, time.time() - 25 * 3600))
-    sweep(tmp_path)
-    assert left(tmp_path) == ([] if old else [name, lock.name])
+    remove_leftovers(tmp_path)
+    assert remaining(tmp_path) == ([] if old else [name, lock.name])
 
 
-def test_an_output_that_was_moved_aside_comes_back_once(tmp_path: Path) -> None:
+def test_output_that_was_being_replaced_is_restored(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for now in (None, b"new"):
         with holding(out) as (_, name):
@@ -191,19 +189,19 @@ def test_an_output_that_was_moved_aside_comes_back_once(tmp_path: Path) -> None:
         if not now:
             with pytest.raises(CandidateError, match=r"killed.*\.out\.old-"):
                 open_candidates([out], minimum=1)
-        sweep(tmp_path)
-        assert left(tmp_path) == ["out"] and (out / "weights").read_bytes() == (now or b"0")
+        remove_leftovers(tmp_path)
+        assert remaining(tmp_path) == ["out"] and (out / "weights").read_bytes() == (now or b"0")
 
 
-def test_what_stands_in_the_way_is_kept(tmp_path: Path) -> None:
+def test_publish_does_not_replace_a_file(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_bytes(b"a file")
     with prepare(out) as hidden, pytest.raises(OSError, match="directory"):
         publish(hidden.path, out)
-    assert left(tmp_path) == ["out"] and out.read_bytes() == b"a file"
+    assert remaining(tmp_path) == ["out"] and out.read_bytes() == b"a file"
 
 
-def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
+def test_replace_file(tmp_path: Path) -> None:
     for content in (b"old", b"new"):
         replace_file(tmp_path / "state", content)
-        assert left(tmp_path) == ["state"] and (tmp_path / "state").read_bytes() == content
+        assert remaining(tmp_path) == ["state"] and (tmp_path / "state").read_bytes() == content
