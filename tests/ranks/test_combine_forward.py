@@ -59,16 +59,16 @@ def train(how: str, combine: str, out: Path) -> dict[str, Any]:
     twa = attach(model, combine)
     seen: dict[str, Any] = {"losses": []}
 
-    def step(number: int) -> None:
-        for _ in range(2):
+    def step(number: int, passes: int = 1) -> None:
+        for _ in range(passes):
             loss = own_loss(model, number)
             seen["losses"].append(loss.item())
             loss.backward()
         twa.step()
         twa.zero_grad()
 
-    step(0)
-    step(10)
+    step(0, passes=2)
+    step(10, passes=2)
     with torch.inference_mode():
         seen["evaluated"] = own_loss(model, 20).item()
     step(11)

@@ -34,9 +34,13 @@ LAYOUTS: dict[str, list[tuple[str, int]]] = {  # engine and ranks of every pod
 }
 SLOW = {"2 x 2 ddp", "3 x 1 plain", "mixed"}
 RUNS = {
-    "normalized": Run({"groups": "block"}),
-    "orthonormal": Run({"basis": "orthonormal", "groups": "tensor", "center": "last", "optimizer": {"lr": 0.005}}),
-    "simplex": Run({"basis": "simplex", "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}, accumulate=2),
+    "normalized": Run({"groups": "block"}, steps=8),
+    "orthonormal": Run(
+        {"basis": "orthonormal", "groups": "tensor", "center": "last", "optimizer": {"lr": 0.005}}, steps=8
+    ),
+    "simplex": Run(
+        {"basis": "simplex", "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}, steps=8, accumulate=2
+    ),
 }
 Layout = list[tuple[str, int]]
 

@@ -13,7 +13,7 @@ from tests.ranks import cases
 from tests.ranks.cases import Run
 from tests.reference import Scored
 
-LR, MOMENTUM, DECAY, NUM_STEPS = 3e-4, 0.9, 3.0, 20
+LR, MOMENTUM, DECAY, NUM_STEPS = 3e-4, 0.9, 3.0, 10
 BLOCKS = {  # which tensors are one vector of weight space
     "global": [""],
     "block": ["stem.", "embed.", "embed_mix.", "blocks.0.", "blocks.1."],
