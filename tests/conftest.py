@@ -10,6 +10,7 @@ import torch
 from tests.pool import Pool
 
 torch.set_num_threads(1)  # on tensors this small, more threads only cost
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start: idle threads spin
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
