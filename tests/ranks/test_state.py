@@ -110,14 +110,21 @@ def resume_refused(engine: str, config: dict[str, Any], state: bytes, paths: Any
 OTHER = {"basis": "pca", "groups": "tensor", "center": "last", "units": "weight"}
 
 
+@pytest.fixture(scope="module")
+def begun(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], bytes]:
+    """Return the state after two steps of an engine on a number of ranks, from candidates in files; made once."""
+    paths = save(tmp_path_factory.mktemp("begun"), models.candidates())
+    options: dict[str, Any] = {"config": CONFIGS["normalized"], "first": 0, "last": 2, "state": None, "paths": paths}
+    return cache(lambda engine, size: ranks(go_on, size, engine=engine, **options)[0][2])
+
+
 @pytest.mark.parametrize(("engine", "size"), [("plain", 2), ("fsdp2", 3)])
 @pytest.mark.parametrize("change", ["one element", "frozen", "swapped", "one less", *OTHER])
 def test_a_state_of_something_else_is_refused_on_every_rank(
-    ranks: Pool, tmp_path: Path, engine: str, size: int, change: str
+    ranks: Pool, begun: Callable[[str, int], bytes], tmp_path: Path, engine: str, size: int, change: str
 ) -> None:
     paths = save(tmp_path, models.candidates())
     config = dict(CONFIGS["normalized"])
-    state = ranks(go_on, size, engine=engine, config=config, first=0, last=2, state=None, paths=paths)[0][2]
     named = []
     if change in ("one element", "frozen"):
         tensors = load_file(paths[2])
@@ -133,7 +140,7 @@ def test_a_state_of_something_else_is_refused_on_every_rank(
     else:
         config[change] = OTHER[change]
         named = [change]
-    error = ranks.error(resume_refused, size, engine=engine, config=config, state=state, paths=paths)
+    error = ranks.error(resume_refused, size, engine=engine, config=config, state=begun(engine, size), paths=paths)
     assert isinstance(error, StateError), repr(error)
     for part in named:
         assert part in str(error), str(error)
