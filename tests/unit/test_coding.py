@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import twa_scale
 from tests.deltas import packed_rows
 from twa_scale import ConfigError
-from twa_scale.average.basis import make_basis
+from twa_scale.average.bases import Orthonormal
 from twa_scale.base.spans import Span
 from twa_scale.candidates import open_candidates
 from twa_scale.candidates.rounding import choose_coding
@@ -231,7 +231,7 @@ def test_256_candidates_of_a_run() -> None:
     twa.close()
     deltas = walk(n, 2000).double()
     rows = torch.cat([deltas - deltas.mean(0), deltas.mean(0, keepdim=True)])
-    basis = make_basis("orthonormal", (rows @ rows.T)[None], torch.full((n,), 1 / n).double(), units="weight")
+    basis = Orthonormal((rows @ rows.T)[None], torch.full((n,), 1 / n).double())
     matrix = basis.matrix[0]
     assert matrix.shape == (n + 1, n)
     torch.testing.assert_close(matrix.T @ basis.gram[0] @ matrix, torch.eye(n).double(), rtol=0, atol=1e-9)

@@ -15,10 +15,11 @@ from twa_scale import ConfigError
 from twa_scale.base.process_memory import free_memory, machine_memory
 from twa_scale.cli import app
 from twa_scale.config import RunConfig, validated
+from twa_scale.config.kinds import STORES
 from twa_scale.run.model import blocks_of
 from twa_scale.run.tasks import build_task, stack
 from twa_scale.store import store_bytes
-from twa_scale.tools.planning import STORES, choose_store, make_plan
+from twa_scale.tools.planning import choose_store, make_plan
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 

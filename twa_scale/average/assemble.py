@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.basis import Basis, make_basis
+from twa_scale.average.bases import make_basis
+from twa_scale.average.basis import Basis
 from twa_scale.average.layout import Layout
 from twa_scale.average.load_candidates import Filled, fingerprint, write_rest
 from twa_scale.base.names import some
@@ -135,13 +136,7 @@ def _basis(pods: Pods, config: TwaConfig, gram: torch.Tensor, weights: Sequence[
     basis = None
     with pods.agree():
         if pods.rank == 0:
-            basis = make_basis(
-                config.basis,
-                gram,
-                torch.tensor(weights, dtype=torch.float64),
-                units=config.units,
-                num_components=config.num_components,
-            )
+            basis = make_basis(config, gram, weights)
     basis = pods.broadcast(basis)
     assert basis is not None
     return basis

@@ -22,6 +22,7 @@ from twa_scale.candidates.mapped import mapped, refuse_overlap
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.candidates.rounding import choose_coding
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
+from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.complex_weights import complex_in_model
 from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting
@@ -156,7 +157,7 @@ def _store(engine: Engine, layout: Layout, candidates: Sequence[Candidate], conf
     Raises:
         CandidateError, ConfigError: candidates that the store would overwrite, or that cannot be mapped.
     """
-    if config.store == "mapped":
+    if isinstance(store_kind(config.store), MappedFiles):
         live = [engine.live(span) for span in engine.spans() if span.name in layout.group_of]
         refuse_overlap(candidates, [layout.source(name) for name in layout.group_of], live)
     return make_store(

@@ -29,6 +29,7 @@ from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.read_ahead import Progress, job_bytes
 from twa_scale.candidates.rounding import Rounding
 from twa_scale.config import TwaConfig
+from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine
 from twa_scale.errors import RankError, TwaError
 from twa_scale.output.provenance import provenance
@@ -126,7 +127,9 @@ class TrainableAverage:
         elements = sum(len(span) for span in self._spans)
         weights = sum(self._engine.live(span).nbytes for span in self._spans)
         mapped = 0
-        if self.config.store == "mapped":  # it reads the candidates' own files where other stores read deltas
+        if isinstance(
+            store_kind(self.config.store), MappedFiles
+        ):  # it reads the candidates' own files where other stores read deltas
             everyone = range(self.num_candidates)
             mapped = job_bytes(self._candidates, [(self.layout.sourced(span), everyone) for span in self._spans])
         nbytes = update_bytes(self._store.nbytes, elements, mapped=mapped, weights=weights)

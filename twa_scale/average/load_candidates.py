@@ -6,7 +6,8 @@ from itertools import chain
 
 import torch
 
-from twa_scale.average.basis import Gram, needs_norms_only
+from twa_scale.average.bases import basis_class
+from twa_scale.average.basis import Gram
 from twa_scale.average.layout import Layout, alias_jobs
 from twa_scale.base.spans import Span, whole
 from twa_scale.candidates import Candidate
@@ -68,7 +69,7 @@ def fill(
         read_chunk=config.read_chunk,
         reads_in_flight=config.reads_in_flight,
     )
-    gram = Gram(len(layout.groups), len(candidates), store.device, diagonal=needs_norms_only(config.basis))
+    gram = Gram(len(layout.groups), len(candidates), store.device, diagonal=basis_class(config.basis).norms_only)
     errors = torch.zeros(len(candidates), dtype=torch.float64, device=store.device)
     _read_spans(engine, layout, stream, weights, store, gram, errors)
     _read_aliases(engine, layout, stream, candidates)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from twa_scale.average.bases import basis_class
 from twa_scale.config import TwaConfig, candidate_index
 from twa_scale.errors import ConfigError, StateError
 
@@ -21,11 +22,7 @@ def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
     n = len(center_weights)
     if config.start != "center":
         candidate_index(config.start, n, "start")
-    if config.basis == "simplex" and (config.start != "center" or min(center_weights) <= 0):
-        raise ConfigError(
-            "basis 'simplex' must start where every candidate has a positive weight: at its corners and edges the "
-            "softmax has no gradient. Choose start: center, and a center that uses all candidates."
-        )
+    basis_class(config.basis).check(config, center_weights)
     if config.num_components is not None and config.num_components >= n:
         raise ConfigError(
             f"num_components: {config.num_components} asked for, but {n} candidates span at most {n - 1} directions."

@@ -7,6 +7,7 @@ import typer
 
 from twa_scale.cli.options import Overrides, Timeout
 from twa_scale.cli.shared import drawn, joined
+from twa_scale.config.kinds import StoreName
 from twa_scale.errors import ConfigError
 
 
@@ -51,10 +52,10 @@ def bench(
 
     from twa_scale.config import load_config
     from twa_scale.ranks import World
-    from twa_scale.tools.bench import Work, bench_json, bench_table, forecast, planned_work
+    from twa_scale.tools.bench import Work, bench_json, bench_table, forecast, parse_stores, planned_work
     from twa_scale.tools.planning import make_plan
 
-    names = stores.split(",") if stores else []
+    names: list[StoreName] = parse_stores(stores) if stores else []
     plan = None
     if config is None:
         if ranks is not None:

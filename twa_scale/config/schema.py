@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
 from twa_scale.config.center import Center, check_index, of_sum_one, parse_center
+from twa_scale.config.kinds import BasisName, EngineName, PackedDeltas, StoreName, store_kind
 from twa_scale.config.optimizers import check_name, check_options
 from twa_scale.config.section import Count, Directory, Integer, Section
 
@@ -47,7 +48,7 @@ class OptimizerConfig(Section):
 class TwaConfig(Section):
     """How the average is parametrized and trained; the `config` of `twa_scale.attach`."""
 
-    basis: Literal["normalized", "orthonormal", "pca", "simplex"] = Field(
+    basis: BasisName = Field(
         "normalized",
         description="What the coefficients multiply: `normalized` deltas (TWA v4), an `orthonormal` basis of the "
         "candidates (TWA, ICLR 2023), leading `pca` directions (DLDR), or softmax weights on the `simplex` (learned "
@@ -75,7 +76,7 @@ class TwaConfig(Section):
         "center",
         description="Where the coefficients start: at the `center`, or at a candidate (`first`, `last`, an index).",
     )
-    store: Literal["dense32", "dense16", "packed8", "packed4", "packed2", "packed1", "mapped"] = Field(
+    store: StoreName = Field(
         "dense32",
         description="How the deltas are held beside the weights: float32, bfloat16, codes of 8 to 1 bits with one "
         "scale a block, or not at all: `mapped` takes them from the candidates' files.",
@@ -202,7 +203,7 @@ class TwaConfig(Section):
 
     @model_validator(mode="after")
     def _increments_need_codes(self) -> "TwaConfig":
-        if self.coding == "increments" and not self.store.startswith("packed"):
+        if self.coding == "increments" and not isinstance(store_kind(self.store), PackedDeltas):
             raise ValueError(
                 f"coding 'increments' is for packed stores; the store is {self.store!r}. Use packed8, packed4, packed2 "
                 "or packed1, or leave `coding` out"
@@ -263,7 +264,7 @@ class RunConfig(TwaConfig):
     output: Directory = Field(
         description="Directory of the run: its state, metrics, pictures and the exported average."
     )
-    engine: Literal["auto", "plain", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
+    engine: Literal["auto", EngineName] = Field(
         "auto",
         description="How the model is held: `auto` shards it with FSDP2 when there are several ranks; `zero1` to "
         "`zero3` by DeepSpeed.",

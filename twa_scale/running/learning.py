@@ -9,7 +9,8 @@ import torch
 from twa_scale.average.assemble import assemble
 from twa_scale.average.attach import matched, require_trainable
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.basis import Gram, needs_norms_only
+from twa_scale.average.bases import basis_class
+from twa_scale.average.basis import Gram
 from twa_scale.average.layout import Layout
 from twa_scale.average.load_candidates import Filled
 from twa_scale.average.optimizer import check_settings
@@ -117,7 +118,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
 def _measured(engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float]) -> Filled:
     """Return what a pass over candidates would have found: products of the deltas, errors and checksums."""
     n, device = window.count, window.store.device
-    gram = Gram(len(layout.groups), n, device, diagonal=needs_norms_only(config.basis))
+    gram = Gram(len(layout.groups), n, device, diagonal=basis_class(config.basis).norms_only)
     b = torch.tensor(weights, dtype=torch.float32, device=device)
     checksums = {}
     for span in window.spans:

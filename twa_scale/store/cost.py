@@ -2,18 +2,19 @@
 
 from collections.abc import Iterable, Mapping
 
+from twa_scale.config.kinds import StoreName
 from twa_scale.store.make import span_bytes
 from twa_scale.store.offloaded import BUFFER
 
 _FLOAT32 = 4
 
 
-def store_bytes(store: str, n: int, sizes: Iterable[int]) -> int:
+def store_bytes(store: StoreName, n: int, sizes: Iterable[int]) -> int:
     """Return what n deltas and the center of spans of these sizes, in elements, take in the store of that name."""
     return sum(span_bytes(store, n, size) for size in sizes)
 
 
-def staging_bytes(store: str, n: int, sizes: Iterable[int]) -> int:
+def staging_bytes(store: StoreName, n: int, sizes: Iterable[int]) -> int:
     """Return what the two buffers on a GPU take through which such a store is used from host memory."""
     return 2 * min(BUFFER, max((span_bytes(store, n, size) for size in sizes), default=0))
 

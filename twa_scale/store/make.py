@@ -1,9 +1,13 @@
-"""Choosing a store by its name in the configuration."""
+"""The store that the configuration names, and its size."""
+
+from typing import Literal
 
 import torch
+from typing_extensions import assert_never
 
 from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
+from twa_scale.config.kinds import DenseDeltas, MappedFiles, PackedDeltas, StoreName, store_kind
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Allocate, Coding, Dense, Kernels, Packed, choose_kernels, of_deltas, packed_bytes
 from twa_scale.store.host_memory import in_large_pages
@@ -12,13 +16,11 @@ from twa_scale.store.mapped import Mapped, MappedStore
 from twa_scale.store.offloaded import OffloadedStore
 from twa_scale.store.store import Store
 
-_DTYPES = {"dense32": torch.float32, "dense16": torch.bfloat16}
-_BITS = {"packed8": 8, "packed4": 4, "packed2": 2, "packed1": 1}
 
-
-def bits_of(name: str) -> int | None:
+def bits_of(name: StoreName) -> int | None:
     """Return the bits of the codes of a packed store, None for other stores."""
-    return _BITS.get(name)
+    kind = store_kind(name)
+    return kind.bits if isinstance(kind, PackedDeltas) else None
 
 
 def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped, coding: Coding | None = None) -> Store:
@@ -34,11 +36,11 @@ def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped, 
     Raises:
         ConfigError: store `mapped` on a GPU.
     """
-    kernels = choose_kernels(config.kernels, device)
-    if config.store != "mapped":
+    kernels, kind = choose_kernels(config.kernels, device), store_kind(config.store)
+    if not isinstance(kind, MappedFiles):
         if config.store_device == "cpu" and device.type != "cpu":
             return OffloadedStore(lambda allocate: host_store(config, n, allocate, coding), device, kernels)
-        return _held(config.store, n, device, kernels, coding)
+        return _in_memory(kind, n, device, kernels, coding)
     if device.type != "cpu":
         raise ConfigError(
             f"store: 'mapped' reads the candidates' files from the CPU's memory, but the model is on {device}. "
@@ -49,13 +51,14 @@ def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped, 
 
 def host_store(config: TwaConfig, n: int, allocate: Allocate, coding: Coding | None = None) -> HeldStore:
     """Return the store on the CPU, in memory of `allocate`, of an `OffloadedStore`."""
-    cpu = torch.device("cpu")
+    cpu, kind = torch.device("cpu"), store_kind(config.store)
+    assert not isinstance(kind, MappedFiles)
     kernels = choose_kernels("torch" if config.kernels == "torch" else "auto", cpu)  # the others named are a GPU's
-    return _held(config.store, n, cpu, kernels, coding, allocate)
+    return _in_memory(kind, n, cpu, kernels, coding, allocate)
 
 
-def _held(
-    name: str,
+def _in_memory(
+    kind: DenseDeltas | PackedDeltas,
     n: int,
     device: torch.device,
     kernels: Kernels,
@@ -63,17 +66,30 @@ def _held(
     allocate: Allocate = in_large_pages,
 ) -> HeldStore:
     def make(span: Span) -> Dense | Packed:
-        if name in _DTYPES:
-            return Dense.empty(n, len(span), _DTYPES[name], device, allocate)
-        return Packed.empty(n, len(span), span.start, _BITS[name], device, allocate)
+        match kind:
+            case DenseDeltas(dtype):
+                return Dense.empty(n, len(span), torch_dtype(dtype), device, allocate)
+            case PackedDeltas(bits):
+                return Packed.empty(n, len(span), span.start, bits, device, allocate)
+            case _:
+                assert_never(kind)
 
     return HeldStore(make, device, kernels, coding or of_deltas(n), allocate)
 
 
-def span_bytes(name: str, n: int, elements: int) -> int:
-    """Return what a span of trained elements costs: n deltas and the float32 center."""
-    if name == "mapped":
-        return 4 * elements
-    if name in _DTYPES:
-        return (n * _DTYPES[name].itemsize + 4) * elements
-    return packed_bytes(n, elements, _BITS[name]) + 4 * elements
+def torch_dtype(name: Literal["float32", "bfloat16"]) -> torch.dtype:
+    """Return the type of this name."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def span_bytes(name: StoreName, n: int, elements: int) -> int:
+    """Return the bytes of a span of trained elements: n deltas and the float32 center."""
+    match store_kind(name):
+        case DenseDeltas(dtype):
+            return (n * torch_dtype(dtype).itemsize + 4) * elements
+        case PackedDeltas(bits):
+            return packed_bytes(n, elements, bits) + 4 * elements
+        case MappedFiles():
+            return 4 * elements
+        case kind:
+            assert_never(kind)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from twa_scale.average.basis import Gram, needs_norms_only
+from twa_scale.average.bases import basis_class
+from twa_scale.average.basis import Gram
 from twa_scale.base.spans import whole
 from twa_scale.candidates import open_candidates
 from twa_scale.candidates.mapped import mapped
@@ -121,7 +122,7 @@ def _attach(paths: Sequence[Path], config: TwaConfig, device: torch.device) -> N
     opened = open_candidates([str(path) for path in paths], minimum=1)
     n = len(opened)
     store = make_store(config, n, device, lambda name: [mapped(candidate, name) for candidate in opened])
-    gram = Gram(1, n, device, diagonal=needs_norms_only(config.basis))
+    gram = Gram(1, n, device, diagonal=basis_class(config.basis).norms_only)
     span = whole("w", opened[0].shape("w"))
     target = replace(store.reserve(span), products=gram.of(0))
     Stream(opened, store.kernels).make_deltas({span: target}, [1 / n] * n)

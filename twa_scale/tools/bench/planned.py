@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from twa_scale.base.process_memory import free_memory
-from twa_scale.config import RunConfig, TwaConfig, validated
+from twa_scale.config import RunConfig
+from twa_scale.config.kinds import StoreName
 from twa_scale.ranks import World
 from twa_scale.store import store_bytes, update_bytes
 from twa_scale.tools.bench.files import run_streaming
@@ -27,7 +28,7 @@ class Forecast:
     """Trained elements of the rank that holds most."""
     measured: int
     """Elements that were measured; project and combine are scaled up from them."""
-    stores: dict[str, list[Measured]]
+    stores: dict[StoreName, list[Measured]]
     """By store: the parts of a step and their sum; last, reading the candidates, where that was measured."""
 
 
@@ -35,7 +36,7 @@ class Forecast:
 class Work:
     """What is to be measured."""
 
-    stores: list[str]
+    stores: list[StoreName]
     elements: int
     candidates: int
     kernels: str
@@ -54,22 +55,17 @@ class Work:
         return bench, run_streaming(stores, elements, n, kernels, device, directory) if directory else []
 
 
-def planned_work(plan: Plan, config: RunConfig, stores: list[str], elements: int | None, world: World) -> Work:
+def planned_work(plan: Plan, config: RunConfig, stores: list[StoreName], elements: int | None, world: World) -> Work:
     """Return what to measure for a planned run: all of a rank's elements, or what half of the free memory takes.
 
     Args:
         plan: of the run.
         config: that it was made of.
-        stores: names; the configured one when there is none.
+        stores: the configured one when there is none.
         elements: no more than these.
         world: the ranks that measure at once, and share the memory of this machine.
-
-    Raises:
-        ConfigError: an unknown store.
     """
     stores = stores or [config.store]
-    for store in stores:
-        validated(TwaConfig, {"store": store}, "bench")
     device = world.device(config.device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // world.size
     measured = min(plan.local_elements, elements or plan.local_elements)

@@ -7,6 +7,7 @@ import torch
 
 from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig, validated
+from twa_scale.config.kinds import StoreName
 from twa_scale.errors import ConfigError
 from twa_scale.ranks import Group
 from twa_scale.store import Store, make_store, store_bytes, update_bytes
@@ -27,7 +28,7 @@ class Bench:
     candidates: int
     memory: list[Measured]
     """Reading and copying large memory, before and after everything else."""
-    stores: dict[str, list[Measured]]
+    stores: dict[StoreName, list[Measured]]
     """By store: project, combine, and a whole update: both, with the reduction and the step of the coefficients."""
     coefficients: Measured
     """The step of the optimizer of the coefficients."""
@@ -46,7 +47,7 @@ class Bench:
 
 
 def run_bench(
-    stores: list[str],
+    stores: list[StoreName],
     elements: int,
     candidates: int,
     threads: int | None,
@@ -70,7 +71,7 @@ def run_bench(
             not given.
 
     Raises:
-        ConfigError: an unknown store or kernels.
+        ConfigError: unknown kernels.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -90,7 +91,16 @@ def run_bench(
     return Bench(str(device), threads, elements, candidates, memory, measured, coefficients, others)
 
 
-def bench_bytes(stores: Sequence[str], elements: int, candidates: int) -> int:
+def parse_stores(names: str) -> list[StoreName]:
+    """Return the stores of a list with commas between.
+
+    Raises:
+        ConfigError: an unknown store.
+    """
+    return [validated(TwaConfig, {"store": name}, "bench").store for name in names.split(",")]
+
+
+def bench_bytes(stores: Sequence[StoreName], elements: int, candidates: int) -> int:
     """Return about what `run_bench` takes: weights and gradient, with what is largest of all that comes and goes."""
     filled = 3 * candidates * 4 * min(_CHUNK, elements)
     largest = max(store_bytes(store, candidates, [elements]) for store in stores)

@@ -1,7 +1,7 @@
 """What a run will need, before anything starts, and which stores there is memory for."""
 
-from twa_scale.tools.planning.choices import STORES, choose_store
+from twa_scale.tools.planning.choices import choose_store
 from twa_scale.tools.planning.plan import Plan, make_plan
 from twa_scale.tools.planning.plan_tables import plan_json, plan_tables
 
-__all__ = ["STORES", "Plan", "choose_store", "make_plan", "plan_json", "plan_tables"]
+__all__ = ["Plan", "choose_store", "make_plan", "plan_json", "plan_tables"]

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 import torch
 
 from twa_scale.base.process_memory import machine_memory
+from twa_scale.config.kinds import STORES, MappedFiles, StoreName, store_kind
 from twa_scale.store import staging_bytes, store_bytes, update_bytes
 from twa_scale.tools.planning.plan import Plan
-
-STORES = ("dense32", "mapped", "dense16", "packed8", "packed4", "packed2", "packed1")
-"""The most exact first."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """A store in place of the configured one, in bytes of the rank that holds most."""
 
-    store: str
+    store: StoreName
     nbytes: int
     """Deltas and center."""
     page_cache: int
@@ -38,7 +36,7 @@ class Choices:
     """All stores, and the memory that they were held against."""
 
     stores: tuple[Choice, ...]
-    configured: str
+    configured: StoreName
     memory: int
     """Bytes that a rank has."""
     assumed: str
@@ -54,7 +52,7 @@ class Choices:
         return next(choice for choice in self.stores if choice.store == self.configured)
 
     @property
-    def most_exact(self) -> str | None:
+    def most_exact(self) -> StoreName | None:
         """The most exact store that fits, if one does."""
         return next((choice.store for choice in self.stores if choice.fits), None)
 
@@ -83,14 +81,14 @@ def choose_store(plan: Plan, memory: int | None = None, host_memory: int | None 
     return Choices(stores, plan.store, found, assumed, host, host_assumed)
 
 
-def _choice(plan: Plan, store: str, memory: int, host_memory: int) -> Choice:
-    def nbytes_of(name: str) -> int:
+def _choice(plan: Plan, store: StoreName, memory: int, host_memory: int) -> Choice:
+    def nbytes_of(name: StoreName) -> int:
         return store_bytes(name, plan.num_candidates, plan.local_sizes.values())
 
-    def in_peak(name: str) -> int:
+    def in_peak(name: StoreName) -> int:
         return staging_bytes(name, plan.num_candidates, plan.local_sizes.values()) if plan.host else nbytes_of(name)
 
-    mapped = plan.mapped_bytes if store == "mapped" else 0
+    mapped = plan.mapped_bytes if isinstance(store_kind(store), MappedFiles) else 0
     obstacle = "only on a CPU, from files in which tensors lie in one piece" if mapped is None else ""
     nbytes, page_cache = nbytes_of(store), mapped or 0
     peak = plan.peak - in_peak(plan.store) + in_peak(store)

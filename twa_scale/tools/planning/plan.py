@@ -16,6 +16,7 @@ from twa_scale.candidates.mapped import mapped
 from twa_scale.candidates.read_ahead import Job, job_bytes
 from twa_scale.candidates.streaming import scratch_bytes
 from twa_scale.config import RunConfig
+from twa_scale.config.kinds import StoreName
 from twa_scale.engines import ParameterInfo
 from twa_scale.engines.complex_weights import described, real
 from twa_scale.engines.live_adapter import live_adapter
@@ -40,7 +41,7 @@ class Plan:
     ranks: int
     device: str
     """`cpu` or `cuda`."""
-    store: str
+    store: StoreName
     num_candidates: int
     num_groups: int
     trained_elements: int
