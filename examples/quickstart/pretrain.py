@@ -20,7 +20,7 @@ from twa_scale import Snapshots
 from twa_scale.config import RunConfig, load_config
 from twa_scale.ranks import World, exit_process
 from twa_scale.run.batches import make_batches
-from twa_scale.run.model import build_model
+from twa_scale.run.engines import run_engine
 from twa_scale.run.tasks import build_task
 
 EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
@@ -31,7 +31,7 @@ class Training:
 
     def __init__(self, config: RunConfig, world: World, steps: int, lr: float) -> None:
         self.task = build_task(config.task)
-        self.model = build_model(config, self.task, world, torch.device("cpu"))
+        self.model = run_engine(config, world).build(self.task, world, torch.device("cpu"))
         torch.manual_seed(config.seed)
         self.model.init_weights()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)

@@ -17,7 +17,7 @@ from tests.commands.material import by_hand, load, run_here, state_of
 from tests.pool import Pool
 from twa_scale.config import RunConfig, load_config, validated
 from twa_scale.errors import ConfigError
-from twa_scale.run.deepspeed import zero_settings
+from twa_scale.run.engines.zero import zero_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"steps": 4, "batch_size": 8, "micro_batch_size": 1, "evaluate_batches": 2, "groups": "block"}
@@ -128,12 +128,12 @@ def of(**data: Any) -> RunConfig:
 
 def test_deepspeeds_numbers_follow_from_the_run() -> None:
     config = of(engine="zero2", batch_size=24, micro_batch_size=2, deepspeed={"gradient_clipping": 0.0})
-    found = zero_settings(config, 3)
+    found = zero_settings(config, 2, 3)
     assert found["train_micro_batch_size_per_gpu"] == 2 and found["gradient_accumulation_steps"] == 4
     assert found["train_batch_size"] == 24 and found["zero_optimization"]["stage"] == 2
     assert "torch_autocast" not in found and found["gradient_clipping"] == 0.0
     half = of(engine="zero3", precision="bfloat16")
-    assert zero_settings(half, 1)["torch_autocast"]["dtype"] == "bfloat16"
+    assert zero_settings(half, 3, 1)["torch_autocast"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_deepspeeds_numbers_follow_from_the_run() -> None:
 )
 def test_numbers_that_disagree_are_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        zero_settings(of(engine="zero3", batch_size=24, micro_batch_size=2, deepspeed=given), 3)
+        zero_settings(of(engine="zero3", batch_size=24, micro_batch_size=2, deepspeed=given), 3, 3)
 
 
 def test_a_json_of_deepspeed_is_a_run(tmp_path: Path) -> None:

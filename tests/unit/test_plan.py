@@ -16,7 +16,7 @@ from twa_scale.base.process_memory import free_memory, machine_memory
 from twa_scale.cli import app
 from twa_scale.config import RunConfig, validated
 from twa_scale.config.kinds import STORES
-from twa_scale.run.model import blocks_of
+from twa_scale.run.engines import blocks_of
 from twa_scale.run.tasks import build_task, stack
 from twa_scale.store import store_bytes
 from twa_scale.tools.planning import choose_store, make_plan

@@ -19,7 +19,6 @@ from twa_scale.average.state import STATE, RunState, save_state
 from twa_scale.base.clock import Clock, read_bandwidth
 from twa_scale.base.process_memory import peak_resident, return_freed_memory
 from twa_scale.config import RunConfig, dump
-from twa_scale.engines.zero import is_deepspeed
 from twa_scale.output import DirectoryLock, parse_size
 from twa_scale.output.publish import check_target, output_errors, replace_file
 from twa_scale.output.temporary import remove_leftovers
@@ -27,8 +26,8 @@ from twa_scale.ranks import Group, World, require_same_settings, set_collective_
 from twa_scale.run import comparison
 from twa_scale.run.batches import Batches, make_batches
 from twa_scale.run.best import Kept
+from twa_scale.run.engines import pod_mesh, run_engine
 from twa_scale.run.evaluate import evaluate
-from twa_scale.run.model import autocast, backward, build_model, pod_mesh
 from twa_scale.run.progress import Report
 from twa_scale.run.records import Records, read_records
 from twa_scale.run.resume import AVERAGE, SUMMARY, course, find_state, finished_summary, forget_state
@@ -128,9 +127,10 @@ class Run:
 
     def _attach(self, state: RunState | None) -> None:
         config, world, device = self.config, self.world, self.device
+        self.engine = run_engine(config, world)
         mesh = pod_mesh(config, world, device)
         with self.group.agree():  # apart: DDP exchanges shapes, which a rank without data would miss
-            self.model: nn.Module = build_model(config, self.task, world, device, mesh and mesh["ranks"])
+            self.model: nn.Module = self.engine.build(self.task, world, device, mesh and mesh["ranks"])
         set_collective_timeout(config.timeout)
         start = time.perf_counter()
         with self.report.bytes("reading candidates") as progress:
@@ -186,11 +186,11 @@ class Run:
         for i, batch in enumerate(self.training.training(self.step)):
             batch = {key: value.to(self.device) for key, value in batch.items()}
             with self.clock.part("forward+backward"):
-                with autocast(self.config, self.model, self.device):
+                with self.engine.autocast(self.device):
                     loss = self.task.loss(self.model, batch) / self.training.num_micro
-                backward(self.model, loss)
+                self.engine.backward(self.model, loss)
             sums[0] += loss.detach()
-            if is_deepspeed(self.model) and i + 1 < self.training.num_micro:
+            if self.engine.counts_micro_batches and i + 1 < self.training.num_micro:
                 self.twa.step()  # counts a micro-batch
         config = self.config
         rate = set_rate(self.twa.optimizer, config.optimizer.lr, config.schedule, self.step, self.num_steps)
@@ -222,7 +222,7 @@ class Run:
     def _measure(self) -> dict[str, float]:
         """Return the metrics of the weights that the model has, with BatchNorm statistics of their own."""
         self.twa.settle()  # so that only steps count as forward passes that have waited for weights
-        with autocast(self.config, self.model, self.device):
+        with self.engine.autocast(self.device):
             self._recalibrate()
             limit = self.config.evaluate_batches
             return evaluate(self.task, self.model, self.held_out, self.group, self.device, limit)
@@ -291,7 +291,7 @@ class Run:
         self.twa.load_state_dict(
             {**self.twa.state_dict(), "x": best.x, "coefficients": best.coefficients, "buffers": best.buffers}
         )
-        with autocast(self.config, self.model, self.device):
+        with self.engine.autocast(self.device):
             self._recalibrate()
         return dict(best.metrics)
 

@@ -31,7 +31,9 @@ def bench_table(bench: Bench, files: Sequence[Measured] = (), expected: Forecast
     """Return one row for each thing that was measured; shares are of the best rate of reading."""
     title = f"{bench.elements:,} elements, {bench.candidates} candidates, {bench.device}, {bench.threads} threads"
     caption = "best of several; bytes: each that has to move, counted once"
-    sections = {"memory": bench.memory, **bench.stores, "beside": bench.others, "files": files}
+    sections: dict[str, Sequence[Measured]] = {"memory": bench.memory}
+    sections |= {str(name): rows for name, rows in bench.stores.items()}
+    sections |= {"beside": bench.others, "files": files}
     if expected:
         sections |= {f"a step, {name}": rows for name, rows in expected.stores.items()}
         caption += f"\na step: what the run adds to forward and backward, {expected.elements:,} elements of a rank"

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from twa_scale.config import RunConfig
-from twa_scale.run.model import blocks_of
+from twa_scale.run.engines import blocks_of
 from twa_scale.run.tasks import Batch, Task, build_task
 
 

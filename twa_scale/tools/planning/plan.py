@@ -25,13 +25,11 @@ from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, choose_kernels
 from twa_scale.ranks import World
 from twa_scale.run.batches import make_batches
-from twa_scale.run.deepspeed import load_stages
-from twa_scale.run.model import ZERO_ENGINES, resolve_engine
+from twa_scale.run.engines import RunEngine, run_engine
+from twa_scale.run.engines.run_engine import all_reduced
 from twa_scale.run.tasks import build_task, stack
 from twa_scale.store import staging_bytes, store_bytes
 from twa_scale.tools.planning.activations import activation_bytes
-from twa_scale.tools.planning.rank_memory import ELEMENT, compute_bytes, owned_elements, partitions, transient
-from twa_scale.tools.planning.wire import all_reduced, wire_bytes
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,8 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     # These load compilers, which take memory: that of the kernels, and torch's with its first optimizer.
     choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)
     make_optimizer(config, nn.Parameter(torch.zeros(1)))
-    if config.engine in ZERO_ENGINES:
-        load_stages()
-    engine = resolve_engine(config.engine, World(rank=0, size=ranks, local_rank=0), config.pods)
-    shards = ranks // config.pods
+    engine = run_engine(config, World(rank=0, size=ranks, local_rank=0))
+    engine.load_libraries()
     task = build_task(config.task)
     examples = task.dataset(config.split)
     micro = make_batches(
@@ -109,11 +105,8 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     layout = match(parameters, buffers, candidates, config, adapter)
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
     n = len(candidates)
-    owned = {name: owned_elements(info, shards, engine) for name, info in parameters.items()}
+    owned = {name: engine.owned_elements(info) for name, info in parameters.items()}
     read = {name: size for name, size in owned.items() if name in layout.held_as}
-    held = (
-        sum(owned.values()) if engine in ("fsdp2", "zero3") else sum(prod(info.shape) for info in parameters.values())
-    )
     local = {name: owned[name] for name in layout.group_of}
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     elements = sum(prod(parameters[name].shape) for name in layout.group_of)
@@ -134,19 +127,25 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         mapped_bytes=_mapped_bytes(candidates, layout, local) if device == "cpu" else None,
         memory={
             "python and libraries": runtime,
-            "weights": held * compute_bytes(config) if engine in ZERO_ENGINES else held * ELEMENT,
-            **partitions(sum(owned.values()), engine, config),
+            "weights": engine.weight_bytes(parameters),
+            **engine.partition_bytes(parameters),
             "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
             **beside,
         },
         attach={} if offloaded else streaming,
-        step={**activations, **transient(model, parameters, engine, config)},
+        step={**activations, **engine.transient_bytes(model, parameters)},
         host={**store, **streaming} if offloaded else {},
         bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, read, candidates)),
-        wire=wire_bytes(model, parameters, shards, engine, config, numbers),
+        wire={**_summed(engine, numbers), **engine.wire_bytes(model, parameters)},
         wire_between_pods={name: all_reduced(size, config.pods) for name, size in numbers.items() if config.pods > 1},
         notes=notes,
     )
+
+
+def _summed(engine: RunEngine, numbers: dict[str, int]) -> dict[str, int]:
+    """Return what a rank sends inside its pod for the small sums over all ranks."""
+    pods = engine.config.pods > 1  # then the sum over the pods comes back from the first rank
+    return {name: engine.all_reduced(size) + (engine.gathered(size) if pods else 0) for name, size in numbers.items()}
 
 
 def _jobs(
