@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twa_scale.config import RunConfig, TwaConfig
-from twa_scale.run.tasks.causal_lm import CausalLMOptions
-from twa_scale.run.tasks.image_classification import ImageClassificationOptions
-from twa_scale.run.tasks.sequence_classification import SequenceClassificationOptions
+from twa_scale.run.tasks.build import SHIPPED
 
 PAGE = Path(__file__).resolve().parents[1] / "configuration.md"
 INTRODUCTION = """\
@@ -22,11 +20,6 @@ INTRODUCTION = """\
 line a dotted override follows the file: `twa-scale run run.yaml optimizer.lr=3e-3`. A key that is not
 listed here is an error, except in the sections that say that they pass further keys on.
 """
-TASKS = {
-    "causal_lm": CausalLMOptions,
-    "sequence_classification": SequenceClassificationOptions,
-    "image_classification": ImageClassificationOptions,
-}
 BOUNDS = {
     "minimum": "≥ {}",
     "exclusiveMinimum": "> {}",
@@ -62,7 +55,7 @@ def page() -> str:
         *(table(name, section) for name, section in run["$defs"].items()),
     ]
     inside: Schema = {}
-    for name, options in TASKS.items():
+    for name, (_, options) in SHIPPED.items():
         schema = options.model_json_schema()
         parts.append(table(f"Task {name}", schema, f"`task: {{name: {name}, ...}}`."))
         inside |= schema.get("$defs", {})
@@ -123,7 +116,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is stale")
     arguments = parser.parse_args()
-    if missing := undescribed(*(options.model_json_schema() for options in (RunConfig, *TASKS.values()))):
+    sections = (RunConfig, *(options for _, options in SHIPPED.values()))
+    if missing := undescribed(*(section.model_json_schema() for section in sections)):
         print(f"no description: {', '.join(missing)}", file=sys.stderr)
         return 1
     text = page()

@@ -29,6 +29,7 @@ class Dense:
         cls, n: int, m: int, dtype: torch.dtype, device: torch.device, allocate: Allocate = torch.empty
     ) -> "Dense":
         """Return rows whose values are still to be written."""
+        assert dtype in (torch.float32, torch.bfloat16), f"the kernels do not know rows of {dtype}"
         return cls(allocate(n * m, dtype=dtype, device=device), n, m)
 
     @classmethod

@@ -1,7 +1,10 @@
 """From the `task` section of a configuration to a Task."""
 
+from collections.abc import Callable
+from typing import Any
+
 from twa_scale.base.names import nearest
-from twa_scale.config import TaskConfig, validated
+from twa_scale.config import Section, TaskConfig, validated
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.causal_lm import CausalLM, CausalLMOptions
 from twa_scale.run.tasks.image_classification import ImageClassification, ImageClassificationOptions
@@ -9,7 +12,12 @@ from twa_scale.run.tasks.import_path import call, import_function
 from twa_scale.run.tasks.sequence_classification import SequenceClassification, SequenceClassificationOptions
 from twa_scale.run.tasks.task import Task
 
-SHIPPED = ("causal_lm", "image_classification", "sequence_classification")
+SHIPPED: dict[str, tuple[Callable[[Any], Task], type[Section]]] = {
+    "causal_lm": (CausalLM, CausalLMOptions),
+    "image_classification": (ImageClassification, ImageClassificationOptions),
+    "sequence_classification": (SequenceClassification, SequenceClassificationOptions),
+}
+"""The tasks by name: their class, and the further keys that it takes."""
 
 
 def build_task(config: TaskConfig) -> Task:
@@ -19,20 +27,15 @@ def build_task(config: TaskConfig) -> Task:
         ConfigError: an unknown name, options that do not fit, data that cannot be used, or a function that
             does not return a Task.
     """
-    match config.name:
-        case "causal_lm":
-            return CausalLM(validated(CausalLMOptions, config.options, "task"))
-        case "image_classification":
-            return ImageClassification(validated(ImageClassificationOptions, config.options, "task"))
-        case "sequence_classification":
-            return SequenceClassification(validated(SequenceClassificationOptions, config.options, "task"))
-        case path if ":" in path:
-            return _own_task(path, config)
-        case name:
-            raise ConfigError(
-                f"task.name: {name!r} is unknown{nearest(name, SHIPPED) or '.'} Use {', '.join(SHIPPED)}, or your own "
-                "by package.module:function."
-            )
+    if config.name in SHIPPED:
+        task, options = SHIPPED[config.name]
+        return task(validated(options, config.options, "task"))
+    if ":" in config.name:
+        return _own_task(config.name, config)
+    raise ConfigError(
+        f"task.name: {config.name!r} is unknown{nearest(config.name, SHIPPED) or '.'} Use {', '.join(SHIPPED)}, or "
+        "your own by package.module:function."
+    )
 
 
 def _own_task(path: str, config: TaskConfig) -> Task:
