@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import twa_scale
 from tests.simulated import CUDA, Simulated, Stream, simulated
 from twa_scale.base.spans import Span
-from twa_scale.engines.mistakes import require_device
+from twa_scale.engines.model_checks import require_device
 from twa_scale.engines.plain import PlainEngine
 from twa_scale.kernels import choose_kernels
 from twa_scale.ranks import Group

@@ -19,7 +19,7 @@ from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.rounding import Rounding
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine
-from twa_scale.engines.mistakes import wrapper_beside
+from twa_scale.engines.model_checks import enclosing_wrapper
 from twa_scale.errors import CandidateError
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.store import Store, bits_of
@@ -78,7 +78,7 @@ def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, fill
                 f"{len(layout.kept)} tensors of the model ({some(layout.kept, 2)}) are in no candidate, and keep the "
                 "value that the model has (`missing`)."
             )
-        if wrapper := wrapper_beside(engine):
+        if wrapper := enclosing_wrapper(engine):
             notice(
                 f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "
                 f"the wrapper's own averaging of gradients is wasted. Attach to the {wrapper}."

@@ -24,9 +24,9 @@ from twa_scale.candidates.rounding import choose_coding
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine, choose_engine
-from twa_scale.engines.complex_weights import complex_in_model
+from twa_scale.engines.complex_weights import complex_tensor_names
 from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting
-from twa_scale.engines.mistakes import require_device, require_memory
+from twa_scale.engines.model_checks import require_device, require_materialized
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Coding
 from twa_scale.ranks import Pods, Reduction, require_same_settings
@@ -66,7 +66,7 @@ def attach(
     engine = choose_engine(model, replica_group)
     pods = Pods(engine.shard_group, engine.replica_group)
     with pods.agree():
-        require_memory(engine)
+        require_materialized(engine)
         require_device(engine)
         engine.check()
         candidates, config = _given(engine, candidates, config)
@@ -147,7 +147,7 @@ def matched(
     layout = match(engine.parameters, buffers, candidates, config, adapter)
     types = {name: buffer.dtype for name, buffer in buffers.items()}
     types |= {name: info.dtype for name, info in engine.parameters.items()}
-    require_same_kinds(layout, types, complex_in_model(engine), first, complex_in_files(first))
+    require_same_kinds(layout, types, complex_tensor_names(engine), first, complex_in_files(first))
     return layout
 
 

@@ -9,7 +9,7 @@ from twa_scale.base.clock import Clock
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
-from twa_scale.engines.deferred_weights import Combine, Postponed
+from twa_scale.engines.deferred_weights import Combine, DeferredWeights
 from twa_scale.store import Store
 
 
@@ -40,29 +40,29 @@ class Weights:
         self._groups = groups
         self._names = layout.group_of.keys()
         self._clock = clock
-        self._postponed = Postponed(engine.units() if postpone else [], groups, engine.device, clock)
-        units = {span.name for unit in self._postponed.units for span in unit}
+        self._deferred = DeferredWeights(engine.units() if postpone else [], groups, engine.device, clock)
+        units = {span.name for unit in self._deferred.units for span in unit}
         self._names_of_rest = [name for name in self._names if name not in units]
-        self.settle = self._postponed.settle_all
+        self.settle = self._deferred.write_all
         self._written: dict[str, object] = {}
         self._reported = False
 
     def watch(self) -> None:
         """Have the engine say when it uses weights that were postponed."""
-        if self._postponed.units:
-            self._engine.before_use(self._postponed.settle)
+        if self._deferred.units:
+            self._engine.before_use(self._deferred.prepare)
 
     def write(self, choose: Callable[[], torch.Tensor], *, postpone: bool = False) -> None:
         """Write the weights of u = `choose()`, (n + 1, G) with u_c last, or `postpone` what can be. Collective."""
-        self._postponed.drop()
+        self._deferred.discard()
 
         def make() -> Combine:
             return self._combiner(choose)
 
         # First: behind the units, the current stream would wait until a store in host memory has copied them all.
-        make()(self._postponed.rest if postpone else self._groups)
+        make()(self._deferred.rest if postpone else self._groups)
         if postpone:
-            self._postponed.start(lambda: self._noting(make()))
+            self._deferred.start(lambda: self._noting(make()))
         with self._clock.part("publish"), torch.no_grad():
             self._engine.publish(self._names)
         self._note(self._names_of_rest if postpone else self._names)

@@ -1,4 +1,4 @@
-"""What shards the model, one file each, and the choice between them."""
+"""Engines: one adapter for each sharding library, and the choice of the engine for a model."""
 
 from twa_scale.engines.detect import choose_engine
 from twa_scale.engines.engine import Consume, Engine, ParameterInfo

@@ -1,4 +1,4 @@
-"""Models with complex tensors: to the average, each is real and has one dimension more, of real and imaginary part."""
+"""Complex tensors as real tensors with a last dimension of size 2, as in `torch.view_as_real`."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ from twa_scale.engines.engine import Consume, Engine, ParameterInfo
 
 
 def described(parameters: Mapping[str, ParameterInfo]) -> dict[str, ParameterInfo]:
-    """Return the descriptions of parameters as pairs: a complex one has the shape (.., 2), and a real type."""
+    """Return the metadata of the real views: a complex parameter gets the shape (..., 2) and a real dtype."""
     return {
         name: replace(info, shape=(*info.shape, 2), dtype=info.dtype.to_real()) if info.dtype.is_complex else info
         for name, info in parameters.items()
@@ -20,26 +20,26 @@ def described(parameters: Mapping[str, ParameterInfo]) -> dict[str, ParameterInf
 
 
 def real(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a complex tensor as pairs, in the same memory; others as they are."""
+    """Return the real view, of shape (..., 2), of a complex tensor; a real tensor is returned unchanged."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def complex_in_model(engine: Engine) -> frozenset[str]:
-    """Return the parameters and buffers of the model that are complex."""
-    return engine.complex_names if isinstance(engine, PairsEngine) else frozenset()
+def complex_tensor_names(engine: Engine) -> frozenset[str]:
+    """Return the names of the complex parameters and buffers of the model."""
+    return engine.complex_names if isinstance(engine, ViewAsRealEngine) else frozenset()
 
 
-def in_pairs(engine: Engine) -> Engine:
-    """Return an engine that presents complex tensors as pairs; the engine itself where there are none."""
+def with_real_views(engine: Engine) -> Engine:
+    """Return an engine that presents complex tensors as their real views, or `engine` if it has none."""
     dtypes = {info.dtype for info in engine.parameters.values()} | {b.dtype for b in engine.buffers().values()}
-    return PairsEngine(engine) if any(dtype.is_complex for dtype in dtypes) else engine
+    return ViewAsRealEngine(engine) if any(dtype.is_complex for dtype in dtypes) else engine
 
 
-class PairsEngine(Engine):
-    """Another engine, whose spans of complex parameters are counted in real numbers.
+class ViewAsRealEngine(Engine):
+    """An engine that wraps another and presents its complex tensors as their real views.
 
-    The gradient of a real loss by a complex parameter, as torch gives it, holds the gradients by the real and the
-    imaginary part.
+    Autograd's gradient of a real loss with respect to a complex parameter has the derivatives with respect to the
+    real and the imaginary part as its two components, so its real view is the gradient of the real view.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -55,12 +55,12 @@ class PairsEngine(Engine):
 
     @property
     def averages_replicas(self) -> bool:  # type: ignore[override]
-        """Whether gradients are means over the replica group."""
+        """Whether gradients are already means over the replica group."""
         return self._engine.averages_replicas
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether gradients are handed over in `drain`."""
+        """Whether `drain` passes on all gradients."""
         return self._engine.keeps_gradients
 
     @keeps_gradients.setter
@@ -77,31 +77,31 @@ class PairsEngine(Engine):
         self._engine.keeps_optimizer = value
 
     def settings(self) -> Mapping[str, Any]:
-        """Return what came with the model."""
+        """Return the settings that came with the model."""
         return self._engine.settings()
 
     def check(self) -> None:
-        """Raise EngineError where no average can be trained."""
+        """Raise EngineError if no average can be trained."""
         self._engine.check()
 
     def boundary(self) -> bool:
-        """Return whether gradients are complete."""
+        """Return whether the gradients are complete."""
         return self._engine.boundary()
 
     def spans(self) -> list[Span]:
-        """Return the spans of this rank."""
+        """Return the spans of this rank, counted in real numbers."""
         return [self._doubled(span) for span in self._engine.spans()]
 
     def live(self, span: Span) -> torch.Tensor:
-        """Return the live memory of a local span."""
+        """Return the memory of a local span in the model."""
         return real(self._engine.live(self._halved(span))).view(-1)
 
     def publish(self, names: Collection[str]) -> None:
-        """Make what was written visible."""
+        """Make writes visible to the next forward pass."""
         self._engine.publish(names)
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
-        """Return what is another value once a parameter was written."""
+        """Return values that change when other code writes a parameter."""
         return self._engine.changed(names)
 
     def steps_taken(self) -> int | None:
@@ -109,35 +109,35 @@ class PairsEngine(Engine):
         return self._engine.steps_taken()
 
     def units(self) -> list[list[Span]]:
-        """Return local spans by what the model uses at once."""
+        """Return the spans that the model uses at once."""
         return [[self._doubled(span) for span in unit] for unit in self._engine.units()]
 
-    def before_use(self, settle: Callable[[int], torch.cuda.Event | None]) -> None:
-        """Call `settle` before a unit is used."""
-        self._engine.before_use(settle)
+    def before_use(self, prepare: Callable[[int], torch.cuda.Event | None]) -> None:
+        """Register a callback that runs before a unit is used."""
+        self._engine.before_use(prepare)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Return the buffers, live."""
+        """Return the real views of the buffers."""
         return {name: real(buffer) for name, buffer in self._engine.buffers().items()}
 
     def watch(self, consume: Consume) -> None:
-        """Hand over gradients, those of complex parameters as pairs."""
+        """Pass on gradients, those of complex parameters as their real views."""
         self._engine.watch(lambda span, gradient: consume(self._doubled(span), real(gradient).reshape(-1)))
 
     def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
-        """Call `call` in every backward pass that reaches a parameter."""
+        """Call `call` in every backward pass that computes a gradient of a parameter."""
         return self._engine.on_gradient(call)
 
     def drain(self) -> None:
-        """Hand over what is left."""
+        """Pass on the remaining gradients."""
         self._engine.drain()
 
     def forget(self) -> None:
-        """Drop the gradients."""
+        """Drop the pending gradients."""
         self._engine.forget()
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop passing on gradients."""
         self._engine.close()
 
     def _doubled(self, span: Span) -> Span:

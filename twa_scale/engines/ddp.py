@@ -1,4 +1,4 @@
-"""DistributedDataParallel: every rank has the whole model, the basis is split over the ranks by rows."""
+"""DistributedDataParallel: every rank holds the whole model; the basis is split over the ranks by rows."""
 
 from collections.abc import Collection
 
@@ -8,15 +8,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twa_scale.base.spans import Span
 from twa_scale.engines.engine import Consume, Engine
-from twa_scale.engines.module_names import unwrapping
+from twa_scale.engines.module_names import name_unwrapper
 from twa_scale.engines.parameters import (
-    claim,
+    mark_attached,
+    memory_version,
     named_parameters,
+    parameter_locations,
     persistent_buffers,
-    places,
-    release,
-    require_in_place,
-    writes,
+    require_same_parameters,
+    unmark_attached,
 )
 from twa_scale.engines.private_attributes import require
 from twa_scale.engines.replicated import ReplicatedParameters
@@ -27,19 +27,19 @@ _MODEL = ("parameters_to_ignore", "process_group", "require_forward_param_sync",
 
 
 class DDPEngine(Engine):
-    """Gradients are taken at the step: they are averaged by buckets only when backward has ended."""
+    """An engine for DistributedDataParallel. DDP averages gradients in buckets, so they are read at the step."""
 
     def __init__(self, model: DistributedDataParallel, replica_group: Group) -> None:
         require("torch", model, _MODEL)
-        # The inner module: DDP's own forward would overwrite buffers with those of rank 0.
+        # The inner module, because DDP's own forward overwrites buffers with those of rank 0.
         self.module: nn.Module = model.module
         self._model = model
         parameters, self.parameters = named_parameters(model)
-        self._whole, self._places = parameters, places(model)
+        self._whole, self._locations = parameters, parameter_locations(model)
         self.device = next(iter(parameters.values())).device
         self.shard_group = Group(model.process_group)
         self.replica_group = replica_group
-        ignored = set(map(unwrapping(model.module), model.parameters_to_ignore))
+        ignored = set(map(name_unwrapper(model.module), model.parameters_to_ignore))
         self._left_to_ddp = {name: p for name, p in parameters.items() if name not in ignored}
         self._averaged = ReplicatedParameters(self._left_to_ddp, self.shard_group)
         self._ignored = ReplicatedParameters(
@@ -58,26 +58,27 @@ class DDPEngine(Engine):
         return (self._averaged if span.name in self._averaged else self._ignored).live(span)
 
     def publish(self, names: Collection[str]) -> None:
-        """All-gather what each rank wrote."""
+        """All-gather the parts that the ranks wrote."""
         self._averaged.publish(names)
         self._ignored.publish(names)
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return address and version of each parameter's memory."""
-        require_in_place(self._places)
-        return {name: writes(self._whole[name]) for name in names}
+        require_same_parameters(self._locations)
+        return {name: memory_version(self._whole[name]) for name in names}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers."""
         return persistent_buffers(self.module)
 
     def watch(self, consume: Consume) -> None:
-        """Remember who consumes the gradients, and note of each backward pass whether it was one of `no_sync()`."""
-        claim(self._model)
+        """Store the callback, and record for each backward pass whether it runs under `no_sync()`."""
+        mark_attached(self._model)
         self._consume = consume
 
         def note(_: torch.Tensor) -> None:
-            # The first is how the last forward pass was made, which counts, but False after one without gradients too.
+            # require_forward_param_sync tells how the last forward pass was made, and that decides. It is False after
+            # a forward pass without gradients too.
             self._unreduced = not (self._model.require_forward_param_sync or self._model.require_backward_grad_sync)
 
         for parameter in self._left_to_ddp.values():
@@ -85,13 +86,13 @@ class DDPEngine(Engine):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
 
     def drain(self) -> None:
-        """Hand over this rank's part of the gradients: DDP has averaged all but those that it was told to ignore.
+        """Pass on this rank's part of the gradients. DDP has averaged all except those of ignored parameters.
 
         Raises:
-            EngineError: gradients of a backward pass in `no_sync()`, which are not averaged yet.
+            EngineError: gradients of a backward pass under `no_sync()` are not averaged yet.
         """
         assert self._consume is not None
-        self._ignored.consume(self._consume, averaged=False)  # collective: before what may fail on one rank
+        self._ignored.consume(self._consume, averaged=False)  # collective, so before code that can fail on one rank
         if self._unreduced:
             raise EngineError(
                 "DistributedDataParallel keeps gradients that it has not averaged: leave no_sync() before a step's "
@@ -100,15 +101,15 @@ class DDPEngine(Engine):
         self._averaged.consume(self._consume, averaged=True)
 
     def forget(self) -> None:
-        """Drop the gradients that wait for the step."""
+        """Drop the pending gradients."""
         self._unreduced = False
         self._averaged.forget()
         self._ignored.forget()
 
     def close(self) -> None:
-        """Forget the consumer, and remove the hooks."""
+        """Remove the hooks."""
         if self._consume is not None:
-            release(self._model)
+            unmark_attached(self._model)
         self._consume = None
         while self._hooks:
             self._hooks.pop().remove()

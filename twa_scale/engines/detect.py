@@ -1,4 +1,4 @@
-"""Finding the engine of a model."""
+"""Selection of the engine for a model."""
 
 from math import prod
 
@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from twa_scale.engines.complex_weights import in_pairs
+from twa_scale.engines.complex_weights import with_real_views
 from twa_scale.engines.ddp import DDPEngine
 from twa_scale.engines.engine import Engine
 from twa_scale.engines.fairscale_fsdp import FairscaleEngine, sharded_by_fairscale
@@ -29,35 +29,36 @@ _KNOWN = (
 
 
 def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None) -> Engine:
-    """Return the engine for `model`; it presents complex tensors as pairs of real numbers.
+    """Return the engine for `model`. It presents complex tensors as their real views.
 
     Args:
-        model: what a user trains, or an `Engine` of her own.
-        replica_group: the ranks that hold the same spans and see other data, when those are not what the model's own
-            wrapper says: this rank's counterparts in the other pods.
+        model: the model as its sharding library returned it, or a custom `Engine`.
+        replica_group: the ranks that hold the same spans and see different data, if the model's wrapper does not
+            define them: this rank's counterparts in the other pods.
 
     Raises:
-        EngineError: a kind of model that no engine here knows, or one without parameters; no process group.
+        EngineError: no engine supports the model, the model has no parameters, or `replica_group` is not a process
+            group.
     """
     given: object = replica_group
     if not (given is None or given == dist.GroupMember.NON_GROUP_MEMBER or isinstance(given, dist.ProcessGroup)):
         raise EngineError(
-            f"replica_group: is a {type(replica_group).__name__}; give a process group of torch, as new_group() "
-            "or DeviceMesh.get_group() returns."
+            f"replica_group: is a {type(replica_group).__name__}; give a torch.distributed process group, as "
+            "new_group() or DeviceMesh.get_group() returns."
         )
-    return in_pairs(_chosen(model, replica_group))
+    return with_real_views(_engine_of(model, replica_group))
 
 
-def _chosen(model: object, replica_group: dist.ProcessGroup | None) -> Engine:
+def _engine_of(model: object, replica_group: dist.ProcessGroup | None) -> Engine:
     if isinstance(model, Engine):
-        return _own(model, replica_group)
+        return _checked(model, replica_group)
     if not isinstance(model, nn.Module):
         raise EngineError(f"cannot attach to {type(model).__name__}: give {_KNOWN}.")
     if is_deepspeed(model):
         return zero_engine(model, Group.alone() if replica_group is None else Group(replica_group))
     unwrapped = _uncompiled(model)
     if next(model.parameters(), None) is None:
-        raise EngineError("the model has no parameters: there is nothing to average.")
+        raise EngineError("the model has no parameters to average.")
     given = None if replica_group is None else Group(replica_group)
     replicas = given or Group.alone()
     match unwrapped:
@@ -71,7 +72,7 @@ def _chosen(model: object, replica_group: dist.ProcessGroup | None) -> Engine:
             return FSDP1Engine(unwrapped, given)
         case _ if any(isinstance(child, FSDPModule) for child in unwrapped.modules()):
             return FSDP2Engine(unwrapped, given)
-        case _ if (kind := _foreign(unwrapped)) is not None:
+        case _ if (kind := _unsupported_wrapper(unwrapped)) is not None:
             raise EngineError(f"cannot attach to a model that holds {kind}: give {_KNOWN}.")
         case _ if any(isinstance(parameter, DTensor) for parameter in unwrapped.parameters()):
             return FSDP2Engine(unwrapped, given)  # tensor parallelism alone
@@ -80,34 +81,35 @@ def _chosen(model: object, replica_group: dist.ProcessGroup | None) -> Engine:
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
-    """Return what torch.compile was given, if the model is its result; never what a wrapper of that result wraps.
+    """Return the module that was given to torch.compile, if `model` is its result; otherwise `model`.
 
-    So not by getattr, which some wrappers pass on; and a compiled module that was sharded afterwards is sharded itself.
+    `_modules` is read directly because some wrappers forward getattr to the module that they wrap. A compiled module
+    that was sharded afterwards is returned itself, because it holds the sharding.
     """
     inner = model._modules.get("_orig_mod")
     return model if inner is None or isinstance(model, FSDPModule) else inner
 
 
-def _own(engine: Engine, replica_group: dist.ProcessGroup | None) -> Engine:
+def _checked(engine: Engine, replica_group: dist.ProcessGroup | None) -> Engine:
     if replica_group is not None:
-        raise EngineError(f"replica_group: {type(engine).__name__} has one of its own; set it there.")
+        raise EngineError(f"replica_group: {type(engine).__name__} is an Engine; set its `replica_group` instead.")
     _require_tiling(engine)
     return engine
 
 
 def _require_tiling(engine: Engine) -> None:
-    """Count what the ranks of a shard group own. Collective.
+    """Check that the spans of a shard group have as many elements as the parameters. Collective.
 
     Raises:
-        EngineError: on every rank, where elements of a parameter have no owner, or several.
+        EngineError: on every rank, if elements of a parameter belong to no span or to several.
     """
-    kind, place = type(engine).__name__, {name: i for i, name in enumerate(engine.parameters)}
-    owned = torch.zeros(len(place), dtype=torch.int64, device=engine.device)
+    kind, index = type(engine).__name__, {name: i for i, name in enumerate(engine.parameters)}
+    owned = torch.zeros(len(index), dtype=torch.int64, device=engine.device)
     with engine.shard_group.agree():
         for span in engine.spans():
-            if span.name not in place:
+            if span.name not in index:
                 raise EngineError(f"{kind}: spans() has {span.name!r}, which is not in `parameters`.")
-            owned[place[span.name]] += len(span)
+            owned[index[span.name]] += len(span)
     for info, total in zip(engine.parameters.values(), engine.shard_group.sum_(owned).tolist(), strict=True):
         if total != prod(info.shape):
             raise EngineError(
@@ -116,8 +118,11 @@ def _require_tiling(engine: Engine) -> None:
             )
 
 
-def _foreign(model: nn.Module) -> str | None:
-    """Name what shards the model behind our back, if anything does: treating it as whole would be silently wrong."""
+def _unsupported_wrapper(model: nn.Module) -> str | None:
+    """Return a description of a sharding wrapper that no engine supports, or None.
+
+    Such a model must not be treated as unsharded, because its average would be wrong without an error.
+    """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3 parameters (attach to the engine that deepspeed.initialize returned)"
     if type(model).__name__ in ("DeepSpeedEngine", "DataParallel"):

@@ -1,4 +1,4 @@
-"""Where the local parts of DTensors lie in their tensors, and which ranks hold what."""
+"""The spans of the local parts of DTensors, and the shard and replica groups of their mesh."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,46 +13,47 @@ from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 
-# FSDP's cut of what tensor parallelism has cut. Other placements of a torch without it are refused.
+# The placement of a dimension that FSDP shards after tensor parallelism. A torch without it has no such placement.
 _StridedShard: Any = getattr(placement_types, "_StridedShard", Shard)
 
 Axis = tuple[int, ...]
-"""One dimension of a mesh as a rank sees it: the ranks of the line through itself. Names differ between meshes that
-torch slices and concatenates; the ranks do not."""
+"""One dimension of a mesh, identified by the ranks of this rank's process group along it. The names of dimensions
+differ between meshes that torch slices and concatenates; the ranks do not."""
 
 
-class Grid:
-    """The one mesh of a model: axes along which weights are split, and axes along which all of them are repeated.
+class MeshLayout:
+    """The mesh of a model, divided into axes that shard parameters and axes that replicate all of them.
 
-    The former make the shard group (FSDP, tensor parallelism), the latter the replica group (HSDP).
+    The axes that shard any parameter form the shard group (FSDP, tensor parallelism). The other axes form the replica
+    group (HSDP).
 
     Raises:
-        EngineError: parameters on meshes that are not parts of one, or placed as no engine here can read.
+        EngineError: the meshes of the parameters are not slices of one mesh, or a placement is not supported.
     """
 
     def __init__(self, parameters: Mapping[str, DTensor]) -> None:
         self._placements = {name: _placements(name, parameter) for name, parameter in parameters.items()}
         if not parameters:
-            raise EngineError("the model has no sharded parameter (ignored_params names all of them): shard some.")
+            raise EngineError("the model has no sharded parameter (ignored_params holds all of them): shard some.")
         self._mesh = max((p.device_mesh for p in parameters.values()), key=lambda mesh: mesh.ndim)
         self._dims = {axis: dim for dim, axis in enumerate(_axes(self._mesh))}
         for name, placements in self._placements.items():
             if not placements.keys() <= self._dims.keys():
                 raise EngineError(
-                    f"parameter {name!r} lies on {parameters[name].device_mesh}, which is no part of {self._mesh}, "
-                    "where other parameters are; make all meshes slices of one."
+                    f"parameter {name!r} is on {parameters[name].device_mesh}, which is not a slice of {self._mesh}, "
+                    "the mesh of other parameters; make all meshes slices of one."
                 )
-        axes = [axis for axis in self._dims if len(axis) > 1]  # an axis of one rank neither splits nor repeats
-        self._splitting = [axis for axis in axes if any(axis in self._split(name) for name in parameters)]
-        self.shard_group = self.group(self._splitting)
-        self.replica_group = self.group([axis for axis in axes if axis not in self._splitting])
+        axes = [axis for axis in self._dims if len(axis) > 1]  # an axis of one rank neither shards nor replicates
+        self._shard_axes = [axis for axis in axes if any(axis in self._shardings(name) for name in parameters)]
+        self.shard_group = self.group(self._shard_axes)
+        self.replica_group = self.group([axis for axis in axes if axis not in self._shard_axes])
 
-    def repeating(self, name: str) -> tuple[Axis, ...]:
-        """Return the axes of the shard group along which every rank has the same part of this parameter."""
-        return tuple(axis for axis in self._splitting if axis not in self._split(name))
+    def replicating_axes(self, name: str) -> tuple[Axis, ...]:
+        """Return the axes of the shard group along which every rank holds the same part of this parameter."""
+        return tuple(axis for axis in self._shard_axes if axis not in self._shardings(name))
 
     def group(self, axes: Collection[Axis]) -> Group:
-        """Return the ranks that differ from this one along `axes` only. Collective when there are several."""
+        """Return the group of ranks that differ from this one along `axes` only. Collective for several axes."""
         dims = sorted(self._dims[axis] for axis in axes)
         if not dims:
             return Group.alone()
@@ -62,28 +63,29 @@ class Grid:
         assert names is not None  # torch cannot build such a model on a mesh without names
         part = self._mesh[tuple(names[dim] for dim in dims)]
         require("torch", part, ["_flatten"])
-        return Group(part._flatten().get_group())  # the mesh keeps it: a later engine gets the same one
+        return Group(part._flatten().get_group())  # the mesh caches it, so a later engine gets the same group
 
     def span(self, name: str, parameter: DTensor) -> Span:
-        """Return the span of the local part: cut along one axis after the other, FSDP's after those it came upon."""
+        """Return the span of the local part of a parameter."""
         shape, local = tuple(parameter.shape), tuple(parameter.to_local().shape)
         starts, sizes = [0] * len(shape), list(shape)
-        cuts = self._split(name).items()
-        for axis, placement in sorted(cuts, key=lambda cut: isinstance(cut[1], _StridedShard)):
+        # FSDP shards what tensor parallelism has sharded, so its axis (_StridedShard) comes last.
+        shardings = self._shardings(name).items()
+        for axis, placement in sorted(shardings, key=lambda sharding: isinstance(sharding[1], _StridedShard)):
             start, stop = share(sizes[placement.dim], axis.index(dist.get_rank()), len(axis))
             starts[placement.dim] += start
             sizes[placement.dim] = stop - start
         if tuple(sizes) != local:
             raise EngineError(
-                f"parameter {name!r} has {local} here, where {parameter.placements} of {shape} gives {tuple(sizes)}: "
-                "it was not split as torch.chunk splits."
+                f"parameter {name!r} has local shape {local}, but {parameter.placements} of {shape} gives "
+                f"{tuple(sizes)}; only tensors split as by torch.chunk are supported."
             )
         try:
             return block(name, shape, tuple(starts), tuple(sizes))
         except ValueError as error:
             raise EngineError(f"cannot split parameters along two inner dimensions: {error}.") from None
 
-    def _split(self, name: str) -> dict[Axis, Any]:
+    def _shardings(self, name: str) -> dict[Axis, Any]:
         return {a: p for a, p in self._placements[name].items() if isinstance(p, (Shard, _StridedShard))}
 
 
@@ -92,7 +94,7 @@ def _axes(mesh: DeviceMesh) -> list[Axis]:
 
 
 def _placements(name: str, parameter: DTensor) -> dict[Axis, Placement]:
-    """Return how a parameter is placed along each axis of more than one rank."""
+    """Return the placement of a parameter along each axis of more than one rank."""
     for placement in parameter.placements:
         if not isinstance(placement, (Shard, _StridedShard, Replicate)):
             raise EngineError(f"parameter {name!r} is placed as {placement}; only Shard and Replicate are supported.")

@@ -1,4 +1,4 @@
-"""What the average needs of whatever shards a model."""
+"""The interface between the average and a sharding library."""
 
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,41 +16,44 @@ from twa_scale.ranks import Group
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter of the model, described alike on every rank; tied parameters are one, under their first name."""
+    """Global metadata of one parameter, equal on every rank. Tied parameters are one, under their first name."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     trainable: bool
     aliases: tuple[str, ...]
-    """Every name it goes by, its own first."""
+    """All names of the parameter, `name` first."""
 
 
-def calling(call: Callable[[], None], leaves: Iterable[torch.Tensor]) -> list[RemovableHandle]:
-    """Call `call` when autograd has a gradient of one of `leaves`, before it is accumulated."""
+def register_gradient_hooks(call: Callable[[], None], leaves: Iterable[torch.Tensor]) -> list[RemovableHandle]:
+    """Register hooks that call `call` when autograd computes a gradient of one of `leaves`, before accumulation."""
     return [leaf.register_hook(lambda _: call()) for leaf in leaves]
 
 
 Consume = Callable[[Span, torch.Tensor], None]
-"""Called with a local span and its gradient (1-D, averaged over the data-parallel ranks), which is freed afterwards."""
+"""A callback that takes a local span and its gradient (1-D, averaged over the data-parallel ranks).
+
+The engine frees the gradient when the callback returns.
+"""
 
 
 class LossScale(ABC):
-    """A loss scaler that an engine keeps by itself."""
+    """The loss scaler of a sharding library that scales the loss itself."""
 
     @abstractmethod
     def value(self) -> float:
-        """Return the factor that the present gradients carry."""
+        """Return the factor by which the current gradients are scaled."""
 
     @abstractmethod
     def update(self, overflow: bool) -> None:
-        """Learn whether these gradients were finite, which decides the next factor."""
+        """Choose the next factor, given whether the gradients overflowed."""
 
 
-class _Complete(ABCMeta):
-    """Makes an incomplete engine an error when it is constructed: what it lacks would be missed in the middle of a run.
+class _CheckedMeta(ABCMeta):
+    """A metaclass that raises EngineError when an engine without a required method or attribute is constructed.
 
-    ABCMeta alone knows nothing of attributes, and raises a TypeError.
+    ABCMeta alone raises a TypeError and does not check attributes.
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -68,134 +71,143 @@ class _Complete(ABCMeta):
         return engine
 
 
-class Engine(metaclass=_Complete):
-    """A model whose weights are held by one shard group, each rank knowing only its spans.
+class Engine(metaclass=_CheckedMeta):
+    """Access to the spans of this rank in a model that one shard group holds.
 
-    Left out on purpose: forward, backward and the optimizer, which stay the user's; full tensors, which no rank has;
-    and everything about candidates.
+    The interface excludes forward, backward and the optimizer, which belong to the training script; full tensors,
+    which no rank holds; and candidates.
 
     Raises:
-        EngineError: at construction, where a subclass lacks a method or an attribute that has no default.
+        EngineError: at construction, if a subclass lacks a method or an attribute that has no default.
     """
 
     module: nn.Module
-    """The model to run a forward pass with."""
+    """The module whose forward pass is called."""
     device: torch.device
+    """The device of the weights."""
     shard_group: Group
-    """The ranks that hold the weights once: coefficient gradients are summed over it."""
+    """The ranks that together hold the weights once. Coefficient gradients are summed over it."""
     replica_group: Group
-    """Ranks that hold the same spans and see other data: coefficient gradients are averaged over it."""
+    """The ranks that hold the same spans and see different data. Coefficient gradients are averaged over it."""
     parameters: dict[str, ParameterInfo]
-    """By name without wrappers, in the model's order."""
+    """All parameters by name without the prefixes of wrappers, in the order of the model."""
     loss_scale: LossScale | None = None
+    """The loss scaler of the sharding library, if it has one."""
     keeps_gradients: bool = False
-    """Set before `watch`: whether each gradient is handed over once a step, in `drain`, summed over backward passes."""
+    """Set by the average before `watch`. If True, `drain` passes on each gradient once per step, summed over the
+    backward passes; if False, the engine may pass it on during backward."""
     keeps_optimizer: bool = False
-    """Set before `check`: whether the optimizer that came with the model goes on afterwards, and keeps its state."""
+    """Set before `check`. If True, training continues with the model's own optimizer, which may hold state."""
     averages_replicas: bool = False
-    """Whether the gradients that are handed over are means over `replica_group` already."""
+    """Whether the gradients passed to the callback are already means over `replica_group`."""
 
     def settings(self) -> Mapping[str, Any]:
-        """Return the settings of the average that came with the model, in the JSON of its own engine perhaps."""
+        """Return the settings of the average that came with the model, for example in DeepSpeed's JSON."""
         return {}
 
     def check(self) -> None:
-        """Raise EngineError where the model can be read and written, but an average of it not be trained."""
+        """Raise EngineError if the model can be read and written but an average of it cannot be trained."""
         return
 
     def boundary(self) -> bool:
-        """Return whether gradients are complete: False for a micro-batch of an engine that counts them itself."""
+        """Return whether the gradients are complete.
+
+        An engine that counts gradient accumulation itself returns False for all micro-batches but the last.
+        """
         return True
 
     @abstractmethod
     def spans(self) -> list[Span]:
-        """Return the spans of this rank: over the shard group they tile every parameter exactly once.
+        """Return the spans of this rank. Over the shard group, the spans cover every parameter exactly once.
 
-        A span may be strided (`Span.run`); its order of elements is that of `live` and of the gradients.
+        A span may be strided (`Span.run`). `live` and the gradients have their elements in the order of the span.
         """
 
     @abstractmethod
     def live(self, span: Span) -> torch.Tensor:
-        """Return the live memory of a local span: 1-D, contiguous, what is written there is what the model uses."""
+        """Return the memory of a local span in the model, as a 1-D contiguous view."""
 
     @abstractmethod
     def publish(self, names: Collection[str]) -> None:
-        """Make what was written to `live` of these parameters visible to the next forward pass. Collective."""
+        """Make writes to `live` of these parameters visible to the next forward pass. Collective."""
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
-        """Return, for each of these parameters of this rank, what is another value once something has written it.
+        """Return, for each of these parameters of this rank, a value that changes when other code writes it.
 
-        It is asked after each write of the average, and compared at the next step. Parameters that are left out are not
-        compared.
+        The average reads the values after each of its writes and compares them at the next step. It does not compare
+        parameters that are left out.
 
         Raises:
-            EngineError: a parameter that was replaced by another.
+            EngineError: a parameter was replaced by another.
         """
         return {}
 
     def sharded(self, span: Span, values: torch.Tensor) -> torch.Tensor | None:
-        """Return values of this span as a DTensor that shares their memory and is sharded as the parameter is.
+        """Return values of this span as a DTensor that shares their memory and has the placement of the parameter.
 
-        None where the span is no whole local part of a DTensor.
+        Returns:
+            The DTensor, or None if the span is not the whole local part of a DTensor.
         """
         return None
 
     def steps_taken(self) -> int | None:
-        """Return how many steps the optimizer has taken, where the engine's library counts them."""
+        """Return the number of optimizer steps, or None if the sharding library does not count them."""
         return None
 
     def units(self) -> list[list[Span]]:
-        """Return local spans by what the model uses at once, in the order of forward passes: for `before_use`.
+        """Return the units of `before_use`: lists of local spans that the model uses at once, in forward order.
 
         Raises:
-            EngineError: nothing tells the engine when weights are used.
+            EngineError: the engine cannot detect when the model uses weights.
         """
         raise EngineError(
             "combine: 'forward' needs a model whose units fully_shard (FSDP2) gathers one after the other; set "
             "`combine: step`, or shard the model with fully_shard (`engine: fsdp2` of a run)."
         )
 
-    def before_use(self, settle: Callable[[int], torch.cuda.Event | None]) -> None:
-        """From now on call `settle(i)` before the weights of `units()[i]` are used.
+    def before_use(self, prepare: Callable[[int], torch.cuda.Event | None]) -> None:
+        """Register a callback that runs before the model uses the weights of a unit.
 
-        The current stream may use them then; other streams first have to wait for the event that it returns, if any.
+        Args:
+            prepare: called with the index of the unit in `units()`. When it returns, the current stream may use the
+                weights. Other streams first have to wait for the event that it returns, if any.
         """
         raise EngineError(
-            f"combine: 'forward': {type(self).__name__} has units(), but no before_use() that says when they are used."
+            f"combine: 'forward': {type(self).__name__} implements units() but not before_use(); implement both."
         )
 
     @abstractmethod
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Return the buffers that a checkpoint holds, live and whole on every rank, by name without wrappers."""
+        """Return the persistent buffers, complete on every rank, by name without the prefixes of wrappers."""
 
     @abstractmethod
     def watch(self, consume: Consume) -> None:
-        """From now on hand every gradient of a local span to `consume`, as soon as it is final, and free it."""
+        """Start passing each gradient of a local span to `consume` as soon as it is final, and freeing it."""
 
     def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
-        """Call `call` in every backward pass that reaches a parameter, as soon as it does on this rank.
+        """Call `call` in every backward pass that computes a gradient of a parameter on this rank.
 
         Returns:
-            What stops it.
+            The handles that remove the hooks.
         """
         leaves = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return calling(call, leaves)
+        return register_gradient_hooks(call, leaves)
 
     @abstractmethod
     def drain(self) -> None:
-        """Hand over the gradients that could not be handed over during backward. Collective.
+        """Pass on the gradients that were not passed on during backward. Collective.
 
-        What may fail on one rank only comes after the collectives, or inside `Group.agree`: then `step` raises the
-        error on every rank.
+        Code that can fail on one rank only has to run after the collectives or inside `Group.agree`, so that `step`
+        raises the error on every rank.
         """
 
     @abstractmethod
     def forget(self) -> None:
-        """Drop the gradients that parameters hold now."""
+        """Drop the pending gradients."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop watching."""
+        """Stop passing on gradients and remove all hooks."""
 
 
 _REQUIRED: dict[str, type] = {

@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel of fairscale: flat parameters as in FSDP1, or single ones that are cut like them."""
+"""FullyShardedDataParallel of fairscale: flat parameters as in FSDP1, or single parameters sharded the same way."""
 
 import sys
 from collections.abc import Iterator
@@ -28,16 +28,17 @@ _FLAT = ("_param_infos", "_param_numels", "_param_shapes", "_shared_param_infos"
 
 
 def sharded_by_fairscale(model: nn.Module) -> list[Any]:
-    """Return the wrapped modules of `model`. Who has such a model has imported fairscale: we need not."""
+    """Return the FSDP modules of fairscale in `model`. fairscale is not imported; such a model has imported it."""
     fairscale: Any = sys.modules.get("fairscale.nn.data_parallel")
     wrapper = () if fairscale is None else fairscale.FullyShardedDataParallel
     return [child for child in model.modules() if isinstance(child, wrapper)]
 
 
 class FairscaleEngine(FlatEngine):
-    """Spans and weights are those of FSDP1, but for what fairscale calls them.
+    """An engine for fairscale's FullyShardedDataParallel, which shards as FSDP1 does.
 
-    With `flatten_parameters=False` every parameter is a flat one of one tensor. fairscale shards frozen ones, too.
+    With `flatten_parameters=False` each parameter is a flat parameter of one tensor. fairscale also shards frozen
+    parameters.
     """
 
     def __init__(self, module: nn.Module, replica_group: Group | None = None) -> None:
@@ -45,18 +46,18 @@ class FairscaleEngine(FlatEngine):
         for child in wrapped:
             require("fairscale", child, _WRAPPER)
         group = one_group([child.process_group for child in wrapped], "fairscale FullyShardedDataParallel")
-        places: dict[int, list[tuple[int, str]]] = {}
+        locations: dict[int, list[tuple[int, str]]] = {}
         for child in module.modules():
             for name, parameter in child._parameters.items():
-                places.setdefault(id(parameter), []).append((id(child), name))
-        units = [_Unit(child, p, places[id(p)], group) for child in wrapped for p in child.params]
+                locations.setdefault(id(parameter), []).append((id(child), name))
+        units = [_Unit(child, p, locations[id(p)], group) for child in wrapped for p in child.params]
         super().__init__(module, units, group, replica_group or Group.alone())
 
 
 class _Unit(FlatUnit):
-    """A parameter that fairscale has cut, flat or single."""
+    """A parameter that fairscale has sharded, flat or single."""
 
-    def __init__(self, wrapper: Any, parameter: Any, places: list[tuple[int, str]], group: Group) -> None:
+    def __init__(self, wrapper: Any, parameter: Any, locations: list[tuple[int, str]], group: Group) -> None:
         require("fairscale", parameter, (*_PARAMETER, *(_FLAT if is_flat(parameter) else _SINGLE)))
         if wrapper.move_params_to_cpu or wrapper._has_shared_params:
             raise EngineError(
@@ -69,7 +70,7 @@ class _Unit(FlatUnit):
         self._parameter = parameter
         if not is_flat(parameter):
             only = Member(self, 0, tuple(parameter._orig_size), parameter.requires_grad)
-            self.members = dict.fromkeys(places, only)
+            self.members = dict.fromkeys(locations, only)
             return
         self.members = dict(self._flattened())
         for _, _, module, name, owner, owned in parameter._shared_param_infos:
@@ -91,7 +92,8 @@ class _Unit(FlatUnit):
             return None
         if gradient.numel() != len(self.local()):
             raise EngineError(
-                "fairscale keeps gradients that it has not reduced: leave no_sync() before a step's last backward pass."
+                "fairscale holds gradients that it has not reduced; leave no_sync() before the last backward pass of a "
+                "step."
             )
         return gradient.detach().view(-1)
 
@@ -101,7 +103,7 @@ class _Unit(FlatUnit):
 
     def forget(self) -> None:
         self._parameter.grad = None
-        self._parameter.__dict__.pop("_saved_grad_shard", None)  # from before a pass without sync
+        self._parameter.__dict__.pop("_saved_grad_shard", None)  # left by a backward pass before one under no_sync
 
     def reshard(self) -> None:
         if self._wrapper.has_full_params:

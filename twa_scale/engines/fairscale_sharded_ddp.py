@@ -1,4 +1,4 @@
-"""ShardedDataParallel of fairscale: every rank has the whole model, and OSS says which rank owns which tensor."""
+"""ShardedDataParallel of fairscale: every rank holds the whole model; OSS assigns each tensor to one rank."""
 
 import sys
 from collections.abc import Collection, Iterator
@@ -10,13 +10,13 @@ from torch import nn
 from twa_scale.base.spans import Span, whole
 from twa_scale.engines.engine import Consume, Engine
 from twa_scale.engines.parameters import (
-    claim,
-    flat,
+    flat_view,
+    mark_attached,
     named_parameters,
+    parameter_locations,
     persistent_buffers,
-    places,
-    release,
-    require_in_place,
+    require_same_parameters,
+    unmark_attached,
 )
 from twa_scale.engines.private_attributes import require
 from twa_scale.engines.replicated import ReplicatedParameters, buckets
@@ -29,17 +29,17 @@ _BUCKET = ("sent", "_params")
 
 
 def is_sharded_ddp(model: nn.Module) -> bool:
-    """Whether fairscale has wrapped `model`. Who has such a model has imported fairscale: we need not."""
+    """Return whether `model` is a ShardedDataParallel of fairscale. fairscale is not imported here."""
     fairscale: Any = sys.modules.get("fairscale.nn.data_parallel")
     return fairscale is not None and isinstance(model, fairscale.ShardedDataParallel)
 
 
 class ShardedDDPEngine(Engine):
-    """The spans of a rank are the tensors that it owns, whole: only there are gradients reduced to.
+    """An engine for fairscale's ShardedDataParallel. The spans of a rank are the whole tensors that it owns.
 
-    They are taken at the step, or before the next forward pass: fairscale would divide what is there once more. Where
-    it keeps gradients in buckets these stay, and are set to zero. Parameters that OSS was not given are split over the
-    ranks by rows, and their gradients averaged at the step.
+    Gradients are reduced to the owner of a tensor. They are read at the step or before the next forward pass, because
+    fairscale would divide them once more. Gradients that are views of a bucket are set to zero instead of freed.
+    Parameters that OSS does not hold are split over the ranks by rows, and their gradients are averaged at the step.
     """
 
     def __init__(self, model: Any, replica_group: Group | None = None) -> None:
@@ -49,10 +49,10 @@ class ShardedDDPEngine(Engine):
         for bucket in model._bucket_list:
             require("fairscale", bucket, _BUCKET)
         self._model = model
-        # The inner module: fairscale's own forward would overwrite buffers with those of rank 0.
+        # The inner module, because fairscale's own forward overwrites buffers with those of rank 0.
         self.module: nn.Module = model.module
         self._parameters, self.parameters = named_parameters(model)
-        self._places = places(model)
+        self._locations = parameter_locations(model)
         self.device = next(iter(self._parameters.values())).device
         self.shard_group = Group(model._process_group)
         self.replica_group = replica_group or Group.alone()
@@ -63,26 +63,26 @@ class ShardedDDPEngine(Engine):
         )
         self._consume: Consume | None = None
         self._ran = False
-        """Whether a forward pass that can be followed by backward was made since gradients were taken."""
+        """Whether a forward pass with gradients has run since gradients were last read."""
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
-    def _mine(self) -> Iterator[str]:
+    def _owned_names(self) -> Iterator[str]:
         return (name for name, rank in self._owner.items() if rank == self.shard_group.rank)
 
     def spans(self) -> list[Span]:
-        """Return every tensor that this rank owns, and its part of those that nobody does."""
-        return [*(whole(name, self.parameters[name].shape) for name in self._mine()), *self._rest.spans()]
+        """Return every tensor that this rank owns, and its part of the tensors that have no owner."""
+        return [*(whole(name, self.parameters[name].shape) for name in self._owned_names()), *self._rest.spans()]
 
     def live(self, span: Span) -> torch.Tensor:
-        """Return the parameter's own memory."""
-        return flat(span.name, self._parameters[span.name])[span.start : span.stop]
+        """Return the memory of the parameter."""
+        return flat_view(span.name, self._parameters[span.name])[span.start : span.stop]
 
     def publish(self, names: Collection[str]) -> None:
-        """Broadcast what each owner wrote, in buckets."""
+        """Broadcast the tensors from their owners, in buckets."""
         for rank in range(self.shard_group.size):
             owned = {n: self._parameters[n] for n, owner in self._owner.items() if owner == rank and n in names}
             for bucket in buckets(owned):
-                tensors = [flat(name, owned[name]) for name in bucket]
+                tensors = [flat_view(name, owned[name]) for name in bucket]
                 packed = torch.cat(tensors)
                 self.shard_group.copy_from(rank, packed)
                 for tensor, values in zip(tensors, packed.split([len(t) for t in tensors]), strict=True):
@@ -90,8 +90,8 @@ class ShardedDDPEngine(Engine):
         self._rest.publish(names)
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
-        """Return nothing but for parameters that were replaced: fairscale itself writes parameters."""
-        require_in_place(self._places)
+        """Check that no parameter was replaced. Writes are not compared, because fairscale itself writes parameters."""
+        require_same_parameters(self._locations)
         return {}
 
     def buffers(self) -> dict[str, torch.Tensor]:
@@ -99,8 +99,8 @@ class ShardedDDPEngine(Engine):
         return persistent_buffers(self.module)
 
     def watch(self, consume: Consume) -> None:
-        """Consume what has been reduced before each forward pass, so that accumulation needs no `no_sync`."""
-        claim(self._model)
+        """Pass on reduced gradients before each forward pass, so that accumulation needs no `no_sync`."""
+        mark_attached(self._model)
         self._consume = consume
         self._hook = self._model.register_forward_pre_hook(lambda *_: self._before_forward())
 
@@ -109,9 +109,9 @@ class ShardedDDPEngine(Engine):
         self._ran |= torch.is_grad_enabled()
 
     def _take(self) -> None:
-        """Hand over the gradients that fairscale has reduced, on the ranks that own them, and clear them on all."""
+        """Pass on the gradients that fairscale has reduced, on their owners, and clear them on all ranks."""
         assert self._consume is not None
-        if not self._ran:  # what looks reduced was taken before
+        if not self._ran:  # the gradients that are marked as reduced were already passed on
             return
         self._ran = False
         reduced = self._reduced()
@@ -122,7 +122,7 @@ class ShardedDDPEngine(Engine):
                 _clear(p, bucketed=reduced[p])
 
     def _reduced(self) -> dict[torch.Tensor, bool]:
-        """Return the parameters whose gradient the last backward pass has reduced, and which lie in a bucket."""
+        """Return the parameters whose gradient the last backward pass has reduced, and whether it is in a bucket."""
         model = self._model
         bucketed = {p: bucket.sent for bucket in model._bucket_list for p in bucket._params}
         waiting = zip(model._trainable_params, model._grad_to_be_reduced, strict=False)
@@ -130,21 +130,21 @@ class ShardedDDPEngine(Engine):
         return {p: True for p, sent in bucketed.items() if sent} | dict.fromkeys(single, False)
 
     def drain(self) -> None:
-        """Hand over what is reduced; average and hand over the gradients of parameters that OSS was not given.
+        """Pass on reduced gradients; average and pass on the gradients of parameters that OSS does not hold.
 
         Raises:
-            EngineError: gradients of a backward pass in `no_sync()`, which are not reduced yet.
+            EngineError: gradients of a backward pass under `no_sync()` are not reduced yet.
         """
         assert self._consume is not None
         self._take()
         reduced = self._reduced()
         pending = [p for p in self._model._trainable_params if p not in reduced]
-        if pending:  # on every rank alike; also where the loss does not reach them, and then they have no gradient
+        if pending:  # the same on every rank; parameters that the loss does not reach are pending without a gradient
             with self.shard_group.agree():
                 if any(p.grad is not None and bool(p.grad.any()) for p in pending):
                     raise EngineError(
-                        "ShardedDataParallel keeps gradients that it has not reduced: leave no_sync() before a step's "
-                        "last backward pass."
+                        "ShardedDataParallel holds gradients that it has not reduced; leave no_sync() before the last "
+                        "backward pass of a step."
                     )
         self._rest.consume(self._consume, averaged=False)
 
@@ -157,14 +157,14 @@ class ShardedDDPEngine(Engine):
     def close(self) -> None:
         """Remove the hook."""
         if self._consume is not None:
-            release(self._model)
+            unmark_attached(self._model)
         self._consume = None
         if self._hook is not None:
             self._hook.remove()
 
 
 def _clear(parameter: torch.Tensor, *, bucketed: bool) -> None:
-    """Free a gradient; one that is a view of a bucket must stay, since the bucket is what fairscale sends."""
+    """Free a gradient. A view of a bucket is set to zero instead, because fairscale sends the bucket."""
     if not bucketed:
         parameter.grad = None
     elif parameter.grad is not None:

@@ -1,6 +1,6 @@
-"""Flat parameters: tensors laid end to end in one vector, of which every rank holds an equal part.
+"""Flat parameters: several tensors concatenated into one vector that is split evenly over the ranks.
 
-FSDP1 and fairscale keep a model this way. A part begins and ends at any element of any tensor.
+FSDP1 and fairscale use them. The part of a rank can begin and end at any element of any tensor.
 """
 
 from abc import ABC, abstractmethod
@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from twa_scale.base.spans import Span, share
-from twa_scale.engines.engine import Consume, Engine, ParameterInfo, calling
-from twa_scale.engines.parameters import by_first_name, claim, persistent_buffers, release
+from twa_scale.engines.engine import Consume, Engine, ParameterInfo, register_gradient_hooks
+from twa_scale.engines.parameters import by_first_name, mark_attached, persistent_buffers, unmark_attached
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
@@ -23,7 +23,7 @@ from twa_scale.ranks import Group
 
 @dataclass(eq=False)
 class Member:
-    """One tensor of a flat parameter, which begins at element `offset` of it."""
+    """One tensor of a flat parameter. It begins at element `offset` of the flat parameter."""
 
     unit: "FlatUnit"
     offset: int
@@ -32,30 +32,30 @@ class Member:
 
 
 class FlatUnit(ABC):
-    """One flat parameter. What its library calls things is known to the subclass only."""
+    """One flat parameter. Subclasses access the attributes of their library."""
 
     group: Group
-    """The ranks that hold it once."""
+    """The ranks that together hold the flat parameter once."""
     whole: bool
-    """Whether every rank holds all of it, and only the basis is split."""
+    """Whether every rank holds the whole flat parameter, so that only the basis is split."""
     members: dict[tuple[int, str], Member]
-    """By the id of a module and the name of a parameter there; tied parameters are one member."""
+    """The members by module id and parameter name. Tied parameters have one member."""
 
     @abstractmethod
     def local(self) -> torch.Tensor:
-        """Return the memory of this rank, 1-D: its part with padding, or all if `whole`."""
+        """Return the memory of this rank (1-D): its part with padding, or the whole vector if `whole`."""
 
     @abstractmethod
     def gradient(self) -> torch.Tensor | None:
         """Return the gradient of `local`, averaged over the group.
 
         Raises:
-            EngineError: a gradient that is not reduced yet.
+            EngineError: the gradient is not reduced yet.
         """
 
     @abstractmethod
     def leaf(self) -> torch.Tensor:
-        """Return what autograd accumulates the gradient in."""
+        """Return the autograd leaf that accumulates the gradient."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -63,41 +63,37 @@ class FlatUnit(ABC):
 
     @abstractmethod
     def reshard(self) -> None:
-        """Drop what was gathered, so that the next forward pass gathers anew."""
+        """Free the gathered weights, so that the next forward pass gathers them again."""
 
-    def watch(self) -> None:  # noqa: B027  most need not
-        """Begin to notice which gradients are reduced, where they do not tell."""
+    def watch(self) -> None:  # noqa: B027  optional
+        """Start recording which gradients are reduced, if their shape does not show it."""
 
     def close(self) -> None:  # noqa: B027
-        """Stop that."""
+        """Remove the hooks of `watch`."""
 
     def span(self, name: str, member: Member) -> Span:
-        """Return what this rank owns of a member."""
+        """Return the part of a member that this rank owns."""
         numel, held = prod(member.shape), len(self.local())
-        start, stop = share(held, *self._place) if self.whole else (self._first, self._first + held)
+        start, stop = share(held, self.group.rank, self.group.size) if self.whole else (self._first, self._first + held)
         start, stop = (min(max(bound - member.offset, 0), numel) for bound in (start, stop))
         return Span(name, start, stop)
 
     def part(self, vector: torch.Tensor, member: Member, span: Span) -> torch.Tensor:
-        """Return the elements of a span in `local`, or in a vector like it."""
+        """Return the elements of a span in `local`, or in a vector of the same layout."""
         start = member.offset - self._first
         return vector[start + span.start : start + span.stop]
 
     @property
-    def _place(self) -> tuple[int, int]:
-        return self.group.rank, self.group.size
-
-    @property
     def _first(self) -> int:
-        """Where `local` begins in the flat parameter."""
+        """The element of the flat parameter at which `local` begins."""
         return 0 if self.whole else self.group.rank * len(self.local())
 
 
 class FlatEngine(Engine):
-    """Gradients are taken at the step: their parts have been reduced by then, and wait on each rank for its own.
+    """An engine for models with flat parameters. It reads the reduced gradients at the step.
 
-    Parameters that stay out of flat parameters are whole on every rank and nobody averages their gradients: the basis
-    of each is split over the ranks, and gathered after it is written.
+    Parameters outside of flat parameters are whole on every rank, and the library does not average their gradients.
+    Their basis is split over the ranks, and their weights are gathered after each write.
     """
 
     def __init__(self, module: nn.Module, units: Sequence[FlatUnit], group: Group, replica_group: Group) -> None:
@@ -107,7 +103,7 @@ class FlatEngine(Engine):
         self._units = units
         for unit in units:
             unit.reshard()
-        found = by_first_name(module, _walk(module, units))
+        found = by_first_name(module, _named_members(module, units))
         self.parameters = {name: _describe(name, thing, aliases) for name, (thing, aliases) in found.items()}
         self._members = {name: thing for name, (thing, _) in found.items() if isinstance(thing, Member)}
         self._rest = ReplicatedParameters(
@@ -126,7 +122,7 @@ class FlatEngine(Engine):
         return self._rest.live(span) if member is None else member.unit.part(member.unit.local(), member, span)
 
     def publish(self, names: Collection[str]) -> None:
-        """Gather what every rank holds whole, and have all else gathered anew by the next forward pass."""
+        """Gather the parameters that every rank holds whole. The next forward pass gathers the others."""
         for unit in self._units:
             unit.reshard()
         written = {member.unit for name, member in self._members.items() if name in names}
@@ -136,29 +132,29 @@ class FlatEngine(Engine):
         self._rest.publish(names)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Return the module's buffers, which stay whole."""
+        """Return the module's buffers, which are not sharded."""
         return persistent_buffers(self.module)
 
     def watch(self, consume: Consume) -> None:
-        """Remember who consumes the gradients."""
-        claim(self.module)
+        """Store the callback for `drain`."""
+        mark_attached(self.module)
         self._consume = consume
         for unit in self._units:
             unit.watch()
 
     def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
-        """Call `call` in every backward pass that reaches a flat parameter, or one outside of them."""
+        """Call `call` in every backward pass that computes a gradient of a parameter, flat or not."""
         leaves = [*(unit.leaf() for unit in self._units), *self._rest.parameters()]
-        return calling(call, [leaf for leaf in leaves if leaf.requires_grad])
+        return register_gradient_hooks(call, [leaf for leaf in leaves if leaf.requires_grad])
 
     def drain(self) -> None:
-        """Hand over this rank's part of every gradient and free it; average those that nobody has averaged.
+        """Pass on this rank's part of every gradient and free it. Average the gradients outside flat parameters first.
 
         Raises:
-            EngineError: gradients that are not reduced yet.
+            EngineError: gradients are not reduced yet.
         """
         assert self._consume is not None
-        self._rest.consume(self._consume, averaged=False)  # collective: before what may fail on one rank
+        self._rest.consume(self._consume, averaged=False)  # collective, so before code that can fail on one rank
         gradients = {unit: unit.gradient() for unit in self._units}
         for name, member in self._members.items():
             gradient = gradients[member.unit]
@@ -175,16 +171,16 @@ class FlatEngine(Engine):
             unit.forget()
 
     def close(self) -> None:
-        """Forget the consumer."""
+        """Remove the hooks."""
         if self._consume is not None:
-            release(self.module)
+            unmark_attached(self.module)
         self._consume = None
         for unit in self._units:
             unit.close()
 
 
-def _walk(root: nn.Module, units: Sequence[FlatUnit]) -> Iterator[tuple[str, Member | nn.Parameter]]:
-    """Yield every parameter under each of its names, in the order of the model before it was flattened."""
+def _named_members(root: nn.Module, units: Sequence[FlatUnit]) -> Iterator[tuple[str, Member | nn.Parameter]]:
+    """Yield every parameter under each of its names, in the order of the unflattened model."""
     members: dict[int, dict[str, Member]] = {}
     for unit in units:
         for (module, attribute), member in unit.members.items():
@@ -197,15 +193,15 @@ def _walk(root: nn.Module, units: Sequence[FlatUnit]) -> Iterator[tuple[str, Mem
 
 
 def is_flat(parameter: torch.Tensor) -> bool:
-    """Whether this is a flat parameter of torch or fairscale, which is not a parameter of the model."""
+    """Return whether `parameter` is a flat parameter of torch or fairscale."""
     return hasattr(parameter, "_param_infos")
 
 
 def one_group(process_groups: Sequence[dist.ProcessGroup], wrapper: str) -> Group:
-    """Return the group that all wrapped modules share.
+    """Return the process group of all wrapped modules.
 
     Raises:
-        EngineError: modules that are sharded over different ranks.
+        EngineError: the modules are sharded over different ranks.
     """
     if len({tuple(dist.get_process_group_ranks(group)) for group in process_groups}) > 1:
         raise EngineError(

@@ -32,7 +32,7 @@ _FLAT = (
 
 
 class FSDP1Engine(FlatEngine):
-    """With `use_orig_params` or without; the metadata that FSDP1 keeps of its flat parameters says who holds what."""
+    """An engine for FSDP1, with or without `use_orig_params`. Spans come from the metadata of the flat parameters."""
 
     def __init__(self, module: nn.Module, replica_group: Group | None = None) -> None:
         wrapped = FullyShardedDataParallel.fsdp_modules(module)
@@ -43,41 +43,42 @@ class FSDP1Engine(FlatEngine):
         process_groups: list[Any] = [child.process_group for child in wrapped]
         group = one_group(process_groups, "FullyShardedDataParallel")
         replicas = _replicas(wrapped, group, replica_group)
-        with _known():
-            handles: list[Any] = [child._handle for child in wrapped]  # None where modules inside took all parameters
+        with _translate_attribute_errors():
+            # The handle is None if the FSDP modules inside a module hold all of its parameters.
+            handles: list[Any] = [child._handle for child in wrapped]
         units = [_Unit(child, handle, group) for child, handle in zip(wrapped, handles, strict=True) if handle]
         super().__init__(module, units, group, replicas)
         self.averages_replicas = replicas is not replica_group
 
 
 def _replicas(wrapped: Sequence[FullyShardedDataParallel], group: Group, given: Group | None) -> Group:
-    """Return the ranks that HYBRID_SHARD replicates over, or those given."""
+    """Return the replica group of HYBRID_SHARD, or the given one."""
     hybrid = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
-    # Not getattr, which would go on to look in the wrapped module.
+    # `__dict__`, because getattr would continue the search in the wrapped module.
     process_groups = [child.__dict__.get("_inter_node_pg") for child in wrapped]
     found = [process_group for process_group in process_groups if process_group is not None]
     if not found:
         if any(child.sharding_strategy in hybrid for child in wrapped):
-            raise _unknown("_inter_node_pg")
+            raise _missing_attribute("_inter_node_pg")
         return given or Group.alone()
     if len(found) < len(wrapped):
-        raise EngineError("only some modules of this model use HYBRID_SHARD; give all FSDP modules one strategy.")
+        raise EngineError("only some modules of this model use HYBRID_SHARD; use it for all FSDP modules or for none.")
     own = one_group(found, "HYBRID_SHARD")
     if given is not None and own.size > 1:
         raise EngineError(
-            "replica_group: HYBRID_SHARD has replicas of its own, over which FSDP averages gradients; leave "
+            "replica_group: HYBRID_SHARD has its own replicas, over which FSDP averages gradients; leave "
             "replica_group out, or use FULL_SHARD on the process group of each pod."
         )
     if group.size == 1 and own.size > 1:
         raise EngineError(
-            "HYBRID_SHARD with one rank in a shard group: torch divides such gradients without summing them. Use "
-            "DistributedDataParallel, or shard over at least two ranks."
+            "HYBRID_SHARD with one rank per shard group is not supported: torch divides such gradients without summing "
+            "them. Use DistributedDataParallel, or shard over at least two ranks."
         )
     return given or own
 
 
 class _Unit(FlatUnit):
-    """A flat parameter of torch, whose metadata and storages have no public names."""
+    """A flat parameter of torch. Its metadata and storages are private attributes."""
 
     def __init__(self, module: FullyShardedDataParallel, handle: Any, group: Group) -> None:
         self.group = group
@@ -93,17 +94,17 @@ class _Unit(FlatUnit):
         require("torch", module, _MODULE)
         require("torch", handle, _HANDLE)
         require("torch", handle.flat_param, _FLAT)
-        with _known():
+        with _translate_attribute_errors():
             self._flat = flat = handle.flat_param
             self._parameters = flat._params and [*flat._params, *flat._shared_params]
             self.whole = not handle.uses_sharded_strategy
-            self.members = {place: self._check(*one) for place, *one in self._flattened()}
+            self.members = {key: self._member(index, start) for key, index, start in self._flattened()}
             for tied in flat._shared_param_infos:
                 owner = self.members[id(tied.prim_module), tied.prim_param_name]
                 self.members[id(tied.module), tied.param_name] = owner
 
-    def _flattened(self) -> Iterator[Any]:
-        """Yield (module id, name), its number, and where it begins; padding is counted and left out."""
+    def _flattened(self) -> Iterator[tuple[tuple[int, str], int, int]]:
+        """Yield ((module id, name), index, offset) of each tensor. Padding counts for offsets but is not yielded."""
         flat = self._flat
         ends = accumulate(flat._numels_with_padding)
         starts = (end - numel for end, numel in zip(ends, flat._numels_with_padding, strict=True))
@@ -111,34 +112,35 @@ class _Unit(FlatUnit):
         for i, (info, start) in enumerate(zip(flat._param_infos, kept, strict=True)):
             yield (id(info.module), info.param_name), i, start
 
-    def _check(self, i: int, start: int) -> Member:
+    def _member(self, i: int, start: int) -> Member:
         flat = self._flat
         if not flat._contiguities[i] or flat._param_extensions[i] is not None:
             raise EngineError(
-                f"parameter {flat._fqns[i]!r} is not flattened row by row (channels_last, or a tensor subclass): call "
-                ".contiguous() on it before FullyShardedDataParallel."
+                f"parameter {flat._fqns[i]!r} is not flattened in row-major order (channels_last, or a tensor "
+                "subclass); call .contiguous() on it before FullyShardedDataParallel."
             )
         trainable = flat.requires_grad if flat._params is None else flat._params[i].requires_grad
         return Member(self, start, tuple(flat._shapes[i]), trainable)
 
     @property
     def _started(self) -> bool:
-        """Whether a forward pass has been: only then there are a shard apart and gathered weights."""
-        with _known():
+        """Whether a forward pass has run. Before it, there are no separate local shard and no gathered weights."""
+        with _translate_attribute_errors():
             return self._module._is_root is not None
 
     def local(self) -> torch.Tensor:
-        with _known():
+        with _translate_attribute_errors():
             memory: torch.Tensor = self._flat._local_shard if self._started else self._flat
         return memory.detach()
 
     def gradient(self) -> torch.Tensor | None:
         gradient: torch.Tensor | None = self._flat.grad
         if gradient is None or (self._parameters and all(p.grad is None for p in self._parameters)):
-            return None  # torch, too, takes the gradients of the original parameters for the truth
+            return None  # as in torch, the gradients of the original parameters take precedence
         if self._unreduced or gradient.shape != self.local().shape:
             raise EngineError(
-                "FSDP1 keeps gradients that it has not reduced: leave no_sync() before a step's last backward pass."
+                "FSDP1 holds gradients that it has not reduced; leave no_sync() before the last backward pass of a "
+                "step."
             )
         return gradient.detach()
 
@@ -148,29 +150,30 @@ class _Unit(FlatUnit):
 
     def forget(self) -> None:
         self._unreduced = False
-        self._flat.__dict__.pop("_saved_grad_shard", None)  # from before a pass without sync
+        self._flat.__dict__.pop("_saved_grad_shard", None)  # left by a backward pass before one under no_sync
         for parameter in (self._flat, *(self._parameters or ())):
             parameter.grad = None
 
     def reshard(self) -> None:
         if not self._started:
             return
-        with _known():
+        with _translate_attribute_errors():
             self._handle.reshard(not self.whole)
             self._handle.post_reshard()
             self._handle._prefetched = False
-        for gathered in ("_full_param_padded", "_full_prec_full_param_padded"):  # one of them is not the mode's own
+        # FSDP1 gathers into one of these storages, which depends on mixed precision and on training or evaluation.
+        for gathered in ("_full_param_padded", "_full_prec_full_param_padded"):
             if hasattr(self._flat, gathered):
                 getattr(self._flat, gathered).untyped_storage().resize_(0)
 
     def watch(self) -> None:
-        """Note each backward pass whether it was one without sync: with NO_SHARD no shape shows it."""
+        """Record for each backward pass whether it ran under `no_sync`. With NO_SHARD the shape does not show it."""
 
-        def note(_: torch.Tensor) -> None:
+        def record(_: torch.Tensor) -> None:
             self._unreduced = not self._module._sync_gradients
 
         if self._flat.requires_grad:
-            self._hook = self._flat.register_post_accumulate_grad_hook(note)
+            self._hook = self._flat.register_post_accumulate_grad_hook(record)
 
     def close(self) -> None:
         if self._hook is not None:
@@ -178,16 +181,16 @@ class _Unit(FlatUnit):
 
 
 @contextmanager
-def _known() -> Iterator[None]:
-    """Say which torch it is when FSDP1 has changed inside."""
+def _translate_attribute_errors() -> Iterator[None]:
+    """Turn an AttributeError into an EngineError that names the version of torch."""
     try:
         yield
     except AttributeError as error:
-        raise _unknown(error.name) from error
+        raise _missing_attribute(error.name) from error
 
 
-def _unknown(name: str | None) -> EngineError:
+def _missing_attribute(name: str | None) -> EngineError:
     return EngineError(
-        f"FullyShardedDataParallel of torch {torch.__version__} has no {name!r} any more, which this version of "
-        "twa_scale needs: use fully_shard, or a torch from 2.6 to 2.13."
+        f"FullyShardedDataParallel of torch {torch.__version__} has no {name!r}, which this version of twa_scale "
+        "needs; use fully_shard, or torch 2.6 to 2.13."
     )

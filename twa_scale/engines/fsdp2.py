@@ -11,22 +11,33 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from twa_scale.base.spans import Span
-from twa_scale.engines.dtensor_spans import Axis, Grid
-from twa_scale.engines.engine import Consume, Engine, calling
-from twa_scale.engines.fsdp2_units import SettlingUnshard, parameter_groups, require_own_unshard, settling
-from twa_scale.engines.parameters import TWICE, flat, named_parameters, persistent_buffers, writes
+from twa_scale.engines.dtensor_spans import Axis, MeshLayout
+from twa_scale.engines.engine import Consume, Engine, register_gradient_hooks
+from twa_scale.engines.fsdp2_units import (
+    PreparingUnshard,
+    installed_unshard,
+    parameter_groups,
+    require_replaceable_unshard,
+)
+from twa_scale.engines.parameters import (
+    ALREADY_ATTACHED,
+    flat_view,
+    memory_version,
+    named_parameters,
+    persistent_buffers,
+)
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 
 
 class FSDP2Engine(Engine):
-    """Gradients are taken in post-accumulate hooks, which FSDP2 calls when the local rows are reduced.
+    """An engine for FSDP2 and tensor parallelism. It reads gradients in post-accumulate hooks, after the reduction.
 
-    A parameter that some ranks of the shard group have the same part of, as tensor parallelism leaves norms, has one
-    owner for each of its elements: those ranks split their common part, and gather it when they have written.
-    Parameters that FSDP2 was told to ignore are whole on every rank and nobody averages their gradients: their rows
-    of the basis are split over the ranks, and their gradients averaged at the step.
+    Some ranks of a shard group can hold the same part of a parameter, for example a norm under tensor parallelism.
+    These ranks split the common part and gather it after each write, so each element has one owner. Parameters that
+    FSDP2 ignores are whole on every rank, and FSDP2 does not average their gradients. Their rows of the basis are
+    split over the ranks, and their gradients are averaged at the step.
     """
 
     def __init__(self, module: nn.Module, replica_group: Group | None = None) -> None:
@@ -34,37 +45,37 @@ class FSDP2Engine(Engine):
         self._wrapped = [child for child in module.modules() if isinstance(child, FSDPModule)]
         self._groups = parameter_groups(self._wrapped)
         for group in self._groups:
-            if average := settling(group):  # whose model this is, and whose weights are looked at, as by Snapshots
-                average.settle()
-        self._reshard()  # after a forward pass the root may hold whole parameters in place of its shards
+            if unshard := installed_unshard(group):  # another engine (Snapshots) reads the weights of an average
+                unshard.prepare()
+        self._reshard()  # after a forward pass the root module may hold unsharded parameters
         parameters, self.parameters = named_parameters(module)
         self._sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
-        grid = Grid(self._sharded)
-        self.shard_group = grid.shard_group
-        self.replica_group = _only_one(grid.replica_group, replica_group)
-        self.averages_replicas = grid.replica_group.size > 1
-        self._owned: dict[str, tuple[Span, int, int]] = {}  # the span, and where it lies in the local part
-        self._repeated: list[ReplicatedParameters] = []
+        mesh = MeshLayout(self._sharded)
+        self.shard_group = mesh.shard_group
+        self.replica_group = _one_replica_group(mesh.replica_group, replica_group)
+        self.averages_replicas = mesh.replica_group.size > 1
+        self._owned: dict[str, tuple[Span, int, int]] = {}  # the span, and its start and stop in the local part
+        self._replicated: list[ReplicatedParameters] = []
         with self.shard_group.agree():
-            self._local = {name: flat(name, p.to_local()) for name, p in self._sharded.items()}
-            spans = {name: grid.span(name, p) for name, p in self._sharded.items()}
-        self._own(grid, spans)
+            self._local = {name: flat_view(name, p.to_local()) for name, p in self._sharded.items()}
+            spans = {name: mesh.span(name, p) for name, p in self._sharded.items()}
+        self._assign_owners(mesh, spans)
         whole = {name: p for name, p in parameters.items() if name not in self._sharded}
         self._whole = ReplicatedParameters(whole, self.shard_group)
         self.device = next(iter(self._local.values())).device
         self._consume: Consume | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle | SettlingUnshard] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle | PreparingUnshard] = []
 
-    def _own(self, grid: Grid, spans: dict[str, Span]) -> None:
-        """Split what several ranks hold alike, so that over the shard group the spans tile every parameter once."""
-        alike: dict[tuple[Axis, ...], list[str]] = {}
+    def _assign_owners(self, mesh: MeshLayout, spans: dict[str, Span]) -> None:
+        """Split parts that several ranks hold, so that over the shard group the spans cover every parameter once."""
+        names_of: dict[tuple[Axis, ...], list[str]] = {}
         for name in spans:
-            alike.setdefault(grid.repeating(name), []).append(name)
-        for axes, names in alike.items():
+            names_of.setdefault(mesh.replicating_axes(name), []).append(name)
+        for axes, names in names_of.items():
             units = {name: max(1, spans[name].run) for name in names}
-            split = ReplicatedParameters({name: self._local[name] for name in names}, grid.group(axes), units)
+            split = ReplicatedParameters({name: self._local[name] for name in names}, mesh.group(axes), units)
             if axes:
-                self._repeated.append(split)
+                self._replicated.append(split)
             for part in split.spans():
                 span = spans[part.name].part(part.start, part.stop)
                 self._owned[part.name] = span, part.start, part.stop
@@ -85,10 +96,10 @@ class FSDP2Engine(Engine):
         return self._local[span.name][start:stop]
 
     def publish(self, names: Collection[str]) -> None:
-        """Gather what several ranks hold alike; drop whole parameters, so that the next forward gathers anew."""
+        """Gather the parts that several ranks hold, and reshard, so that the next forward pass gathers again."""
         self._reshard()
-        for repeated in (*self._repeated, self._whole):
-            repeated.publish(names)
+        for replicated in (*self._replicated, self._whole):
+            replicated.publish(names)
 
     def sharded(self, span: Span, values: torch.Tensor) -> torch.Tensor | None:
         """Return values of a whole local shard as a DTensor like the parameter."""
@@ -109,39 +120,39 @@ class FSDP2Engine(Engine):
         )
 
     def units(self) -> list[list[Span]]:
-        """Return what each group of FSDP2 gathers, without parameters that `publish` has to gather first.
+        """Return the spans of each parameter group of FSDP2, without parameters that `publish` has to gather.
 
         Raises:
-            EngineError: tensor parallelism without FSDP2, or groups that do not let us know.
+            EngineError: tensor parallelism without FSDP2, or groups whose `unshard` cannot be replaced.
         """
         if not self._groups:
             return super().units()
-        require_own_unshard(self._groups)
-        names = {id(p): name for name, p in self._sharded.items() if not any(name in r for r in self._repeated)}
+        require_replaceable_unshard(self._groups)
+        names = {id(p): name for name, p in self._sharded.items() if not any(name in r for r in self._replicated)}
         held = [[names.get(id(p.sharded_param)) for p in group.fsdp_params] for group in self._groups]
         return [[self._owned[name][0] for name in unit if name is not None] for unit in held]
 
-    def before_use(self, settle: Callable[[int], torch.cuda.Event | None]) -> None:
-        """Settle a unit before FSDP2 gathers it, and before its state dict is read or loaded."""
+    def before_use(self, prepare: Callable[[int], torch.cuda.Event | None]) -> None:
+        """Call `prepare` before FSDP2 gathers a unit, and before its state dict is read or loaded."""
         self._hooks += [
-            SettlingUnshard(group, self.module, partial(settle, unit)) for unit, group in enumerate(self._groups)
+            PreparingUnshard(group, self.module, partial(prepare, unit)) for unit, group in enumerate(self._groups)
         ]
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
-        """Return address and version of each local part, and of each whole parameter.
+        """Return address and version of each local part and of each unsharded parameter.
 
-        FSDP2 puts gathered parameters in the place of its own during a forward pass, so only their memory is compared.
+        FSDP2 replaces its parameters by gathered ones during a forward pass, so only their memory is compared.
         """
         with torch.no_grad():
             held = {name: self._sharded[name].to_local() for name in names if name in self._sharded}
-        return {name: writes(local) for name, local in held.items()} | self._whole.changed(names)
+        return {name: memory_version(local) for name, local in held.items()} | self._whole.changed(names)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers, which FSDP2 does not shard."""
         return persistent_buffers(self.module)
 
     def watch(self, consume: Consume) -> None:
-        """Consume the local rows of each gradient right after their reduce-scatter."""
+        """Pass on the local rows of each gradient in a hook after their reduce-scatter."""
         self._consume = consume
         if self.keeps_gradients:
             return
@@ -152,45 +163,46 @@ class FSDP2Engine(Engine):
                 self._hooks.append(handle)
 
     def _offloaded(self, name: str) -> bool:
-        """Whether FSDP2 copies this gradient to the CPU: the copy may still be under way in a hook."""
+        """Whether FSDP2 copies this gradient to the CPU. The copy may not have ended when a hook runs."""
         return self._local[name].device.type != self._sharded[name].device_mesh.device_type
 
     def _take(self, parameter: DTensor, name: str) -> None:
         gradient = parameter.grad
         if gradient is None:
-            raise EngineError(TWICE)
+            raise EngineError(ALREADY_ATTACHED)
         assert self._consume is not None and isinstance(gradient, DTensor)
-        if gradient.placements != parameter.placements:  # partial sums, without FSDP2 to add them up
+        if gradient.placements != parameter.placements:  # without FSDP2, the gradient may hold partial sums
             gradient = gradient.redistribute(placements=parameter.placements)
         span, start, stop = self._owned[name]
         self._consume(span, gradient.to_local().reshape(-1)[start:stop])
         parameter.grad = None
 
     def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
-        """Call `call` in every backward pass that reaches a parameter: when FSDP2 has reduced it, if it is sharded.
+        """Call `call` in every backward pass that computes a gradient of a parameter.
 
-        Without synchronization it does not; then when the gradient is added to the one that FSDP2 keeps.
+        For a sharded parameter, the hook runs after the reduction. Without gradient synchronization it runs when the
+        gradient is accumulated in the unsharded parameter.
         """
         gathered = [getattr(p, "_unsharded_param", None) for group in self._groups for p in group.fsdp_params]
         sharded = [p for p in (*self._sharded.values(), *gathered) if p is not None and p.requires_grad]
         whole = [p for p in self._whole.parameters() if p.requires_grad]
-        return calling(call, whole) + [
+        return register_gradient_hooks(call, whole) + [
             cast(torch.Tensor, p).register_post_accumulate_grad_hook(lambda _: call()) for p in sharded
         ]
 
     def drain(self) -> None:
-        """Average and hand over the gradients of ignored parameters; the hooks have consumed all others.
+        """Average and pass on the gradients of ignored parameters. The hooks have passed on all others.
 
         Raises:
-            EngineError: gradients that FSDP2 still keeps unreduced.
+            EngineError: FSDP2 still holds unreduced gradients.
         """
         assert self._consume is not None
-        # Collective, and so before what may fail on one rank. Without FSDP2 these parameters take part in the same
-        # computation on every rank, and have the same gradient.
+        # Collective, so before code that can fail on one rank. Without FSDP2 every rank computes the same gradient of
+        # these parameters.
         self._whole.consume(self._consume, averaged=not self._wrapped)
         if next(self._unreduced(), None) is not None:
             raise EngineError(
-                "FSDP2 keeps gradients that it has not reduced: call set_requires_gradient_sync(True), and "
+                "FSDP2 holds gradients that it has not reduced; call set_requires_gradient_sync(True), and "
                 "set_requires_all_reduce(True) with HSDP, before the last backward pass of a step."
             )
         for name, parameter in self._sharded.items():
@@ -198,7 +210,7 @@ class FSDP2Engine(Engine):
                 self._take(parameter, name)
 
     def forget(self) -> None:
-        """Drop the gradients, also those that FSDP2 keeps unreduced."""
+        """Drop the pending gradients, including those that FSDP2 has not reduced."""
         self._whole.forget()
         for parameter in self._sharded.values():
             parameter.grad = None
@@ -206,12 +218,12 @@ class FSDP2Engine(Engine):
             setattr(holder, attribute, None)
 
     def _unreduced(self) -> Iterator[tuple[Any, str]]:
-        """Yield where FSDP2 keeps gradients between backward passes: (object, attribute). No public way leads there."""
+        """Yield (object, attribute) of each unreduced gradient that FSDP2 holds between backward passes."""
         for group in self._groups:
             held = [(group, "_partial_reduce_output")]
             for p in group.fsdp_params:
                 held += [(p, "unsharded_accumulated_grad"), (getattr(p, "_unsharded_param", None), "grad")]
-            yield from (where for where in held if getattr(*where, None) is not None)
+            yield from ((holder, name) for holder, name in held if getattr(holder, name, None) is not None)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -220,10 +232,10 @@ class FSDP2Engine(Engine):
             self._hooks.pop().remove()
 
 
-def _only_one(own: Group, given: Group | None) -> Group:
+def _one_replica_group(own: Group, given: Group | None) -> Group:
     if own.size > 1 and given is not None:
         raise EngineError(
-            "replica_group: the model's mesh has replicas of its own (HSDP), over which FSDP2 averages gradients; "
+            "replica_group: the model's mesh has its own replicas (HSDP), over which FSDP2 averages gradients; "
             "leave replica_group out, or shard each pod on a 1-D mesh."
         )
     return given or own

@@ -1,4 +1,4 @@
-"""What FSDP2 gathers at once: its parameter groups, with a word before each is gathered. No public way leads there."""
+"""The parameter groups of FSDP2, and a hook before each all-gather. FSDP2 has no public API for either."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,12 +7,15 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from twa_scale.engines.parameters import TWICE
+from twa_scale.engines.parameters import ALREADY_ATTACHED
 from twa_scale.engines.private_attributes import require
 from twa_scale.errors import EngineError
 
-Settle = Callable[[], torch.cuda.Event | None]
-"""Lets the current stream find the weights of a unit; returns what other streams have to await, if anything."""
+Prepare = Callable[[], torch.cuda.Event | None]
+"""A function that makes the weights of a unit available to the current stream.
+
+It returns the event that other streams have to wait for, if any.
+"""
 
 _GROUP = ("fsdp_params", "_partial_reduce_output")
 _PARAMETER = ("sharded_param", "unsharded_accumulated_grad", "_unsharded_param")
@@ -20,10 +23,10 @@ _UNSHARD = ("unshard", "_wait_all_gather_streams_on_event")
 
 
 def parameter_groups(wrapped: Iterable[FSDPModule]) -> list[Any]:
-    """Return the groups of parameters that FSDP2 gathers together, once each, in the order of the modules.
+    """Return the groups of parameters that FSDP2 gathers together, in the order of the modules.
 
     Raises:
-        EngineError: a torch that calls what engines need otherwise.
+        EngineError: this version of torch lacks an attribute that engines need.
     """
     found: dict[int, Any] = {}
     for child in wrapped:
@@ -39,58 +42,65 @@ def parameter_groups(wrapped: Iterable[FSDPModule]) -> list[Any]:
     return list(found.values())
 
 
-class SettlingUnshard:
-    """Stands in for `unshard` of a group, through which forward, backward and prefetching get at its weights.
+class PreparingUnshard:
+    """A replacement for the `unshard` method of a parameter group that first calls `prepare`.
+
+    FSDP2 calls `unshard` for forward, backward and prefetching. State dicts read and write the weights without it, so
+    `prepare` is also a hook of the state dict methods.
 
     Args:
-        group: that of FSDP2.
-        module: whose state dicts read and write the weights, too.
-        settle: called before either.
+        group: the parameter group of FSDP2.
+        module: the model whose state dicts hold the weights.
+        prepare: called before each use of the weights.
     """
 
-    def __init__(self, group: Any, module: nn.Module, settle: Settle) -> None:
+    def __init__(self, group: Any, module: nn.Module, prepare: Prepare) -> None:
         self._group = group
         self._unshard = group.unshard
-        self.settle = settle
+        self.prepare = prepare
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         held = {id(p.sharded_param) for p in group.fsdp_params}
         for child in module.modules():
             if any(id(p) in held for p in child.parameters(recurse=False)):
-                self._hooks.append(child.register_state_dict_pre_hook(self._settle))
-                self._hooks.append(child.register_load_state_dict_pre_hook(self._settle))
+                self._hooks.append(child.register_state_dict_pre_hook(self._state_dict_hook))
+                self._hooks.append(child.register_load_state_dict_pre_hook(self._state_dict_hook))
         group.unshard = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Settle, and let the streams that gather wait for it, too: they do not wait for the current one."""
-        if event := self.settle():
+        """Call `prepare`, make the all-gather streams wait for its event, and unshard."""
+        if event := self.prepare():
             self._group._wait_all_gather_streams_on_event(event)
         return self._unshard(*args, **kwargs)
 
-    def _settle(self, *_: object) -> None:
-        self.settle()
+    def _state_dict_hook(self, *_: object) -> None:
+        self.prepare()
 
     def remove(self) -> None:
-        """Put FSDP2's own back, unless something else stands there by now."""
+        """Restore the `unshard` of FSDP2, unless other code has replaced it meanwhile."""
         for hook in self._hooks:
             hook.remove()
         if vars(self._group).get("unshard") is self:
             del self._group.unshard
 
 
-def settling(group: Any) -> SettlingUnshard | None:
-    """Return what stands in for `unshard` of a group, if it is ours."""
-    stand_in = vars(group).get("unshard")
-    return stand_in if isinstance(stand_in, SettlingUnshard) else None
+def installed_unshard(group: Any) -> PreparingUnshard | None:
+    """Return the `PreparingUnshard` of a group, or None if it has none."""
+    replacement = vars(group).get("unshard")
+    return replacement if isinstance(replacement, PreparingUnshard) else None
 
 
-def require_own_unshard(groups: Iterable[Any]) -> None:
-    """Raise EngineError where `SettlingUnshard` cannot be put: another torch, another average, or another library."""
+def require_replaceable_unshard(groups: Iterable[Any]) -> None:
+    """Check that `PreparingUnshard` can replace the `unshard` of all groups.
+
+    Raises:
+        EngineError: another average is attached, another library has replaced `unshard`, or this torch lacks it.
+    """
     for group in groups:
-        if settling(group):
-            raise EngineError(TWICE)
+        if installed_unshard(group):
+            raise EngineError(ALREADY_ATTACHED)
         missing = [name for name in _UNSHARD if not hasattr(group, name)]
         if missing or "unshard" in vars(group):
             why = f"torch {torch.__version__} has no {missing[0]}" if missing else "something has replaced its unshard"
             raise EngineError(
-                f"combine: 'forward' has to know when FSDP2 gathers a unit, but {why}; set `combine: step`."
+                f"combine: 'forward' needs a hook before FSDP2 gathers a unit, but {why}; set `combine: step`."
             )

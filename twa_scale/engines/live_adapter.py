@@ -11,7 +11,7 @@ from torch import nn
 from twa_scale.base.names import some, without_wrappers
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.adapters import ranks_of, scalings
-from twa_scale.engines.module_names import unwrapping
+from twa_scale.engines.module_names import name_unwrapper
 from twa_scale.errors import CandidateError, EngineError
 
 _PREFIX = "base_model.model."  # what PEFT's files put before the names of the model that was wrapped
@@ -46,7 +46,7 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
     path, model = found
     name = _active(model)
     _require_apart(model)
-    prefix, unwrap = f"{path}." if path else "", unwrapping(root)
+    prefix, unwrap = f"{path}." if path else "", name_unwrapper(root)
     names = _names(model)
     marks = {raw: torch.empty(0) for raw in names}
     own = {id(mark): unwrap(prefix + names[raw]) for raw, mark in marks.items()}
@@ -147,7 +147,7 @@ def _spellings(stored: str) -> tuple[str, ...]:
 
 
 def _scalings(model: nn.Module, name: str) -> Iterator[tuple[str, tuple[float, int]]]:
-    unwrap = unwrapping(model)
+    unwrap = name_unwrapper(model)
     for path, module in model.named_modules():
         scaling = getattr(module, "scaling", None)
         if hasattr(module, "lora_A") and isinstance(scaling, Mapping) and name in scaling:

@@ -1,11 +1,11 @@
-"""Names of a module's tensors as its own state dict has them before anything wrapped it."""
+"""Names of tensors and modules without the prefixes that wrappers add."""
 
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
-# The attribute in which a wrapper holds the module that it wraps, by the wrapper's class.
-_HOLDS = {
+# The attribute of a wrapper that holds the wrapped module, by the class of the wrapper.
+_WRAPPED_ATTRIBUTE = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
@@ -18,34 +18,34 @@ _HOLDS = {
 _LIBRARIES = ("torch", "deepspeed", "fairscale")
 
 
-def wrapped_in(module: nn.Module) -> str | None:
-    """Return the attribute under which `module` holds what it wraps, or None if it is no wrapper.
+def wrapped_attribute(module: nn.Module) -> str | None:
+    """Return the name of the attribute that holds the wrapped module, or None if `module` is not a wrapper.
 
-    The class decides, not the attribute's name: models have attributes that are called "module".
+    The class decides, because models can have attributes that are called "module" too.
     """
     for kind in type(module).__mro__:
-        if kind.__module__.split(".")[0] in _LIBRARIES and kind.__name__ in _HOLDS:
-            return _HOLDS[kind.__name__]
+        if kind.__module__.split(".")[0] in _LIBRARIES and kind.__name__ in _WRAPPED_ATTRIBUTE:
+            return _WRAPPED_ATTRIBUTE[kind.__name__]
     return None
 
 
-def unwrapping(root: nn.Module) -> Callable[[str], str]:
-    """Return a function that takes the steps into wrappers out of a name in `root`."""
-    steps = set()
+def name_unwrapper(root: nn.Module) -> Callable[[str], str]:
+    """Return a function that removes the attributes of wrappers from a name in `root`."""
+    wrapped_paths = set()
     for path, module in root.named_modules(remove_duplicate=False):
-        if (held := wrapped_in(module)) is not None:
-            steps.add(f"{path}.{held}" if path else held)
+        if (attribute := wrapped_attribute(module)) is not None:
+            wrapped_paths.add(f"{path}.{attribute}" if path else attribute)
 
     def unwrap(name: str) -> str:
         parts = name.split(".")
         paths = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
-        return ".".join(part for part, path in zip(parts, paths, strict=True) if path not in steps)
+        return ".".join(part for part, path in zip(parts, paths, strict=True) if path not in wrapped_paths)
 
-    return unwrap if steps else str
+    return unwrap if wrapped_paths else str
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module under its name in `root` without wrappers; wrappers have that of what they wrap."""
-    unwrap = unwrapping(root)
+    """Yield (name, module) for every module in `root`. A wrapper has the name of the module that it wraps."""
+    unwrap = name_unwrapper(root)
     for path, module in root.named_modules():
         yield unwrap(path), module

@@ -1,4 +1,4 @@
-"""What engines share: naming the parameters and buffers of a module."""
+"""Functions that engines share: names, locations and memory of the parameters and buffers of a module."""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -7,58 +7,62 @@ import torch
 from torch import nn
 
 from twa_scale.engines.engine import ParameterInfo
-from twa_scale.engines.module_names import unwrapping
+from twa_scale.engines.module_names import name_unwrapper
 from twa_scale.errors import EngineError
 
 T = TypeVar("T")
 
-TWICE = "another average is attached to this model and has taken its gradients; call close() on it first."
-_TAKEN = "_averaged_by_twa_scale"
+ALREADY_ATTACHED = "another average is attached to this model and has taken its gradients; call close() on it first."
+_MARK = "_averaged_by_twa_scale"
 
 
-def claim(model: nn.Module) -> None:
-    """Mark a model whose gradients are taken at the step, which a second average would find gone.
+def mark_attached(model: nn.Module) -> None:
+    """Mark a model as attached, so that a second average, which would find no gradients, is refused.
 
     Raises:
-        EngineError: it is marked already.
+        EngineError: the model is already marked.
     """
-    if getattr(model, _TAKEN, False):
-        raise EngineError(TWICE)
-    setattr(model, _TAKEN, True)
+    if getattr(model, _MARK, False):
+        raise EngineError(ALREADY_ATTACHED)
+    setattr(model, _MARK, True)
 
 
-def release(model: nn.Module) -> None:
-    """Take the mark of `claim` off."""
-    setattr(model, _TAKEN, False)
+def unmark_attached(model: nn.Module) -> None:
+    """Remove the mark of `mark_attached`."""
+    setattr(model, _MARK, False)
 
 
 def by_first_name(root: nn.Module, named: Iterable[tuple[str, T]]) -> dict[str, tuple[T, tuple[str, ...]]]:
-    """Return things of `root` by their first name without wrappers, each with all the names that it goes by.
+    """Return each object by its first name without the prefixes of wrappers, together with all of its names.
+
+    Args:
+        root: the module that the names refer to.
+        named: (name, object) pairs; an object that is shared occurs several times.
 
     Raises:
-        EngineError: two different things whose names are the same once wrappers are taken off.
+        EngineError: two different objects have the same name without the prefixes of wrappers.
     """
-    unwrap = unwrapping(root)
+    unwrap = name_unwrapper(root)
     first: dict[str, T] = {}
     names: dict[int, list[str]] = {}
-    for raw, thing in named:
-        name = unwrap(raw)
-        known = names.setdefault(id(thing), [])
-        if name in known:  # a module reached twice, as under an activation-checkpoint wrapper
+    for raw_name, item in named:
+        name = unwrap(raw_name)
+        known = names.setdefault(id(item), [])
+        if name in known:  # a module reached twice, for example below an activation-checkpoint wrapper
             continue
         known.append(name)
         if len(known) == 1:
             if name in first:
                 raise EngineError(f"two parameters of the model are both called {name!r}; rename one of them.")
-            first[name] = thing
-    return {name: (thing, tuple(names[id(thing)])) for name, thing in first.items()}
+            first[name] = item
+    return {name: (item, tuple(names[id(item)])) for name, item in first.items()}
 
 
 def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, ParameterInfo]]:
-    """Return the parameters of `module` and their descriptions, tied ones once, by name without wrappers.
+    """Return the parameters of `module` and their metadata by name without the prefixes of wrappers, tied ones once.
 
     Raises:
-        EngineError: two different parameters whose names are the same once wrappers are taken off.
+        EngineError: two different parameters have the same name without the prefixes of wrappers.
     """
     found = by_first_name(module, module.named_parameters(remove_duplicate=False))
     infos = {
@@ -68,12 +72,12 @@ def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[s
     return {name: p for name, (p, _) in found.items()}, infos
 
 
-Places = list[tuple[str, nn.Module, str, nn.Parameter]]
-"""Name of a parameter, the module that holds it, its name there, and itself."""
+ParameterLocations = list[tuple[str, nn.Module, str, nn.Parameter]]
+"""For each parameter: its full name, the module that holds it, its name in that module, and the parameter."""
 
 
-def places(module: nn.Module) -> Places:
-    """Return where the parameters of `module` are, tied ones everywhere."""
+def parameter_locations(module: nn.Module) -> ParameterLocations:
+    """Return the locations of all parameters in `module`; a tied parameter has several."""
     return [
         (f"{prefix}.{key}" if prefix else key, child, key, parameter)
         for prefix, child in module.named_modules()
@@ -82,32 +86,32 @@ def places(module: nn.Module) -> Places:
     ]
 
 
-def require_in_place(places: Places) -> None:
-    """Refuse a model whose parameters are no longer those that were attached to.
+def require_same_parameters(parameter_locations: ParameterLocations) -> None:
+    """Check that the model still holds the parameters that it had at attach.
 
     Raises:
-        EngineError: names the first that was replaced.
+        EngineError: names the first parameter that was replaced.
     """
-    for name, child, key, parameter in places:
+    for name, child, key, parameter in parameter_locations:
         if child._parameters.get(key) is not parameter:
             raise EngineError(
-                f"parameter {name!r} was replaced since attach (load_state_dict(assign=True), perhaps): the average "
-                "writes to memory that the model no longer uses. Change the model before attach, or attach anew."
+                f"parameter {name!r} was replaced since attach (load_state_dict(assign=True), perhaps), so the average "
+                "would write to memory that the model no longer uses. Change the model before attach, or attach again."
             )
 
 
-def writes(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return where a tensor's memory is, and how often torch has written it in place."""
+def memory_version(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the address of a tensor's memory and its version: the number of in-place writes by torch."""
     address = tensor.data_ptr()
     try:
         return address, tensor._version
-    except RuntimeError:  # an inference tensor has no counter; asking each first costs half as much again
+    except RuntimeError:  # an inference tensor has no version; `is_inference()` on each tensor would cost 50 % more
         return address, 0
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that `module.state_dict()` holds, by name without wrappers."""
-    unwrap, buffers = unwrapping(module), {}
+    """Return the persistent buffers of `module` by name without the prefixes of wrappers."""
+    unwrap, buffers = name_unwrapper(module), {}
     for prefix, child in module.named_modules():
         for key, buffer in child._buffers.items():
             if buffer is not None and key not in child._non_persistent_buffers_set:
@@ -115,15 +119,15 @@ def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return buffers
 
 
-def flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return the 1-D live view of a parameter's memory.
+def flat_view(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a 1-D view of a parameter's memory.
 
     Raises:
-        EngineError: memory that is not row-major, which has no such view.
+        EngineError: the memory is not row-major, so there is no such view.
     """
     if not tensor.is_contiguous():
         raise EngineError(
-            f"parameter {name!r} is not contiguous in memory (channels_last, perhaps): a span of it cannot be written "
+            f"parameter {name!r} is not contiguous in memory (channels_last, perhaps), so its spans cannot be written "
             "in place. Call .contiguous() on it before attach."
         )
     return tensor.detach().view(-1)

@@ -1,4 +1,4 @@
-"""A model that every rank holds whole: alone, or as one of several replicas that see different data."""
+"""An unwrapped model: one process, or several replicas that see different data."""
 
 from collections.abc import Collection
 from functools import partial
@@ -9,25 +9,25 @@ from torch import nn
 from twa_scale.base.spans import Span, whole
 from twa_scale.engines.engine import Consume, Engine
 from twa_scale.engines.parameters import (
-    TWICE,
-    flat,
+    ALREADY_ATTACHED,
+    flat_view,
+    memory_version,
     named_parameters,
+    parameter_locations,
     persistent_buffers,
-    places,
-    require_in_place,
-    writes,
+    require_same_parameters,
 )
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 
 
 class PlainEngine(Engine):
-    """An ordinary module. With several ranks each is a shard group of its own, and they exchange only coefficients."""
+    """An engine for an unwrapped module. With several ranks, each is its own shard group, and all are replicas."""
 
     def __init__(self, module: nn.Module, replica_group: Group) -> None:
         self.module = module
         self._parameters, self.parameters = named_parameters(module)
-        self._places = places(module)
+        self._locations = parameter_locations(module)
         self.device = next(iter(self._parameters.values())).device
         self.shard_group = Group.alone()
         self.replica_group = replica_group
@@ -35,34 +35,34 @@ class PlainEngine(Engine):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def spans(self) -> list[Span]:
-        """Return every tensor, whole."""
+        """Return every tensor as one span."""
         return [whole(name, info.shape) for name, info in self.parameters.items()]
 
     def live(self, span: Span) -> torch.Tensor:
-        """Return the parameter's own memory."""
-        return flat(span.name, self._parameters[span.name])[span.start : span.stop]
+        """Return the memory of the parameter."""
+        return flat_view(span.name, self._parameters[span.name])[span.start : span.stop]
 
     def publish(self, names: Collection[str]) -> None:
-        """Do nothing: the memory that was written is the model's."""
+        """Do nothing, because `live` is the memory that the model uses."""
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return address and version of each parameter's memory."""
-        require_in_place(self._places)
-        return {name: writes(self._parameters[name]) for name in names}
+        require_same_parameters(self._locations)
+        return {name: memory_version(self._parameters[name]) for name in names}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers."""
         return persistent_buffers(self.module)
 
     def watch(self, consume: Consume) -> None:
-        """Consume each gradient as soon as autograd has accumulated it, so that few exist at a time."""
+        """Pass on each gradient as soon as autograd has accumulated it, so that few exist at a time."""
         self._consume = consume
         if self.keeps_gradients:
             return
 
         def take(parameter: torch.Tensor, span: Span) -> None:
             if parameter.grad is None:
-                raise EngineError(TWICE)
+                raise EngineError(ALREADY_ATTACHED)
             consume(span, parameter.grad.reshape(-1))
             parameter.grad = None
 
@@ -73,7 +73,7 @@ class PlainEngine(Engine):
                 self._hooks.append(handle)
 
     def drain(self) -> None:
-        """Hand over gradients that were kept, or written by hand; the hooks have consumed all others."""
+        """Pass on gradients that were kept, or that the script wrote. The hooks have passed on all others."""
         assert self._consume is not None
         for span in self.spans():
             parameter = self._parameters[span.name]
@@ -82,7 +82,7 @@ class PlainEngine(Engine):
                 parameter.grad = None
 
     def forget(self) -> None:
-        """Drop what was there before the hooks were."""
+        """Drop the gradients that existed before the hooks."""
         self.module.zero_grad(set_to_none=True)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Parameters that every rank holds whole but of which each rank owns only its rows of the basis."""
+"""Parameters that every rank holds whole, with the basis split over the ranks."""
 
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
@@ -7,14 +7,14 @@ import torch
 
 from twa_scale.base.spans import Span, share
 from twa_scale.engines.engine import Consume
-from twa_scale.engines.parameters import flat, writes
+from twa_scale.engines.parameters import flat_view, memory_version
 from twa_scale.ranks import Group
 
-_BUCKET = 1 << 23  # elements per all-gather: large enough to hide latency, small beside the model
+_BUCKET = 1 << 23  # elements per all-gather: large enough to hide latency, small compared with the model
 
 
 def buckets(parameters: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
-    """Yield the names of tensors that travel together: of one dtype, and a few megabytes where tensors are small."""
+    """Yield buckets of tensor names. The tensors of a bucket have one dtype and are sent in one collective."""
 
     def dtype(name: str) -> str:
         return str(parameters[name].dtype)
@@ -33,9 +33,12 @@ def buckets(parameters: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
 
 
 class ReplicatedParameters:
-    """Splits parameters over a group by equal contiguous parts, and gathers the parts after they are written.
+    """Parameters that are split over a group into equal contiguous parts, and gathered after the parts are written.
 
-    Parts of the parameters named in `units` are multiples of that many elements.
+    Args:
+        parameters: contiguous tensors by name, which every rank of `group` holds whole.
+        group: the ranks over which the parts are split.
+        units: for some names a number of elements; the sizes of parts are multiples of it.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class ReplicatedParameters:
         return name in self._parameters
 
     def parameters(self) -> Collection[torch.Tensor]:
-        """Return the parameters."""
+        """Return the tensors."""
         return self._parameters.values()
 
     def spans(self) -> list[Span]:
@@ -58,14 +61,14 @@ class ReplicatedParameters:
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the local memory of a span."""
-        return flat(span.name, self._parameters[span.name])[span.start : span.stop]
+        return flat_view(span.name, self._parameters[span.name])[span.start : span.stop]
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
-        """Return address and version of these parameters' memory, as far as they are here."""
-        return {name: writes(self._parameters[name]) for name in names if name in self._parameters}
+        """Return address and version of the memory of those `names` that are held here."""
+        return {name: memory_version(self._parameters[name]) for name in names if name in self._parameters}
 
     def consume(self, consume: Consume, *, averaged: bool) -> None:
-        """Hand over this rank's part of every gradient and free it; average over the group first unless `averaged`."""
+        """Pass on this rank's part of every gradient and free it; average over the group first unless `averaged`."""
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 continue
@@ -74,7 +77,7 @@ class ReplicatedParameters:
                 missing = gradient is None
                 gradient = torch.zeros_like(parameter) if gradient is None else gradient
                 self._group.sum_(gradient).div_(self._group.size)
-                if missing and not gradient.any():  # no rank had any
+                if missing and not gradient.any():  # no rank had a gradient
                     continue
             if gradient is not None:
                 start, stop = self._part(name, self._group.rank)
@@ -82,17 +85,17 @@ class ReplicatedParameters:
             parameter.grad = None
 
     def forget(self) -> None:
-        """Drop the gradients."""
+        """Drop the pending gradients."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def publish(self, names: Collection[str]) -> None:
-        """All-gather the parts of these parameters, in buckets of one dtype; large ones piece by piece."""
+        """All-gather the parts of these parameters, in buckets of one dtype, large parameters in pieces. Collective."""
         if self._group.size == 1:
             return
-        wanted = {name: p for name, p in self._parameters.items() if name in names}
-        large = [name for name, parameter in wanted.items() if parameter.numel() > _BUCKET]
-        for bucket in buckets({name: p for name, p in wanted.items() if name not in large}):
+        selected = {name: p for name, p in self._parameters.items() if name in names}
+        large = [name for name, parameter in selected.items() if parameter.numel() > _BUCKET]
+        for bucket in buckets({name: p for name, p in selected.items() if name not in large}):
             self._gather(bucket)
         for name in large:
             self._gather_in_pieces(name)
@@ -103,7 +106,7 @@ class ReplicatedParameters:
         return start * unit, stop * unit
 
     def _gather(self, names: list[str]) -> None:
-        tensors = [flat(name, self._parameters[name]) for name in names]
+        tensors = [flat_view(name, self._parameters[name]) for name in names]
         size = self._group.size
         parts = [self._part(name, 0)[1] for name in names]
         local = tensors[0].new_zeros(sum(parts))
@@ -117,10 +120,10 @@ class ReplicatedParameters:
             tensor.copy_(column.reshape(-1)[: tensor.numel()])
 
     def _gather_in_pieces(self, name: str) -> None:
-        """Gather equal pieces of all parts: a huge parameter, gathered at once, would be there twice."""
-        tensor, size = flat(name, self._parameters[name]), self._group.size
+        """Gather a large parameter in pieces, so that no second copy of it is in memory."""
+        tensor, size = flat_view(name, self._parameters[name]), self._group.size
         part, (start, stop) = self._part(name, 0)[1], self._part(name, self._group.rank)
-        full = tensor.numel() // part  # ranks that hold as much as the first; one may hold a rest
+        full = tensor.numel() // part  # the number of ranks with a complete part; one more may hold the rest
         parts, rest = tensor[: full * part].view(full, part), tensor[full * part :]
         for cut in (slice(begin, begin + _BUCKET // size) for begin in range(0, part, _BUCKET // size)):
             mine = tensor[start:stop][cut]

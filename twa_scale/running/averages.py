@@ -18,7 +18,7 @@ from twa_scale.base.spans import Span
 from twa_scale.candidates.carry_over import BASE, Carried
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
-from twa_scale.engines.mistakes import require_device, require_memory, wrapper_beside
+from twa_scale.engines.model_checks import enclosing_wrapper, require_device, require_memory
 from twa_scale.errors import ConfigError, RankError, TwaError
 from twa_scale.output import Files, check_dtype, check_files, parse_size
 from twa_scale.ranks import Pods, require_same_settings
@@ -94,7 +94,7 @@ class RunningAverages:
         self._shown = Shown(self._engine, self._pods, self._write_shown, lambda _: None)
         self._learned: TrainableAverage | None = None
         self._reported = False
-        if self._pods.rank == 0 and (wrapper := wrapper_beside(self._engine)):
+        if self._pods.rank == 0 and (wrapper := enclosing_wrapper(self._engine)):
             notice(
                 f"RunningAverages of a plain module that a {wrapper} wraps: every rank holds whole averages. Give the "
                 f"{wrapper}, so that each holds a part."

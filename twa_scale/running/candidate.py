@@ -7,7 +7,7 @@ import torch
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.complex_tensors import in_pairs
 from twa_scale.engines import Engine
-from twa_scale.engines.complex_weights import complex_in_model
+from twa_scale.engines.complex_weights import complex_tensor_names
 
 
 class SnapshotCandidate:
@@ -20,7 +20,7 @@ class SnapshotCandidate:
     def __init__(self, engine: Engine, step: int) -> None:
         self.label = f"the snapshot of step {step}"
         self.metadata: dict[str, str] = {}
-        pairs = complex_in_model(engine)
+        pairs = complex_tensor_names(engine)
         tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
         tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
         self._tensors = {

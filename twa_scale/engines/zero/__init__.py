@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1, 2 and 3: the engines of a `deepspeed.DeepSpeedEngine`. Imports no DeepSpeed by itself."""
+"""Engines for DeepSpeed ZeRO-1, 2 and 3. The package does not import DeepSpeed."""
 
 from twa_scale.engines.zero.deepspeed_settings import settings_of, stateless_optimizer
 from twa_scale.engines.zero.stages import is_deepspeed, zero_engine

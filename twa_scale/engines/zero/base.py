@@ -1,4 +1,4 @@
-"""What ZeRO-1, 2 and 3 share: counting micro-batches as `engine.step` would, and the loss scale."""
+"""The base class of the ZeRO engines, which counts micro-batches in place of `engine.step`, and the loss scale."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 from twa_scale.config import BLOCK
 from twa_scale.engines.engine import Consume, Engine, LossScale
-from twa_scale.engines.parameters import claim, persistent_buffers, release
+from twa_scale.engines.parameters import mark_attached, persistent_buffers, unmark_attached
 from twa_scale.engines.private_attributes import require
 from twa_scale.engines.zero.deepspeed_settings import check_trainable, settings_of, warn_of_clipping
 from twa_scale.ranks import Group
@@ -16,30 +16,30 @@ from twa_scale.ranks import Group
 _OPTIMIZER = ("dp_process_group", "optimizer", "zero_grad", "loss_scale", "loss_scaler")
 
 NO_GRADIENT = (
-    "there is no gradient: call engine.backward(loss) before twa.step(), and leave engine.step() out, which twa.step() "
+    "there is no gradient: call engine.backward(loss) before twa.step(), and remove engine.step(), which twa.step() "
     "replaces."
 )
 
 
 class DeepSpeedLossScale(LossScale):
-    """The scale that DeepSpeed's fp16 mode puts on the loss."""
+    """The loss scaler of DeepSpeed's fp16 mode."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
 
     def value(self) -> float:
-        """Return the factor of the present gradients."""
+        """Return the factor by which the current gradients are scaled."""
         return float(self._optimizer.loss_scale)
 
     def update(self, overflow: bool) -> None:
-        """Let DeepSpeed's rule choose the next one."""
+        """Choose the next factor by DeepSpeed's rule."""
         self._optimizer.loss_scaler.update_scale(overflow)
 
 
 class ZeroEngine(Engine):
-    """A DeepSpeedEngine in place of whose `step` the average steps.
+    """An engine for a DeepSpeedEngine. `twa.step` replaces the `step` of DeepSpeed.
 
-    Spans are those of DeepSpeed's own partitions: this rank's float32 weights and its averaged gradients lie there.
+    The spans are DeepSpeed's partitions, which hold the float32 weights and the averaged gradients of this rank.
     """
 
     def __init__(self, engine: Any, replica_group: Group) -> None:
@@ -55,18 +55,18 @@ class ZeroEngine(Engine):
             self.loss_scale = DeepSpeedLossScale(engine.optimizer)
 
     def settings(self) -> Mapping[str, Any]:
-        """Return the "twa" block of DeepSpeed's JSON."""
+        """Return the "twa" block of DeepSpeed's configuration."""
         block: Mapping[str, Any] = settings_of(self._engine).get(BLOCK, {})
         return block
 
     def check(self) -> None:
-        """Refuse settings under which the average would not train as it says, and state that it never uses."""
+        """Check that DeepSpeed's settings do not change the gradient, and that its optimizer holds no unused state."""
         check_trainable(self._engine, with_state=self.keeps_optimizer)
         if self.shard_group.rank == 0:
             warn_of_clipping(self._engine)
 
     def boundary(self) -> bool:
-        """Return whether this micro-batch ends an accumulation, and count it: DeepSpeed does so in `engine.step`."""
+        """Return whether this micro-batch completes the gradients, and count it, as DeepSpeed does in `engine.step`."""
         engine = self._engine
         complete = bool(engine.is_gradient_accumulation_boundary())
         engine.micro_steps += 1
@@ -84,12 +84,12 @@ class ZeroEngine(Engine):
         return persistent_buffers(self.module)
 
     def watch(self, consume: Consume) -> None:
-        """Remember who consumes the gradients: a partition is final when DeepSpeed's backward has ended."""
-        claim(self._engine)
+        """Store the callback for `drain`. Gradients are final only when DeepSpeed's backward has ended."""
+        mark_attached(self._engine)
         self._consume = consume
 
     def close(self) -> None:
-        """Forget the consumer."""
+        """Remove the mark of an attached model."""
         if self._consume is not None:
-            release(self._engine)
+            unmark_attached(self._engine)
         self._consume = None

@@ -1,4 +1,4 @@
-"""What DeepSpeed settings an average can live with; each refusal names the setting and the fix."""
+"""Checks of DeepSpeed settings that an average does not support. Each error names the setting and the fix."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -36,23 +36,23 @@ _CONFIG = ("_param_dict", "zero_config")
 
 
 def stateless_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer to give `deepspeed.initialize` when an average is trained: it never steps and holds nothing.
+    """Return an optimizer without state for `deepspeed.initialize`. It never steps, because `twa.step` replaces it.
 
-    DeepSpeed wants `"zero_allow_untested_optimizer": true` with it.
+    DeepSpeed requires `"zero_allow_untested_optimizer": true` with it.
     """
     return torch.optim.SGD(parameters, lr=0.0)
 
 
 def settings_of(engine: Any) -> dict[str, Any]:
-    """Return the JSON that the engine was made with."""
+    """Return the configuration with which the engine was created."""
     return dict(engine._config._param_dict)
 
 
 def check_supported(engine: Any) -> None:
-    """Refuse an engine whose weights are not where ZeRO-1, 2 and 3 keep them.
+    """Check that the engine partitions weights as ZeRO-1, 2 or 3 does.
 
     Raises:
-        EngineError: with what would do instead.
+        EngineError: names the unsupported setting and an alternative.
     """
     if type(engine).__name__ == "PipelineEngine":
         raise EngineError("DeepSpeed pipeline parallelism is not supported: use ZeRO, which needs no stages.")
@@ -66,26 +66,26 @@ def check_supported(engine: Any) -> None:
     stage = int(engine.zero_optimization_stage())
     if stage == 0:
         raise EngineError(
-            'zero_optimization.stage is 0: take "stage": 1, which costs nothing more, or DistributedDataParallel.'
+            'zero_optimization.stage is 0; use "stage": 1, which costs no more, or DistributedDataParallel.'
         )
     zero = engine._config.zero_config
     if zero.zero_hpz_partition_size > 1:
         raise EngineError(
-            "zero_hpz_partition_size (hpZ) keeps second copies of the weights, not supported: set it to 1."
+            "zero_hpz_partition_size (hpZ) keeps second copies of the weights, which is not supported; set it to 1."
         )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if getattr(zero, key):
             raise EngineError(f"{key} (ZeRO++) is not supported: weights would not be those that the average wrote.")
     for key in ("offload_optimizer", "offload_param"):
         if "nvme" in str(getattr(getattr(zero, key), "device", "")):
-            raise EngineError(f"{key} to NVMe is not supported: take the block out.")
+            raise EngineError(f"{key} to NVMe is not supported: remove the block.")
     if engine.is_deepcompile_enabled():
-        raise EngineError("DeepCompile is not supported: leave `compile.deepcompile` out; torch.compile may stay.")
+        raise EngineError("DeepCompile is not supported: remove `compile.deepcompile`; torch.compile is supported.")
     wrapper = type(engine.optimizer).__name__
     if wrapper == "BF16_Optimizer":
         raise EngineError(
-            'ZeRO-1 with bf16 and "grad_accum_dtype": "fp32" (BF16_Optimizer) is not supported: take "stage": 2, '
-            "or leave grad_accum_dtype out."
+            'ZeRO-1 with bf16 and "grad_accum_dtype": "fp32" (BF16_Optimizer) is not supported: use "stage": 2, '
+            "or remove grad_accum_dtype."
         )
     if wrapper != _WRAPPERS.get(stage):
         raise EngineError(
@@ -95,41 +95,41 @@ def check_supported(engine: Any) -> None:
 
 
 def check_trainable(engine: Any, *, with_state: bool = False) -> None:
-    """Refuse settings that act in `engine.step`, which an average replaces, or that would change the gradient.
+    """Check that no setting changes the gradient or acts in `engine.step`, which an average replaces.
 
     Args:
-        engine: of DeepSpeed.
-        with_state: whether its optimizer may hold state, for training that goes on afterwards.
+        engine: the DeepSpeedEngine.
+        with_state: whether its optimizer may hold state, because training continues afterwards.
 
     Raises:
-        EngineError: with what would do instead.
+        EngineError: names the setting and the fix.
     """
     if engine.gradient_predivide_factor() != 1.0 or not engine.postscale_gradients():
-        raise EngineError("gradient_predivide_factor and prescale_gradients change the gradient: leave them out.")
+        raise EngineError("gradient_predivide_factor and prescale_gradients change the gradient: remove them.")
     if not engine.managed_gradient_accumulation():
         raise EngineError(
-            "managed_gradient_accumulation must stay true: twa.step() is told by it which micro-batch ends."
+            "managed_gradient_accumulation is false: twa.step() needs it to find the last micro-batch; set it to true."
         )
     zero = engine._config.zero_config
     for key in ("offload_optimizer", "offload_param"):
         device = str(getattr(getattr(zero, key), "device", "none"))
         if not device.endswith("none"):
             raise EngineError(
-                f"{key} is set: there is no optimizer state to offload, and gradients must stay where the weights are. "
-                "Take the block out."
+                f"{key} is set: there is no optimizer state to offload, and gradients must be on the device of the "
+                "weights. Remove the block."
             )
     if getattr(engine.optimizer, "torch_autocast_gradscaler", None) is not None:
-        raise EngineError('torch_autocast with float16 is not supported: take "bfloat16", or the "fp16" block.')
+        raise EngineError('torch_autocast with float16 is not supported: use "bfloat16", or the "fp16" block.')
     if not with_state:
         _check_stateless(engine)
 
 
 def warn_of_clipping(engine: Any) -> None:
-    """Say that clipping is not done, where it was asked for: DeepSpeed's own default is 1.0."""
-    asked = settings_of(engine).get("gradient_clipping", 0)
-    if asked:
+    """Report that `gradient_clipping` has no effect, if the user has set it. DeepSpeed's own default is 1.0."""
+    clipping = settings_of(engine).get("gradient_clipping", 0)
+    if clipping:
         notice(
-            f"gradient_clipping {asked} has no effect: DeepSpeed clips in engine.step(), which twa.step() replaces. "
+            f"gradient_clipping {clipping} has no effect: DeepSpeed clips in engine.step(), which twa.step() replaces. "
             "Set `max_weight_grad_norm` of the average instead, or `max_grad_norm` for its coefficients."
         )
 
@@ -145,7 +145,7 @@ def _check_stateless(engine: Any) -> None:
         elements = sum(value.numel() for _, value in held)
         raise EngineError(
             f"the engine's {type(engine.optimizer.optimizer).__name__} holds {elements} elements of state "
-            f"({held[0][0]!r}, ..) on this rank, which training an average never uses: give deepspeed.initialize "
+            f"({held[0][0]!r}, ...) on this rank, which training an average never uses: give deepspeed.initialize "
             "optimizer=twa_scale.stateless_optimizer(model.parameters()), with "
             '"zero_allow_untested_optimizer": true and without an "optimizer" block.'
         )

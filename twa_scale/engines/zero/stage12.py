@@ -1,4 +1,4 @@
-"""ZeRO-1 and 2: every rank has the low-precision weights whole, and a part of their flat float32 copy."""
+"""ZeRO-1 and 2: every rank holds all low-precision weights, and a partition of their flat float32 copy."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.engines.parameters import named_parameters, writes
+from twa_scale.engines.parameters import memory_version, named_parameters
 from twa_scale.engines.private_attributes import require
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
 
-_BEFORE_THE_FIRST = -1  # DeepSpeed's number of micro-batches, less one, since the last step
+_NO_MICRO_STEP = -1  # DeepSpeed's `micro_step_id` before the first micro-batch of a step
 
 _OPTIMIZER = (
     "bit16_groups",
@@ -29,10 +29,10 @@ _OPTIMIZER = (
 
 
 class Zero12Engine(ZeroEngine):
-    """Parameters lie one after another in the flat memory of their optimizer group, of which a rank owns one part.
+    """An engine for ZeRO-1 and 2. The parameters of an optimizer group share flat memory, and a rank owns a part of it.
 
-    Parameters that the optimizer was not given (frozen ones) are whole on every rank: their rows are split over the
-    ranks, and gradients of those that are not frozen are averaged at the step.
+    Parameters that the optimizer does not hold (frozen ones) are whole on every rank. Their rows are split over the
+    ranks, and gradients of those that require one are averaged at the step.
     """
 
     def __init__(self, engine: Any, replica_group: Group) -> None:
@@ -54,13 +54,13 @@ class Zero12Engine(ZeroEngine):
         self._replicated = ReplicatedParameters(rest, self.shard_group)
 
     def _place(self, group: int, names: dict[int, str]) -> dict[int, Span]:
-        """Find the spans of one optimizer group, and return them by where they start in this rank's partition."""
+        """Record the spans of one optimizer group, and return them by their start in this rank's partition."""
         optimizer = self._optimizer
         flat, master = optimizer.bit16_groups_flat[group], optimizer.single_partition_of_fp32_groups[group].detach()
         first = self.shard_group.rank * len(master)
         starts = {}
         for parameter in optimizer.bit16_groups[group]:
-            # Told by the memory itself: padding and round_robin_gradients move parameters about.
+            # The offset comes from the memory because padding and round_robin_gradients move parameters.
             offset = parameter.storage_offset() - flat.storage_offset()
             start = min(max(first - offset, 0), parameter.numel())
             stop = min(max(first + len(master) - offset, 0), parameter.numel())
@@ -73,7 +73,7 @@ class Zero12Engine(ZeroEngine):
         return starts
 
     def spans(self) -> list[Span]:
-        """Return this rank's part of every parameter, often none."""
+        """Return this rank's part of every parameter, many of them empty."""
         return [*self._spans.values(), *self._replicated.spans()]
 
     def live(self, span: Span) -> torch.Tensor:
@@ -85,26 +85,30 @@ class Zero12Engine(ZeroEngine):
 
     @torch.no_grad()
     def publish(self, names: Collection[str]) -> None:
-        """Round what was written into the low-precision weights, and all-gather those as `engine.step` does."""
+        """Round the float32 weights to the low-precision ones, and all-gather these, as `engine.step` does."""
         if not self._spans.keys().isdisjoint(names):
             self._optimizer.update_lp_params()
         self._replicated.publish(names)
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return address and version of this rank's float32 weights, and of the low-precision ones."""
-        masters = {name: (writes(m), writes(self._low[name])) for name, m in self._masters.items() if name in names}
+        masters = {
+            name: (memory_version(m), memory_version(self._low[name]))
+            for name, m in self._masters.items()
+            if name in names
+        }
         return masters | self._replicated.changed(names)
 
     def drain(self) -> None:
-        """Hand over this rank's part of the averaged gradients.
+        """Pass on this rank's part of the averaged gradients.
 
         Raises:
-            EngineError: no backward pass, or more of them than DeepSpeed has accumulated.
+            EngineError: there was no backward pass, or there were more than DeepSpeed accumulates.
         """
         assert self._consume is not None
-        self._replicated.consume(self._consume, averaged=False)  # collective: before what may fail on one rank
+        self._replicated.consume(self._consume, averaged=False)  # collective, so before code that can fail on one rank
         optimizer = self._optimizer
-        passes = optimizer.micro_step_id - _BEFORE_THE_FIRST
+        passes = optimizer.micro_step_id - _NO_MICRO_STEP
         declared = self._engine.gradient_accumulation_steps()
         if passes > declared:
             raise EngineError(
@@ -117,17 +121,17 @@ class Zero12Engine(ZeroEngine):
             raise EngineError(NO_GRADIENT)
         for starts, pieces in zip(self._starts, groups, strict=True):
             place = 0
-            for piece in pieces:  # in the order of the partition; some are padding
+            for piece in pieces:  # in the order of the partition, with padding
                 if (span := starts.get(place)) is not None:
                     self._consume(span, piece.reshape(-1)[: len(span)])
                 place += piece.numel()
         self.forget()
 
     def forget(self) -> None:
-        """Drop the gradients, as `engine.step` does after an overflow."""
+        """Drop the pending gradients, as `engine.step` does after an overflow."""
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
-        optimizer.micro_step_id = _BEFORE_THE_FIRST
+        optimizer.micro_step_id = _NO_MICRO_STEP
         for group in range(len(self._starts)):
             optimizer.averaged_gradients[group] = None
             optimizer.all_grad_tensors[group] = None

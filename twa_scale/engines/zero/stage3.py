@@ -1,4 +1,4 @@
-"""ZeRO-3: each rank holds an equal part of every parameter's flattening, the last parts padded."""
+"""ZeRO-3: each rank holds an equal part of every flattened parameter; the last parts are padded."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.engines.parameters import named_parameters, writes
+from twa_scale.engines.parameters import memory_version, named_parameters
 from twa_scale.engines.private_attributes import require
 from twa_scale.engines.zero.base import NO_GRADIENT, ZeroEngine
 from twa_scale.errors import EngineError
@@ -27,10 +27,10 @@ _PARAMETER = ("ds_tensor", "ds_numel", "ds_shape")
 
 
 class Zero3Engine(ZeroEngine):
-    """Trained parameters have a float32 partition beside the low-precision one; frozen ones the latter alone.
+    """An engine for ZeRO-3. Trained parameters have a float32 and a low-precision partition, frozen ones the latter.
 
-    Never by `parameter.shape`, which is empty for a partitioned parameter: small ones persist whole, but the partition
-    is what counts for them, too.
+    The engine never reads `parameter.shape`, which is empty for a partitioned parameter. Small (persistent) parameters
+    stay whole in memory, but have a partition too, and that is what the engine uses.
     """
 
     def __init__(self, engine: Any, replica_group: Group) -> None:
@@ -54,8 +54,8 @@ class Zero3Engine(ZeroEngine):
                 local = self._optimizer.get_local_fp32_param(held)
             elif held.requires_grad and held.ds_numel:
                 raise EngineError(
-                    f"parameter {name!r} requires a gradient, but the engine's optimizer was not given it: give it all "
-                    "of them, or freeze this one."
+                    f"parameter {name!r} requires a gradient, but DeepSpeed's optimizer does not hold it; give the "
+                    "optimizer all parameters, or freeze this one."
                 )
             self._spans[name] = span
             self._live[name] = local.detach().view(-1)[: len(span)]  # the rest is padding
@@ -67,19 +67,19 @@ class Zero3Engine(ZeroEngine):
         return Span(name, start, min(start + part, parameter.ds_numel))
 
     def spans(self) -> list[Span]:
-        """Return this rank's part of every parameter; parts of small ones are empty on the last ranks."""
+        """Return this rank's part of every parameter; parts of small parameters are empty on the last ranks."""
         return list(self._spans.values())
 
     def live(self, span: Span) -> torch.Tensor:
-        """Return the partition that this rank owns, in float32 where the parameter is trained."""
+        """Return the partition that this rank owns, in float32 if the parameter is trained."""
         offset = self._spans[span.name].start
         return self._live[span.name][span.start - offset : span.stop - offset]
 
     @torch.no_grad()
     def publish(self, names: Collection[str]) -> None:
-        """Round what was written into the low-precision partitions, and gather persistent parameters anew.
+        """Round the float32 partitions to the low-precision ones, and gather persistent parameters again.
 
-        Whole parameters that a forward pass left behind are dropped, so that the next one gathers what is true now.
+        Parameters that a forward pass left gathered are partitioned, so that the next one gathers the new weights.
         """
         for name, parameter in self._trained.items():
             if name in names:
@@ -91,13 +91,13 @@ class Zero3Engine(ZeroEngine):
 
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return address and version of this rank's float32 partitions."""
-        return {name: writes(self._live[name]) for name in self._trained if name in names}
+        return {name: memory_version(self._live[name]) for name in self._trained if name in names}
 
     def drain(self) -> None:
-        """Hand over this rank's part of the averaged gradients.
+        """Pass on this rank's part of the averaged gradients.
 
         Raises:
-            EngineError: no backward pass.
+            EngineError: there was no backward pass.
         """
         assert self._consume is not None
         if not any(self._optimizer.averaged_gradients.values()):
@@ -109,7 +109,7 @@ class Zero3Engine(ZeroEngine):
         self.forget()
 
     def forget(self) -> None:
-        """Drop the gradients. A parameter that the next loss does not reach would else keep its old one."""
+        """Drop the pending gradients. DeepSpeed keeps the gradient of a parameter that the next loss does not reach."""
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
         optimizer.averaged_gradients = {}

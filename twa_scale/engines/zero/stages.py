@@ -1,4 +1,4 @@
-"""Finding the engine of a DeepSpeedEngine."""
+"""Selection of the engine for a DeepSpeedEngine."""
 
 import sys
 from typing import Any
@@ -11,7 +11,7 @@ from twa_scale.ranks import Group
 
 
 def is_deepspeed(model: object) -> bool:
-    """Whether `model` is what `deepspeed.initialize` returned."""
+    """Return whether `model` is the engine that `deepspeed.initialize` returned."""
     deepspeed: Any = sys.modules.get("deepspeed")  # a user who has such an engine has imported it
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
@@ -20,7 +20,7 @@ def zero_engine(model: Any, replica_group: Group) -> ZeroEngine:
     """Return the engine for a DeepSpeedEngine.
 
     Raises:
-        EngineError: a stage, an optimizer wrapper or a kind of parallelism that is not supported.
+        EngineError: the stage, the optimizer wrapper or the kind of parallelism is not supported.
     """
     check_supported(model)
     stage3 = model.zero_optimization_stage() == 3
