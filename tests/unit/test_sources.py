@@ -321,7 +321,7 @@ def test_truncated(here: Path) -> None:
         (lambda raw: raw[:5], "truncated"),
         (lambda raw: b"", "truncated"),
         (lambda raw: raw[:100], "truncated"),
-        (lambda raw: b"\xff" * 8 + raw[8:], "no safetensors file"),
+        (lambda raw: b"\xff" * 8 + raw[8:], "not a safetensors file"),
         (lambda raw: raw[:8] + os.urandom(64).replace(b"{", b"x") + raw[72:], "not the JSON"),
         (lambda raw: raw[:8] + b"\xff" + raw[9:], "not the JSON"),
         (lambda raw: (2).to_bytes(8, "little") + b"[]", "not the JSON"),
@@ -334,8 +334,8 @@ def test_truncated(here: Path) -> None:
         (rewritten(lambda e: e["scalar"].update(shape=[-1])), "integers from 0 on"),  # type: ignore[attr-defined]
         (rewritten(lambda e: e["scalar"].pop("dtype")), "must give its dtype"),  # type: ignore[attr-defined]
         (rewritten(lambda e: e.update(scalar=[])), "must give its dtype"),
-        (rewritten(lambda e: e.pop("scalar")), "a hole or an overlap"),
-        (rewritten(lambda e: e.update(twin=e["scalar"])), "a hole or an overlap"),
+        (rewritten(lambda e: e.pop("scalar")), "a gap or an overlap"),
+        (rewritten(lambda e: e.update(twin=e["scalar"])), "a gap or an overlap"),
     ],
 )
 def test_garbage(here: Path, damage: Callable[[bytearray], bytes], said: str) -> None:
@@ -369,7 +369,7 @@ def test_index_problems(here: Path) -> None:
     assert "'model-00002-of-00003.safetensors', which is not there" in refused("step-*")
     content["weight_map"]["scalar"] = "../step-2/model.safetensors"
     index.write_text(json.dumps(content))
-    assert "beside the index" in refused("step-*")
+    assert "in the directory of the index" in refused("step-*")
     for text in ("{", "[]", '{"weight_map": []}'):
         index.write_text(text)
         assert "model.safetensors.index.json" in refused("step-*")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from twa_scale.candidates.formats.file_handles import File
-from twa_scale.candidates.formats.pickle_stubs import Opaque
+from twa_scale.candidates.formats.pickle_stubs import PickleStub
 from twa_scale.candidates.formats.stored_tensors import Stored
 from twa_scale.candidates.formats.torch_archive import Archive
 from twa_scale.errors import CandidateError
@@ -64,7 +64,7 @@ def test_objects_become_opaque(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(saved({"w": torch.ones(2), "bad": [Malicious()], "path": tmp_path}))
     content = Archive(File(tmp_path / "x")).content()
     assert isinstance(content["w"], Stored) and content["bad"][0].kind == "builtins.exec"
-    assert isinstance(content["path"], Opaque)
+    assert isinstance(content["path"], PickleStub)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_objects_become_opaque(tmp_path: Path) -> None:
         (lambda raw: raw[:-10], "truncated"),
         (lambda raw: raw[: len(raw) // 2], "truncated"),
         (lambda raw: b"", "truncated"),
-        (lambda raw: raw.replace(b"little", b"bigbig"), "big-endian|cannot be understood|CRC"),
-        (lambda raw: raw.replace(b"torch._utils", b"torch._xtils"), "CRC|cannot be understood"),
+        (lambda raw: raw.replace(b"little", b"bigbig"), "big-endian|cannot be parsed|CRC"),
+        (lambda raw: raw.replace(b"torch._utils", b"torch._xtils"), "CRC|cannot be parsed"),
     ],
 )
 def test_damaged(tmp_path: Path, damage: Callable[[bytes], bytes], said: str) -> None:

@@ -25,7 +25,7 @@ from tests import models
 from tests.pool import Pool
 from tests.slices import opened, read, refused
 from twa_scale.candidates import open_candidates
-from twa_scale.candidates.formats.boxes import Box, Boxed, count_before, scatter
+from twa_scale.candidates.formats.boxes import Box, BoxTensor, count_before, scatter
 from twa_scale.errors import CandidateError
 
 Tensors = dict[str, torch.Tensor]
@@ -191,7 +191,7 @@ def test_damaged_checkpoints(folder: Path) -> None:
     assert message.startswith(f"{mesh}: tensor ") and "'__1_0.distcp', which is not there" in message
     for raw in (b"", b"{}", (mesh / ".metadata").read_bytes()[:-50], pickle.dumps({"a": 1})):
         (mesh / ".metadata").write_bytes(raw)
-        assert refused(mesh).startswith(f"{mesh / '.metadata'}: is not the metadata")
+        assert refused(mesh).startswith(f"{mesh / '.metadata'}: is not metadata of torch")
 
 
 @pytest.mark.skipif(not HF_FOLDERS, reason="torch 2.6 does not write safetensors")
@@ -199,7 +199,7 @@ def test_damaged_safetensors(folder: Path) -> None:
     first, second = sorted((folder / "hf-shards").glob("shard-*"))
     assert f"Give the directory, {folder / 'hf-shards'}" in refused(second)
     first.unlink()
-    assert "holds no file shard-00001-*.safetensors" in refused(folder / "hf-shards")
+    assert "has no file shard-00001-*.safetensors" in refused(folder / "hf-shards")
     second.rename(first)
     assert "do not tile its shape" in refused(folder / "hf-shards")
 
@@ -270,7 +270,7 @@ def test_boxes_must_cover_each_element_once(data: st.DataObject) -> None:
         counts[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))] += 1
         inside &= all(a + n <= size for a, n, size in zip(starts, sizes, shape, strict=True))
     try:
-        Boxed(shape, torch.float32, boxes, lambda box: pytest.fail("not read"), "x")
+        BoxTensor(shape, torch.float32, boxes, lambda box: pytest.fail("not read"), "x")
         accepted = True
     except CandidateError:
         accepted = False

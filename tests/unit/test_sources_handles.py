@@ -25,8 +25,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = num_open()
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + 48, hard))
-    monkeypatch.setattr(file_handles, "_HANDLES", file_handles._Handles())
-    monkeypatch.setattr(file_handles._HANDLES, "_most", 8)
+    monkeypatch.setattr(file_handles, "_OPEN_FILES", file_handles._OpenFiles())
+    monkeypatch.setattr(file_handles._OPEN_FILES, "_limit", 8)
     yield before
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.slices import opened, read, refused
-from twa_scale.candidates.formats.crc import Pieces
-from twa_scale.candidates.formats.pickle_stubs import Opaque
+from twa_scale.candidates.formats.crc import PiecewiseCrc
+from twa_scale.candidates.formats.pickle_stubs import PickleStub
 from twa_scale.candidates.formats.pickles import SafeUnpickler
 from twa_scale.errors import CandidateError
 
@@ -70,8 +70,8 @@ class Own:
 def test_objects_of_others_stay_opaque() -> None:
     unpickler = SafeUnpickler(pickle.dumps([Own(), Path("x")]))
     own, path = unpickler.load()
-    assert isinstance(own, Opaque) and own.kind == "builtins.exec" and own.x == 3 and own.y is None
-    assert isinstance(path, Opaque) and unpickler.foreign == ["builtins.exec", "pathlib.PosixPath"]
+    assert isinstance(own, PickleStub) and own.kind == "builtins.exec" and own.x == 3 and own.y is None
+    assert isinstance(path, PickleStub) and unpickler.unresolved == ["builtins.exec", "pathlib.PosixPath"]
 
 
 HOSTILE = {
@@ -166,14 +166,14 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
     path = rewritten(
         saved(tmp_path / "a.pt", w=torch.zeros(1 << 20)), tmp_path / "b.pt", compression=zipfile.ZIP_DEFLATED
     )
-    assert refused(path).startswith(f"{path}: is no archive that torch.save writes: its member b'a/")
+    assert refused(path).startswith(f"{path}: is not an archive of torch.save: its member b'a/")
     assert "compressed" in refused(path)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda raw: raw + b"x", "something follows the end"),
+        (lambda raw: raw + b"x", "bytes after the end"),
         (lambda raw: raw[:-30], "no end: it is truncated"),
         (lambda raw: raw.replace(b"PK\x01\x02", b"PK\x01\x03", 1), "directory is damaged"),
         (lambda raw: raw.replace(b"PK\x06\x06", b"PK\x06\x05", 1), "the end of its directory is damaged"),
@@ -207,9 +207,9 @@ def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: torch.ones(3).to_sparse(), "_rebuild_sparse_tensor, which is no dense tensor"),
-        (lambda: torch.nested.nested_tensor([torch.ones(2)]), "_rebuild_nested_tensor, which is no dense tensor"),
-        (lambda: torch.ones(3, dtype=torch.complex64).conj(), "a view that changes its numbers"),
+        (lambda: torch.ones(3).to_sparse(), "_rebuild_sparse_tensor, which is not a dense tensor"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2)]), "_rebuild_nested_tensor, which is not a dense tensor"),
+        (lambda: torch.ones(3, dtype=torch.complex64).conj(), "saved as a lazy view"),
     ],
 )
 def test_tensors_without_slices_are_refused(tmp_path: Path, make: Any, said: str) -> None:
@@ -232,7 +232,7 @@ def test_the_crc_of_pieces_in_any_order(data: st.DataObject) -> None:
     raw = data.draw(st.binary(min_size=1, max_size=200))
     cuts = sorted({0, len(raw), *data.draw(st.lists(st.integers(0, len(raw))))})
     spans = data.draw(st.permutations(list(itertools.pairwise(cuts))))
-    pieces = Pieces()
+    pieces = PiecewiseCrc()
     sample = data.draw(st.integers(0, len(raw) - 1))  # read before, as the comparison of ranks does
     pieces.add(sample, memoryview(raw[sample : sample + 1]), len(raw) + 1)
     found = [pieces.add(a, memoryview(raw[a:b]), len(raw)) for a, b in spans]

@@ -75,7 +75,7 @@ def _refuse_one_memory(sources: Sequence[Source], candidates: Sequence[Candidate
     first_of: dict[object, int] = {}
     for i, candidate in enumerate(candidates):
         if isinstance(sources[i], Mapping) and isinstance(candidate, MemoryCandidate):
-            places = candidate.places
+            places = candidate.memory_keys
             first = first_of.setdefault(frozenset(places.items()), i)
             if sources[first] is not sources[i]:
                 raise CandidateError(

@@ -18,7 +18,7 @@ from twa_scale.base.spans import Span
 from twa_scale.candidates.carry_over import BASE, Carried
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
-from twa_scale.engines.model_checks import enclosing_wrapper, require_device, require_memory
+from twa_scale.engines.model_checks import enclosing_wrapper, require_device, require_materialized
 from twa_scale.errors import ConfigError, RankError, TwaError
 from twa_scale.output import Files, check_dtype, check_files, parse_size
 from twa_scale.ranks import Pods, require_same_settings
@@ -71,7 +71,7 @@ class RunningAverages:
         self._engine = choose_engine(model, replica_group)
         self._pods = Pods(self._engine.shard_group, self._engine.replica_group)
         with self._pods.agree():
-            require_memory(self._engine)
+            require_materialized(self._engine)
             require_device(self._engine)
             of_ema, of_window = ema_settings(ema), window_settings(window)
             if of_ema is None and of_window is None:

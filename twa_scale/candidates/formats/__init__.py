@@ -1,1 +1,4 @@
-"""One file for each format of a candidate, and what several of them share. Start with `stored_tensors.py`."""
+"""One module for each file format of candidates, and modules that several formats share.
+
+Start with `stored_tensors.py`.
+"""

@@ -1,4 +1,4 @@
-"""Tensors that lie in files as boxes: a shard of a matrix split by columns, of a mesh of ranks, or a block of rows."""
+"""Tensors that are stored as boxes: blocks of rows or columns, or the shards of a mesh of ranks."""
 
 from array import array
 from collections import Counter
@@ -14,30 +14,30 @@ from twa_scale.candidates.formats.stored_tensors import Stored
 from twa_scale.errors import CandidateError
 
 Shape = tuple[int, ...]
-_MAX_SPLIT = 8  # dims: no mesh of ranks has more
+_MAX_SPLIT = 8  # dimensions that boxes may split; meshes of ranks have fewer
 
 
 class Box(NamedTuple):
-    """Elements [start, start + size) of every dim, stored row-major."""
+    """The elements [start, start + size) of every dimension, stored in row-major order."""
 
     starts: Shape
     sizes: Shape
     where: tuple[int, ...]
-    """Numbers by which the stored tensor is found."""
+    """Integers that identify the stored tensor, for example file number and offset."""
 
 
-class Boxed:
-    """A tensor that boxes tile.
+class BoxTensor:
+    """A tensor that is stored as disjoint boxes.
 
     Args:
-        shape: of the whole tensor.
-        dtype: of all boxes.
-        boxes: in any order.
+        shape: the shape of the whole tensor.
+        dtype: the dtype of all boxes.
+        boxes: the boxes, in any order.
         find: returns the stored tensor of a box; called when the box is first read.
-        what: what messages call the tensor.
+        what: the name of the tensor in error messages.
 
     Raises:
-        CandidateError: boxes that leave a hole, overlap or reach out of the tensor.
+        CandidateError: the boxes do not cover each element exactly once.
     """
 
     def __init__(
@@ -52,13 +52,14 @@ class Boxed:
             and all(0 <= a <= a + n <= size for a, n, size in zip(box.starts, box.sizes, shape, strict=True))
             for box in boxes
         )
-        if min(shape, default=0) < 0 or not inside or not _tile(boxes, shape):
+        if min(shape, default=0) < 0 or not inside or not _covers_once(boxes, shape):
             held = sum(prod(box.sizes) for box in boxes)
             raise CandidateError(
                 f"{what}: its parts hold {held} elements at {[box.starts for box in boxes[:4]]} and do not tile "
                 f"its shape {shape}. Save the checkpoint again from all ranks, or leave this candidate out."
             )
-        # A checkpoint of many ranks has hundreds of thousands of boxes: as objects they would take a kilobyte each.
+        # One flat array, because a checkpoint of many ranks has hundreds of thousands of boxes, and an object for each
+        # would take a kilobyte.
         self._numbers = array("q", [i for box in boxes for i in (*box.starts, *box.sizes, *box.where)])
         self._width = len(self._numbers) // max(1, len(boxes))
 
@@ -66,7 +67,7 @@ class Boxed:
         """Fill `out` with the elements from `start` on, in row-major order."""
         total = 0
         for box in self._boxes():
-            # Row-major order within a box is that of the tensor: what a slice needs of a box is one range of it.
+            # Both box and tensor are in row-major order, so a slice of the tensor needs one range of each box.
             first = count_before(self.shape, box.starts, box.sizes, start)
             count = count_before(self.shape, box.starts, box.sizes, start + len(out)) - first
             if not count:
@@ -94,18 +95,19 @@ class Boxed:
         stored = self._find(box)
         if (stored.shape, stored.dtype) != (box.sizes, self.dtype):
             raise CandidateError(
-                f"{stored.record.file.path}: holds {stored.dtype} of shape {stored.shape}, where the checkpoint's "
-                f"metadata promise {self.dtype} of {box.sizes}. All files must be of one saving: copy it again."
+                f"{stored.record.file.path}: holds {stored.dtype} of shape {stored.shape}, but the metadata of the "
+                f"checkpoint has {self.dtype} of shape {box.sizes}. All files must come from the same save: copy it "
+                "again."
             )
         return stored
 
 
-def _tile(boxes: Sequence[Box], shape: Shape) -> bool:
-    """Whether boxes that lie in a tensor cover each element exactly once.
+def _covers_once(boxes: Sequence[Box], shape: Shape) -> bool:
+    """Return whether boxes inside a tensor cover each element exactly once.
 
-    The number of boxes over an element, as a function on the grid of the tensor, is known from its mixed differences:
-    those of a box are +1 and -1 at its corners. So the corners of all boxes must sum to those of the tensor. Dims that
-    no box divides need not be looked at.
+    The number of boxes that cover an element is a function on the index grid, and its mixed differences determine it.
+    The mixed differences of one box are +1 and -1 at its corners. So the boxes cover each element once if and only if
+    the signed corners of all boxes sum to those of the tensor. Dimensions that no box splits are ignored.
     """
     split = [dim for dim, size in enumerate(shape) if any(box.sizes[dim] != size for box in boxes)]
     if len(split) > _MAX_SPLIT:
@@ -120,7 +122,7 @@ def _tile(boxes: Sequence[Box], shape: Shape) -> bool:
 def _add_corners(sums: Counter[Shape], starts: Sequence[int], sizes: Sequence[int], times: int) -> None:
     ends = [((start, 1), (start + size, -1)) for start, size in zip(starts, sizes, strict=True)]
     for corner in product(*ends):
-        sums[tuple(place for place, _ in corner)] += times * prod(sign for _, sign in corner)
+        sums[tuple(index for index, _ in corner)] += times * prod(sign for _, sign in corner)
 
 
 def count_before(shape: Shape, starts: Shape, sizes: Shape, position: int) -> int:
@@ -138,10 +140,17 @@ def count_before(shape: Shape, starts: Shape, sizes: Shape, position: int) -> in
 
 
 def scatter(values: torch.Tensor, shape: Shape, starts: Shape, sizes: Shape, start: int, out: torch.Tensor) -> int:
-    """Put a box's elements, in order, to their places in `out`; return how many were taken.
+    """Copy elements of a box to their positions in `out`, and return their number.
 
-    `out` holds elements [start, start + len(out)) of the flattening, `values` at least those of the box that are
-    among them. The range is cut into a partial row, whole rows and a partial row, down the dims.
+    The range is split recursively into a partial row, whole rows and a partial row.
+
+    Args:
+        values: 1-D; the elements of the box that are in the range of `out`, in row-major order; more may follow.
+        shape: the shape of the whole tensor.
+        starts: the first index of the box in every dimension.
+        sizes: the size of the box in every dimension.
+        start: the first element of `out` in the row-major flattening of the tensor.
+        out: 1-D; elements [start, start + len(out)) of the flattening.
     """
     if not shape:
         out.copy_(values[:1])

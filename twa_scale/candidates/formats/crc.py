@@ -1,16 +1,16 @@
-"""The CRC-32 of bytes that are read in pieces, in any order."""
+"""CRC-32 checksums of bytes that are read in pieces and in any order."""
 
 import threading
 import zlib
 from functools import lru_cache
 
 _POLYNOMIAL = 0xEDB88320
-_ONE = 1 << 31  # the lowest power is the highest bit
+_ONE = 1 << 31  # the polynomial 1; the highest bit is the lowest power
 _BYTE = 1 << 23  # x^8
 
 
-class Pieces:
-    """Puts the CRC-32 of a range of bytes together from those of its pieces, of which some may be read twice."""
+class PiecewiseCrc:
+    """Computes the CRC-32 of a range of bytes from the CRCs of its pieces. A piece may be read more than once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -18,7 +18,7 @@ class Pieces:
         self._held = 0  # bytes of all of them
 
     def add(self, start: int, data: memoryview, nbytes: int) -> int | None:
-        """Take the bytes from `start` on; return the CRC of all `nbytes` when they have come together."""
+        """Add the bytes that begin at `start`. Return the CRC of all `nbytes` bytes when they are complete."""
         crc, stop = zlib.crc32(data), start + len(data)
         with self._lock:
             known = self._pieces.get(start, (start, 0))[0]
@@ -28,22 +28,22 @@ class Pieces:
             return self._whole(nbytes) if self._held >= nbytes else None
 
     def _whole(self, nbytes: int) -> int | None:
-        chain, position = [], 0
+        pieces, position = [], 0
         while position < nbytes and position in self._pieces:
             stop, crc = self._pieces[position]
-            chain.append((crc, stop - position))
+            pieces.append((crc, stop - position))
             position = stop
         if position != nbytes:
             return None
         self._pieces, self._held = {}, 0
         whole = 0
-        for crc, count in chain:
+        for crc, count in pieces:
             whole = combine(whole, crc, count)
         return whole
 
 
 def combine(first: int, second: int, nbytes: int) -> int:
-    """Return the CRC-32 of two pieces, the second of `nbytes` bytes, from theirs."""
+    """Return the CRC-32 of two consecutive pieces from their CRCs. The second piece has `nbytes` bytes."""
     return _multiply(_power(nbytes), first) ^ second
 
 

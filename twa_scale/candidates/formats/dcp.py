@@ -1,4 +1,4 @@
-"""Checkpoints of torch.distributed.checkpoint (DCP): tensors in chunks, of which a slice reads its part."""
+"""Checkpoints of torch.distributed.checkpoint (DCP): tensors stored in chunks and read by slices."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -9,9 +9,9 @@ import torch
 
 from twa_scale.base.inputs import brief, integers, text
 from twa_scale.candidates.ema_lists import item_name
-from twa_scale.candidates.formats.boxes import Box, Boxed
+from twa_scale.candidates.formats.boxes import Box, BoxTensor
 from twa_scale.candidates.formats.file_handles import File
-from twa_scale.candidates.formats.pickle_stubs import Opaque
+from twa_scale.candidates.formats.pickle_stubs import PickleStub
 from twa_scale.candidates.formats.pickles import MAX_PICKLE, SafeUnpickler
 from twa_scale.candidates.formats.stored_tensors import Stored, StoredCandidate
 from twa_scale.candidates.formats.torch_archive import Archive
@@ -19,24 +19,26 @@ from twa_scale.candidates.weights_key import WeightsKey
 from twa_scale.errors import CandidateError
 
 METADATA = ".metadata"
-_Items = Mapping[tuple[str, tuple[int, ...]], Opaque]
+_Items = Mapping[tuple[str, tuple[int, ...]], PickleStub]
 
 
 def open_dcp(directory: Path, keys: WeightsKey | None = None) -> StoredCandidate:
     """Open a folder that `torch.distributed.checkpoint.save` wrote: `.metadata` and files of chunks.
 
-    The weights are found by name, or under "model", "app" and other usual keys, nested in any way; or where `keys`
-    says.
+    Args:
+        directory: the folder.
+        keys: the choice of the weights in the saved state dict. By default the weights are found by name, or under
+            usual keys such as "model" and "app" at any depth.
 
     Raises:
-        CandidateError: damaged metadata, a file that is missing, or no weights.
+        CandidateError: the metadata is damaged, a file is missing, or there are no weights.
     """
     try:
         return _open(directory, _metadata(directory / METADATA), keys or WeightsKey())
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CandidateError(
-            f"{directory / METADATA}: is not laid out as torch.distributed.checkpoint does it ({type(error).__name__}: "
-            f"{error}). Copy the folder again, or leave this candidate out."
+            f"{directory / METADATA}: does not have the layout of torch.distributed.checkpoint "
+            f"({type(error).__name__}: {error}). Copy the folder again, or leave this candidate out."
         ) from error
 
 
@@ -44,29 +46,29 @@ def _open(directory: Path, metadata: Any, keys: WeightsKey) -> StoredCandidate:
     files = _Files(directory)
     label = str(directory)
     paths = metadata.planner_data or {}
-    described = {
-        key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value.properties, Opaque)
+    metadata_of = {
+        key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value.properties, PickleStub)
     }
-    key_of = {_path(paths.get(text(key), (key,))): key for key in described}
+    key_of = {_path(paths.get(text(key), (key,))): key for key in metadata_of}
     items = {(text(key.fqn), integers(key.offset or ())): item for key, item in metadata.storage_data.items()}
     tensors = {}
-    shapes = {path: integers(described[key].size) for path, key in key_of.items()}
+    shapes = {path: integers(metadata_of[key].size) for path, key in key_of.items()}
     chosen = keys.choose(shapes, label, in_order=False)
     for name, path in chosen.items():
         key = key_of[path]
         what = f"{label}: tensor {name!r}"
-        tensors[name] = _tensor(key, described[key], items, files, what)
+        tensors[name] = _tensor(key, metadata_of[key], items, files, what)
     return StoredCandidate(tensors, files.open.values(), label, directory)
 
 
 def _path(keys: Any) -> tuple[str, ...]:
     if not isinstance(keys, tuple) or not all(type(key) in (str, int) for key in keys):
-        raise ValueError(f"{brief(keys)} is no path of keys")
+        raise ValueError(f"{brief(keys)} is not a path of keys")
     return tuple(key if isinstance(key, str) else item_name(key) for key in keys)
 
 
 class _Files:
-    """The files of chunks by number, opened when something of them is first read."""
+    """The files of chunks by number. A file is opened at its first read."""
 
     def __init__(self, directory: Path) -> None:
         self.open: dict[int, File] = {}
@@ -98,30 +100,30 @@ def _metadata(path: Path) -> Any:
         metadata.storage_data.items()
     except (AttributeError, TypeError, ValueError) as error:
         raise CandidateError(
-            f"{path}: is not the metadata that torch.distributed.checkpoint writes ({type(error).__name__}: {error}). "
-            "Copy the folder again, or leave this candidate out."
+            f"{path}: is not metadata of torch.distributed.checkpoint ({type(error).__name__}: {error}). Copy the "
+            "folder again, or leave this candidate out."
         ) from error
     return metadata
 
 
-def _tensor(key: str, described: Opaque, items: _Items, files: _Files, what: str) -> Boxed:
-    dtype = described.properties.state[0]
+def _tensor(key: str, metadata: PickleStub, items: _Items, files: _Files, what: str) -> BoxTensor:
+    dtype = metadata.properties.state[0]
     boxes = []
-    for chunk in described.chunks:
+    for chunk in metadata.chunks:
         starts, sizes = integers(chunk.offsets), integers(chunk.sizes)
         item = items.get((key, starts))
         if item is None:
-            raise CandidateError(f"{what}: the metadata do not say where its part at {starts} is. Save it again.")
+            raise CandidateError(f"{what}: the metadata does not locate its part at {starts}. Save it again.")
         if item.transform_descriptors:
             raise CandidateError(
-                f"{what}: is stored as {brief(item.transform_descriptors)}, which has no slices. Save it without "
-                "extensions."
+                f"{what}: is stored as {brief(item.transform_descriptors)}, which cannot be read by slices. Save it "
+                "without extensions."
             )
-        place = integers([item.offset, item.length])
-        boxes.append(Box(starts, sizes, (files.number(text(item.relative_path), what), *place)))
+        byte_range = integers([item.offset, item.length])
+        boxes.append(Box(starts, sizes, (files.number(text(item.relative_path), what), *byte_range)))
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{key!r} has no type of numbers")
-    return Boxed(integers(described.size), dtype, boxes, partial(_find, files), what)
+        raise ValueError(f"{key!r} has no dtype")
+    return BoxTensor(integers(metadata.size), dtype, boxes, partial(_find, files), what)
 
 
 def _find(files: _Files, box: Box) -> Stored:
@@ -129,8 +131,8 @@ def _find(files: _Files, box: Box) -> Stored:
     file = files[number]
     if min(offset, length) < 0 or offset + length > file.size:
         raise CandidateError(
-            f"{file.path}: has {file.size} bytes, but a tensor ends at byte {offset + length}: it is truncated. Copy "
-            "it again, or leave this candidate out."
+            f"{file.path}: has {file.size} bytes, but a tensor ends at byte {offset + length}; the file is truncated. "
+            "Copy it again, or leave this candidate out."
         )
     stored = Archive(file, offset, length).content()
     if not isinstance(stored, Stored):

@@ -1,4 +1,4 @@
-"""safetensors as DCP writes them from every rank: each file has its part of the tensors, and says which part."""
+"""Sharded safetensors files of DCP: each rank wrote its parts of the tensors, with their offsets in the header."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from twa_scale.base.inputs import integers, parse_json
-from twa_scale.candidates.formats.boxes import Box, Boxed
+from twa_scale.candidates.formats.boxes import Box, BoxTensor
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.safetensors import read_header
 from twa_scale.candidates.formats.stored_tensors import Record, Stored, StoredCandidate
@@ -20,14 +20,14 @@ _NAME = re.compile(r"shard-(\d+)-model-\d+-of-(\d+)\.safetensors")
 
 
 def is_rank_shard(file: Path) -> bool:
-    """Whether a file holds one rank's parts of tensors."""
+    """Return whether a file holds the tensor parts of one rank."""
     return _NAME.fullmatch(file.name) is not None
 
 
 def open_dcp_safetensors(paths: Sequence[Path], directory: Path) -> StoredCandidate:
-    """Open what a HuggingFaceStorageWriter with `save_distributed` has written and nobody has consolidated.
+    """Open the unconsolidated files of a HuggingFaceStorageWriter with `save_distributed`.
 
-    The files do not say how many they are: that the last ones are missing shows only in the shapes.
+    The files do not hold their number. If the last ones are missing, the parts do not cover the tensors.
 
     Raises:
         CandidateError: a file is missing or damaged.
@@ -35,7 +35,7 @@ def open_dcp_safetensors(paths: Sequence[Path], directory: Path) -> StoredCandid
     shards = {int(match[1]) for path in paths if (match := _NAME.fullmatch(path.name))}
     if missing := set(range(1, max(shards))) - shards:
         raise CandidateError(
-            f"{directory}: holds no file shard-{min(missing):05d}-*.safetensors, but later ones. Copy the whole folder "
+            f"{directory}: has no file shard-{min(missing):05d}-*.safetensors, but later ones. Copy the whole folder "
             "again, or leave this candidate out."
         )
     files: list[File] = []
@@ -51,13 +51,14 @@ def open_dcp_safetensors(paths: Sequence[Path], directory: Path) -> StoredCandid
                 if len(starts) != len(entry.shape) or dtypes.get(name, entry.dtype) != entry.dtype:
                     raise CandidateError(
                         f"{path}: tensor {name!r} of {entry.dtype} and shape {entry.shape} cannot start at {starts} of "
-                        f"{dtypes.get(name, entry.dtype)}. All files must be of one saving: copy the folder again."
+                        f"{dtypes.get(name, entry.dtype)}. All files must come from the same save: copy the folder "
+                        "again."
                     )
                 boxes.setdefault(name, []).append(Box(starts, entry.shape, (number, entry.offset)))
                 dtypes[name] = entry.dtype
         tensors = {
-            # nor do they say how large a tensor is as a whole: that is where its last part ends
-            name: Boxed(
+            # The files do not hold the shape of the whole tensor; it ends where its last part ends.
+            name: BoxTensor(
                 _extent(held), dtypes[name], held, partial(_find, files, dtypes[name]), f"{directory}: tensor {name!r}"
             )
             for name, held in boxes.items()
@@ -72,11 +73,11 @@ def open_dcp_safetensors(paths: Sequence[Path], directory: Path) -> StoredCandid
 def _offsets(metadata: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
     try:
         sharding = parse_json(metadata["DCP_SHARDING_INFO"].encode())
-        return {name: integers(said["saved_offsets"]) for name, said in sharding.items()}
+        return {name: integers(info["saved_offsets"]) for name, info in sharding.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CandidateError(
-            f"{path}: its header does not say which part of each tensor it holds (DCP_SHARDING_INFO: {error}). Save "
-            "it again with torch.distributed.checkpoint."
+            f"{path}: its header does not give the offsets of its tensor parts (DCP_SHARDING_INFO: {error}). Save it "
+            "again with torch.distributed.checkpoint."
         ) from error
 
 
@@ -87,6 +88,6 @@ def _find(files: Sequence[File], dtype: torch.dtype, box: Box) -> Stored:
 
 
 def _extent(boxes: Sequence[Box]) -> tuple[int, ...]:
-    boxes = [box for box in boxes if len(box.starts) == len(boxes[0].starts)]  # Boxed refuses others
+    boxes = [box for box in boxes if len(box.starts) == len(boxes[0].starts)]  # `BoxTensor` refuses the others
     ends = ([start + size for start, size in zip(box.starts, box.sizes, strict=True)] for box in boxes)
     return tuple(max(column) for column in zip(*ends, strict=True))

@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints: parameters put together from the float32 partitions of ZeRO, by slices."""
+"""DeepSpeed checkpoints: parameters are read by slices from the float32 partitions of ZeRO."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,35 +10,35 @@ from typing import Any
 from twa_scale.base.inputs import brief, integers, read_bounded, text
 from twa_scale.base.names import some
 from twa_scale.candidates.formats.file_handles import File
-from twa_scale.candidates.formats.stored_tensors import Readable, Stored, StoredCandidate
-from twa_scale.candidates.formats.torch_archive import Archive, dense
+from twa_scale.candidates.formats.stored_tensors import ReadableTensor, Stored, StoredCandidate
+from twa_scale.candidates.formats.torch_archive import Archive, dense_tensors
 from twa_scale.candidates.formats.zero_partitions import split_fragments, split_groups, split_parameters
 from twa_scale.errors import CandidateError
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<slice>\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<slice>\d+)_optim_states\.pt")
-_OTHERS = {
+_UNSUPPORTED = {
     re.compile(r"layer_\d+_expert_\d+_.*|expp_rank_.*"): "experts (MoE)",
     re.compile(r"layer_\d+-model.*"): "a pipeline of stages",
 }
-_UNIVERSAL = "zero"  # the folder that ds_to_universal.py makes in its output
-_LONGEST_TAG = 4096  # bytes: as long as a path
-_REGROUP = "Convert it to safetensors with DeepSpeed's own tools, and give those files."
+_UNIVERSAL = "zero"  # the folder that ds_to_universal.py creates in its output
+_LONGEST_TAG = 4096  # bytes, the limit of a path
+_CONVERT = "Convert it to safetensors with DeepSpeed's own tools, and give those files."
 
 
 def is_deepspeed(directory: Path) -> bool:
-    """Whether this is a folder that `save_checkpoint` of a DeepSpeed engine wrote, or the one above it."""
+    """Return whether `save_checkpoint` of a DeepSpeed engine wrote this folder or one of its subfolders."""
     return (directory / "latest").is_file() or any(directory.glob("*_model_states.pt"))
 
 
 def open_deepspeed(directory: Path) -> StoredCandidate:
-    """Open a folder such as `global_step100`, or the one above it, whose file `latest` names one.
+    """Open a folder such as `global_step100`, or its parent, whose file `latest` names one.
 
-    Parameters that were trained come in the type of the optimizer's copy (float32, unless that was configured
-    otherwise); frozen ones and buffers in the type of the model.
+    Trained parameters have the dtype of the optimizer's copy (float32, unless configured otherwise). Frozen parameters
+    and buffers have the dtype of the model.
 
     Raises:
-        CandidateError: a file is missing, damaged or of another saving, or the model was split in a way that is not
+        CandidateError: a file is missing, damaged or from another save, or the model was split in a way that is not
             supported.
     """
     folder = tagged_folder(directory)
@@ -48,8 +48,8 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         files.close()
         raise CandidateError(
-            f"{folder}: is not laid out as DeepSpeed does it ({type(error).__name__}: {error}). Copy it again, or "
-            "convert it with DeepSpeed's zero_to_fp32.py."
+            f"{folder}: does not have the layout of a DeepSpeed checkpoint ({type(error).__name__}: {error}). Copy it "
+            "again, or convert it with DeepSpeed's zero_to_fp32.py."
         ) from error
     except BaseException:
         files.close()
@@ -57,7 +57,7 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
 
 
 def tagged_folder(directory: Path) -> Path:
-    """Return the folder of a step: the directory itself, or the one that its file `latest` names."""
+    """Return the folder of a step: the directory itself, or the subfolder that its file `latest` names."""
     latest = directory / "latest"
     if any(directory.glob("*_model_states.pt")) or not latest.is_file():
         return directory
@@ -65,28 +65,28 @@ def tagged_folder(directory: Path) -> Path:
     if not tag or Path(tag).name != tag or not (directory / tag).is_dir():
         folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
         raise CandidateError(
-            f"{latest}: names {tag!r}, which is no folder beside it; there are {some(folders) or 'none'}. Copy that "
-            "folder too, or give the folder of another step."
+            f"{latest}: names {tag!r}, but the directory has no such folder; it has {some(folders) or 'none'}. Copy "
+            "that folder too, or give the folder of another step."
         )
     return directory / tag
 
 
 class _Files:
-    """The files of a checkpoint by rank; each is opened when something of it is first read."""
+    """The files of a checkpoint by rank. A file is opened at its first read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.label = str(folder)
         self._open: list[File] = []
         names = sorted(path.name for path in folder.iterdir())
-        for pattern, what in _OTHERS.items():
-            if odd := next((name for name in names if pattern.fullmatch(name)), None):
-                raise CandidateError(f"{folder}: holds {odd!r}, a part of {what}, which is not supported. {_REGROUP}")
+        for pattern, what in _UNSUPPORTED.items():
+            if found := next((name for name in names if pattern.fullmatch(name)), None):
+                raise CandidateError(f"{folder}: holds {found!r}, a part of {what}, which is not supported. {_CONVERT}")
         self.model = self._by_rank(names, _MODEL)
         self.optimizer = self._by_rank(names, _OPTIMIZER)
         self.content = lru_cache(maxsize=None)(self._content)
         if not self.model:
-            raise CandidateError(f"{folder}: holds no *_model_states.pt. Copy the whole folder again.")
+            raise CandidateError(f"{folder}: has no *_model_states.pt. Copy the whole folder again.")
         if not self.optimizer and (folder / _UNIVERSAL).is_dir():
             raise CandidateError(
                 f"{folder}: is a universal checkpoint of DeepSpeed, with the weights in {_UNIVERSAL!r}, which is not "
@@ -95,7 +95,7 @@ class _Files:
             )
 
     def _by_rank(self, names: Sequence[str], pattern: re.Pattern[str]) -> dict[int | None, str]:
-        """Return file names by rank, None for the file that stands for all ranks."""
+        """Return file names by rank. The key of a file that holds the state of all ranks is None."""
         found: dict[int | None, str] = {}
         for name in names:
             if not (match := pattern.fullmatch(name)):
@@ -103,13 +103,13 @@ class _Files:
             if int(match["slice"]):
                 raise CandidateError(
                     f"{self.folder}: holds {name!r}: the model was split by tensor or model parallelism, which is not "
-                    f"supported. {_REGROUP}"
+                    f"supported. {_CONVERT}"
                 )
             rank = None if match["rank"] is None else int(match["rank"])
             if rank in found:
                 raise CandidateError(
-                    f"{self.folder}: holds both {found[rank]!r} and {name!r}; a folder is of one saving. Remove the "
-                    "files of the other."
+                    f"{self.folder}: holds both {found[rank]!r} and {name!r}; all files must come from the same save. "
+                    "Remove the files of the other save."
                 )
             found[rank] = name
         return found
@@ -119,7 +119,7 @@ class _Files:
         self._open.append(file)
         content = Archive(file).content()
         if not isinstance(content, dict):
-            raise CandidateError(f"{file.path}: holds no dict, so DeepSpeed has not written it. Copy it again.")
+            raise CandidateError(f"{file.path}: does not hold a dict, as files of DeepSpeed do. Copy it again.")
         return content
 
     def __iter__(self) -> Any:
@@ -130,7 +130,7 @@ class _Files:
             file.close()
 
 
-def _tensors(files: _Files) -> dict[str, Readable]:
+def _tensors(files: _Files) -> dict[str, ReadableTensor]:
     optimizer = _optimizer_state(files, 0) if files.optimizer else {}
     stage = int(optimizer.get("zero_stage", 1)) if optimizer else 0
     path, model = _model_state(files, 0 if stage == 3 or (not optimizer and None not in files.model) else None)
@@ -140,30 +140,30 @@ def _tensors(files: _Files) -> dict[str, Readable]:
     if not optimizer:
         if shapes is not None:
             raise CandidateError(
-                f"{files.folder}: was saved with ZeRO, but no *_optim_states.pt is there, which hold the weights. Copy "
-                "the whole folder again."
+                f"{files.folder}: was saved with ZeRO, but has no *_optim_states.pt, which hold the weights. Copy the "
+                "whole folder again."
             )
-        return dict(dense(model["module"], path, _REGROUP))
+        return dict(dense_tensors(model["module"], path, _CONVERT))
     if not isinstance(shapes, list):
-        raise CandidateError(f"{path}: has no list 'param_shapes'; it is not of this saving. Copy the folder again.")
+        raise CandidateError(f"{path}: has no list 'param_shapes'; it is from another save. Copy the folder again.")
     world = _world(files, optimizer)
     if stage == 3:
         tensors = _of_stage_3(files, model, path, world)
     else:
-        # The model's own file holds everything once, in the type of the model: frozen parameters and buffers are only
-        # there, the others are known better from the optimizer.
+        # The model file holds all tensors in the dtype of the model. Frozen parameters and buffers are only there; the
+        # optimizer files have the others at higher precision.
         paddings = [_sizes(group) for group in optimizer.get("param_alignment_paddings") or ()]
         partitions = _partitions(files, "single_partition_of_fp32_groups")
         trained = split_groups([_shapes(group) for group in shapes], paddings, partitions, world, files.label)
-        tensors = {**dense(model["module"], path, _REGROUP), **trained}
+        tensors = {**dense_tensors(model["module"], path, _CONVERT), **trained}
     for name, source in tied.items():
         if source in tensors and (name not in tensors or tensors[name].shape == tensors[source].shape):
             tensors[name] = tensors[source]
     return tensors
 
 
-def _of_stage_3(files: _Files, model: Mapping[str, Any], path: Path, world: int) -> dict[str, Readable]:
-    """Parameters in the model's own file are empty placeholders; buffers are whole."""
+def _of_stage_3(files: _Files, model: Mapping[str, Any], path: Path, world: int) -> dict[str, ReadableTensor]:
+    """Return the tensors of a ZeRO-3 checkpoint. In the model file, parameters are empty and buffers are whole."""
     buffers = {text(name) for name in model.get("buffer_names") or ()}
     shapes = {name: shape for group in model["param_shapes"] for name, shape in _shapes(group).items()}
     frozen = _shapes(model.get("frozen_param_shapes") or {})
@@ -172,18 +172,18 @@ def _of_stage_3(files: _Files, model: Mapping[str, Any], path: Path, world: int)
         held_in, state = _model_state(files, rank)
         held = state.get("frozen_param_fragments") or {}
         if not isinstance(held, dict):
-            raise CandidateError(f"{held_in}: its 'frozen_param_fragments' are no dict. Copy the checkpoint again.")
+            raise CandidateError(f"{held_in}: its 'frozen_param_fragments' is not a dict. Copy the checkpoint again.")
         for name, shape in frozen.items():
             stored, part = held.get(name), -(-prod(shape) // world)
             if not isinstance(stored, Stored) or stored.numel < min(part, prod(shape) - rank * part):
                 raise CandidateError(
                     f"{held_in}: has no part of the frozen parameter {name!r} of shape {tuple(shape)}. All files must "
-                    "be of one saving: copy the checkpoint again."
+                    "come from the same save: copy the checkpoint again."
                 )
         return held
 
     return {
-        **dense({name: value for name, value in model["module"].items() if name in buffers}, path, _REGROUP),
+        **dense_tensors({name: value for name, value in model["module"].items() if name in buffers}, path, _CONVERT),
         **split_fragments(frozen, fragments, world),
         **split_parameters(shapes, _partitions(files, "fp32_flat_groups"), world, files.label),
     }
@@ -201,20 +201,21 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def _world(files: _Files, optimizer: Mapping[str, Any]) -> int:
-    """Return the number of ranks that saved, of which every file must be there."""
+    """Return the number of ranks that saved the checkpoint, and check that the files of all ranks exist."""
     counts = optimizer.get("partition_count")
     counts = counts if isinstance(counts, list) else [counts]
     if not counts or any(type(count) is not int or count != counts[0] or count < 1 for count in counts):
         raise CandidateError(
             f"{files.folder / files.optimizer[0]}: its parameter groups are split over {brief(counts)} ranks; all must "
-            f"be split over the same (no MoE). {_REGROUP}"
+            f"be split over the same ranks (no MoE). {_CONVERT}"
         )
     world: int = counts[0]
-    few = min(world, len(files.optimizer) + 8)  # ranks: one of them is missing if any is, whatever number is claimed
-    missing = [rank for rank in range(few) if rank not in files.optimizer]
+    # A damaged file can claim any number of ranks. If any rank is missing, one of the first `checked` is.
+    checked = min(world, len(files.optimizer) + 8)
+    missing = [rank for rank in range(checked) if rank not in files.optimizer]
     extra = [rank for rank in files.optimizer if rank is None or rank >= world]
     if missing or extra:
-        problem = f"those of ranks {some(map(str, missing))} are missing" if missing else f"{len(extra)} more are there"
+        problem = f"those of ranks {some(map(str, missing))} are missing" if missing else f"there are {len(extra)} more"
         raise CandidateError(
             f"{files.folder}: was saved by {world} ranks, each with its *_optim_states.pt, but {problem}. Copy the "
             "checkpoint again as one folder, or leave this candidate out."
@@ -229,7 +230,7 @@ def _partitions(files: _Files, key: str) -> Any:
         if not isinstance(held, list) or not all(isinstance(part, Stored) for part in held):
             raise CandidateError(
                 f"{files.folder / files.optimizer[rank]}: has no list of tensors {key!r}: its weights were offloaded "
-                "to disk, or it is of another version of DeepSpeed. Convert it with DeepSpeed's zero_to_fp32.py."
+                "to disk, or another version of DeepSpeed wrote it. Convert it with DeepSpeed's zero_to_fp32.py."
             )
         return held
 
@@ -242,30 +243,30 @@ def _optimizer_state(files: _Files, rank: int) -> Mapping[str, Any]:
     state = files.content(files.optimizer[rank]).get("optimizer_state_dict")
     if not isinstance(state, dict):
         raise CandidateError(
-            f"{files.folder / files.optimizer[rank]}: has no dict 'optimizer_state_dict', so DeepSpeed has not written "
-            "it. Copy it again."
+            f"{files.folder / files.optimizer[rank]}: has no dict 'optimizer_state_dict', as files of DeepSpeed do. "
+            "Copy it again."
         )
     return state
 
 
 def _model_state(files: _Files, rank: int | None) -> tuple[Path, Mapping[str, Any]]:
     if rank not in files.model:
-        of = "" if rank is None else f"zero_pp_rank_{rank}_"
-        raise CandidateError(f"{files.folder}: has no {of}mp_rank_00_model_states.pt. Copy the folder again.")
+        prefix = "" if rank is None else f"zero_pp_rank_{rank}_"
+        raise CandidateError(f"{files.folder}: has no {prefix}mp_rank_00_model_states.pt. Copy the folder again.")
     path = files.folder / files.model[rank]
     state = files.content(files.model[rank])
     if not isinstance(state.get("module"), dict):
-        raise CandidateError(f"{path}: has no dict 'module', so DeepSpeed has not written it. Copy it again.")
+        raise CandidateError(f"{path}: has no dict 'module', as files of DeepSpeed do. Copy it again.")
     return path, state
 
 
 def _refuse_unsupported(path: Path, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
-    ways = {
+    unsupported = {
         "model parallelism": (model.get("mp_world_size") or 1) > 1,
         "expert parallelism": bool(
             model.get("ds_autoep_layers") or model.get("autoep_layers") or optimizer.get("ds_zero_partition_groups")
         ),
     }
-    for way, used in ways.items():
+    for kind, used in unsupported.items():
         if used:
-            raise CandidateError(f"{path}: the model was split by {way}, which is not supported. {_REGROUP}")
+            raise CandidateError(f"{path}: the model was split by {kind}, which is not supported. {_CONVERT}")

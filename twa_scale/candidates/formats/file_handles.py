@@ -1,4 +1,4 @@
-"""Files that are read for as long as a run lasts, of which only a few are open at a time."""
+"""Files that are read during the whole run, with a limit on the number of open descriptors."""
 
 import errno
 import mmap
@@ -15,34 +15,39 @@ from twa_scale.base.inputs import open_regular
 from twa_scale.base.paths import identity_of
 from twa_scale.errors import CandidateError
 
-_STEADY = "candidates must stay as they are until the run has ended."
+_RULE = "candidates must not change until the run has ended."
 
 
 class File:
-    """A regular file that is read at offsets, by any number of threads.
+    """A regular file that any number of threads read at offsets.
 
-    It may be closed between two reads, when many others are in use; the file that is found when it is opened again must
-    be the one that was there at first.
+    The file may be closed between two reads if many other files are in use. When it is opened again, it must be the
+    same, unchanged file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._identity: tuple[int, ...] | None = None
         self._map: mmap.mmap | None = None
-        with _HANDLES.borrowed(self) as handle:
-            self.size = os.fstat(handle).st_size
+        with _OPEN_FILES.descriptor(self) as descriptor:
+            self.size = os.fstat(descriptor).st_size
 
     def read(self, buffer: memoryview, offset: int, what: str) -> None:
-        """Fill `buffer` with the bytes from `offset` on; `what` is what messages call them.
+        """Fill `buffer` with the bytes that begin at `offset`.
+
+        Args:
+            buffer: where the bytes go.
+            offset: the first byte in the file.
+            what: the name of the bytes in error messages.
 
         Raises:
-            CandidateError: the file ended, changed or vanished.
+            CandidateError: the file ends too early, or was changed or removed.
         """
         if not len(buffer):
             return
-        with self.borrowed() as handle:
-            problem = _read_exactly(handle, buffer, offset)
-            found = os.fstat(handle)
+        with self.descriptor() as descriptor:
+            problem = _read_exactly(descriptor, buffer, offset)
+            found = os.fstat(descriptor)
             if not problem and found.st_size != self.size:
                 problem = f"the file had {self.size} bytes when it was opened and has {found.st_size} now"
             elif not problem and identity_of(found) != self._identity:
@@ -50,113 +55,113 @@ class File:
         if problem:
             raise CandidateError(
                 f"{self.path}: {what} cannot be read: {problem}. The file was changed or removed while it was in "
-                f"use, or its disk fails; {_STEADY}"
+                f"use, or its disk fails; {_RULE}"
             )
 
     @contextmanager
-    def borrowed(self) -> Iterator[int]:
-        """Lend an open file descriptor to a `with` block."""
-        with _HANDLES.borrowed(self) as handle:
-            yield handle
+    def descriptor(self) -> Iterator[int]:
+        """Yield a file descriptor that stays open until the `with` block ends."""
+        with _OPEN_FILES.descriptor(self) as descriptor:
+            yield descriptor
 
     def map(self) -> mmap.mmap:
-        """Return a private mapping of the whole file: torch wants to be able to write, and nobody does."""
+        """Return a private mapping of the whole file. It is copy-on-write because torch requires writable buffers."""
         if self._map is None:
-            with self.borrowed() as handle:
-                self._map = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
+            with self.descriptor() as descriptor:
+                self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
         return self._map
 
     def close(self) -> None:
-        """Close the file; a later read opens it again, and what is mapped stays while it is in use."""
+        """Close the file. A later read opens it again; mapped tensors remain valid."""
         self._map = None
-        _HANDLES.drop(self)
+        _OPEN_FILES.drop(self)
 
     def open(self) -> int:
-        """Open the file, and check that it is still the one that it was; for the table of open files only."""
+        """Open the file, check that it is unchanged, and return its descriptor. Only `_OpenFiles` calls this."""
         try:
-            handle = open_regular(self.path)
+            descriptor = open_regular(self.path)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
-            again = f", which could be read before; {_STEADY}" if self._identity else "."
-            raise CandidateError(f"{self.path}: cannot be opened: {error.strerror}{again}") from error
-        identity = identity_of(os.fstat(handle))
+            before = f", which could be read before; {_RULE}" if self._identity else "."
+            raise CandidateError(f"{self.path}: cannot be opened: {error.strerror}{before}") from error
+        identity = identity_of(os.fstat(descriptor))
         if self._identity not in (None, identity):
-            os.close(handle)
-            raise CandidateError(f"{self.path}: is not the file that it was when it was first opened; {_STEADY}")
+            os.close(descriptor)
+            raise CandidateError(f"{self.path}: is not the file that it was when it was first opened; {_RULE}")
         self._identity = identity
-        return handle
+        return descriptor
 
 
 @dataclass
-class _Lent:
-    handle: int
+class _OpenFile:
+    descriptor: int
     users: int = 0
     dropped: bool = False
 
 
-class _Handles:
-    """The open files of this process, least recently used first; at most a quarter of what the system allows."""
+class _OpenFiles:
+    """The open files of this process, least recently used first, limited to a quarter of the system's limit."""
 
     def __init__(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = 512 if soft == resource.RLIM_INFINITY else max(8, min(512, soft // 4))
+        self._limit = 512 if soft == resource.RLIM_INFINITY else max(8, min(512, soft // 4))
         self._lock = threading.Lock()
-        self._open: OrderedDict[File, _Lent] = OrderedDict()
+        self._open: OrderedDict[File, _OpenFile] = OrderedDict()
 
     @contextmanager
-    def borrowed(self, file: File) -> Iterator[int]:
+    def descriptor(self, file: File) -> Iterator[int]:
         with self._lock:
-            lent = self._open.get(file) or self._add(file)
+            entry = self._open.get(file) or self._add(file)
             self._open.move_to_end(file)
-            lent.users += 1
+            entry.users += 1
         try:
-            yield lent.handle
+            yield entry.descriptor
         finally:
             with self._lock:
-                lent.users -= 1
-                if lent.dropped and not lent.users:
-                    os.close(lent.handle)
+                entry.users -= 1
+                if entry.dropped and not entry.users:
+                    os.close(entry.descriptor)
 
     def drop(self, file: File) -> None:
         with self._lock:
-            if lent := self._open.pop(file, None):
-                lent.dropped = True
-                if not lent.users:  # else the last reader closes it: its number must not become another file's
-                    os.close(lent.handle)
+            if entry := self._open.pop(file, None):
+                entry.dropped = True
+                if not entry.users:  # otherwise the last reader closes it, so that its number is not reused meanwhile
+                    os.close(entry.descriptor)
 
-    def _add(self, file: File) -> _Lent:
-        self._close_idle(self._most - 1)
+    def _add(self, file: File) -> _OpenFile:
+        self._close_idle(self._limit - 1)
         try:
-            handle = file.open()
-        except OSError:  # something else in this process holds the files that the system allows
+            descriptor = file.open()
+        except OSError:  # other code in this process has used up the system's limit
             self._close_idle(0)
             try:
-                handle = file.open()
+                descriptor = file.open()
             except OSError as error:
                 raise CandidateError(
                     f"{file.path}: cannot be opened: {error.strerror}. Raise the limit with `ulimit -n`."
                 ) from error
-        self._open[file] = _Lent(handle)
+        self._open[file] = _OpenFile(descriptor)
         return self._open[file]
 
     def _close_idle(self, keep: int) -> None:
-        """Close unused files, the oldest first, until at most `keep` are open."""
-        for file in [file for file, lent in self._open.items() if not lent.users]:
+        """Close unused files, least recently used first, until at most `keep` are open."""
+        for file in [file for file, entry in self._open.items() if not entry.users]:
             if len(self._open) <= keep:
                 return
-            os.close(self._open.pop(file).handle)
+            os.close(self._open.pop(file).descriptor)
 
 
-_HANDLES = _Handles()
+_OPEN_FILES = _OpenFiles()
 
 
-def _read_exactly(handle: int, buffer: memoryview, offset: int) -> str | None:
-    """Fill `buffer` from the file; return what went wrong, if anything did."""
+def _read_exactly(descriptor: int, buffer: memoryview, offset: int) -> str | None:
+    """Fill `buffer` from the file. Return a description of the problem, or None on success."""
     done = 0
-    while done < len(buffer):  # one call reads at most 2 GiB, and a network file system may give less than asked
+    while done < len(buffer):  # one call reads at most 2 GiB, and a network file system may return less
         try:
-            count = os.preadv(handle, [buffer[done:]], offset + done)
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
         except OSError as error:
             return error.strerror
         if count == 0:

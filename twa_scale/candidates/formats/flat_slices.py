@@ -1,13 +1,13 @@
-"""Slices of a tensor's row-major flattening, whatever its layout in memory."""
+"""Slices of the row-major flattening of a tensor with any strides."""
 
 import torch
 
 
 def copy_flat(tensor: torch.Tensor, start: int, out: torch.Tensor) -> None:
-    """Fill 1-D `out` with elements [start, start + len(out)) of `tensor` in row-major order.
+    """Fill the 1-D tensor `out` with elements [start, start + len(out)) of `tensor` in row-major order.
 
-    A tensor that is not contiguous (a transpose, channels_last, an expanded one) is never materialized as a
-    whole: the range is cut into a partial row, whole rows and a partial row, down the dimensions.
+    No contiguous copy of a transposed, channels_last or expanded tensor is made. The range is split recursively into a
+    partial row, whole rows and a partial row.
     """
     count = out.numel()
     if count == 0:

@@ -1,4 +1,4 @@
-"""What stands for the classes and functions that a pickle names; none of them is imported or called."""
+"""Replacements for the classes and functions that a pickle names. None of these is imported or called."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,44 +29,44 @@ _PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype)
 Tensor = Callable[..., Any]
 
 
-class Opaque:
-    """Stands for an object of a class that was not imported.
+class PickleStub:
+    """A placeholder for an object whose class is not imported.
 
-    What the pickle says of its state are its attributes, or `state` if that is no dict; its arguments and items are
-    `given`.
+    The state in the pickle becomes its attributes, or `state` if it is not a dict. The arguments and items in the
+    pickle become `arguments`.
     """
 
-    __slots__ = ("__dict__", "given")
+    __slots__ = ("__dict__", "arguments")
     state: Any = None
-    given: list[Any] | None
+    arguments: list[Any] | None
 
     def set_state(self, state: Any) -> None:
-        """Take the state that the pickle gives it."""
+        """Set the state from the pickle."""
         if isinstance(state, dict):
             self.__dict__ = state
         else:
             self.state = state
 
-    def give(self, values: Iterable[Any]) -> None:
-        """Keep arguments or items."""
-        if self.given is None:
-            self.given = []
-        self.given.extend(values)
+    def extend_arguments(self, values: Iterable[Any]) -> None:
+        """Add arguments or items from the pickle."""
+        if self.arguments is None:
+            self.arguments = []
+        self.arguments.extend(values)
 
     def __getattr__(self, name: str) -> Any:
-        """Return None for what the state lacks, as versions differ."""
+        """Return None for an attribute that the state lacks, because states differ between versions."""
         if name.startswith("__"):
             raise AttributeError(name)
 
     @property
     def kind(self) -> str:
-        """The name of the class or function that it stands for."""
+        """The full name of the class or function in the pickle."""
         return _full_name(type(self))
 
     @property
     def what(self) -> str:
-        """The class that a function was asked to make; else `kind`."""
-        classes = [given for given in self.given or () if isinstance(given, type) and issubclass(given, Opaque)]
+        """The full name of the first class among `arguments`, which a function would construct, or `kind`."""
+        classes = [value for value in self.arguments or () if isinstance(value, type) and issubclass(value, PickleStub)]
         return _full_name(classes[0]) if classes else self.kind
 
 
@@ -74,102 +74,102 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def within(value: Any) -> Iterator[Any]:
-    """Yield what an object or container holds, at any depth; what is shared comes once."""
-    waiting, seen = [value], set()
-    while waiting:
-        inner = waiting.pop()
+def nested_values(value: Any) -> Iterator[Any]:
+    """Yield `value` and all values inside it, at any depth. The content of a shared container is yielded once."""
+    pending, seen = [value], set()
+    while pending:
+        inner = pending.pop()
         yield inner
-        if not isinstance(inner, Opaque | Mapping | list | tuple | set) or id(inner) in seen:
+        if not isinstance(inner, PickleStub | Mapping | list | tuple | set) or id(inner) in seen:
             continue
         seen.add(id(inner))
-        if isinstance(inner, Opaque):
-            waiting += [*vars(inner).values(), *(inner.given or ())]
+        if isinstance(inner, PickleStub):
+            pending += [*vars(inner).values(), *(inner.arguments or ())]
         else:
-            waiting += inner.values() if isinstance(inner, Mapping) else inner
+            pending += inner.values() if isinstance(inner, Mapping) else inner
 
 
 @dataclass(frozen=True)
-class Known:
-    """A function or class that has a meaning here: `make` does what it would, on plain data."""
+class SafeFunction:
+    """A replacement for a function or class of a pickle. `make` builds the same value from plain data."""
 
     make: Callable[..., Any]
 
 
-Meaning = Known | torch.dtype | type[Opaque]
+ResolvedGlobal = SafeFunction | torch.dtype | type[PickleStub]
 
 
 def is_plain(key: Any) -> bool:
-    """Whether a key of a dict is a text, a number or an object.
+    """Return whether a key of a dict is a string, a number or an object.
 
-    Items under other keys are left out: no tensor stands there, and the hash of a tuple can take for ever.
+    Items with other keys are dropped: tensors are not stored under them, and hashing a nested tuple can take very long.
     """
     if type(key) is int:
-        return -1 << 63 <= key < 1 << 63  # beyond, any number of integers can be made that have one hash
-    return type(key) in _PLAIN or isinstance(key, Opaque)
+        return -1 << 63 <= key < 1 << 63  # larger integers can be chosen to have equal hashes
+    return type(key) in _PLAIN or isinstance(key, PickleStub)
 
 
-class Meanings:
-    """Looks up what stands for a name in a pickle.
+class GlobalResolver:
+    """Resolves the names of classes and functions in a pickle to replacements.
 
     Args:
-        tensor: called with a record, the offset of the first element in it, shape, stride, and a dtype if it is not
-            the record's; without it, tensors are opaque.
+        tensor: builds a tensor from a record, the offset of its first element, shape, stride, and a dtype if it differs
+            from that of the record. Without it, tensors are `PickleStub` objects.
     """
 
     def __init__(self, tensor: Tensor | None) -> None:
-        self.foreign: list[str] = []
-        """Names that have no meaning here, in the order in which they were met."""
-        self._found: dict[tuple[str, str], Meaning] = {
-            ("collections", "OrderedDict"): Known(_dict),
-            ("collections", "defaultdict"): Known(lambda *_: {}),
-            ("builtins", "set"): Known(_set),
-            ("_codecs", "encode"): Known(_bytes),  # as bytes are written in protocol 2
-            ("torch", "Size"): Known(lambda sizes: torch.Size(integers(sizes))),
-            ("torch._utils", "_rebuild_parameter"): Known(_first),
-            ("torch._utils", "_rebuild_parameter_with_state"): Known(_first),
-            ("torch._tensor", "_rebuild_from_type_v2"): Known(_from_type),
+        self.unresolved: list[str] = []
+        """The names without a replacement, in the order of the pickle."""
+        self._found: dict[tuple[str, str], ResolvedGlobal] = {
+            ("collections", "OrderedDict"): SafeFunction(_dict),
+            ("collections", "defaultdict"): SafeFunction(lambda *_: {}),
+            ("builtins", "set"): SafeFunction(_set),
+            ("_codecs", "encode"): SafeFunction(_bytes),  # protocol 2 writes bytes this way
+            ("torch", "Size"): SafeFunction(lambda sizes: torch.Size(integers(sizes))),
+            ("torch._utils", "_rebuild_parameter"): SafeFunction(_first),
+            ("torch._utils", "_rebuild_parameter_with_state"): SafeFunction(_first),
+            ("torch._tensor", "_rebuild_from_type_v2"): SafeFunction(_from_type),
         }
         if tensor:
-            build = tensor  # mypy forgets what it knows of `tensor` inside functions
-            self._found["torch._utils", "_rebuild_tensor_v2"] = Known(
+            build = tensor  # inside a lambda, mypy does not know that `tensor` is not None
+            self._found["torch._utils", "_rebuild_tensor_v2"] = SafeFunction(
                 lambda *args: build(*args[:4], lazy=args[6:7]),
             )
-            self._found["torch._utils", "_rebuild_tensor_v3"] = Known(
+            self._found["torch._utils", "_rebuild_tensor_v3"] = SafeFunction(
                 lambda *args: build(*args[:4], args[6], lazy=args[7:8]),
             )
 
-    def of(self, module: Any, name: Any) -> Meaning:
-        """Return what stands for `module.name`."""
+    def resolve(self, module: Any, name: Any) -> ResolvedGlobal:
+        """Return the replacement for `module.name`: by default a new subclass of `PickleStub`."""
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("the name of a class is no text")
-        module = "builtins" if module == "__builtin__" else module  # its name in Python 2, which protocol 2 keeps
+            raise ValueError("the name of a class is not a string")
+        module = "builtins" if module == "__builtin__" else module  # protocol 2 writes the name of Python 2
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
-        if name == "ZeroStageEnum":  # of DeepSpeed, whose versions keep it in several places
-            return Known(_first)
+        if name == "ZeroStageEnum":  # DeepSpeed has it in different modules in different versions
+            return SafeFunction(_first)
         if (module, name) not in self._found:
-            self.foreign.append(f"{module}.{name}")
-            self._found[module, name] = type(name, (Opaque,), {"__module__": module})
+            self.unresolved.append(f"{module}.{name}")
+            self._found[module, name] = type(name, (PickleStub,), {"__module__": module})
         return self._found[module, name]
 
 
 def call(function: Any, args: Any) -> Any:
-    """Return what calling `function` with a tuple of arguments stands for."""
-    if isinstance(function, type) and issubclass(function, Opaque):
-        made = function()
+    """Return the value that replaces the result of `function(*args)` in the pickle."""
+    if isinstance(function, type) and issubclass(function, PickleStub):
+        stub = function()
         if args:
-            made.give(args)
-        return made
+            stub.extend_arguments(args)
+        return stub
     if not isinstance(args, tuple):
-        raise ValueError("the arguments of a call are no tuple")
-    if isinstance(function, Known):
+        raise ValueError("the arguments of a call are not a tuple")
+    if isinstance(function, SafeFunction):
         return function.make(*args)
-    if isinstance(function, Opaque):
-        return Opaque()
-    raise ValueError("something is called that is no class or function")
+    if isinstance(function, PickleStub):
+        return PickleStub()
+    raise ValueError("a value that is not a class or function is called")
 
 
 def _first(value: Any, *_: Any) -> Any:
@@ -181,7 +181,7 @@ def _from_type(function: Any, _: Any, args: Any, __: Any) -> Any:
 
 
 def _bytes(text: Any, encoding: Any = None, *_: Any) -> Any:
-    return text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else Opaque()
+    return text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else PickleStub()
 
 
 def _dict(pairs: Iterable[Any] = ()) -> dict[Any, Any]:

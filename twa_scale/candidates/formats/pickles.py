@@ -1,4 +1,4 @@
-"""Pickles of checkpoints, read without importing or running what they name, in time and memory of their size."""
+"""An unpickler for checkpoints that imports and runs nothing, with time and memory proportional to the file size."""
 
 import struct
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from twa_scale.candidates.formats.pickle_stubs import Meanings, Opaque, Tensor, call, is_plain
+from twa_scale.candidates.formats.pickle_stubs import GlobalResolver, PickleStub, Tensor, call, is_plain
 
 MAX_PICKLE = 1 << 30
-"""Most bytes of a pickle: that of a model of a trillion parameters on a thousand ranks is a few hundred MB."""
-_MAX_STEPS = 100_000_000  # each makes an object of some 70 bytes at most
+"""The largest accepted pickle, in bytes. A model of 1e12 parameters on 1,000 ranks needs a few hundred MB."""
+_MAX_STEPS = 100_000_000  # instructions; each creates at most one object of some 70 bytes
 _MAX_INT = 1024  # bytes
 _MAX_NAME = 1000  # bytes of the name of a module or class
 
@@ -19,16 +19,16 @@ _MARK = object()
 
 
 class SafeUnpickler:
-    """Builds containers, numbers and tensors, and `Opaque` objects in place of everything else.
+    """Builds containers, numbers and tensors from a pickle, and `PickleStub` objects in place of all other objects.
 
-    This is the part of the pickle machine (protocols 2 to 5) that picklers of plain data and torch.save use. Python's
-    own trusts the file in three ways that this one does not: it imports and calls what the file names, it allocates
-    what the file claims (an index of its memo, a length), and it hashes any key.
+    It implements the instructions (of protocols 2 to 5) that picklers of plain data and torch.save use. Python's
+    unpickler trusts the file in three ways that this one does not: it imports and calls what the file names, it
+    allocates what the file claims (a memo index, a length), and it hashes any key.
 
     Args:
         raw: the pickle.
-        record: called with what `persistent_id` of torch.save says of a storage: (dtype, key, number of elements).
-        tensor: see `Meanings`.
+        record: called with the persistent id that torch.save writes for a storage: (dtype, key, number of elements).
+        tensor: see `GlobalResolver`.
     """
 
     def __init__(self, raw: bytes | bytearray, record: _Record | None = None, tensor: Tensor | None = None) -> None:
@@ -37,29 +37,27 @@ class SafeUnpickler:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._record = record
-        self._meanings = Meanings(tensor)
+        self._resolver = GlobalResolver(tensor)
 
     @property
-    def foreign(self) -> list[str]:
-        """Classes and functions that the pickle names and that only `Opaque` objects stand for."""
-        return self._meanings.foreign
+    def unresolved(self) -> list[str]:
+        """The classes and functions in the pickle that have no replacement other than `PickleStub`."""
+        return self._resolver.unresolved
 
     def load(self) -> Any:
-        """Return what was pickled.
+        """Return the pickled value.
 
         Raises:
-            ValueError: a pickle that is damaged, or does what no pickle of a checkpoint does.
+            ValueError: the pickle is damaged, or has instructions that checkpoints do not use.
         """
         if len(self._raw) > MAX_PICKLE:
             raise ValueError(f"it has more than {MAX_PICKLE} bytes")
         try:
             return self._run()
         except IndexError:
-            raise ValueError("it ends too early, or takes more from its stack than was put there") from None
+            raise ValueError("it ends too early, or pops from an empty stack") from None
         except KeyError as error:
-            raise ValueError(
-                f"byte {self._position - 1}: {error} is no instruction or memo entry that is known"
-            ) from None
+            raise ValueError(f"byte {self._position - 1}: {error} is not a known instruction or memo entry") from None
         except (TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"byte {self._position - 1}: {error}") from error
 
@@ -69,7 +67,7 @@ class SafeUnpickler:
         for _ in range(_MAX_STEPS):
             code = raw[position]
             position += 1
-            # The metadata of large checkpoints have millions of instructions, two thirds of which are these.
+            # These branches are two thirds of the millions of instructions in the metadata of large checkpoints.
             if code == _MEMOIZE:
                 memo[len(memo)] = stack[-1]
             elif code == _LONG_BINGET:
@@ -89,7 +87,7 @@ class SafeUnpickler:
                 position = self._position
         raise ValueError(f"it has more than {_MAX_STEPS} instructions")
 
-    # What follows in the file
+    # Reading operands
 
     def _take(self, count: int) -> bytes | bytearray:
         start = self._position
@@ -114,7 +112,7 @@ class SafeUnpickler:
         return line
 
     def _marked(self) -> list[Any]:
-        """Take from the stack what was put there since the last mark."""
+        """Pop all values since the last mark, and the mark, from the stack."""
         stack = self._stack
         start = len(stack) - 1
         while stack[start] is not _MARK:
@@ -161,8 +159,8 @@ class SafeUnpickler:
             into.extend(values)
         elif type(into) is set:
             into.update(value for value in values if is_plain(value))
-        elif isinstance(into, Opaque):
-            into.give(values)
+        elif isinstance(into, PickleStub):
+            into.extend_arguments(values)
         else:
             raise ValueError(f"items are added to a {type(into).__name__}")
 
@@ -178,8 +176,8 @@ class SafeUnpickler:
             for key, value in zip(items[::2], items[1::2], strict=True):
                 if type(key) is str or is_plain(key):
                     into[key] = value
-        elif isinstance(into, Opaque):
-            into.give(items[1::2])
+        elif isinstance(into, PickleStub):
+            into.extend_arguments(items[1::2])
         else:
             raise ValueError(f"items are set in a {type(into).__name__}")
 
@@ -193,11 +191,11 @@ class SafeUnpickler:
     # Names and calls
 
     def _global(self) -> None:
-        self._stack.append(self._meanings.of(self._line(), self._line()))
+        self._stack.append(self._resolver.resolve(self._line(), self._line()))
 
     def _stack_global(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
-        self._stack.append(self._meanings.of(module, name))
+        self._stack.append(self._resolver.resolve(module, name))
 
     def _call(self) -> None:
         args = self._stack.pop()
@@ -206,21 +204,21 @@ class SafeUnpickler:
     def _call_with_names(self) -> None:
         named = self._stack.pop()
         self._call()
-        if isinstance(self._stack[-1], Opaque) and isinstance(named, dict):
-            self._stack[-1].give(named.values())
+        if isinstance(self._stack[-1], PickleStub) and isinstance(named, dict):
+            self._stack[-1].extend_arguments(named.values())
 
     def _build(self) -> None:
         state = self._stack.pop()
-        if isinstance(self._stack[-1], Opaque):
+        if isinstance(self._stack[-1], PickleStub):
             self._stack[-1].set_state(state)
 
     def _persistent(self) -> None:
         if self._record is None:
-            raise ValueError("it refers to storages, which only files of torch.save have")
+            raise ValueError("it refers to storages, which only archives of torch.save have")
         kind, dtype, key, _, numel = self._stack.pop()
         if kind != "storage" or type(key) is not str or type(numel) is not int or not 0 <= numel < 1 << 63:
-            raise ValueError("what it says of a storage is no type, name and number of elements")
-        self._stack.append(self._record(dtype, key, numel) if isinstance(dtype, torch.dtype) else Opaque())
+            raise ValueError("the persistent id of a storage is not a type, name and number of elements")
+        self._stack.append(self._record(dtype, key, numel) if isinstance(dtype, torch.dtype) else PickleStub())
 
     # The memo
 

@@ -1,4 +1,4 @@
-"""safetensors files: the header parsed once, tensor data read by exact byte ranges."""
+"""safetensors files: the header is parsed once, and tensors are read by exact byte ranges."""
 
 from dataclasses import dataclass
 from math import prod
@@ -30,20 +30,21 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-_MAX_DIMS = 64  # what torch can index
+_MAX_DIMS = 64  # the limit of torch
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: `offset` is in bytes from the start of the file."""
+    """The dtype, shape and position of a tensor in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    """The first byte, counted from the start of the file."""
 
 
 class SafetensorsCandidate:
-    """One .safetensors file. Nothing is mapped: each read asks for its own bytes, and only those."""
+    """A candidate in one .safetensors file. A read transfers only the bytes of its slice."""
 
     def __init__(self, path: Path, directory: Path | None = None, label: str | None = None) -> None:
         self.label = label or str(path)
@@ -60,7 +61,7 @@ class SafetensorsCandidate:
             raise
 
     def names(self) -> list[str]:
-        """Return the tensor names without wrappers, sorted."""
+        """Return the tensor names without the prefixes of wrappers, sorted."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -68,11 +69,11 @@ class SafetensorsCandidate:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the dtype of a tensor, which is that of the tensors given to `read`."""
         return self._entries[name].dtype
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the elements from `start` on, straight from the file into its memory."""
+        """Fill `out` with the elements that begin at `start`, from the file without an intermediate copy."""
         entry = self._entries[name]
         assert out.dtype == entry.dtype and start + out.numel() <= prod(entry.shape)
         begin = entry.offset + start * out.itemsize
@@ -80,41 +81,42 @@ class SafetensorsCandidate:
         self.bytes_read += out.nbytes
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor in the mapped file, flattened; None where it is not aligned."""
+        """Return a flat view of a whole tensor in the mapped file, or None if the tensor is not aligned."""
         entry = self._entries[name]
         if entry.offset % entry.dtype.itemsize or not prod(entry.shape):
             return None if prod(entry.shape) else torch.empty(0, dtype=entry.dtype)
         return torch.frombuffer(self._file.map(), dtype=entry.dtype, count=prod(entry.shape), offset=entry.offset)
 
     def close(self) -> None:
-        """Close the file; what is mapped stays while it is in use."""
+        """Close the file. Mapped tensors remain valid."""
         self._file.close()
 
 
 def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Parse and check the header: the tensors, checked against the size of the file, and what else it says.
+    """Parse the header, and check it against the size of the file.
+
+    Returns:
+        The entry of each tensor by name, and the metadata of the file.
 
     Raises:
-        CandidateError: a file that is damaged, truncated or something else.
+        CandidateError: the file is damaged, truncated or not a safetensors file.
     """
     label, size = file.path, file.size
     raw_length = bytearray(8)
     if size < 8:
         raise CandidateError(
-            f"{label}: has {size} bytes, too few for a safetensors file: it is truncated. Copy it again."
+            f"{label}: has {size} bytes, too few for a safetensors file; it is truncated. Copy it again."
         )
     file.read(memoryview(raw_length), 0, "the header")
     length = int.from_bytes(raw_length, "little")
     if raw_length == b"version ":
         raise CandidateError(f"{label}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
     if raw_length.lower().startswith((b"<!doctyp", b"<html", b"<?xml")):
-        raise CandidateError(
-            f"{label}: is a page of the web, not the weights: its download has failed. Fetch it again."
-        )
+        raise CandidateError(f"{label}: is a web page, not weights; its download has failed. Download it again.")
     if length > min(size - 8, MAX_JSON):
         raise CandidateError(
-            f"{label}: its first 8 bytes promise a header of {length} bytes, but {size - 8} bytes follow: it "
-            "is no safetensors file, or it is truncated. Write or copy it again."
+            f"{label}: its first 8 bytes give a header of {length} bytes, but {size - 8} bytes follow; it is not a "
+            "safetensors file, or it is truncated. Write or copy it again."
         )
     raw = bytearray(length)
     file.read(memoryview(raw), 8, "the header")
@@ -129,7 +131,7 @@ def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
         entries = [(_entry(name, value, 8 + length, label), name) for name, value in header.items()]
     except ValueError as error:
         raise CandidateError(
-            f"{label}: the header is not the JSON that a safetensors file starts with ({error}). Write it again."
+            f"{label}: the header is not the JSON of a safetensors file ({error}). Write the file again."
         ) from error
     if not entries:
         raise CandidateError(f"{label}: holds no tensors. Write it again from a model's state dict.")
@@ -144,8 +146,8 @@ def _entry(name: str, value: Any, data_start: int, label: str) -> Entry:
         numbers = (*shape, begin, end)
     except (KeyError, TypeError, ValueError) as error:
         raise CandidateError(
-            f"{where}: the header must give its dtype, shape and two data_offsets, but says {brief(value)}. Write "
-            "the file again."
+            f"{where}: the header must give its dtype, shape and two data_offsets, not {brief(value)}. Write the file "
+            "again."
         ) from error
     if len(shape) > _MAX_DIMS or any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
         raise CandidateError(
@@ -166,21 +168,21 @@ def _entry(name: str, value: Any, data_start: int, label: str) -> Entry:
 
 
 def _check_tiling(entries: list[tuple[Entry, str]], data_start: int, size: int, label: str) -> None:
-    """Tensors must follow each other without hole or overlap, from the header to the end of the file."""
+    """Check that the tensors fill the file from the header to its end without gap or overlap."""
     end = data_start
     for entry, name in sorted(entries, key=lambda item: (item[0].offset, prod(item[0].shape))):
         if entry.offset != end:
             raise CandidateError(
-                f"{label}: tensor {name!r} starts at byte {entry.offset} where {end} was expected: the "
-                "header leaves a hole or an overlap. Write the file again."
+                f"{label}: tensor {name!r} starts at byte {entry.offset} where {end} was expected: the header has a "
+                "gap or an overlap. Write the file again."
             )
         end += prod(entry.shape) * entry.dtype.itemsize
         if end > size:
             raise CandidateError(
-                f"{label}: tensor {name!r} ends at byte {end}, but the file has {size}: it is truncated. "
-                "Copy it again, or leave this candidate out if its writer died."
+                f"{label}: tensor {name!r} ends at byte {end}, but the file has {size} bytes; it is truncated. Copy it "
+                "again, or leave this candidate out if its writer failed."
             )
     if end != size:
         raise CandidateError(
-            f"{label}: {size - end} bytes follow the last tensor, where the file must end. Write it again."
+            f"{label}: {size - end} bytes follow the last tensor, where the file must end. Write the file again."
         )

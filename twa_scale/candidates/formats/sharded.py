@@ -1,4 +1,4 @@
-"""Several files that are one candidate, by a Hugging Face index."""
+"""Candidates in several files with a Hugging Face index."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +14,16 @@ from twa_scale.errors import CandidateError
 
 
 class ShardedCandidate:
-    """The tensors that `index` names, each in its own file beside it."""
+    """A candidate whose tensors are in several files, listed by a Hugging Face index.
+
+    Args:
+        index: the index file; the files of weights are in the same directory.
+        open_file: opens one file of weights.
+        label: the name of the candidate in messages.
+
+    Raises:
+        CandidateError: the index is not valid, or a file does not match it.
+    """
 
     def __init__(self, index: Path, open_file: Callable[[Path], Candidate], label: str) -> None:
         self.label = label
@@ -26,7 +35,7 @@ class ShardedCandidate:
         if missing:
             raise CandidateError(
                 f"{index}: names {some(missing)}, which {'is' if len(missing) == 1 else 'are'} not there. "
-                "Every file of the index must lie beside it: copy the rest, or leave this candidate out."
+                "All files of the index must be in its directory: copy the rest, or leave this candidate out."
             )
         self._parts: dict[str, Candidate] = {}
         try:
@@ -35,10 +44,10 @@ class ShardedCandidate:
             parts = [part.metadata.items() for part in self._parts.values()]
             self.metadata = dict(sorted(set(parts[0]).intersection(*parts[1:])))
             self.stored_names = unwrapped(file_of, str(index))
-            # A part may lack names that the whole has, and so call the same tensor something else.
+            # Which prefixes count as wrappers depends on all names, so a part may use another name for a tensor.
             names = {file: {raw: name for name, raw in part.stored_names.items()} for file, part in self._parts.items()}
-            self._place_of = {
-                name: self._place(raw, file_of[raw], names[file_of[raw]], index)
+            self._part_of = {
+                name: self._locate(raw, file_of[raw], names[file_of[raw]], index)
                 for name, raw in self.stored_names.items()
             }
             for file, held in names.items():
@@ -47,63 +56,63 @@ class ShardedCandidate:
             self.close()
             raise
 
-    def _place(self, raw: str, file: str, names: Mapping[str, str], index: Path) -> tuple[Candidate, str]:
-        """Return the file that holds a tensor, and what that calls it."""
+    def _locate(self, raw: str, file: str, names: Mapping[str, str], index: Path) -> tuple[Candidate, str]:
+        """Return the part that holds a tensor, and the name of the tensor in that part."""
         if raw not in names:
             raise CandidateError(
-                f"{index.parent / file}: tensor {raw!r} is missing, which {index.name} says is here"
-                f"{nearest(raw, names) or '.'} Files and index must be of one writing: write the "
-                "candidate again."
+                f"{index.parent / file}: tensor {raw!r} is missing, which {index.name} lists in this file"
+                f"{nearest(raw, names) or '.'} Files and index must come from the same save: write the candidate "
+                "again."
             )
         return self._parts[file], names[raw]
 
     def names(self) -> list[str]:
-        """Return the tensor names without wrappers, sorted."""
-        return list(self._place_of)
+        """Return the tensor names without the prefixes of wrappers, sorted."""
+        return list(self._part_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        part, own = self._place_of[name]
+        part, own = self._part_of[name]
         return part.shape(own)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
-        part, own = self._place_of[name]
+        """Return the dtype of a tensor, which is that of the tensors given to `read`."""
+        part, own = self._part_of[name]
         return part.dtype(own)
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` from the file that holds the tensor."""
-        part, own = self._place_of[name]
+        """Fill `out` with the elements that begin at `start`, from the file that holds the tensor."""
+        part, own = self._part_of[name]
         part.read(own, start, out)
         self.bytes_read += out.nbytes
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor, flattened, where its file offers one."""
-        part, own = self._place_of[name]
+        """Return a flat view of a whole tensor in the mapped file, or None if its file has none."""
+        part, own = self._part_of[name]
         return part.mapped(own) if isinstance(part, Mappable) else None
 
     def close(self) -> None:
-        """Close every file."""
+        """Close all files."""
         for part in self._parts.values():
             part.close()
 
 
 def _refuse_unlisted(index: Path, file: str, held: Iterable[str], file_of: Mapping[str, str]) -> None:
-    """Refuse a file with tensors that the index does not place in it: loaders would read these too, or others."""
+    """Check that the index lists all tensors of a file. Loaders differ in what they do with unlisted tensors."""
     for raw in held:
         if file_of.get(raw) != file:
             where = f"places in {file_of[raw]!r}" if raw in file_of else "does not name"
             raise CandidateError(
-                f"{index.parent / file}: holds tensor {raw!r}, which {index.name} {where}. Files and index must be of "
-                "one writing: write the candidate again (from_pretrained, save_pretrained)."
+                f"{index.parent / file}: holds tensor {raw!r}, which {index.name} {where}. Files and index must come "
+                "from the same save: write the candidate again (from_pretrained, save_pretrained)."
             )
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Return the file of each tensor that an index names.
+    """Return the file name of each tensor in an index.
 
     Raises:
-        CandidateError: no index, or one that names something else than files beside it.
+        CandidateError: the file is not an index, or it names files outside its directory.
     """
     try:
         weight_map = parse_json(read_bounded(index, MAX_JSON))["weight_map"]
@@ -117,12 +126,12 @@ def weight_map(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise CandidateError(
-                f"{index}: tensor {name!r}: {brief(file)} must be the name of a file beside the index. Write the "
-                "candidate again."
+                f"{index}: tensor {name!r}: {brief(file)} must be the name of a file in the directory of the index. "
+                "Write the candidate again."
             )
         if file.endswith(".index.json"):
             raise CandidateError(
-                f"{index}: tensor {name!r}: {brief(file)} is an index; an index names files of weights. Write the "
-                "candidate again."
+                f"{index}: tensor {name!r}: {brief(file)} is an index, but an index must name files of weights. Write "
+                "the candidate again."
             )
     return weight_map

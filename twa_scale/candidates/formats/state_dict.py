@@ -1,4 +1,4 @@
-"""Candidates that are state dicts in memory."""
+"""Candidates from state dicts in memory."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +16,10 @@ from twa_scale.errors import CandidateError
 
 
 class MemoryCandidate:
-    """Tensors on any device, in any layout. They are not copied: clone what training goes on changing."""
+    """A state dict in memory. Its tensors, on any device and with any strides, are not copied.
+
+    Clone tensors that training continues to change.
+    """
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class MemoryCandidate:
             _refuse_unreadable(tensor, name, label)
 
     def names(self) -> list[str]:
-        """Return the tensor names without wrappers, sorted."""
+        """Return the tensor names without the prefixes of wrappers, sorted."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -55,30 +58,30 @@ class MemoryCandidate:
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the dtype of a tensor, which is that of the tensors given to `read`."""
         return self._tensors[name].dtype
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the elements from `start` on, in row-major order."""
+        """Fill `out` with the elements that begin at `start`, in row-major order."""
         copy_flat(self._tensors[name], start, out)
         self.bytes_read += out.nbytes
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a tensor in the CPU's memory, flattened, where it lies there in row-major order."""
+        """Return a flat view of a whole tensor, or None if it is not contiguous in CPU memory."""
         tensor = self._tensors[name]
         return tensor.view(-1) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
 
     def stored_once(self, name: str, other: str) -> bool:
-        """Whether two names stand for the same memory."""
-        return _place(self._tensors[name]) == _place(self._tensors[other])
+        """Return whether two names refer to the same memory."""
+        return _memory_key(self._tensors[name]) == _memory_key(self._tensors[other])
 
     @property
-    def places(self) -> dict[str, object]:
-        """What identifies the memory of each tensor."""
-        return {name: _place(tensor) for name, tensor in self._tensors.items()}
+    def memory_keys(self) -> dict[str, object]:
+        """For each tensor, a value that identifies its memory."""
+        return {name: _memory_key(tensor) for name, tensor in self._tensors.items()}
 
     def close(self) -> None:
-        """Let go of the tensors."""
+        """Drop the references to the tensors."""
         self._tensors = {}
 
 
@@ -87,7 +90,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_array(value: Any) -> bool:
-    """Whether a value is an array of another library, which might be meant as a weight; no number of numpy is."""
+    """Return whether a value is an array of another library, which may be a weight. Numpy scalars are not."""
     return hasattr(value, "__array__") and not isinstance(value, torch.Tensor) and bool(getattr(value, "shape", ()))
 
 
@@ -95,17 +98,17 @@ def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _place(tensor: torch.Tensor) -> object:
+def _memory_key(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _refuse_unreadable(tensor: torch.Tensor, name: str, label: str) -> None:
     if isinstance(tensor, DTensor):
-        problem = "a DTensor, only this rank's part. Save it with twa_scale.Snapshots and give the paths"
+        problem = "a DTensor, which holds only this rank's part. Save it with twa_scale.Snapshots and give the paths"
     elif tensor.is_nested:
-        problem = "a nested tensor, which has no rows of one length. Give a dense tensor"
+        problem = "a nested tensor, whose rows differ in length. Give a dense tensor"
     elif tensor.is_meta:
-        problem = "on the meta device, which holds no values. Give a materialized tensor"
+        problem = "on the meta device, which has no values. Give a materialized tensor"
     elif tensor.layout != torch.strided:
         problem = f"stored as {tensor.layout}, which has no row-major slices. Give a dense tensor"
     elif tensor.is_quantized:

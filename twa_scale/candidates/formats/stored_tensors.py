@@ -1,4 +1,4 @@
-"""Tensors as ranges of bytes in files, and candidates made of them."""
+"""Tensors that are byte ranges of files, and candidates that consist of them."""
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,15 +10,15 @@ from typing import Protocol
 
 import torch
 
-from twa_scale.candidates.formats.crc import Pieces
+from twa_scale.candidates.formats.crc import PiecewiseCrc
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.flat_slices import copy_flat
 from twa_scale.candidates.wrapper_names import unwrapped
 from twa_scale.errors import CandidateError
 
 
-class Readable(Protocol):
-    """A tensor that is read by slices."""
+class ReadableTensor(Protocol):
+    """A tensor that can be read by slices."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -26,41 +26,46 @@ class Readable(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in which `read` delivers."""
+        """The dtype of the tensor, which is that of the tensors given to `read`."""
 
     def read(self, start: int, out: torch.Tensor, what: str) -> None:
-        """Fill `out` with the elements from `start` on, in row-major order; `what` is what messages call the tensor."""
+        """Fill a 1-D tensor with elements in row-major order.
+
+        Args:
+            start: the first element in the row-major flattening.
+            out: receives elements [start, start + len(out)).
+            what: the name of the tensor in error messages.
+        """
 
 
 @dataclass(frozen=True)
 class Record:
-    """`numel` numbers that follow each other in a file."""
+    """A contiguous sequence of `numel` numbers in a file, such as a storage of torch."""
 
     file: File
     dtype: torch.dtype
     numel: int
     locate: Callable[[int], int]
-    """Given the number of bytes, returns the byte at which they start; looked up when they are first read."""
+    """A function of the number of bytes that returns the offset of the first byte. It is called at the first read."""
     crc: int = 0
-    """CRC-32 of the bytes; 0 where the file does not give it."""
-    pieces: Pieces = field(default_factory=Pieces, compare=False)
+    """The CRC-32 of the bytes, or 0 if the file does not have it."""
+    pieces: PiecewiseCrc = field(default_factory=PiecewiseCrc, compare=False)
 
     @cached_property
     def begin(self) -> int:
-        """Byte at which the first one starts."""
+        """The offset of the first byte in the file."""
         return self.locate(self.nbytes)
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes."""
+        """The number of bytes."""
         return self.numel * self.dtype.itemsize
 
     def read(self, start: int, buffer: memoryview, what: str) -> None:
-        """Fill `buffer` with the bytes from `start` on.
+        """Fill `buffer` with the bytes that begin at `start`, and check the CRC once all bytes have been read.
 
         Raises:
-            CandidateError: the file cannot be read; or with this piece all bytes have been read in this process, and
-                they do not have the CRC that the file gives.
+            CandidateError: the file cannot be read, or the bytes do not have the CRC of the file.
         """
         self.file.read(buffer, self.begin + start, what)
         if self.crc and self.pieces.add(start, buffer, self.nbytes) not in (None, self.crc):
@@ -72,33 +77,35 @@ class Record:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a record: `first` is the offset of its first element, in elements; strides are those of torch."""
+    """A tensor that is a strided view of a record."""
 
     record: Record
     first: int
+    """The index of the first element in the record."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    """Strides in elements, as in torch."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in the file."""
+        """The dtype in the file."""
         return self.record.dtype
 
     @property
     def numel(self) -> int:
-        """Number of elements; a scalar has one."""
+        """The number of elements."""
         return prod(self.shape)
 
     def read(self, start: int, out: torch.Tensor, what: str) -> None:
-        """Fill `out` with the elements from `start` on, in row-major order."""
+        """Fill `out` with the elements that begin at `start`, in row-major order."""
         assert out.dtype == self.dtype and 0 <= start <= start + len(out) <= self.numel
         if not len(out):
             return
         last = self.first + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         if min(self.first, *self.stride, 0) < 0 or last >= self.record.numel:
             raise CandidateError(
-                f"{self.record.file.path}: {what} reaches beyond the {self.record.numel} numbers that are stored for "
-                "it: the file is damaged. Copy it again, or leave this candidate out."
+                f"{self.record.file.path}: {what} reaches beyond the {self.record.numel} numbers of its storage: the "
+                "file is damaged. Copy it again, or leave this candidate out."
             )
         if self._row_major():
             self.record.read((self.first + start) * out.itemsize, out.view(torch.uint8).numpy().data, what)
@@ -106,12 +113,12 @@ class Stored:
             self._read_mapped(start, out, last + 1, what)
 
     @property
-    def place(self) -> object:
-        """What identifies the bytes in the file, and how they are read."""
+    def memory_key(self) -> object:
+        """A value that identifies the bytes in the file and their interpretation."""
         return self.record.begin, self.dtype, self.first, self.shape, self.stride
 
     def mapped(self) -> torch.Tensor | None:
-        """Return a view of all of it in the mapped file, flattened; None where it is not aligned or not row-major."""
+        """Return a flat view of the tensor in the mapped file, or None if it is not aligned or not row-major."""
         begin = self.record.begin + self.first * self.dtype.itemsize
         if not self.numel:
             return torch.empty(0, dtype=self.dtype)
@@ -128,12 +135,13 @@ class Stored:
         return True
 
     def _read_mapped(self, start: int, out: torch.Tensor, stop: int, what: str) -> None:
-        """Gather from a tensor that was saved transposed or channels_last: its slices lie all over the record."""
+        """Read a slice of a transposed or channels_last tensor, whose elements are scattered over the record."""
         begin, end = (self.record.begin + i * out.itemsize for i in (self.first, stop))
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
-        probe = bytearray(1)  # a page beyond the end of a mapped file would kill the process instead of raising
+        # Read the last byte first: access to a page beyond the end of a mapped file would kill the process (SIGBUS).
+        probe = bytearray(1)
         self.record.file.read(memoryview(probe), end - 1, what)
-        with self.record.file.borrowed() as handle:
+        with self.record.file.descriptor() as handle:
             mapped = mmap.mmap(handle, end - page, access=mmap.ACCESS_COPY, offset=page)
         numbers = torch.frombuffer(mapped, dtype=torch.uint8)[begin - page :]
         if begin % out.itemsize:
@@ -142,26 +150,26 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """A tensor whose flattening is cut into ranges that lie in several records."""
+class ConcatenatedTensor:
+    """A tensor whose flattening is a concatenation of ranges of several stored tensors."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     ranges: Callable[[int, int], Iterator[tuple[Stored, int, int]]]
-    """Given start and stop, yields (tensor, first element, number of elements) of what makes up this range."""
+    """A function of (start, stop) that yields (stored tensor, first element, number of elements) in order."""
 
     def read(self, start: int, out: torch.Tensor, what: str) -> None:
-        """Fill `out` with the elements from `start` on.
+        """Fill `out` with the elements that begin at `start`.
 
         Raises:
-            CandidateError: a part that is stored in another type.
+            CandidateError: a part has another dtype.
         """
         done = 0
         for stored, first, count in self.ranges(start, start + len(out)):
             if stored.dtype != self.dtype:
                 raise CandidateError(
                     f"{stored.record.file.path}: {what} is {stored.dtype} here and {self.dtype} in the first part; all "
-                    "files must be of one saving. Copy the checkpoint again, or leave it out."
+                    "files must come from the same save. Copy the checkpoint again, or leave it out."
                 )
             stored.read(first, out[done : done + count], what)
             done += count
@@ -169,10 +177,10 @@ class Joined:
 
 
 class StoredCandidate:
-    """A candidate whose tensors lie in any number of files; no byte is read but those that a slice needs."""
+    """A candidate whose tensors are in any number of files. A read transfers only the bytes of its slice."""
 
     def __init__(
-        self, tensors: Mapping[str, Readable], files: Iterable[File], label: str, directory: Path | None
+        self, tensors: Mapping[str, ReadableTensor], files: Iterable[File], label: str, directory: Path | None
     ) -> None:
         self.label = label
         self.directory = directory
@@ -184,7 +192,7 @@ class StoredCandidate:
         self._files = files
 
     def names(self) -> list[str]:
-        """Return the tensor names without wrappers, sorted."""
+        """Return the tensor names without the prefixes of wrappers, sorted."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -192,16 +200,16 @@ class StoredCandidate:
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the dtype of a tensor, which is that of the tensors given to `read`."""
         return self._tensors[name].dtype
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the elements from `start` on, in row-major order."""
+        """Fill `out` with the elements that begin at `start`, in row-major order."""
         self._tensors[name].read(start, out, f"tensor {name!r}")
         self.bytes_read += out.nbytes
 
     def stored_once(self, name: str, other: str) -> bool:
-        """Whether two names stand for the same bytes."""
+        """Return whether two names refer to the same bytes."""
         return self._tensors[name] is self._tensors[other]
 
     def close(self) -> None:

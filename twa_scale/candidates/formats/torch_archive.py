@@ -1,4 +1,4 @@
-"""Files of torch.save, of which only the pickle is read: tensors are ranges of bytes in the file."""
+"""Archives of torch.save. Only the pickle is loaded; tensors become byte ranges of the file."""
 
 import zlib
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ import torch
 
 from twa_scale.base.inputs import integers
 from twa_scale.candidates.formats.file_handles import File
-from twa_scale.candidates.formats.pickle_stubs import Opaque
+from twa_scale.candidates.formats.pickle_stubs import PickleStub
 from twa_scale.candidates.formats.pickles import MAX_PICKLE, SafeUnpickler
 from twa_scale.candidates.formats.stored_tensors import Record, Stored
 from twa_scale.candidates.formats.zip_directory import Member, data_offset, read_directory
 from twa_scale.errors import CandidateError
 
-_MAX_DIMS = 64  # what torch can index
+_MAX_DIMS = 64  # the limit of torch
 _FIX = "Copy it again, or leave this candidate out."
 
 
@@ -23,7 +23,7 @@ class Archive:
     """An archive of torch.save: a whole file, or a part of one.
 
     Raises:
-        CandidateError: anything else, or an archive without its end.
+        CandidateError: the file is not such an archive, or is truncated.
     """
 
     def __init__(self, file: File, start: int = 0, length: int | None = None) -> None:
@@ -32,18 +32,18 @@ class Archive:
         self._length = file.size if length is None else length
         self._label = file.path if length is None else f"{file.path} at byte {start}"
         self._records: dict[tuple[str, torch.dtype, int], Record] = {}
-        self.foreign: list[str] = []
-        """After `content`: classes and functions that the pickle names and that have no meaning here."""
+        self.unresolved: list[str] = []
+        """Set by `content`: the classes and functions in the pickle that have no replacement."""
         try:
             self._members = read_directory(self._read, self._length)
         except ValueError as error:
-            raise CandidateError(f"{self._label}: is no archive that torch.save writes: {error}. {_FIX}") from error
+            raise CandidateError(f"{self._label}: is not an archive of torch.save: {error}. {_FIX}") from error
 
     def content(self) -> Any:
-        """Return what was saved, tensors as `Stored`, objects of unknown classes as `Opaque`.
+        """Return the saved value, with tensors as `Stored` and objects of unknown classes as `PickleStub`.
 
         Raises:
-            CandidateError: an archive that is damaged or was not written by torch.save.
+            CandidateError: the archive is damaged or was not written by torch.save.
         """
         try:
             if "byteorder" in self._members and self._small("byteorder") != b"little":
@@ -51,8 +51,8 @@ class Archive:
             unpickler = SafeUnpickler(self._small("data.pkl"), self._record, _tensor)
             content = unpickler.load()
         except ValueError as error:
-            raise CandidateError(f"{self._label}: cannot be understood: {error}. {_FIX}") from error
-        self.foreign = unpickler.foreign
+            raise CandidateError(f"{self._label}: cannot be parsed: {error}. {_FIX}") from error
+        self.unresolved = unpickler.unresolved
         return content
 
     def _read(self, offset: int, nbytes: int) -> bytes:
@@ -63,29 +63,29 @@ class Archive:
         return bytes(buffer)
 
     def _small(self, name: str) -> bytes:
-        """Return the bytes of a member that is no tensor, checked against its checksum."""
+        """Return the bytes of a member that is not a tensor, and check its CRC."""
         if name not in self._members:
-            raise ValueError(f"it has no member {name!r}, as files of torch.export and others have none")
+            raise ValueError(f"it has no member {name!r}; it may be a file of torch.export")
         member = self._members[name]
         if member.nbytes > MAX_PICKLE:
             raise ValueError(f"its member {name!r} has {member.nbytes} bytes, more than {MAX_PICKLE}")
         raw = self._read(data_offset(self._read, member, self._length), member.nbytes)
         if member.crc and zlib.crc32(raw) != member.crc:
-            raise ValueError(f"its member {name!r} does not have the CRC that the directory gives")
+            raise ValueError(f"its member {name!r} does not have the CRC of the archive's directory")
         return raw
 
     def _record(self, dtype: torch.dtype, key: str, numel: int) -> Record:
         name = f"data/{key}"
         crc = self._members[name].crc if name in self._members else 0
         record = Record(self._file, dtype, numel, lambda size: self._begin(name, size), crc)
-        return self._records.setdefault((name, dtype, numel), record)  # tensors that share it are checked together
+        return self._records.setdefault((name, dtype, numel), record)  # tensors that share a record share its CRC check
 
     def _begin(self, name: str, nbytes: int) -> int:
-        """Return the byte of the file at which a record's data starts."""
+        """Return the offset of a record's data in the file."""
         member: Member | None = self._members.get(name)
         if member is None or member.nbytes != nbytes:
             raise CandidateError(
-                f"{self._label}: has no record {name!r} of {nbytes} bytes, which its pickle refers to: it is damaged. "
+                f"{self._label}: has no record {name!r} of {nbytes} bytes, which its pickle needs; it is damaged. "
                 f"{_FIX}"
             )
         try:
@@ -95,24 +95,29 @@ class Archive:
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value in the content of an archive is a tensor of any kind."""
-    return isinstance(value, Stored) or (isinstance(value, Opaque) and "_rebuild_" in value.kind)
+    """Return whether a value in the content of an archive is a tensor of any kind."""
+    return isinstance(value, Stored) or (isinstance(value, PickleStub) and "_rebuild_" in value.kind)
 
 
-def dense(values: Mapping[Any, Any], path: object, fix: str) -> dict[str, Stored]:
+def dense_tensors(values: Mapping[Any, Any], path: object, fix: str) -> dict[str, Stored]:
     """Return the tensors among `values`.
 
+    Args:
+        values: the content of an archive, by name.
+        path: the file, for error messages.
+        fix: the sentence of the error message that says what to do.
+
     Raises:
-        CandidateError: one that is sparse, quantized or of another kind that has no slices; `fix` says what to do.
+        CandidateError: a tensor is sparse, quantized or of another kind that cannot be read by slices.
     """
     for name, value in values.items():
         if is_tensor(value) and not isinstance(value, Stored):
             if value.what.startswith("torch.distributed."):
                 fix = (
-                    "It holds one rank's shards, and nothing in it was run: save the model with "
+                    "It holds the shards of one rank, and nothing in it was run: save the model with "
                     "torch.distributed.checkpoint.save, or with Snapshots."
                 )
-            raise CandidateError(f"{path}: {name!r} is a {value.what}, which is no dense tensor. {fix}")
+            raise CandidateError(f"{path}: {name!r} is a {value.what}, which is not a dense tensor. {fix}")
     return {str(name): value for name, value in values.items() if isinstance(value, Stored)}
 
 
@@ -120,9 +125,9 @@ def _tensor(
     record: Record, first: int, shape: Any, stride: Any, dtype: torch.dtype | None = None, *, lazy: Any = ()
 ) -> Stored:
     if not isinstance(record, Record):
-        raise ValueError("a tensor has no storage of numbers")
+        raise ValueError("a tensor has no storage")
     if any(lazy):
-        raise ValueError(f"a tensor is saved as a view that changes its numbers ({lazy[0]}); save it after clone()")
+        raise ValueError(f"a tensor is saved as a lazy view ({lazy[0]}); save it after clone()")
     if dtype is not None and dtype != record.dtype:
         numel = record.nbytes // dtype.itemsize
         record = replace(record, dtype=dtype, numel=numel)

@@ -1,4 +1,4 @@
-"""Files of torch.save that hold a state dict."""
+"""Candidates in files that torch.save wrote."""
 
 import re
 from collections import Counter
@@ -10,24 +10,24 @@ import torch
 
 from twa_scale.candidates.entries import Keys, flattened
 from twa_scale.candidates.formats.file_handles import File
-from twa_scale.candidates.formats.pickle_stubs import Opaque, within
+from twa_scale.candidates.formats.pickle_stubs import PickleStub, nested_values
 from twa_scale.candidates.formats.stored_tensors import Record, Stored, StoredCandidate
-from twa_scale.candidates.formats.torch_archive import Archive, dense, is_tensor
+from twa_scale.candidates.formats.torch_archive import Archive, dense_tensors, is_tensor
 from twa_scale.candidates.weights_key import Object, WeightsKey
 from twa_scale.errors import CandidateError
 
-# What an attack on the unpickler of Python looks like. Here nothing runs; elsewhere it would.
+# Names that a malicious pickle calls. Here nothing is called, but Python's unpickler would run them.
 _ATTACKS = re.compile(
     r"(os|posix|nt|pty|sys|subprocess|shutil|socket|runpy|importlib|ctypes|webbrowser)\..*"
     r"|builtins\.(exec|eval|compile|open|__import__)"
 )
 _TENSORS = re.compile(r"torch\.(.+\.)?(Uninitialized)?(Parameter|Buffer|Tensor)")
 _ARRAYS = re.compile(r"numpy\.(ndarray|.*\._frombuffer)")
-_MAX_VALUES = 10_000_000  # in objects; what several share counts as often
+_MAX_VALUES = 10_000_000  # values inside objects; a value that several objects share counts for each
 
 
 class TorchFileCandidate(StoredCandidate):
-    """One .pt, .pth or .bin file. Of its tensors, only the bytes of a slice are read."""
+    """A candidate in one .pt, .pth or .bin file. A read transfers only the bytes of its slice."""
 
     def __init__(
         self, path: Path, directory: Path | None = None, label: str | None = None, keys: WeightsKey | None = None
@@ -42,29 +42,29 @@ class TorchFileCandidate(StoredCandidate):
             raise
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor in the mapped file, flattened; None where it is not aligned or not whole."""
+        """Return a flat view of a tensor in the mapped file, or None if it is not aligned or not row-major."""
         return self._stored[self.stored_names[name]].mapped()
 
     def stored_once(self, name: str, other: str) -> bool:
-        """Whether two names stand for the same bytes."""
+        """Return whether two names refer to the same bytes."""
         first, second = (self._stored[self.stored_names[n]] for n in (name, other))
-        return first.place == second.place
+        return first.memory_key == second.memory_key
 
 
 def _chosen(content: Mapping[Any, Any], keys: WeightsKey, label: str) -> dict[str, Stored]:
     try:
-        entries = flattened(content, lambda value: isinstance(value, Stored | Opaque | Record), is_tensor)
+        entries = flattened(content, lambda value: isinstance(value, Stored | PickleStub | Record), is_tensor)
         tensors = {path: value for path, value in entries.items() if is_tensor(value)}
         objects = _objects({path: value for path, value in entries.items() if not is_tensor(value)})
     except ValueError as error:
         raise CandidateError(f"{label}: {error}. Save only tensors: torch.save(model.state_dict(), path).") from error
     shapes = {path: value.shape if isinstance(value, Stored) else () for path, value in tensors.items()}
     held = {name: tensors[path] for name, path in keys.choose(shapes, label, objects).items()}
-    return dense(held, label, "Save a dense tensor in its place.")
+    return dense_tensors(held, label, "Save a dense tensor in its place.")
 
 
-def _objects(found: Mapping[Keys, Opaque | Record]) -> dict[Keys, Object]:
-    """Return those objects that hold tensors, or are arrays: a weight may be in them."""
+def _objects(found: Mapping[Keys, PickleStub | Record]) -> dict[Keys, Object]:
+    """Return the objects that hold tensors or are arrays, and so may hold a weight."""
     seen, objects = 0, {}
     for path, value in found.items():
         if isinstance(value, Record) or _TENSORS.fullmatch(value.what):
@@ -72,7 +72,7 @@ def _objects(found: Mapping[Keys, Opaque | Record]) -> dict[Keys, Object]:
             objects[path] = Object(what, Counter([()]))
             continue
         shapes: Counter[tuple[int, ...]] = Counter()
-        for inner in within(value):
+        for inner in nested_values(value):
             seen += 1
             if seen > _MAX_VALUES:
                 raise ValueError(f"its objects hold more than {_MAX_VALUES} values")
@@ -90,20 +90,20 @@ def _content(file: File) -> Mapping[Any, Any]:
         raise CandidateError(f"{file.path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
     if not magic.startswith(b"PK\x03\x04"):
         raise CandidateError(
-            f"{file.path}: is not the zip archive that torch.save writes since torch 1.6, but a legacy file, a "
-            "plain pickle or something else; it was refused and nothing in it was run. If you trust it, load "
-            "it once and save its state dict again with torch.save or safetensors."
+            f"{file.path}: is not a zip archive, which torch.save writes since torch 1.6, but a legacy file, a plain "
+            "pickle or something else; it was refused and nothing in it was run. If you trust it, load it once and "
+            "save its state dict again with torch.save or safetensors."
         )
     archive = Archive(file)
     content = archive.content()
-    if attack := next((name for name in archive.foreign if _ATTACKS.fullmatch(name)), None):
+    if attack := next((name for name in archive.unresolved if _ATTACKS.fullmatch(name)), None):
         raise CandidateError(
-            f"{file.path}: its pickle asks for {attack!r}, which runs code in what loads it; it was refused and "
-            "nothing in it was run. No checkpoint needs that: do not load it elsewhere."
+            f"{file.path}: its pickle calls {attack!r}, which can run any code; it was refused and nothing in it was "
+            "run. No checkpoint needs this call: do not load the file elsewhere."
         )
     if not isinstance(content, Mapping):
         what = type(content).__name__
-        if isinstance(content, Opaque):
+        if isinstance(content, PickleStub):
             what = f"an object of class {content.what}"
         elif isinstance(content, Stored | Record):
             what = "a single tensor"

@@ -1,11 +1,11 @@
-"""The directory of a zip archive as torch.save writes it: members that lie uncompressed, one after another."""
+"""The directory of a zip archive of torch.save, whose members are uncompressed and consecutive."""
 
 import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
 Read = Callable[[int, int], bytes]
-"""Given an offset in the archive and a number of bytes, returns them."""
+"""A function of (offset in the archive, number of bytes) that returns these bytes."""
 
 _END = struct.Struct("<4sHHHHIIH")
 _END_64 = struct.Struct("<4sQHHIIQQQQ")
@@ -15,7 +15,7 @@ _LOCAL = struct.Struct("<4s2xHH4xIIIHH")
 _EXTRA = struct.Struct("<HH")
 _MAX_COMMENT = 0xFFFF
 _MAX_DIRECTORY = 256 << 20  # bytes; a member takes about a hundred
-_UNKNOWN = 0xFFFFFFFF  # a number that stands in the extra field
+_UNKNOWN = 0xFFFFFFFF  # marks a number that is stored in the extra field (Zip64)
 _ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8
 
 
@@ -25,17 +25,17 @@ class Member(NamedTuple):
     name: bytes
     flags: int
     crc: int
-    """CRC-32 of its bytes; 0 where the writer did not compute it."""
+    """The CRC-32 of its bytes, or 0 if the writer did not compute it."""
     nbytes: int
     header: int
-    """Offset of its local header."""
+    """The offset of its local header."""
 
 
 def read_directory(read: Read, size: int) -> dict[str, Member]:
-    """Return the members of an archive of `size` bytes by name, without the folder that they all are in.
+    """Return the members of an archive of `size` bytes, by name without their common folder.
 
     Raises:
-        ValueError: no archive, a damaged one, or one that torch.save does not write.
+        ValueError: the bytes are not an archive, or it is damaged or was not written by torch.save.
     """
     begin, nbytes, count = _directory(read, size)
     if nbytes > _MAX_DIRECTORY:
@@ -50,13 +50,13 @@ def read_directory(read: Read, size: int) -> dict[str, Member]:
             raise ValueError(f"two members are called {name!r}")
         members[name] = member
     if len(members) != count:
-        raise ValueError(f"its directory has {len(members)} members where {count} are promised")
-    _check_apart(members, begin)
+        raise ValueError(f"its directory has {len(members)} members, not {count} as its end record says")
+    _check_no_overlap(members, begin)
     return members
 
 
 def _directory(read: Read, size: int) -> tuple[int, int, int]:
-    """Return offset and bytes of the directory, and the number of its members."""
+    """Return the offset and size of the directory, and the number of its members."""
     tail_size = min(size, _END.size + _MAX_COMMENT)
     tail = read(size - tail_size, tail_size)
     at = tail.rfind(b"PK\5\6")
@@ -64,7 +64,7 @@ def _directory(read: Read, size: int) -> tuple[int, int, int]:
         raise ValueError("the archive has no end: it is truncated")
     *_, count, nbytes, begin, comment = _END.unpack_from(tail, at)
     if at + _END.size + comment != tail_size:
-        raise ValueError("something follows the end of the archive")
+        raise ValueError("there are bytes after the end of the archive")
     end = size - tail_size + at
     if end >= _LOCATOR.size:
         magic, _, at_64, _ = _LOCATOR.unpack(read(end - _LOCATOR.size, _LOCATOR.size))
@@ -76,12 +76,12 @@ def _directory(read: Read, size: int) -> tuple[int, int, int]:
             if magic != b"PK\6\6":
                 raise ValueError("the end of its directory is damaged")
     if begin + nbytes != end:
-        raise ValueError("its directory does not lie between its members and its end")
+        raise ValueError("its directory is not between its members and its end")
     return begin, nbytes, count
 
 
 def _member(raw: bytes, position: int) -> tuple[Member, int]:
-    """Return the member that is described at `position`, and where the next one is."""
+    """Return the member whose entry is at `position`, and the position of the next entry."""
     if position + _ENTRY.size > len(raw):
         raise ValueError("its directory is cut short")
     magic, flags, method, crc, packed, nbytes, *lengths, _, _, _, header = _ENTRY.unpack_from(raw, position)
@@ -91,16 +91,16 @@ def _member(raw: bytes, position: int) -> tuple[Member, int]:
         raise ValueError("its directory is damaged")
     name = raw[start : start + lengths[0]]
     extra = raw[start + lengths[0] : start + lengths[0] + lengths[1]]
-    nbytes, packed, header = _wide([nbytes, packed, header], extra)
+    nbytes, packed, header = _zip64_values([nbytes, packed, header], extra)
     if b"/code/" in name or name.endswith(b"/constants.pkl"):
         raise ValueError("it is a program of torch.jit (TorchScript): save the state_dict() of the module in it")
     if method or packed != nbytes or flags & _ENCRYPTED:
-        raise ValueError(f"its member {name!r} is compressed or encrypted, which torch.save never does")
+        raise ValueError(f"its member {name!r} is compressed or encrypted, which members of torch.save never are")
     return Member(name, flags, crc, nbytes, header), stop
 
 
-def _wide(numbers: list[int], extra: bytes) -> list[int]:
-    """Return numbers, of which those that need 64 bits stand in the extra field."""
+def _zip64_values(numbers: list[int], extra: bytes) -> list[int]:
+    """Return the numbers of an entry. Those that need 64 bits come from the extra field."""
     position = 0
     while _UNKNOWN in numbers and position + _EXTRA.size <= len(extra):
         kind, nbytes = _EXTRA.unpack_from(extra, position)
@@ -113,8 +113,8 @@ def _wide(numbers: list[int], extra: bytes) -> list[int]:
     return numbers
 
 
-def _check_apart(members: dict[str, Member], end: int) -> None:
-    """Refuse members that overlap: a few bytes must not stand for many tensors that differ."""
+def _check_no_overlap(members: dict[str, Member], end: int) -> None:
+    """Check that members do not overlap, so that a small file cannot claim many large tensors."""
     position = 0
     for member in sorted(members.values(), key=lambda member: member.header):
         if member.header < position:
@@ -125,15 +125,15 @@ def _check_apart(members: dict[str, Member], end: int) -> None:
 
 
 def data_offset(read: Read, member: Member, end: int) -> int:
-    """Return the offset of a member's first byte, by its local header.
+    """Return the offset of a member's first byte, from its local header.
 
     Args:
-        read: see `Read`.
-        member: of the directory.
-        end: bytes of the archive.
+        read: reads bytes of the archive.
+        member: the member, from the directory.
+        end: the size of the archive in bytes.
 
     Raises:
-        ValueError: a header that does not say what the directory says.
+        ValueError: the local header does not agree with the directory.
     """
     magic, flags, method, crc, packed, nbytes, *lengths = _LOCAL.unpack(read(member.header, _LOCAL.size))
     name = read(member.header + _LOCAL.size, len(member.name))
