@@ -26,6 +26,7 @@ ORDER = [
     "average",
     "merge",
     "running",
+    "integrations",
     "run",
     "tools",
     "cli",

@@ -203,6 +203,13 @@ class TrainableAverage:
         self._write_or_return_to(before)
         self._moved = finite
 
+    def as_optimizer(self) -> AverageOptimizer:
+        """Return `optimizer`, for trainers of other libraries that take one: its step is that of the average.
+
+        Its state dict continues the run: coefficients, moments and, when it is loaded, the weights.
+        """
+        return self.optimizer
+
     @while_open
     def settle(self) -> None:
         """Write what a step has left to the next forward pass (`combine: forward`). Not collective.

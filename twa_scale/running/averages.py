@@ -21,6 +21,7 @@ from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.model_checks import enclosing_wrapper, require_device, require_materialized
 from twa_scale.errors import ConfigError, RankError, TwaError
 from twa_scale.output import Files, check_dtype, check_files, parse_size
+from twa_scale.output.publish import target_of
 from twa_scale.ranks import Pods, require_same_settings
 from twa_scale.running import checkpoint, saving
 from twa_scale.running.ema import Ema
@@ -291,6 +292,29 @@ class RunningAverages:
             checkpoint.check(state, self._engine, self._ema, self._window)
         self._step = checkpoint.load(state, self._engine, self._ema, self._window)
         self._counted = self._engine.steps_taken()
+
+    def save_state(self, directory: str | Path) -> None:
+        """Write each rank's state to a file of its own in `directory`, `averages-00000-of-00008.pt`. Collective.
+
+        Raises:
+            OutputError: on every rank.
+        """
+        with self._pods.agree():
+            checkpoint.write_file(self.state_dict(), target_of(directory), self._pods.rank, self._pods.size)
+
+    def load_state(self, directory: str | Path) -> bool:
+        """Go on from what `save_state` has written, and return whether there was anything. Collective.
+
+        Raises:
+            StateError: on every rank; files of another number of ranks, or of other settings.
+        """
+        with self._pods.agree():
+            state = checkpoint.read_file(target_of(directory), self._pods.rank, self._pods.size)
+        if not all(self._pods.gather(state is not None)):
+            return False
+        assert state is not None
+        self.load_state_dict(state)
+        return True
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a RunningAverages")

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from twa_scale.base.names import nearest
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.errors import StateError
+from twa_scale.output.publish import output_errors
 from twa_scale.running.ema import Ema
 from twa_scale.running.window import Window
 
@@ -101,6 +104,52 @@ def check(state: object, engine: Engine, ema: Ema | None, window: Window | None)
         _require_window(state["window"], window.settings.keep)
 
 
+def write_file(state: State, directory: Path, rank: int, size: int) -> None:
+    """Write a rank's state to a file of its own, which is complete or not there.
+
+    Raises:
+        OutputError: the disk is full, or fails.
+    """
+    path = directory / _file_name(rank, size)
+    with output_errors(path):
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        torch.save(_plain(state), temporary)
+        temporary.replace(path)
+
+
+def read_file(directory: Path, rank: int, size: int) -> State | None:
+    """Return the state of a rank, or None where the directory holds none of any rank.
+
+    Raises:
+        StateError: the states of another number of ranks, or a file that cannot be read.
+    """
+    path = directory / _file_name(rank, size)
+    if not path.exists():
+        others = sorted(directory.glob("averages-*-of-*.pt"))
+        if not others:
+            return None
+        raise StateError(
+            f"{directory}: holds {others[0].name}, but no {path.name}: each rank saves a file of its own. Resume with "
+            "the same number of ranks, or delete these files to begin the averages anew."
+        )
+    try:
+        state: State = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise StateError(f"{path}: cannot be read ({error}). Resume from another checkpoint.") from error
+    return state
+
+
+def _file_name(rank: int, size: int) -> str:
+    return f"averages-{rank:05d}-of-{size:05d}.pt"
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    return _local(tree)
+
+
 def _require_same_settings(own: Mapping[str, Any], text: str) -> None:
     try:
         saved = json.loads(text)
@@ -116,8 +165,8 @@ def _require_same_settings(own: Mapping[str, Any], text: str) -> None:
 
 
 def _require_alike(key: str, own: torch.Tensor, given: object) -> None:
-    if not isinstance(given, torch.Tensor) or isinstance(given, DTensor) != isinstance(own, DTensor):
-        raise StateError(f"the state's {key!r} is a {type(given).__name__}; a {type(own).__name__} belongs there.")
+    if not isinstance(given, torch.Tensor):
+        raise StateError(f"the state's {key!r} is a {type(given).__name__}; a tensor belongs there.")
     mine, theirs = _local(own), _local(given)
     if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
         raise StateError(

@@ -1,0 +1,126 @@
+"""Averages in transformers' own Trainer, in one process and on two ranks."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import twa_scale
+from tests.integrations.train_transformers import DECAY, HALF, LEARN, STEPS, Texts, build, learned, train
+from twa_scale import ConfigError, TwaWarning
+from twa_scale.integrations.transformers import TwaCallback
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = {"plain": 1, "ddp": 2, "zero3": 2}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training, and its second half once more from the checkpoint, have left."""
+    kind, path = request.param, tmp_path_factory.mktemp(request.param)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={KINDS[kind]}"]
+    command = [sys.executable, *(torchrun if KINDS[kind] > 1 else [])]
+    command += ["-m", "tests.integrations.train_transformers", kind, str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **({"DS_ACCELERATOR": "cpu"} if kind.startswith("zero") else {})}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path
+
+
+def averaged(directory: Path) -> dict[str, torch.Tensor]:
+    """The exponential average of the weights in the checkpoints."""
+    steps = [load_file(directory / f"checkpoint-{step}" / "model.safetensors") for step in range(1, STEPS + 1)]
+    average = steps[0]
+    for weights in steps[1:]:
+        average = {name: DECAY * average[name] + (1 - DECAY) * weights[name] for name in average}
+    return average
+
+
+def loss_of(model: Any) -> float:
+    """The loss as Trainer has it: the sum over 11 predictions, divided by 12 labels."""
+    with torch.no_grad():
+        losses = [float(model(**{key: value[None] for key, value in text.items()}).loss) for text in texts()]
+    return sum(losses) / len(losses) * 11 / 12
+
+
+def texts() -> Iterator[dict[str, torch.Tensor]]:
+    return (Texts()[i] for i in range(len(Texts())))
+
+
+@pytest.mark.slow
+def test_a_trainer_keeps_averages(directory: Path) -> None:
+    """They are those of the checkpoints, shown in evaluations, saved, resumed with the same bits, and learned from."""
+    found = load_file(directory / f"checkpoint-{STEPS}" / "average" / "model.safetensors")
+    for name, value in averaged(directory).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    uninterrupted = load_file(directory / "uninterrupted.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in uninterrupted.items())
+    metrics = torch.load(directory / "metrics.pt", weights_only=True)
+    for path, metric in ((f"checkpoint-{STEPS}/average", "eval_loss"), (f"checkpoint-{STEPS}", "own_loss")):
+        model = AutoModelForCausalLM.from_pretrained(directory / path).eval()
+        assert loss_of(model) == pytest.approx(metrics[metric], abs=1e-4)
+    assert abs(metrics["eval_loss"] - metrics["own_loss"]) > 1e-3
+    assert metrics["twa_step"] == 3 and metrics["twa_lr"] == 0.05
+    assert {path.name for path in (directory / f"checkpoint-{HALF}").glob("averages-*")}
+    AutoModelForCausalLM.from_pretrained(directory / "average")
+
+
+def learned_by_hand() -> torch.Tensor:
+    model = build(9)
+    twa = twa_scale.attach(model, [build(seed).state_dict() for seed in range(3)], LEARN)
+    rate = torch.optim.lr_scheduler.LambdaLR(twa.optimizer, lambda step: 1 - step / STEPS)  # as Trainer's
+    tokens = torch.stack([text["input_ids"] for text in texts()])
+    for _ in range(STEPS):
+        (model(input_ids=tokens, labels=tokens).loss * 11 / 12).backward()
+        twa.step()
+        rate.step()
+        twa.zero_grad()
+    twa.close()
+    return twa.coefficients
+
+
+@pytest.mark.slow
+def test_an_average_is_the_optimizer_of_a_trainer(tmp_path: Path) -> None:
+    """Coefficients are those of a loop of one's own, and resume with the same bits."""
+    found = learned(tmp_path)
+    torch.testing.assert_close(found, learned_by_hand(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(learned(tmp_path, resume=str(tmp_path / f"checkpoint-{HALF}")), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("directory", ["ddp"], indirect=True)
+def test_an_average_is_the_optimizer_of_a_trainer_on_two_ranks(directory: Path) -> None:
+    first, second = (torch.load(directory / f"coefficients-{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, learned_by_hand(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_averages_begins_them_anew(tmp_path: Path) -> None:
+    trainer = train("plain", tmp_path)
+    for path in tmp_path.glob(f"checkpoint-{HALF}/averages-*"):
+        path.unlink()
+    assert trainer.evaluate.__func__ is type(trainer).evaluate  # its own again
+    with pytest.warns(TwaWarning, match=f"begin anew at step {HALF}"):
+        train("plain", tmp_path, str(tmp_path / f"checkpoint-{HALF}"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "give ema="),
+        ({"ema": [0.9], "learn": {}, "learn_steps": 3}, "learn needs window"),
+        ({"ema": [0.9], "learn_steps": 3}, "together"),
+        ({"window": {"every": 1, "keep": 2}, "learn": {"group": "block"}, "learn_steps": 3}, "groups"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        TwaCallback(**options)

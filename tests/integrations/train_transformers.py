@@ -1,0 +1,110 @@
+"""Train with transformers' Trainer: `-m tests.integrations.train_transformers KIND DIRECTORY`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+
+import twa_scale
+from twa_scale.integrations.transformers import TwaCallback
+
+STEPS, HALF, DECAY = 6, 3, 0.5
+LEARN: dict[str, Any] = {"groups": "block", "optimizer": {"lr": 0.05}}
+
+
+class Texts(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Random texts, the same everywhere."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(50, (12,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def settings_of(kind: str) -> dict[str, Any]:
+    if not kind.startswith("zero"):
+        return {}
+    zero = {"stage": int(kind[4:]), "stage3_gather_16bit_weights_on_model_save": True}
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        "deepspeed": {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **dict.fromkeys(auto, "auto")}
+    }
+
+
+def build(seed: int) -> GPT2LMHeadModel:
+    set_seed(seed)
+    shape = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    dropout = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**shape, **dropout, bos_token_id=0, eos_token_id=0))
+
+
+def learned(directory: Path, ranks: int = 1, resume: str | None = None) -> torch.Tensor:
+    """Train coefficients of given candidates, each step on all texts, with the average as the Trainer's optimizer."""
+    model = build(9)
+    twa = twa_scale.attach(model, [build(seed).state_dict() for seed in range(3)], LEARN)
+    args = TrainingArguments(
+        str(directory),
+        max_steps=STEPS,
+        per_device_train_batch_size=len(Texts()) // ranks // 2,
+        gradient_accumulation_steps=2,
+        learning_rate=LEARN["optimizer"]["lr"],
+        save_steps=HALF,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=args, train_dataset=Texts(), optimizers=(twa.as_optimizer(), None)).train(
+        resume_from_checkpoint=resume
+    )
+    twa.close()
+    return twa.coefficients
+
+
+def train(kind: str, directory: Path, resume: str | None = None, **options: Any) -> Trainer:
+    """Train a small GPT-2 for six steps of two batches; each step is a checkpoint."""
+    model = build(0)
+    set_seed(0)
+    args = TrainingArguments(
+        str(directory),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=HALF,
+        save_steps=1,
+        logging_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings_of(kind),
+    )
+    window = {"every": 1, "keep": 3, "store": "packed8"}
+    callback = TwaCallback(ema=[DECAY], window=window, **options)
+    trainer = Trainer(model=model, args=args, train_dataset=Texts(), eval_dataset=Texts(), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+if __name__ == "__main__":
+    kind, directory = sys.argv[1], Path(sys.argv[2])
+    trainer = train(kind, directory, learn=LEARN, learn_steps=3)
+    metrics = {key: value for entry in trainer.state.log_history for key, value in entry.items() if key != "step"}
+    metrics["own_loss"] = trainer.evaluate()["eval_loss"]
+    if trainer.args.process_index == 0:
+        torch.save(metrics, directory / "metrics.pt")
+    torch.distributed.is_initialized() and torch.distributed.barrier()
+    whole = directory / f"checkpoint-{STEPS}" / "average" / "model.safetensors"
+    if trainer.args.process_index == 0:
+        whole.rename(directory / "uninterrupted.safetensors")
+    torch.distributed.is_initialized() and torch.distributed.barrier()
+    train(kind, directory, str(directory / f"checkpoint-{HALF}"))
+    if kind == "ddp":
+        torch.save(learned(directory / "learned", ranks=2), directory / f"coefficients-{trainer.args.process_index}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
