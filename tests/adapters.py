@@ -75,7 +75,8 @@ def weighted(parts: Sequence[Mapping[str, Tensor]], a: Sequence[float]) -> dict[
 def logits(model: nn.Module) -> Tensor:
     """What the model computes, without dropout."""
     training = model.training
+    model.eval()
     with torch.no_grad():
-        found = model.eval()(IDS).logits
+        found = model(IDS).logits
     model.train(training)
     return found

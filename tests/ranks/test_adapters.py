@@ -15,7 +15,10 @@ import twa_scale
 from tests import adapters, zero
 from tests.pool import Pool
 from twa_scale.candidates import Wanted
+from twa_scale.config import RunConfig
 from twa_scale.merge import average_fixed
+from twa_scale.ranks import World
+from twa_scale.run.engines import run_engine
 from twa_scale.tools.inspection import inspect
 
 BATCHES = torch.stack([adapters.IDS, adapters.IDS.flip(1)])
@@ -98,3 +101,38 @@ def test_ranks_share_the_modules(ranks: Pool, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, shared[name]) for name, tensor in alone.items())
     for found in ranks(compared, 2, paths=paths):
         assert found == pytest.approx(compared(paths), rel=1e-12)
+
+
+class AdapterTask:
+    """A task whose model is the base model with an adapter."""
+
+    def __init__(self, start: str) -> None:
+        self.start = start
+
+    def model(self) -> Any:
+        return adapters.load(self.start, trainable=True)
+
+
+def built(engine: str, start: str, paths: list[str]) -> Tensor:
+    """What the model of a run computes with the last of its candidates."""
+    config = RunConfig(candidates=paths, task={"name": "a:b"}, output="out", engine=engine, steps=1, batch_size=2)
+    world = World(torch.distributed.get_rank(), torch.distributed.get_world_size(), 0)
+    if engine == "zero3":
+        zero.forget_groups()
+    model = run_engine(config, world).build(AdapterTask(start), world, torch.device("cpu"))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twa = twa_scale.attach(model, paths, config)
+    with twa.weights("last"):
+        found = adapters.logits(model)
+    twa.close()
+    return found
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_runs_have_the_weights_of_the_base_model(engine: str, ranks: Pool, tmp_path: Path) -> None:
+    """The models of runs are built without values, which candidates fill in; adapters do not."""
+    paths = [adapters.save(adapters.adapted(seed=i), tmp_path / f"step-{i}") for i in range(2)]
+    expected = adapters.logits(adapters.load(paths[-1]))
+    for found in ranks(built, 2, engine=engine, start=paths[0], paths=paths, timeout=120):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,6 @@ _MEANING = (
     "num_components",
     "include",
     "exclude",
-    "space",
     "optimizer",
     "max_grad_norm",
     "max_weight_grad_norm",

@@ -16,21 +16,27 @@ from twa_scale.engines import ParameterInfo
 from twa_scale.errors import ConfigError
 from twa_scale.ranks import World
 from twa_scale.run.engines.blocks import blocks_of
+from twa_scale.run.engines.own_values import keeps_values
 from twa_scale.run.engines.run_engine import ELEMENT, Parameters, RunEngine, total
 from twa_scale.run.tasks import Task
 
 
 class Fsdp2(RunEngine):
-    """Every rank has its rows of every parameter. No rank ever holds the whole model."""
+    """Every rank has its rows of every parameter. No rank ever holds a whole model whose values candidates give."""
 
     def build(self, task: Task, world: World, device: torch.device, mesh: DeviceMesh | None = None) -> nn.Module:
         """Return the task's model, sharded before it takes memory.
+
+        One that keeps values of its own, as the base model of an adapter, is first built whole in host memory.
 
         Raises:
             ConfigError: a buffer whose value would be lost.
         """
         mesh = mesh or init_device_mesh(device.type, (world.size,))
         with _EmptyOnMeta():
+            model = task.model().to(torch.float32)
+        whole = keeps_values(self.config, model)
+        if whole:
             model = task.model().to(torch.float32)
         computed = {name: buffer.clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
         policy = MixedPrecisionPolicy()
@@ -39,6 +45,8 @@ class Fsdp2(RunEngine):
         for block in blocks_of(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
+        if whole:
+            return model.to(device)
         held = set(model.state_dict())
         model.to_empty(device=device)
         for name, buffer in model.named_buffers():

@@ -16,6 +16,7 @@ from twa_scale.engines.zero import stateless_optimizer
 from twa_scale.errors import ConfigError
 from twa_scale.ranks import World
 from twa_scale.run.batches import cut
+from twa_scale.run.engines.own_values import candidates_leave_values
 from twa_scale.run.engines.run_engine import ELEMENT, Parameters, RunEngine, equal_part, largest, total
 from twa_scale.run.tasks import Task
 
@@ -128,11 +129,15 @@ class Zero2(Zero):
 
 
 class Zero3(Zero):
-    """Parameters are partitioned too. No rank ever holds the whole model."""
+    """Parameters are partitioned too. No rank ever holds a whole model whose values candidates give."""
 
     stage = 3
 
     def _model(self, deepspeed: Any, task: Task, device: torch.device, settings: dict[str, Any]) -> nn.Module:
+        if candidates_leave_values(
+            self.config
+        ):  # which cannot be loaded into a model that is partitioned from the start
+            return super()._model(deepspeed, task, device, settings)
         with deepspeed.zero.Init(config_dict_or_path=settings):
             return task.model()
 

@@ -43,7 +43,7 @@ class Task(Protocol):
         """Return the architecture, in float32.
 
         The candidates fill its parameters and persistent buffers. Buffers that a state dict does not hold
-        keep the values that they have here.
+        keep the values that they have here, and so does the base model of an adapter (a PeftModel).
         """
 
     def dataset(self, split: str) -> Examples:
