@@ -410,6 +410,7 @@ def test_the_known_optimizers_are_those_of_torch() -> None:
         (" EMA : 0.5", [1 / 15, 2 / 15, 4 / 15, 8 / 15]),
         ("ema-torch:0.5", [1 / 8, 1 / 8, 1 / 4, 1 / 2]),
         ("uniform", [0.25] * 4),
+        ("lawa:3", [0, 1 / 3, 1 / 3, 1 / 3]),
         (" 2 ", [0, 0, 1, 0]),
         ("[0.1, 0.2,0.3 0.4]", [0.1, 0.2, 0.3, 0.4]),
         ("minus-sqrt", [0.5, math.sqrt(0.5) - 0.5, math.sqrt(0.75) - math.sqrt(0.5), 1 - math.sqrt(0.75)]),

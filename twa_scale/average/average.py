@@ -31,7 +31,7 @@ from twa_scale.candidates.rounding import Rounding
 from twa_scale.config import TwaConfig
 from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine
-from twa_scale.errors import RankError, TwaError
+from twa_scale.errors import ConfigError, RankError, TwaError
 from twa_scale.output.provenance import provenance
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.store import Store, step_cost, update_bytes
@@ -304,6 +304,38 @@ class TrainableAverage:
             provenance=origin,
             progress=progress,
         )
+
+    def can_start_from(self, which: Which) -> bool:
+        """Whether `start_from(which)` is possible; the simplex cannot start where a candidate has no weight.
+
+        Raises:
+            ConfigError: as `weights` does.
+        """
+        return self._basis.reaches(self._chosen(which))
+
+    @while_open
+    def start_from(self, which: Which) -> None:
+        """Set the coefficients to an average that needs no training, and write its weights. Collective.
+
+        The basis `pca` takes the nearest point of its subspace. The optimizer keeps its state, so call this before the
+        first step.
+
+        Args:
+            which: what `weights` takes, but for "trained".
+
+        Raises:
+            ConfigError: on every rank; an unknown average, or one that the basis cannot start from.
+        """
+        with self.pods.agree():
+            if self._shown:
+                raise TwaError("start_from() inside weights(): leave it first.")
+            if not self.can_start_from(which):
+                raise ConfigError(f"start_from: basis {self.config.basis!r} cannot start from {which!r}.")
+        before = self._x.detach().clone()
+        with torch.no_grad():
+            self._x.copy_(self.pods.broadcast(self._basis.locate(self._chosen(which))))
+        self._write_or_return_to(before)
+        self.zero_grad()
 
     @while_open
     def state_dict(self) -> dict[str, Any]:

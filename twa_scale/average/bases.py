@@ -200,6 +200,10 @@ class Simplex(Basis):
         weights = torch.softmax(x, dim=0)
         return torch.cat([weights, weights.new_zeros(1, weights.shape[1])])
 
+    def reaches(self, a: torch.Tensor) -> bool:
+        """Whether a is in the interior: at corners and edges the softmax has no gradient."""
+        return bool((a > 0).all())
+
     def locate(self, a: torch.Tensor) -> torch.Tensor:
-        """Return log(a); `check` has refused boundary points, which no finite x reaches."""
+        """Return log(a), which is finite where `reaches` holds."""
         return torch.log(a)

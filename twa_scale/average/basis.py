@@ -73,6 +73,11 @@ class Basis(ABC):
     def expand(self, x: torch.Tensor) -> torch.Tensor:
         """Return u (n + 1, G) for x (k, G). Autograd differentiates it, so a basis need not be linear."""
 
+    def reaches(self, a: torch.Tensor) -> bool:
+        """Whether `locate` has coefficients for sum_i a_i w_i that can be trained, for a (n, G)."""
+        del a
+        return True
+
     @abstractmethod
     def locate(self, a: torch.Tensor) -> torch.Tensor:
         """Return x (k, G) whose weights come nearest to sum_i a_i w_i, for a (n, G)."""

@@ -19,6 +19,7 @@ def average(
         typer.Option(
             help="`uniform` (when not given); `ema:D`: candidate i of n has D^(n-i) over the sum of these; "
             "`ema-torch:D`, torch's EMA over the candidates: D^(n-1) for the first, (1-D) D^(n-i) for the others; "
+            "`lawa:K`, the mean of the last K; "
             "`linear` or `minus-sqrt` (WSM's decay shapes); `first`, `last` or an index; or `0.5,0.3,0.2`.",
             show_default=False,
         ),

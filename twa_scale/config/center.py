@@ -11,6 +11,7 @@ Center = str | int | list[float]
 _SUM = 1e-6  # how far from 1 the sum of weights may be, which people round to a few digits
 _NAMES = ("mean", "uniform", "linear", "minus-sqrt", "first", "last")
 _EMA = ("ema", "ema-torch")
+_LAWA = re.compile(r"lawa:0*([1-9]\d*)")
 
 
 def parse_center(center: Center) -> Center:
@@ -29,7 +30,7 @@ def parse_center(center: Center) -> Center:
     except ValueError:
         pass
     name = re.sub(r"\s*:\s*", ":", text.lower())
-    if name not in _NAMES:
+    if name not in _NAMES and not _LAWA.fullmatch(name):
         _ema(name)
     return name
 
@@ -44,7 +45,8 @@ def _ema(name: str) -> tuple[str, float]:
     if kind not in _EMA or not 0 < value < 1:
         raise ValueError(
             f"{name!r} is not a center; use mean (or uniform), ema:DECAY or ema-torch:DECAY with 0 < DECAY < 1, "
-            "linear, minus-sqrt, first, last, the index of a candidate, or one weight per candidate"
+            "lawa:K (the mean of the last K), linear, minus-sqrt, first, last, the index of a candidate, or one weight "
+            "per candidate"
         )
     return kind, value
 
@@ -80,11 +82,11 @@ def check_index(index: str | int) -> None:
 def center_weights(center: Center, n: int, key: str = "center") -> list[float]:
     """Return the weights b_1..b_n (sum 1) of the center c = sum_i b_i w_i, candidates in training order.
 
-    `ema:d` weighs candidate i by d^(n-i) over the sum of these. `ema-torch:d` is what torch.optim.swa_utils makes of
-    the candidates in order: d^(n-1) for the first, which it starts from, and (1 - d) d^(n-i) for the others. `linear`
-    and `minus-sqrt` are the averages that a learning rate decayed by that shape would have made (WSM, arXiv
-    2507.17634): candidate i enters with the drop of the rate at i. A linear decay drops evenly, so for evenly spaced
-    candidates `linear` is their mean.
+    `lawa:K` is the mean of the last K candidates (LAWA, arXiv 2209.14981). `ema:d` weighs candidate i by d^(n-i) over
+    the sum of these. `ema-torch:d` is what torch.optim.swa_utils makes of the candidates in order: d^(n-1) for the
+    first, which it starts from, and (1 - d) d^(n-i) for the others. `linear` and `minus-sqrt` are the averages that a
+    learning rate decayed by that shape would have made (WSM, arXiv 2507.17634): candidate i enters with the drop of
+    the rate at i. A linear decay drops evenly, so for evenly spaced candidates `linear` is their mean.
 
     Args:
         center: as `parse_center` returns it.
@@ -111,6 +113,11 @@ def center_weights(center: Center, n: int, key: str = "center") -> list[float]:
             power = 1.0 if center == "linear" else 0.5
             # rate(t) = 1 - t^power at t = 0, 1/n, ..., 1; candidate i carries the drop of the rate that follows it
             return [((i + 1) / n) ** power - (i / n) ** power for i in range(n)]
+    if lawa := _LAWA.fullmatch(center):
+        last = int(lawa[1])
+        if last > n:
+            raise ConfigError(f"{key}: {center!r} is the mean of the last {last} candidates, and there are {n}.")
+        return [0.0] * (n - last) + [1 / last] * last
     kind, decay = _ema(center)
     raw = [decay ** (n - 1 - i) for i in range(n)]
     if kind == "ema":

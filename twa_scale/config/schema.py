@@ -64,17 +64,20 @@ class TwaConfig(Section):
         "mean",
         description="Fixed-weight average that training starts around: `mean`, `ema:0.9` (candidate i of n has the "
         "weight 0.9^(n-i), over the sum of these), `ema-torch:0.9` (torch's EMA over the candidates: the first has "
-        "0.9^(n-1), the others (1-0.9) 0.9^(n-i)), `linear`, `minus-sqrt` (WSM's decay shapes), `first`, `last`, the "
-        "index of a candidate, or one weight per candidate, of sum 1.",
+        "0.9^(n-1), the others (1-0.9) 0.9^(n-i)), `lawa:K` (the mean of the last K), `linear`, `minus-sqrt` (WSM's "
+        "decay shapes), `first`, `last`, the index of a candidate, or one weight per candidate, of sum 1.",
     )
     units: Literal["delta", "weight"] = Field(
         "delta",
         description="`delta` scales the basis of a group by its mean delta norm, so that one learning rate means the "
         "same on every model; `weight` leaves unit-norm basis vectors, as published.",
     )
-    start: Literal["center", "first", "last"] | int = Field(
+    start: Literal["center", "first", "last", "best"] | int = Field(
         "center",
-        description="Where the coefficients start: at the `center`, or at a candidate (`first`, `last`, an index).",
+        description="Where the coefficients start: at the `center`, or at a candidate (`first`, `last`, an index). "
+        "Runs take `best`, too: of the averages that need no training, the one with the best evaluation on "
+        "`evaluate_split`. They are `center`, `last`, `mean`, `lawa:2`, `lawa:4`, .., `ema:0.8`, `ema:0.9`, "
+        "`ema:0.95` and `minus-sqrt`; each costs one evaluation.",
     )
     store: StoreName = Field(
         "dense32",

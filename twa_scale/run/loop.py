@@ -26,6 +26,7 @@ from twa_scale.ranks import Group, World, require_same_settings, set_collective_
 from twa_scale.run import comparison
 from twa_scale.run.batches import Batches, make_batches
 from twa_scale.run.best import Kept
+from twa_scale.run.best_start import start_at_best
 from twa_scale.run.engines import pod_mesh, run_engine
 from twa_scale.run.evaluate import evaluate
 from twa_scale.run.progress import Report
@@ -135,8 +136,9 @@ class Run:
         start = time.perf_counter()
         with self.report.bytes("reading candidates") as progress:
             replicas = None if mesh is None else mesh.get_group("pods")
+            start_later = config.model_copy(update={"start": "center"}) if config.start == "best" else config
             self.twa: TrainableAverage = attach(
-                self.model, config.candidates, config, replica_group=replicas, progress=progress
+                self.model, config.candidates, start_later, replica_group=replicas, progress=progress
             )
         self._attach_seconds = time.perf_counter() - start
         if self.twa.rounding:
@@ -156,6 +158,8 @@ class Run:
     def _train(self) -> dict[str, Any]:
         config = self.config
         self._leave_if_asked()  # while candidates were read
+        if self.step == 0 and config.start == "best":
+            start_at_best(self.twa, self.kept, self._measure, self.report.say)
         if self.step == 0 or self._evaluation_is_due():
             self._evaluate()
             self._leave_if_asked()

@@ -1,0 +1,81 @@
+"""`start: best`: a run starts at the best of the averages that need no training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import twa_scale
+from tests.commands.conftest import Brought
+from tests.commands.material import run_here, settings
+from tests.commands.test_keep import candidates, measured_by_hand, records
+from tests.pool import Pool
+from twa_scale.config import center_weights, parse_center
+from twa_scale.run.best_start import averages
+
+
+def test_averages_are_few_and_differ() -> None:
+    assert averages(1) == ["center", "last"]
+    assert averages(9) == [
+        "center", "last", "mean", "lawa:2", "lawa:4", "lawa:8", "ema:0.8", "ema:0.9", "ema:0.95", "minus-sqrt",
+    ]  # fmt: skip
+    assert "lawa:8" not in averages(8)  # the mean
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
+def test_the_best_is_taken(ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int) -> None:
+    """The center is a candidate far from the others, so something else is better."""
+    changes: dict[str, Any] = {"engine": engine, "center": "first", "evaluate_batches": None, "steps": 1}
+    data = settings(scores.candidates, scores.task, tmp_path, **changes, start="best")
+    ranks(run_here, size, data=data)
+    held = candidates(scores)
+    losses = {}
+    for name in averages(len(held)):
+        weights = center_weights(parse_center("first" if name == "center" else name), len(held))
+        mixed = {key: sum(b * c[key].double() for b, c in zip(weights, held, strict=True)) for key in held[0]}
+        losses[name] = measured_by_hand(scores, mixed)
+    assert records(tmp_path)[0] == pytest.approx(min(losses.values()), rel=1e-5)
+    assert min(losses.values()) < losses["center"] - 1e-3
+
+
+def states(n: int) -> list[dict[str, torch.Tensor]]:
+    found = []
+    for i in range(n):
+        torch.manual_seed(i)
+        found.append(nn.Linear(3, 2).state_dict())
+    return found
+
+
+def test_start_from_is_exact_and_trains_on() -> None:
+    model = nn.Linear(3, 2)
+    twa = twa_scale.attach(model, states(4), {"basis": "orthonormal"})
+    twa.start_from("lawa:2")
+    expected = (states(4)[2]["weight"] + states(4)[3]["weight"]) / 2
+    torch.testing.assert_close(model.weight.detach(), expected)
+    torch.testing.assert_close(twa.coefficients[:, 0], torch.tensor([0, 0, 0.5, 0.5]).double(), rtol=0, atol=1e-6)
+    model(torch.ones(1, 3)).sum().backward()
+    twa.step()
+    assert not torch.allclose(model.weight.detach(), expected)
+
+
+def test_the_simplex_starts_inside_only() -> None:
+    twa = twa_scale.attach(nn.Linear(3, 2), states(3), {"basis": "simplex"})
+    assert twa.can_start_from("ema:0.5") and not twa.can_start_from("last")
+    with pytest.raises(twa_scale.ConfigError, match="simplex"):
+        twa.start_from("last")
+    twa.start_from("ema:0.5")
+    torch.testing.assert_close(twa.coefficients[:, 0], torch.tensor([1 / 7, 2 / 7, 4 / 7]).double())
+
+
+def test_attach_has_no_evaluations() -> None:
+    with pytest.raises(twa_scale.ConfigError, match="start_from"):
+        twa_scale.attach(nn.Linear(3, 2), states(3), {"start": "best"})
+
+
+@pytest.mark.parametrize("which", ["lawa:0", "lawa:5", "lawa:x", "lawa"])
+def test_windows_that_are_none(which: str) -> None:
+    twa = twa_scale.attach(nn.Linear(3, 2), states(4))
+    with pytest.raises(twa_scale.ConfigError, match="weights"), twa.weights(which):
+        pass

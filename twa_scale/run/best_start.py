@@ -1,0 +1,43 @@
+"""`start: best`: the average that needs no training and evaluates best is where training starts."""
+
+from collections.abc import Callable
+
+from twa_scale.average.average import TrainableAverage
+from twa_scale.run.best import Kept
+
+_EMA = ("ema:0.8", "ema:0.9", "ema:0.95")
+
+
+def averages(n: int) -> list[str]:
+    """Return the names of the averages of n candidates that are evaluated, without repetitions."""
+    windows = [f"lawa:{2**i}" for i in range(1, n.bit_length()) if 2**i < n]
+    return ["center", "last", *(["mean", *windows, *_EMA, "minus-sqrt"] if n > 1 else [])]
+
+
+def start_at_best(
+    average: TrainableAverage,
+    kept: Kept,
+    measure: Callable[[], dict[str, float]],
+    say: Callable[[str], None],
+) -> str:
+    """Evaluate the averages, start at the best one, and return its name. Collective.
+
+    Averages that the basis cannot start from are left out: the edges of the simplex.
+
+    Args:
+        average: has taken no step.
+        kept: says which metrics are better.
+        measure: returns the metrics of the weights that the model has.
+        say: gets one line for each average.
+    """
+    names = [name for name in averages(average.num_candidates) if average.can_start_from(name)]
+    best, of_best = "", dict[str, float]()
+    for name in names:
+        with average.weights(name):
+            metrics = measure()
+        say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+        if not best or kept.better(metrics, of_best):
+            best, of_best = name, metrics
+    say(f"start: {best}, the best of {len(names)} averages that need no training")
+    average.start_from(best)
+    return best
