@@ -17,8 +17,8 @@ from torch import nn
 import twa_scale
 from tests import adapters
 from tests.adapters import adapted, load, logits, save, updates, weighted
+from tests.states import save_run
 from twa_scale import TwaError
-from twa_scale.average.state import save_state
 from twa_scale.base.notices import TwaWarning
 from twa_scale.candidates import Wanted, open_candidates
 from twa_scale.merge import average_fixed, export_run
@@ -227,21 +227,6 @@ def test_attach_to_the_factors(alike: list[str], tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, weighted(held, A)[name], rtol=1e-5, atol=1e-6)
 
 
-def run_of(twa: Any, paths: list[str], directory: Path) -> None:
-    save_state(
-        directory,
-        {
-            "twa": twa.state_dict(),
-            "step": 0,
-            "keep": "last",
-            "kept": None,
-            "finished": False,
-            "course": {},
-            "candidates": paths,
-        },
-    )
-
-
 def test_attach_to_the_products(mixed: list[str], tmp_path: Path) -> None:
     """The live model is linear in the coefficients, whose gradient is that of the dense sum."""
     average_fixed(mixed, tmp_path / "start", space="product")
@@ -260,7 +245,7 @@ def test_attach_to_the_products(mixed: list[str], tmp_path: Path) -> None:
     assert all("lora_A" not in group and "lora_embedding_A" not in group for group in twa.layout.groups)
     twa.export(tmp_path / "out")
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
-    run_of(twa, mixed, tmp_path / "run")
+    save_run(twa, mixed, tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "exact")
     torch.testing.assert_close(logits(load(tmp_path / "exact")), logits(model), rtol=1e-5, atol=1e-5)
 

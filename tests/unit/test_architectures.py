@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 import twa_scale
 from tests.architectures import ARCHITECTURES, Architecture
+from tests.states import save_run
+from twa_scale.merge import export_run
 
 
 @contextmanager
@@ -81,3 +83,25 @@ def test_candidates_are_read_as_from_pretrained_reads_them_and_it_reads_the_expo
         again = exported.state_dict()
         wrong = [name for name in live if not torch.equal(live[name], again[name])]
         assert not wrong, wrong
+
+
+def test_a_run_is_exported_in_the_form_of_its_candidates(tmp_path: Path) -> None:
+    (architecture,) = (one for one in ARCHITECTURES if one.model == "MixtralForCausalLM")
+    with quiet():
+        paths = [tmp_path / f"step-{i}" for i in range(2)]
+        for i, path in enumerate(paths):
+            built(architecture, i).save_pretrained(path)
+        model = built(architecture, 2)
+        average = twa_scale.attach(model, paths, {"groups": "tensor"})
+        assert "model.layers.1.mlp.experts.gate_up_proj" in average.layout.groups
+        model(torch.arange(8).view(1, 8), labels=torch.arange(8).view(1, 8)).loss.backward()
+        average.step()
+        average.export(tmp_path / "out")
+        save_run(average, paths, tmp_path / "run")
+        export_run(tmp_path / "run", tmp_path / "exact")
+    exported, exact, stored = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "out", tmp_path / "exact", paths[0])
+    )
+    assert exported.keys() == exact.keys() == stored.keys()
+    for name, value in exact.items():
+        torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import twa_scale
+from tests.states import save_run
 from twa_scale.errors import CandidateError, ConfigError
+from twa_scale.merge import export_run
 
 Rename = Callable[[str], str]
 
@@ -85,6 +87,17 @@ def test_rules_of_the_user_apply_in_their_order(tmp_path: Path) -> None:
         twa_scale.attach(net(), paths, {"rename": {r"\d": ""}})
     with pytest.raises(ConfigError, match=r"'a': .* cannot be used: invalid group reference"):
         twa_scale.attach(net(), paths, {"rename": {"a": r"\2"}})
+
+
+def test_a_run_is_exported_under_the_names_of_its_candidates(tmp_path: Path) -> None:
+    paths = saved(tmp_path, lambda name: f"enc.{name}", **{"enc.more": torch.zeros(2)})
+    average = twa_scale.attach(net(), paths, {"rename": {r"^enc\.": ""}, "groups": "tensor", "ignore": ["more$"]})
+    average.export(tmp_path / "out")
+    save_run(average, paths, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "exact")
+    exported, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "exact"))
+    assert exported.keys() == exact.keys() == {f"enc.{name}" for name in net().state_dict()}
+    assert all(torch.equal(value, exported[name]) for name, value in exact.items())
 
 
 def test_names_that_agree_are_left_alone(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

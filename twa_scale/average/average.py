@@ -25,6 +25,7 @@ from twa_scale.base.clock import Clock
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.conversion import conversions
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.read_ahead import Progress, job_bytes
 from twa_scale.candidates.rounding import Rounding
@@ -70,7 +71,7 @@ class TrainableAverage:
         self._basis = basis
         self._candidates = candidates
         self._carried = carried
-        self._form = StateForm(config, layout, basis, fingerprint)
+        self._form = StateForm(config, layout, basis, fingerprint, conversions(candidates))
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
         # From one rank, as the basis: all have the same bits.
         self._x = nn.Parameter(pods.broadcast(basis.locate(self._chosen(config.start))))

@@ -1,58 +1,56 @@
 """Candidates whose tensors are made of stored ones: read by the ranges of each that a slice needs."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 
 import torch
 
 from twa_scale.candidates.candidate import Candidate
-from twa_scale.candidates.made import Made
+from twa_scale.candidates.conversion import Conversion, Made
 from twa_scale.candidates.proxy import Wrapped, stored_once
-from twa_scale.candidates.segments import Segments
-from twa_scale.candidates.traced import Traced
 from twa_scale.errors import CandidateError
 
 
 class Converted(Wrapped):
     """A candidate that shows the stored tensors of another under the names and in the shapes of a model.
 
-    Args:
-        candidate: as it is stored.
-        tensors: by name here; those that are not named here are left out.
-
     Raises:
-        CandidateError: a stored tensor of which a part is used twice, or never: it could not be written again.
+        CandidateError: a stored tensor of which a part is used twice, or never: it could not be written again; or one
+            that is complex and cut.
     """
 
-    def __init__(self, candidate: Candidate, tensors: Mapping[str, Traced]) -> None:
+    def __init__(self, candidate: Candidate, conversion: Conversion) -> None:
         super().__init__(candidate)
-        self._own: dict[str, str] = {}
-        self._made: dict[str, Made] = {}
-        for name, tensor in sorted(tensors.items()):
-            if (own := tensor.origin()) is not None and candidate.shape(own) == tuple(tensor.shape):
-                self._own[name] = own
-            else:
-                self._made[name] = _made(candidate, name, tensor)
-        self._names = sorted(tensors)
-        self._require_all_once()
-        self.stored_names = {name: candidate.stored_names[own] for name, own in self._own.items()}
-        self.stored_names |= {name: name for name in self._made}
+        self._conversion = conversion
+        self._made = conversion.made
+        self._by_stored_name = {stored: own for own, stored in candidate.stored_names.items()}
+        self._own = {name: self._by_stored_name[stored] for name, stored in conversion.names.items()}
+        self._names = sorted([*self._own, *self._made])
+        self.stored_names = {**conversion.names, **{name: name for name in self._made}}
+        self._check()
 
-    def _require_all_once(self) -> None:
-        used = Counter(
-            {own: prod(self._candidate.shape(own)) for own in self._own.values()}
-        )  # two names of one tensor, as of tied weights, count once
-        for one in self._made.values():
+    def _check(self) -> None:
+        whole = {stored: prod(self._shape_of(stored)) for stored in self._conversion.stored()}
+        used = Counter({stored: whole[stored] for stored in self._conversion.names.values()})  # ties count once
+        for name, one in self._made.items():
+            if self.dtype(name).is_complex:
+                raise CandidateError(
+                    f"{self.label}: tensor {name!r} of the model is made of parts of others and complex, which cannot "
+                    "be averaged. Save a state dict of the model instead (torch.save(model.state_dict(), ..))."
+                )
             for segment in one.segments:
                 used[segment.there.name] += segment.numel
-        for own, count in used.items():
-            if count != (numel := prod(self._candidate.shape(own))):
+        for stored, count in used.items():
+            if count != whole[stored]:
                 raise CandidateError(
-                    f"{self.label}: {count} of the {numel} elements of tensor {own!r} are used by the model; a stored "
-                    "tensor has to be used whole, and once. Save a state dict of the model in its place "
+                    f"{self.label}: {count} of the {whole[stored]} elements of tensor {stored!r} are used by the "
+                    "model; a stored tensor has to be used whole, and once. Save a state dict of the model instead "
                     "(torch.save(model.state_dict(), ..))."
                 )
+
+    def _shape_of(self, stored: str) -> tuple[int, ...]:
+        return super().shape(self._by_stored_name[stored])
 
     def names(self) -> list[str]:
         """Return the tensor names, sorted."""
@@ -64,7 +62,8 @@ class Converted(Wrapped):
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type in which `read` delivers a tensor."""
-        return self._made[name].dtype if name in self._made else super().dtype(self._own[name])
+        own = self._by_stored_name[next(iter(self._made[name].stored))] if name in self._made else self._own[name]
+        return super().dtype(own)
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with the elements from `start` on."""
@@ -73,10 +72,10 @@ class Converted(Wrapped):
             return
         for part in self._made[name].segments.within(start, start + len(out)):
             part = part.in_order_there()
-            place = part.of(out, start)
+            own, place = self._by_stored_name[part.there.name], part.of(out, start)
             values = place.view(-1) if place.is_contiguous() else torch.empty(part.numel, dtype=out.dtype)
-            for (first, stop), at in _with_offsets(run for span in part.spans() for run in span.runs()):
-                super().read(part.there.name, first, values[at : at + stop - first])
+            for first, count, at in _with_offsets(run for span in part.spans() for run in span.runs()):
+                super().read(own, first, values[at : at + count])
             if not place.is_contiguous():
                 place.copy_(values.view(place.shape))
 
@@ -95,21 +94,14 @@ class Converted(Wrapped):
         """Return of what a tensor is made; None where it is stored as it is."""
         return self._made.get(name)
 
-
-def _made(candidate: Candidate, name: str, tensor: Traced) -> Made:
-    if tensor.dtype.is_complex:
-        raise CandidateError(
-            f"{candidate.label}: tensor {name!r} of the model is made of parts of others and complex, which cannot be "
-            "averaged. Save a state dict of the model in its place (torch.save(model.state_dict(), ..))."
-        )
-    segments = Segments(tensor.segments(name))
-    others = dict.fromkeys(segment.there.name for segment in segments)
-    stored = {other: (candidate.stored_names[other], candidate.shape(other)) for other in others}
-    return Made(tuple(tensor.shape), tensor.dtype, segments, stored)
+    def conversion(self) -> Conversion | None:
+        """Return what all tensors are in files."""
+        return self._conversion
 
 
-def _with_offsets(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], int]]:
+def _with_offsets(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Yield start and length of each run, and the length of all before it."""
     at = 0
     for start, stop in runs:
-        yield (start, stop), at
+        yield start, stop - start, at
         at += stop - start

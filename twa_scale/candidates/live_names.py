@@ -3,11 +3,14 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Protocol
 
 from twa_scale.base.names import and_more, refuse_unused, some, without_wrappers
 from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.conversion import Conversion, Made
 from twa_scale.candidates.converted import Converted
+from twa_scale.candidates.segments import Segments
 from twa_scale.candidates.traced import Traced
 from twa_scale.errors import CandidateError, ConfigError
 
@@ -46,22 +49,45 @@ def in_live_names(candidates: Sequence[Candidate], naming: Naming) -> tuple[list
     """
     _refuse_unused(naming.rename, sorted({name for one in candidates for name in one.names()}))
     said: dict[str, list[str]] = {}
-    known: dict[object, tuple[Tensors, list[str]]] = {}
+    known: dict[object, tuple[Conversion | None, list[str]]] = {}
     converted = []
     for candidate in candidates:
-        stored = {name: (candidate.shape(name), candidate.dtype(name)) for name in candidate.names()}
-        traits = frozenset(stored.items())  # those of one run are alike
-        if traits not in known:
-            tensors = {name: Traced.stored(name, shape, dtype) for name, (shape, dtype) in stored.items()}
-            known[traits] = _named(tensors, naming, candidate.label)
-        tensors, lines = known[traits]
+        traits = frozenset(
+            (name, candidate.stored_names[name], candidate.shape(name), candidate.dtype(name))
+            for name in candidate.names()
+        )
+        if traits not in known:  # those of one run are alike
+            stored = {
+                name: Traced.stored(raw, shape, dtype) for name, raw, shape, dtype in sorted(traits, key=itemgetter(0))
+            }
+            tensors, lines = _named(stored, naming, candidate.label)
+            same = tensors.keys() == stored.keys() and all(tensors[name] is stored[name] for name in stored)
+            known[traits] = None if same else _conversion(tensors, stored), lines
+        conversion, lines = known[traits]
         for line in lines:
             said.setdefault(line, []).append(candidate.label)
-        same = len(tensors) == len(stored) and all(
-            tensor.origin() == name and tuple(tensor.shape) == stored[name][0] for name, tensor in tensors.items()
-        )
-        converted.append(candidate if same else Converted(candidate, tensors))
+        converted.append(Converted(candidate, conversion) if conversion else candidate)
     return converted, [f"{and_more(labels)}: {line}" for line, labels in said.items()]
+
+
+def as_recorded(candidate: Candidate, conversions: Sequence[Conversion]) -> Candidate:
+    """Return a candidate in the one of conversions that its tensors fit; as it is stored where none is of them."""
+    held = set(candidate.stored_names.values())
+    fitting = (conversion for conversion in conversions if conversion.stored() <= held)
+    return next((Converted(candidate, conversion) for conversion in fitting), candidate)
+
+
+def _conversion(tensors: Tensors, stored: Tensors) -> Conversion:
+    shapes = {str(tensor.origin()): tuple(tensor.shape) for tensor in stored.values()}
+    names, made = {}, {}
+    for name, tensor in tensors.items():
+        if (origin := tensor.origin()) is not None and shapes[origin] == tuple(tensor.shape):
+            names[name] = origin
+        else:
+            segments = Segments(tensor.segments(name))
+            of = dict.fromkeys(segment.there.name for segment in segments)
+            made[name] = Made(tuple(tensor.shape), segments, {other: shapes[other] for other in of})
+    return Conversion(names, made)
 
 
 def _refuse_unused(rename: Mapping[str, str], names: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from twa_scale.candidates.candidate import Candidate
-from twa_scale.candidates.made import Made, made
+from twa_scale.candidates.conversion import Conversion, Made, conversion, made
 from twa_scale.candidates.mapped import Mappable
 
 
@@ -70,6 +70,10 @@ class Wrapped:
     def made(self, name: str) -> Made | None:
         """Return of what a tensor is made; None where it is stored as it is."""
         return made(self._candidate, name)
+
+    def conversion(self) -> Conversion | None:
+        """Return what all tensors are in files; None where nothing is converted."""
+        return conversion(self._candidate)
 
     def close(self) -> None:
         """Close the candidate."""

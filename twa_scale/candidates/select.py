@@ -8,8 +8,9 @@ from typing import cast, get_args
 from twa_scale.base.names import and_more, matches_any, nearest, refuse_unused, some
 from twa_scale.candidates.adapters import Space, adapter_config
 from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.conversion import Conversion
 from twa_scale.candidates.entries import optimizer_entries
-from twa_scale.candidates.live_names import Naming, in_live_names
+from twa_scale.candidates.live_names import Naming, as_recorded, in_live_names
 from twa_scale.candidates.quantized import refuse_quantized
 from twa_scale.candidates.ties import Ties, complete
 from twa_scale.candidates.view import View
@@ -36,6 +37,8 @@ class Wanted:
     """What the model ties; found from the values where there is no model."""
     naming: Naming | None = None
     """How names become those of the model; where there is none, they stay as they are stored."""
+    conversions: Sequence[Conversion] = ()
+    """What was made of them when there was a model."""
     must_match: bool = False
     """Whether each pattern of `ignore` has to be found in the name of a tensor."""
     space: Space = "auto"
@@ -91,6 +94,7 @@ def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candid
     if left_out:
         found = next(iter(left_out.values()))
         lines.append(f"{and_more(list(left_out))}: entries of an optimizer are not read: {some(found)}.")
+    selected = [as_recorded(candidate, wanted.conversions) for candidate in selected]
     if wanted.naming:
         selected, inferred = in_live_names(selected, wanted.naming)
         lines += inferred

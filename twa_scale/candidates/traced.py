@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
+from twa_scale.candidates.conversion import Shape, row_major
 from twa_scale.candidates.segments import Place, Segment
 
 _MOST_PARTS = 1 << 20  # of one tensor: more would be one by one
-
-Shape = tuple[int, ...]
 
 
 class CannotTrace(Exception):
@@ -85,11 +84,11 @@ class Traced(torch.Tensor):
     @classmethod
     def stored(cls, name: str, shape: Shape, dtype: torch.dtype) -> "Traced":
         """Return the stored tensor of this name."""
-        return cls(shape, dtype, [_Part((0,) * len(shape), shape, name, 0, _row_major(shape))] if prod(shape) else [])
+        return cls(shape, dtype, [_Part((0,) * len(shape), shape, name, 0, row_major(shape))])
 
     def segments(self, name: str) -> list[Segment]:
         """Return of what it is made, `name` being its own name."""
-        strides = _row_major(tuple(self.shape))
+        strides = row_major(tuple(self.shape))
         return [
             Segment(
                 part.sizes,
@@ -105,7 +104,7 @@ class Traced(torch.Tensor):
             return None
         (part,) = self.parts
         whole = not part.first and part.sizes == tuple(self.shape)
-        return part.name if whole and part.strides == _row_major(part.sizes) else None
+        return part.name if whole and part.strides == row_major(part.sizes) else None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -119,10 +118,6 @@ class Traced(torch.Tensor):
 
 def _put(values: Shape, dim: int, value: int) -> Shape:
     return (*values[:dim], value, *values[dim + 1 :])
-
-
-def _row_major(shape: Shape) -> Shape:
-    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _slice(tensor: Traced, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Traced:

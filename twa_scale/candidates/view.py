@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from twa_scale.candidates.candidate import Candidate
-from twa_scale.candidates.made import Made
+from twa_scale.candidates.conversion import Made
 from twa_scale.candidates.proxy import Wrapped
 
 

@@ -167,7 +167,15 @@ def export_run(
     known = {*twa.fingerprint.shapes, *twa.group_of}
     others = {*twa.buffer_names.values(), *(name for names in twa.tied for name in names[1:])}
     parameters = {name: tuple(shape) for name, shape in twa.fingerprint.shapes.items() if name not in others}
-    wanted = Wanted(twa.config.weights_key, twa.config.ignore, known, parameters, twa.tied, space=twa.config.space)
+    wanted = Wanted(
+        twa.config.weights_key,
+        twa.config.ignore,
+        known,
+        parameters,
+        twa.tied,
+        conversions=[conversion.build() for conversion in twa.conversions],
+        space=twa.config.space,
+    )
     opened = open_together(state.candidates, group, wanted=wanted)
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]

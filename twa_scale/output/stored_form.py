@@ -9,8 +9,8 @@ import torch
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.complex_tensors import complex_in_files
+from twa_scale.candidates.conversion import made
 from twa_scale.candidates.dtypes import widest
-from twa_scale.candidates.made import made
 from twa_scale.candidates.segments import Segment, Segments
 from twa_scale.candidates.traced import Traced
 from twa_scale.output.file_layout import TensorSpec, spec_of
@@ -74,10 +74,8 @@ def form_of_candidates(candidates: Sequence[Candidate], names: Iterable[str], dt
         if (whole := made(last, name)) is None:
             stored[last.stored_names[name]] = name, last.shape(name)
             continue
-        for segment in whole.segments:
-            raw, shape = whole.stored[segment.there.name]
-            stored[raw] = name, shape
-            segments.setdefault(name, []).append(replace(segment, there=segment.there._replace(name=raw)))
+        stored |= {raw: (name, shape) for raw, shape in whole.stored.items()}
+        segments[name] = list(whole.segments)
     return _form(tensors, stored, segments, dtype)
 
 

@@ -1,6 +1,6 @@
 """The state of one average: what it holds, and what a state must fit to continue it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +12,7 @@ from twa_scale.average.layout import Layout
 from twa_scale.average.optimizer import check_state
 from twa_scale.average.state.run_settings import require_same_settings, require_same_shapes
 from twa_scale.average.state.schema import VERSION, AverageState, checked
+from twa_scale.candidates.conversion import Conversion
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.config import TwaConfig
 from twa_scale.errors import StateError
@@ -25,9 +26,18 @@ class StateForm:
         layout: who is trained, in which group.
         basis: what the coefficients x multiply.
         fingerprint: of the candidates.
+        conversions: of their stored tensors to those of the model.
     """
 
-    def __init__(self, config: TwaConfig, layout: Layout, basis: Basis, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self,
+        config: TwaConfig,
+        layout: Layout,
+        basis: Basis,
+        fingerprint: Fingerprint,
+        conversions: Sequence[Conversion],
+    ) -> None:
+        self._conversions = [conversion.state_dict() for conversion in conversions]
         self._config = config
         self._layout = layout
         self._basis = basis
@@ -65,6 +75,7 @@ class StateForm:
             "optimizer": deepcopy(dict(optimizer)),
             "buffers": {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()},
             "fingerprint": self._fingerprint.state_dict(),
+            "conversions": self._conversions,
         }
 
     def checked(self, state: Any, x: nn.Parameter, buffers: Mapping[str, torch.Tensor]) -> AverageState:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from twa_scale.candidates.conversion import Conversion, made_of_state
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.config import TwaConfig
 from twa_scale.errors import StateError
@@ -48,6 +49,34 @@ class FingerprintState(_Saved):
         return Fingerprint(tuple(self.labels), self.shapes, self.checksums)
 
 
+class MadeState(_Saved):
+    """See `Made`; rows of `segments` are those of `Conversion.state_dict`."""
+
+    shape: tuple[Count, ...]
+    stored: dict[str, tuple[Count, ...]]
+    segments: Tensor
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MadeState":
+        rows = self.segments.shape[0] if self.segments.dim() else 0
+        _require("segments", self.segments, (rows, 3 + 2 * len(self.shape)), torch.int64)
+        if bool((self.segments < 0).any()) or bool((self.segments[:, 0] >= len(self.stored)).any()):
+            raise ValueError("segments: numbers that are out of range")
+        return self
+
+
+class ConversionState(_Saved):
+    """See `Conversion`."""
+
+    names: dict[str, str]
+    made: dict[str, MadeState]
+
+    def build(self) -> Conversion:
+        """Return the conversion."""
+        made = {name: made_of_state(name, one.shape, one.stored, one.segments) for name, one in self.made.items()}
+        return Conversion(self.names, made)
+
+
 class AverageState(_Saved):
     """What `TrainableAverage.state_dict` returns: n candidates, G groups, k coefficients in each."""
 
@@ -68,6 +97,8 @@ class AverageState(_Saved):
     optimizer: dict[str, Any]
     buffers: dict[str, Tensor]
     fingerprint: FingerprintState
+    conversions: list[ConversionState] = []
+    """What was made of stored tensors for the model, where candidates hold other ones."""
 
     @model_validator(mode="after")
     def _fits(self) -> "AverageState":
