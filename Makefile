@@ -76,8 +76,9 @@ check: setup ## Format, lint, types, generated pages, documentation links.
 	$(BIN)/python docs/tools/pictures.py --check
 	$(BIN)/mkdocs build --strict
 
-docs: setup ## Regenerate docs/configuration.md and the pictures, and build the site into site/.
+docs: setup ## Regenerate pages of settings and architectures, and the pictures, and build the site into site/.
 	$(BIN)/python docs/tools/configuration.py
+	$(BIN)/python docs/tools/architectures.py
 	$(BIN)/python docs/tools/pictures.py
 	$(BIN)/mkdocs build --strict
 

@@ -32,6 +32,16 @@ _LATENT = {
 }
 _STAGES = {"num_channels": 3, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 16, "patch_size": 2}
 _PAIR = {"text_config": _BERT, "vision_config": _IMAGE}
+_PATCHES = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 4,
+    "out_hidden_size": 16,
+    "patch_size": 4,
+    "embed_dim": 16,
+}
+_DEEP_PATCHES = {**_PATCHES, "deepstack_visual_indexes": [0]}
 
 
 class Architecture(NamedTuple):
@@ -63,6 +73,10 @@ def _image(name: str, settings: dict[str, Any], *, common: bool = False) -> Arch
 
 def _pair(name: str, settings: dict[str, Any], model: str | None = None, *, common: bool = False) -> Architecture:
     return Architecture("image and text", f"{name}Config", model or f"{name}Model", settings, common)
+
+
+def _answer(name: str, settings: dict[str, Any]) -> Architecture:
+    return Architecture("image and text", f"{name}Config", f"{name}ForConditionalGeneration", settings)
 
 
 ARCHITECTURES = [
@@ -115,6 +129,24 @@ ARCHITECTURES = [
     _causal("HunYuanMoEV1", {**_EXPERTS, "moe_topk": [2, 2], "head_dim": 4}),
     _causal("Lfm2Moe", {**_EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}),
     _causal("MiniMax", {**_EXPERTS, "num_local_experts": 4, "head_dim": 4}),
+    _causal("Llama4", {**_GROUPED, "head_dim": 4, "num_local_experts": 4, "intermediate_size_mlp": 16}, "Llama4Text"),
+    _causal(
+        "Qwen3Next",
+        {
+            **_EXPERTS,
+            "head_dim": 4,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 4,
+            "shared_expert_intermediate_size": 8,
+        },
+    ),
+    _causal("Qwen3_5Moe", {**_EXPERTS, "head_dim": 4}, "Qwen3_5MoeText"),
+    _causal("Lfm2", {**_GROUPED, "layer_types": ["conv", "full_attention"]}),
+    _causal("Exaone4", _GROUPED),
+    _causal("Persimmon", _GROUPED),
+    _causal("BioGpt", _BERT),
     _causal("Jamba", {**_EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4}),
     _causal("Mamba", {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 48, "state_size": 4}),
     _causal("Mamba2", {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 48, "head_dim": 8, "num_heads": 4}),
@@ -126,6 +158,9 @@ ARCHITECTURES = [
     _masked("Electra", {**_BERT, "embedding_size": 8}),
     _masked("MPNet", _BERT),
     _masked("DebertaV2", {**_BERT, "relative_attention": True, "position_buckets": 4}),
+    _masked("NomicBert", _BERT, common=True),
+    _masked("MobileBert", {**_BERT, "embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16}),
+    _masked("RoFormer", {**_BERT, "embedding_size": 16}),
     _masked("ModernBert", {**_BERT, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1}),
     _sequence("Bert", _BERT),
     _sequence("Roberta", _BERT),
@@ -146,7 +181,36 @@ ARCHITECTURES = [
     _image("RegNet", {"embedding_size": 4, "hidden_sizes": [8, 8], "depths": [1, 1], "groups_width": 4}),
     _image("Segformer", {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 1, 1]}),
     _image("PvtV2", {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4}),
+    _image("MobileNetV2", {"depth_multiplier": 0.1}),
+    _image("MobileViT", {"hidden_sizes": [16] * 3, "neck_hidden_sizes": [4, 4, 4, 4, 4, 4, 8], "image_size": 32}),
+    _image("PoolFormer", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
+    Architecture("image", "DINOv3ViTConfig", "DINOv3ViTModel", _IMAGE),
+    Architecture(
+        "objects", "YolosConfig", "YolosForObjectDetection", {**_IMAGE, "image_size": [8, 8], "num_detection_tokens": 4}
+    ),
     _pair("CLIP", _PAIR, common=True),
+    _pair("AltCLIP", _PAIR),
+    _pair("CLIPSeg", {**_PAIR, "extract_layers": [0, 1], "reduce_dim": 8}, "CLIPSegForImageSegmentation"),
+    _answer("Qwen2VL", {"text_config": _GROUPED, "vision_config": _PATCHES}),
+    _answer("Qwen2_5_VL", {"text_config": _GROUPED, "vision_config": _PATCHES}),
+    _answer("Qwen3VL", {"text_config": {**_GROUPED, "head_dim": 4}, "vision_config": _DEEP_PATCHES}),
+    _answer("Qwen3VLMoe", {"text_config": {**_EXPERTS, "head_dim": 4}, "vision_config": _DEEP_PATCHES}),
+    _answer("Gemma3", {"text_config": {**_GROUPED, "head_dim": 4}, "vision_config": _IMAGE}),
+    _answer(
+        "PaliGemma",
+        {
+            "text_config": {**_GROUPED, "head_dim": 4, "model_type": "gemma"},
+            "vision_config": {**_IMAGE, "model_type": "siglip_vision_model"},
+        },
+    ),
+    _answer(
+        "Idefics3",
+        {
+            "text_config": {**_GROUPED, "model_type": "llama", "pad_token_id": 0},
+            "vision_config": _IMAGE,
+            "scale_factor": 2,
+        },
+    ),
     _pair("Siglip", _PAIR),
     _pair("Siglip2", {"text_config": _BERT, "vision_config": {**_IMAGE, "num_patches": 4}}),
     _pair("ChineseCLIP", _PAIR),

@@ -105,3 +105,11 @@ def test_a_run_is_exported_in_the_form_of_its_candidates(tmp_path: Path) -> None
     assert exported.keys() == exact.keys() == stored.keys()
     for name, value in exact.items():
         torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_documentation_lists_what_is_tried() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md").read_text()
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ")][2:]
+    assert [(kind.strip(), model.strip(" `")) for kind, model in rows] == [
+        (one.kind, one.model) for one in ARCHITECTURES
+    ]

@@ -126,6 +126,8 @@ def _form(
     for raw, (name, shape) in stored.items():
         tensor = tensors[name]
         specs.append(spec_of(raw, shape, tensor.dtype, dtype, as_complex=tensor.as_complex))
-    sizes = {name: spec.dtype.itemsize for (name, _), spec in zip(stored.values(), specs, strict=True)}
+    itemsize = {spec.name: spec.dtype.itemsize for spec in specs}
+    sizes = {name: itemsize[raw] for raw, (name, _) in stored.items()}
+    sizes |= {name: max((itemsize[part.there.name] for part in parts), default=0) for name, parts in segments.items()}
     names = {name: raw for raw, (name, _) in stored.items() if name not in segments}
     return StoredForm(specs, sizes, names, {name: Segments(parts) for name, parts in segments.items()})
