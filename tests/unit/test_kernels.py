@@ -246,6 +246,7 @@ def test_triton_in_its_interpreter() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("kernels-compiled-once")
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     """numba counts what it finds in its cache, and what it has to compile."""
     program = """
@@ -272,7 +273,10 @@ print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.val
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processor", ["haswell", "generic"])
+@pytest.mark.parametrize(
+    "processor",
+    [pytest.param(name, marks=pytest.mark.xdist_group(f"kernels-{name}")) for name in ("haswell", "generic")],
+)
 def test_processors_that_have_fewer_instructions(tmp_path: Path, processor: str) -> None:
     """LLVM is told another processor: the widest instructions are not there."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": processor}
