@@ -65,8 +65,8 @@ def test_a_trainer_keeps_averages(directory: Path) -> None:
     metrics = torch.load(directory / "metrics.pt", weights_only=True)
     for path, metric in ((f"checkpoint-{STEPS}/average", "eval_loss"), (f"checkpoint-{STEPS}", "own_loss")):
         model = AutoModelForCausalLM.from_pretrained(directory / path).eval()
-        assert loss_of(model) == pytest.approx(metrics[metric], abs=1e-4)
-    assert abs(metrics["eval_loss"] - metrics["own_loss"]) > 1e-3
+        assert loss_of(model) == pytest.approx(metrics[metric], abs=1e-5)
+    assert abs(metrics["eval_loss"] - metrics["own_loss"]) > 1e-4
     assert metrics["twa_step"] == 3 and metrics["twa_lr"] == 0.05
     assert {path.name for path in (directory / f"checkpoint-{HALF}").glob("averages-*")}
     AutoModelForCausalLM.from_pretrained(directory / "average")
@@ -107,7 +107,7 @@ def test_a_checkpoint_without_averages_begins_them_anew(tmp_path: Path) -> None:
     trainer = train("plain", tmp_path)
     for path in tmp_path.glob(f"checkpoint-{HALF}/averages-*"):
         path.unlink()
-    assert trainer.evaluate.__func__ is type(trainer).evaluate  # its own again
+    assert trainer.evaluate == type(trainer).evaluate.__get__(trainer)  # its own again
     with pytest.warns(TwaWarning, match=f"begin anew at step {HALF}"):
         train("plain", tmp_path, str(tmp_path / f"checkpoint-{HALF}"))
 

@@ -175,7 +175,9 @@ def test_averages_that_are_not_kept_are_refused(which: Any, said: str) -> None:
 @pytest.mark.parametrize("which", ["ema", "mean"])
 def test_an_average_of_nothing_yet_is_refused(which: str) -> None:
     averages, _, _ = followed(2, ema={"decays": [0.9], "start_step": 3}, window={"every": 5, "keep": 3})
-    assert averages.names == ["last"]
+    assert averages.names == ["last"] and averages.has("last") and not averages.has(which)
+    with pytest.raises(ConfigError, match="is no average"):
+        averages.has("emma")
     with pytest.raises(TwaError, match="yet"), averages.weights(which):
         pass
 

@@ -77,6 +77,7 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
         self.averages = RunningAverages(
             self._trainer.model_wrapped, ema=self._ema, window=self._window, device=self._device
         )
+        self.averages.has(self._which)  # a name that is wrong is an error now, not at the first evaluation
         if checkpoint is not None and not self.averages.load_state(checkpoint) and state.is_world_process_zero:
             notice(f"{checkpoint}: has no averages; they begin anew at step {state.global_step}.")
         self._wrap_evaluate()
@@ -98,7 +99,7 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the average, learned if it shall be, and let the Trainer evaluate its own weights again."""
         assert self.averages is not None
-        del self._trainer.evaluate  # the method of its class shows again
+        self._trainer.evaluate = self._evaluate
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:  # as the model did
             self.averages.load_state(state.best_model_checkpoint)
         directory = Path(args.output_dir) / AVERAGE
@@ -117,9 +118,9 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
         evaluate = self._evaluate = self._trainer.evaluate
 
         def with_average(*args: Any, **kwargs: Any) -> Any:
-            if self._showing or not self._available():
-                return evaluate(*args, **kwargs)
             assert self.averages is not None
+            if self._showing or not self.averages.has(self._which):
+                return evaluate(*args, **kwargs)
             self._showing = True  # evaluations of several data sets call this again
             try:
                 with self.averages.weights(self._which):
@@ -129,18 +130,22 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
 
         self._trainer.evaluate = with_average
 
-    def _available(self) -> bool:
-        """Whether there is an average to show yet; names that are wrong are an error in any case."""
-        assert self.averages is not None
-        return len(self.averages.names) > 1 or self._which == "last"
-
     def _write(self, directory: Path) -> None:
         """Let the Trainer save the average as it saves its model."""
-        if not self._available():
-            return
         assert self.averages is not None
-        with self.averages.weights(self._which):
-            self._trainer.save_model(str(directory), _internal_call=True)
+        if self.averages.has(self._which):
+            with self.averages.weights(self._which):
+                self._save_model(directory)
+
+    def _save_model(self, directory: Path) -> None:
+        """Let the Trainer save what the model holds; it writes nothing of FSDP's sharded state dicts."""
+        self._trainer.save_model(str(directory), _internal_call=True)
+        written = any(path.suffix in (".safetensors", ".bin") for path in directory.glob("*"))
+        if self._trainer.args.should_save and not written:
+            notice(
+                f"{directory}: the Trainer has written no weights of the average there. With FSDP set "
+                "fsdp_state_dict_type: FULL_STATE_DICT; with ZeRO-3 stage3_gather_16bit_weights_on_model_save: true."
+            )
 
     def _learn_and_write(self, directory: Path, batches: Any) -> None:
         """Learn the coefficients of the window on batches of the training, and write the result."""
@@ -149,7 +154,7 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
         twa = self.averages.learn(self._learn)
         try:
             self._steps(twa, _endless(batches))
-            trainer.save_model(str(directory), _internal_call=True)
+            self._save_model(directory)
             if trainer.eval_dataset is not None:
                 self._evaluate(metric_key_prefix="eval_average")
         finally:

@@ -91,7 +91,7 @@ class RunningAverages:
                 self._window = Window(of_window, live, own, self._engine.device, device)
         self._step = 0
         self._counted = self._engine.steps_taken()
-        self._trained = Trained()
+        self._trained = Trained(torch.device("cpu") if device == "cpu" else None)
         self._shown = Shown(self._engine, self._pods, self._write_shown, lambda _: None)
         self._learned: TrainableAverage | None = None
         self._reported = False
@@ -167,6 +167,20 @@ class RunningAverages:
             raise TwaError(self._shown.lost)
         with self._shown.showing(which, lambda: self._mixture(which)):
             yield
+
+    def has(self, which: Which) -> bool:
+        """Return whether there is anything of an average to show yet: an update, or a snapshot.
+
+        Raises:
+            ConfigError: a name that is unknown or not kept.
+        """
+        try:
+            mixture(which, self._ema, self._window)
+        except ConfigError:
+            raise
+        except TwaError:
+            return False
+        return True
 
     def compare(self, score: Callable[[nn.Module], float], which: Sequence[Which] | None = None) -> Scores:
         """Return what `score` makes of averages, one after another. Collective.

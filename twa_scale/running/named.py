@@ -13,6 +13,7 @@ from twa_scale.running.window import Window
 NOW = ("last", "trained")
 """The weights that training has reached."""
 _FIXED = ("mean", "linear", "minus-sqrt")
+_LAWA = re.compile(r"lawa:(\d+)")
 
 
 def names(ema: Ema | None, window: Window | None) -> list[str]:
@@ -38,11 +39,12 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
     if text is not None and text.partition(":")[0] == "ema":
         factors[n + _ema(text, ema)] = 1
         return factors
+    over = which if text is None else _checked(text.removeprefix("window:"), window)
     if window is None:
         raise ConfigError(f"weights: {which!r} is an average of snapshots; make RunningAverages with window={{..}}.")
     if not n:
         raise TwaError(f"weights: {which!r} is an average of snapshots, and none has been taken yet.")
-    factors[:n] = _over_snapshots(which if text is None else text, n, window.settings.keep)
+    factors[:n] = _over_snapshots(over, n)
     return factors
 
 
@@ -71,21 +73,26 @@ def _same(name: str, text: str) -> bool:
         return False
 
 
-def _over_snapshots(which: Which, n: int, keep: int) -> torch.Tensor:
+def _checked(name: str, window: Window | None) -> str:
+    """Return a name of an average over snapshots."""
+    if lawa := _LAWA.fullmatch(name):
+        keep = window.settings.keep if window else int(lawa[1])
+        if not 1 <= int(lawa[1]) <= keep:
+            raise ConfigError(f"weights: {name!r}; the window keeps {keep} snapshots: give 1 to {keep}.")
+        return name
+    try:
+        parse_center(name)
+    except ValueError:
+        raise ConfigError(
+            f"weights: {name!r} is no average; give last, ema, ema:DECAY, mean, linear, minus-sqrt, lawa:K, the index "
+            "of a snapshot, one coefficient for each, or window:NAME with a name that `center` takes."
+        ) from None
+    return name
+
+
+def _over_snapshots(which: Which, n: int) -> torch.Tensor:
     """Return the coefficients of n snapshots, (n,), float64."""
-    if isinstance(which, str):
-        which = which.removeprefix("window:")
-        if lawa := re.fullmatch(r"lawa:(\d+)", which):
-            last = int(lawa[1])
-            if not 1 <= last <= keep:
-                raise ConfigError(f"weights: {which!r}; the window keeps {keep} snapshots: give 1 to {keep}.")
-            last = min(last, n)
-            return torch.tensor([0.0] * (n - last) + [1 / last] * last, dtype=torch.float64)
-        try:
-            parse_center(which)
-        except ValueError:
-            raise ConfigError(
-                f"weights: {which!r} is no average; give last, ema, ema:DECAY, mean, linear, minus-sqrt, lawa:K, the "
-                "index of a snapshot, one coefficient for each, or window:NAME with a name that `center` takes."
-            ) from None
+    if isinstance(which, str) and (lawa := _LAWA.fullmatch(which)):
+        last = min(int(lawa[1]), n)
+        return torch.tensor([0.0] * (n - last) + [1 / last] * last, dtype=torch.float64)
     return averaging_coefficients(which, torch.zeros(n, dtype=torch.float64), 1)[:, 0]

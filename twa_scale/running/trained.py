@@ -8,9 +8,14 @@ from twa_scale.base.spans import Span
 
 
 class Trained:
-    """Holds the weights, in their own type, from `keep` until `give_back`."""
+    """Holds the weights, in their own type, from `keep` until `give_back`.
 
-    def __init__(self) -> None:
+    Args:
+        device: where; beside the weights when not given.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._held = False
         self._weights: dict[Span, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
@@ -26,7 +31,7 @@ class Trained:
         if self._held:
             return
         self._held = True
-        self._weights = {span: values.clone() for span, values in live.items()}
+        self._weights = {span: values.to(self._device, copy=True) for span, values in live.items()}
         self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
 
     @torch.no_grad()
