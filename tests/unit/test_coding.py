@@ -1,4 +1,4 @@
-"""Increments: what rows stand for, how exactly they hold candidates, and which coding is taken."""
+"""Codings of packed rows: their maps, their rounding errors, and the automatic choice."""
 
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ each_bits = pytest.mark.parametrize("bits", BITS)
 
 
 def walk(n: int, m: int, seed: int = 0) -> Tensor:
-    """Candidates of one run: each is some way from the one before."""
+    """Return candidates of one run, as a random walk."""
     torch.manual_seed(seed)
     return (torch.randn(1, m) + 0.1 * torch.randn(n, m).cumsum(0)).float()
 
 
 def coded(values: Tensor, weights: list[float], bits: int, kernels: Kernels, coding: Coding, start: int = 0) -> Any:
-    """What the rows make of the candidates, (n, m) around the center, and the errors that the kernels have found."""
+    """Return the rounded candidates, (n, m), and their squared errors according to the kernels."""
     n, m = values.shape
     rows, center = Packed.empty(n, m, start, bits, CPU), torch.empty(m)
     errors = torch.zeros(n, dtype=torch.float64)
@@ -52,7 +52,7 @@ class TestCoding:
     @pytest.mark.parametrize(
         ("center", "first"), [("mean", 2), ("last", 4), ("first", 0), (1, 1), ("ema:0.5", 3), ([2.0, -1, 0, 0, 0], 0)]
     )
-    def test_increments_go_from_the_center_to_both_ends(self, center: Any, first: int) -> None:
+    def test_increments_start_at_the_center(self, center: Any, first: int) -> None:
         coding = of_increments(center_weights(center, 5))
         assert coding.before[first] == CENTER
         assert all(coding.before[i] == i + (1 if i < first else -1) for i in range(5) if i != first)
@@ -60,8 +60,8 @@ class TestCoding:
         assert sorted(i for level in coding.levels for i in level) == list(range(5))
 
     @given(st.lists(st.floats(-1, 1), min_size=1, max_size=9), st.integers(0, 99))
-    def test_products_and_weights_belong_together(self, b: list[float], seed: int) -> None:
-        """<sum_i u_i delta_i, g>, by the rows as by the deltas; weights may be many, as those of groups are."""
+    def test_row_weights_and_products_are_adjoint(self, b: list[float], seed: int) -> None:
+        """<sum_i u_i delta_i, g> is the same from rows and from deltas, also for several groups."""
         torch.manual_seed(seed)
         n = len(b)
         rows, g, u = torch.randn(n, 7).double(), torch.randn(7).double(), torch.randn(n, 3).double()
@@ -76,15 +76,15 @@ class TestCoding:
 @each_kernels
 @each_bits
 class TestErrors:
-    def test_they_are_what_the_kernels_say(self, kernels: Kernels, bits: int) -> None:
-        """In tiles that are full and in those that are not, for rows that begin and end within a block."""
+    def test_errors_equal_those_of_the_kernels(self, kernels: Kernels, bits: int) -> None:
+        """Rows have full and partial tiles, and start and end inside a block."""
         values, weights = walk(7, 9001), [1 / 7] * 7
         for coding in (of_increments(weights), of_deltas(7)):
             kept, errors = coded(values, weights, bits, kernels, coding, start=37)
             torch.testing.assert_close((kept - values.double()).square().sum(1), errors, rtol=1e-4, atol=1e-7)
 
-    def test_they_do_not_add_up(self, kernels: Kernels, bits: int) -> None:
-        """Far along a trajectory the error is that of a few increments, where a delta's grows with its length."""
+    def test_errors_do_not_accumulate(self, kernels: Kernels, bits: int) -> None:
+        """The error of increments does not grow along a trajectory, as that of deltas does."""
         n = 24
         values, weights = walk(n, 4096), [1 / n] * n
         _, errors = coded(values, weights, bits, kernels, of_increments(weights))
@@ -102,8 +102,8 @@ class TestErrors:
 @each_bits
 @settings(max_examples=15, deadline=None)
 @given(m=st.integers(1, 3000), start=st.integers(0, 500), n=st.integers(2, 5), seed=st.integers(0, 99))
-def test_both_kernels_code_alike(bits: int, m: int, start: int, n: int, seed: int) -> None:
-    """A tie may fall to either side where the order of a sum is another, and the next rows differ then, too."""
+def test_kernels_agree(bits: int, m: int, start: int, n: int, seed: int) -> None:
+    """Rounding of ties depends on the order of sums, and affects the following rows."""
     values, weights = walk(n, m, seed), [1 / n] * n
     one, other = (coded(values, weights, bits, kernels, of_increments(weights), start)[0] for kernels in KERNELS)
     scale = 0.1 * n**0.5 * 5
@@ -115,8 +115,10 @@ def test_both_kernels_code_alike(bits: int, m: int, start: int, n: int, seed: in
 @each_kernels
 @settings(max_examples=10, deadline=None)
 @given(data=st.data(), m=st.integers(0, 1500), start=st.integers(0, 700))
-def test_chunks_and_splits_do_not_matter(kernels: Kernels, bits: int, data: st.DataObject, m: int, start: int) -> None:
-    """Rows have the same bits however elements come in and whoever holds them, where no border cuts a block."""
+def test_rows_do_not_depend_on_chunks_and_splits(
+    kernels: Kernels, bits: int, data: st.DataObject, m: int, start: int
+) -> None:
+    """Rows are bitwise equal for any chunks and shards that do not split a block."""
     values, coding = walk(3, m), of_increments([0.2, 0.3, 0.5])
     borders = range(128 - start % 128, m, 128)
     cuts = sorted(set(data.draw(st.lists(st.sampled_from(borders), max_size=4)))) if borders else []
@@ -139,7 +141,7 @@ def test_chunks_and_splits_do_not_matter(kernels: Kernels, bits: int, data: st.D
 
 class TestChoice:
     def choose(self, values: Tensor, **settings: Any) -> bool:
-        """Whether increments are taken."""
+        """Return whether increments are chosen."""
         states = [{"a": row[:100], "b": row[100:].view(2, -1)} for row in values]
         config, n = validated(TwaConfig, {"store": "packed2"} | settings), len(values)
         candidates = open_candidates(states)
@@ -147,19 +149,19 @@ class TestChoice:
         assert not any(candidate.bytes_read for candidate in candidates)
         return not coding.relative_to_center
 
-    def test_one_run_is_held_in_increments_and_a_soup_in_deltas(self) -> None:
+    def test_increments_for_a_run_and_deltas_for_a_soup(self) -> None:
         run = walk(9, 5000)
         soup = torch.randn(1, 5000) + 0.1 * torch.randn(9, 5000)
         assert self.choose(run) and not self.choose(soup)
         assert not self.choose(run[torch.tensor([8, 3, 0, 6, 1, 7, 4, 2, 5])])
         assert self.choose(soup, coding="increments") and not self.choose(run, coding="center")
 
-    def test_only_codes_are_of_increments(self) -> None:
+    def test_only_packed_stores_hold_increments(self) -> None:
         assert not self.choose(walk(9, 5000), store="dense16")
         with pytest.raises(ConfigError, match="coding 'increments' is for packed stores; the store is 'dense32'"):
             validated(TwaConfig, {"coding": "increments"})
 
-    def test_what_is_not_finite_is_left_to_the_reader(self) -> None:
+    def test_values_that_are_not_finite(self) -> None:
         values = walk(9, 5000)
         values[4, 77] = torch.nan
         assert not self.choose(values)
@@ -178,7 +180,7 @@ def states(n: int) -> list[dict[str, Tensor]]:
 
 class TestAttached:
     def test_live_weights_are_those_of_the_rounded_candidates(self, tmp_path: Path) -> None:
-        """And the center is exact; how far they are off is said, and is true."""
+        """The center is exact, and the reported rounding errors are correct."""
         given_ = states(6)
         for i, state in enumerate(given_):
             save_file(state, tmp_path / f"{i}.safetensors")
@@ -195,8 +197,8 @@ class TestAttached:
         assert "packed1, coding increments" in str(twa.rounding)
         twa.close()
 
-    def test_a_state_goes_on_in_another_coding(self) -> None:
-        """Coefficients are of candidates, whatever the rows stand for."""
+    def test_state_is_loaded_with_another_coding(self) -> None:
+        """Coefficients belong to candidates, whatever the coding."""
         given_ = states(6)
         settings_ = {"store": "packed8", "groups": "tensor", "optimizer": {"name": "sgd", "lr": 0.3}}
         ended = []
@@ -221,7 +223,7 @@ class TestAttached:
 
 
 def test_256_candidates_of_a_run() -> None:
-    """They are held by a bit each, in increments, and their basis is orthonormal to rounding."""
+    """A store with 1-bit increments holds them, and their basis is orthonormal up to rounding."""
     n = 256
     given_ = states(n)
     twa = twa_scale.attach(model(), given_, {"store": "packed1", "basis": "orthonormal"})
@@ -237,7 +239,7 @@ def test_256_candidates_of_a_run() -> None:
     torch.testing.assert_close(matrix.T @ basis.gram[0] @ matrix, torch.eye(n).double(), rtol=0, atol=1e-9)
 
 
-def test_a_store_says_what_its_rows_are() -> None:
+def test_store_has_its_coding() -> None:
     coding = of_increments([0.5, 0.5])
     store = make_store(TwaConfig(store="packed4"), 2, CPU, lambda _: [], coding)
     assert store.coding is coding and store.reserve(Span("w", 0, 10)).coding is coding

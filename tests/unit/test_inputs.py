@@ -1,4 +1,4 @@
-"""Files of others: only regular ones are opened, and what they claim costs neither time nor memory."""
+"""Untrusted files: only regular ones are opened, with bounds on time and memory."""
 
 import os
 import socket
@@ -58,13 +58,13 @@ def test_candidates_are_regular_files(here: Path, name: str, make: Callable[[Pat
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_settings_are_a_regular_file(here: Path, make: Callable[[Path], None]) -> None:
+def test_configuration_is_a_regular_file(here: Path, make: Callable[[Path], None]) -> None:
     make(Path("x.yaml"))
     with pytest.raises(ConfigError, match=r"^x\.yaml: cannot be read: it is a"):
         load_config("x.yaml")
 
 
-def test_data_are_regular_files(here: Path) -> None:
+def test_data_files_are_regular(here: Path) -> None:
     Path("data").mkdir()
     Path("data/a.txt").write_text("text")
     os.mkfifo("data/b.txt")
@@ -72,12 +72,12 @@ def test_data_are_regular_files(here: Path) -> None:
     assert [path for paths in found.values() for path in paths] == [Path("data/a.txt")]
 
 
-def test_a_path_that_no_file_can_have() -> None:
+def test_path_with_a_zero_byte() -> None:
     with pytest.raises(CandidateError, match="null byte"):
         open_regular("a\0b")
 
 
-def test_a_file_larger_than_its_limit(here: Path) -> None:
+def test_file_larger_than_its_limit(here: Path) -> None:
     Path("x").write_bytes(b"12345")
     assert read_bounded("x", 5) == b"12345"
     with pytest.raises(ConfigError, match=r"^x: is larger than 4 bytes"):
@@ -104,12 +104,12 @@ def test_a_file_larger_than_its_limit(here: Path) -> None:
         (b"1" * N, "digits"),
     ],
 )
-def test_json_that_is_refused(raw: bytes, said: str) -> None:
+def test_invalid_json(raw: bytes, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse_json(raw)
 
 
-def test_json_that_is_read() -> None:
+def test_valid_json() -> None:
     assert parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH)
     text = {"a": ["[[[", '"]"', "\\", {"\ud83d\ude00": None}]}
     assert parse_json(b'{"a": ["[[[", "\\"]\\"", "\\\\", {"\\ud83d\\ude00": null}]}') == {
@@ -159,7 +159,7 @@ def bomb(levels: int) -> str:
         ("a: \0", "not valid YAML"),
     ],
 )
-def test_yaml_that_is_refused(here: Path, text: str, said: str) -> None:
+def test_invalid_yaml(here: Path, text: str, said: str) -> None:
     Path("x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said) as error:
         load_config("x.yaml")
@@ -169,19 +169,19 @@ def test_yaml_that_is_refused(here: Path, text: str, said: str) -> None:
 @pytest.mark.parametrize(
     "value", ["[" * 1000, "&a [*a]", "!!int ''", "{a: &a [x,x,x,x], b: &b [*a,*a,*a], c: [*b" + ",*b" * 2000 + "]}"]
 )
-def test_overrides_that_are_refused(here: Path, value: str) -> None:
+def test_invalid_overrides(here: Path, value: str) -> None:
     Path("x.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"^override .seed=.*not valid YAML"):
         load_config("x.yaml", [f"seed={value}"])
 
 
-def test_an_override_of_too_many_levels(here: Path) -> None:
+def test_override_with_too_many_levels(here: Path) -> None:
     Path("x.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"^override 'deepspeed\.a"):
         load_config("x.yaml", ["deepspeed." + "a." * 30_000 + "a=1"])
 
 
-def test_a_file_of_settings_has_bounds(here: Path) -> None:
+def test_configuration_has_bounds(here: Path) -> None:
     Path("x.json").write_text("[" * N + "]" * N)
     with pytest.raises(ConfigError, match=r"^x\.json: is not valid JSON: it is nested more than"):
         load_config("x.json")
@@ -193,7 +193,7 @@ def test_a_file_of_settings_has_bounds(here: Path) -> None:
         load_config("x.yaml")
 
 
-def test_anchors_and_merges_that_settings_use(here: Path) -> None:
+def test_anchors_and_merges_of_yaml(here: Path) -> None:
     Path("x.yaml").write_text("a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\n")
     with pytest.raises(ConfigError, match="unknown key 'a'"):  # it was parsed
         load_config("x.yaml")
@@ -222,7 +222,7 @@ def write_header(path: Path, header: bytes, data: bytes = b"") -> None:
         (b'{"a\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', "surrogates"),
     ],
 )
-def test_headers_that_are_refused(here: Path, header: bytes, said: str) -> None:
+def test_invalid_headers(here: Path, header: bytes, said: str) -> None:
     write_header(Path("x.safetensors"), header)
     with pytest.raises(CandidateError) as error:
         open_candidates(["x.safetensors"], minimum=1)
@@ -240,7 +240,7 @@ def test_headers_that_are_refused(here: Path, header: bytes, said: str) -> None:
         ('{"w": "pipe.safetensors"}', "not there"),
     ],
 )
-def test_indexes_that_are_refused(here: Path, weight_map: str, said: str) -> None:
+def test_invalid_indexes(here: Path, weight_map: str, said: str) -> None:
     Path("other.index.json").write_text('{"weight_map": {"w": "model.safetensors.index.json"}}')
     os.mkfifo("pipe.safetensors")
     Path("model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
@@ -249,8 +249,8 @@ def test_indexes_that_are_refused(here: Path, weight_map: str, said: str) -> Non
     assert str(error.value).startswith("model.safetensors.index.json: ") and said in str(error.value)
 
 
-def test_a_link_to_a_regular_file_is_read(here: Path) -> None:
-    """The caches of Hugging Face consist of links."""
+def test_link_to_a_regular_file(here: Path) -> None:
+    """The caches of Hugging Face contain links."""
     save_file({"w": torch.ones(2)}, "blob")
     Path("model.safetensors").symlink_to("blob")
     (candidate,) = open_candidates(["model.safetensors"], minimum=1)

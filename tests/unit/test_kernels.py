@@ -1,4 +1,4 @@
-"""Project and combine of every implementation, on every kind of rows, against float64."""
+"""Project and combine of all kernels, on all kinds of rows, against float64."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ kernels_and_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def exact(rows: Rows) -> Tensor:
-    """The rows as they are after rounding, (n, m), float64."""
+    """Return the rows after rounding, (n, m), float64."""
     match rows:
         case Dense():
             tiles = [part.transpose(0, 1).flatten(1) for _, part in rows.tiles(0, rows.m)]
@@ -56,14 +56,14 @@ def make(kind: str, values: Tensor, start: int = 0, kernels: Kernels = KERNELS[0
 
 
 def bounds(rows: Rows, values: Tensor) -> Tensor:
-    """The largest number that float32 sums have to carry for each element: a code is up to 2^(bits-1) scales."""
+    """Return the largest magnitude in float32 sums for each element: a code is up to 2^(bits-1) scales."""
     if isinstance(rows, Packed) and rows.m:
         return values.abs().amax(1, keepdim=True).expand_as(values) * 2
     return values.abs() + 1e-30
 
 
 def step(kernels: Kernels, rows: Rows) -> float:
-    """Half a step of the 16-bit numbers that packed codes are multiplied with on a CPU, in units of the largest."""
+    """Return half a step of the 16-bit integers that numba multiplies with codes, in units of the largest."""
     if kernels.name != "numba" or not isinstance(rows, Packed):
         return 0.0
     return 0.5 / (32767 if rows.bits >= 4 else 16383)
@@ -114,8 +114,8 @@ def test_a_thousand_rows(kernels: Kernels, kind: str) -> None:
 
 
 @kernels_and_kinds
-def test_threads_share_and_agree(kind: str) -> None:
-    """Enough for several ranges; as many threads as torch has, whatever their number, and bits that stay."""
+def test_threads_do_not_change_results(kind: str) -> None:
+    """Results of several ranges are bitwise equal for any number of torch's threads."""
     torch.manual_seed(0)
     rows, gradient = make(kind, torch.randn(8, 400_003), 50), torch.randn(400_003)
     fast, before = NumbaKernels(), torch.get_num_threads()
@@ -133,8 +133,8 @@ def test_threads_share_and_agree(kind: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_weights_are_written_alike_wherever_they_lie(bits: int, dtype: torch.dtype) -> None:
-    """Past the caches where memory is aligned; element by element elsewhere; nothing beside them."""
+def test_combine_does_not_depend_on_alignment(bits: int, dtype: torch.dtype) -> None:
+    """Aligned memory is written with non-temporal stores, other memory by element."""
     torch.manual_seed(0)
     m, fast = (1 << 18) + 1000, NumbaKernels()
     rows = make(f"packed{bits}", torch.randn(3, m), 5)
@@ -165,7 +165,7 @@ def test_gradients_of_other_types(kernels: Kernels, kind: str, dtype: torch.dtyp
 @kernels_and_kinds
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_a_gradient_that_is_not_finite_shows(kernels: Kernels, kind: str, bad: float) -> None:
+def test_gradient_that_is_not_finite(kernels: Kernels, kind: str, bad: float) -> None:
     gradient = torch.randn(3000)
     gradient[1234] = bad
     assert not kernels.project(make(kind, torch.randn(3, 3000)), gradient).isfinite().any()
@@ -183,7 +183,7 @@ def test_denormals_and_large_numbers(kernels: Kernels) -> None:
     assert torch.equal(out, values[0])
 
 
-def test_the_first_rows_are_written_in_any_pieces() -> None:
+def test_dense_rows_are_written_in_any_pieces() -> None:
     values = torch.randn(3, 1000)
     for cuts in ([0, 1000], [0, 1, 127, 128, 129, 400, 999, 1000], [0, 300, 556, 1000]):
         rows = Dense.empty(3, 1000, torch.float32, CPU)
@@ -193,7 +193,7 @@ def test_the_first_rows_are_written_in_any_pieces() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what a GPU would be asked to do, one launch at a time."""
+    """A mode that counts the operations that would be launched on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,8 +205,8 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("start", [0, 5, 128])
-def test_filling_rows_takes_few_operations(start: int) -> None:
-    """However many tiles, and wherever a chunk begins and ends: a model has millions of them."""
+def test_writing_rows_takes_few_operations(start: int) -> None:
+    """The number of operations does not depend on the number of tiles, of which a model has millions."""
     rows = Dense.empty(3, 100_000, torch.float32, CPU)
     with Operations() as writing:
         rows.write(start, torch.randn(3, 90_001))
@@ -217,11 +217,11 @@ def test_filling_rows_takes_few_operations(start: int) -> None:
 
 
 class TestChoice:
-    def test_the_fastest_that_is_there(self) -> None:
+    def test_auto_chooses_the_fastest(self) -> None:
         assert choose_kernels("auto", CPU).name == "numba"
         assert choose_kernels("torch", CPU).name == "torch"
 
-    def test_the_next_is_taken_with_one_line(
+    def test_missing_kernels_are_replaced_with_a_warning(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setitem(sys.modules, "twa_scale.kernels.numba.compiled", None)
@@ -236,8 +236,8 @@ class TestChoice:
 
 
 @pytest.mark.slow
-def test_triton_in_its_interpreter() -> None:
-    """A process of its own: triton reads the variable when kernels are defined."""
+def test_triton_in_the_interpreter() -> None:
+    """In a separate process, because Triton reads the variable when kernels are defined."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     program = Path(__file__).with_name("triton_check.py")
     done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=300)
@@ -247,8 +247,8 @@ def test_triton_in_its_interpreter() -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("kernels-compiled-once")
-def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
-    """numba counts what it finds in its cache, and what it has to compile."""
+def test_second_process_uses_the_cache(tmp_path: Path) -> None:
+    """numba counts the hits and misses of its cache."""
     program = """
 import torch
 from twa_scale.kernels import Packed, Target, choose_kernels
@@ -277,8 +277,8 @@ print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.val
     "processor",
     [pytest.param(name, marks=pytest.mark.xdist_group(f"kernels-{name}")) for name in ("haswell", "generic")],
 )
-def test_processors_that_have_fewer_instructions(tmp_path: Path, processor: str) -> None:
-    """LLVM is told another processor: the widest instructions are not there."""
+def test_processors_with_fewer_instructions(tmp_path: Path, processor: str) -> None:
+    """LLVM compiles for a processor without the widest instructions."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": processor}
     chosen = [f"{__file__}::test_against_float64[numba-packed{bits}]" for bits in (8, 4, 2, 1)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]

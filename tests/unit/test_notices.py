@@ -1,4 +1,4 @@
-"""Notices are attributed to the caller's own line, and the command line prints each as one line."""
+"""Notices are attributed to the caller's line, and the command line prints each as one line."""
 
 import subprocess
 import sys
@@ -10,14 +10,14 @@ import twa_scale
 from twa_scale import TwaWarning
 
 
-def test_a_notice_names_the_callers_line() -> None:
+def test_notice_is_attributed_to_the_caller() -> None:
     model, states = torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2).state_dict()] * 2
     with pytest.warns(TwaWarning, match="same checksum") as caught:
         twa_scale.attach(model, states)
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_the_command_line_prints_it_as_one_line() -> None:
+def test_command_line_prints_one_line() -> None:
     program = """
 import twa_scale.cli.program as cli
 from twa_scale.base.notices import notice

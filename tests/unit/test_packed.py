@@ -1,4 +1,4 @@
-"""Packed and mapped stores: what quantization keeps, and that chunks and splits do not matter."""
+"""Packed and mapped stores: the precision of quantization, and independence of chunks and splits."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -52,7 +52,7 @@ def deltas(kind: str) -> Tensor:
 
 @cache
 def trained() -> Tensor:
-    """The quickstart's model on its text: weights that lie some steps apart, less their mean."""
+    """Return deltas of the quickstart's model after some steps on its text."""
     task = build_task(load_config(ROOT / "configs/quickstart.yaml").task)
     torch.manual_seed(0)
     model = task.model()
@@ -83,8 +83,8 @@ def test_rows_keep_their_direction(kernels: Kernels, bits: int, kind: str) -> No
 @each_bits
 @settings(max_examples=25, deadline=None)
 @given(m=st.integers(1, 3000), start=st.integers(0, 500), exponent=st.integers(-20, 15), seed=st.integers(0, 99))
-def test_both_kernels_quantize_alike(bits: int, m: int, start: int, exponent: int, seed: int) -> None:
-    """A tie may fall to either side where the order of a sum is another: by one step, and rarely."""
+def test_kernels_agree(bits: int, m: int, start: int, exponent: int, seed: int) -> None:
+    """Rounding of ties depends on the order of sums; it differs rarely, and by one step."""
     torch.manual_seed(seed)
     values = torch.randn(3, m) * 10.0**exponent
     one, other = (unpacked(packed(values, bits, kernels, start)) for kernels in KERNELS)
@@ -95,7 +95,7 @@ def test_both_kernels_quantize_alike(bits: int, m: int, start: int, exponent: in
 @each_kernels
 @settings(max_examples=25, deadline=None)
 @given(m=st.integers(1, 2500), start=st.integers(0, 200), seed=st.integers(0, 99))
-def test_8_bits_are_off_by_half_a_step(kernels: Kernels, m: int, start: int, seed: int) -> None:
+def test_error_of_8_bits_is_half_a_step(kernels: Kernels, m: int, start: int, seed: int) -> None:
     torch.manual_seed(seed)
     values = torch.randn(2, m)
     off = (unpacked(packed(values, 8, kernels, start)) - values).abs()
@@ -123,7 +123,7 @@ class TestUglyBlocks:
     def test_denormals_become_zero(self, kernels: Kernels, bits: int) -> None:
         assert not unpacked(packed(torch.full((1, 300), 1e-40), bits, kernels)).any()
 
-    def test_one_large_element_leaves_other_blocks_alone(self, kernels: Kernels, bits: int) -> None:
+    def test_large_element_affects_only_its_block(self, kernels: Kernels, bits: int) -> None:
         torch.manual_seed(0)
         values = torch.randn(1, 1024)
         large = values.clone()
@@ -135,7 +135,7 @@ class TestUglyBlocks:
 @each_kernels
 @pytest.mark.parametrize("bits", [8, 4])
 def test_extremes_of_both_signs_are_not_clipped(kernels: Kernels, bits: int) -> None:
-    """Deltas of one step of a sign-based optimizer have two values; a clipped one would bias all products."""
+    """Deltas of one step of a sign-based optimizer have two values. Clipping one would bias all products."""
     torch.manual_seed(0)
     signs = torch.randn(2, 3000).sign() * torch.tensor([[1e-3], [2.0]])
     torch.testing.assert_close(unpacked(packed(signs, bits, kernels)), signs, rtol=0.005, atol=0)
@@ -145,8 +145,8 @@ def test_extremes_of_both_signs_are_not_clipped(kernels: Kernels, bits: int) -> 
     )
 
 
-def test_an_exact_zero_beside_others_is_kept() -> None:
-    """With 8 and 4 bits: rows of an embedding that no text touched do not move."""
+def test_exact_zeros_are_kept() -> None:
+    """With 8 and 4 bits, unused rows of an embedding do not change."""
     values = torch.zeros(1, 512)
     values[0, ::7] = torch.randn(74)
     for bits in (8, 4):
@@ -159,7 +159,7 @@ def store_of(name: str, n: int, kernels: str = "auto") -> Store:
 
 
 def contents(store: Store, span: Span, n: int) -> Tensor:
-    """The rows, by combining with unit weights around no center; the last is the center."""
+    """Return the rows, by combining with unit weights and no center, and last the center."""
     out = torch.empty(n + 1, len(span))
     for i, row in enumerate(out):
         weights = torch.zeros(n)
@@ -171,7 +171,7 @@ def contents(store: Store, span: Span, n: int) -> Tensor:
 @each_bits
 @settings(max_examples=20, deadline=None)
 @given(data=st.data(), m=st.integers(0, 1500), start=st.integers(0, 700))
-def test_chunks_do_not_matter(bits: int, data: st.DataObject, m: int, start: int) -> None:
+def test_rows_do_not_depend_on_chunks(bits: int, data: st.DataObject, m: int, start: int) -> None:
     torch.manual_seed(m)
     span, values = Span("w", start, start + m), torch.randn(3, m)
     borders = range(128 - start % 128, m, 128)
@@ -187,7 +187,7 @@ def test_chunks_do_not_matter(bits: int, data: st.DataObject, m: int, start: int
 
 @each_bits
 @pytest.mark.parametrize("cut", [1024, 1000, 64, 5])
-def test_splits_matter_only_in_the_block_that_they_cut(bits: int, cut: int) -> None:
+def test_splits_affect_only_the_block_that_they_split(bits: int, cut: int) -> None:
     torch.manual_seed(0)
     m, size = 3000, BLOCKS[bits]
     values = torch.randn(2, m)
@@ -208,13 +208,13 @@ def test_splits_matter_only_in_the_block_that_they_cut(bits: int, cut: int) -> N
 
 @pytest.mark.parametrize("name", ["dense32", "dense16", "packed8", "packed4", "packed2", "packed1"])
 @pytest.mark.parametrize("m", [0, 1, 130, 5000])
-def test_bytes_are_those_that_plan_counts(name: str, m: int) -> None:
+def test_bytes_equal_those_of_plan(name: str, m: int) -> None:
     store = store_of(name, 5)
     store.reserve(Span("w", 0, m))
     assert store.nbytes == span_bytes(name, 5, m)
 
 
-def test_many_elements_cost_their_bits_and_scales() -> None:
+def test_bytes_of_many_elements() -> None:
     million = 1 << 20
     assert span_bytes("packed4", 16, million) == million * (4 + 16 * (4 / 8 + 2 / 64))
     assert span_bytes("packed8", 16, million) == million * (4 + 16 * (1 + 2 / 64))
@@ -222,7 +222,7 @@ def test_many_elements_cost_their_bits_and_scales() -> None:
 
 @pytest.mark.parametrize("span", [Span("w", 0, 600), Span("w", 37, 411), Span("w", 3, 3), Span("w", 4, 584, 5, 20)])
 @pytest.mark.parametrize("with_center", [False, True])
-def test_mapped_is_the_difference(span: Span, with_center: bool) -> None:
+def test_mapped_rows_are_differences(span: Span, with_center: bool) -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(600), torch.randn(600).bfloat16(), torch.randn(600).double()]
     where = torch.tensor([i for start, stop in span.runs() for i in range(start, stop)], dtype=torch.long)
@@ -244,8 +244,8 @@ def test_mapped_is_the_difference(span: Span, with_center: bool) -> None:
         torch.testing.assert_close(out.double(), 0.9 * center + u.double() @ (rows - center), rtol=1e-5, atol=1e-5)
 
 
-def test_mapped_files_give_what_dense32_gives(tmp_path: Path) -> None:
-    """Through the public door, from bfloat16 and float32 files; the files stay as they are."""
+def test_mapped_equals_dense32(tmp_path: Path) -> None:
+    """Through `attach`, from bfloat16 and float32 files, which do not change."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -277,7 +277,7 @@ def test_mapped_files_give_what_dense32_gives(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in files] == before
 
 
-def test_mapped_needs_tensors_in_one_piece() -> None:
+def test_mapped_needs_contiguous_tensors() -> None:
     model = nn.Linear(3, 2)
     states = [{"weight": torch.randn(3, 2).T, "bias": torch.zeros(2)} for _ in range(2)]
     with pytest.raises(ConfigError, match=r"store: 'mapped'.*weight.*state dict 0.*packed8"):

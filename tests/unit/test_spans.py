@@ -1,4 +1,4 @@
-"""Spans: what a box of a tensor is in its row-major flattening, and how it is cut."""
+"""Spans of boxes of a tensor in its row-major flattening, and their parts."""
 
 from itertools import product
 from math import prod
@@ -17,7 +17,7 @@ def elements(span: Span) -> list[int]:
 
 @st.composite
 def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """A shape, and a box of it that is cut in its first dimension and in one other, or in one."""
+    """Draw a shape, and a box of it that is restricted in one or two dimensions."""
     shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
     starts, sizes = [0] * len(shape), list(shape)
     for d in {0, draw(st.integers(0, len(shape) - 1))}:
@@ -27,7 +27,7 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int,
 
 
 @given(boxes())
-def test_a_span_holds_the_elements_of_its_box_in_order(box: tuple[tuple[int, ...], ...]) -> None:
+def test_span_holds_the_elements_of_its_box_in_order(box: tuple[tuple[int, ...], ...]) -> None:
     shape, starts, sizes = box
     tensor = torch.arange(prod(shape)).view(shape)
     part = tensor[tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))]
@@ -38,7 +38,7 @@ def test_a_span_holds_the_elements_of_its_box_in_order(box: tuple[tuple[int, ...
 
 
 @given(boxes(), st.integers(1, 20))
-def test_pieces_are_the_span_cut_into_parts_of_at_most_a_size(box: tuple[tuple[int, ...], ...], size: int) -> None:
+def test_pieces_tile_the_span(box: tuple[tuple[int, ...], ...], size: int) -> None:
     span = block("w", *box)
     pieces = list(span.pieces(size))
     assert [i for _, piece in pieces for i in elements(piece)] == elements(span)
@@ -47,20 +47,20 @@ def test_pieces_are_the_span_cut_into_parts_of_at_most_a_size(box: tuple[tuple[i
 
 
 @given(boxes(), st.integers(0, 6), st.integers(0, 6))
-def test_a_part_is_what_a_slice_is(box: tuple[tuple[int, ...], ...], first: int, second: int) -> None:
+def test_part_equals_a_slice(box: tuple[tuple[int, ...], ...], first: int, second: int) -> None:
     span = block("w", *box)
     unit = span.run or 1
     start, stop = (min(i * unit, len(span)) for i in sorted((first, second)))
     assert elements(span.part(start, stop)) == elements(span)[start:stop]
 
 
-def test_boxes_that_tile_a_tensor_give_spans_that_tile_it() -> None:
+def test_spans_of_boxes_that_tile_a_tensor_tile_it() -> None:
     found = []
     for i, j in product(range(2), range(3)):
         found += elements(block("w", (6, 9, 2), (3 * i, 3 * j, 0), (3, 3, 2)))
     assert sorted(found) == list(range(6 * 9 * 2))
 
 
-def test_a_box_that_is_not_one_level_of_runs_is_refused() -> None:
+def test_box_without_evenly_spaced_runs() -> None:
     with pytest.raises(ValueError, match="evenly spaced"):
         block("w", (4, 4, 4), (0, 0, 0), (4, 2, 2))

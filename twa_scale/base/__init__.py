@@ -1,1 +1,1 @@
-"""What everything else uses: tensor names, spans, bounded reading of files, time and memory."""
+"""Utilities of all other packages: spans, tensor names, paths, bounded reading of files, timing and memory."""

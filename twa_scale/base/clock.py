@@ -1,4 +1,4 @@
-"""Seconds and bytes of the parts of a step, on CPU and GPU."""
+"""Timing of the parts of a step, and the memory bandwidth, on CPU and GPU."""
 
 import time
 from collections import deque
@@ -11,7 +11,7 @@ _Event = tuple[str, torch.cuda.Event, torch.cuda.Event]
 
 
 class Clock:
-    """Adds up what named parts cost. On a GPU it records events, which wait for nothing until the sums are read."""
+    """A sum of the times of named parts. On a GPU it records CUDA events, and synchronizes only in `read`."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -20,27 +20,27 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the body towards part `name`."""
+        """Add the time of the body to part `name`."""
         if self._cuda:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             yield
             last.record()
             self._pending.append((name, first, last))
-            self._settle(wait=False)
+            self._collect(wait=False)
         else:
             start = time.perf_counter()
             yield
             self._add(name, time.perf_counter() - start)
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of each part since the last call, and start anew."""
-        self._settle(wait=True)
+        """Return the seconds of each part since the last call, and reset the sums."""
+        self._collect(wait=True)
         seconds, self._seconds = self._seconds, {}
         return seconds
 
-    def _settle(self, *, wait: bool) -> None:
-        """Add up the events that have happened, so that few are kept however long nobody reads."""
+    def _collect(self, *, wait: bool) -> None:
+        """Add the times of completed events, so that few events are kept between calls of `read`."""
         while self._pending:
             name, first, last = self._pending[0]
             if not wait and not last.query():
@@ -54,7 +54,7 @@ class Clock:
 
 
 def read_bandwidth(device: torch.device, nbytes: int = 1 << 28) -> float:
-    """Measure bytes per second of reading memory in this process: the best of five sums over `nbytes` of float32."""
+    """Measure the bandwidth of reading memory, in bytes per second: the best of five sums over `nbytes` of float32."""
     data = torch.ones(nbytes // 4, device=device)
     clock = Clock(device)
     data.sum()

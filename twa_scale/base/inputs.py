@@ -1,4 +1,4 @@
-"""Files that others wrote, read with bounds: what a file claims does not decide how much time or memory we spend."""
+"""Reading untrusted files with bounds on time and memory."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from typing import Any
 from twa_scale.errors import CandidateError, TwaError
 
 MAX_JSON = 100_000_000
-"""Most bytes of JSON: what the safetensors library accepts as a header."""
+"""The maximum size of JSON in bytes, as for headers in the safetensors library."""
 MAX_DEPTH = 64
-"""Most levels of nesting in JSON and YAML."""
-_MAX_VALUES = 10_000_000  # each takes some 60 bytes of memory
+"""The maximum depth of nesting in JSON and YAML."""
+_MAX_VALUES = 10_000_000  # of about 60 bytes of memory each
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -31,22 +31,22 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _brief = reprlib.Repr()
 _brief.maxlevel, _brief.maxstring, _brief.maxother, _brief.maxlong = 4, 80, 80, 40
 brief = _brief.repr
-"""Return `repr(value)`, shortened: for values of any size and depth in messages."""
+"""Return a shortened `repr(value)` for messages, whatever the size and depth of the value."""
 
 
 def open_regular(path: str | Path, error: type[TwaError] = CandidateError) -> int:
     """Open a regular file for reading, and return its descriptor.
 
-    Anything else is refused without being opened: a pipe would wait for a writer, and a device may never end.
+    Other kinds of files are not opened, because a pipe may wait for a writer and a device may be infinite.
 
     Raises:
-        TwaError: of type `error`: not a regular file.
-        OSError: a file that the system does not open.
+        TwaError: of type `error`: `path` is not a regular file.
+        OSError: the file cannot be opened.
     """
     try:
         _require_regular(path, Path(path).stat().st_mode, error)
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may have been replaced by a pipe meanwhile
-    except ValueError as problem:  # no path of a file can hold a zero byte
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # A pipe may have replaced it since.
+    except ValueError as problem:  # The path holds a zero byte.
         raise error(f"{str(path)!r}: cannot be the path of a file: {problem}.") from None
     try:
         _require_regular(path, os.fstat(handle).st_mode, error)
@@ -63,10 +63,10 @@ def _require_regular(path: str | Path, mode: int, error: type[TwaError]) -> None
 
 
 def read_bounded(path: str | Path, limit: int, error: type[TwaError] = CandidateError) -> bytes:
-    """Return the bytes of a regular file of at most `limit` bytes.
+    """Return the content of a regular file of at most `limit` bytes.
 
     Raises:
-        TwaError: of type `error`: a file that cannot be read, is larger, or is not regular.
+        TwaError: of type `error`: the file cannot be read, is larger than `limit`, or is not a regular file.
     """
     try:
         with os.fdopen(open_regular(path, error), "rb") as file:
@@ -74,15 +74,15 @@ def read_bounded(path: str | Path, limit: int, error: type[TwaError] = Candidate
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}.") from problem
     if len(raw) > limit:
-        raise error(f"{path}: is larger than {limit} bytes, the most that is read of such a file.")
+        raise error(f"{path}: is larger than {limit} bytes, the maximum for such a file.")
     return raw
 
 
 def parse_json(raw: bytes | bytearray) -> Any:
-    """Parse UTF-8 JSON of bounded depth and number of values, in which each key of an object stands once.
+    """Parse UTF-8 JSON of bounded depth and number of values, without duplicate keys.
 
     Raises:
-        ValueError: anything else; its text says what.
+        ValueError: the JSON is not valid, exceeds a bound, or has a duplicate key.
     """
     unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     structure = _STRING.sub(b"0", unescaped)
@@ -92,25 +92,25 @@ def parse_json(raw: bytes | bytearray) -> Any:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
     if _SURROGATE.search(raw):
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no character, and cannot be printed
+        json.dumps(value, ensure_ascii=False).encode()  # Reject unpaired surrogates, which cannot be printed.
     return value
 
 
 @contextmanager
 def named_errors(error: type[TwaError] = CandidateError, fix: str = "") -> Iterator[None]:
-    """Raise what the system says of a path in a `with` block as a TwaError of type `error`; `fix` is what to do."""
+    """Replace an OSError of a `with` block by a TwaError of type `error` that names the path, the reason and `fix`."""
     try:
         yield
     except OSError as problem:
-        said = f"{problem.filename or 'a file'}: cannot be read: {problem.strerror}."
-        raise error(f"{said} {fix}".rstrip()) from problem
+        reason = f"{problem.filename or 'a file'}: cannot be read: {problem.strerror}."
+        raise error(f"{reason} {fix}".rstrip()) from problem
 
 
 def integers(value: Any) -> tuple[int, ...]:
-    """Return a list or tuple of integers of 64 bits as a tuple.
+    """Return a list or tuple of 64-bit integers as a tuple.
 
     Raises:
-        ValueError: anything else, booleans included.
+        ValueError: `value` is anything else, such as a list of booleans.
     """
     numbers = tuple(value) if isinstance(value, list | tuple) else None
     if numbers is None or any(type(n) is not int or not -1 << 63 <= n < 1 << 63 for n in numbers):
@@ -119,10 +119,10 @@ def integers(value: Any) -> tuple[int, ...]:
 
 
 def text(value: Any) -> str:
-    """Return a text as it is.
+    """Return `value` if it is a string.
 
     Raises:
-        ValueError: anything else.
+        ValueError: it is not.
     """
     if type(value) is not str:
         raise ValueError(f"{brief(value)} is no text")

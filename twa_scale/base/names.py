@@ -1,4 +1,4 @@
-"""Tensor names: taking wrappers off, choosing tensors by pattern, and putting them into groups."""
+"""Tensor names: removing the prefixes of wrappers, selecting tensors by pattern, and assigning them to groups."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from twa_scale.errors import ConfigError
 
-# Steps into wrappers that torch and fairscale put inside a path. No model has attributes of these names.
+# Attributes of wrappers that torch and fairscale insert into a path. No model has attributes of these names.
 _INNER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
 _OUTER = "module."
 
@@ -14,11 +14,11 @@ REST = "rest"
 
 
 def without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Map each name of one state dict to the name without wrappers.
+    """Map each name of a state dict to the name without the prefixes of wrappers.
 
-    The steps of FSDP1, fairscale, torch.compile and activation checkpointing are removed wherever they stand. "module."
-    is a wrapper's, that of DDP or DeepSpeed, only if all names begin with it: models have attributes of that name, as
-    `torch.optim.swa_utils.AveragedModel` has.
+    The attributes of FSDP1, fairscale, torch.compile and activation checkpointing are removed anywhere in a name. The
+    "module." of DDP and DeepSpeed is removed only if all names start with it, because models may have an attribute of
+    this name, as `torch.optim.swa_utils.AveragedModel` does.
     """
     plain = {name: _INNER.sub("", name) for name in names}
     while plain and all(name.startswith(_OUTER) for name in plain.values()):
@@ -33,27 +33,27 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:
-    """Return the first few names, quoted, and how many more there are."""
+    """Return the first `limit` names, quoted, and the number of further names, as text for messages."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(repr(name) for name in names[:limit]) + more
 
 
 def and_more(labels: Sequence[str]) -> str:
-    """Return the first label, and how many more there are."""
+    """Return the first label and the number of further labels, as text for messages."""
     return labels[0] + (f" and {len(labels) - 1} more" if len(labels) > 1 else "")
 
 
 def matches_any(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the regular expressions is found anywhere in `name`."""
+    """Return whether one of the regular expressions matches anywhere in `name`."""
     return any(re.search(pattern, name) for pattern in patterns)
 
 
 def selected(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """Return the names that `include` keeps and `exclude` does not drop, in order.
+    """Return the names that `include` matches, or all if it is empty, without those that `exclude` matches, in order.
 
     Raises:
-        ConfigError: a pattern that matches no tensor, which would silently train something else.
+        ConfigError: a pattern matches no tensor.
     """
     for key, patterns in (("include", include), ("exclude", exclude)):
         refuse_unused(key, patterns, names)
@@ -61,11 +61,16 @@ def selected(names: Sequence[str], include: Sequence[str], exclude: Sequence[str
 
 
 def group_names(names: Sequence[str], groups: str | Sequence[str]) -> dict[str, str]:
-    """Map each tensor name to the name of its group, as `groups` of TwaConfig says.
+    """Map each tensor name to the name of its group.
 
-    `block` reads the block from the name: the path up to its first number ("layers.3"), or the top module of a
-    tensor that stands in no block. A list holds regular expressions: the first that is found wins, and tensors
-    that none matches share the group "rest".
+    Args:
+        names: the tensor names.
+        groups: the setting of TwaConfig. `block` takes the path up to the first number ("layers.3"), or the top module
+            of a tensor outside of blocks. In a list of regular expressions the first match is used, and tensors without
+            a match form the group "rest".
+
+    Raises:
+        ConfigError: a pattern matches no tensor.
     """
     if groups == "global":
         return dict.fromkeys(names, "global")
@@ -87,10 +92,10 @@ def _block(name: str) -> str:
 
 
 def refuse_unused(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse patterns that match no tensor, which would silently do something else.
+    """Check that every pattern matches a tensor.
 
     Raises:
-        ConfigError: naming the pattern.
+        ConfigError: a pattern matches no tensor.
     """
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):

@@ -1,17 +1,18 @@
-"""One line about something that was done although a user may not have meant it."""
+"""Warnings of one line about results that a user may not have intended."""
 
 import sys
 import warnings
 
 
 class TwaWarning(UserWarning):
-    """What was done is right under its rule, but a user may have meant something else; the message says both."""
+    """A warning about a valid result that the user may not have intended. The message names the rule and the choice."""
 
 
 def notice(text: str) -> None:
-    """Warn with `text` at the caller's line outside of the package. Python shows it once a line of the caller.
+    """Issue a `TwaWarning` with `text`, attributed to the caller outside of the package.
 
-    Call it on one rank, after the last collective: a filter may turn warnings into errors.
+    Python shows it once for each line of the caller. Call it on one rank, after the last collective, because a filter
+    may turn warnings into errors.
     """
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "twa_scale":
@@ -19,5 +20,5 @@ def notice(text: str) -> None:
     warnings.warn(text, TwaWarning, stacklevel=level)
 
 
-def unsaid(text: str) -> None:
-    """Say nothing, where `notice` is called on another rank."""
+def ignore_notice(text: str) -> None:
+    """Do nothing. Used on ranks where another rank calls `notice`."""

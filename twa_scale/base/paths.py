@@ -1,4 +1,4 @@
-"""Paths and patterns, and walks through folders that pass nothing over in silence: what cannot be read is an error."""
+"""Paths, patterns, and walks through directories in which an unreadable directory is an error."""
 
 import os
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from twa_scale.errors import CandidateError, TwaError
 
-_NO_DATA = "lost+found"  # of a file system; only root may read it
+_NO_DATA = "lost+found"  # a directory of file systems that only root may read
 
 
 def path_of(given: str | Path, error: type[TwaError] = CandidateError) -> Path:
-    """Return a path that somebody has written, with `~` in its place.
+    """Return the path that a user gave, with `~` expanded.
 
     Raises:
-        TwaError: of type `error`: no path, or a home that there is not.
+        TwaError: of type `error`: the text is empty or holds a zero byte, or the home directory is unknown.
     """
     text = str(given)
     if not text.strip() or "\0" in text:
@@ -27,14 +27,14 @@ def path_of(given: str | Path, error: type[TwaError] = CandidateError) -> Path:
 
 
 def matching(pattern: Path) -> tuple[Path, list[Path]]:
-    """Return the folder in which a pattern begins to be one, and what it matches below, sorted.
+    """Return the existing directory at the start of a pattern, and the paths that the pattern matches below it, sorted.
 
-    Folders that exist are no part of the pattern, whatever is in their names. `**` matches folders at any depth, and
-    goes through links but not in circles. Names that begin with a dot are matched by patterns that do, and `lost+found`
-    by its full name only.
+    Existing directories are taken literally, even if their names contain wildcards. `**` matches directories at any
+    depth, and follows links except for cycles. Names that start with a dot are matched only by patterns that start with
+    one, and `lost+found` only by its full name.
 
     Raises:
-        OSError: a folder that cannot be read.
+        OSError: a directory cannot be read.
     """
     parts = pattern.parts
     literal = next((i for i in range(len(parts)) if not Path(*parts[: i + 1]).exists()), len(parts))
@@ -45,18 +45,18 @@ def matching(pattern: Path) -> tuple[Path, list[Path]]:
 def folders_below(
     folder: Path, without: tuple[str, ...] = (), above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield a folder with what it holds beside folders, then the folders below it at any depth in the same way.
+    """Yield each directory from `folder` down, with its entries that are not directories.
 
-    Links to folders are followed, but not in circles. Names that begin with a dot or one of `without` are passed over,
-    and so is `lost+found`.
+    Links to directories are followed, except for cycles. Names that start with a dot or a prefix in `without` are
+    skipped, and so is `lost+found`.
 
     Args:
-        folder: where to begin.
-        without: beginnings of names.
-        above: device and inode of the folders on the way to this one.
+        folder: the first directory.
+        without: prefixes of names to skip.
+        above: device and inode of the directories above `folder`, to detect cycles.
 
     Raises:
-        OSError: a folder that cannot be read.
+        OSError: a directory cannot be read.
     """
     stat = folder.stat()
     here = (stat.st_dev, stat.st_ino)
@@ -73,28 +73,28 @@ def folders_below(
 
 
 def leads_nowhere(path: Path) -> bool:
-    """Whether a path is a link to what is not there, or a link in a circle."""
+    """Return whether a path is a broken link or a cycle of links."""
     return path.is_symlink() and not path.exists()
 
 
 def num_links(path: Path) -> int:
-    """Return how many parts of a path are links."""
+    """Return the number of symbolic links among a path and its parents."""
     return sum(part.is_symlink() for part in (path, *path.parents))
 
 
 def identity(file: Path) -> tuple[int, int, int, int]:
-    """Return what identifies a file, the same under each path that leads to it."""
+    """Return an identifier of a file that is equal for all paths of the file."""
     return identity_of(file.stat())
 
 
 def identity_of(stat: os.stat_result) -> tuple[int, int, int, int]:
-    """Return the `identity` of the file that the system says this of."""
-    # Size and time as well: some network file systems give different files the same number.
+    """Return the `identity` of the file with this `stat` result."""
+    # Some network file systems give different files the same inode number, so size and time are included.
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _select(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-    """Yield what `parts` match in a folder."""
+    """Yield the paths below `folder` that the parts of a pattern match."""
     if not parts:
         yield folder
         return
@@ -111,10 +111,12 @@ def _select(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
 
 
 def entries(folder: Path, pattern: str = "*") -> list[Path]:
-    """Return what matches a pattern in a folder, sorted; hidden names and `lost+found` by their names only.
+    """Return the entries of a directory that match a pattern, sorted.
+
+    Hidden names match only patterns that start with a dot, and `lost+found` is left out.
 
     Raises:
-        OSError: a folder that cannot be read.
+        OSError: the directory cannot be read.
     """
     return [
         path

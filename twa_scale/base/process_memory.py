@@ -1,4 +1,4 @@
-"""Memory of this process and of its machine: how much, and making the allocator give back what is freed."""
+"""The memory of this process and of the machine, and the return of freed memory to the system."""
 
 import ctypes
 import os
@@ -12,23 +12,23 @@ _THRESHOLD = 1 << 20
 
 
 def resident() -> int:
-    """Return the bytes that are resident now; 0 where the system does not tell."""
+    """Return the resident memory of this process in bytes; 0 if it is unknown."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def peak_resident() -> int:
-    """Return the most bytes that have been resident in the life of this process."""
+    """Return the peak resident memory of this process in bytes."""
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def machine_memory(root: Path = Path("/")) -> int:
-    """Return the bytes that all processes here may use: what is installed, or less where a cgroup says so."""
+    """Return the memory of this machine in bytes, or the limit of a cgroup of this process if that is lower."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits(root)])
 
 
 def free_memory() -> int:
-    """Return the bytes that are free, or could be made so, on this machine; what it has where it does not tell."""
+    """Return the available memory of this machine in bytes, or its whole memory if that is unknown."""
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
@@ -36,7 +36,7 @@ def free_memory() -> int:
 
 
 def _limits(root: Path) -> Iterator[int]:
-    """Yield the limits of this process's cgroups, of both versions, as containers and batch systems set them."""
+    """Yield the memory limits of the cgroups of this process, versions 1 and 2."""
     membership = root / "proc/self/cgroup"
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, kinds, path = line.split(":", 2)
@@ -52,12 +52,11 @@ def _limits(root: Path) -> Iterator[int]:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give tensors of a megabyte and more back to the system when they are freed.
+    """Make glibc return freed tensors of a megabyte and more to the system.
 
-    By default it learns from the first large block that is freed to keep later ones in its heap, where the buffers that
-    FSDP gathers and drops leave holes: the resident memory of a rank on CPU then grows far beyond what is alive, and
-    beyond any plan. The price is page faults: gathered buffers are mapped anew each time. Other C libraries are
-    left as they are.
+    By default glibc raises its threshold when a large block is freed, and keeps later blocks in its heap. The buffers
+    that FSDP gathers and frees then fragment the heap, and the resident memory of a rank on a CPU grows far beyond the
+    memory in use. With the fixed threshold each gathered buffer costs page faults. Does nothing with other C libraries.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

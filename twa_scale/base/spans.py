@@ -1,4 +1,4 @@
-"""Spans: the parts of a tensor's row-major flattening in which every rank owns weights."""
+"""Spans: the ranges of a tensor's row-major flattening that a rank holds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from math import prod
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """Elements of the row-major flattening of tensor `name`, as they lie in the memory of one rank.
+    """A set of elements of the row-major flattening of tensor `name`, contiguous in the memory of one rank.
 
-    With `run` 0 they are [start, stop). Otherwise they are runs of `run` elements, each `stride` after the one before,
-    from `start` until `stop`: what a rank holds of a matrix that is split by columns.
+    With `run` 0 it is the range [start, stop). Otherwise it consists of runs of `run` elements that start at `start`
+    and every `stride` elements after it, up to `stop`, as for a matrix that is sharded by columns.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Span:
         return -(-(self.stop - self.start) // self.stride)
 
     def runs(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-        """Yield every contiguous range (start, stop) of the flattening, in order: of all, or elements [start, stop)."""
+        """Yield the contiguous ranges of the flattening that elements [start, stop) of this span occupy, in order."""
         stop = len(self) if stop is None else stop
         if not self.run:
             yield self.start + start, self.start + stop
@@ -38,11 +38,11 @@ class Span:
             start += count
 
     def element(self, i: int) -> int:
-        """Return where the i-th of these elements stands in the flattening."""
+        """Return the position of the i-th element of this span in the flattening."""
         return self.start + i if not self.run else self.start + i // self.run * self.stride + i % self.run
 
     def pieces(self, size: int) -> Iterator[tuple[int, "Span"]]:
-        """Cut into consecutive spans of at most `size` elements, each with its offset in this one."""
+        """Yield consecutive spans of at most `size` elements that tile this one, with their offsets in it."""
         if not self.run:
             for start in range(self.start, self.stop, size):
                 yield start - self.start, Span(self.name, start, min(start + size, self.stop))
@@ -56,7 +56,7 @@ class Span:
                 yield i, self.part(i, min(i + many, len(self)))
 
     def part(self, start: int, stop: int) -> "Span":
-        """Return the elements [start, stop) of these; in a strided span both are multiples of `run`."""
+        """Return elements [start, stop) of this span. In a strided span both have to be multiples of `run`."""
         if not self.run:
             return Span(self.name, self.start + start, self.start + stop)
         if start == stop:
@@ -66,10 +66,16 @@ class Span:
 
 
 def block(name: str, shape: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...]) -> Span:
-    """Return the span of a box of a tensor: `sizes` elements from `starts` on, one number a dimension.
+    """Return the span of a box of a tensor.
+
+    Args:
+        name: the name of the tensor.
+        shape: its shape.
+        starts: the first index of the box in each dimension.
+        sizes: the size of the box in each dimension.
 
     Raises:
-        ValueError: a box that is not one level of runs, as a part of dims 1 and 2 is not.
+        ValueError: the box does not consist of evenly spaced runs, for example if it is a part of dimensions 1 and 2.
     """
     if 0 in sizes:
         return Span(name, 0, 0)
@@ -88,14 +94,14 @@ def block(name: str, shape: tuple[int, ...], starts: tuple[int, ...], sizes: tup
 
 
 def share(numel: int, rank: int, size: int) -> tuple[int, int]:
-    """Return (start, stop) of rank's part when `numel` elements are cut into `size` equal parts, the last ones short.
+    """Return (start, stop) of the part of rank `rank` when `numel` elements are split into `size` parts.
 
-    Every part but the tail has ceil(numel / size) elements, which is what an all-gather of equal pieces needs.
+    Parts have ceil(numel / size) elements, as an all-gather requires; the last ones may be shorter or empty.
     """
     part = -(-numel // size)
     return min(rank * part, numel), min((rank + 1) * part, numel)
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Span:
-    """Return the span of a whole tensor; a scalar has one element."""
+    """Return the span of a whole tensor. A scalar has one element."""
     return Span(name, 0, prod(shape))

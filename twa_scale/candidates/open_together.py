@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from twa_scale.base.notices import notice, unsaid
+from twa_scale.base.notices import ignore_notice, notice
 from twa_scale.base.paths import path_of
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.find import Source, Spec, find_sources, spec_items
@@ -47,7 +47,7 @@ def open_together(spec: Spec, group: Group, minimum: int = 2, wanted: Wanted = A
     try:
         sources = _resolved(spec, group, minimum)
         with group.agree():
-            candidates = open_sources(sources, wanted, notice if group.rank == 0 else unsaid)
+            candidates = open_sources(sources, wanted, notice if group.rank == 0 else ignore_notice)
         _require_same(candidates, group)
     except BaseException:
         for candidate in candidates:
@@ -65,7 +65,7 @@ def _resolved(spec: Spec, group: Group, minimum: int) -> list[Source]:
     sources: list[Source] = []
     with group.agree():
         if other or group.rank == 0:
-            sources = find_sources(items, minimum, notice if group.rank == 0 else unsaid)
+            sources = find_sources(items, minimum, notice if group.rank == 0 else ignore_notice)
     found = group.broadcast([None if isinstance(source, Mapping) else source for source in sources])
     if other or group.rank == 0:
         return sources

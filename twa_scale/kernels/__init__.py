@@ -1,4 +1,8 @@
-"""What is done with data of the size of the model: making deltas, project and combine, for dense and packed rows."""
+"""Kernels, the operations on data of the size of the model: making deltas, project and combine.
+
+Start with `kernels.py` (the interface), `rows.py` and `packed_rows.py` (the layouts of rows), and `torch/reference.py`
+(the reference implementation).
+"""
 
 from twa_scale.kernels.backend import choose_kernels
 from twa_scale.kernels.coding import Coding, RowMap, Trajectory, of_deltas, of_increments

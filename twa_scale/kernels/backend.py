@@ -1,4 +1,4 @@
-"""Choosing kernels: the fastest that run on a device, or those that the user names."""
+"""The choice of kernels: the fastest for a device, or those that the user names."""
 
 import importlib
 import logging
@@ -19,11 +19,16 @@ _CLASSES = {
 def choose_kernels(name: Name, device: torch.device) -> Kernels:
     """Return kernels for tensors on `device`.
 
-    Where those that `name` asks for, or `auto` prefers, are not to be had, the next are taken, with a line in the log.
+    Kernels that cannot be imported, or do not support the device, are replaced by the next choice, with a warning in
+    the log.
+
+    Args:
+        name: the kernels to use; `auto` for the fastest ones.
+        device: the device of the tensors.
     """
     preferred = "numba" if device.type == "cpu" else "triton"
-    wanted = [preferred, "torch"] if name in ("auto", "torch") else [name, preferred, "torch"]
-    for candidate in wanted[-1:] if name == "torch" else dict.fromkeys(wanted):
+    choices = [preferred, "torch"] if name in ("auto", "torch") else [name, preferred, "torch"]
+    for candidate in choices[-1:] if name == "torch" else dict.fromkeys(choices):
         try:
             module, kind = _CLASSES[candidate]
             _require(candidate, device)
@@ -31,13 +36,13 @@ def choose_kernels(name: Name, device: torch.device) -> Kernels:
             return kernels
         except ImportError as error:
             logging.getLogger("twa_scale").warning(
-                "no %s kernels for %s: %s; the next are taken", candidate, device, error
+                "no %s kernels for %s: %s; using the next choice", candidate, device, error
             )
-    raise AssertionError("torch is always there")
+    raise AssertionError("the torch kernels support every device")
 
 
 def _require(name: str, device: torch.device) -> None:
-    """Refuse kernels that are for other devices. Triton's interpreter, which is for tests, runs on a CPU."""
+    """Raise ImportError if kernels do not support the device. Triton's interpreter, used in tests, runs on a CPU."""
     if name == "numba" and device.type != "cpu":
         raise ImportError("they run on a CPU")
     if name == "triton" and device.type == "cpu" and not _interpreted():

@@ -1,4 +1,4 @@
-"""What a set of kernels has to do."""
+"""The interface of kernels, and the types of their arguments and results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,79 +13,94 @@ from twa_scale.kernels.rows import Dense
 
 @dataclass(frozen=True)
 class Differences:
-    """n rows w_i - c that are nowhere stored: each is formed in float32 where it is used."""
+    """n rows w_i - c that are not stored, but computed in float32 in each kernel."""
 
     rows: Sequence[torch.Tensor]
-    """n of (m,), any floating types."""
+    """The candidates w_i, n tensors (m,) of any floating point types."""
     center: torch.Tensor
-    """(m,), float32."""
+    """The center c, (m,), float32."""
 
 
 Rows = Dense | Packed | Differences
 Sources = torch.Tensor | Sequence[torch.Tensor]
-"""n of (m,), contiguous, on the CPU: of one type as one tensor (n, m), or of several."""
+"""Elements of the candidates on the CPU: one tensor (n, m) with contiguous rows, or n contiguous tensors (m,)."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where what is made of the candidates' elements of a span goes; None: it is not wanted."""
+    """The outputs of `Kernels.make_deltas` for a span of m elements. An output that is None is not computed."""
 
     rows: Dense | Packed | None = None
-    """The deltas w_i - c, n of m elements; or, packed, what `coding` says. Packed rows are zero before."""
+    """The n deltas w_i - c, or packed rows with another `coding`. Packed rows have all bits zero before."""
     center: torch.Tensor | None = None
-    """(m,): float32 beside rows; without them any floating type, and live model memory, written only when finite."""
+    """The center c, (m,). With rows it is float32. Without rows it has any floating point type; it may be live model
+    memory, and is written only if it is finite."""
     products: torch.Tensor | None = None
-    """(n + 1, n + 1) or (n + 1,), float64: what inner products of the deltas and, last, the center are added to."""
+    """The sum to which inner products of the deltas and, last, the center are added, float64: (n + 1, n + 1), or
+    (n + 1,) for squared norms only."""
     coding: Coding | None = None
-    """What packed rows stand for: deltas when not given."""
+    """The coding of packed rows; None for deltas."""
     errors: torch.Tensor | None = None
-    """(n,), float64: what the squared norm of each candidate less what packed rows make of it is added to."""
+    """The sum to which the squared norms of the rounding errors of packed candidates are added, (n,), float64."""
 
     @property
     def device(self) -> torch.device:
-        """The one where it is made."""
-        places = (*(self.rows.tensors if self.rows else ()), self.products, self.center)
-        return next(place.device for place in places if place is not None)
+        """The device of the outputs."""
+        outputs = (*(self.rows.tensors if self.rows else ()), self.products, self.center)
+        return next(output.device for output in outputs if output is not None)
 
 
-class Seen(NamedTuple):
-    """What was found out about sources on the way."""
+class SourceChecks(NamedTuple):
+    """Checksums and finiteness of the sources."""
 
     checksums: torch.Tensor
-    """(n,), int64."""
+    """The checksum of each source, (n,), int64."""
     finite: bool
-    """Whether all of the center is: an element that is NaN or Inf makes it so, or a difference that is too large."""
+    """Whether the center is finite. It is not if a source holds NaN or infinity, or if a difference overflows."""
 
 
 class Kernels(Protocol):
-    """The operations on data of the size of the model, one pass over the rows each.
+    """The operations on data of the size of the model. Each one reads the rows once.
 
-    Products of a tile are added in float32, tiles in float64. Left out on purpose: groups, spans and ranks.
+    Products are added in float32 within a tile, and in float64 over tiles. Groups, spans and ranks are handled by the
+    callers.
     """
 
     name: str
 
     def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, gradient>: (n,), float64. The gradient is (m,), of any floating type, on the same device."""
+        """Return the inner products <row_i, gradient>, (n,), float64.
+
+        Args:
+            rows: n rows of m elements.
+            gradient: (m,), of any floating point type, on the device of the rows.
+        """
 
     def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """Write scale * base + sum_i weights_i row_i into `out`, rounded once from float32.
 
         Args:
-            rows: n of m elements.
-            weights: (n,), any floating type.
-            base: (m,), float32: the center.
+            rows: n rows of m elements.
+            weights: (n,), of any floating point type.
+            base: the center, (m,), float32.
             scale: the weight of the center.
-            out: (m,), any floating type; it may be live model memory.
+            out: (m,), of any floating point type; it may be live model memory.
         """
 
     def checksums(self, sources: Sources) -> torch.Tensor:
-        """Return the checksum of each source, 1-D on the CPU: (n,), int64."""
+        """Return the checksum of each source, (n,), int64, on the CPU."""
 
-    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
-        """Make deltas w_i - c around c = sum_i b_i w_i of elements `start` and following of a span.
+    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> SourceChecks:
+        """Compute the deltas w_i - c and the center c = sum_i b_i w_i of some elements of a span.
 
-        All is relative to the source of the largest weight b: where sources w_i (k,) agree, the deltas are zero and the
-        center has their bits. It is computed in float32, or in float64 where a source has it. Blocks of packed rows
-        must be whole, but for the first and the last of the rows.
+        Both are computed relative to the source with the largest weight. Where all sources agree, the deltas are
+        therefore exactly zero, and the center is bitwise equal to the sources. The arithmetic is float32, or float64 if
+        a source is float64.
+
+        Args:
+            sources: k elements of each candidate.
+            weights: the weights b of the candidates in the center.
+            target: the outputs for the whole span.
+            start: the position of the elements in the span. The elements must not split a block of packed rows, except
+                for the first and last block of the span.
         """

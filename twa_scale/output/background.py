@@ -23,13 +23,13 @@ class BackgroundWrite:
     """A thread that writes the values of this rank. The first rank publishes the output when all ranks have written.
 
     The thread takes part in no collective, because it would interfere with those of training. Instead, ranks create
-    marker files beside the weights, on their shared file system. The process ends only after the thread has ended.
+    marker files next to the weights, on their shared file system. The process ends only after the thread has ended.
 
     Args:
         writer: a writer from `open_writer`.
         values: copies of the values of this rank with their spans. They are freed one by one.
         group: the ranks that write.
-        files: small files to publish beside the weights.
+        files: small files to publish next to the weights.
         published: called on the first rank after the output is published.
     """
 

@@ -54,7 +54,7 @@ def with_provenance(
 
     Args:
         origin: the `provenance`.
-        files: further files to write beside the weights.
+        files: further files to write next to the weights.
         metadata: further metadata of the headers.
     """
     return {
@@ -77,5 +77,5 @@ def _in_header(origin: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, s
 
 
 def _as_file(origin: Mapping[str, Any], files: Mapping[str, object]) -> bytes:
-    """Return the content of twa_scale.json: `origin`, and the names of the `files` beside the weights."""
+    """Return the content of twa_scale.json: `origin`, and the names of the `files` next to the weights."""
     return (json.dumps({**origin, "files": sorted(files)}, indent=2) + "\n").encode()

@@ -195,7 +195,7 @@ def open_writer(
     base: str = "model",
     metadata: Mapping[str, str] | None = None,
 ) -> Writer:
-    """Create the files, of full size and without values, in a temporary directory beside `out`. Collective.
+    """Create the files, of full size and without values, in a temporary directory next to `out`. Collective.
 
     The arguments are those of `writing`.
 

@@ -1,4 +1,4 @@
-"""Small files beside the weights of an output, such as config.json."""
+"""Small files next to the weights of an output, such as config.json."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from twa_scale.output.file_layout import index_name
 from twa_scale.output.provenance import PROVENANCE
 
 Files = Mapping[str, bytes | Path]
-"""Small files beside the weights: the content of each, or the path of a file to copy, by its path in the output."""
+"""Small files next to the weights: the content of each, or the path of a file to copy, by its path in the output."""
 
 
 def check_files(files: Files, base: str) -> None:

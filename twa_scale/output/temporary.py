@@ -1,6 +1,6 @@
-"""Temporary names beside an output, each owned by one process, and the removal of those whose owner has died.
+"""Temporary names next to an output, each owned by one process, and the removal of those whose owner has died.
 
-The owner holds a lock on a file beside the temporary name. The kernel releases this lock when the process ends, so the
+The owner holds a lock on a file next to the temporary name. The kernel releases this lock when the process ends, so the
 next writer of the same output can recognize and remove what a killed process has left.
 """
 
@@ -26,7 +26,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class TemporaryName:
-    """A temporary name beside `target` for a file or directory, with a lock.
+    """A temporary name next to `target` for a file or directory, with a lock.
 
     `discard`, or the end of a `with` block, removes the file or directory. While the main thread uses a temporary name,
     handlers of SIGTERM and SIGHUP remove it before the process dies, unless the process has its own handlers. A name
@@ -129,7 +129,7 @@ def clear(path: Path, target: Path, kind: Kind) -> None:
 
 
 def _lock_path(path: Path) -> Path:
-    """Return the path of the lock file. It is beside the temporary directory, so that it is never published."""
+    """Return the path of the lock file. It is next to the temporary directory, so that it is never published."""
     return path.with_name(f"{path.name}.lock")
 
 

@@ -1,1 +1,1 @@
-"""Kernels for CPUs, compiled by numba on their first use. Start with `compiled.py`."""
+"""Kernels for CPUs, compiled by numba on first use. Start with `compiled.py`."""

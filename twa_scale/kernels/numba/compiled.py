@@ -1,4 +1,4 @@
-"""Kernels for CPUs, compiled by numba on their first use."""
+"""Kernels for CPUs, compiled by numba on first use."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from twa_scale.kernels.coding import CENTER, of_deltas
-from twa_scale.kernels.kernels import Differences, Rows, Seen, Sources, Target
+from twa_scale.kernels.kernels import Differences, Rows, SourceChecks, Sources, Target
 from twa_scale.kernels.numba import delta_loops, loops
 from twa_scale.kernels.numba.packed_loops import packed_loops
 from twa_scale.kernels.numba.threads import Threads
@@ -24,12 +24,12 @@ from twa_scale.kernels.torch.deltas import (
     require_whole_blocks,
 )
 
-_PIECE = 1 << 17  # elements of a sum of differences: it stays in cache while the rows go by
-_PART = 1024  # elements of them that are added in float32
+_PIECE = 1 << 17  # elements of a weighted sum of differences that stay in cache while all rows are added
+_PART = 1024  # elements of differences whose products are added in float32
 
 
 class NumbaKernels:
-    """Each thread takes a range of tiles, and reads all rows of a tile while the gradient or the sum is in cache."""
+    """Kernels in which each thread processes ranges of tiles, and all rows of a tile while the gradient is in cache."""
 
     name = "numba"
 
@@ -37,7 +37,7 @@ class NumbaKernels:
         self._threads = Threads()
 
     def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, gradient>."""
+        """Return the inner products <row_i, gradient>."""
         right = _array(gradient)
         parts: list[tuple[int, Any]] = []
 
@@ -56,7 +56,7 @@ class NumbaKernels:
                     total = np.array([loops.project_differences(a, center, right, *cut, _PART) for a in arrays])
             parts.append((start, total))
 
-        self._threads.share(work, *_size(rows))
+        self._threads.run(work, *_size(rows))
         return torch.from_numpy(_in_order(parts))
 
     def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
@@ -86,7 +86,7 @@ class NumbaKernels:
                     for piece in range(start, stop):
                         self._combine_differences(rows, factors, base, scale, out, piece * _PIECE)
 
-        self._threads.share(work, *_size(rows))
+        self._threads.run(work, *_size(rows))
 
     def _combine_differences(
         self, rows: Differences, weights: Any, base: torch.Tensor, scale: float, out: torch.Tensor, start: int
@@ -105,8 +105,8 @@ class NumbaKernels:
         delta_loops.checksums(_flat(sources.view(torch.int16)), pitch, width, total)
         return torch.from_numpy(total)
 
-    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
-        """Make deltas and what goes with them, each thread of some columns that share no word of packed rows."""
+    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> SourceChecks:
+        """Compute deltas, center, inner products and errors. Threads process columns that share no packed word."""
         types = {source.dtype for source in sources}
         if torch.float64 in types:
             return make_deltas(sources, weights, target, start)
@@ -119,27 +119,27 @@ class NumbaKernels:
             for row, source in zip(wide, sources, strict=True):
                 row.copy_(source[low:high])
             finite &= self._make_deltas(wide, weights, target, start + low).finite
-        return Seen(self.checksums(sources), finite)
+        return SourceChecks(self.checksums(sources), finite)
 
-    def _make_deltas(self, sources: torch.Tensor, weights: Sequence[float], target: Target, start: int) -> Seen:
+    def _make_deltas(self, sources: torch.Tensor, weights: Sequence[float], target: Target, start: int) -> SourceChecks:
         n, m = sources.shape
         at = grid_column(target.rows, start)
         integers, floats = (torch.int16, torch.uint16) if sources.itemsize == 2 else (torch.int32, torch.float32)
         bits = target.rows.bits if isinstance(target.rows, Packed) else 0
-        rule = (np.array(weights, np.float32), np.uint64(reference_of(weights)), _walk(target, n))
+        rule = (np.array(weights, np.float32), np.uint64(reference_of(weights)), _coding_order(target, n))
         data = (_flat(sources.view(floats)), _flat(sources.view(integers)), np.uint64(sources.stride(0)))
         center = None if target.center is None else target.center.detach()[start : start + m]
-        live = target.rows is None  # must not see what is not finite
+        live = target.rows is None  # Live weights are written only if all values are finite.
         place = torch.empty(m) if center is None or live else center
         parts: list[tuple[int, Any]] = []
 
         def work(first: int, last: int) -> None:
             low, high = (min(max((at // GRID + i) * GRID - at, 0), m) for i in (first, last))
-            sums = np.zeros(n, np.int64), _wanted(target, n), np.zeros(1), np.zeros(n)
-            delta_loops.delta_loop(bits)(data, rule, _writable(target), at, place.numpy(), sums, low, high)
+            sums = np.zeros(n, np.int64), _new_products(target, n), np.zeros(1), np.zeros(n)
+            delta_loops.delta_loop(bits)(data, rule, _row_memory(target), at, place.numpy(), sums, low, high)
             parts.append((first, sums))
 
-        self._threads.share(work, -(-(at % GRID + m) // GRID), sources.nbytes)
+        self._threads.run(work, -(-(at % GRID + m) // GRID), sources.nbytes)
         checked, products, size, errors = (_in_order([(first, sums[k]) for first, sums in parts]) for k in range(4))
         if target.products is not None and target.products.ndim == 1:
             target.products.add_(torch.from_numpy(products[0]))
@@ -151,26 +151,26 @@ class NumbaKernels:
         finite = bool(np.isfinite(size[0]))
         if center is not None and live and finite:
             center.copy_(place)
-        return Seen(torch.from_numpy(checked), finite)
+        return SourceChecks(torch.from_numpy(checked), finite)
 
 
-def _wanted(target: Target, n: int) -> Any:
-    """Return zeros for the products that are wanted, in delta_loop's shape: of all, a multiple of three."""
+def _new_products(target: Target, n: int) -> Any:
+    """Return zeros for the inner products, in the shape that `delta_loop` needs: a multiple of three for all pairs."""
     if target.products is None:
         return np.zeros((0, 0))
     return np.zeros((1, n + 1) if target.products.ndim == 1 else (-(-(n + 1) // 3) * 3,) * 2)
 
 
-def _walk(target: Target, n: int) -> Any:
-    """Return the order in which rows are coded, and for each the one that it is relative to: n for the center."""
+def _coding_order(target: Target, n: int) -> Any:
+    """Return the order in which rows are coded, and for each the row that is subtracted; n stands for the center."""
     coding = target.coding or of_deltas(n)
     order = [i for level in coding.levels for i in level]
     before = [n if coding.before[i] == CENTER else coding.before[i] for i in order]
     return np.array(order, np.uint64), np.array(before, np.uint64)
 
 
-def _writable(target: Target) -> Any:
-    """Return the memory of a target's rows as delta_loop has it."""
+def _row_memory(target: Target) -> Any:
+    """Return the memory of a target's rows, as an argument of `delta_loop`."""
     match target.rows:
         case Packed():
             return _packed(target.rows)
@@ -181,12 +181,12 @@ def _writable(target: Target) -> Any:
 
 
 def _in_order(parts: list[tuple[int, Any]]) -> Any:
-    """Add up parts in the order of the columns: the same bits whichever thread was first."""
+    """Return the sum of the parts, added in the order of the columns so that it does not depend on the threads."""
     return np.sum([total for _, total in sorted(parts, key=lambda part: part[0])], axis=0)
 
 
 def _array(tensor: torch.Tensor) -> Any:
-    """Return a tensor's memory as numpy has it: bfloat16 as uint16, and what loops do not know as float32."""
+    """Return a tensor as a numpy array: bfloat16 as uint16, and types that the loops do not support as float32."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy()
@@ -194,7 +194,7 @@ def _array(tensor: torch.Tensor) -> Any:
 
 
 def _flat(rows: torch.Tensor) -> Any:
-    """Return the memory of rows (n, m), however far apart, as one array."""
+    """Return rows (n, m) with any row stride as a flat array."""
     assert rows.stride(1) == 1 or rows.shape[1] <= 1
     size = (len(rows) - 1) * rows.stride(0) + rows.shape[1] if rows.numel() else 0
     return rows.as_strided((size,), (1,)).numpy()
@@ -205,12 +205,12 @@ def _packed(rows: Packed) -> Any:
 
 
 def _tiles(rows: Packed, start: int, stop: int) -> tuple[int, int]:
-    """Return the tiles of a range of runs."""
+    """Return the tiles (start, stop) of runs [start, stop)."""
     return start * RUN, min(stop * RUN, rows.count)
 
 
 def _size(rows: Rows) -> tuple[int, int]:
-    """Return how many ranges rows can be cut into, and their bytes."""
+    """Return the number of ranges into which rows can be split, and their size in bytes."""
     match rows:
         case Dense():
             return -(-rows.m // TILE), rows.nbytes

@@ -1,7 +1,7 @@
-"""The loop that makes deltas on a CPU, as in loops.py: all of it for some columns, while a core's cache holds them.
+"""The loop that computes deltas on a CPU. It processes a chunk of columns completely while it is in a core's cache.
 
-Differences are taken as they are written: fast math could turn (w - r) - s into w - (r + s), and candidates that agree
-would no longer give zeros.
+Differences are compiled without fast math, which could change (w - r) - s to w - (r + s). Equal candidates would then
+not give zeros.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from twa_scale.kernels.numba.quantize_loops import quantize
 from twa_scale.kernels.rows import TILE
 from twa_scale.kernels.torch.deltas import GRID
 
-_STRIDE = U(GRID + LANES)  # rows a power of two apart would all want the same places in the cache
+_STRIDE = U(GRID + LANES)  # Rows with a stride of a power of two would map to the same cache sets.
 ONE, TWO, THREE = U(1), U(2), U(3)
 _WIDE = U(512)
-_VECTORS = 4  # at once: a sum has to wait for its last addition, and others are made meanwhile
+_VECTORS = 4  # vectors at a time, whose independent sums hide the latency of additions
 _ABREAST = U(_VECTORS * LANES)
 
 
 def _sum(integers: Any, start: Any, stop: Any) -> Any:
-    """Return the sum of at most GRID integers: of 16 bits in 32, which vectors hold twice as many of."""
+    """Return the sum of at most GRID integers. Those of 16 bits are added in 32 bits, twice as fast as in 64 bits."""
 
 
 @overload(_sum, strict=False, jit_options={"fastmath": True})  # type: ignore[untyped-decorator]
@@ -45,7 +45,7 @@ def _sum_of(integers: Any, start: Any, stop: Any) -> Any:
 
 @compiled
 def checksums(integers: Any, pitch: int, width: int, total: Any) -> None:
-    """Add the sum of the first `width` integers of each row, `pitch` apart, to total (n,), int64."""
+    """Add the sum of the first `width` integers of each row, with row stride `pitch`, to `total`, (n,), int64."""
     for i in range(U(len(total))):
         for t in range(U(0), U(width), U(GRID)):
             total[i] += _sum(integers, U(i) * U(pitch) + t, U(i) * U(pitch) + min(t + U(GRID), U(width)))
@@ -53,7 +53,7 @@ def checksums(integers: Any, pitch: int, width: int, total: Any) -> None:
 
 @exact
 def _center(source: Any, pitch: Any, weights: Any, reference: Any, rows: Any, width: Any) -> None:
-    """Write the first `width` columns of w_i - c and, last, c into rows; the sources w_i are `pitch` apart."""
+    """Write `width` columns of w_i - c and, last, of c to `rows`. The sources w_i have row stride `pitch`."""
     n, rest = U(len(weights)), width - width % _ABREAST
     for t in range(U(0), rest, _ABREAST):
         subtract_mean(source, pitch, weights, n, reference, rows, _STRIDE, t)
@@ -68,7 +68,7 @@ def _center(source: Any, pitch: Any, weights: Any, reference: Any, rows: Any, wi
 
 @intrinsic
 def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at):  # type: ignore[no-untyped-def]
-    """Do what `_center` does for 64 columns, of which the sources are read twice and nothing else is kept."""
+    """Implement `_center` for 64 columns. The sources are read twice, and only sums are kept in registers."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         names = "source pitch weights n reference rows stride at"
@@ -83,7 +83,7 @@ def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at
         bases = [v.floats("source", v.at(start, column)) for column in columns]
         shifts = [v.variable(splat(0.0)) for _ in columns]
         with cgutils.for_range(builder, v["n"]) as row:
-            weight = v.spread("weights", row.index)
+            weight = v.broadcast_element("weights", row.index)
             for shift, difference in zip(shifts, differences(row.index), strict=True):
                 shift.set(builder.fadd(shift.get(), builder.fmul(weight, difference, flags=FUSED), flags=FUSED))
         with cgutils.for_range(builder, v["n"]) as row:
@@ -104,7 +104,7 @@ def subtract_mean(typing, source, pitch, weights, n, reference, rows, stride, at
 
 @compiled
 def _squares(rows: Any, width: Any, total: Any) -> None:
-    """Add <row_i, row_i> to total, float64."""
+    """Add <row_i, row_i> to `total`, float64."""
     for i in range(U(len(total))):
         part = 0.0
         for j in range(U(i) * _STRIDE, U(i) * _STRIDE + width):
@@ -114,12 +114,12 @@ def _squares(rows: Any, width: Any, total: Any) -> None:
 
 @compiled
 def _gram(rows: Any, n: Any, width: Any, total: Any) -> None:
-    """Add <row_i, row_j> to total, float64, for i <= j < n.
+    """Add <row_i, row_j> to `total`, float64, for i <= j < n.
 
-    The size of total is a multiple of three, so up to two more than n.
+    The size of `total` is n rounded up to a multiple of three.
     """
     size = U(len(total))
-    wide = np.zeros((size, _WIDE + U(8)))  # not a power of two apart, either
+    wide = np.zeros((size, _WIDE + U(8)))  # also without a stride of a power of two
     for t in range(U(0), width, _WIDE):
         part = min(_WIDE, width - t)
         for i in range(n):
@@ -133,7 +133,7 @@ def _gram(rows: Any, n: Any, width: Any, total: Any) -> None:
 
 @compiled
 def _products(wide: Any, i: Any, k: Any, width: Any, total: Any) -> None:
-    """Add the products of rows i to i + 2 with rows k to k + 2: nine for six loads."""
+    """Add the inner products of rows i to i + 2 with rows k to k + 2, which needs six loads for nine products."""
     s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = 0.0
     for j in range(width):
         x0, x1, x2 = wide[i, j], wide[i + ONE, j], wide[i + TWO, j]
@@ -160,7 +160,7 @@ def _products(wide: Any, i: Any, k: Any, width: Any, total: Any) -> None:
 
 @compiled
 def _write(rows: Any, at: Any, deltas: Any, n: Any, width: Any) -> None:
-    """Write columns of deltas into dense rows, from their column `at` on; or nowhere, where m is 0."""
+    """Write columns of deltas to dense rows, from their column `at` on, or do nothing if m is 0."""
     values, m = rows
     done = U(0) if m else width
     while done < width:
@@ -177,7 +177,7 @@ def _write(rows: Any, at: Any, deltas: Any, n: Any, width: Any) -> None:
 @compiled
 def _copy(rows: Any, start: Any, target: Any, at: Any, width: Any) -> Any:
     """Copy a row, and return its sum."""
-    total = 0.0  # in float64, in which finite ones have a finite sum
+    total = 0.0  # In float64 the sum of finite values is finite.
     for j in range(width):
         target[at + j] = rows[start + j]
         total += np.float64(rows[start + j])
@@ -186,18 +186,26 @@ def _copy(rows: Any, start: Any, target: Any, at: Any, width: Any) -> Any:
 
 @cache
 def delta_loop(bits: int) -> Callable[..., None]:
-    """Return the loop that makes deltas of columns [start, stop) of sources, `pitch` apart, whose bits are `integers`.
+    """Return the loop that computes deltas of columns [start, stop) of some sources.
 
-    `bits` says what `rows` are: 8, 4, 2 or 1, packed ones, as in packed_loops.py; 0, dense ones (values, m), or none,
-    where m is 0. Their column `at`, counted from the beginning of the first block, is column 0 here. Added up are
-    checksums, the products that their shape asks for (none (0, 0), squares (1, n + 1) or all), the center's sum, and
-    squared errors. `walk` is that of quantize_loops.py.
+    The arguments of the loop are:
+
+    - `data`: the sources as floats, their bits as integers, and the row stride;
+    - `rule`: the weights of the center, the index of the reference, and `coding_order` of quantize_loops.py;
+    - `rows`: packed rows as in packed_loops.py, or dense ones (values, m), where m is 0 if no rows are written;
+    - `at`: the column of the rows, counted from the start of the first block, that is column 0 of the sources;
+    - `target`: the center, float32;
+    - `sums`: to which checksums, inner products, the sum of the center and squared errors are added. The shape of the
+      inner products is (0, 0) for none, (1, n + 1) for squared norms, or square for all pairs.
+
+    Args:
+        bits: the number of bits of packed rows, or 0 for dense rows.
     """
 
     @partial(compiled, variant=bits)
     def make_deltas(data: Any, rule: Any, rows: Any, at: int, target: Any, sums: Any, start: int, stop: int) -> None:
         source, integers, pitch = data
-        weights, reference, walk = rule
+        weights, reference, coding_order = rule
         checked, products, size, errors = sums
         n = U(len(weights))
         deltas = np.empty((n + ONE) * _STRIDE, np.float32)
@@ -215,7 +223,7 @@ def delta_loop(bits: int) -> Callable[..., None]:
             if bits == 0:
                 _write(rows, U(at) + t, deltas, n, width)
             else:
-                quantize(bits, rows, U(at) + t, deltas, _STRIDE, walk, width, errors)
+                quantize(bits, rows, U(at) + t, deltas, _STRIDE, coding_order, width, errors)
             t = to
 
     return make_deltas

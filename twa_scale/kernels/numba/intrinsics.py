@@ -1,4 +1,4 @@
-"""Vector instructions for LLVM, which splits them as the processor needs: the words that vectors.py is written with."""
+"""Helpers that emit LLVM vector instructions, which LLVM splits into the registers of the processor."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,18 +13,26 @@ INDEX, INT, HALF, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.Flo
 INTS, FLOATS, HALVES = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES), ir.VectorType(HALF, WIDE)
 FAST = ("contract", "reassoc", "nsz")
 FUSED = ("contract",)
-_ROUNDER = float(3 << 22)  # added to a float32 of at most 2^22, it leaves the nearest integer in the low bits
+_ROUNDER = float(3 << 22)  # Adding it to a float32 of at most 2^22 leaves the nearest integer in the low bits.
 Join = Callable[[Any, Any], Any]
 
 
 def splat(value: float, lanes: int = LANES) -> Any:
-    """Return a constant in all lanes: 16 floats or integers of 32 bits, or 32 of 16."""
+    """Return a vector constant with equal lanes: 16 floats or 32-bit integers, or 32 16-bit integers."""
     kind = HALF if lanes == WIDE else INT if isinstance(value, int) else FLOAT
     return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
 
 
 class Emitter:
-    """Emits instructions on the arguments of one call: arrays and indices, by their names."""
+    """Emits instructions that use the arguments of one call, which are arrays and indices, by name.
+
+    Args:
+        context: the target context of numba.
+        builder: the LLVM IR builder.
+        kinds: the numba types of the arguments.
+        arguments: the LLVM values of the arguments.
+        names: the names of the arguments, separated by spaces.
+    """
 
     def __init__(self, context: Any, builder: Any, kinds: Sequence[Any], arguments: Sequence[Any], names: str) -> None:
         self.build = builder
@@ -38,77 +46,77 @@ class Emitter:
         return self._arguments[name]
 
     def at(self, *terms: Any) -> Any:
-        """Return the sum of indices."""
+        """Return the sum of some indices."""
         total, *others = (ir.Constant(INDEX, term) if isinstance(term, int) else term for term in terms)
         for term in others:
             total = self.build.add(total, term)
         return total
 
     def times(self, index: Any, factor: Any) -> Any:
-        """Return the product of indices."""
+        """Return the product of an index and a factor."""
         return self.build.mul(index, self.at(factor))
 
-    def place(self, name: str, index: Any, lanes: int = LANES) -> Any:
-        """Return the address of neighbours."""
+    def address(self, name: str, index: Any, lanes: int = LANES) -> Any:
+        """Return the address of `lanes` consecutive elements."""
         pointer = self.build.gep(self[name], [self.at(index)])
         return self.build.bitcast(pointer, ir.VectorType(pointer.type.pointee, lanes).as_pointer())
 
     def load(self, name: str, index: Any, lanes: int = LANES) -> Any:
-        """Return neighbours."""
-        return self.build.load(self.place(name, index, lanes), align=2)
+        """Load `lanes` consecutive elements."""
+        return self.build.load(self.address(name, index, lanes), align=2)
 
     def floats(self, name: str, index: Any) -> Any:
-        """Return 16 neighbours as floats: of float32, or of the bits of bfloat16."""
+        """Load 16 consecutive elements as floats, from float32 or from the bits of bfloat16."""
         values = self.load(name, index)
         return values if values.type == FLOATS else self.widened(values)
 
     def store(self, name: str, index: Any, values: Any) -> None:
-        """Put down neighbours."""
-        self.build.store(values, self.place(name, index, values.type.count), align=2)
+        """Store a vector to consecutive elements."""
+        self.build.store(values, self.address(name, index, values.type.count), align=2)
 
     def prefetch(self, name: str, index: Any) -> None:
-        """Have the line of an element come into the second cache."""
+        """Prefetch the cache line of an element into the L2 cache."""
         pointer = self.build.bitcast(self.build.gep(self[name], [self.at(index)]), ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
         fetch = cgutils.get_or_insert_function(self.build.module, kind, "llvm.prefetch.p0i8")
         self.build.call(fetch, [pointer, *(ir.Constant(INT, value) for value in (0, 2, 1))])
 
-    def spread(self, name: str, index: Any) -> Any:
-        """Return one element in 16 lanes."""
-        return self.everywhere(self.build.load(self.build.gep(self[name], [self.at(index)])))
+    def broadcast_element(self, name: str, index: Any) -> Any:
+        """Load one element into all 16 lanes."""
+        return self.broadcast(self.build.load(self.build.gep(self[name], [self.at(index)])))
 
-    def everywhere(self, number: Any) -> Any:
-        """Return a number in 16 lanes."""
+    def broadcast(self, number: Any) -> Any:
+        """Return a vector of 16 equal numbers."""
         one = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
         one = self.build.insert_element(one, number, ir.Constant(INT, 0))
         return self.shuffle(one, one, [0] * LANES)
 
     def shuffle(self, a: Any, b: Any, order: Sequence[int]) -> Any:
-        """Return lanes of two vectors."""
+        """Return the lanes `order` of the concatenation of two vectors."""
         return self.build.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(order)), list(order)))
 
-    def joined(self, values: Any, join: Join, step: int = 1) -> Any:
-        """Join the lanes that are a multiple of `step`, a power of two, apart; each of them has the result."""
+    def reduce_lanes(self, values: Any, join: Join, step: int = 1) -> Any:
+        """Reduce the lanes that are a multiple of `step`, a power of two, apart. Each of them gets the result."""
         while step < LANES:
             values = join(values, self.shuffle(values, values, [(i + step) % LANES for i in range(LANES)]))
             step *= 2
         return values
 
     def magnitudes(self, values: Any) -> Any:
-        """Return absolute values as bits, unsigned integers in the same order."""
+        """Return the bits of absolute values. As unsigned integers they have the order of the floats."""
         return self.build.and_(self.build.bitcast(values, INTS), splat(0x7FFFFFFF))
 
     def larger(self, a: Any, b: Any) -> Any:
-        """Return the larger ones of unsigned integers."""
+        """Return the lane-wise maximum of unsigned integers."""
         return self.build.select(self.build.icmp_unsigned(">", a, b), a, b)
 
     def nearest(self, values: Any) -> Any:
-        """Return the nearest integers, of 16 bits: the low halves of these 16. They must not be made floats again."""
+        """Return the nearest 16-bit integers in the low halves of 16 lanes. The high halves are undefined."""
         return self.build.bitcast(self.build.fadd(values, splat(_ROUNDER)), INTS)
 
     def add_products(self, total: Any, a: Any, b: Any) -> Any:
-        """Add a_2j b_2j + a_2j+1 b_2j+1, of 32 integers each, to 16 sums."""
-        if "+avx512bw" in self._features:  # LLVM sees by itself that AVX2 and SSE have an instruction for it
+        """Add a_2j b_2j + a_2j+1 b_2j+1, for 32 integers each, to 16 sums."""
+        if "+avx512bw" in self._features:  # LLVM finds the instructions of AVX2 and SSE itself.
             kind = ir.FunctionType(INTS, [HALVES, HALVES])
             instruction = cgutils.get_or_insert_function(self.build.module, kind, "llvm.x86.avx512.pmaddw.d.512")
             return self.build.add(total, self.build.call(instruction, [a, b]))
@@ -118,15 +126,15 @@ class Emitter:
         return total
 
     def scaled(self, sums: Any, factor: Any) -> Any:
-        """Return factor * sums, as floats."""
+        """Return factor * sums as floats."""
         return self.build.fmul(self.build.sitofp(sums, FLOATS), factor, flags=FAST)
 
     def widened(self, values: Any) -> Any:
-        """Return bits of bfloat16 as floats."""
+        """Return the floats of some bfloat16 bits."""
         return self.build.bitcast(self.build.shl(self.build.zext(values, INTS), splat(16)), FLOATS)
 
     def bfloat16(self, values: Any) -> Any:
-        """Return the bits of the bfloat16 nearest to floats, ties to even."""
+        """Return the bits of floats rounded to bfloat16, to nearest even."""
         bits = self.build.bitcast(values, INTS)
         high = self.build.lshr(bits, splat(16))
         even = self.build.add(self.build.add(bits, splat(0x7FFF)), self.build.and_(high, splat(1)))
@@ -134,17 +142,17 @@ class Emitter:
         rounded = self.build.select(number, self.build.lshr(even, splat(16)), splat(0x7FC0))
         return self.build.trunc(rounded, ir.VectorType(HALF, LANES))
 
-    def room(self, name: str, kind: Any, count: int) -> None:
-        """Make an array of this call's own, which goes by that name from now on."""
+    def allocate(self, name: str, kind: Any, count: int) -> None:
+        """Allocate a local array with this name on the stack."""
         self._arguments[name] = cgutils.alloca_once(self.build, kind, size=count)
 
     def variable(self, first: Any) -> "Variable":
-        """Return what a loop may change."""
+        """Return a variable that loops may change."""
         return Variable(self.build, first)
 
 
 class Variable:
-    """A place in memory that LLVM makes a register of."""
+    """A local variable on the stack, which LLVM promotes to a register."""
 
     def __init__(self, builder: Any, first: Any) -> None:
         self._builder = builder
@@ -156,5 +164,5 @@ class Variable:
         return self._builder.load(self._place)
 
     def set(self, value: Any) -> None:
-        """Change the value."""
+        """Set the value."""
         self._builder.store(value, self._place)

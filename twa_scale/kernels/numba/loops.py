@@ -1,8 +1,8 @@
-"""The inner loops on a CPU, compiled by numba; each handles a range of tiles in one thread, without the GIL.
+"""The inner loops over dense rows on a CPU. Each processes a range of tiles in one thread, without the GIL.
 
-Written so that LLVM vectorizes: indices are unsigned (a signed one may count from the end), integers are cast back
-after each operation (they widen to 64 bits), and arrays are flat. bfloat16 comes as uint16. Infinite and NaN gradients
-must come through: the fast math is only that of order and of fusing.
+The code is written so that LLVM vectorizes it. Indices are unsigned, because signed ones may count from the end.
+Integers are cast back after each operation, because numba widens them to 64 bits. Arrays are flat. bfloat16 is passed
+as uint16. Fast math allows only reordering and fusing, so that infinities and NaN propagate.
 """
 
 import hashlib
@@ -23,19 +23,23 @@ FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
 def compiled(function: F, fastmath: set[str] = FAST, variant: int = 0) -> F:
-    """Compile on the first call, and keep the machine code for other processes where there is a place for it.
+    """Compile a function on its first call, and cache the machine code for other processes.
 
-    numba writes it beside the function's file, or else into the user's cache directory, under the name of the processor
-    and by a rename: ranks that compile at the same time do no harm. It finds it again by the function's name, and
-    looks at no other file for changes; so the name gets a digest of all kernels. `variant` tells functions apart that
-    one definition makes: two of a name that are compiled at the same time could be given each other's code.
+    numba caches next to the source file or in the user's cache directory, for each processor. Files are renamed into
+    place, so ranks may compile at the same time. numba identifies cached code by the name of the function, and does not
+    check other source files. The name therefore gets a digest of all kernels.
+
+    Args:
+        function: the function.
+        fastmath: the fast-math flags of LLVM.
+        variant: a number that distinguishes functions from one definition, which could otherwise get each other's code.
     """
     function.__qualname__ += f"-{variant}-{_sources()}"
     options: Any = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
     try:
         return njit(function, cache=True, **options)  # type: ignore[no-any-return]
-    except RuntimeError as error:  # no directory can be written
-        logging.getLogger(__name__).info("kernels are compiled anew in each process: %s", error)
+    except RuntimeError as error:  # No cache directory is writable.
+        logging.getLogger(__name__).info("kernels are compiled again in each process: %s", error)
         return njit(function, **options)  # type: ignore[no-any-return]
 
 
@@ -48,21 +52,21 @@ def _sources() -> str:
 
 
 def inlined(function: F) -> F:
-    """Compile as a part of whatever calls it, whose constants it then knows."""
+    """Inline a function into its callers, so that the compiler knows their constants."""
     return njit(function, inline="always", fastmath=FAST, error_model="numpy")  # type: ignore[no-any-return]
 
 
 def exact(function: F) -> F:
-    """Compile without fast math, but for fusing."""
+    """Compile a function without fast math, except for fused multiply-add."""
     return compiled(function, {"contract"})
 
 
 def widen(x: Any) -> Any:
-    """Return a float32; a uint16 is a bfloat16."""
+    """Return `x` as float32. A uint16 holds the bits of a bfloat16."""
 
 
 def narrow(out: Any, x: Any) -> Any:
-    """Return float32 x as `out` holds it: itself, or rounded to bfloat16, ties to even."""
+    """Return float32 `x` in the type of `out`: unchanged, or as the bits of a bfloat16, rounded to nearest even."""
 
 
 @overload(widen, strict=False)  # type: ignore[untyped-decorator]
@@ -81,7 +85,7 @@ def _narrow(out: Any, x: Any) -> Any:
 
 @compiled
 def bfloat16(x: Any) -> Any:
-    """Return the uint16 of the bfloat16 nearest to a float32, ties to even."""
+    """Return the bits, uint16, of float32 `x` rounded to bfloat16, to nearest even."""
     bits = np.float32(x).view(np.uint32)
     even = np.uint32(bits + np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1)))
     return np.uint16((even if x == x else np.uint32(0x7FC00000)) >> np.uint32(16))
@@ -89,7 +93,7 @@ def bfloat16(x: Any) -> Any:
 
 @compiled
 def project_dense(values: Any, n: int, m: int, tile: int, gradient: Any, start: int, stop: int, total: Any) -> None:
-    """Add <row_i, gradient> over tiles [start, stop) to total (n,), float64."""
+    """Add <row_i, gradient> over tiles [start, stop) to `total`, (n,), float64."""
     n, m, tile = U(n), U(m), U(tile)
     right = np.empty(tile, np.float32)
     for t in range(U(start), U(stop)):
@@ -109,7 +113,7 @@ def project_dense(values: Any, n: int, m: int, tile: int, gradient: Any, start: 
 def combine_dense(
     values: Any, n: int, m: int, tile: int, weights: Any, base: Any, scale: Any, out: Any, start: int, stop: int
 ) -> None:
-    """Write scale * base + sum_i weights_i row_i of tiles [start, stop)."""
+    """Write scale * base + sum_i weights_i row_i for tiles [start, stop)."""
     n, m, tile = U(n), U(m), U(tile)
     total = np.empty(tile, np.float32)
     for t in range(U(start), U(stop)):
@@ -140,7 +144,7 @@ def project_differences(row: Any, center: Any, gradient: Any, start: int, stop: 
 
 @compiled
 def add_difference(total: Any, row: Any, center: Any, weight: Any, start: int) -> None:
-    """Add weight * (row - center) from element `start` on to a piece."""
+    """Add weight * (row - center), from element `start` on, to `total`."""
     first = U(start)
     for j in range(U(len(total))):
         total[j] += weight * (widen(row[first + j]) - center[first + j])

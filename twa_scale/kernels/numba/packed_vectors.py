@@ -1,12 +1,12 @@
-"""The innermost loops over packed rows, as vectors.
+"""The innermost loops over packed rows, as LLVM vector code.
 
-Codes are small integers, and so are the gradient and the coefficients here: 16 bits each, with a common unit for a
-block. A processor multiplies 32 pairs of such numbers and adds neighbours in one instruction, where for float32 it
-would first have to convert each code. These integers are called numbers here. They round to 2^-16 of the largest of
-a block, with 2 and 1 bits to 2^-15.
+Codes are small integers. The gradient and the coefficients are converted to 16-bit integers with a common unit for each
+block. A processor multiplies 32 pairs of 16-bit integers and adds neighbors in one instruction, whereas float32 would
+require the conversion of each code. The integers have a relative precision of 2^-16 of the largest value of a block, or
+2^-15 with 2 and 1 bits. docs/decisions/integer-kernels.md explains this decision.
 
-Sums begin with -zero * sum(numbers), `firsts`, so that codes of 0 add up to 0. With few bits 0 lies between two codes:
-2 * zero is an integer, and half of its multiple exact, because numbers for few bits are even.
+Sums start from -zero * sum(integers), called `firsts`, so that codes of 0 contribute 0. With 2 and 1 bits, `zero` is a
+half-integer. The product is still exact, because the integers are then even.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,19 +34,19 @@ from twa_scale.kernels.numba.intrinsics import (
 )
 from twa_scale.kernels.packed_rows import BLOCKS, zero_of
 
-_TINY = 1e-30  # what is not larger is taken for 0: inverses of much smaller ones are not finite
-_INFINITE = 0x7F800000  # the bits of a float32
-_MOST = float(1 << 22)  # the sum of a block's numbers: codes are at most 128 from zero, so products stay below 2^30
+_TINY = 1e-30  # Values up to it are treated as 0, because their inverse may overflow.
+_INFINITE = 0x7F800000  # the bits of infinity in float32
+_MAX_SUM = float(1 << 22)  # of the integers of a block; codes are at most 128 from zero, so sums stay below 2^30
 _U = types.uint64
-# Two rows a and b are interleaved within each 16 bytes, as processors do it: a0 b0 a1 b1 a2 b2 a3 b3, a8 b8 .. are low,
-# a4 b4 a5 b5 .., a12 b12 .. high. So low sums are of words 0 to 3, 8 to 11, ..; `_ORDER` puts them in order.
+# Two rows a and b are interleaved within each 16 bytes, as processors do it. The low half is a0 b0 a1 b1 a2 b2 a3 b3,
+# a8 b8 .., and the high half a4 b4 a5 b5 .., a12 b12 .. `_ORDER` restores the order of the sums of both halves.
 _LOW = [8 * q + e + row * WIDE for q in range(4) for e in range(4) for row in (0, 1)]
 _HIGH = [i + 4 for i in _LOW]
 _ORDER = [4 * (w // 8) + w % 4 + w % 8 // 4 * LANES for w in range(WIDE)]
 
 
-class Tile(Emitter):
-    """Emits instructions for a tile, with the number of bits known."""
+class TileEmitter(Emitter):
+    """Emits instructions for a tile with a constant number of bits."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Any, names: str) -> None:
         super().__init__(context, builder, signature.args[1:], arguments[1:], names)
@@ -59,10 +59,10 @@ class Tile(Emitter):
         self.shares = [(0.5 if self.even else 1.0) / place for place in places]
 
     def parts(self) -> Iterator[tuple[list[int], Any]]:
-        """Yield what is worked on at a time: up to four fields, and where in a block their 64 words begin.
+        """Yield up to four fields, and the index of 64 words in a block, for which to emit instructions.
 
-        The words are a loop at run time, which keeps the machine code short; masks of fields are constants, which make
-        it fast.
+        The loop over words runs at run time, to keep the machine code short. The fields are constants, so that their
+        masks are, too.
         """
         together = min(2, self.in_byte)
         for k in range(0, self.in_byte, together):
@@ -71,86 +71,88 @@ class Tile(Emitter):
                 yield fields, self.times(words.index, 2 * WIDE)
 
     def codes(self, words: Any, fields: Sequence[int]) -> list[Any]:
-        """Return codes, each in its place in a byte."""
+        """Return the codes of some fields, which keep their position in a byte."""
         masks = [splat((1 << self.bits) - 1 << self.bits * k, WIDE) for k in fields if k < self.in_byte]
         high = self.build.lshr(words, splat(8, WIDE))
         return [self.build.and_(part, mask) for part in (words, high) for mask in masks]
 
-    def numbers(self, values: Any, inverses: Any) -> Any:
-        """Return values in units as integers of 16 bits, the low halves of these."""
+    def integers(self, values: Any, inverses: Any) -> Any:
+        """Return values * inverses as 16-bit integers in the low halves of 16 lanes."""
         nearest = self.nearest(self.build.fmul(values, inverses))
         return self.build.shl(nearest, splat(1)) if self.even else nearest
 
     def units(self, extents: Any, finite: Any) -> tuple[Any, Any]:
-        """Return what makes numbers of values up to an extent, and what makes values of sums of codes times numbers."""
+        """Return the factors that map values to integers, and those that map sums of codes * integers to values.
+
+        Args:
+            extents: the largest absolute value of each block.
+            finite: whether the values of each block are finite. If not, the second factor is NaN.
+        """
         some = self.build.and_(finite, self.build.fcmp_ordered(">", extents, splat(_TINY)))
         inverses = self.build.select(some, self.build.fdiv(splat(self.top), extents), splat(0.0))
         units = self.build.fmul(extents, self.of_fields([share / self.top for share in self.shares], FLOAT))
         return inverses, self.build.select(finite, units, splat(float("nan")))
 
     def of_fields(self, values: Sequence[Any], kind: Any = INT) -> Any:
-        """Return constants: lane l is of field l % fields."""
+        """Return a vector constant whose lane l holds the value of field l % fields."""
         return ir.Constant(ir.VectorType(kind, LANES), [values[i % self.fields] for i in range(LANES)])
 
 
-def of_tile(emit: Callable[[Tile], None], names: str, bits: Any, *kinds: Any) -> Any:
-    """Return what numba asks of an intrinsic: its types, of which `bits` is a constant, and what generates it."""
+def tile_intrinsic(emit: Callable[[TileEmitter], None], names: str, bits: Any, *kinds: Any) -> Any:
+    """Return the signature and the code generator of a numba intrinsic whose argument `bits` is a constant."""
     if not isinstance(bits, types.IntegerLiteral):
         raise ForceLiteralArg([0])
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit(Tile(context, builder, signature, arguments, names))
+        emit(TileEmitter(context, builder, signature, arguments, names))
         return context.get_dummy_value()
 
     return types.void(bits, *[kind if isinstance(kind, types.Array) else _U for kind in kinds]), generate
 
 
 @intrinsic
-def number_gradient(typing, bits, numbers, units, gradient, at):  # type: ignore[no-untyped-def]
-    """Write the gradient of a tile as numbers of 16 bits, and their units; NaN for a block that is not finite."""
-    return of_tile(_number_gradient, "numbers units gradient at", bits, numbers, units, gradient, at)
+def quantize_gradient(typing, bits, integers, units, gradient, at):  # type: ignore[no-untyped-def]
+    """Write the gradient of a tile as 16-bit integers, and their units, which are NaN if a block is not finite."""
+    return tile_intrinsic(_quantize_gradient, "integers units gradient at", bits, integers, units, gradient, at)
 
 
-def _number_gradient(v: Tile) -> None:
+def _quantize_gradient(v: TileEmitter) -> None:
     b = v.build
     extents = splat(0)
     for k in range(v.fields):
         parts = (v.magnitudes(v.floats("gradient", v.at(v["at"], k * v.block + c))) for c in range(0, v.block, LANES))
         here = v.of_fields([i == k for i in range(v.fields)], ir.IntType(1))
-        extents = b.select(here, v.joined(reduce(v.larger, parts), v.larger), extents)
+        extents = b.select(here, v.reduce_lanes(reduce(v.larger, parts), v.larger), extents)
     finite = b.icmp_unsigned("<", extents, splat(_INFINITE))
     inverses, units = v.units(b.bitcast(extents, FLOATS), finite)
     v.store("units", 0, units)
     for k in range(v.fields):
         inverse = v.shuffle(inverses, inverses, [k] * LANES)
         for at in range(k * v.block, (k + 1) * v.block, WIDE):
-            both = (v.numbers(v.floats("gradient", v.at(v["at"], at + i)), inverse) for i in (0, LANES))
+            both = (v.integers(v.floats("gradient", v.at(v["at"], at + i)), inverse) for i in (0, LANES))
             low, high = (b.bitcast(some, HALVES) for some in both)
-            v.store("numbers", at, v.shuffle(low, high, range(0, 2 * WIDE, 2)))
+            v.store("integers", at, v.shuffle(low, high, range(0, 2 * WIDE, 2)))
 
 
 @intrinsic
 def add_dots(  # type: ignore[no-untyped-def]
-    typing, bits, lanes, words, at, n, scales, factors, chunks, numbers, units
+    typing, bits, lanes, words, at, n, scales, factors, chunks, integers, units
 ):
-    """Add <row_i, gradient> of a tile to 16 lanes of each of n rows.
-
-    The sums of a row stay beside each other: adding them up for each block would take longer.
-    """
-    names = "lanes words at n scales factors chunks numbers units"
-    return of_tile(_add_dots, names, bits, lanes, words, at, n, scales, factors, chunks, numbers, units)
+    """Add <row_i, gradient> of a tile to 16 lanes for each of n rows, which are summed after several tiles."""
+    names = "lanes words at n scales factors chunks integers units"
+    return tile_intrinsic(_add_dots, names, bits, lanes, words, at, n, scales, factors, chunks, integers, units)
 
 
-def _add_dots(v: Tile) -> None:
+def _add_dots(v: TileEmitter) -> None:
     units = v.load("units", 0)
     with cgutils.for_range(v.build, v["chunks"]) as chunk:
         start = v.times(chunk.index, LANES)
         v.store("factors", start, v.build.fmul(v.floats("scales", start), units))
     for fields, s in v.parts():
         places = [v.at(s, k * v.block) for k in fields]
-        numbers = [[v.load("numbers", v.at(place, c), WIDE) for c in (0, WIDE)] for place in places]
+        integers = [[v.load("integers", v.at(place, c), WIDE) for c in (0, WIDE)] for place in places]
         firsts = []
-        for k, some in zip(fields, numbers, strict=True):
+        for k, some in zip(fields, integers, strict=True):
             first = splat(0)
             for c in (0, 1):
                 first = v.add_products(first, some[c], splat(v.zeros[k], WIDE))
@@ -160,26 +162,26 @@ def _add_dots(v: Tile) -> None:
             for c in (0, 1):
                 words = v.load("words", v.at(v["at"], v.times(row.index, v.block), s, c * WIDE), WIDE)
                 codes = v.codes(words, fields)
-                sums = [v.add_products(x, code, some[c]) for x, code, some in zip(sums, codes, numbers, strict=True)]
+                sums = [v.add_products(x, code, some[c]) for x, code, some in zip(sums, codes, integers, strict=True)]
             lane = v.times(row.index, LANES)
             total = v.load("lanes", lane)
             for k, x in zip(fields, sums, strict=True):
-                factor = v.spread("factors", v.at(v.times(row.index, v.fields), k))
+                factor = v.broadcast_element("factors", v.at(v.times(row.index, v.fields), k))
                 total = v.build.fadd(total, v.scaled(x, factor), flags=FAST)
             v.store("lanes", lane, total)
 
 
 @intrinsic
-def number_rows(typing, bits, pairs, firsts, units, factors, scales, weights, chunks):  # type: ignore[no-untyped-def]
-    """Write what multiplies the codes of a tile: numbers of 16 bits, two rows beside each other, and their units.
+def quantize_factors(typing, bits, pairs, firsts, units, factors, scales, weights, chunks):  # type: ignore[no-untyped-def]
+    """Write scales * weights of a tile as 16-bit integers, in pairs of two rows, with their units.
 
-    `firsts` are where sums begin, so that codes of 0 add up to 0.
+    `firsts` are the initial values of the sums, with which codes of 0 contribute 0.
     """
     names = "pairs firsts units factors scales weights chunks"
-    return of_tile(_number_rows, names, bits, pairs, firsts, units, factors, scales, weights, chunks)
+    return tile_intrinsic(_quantize_factors, names, bits, pairs, firsts, units, factors, scales, weights, chunks)
 
 
-def _number_rows(v: Tile) -> None:
+def _quantize_factors(v: TileEmitter) -> None:
     b = v.build
     largest, size, count = (v.variable(splat(zero)) for zero in (0, 0.0, 0))
     with cgutils.for_range(b, v["chunks"]) as chunk:
@@ -189,52 +191,54 @@ def _number_rows(v: Tile) -> None:
         magnitudes = v.magnitudes(factors)
         largest.set(v.larger(largest.get(), magnitudes))
         size.set(b.fadd(size.get(), b.bitcast(magnitudes, FLOATS)))
-    extents = b.bitcast(v.joined(largest.get(), v.larger, v.fields), FLOATS)
-    sizes = v.joined(size.get(), b.fadd, v.fields)
-    bounds = b.fmul(sizes, splat(v.top / _MOST))
+    extents = b.bitcast(v.reduce_lanes(largest.get(), v.larger, v.fields), FLOATS)
+    sizes = v.reduce_lanes(size.get(), b.fadd, v.fields)
+    bounds = b.fmul(sizes, splat(v.top / _MAX_SUM))
     extents = b.select(b.fcmp_ordered(">", bounds, extents), bounds, extents)
     inverses, units = v.units(extents, b.fcmp_ordered("<", sizes, splat(float("inf"))))
     v.store("units", 0, units)
     even = [p // v.fields * 2 * v.fields + p % v.fields for p in range(LANES)]
     with cgutils.for_range(b, b.lshr(v["chunks"], v.at(1))) as two:
         start = v.times(two.index, WIDE)
-        low, high = (v.numbers(v.load("factors", v.at(start, k)), inverses) for k in (0, LANES))
+        low, high = (v.integers(v.load("factors", v.at(start, k)), inverses) for k in (0, LANES))
         first, second = (v.shuffle(low, high, [i + row * v.fields for i in even]) for row in (0, 1))
         v.store("pairs", v.times(two.index, LANES), b.or_(b.and_(first, splat(0xFFFF)), b.shl(second, splat(16))))
         for some in (low, high):
             count.set(b.add(count.get(), b.ashr(b.shl(some, splat(16)), splat(16))))
-    zeros = b.mul(v.joined(count.get(), b.add, v.fields), v.of_fields(v.zeros))
+    zeros = b.mul(v.reduce_lanes(count.get(), b.add, v.fields), v.of_fields(v.zeros))
     v.store("firsts", 0, b.ashr(zeros, splat(1)))
 
 
 @intrinsic
 def sum_rows(typing, bits, total, words, at, n, pairs, firsts, units):  # type: ignore[no-untyped-def]
-    """Write sum_i weight_i row_i of a tile, from what `number_rows` has written."""
-    return of_tile(_sum_rows, "total words at n pairs firsts units", bits, total, words, at, n, pairs, firsts, units)
+    """Write sum_i weight_i row_i of a tile, from the results of `quantize_factors`."""
+    return tile_intrinsic(
+        _sum_rows, "total words at n pairs firsts units", bits, total, words, at, n, pairs, firsts, units
+    )
 
 
-def _sum_rows(v: Tile) -> None:
+def _sum_rows(v: TileEmitter) -> None:
     b = v.build
     last = b.sub(v["n"], v.at(1))
     for fields, s in v.parts():
-        firsts = [v.spread("firsts", k) for k in fields]
+        firsts = [v.broadcast_element("firsts", k) for k in fields]
         sums = {(c, f, side): v.variable(first) for c in (0, WIDE) for f, first in enumerate(firsts) for side in (0, 1)}
         with cgutils.for_range(b, b.lshr(v.at(v["n"], 1), v.at(1))) as pair:
             one = v.times(pair.index, 2)
             other = v.at(one, 1)
-            other = b.select(b.icmp_unsigned("<", other, last), other, last)  # of an odd one out: its number is 0
+            other = b.select(b.icmp_unsigned("<", other, last), other, last)  # The integer of a missing row is 0.
             rows = [v.at(v["at"], v.times(i, v.block), s) for i in (one, other)]
             row = v.times(pair.index, v.fields)
-            numbers = [b.bitcast(v.spread("pairs", v.at(row, k)), HALVES) for k in fields]
+            integers = [b.bitcast(v.broadcast_element("pairs", v.at(row, k)), HALVES) for k in fields]
             for c in (0, WIDE):
                 first, second = (v.load("words", v.at(start, c), WIDE) for start in rows)
                 for side, order in enumerate((_LOW, _HIGH)):
                     codes = v.codes(v.shuffle(first, second, order), fields)
-                    for f, (code, number) in enumerate(zip(codes, numbers, strict=True)):
+                    for f, (code, number) in enumerate(zip(codes, integers, strict=True)):
                         place = sums[c, f, side]
                         place.set(v.add_products(place.get(), code, number))
         for f, k in enumerate(fields):
-            unit = v.spread("units", k)
+            unit = v.broadcast_element("units", k)
             for c in (0, WIDE):
                 for i in (0, LANES):
                     order = _ORDER[i : i + LANES]
@@ -243,27 +247,30 @@ def _sum_rows(v: Tile) -> None:
 
 
 @intrinsic
-def write(typing, out, at, center, base, total, count):  # type: ignore[no-untyped-def]
-    """Write center * base + total to `count` elements of `out`, a multiple of 16, past the caches.
+def store_past_caches(typing, out, at, center, base, total, count):  # type: ignore[no-untyped-def]
+    """Write center * base + total to `count` elements of `out`, a multiple of 16, with non-temporal stores.
 
-    So `out` need not be read first. Its memory has to be aligned: returns whether it is, and was written.
+    These do not read `out` into the caches first, but need aligned memory.
+
+    Returns:
+        Whether `out` is aligned. If not, nothing is written.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = Emitter(context, builder, signature.args, arguments, "out at center base total count")
-        start = v.place("out", v["at"])
+        start = v.address("out", v["at"])
         size = LANES * (2 if start.type.pointee.element == HALF else 4)
         low = builder.and_(builder.ptrtoint(start, INDEX), v.at(size - 1))
         aligned = builder.icmp_unsigned("==", low, v.at(0))
         with builder.if_then(aligned):
-            factor = v.everywhere(v["center"])
+            factor = v.broadcast(v["center"])
             with cgutils.for_range(builder, builder.lshr(v["count"], v.at(4))) as loop:
                 j = v.times(loop.index, LANES)
                 to = v.at(v["at"], j)
                 product = builder.fmul(factor, v.load("base", to), flags=FAST)
                 values = builder.fadd(product, v.load("total", j), flags=FAST)
                 values = v.bfloat16(values) if start.type.pointee.element == HALF else values
-                store = builder.store(values, v.place("out", to), align=size)
+                store = builder.store(values, v.address("out", to), align=size)
                 store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(INT, 1)]))
         return aligned
 
@@ -271,8 +278,8 @@ def write(typing, out, at, center, base, total, count):  # type: ignore[no-untyp
 
 
 @intrinsic
-def written(typing):  # type: ignore[no-untyped-def]
-    """Wait until what `write` has written can be read by others: the order of other stores does not hold for it."""
+def store_fence(typing):  # type: ignore[no-untyped-def]
+    """Wait until the stores of `store_past_caches`, which are weakly ordered, are visible to other threads."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if context.codegen().magic_tuple()[0].startswith("x86_64"):

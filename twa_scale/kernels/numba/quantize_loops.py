@@ -1,4 +1,4 @@
-"""The inner loop that quantizes on a CPU, as in loops.py, by the rule of quantize.py: 16 blocks at once, one a lane."""
+"""The inner loop that quantizes on a CPU, as `kernels/torch/quantize.py` does, for 16 blocks at once, one per lane."""
 
 from collections.abc import Callable
 from functools import partial, reduce
@@ -12,33 +12,46 @@ from numba.extending import intrinsic
 from twa_scale.kernels.numba.intrinsics import FLOAT, FLOATS, FUSED, HALF, INTS, LANES, Join, splat
 from twa_scale.kernels.numba.loops import FLOAT0, U, inlined
 from twa_scale.kernels.numba.packed_loops import ONE, SIXTEEN, extent, sizes
-from twa_scale.kernels.numba.packed_vectors import Tile, of_tile
+from twa_scale.kernels.numba.packed_vectors import TileEmitter, tile_intrinsic
 from twa_scale.kernels.packed_rows import zero_of
 from twa_scale.kernels.torch.quantize import EXTREMES, MEAN_SIZE, REFINEMENTS, SMALLEST
 
 Part = Callable[[Any, int], Any]
-"""Gives 16 neighbours of block k, an index at run time, from element c on."""
+"""A function of a block k, an index at run time, and an element c, that returns 16 consecutive elements from c on."""
 
 
 @inlined
-def quantize(bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, walk: Any, count: Any, errors: Any) -> None:
-    """Put the first `count` columns of n rows of `deltas`, `stride` apart, into blocks, and what these hold over them.
+def quantize(
+    bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, coding_order: Any, count: Any, errors: Any
+) -> None:
+    """Quantize the first `count` columns of n rows of `deltas`, and replace them by the rounded values.
 
-    `at` counts the columns of `rows`, which are as in packed_loops.py, from the beginning of the first block. A block
-    begins there, or the rows. `walk` is the order of the rows, and for each the one to which it is relative, n for
-    none. The squared norms of the errors are added to `errors`, (n,), float64.
+    Args:
+        bits: the number of bits of a code.
+        rows: packed rows as in packed_loops.py.
+        at: the column of `rows`, counted from the start of the first block, to which the first column goes. It is the
+            start of a block or of the rows.
+        deltas: the deltas, float32.
+        stride: the row stride of `deltas`.
+        coding_order: the order of the rows, and for each the row that is subtracted, where n stands for none.
+        count: the number of columns.
+        errors: (n,), float64, to which the squared norms of the rounding errors are added.
     """
     words, scales, _ = rows
-    order, before = walk
+    order, before = coding_order
     n = U(len(order))
     block, fields = sizes(bits)
-    most = SIXTEEN * block
-    packed, padded, off = np.empty(most // fields, np.int16), np.empty(most, np.float32), np.empty(SIXTEEN, np.float32)
-    found, present = np.empty(SIXTEEN, np.uint16), np.empty(SIXTEEN, np.float32)
+    capacity = SIXTEEN * block
+    packed, padded, block_errors = (
+        np.empty(capacity // fields, np.int16),
+        np.empty(capacity, np.float32),
+        np.empty(SIXTEEN, np.float32),
+    )
+    row_scales, present = np.empty(SIXTEEN, np.uint16), np.empty(SIXTEEN, np.float32)
     done, end, tile = U(0), count, at // (block * fields)
     low = at - tile * block * fields
-    while done < end:  # rows within columns: those of a tile lie beside each other
-        high = min(most, low + end - done)
+    while done < end:  # The loop over rows is inside, because the rows of a tile are next to each other.
+        high = min(capacity, low + end - done)
         size = high - low
         for k in range(SIXTEEN):
             present[k] = max(ONE, _inside(high, k, block) - _inside(low, k, block))
@@ -48,22 +61,24 @@ def quantize(bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, walk: Any,
             if before[p] != n:
                 for j in range(size):
                     deltas[source + j] -= deltas[base + j]
-            if size == most:
+            if size == capacity:
                 first = tile * n + i
-                quantize_blocks(bits, words, scales, off, present, deltas, source, first * block, first * fields, n)
+                quantize_blocks(
+                    bits, words, scales, block_errors, present, deltas, source, first * block, first * fields, n
+                )
                 for j in range(SIXTEEN):
-                    error += np.float64(off[j])
+                    error += np.float64(block_errors[j])
             else:
                 padded[:] = FLOAT0
                 for j in range(size):
                     padded[low + j] = deltas[source + j]
-                quantize_blocks(bits, packed, found, off, present, padded, U(0), U(0), U(0), ONE)
+                quantize_blocks(bits, packed, row_scales, block_errors, present, padded, U(0), U(0), U(0), ONE)
                 for j in range(size):
                     difference = np.float64(deltas[source + j] - padded[low + j])
                     error += difference * difference
                     deltas[source + j] = padded[low + j]
                 _clear_absent(bits, packed, low, high)
-                _place(bits, rows, tile, i, packed, found, low, high)
+                _place(bits, rows, tile, i, packed, row_scales, low, high)
             if before[p] != n:
                 for j in range(size):
                     deltas[source + j] += deltas[base + j]
@@ -74,8 +89,8 @@ def quantize(bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, walk: Any,
 
 
 @inlined
-def _place(bits: Any, rows: Any, tile: Any, i: Any, packed: Any, found: Any, low: Any, high: Any) -> None:
-    """Put the words and the scales of row i of some tiles, which are not all there, where they belong."""
+def _place(bits: Any, rows: Any, tile: Any, i: Any, packed: Any, row_scales: Any, low: Any, high: Any) -> None:
+    """Write the words and scales of row i for columns [low, high) of some tiles."""
     words, scales, shape = rows
     block, fields = sizes(bits)
     for t in range((high + fields * block - ONE) // (fields * block)):
@@ -84,18 +99,18 @@ def _place(bits: Any, rows: Any, tile: Any, i: Any, packed: Any, found: Any, low
             words[word + i * width + j] |= packed[t * block + j]
         first, last = _inside(low, t, block * fields), _inside(high, t, block * fields)
         for k in range(first // block, (last + block - ONE) // block):
-            scales[scale + i * blocks + k] = found[t * fields + k]
+            scales[scale + i * blocks + k] = row_scales[t * fields + k]
 
 
 @inlined
 def _inside(place: Any, k: Any, size: Any) -> Any:
-    """Return how much of the k-th of some parts of a size lies before a place."""
+    """Return how many elements of the k-th part of size `size` lie before `place`."""
     return min(max(place, k * size) - k * size, size)
 
 
 @inlined
 def _clear_absent(bits: Any, packed: Any, low: Any, high: Any) -> None:
-    """Take the codes of zeros out of the fields that are absent."""
+    """Clear the codes of elements outside [low, high)."""
     block, fields = sizes(bits)
     for k in range(SIXTEEN):
         to, code = k // fields * block, np.int16(1 << (bits - 1) << k % fields * bits)
@@ -107,29 +122,32 @@ def _clear_absent(bits: Any, packed: Any, low: Any, high: Any) -> None:
 
 @intrinsic
 def quantize_blocks(  # type: ignore[no-untyped-def]
-    typing, bits, words, scales, off, present, values, at, word, scale, n
+    typing, bits, words, scales, block_errors, present, values, at, word, scale, n
 ):
-    """Write words and scales of a row of 16 blocks, of which `present` elements count and the others are 0.
+    """Quantize 16 blocks of a row, and replace the values by the rounded ones.
 
-    The first go to `word` and `scale`, those of the tiles that follow are n rows farther. Values become what the codes
-    stand for, and `off` 16 parts of the squared norm of what they change by.
+    Words and scales of the first tile go to indices `word` and `scale`, and those of the next tiles n rows later.
+    `present` is the number of elements of each block that exist; the other values are 0. `block_errors` gets 16 partial
+    sums of the squared rounding errors.
     """
-    names = "words scales off present values at word scale n"
-    return of_tile(_quantize_blocks, names, bits, words, scales, off, present, values, at, word, scale, n)
+    names = "words scales block_errors present values at word scale n"
+    return tile_intrinsic(
+        _quantize_blocks, names, bits, words, scales, block_errors, present, values, at, word, scale, n
+    )
 
 
-def _quantize_blocks(v: Tile) -> None:
+def _quantize_blocks(v: TileEmitter) -> None:
     b, values, present = v.build, _values(v), v.load("present", 0)
-    for name, count in (("inverses", LANES), ("units", LANES), ("joined", LANES * LANES)):
-        v.room(name, FLOAT, count)
+    for name, count in (("inverses", LANES), ("units", LANES), ("vectors_of_blocks", LANES * LANES)):
+        v.allocate(name, FLOAT, count)
     if v.bits >= 4:
-        low, high = (_of_blocks(v, values, partial(_chosen, v, order)) for order in "<>")
+        low, high = (_reduce_blocks(v, values, partial(_select, v, order)) for order in "<>")
         below, (far, near) = b.fneg(low), EXTREMES[v.bits]
-        extents = (b.fmul(_chosen(v, o, below, high), splat(unit)) for o, unit in ((">", far), ("<", near)))
-        extent = _chosen(v, ">", *extents)
+        extents = (b.fmul(_select(v, o, below, high), splat(unit)) for o, unit in ((">", far), ("<", near)))
+        extent = _select(v, ">", *extents)
         first = b.select(b.fcmp_ordered(">=", below, high), extent, b.fneg(extent))
     else:
-        total = _of_blocks(v, lambda k, c: b.bitcast(v.magnitudes(values(k, c)), FLOATS), b.fadd)
+        total = _reduce_blocks(v, lambda k, c: b.bitcast(v.magnitudes(values(k, c)), FLOATS), b.fadd)
         first = b.fmul(b.fdiv(total, present), splat(MEAN_SIZE))
     scales = v.variable(_rounded(v, first))
     if REFINEMENTS[v.bits]:
@@ -138,10 +156,10 @@ def _quantize_blocks(v: Tile) -> None:
     _write_codes(v, scales.get())
 
 
-def _write_codes(v: Tile, scales: Any) -> None:
-    """Write scales and codes, and over the values what these stand for."""
-    b, values, off = v.build, _values(v), v.variable(splat(0.0))
-    _use(v, scales)
+def _write_codes(v: TileEmitter, scales: Any) -> None:
+    """Write scales and codes, and replace the values by the rounded ones."""
+    b, values, block_errors = v.build, _values(v), v.variable(splat(0.0))
+    _set_scales(v, scales)
     halves = v.bfloat16(scales)
     for k in range(0, LANES, v.fields):
         v.store("scales", v.at(v["scale"], v.times(v["n"], k)), v.shuffle(halves, halves, range(k, k + v.fields)))
@@ -154,85 +172,85 @@ def _write_codes(v: Tile, scales: Any) -> None:
             k = v.at(v.times(tile.index, v.fields), f)
             some = values(k, c)
             code = _codes(v, some, k)
-            kept = b.fmul(_level(v, code), v.spread("units", k))
+            kept = b.fmul(_level(v, code), v.broadcast_element("units", k))
             error = b.fsub(some, kept)
-            off.set(b.fadd(off.get(), b.fmul(error, error)))
+            block_errors.set(b.fadd(block_errors.get(), b.fmul(error, error)))
             v.store("values", v.at(v["at"], v.times(k, v.block), c), kept)
             words = b.or_(words, b.shl(code, splat(v.bits * f)))
         word = v.at(v["word"], b.mul(v["n"], v.times(tile.index, v.block)), c)
         v.store("words", word, b.trunc(words, ir.VectorType(HALF, LANES)))
-    v.store("off", 0, off.get())
+    v.store("block_errors", 0, block_errors.get())
 
 
-def _values(v: Tile) -> Part:
+def _values(v: TileEmitter) -> Part:
     return lambda k, c: v.load("values", v.at(v["at"], v.times(k, v.block), c))
 
 
-def _use(v: Tile, scales: Any) -> None:
-    """Have `_codes` and `_write_codes` use these scales."""
+def _set_scales(v: TileEmitter, scales: Any) -> None:
+    """Set the scales that `_codes` and `_write_codes` use."""
     some = v.build.fcmp_ordered("!=", scales, splat(0.0))
     v.store("inverses", 0, v.build.select(some, v.build.fdiv(splat(1.0), scales), splat(0.0)))
     v.store("units", 0, scales)
 
 
-def _of_blocks(v: Tile, part: Part, join: Join) -> Any:
-    """Join the elements of each of 16 blocks: lane l has block l. The loop keeps the machine code short."""
+def _reduce_blocks(v: TileEmitter, part: Part, join: Join) -> Any:
+    """Reduce the elements of each of 16 blocks to lane l for block l. A run-time loop keeps the machine code short."""
     with cgutils.for_range(v.build, v.at(LANES)) as block:
         vectors = (part(block.index, c) for c in range(0, v.block, LANES))
-        v.store("joined", v.times(block.index, LANES), reduce(join, vectors))
-    return _joined(v, join, 0, LANES)
+        v.store("vectors_of_blocks", v.times(block.index, LANES), reduce(join, vectors))
+    return _reduce_lanes(v, join, 0, LANES)
 
 
-def _joined(v: Tile, join: Join, first: int, count: int) -> Any:
-    """Join the lanes of each of `count` vectors; lane l has that of first + l % count."""
+def _reduce_lanes(v: TileEmitter, join: Join, first: int, count: int) -> Any:
+    """Reduce the lanes of each of `count` vectors. Lane l gets the result of vector first + l % count."""
     if count == 1:
-        return v.load("joined", first * LANES)
+        return v.load("vectors_of_blocks", first * LANES)
     half = count // 2
-    a, b = (_joined(v, join, k, half) for k in (first, first + half))
+    a, b = (_reduce_lanes(v, join, k, half) for k in (first, first + half))
     one = [lane if lane % count < half else LANES + lane - half for lane in range(LANES)]
     other = [lane + half if lane % count < half else LANES + lane for lane in range(LANES)]
     return join(v.shuffle(a, b, one), v.shuffle(a, b, other))
 
 
-def _fitted(v: Tile, present: Any, scales: Any) -> Any:
-    """Return the scales that fit best to the codes that `scales` give: quantize.py's rule."""
+def _fitted(v: TileEmitter, present: Any, scales: Any) -> Any:
+    """Return the least-squares scales for the codes that follow from `scales`."""
     b, values, zero = v.build, _values(v), zero_of(v.bits)
-    _use(v, scales)
+    _set_scales(v, scales)
 
     def level(k: Any, c: int) -> Any:
         return _level(v, _codes(v, values(k, c), k))
 
-    along = _of_blocks(v, lambda k, c: b.fmul(values(k, c), level(k, c)), b.fadd)
-    square = _of_blocks(v, lambda k, c: b.fmul(level(k, c), level(k, c)), b.fadd)
+    along = _reduce_blocks(v, lambda k, c: b.fmul(values(k, c), level(k, c)), b.fadd)
+    square = _reduce_blocks(v, lambda k, c: b.fmul(level(k, c), level(k, c)), b.fadd)
     of_absent = b.fmul(b.fsub(splat(float(v.block)), present), splat((zero % 1) ** 2))  # the level of 0
     square = b.fsub(square, of_absent)
-    return b.fdiv(along, _chosen(v, ">", square, splat(0.25)))
+    return b.fdiv(along, _select(v, ">", square, splat(0.25)))
 
 
-def _level(v: Tile, codes: Any) -> Any:
+def _level(v: TileEmitter, codes: Any) -> Any:
     return v.build.fsub(v.build.sitofp(codes, FLOATS), splat(zero_of(v.bits)))
 
 
-def _codes(v: Tile, values: Any, k: Any) -> Any:
-    """Return the codes of elements of block k: what is not below zero, a conversion rounds down.
+def _codes(v: TileEmitter, values: Any, k: Any) -> Any:
+    """Return the codes of elements of block k. The conversion to integers rounds nonnegative values down.
 
-    With 8 and 4 bits nothing has to be clipped. A scale is rounded by up to 1 / 256, so that extremes come to lie at
-    1.004 and 255.996 of [0, 256), or at 0.47 and 15.53 of [0, 16).
+    With 8 and 4 bits no code has to be clipped: the rounding of a scale changes it by up to 1 / 256, so that extremes
+    are at 1.004 and 255.996 in [0, 256), or at 0.47 and 15.53 in [0, 16).
     """
     b, zero, top = v.build, splat(0.0), splat(float((1 << v.bits) - 1))
-    level = b.fmul(values, v.spread("inverses", k), flags=FUSED)
+    level = b.fmul(values, v.broadcast_element("inverses", k), flags=FUSED)
     level = b.fadd(level, splat(zero_of(v.bits) + 0.5), flags=FUSED)
-    inside = level if v.bits >= 4 else _chosen(v, "<", _chosen(v, ">", level, zero), top)
+    inside = level if v.bits >= 4 else _select(v, "<", _select(v, ">", level, zero), top)
     return b.fptosi(inside, INTS)
 
 
-def _rounded(v: Tile, scales: Any) -> Any:
-    """Return scales as bfloat16 holds them, but zero for the smallest."""
+def _rounded(v: TileEmitter, scales: Any) -> Any:
+    """Return scales rounded to bfloat16, with those below `SMALLEST` replaced by zero."""
     b = v.build
     some = b.fcmp_ordered(">=", b.bitcast(v.magnitudes(scales), FLOATS), splat(SMALLEST))
     return v.widened(v.bfloat16(b.select(some, scales, splat(0.0))))
 
 
-def _chosen(v: Tile, order: str, a: Any, b: Any) -> Any:
-    """Return the larger (">") or the smaller ("<") of floats."""
+def _select(v: TileEmitter, order: str, a: Any, b: Any) -> Any:
+    """Return the lane-wise maximum (">") or minimum ("<") of floats."""
     return v.build.select(v.build.fcmp_ordered(order, a, b), a, b)

@@ -1,1 +1,1 @@
-"""Kernels in plain torch, on any device: the reference for the others."""
+"""Kernels in plain torch for any device, the reference for the other kernels."""

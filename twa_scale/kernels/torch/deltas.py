@@ -1,4 +1,4 @@
-"""From elements of candidates to their deltas in a store, in plain torch, some columns at a time."""
+"""The computation of deltas, center, inner products and packed rows in plain torch, a chunk of columns at a time."""
 
 from collections.abc import Iterator, Sequence
 from math import lcm
@@ -7,20 +7,20 @@ import torch
 from torch.nn import functional as F
 
 from twa_scale.kernels.coding import CENTER, of_deltas
-from twa_scale.kernels.kernels import Seen, Sources, Target
+from twa_scale.kernels.kernels import SourceChecks, Sources, Target
 from twa_scale.kernels.packed_rows import BLOCKS, Packed, zero_of
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.torch.checksum import checksum
 from twa_scale.kernels.torch.quantize import quantize
 
 ROW_BYTES = 4 << 20
-"""Bytes of deltas that exist at a time."""
+"""The size of a chunk of deltas, in bytes."""
 GRID = lcm(TILE, *(16 // bits * size for bits, size in BLOCKS.items()))
-"""At multiples of it all kinds of tiles begin, counted from where a row's first block does: parts share no word."""
+"""A multiple of every tile size. Chunks that start at multiples of it, counted from the first block, share no word."""
 
 
-def make_deltas(sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
-    """Do what `Kernels.make_deltas` says."""
+def make_deltas(sources: Sources, weights: Sequence[float], target: Target, start: int) -> SourceChecks:
+    """Implement `Kernels.make_deltas`."""
     require_whole_blocks(target.rows, start, len(sources[0]))
     wide = any(source.dtype == torch.float64 for source in sources)
     dtype, finite = torch.float64 if wide else torch.float32, True
@@ -39,7 +39,7 @@ def make_deltas(sources: Sources, weights: Sequence[float], target: Target, star
                 target.rows.write(start + low, rows[:-1])
             case Packed():
                 _pack(target.rows, target, start + low, rows[:-1].to(torch.float32))
-    return Seen(checksums(sources), finite)
+    return SourceChecks(checksums(sources), finite)
 
 
 def checksums(sources: Sources) -> torch.Tensor:
@@ -48,19 +48,22 @@ def checksums(sources: Sources) -> torch.Tensor:
 
 
 def require_whole_blocks(rows: Dense | Packed | None, start: int, count: int) -> None:
-    """Refuse columns that begin or end within a block: its scale is found once."""
+    """Check that a chunk of columns does not split a block, whose scale depends on all of its elements."""
     if isinstance(rows, Packed):
-        assert start == 0 or (rows.lead + start) % rows.block == 0, "a block begins, or the rows"
-        assert start + count == rows.m or (rows.lead + start + count) % rows.block == 0, "a block ends, or the rows"
+        assert start == 0 or (rows.lead + start) % rows.block == 0, "the chunk starts inside a block"
+        assert start + count == rows.m or (rows.lead + start + count) % rows.block == 0, "the chunk ends inside a block"
 
 
 def grid_column(rows: Dense | Packed | None, column: int) -> int:
-    """Return where a column of rows is, counted from the beginning of their first block."""
+    """Return the position of a column, counted from the start of the first block."""
     return column + (rows.lead if isinstance(rows, Packed) else 0)
 
 
 def cuts(rows: Dense | Packed | None, start: int, count: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut `count` columns, the first being column `start` of the rows, at multiples of about `size` in the grid."""
+    """Yield chunks (low, high) of `count` columns from column `start` of the rows, of about `size` columns each.
+
+    Chunks are split at multiples of `GRID`, counted from the first block. The bounds are relative to `start`.
+    """
     size, first = max(size // GRID, 1) * GRID, grid_column(rows, start)
     low = 0
     while low < count:
@@ -70,12 +73,12 @@ def cuts(rows: Dense | Packed | None, start: int, count: int, size: int) -> Iter
 
 
 def reference_of(weights: Sequence[float]) -> int:
-    """Return the index of the largest weight, the first of equals."""
+    """Return the index of the largest weight, or the first one of several."""
     return max(range(len(weights)), key=lambda i: weights[i])
 
 
 def _center(rows: torch.Tensor, weights: Sequence[float]) -> None:
-    """Make deltas and center of rows (n + 1, k): subtract the reference, and then what the center differs from it."""
+    """Replace the candidates in rows[:-1] by their deltas and rows[-1] by the center, in place; rows are (n + 1, k)."""
     deltas, center = rows[:-1], rows[-1]
     center.copy_(deltas[reference_of(weights)])
     deltas.sub_(center)
@@ -85,7 +88,7 @@ def _center(rows: torch.Tensor, weights: Sequence[float]) -> None:
 
 
 def inner_products(rows: torch.Tensor) -> torch.Tensor:
-    """Return <row_i, row_j> in float64, a part of the columns at a time."""
+    """Return the inner products <row_i, row_j>, float64."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for part in torch.split(rows, 1 << 16, dim=1):
         exact = part.to(torch.float64)
@@ -94,18 +97,21 @@ def inner_products(rows: torch.Tensor) -> torch.Tensor:
 
 
 def squared_norms(rows: torch.Tensor) -> torch.Tensor:
-    """Return <row_i, row_i> in float64."""
+    """Return the squared norms <row_i, row_i>, float64."""
     norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms.square()
 
 
 def write_row(rows: Dense | Packed, i: int, values: torch.Tensor) -> torch.Tensor:
-    """Replace row `i` by `values`, (m,) float32, rounded or coded as the rows are; the other rows keep theirs.
+    """Replace row `i`, without synchronizing with the device.
 
-    On a GPU nothing waits for the device.
+    Args:
+        rows: the rows.
+        i: the index of the row.
+        values: (m,), float32. They are rounded to the type of dense rows, or quantized for packed rows.
 
     Returns:
-        What the row now stands for, (m,) float32.
+        The values of the row after rounding, (m,), float32.
     """
     if isinstance(rows, Dense):
         for start, part in rows.tiles(0, rows.count):
@@ -119,7 +125,7 @@ def write_row(rows: Dense | Packed, i: int, values: torch.Tensor) -> torch.Tenso
 
 
 def _pack(rows: Packed, target: Target, start: int, deltas: torch.Tensor) -> None:
-    """Code columns from `start` on, all candidates of a level at once; `deltas` become what the rows make of them."""
+    """Quantize columns from `start` on, and replace `deltas` by the rounded values, for all candidates of a level."""
     coding = target.coding or of_deltas(rows.n)
     for level in coding.levels:
         some = slice(None) if len(level) == rows.n else list(level)
@@ -133,10 +139,7 @@ def _pack(rows: Packed, target: Target, start: int, deltas: torch.Tensor) -> Non
 
 
 def _write_level(rows: Packed, some: slice | list[int], start: int, values: torch.Tensor) -> torch.Tensor:
-    """Quantize some rows, and put the blocks of a tile, one a field, into its words, all at once.
-
-    Returns what the codes stand for.
-    """
+    """Quantize some rows, write their words and scales, and return the rounded values, of the shape of `values`."""
     size, fields, bits = rows.block, rows.fields, rows.bits
     block, front = divmod(rows.lead + start, size)
     count = -(-(front + values.shape[1]) // size)
@@ -144,10 +147,11 @@ def _write_level(rows: Packed, some: slice | list[int], start: int, values: torc
     kept = ((codes - zero_of(bits)) * scales[..., None].to(torch.float32)).flatten(1)
     tile, before = divmod(block, fields)
     tiles = -(-(before + count) // fields)
-    missing = (before, tiles * fields - before - count)  # blocks of the first and the last tile: all bits zero
+    missing = (before, tiles * fields - before - count)  # blocks of the first and the last tile outside of the chunk
     shifts = torch.arange(fields, dtype=torch.int32, device=values.device) * bits
     codes = F.pad(codes, (0, 0, *missing)).unflatten(1, (tiles, fields)) << shifts[:, None]
-    words_of_tiles = codes.sum(2, dtype=torch.int32).to(torch.int16).transpose(0, 1)  # bits are apart: as good as an or
+    # The fields do not overlap, so that the sum is a bitwise or.
+    words_of_tiles = codes.sum(2, dtype=torch.int32).to(torch.int16).transpose(0, 1)
     scales_of_tiles = F.pad(scales, missing).unflatten(1, (tiles, fields)).transpose(0, 1)
     done = 0
     for _, words, scale in rows.tiles(tile, tile + tiles):

@@ -1,4 +1,4 @@
-"""From float32 to codes and scales, block by block: the rule, in plain torch."""
+"""The quantization of blocks to codes and scales in plain torch, and its constants."""
 
 import torch
 from torch.nn import functional as F
@@ -6,27 +6,29 @@ from torch.nn import functional as F
 from twa_scale.kernels.packed_rows import zero_of
 
 REFINEMENTS = {8: 0, 4: 0, 2: 3, 1: 1}
-"""How often the scale is fitted to the codes. With 8 and 4 bits it gains next to nothing; 1 bit is best after once."""
+"""The number of times that the scale is refined by least squares, by bits. Refinement gains little with 8 and 4 bits,
+and 1 bit is best after one."""
 SMALLEST = 1e-30
-"""Scales below it become zero: their inverse would overflow. Such deltas are far below any weight's last bit."""
+"""The smallest scale that is not rounded to zero. The inverse of a smaller one could overflow."""
 EXTREMES = {8: (1 / 127, 1 / 127), 4: (1 / 8, 1 / 7)}
-"""The scale for the larger and for the other extreme of a block, in units of these, so that neither is clipped: codes
-reach one step farther below zero, which a scale's sign turns to the larger. 8 bits leave it to the scale's rounding."""
+"""The scale divided by the larger and by the smaller extreme of a block, by bits, so that neither is clipped. Codes
+have one more step below zero, and the sign of the scale gives this step to the larger extreme. With 8 bits that step
+is reserved for the rounding of the scale."""
 MEAN_SIZE = 1.25
-"""The first scale with few bits, which have to clip, in units of the mean size of a block."""
+"""The initial scale with 2 and 1 bits, divided by the mean absolute value of a block. Larger values are clipped."""
 
 
 def quantize(values: torch.Tensor, front: int, back: int, size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize rows that `front` and `back` absent elements make whole blocks.
+    """Quantize rows block by block.
 
-    The scale comes from the extremes; or, with few bits, from the mean size, and is then fitted: for given codes q the
-    best one is <x, q - zero> / |q - zero|^2.
+    With 8 and 4 bits, the scale follows from the extremes of a block. With 2 and 1 bits, it follows from the mean
+    absolute value, and is refined: for given codes q the least-squares scale is <x, q - zero> / |q - zero|^2.
 
     Args:
         values: (n, k), float32, finite.
-        front: absent elements of the first block.
-        back: absent elements of the last block.
-        size: elements of a block.
+        front: the number of elements by which the first block is incomplete.
+        back: the number of elements by which the last block is incomplete.
+        size: the number of elements of a block.
         bits: 8, 4, 2 or 1.
 
     Returns:

@@ -1,33 +1,33 @@
-"""Plain torch, on any device: the reference that the fast kernels are held to."""
+"""Kernels in plain torch for any device, the reference for the other kernels."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn import functional as F
 
-from twa_scale.kernels.kernels import Differences, Rows, Seen, Sources, Target
+from twa_scale.kernels.kernels import Differences, Rows, SourceChecks, Sources, Target
 from twa_scale.kernels.packed_rows import Packed, zero_of
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.torch.deltas import checksums, make_deltas
 
-# Bytes of float32 rows that exist at a time: on a CPU they stay in cache; a GPU wants few, large launches.
+# Bytes of rows that are converted to float32 at a time: they stay in a CPU's cache; a GPU needs few, large launches.
 CPU_BLOCK = 2 << 20
 GPU_BLOCK = 64 << 20
 
 
 class TorchKernels:
-    """Widens rows a few tiles at a time, and multiplies."""
+    """Kernels that convert a few tiles at a time to float32, and multiply."""
 
     name = "torch"
 
     def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, gradient>."""
+        """Return the inner products <row_i, gradient>."""
         n = len(rows.rows) if isinstance(rows, Differences) else rows.n
         total = torch.zeros(n, dtype=torch.float64, device=gradient.device)
         for start, part in widened(rows):
             count, _, width = part.shape
             right = _cut(gradient, start, count * width).to(torch.float32).view(count, 1, width)
-            total += (part * right).sum(2).sum(0, dtype=torch.float64)  # a matrix product could be one of TF32
+            total += (part * right).sum(2).sum(0, dtype=torch.float64)  # A matrix product could use TF32.
         return total
 
     def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
@@ -42,20 +42,29 @@ class TorchKernels:
         """Return the checksum of each source."""
         return checksums(sources)
 
-    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> Seen:
-        """Make deltas and what goes with them."""
+    def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> SourceChecks:
+        """Compute deltas, center, inner products and errors."""
         return make_deltas(sources, weights, target, start)
 
 
 def unpack(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the values of some tiles, (tiles, n, blocks * words), float32."""
+    """Return the values of packed tiles, (tiles, n, blocks * w), float32.
+
+    Args:
+        words: (tiles, n, w), int16.
+        scales: (tiles, n, blocks), bfloat16.
+        bits: the number of bits of a code.
+    """
     shifts = torch.arange(scales.shape[2], dtype=torch.int32, device=words.device) * bits
     codes = (words.to(torch.int32)[:, :, None] >> shifts[:, None]) & ((1 << bits) - 1)
     return ((codes - zero_of(bits)) * scales.to(torch.float32)[..., None]).flatten(2)
 
 
 def widened(rows: Rows) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield float32 rows some tiles at a time: first column (negative in a block that begins before it), (t, n, w)."""
+    """Yield float32 rows of a few tiles at a time: the first column, and values (tiles, n, w).
+
+    The first column is negative for packed rows that start inside a block.
+    """
     match rows:
         case Dense():
             step = _step(rows.values.device, rows.n * TILE)
@@ -80,7 +89,7 @@ def _step(device: torch.device, tile: int) -> int:
 
 
 def _cut(row: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """Return elements [start, start + count) of a row, zero where it has none."""
+    """Return elements [start, start + count) of a row, with zeros outside it."""
     low, high = max(start, 0), min(start + count, len(row))
     part = row[low:high]
     return part if len(part) == count else F.pad(part, (low - start, start + count - high))

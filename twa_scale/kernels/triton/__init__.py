@@ -1,1 +1,1 @@
-"""Kernels for GPUs, in Triton."""
+"""Kernels for GPUs in Triton."""

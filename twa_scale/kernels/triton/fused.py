@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""Kernels for GPUs in Triton: codes are unpacked, scaled and multiplied in registers, in one pass over their bytes.
+"""Kernels for GPUs in Triton that unpack, scale and multiply codes in registers, and read them once.
 
 A program is one warp. It holds its elements of the gradient, or of the result, in registers and loops over the rows, of
-which each lane loads 16 bytes at a time. A row of a program then needs one reduction within a warp, and no barrier.
-Programs whose tiles are all full are compiled without masks; the others, at the ends of a span, are launched apart.
-docs/performance.md has the instructions that each kernel needs, and the bandwidth that follows.
+which each lane loads 16 bytes at a time. A row therefore needs one reduction within a warp, and no barrier. Programs
+whose tiles are all full are compiled without masks. Those at the ends of a span are launched separately.
+docs/performance.md lists the instructions of each kernel and the resulting bandwidth.
 """
 
 from collections.abc import Iterator
@@ -20,22 +20,23 @@ from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.torch.reference import TorchKernels
 
 _EXPONENT = 0x4B000000
-"""The bits of 2^23 in float32: whole numbers in its mantissa are added to it. It is an argument of the kernels because
-ptxas would load a constant into a register again for each code."""
+"""The bits of 2^23 in float32. An integer in the mantissa adds to this value. It is an argument of the kernels, because
+ptxas would load a constant into a register for each code."""
 
 
 class Shape(NamedTuple):
-    """What one program works on."""
+    """The size of one program."""
 
     tiles: int
+    """The number of tiles of a program."""
     rows: int
-    """Rows whose loads are in flight together."""
+    """The number of rows that are loaded at the same time."""
 
 
 DENSE = Shape(tiles=8, rows=2)
 PROJECT = {8: Shape(8, 2), 4: Shape(4, 2), 2: Shape(2, 2), 1: Shape(1, 2)}
 COMBINE = {8: Shape(8, 2), 4: Shape(4, 2), 2: Shape(2, 2), 1: Shape(1, 2)}
-"""By bits: 32 or 64 elements in each lane. More, or more rows, would be spilled to memory."""
+"""The shapes by bits, with 32 or 64 elements in each lane. More elements or rows would spill registers."""
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def _project_dense(
         width = TILE
         right = tl.load(gradient + at + column).to(tl.float32)
     else:
-        width = tl.minimum(TILE, m - at)  # the last tile is narrow; beyond it, nothing
+        width = tl.minimum(TILE, m - at)  # The last tile may be narrow, and further tiles are empty.
         right = tl.load(gradient + at + column, mask=column < width, other=0).to(tl.float32)
     for block in range(0, n, ROWS):
         row = block + tl.arange(0, ROWS)
@@ -103,9 +104,9 @@ def _combine_dense(
 
 @triton.jit
 def _codes(words, field, exponent, BITS: tl.constexpr):
-    """Return 2 (code - zero) 2^(BITS field), exactly: a code is taken out of its word in its place, not shifted down.
+    """Return 2 (code - zero) 2^(BITS field) exactly. Codes are masked in their word, without a shift.
 
-    The factor of 2 makes the zero of 2 and 1 bits, which is half a step, a whole number.
+    The factor of 2 makes the zero of 2 and 1 bits, which is a half-integer, an integer.
     """
     twice = words.to(tl.uint16, bitcast=True).to(tl.int32) << 1
     code = twice & (((1 << BITS) - 1) << (BITS * field + 1))
@@ -134,7 +135,7 @@ def _project_packed(
     program = first + tl.program_id(0).to(tl.int64)
     tile = program * TILES + tl.arange(0, TILES)[None, :, None, None, None]
     field = tl.arange(0, FIELDS)[None, None, :, None, None]
-    # The 8 words of a lane: 16 bytes, whose products are added without leaving the lane.
+    # A lane loads 8 words (16 bytes), and adds their products without communication between lanes.
     word = tl.arange(0, BLOCK // 8)[None, None, None, :, None] * 8 + tl.arange(0, 8)[None, None, None, None, :]
     at, element = tile * (BLOCK * FIELDS), field * BLOCK + word
     if FULL:
@@ -204,18 +205,18 @@ def _combine_packed(
 
 
 class TritonKernels(TorchKernels):
-    """Dense and packed rows; quantizing, and differences to files, are left to torch."""
+    """Kernels for dense and packed rows. Quantization and `Differences` use the torch kernels."""
 
     name = "triton"
 
     def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
-        """Return <row_i, gradient>: float32 within a program, float64 over all."""
+        """Return <row_i, gradient>, added in float32 within a program and in float64 over programs."""
         if isinstance(rows, Differences):
             return super().project(rows, gradient)
         gradient = gradient.contiguous()
         shape = DENSE if isinstance(rows, Dense) else PROJECT[rows.bits]
         partial = gradient.new_empty(-(-rows.count // shape.tiles), rows.n, dtype=torch.float32)
-        with torch.cuda.device_of(gradient):  # Triton launches on the current device, torch on that of the tensors
+        with torch.cuda.device_of(gradient):  # Triton launches on the current device.
             for first, count, full in launches(rows, shape.tiles):
                 how = {"TILES": shape.tiles, "ROWS": shape.rows, "FULL": full, "num_warps": 1}
                 if isinstance(rows, Dense):
@@ -248,7 +249,7 @@ class TritonKernels(TorchKernels):
 
 
 def launches(rows: Dense | Packed, tiles: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield the first program of a launch, their number, and whether all of their tiles are full."""
+    """Yield the launches: the first program, the number of programs, and whether all of their tiles are full."""
     lead = rows.lead if isinstance(rows, Packed) else 0
     programs = -(-rows.count // tiles)
     full = (lead + rows.m) // (rows.tile * tiles)

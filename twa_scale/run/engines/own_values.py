@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from twa_scale.base.notices import unsaid
+from twa_scale.base.notices import ignore_notice
 from twa_scale.candidates.adapters import ADAPTER_CONFIG
 from twa_scale.candidates.find import find_sources
 from twa_scale.config import RunConfig
@@ -17,7 +17,7 @@ def candidates_leave_values(config: RunConfig) -> bool:
     Raises:
         CandidateError: candidates that are not there.
     """
-    paths = find_sources(config.candidates, 1, unsaid)
+    paths = find_sources(config.candidates, 1, ignore_notice)
     return config.missing == "keep" or any(isinstance(p, Path) and (p / ADAPTER_CONFIG).is_file() for p in paths)
 
 
