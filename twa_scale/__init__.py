@@ -9,6 +9,7 @@ from twa_scale.version import __version__
 if TYPE_CHECKING:
     from twa_scale.average.attach import attach
     from twa_scale.average.average import TrainableAverage
+    from twa_scale.average.search import search
     from twa_scale.base.notices import TwaWarning
     from twa_scale.config import RunConfig, TwaConfig
     from twa_scale.engines.zero import stateless_optimizer
@@ -31,6 +32,7 @@ __all__ = [
     "TwaWarning",
     "__version__",
     "attach",
+    "search",
     "stateless_optimizer",
 ]
 
@@ -43,6 +45,7 @@ _MODULES = {
     "TwaConfig": "twa_scale.config",
     "TwaWarning": "twa_scale.base.notices",
     "attach": "twa_scale.average.attach",
+    "search": "twa_scale.average.search",
     "stateless_optimizer": "twa_scale.engines.zero",
 }
 

@@ -1,0 +1,176 @@
+"""Searching averages by a score. An average costs one `combine` to try, and no file is written."""
+
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from hashlib import sha256
+from math import isfinite
+from numbers import Real
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from twa_scale.average.average import TrainableAverage
+from twa_scale.average.search.methods import Constraint, Method, Proposal, Proposals, proposals
+from twa_scale.average.search.record import Record, digest_of
+from twa_scale.base.names import nearest, some
+from twa_scale.base.notices import notice
+from twa_scale.errors import ConfigError, TwaError
+from twa_scale.ranks import first_difference, require_same_settings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An average that was tried."""
+
+    label: str
+    coefficients: torch.Tensor
+    """(n,) or (n, G), float64."""
+    score: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has tried, in order."""
+
+    evaluations: list[Evaluation]
+    best: Evaluation
+
+
+def search(
+    average: TrainableAverage,
+    score: Callable[[], float],
+    method: Method = "sweep",
+    *,
+    budget: int = 200,
+    higher_is_better: bool = True,
+    constraint: Constraint = "sum",
+    seed: int = 0,
+    record: str | Path | None = None,
+    tried: Callable[[Evaluation], object] = lambda _: None,
+) -> Found:
+    """Try averages of the candidates, and leave `average` at the one with the best score. Collective.
+
+    `sweep` tries uniform averages of the last K candidates for every K, then exponential and `minus-sqrt` ones of all
+    windows. `greedy` makes the greedy soup (arXiv 2203.05482). `cma` is CMA-ES over the coefficients of all groups,
+    from the present ones. BatchNorm statistics are the score's business: call `average.recalibrate_batchnorm` in it.
+
+    Args:
+        average: what `attach` returned.
+        score: called on every rank with the weights of an average in the model; returns the same number on all ranks.
+            Use held-out data that no test uses.
+        method: `sweep`, `greedy` or `cma`.
+        budget: most averages that are tried.
+        higher_is_better: False for a loss.
+        constraint: for `cma`: `sum` keeps the sum of a group's coefficients, `simplex` also keeps them positive.
+        seed: for `cma`.
+        record: file of the scores. A search that is started again with it repeats none that are in it.
+        tried: called on every rank with each average and its score.
+
+    Raises:
+        ConfigError: on every rank; arguments that cannot be, or a score that is no number or differs between ranks.
+        StateError: a record of other candidates, or a damaged one.
+        TwaError: no score was finite.
+    """
+    pods = average.pods
+    arguments = {"method": method, "budget": budget, "higher_is_better": higher_is_better, "seed": seed}
+    require_same_settings(pods, {**arguments, "constraint": constraint, "record": str(record)})
+    with pods.agree():
+        _check(average, method, budget, constraint, seed)
+    sign = -1.0 if higher_is_better else 1.0
+    evaluations: list[Evaluation] = []
+    source: Proposals | None = None
+    kept: Record | None = None
+    with pods.agree():  # one rank proposes: the libraries of others may round otherwise
+        if pods.rank == 0:
+            source = proposals(method, average.coefficients.cpu().numpy(), constraint, seed)
+            kept = None if record is None else Record(Path(record), _digest(average), notice)
+    loss: float | None = None
+    with closing(kept) if kept else nullcontext():
+        while len(evaluations) < budget:
+            found: tuple[Proposal | None, float | None] = (None, None)
+            with pods.agree():
+                if source:
+                    found = _next(source, kept, loss)
+            proposal, known = pods.broadcast(found)
+            if proposal is None:
+                break
+            a = torch.from_numpy(proposal.coefficients)
+            value = _measured(average, score, a) if known is None else known
+            if kept and known is None:
+                kept.add(proposal.label, proposal.coefficients, value)
+            loss = sign * value
+            evaluations.append(Evaluation(proposal.label, a, value))
+            tried(evaluations[-1])
+    finite = [evaluation for evaluation in evaluations if isfinite(evaluation.score)]
+    if not finite:
+        raise TwaError(f"search: none of {len(evaluations)} scores was a finite number.")
+    best = min(finite, key=lambda evaluation: sign * evaluation.score)
+    average.start_from(best.coefficients)
+    return Found(evaluations, best)
+
+
+def _check(average: TrainableAverage, method: Method, budget: int, constraint: Constraint, seed: int) -> None:
+    """Refuse arguments before anything is evaluated.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    for name, value, known in (("method", method, get_args(Method)), ("constraint", constraint, get_args(Constraint))):
+        if value not in known:
+            raise ConfigError(
+                f"search: {name} {value!r} is unknown{nearest(str(value), known) or '.'} Use {some(known)}."
+            )
+    for name, number, least in (("budget", budget, 1), ("seed", seed, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ConfigError(f"search: {name} is {number!r}; give an integer of at least {least}.")
+    if not average.can_start_from("last"):
+        raise ConfigError(
+            f"search: basis {average.config.basis!r} cannot hold averages that leave candidates out. Attach with "
+            "basis: normalized; constraint='simplex' keeps the coefficients of `cma` positive."
+        )
+
+
+def _next(source: Proposals, kept: Record | None, loss: float | None) -> tuple[Proposal | None, float | None]:
+    """Return the next average, and its score where the record has it; (None, None) at the end."""
+    try:
+        proposal = next(source) if loss is None else source.send(loss)
+    except StopIteration:
+        return None, None
+    return proposal, kept.scores.get(digest_of(proposal.coefficients)) if kept else None
+
+
+def _measured(average: TrainableAverage, score: Callable[[], float], coefficients: torch.Tensor) -> float:
+    with average.weights(coefficients):
+        value = score()
+    with average.pods.agree():
+        value = _number(value)
+    other = first_difference(average.pods, {"score": value})
+    with average.pods.agree():
+        if other:
+            raise ConfigError(
+                f"search: the score is {other.mine} on {other.where} and {other.first} on {other.where_first}. Sum it "
+                "over the ranks, for example with torch.distributed.all_reduce."
+            )
+    return value
+
+
+def _number(value: Any) -> float:
+    """Return a score as a float.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return float(value.item())
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigError(f"search: the score is {value!r}; return a number.")
+    return float(value)
+
+
+def _digest(average: TrainableAverage) -> str:
+    """Return what scores depend on, beside the data: the candidates, and how coefficients are shared."""
+    found = sha256(average.fingerprint.checksums.cpu().numpy().tobytes())
+    found.update(repr(list(average.layout.group_of.items())).encode())
+    return found.hexdigest()

@@ -1,0 +1,152 @@
+"""Which averages a search tries. Each method is a generator: it yields an average, and is sent its loss."""
+
+from collections.abc import Generator
+from math import isfinite
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import assert_never
+
+from twa_scale.config import center_weights
+from twa_scale.errors import ConfigError
+
+Method = Literal["sweep", "greedy", "cma"]
+Constraint = Literal["sum", "simplex"]
+Array = npt.NDArray[np.float64]
+
+_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+_MOST_DIMENSIONS = 2000  # CMA-ES keeps a matrix of this size squared, and decomposes it
+
+
+class Proposal(NamedTuple):
+    """An average to try."""
+
+    label: str
+    coefficients: Array
+    """(n,), or (n, G)."""
+
+
+Proposals = Generator[Proposal, float, None]
+
+
+def proposals(method: Method, start: Array, constraint: Constraint, seed: int) -> Proposals:
+    """Return the generator of a method.
+
+    Args:
+        method: its name.
+        start: the present coefficients, (n, G).
+        constraint: for `cma`.
+        seed: for `cma`.
+
+    Raises:
+        ConfigError: `cma` with too many coefficients, or not installed.
+    """
+    match method:
+        case "sweep":
+            return sweep(len(start))
+        case "greedy":
+            return greedy(len(start))
+        case "cma":
+            return cma(start, constraint, seed)
+        case _:
+            assert_never(method)
+
+
+def sweep(n: int) -> Proposals:
+    """Try averages of the last K candidates: uniform for every K, then the shapes on all windows, larger ones first."""
+    for k in range(1, n + 1):
+        yield Proposal(f"lawa:{k}", _window(n, [1 / k] * k))
+    for k in range(n, 1, -1):
+        for shape in ("minus-sqrt", *(f"ema:{decay}" for decay in _DECAYS)):
+            yield Proposal(f"{shape} of the last {k}", _window(n, center_weights(shape, k)))
+
+
+def greedy(n: int) -> Proposals:
+    """Try the greedy soup (arXiv 2203.05482, Recipe 1): add candidates, best first, as long as the loss falls."""
+    losses = []
+    for i in range(n):
+        losses.append((yield Proposal(f"candidate {i}", _uniform(n, [i]))))
+    order = sorted(range(n), key=lambda i: losses[i] if isfinite(losses[i]) else np.inf)
+    soup, best = order[:1], losses[order[0]]
+    for i in order[1:]:
+        loss = yield Proposal(f"mean of {sorted([*soup, i])}", _uniform(n, [*soup, i]))
+        if loss <= best:
+            soup, best = [*soup, i], loss
+
+
+def cma(start: Array, constraint: Constraint, seed: int) -> Proposals:
+    """Run CMA-ES (arXiv 1604.00772) from `start`, (n, G), until the caller stops asking.
+
+    Under `sum` a point z moves the coefficients by z less its mean over the candidates, so that their sum stays. Under
+    `simplex` they are a softmax, which starts at `start`.
+
+    Raises:
+        ConfigError: too many coefficients, or a package that is missing.
+    """
+    own = _NumpyState()
+    with own:
+        strategy = _strategy(start, constraint, seed)
+    generation = 0
+    while True:
+        with own:
+            points = strategy.ask()
+        losses = []
+        for i, point in enumerate(points):
+            a = _coefficients(np.asarray(point).reshape(start.shape), start, constraint)
+            loss = yield Proposal(f"generation {generation}, {i}", a)
+            losses.append(loss if isfinite(loss) else np.inf)
+        worst = max((loss for loss in losses if isfinite(loss)), default=0.0)
+        with own:
+            strategy.tell(points, [loss if isfinite(loss) else worst + 1 for loss in losses])
+        generation += 1
+
+
+class _NumpyState:
+    """A state of numpy's global generator that belongs to CMA-ES, which draws from it: others draw in between."""
+
+    def __init__(self) -> None:
+        self._own: Any = None
+
+    def __enter__(self) -> None:
+        self._others = np.random.get_state()
+        if self._own is not None:
+            np.random.set_state(self._own)
+
+    def __exit__(self, *error: object) -> None:
+        self._own = np.random.get_state()
+        np.random.set_state(self._others)
+
+
+def _strategy(start: Array, constraint: Constraint, seed: int) -> Any:
+    if start.size > _MOST_DIMENSIONS:
+        raise ConfigError(
+            f"search: method 'cma' would search {start.size} coefficients ({start.shape[0]} candidates x "
+            f"{start.shape[1]} groups), and can search {_MOST_DIMENSIONS}. Attach with fewer groups."
+        )
+    try:
+        import cma as package
+    except ImportError:
+        raise ConfigError("search: method 'cma' needs the package cma: pip install twa-scale[search].") from None
+    step = 1 / len(start) if constraint == "sum" else 0.5
+    return package.CMAEvolutionStrategy(start.size * [0.0], step, {"seed": seed + 1, "verbose": -9})  # 0: no seed
+
+
+def _coefficients(z: Array, start: Array, constraint: Constraint) -> Array:
+    if constraint == "sum":
+        moved: Array = start + z - z.mean(0)
+        return moved
+    logits = np.log(np.maximum(start, 1e-3)) + z
+    powers = np.exp(logits - logits.max(0))
+    found: Array = powers / powers.sum(0)
+    return found
+
+
+def _window(n: int, weights: list[float]) -> Array:
+    return np.array([0.0] * (n - len(weights)) + weights)
+
+
+def _uniform(n: int, members: list[int]) -> Array:
+    found = np.zeros(n)
+    found[members] = 1 / len(members)
+    return found

@@ -1,0 +1,77 @@
+"""The file of a search: each score as soon as it is known, so that a search that was killed repeats none."""
+
+import json
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from twa_scale.average.search.methods import Array
+from twa_scale.errors import StateError
+from twa_scale.output import AppendedFile
+from twa_scale.output.publish import output_errors
+
+_FORMAT = 1
+
+
+def digest_of(coefficients: Array) -> str:
+    """Return what a record is found by."""
+    return sha256(coefficients.astype("<f8").tobytes()).hexdigest()[:32]
+
+
+class Record:
+    """The scores that a file holds, and a way to add one.
+
+    Args:
+        path: JSON lines; made when it is not there.
+        candidates: a digest of the candidates, with which scores lose their meaning.
+        say: called with a line when the disk is full.
+
+    Raises:
+        StateError: a file of something else, or of other candidates.
+        OutputError: a file that cannot be read or written.
+    """
+
+    def __init__(self, path: Path, candidates: str, say: Callable[[str], object]) -> None:
+        header = {"twa_scale": "search", "format": _FORMAT, "candidates": candidates}
+        self.scores: dict[str, float] = {}
+        lines = [header]
+        if path.exists():
+            found = _lines(path)
+            if found[:1] != [header]:
+                raise StateError(
+                    f"{path}: is not the record of a search of these candidates. Give another file, or remove it."
+                )
+            lines = found
+            self.scores = {str(line["key"]): float(line["score"]) for line in found[1:]}
+        else:
+            with output_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = AppendedFile(path, b"".join(map(_line, lines)), say)
+
+    def add(self, label: str, coefficients: Array, score: float) -> None:
+        """Write one score."""
+        self._file.write(_line({"key": digest_of(coefficients), "label": label, "score": score}))
+
+    def close(self) -> None:
+        """Write what a full disk has kept from being written."""
+        self._file.close()
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file, without a last one that was written only in part."""
+    with output_errors(path):
+        text = path.read_bytes()
+    try:
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError
+        for line in lines[1:]:
+            str(line["key"]), float(line["score"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise StateError(f"{path}: is not the record of a search. Give another file, or remove it.") from None
+    return lines
