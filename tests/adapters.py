@@ -1,7 +1,7 @@
 """Adapters that PEFT itself makes and writes, of a tiny GPT-2."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,24 @@ def adapted(config: PeftConfig | None = None, seed: int = 0, **lora: Any) -> Any
     return model
 
 
+def experts(seed: int, **lora: Any) -> Any:
+    """A mixture of four experts, stacked in one tensor, with LoRA on that and on a linear layer."""
+    model = get_peft_model(mixture(), LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], **lora))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+def mixture() -> Any:
+    """The base model of `experts`."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+
+
 def save(model: Any, path: Path) -> str:
     """Write the adapter as PEFT does, and return its directory."""
     with warnings.catch_warnings():
@@ -50,7 +68,7 @@ def save(model: Any, path: Path) -> str:
     return str(path)
 
 
-def load(path: str | Path, trainable: bool = False) -> Any:
+def load(path: str | Path, trainable: bool = False, base: Callable[[], Any] = base) -> Any:
     """The base model with the adapter of a directory, as PEFT loads it; nothing may be missing or left over."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,7 @@
 """Adapters of PEFT, written and read by PEFT: averages of factors and of products, attach, export and inspect."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from math import prod
@@ -75,6 +76,22 @@ def test_products_are_averaged_exactly(mixed: list[str], tmp_path: Path) -> None
     written = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (12, 12, False)
     assert list(written["rank_pattern"].values()) == [13]
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_products_of_stacked_experts(rank: int | None, tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{"r": 2}, {"r": 3, "lora_alpha": 5}]
+    models = [adapters.experts(i, target_modules=["q_proj"], **one) for i, one in enumerate(settings)]
+    paths = [save(model, tmp_path / f"{i}") for i, model in enumerate(models)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        average_fixed(paths, tmp_path / "out", [0.3, 0.7], space="product", rank=rank)
+    expected = weighted([updates(load(path, base=adapters.mixture)) for path in paths], [0.3, 0.7])
+    for name, update in updates(load(tmp_path / "out", base=adapters.mixture)).items():
+        values = np.linalg.svd(expected[name].numpy(), compute_uv=False)
+        left_out = float(np.sqrt((values[..., rank or 5 :] ** 2).sum()))
+        assert float((update - expected[name]).norm()) == pytest.approx(left_out, rel=1e-5, abs=1e-6)
+    assert any(update.dim() == 3 for update in expected.values())
 
 
 def test_products_are_those_of_peft(alike: list[str], tmp_path: Path) -> None:

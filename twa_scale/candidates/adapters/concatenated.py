@@ -46,6 +46,7 @@ class Concatenated(Wrapped):
         places: where its factors lie, by tensor.
         ranks: R by module.
         own: the first of its ranks and the one after the last, by module.
+        experts: how many matrices A and B of a module are stacked: one, but for experts that PEFT adapts as one tensor.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class Concatenated(Wrapped):
         places: Mapping[str, _Place],
         ranks: Mapping[str, int],
         own: Mapping[str, tuple[int, int]],
+        experts: Mapping[str, int],
     ) -> None:
         super().__init__(candidate)
         self._places = places
         self.ranks = ranks
         self.own = own
+        self.experts = experts
         self.adapter = candidate
         """What is concatenated."""
         self.summed = frozenset(name for name, place in places.items() if place.dim == 0)
@@ -104,14 +107,21 @@ class Concatenated(Wrapped):
         return None if name in self._places else super().mapped(name)
 
 
-def concatenated(candidates: Sequence[Candidate]) -> list[Candidate]:
+def concatenated(candidates: Sequence[Candidate], experts: Mapping[str, int]) -> list[Candidate]:
     """Return LoRA adapters, whose B are multiplied by their scalings, as `Concatenated`.
+
+    Args:
+        candidates: LoRA adapters.
+        experts: how many matrices are stacked in the factors of each module.
 
     Raises:
         CandidateError: factors whose shapes do not fit each other.
     """
     factors = [factors_in(candidate.names()) for candidate in candidates]
-    ranks = [{m: rank_of(c, f) for m, f in held.items()} for c, held in zip(candidates, factors, strict=True)]
+    ranks = [
+        {module: rank_of(candidate, one) // experts.get(module, 1) for module, one in held.items()}
+        for candidate, held in zip(candidates, factors, strict=True)
+    ]
     totals = Counter[str]()
     for held_ranks in ranks:
         totals.update(held_ranks)
@@ -121,26 +131,31 @@ def concatenated(candidates: Sequence[Candidate]) -> list[Candidate]:
         places: dict[str, _Place] = {}
         parts = {}
         for module, one in held.items():
-            places |= _places_of(candidate, one, starts[module], own[module], totals[module])
+            stacked = experts.get(module, 1)
+            places |= _places_of(candidate, one, starts[module], own[module], totals[module], stacked)
             parts[module] = (starts[module], starts[module] + own[module])
             starts[module] += own[module]
-        result.append(Concatenated(candidate, places, totals, parts))
+        result.append(Concatenated(candidate, places, totals, parts, experts))
     return result
 
 
-def _places_of(candidate: Candidate, factors: Factors, start: int, own: int, total: int) -> dict[str, _Place]:
+def _places_of(
+    candidate: Candidate, factors: Factors, start: int, own: int, total: int, experts: int
+) -> dict[str, _Place]:
+    """Return where the factors lie: PEFT stacks A as (experts, r, in), and B as (out, r, experts)."""
     places = {}
-    for name, dim in ((factors.a, 0), (factors.b, 1)):
-        inner = prod(candidate.shape(name)[dim + 1 :])
-        places[name] = _Place(dim, total, start * inner, own * inner, total * inner)
+    for name, dim, inner in ((factors.a, 0, prod(candidate.shape(factors.a)[1:])), (factors.b, 1, experts)):
+        places[name] = _Place(dim, total * experts, start * inner, own * inner, total * inner)
     return places
 
 
 def product_factors(
     candidates: Sequence[Concatenated], factors: Factors, weights: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A (R, in) and B (out, R) of sum_i a_i s_i B_i A_i of one module, in float64."""
-    return _sum(candidates, factors.a, [1.0] * len(candidates)), _sum(candidates, factors.b, weights)
+    """Return A (experts, R, in) and B (experts, out, R) of sum_i a_i s_i B_i A_i of one module, in float64."""
+    experts = candidates[-1].experts.get(factors.module, 1)
+    a, b = _sum(candidates, factors.a, [1.0] * len(candidates)), _sum(candidates, factors.b, weights)
+    return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
 
 def _sum(candidates: Sequence[Concatenated], name: str, weights: Sequence[float]) -> torch.Tensor:

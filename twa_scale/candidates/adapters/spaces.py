@@ -128,7 +128,30 @@ def _products(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig |
             if name
         }
         result.append(_rescaled(candidate, scales))
-    return concatenated(result)
+    return concatenated(result, _experts(candidates, configs))
+
+
+def _experts(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | None]) -> dict[str, int]:
+    """Return how many matrices are stacked in the factors of each module, which PEFT does for `target_parameters`.
+
+    Raises:
+        CandidateError: a rank that is not that of the configuration, or another number of experts.
+    """
+    found: dict[str, int] = {}
+    for candidate, config in zip(candidates, configs, strict=True):
+        assert config is not None
+        # Patterns have the names of parameters then, which files do not have.
+        stacked = config.settings.get("target_parameters") and not any(
+            config.settings.get(key) for key in ("rank_pattern", "alpha_pattern")
+        )
+        for module, one in factors_in(candidate.names()).items():
+            experts, rest = divmod(rank_of(candidate, one), config.rank(module))
+            if rest or (experts > 1 and not stacked) or found.setdefault(module, experts) != experts:
+                raise CandidateError(
+                    f"{candidate.label}: the factors of {module!r} have rank {rank_of(candidate, one)}, and "
+                    f"{config.path} says {config.rank(module)}. {_FACTORS}, {_MERGED}."
+                )
+    return found
 
 
 def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
@@ -155,14 +178,6 @@ def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
         why = "it holds no factors of LoRA"
     if why:
         raise CandidateError(f"{config.path}: space: product is not possible: {why}. {_FACTORS}, {_MERGED}.")
-    for module, one in factors.items():
-        rank = rank_of(candidate, one)
-        if rank != config.rank(module):
-            raise CandidateError(
-                f"{candidate.label}: the factors of {module!r} have rank {rank}, and {config.path} says "
-                f"{config.rank(module)}. Factors of stacked experts (target_parameters) have no product of this form; "
-                f"if that is what they are: {_FACTORS}, {_MERGED}."
-            )
 
 
 def _rescaled(candidate: Candidate, scales: Mapping[str, float]) -> Candidate:

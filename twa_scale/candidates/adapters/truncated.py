@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import sqrt
 from threading import Lock
 
 import torch
@@ -41,9 +41,7 @@ class Truncated(Wrapped):
         self._weights = weights
         self._factors = {name: one for one in factors_in(candidates[-1].names()).values() for name in (one.a, one.b)}
         self.exact_ranks = candidates[-1].ranks
-        self.ranks = {
-            one.module: min(rank, self.exact_ranks[one.module], *self._sides(one)) for one in self._factors.values()
-        }
+        self.ranks = {one.module: min(rank, self.exact_ranks[one.module]) for one in self._factors.values()}
         self.units = {name: one.module for name, one in self._factors.items()}
         """The module of each factor: one rank computes both."""
         self.truncations: dict[str, Truncation] = {}
@@ -57,7 +55,7 @@ class Truncated(Wrapped):
         if name not in self._factors:
             return shape
         one = self._factors[name]
-        rank = self.ranks[one.module]
+        rank = self.ranks[one.module] * self._candidates[-1].experts.get(one.module, 1)
         return (rank, *shape[1:]) if name == one.a else (shape[0], rank, *shape[2:])
 
     def dtype(self, name: str) -> torch.dtype:
@@ -82,20 +80,21 @@ class Truncated(Wrapped):
     def mapped(self, name: str) -> None:
         """Return None: what is computed lies in no file."""
 
-    def _sides(self, one: Factors) -> tuple[int, int]:
-        a, b = self._candidate.shape(one.a), self._candidate.shape(one.b)
-        return prod(a[1:]), b[0] * prod(b[2:])
-
     def _computed(self, one: Factors) -> dict[str, torch.Tensor]:
         a, b = product_factors(self._candidates, one, self._weights)
         q_b, r_b = torch.linalg.qr(b)
-        q_a, r_a = torch.linalg.qr(a.T)
-        u, values, v = torch.linalg.svd(r_b @ r_a.T)
+        q_a, r_a = torch.linalg.qr(a.mT)
+        u, values, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
         rank = self.ranks[one.module]
         squares = values.square()
-        self.truncations[one.module] = Truncation(float(squares.sum()), float(squares[rank:].sum()))
-        roots = values[:rank].sqrt()
-        return {one.b: ((q_b @ u[:, :rank]) * roots).contiguous(), one.a: roots[:, None] * (v[:rank] @ q_a.T)}
+        self.truncations[one.module] = Truncation(float(squares.sum()), float(squares[:, rank:].sum()))
+        roots = values[:, :rank].sqrt()
+        experts, kept = roots.shape  # a small module has fewer singular values than the rank: zeros fill it
+        low_a = torch.zeros(experts, rank, a.shape[2], dtype=a.dtype)
+        low_b = torch.zeros(b.shape[1], rank, experts, dtype=b.dtype)
+        low_a[:, :kept] = roots[:, :, None] * (v[:, :rank] @ q_a.mT)
+        low_b[:, :kept] = ((q_b @ u[:, :, :rank]) * roots[:, None]).permute(1, 2, 0)
+        return {one.a: low_a, one.b: low_b}
 
 
 def ranks_of(candidate: Candidate) -> Mapping[str, int]:

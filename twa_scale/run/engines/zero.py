@@ -134,9 +134,7 @@ class Zero3(Zero):
     stage = 3
 
     def _model(self, deepspeed: Any, task: Task, device: torch.device, settings: dict[str, Any]) -> nn.Module:
-        if candidates_leave_values(
-            self.config
-        ):  # which cannot be loaded into a model that is partitioned from the start
+        if candidates_leave_values(self.config):  # a model that is partitioned from the start could not load them
             return super()._model(deepspeed, task, device, settings)
         with deepspeed.zero.Init(config_dict_or_path=settings):
             return task.model()
