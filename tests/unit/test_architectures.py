@@ -3,15 +3,19 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 import twa_scale
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.states import save_run
+from twa_scale.errors import CandidateError
 from twa_scale.merge import export_run
 
 
@@ -105,6 +109,31 @@ def test_a_run_is_exported_in_the_form_of_its_candidates(tmp_path: Path) -> None
     assert exported.keys() == exact.keys() == stored.keys()
     for name, value in exact.items():
         torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-6)
+
+
+class Doubled(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """A model whose files hold half of a weight."""
+
+
+class Twice(ConversionOps):  # type: ignore[misc]
+    """Does more than move elements."""
+
+    def convert(self, input_dict: dict[str, Any], **_: object) -> dict[str, Any]:
+        return {name: tensors[0] * 2 for name, tensors in input_dict.items()}
+
+
+def test_a_conversion_that_computes_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    rule = WeightConverter("half_norm.weight", "model.norm.weight", [Twice()])
+    register_checkpoint_conversion_mapping("Doubled", [rule], overwrite=True)
+    (llama,) = (one for one in ARCHITECTURES if one.model == "LlamaForCausalLM")
+    model = Doubled(transformers.LlamaConfig(**llama.settings))
+    paths = [tmp_path / f"{i}.pt" for i in range(2)]
+    for path in paths:
+        state = {name: value + torch.randn_like(value) for name, value in model.state_dict().items()}
+        torch.save({name.replace("model.norm", "half_norm"): value for name, value in state.items()}, path)
+    message = r"'model\.norm\.weight' of 'half_norm\.weight' by .*mul is not followed.*save_original_format"
+    with pytest.raises(CandidateError, match=message):
+        twa_scale.attach(model, paths)
 
 
 def test_the_documentation_lists_what_is_tried() -> None:

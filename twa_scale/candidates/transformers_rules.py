@@ -6,6 +6,8 @@ Its own code decides, and works on traced tensors in place of tensors.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -50,8 +52,21 @@ class TransformersRules:
         Tensors that are none of the model's keep their name.
 
         Raises:
-            CandidateError: a conversion that does more than move elements, or two tensors that become the same one.
+            CandidateError: a conversion that does more than move elements, or two tensors that become the same one; or
+                another version of transformers, whose rules work otherwise.
         """
+        try:
+            return self._loaded(tensors, label)
+        except CandidateError:
+            raise
+        except Exception as error:  # of any kind, from code of another library
+            version = import_module(_LIBRARY).__version__
+            raise CandidateError(
+                f"{label}: the rules of transformers {version} for this model cannot be used: "
+                f"{type(error).__name__}: {error}. {_WAY_OUT}"
+            ) from error
+
+    def _loaded(self, tensors: Mapping[str, Traced], label: str) -> tuple[dict[str, Traced], list[str]]:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
@@ -110,6 +125,8 @@ class TransformersRules:
 def transformers_rules(modules: Modules, shapes: Shapes) -> TransformersRules | None:
     """Return the rules for the outermost model of transformers among modules; None where there is none.
 
+    Versions of transformers before 5 have no rules: their files hold what their models hold.
+
     Args:
         modules: the name without wrappers of each module, and it; a model before its parts.
         shapes: of every parameter and buffer that checkpoints hold, by each name.
@@ -117,6 +134,8 @@ def transformers_rules(modules: Modules, shapes: Shapes) -> TransformersRules | 
     modules = list(modules)
     for path, module in modules:
         if _is_model(module):
+            if find_spec(f"{_LIBRARY}.conversion_mapping") is None:
+                return None
             return TransformersRules(modules, shapes, f"{path}." if path else "", module)
     return None
 
