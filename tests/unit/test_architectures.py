@@ -142,3 +142,18 @@ def test_the_documentation_lists_what_is_tried() -> None:
     assert [(kind.strip(), model.strip(" `")) for kind, model in rows] == [
         (one.kind, one.model) for one in ARCHITECTURES
     ]
+
+
+def test_what_was_learned_from_a_window_has_the_form_of_its_snapshots(tmp_path: Path) -> None:
+    (architecture,) = (one for one in ARCHITECTURES if one.model == "MixtralForCausalLM")
+    model = built(architecture, 0)
+    running = twa_scale.RunningAverages(model, window={"every": 1, "keep": 2})
+    for _ in range(2):
+        with torch.no_grad():
+            model.model.norm.weight.add_(1)
+        running.step()
+    average = running.learn()
+    average.export(tmp_path / "out")
+    saved = running.save(tmp_path / "window")[-1]
+    out, snapshot = (load_file(directory / "model.safetensors") for directory in (tmp_path / "out", saved))
+    assert {name: value.shape for name, value in out.items()} == {name: value.shape for name, value in snapshot.items()}

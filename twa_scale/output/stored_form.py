@@ -9,7 +9,7 @@ import torch
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.complex_tensors import complex_in_files
-from twa_scale.candidates.conversion import made
+from twa_scale.candidates.conversion import Made, made
 from twa_scale.candidates.dtypes import widest
 from twa_scale.candidates.segments import Segment, Segments
 from twa_scale.candidates.traced import Traced
@@ -38,6 +38,18 @@ class StoredForm:
     """The names in the files of tensors that are stored unchanged, by the name in the model."""
     _made: Mapping[str, Segments]
     """The segments in the files of the other tensors, by the name in the model."""
+
+    def stored_name(self, name: str) -> str:
+        """Return the name in the files of a tensor; its own where it is stored in others."""
+        return self._names.get(name, name)
+
+    def made(self, name: str, shape: tuple[int, ...]) -> Made | None:
+        """Return of which segments of the files a tensor is made; None where it is stored as it is."""
+        if name not in self._made:
+            return None
+        shapes = {spec.name: spec.shape for spec in self.specs}
+        stored = dict.fromkeys(segment.there.name for segment in self._made[name])
+        return Made(shape, self._made[name], {raw: shapes[raw] for raw in stored})
 
     def nbytes(self, span: Span) -> int:
         """Return the size of a span in the files, in bytes."""

@@ -1,13 +1,17 @@
 """Snapshots of a window in the place of candidates: what has names, shapes and types, but no file to read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.complex_tensors import in_pairs
+from twa_scale.candidates.conversion import Conversion, Made
 from twa_scale.engines import Engine
 from twa_scale.engines.complex_weights import complex_tensor_names
+from twa_scale.output.snapshot_form import snapshot_form
+from twa_scale.output.stored_form import StoredForm
 
 
 class SnapshotCandidate:
@@ -17,7 +21,7 @@ class SnapshotCandidate:
     file_name: str | None = None
     bytes_read = 0
 
-    def __init__(self, engine: Engine, step: int) -> None:
+    def __init__(self, engine: Engine, step: int, form: StoredForm) -> None:
         self.label = f"the snapshot of step {step}"
         self.metadata: dict[str, str] = {}
         pairs = complex_tensor_names(engine)
@@ -27,7 +31,8 @@ class SnapshotCandidate:
             name: (shape[:-1], dtype.to_complex()) if name in pairs else (shape, dtype)
             for name, (shape, dtype) in tensors.items()
         }
-        self.stored_names = {name: name for name in self._tensors}
+        self._form = form
+        self.stored_names = {name: form.stored_name(name) for name in self._tensors}
 
     def names(self) -> list[str]:
         """Return the tensor names, sorted."""
@@ -45,10 +50,19 @@ class SnapshotCandidate:
         """Refuse: the window is the store, and nothing is read."""
         raise AssertionError(f"{self.label}: {name!r} [{start}:{start + len(out)}] is in the window")
 
+    def made(self, name: str) -> Made | None:
+        """Return of which segments of the file a tensor would be made; None where it would be stored as it is."""
+        return self._form.made(name, self.shape(name))
+
+    def conversion(self) -> Conversion | None:
+        """Return None: no file is converted."""
+        return None
+
     def close(self) -> None:
         """Do nothing: the window stays."""
 
 
-def snapshot_candidate(engine: Engine, step: int) -> Candidate:
-    """Return the snapshot of a step as a candidate, complex tensors as pairs of real numbers."""
-    return in_pairs(SnapshotCandidate(engine, step))
+def snapshot_candidates(engine: Engine, steps: Sequence[int]) -> list[Candidate]:
+    """Return the snapshots of steps as candidates, complex tensors as pairs of real numbers."""
+    form = snapshot_form(engine, None)
+    return [in_pairs(SnapshotCandidate(engine, step, form)) for step in steps]

@@ -23,7 +23,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.kernels import Kernels, RowMap, Target
 from twa_scale.kernels.torch.deltas import inner_products, squared_norms
 from twa_scale.ranks import Pods, Reduction, require_same_settings
-from twa_scale.running.candidate import snapshot_candidate
+from twa_scale.running.candidate import snapshot_candidates
 from twa_scale.running.window import Window
 from twa_scale.store import Store
 
@@ -96,7 +96,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         engine.keeps_optimizer = True
         engine.check()
         require_trainable(config, engine, pods)
-        candidates = [snapshot_candidate(engine, step) for step in window.steps]
+        candidates = snapshot_candidates(engine, window.steps)
         layout = matched(engine, candidates, config)
         weights = center_weights(config.center, len(candidates))
         check_settings(config, weights)
