@@ -48,7 +48,7 @@ class Group:
 
 @dataclass
 class Trained:
-    """The weights by name and the averaging coefficients (n x G) after each step, first those before any step."""
+    """The weights by name before the first step and after each, and the averaging coefficients (n x G) at both ends."""
 
     weights: list[dict[str, Tensor]]
     coefficients: list[Tensor]
@@ -85,9 +85,12 @@ def train(
 
     def record() -> None:
         result.weights.append({name: value.detach().clone() for name, value in (fixed | weights()).items()})
+
+    def record_coefficients() -> None:
         result.coefficients.append(torch.stack([group.coefficients() for group in groups], dim=1))
 
     record()
+    record_coefficients()
     for micro_batches in steps:
         optimizer.zero_grad()
         gradients: dict[str, Tensor] = {}
@@ -111,6 +114,7 @@ def train(
             torch.nn.utils.clip_grad_norm_([group.x for group in groups], config["max_grad_norm"])
         optimizer.step()
         record()
+    record_coefficients()
     return result
 
 
