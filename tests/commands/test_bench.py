@@ -76,7 +76,7 @@ def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
 
 def measure_on_a_rank() -> int:
     """Measure on ranks of which one is content long before the other."""
-    with patch.multiple(timing, _TIMES=2 + 30 * dist.get_rank(), _SECONDS=0.0):
+    with patch.multiple(timing, _MIN_CALLS=2 + 30 * dist.get_rank(), _MIN_SECONDS=0.0):
         return run_bench(["packed4"], 1000, 2, None, "torch", CPU).elements
 
 
@@ -87,8 +87,8 @@ def test_ranks_measure_equally_often(ranks: Pool) -> None:
 @pytest.fixture
 def config(text: Brought, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run, for a bench that is quick rather than right."""
-    monkeypatch.setattr(timing, "_TIMES", 1)
-    monkeypatch.setattr(timing, "_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_MIN_CALLS", 1)
+    monkeypatch.setattr(timing, "_MIN_SECONDS", 0.0)
     path = tmp_path / "run.json"
     path.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out", store="packed8")))
     return path

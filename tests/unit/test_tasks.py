@@ -450,7 +450,7 @@ def test_files_that_are_no_text_by_their_name(tmp_path: Path, name: str) -> None
 def test_text_files_that_begin_as_others(tmp_path: Path) -> None:
     for i, content in enumerate([b"%PDF-1.7\n" + b"x" * 99, gzip.compress(b"text"), b"PK\x03\x04" + b"x" * 99]):
         (tmp_path / f"{i}.txt").write_bytes(content)
-        with pytest.raises(ConfigError, match=rf"{i}\.txt: is no plain text: it begins as"):
+        with pytest.raises(ConfigError, match=rf"{i}\.txt: is not plain text: it begins like"):
             task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path / f"{i}.txt")}, context=2).dataset("train")
 
 
@@ -560,7 +560,7 @@ def test_files_in_two_splits_are_said(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b"plain text, " * 20, "plain text"),
-        (b"\x93NUMPY" + bytes(100), "an array of numpy"),
+        (b"\x93NUMPY" + bytes(100), "a numpy array"),
         (b"PK\x03\x04" + bytes(100), "an archive"),
         (gzip.compress(b"text"), "a compressed file"),
         ((20240520).to_bytes(4, "little") + bytes(2000), "header of 1024 bytes"),
@@ -568,7 +568,7 @@ def test_files_in_two_splits_are_said(tmp_path: Path) -> None:
 )
 def test_bare_files_that_are_no_tokens_of_two_bytes(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "t.bin").write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"t\.bin: is no bare file of tokens, but .*{said}"):
+    with pytest.raises(ConfigError, match=rf"t\.bin: is not a plain sequence of tokens, but .*{said}"):
         task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / "t.bin")}, context=4).dataset("train")
     bytewise = {"tokens": {"train": str(tmp_path / "t.bin")}, "token_dtype": "uint8"}
     assert task_of("causal_lm", model=TINY_GPT, context=4, **bytewise).dataset("train")
@@ -667,10 +667,10 @@ def test_token_files_that_cannot_be_read(tmp_path: Path, content: bytes) -> None
         ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": "fine"\n', ["a.jsonl, line 2", "not JSON"]),
         ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": "fine"}\n', ["a.jsonl, line 2", "'label'"]),
         ("a.jsonl", "[1, 2]\n", ["line 1", "list"]),
-        ("a.csv", "text,label\nfine,1\nfine,\n", ["a.csv: example 2: '' is no label"]),
-        ("a.jsonl", '{"text": "fine", "label": NaN}\n', ["example 1: nan is no label"]),
-        ("a.jsonl", '{"text": "fine", "label": [1]}\n', ["example 1: [1] is no label"]),
-        ("a.jsonl", '{"text": ["fine"], "label": 1}\n', ["example 1: ['fine'] is no text"]),
+        ("a.csv", "text,label\nfine,1\nfine,\n", ["a.csv: example 2: '' is not a label"]),
+        ("a.jsonl", '{"text": "fine", "label": NaN}\n', ["example 1: nan is not a label"]),
+        ("a.jsonl", '{"text": "fine", "label": [1]}\n', ["example 1: [1] is not a label"]),
+        ("a.jsonl", '{"text": ["fine"], "label": 1}\n', ["example 1: ['fine'] is not a text"]),
         ("a.csv", b"text,label\n\xff\xfe,1\n", ["a.csv", "cannot be read"]),
     ],
 )

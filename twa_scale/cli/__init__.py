@@ -1,4 +1,4 @@
-"""The command line: one file for each command. Each parses, calls one function of the library, and prints."""
+"""The command line, one module for each command. A command parses options, calls the library and prints."""
 
 from twa_scale.cli.app import app
 from twa_scale.cli.program import main

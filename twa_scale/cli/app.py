@@ -1,4 +1,4 @@
-"""The application: its commands in the order of `--help`."""
+"""The Typer application with all commands, in the order of `--help`."""
 
 from typing import Annotated
 
@@ -23,21 +23,21 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"twa-scale {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def entered(
+def callback(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
     """Learn how to average the checkpoints of models too large for one device."""
-    del version, local_rank  # the first has its callback; the second is what DeepSpeed's launcher gives to every script
+    del version, local_rank  # --version has a callback; DeepSpeed's launcher passes --local_rank to every script
 
 
 for command in (init, run, launch, plan, inspect, bench, average, export):

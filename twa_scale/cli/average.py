@@ -17,10 +17,10 @@ def average(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="`uniform` (when not given); `ema:D`: candidate i of n has D^(n-i) over the sum of these; "
-            "`ema-torch:D`, torch's EMA over the candidates: D^(n-1) for the first, (1-D) D^(n-i) for the others; "
-            "`lawa:K`, the mean of the last K; "
-            "`linear` or `minus-sqrt` (WSM's decay shapes); `first`, `last` or an index; or `0.5,0.3,0.2`.",
+            help="`uniform` (the default); `ema:D`: D^(n-i) for candidate i of n, normalized; "
+            "`ema-torch:D`, the EMA of torch over the candidates: D^(n-1) for the first, (1-D) D^(n-i) for the others; "
+            "`lawa:K`: the mean of the last K; `linear` or `minus-sqrt` (decay shapes of WSM); `first`, `last` or an "
+            "index; or `0.5,0.3,0.2`.",
             show_default=False,
         ),
     ] = None,
@@ -30,8 +30,9 @@ def average(
     buffers: Annotated[
         str,
         typer.Option(
-            help="Floating point buffers: `average` running statistics with the weights and take others from the last "
-            "candidate; `mean`: average statistics uniformly; or take all from `first`, `last` or an index."
+            help="Floating point buffers. `average`: average running statistics with the weights, and take other "
+            "buffers from the last candidate; `mean`: average statistics uniformly; `first`, `last` or an index: take "
+            "all buffers from this candidate."
         ),
     ] = "average",
     space: Space = "auto",
@@ -39,7 +40,8 @@ def average(
         int | None,
         typer.Option(
             min=1,
-            help="With `--space product`: truncate the result to this rank. The exact one has the sum of all ranks.",
+            help="With `--space product`: truncate the result to this rank. The rank of the exact result is the sum of "
+            "all ranks.",
             show_default=False,
         ),
     ] = None,
@@ -49,9 +51,9 @@ def average(
     *,
     output: Output,
 ) -> None:
-    """Average candidates with fixed weights: streamed, in bounded memory, no model code needed.
+    """Average candidates with fixed weights, streamed in bounded memory and without the code of the model.
 
-    Under a launcher the ranks share the work.
+    Under a launcher, the ranks share the work.
 
     twa-scale average 'runs/a/step-*' --weights ema:0.9 --out merged
 
@@ -64,7 +66,7 @@ def average(
     from twa_scale.merge import average_fixed
 
     with joined(output.out, timeout) as (report, say), report.bytes("averaging") as progress:
-        used = average_fixed(
+        weight_of = average_fixed(
             candidates,
             output.out,
             weights,
@@ -77,6 +79,6 @@ def average(
             progress=progress,
             **output.options,
         )
-    for label, weight in used:
+    for label, weight in weight_of:
         say(f"{weight:10.6f}  {label}")
-    say(f"wrote the average of {len(used)} candidates to {output.out}")
+    say(f"wrote the average of {len(weight_of)} candidates to {output.out}")

@@ -17,10 +17,10 @@ def export(
     *,
     output: Output,
 ) -> None:
-    """Write the trained average of RUN from its coefficients and the candidates alone; no model code needed.
+    """Write the trained average of RUN from its coefficients and the candidates, without the code of the model.
 
-    The candidates must be where they were, unchanged. The result is the exact merge sum_i a_i w_i; `run` itself exports
-    the live weights, which differ from it by the rounding of the store.
+    The candidates must be unchanged and have the same paths. The result is the exact merge sum_i a_i w_i. `run` itself
+    exports the live weights, which differ from it by the rounding of the store.
     """
     from twa_scale.merge import export_run
 

@@ -23,9 +23,9 @@ def init(
     model: Annotated[str, typer.Option(help="Hugging Face directory, or `package.module:function`.")] = "model",
     output: Annotated[str, typer.Option(help="Directory of the run.")] = "runs/twa",
     steps: Annotated[int, typer.Option(min=1, help="Updates of the coefficients.")] = 100,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a configuration for `run` in which every key is explained, and say what comes next.
+    """Write a commented configuration for `run`, and print the next commands.
 
     twa-scale init my-run.yaml --candidates 'checkpoints/step-*' --model checkpoints/step-100
     """

@@ -6,21 +6,21 @@ from typing import Annotated
 import typer
 
 from twa_scale.cli.options import Ignore, Space, Timeout, WeightsKey
-from twa_scale.cli.shared import drawn, joined
+from twa_scale.cli.shared import joined, rendered
 
 
 def inspect(
     candidates: Annotated[list[str], typer.Argument(help="Files, directories or globs, in training order.")],
-    plot: Annotated[Path | None, typer.Option(help="Draw the cosine matrix of the deltas into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the cosine matrix of the deltas to this PNG file.")] = None,
     space: Space = "auto",
     ignore: Ignore = None,
     weights_key: WeightsKey = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     timeout: Timeout = None,
 ) -> None:
-    """Show what candidates hold and how they lie to each other. Reads each byte once, in bounded memory.
+    """Show the tensors of candidates, and the norms and cosines of their deltas. Memory is bounded.
 
-    Under a launcher the ranks share the work, and rank 0 prints.
+    Under a launcher, the ranks share the work, and rank 0 prints.
     """
     from twa_scale.candidates import asked_for
     from twa_scale.tools.inspection import inspect as inspect_candidates
@@ -29,8 +29,8 @@ def inspect(
     with joined(Path.cwd() / "inspect", timeout) as (report, say):
         with report.bytes("reading candidates") as progress:
             inspection = inspect_candidates(candidates, progress, asked_for(ignore or [], weights_key, space))
-        say(inspection_json(inspection) if json else drawn(inspection_table(inspection)))
+        say(inspection_json(inspection) if json else rendered(inspection_table(inspection)))
         if plot and report.active:
-            from twa_scale.run.plots import plot_cosines  # importing matplotlib takes long
+            from twa_scale.run.plots import plot_cosines  # imported late, because matplotlib is slow to import
 
             plot_cosines(plot, inspection.cosines, inspection.labels)

@@ -1,4 +1,4 @@
-"""The options that are the same in all commands that write weights."""
+"""The options that all commands that write weights share."""
 
 import inspect
 from collections.abc import Callable
@@ -12,32 +12,32 @@ import typer
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Where and how weights are written."""
+    """The options of the output of a command."""
 
-    out: Annotated[Path, typer.Option(help="Directory to write; it appears only when it is complete.")]
+    out: Annotated[Path, typer.Option(help="Directory to write. It appears when it is complete.")]
     max_shard_size: Annotated[str, typer.Option(help="Largest file: `5GB`, `512MiB`, ...")] = "5GB"
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Type of the result: `float32`, `bfloat16`, `float16`; when not given, the candidates' widest."
+            help="Dtype of the result: `float32`, `bfloat16`, `float16`. Default: the widest of the candidates."
         ),
     ] = None
     carry_code: Annotated[
-        bool, typer.Option("--carry-code", help="Copy code (`*.py`) of the last candidate too; loaders may run it.")
+        bool, typer.Option("--carry-code", help="Also copy code (`*.py`) of the last candidate. Loaders may run it.")
     ] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False
 
     @property
     def options(self) -> dict[str, Any]:
-        """All but the directory, by the names of the arguments of `average_fixed` and `export_run`."""
+        """All options except `out`, by the names of the arguments of `average_fixed` and `export_run`."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "out"}
 
 
 def with_output(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `Output`; it gets them as its keyword argument `output`."""
+    """Add the options of `Output` to a command, which receives them as its keyword argument `output`."""
     own, shared = inspect.signature(command), inspect.signature(Output).parameters
     others = [parameter for parameter in own.parameters.values() if parameter.name != "output"]
-    # Keyword-only ones go last; typer shows options in the order of the signature, and reads their types from it.
+    # Keyword-only parameters come last. typer reads the order and the types of options from the signature.
     parameters = sorted([*others, *shared.values()], key=lambda parameter: parameter.kind)
 
     @wraps(command)

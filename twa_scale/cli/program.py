@@ -1,4 +1,4 @@
-"""The program: it runs the application, and says what went wrong once for all ranks."""
+"""The entry point: it runs the application, and prints notices and errors once for all ranks."""
 
 import sys
 import warnings
@@ -16,33 +16,33 @@ from twa_scale.errors import ConfigError, TwaError
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one message and exit code 2."""
-    sys.path.append(str(Path.cwd()))  # as `python -m twa_scale` has it: tasks of one's own are found there
+    """Run the command line. Invalid input ends with one message and exit code 2."""
+    sys.path.append(str(Path.cwd()))  # as with `python -m twa_scale`, so that custom tasks can be imported
     try:
         with _notices():
             app(standalone_mode=True)
     except TwaError as error:
-        _explain(error)
+        _print_error(error)
         sys.exit(2)
 
 
 @contextmanager
 def _notices() -> Iterator[None]:
-    """Print each notice as one line, without the place in the code that Python adds to a warning."""
+    """Print each notice as one line, without the source line that Python adds to a warning."""
 
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if issubclass(category, TwaWarning):
             Console(stderr=True).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
         else:
-            usual(message, category, *where, **more)
+            default(message, category, *args, **kwargs)
 
     with warnings.catch_warnings():
-        usual, warnings.showwarning = warnings.showwarning, show
+        default, warnings.showwarning = warnings.showwarning, show
         yield
 
 
-def _explain(error: TwaError) -> None:
-    """Print an error once: one rank speaks for all where all know; what is wrong with one node, only that can say."""
+def _print_error(error: TwaError) -> None:
+    """Print an error on rank 0 if all ranks raise it; otherwise on the ranks that raise it."""
     import torch.distributed as dist
 
     from twa_scale.ranks import World
@@ -51,9 +51,9 @@ def _explain(error: TwaError) -> None:
         world = World.from_environment()
     except ConfigError:
         world = World(0, 1, 0)
-    # Before ranks have met all find the same fault in a configuration: one on each node says so.
-    alone = world.local_rank == 0 or not isinstance(error, ConfigError) or dist.is_initialized()
-    if world.rank == 0 or (alone and not error.agreed):
+    # Before the rendezvous, all ranks find the same fault in a configuration, so one rank of each node prints it.
+    speaks = world.local_rank == 0 or not isinstance(error, ConfigError) or dist.is_initialized()
+    if world.rank == 0 or (speaks and not error.agreed):
         kind = "bad configuration" if isinstance(error, ConfigError) else type(error).__name__
         where = "" if world.rank == 0 else f" (rank {world.rank})"
         text = f"[bold red]{kind}{where}:[/] {escape(str(error))}"

@@ -11,33 +11,33 @@ from twa_scale.errors import ConfigError
 
 def run(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML or JSON file; see docs/configuration.md for every key.")
+        Path | None, typer.Argument(help="YAML or JSON file; docs/configuration.md describes all keys.")
     ] = None,
     overrides: Overrides = None,
     deepspeed: Annotated[
-        bool, typer.Option("--deepspeed", help="Ignored: scripts for DeepSpeed are given it.")
+        bool, typer.Option("--deepspeed", help="Ignored; DeepSpeed's launcher passes it to scripts.")
     ] = False,
     deepspeed_config: Annotated[
-        Path | None, typer.Option("--deepspeed_config", help='DeepSpeed JSON with a "twa" block, in place of CONFIG.')
+        Path | None, typer.Option("--deepspeed_config", help='DeepSpeed JSON with a "twa" block, instead of CONFIG.')
     ] = None,
 ) -> None:
-    """Train the averaging coefficients as CONFIG says, then evaluate and export the average.
+    """Train the averaging coefficients according to CONFIG, then evaluate and export the average.
 
-    Alone, or on every rank of a launcher:
+    Run it in one process, or on every rank of a launcher:
 
         twa-scale run configs/my-run.yaml optimizer.lr=3e-3
 
         torchrun --nproc-per-node 8 -m twa_scale run configs/my-run.yaml
 
-    Started again after a crash, it continues from the last saved state in `output`. SIGUSR1 or SIGTERM make it save its
-    state after what it is at, a step, an evaluation or attach, and exit with code 75.
+    When started again after a crash, it continues from the last saved state in `output`. On SIGUSR1 or SIGTERM it
+    finishes the current step, evaluation or attach, saves its state, and exits with code 75.
     """
     from twa_scale.config import load_config
     from twa_scale.run import run as run_training
     from twa_scale.run.progress import Report
     from twa_scale.run.stopping import STOPPED, Stopped
 
-    if deepspeed_config is not None:  # then all arguments are overrides
+    if deepspeed_config is not None:  # all positional arguments are overrides
         config, overrides = deepspeed_config, [*([] if config is None else [str(config)]), *(overrides or [])]
     if config is None:
         raise ConfigError("give CONFIG, or --deepspeed_config FILE.")

@@ -1,4 +1,4 @@
-"""What commands share: the work with other ranks, and what they print."""
+"""Functions that commands share: joining other ranks, and printing tables."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from twa_scale.run.progress import Report
 
 
-def drawn(table: RenderableType) -> str:
-    """Return what a console of this width shows."""
+def rendered(table: RenderableType) -> str:
+    """Return a table as text with the width of the console."""
     console = Console()
     with console.capture() as text:
         console.print(table)
@@ -22,9 +22,12 @@ def drawn(table: RenderableType) -> str:
 
 @contextmanager
 def joined(out: Path, timeout: float | None) -> "Iterator[tuple[Report, Callable[[str], None]]]":
-    """Share the work with the other ranks of the launcher, if there are any; rank 0 reports.
+    """Join the other ranks of the launcher, if there are any, for the duration of a `with` block.
 
-    SIGINT, SIGTERM and SIGHUP undo what is half done.
+    SIGINT, SIGTERM and SIGHUP end the block, and unfinished output is removed.
+
+    Yields:
+        The progress report and a print function. Only those of rank 0 print.
     """
     import torch
 

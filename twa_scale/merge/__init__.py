@@ -1,4 +1,4 @@
-"""Averages computed from the candidates alone: streamed, without the model's code."""
+"""Averages that are computed from the candidates alone, streamed and without the code of the model."""
 
 from twa_scale.merge.named import average_fixed, export_run
 from twa_scale.merge.streamed import Checksums, Weights, merge

@@ -1,4 +1,4 @@
-"""Averages of the products of adapters, truncated to a rank."""
+"""Averages of the products of LoRA adapters, truncated to a rank."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -10,20 +10,20 @@ from twa_scale.ranks import Group
 
 
 def truncated(candidates: Sequence[Candidate], weights: Sequence[float], rank: int) -> Truncated:
-    """Return the average of adapters in the space of products, truncated to `rank`.
+    """Return the average of the products of adapters, truncated to `rank`.
 
     Raises:
-        ConfigError: no rank, or candidates that are not in the space of products.
+        ConfigError: `rank` is not positive, or the candidates were not opened with `space: product`.
     """
     if rank < 1:
-        raise ConfigError(f"--rank {rank}: a rank is 1 or more.")
+        raise ConfigError(f"--rank {rank}: a rank is at least 1.")
     if not all(isinstance(candidate, Concatenated) for candidate in candidates):
         raise ConfigError("--rank: only products can be truncated to a rank; add --space product (space='product').")
     return Truncated(cast("Sequence[Concatenated]", candidates), weights, rank)
 
 
 def truncation_line(low: Truncated, rank: int, group: Group) -> str:
-    """Return the line about what truncation has left out. Collective."""
+    """Return a line that reports the relative error of the truncation. Collective."""
     found: dict[str, Truncation] = {}
     for one in group.gather(low.truncations):
         found |= one

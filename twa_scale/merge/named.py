@@ -1,4 +1,4 @@
-"""Merges that people ask for by name: fixed weights, and the trained coefficients of a run."""
+"""The merges of the commands `average` and `export`: fixed weights, and the trained coefficients of a run."""
 
 import re
 from collections.abc import Sequence
@@ -53,19 +53,19 @@ def average_fixed(
     """Average `candidates` (paths, globs, or PATH:WEIGHT) and write the result to `out`.
 
     Args:
-        candidates: in training order; all with a weight as PATH:WEIGHT, or none.
-        out: directory to write.
-        weights: what the setting `center` takes, also as text: a name, an index, or one weight for each candidate.
-            The mean when neither they nor PATH:WEIGHT are given.
-        normalize: divide weights that are given one by one by their sum, which else has to be 1.
-        buffers: what the setting `buffers` takes. Names tell which tensors are buffers: see docs/candidates.md.
+        candidates: the candidates in training order; all of them as PATH:WEIGHT, or none.
+        out: the directory to write.
+        weights: a value of the setting `center`, or the same as text: a name, an index, or one weight for each
+            candidate. The default is the mean, unless candidates are given as PATH:WEIGHT.
+        normalize: whether weights that are given one by one are divided by their sum. Otherwise the sum must be 1.
+        buffers: a value of the setting `buffers`. Buffers are recognized by name: see docs/candidates.md.
         ignore: regular expressions of tensors to leave out.
-        weights_key: where the weights are in files that hold several sets; see TwaConfig.
-        space: what the setting `space` takes: what is averaged of LoRA adapters.
-        rank: truncate the averages of products to this rank; their relative error is reported.
+        weights_key: the key of the weights in files that hold several sets; see TwaConfig.
+        space: a value of the setting `space`: what is averaged of LoRA adapters.
+        rank: the rank to which the averages of products are truncated. Their relative error is reported.
         max_shard_size: see `merge`.
-        dtype: name of the floating point type to write.
-        carry_code: copy the last candidate's code, such as *.py files, with its other small files.
+        dtype: the name of the floating point type to write.
+        carry_code: whether code of the last candidate, such as *.py files, is copied with its other small files.
         overwrite: see `merge`.
         progress: see `merge`.
 
@@ -73,7 +73,7 @@ def average_fixed(
         The label and the weight of each candidate.
 
     Raises:
-        ConfigError: unknown weights, weights that do not sum to 1, or some paths with a weight and some without.
+        ConfigError: the weights are unknown or do not sum to 1, or only some candidates have a weight.
         CandidateError, OutputError: see `merge`.
     """
     group = Group.world()
@@ -86,14 +86,14 @@ def average_fixed(
     require_same_settings(group, options)
     if explicit is not None and weights is not None:
         raise ConfigError(
-            f"--weights {weights}: the candidates have weights of their own as PATH:WEIGHT; give one or the other."
+            f"--weights {weights}: the candidates have weights as PATH:WEIGHT; give either these or --weights."
         )
     given = explicit if explicit is not None else _parsed("mean" if weights is None else weights)
     opened = open_together(paths, group, 1, wanted)
     vectors = spectral_vectors(opened[-1].names())
     if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(
-            f"{len(explicit)} weights for {len(opened)} candidates: a PATH:WEIGHT must name one candidate."
+            f"{len(explicit)} weights for {len(opened)} candidates: each PATH:WEIGHT must match one candidate."
         )
     if isinstance(given, list):
         given = _of_sum_one(given, normalize)
@@ -149,11 +149,20 @@ def export_run(
 ) -> tuple[int, str]:
     """Write sum_i a_i w_i with the coefficients that `run` exports, from its state and the candidates alone.
 
+    Args:
+        run: the output directory of the run.
+        out: the directory to write.
+        max_shard_size: see `merge`.
+        dtype: the name of the floating point type to write.
+        carry_code: whether code of the last candidate, such as *.py files, is copied with its other small files.
+        overwrite: see `merge`.
+        progress: see `merge`.
+
     Returns:
-        The number of candidates, and the step of the coefficients in words.
+        The number of candidates, and a description of the step of the coefficients.
 
     Raises:
-        StateError: no run state, or candidates that are no longer those of the run; nothing is written.
+        StateError: the run has no state, or the candidates have changed since the run. Nothing is written.
         CandidateError, OutputError: see `merge`.
     """
     group, state = Group.world(), None
@@ -161,7 +170,7 @@ def export_run(
         chosen = parse_dtype(dtype)
         if group.rank == 0:
             state = load_state(Path(run), notice)
-    state = group.broadcast(state)  # one rank looks: file systems may show ranks different things
+    state = group.broadcast(state)  # read by one rank, because a shared file system may show ranks different files
     assert state is not None
     twa = state.exported
     known = {*twa.fingerprint.shapes, *twa.group_of}
@@ -217,18 +226,18 @@ def export_run(
 
 
 def _products(candidates: Sequence[Candidate], rank: int | None) -> dict[str, object]:
-    """Return what an output says of adapters whose products were averaged."""
+    """Return the provenance of averaged products of adapters."""
     return {"space": "product", "rank": rank} if ranks_of(candidates[-1]) else {}
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
-    """Return the floating point type called `name`; None stays None.
+    """Return the floating point type called `name`, or None if `name` is None.
 
     Raises:
-        ConfigError: another name.
+        ConfigError: the name is unknown.
     """
     if name is not None and name not in _DTYPES:
-        raise ConfigError(f"dtype: {name!r} is none of {', '.join(_DTYPES)}{nearest(name, _DTYPES) or '.'}")
+        raise ConfigError(f"dtype: {name!r} is not one of {', '.join(_DTYPES)}{nearest(name, _DTYPES) or '.'}")
     return _DTYPES[name] if name else None
 
 
@@ -240,11 +249,11 @@ def _parsed(weights: Center) -> Center:
 
 
 def _parsed_buffers(buffers: str | int, n: int) -> str | int:
-    """Return the setting `buffers`; a text may hold an index."""
+    """Return the setting `buffers` from an option, in which an index may be text."""
     if isinstance(buffers, str) and re.fullmatch(r"[-+]?\d+", buffers.strip()):
         buffers = int(buffers)
     option = validated(TwaConfig, {"buffers": buffers}, "--buffers").buffers
-    buffer_source("", option, [1 / n] * n)  # an index may be out of range
+    buffer_source("", option, [1 / n] * n)  # raises if an index is out of range
     return option
 
 
@@ -253,18 +262,18 @@ def _of_sum_one(weights: list[float], normalize: bool) -> list[float]:
         return of_sum_one(weights, normalize=normalize)
     except ValueError as error:
         scalable = not normalize and all(map(isfinite, weights))
-        fix = ", or be scaled to it with --normalize (normalize=True)" if scalable else ""
+        fix = ", or be divided by their sum with --normalize (normalize=True)" if scalable else ""
         raise ConfigError(f"{error}{fix}: {', '.join(f'{weight:g}' for weight in weights[:8])}.") from None
 
 
 def _split(candidates: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Take the weights off PATH:WEIGHT arguments; none has one, or all have."""
+    """Split PATH:WEIGHT arguments into paths and weights. Either all arguments have a weight or none has."""
     pairs = [_pair(candidate) for candidate in candidates]
     paths = [path for path, _ in pairs]
     weights = [weight for _, weight in pairs if weight is not None]
     if weights and len(weights) < len(pairs):
         bare = next(path for path, weight in pairs if weight is None)
-        raise ConfigError(f"{bare}: has no weight while others have; write each candidate as PATH:WEIGHT, or none.")
+        raise ConfigError(f"{bare}: has no weight, but others have; write all candidates as PATH:WEIGHT, or none.")
     return paths, weights or None
 
 

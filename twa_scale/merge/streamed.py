@@ -1,4 +1,4 @@
-"""Averages computed from the candidates alone: read, combined and written by chunks, by all ranks at once."""
+"""Streamed merges: all ranks read, combine and write chunks of the candidates at the same time."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ from twa_scale.output.publish import check_inputs_outside
 from twa_scale.output.stored_form import StoredForm, form_of_candidates
 from twa_scale.ranks import Group
 
-_CHUNK = 1 << 21  # elements; what ranks share out
+_CHUNK = 1 << 21  # elements; the unit of work that is distributed over ranks
 
 Checksums = list[dict[str, int]]
-"""By candidate, then tensor: of every tensor that was read from it (see kernels.checksum)."""
+"""For each candidate, the checksum of every tensor that was read from it, by name (see kernels.checksum)."""
 Weights = Callable[[str], Source]
-"""Says for a tensor name the weights a_1..a_n of the candidates, or the index of the one to copy it from."""
+"""A function of a tensor name: the weights a_1..a_n of the candidates, or the index of the candidate to copy."""
 
 
 def merge(
@@ -53,35 +53,38 @@ def merge(
     verify: Callable[[Checksums], None] | None = None,
     units: Mapping[str, str] | None = None,
 ) -> Checksums:
-    """Write sum_i a_i w_i as safetensors, no tensor of which is ever whole in memory. Collective.
+    """Write sum_i a_i w_i as safetensors, in chunks, so that no rank holds a whole tensor. Collective.
 
-    Each chunk is read by one rank, and combined in float32 (float64 where a candidate has float64) as
-    r + sum_i a_i (w_i - r) + (sum_i a_i - 1) r around the candidate r of the largest weight: where candidates
-    agree, the result is theirs to the bit, and with weights of sum 1 it has the bits of the center that `attach` makes
-    on a CPU. Candidates of weight zero are not read. Tensors that are not floating point are copied from the last
-    candidate; what is copied is read from all, and reported where they differ. A rank needs two buffers of a megabyte
-    of each candidate (at most 64 MiB), and some megabytes for the result.
+    Each chunk is read by one rank and combined in float32 (float64 if a candidate has float64) as
+    r + sum_i a_i (w_i - r) + (sum_i a_i - 1) r, where r is the candidate of the largest weight. Elements that are equal
+    in all candidates therefore keep their bits, and with weights that sum to 1 the result has the same bits as the
+    center that `attach` computes on a CPU. Candidates of weight zero are not read. Tensors that are not floating point
+    are copied from the last candidate. Copied tensors are read from all candidates, and differences are reported. A
+    rank needs two buffers of 1 MB for each candidate (at most 64 MiB), and some megabytes for the result.
 
     Args:
-        candidates: known to be alike, as `open_candidates` returns them.
-        out: directory to write, on a file system that all ranks share.
+        candidates: compatible candidates, as `open_candidates` returns them.
+        out: the directory to write, on a file system that all ranks share.
         weights: the weights of each tensor.
-        group: ranks that share the work.
-        carried: what the result takes over from the candidates; the small files are those of the first rank.
-        origin: where the result comes from (`provenance`), beside the candidates.
-        max_shard_size: most bytes of tensor data in one file; see `Carried.shard_size`.
-        dtype: type of every floating point tensor in the result; when not given, the widest of the candidates, which
-            is reported where they differ.
+        group: the ranks that share the work.
+        carried: the properties of the candidates that the result keeps. The small files of the first rank are used.
+        origin: the provenance of the result (`provenance`); by default only the candidates.
+        max_shard_size: the largest number of bytes of tensor data in a file; see `Carried.shard_size`.
+        dtype: the dtype of every floating point tensor in the result. By default each tensor has the widest dtype among
+            the candidates, and differences are reported.
         ignore: regular expressions of tensor names to leave out.
-        replace: values to write in place of tensors of the candidates; the same on every rank.
-        overwrite: replace an earlier output.
-        progress: called with what this rank has read.
-        verify: called on every rank with the checksums, before anything is published; it may raise.
-        units: by tensor: tensors of one unit are written by one rank, which computes them together.
+        replace: values to write instead of tensors of the candidates; the same on every rank.
+        overwrite: whether an earlier output is replaced.
+        progress: called with the number of bytes that this rank has read.
+        verify: called on every rank with the checksums before the output is published. It may raise.
+        units: for some tensors, the name of a unit. One rank computes and writes all tensors of a unit.
+
+    Returns:
+        The checksums of all tensors that were read, on every rank.
 
     Raises:
-        CandidateError: NaN or Inf, or a file that cannot be read.
-        OutputError: see `writing`; or a result that is too large for `dtype`.
+        CandidateError: a candidate holds NaN or Inf, or cannot be read.
+        OutputError: see `writing`; or the result is too large for `dtype`.
     """
     replace = replace or {}
     names = [name for name in candidates[-1].names() if not matches_any(name, ignore)]
@@ -119,11 +122,11 @@ def _check_replace(shapes: Mapping[str, tuple[int, ...]], replace: Mapping[str, 
 
 
 def _share(tensors: Sequence[Span], form: StoredForm, group: Group, units: Mapping[str, str]) -> list[Span]:
-    """Return this rank's equal part of the chunks, consecutive ones, so that files are read in order."""
+    """Return this rank's part of the chunks. Parts are equal and consecutive, so that files are read in order."""
     total = sum(map(form.nbytes, tensors))
     mine = []
     done = 0
-    rank_of: dict[str, int] = {}  # of units
+    rank_of: dict[str, int] = {}  # the rank of each unit
     for _, piece in (cut for tensor in tensors for cut in tensor.pieces(_CHUNK)):
         rank = min(done * group.size // max(total, 1), group.size - 1)
         if piece.name in units:
@@ -136,7 +139,7 @@ def _share(tensors: Sequence[Span], form: StoredForm, group: Group, units: Mappi
 
 @dataclass
 class _Merger:
-    """Combines pieces of tensors, and keeps the checksums of what it reads."""
+    """Combines pieces of tensors, and accumulates the checksums of the data that it reads."""
 
     candidates: Sequence[Candidate]
     weights: Weights
@@ -151,13 +154,13 @@ class _Merger:
         self.differing: dict[str, int] = {}
 
     def merge(self, pieces: Iterable[Span], progress: Progress | None) -> None:
-        """Read, combine and write pieces."""
+        """Read, combine and write the pieces."""
         streamed: list[Job] = []
         for piece in pieces:
             if piece.name in self.replace:
                 self._write(piece, self.replace[piece.name].reshape(-1)[piece.start : piece.stop])
             else:
-                streamed.append((piece, self._who(piece.name)))
+                streamed.append((piece, self._read_from(piece.name)))
         reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
         for part in reader.parts(streamed):
             source = self._source(part.span.name)
@@ -178,8 +181,8 @@ class _Merger:
             return len(self.candidates) - 1
         return self.weights(name)
 
-    def _who(self, name: str) -> list[int]:
-        """Return the candidates that are read: those that have a weight, or all of what is copied."""
+    def _read_from(self, name: str) -> list[int]:
+        """Return the indices of the candidates to read: those of nonzero weight, or all for a copied tensor."""
         a = self._source(name)
         if isinstance(a, int) or name in self.summed:
             return list(range(len(self.candidates)))
@@ -192,34 +195,34 @@ class _Merger:
         if not all(same_values(chosen, source) for source in part.sources):
             self.differing[part.span.name] = which
         if chosen.is_floating_point() and bool((nan := torch.isnan(chosen)).any()):
-            raise self._bad(part, which, nan)
+            raise self._not_finite(part, which, nan)
         return chosen
 
     def _summed(self, part: Part) -> torch.Tensor:
-        """Return the sum of all candidates; each element is zero in all but one."""
+        """Return the sum of all candidates. Each element is nonzero in at most one of them."""
         self._add(part, self.kernels.checksums(part.sources))
         for i, source in enumerate(part.sources):
             if (wrong := ~torch.isfinite(source)).any():
-                raise self._bad(part, i, wrong)
+                raise self._not_finite(part, i, wrong)
         return sum_of(part.sources)
 
     def _combined(self, part: Part, weights: Sequence[float]) -> tuple[torch.Tensor, bool]:
-        """Return the average, and whether it holds infinite numbers that all candidates share, as in a mask."""
+        """Return the average, and whether it has infinite elements that all candidates share, as masks have."""
         a = [weights[i] for i in part.who]
         wide = any(source.dtype == torch.float64 for source in part.sources)
         result = torch.empty(len(part.sources[0]), dtype=torch.float64 if wide else torch.float32)
-        seen = self.kernels.make_deltas(part.sources, a, Target(center=result), 0)
-        self._add(part, seen.checksums)
+        checks = self.kernels.make_deltas(part.sources, a, Target(center=result), 0)
+        self._add(part, checks.checksums)
         mask, finite = None, part
-        if not seen.finite:
+        if not checks.finite:
             mask = part.mask()
             if mask is None:
-                raise self._blamed(part)
+                raise self._overflow_or_not_finite(part)
             finite = part.without(mask)
             if not self.kernels.make_deltas(finite.sources, a, Target(center=result), 0).finite:
-                raise self._blamed(part)
+                raise self._overflow_or_not_finite(part)
         total = fsum(a)
-        # Weights of sum 1 that were rounded must not move float64 candidates that agree by a last bit.
+        # The tolerance keeps rounding errors of the weights from changing the last bit of equal float64 candidates.
         if not isclose(total, 1, rel_tol=1e-12):
             result.add_(finite.sources[reference_of(a)].to(result.dtype), alpha=total - 1)
         if mask is None or not torch.isfinite(result).all():
@@ -231,17 +234,19 @@ class _Merger:
         for total, more in zip([self.checksums[i] for i in part.who], checksums.tolist(), strict=True):
             total[part.span.name] = wrap(total.get(part.span.name, 0) + more)
 
-    def _blamed(self, part: Part) -> CandidateError:
+    def _overflow_or_not_finite(self, part: Part) -> CandidateError:
+        """Return the error for a part whose combination is not finite."""
         for i, source in enumerate(part.sources):
             wrong = ~torch.isfinite(source.double())
             if wrong.any():
-                return self._bad(part, i, wrong)
+                return self._not_finite(part, i, wrong)
         return CandidateError(
             f"tensor {part.span.name!r}: from element {part.element(0)} on, candidates differ by more than their type "
             "can hold. Leave out those that have diverged, or choose smaller weights."
         )
 
-    def _bad(self, part: Part, i: int, wrong: torch.Tensor) -> CandidateError:
+    def _not_finite(self, part: Part, i: int, wrong: torch.Tensor) -> CandidateError:
+        """Return the error that names the first element of candidate `i` for which `wrong` is true."""
         at = int(wrong.nonzero()[0, 0])
         return CandidateError(
             f"{self.candidates[part.who[i]].label}: tensor {part.span.name!r} holds NaN or Inf at element "

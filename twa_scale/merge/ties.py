@@ -1,4 +1,4 @@
-"""Tied weights in a merge, which knows no model: what it takes for tied has to be equal."""
+"""The check that tied weights are equal in a merge, which has no model to tell which weights are tied."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from twa_scale.merge.streamed import Checksums
 
 
 def require_equal_ties(candidates: Sequence[Candidate], checksums: Checksums) -> None:
-    """Refuse an embedding and a head that are one tensor by config.json or in some candidates, and are two in others.
+    """Check that an embedding and a head that are tied in config.json or in one candidate are equal in all.
 
     Raises:
-        CandidateError: naming the candidate and both tensors.
+        CandidateError: names the candidate and both tensors.
     """
     for pair in likely_ties(candidates):
         found = [(i, sums[pair[0]] == sums[pair[1]]) for i, sums in enumerate(checksums) if sums.keys() >= set(pair)]

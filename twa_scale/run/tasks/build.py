@@ -1,4 +1,4 @@
-"""From the `task` section of a configuration to a Task."""
+"""Construction of a task from the `task` section of a configuration."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +17,15 @@ SHIPPED: dict[str, tuple[Callable[[Any], Task], type[Section]]] = {
     "image_classification": (ImageClassification, ImageClassificationOptions),
     "sequence_classification": (SequenceClassification, SequenceClassificationOptions),
 }
-"""The tasks by name: their class, and the further keys that it takes."""
+"""The class and the options of each task, by name."""
 
 
 def build_task(config: TaskConfig) -> Task:
-    """Return the task that `config.name` names, made with the further keys of the section.
+    """Return the task `config.name`, constructed with the other keys of the section.
 
     Raises:
-        ConfigError: an unknown name, options that do not fit, data that cannot be used, or a function that
-            does not return a Task.
+        ConfigError: the name is unknown, the options or the data are not valid, or a custom function does not return
+            a Task.
     """
     if config.name in SHIPPED:
         task, options = SHIPPED[config.name]
@@ -34,7 +34,7 @@ def build_task(config: TaskConfig) -> Task:
         return _own_task(config.name, config)
     raise ConfigError(
         f"task.name: {config.name!r} is unknown{nearest(config.name, SHIPPED) or '.'} Use {', '.join(SHIPPED)}, or "
-        "your own by package.module:function."
+        "package.module:function of your own task."
     )
 
 

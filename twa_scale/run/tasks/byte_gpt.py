@@ -1,4 +1,4 @@
-"""A small transformer that reads bytes: the model of the quickstart."""
+"""A small byte-level transformer, the model of the quickstart."""
 
 import math
 
@@ -11,7 +11,7 @@ VOCABULARY = 256
 
 
 class Block(nn.Module):
-    """Causal attention and a feed-forward layer, each behind its norm (Xiong et al., arXiv 2002.04745)."""
+    """A transformer block with pre-layer normalization (Xiong et al., arXiv 2002.04745)."""
 
     def __init__(self, d_model: int, n_head: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * d_model, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, d_model) to the same shape."""
+        """Return the output of the block, of shape (B, T, d_model), for an input of the same shape."""
         x = x + self._attend(self.attention_norm(x))
         hidden = F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh")
         out: Tensor = x + self.mlp_out(hidden)
@@ -38,16 +38,16 @@ class Block(nn.Module):
 
 
 class ByteGPT(nn.Module):
-    """Decoder over bytes with learned positions; the output layer is the embedding itself.
+    """A decoder-only transformer over bytes with learned positions and a tied output layer.
 
-    It has no buffers, so that it can be built on the meta device and filled from candidates.
+    It has no buffers, so it can be constructed on the meta device and filled from candidates.
 
     Args:
-        context: Longest sequence, in bytes.
-        n_layer: Number of blocks.
-        n_head: Attention heads per block; divides d_model.
-        d_model: Width.
-        recompute: Whether training keeps only the input of each block for backward.
+        context: The length of the longest sequence, in bytes.
+        n_layer: The number of blocks.
+        n_head: The number of attention heads per block; divides `d_model`.
+        d_model: The width.
+        recompute: Whether blocks recompute their activations in backward (activation checkpointing).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ByteGPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw the weights anew: deviation 0.02, less where blocks add to the residual stream (GPT-2)."""
+        """Initialize the weights as GPT-2: standard deviation 0.02, smaller for the outputs of residual branches."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
@@ -71,7 +71,7 @@ class ByteGPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if adds else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, T), int64 in 0..255, to logits (B, T, 256) of the byte that follows each."""
+        """Return the logits (B, T, 256) of the next byte for each of the tokens (B, T), int64 in 0..255."""
         x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)

@@ -1,4 +1,4 @@
-"""Task `causal_lm`: predict the next byte or token of text."""
+"""The task `causal_lm`: next-token prediction on bytes or tokens."""
 
 import math
 from pathlib import Path
@@ -29,7 +29,7 @@ class ByteGPTSizes(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ByteGPTSizes":
         if self.d_model % self.n_head:
-            raise ValueError(f"d_model {self.d_model} is no multiple of n_head {self.n_head}")
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
         return self
 
 
@@ -37,7 +37,7 @@ class ModelChoice(Section):
     """The built-in byte-level GPT, or a Hugging Face directory."""
 
     byte_gpt: ByteGPTSizes | None = Field(None, description="The built-in model, with these sizes.")
-    directory: str | None = Field(None, description="Hugging Face model directory; a path alone means this.")
+    directory: str | None = Field(None, description="Hugging Face model directory. A plain string means this.")
 
     @model_validator(mode="before")
     @classmethod
@@ -54,7 +54,7 @@ class ModelChoice(Section):
 
 
 class CausalLMOptions(Section):
-    """What task `causal_lm` can be told."""
+    """The options of the task `causal_lm`."""
 
     model: ModelChoice = Field(
         default_factory=lambda: ModelChoice(byte_gpt=ByteGPTSizes()),
@@ -62,28 +62,28 @@ class CausalLMOptions(Section):
     )
     text: SplitFiles | None = Field(
         None,
-        description="Text files, globs or directories: one list divided by whole files, or `{train: ..., "
-        "validation: ..., test: ...}`. `stdlib` is Python's own library. Give this or `tokens`.",
+        description="Text files, globs or directories: one list that is divided by whole files, or `{train: ..., "
+        "validation: ..., test: ...}`. `stdlib` is the standard library of Python. Give this or `tokens`.",
     )
     tokens: SplitFiles | None = Field(
         None,
-        description="Files of tokens, `.npy` (integers of any type; rows follow each other) or bare (`.bin`), as for "
-        "`text`. Give this or `text`.",
+        description="Files of tokens, as for `text`: `.npy` (integers of any dtype, in row-major order) or `.bin` (a "
+        "plain sequence without a header). Give this or `text`.",
     )
     token_dtype: Dtype | None = Field(
         None,
-        description="Type of the tokens in bare files; `uint16` when not given, unless the model knows more than 65536 "
-        "tokens: then it has to be given.",
+        description="Dtype of the tokens in `.bin` files. The default is `uint16`. The setting is required if the "
+        "vocabulary of the model has more than 65536 tokens.",
     )
-    context: Count = Field(256, description="Tokens that one example predicts; each is read once per epoch.")
+    context: Count = Field(256, description="Number of tokens that one example predicts.")
     fractions: Fractions = Field(
-        default_factory=Fractions, description="Parts of the files for each split, where one list is divided."
+        default_factory=Fractions, description="Fraction of the files in each split, if one list is divided."
     )
-    split_seed: int = Field(0, description="Seed of that division; the same for candidates and average.")
+    split_seed: int = Field(0, description="Seed of that division. Use the same for candidates and average.")
     recompute_activations: bool = Field(
         False,
-        description="Keep only the input of each block, and compute the rest again for backward: much less memory, a "
-        "third more time (activation checkpointing).",
+        description="Recompute the activations of each block in backward (activation checkpointing): much less memory, "
+        "a third more time.",
     )
 
     @model_validator(mode="after")
@@ -94,17 +94,17 @@ class CausalLMOptions(Section):
 
 
 class CausalLM:
-    """Next-token cross-entropy on windows of `context` + 1 tokens that do not overlap.
+    """Next-token cross-entropy on disjoint windows of `context` + 1 tokens.
 
-    Bytes and token files are read as they are needed. Text for a Hugging Face model is tokenized in memory
-    when its split is first asked for: make token files of a large corpus.
+    Bytes and token files are read on access. Text for a Hugging Face model is tokenized in memory at the first access
+    to its split, so a large corpus should be given as token files.
     """
 
     def __init__(self, options: CausalLMOptions) -> None:
         """Find the files and read the model's configuration.
 
         Raises:
-            ConfigError: missing files, an unusable model directory, or a context longer than it allows.
+            ConfigError: files are missing, the model directory cannot be used, or `context` is too long for the model.
         """
         self._options = options
         self._directory = options.model.directory
@@ -121,7 +121,7 @@ class CausalLM:
         self._datasets: dict[str, Windows] = {}
 
     def model(self) -> nn.Module:
-        """Return the byte-level GPT or the Hugging Face model, with random values."""
+        """Return the byte-level GPT or the Hugging Face model, randomly initialized."""
         recompute = self._options.recompute_activations
         if self._config:
             return huggingface.build_model("AutoModelForCausalLM", self._config, recompute=recompute)
@@ -130,7 +130,7 @@ class CausalLM:
         return ByteGPT(context=self._options.context, **sizes.model_dump(), recompute=recompute)
 
     def dataset(self, split: str) -> Windows:
-        """Return the windows of a split: {"tokens": int64 of context + 1}."""
+        """Return the windows of a split: {"tokens": int64 (context + 1,)}."""
         if split not in self._files:
             raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS) or '.'}")
         if split not in self._datasets:
@@ -150,7 +150,7 @@ class CausalLM:
         return self._cross_entropy(model, batch, "mean")
 
     def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
-        """Return sums over predicted tokens of `loss` (nats) and, where tokens are bytes, `bits_per_byte`."""
+        """Return sums over predicted tokens of `loss` (nats) and, if tokens are bytes, `bits_per_byte`."""
         total = self._cross_entropy(model, batch, "sum")
         count = batch["tokens"][:, 1:].numel()
         metrics = {"loss": (total, count)}
@@ -159,9 +159,9 @@ class CausalLM:
         return metrics
 
     def _cross_entropy(self, model: nn.Module, batch: Batch, reduction: str) -> Tensor:
-        given, wanted = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        logits = model(input_ids=given, use_cache=False).logits if self._config else model(given)
-        return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction=reduction)
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        logits = model(input_ids=inputs, use_cache=False).logits if self._config else model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
 
     def _sequences(self, paths: list[Path]) -> list[Tokens]:
         if self._options.tokens:
@@ -179,13 +179,13 @@ class CausalLM:
         dtype = self._options.token_dtype
         if path.suffix.lower() != ".bin" and dtype != "uint8":
             raise ConfigError(
-                f"{path}: is no file of tokens, .npy or .bin. Name text files with task.text, or set task.token_dtype: "
-                "uint8 where its bytes are the tokens."
+                f"{path}: is not a file of tokens, .npy or .bin. Give text files as task.text, or set "
+                "task.token_dtype: uint8 if the bytes of the file are the tokens."
             )
         if dtype is None and self._vocabulary > 1 << 16:
             raise ConfigError(
-                f"{path}: does not say the type of its tokens, and uint16 does not hold the {self._vocabulary} that "
-                "the model knows. Set task.token_dtype: int32, uint32 or int64."
+                f"{path}: a .bin file has no dtype, and the default uint16 is too small for the vocabulary of "
+                f"{self._vocabulary} tokens. Set task.token_dtype: int32, uint32 or int64."
             )
         return TokenFile.open(path, dtype or "uint16")
 

@@ -1,4 +1,4 @@
-"""What the classification tasks share: examples in memory, loss and accuracy."""
+"""Functions and classes that the classification tasks share: examples in memory, loss and accuracy."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class TensorExamples:
-    """Examples that lie in memory as rows of tensors."""
+    """Examples in memory. Example i is row i of each tensor."""
 
     def __init__(self, rows: Batch) -> None:
         self._rows = rows
@@ -28,26 +28,32 @@ class TensorExamples:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of logits (B, classes) and labels (B,), in nats."""
+    """Return the mean cross-entropy, in nats, of logits (B, classes) and int64 labels (B,)."""
     return F.cross_entropy(logits.float(), labels)
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
-    """Return sums over the batch of `loss` (nats) and `accuracy` (right answers), and its size."""
+    """Return the sums over the batch of `loss` (nats) and `accuracy` (correct predictions), and the batch size."""
     loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-    right = (logits.argmax(-1) == labels).sum()
-    return {"loss": (loss, len(labels)), "accuracy": (right, len(labels))}
+    correct = (logits.argmax(-1) == labels).sum()
+    return {"loss": (loss, len(labels)), "accuracy": (correct, len(labels))}
 
 
 def integer_labels(labels: Tensor, num_labels: int | None, where: str) -> Tensor:
-    """Return labels as int64 after a look at their range; `num_labels` None stands for no upper limit.
+    """Return labels as int64 after a check of their type and range.
+
+    Args:
+        labels: integers, shape (N,).
+        num_labels: the number of classes, or None for no upper limit.
+        where: the setting or file in error messages.
 
     Raises:
-        ConfigError: labels that are not integers from 0 to num_labels - 1.
+        ConfigError: the labels are not integers from 0 to num_labels - 1.
     """
     if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
         raise ConfigError(
-            f"{where}: labels of type {labels.dtype} and shape {tuple(labels.shape)}. Give one integer each."
+            f"{where}: has labels of dtype {labels.dtype} and shape {tuple(labels.shape)}. Give one integer for each "
+            "example."
         )
     labels = labels.to(torch.int64)
     low, high = int(labels.min()), int(labels.max())
@@ -59,14 +65,14 @@ def integer_labels(labels: Tensor, num_labels: int | None, where: str) -> Tensor
     return labels
 
 
-def given_split(split: str, given: Mapping[str, T]) -> T:
-    """Return where the data of `split` lies.
+def require_split(split: str, data_of: Mapping[str, T]) -> T:
+    """Return the data of `split`.
 
     Raises:
-        ConfigError: no such split, or none that was given.
+        ConfigError: the split is unknown, or has no data.
     """
-    if split in given:
-        return given[split]
+    if split in data_of:
+        return data_of[split]
     if split not in SPLITS:
         raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS) or '.'}")
-    raise ConfigError(f"task.{split}: is not set, and the run asks for it. Name its data, or use {', '.join(given)}.")
+    raise ConfigError(f"task.{split}: is not set, but the run needs it. Set it, or use {', '.join(data_of)}.")

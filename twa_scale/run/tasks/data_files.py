@@ -1,4 +1,4 @@
-"""Which files hold the data of a split: patterns, the standard library, and a division by whole files."""
+"""The files of each split: patterns, Python's standard library, and the division of one list by whole files."""
 
 import hashlib
 import sysconfig
@@ -17,10 +17,10 @@ from twa_scale.run.tasks.task import SPLITS
 
 READABLE = "Make it readable, or give patterns that leave it out."
 STDLIB = "stdlib"
-# Not on every installation, not Python's own, or written for the machine at hand.
+# Folders and files that are not on every installation, not part of Python, or specific to the machine.
 _NOT_STDLIB = ("site-packages", "dist-packages", "test", "tests", "idle_test", "config-", "_sysconfigdata")
 
-# Files that hold text in records, compressed, or none.
+# Suffixes of files that are compressed, hold text in records, or hold no text.
 _NOT_TEXT = (
     *(".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".npy", ".npz", ".bin", ".idx", ".pt", ".pth", ".pkl"),
     *(".safetensors", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".pdf"),
@@ -33,11 +33,11 @@ Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance
 
 
 class Fractions(Section):
-    """Parts of the files that each split gets, on average."""
+    """The expected fraction of the files in each split."""
 
-    train: Fraction = Field(0.9, description="Part for training.")
-    validation: Fraction = Field(0.05, description="Part for validation.")
-    test: Fraction = Field(0.05, description="Part for testing.")
+    train: Fraction = Field(0.9, description="Fraction for training.")
+    validation: Fraction = Field(0.05, description="Fraction for validation.")
+    test: Fraction = Field(0.05, description="Fraction for testing.")
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> "Fractions":
@@ -47,9 +47,9 @@ class Fractions(Section):
 
 
 class SplitFiles(Section):
-    """Files, globs or directories: one list that is divided by whole files, or one list for each split."""
+    """Files, globs or directories: one list that is divided over the splits, or one list for each split."""
 
-    all: Paths = Field([], description="Divided over the splits by whole files; a list alone means this.")
+    all: Paths = Field([], description="Files that are divided over the splits. A plain list means this.")
     train: Paths = Field([], description="Files of the training data.")
     validation: Paths = Field([], description="Files of the validation data.")
     test: Paths = Field([], description="Files of the test data.")
@@ -69,25 +69,25 @@ class SplitFiles(Section):
 def split_files(
     files: SplitFiles, fractions: Fractions, seed: int, suffixes: tuple[str, ...], key: str
 ) -> dict[str, list[Path]]:
-    """Return the files of each split, every path found.
+    """Return the files of each split.
 
-    A file's split follows from its name below the directory or pattern that named it, and from the seed: new
-    files never move old ones to another split, and no file is in two, also where links lead to it.
+    The split of a file depends only on the seed and on its path relative to the directory or pattern that matched it.
+    New files do not move other files to another split, and no file is in two splits, even if links lead to it.
 
     Args:
-        files: Where to look.
-        fractions: How to divide one list.
-        seed: Seed of that division.
-        suffixes: What names in a directory must end with, one of these.
-        key: Setting to name in messages.
+        files: the files, globs and directories.
+        fractions: the fractions of the splits, if one list is divided.
+        seed: the seed of that division.
+        suffixes: the suffixes of files that are used in directories.
+        key: the setting in error messages.
 
     Raises:
-        ConfigError: a path or pattern that matches no file, or what cannot be read.
+        ConfigError: a path or pattern matches no file, or a folder cannot be read.
     """
     with named_errors(ConfigError, READABLE):
         if not files.all:
             found = {s: [path for path, _ in _find(getattr(files, s), suffixes, f"{key}.{s}")] for s in SPLITS}
-            _tell_of_repeated(found, key)
+            _report_shared_files(found, key)
             return found
         splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
         for path, name in _find(files.all, suffixes, key):
@@ -95,8 +95,8 @@ def split_files(
         return splits
 
 
-def _tell_of_repeated(splits: dict[str, list[Path]], key: str) -> None:
-    """Report files that are in two splits, under whatever paths."""
+def _report_shared_files(splits: dict[str, list[Path]], key: str) -> None:
+    """Report a file that is in two splits, even under different paths."""
     first: dict[tuple[int, ...], tuple[str, Path]] = {}
     for split, paths in splits.items():
         for path in paths:
@@ -107,67 +107,70 @@ def _tell_of_repeated(splits: dict[str, list[Path]], key: str) -> None:
 
 
 def require_text(path: Path) -> None:
-    """Refuse a file that does not hold plain text: by its suffix, or for a zero byte near its start.
+    """Check that a file holds plain text, by its suffix and its first bytes.
 
     Raises:
-        ConfigError: naming the file.
+        ConfigError: names the file.
     """
     reason = f"its suffix is {path.suffix}" if path.suffix.lower() in _NOT_TEXT else ""
     try:
         with path.open("rb") as file:
             start = file.read(_SAMPLED)
             if not reason and start.startswith(_OTHER_FORMATS):
-                reason = "it begins as a PDF or a compressed file does"
+                reason = "it begins like a PDF or a compressed file"
             elif not reason and b"\0" in start:
                 reason = "it holds zero bytes"
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
     if reason:
         raise ConfigError(
-            f"{path}: is no plain text: {reason}. Extract its text into .txt files in UTF-8, or give patterns that "
-            "leave it out: 'data/**/*.txt'. Files of tokens go under task.tokens."
+            f"{path}: is not plain text: {reason}. Extract its text into .txt files in UTF-8, or give patterns that "
+            "leave it out: 'data/**/*.txt'. Give files of tokens as task.tokens."
         )
 
 
 def _split_of(name: str, fractions: Fractions, seed: int) -> str:
-    place = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
-    if place < fractions.train:
+    uniform = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
+    if uniform < fractions.train:
         return "train"
-    return "validation" if place < fractions.train + fractions.validation or fractions.test == 0 else "test"
+    return "validation" if uniform < fractions.train + fractions.validation or fractions.test == 0 else "test"
 
 
 def data_files(root: Path, suffixes: tuple[str, ...], without: tuple[str, ...] = ()) -> list[Path]:
-    """Return what has one of the suffixes in a folder and in those below it, also behind links, sorted.
+    """Return all files with one of the suffixes in a folder and its subfolders, sorted. Links are followed.
 
-    Left out are names that begin with a dot or one of `without`. A link that leads nowhere and has another name may
-    have led to a folder, and is reported.
+    Names that begin with a dot or with one of `without` are left out. A dangling link without one of the suffixes may
+    have been a link to a folder, and is reported.
 
     Raises:
-        ConfigError: a link with one of the suffixes that leads nowhere.
-        OSError: a folder that cannot be read.
+        ConfigError: a link with one of the suffixes is dangling.
+        OSError: a folder cannot be read.
     """
     found = sorted(path for _, paths in folders_below(root, without) for path in paths)
     named = [path for path in found if path.name.lower().endswith(suffixes)]
-    lost = next((path for path in found if not path.name.lower().endswith(suffixes) and leads_nowhere(path)), None)
-    if lost:
-        notice(f"{lost}: is a link that leads nowhere. What may have been there is left out.")
+    dangling = next((path for path in found if not path.name.lower().endswith(suffixes) and leads_nowhere(path)), None)
+    if dangling:
+        notice(f"{dangling}: is a link that leads nowhere. If its target was a folder of data, that is left out.")
     for path in named:
-        refuse_lost(path)
+        refuse_dangling(path)
     return named
 
 
-def refuse_lost(path: Path) -> None:
-    """Refuse a link that leads nowhere, which hides data.
+def refuse_dangling(path: Path) -> None:
+    """Refuse a dangling link, because data would be missing.
 
     Raises:
-        ConfigError: naming the link.
+        ConfigError: names the link.
     """
     if leads_nowhere(path):
-        raise ConfigError(f"{path}: is a link that leads nowhere, or in a circle. Remove it, or copy what it led to.")
+        raise ConfigError(f"{path}: is a link that leads nowhere, or to itself. Remove it, or restore its target.")
 
 
 def _find(entries: list[str], suffixes: tuple[str, ...], key: str) -> list[tuple[Path, str]]:
-    """Return every file once, with the name that decides on its split: that on the path with the fewest links."""
+    """Return each file once, with its relative path that determines the split.
+
+    Of several paths to the same file, the one with the fewest links is used.
+    """
     found: dict[tuple[int, ...], dict[Path, str]] = defaultdict(dict)
     for entry in entries:
         files = _standard_library() if entry == STDLIB else _matches(entry, suffixes)
@@ -176,10 +179,10 @@ def _find(entries: list[str], suffixes: tuple[str, ...], key: str) -> list[tuple
         for path, name in files:
             found[identity(path)].setdefault(path, name)
     kept = [(min(same, key=num_links) if len(same) > 1 else next(iter(same)), same) for same in found.values()]
-    again = [(path, first) for first, same in kept for path in same if path != first]
-    if again:
-        path, first = again[0]
-        more = f" (and {len(again) - 1} more like it)" if len(again) > 1 else ""
+    repeated = [(path, first) for first, same in kept for path in same if path != first]
+    if repeated:
+        path, first = repeated[0]
+        more = f" (and {len(repeated) - 1} more like it)" if len(repeated) > 1 else ""
         notice(f"{key}: {str(path)!r} leads to the same file as {str(first)!r}{more}. Each file is read once.")
     return [(path, same[path]) for path, same in kept]
 
@@ -193,8 +196,8 @@ def _matches(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
     else:
         root, found = matching(path)
         for match in found:
-            refuse_lost(match)
-    # A pipe would keep its reader waiting.
+            refuse_dangling(match)
+    # `is_file` leaves out named pipes, which would block the reader.
     return [(match, match.relative_to(root).as_posix()) for match in found if match.is_file()]
 
 

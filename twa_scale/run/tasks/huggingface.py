@@ -1,4 +1,4 @@
-"""Models and tokenizers of Hugging Face directories on disk, with nothing downloaded."""
+"""Models and tokenizers from Hugging Face directories on disk. Nothing is downloaded."""
 
 from importlib import import_module
 from typing import Any
@@ -15,34 +15,34 @@ def load_config(directory: str) -> Any:
     """Return the `transformers` configuration of a model directory.
 
     Raises:
-        ConfigError: transformers is not installed, or there is no usable config.json.
+        ConfigError: transformers is not installed, or config.json is missing or not valid.
     """
     with named_errors(ConfigError):
-        there = (path_of(directory, ConfigError) / "config.json").is_file()
-    if not there:
+        exists = (path_of(directory, ConfigError) / "config.json").is_file()
+    if not exists:
         raise ConfigError(f"task.model: {directory!r} has no config.json. Give a Hugging Face model directory on disk.")
     return _from_pretrained("AutoConfig", directory, "config.json")
 
 
 def load_tokenizer(directory: str) -> Any:
-    """Return the tokenizer that lies in a model directory.
+    """Return the tokenizer of a model directory.
 
     Raises:
-        ConfigError: transformers is not installed, or the directory holds no usable tokenizer.
+        ConfigError: transformers is not installed, or the tokenizer is missing or not valid.
     """
     return _from_pretrained("AutoTokenizer", directory, "tokenizer files")
 
 
 def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module:
-    """Return a float32 model of auto class `kind`; its values are random.
+    """Return a randomly initialized float32 model of the auto class `kind`.
 
     Args:
-        kind: such as `AutoModelForCausalLM`.
-        config: of `load_config`.
-        recompute: whether training keeps only the input of each block for backward.
+        kind: the auto class, such as `AutoModelForCausalLM`.
+        config: the configuration from `load_config`.
+        recompute: whether blocks recompute their activations in backward (activation checkpointing).
 
     Raises:
-        ConfigError: an architecture that has no such model, or cannot recompute.
+        ConfigError: the architecture has no such model, or does not support recomputation.
     """
     try:
         model = getattr(_transformers(), kind).from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -55,7 +55,8 @@ def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module
             enable({"use_reentrant": False})
         except ValueError as error:
             raise ConfigError(
-                f"task.recompute_activations: transformers cannot do it for {config.model_type!r}: {_first_line(error)}"
+                f"task.recompute_activations: transformers does not support it for {config.model_type!r}: "
+                f"{_first_line(error)}"
             ) from error
     return model  # type: ignore[no-any-return]
 
@@ -64,9 +65,9 @@ def _from_pretrained(kind: str, directory: str, what: str) -> Any:
     auto = getattr(_transformers(), kind)
     path = str(path_of(directory, ConfigError))
     try:
-        # Without `trust_remote_code=False` it asks at a prompt whether to run code of the directory.
+        # Without `trust_remote_code=False`, transformers asks at a prompt whether to run code of the directory.
         return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of damaged files, transformers and tokenizers raise almost anything
+    except Exception as error:  # for damaged files, transformers and tokenizers raise many kinds of exceptions
         _refuse_code(error, directory)
         raise ConfigError(
             f"task.model: the {what} of {directory!r} cannot be used: {_first_line(error)} "
@@ -75,12 +76,12 @@ def _from_pretrained(kind: str, directory: str, what: str) -> Any:
 
 
 def _refuse_code(error: Exception, name: str) -> None:
-    """Say in our words what transformers says with the advice to trust code that comes with weights."""
+    """Replace the error of transformers that advises to trust remote code."""
     if "trust_remote_code" in str(error):
         raise ConfigError(
-            f"task.model: {name!r} needs Python code that comes with it (`auto_map` in its JSON files); nothing of it "
-            "was run, and no setting allows it. Use an architecture that is part of transformers, or, if you have "
-            "read that code, install it as a package and build the model in a task of your own."
+            f"task.model: {name!r} needs Python code from its directory (`auto_map` in its JSON files); none of it was "
+            "run, and no setting allows it. Use an architecture that is part of transformers, or, if you have read the "
+            "code, install it as a package and build the model in a task of your own."
         ) from None
 
 
@@ -93,6 +94,6 @@ def _transformers() -> Any:
         return import_module("transformers")
     except ImportError as error:
         raise ConfigError(
-            "task.model: a Hugging Face directory needs the package transformers, which cannot be imported "
+            "task.model: a Hugging Face directory needs the package transformers, but its import failed "
             f"({error}). Install it: pip install transformers."
         ) from error

@@ -1,4 +1,4 @@
-"""Arrays of images and labels, from npz files and folders."""
+"""Images and labels from npz files and folders."""
 
 import os
 from importlib import import_module
@@ -14,22 +14,22 @@ from twa_scale.base.names import some
 from twa_scale.base.paths import entries
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.classification import integer_labels
-from twa_scale.run.tasks.data_files import READABLE, data_files, refuse_lost
+from twa_scale.run.tasks.data_files import READABLE, data_files, refuse_dangling
 from twa_scale.run.tasks.task import Batch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def read_npz(path: Path, prefix: str, where: str) -> tuple[Tensor, Tensor]:
-    """Return the arrays `images` (N, ...) of the stored type and `labels` (N,) as int64.
+    """Return the arrays `images` (N, ...) in the stored dtype and `labels` (N,) as int64.
 
     Args:
-        path: An npz file.
-        prefix: What stands before both names.
-        where: Setting to name in messages.
+        path: the npz file.
+        prefix: the prefix of both array names, such as "train_".
+        where: the setting in error messages.
 
     Raises:
-        ConfigError: an unreadable file, a missing array, or lengths and types that do not fit.
+        ConfigError: the file cannot be read, an array is missing, or shapes or dtypes are not valid.
     """
     try:
         with os.fdopen(open_regular(path, ConfigError), "rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -43,7 +43,7 @@ def read_npz(path: Path, prefix: str, where: str) -> tuple[Tensor, Tensor]:
             images, labels = (torch.from_numpy(_native(arrays[name])) for name in names)
     except ConfigError:
         raise
-    except Exception as error:  # a damaged archive makes numpy, zipfile and zlib raise almost anything
+    except Exception as error:  # for damaged archives, numpy, zipfile and zlib raise many kinds of exceptions
         raise ConfigError(f"{where}: {path} cannot be read as arrays: {error}. Write it with numpy.savez.") from error
     if images.dim() < 2 or len(images) != len(labels) or not len(images):
         raise ConfigError(
@@ -58,15 +58,15 @@ def _native(array: Any) -> Any:
 
 
 def class_names(root: Path, where: str) -> list[str]:
-    """Return the subfolders of an image folder, sorted: the classes. Those with a hidden name are none.
+    """Return the names of the subfolders of an image folder, sorted. They are the classes. Hidden ones are left out.
 
     Raises:
-        ConfigError: no folder, none in it, one that cannot be read, or a link that leads nowhere.
+        ConfigError: the folder has no subfolders or cannot be read, or a link in it is dangling.
     """
     with named_errors(ConfigError, READABLE):
         inside = entries(root) if root.is_dir() else []
         for path in inside:
-            refuse_lost(path)
+            refuse_dangling(path)
         names = [path.name for path in inside if path.is_dir()]
     if not names:
         raise ConfigError(
@@ -76,16 +76,16 @@ def class_names(root: Path, where: str) -> list[str]:
 
 
 class ImageFolder:
-    """Examples {"images": uint8 (3, size, size), "labels": int64} of a folder per class.
+    """Examples {"images": uint8 (3, size, size), "labels": int64 scalar} from one folder per class.
 
-    An image is decoded when asked for, scaled to cover the square, and cut around its center.
+    An image is decoded on access, resized to cover the square, and cropped at the center.
     """
 
     def __init__(self, root: Path, classes: list[str], size: int, where: str) -> None:
-        """List the images, also those behind links.
+        """List the images. Links are followed.
 
         Raises:
-            ConfigError: no images, what cannot be read, links that lead nowhere, or no Pillow to read images with.
+            ConfigError: there are no images, a folder cannot be read, a link is dangling, or Pillow is not installed.
         """
         try:
             self._image, self._ops = import_module("PIL.Image"), import_module("PIL.ImageOps")
@@ -108,7 +108,7 @@ class ImageFolder:
                 square = self._ops.fit(image.convert("RGB"), (self._size, self._size), self._image.Resampling.BILINEAR)
         except ConfigError:
             raise
-        except Exception as error:  # the decoders of damaged images raise almost anything
+        except Exception as error:  # for damaged images, decoders raise many kinds of exceptions
             raise ConfigError(f"{path}: cannot be read as an image: {error}. Repair or remove it.") from error
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
         return {"images": pixels, "labels": torch.tensor(label)}

@@ -1,4 +1,4 @@
-"""A user's own functions, by import path."""
+"""Functions that a configuration names by import path."""
 
 import inspect
 from collections.abc import Callable
@@ -10,22 +10,24 @@ from twa_scale.errors import ConfigError
 
 
 def import_function(path: str, key: str) -> Callable[..., Any]:
-    """Return what `package.module:function` names. Errors of the module's own code are left as they are.
+    """Return the function with the import path `package.module:function`.
+
+    Exceptions that the code of the module raises are passed on.
 
     Args:
-        path: The import path.
-        key: Setting to name in messages.
+        path: the import path.
+        key: the setting in error messages.
 
     Raises:
-        ConfigError: a malformed path, a module that cannot be found, or no such function in it.
+        ConfigError: the path is malformed, or the module or the function does not exist.
     """
     module_name, _, name = path.partition(":")
     if not module_name or not name:
-        raise ConfigError(f"{key}: {path!r} is no import path. Write package.module:function.")
+        raise ConfigError(f"{key}: {path!r} is not an import path. Write package.module:function.")
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
-        fix = f"Install it, or put its folder on PYTHONPATH ({path!r} is imported as it stands)."
+        fix = f"Install it, or add its folder to PYTHONPATH, so that {path!r} can be imported."
         raise ConfigError(f"{key}: there is no module {error.name!r}. {fix}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -38,7 +40,7 @@ def call(function: Callable[..., Any], options: dict[str, Any], key: str, path: 
     """Return function(**options).
 
     Raises:
-        ConfigError: options that the function does not take, or lacks.
+        ConfigError: the function does not accept the options, or requires others.
     """
     signature = inspect.signature(function)
     try:
@@ -47,6 +49,6 @@ def call(function: Callable[..., Any], options: dict[str, Any], key: str, path: 
         valid = [p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
         wrong = next((name for name in options if name not in valid), "")
         hint = (nearest(wrong, valid) if wrong else "") or "."
-        known = f"It takes {', '.join(valid)}." if valid else "It takes none."
+        known = f"It accepts {', '.join(valid)}." if valid else "It accepts no options."
         raise ConfigError(f"{key}: {path!r} cannot be called with these options: {error}{hint} {known}") from error
     return function(**options)

@@ -1,4 +1,4 @@
-"""Task `sequence_classification`: a Hugging Face model with a classification head, on labelled text."""
+"""The task `sequence_classification`: a Hugging Face model with a classification head, on labeled text."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from twa_scale.run.tasks.classification import (
     TensorExamples,
     classification_metrics,
     cross_entropy,
-    given_split,
     integer_labels,
+    require_split,
 )
 from twa_scale.run.tasks.task import SPLITS, Batch, Metrics
 from twa_scale.run.tasks.text_tables import read_columns
@@ -26,19 +26,19 @@ Label = str | int
 
 
 class SequenceClassificationOptions(Section):
-    """What task `sequence_classification` can be told."""
+    """The options of the task `sequence_classification`."""
 
     model: str = Field(description="Hugging Face model directory, with its tokenizer.")
     train: str | None = Field(None, description="Training data: a `.csv`, `.tsv` or `.jsonl` file.")
     validation: str | None = Field(None, description="Validation data.")
     test: str | None = Field(None, description="Test data.")
-    text: str = Field("text", description="Column that holds the text.")
-    label: str = Field("label", description="Column that holds the label: integers from 0, or names.")
+    text: str = Field("text", description="Column of the text.")
+    label: str = Field("label", description="Column of the label: integers from 0, or names.")
     num_labels: Count | None = Field(
         None,
-        description="Number of classes; when not given, as the labels or the model's config say.",
+        description="Number of classes. By default it follows from the labels or the model's configuration.",
     )
-    max_length: Count = Field(128, description="Longest text, in tokens; the rest is cut off.")
+    max_length: Count = Field(128, description="Maximum length in tokens. Longer texts are truncated.")
 
     @model_validator(mode="after")
     def _some_data(self) -> "SequenceClassificationOptions":
@@ -50,15 +50,15 @@ class SequenceClassificationOptions(Section):
 class SequenceClassification:
     """Cross-entropy and accuracy of a text classifier.
 
-    Label names get the numbers of the model's own `label2id` where it knows them all, else those of their
-    sorted order over all files. A split is tokenized when it is first asked for.
+    Label names have the numbers of the model's `label2id` if it contains all of them. Otherwise they are numbered in
+    sorted order over all files. A split is tokenized at its first access.
     """
 
     def __init__(self, options: SequenceClassificationOptions) -> None:
         """Read the tables and the model's configuration.
 
         Raises:
-            ConfigError: a file, column, label, model or tokenizer that cannot be used.
+            ConfigError: a file, column, label, model or tokenizer cannot be used.
         """
         self._options = options
         self._paths: dict[str, str] = {s: getattr(options, s) for s in SPLITS if getattr(options, s)}
@@ -72,8 +72,8 @@ class SequenceClassification:
         number_of = _numbering(labels, config.label2id)
         self.num_labels = options.num_labels or len(number_of)
         self._labels = {
-            split: integer_labels(torch.tensor([number_of[x] for x in of]), self.num_labels, self._paths[split])
-            for split, of in labels.items()
+            split: integer_labels(torch.tensor([number_of[x] for x in column]), self.num_labels, self._paths[split])
+            for split, column in labels.items()
         }
         self._tokenizer = _padding_tokenizer(options.model)
         config.num_labels = self.num_labels
@@ -82,12 +82,12 @@ class SequenceClassification:
         self._datasets: dict[str, TensorExamples] = {}
 
     def model(self) -> nn.Module:
-        """Return the Hugging Face model with a head of `num_labels`, with random values."""
+        """Return the Hugging Face model with a head of `num_labels` classes, randomly initialized."""
         return huggingface.build_model("AutoModelForSequenceClassification", self._config)
 
     def dataset(self, split: str) -> TensorExamples:
-        """Return examples {"input_ids", "attention_mask": int64 of max_length, "labels": int64}."""
-        given_split(split, self._paths)
+        """Return examples {"input_ids", "attention_mask": int64 (max_length,), "labels": int64 scalar}."""
+        require_split(split, self._paths)
         if split not in self._datasets:
             encoded = self._tokenizer(
                 self._texts[split],
@@ -110,7 +110,7 @@ class SequenceClassification:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    # Rows are padded to one length; columns that are padding in the whole batch would only cost time.
+    # Columns that are padding in the whole batch are dropped to save time.
     used = batch["attention_mask"].any(0)
     logits: Tensor = model(
         input_ids=batch["input_ids"][:, used], attention_mask=batch["attention_mask"][:, used]
@@ -119,16 +119,16 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _require_values(texts: list[Any], labels: list[Any], path: str) -> None:
-    """Refuse what would become a text or a class of its own: lists, empty labels, NaN."""
+    """Refuse lists as texts, and lists, empty strings and NaN as labels, which would become separate classes."""
     for i, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
         if isinstance(text, list | dict):
-            raise ConfigError(f"{path}: example {i}: {brief(text)} is no text. Write one text for each example.")
+            raise ConfigError(f"{path}: example {i}: {brief(text)} is not a text. Write one text for each example.")
         if isinstance(label, list | dict) or label == "" or label != label:
-            raise ConfigError(f"{path}: example {i}: {brief(label)} is no label. Give a name or integer.")
+            raise ConfigError(f"{path}: example {i}: {brief(label)} is not a label. Give a name or an integer.")
 
 
 def _numbers(labels: list[Any]) -> list[Label]:
-    """Return labels as integers where all of them are, as in a CSV file, else as names."""
+    """Return labels as integers if all of them are integers, also as text, otherwise as names."""
     try:
         return [int(str(label)) for label in labels]
     except ValueError:
@@ -136,26 +136,31 @@ def _numbers(labels: list[Any]) -> list[Label]:
 
 
 def _numbering(labels: dict[str, list[Label]], known: dict[str, int]) -> dict[Label, int]:
-    """Return the number of every class, by label."""
-    seen = {label for of in labels.values() for label in of}
-    if all(isinstance(label, int) for label in seen):
-        return {i: i for i in {*seen, *range(max(int(label) for label in seen) + 1)}}
-    names = sorted(str(label) for label in seen)
+    """Return the class number of each label.
+
+    Args:
+        labels: the labels of each split.
+        known: the `label2id` of the model.
+    """
+    present = {label for column in labels.values() for label in column}
+    if all(isinstance(label, int) for label in present):
+        return {i: i for i in {*present, *range(max(int(label) for label in present) + 1)}}
+    names = sorted(str(label) for label in present)
     if set(names) <= set(known):
         return {name: known[name] for name in known}
-    _refuse_strangers(labels)
+    _refuse_new_labels(labels)
     return {name: number for number, name in enumerate(names)}
 
 
-def _refuse_strangers(labels: dict[str, list[Label]]) -> None:
-    """A label outside the training data is a typing error, or a class that the candidates never saw."""
+def _refuse_new_labels(labels: dict[str, list[Label]]) -> None:
+    """Refuse labels that are not in the training data: they are typing errors, or classes new to the candidates."""
     trained = {str(label) for label in labels.get("train", [])}
-    for split, of in labels.items():
-        strangers = sorted({str(label) for label in of} - trained)
-        if trained and strangers:
+    for split, column in labels.items():
+        new = sorted({str(label) for label in column} - trained)
+        if trained and new:
             raise ConfigError(
-                f"task.{split}: has the labels {some(strangers)}, which are not in the training data"
-                f"{nearest(strangers[0], trained) or '.'} Use the same labels in all files."
+                f"task.{split}: has the labels {some(new)}, which are not in the training data"
+                f"{nearest(new[0], trained) or '.'} Use the same labels in all files."
             )
 
 

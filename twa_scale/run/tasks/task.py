@@ -1,4 +1,4 @@
-"""What a task has to offer."""
+"""The interface of a task."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -7,59 +7,58 @@ import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
-"""Named tensors: of one example, or of many, stacked along a new first dimension."""
+"""Tensors by name: of one example, or of several stacked along a new first dimension."""
 
 Metrics = dict[str, tuple[Tensor, int]]
-"""By name: the sum over the examples (or tokens) of a batch, and their number. Both add up over batches."""
+"""For each metric, the sum over the examples (or tokens) of a batch, and their number."""
 
 SPLITS = ("train", "validation", "test")
 
 
 class Examples(Protocol):
-    """Examples of one split, read when asked for. The order is fixed: shuffling is the loop's business."""
+    """The examples of one split, read on access and in a fixed order. The training loop shuffles them."""
 
     def __len__(self) -> int:
         """Return the number of examples, at least 1."""
 
     def __getitem__(self, index: int) -> Batch:
-        """Return one example as CPU tensors, whose shapes are those of every other example."""
+        """Return one example as CPU tensors. All examples have the same shapes."""
 
 
 @runtime_checkable
 class Task(Protocol):
-    """Model, data and loss.
+    """The model, data and loss of a run.
 
-    Left out on purpose: an optimizer, because only the coefficients are trained; devices, because the loop
-    moves the model and the batches; ranks, because the loop deals the examples out. So a task that works
-    alone works on any number of ranks. `loss` and `metrics` get the model as an argument: the loop may have
-    wrapped it.
+    A task has no optimizer, because only the coefficients are trained. It does not depend on devices or ranks, because
+    the training loop moves the model and the batches and distributes the examples. A task that works in one process
+    therefore works on any number of ranks. `loss` and `metrics` receive the model as an argument, because the loop may
+    have wrapped it.
 
-    Two attributes are optional. `main_metric` is the name of the metric by which a run keeps the best of its
-    evaluations, "loss" when a task does not have it; `higher_is_better` says that its highest value is the best, and
-    not its lowest.
+    Two attributes are optional. `main_metric` (default: "loss") is the name of the metric that selects the best
+    evaluation of a run. `higher_is_better` (default: False) tells whether its highest value is the best.
     """
 
     def model(self) -> nn.Module:
-        """Return the architecture, in float32.
+        """Return the model in float32.
 
-        The candidates fill its parameters and persistent buffers. Buffers that a state dict does not hold
-        keep the values that they have here, and so does the base model of an adapter (a PeftModel).
+        The candidates overwrite its parameters and persistent buffers. Other buffers keep their values,
+        and so does the base model of an adapter (a PeftModel).
         """
 
     def dataset(self, split: str) -> Examples:
         """Return the examples of `train`, `validation` or `test`.
 
         Raises:
-            ConfigError: a split that has no data.
+            ConfigError: the split has no data.
         """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean loss over the batch, a scalar to call backward on."""
+        """Return the mean loss over the batch, as a scalar with a gradient."""
 
     def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
-        """Return sums and counts by name; `loss` is always among them, its mean is what `loss` returns."""
+        """Return sums and counts by name. The metric `loss` is required; its mean is the value of `loss()`."""
 
 
 def stack(examples: Sequence[Batch]) -> Batch:
-    """Return one batch of a sequence of examples."""
+    """Return a batch of several examples, stacked along a new first dimension."""
     return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}

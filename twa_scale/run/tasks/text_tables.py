@@ -14,15 +14,15 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_columns(path: Path, columns: Sequence[str], where: str) -> list[list[Any]]:
-    """Return the values of each column, in file order. CSV and TSV files have a header and hold text.
+    """Return the values of each column, in file order. CSV and TSV files have a header, and their values are strings.
 
     Args:
-        path: The file.
-        columns: Names of the columns.
-        where: Setting to name in messages.
+        path: the file.
+        columns: the names of the columns.
+        where: the setting in error messages.
 
     Raises:
-        ConfigError: a missing, empty, malformed file or one of another kind, or a column that a row lacks.
+        ConfigError: the file is missing, empty, malformed or of another format, or a row lacks a column.
     """
     if path.suffix.lower() not in (*_DELIMITERS, ".jsonl"):
         raise ConfigError(f"{where}: {path} is not .csv, .tsv or .jsonl. Convert it to one of these.")
@@ -51,7 +51,7 @@ def _rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if None in row:
                 raise ConfigError(
                     f"{path}, line {reader.line_num}: has more values than the {len(names)} columns. Quote texts that "
-                    "hold a delimiter."
+                    "contain a delimiter."
                 )
             yield reader.line_num, row
         return
@@ -64,9 +64,9 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         row = parse_json(line.encode())
     except ValueError as error:
-        raise ConfigError(f"{where}: is not JSON: {error}. Write one object a line.") from error
+        raise ConfigError(f"{where}: is not JSON: {error}. Write one object per line.") from error
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: holds {type(row).__name__}. Write one object a line.")
+        raise ConfigError(f"{where}: holds {type(row).__name__}. Write one object per line.")
     return row
 
 
@@ -76,5 +76,5 @@ def _missing(path: Path, line: int, column: str, row: dict[str, Any]) -> str:
         return f"{path}, line {line}: has no value in column {column!r}. Fill it in, or remove the line."
     return (
         f"{path}, line {line}: has no column {column!r}{nearest(column, known) or '.'} Its columns are "
-        f"{', '.join(known)}: name the right one with `text` or `label`."
+        f"{', '.join(known)}; set `text` or `label` to one of them."
     )

@@ -1,4 +1,4 @@
-"""Token sequences on disk or in memory, cut into windows of equal length."""
+"""Token sequences on disk or in memory, divided into windows of equal length."""
 
 import re
 from bisect import bisect_right
@@ -16,12 +16,12 @@ from twa_scale.run.tasks.task import Batch
 
 Array = npt.NDArray[Any]
 Dtype = Literal["uint8", "uint16", "int32", "uint32", "int64"]
-_SAMPLED = 4096  # tokens of a bare file
-_FEW = 64  # bytes that may look like text by accident
+_SAMPLED = 4096  # tokens of a .bin file that are checked
+_MIN_TEXT = 64  # bytes; fewer printable bytes may be tokens
 _PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
-_GZIP = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")  # with its method and flags: two bytes alone may be a token
+_GZIP = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")  # includes method and flags, because the first two bytes may be a token
 _MAGIC_OF_LLM_C = tuple(number.to_bytes(4, "little") for number in (20240520, 20240801))
-_LOOKED_AT = 16  # windows of a split
+_CHECKED_WINDOWS = 16  # windows of a split whose tokens are checked at the start
 
 
 class Tokens(Protocol):
@@ -33,7 +33,7 @@ class Tokens(Protocol):
 
     @property
     def where(self) -> str:
-        """Return what messages call it."""
+        """Return the name of the sequence in error messages."""
 
     def read(self, start: int, stop: int) -> Array:
         """Return the tokens start..stop-1."""
@@ -41,7 +41,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Tokens of a file, read by exact ranges: no memory, open file or mapping for each of many files."""
+    """The tokens of a file, read by ranges. The file is neither kept open nor mapped."""
 
     path: Path
     dtype: "np.dtype[Any]"
@@ -50,10 +50,11 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: Path, dtype: Dtype) -> "TokenFile":
-        """Look at a bare sequence of `dtype`.
+        """Open a file that is a plain sequence of `dtype` without a header, and check it.
 
         Raises:
-            ConfigError: unreadable, of a size that `dtype` does not divide, or of tokens that are wider than `dtype`.
+            ConfigError: the file cannot be read, its size is not a multiple of the token size, or its tokens seem to
+                have a wider dtype.
         """
         try:
             size = path.stat().st_size
@@ -61,35 +62,35 @@ class TokenFile:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
         width = np.dtype(dtype).itemsize
         if width > 1 and (what := _other_format(path)):
-            raise ConfigError(f"{path}: is no bare file of tokens, but {what}.")
+            raise ConfigError(f"{path}: is not a plain sequence of tokens, but {what}.")
         if size % width:
             raise ConfigError(
-                f"{path}: {size} bytes are no whole number of {dtype} tokens. Set the right `token_dtype`."
+                f"{path}: {size} bytes are not a whole number of {dtype} tokens. Set the right `token_dtype`."
             )
         file = cls(path, np.dtype(dtype), 0, size // width)
         if dtype == "uint16" and _are_halves(file.read(0, min(file.count, _SAMPLED))):
             raise ConfigError(
-                f"{path}: every second number is at most 3, as in tokens of 32 or 64 bits that are read as uint16. Set "
-                "task.token_dtype to uint32, int32 or int64, or write an .npy file, which says its type."
+                f"{path}: every second number is at most 3, as in 32-bit or 64-bit tokens that are read as uint16. Set "
+                "task.token_dtype to uint32, int32 or int64, or write an .npy file, which contains its dtype."
             )
         return file
 
     @classmethod
     def open_npy(cls, path: Path) -> "TokenFile":
-        """Look at the header of a .npy file.
+        """Open a .npy file and check its header.
 
         Raises:
-            ConfigError: unreadable, not of integers, or stored by columns.
+            ConfigError: the file cannot be read, does not hold integers, or is in column-major order.
         """
         try:
             array = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: is no .npy file that can be read: {error}.") from error
+            raise ConfigError(f"{path}: cannot be read as an .npy file: {error}.") from error
         if array.dtype.kind not in "iu" or not array.flags.c_contiguous or not array.ndim:
-            order = "" if array.flags.c_contiguous else ", stored by columns"
+            order = "" if array.flags.c_contiguous else ", in column-major order"
             raise ConfigError(
-                f"{path}: holds {array.dtype.name} of shape {array.shape}{order}. Tokens are integers, in one sequence "
-                "or in rows that follow each other."
+                f"{path}: holds {array.dtype.name} of shape {array.shape}{order}. Tokens must be integers in row-major "
+                "order."
             )
         return cls(path, array.dtype, array.offset, array.size)
 
@@ -102,11 +103,13 @@ class TokenFile:
         """Return the tokens start..stop-1.
 
         Raises:
-            ConfigError: the file cannot be read, or shrank.
+            ConfigError: the file cannot be read, or has become shorter.
         """
         tokens = _numbers(self.path, self.dtype, stop - start, self.offset + start * self.dtype.itemsize)
         if len(tokens) < stop - start:
-            raise ConfigError(f"{self.path}: has become shorter since the run began. Start again with files at rest.")
+            raise ConfigError(
+                f"{self.path}: has become shorter since the run began. Start again with files that do not change."
+            )
         return tokens
 
 
@@ -128,19 +131,19 @@ class TokenArray:
 
 
 class Windows:
-    """Examples {"tokens": int64 (length,)}: windows without overlap, over all sequences laid end to end."""
+    """Examples {"tokens": int64 (length,)}: disjoint windows over the concatenation of all sequences."""
 
     def __init__(self, sequences: list[Tokens], length: int, vocabulary: int, key: str) -> None:
-        """Cut `sequences`, and look at some windows; tokens that fill no last window are left out.
+        """Divide `sequences` into windows, and check some of them. An incomplete last window is dropped.
 
         Args:
-            sequences: What to read.
-            length: Tokens of a window.
-            vocabulary: Number of tokens that the model knows.
-            key: Setting to name in messages.
+            sequences: the token sequences.
+            length: the number of tokens of a window.
+            vocabulary: the size of the model's vocabulary.
+            key: the setting in error messages.
 
         Raises:
-            ConfigError: fewer tokens than one window, or tokens that the model does not know.
+            ConfigError: there are fewer tokens than one window, or tokens outside the vocabulary.
         """
         self._sequences = [sequence for sequence in sequences if sequence.count]
         self._ends = list(accumulate(sequence.count for sequence in self._sequences))
@@ -153,8 +156,8 @@ class Windows:
                 f"{length}. Give more data, a shorter `context`, other `fractions`, or files for each split."
             )
         self._windows = total // length
-        for i in range(_LOOKED_AT):
-            self[i * (self._windows - 1) // (_LOOKED_AT - 1)]
+        for i in range(_CHECKED_WINDOWS):
+            self[i * (self._windows - 1) // (_CHECKED_WINDOWS - 1)]
 
     def __len__(self) -> int:
         return self._windows
@@ -168,20 +171,20 @@ class Windows:
         while position < stop:
             first = self._ends[i] - self._sequences[i].count
             end = min(stop, self._ends[i])
-            parts.append(self._known(self._sequences[i], position - first, end - first))
+            parts.append(self._read_checked(self._sequences[i], position - first, end - first))
             position, i = end, i + 1
         return {"tokens": torch.from_numpy(np.concatenate(parts))}
 
-    def _known(self, sequence: Tokens, start: int, stop: int) -> Array:
-        # A token out of range would end as an assertion inside a GPU kernel, far from its cause.
+    def _read_checked(self, sequence: Tokens, start: int, stop: int) -> Array:
+        # A token outside the vocabulary would otherwise fail as an assertion in a CUDA kernel, without its position.
         stored = sequence.read(start, stop)
         tokens = stored.astype(np.int64)
         unknown = (tokens < 0) | (tokens >= self._vocabulary)
         if unknown.any():
             at = int(unknown.argmax())
             raise ConfigError(
-                f"{sequence.where}: position {start + at}: token {stored[at]}; the model knows "
-                f"0 to {self._vocabulary - 1}. Use its own tokenizer; name the `token_dtype` of bare files."
+                f"{sequence.where}: position {start + at}: token {stored[at]}; the vocabulary of the model is "
+                f"0 to {self._vocabulary - 1}. Use the tokenizer of the model, and set `token_dtype` for .bin files."
             )
         return tokens
 
@@ -194,19 +197,19 @@ def _numbers(path: Path, dtype: "np.dtype[Any]", count: int, offset: int = 0) ->
 
 
 def _other_format(path: Path) -> str | None:
-    """Return what a file is by its first bytes if that is no sequence of tokens of more than a byte."""
+    """Return a description of the format and the fix, if the first bytes are not a sequence of multi-byte tokens."""
     start = _numbers(path, np.dtype(np.uint8), _SAMPLED).tobytes()
     if start.startswith(b"\x93NUMPY"):
-        return "an array of numpy: call it .npy, which says its type"
+        return "a numpy array: rename it to .npy, so that its dtype is read"
     if start.startswith((b"PK\x03\x04", b"\x28\xb5\x2f\xfd")) or _GZIP.match(start):
         return "an archive or a compressed file: extract it"
     if start[:4] in _MAGIC_OF_LLM_C:
-        return "a file of llm.c with a header of 1024 bytes: cut it off, or write an .npy file"
-    if len(start) >= _FEW and not start.translate(None, _PRINTABLE):
-        return "plain text: name it with task.text, or set task.token_dtype: uint8 where its bytes are the tokens"
+        return "a file of llm.c with a header of 1024 bytes: remove the header, or write an .npy file"
+    if len(start) >= _MIN_TEXT and not start.translate(None, _PRINTABLE):
+        return "plain text: give it as task.text, or set task.token_dtype: uint8 if its bytes are the tokens"
     return None
 
 
 def _are_halves(tokens: Array) -> bool:
-    """Whether every second number is only the upper half of a token: 0, or up to 3 in the largest vocabularies."""
+    """Return whether every second number seems to be the upper half of a 32-bit token, which is at most 3."""
     return len(tokens) >= 64 and int(tokens[1::2].max()) <= 3 < int(tokens[::2].max())

@@ -1,4 +1,4 @@
-"""What projecting, combining, reading and writing cost on this machine; and by that a step of a planned run."""
+"""Measurements of `project`, `combine`, reading and writing, and the estimate of a step of a planned run."""
 
 from twa_scale.tools.bench.bench_tables import bench_json, bench_table
 from twa_scale.tools.bench.planned import Work, forecast, planned_work

@@ -1,4 +1,4 @@
-"""What projecting and combining are held against: memory, AdamW, the published form; and the rest of an update."""
+"""Baselines for `project` and `combine`: memory rates, AdamW and the published method; and the rest of an update."""
 
 from collections.abc import Iterator
 
@@ -8,18 +8,18 @@ from twa_scale.ranks import Group
 from twa_scale.tools.bench.timing import Measured, measure
 
 MEMORY = 1 << 31
-"""Bytes of the memory that is read and copied, at most."""
+"""The largest amount of memory that is read and copied, in bytes."""
 
 
 def coefficient_optimizer(n: int, groups: int, device: torch.device) -> torch.optim.Optimizer:
-    """Return AdamW on coefficients (G, n) that have a gradient."""
+    """Return AdamW for coefficients of shape (groups, n), with a gradient."""
     x = torch.nn.Parameter(torch.zeros(groups, n, device=device))
     x.grad = torch.zeros_like(x)
     return torch.optim.AdamW([x], lr=1e-3)
 
 
 def memory_rates(elements: int, device: torch.device) -> list[Measured]:
-    """Return reading and copying so many float32, or as many as `MEMORY` holds."""
+    """Measure reading and copying `elements` float32 numbers, at most `MEMORY` bytes."""
     data = torch.ones(min(elements, MEMORY // 4), device=device)
     first, second = data.chunk(2) if len(data) % 2 == 0 else data[1:].chunk(2)
     return [
@@ -29,13 +29,13 @@ def memory_rates(elements: int, device: torch.device) -> list[Measured]:
 
 
 def reduction(n: int, groups: int, device: torch.device) -> Measured:
-    """Return the sum of the coefficient gradients over the ranks that take part."""
+    """Measure the all-reduce of the coefficient gradients. Collective."""
     group, products = Group.world(), torch.zeros(groups, n + 1, dtype=torch.float64, device=device)
     return measure(f"reduction over {group.size} ranks", lambda: group.sum_(products), products.nbytes, device)
 
 
 def adamw(weights: torch.Tensor, gradient: torch.Tensor) -> Measured:
-    """Return the step of AdamW on all weights, as a run without averaging takes it."""
+    """Measure a step of AdamW on all weights, as in training without averaging."""
     parameter = torch.nn.Parameter(weights.clone())
     parameter.grad = gradient
     optimizer = torch.optim.AdamW([parameter], lr=1e-9, fused=True)
@@ -44,9 +44,10 @@ def adamw(weights: torch.Tensor, gradient: torch.Tensor) -> Measured:
 
 
 def published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
-    """The journal branch's form: uint8 codes, one scale and zero point a row, everything made element by element.
+    """Measure the published method (journal branch): uint8 codes with one scale and zero point for each row.
 
-    On a part of the elements, since it holds n of them in float32; the time is that of all.
+    The method dequantizes all n rows to float32. It is measured on a part of the elements, and the time is scaled to
+    all.
     """
     part = gradient[: 1 << 20]
     times = len(gradient) / len(part)

@@ -1,4 +1,4 @@
-"""What `bench` prints: a table for people, JSON for machines."""
+"""The output of `bench`: a table, or JSON."""
 
 import json
 from collections.abc import Sequence
@@ -13,35 +13,35 @@ from twa_scale.tools.planning.plan_tables import human_bytes
 
 
 def bench_json(bench: Bench, files: Sequence[Measured] = (), expected: Forecast | None = None) -> str:
-    """Return what was measured as JSON: seconds, bytes, and bytes per second; and a planned run's step."""
+    """Return the measurements as JSON (seconds, bytes, bytes per second), with the estimate of a planned run."""
 
     def plain(rows: Sequence[Measured]) -> list[dict[str, object]]:
         return [{**asdict(row), "rate": row.rate} for row in rows]
 
     stores = {name: plain(rows) for name, rows in bench.stores.items()}
     lists = {"memory": plain(bench.memory), "stores": stores, "others": plain(bench.others), "streaming": plain(files)}
-    found = {**asdict(bench), **lists, "read": bench.read}
+    result = {**asdict(bench), **lists, "read": bench.read}
     if expected:
         steps = {name: plain(rows) for name, rows in expected.stores.items()}
-        found["run"] = {**asdict(expected), "stores": steps}
-    return json.dumps(found, indent=2)
+        result["run"] = {**asdict(expected), "stores": steps}
+    return json.dumps(result, indent=2)
 
 
 def bench_table(bench: Bench, files: Sequence[Measured] = (), expected: Forecast | None = None) -> Table:
-    """Return one row for each thing that was measured; shares are of the best rate of reading."""
+    """Return a table with one row for each measurement. Shares are relative to the best rate of reading."""
     title = f"{bench.elements:,} elements, {bench.candidates} candidates, {bench.device}, {bench.threads} threads"
-    caption = "best of several; bytes: each that has to move, counted once"
+    caption = "best of several calls; moved: the bytes that must be moved, each counted once"
     sections: dict[str, Sequence[Measured]] = {"memory": bench.memory}
     sections |= {str(name): rows for name, rows in bench.stores.items()}
-    sections |= {"beside": bench.others, "files": files}
+    sections |= {"other": bench.others, "files": files}
     if expected:
         sections |= {f"a step, {name}": rows for name, rows in expected.stores.items()}
-        caption += f"\na step: what the run adds to forward and backward, {expected.elements:,} elements of a rank"
+        caption += f"\na step: the cost on top of forward and backward for {expected.elements:,} elements of a rank"
         if expected.measured < expected.elements:
             caption += f", project and combine scaled up from {expected.measured:,}"
         if files:
-            caption += "; attach: at the speed of the files above, which are in the page cache"
-        caption += "; a lower bound, since a run finds its caches cold"
+            caption += "; attach: at the rate of the files above, which are in the page cache"
+        caption += "; a lower bound, because caches are cold in a run"
     table = Table(title=title, caption=caption)
     for column in ("", "", "ms", "moved", "GB/s", "of read"):
         table.add_column(column, justify="right" if column else "left")

@@ -1,4 +1,4 @@
-"""What reading candidates into a store and writing weights cost on this machine, against plain reads and copies."""
+"""Measurements of reading candidates into a store and of writing weights, relative to plain reads and copies."""
 
 import os
 import shutil
@@ -26,11 +26,11 @@ from twa_scale.tools.bench.timing import Measured
 
 _TIMES = 5
 _EXPORT_BYTES = 1_050_000_000
-_BUFFER = 128 << 10  # bytes; what `cat` reads at a time
+_BUFFER = 128 << 10  # bytes per read, as in `cat`
 
 
 class Case(NamedTuple):
-    """Something to be timed."""
+    """One operation to measure."""
 
     what: str
     function: Callable[[], None]
@@ -40,27 +40,27 @@ class Case(NamedTuple):
 def run_streaming(
     stores: Sequence[str], elements: int, candidates: int, kernels: str, device: torch.device, directory: Path
 ) -> list[Measured]:
-    """Write candidates of bfloat16 into a folder that goes away, and measure; they are in the page cache when read.
+    """Measure reading and writing with bfloat16 candidates in a temporary folder.
 
-    Each rank has files of its own. Bytes are those of the files. What is copied or exported has the size of as many
-    candidates as a gigabyte holds, a file each when they are copied; a merge reads all of them, and writes one.
+    Each rank has its own files. The files are in the page cache when they are read. Bytes are file sizes. Copies and
+    exports have the size of as many candidates as fit into 1 GB. A merge reads all candidates and writes one.
 
     Args:
-        stores: names, as in the configuration.
-        elements: of a candidate.
-        candidates: n.
-        kernels: as in the configuration.
-        device: where the stores lie.
-        directory: on the disk that is meant.
+        stores: the stores, as in the configuration.
+        elements: the number of elements of a candidate.
+        candidates: the number of candidates n.
+        kernels: the kernels, as in the configuration.
+        device: the device of the stores.
+        directory: the parent of the temporary folder, on the disk to measure.
     """
     with TemporaryDirectory(prefix=".bench-", dir=directory) as temporary:
         paths, out = _write(Path(temporary), elements, candidates), Path(temporary) / "out"
         nbytes = sum(path.stat().st_size for path in paths)
-        found = [_best(Case("plain read", lambda: _read(paths), nbytes))]
+        measured = [_best(Case("plain read", lambda: _read(paths), nbytes))]
         for name in stores:
             config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
             attach = lambda config=config: _attach(paths, config, device)  # noqa: E731
-            found.append(_best(Case(f"attach, {name}", attach, nbytes)))
+            measured.append(_best(Case(f"attach, {name}", attach, nbytes)))
         some = paths[: max(1, _EXPORT_BYTES // paths[0].stat().st_size)]
         weights = torch.randn(elements * len(some), device=device)
         written, merged = nbytes * len(some) / len(paths), nbytes * (1 + 1 / len(paths))
@@ -71,8 +71,8 @@ def run_streaming(
             Case("read all, copy one and sync", lambda: _read_and_copy(paths, out), merged),
             Case("merge and sync", lambda: _merge(paths, out), merged),
         ]
-        found += _in_turn(cases, out)
-    return found
+        measured += _interleaved(cases, out)
+    return measured
 
 
 def _write(folder: Path, elements: int, n: int) -> list[Path]:
@@ -132,8 +132,8 @@ def _attach(paths: Sequence[Path], config: TwaConfig, device: torch.device) -> N
         candidate.close()
 
 
-def _in_turn(cases: Sequence[Case], out: Path) -> list[Measured]:
-    """Time things that write to `out` one after the other, several times: a busy moment of the disk hits all."""
+def _interleaved(cases: Sequence[Case], out: Path) -> list[Measured]:
+    """Measure cases that write to `out` in rounds, so that other load on the disk affects all of them."""
     seconds: list[list[float]] = [[] for _ in cases]
     for _ in range(_TIMES):
         for case, times in zip(cases, seconds, strict=True):

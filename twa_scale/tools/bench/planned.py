@@ -1,4 +1,4 @@
-"""What a step of a planned run costs on this machine, and its attaching, from what was measured here."""
+"""The estimate of attach and of a step of a planned run, from measurements on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ from twa_scale.tools.bench.stores import Bench, bench_bytes, run_bench
 from twa_scale.tools.bench.timing import Measured
 from twa_scale.tools.planning import Plan
 
-_FREE = 0.5  # part of the free memory that is taken for measuring
-_FILES = 10_000_000  # elements of the candidates that are written to measure how fast they are read, at most
+_FREE = 0.5  # the part of the free memory that measurements use
+_FILES = 10_000_000  # the largest number of elements of candidates that are written to measure reading
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the average costs a rank on top of forward and backward."""
+    """The estimated cost of the average for a rank, on top of forward and backward."""
 
     elements: int
-    """Trained elements of the rank that holds most."""
+    """The number of trained elements of the rank that holds most."""
     measured: int
-    """Elements that were measured; project and combine are scaled up from them."""
+    """The number of elements that were measured. `project` and `combine` are scaled from it."""
     stores: dict[StoreName, list[Measured]]
-    """By store: the parts of a step and their sum; last, reading the candidates, where that was measured."""
+    """For each store, the parts of a step, their sum, and reading the candidates if that was measured."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be measured."""
+    """The parameters of a measurement."""
 
     stores: list[StoreName]
     elements: int
@@ -43,12 +43,12 @@ class Work:
     device: torch.device
     groups: int = 1
     sizes: tuple[int, ...] = ()
-    """Elements of tensors, as `run_bench` takes them."""
+    """The sizes of the tensors; see `run_bench`."""
     file_elements: int | None = None
-    """Of the candidates that are written for streaming; `elements` when not given."""
+    """The number of elements of candidates that are written. Default: `elements`."""
 
     def measure(self, threads: int | None, directory: Path | None) -> tuple[Bench, list[Measured]]:
-        """Measure the stores and, with a directory to write into, reading and writing."""
+        """Measure the stores and, if a directory is given, reading and writing."""
         stores, n, kernels, device = self.stores, self.candidates, self.kernels, self.device
         bench = run_bench(stores, self.elements, n, threads, kernels, device, groups=self.groups, sizes=self.sizes)
         elements = self.file_elements or self.elements
@@ -56,14 +56,14 @@ class Work:
 
 
 def planned_work(plan: Plan, config: RunConfig, stores: list[StoreName], elements: int | None, world: World) -> Work:
-    """Return what to measure for a planned run: all of a rank's elements, or what half of the free memory takes.
+    """Return the measurement for a planned run: all elements of a rank, or as many as half of the free memory allows.
 
     Args:
-        plan: of the run.
-        config: that it was made of.
-        stores: the configured one when there is none.
-        elements: no more than these.
-        world: the ranks that measure at once, and share the memory of this machine.
+        plan: the plan of the run.
+        config: the configuration of the plan.
+        stores: the stores to measure; if empty, the configured one.
+        elements: the largest number of elements.
+        world: the ranks that measure at the same time and share the memory of this machine.
     """
     stores = stores or [config.store]
     device = world.device(config.device)
@@ -77,12 +77,12 @@ def planned_work(plan: Plan, config: RunConfig, stores: list[StoreName], element
 
 
 def forecast(plan: Plan, bench: Bench, files: Sequence[Measured]) -> Forecast:
-    """Scale what was measured to the run; reduction and coefficient step are what they are.
+    """Scale measurements to the size of the run. The reduction and the coefficient step are not scaled.
 
     Args:
-        plan: of the run.
-        bench: made with its candidates and groups.
-        files: what `run_streaming` found, of the same stores; may be empty.
+        plan: the plan of the run.
+        bench: measurements with the number of candidates and groups of the run.
+        files: the result of `run_streaming` for the same stores, or empty.
     """
     scale = plan.local_elements / bench.elements
     rates = {row.what: row.rate for row in files}

@@ -1,4 +1,4 @@
-"""What project and combine cost on this machine, store by store, against the limit of its memory."""
+"""Measurements of `project` and `combine` for each store, relative to the speed of memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,35 +14,35 @@ from twa_scale.store import Store, make_store, store_bytes, update_bytes
 from twa_scale.tools.bench.baselines import MEMORY, adamw, coefficient_optimizer, memory_rates, published, reduction
 from twa_scale.tools.bench.timing import Measured, measure
 
-_CHUNK = 1 << 20  # elements of each row that exist in float32 while a store is filled
-_SPAN = 1 << 26  # largest tensor of the bench
+_CHUNK = 1 << 20  # elements of each candidate that are in float32 while a store is filled
+_SPAN = 1 << 26  # elements of the largest tensor
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured in one process, one thing after another."""
+    """The measurements of one process."""
 
     device: str
     threads: int
     elements: int
     candidates: int
     memory: list[Measured]
-    """Reading and copying large memory, before and after everything else."""
+    """Reading and copying large memory, measured before and after everything else."""
     stores: dict[StoreName, list[Measured]]
-    """By store: project, combine, and a whole update: both, with the reduction and the step of the coefficients."""
+    """For each store: `project`, `combine`, and the update (both, with the reduction and the coefficient step)."""
     coefficients: Measured
-    """The step of the optimizer of the coefficients."""
+    """The optimizer step of the coefficients."""
     others: list[Measured]
-    """The reduction of the coefficient gradients, AdamW on the same weights, and the published form on uint8."""
+    """The reduction of the coefficient gradients, AdamW on the same weights, and the published method with uint8."""
 
     @property
     def read(self) -> float:
-        """The best rate at which this process read large memory."""
+        """The best rate of reading large memory, in bytes per second."""
         return max(m.rate for m in self.memory if m.what == "read")
 
     @property
     def reduction(self) -> Measured:
-        """The sum of the coefficient gradients over the ranks that took part."""
+        """The all-reduce of the coefficient gradients."""
         return self.others[0]
 
 
@@ -57,21 +57,21 @@ def run_bench(
     groups: int = 1,
     sizes: Sequence[int] = (),
 ) -> Bench:
-    """Measure. The memory of one store at a time is taken.
+    """Measure the stores. One store at a time is in memory.
 
     Args:
-        stores: names, as in the configuration.
-        elements: trained elements D of this rank.
-        candidates: n.
-        threads: of torch and of the kernels on a CPU; as torch has them when not given.
-        kernels: as in the configuration.
-        device: where everything lies.
-        groups: G of the coefficients.
-        sizes: elements of the tensors that the first `elements` are of, since each has a price; few large ones when
-            not given.
+        stores: the stores, as in the configuration.
+        elements: the number of trained elements D of this rank.
+        candidates: the number of candidates n.
+        threads: the number of CPU threads of torch and of the kernels. Default: that of torch.
+        kernels: the kernels, as in the configuration.
+        device: the device of the store and the weights.
+        groups: the number of groups G.
+        sizes: the numbers of elements of the tensors, because each tensor has a fixed cost. Tensors beyond the first
+            `elements` elements are left out. Default: a few large tensors.
 
     Raises:
-        ConfigError: unknown kernels.
+        ConfigError: the kernels are unknown.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -81,7 +81,7 @@ def run_bench(
     for name in stores:
         config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
         store = make_store(config, candidates, device, _refuse)
-        measured[name] = _store(store, _spans(elements, sizes), candidates, groups, gradient, weights)
+        measured[name] = _measure_store(store, _spans(elements, sizes), candidates, groups, gradient, weights)
         store.close()
     others = [reduction(candidates, groups, device), adamw(weights, gradient), *published(candidates, gradient)]
     memory += memory_rates(elements * candidates, device)
@@ -92,16 +92,16 @@ def run_bench(
 
 
 def parse_stores(names: str) -> list[StoreName]:
-    """Return the stores of a list with commas between.
+    """Return the stores of a comma-separated list.
 
     Raises:
-        ConfigError: an unknown store.
+        ConfigError: a store is unknown.
     """
     return [validated(TwaConfig, {"store": name}, "bench").store for name in names.split(",")]
 
 
 def bench_bytes(stores: Sequence[StoreName], elements: int, candidates: int) -> int:
-    """Return about what `run_bench` takes: weights and gradient, with what is largest of all that comes and goes."""
+    """Return the approximate peak memory of `run_bench` in bytes."""
     filled = 3 * candidates * 4 * min(_CHUNK, elements)
     largest = max(store_bytes(store, candidates, [elements]) for store in stores)
     adamw, read = 12 * elements, min(4 * elements * candidates, MEMORY)
@@ -110,13 +110,13 @@ def bench_bytes(stores: Sequence[StoreName], elements: int, candidates: int) -> 
 
 def _refuse(name: str) -> list[torch.Tensor]:
     raise ConfigError(
-        "bench: store 'mapped' is as fast as the files that it maps, and the bench has none; give others "
+        "bench: store 'mapped' is as fast as the files that it maps, and the bench has no files; give other stores "
         "(--stores packed8,packed4)."
     )
 
 
 def _spans(elements: int, sizes: Sequence[int]) -> list[tuple[Span, slice]]:
-    """Return spans, none too large, that together have so many elements, and their places in one long vector."""
+    """Return spans of at most `_SPAN` elements that cover `elements` elements, with their slices of a vector."""
     spans: list[tuple[Span, slice]] = []
     done = 0
     for i, size in enumerate(sizes or [elements]):
@@ -126,7 +126,7 @@ def _spans(elements: int, sizes: Sequence[int]) -> list[tuple[Span, slice]]:
     return spans
 
 
-def _store(
+def _measure_store(
     store: Store,
     spans: list[tuple[Span, slice]],
     n: int,

@@ -1,4 +1,4 @@
-"""One operation, timed: the best of several calls, as many on every rank."""
+"""The timing of one operation: the best of several calls."""
 
 import time
 from collections.abc import Callable
@@ -8,17 +8,18 @@ import torch
 
 from twa_scale.ranks import Group
 
-_TIMES, _SECONDS, _MOST = 7, 0.5, 1000  # at least as often and as long: others may disturb any one call
+# Other processes may disturb single calls, so there are at least _MIN_CALLS of them and _MIN_SECONDS in total.
+_MIN_CALLS, _MIN_SECONDS, _MAX_CALLS = 7, 0.5, 1000
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One operation: the best of several times."""
+    """The best time of several calls of one operation."""
 
     what: str
     seconds: float
     nbytes: float
-    """Bytes of memory that it has to move, each counted once."""
+    """The bytes of memory that the operation has to move, each counted once."""
 
     @property
     def rate(self) -> float:
@@ -27,21 +28,28 @@ class Measured:
 
 
 def measure(what: str, function: Callable[[], object], nbytes: float, device: torch.device) -> Measured:
-    """Return the best of several calls, after one that compiles and touches memory; as many on every rank."""
+    """Return the best time of several calls, after a call for warm-up. Collective: all ranks make the same calls.
+
+    Args:
+        what: the name of the operation.
+        function: the operation.
+        nbytes: the bytes that it has to move.
+        device: the device that is synchronized before and after each call.
+    """
     function()
     group, more = Group.world(), True
     seconds: list[float] = []
     while more:
-        _wait(device)
+        _synchronize(device)
         start = time.perf_counter()
         function()
-        _wait(device)
+        _synchronize(device)
         seconds.append(time.perf_counter() - start)
-        wanted = len(seconds) < _TIMES or (sum(seconds) < _SECONDS and len(seconds) < _MOST)
-        more = bool(group.sum_(torch.tensor(float(wanted))))
+        unfinished = len(seconds) < _MIN_CALLS or (sum(seconds) < _MIN_SECONDS and len(seconds) < _MAX_CALLS)
+        more = bool(group.sum_(torch.tensor(float(unfinished))))
     return Measured(what, min(seconds), nbytes)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
