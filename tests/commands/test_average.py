@@ -65,7 +65,7 @@ def test_named_weights(digits: Brought, tmp_path: Path, shell: Any, name: str, w
     assert told == pytest.approx(weights, abs=1e-6) and "average of 3 candidates" in said.out
 
 
-def test_weights_by_hand(digits: Brought, tmp_path: Path, shell: Any) -> None:
+def test_explicit_weights(digits: Brought, tmp_path: Path, shell: Any) -> None:
     paths = sorted(Path(digits.candidates).parent.glob("step-*"))
     words = [f"{path}:{weight}" for path, weight in zip(paths, ["0.7", "-.2", "5e-1"], strict=True)]
     said = shell("average", *words, "--out", tmp_path / "out")
@@ -114,7 +114,7 @@ def test_weights_that_are_refused(
     assert answer.code == 2 and said in answer.err and not (tmp_path / "out").exists()
 
 
-def test_a_colon_in_a_name_is_no_weight(digits: Brought, tmp_path: Path, shell: Any) -> None:
+def test_colon_in_a_file_name_is_not_a_weight(digits: Brought, tmp_path: Path, shell: Any) -> None:
     for name, path in zip(("a:1", "b:2"), sorted(Path(digits.candidates).parent.glob("step-*")), strict=False):
         (tmp_path / name).symlink_to(path)
     said = shell("average", tmp_path / "a:1", tmp_path / "b:2", "--out", tmp_path / "out")
@@ -157,7 +157,7 @@ def test_several_ranks_share_the_work(ranks: Pool, text: Brought, tmp_path: Path
 # inspect
 
 
-def test_inspect_says_what_numpy_says(digits: Brought, tmp_path: Path, shell: Any) -> None:
+def test_inspect_matches_numpy(digits: Brought, tmp_path: Path, shell: Any) -> None:
     said = shell("inspect", digits.candidates, "--json", "--plot", tmp_path / "cosines.png")
     assert said.code == 0, said.err
     found = json.loads(said.out)
@@ -200,9 +200,7 @@ def test_inspect_of_equal_candidates_and_of_one(digits: Brought, shell: Any) -> 
 
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2), ("ddp", 2)])
-def test_plan_says_what_the_run_then_does(
-    ranks: Pool, text: Brought, tmp_path: Path, shell: Any, engine: str, size: int
-) -> None:
+def test_plan_matches_the_run(ranks: Pool, text: Brought, tmp_path: Path, shell: Any, engine: str, size: int) -> None:
     config = tmp_path / "run.yaml"
     data = settings(text.candidates, text.task, tmp_path / "out", engine=engine, steps=1)
     config.write_text(yaml.safe_dump(data))
@@ -247,9 +245,7 @@ def test_plan_scales_with_the_ranks(text: Brought, tmp_path: Path, shell: Any) -
     assert plans[1]["bytes_read"] < plans[0]["bytes_read"] / 7
 
 
-def test_plan_of_batchnorm_and_of_a_task_of_ones_own(
-    digits: Brought, scores: Brought, tmp_path: Path, shell: Any
-) -> None:
+def test_plan_of_batchnorm_and_of_a_custom_task(digits: Brought, scores: Brought, tmp_path: Path, shell: Any) -> None:
     for brought in (digits, scores):
         config = tmp_path / "run.yaml"
         config.write_text(yaml.safe_dump(settings(brought.candidates, brought.task, tmp_path / "out")))

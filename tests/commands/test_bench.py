@@ -53,7 +53,7 @@ def test_a_table() -> None:
 
 
 @pytest.mark.parametrize(("store", "kernels"), [("packed3", "auto"), ("packed4", "fortran"), ("mapped", "auto")])
-def test_what_cannot_be_measured_is_refused(store: str, kernels: str) -> None:
+def test_stores_that_cannot_be_measured_are_refused(store: str, kernels: str) -> None:
     with pytest.raises(ConfigError, match=r"bench"):
         run_bench([store], 100, 2, None, kernels, CPU)
 
@@ -75,18 +75,18 @@ def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
 
 
 def measure_on_a_rank() -> int:
-    """Measure on ranks of which one is content long before the other."""
+    """Measure on two ranks with different numbers of calls."""
     with patch.multiple(timing, _MIN_CALLS=2 + 30 * dist.get_rank(), _MIN_SECONDS=0.0):
         return run_bench(["packed4"], 1000, 2, None, "torch", CPU).elements
 
 
-def test_ranks_measure_equally_often(ranks: Pool) -> None:
+def test_all_ranks_make_equally_many_calls(ranks: Pool) -> None:
     assert ranks(measure_on_a_rank, 2) == [1000, 1000]
 
 
 @pytest.fixture
 def config(text: Brought, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run, for a bench that is quick rather than right."""
+    """Return the configuration of a run, with a bench that makes few calls."""
     monkeypatch.setattr(timing, "_MIN_CALLS", 1)
     monkeypatch.setattr(timing, "_MIN_SECONDS", 0.0)
     path = tmp_path / "run.json"
@@ -139,7 +139,7 @@ def test_fewer_elements_are_scaled_up(config: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_no_more_is_measured_than_half_of_the_free_memory_takes(
+def test_measurement_uses_at_most_half_of_the_free_memory(
     config: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     loaded = validated(RunConfig, json.loads(config.read_text()) | {"device": "cpu"})
@@ -164,7 +164,7 @@ def test_no_more_is_measured_than_half_of_the_free_memory_takes(
         (["CONFIG", "stroe=packed4"], "store"),
     ],
 )
-def test_what_contradicts_a_configuration_is_refused(config: Path, words: list[str], named: str) -> None:
+def test_options_that_contradict_the_configuration_are_refused(config: Path, words: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         CliRunner().invoke(
             app, ["bench", *(str(config) if w == "CONFIG" else w for w in words)], catch_exceptions=False

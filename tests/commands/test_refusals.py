@@ -94,7 +94,7 @@ def test_settings_that_run_refuses_before_it_trains(
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
-def test_a_configuration_that_is_none(shell: Any, tmp_path: Path) -> None:
+def test_invalid_configuration_files(shell: Any, tmp_path: Path) -> None:
     refused(shell("run", tmp_path / "missing.yaml"), "missing.yaml", "cannot be read")
     (tmp_path / "run.yaml").write_text("a: [1")
     refused(shell("plan", tmp_path / "run.yaml"), "run.yaml", "YAML")
@@ -211,12 +211,12 @@ def test_outputs_that_cannot_be_written(text: Brought, config: Any, shell: Any, 
 
 
 def test_an_error_is_one_paragraph(shell: Any, tmp_path: Path) -> None:
-    """Without a terminal there is no bar, nor the empty line that one leaves."""
+    """Without a terminal there is no progress bar and no empty line."""
     for words in (("average", tmp_path / "a", "--out", tmp_path / "out"), ("inspect", tmp_path / "a")):
         assert shell(*words).err.startswith(f"CandidateError: {tmp_path / 'a'}: ")
 
 
-def test_a_run_that_is_none(shell: Any, tmp_path: Path) -> None:
+def test_directories_without_a_run(shell: Any, tmp_path: Path) -> None:
     refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "no run state")
     (tmp_path / "state.pt").write_text("hello")
     refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "not a run state")
@@ -224,7 +224,7 @@ def test_a_run_that_is_none(shell: Any, tmp_path: Path) -> None:
     refused(shell("export", tmp_path, "--out", tmp_path / "out"), "state.pt", "not a run state", "does not begin with")
 
 
-def test_a_task_of_ones_own_that_is_none(config: Any, shell: Any) -> None:
+def test_custom_task_that_is_not_a_task(config: Any, shell: Any) -> None:
     here = "tests.commands.material"
     for name, words in (
         ("no_such_module_anywhere:f", ["no_such_module_anywhere", "PYTHONPATH"]),
@@ -272,7 +272,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_help_says_what_there_is(shell: Any, command: str) -> None:
+def test_help_lists_all_options(shell: Any, command: str) -> None:
     said = shell(command, "--help")
     assert said.code == 0
     text = re.sub(r"[\s│]+", " ", said.out)
@@ -290,7 +290,7 @@ def test_help_lists_the_commands(shell: Any) -> None:
     [["avrage"], ["average", "a"], ["plan"], ["plan", "a", "--ranks", "0"], ["inspect"], ["run", "a", "--nope"]],
     ids=" ".join,
 )
-def test_commands_that_are_none(shell: Any, words: list[str]) -> None:
+def test_unknown_commands(shell: Any, words: list[str]) -> None:
     said = shell(*words)
     assert said.code == 2 and "Usage" in said.err and "Traceback" not in said.err
 
@@ -317,7 +317,7 @@ def test_one_message_as_a_process(config: Any) -> None:
 
 @pytest.mark.slow
 def test_torchrun(config: Any) -> None:
-    """Two ranks that are refused say so once."""
+    """Two ranks with the same error print it once."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "twa_scale", "run")
     said = typed(*launch, config(), "candidates=missing/*")
     assert said.returncode != 0 and len(re.findall(KINDS, said.stderr)) == 1, said.stderr
@@ -327,7 +327,7 @@ def test_torchrun(config: Any) -> None:
 
 
 def test_data_that_one_rank_lacks(ranks: Pool, scores: Brought, tmp_path: Path) -> None:
-    """DDP exchanges shapes when it is built: a rank that has failed before must not leave the others waiting."""
+    """DDP exchanges shapes at construction. A rank that failed before must not block the others."""
     for engine in ("ddp", "fsdp2"):
         task = scores.task | {"broken_rank": 1}
         outcomes = ranks.outcomes(run_here, 2, data=settings(scores.candidates, task, tmp_path, engine=engine))

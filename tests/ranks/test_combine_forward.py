@@ -21,7 +21,7 @@ UNITS = {"root": "embed.weight", "first": "blocks.0.qkv.weight", "second": "bloc
 
 
 def build(how: str) -> Any:
-    """The judged model, sharded in one of the ways that decide when and how FSDP2 gathers."""
+    """Return the test model, sharded in a way that determines when and how FSDP2 gathers."""
     model: Any = models.build(seed=99)
     if how in ("hsdp", "fsdp2-tp"):
         return models.wrap(model, how)
@@ -53,7 +53,7 @@ def own_loss(model: nn.Module, step: int) -> Tensor:
 
 
 def train(how: str, combine: str, out: Path) -> dict[str, Any]:
-    """Train, and between steps and forward passes look at the weights in every way that there is."""
+    """Train, and read the weights in all ways between steps and forward passes."""
     torch._dynamo.reset()
     model = build(how)
     twa = attach(model, combine)
@@ -102,7 +102,7 @@ def train(how: str, combine: str, out: Path) -> dict[str, Any]:
 
 
 def assert_same(found: Any, want: Any, where: str = "") -> None:
-    """Bit for bit."""
+    """Return whether two results have the same bits."""
     if isinstance(want, Tensor):
         assert torch.equal(found, want), where
     elif isinstance(want, dict):
@@ -129,7 +129,7 @@ def assert_same(found: Any, want: Any, where: str = "") -> None:
         ("compiled-after", 2),
     ],
 )
-def test_nothing_else_changes(ranks: Pool, tmp_path: Path, how: str, size: int) -> None:
+def test_results_equal_those_of_combine_step(ranks: Pool, tmp_path: Path, how: str, size: int) -> None:
     found, want = (ranks(train, size, how=how, combine=c, out=tmp_path / c) for c in ("forward", "step"))
     for rank in range(size):
         assert_same(found[rank], want[rank], f"rank {rank}")
@@ -138,11 +138,11 @@ def test_nothing_else_changes(ranks: Pool, tmp_path: Path, how: str, size: int) 
 
 
 class Interrupted(Exception):
-    """Raised in a forward pass."""
+    """An exception that a forward pass raises."""
 
 
 def watch(how: str) -> dict[str, Any]:
-    """Return which units hold the weights of a step, at each place on the way to the end of the next forward pass."""
+    """Return which units hold the weights of a step, at several points until the end of the next forward pass."""
     model = build(how)
     twa = attach(model, "forward")
     held = {unit: dict(model.named_parameters())[name].to_local().detach() for unit, name in UNITS.items()}
@@ -180,8 +180,8 @@ def watch(how: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("how", "in_block_0"), [("nothing", {"root", "first"}), ("prefetched", set(UNITS))])
-def test_a_unit_is_written_when_it_is_gathered(ranks: Pool, how: str, in_block_0: set[str]) -> None:
-    """Also when a forward pass has been interrupted; what FSDP2 was told to ignore is written at the step."""
+def test_units_are_written_before_they_are_gathered(ranks: Pool, how: str, in_block_0: set[str]) -> None:
+    """This also holds after an interrupted forward pass. Parameters that FSDP2 ignores are written at the step."""
     for places in ranks(watch, 2, how=how):
         assert places == {
             "after the step": set(),
@@ -203,15 +203,15 @@ def refuse(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["plain", "ddp", *flattened.ENGINES, "tp", "nothing"])
-def test_what_cannot_be_told_is_refused(ranks: Pool, how: str) -> None:
-    """Engines that are not told when weights are used, and FSDP2 where something else stands in our place."""
+def test_models_without_a_hook_for_units_are_refused(ranks: Pool, how: str) -> None:
+    """These are engines without a hook for units, and FSDP2 models whose `unshard` other code has replaced."""
     message = str(ranks.error(refuse, 2, how=how))
     assert "combine: 'forward'" in message and "set `combine: step`" in message
     assert ("replaced its unshard" in message) == (how == "nothing")
 
 
 def close() -> tuple[list[str], str, list[str], bool]:
-    """Return what an average puts on a model, what a second one is told, what closing leaves, and if it goes on."""
+    """Return the hooks of an average, the error of a second one, the hooks after close, and whether training works."""
     model = build("nothing")
     before = marks(model)
     twa = attach(model, "forward")
@@ -234,7 +234,7 @@ def marks(model: nn.Module) -> set[str]:
     return found
 
 
-def test_closing_takes_everything_off(ranks: Pool) -> None:
+def test_close_removes_all_hooks(ranks: Pool) -> None:
     for put, second, left, moved in ranks(close, 2):
         assert {"unshard ", "unshard blocks.0", "unshard blocks.1", "save embed", "load blocks.1.qkv"} <= set(put)
         assert "another average is attached" in second

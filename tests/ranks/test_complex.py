@@ -103,7 +103,7 @@ def test_average_and_attach_give_the_same_bits(tmp_path: Path) -> None:
 
 
 def train(engine: str, store: str, combine: str = "step") -> dict[str, Tensor]:
-    """Two steps of SGD on the coefficients; every rank sees the same data."""
+    """Make two SGD steps on the coefficients. Every rank sees the same data."""
     torch.manual_seed(9)
     inner = Filter()
     model: nn.Module = inner
@@ -125,7 +125,7 @@ def train(engine: str, store: str, combine: str = "step") -> dict[str, Tensor]:
 
 
 def by_autograd() -> dict[str, Tensor]:
-    """The same steps, on whole candidates in double precision."""
+    """Make the same steps with whole candidates in double precision."""
     held = states()
     names = [name for name, p in Filter().named_parameters() if p.requires_grad]
     mean = {name: sum(s[name].to(torch.complex128) for s in held) / N for name in names}
@@ -181,7 +181,7 @@ def test_snapshots(tmp_path: Path, asynchronous: bool) -> None:
         assert torch.equal(found[name], value if value.is_complex() else value.bfloat16())
 
 
-def test_double_precision_needs_a_type_that_files_have(tmp_path: Path) -> None:
+def test_complex128_needs_a_supported_dtype(tmp_path: Path) -> None:
     held = [{"w": torch.randn(3, dtype=torch.complex128), "v": torch.randn(2)} for _ in range(2)]
     paths = [str(tmp_path / f"{i}.pt") for i in range(2)]
     for path, state in zip(paths, held, strict=True):
@@ -203,7 +203,7 @@ def test_double_precision_needs_a_type_that_files_have(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_kinds_of_numbers_are_not_mixed(held: torch.dtype, own: torch.dtype, said: str) -> None:
+def test_real_and_complex_tensors_are_not_mixed(held: torch.dtype, own: torch.dtype, said: str) -> None:
     model: Any = nn.Linear(2, 2)
     model.w = nn.Parameter(torch.ones(3, *([2] if held.is_complex else []), dtype=own), requires_grad=False)
     shape = (3, 2) if own.is_complex else (3,)
@@ -213,7 +213,7 @@ def test_kinds_of_numbers_are_not_mixed(held: torch.dtype, own: torch.dtype, sai
 
 
 @pytest.mark.parametrize("value", [complex("nan"), complex(0, float("inf"))])
-def test_what_is_not_finite_is_named(tmp_path: Path, value: complex) -> None:
+def test_nonfinite_values_are_located(tmp_path: Path, value: complex) -> None:
     held = states()
     held[1]["wave.filter"][4, 2] = value
     with pytest.raises(CandidateError, match=r"state dict 1.*'wave.filter'.* element 2[89]"):

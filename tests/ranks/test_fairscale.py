@@ -26,7 +26,7 @@ from twa_scale.engines import choose_engine
 
 
 def sharded(bucket: int) -> Any:
-    """The net under ShardedDataParallel, its optimizer knowing all of it."""
+    """Return the net in ShardedDataParallel, with all parameters in the optimizer."""
     net = build(seed=9)
     return ShardedDataParallel(net, OSS(net.parameters(), optim=optim.SGD, lr=0.1), reduce_buffer_size=bucket)
 
@@ -57,10 +57,8 @@ def train(bucket: int, accumulate: int, no_sync: bool) -> tuple[dict[str, Tensor
     ("size", "bucket", "accumulate", "no_sync"),
     [(1, 1 << 23, 2, False), (2, 1 << 23, 2, True), (2, 0, 2, False), (2, 40, 2, False), (3, 40, 2, True)],
 )
-def test_tensors_are_dealt_out_and_trained_right(
-    ranks: Pool, size: int, bucket: int, accumulate: int, no_sync: bool
-) -> None:
-    """With all gradients in buckets, none, and some; each tensor belongs to one rank."""
+def test_sharded_ddp_matches_the_reference(ranks: Pool, size: int, bucket: int, accumulate: int, no_sync: bool) -> None:
+    """The cases have all, no and some gradients in buckets. Each tensor belongs to one rank."""
     results = ranks(train, size, bucket=bucket, accumulate=accumulate, no_sync=no_sync)
     steps = [[part for rank in batches(step, size) for part in rank.chunk(accumulate)] for step in range(5)]
     want = reference.train(build(), loss, candidates(), CONFIG, steps).weights[-1]
@@ -74,7 +72,7 @@ def test_tensors_are_dealt_out_and_trained_right(
 
 
 def disturbed(bucket: int) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
-    """Steps on gradients that are not reduced; then go on as if there had been none."""
+    """Step on gradients that are not reduced, then continue without them."""
     rank, size = cases.where()
     messages, ends = [], []
     for disturb in (False, True):
@@ -94,7 +92,7 @@ def disturbed(bucket: int) -> tuple[list[str], dict[str, Tensor], dict[str, Tens
 
 
 @pytest.mark.parametrize("bucket", [0, 1 << 23])
-def test_gradients_without_sync_are_refused_not_lost(ranks: Pool, bucket: int) -> None:
+def test_unreduced_gradients_are_refused_and_kept(ranks: Pool, bucket: int) -> None:
     for messages, undisturbed, after in ranks(disturbed, 2, bucket=bucket):
         assert all("no_sync" in message for message in messages)
         assert all(torch.equal(after[name], value) for name, value in undisturbed.items())
@@ -117,7 +115,7 @@ def fully_sharded(flatten: bool, deep: bool = True) -> Any:
 
 
 def without_forward(flatten: bool, directory: Path) -> tuple[dict[str, tuple[int, ...]], list[Span], str]:
-    """What needs no GPU: attach, read and write weights, take gradients, step, export, keep."""
+    """Run everything that needs no GPU: attach, read and write weights, read gradients, step, export, snapshots."""
     model = fully_sharded(flatten)
     twa = twa_scale.attach(model, candidates(), CONFIG)
     engine = choose_engine(model)
@@ -166,7 +164,7 @@ def test_flat_parameters_are_read_and_written(ranks: Pool, tmp_path: Path, size:
 
 
 class NoStream:
-    """The only stream of a machine without a GPU."""
+    """A stand-in for a CUDA stream on a machine without a GPU."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -177,7 +175,7 @@ class NoStream:
 
 @contextmanager
 def streams_that_do_nothing() -> Iterator[None]:
-    """Let fairscale believe in CUDA streams: all else that its training does then runs on CPU, with gloo."""
+    """Replace CUDA streams, so that the training of fairscale runs on the CPU with gloo."""
 
     def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None:
         dist.reduce_scatter(out, list(parts.view(group.size(), *out.shape)), group=group)
@@ -198,7 +196,7 @@ def streams_that_do_nothing() -> Iterator[None]:
 
 
 def with_forward(flatten: bool, accumulate: int) -> tuple[dict[str, Tensor], Tensor, float, float]:
-    """Train; return the weights, the coefficients, and the losses of candidate 1 and of what was there again."""
+    """Train. Return the weights, the coefficients, and the losses of candidate 1 and of the restored weights."""
     rank, size = cases.where()
     with streams_that_do_nothing():
         # fairscale takes a gradient of one element for one of no_sync(): accumulated, it is divided twice.
@@ -218,7 +216,7 @@ def with_forward(flatten: bool, accumulate: int) -> tuple[dict[str, Tensor], Ten
 
 
 @pytest.mark.parametrize(("size", "flatten", "accumulate"), [(1, True, 1), (2, True, 2), (2, False, 1), (3, True, 1)])
-def test_flat_parameters_are_trained_right(ranks: Pool, size: int, flatten: bool, accumulate: int) -> None:
+def test_flat_parameters_match_the_reference(ranks: Pool, size: int, flatten: bool, accumulate: int) -> None:
     results = ranks(with_forward, size, flatten=flatten, accumulate=accumulate)
     steps = [[part for rank in batches(step, size) for part in rank.chunk(accumulate)] for step in range(5)]
     net: nn.Module = build().requires_grad_(True)
@@ -249,7 +247,7 @@ def test_offloading_is_refused(ranks: Pool) -> None:
 
 
 def elements_sent(engine: str) -> tuple[int, int]:
-    """Elements of weights that a step broadcasts, and how many are trained."""
+    """Return the number of elements that a step broadcasts, and the number of trained elements."""
     model, twa = cases.attach(engine, Run({}))
     group = twa._engine.shard_group
     with mock.patch.object(group, "copy_from", wraps=group.copy_from) as broadcast:
@@ -258,6 +256,6 @@ def elements_sent(engine: str) -> tuple[int, int]:
     return sum(call.args[1].numel() for call in broadcast.call_args_list), sum(p.numel() for p in trained)
 
 
-def test_weights_travel_once_a_step(ranks: Pool) -> None:
+def test_weights_are_broadcast_once_per_step(ranks: Pool) -> None:
     for sent, trained in ranks(elements_sent, 2, engine="sharded-ddp"):
         assert sent == trained

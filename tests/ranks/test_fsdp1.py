@@ -33,7 +33,7 @@ FULL, GRAD_OP, NO, HYBRID = (
 
 
 class Layer(nn.Module):
-    """Two maps of odd sizes, a factor of one element, and a frozen factor."""
+    """Two linear layers of odd sizes, a factor of one element, and a frozen factor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Factor(nn.Module):
 
 
 class Net(nn.Module):
-    """An embedding tied to the head, two layers, and a parameter that no loss reaches."""
+    """An embedding tied to the head, two layers, and a parameter without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def batches(step: int, size: int) -> list[Tensor]:
 
 
 def trainable(net: Any, kind: str) -> Any:
-    """With "frozen-unit" all of a layer is frozen, and nothing elsewhere."""
+    """Freeze parameters. With "frozen-unit", all parameters of one layer are frozen, and no others."""
     if kind == "frozen-unit":
         net.layers[0].requires_grad_(False)
         net.layers[1].frozen.requires_grad_(True)
@@ -101,7 +101,7 @@ def trainable(net: Any, kind: str) -> Any:
 
 
 def wrap(kind: str, orig: bool) -> nn.Module:
-    """The net under FSDP1 in one of many ways."""
+    """Return the net, wrapped with FSDP1 in the given way."""
     net: Any = trainable(build(seed=9), kind)
     # Without the original parameters, frozen ones must not be flattened with others.
     ignored = [] if orig or kind == "frozen-unit" else [layer.frozen for layer in net.layers]
@@ -145,7 +145,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(kinds: list[str], orig: bool) -> dict[str, Any]:
-    """Train each; return the weights, the coefficients, and the loss of candidate 1 after a forward of others."""
+    """Train each net. Return weights, coefficients, and the loss of candidate 1 after a forward with other weights."""
     rank, size = cases.where()
     results: dict[str, Any] = {}
     for kind in kinds:
@@ -194,7 +194,7 @@ KINDS = ["shard-grad-op", "no-shard", "strategies", "deep", "frozen-unit", "igno
         (4, False, ["hybrid"]),
     ],
 )
-def test_every_wrapping_does_what_the_reference_does(ranks: Pool, size: int, orig: bool, kinds: list[str]) -> None:
+def test_all_wrappings_match_the_reference(ranks: Pool, size: int, orig: bool, kinds: list[str]) -> None:
     results = ranks(train, size, kinds=kinds, orig=orig, timeout=120)
     for kind in kinds:
         want = expected(kind, size)
@@ -216,7 +216,7 @@ def test_every_wrapping_does_what_the_reference_does(ranks: Pool, size: int, ori
 
 
 def unreduced(kind: str, orig: bool) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """Steps on gradients of which some are not reduced; then go on as if they had not been."""
+    """Step on gradients of which some are not reduced, then continue without them."""
     rank, size = cases.where()
     message, ends = "", []
     for disturbed in (False, True):
@@ -239,7 +239,7 @@ def unreduced(kind: str, orig: bool) -> tuple[str, dict[str, Tensor], dict[str, 
 
 @pytest.mark.parametrize("orig", [True, False])
 @pytest.mark.parametrize("kind", ["deep", "shard-grad-op", "no-shard"])
-def test_gradients_without_sync_are_refused_not_lost(ranks: Pool, kind: str, orig: bool) -> None:
+def test_unreduced_gradients_are_refused_and_kept(ranks: Pool, kind: str, orig: bool) -> None:
     for message, undisturbed, disturbed in ranks(unreduced, 2, kind=kind, orig=orig):
         assert "no_sync" in message
         for name, value in undisturbed.items():
@@ -247,7 +247,7 @@ def test_gradients_without_sync_are_refused_not_lost(ranks: Pool, kind: str, ori
 
 
 def refused(kind: str) -> None:
-    """Attach to what cannot be done right."""
+    """Attach to an unsupported model."""
     size = dist.get_world_size()
     hold = partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
     net: Any = build()
@@ -282,13 +282,13 @@ def refused(kind: str) -> None:
     ["CPUOffload", "replica_group", "one rank in a shard group", "'picture.weight'", "different ranks",
      "only some modules", f"torch {torch.__version__} has no '_numels_with_padding'"],
 )  # fmt: skip
-def test_what_cannot_be_right_is_refused_on_every_rank(ranks: Pool, kind: str) -> None:
+def test_unsupported_models_are_refused_on_every_rank(ranks: Pool, kind: str) -> None:
     error = ranks.error(refused, 2 if kind != "only some modules" and kind != "replica_group" else 4, kind=kind)
     assert isinstance(error, EngineError) and kind in str(error), repr(error)
 
 
 def snapshots(directory: Path, orig: bool) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Train with an ordinary optimizer, keep candidates, average them in the same model, and export."""
+    """Train with an ordinary optimizer, write candidates, average them in the same model, and export."""
     rank, size = cases.where()
     model = wrap("deep", orig)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -29,7 +29,7 @@ def own_part(step: int) -> models.Batch:
 
 
 def gradients_left(engine: str) -> tuple[list[str], list[str]]:
-    """Names of the tensors that hold a gradient after backward, and after a step."""
+    """Return the names of tensors that have a gradient after backward, and after a step."""
     model, twa = cases.attach(engine, RUN)
     models.loss(model, own_part(0)).backward()
     after_backward = [name for name, p in model.named_parameters() if p.grad is not None]
@@ -41,8 +41,8 @@ def gradients_left(engine: str) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_no_gradient_outlives_its_use(ranks: Pool, engine: str) -> None:
-    """Until the step FSDP2 has those of parameters that it ignores, and engines without hooks have all."""
+def test_gradients_are_freed(ranks: Pool, engine: str) -> None:
+    """Before the step, FSDP2 has gradients of ignored parameters only, and engines without hooks have all."""
     for after_backward, after_step in ranks(gradients_left, 2, engine=engine):
         allowed = {"plain": [], "fsdp2": [models.SCALAR]}.get(engine, after_backward)
         assert after_backward == allowed
@@ -60,7 +60,7 @@ def forget_a_backward(engine: str, forget: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, *zero.ENGINES])
-def test_zero_grad_forgets_a_backward_pass(ranks: Pool, engine: str) -> None:
+def test_zero_grad_drops_a_backward_pass(ranks: Pool, engine: str) -> None:
     for size in (1, 2):
         plain, forgetful = (ranks(forget_a_backward, size, engine=engine, forget=forget)[0] for forget in (False, True))
         for name, value in plain.items():
@@ -79,14 +79,14 @@ def step_without_zero_grad(engine: str, zero: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_accumulates_alike_without_zero_grad(ranks: Pool, engine: str) -> None:
-    """Whether a step keeps the gradients is one choice; it must not hang on what shards the model."""
+    """All engines free the gradients in a step."""
     want = ranks(step_without_zero_grad, 1, engine="plain", zero=False)[0]
     for name, value in ranks(step_without_zero_grad, 1, engine=engine, zero=False)[0].items():
         assert (value - want[name]).norm() <= 1e-5 * want[name].norm(), name
 
 
 def accumulate(engine: str, late: bool) -> dict[str, Tensor]:
-    """Two backward passes a step; with `late` the engine reduces gradients in the second one only."""
+    """Make two backward passes per step. With `late`, gradients are reduced in the second one only."""
     model, twa = cases.attach(engine, RUN)
     rank, size = cases.where()
     for step in range(RUN.steps):
@@ -159,7 +159,7 @@ def test_tensors_that_the_loss_does_not_reach_stay(ranks: Pool) -> None:
 
 
 def overflow(engine: str, rank: int) -> tuple[str, bool, bool]:
-    """A loss that is infinite on one rank; return the error, and whether the weights and the training survived."""
+    """Make a step with an infinite loss on one rank. Return the error, and whether weights and training are intact."""
     model, twa = cases.attach(engine, RUN)
     cases.one_step(model, twa, 0)
     before = cases.gathered(model)
@@ -226,7 +226,7 @@ def train_narrow(engine: str) -> tuple[dict[str, Tensor], int]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("engine", [*ENGINES, *zero.ENGINES])
-def test_a_rank_that_holds_nothing_takes_part(ranks: Pool, engine: str, size: int) -> None:
+def test_rank_without_elements_takes_part(ranks: Pool, engine: str, size: int) -> None:
     steps = [narrow_data(step, size) for step in range(5)]
     want = reference.train(narrow(), narrow_loss, narrow_candidates(), {"groups": "tensor"}, steps).weights[-1]
     results = ranks(train_narrow, size, engine=engine)

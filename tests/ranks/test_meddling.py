@@ -49,7 +49,7 @@ def replace(model: Any) -> None:
 
 
 def reports(act: Callable[[], None]) -> list[str]:
-    """Return the lines that say that something else has written the weights."""
+    """Return the notices that other code has written the weights."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         act()
@@ -83,7 +83,7 @@ def test_written_weights_are_reported_once_and_overwritten(change: Callable[[Any
         assert torch.equal(found[name], value), name
 
 
-def test_an_embedding_that_writes_its_weight_trains() -> None:
+def test_embedding_with_max_norm_trains() -> None:
     """`max_norm` scales rows in place in every forward pass."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0), nn.Linear(4, 1))
@@ -100,7 +100,7 @@ def test_an_embedding_that_writes_its_weight_trains() -> None:
 
 
 def meddle(engine: str, change: Callable[[Any], None], on: str) -> tuple[str, list[str], Tensor]:
-    """Change the model after a step, on the last rank or on all; return complaint, reports and coefficients."""
+    """Change the model after a step, on the last rank or on all. Return the error, notices and coefficients."""
     model, twa = cases.attach(engine, RUN)
     cases.one_step(model, twa, 0)
     rank, size = cases.where()
@@ -129,19 +129,19 @@ def test_each_rank_reports_what_was_written_there(
 
 
 @pytest.mark.parametrize("engine", ["ddp", "sharded-ddp"])
-def test_every_rank_says_which_parameter_was_replaced(ranks: Pool, engine: str) -> None:
+def test_replaced_parameter_is_named_on_every_rank(ranks: Pool, engine: str) -> None:
     (said, *_), (other, *_) = ranks(meddle, 2, engine=engine, change=replace, on="all")
     assert said == other and "parameter '" in said and "attach" in said
 
 
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2", "fsdp1", "sharded-ddp", *zero.ENGINES])
-def test_what_a_script_may_do_between_steps(ranks: Pool, engine: str) -> None:
+def test_reads_between_steps_are_not_reported(ranks: Pool, engine: str) -> None:
     for weights in ranks(between_steps, 2, engine=engine):
         assert all(bool(value.isfinite().all()) for value in weights.values())
 
 
 def between_steps(engine: str) -> dict[str, Tensor]:
-    """Evaluate, gather, save, show other weights: none of it writes."""
+    """Evaluate, gather, save and swap in other weights. None of these writes the live weights for good."""
     model, twa = cases.attach(engine, RUN)
     for step in range(3):
         cases.one_step(model, twa, step)
@@ -157,7 +157,7 @@ def between_steps(engine: str) -> dict[str, Tensor]:
     return cases.gathered(model)
 
 
-def test_a_gradient_written_by_hand_counts() -> None:
+def test_gradient_written_by_a_script_is_used() -> None:
     def trained(by_hand: bool) -> dict[str, Tensor]:
         model, twa = cases.attach("plain", Run({"groups": "block", "optimizer": {"name": "sgd", "lr": 0.01}}))
         named = dict(model.named_parameters())
@@ -187,7 +187,7 @@ def notices_of(wrapped: bool) -> list[str]:
     return [text for text in said if "plain module" in text]
 
 
-def test_a_module_whose_wrapper_stands_beside_it_is_reported_once(ranks: Pool) -> None:
+def test_attach_to_a_wrapped_module_is_reported_once(ranks: Pool) -> None:
     said, other = ranks(notices_of, 2, wrapped=True)
     assert len(said) == 1 and "Attach to the DistributedDataParallel" in said[0] and not other
     assert ranks(notices_of, 2, wrapped=False) == [[], []]

@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs/add-an-engine.md"
 
 
 def shown() -> Any:
-    """The class of the page's first block of Python."""
+    """Return the class in the first Python block of the page."""
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     namespace: dict[str, Any] = {}
     exec(compile(code, PAGE.name, "exec"), namespace)
@@ -40,7 +40,7 @@ def train(out: Path) -> Any:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_it_trains_as_the_reference_does(ranks: Pool, tmp_path: Path, size: int) -> None:
+def test_training_matches_the_reference(ranks: Pool, tmp_path: Path, size: int) -> None:
     want = test_together.expected("nothing", size, ()).weights[-1]
     results = ranks(train, size, out=tmp_path)
     for weights, a, _ in results:
@@ -57,12 +57,12 @@ def refuse() -> None:
     twa_scale.attach(shown()(models.build()), models.candidates(), replica_group=dist.group.WORLD)
 
 
-def test_it_says_by_itself_who_its_replicas_are(ranks: Pool) -> None:
+def test_replica_group_argument_is_refused(ranks: Pool) -> None:
     assert "SplitBasis" in str(ranks.error(refuse, 2))
 
 
 @pytest.mark.parametrize("method", sorted(Engine.__abstractmethods__))
-def test_an_engine_without_a_method_is_refused_when_it_is_made(method: str) -> None:
+def test_missing_method_is_refused_at_construction(method: str) -> None:
     complete: Any = shown()
     lacking = type("Lacking", (Engine,), {k: v for k, v in vars(complete).items() if k not in (method, "__dict__")})
     with pytest.raises(EngineError, match=rf"Lacking does not implement {method}\(\)"):
@@ -70,7 +70,7 @@ def test_an_engine_without_a_method_is_refused_when_it_is_made(method: str) -> N
 
 
 @pytest.mark.parametrize("attribute", sorted(Engine.__annotations__.keys() - vars(Engine).keys()))
-def test_an_engine_without_an_attribute_is_refused_when_it_is_made(attribute: str) -> None:
+def test_missing_attribute_is_refused_at_construction(attribute: str) -> None:
     complete: Any = shown()
 
     class Lacking(complete):  # type: ignore[misc]
@@ -90,7 +90,7 @@ def test_an_engine_without_an_attribute_is_refused_when_it_is_made(attribute: st
 
 
 def attach_to_a_part(held: str) -> None:
-    """The last rank leaves a tensor out, holds one twice, or calls one by another name."""
+    """Attach to an engine whose last rank omits a tensor, holds one twice, or renames one."""
     engine = shown()(models.build())
     spans, last = engine.spans(), cases.where()[0] == cases.where()[1] - 1
     if last:
@@ -100,11 +100,11 @@ def attach_to_a_part(held: str) -> None:
 
 
 @pytest.mark.parametrize(("held", "said"), [("less", "exactly one span"), ("twice", "exactly one"), ("other", "'x'")])
-def test_spans_that_do_not_tile_are_refused(ranks: Pool, held: str, said: str) -> None:
+def test_spans_that_do_not_cover_all_elements_once_are_refused(ranks: Pool, held: str, said: str) -> None:
     assert said in str(ranks.error(attach_to_a_part, 2, held=held))
 
 
-def test_the_page_names_all_of_the_protocol() -> None:
+def test_page_documents_all_members() -> None:
     members = {name for name in (*vars(Engine), *Engine.__annotations__) if not name.startswith("_")}
     page = PAGE.read_text()
     assert [name for name in members if f"`{name}" not in page] == []

@@ -15,7 +15,7 @@ SHAPES = {"huge": (1001,), "small": (7,), "rows": (37, 5), "even": (20, 12), "on
 
 
 def publish() -> tuple[dict[str, torch.Tensor], int]:
-    """Return what is there after each rank has written i to element i of its parts, and the largest of all gathers."""
+    """Write i to element i of each part. Return the gathered parameters and the size of the largest all-gather."""
     gathered = [0]
     parameters = {name: torch.full(shape, -1.0) for name, shape in SHAPES.items()}
     held = ReplicatedParameters(parameters, Group.world(), {"rows": 5, "even": 12})

@@ -31,7 +31,7 @@ def elements(span: Span) -> list[int]:
 
 
 def held(engine: str) -> tuple[int, list[Span], list[str]]:
-    """The pod and the spans of this rank, and the names of those that do not hold what they should."""
+    """Return the pod and the spans of this rank, and the names of spans with wrong values."""
     model = models.wrap(models.build(), engine)
     whole = {name: value.flatten() for name, value in cases.gathered(model).items()}
     held = choose_engine(model)
@@ -40,7 +40,7 @@ def held(engine: str) -> tuple[int, list[Span], list[str]]:
 
 
 @pytest.mark.parametrize(("engine", "size"), PLACES)
-def test_the_spans_of_a_pod_tile_every_tensor_once(ranks: Pool, engine: str, size: int) -> None:
+def test_spans_of_a_pod_cover_every_tensor_once(ranks: Pool, engine: str, size: int) -> None:
     results = ranks(held, size, engine=engine)
     assert [wrong for _, _, wrong in results] == [[]] * size
     assert len({pod for pod, _, _ in results}) == (2 if engine.startswith("hsdp") else 1)
@@ -82,7 +82,7 @@ def test_files_are_read_once_and_written_whole(ranks: Pool, tmp_path: Path, engi
 
 
 def again() -> bool:
-    """Whether a second engine of a model makes no second process group."""
+    """Return whether a second engine of a model uses the same process group."""
     model = models.wrap(models.build(), "fsdp2-tp")
     choose_engine(model)
     before = dist.distributed_c10d._world.group_count
@@ -95,7 +95,7 @@ def test_engines_of_one_model_share_its_group(ranks: Pool) -> None:
 
 
 def accumulate(engine: str, end: str) -> Any:
-    """Two backward passes, the first without reduction: forgotten, or with the second not reduced either."""
+    """Make two backward passes, the first without reduction. It is dropped, or the second is not reduced either."""
     model, twa = cases.attach(engine, Run({"groups": "block"}))
     assert isinstance(model, FSDPModule)
     place = meshes.data_place(model, *cases.where())
@@ -111,8 +111,8 @@ def accumulate(engine: str, end: str) -> Any:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_zero_grad_forgets_what_was_not_reduced(ranks: Pool, bf16: bool) -> None:
-    """With a reduce_dtype of its own FSDP2 keeps such gradients elsewhere."""
+def test_zero_grad_drops_unreduced_gradients(ranks: Pool, bf16: bool) -> None:
+    """With a reduce_dtype, FSDP2 holds unreduced gradients in another attribute."""
     after_both, after_one = (ranks(forget, 2, bf16=bf16, unreduced=unreduced) for unreduced in (True, False))
     for after, once in zip(after_both, after_one, strict=True):
         assert all(torch.equal(after[name], value) for name, value in once.items())
@@ -136,7 +136,7 @@ def test_a_step_on_gradients_that_were_not_reduced_is_refused(ranks: Pool, engin
 
 
 def refuse(kind: str) -> None:
-    """Attach to what no engine can hold."""
+    """Attach to a model with unsupported placements."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     model: nn.Module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4, bias=False))
     group = None
@@ -161,7 +161,7 @@ def refuse(kind: str) -> None:
         ("uneven", ["1.weight", "torch.chunk"]),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(ranks: Pool, kind: str, named: list[str]) -> None:
+def test_unsupported_placements_are_refused(ranks: Pool, kind: str, named: list[str]) -> None:
     error = ranks.error(refuse, 2, kind=kind)
     assert isinstance(error, EngineError)
     assert all(part in str(error) for part in named), str(error)

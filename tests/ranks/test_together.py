@@ -30,13 +30,13 @@ Change = Callable[[Any], Any]
 
 
 def wrap_blocks(model: Any) -> Any:
-    """Activation checkpointing as FSDP's users apply it: parameters get another prefix."""
+    """Apply activation checkpointing with wrappers, which add a prefix to names of parameters."""
     model.blocks = nn.ModuleList(checkpoint_wrapper(block) for block in model.blocks)
     return model
 
 
 def recompute_blocks(model: Any) -> Any:
-    """Activation checkpointing as models do it themselves."""
+    """Apply activation checkpointing inside the model."""
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
@@ -65,7 +65,7 @@ def leave_a_block_out(model: Any) -> Any:
 
 
 def autocast(model: Any) -> Any:
-    """In the forward pass alone, as torch asks: its casts of the weights live as long as the context."""
+    """Use autocast in the forward pass only, because its casts of the weights live as long as the context."""
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     return model
 
@@ -138,7 +138,7 @@ def expected(change: str, size: int, shape: tuple[int, ...]) -> reference.Traine
 
 
 def loss_of_the_last(change: str, rank: int, size: int) -> float:
-    """On the whole model, where what is not trained stands at the mean."""
+    """Compute the reference on the whole model. Frozen tensors have their mean."""
     model = CHANGES[change][0](models.build()) if change in ("frozen", "unused") else models.build()
     states = models.candidates()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def loss_of_the_last(change: str, rank: int, size: int) -> float:
 
 
 @pytest.mark.parametrize(("engine", "change"), CASES)
-def test_what_wraps_or_changes_the_model_changes_nothing(ranks: Pool, engine: str, change: str) -> None:
+def test_changes_of_the_model_do_not_change_results(ranks: Pool, engine: str, change: str) -> None:
     size = ENGINES[engine]
     data = meshes.data_ranks(engine, size)
     want = expected(change, data, (1,) if engine in zero.ENGINES else ()).weights[-1]
@@ -178,13 +178,13 @@ def show_after_a_forward(engine: str) -> float:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp1", "fsdp1-flat", "sharded-ddp"])
-def test_a_wrapper_around_a_compiled_model_is_not_looked_through(ranks: Pool, engine: str) -> None:
+def test_wrapper_around_a_compiled_model_is_kept(ranks: Pool, engine: str) -> None:
     for rank, loss in enumerate(ranks(show_after_a_forward, 2, engine=engine)):
         assert abs(loss - loss_of_the_last("nothing", rank, 2)) <= 1e-5
 
 
 @pytest.mark.slow
-def test_inductor_sees_what_is_written(ranks: Pool) -> None:
+def test_compiled_model_uses_the_written_weights(ranks: Pool) -> None:
     want = expected("nothing", 2, ()).weights[-1]
     for weights, _, _ in ranks(train, 2, engine="fsdp2", change="inductor", timeout=200):
         for name, value in want.items():
@@ -245,7 +245,7 @@ def not_scaled(ranks: Pool) -> Callable[[str], tuple[dict[str, Tensor], Tensor]]
 def test_scaled_losses_train_alike_and_an_overflow_is_left_out(
     ranks: Pool, not_scaled: Callable[[str], tuple[dict[str, Tensor], Tensor]], engine: str, scaler: str
 ) -> None:
-    """Also with clipping, which has to come after the scale is taken off."""
+    """This includes clipping, which has to come after unscaling."""
     size = ENGINES[engine]
     want, a = not_scaled(engine)
     for weights, coefficients, moved, scales in ranks(scale, size, engine=engine, scaler=scaler):
@@ -255,7 +255,7 @@ def test_scaled_losses_train_alike_and_an_overflow_is_left_out(
             torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_scaler_that_is_switched_off_hides_no_overflow() -> None:
+def test_disabled_scaler_does_not_hide_an_overflow() -> None:
     model, twa = cases.attach("plain", SGD)
     (models.loss(model, models.batch(0)) * float("inf")).backward()
     with pytest.raises(twa_scale.TwaError, match="not finite"):
@@ -263,7 +263,7 @@ def test_a_scaler_that_is_switched_off_hides_no_overflow() -> None:
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: {"model": model}])
-def test_a_kind_that_is_not_known_is_told_those_that_are(wrap: Change) -> None:
+def test_unknown_model_kind_lists_the_supported_kinds(wrap: Change) -> None:
     with pytest.raises(EngineError) as caught:
         twa_scale.attach(wrap(models.build()), models.candidates())
     for known in ("DistributedDataParallel", "fully_shard", "FullyShardedDataParallel", "DTensor", "DeepSpeedEngine"):

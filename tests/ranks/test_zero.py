@@ -40,7 +40,7 @@ def one_loss(engine: Any, step: int) -> Tensor:
 
 
 def layout(engine: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Where this rank's spans lie, and whether each one's float32 memory is what DeepSpeed holds there."""
+    """Return the spans of this rank, and whether their float32 memory equals that of DeepSpeed."""
     model = zero.wrap(judged(), engine, **options)
     whole = zero.whole(model)
     found = choose_engine(model)
@@ -58,7 +58,7 @@ def layout(engine: str, options: dict[str, Any]) -> dict[str, Any]:
     [{}, {"bf16": True}, {"zero": {"round_robin_gradients": True, "sub_group_size": 300}}],
     ids=["fp32", "bf16", "round-robin"],
 )
-def test_spans_tile_every_element_once(ranks: Pool, engine: str, options: dict[str, Any]) -> None:
+def test_spans_cover_every_element_once(ranks: Pool, engine: str, options: dict[str, Any]) -> None:
     shapes = {name: tuple(p.shape) for name, p in judged().named_parameters()}
     for size in (1, 3):
         results = ranks(layout, size, engine=engine, options=options)
@@ -72,7 +72,7 @@ def test_spans_tile_every_element_once(ranks: Pool, engine: str, options: dict[s
 
 
 def shown(engine: str, options: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The weights that forward passes use: after training, inside weights() between evaluations, and after it."""
+    """Return the weights that forward passes use after training, inside weights(), and after it."""
     model = zero.wrap(judged(), engine, **options)
     twa = twa_scale.attach(model, states(), RUN.config)
     for step in range(3):  # ZeRO-3 learns the order of the modules, and then keeps parameters over a forward pass
@@ -96,7 +96,7 @@ def outputs(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("engine", "threshold"), [*((engine, 0) for engine in zero.ENGINES), ("zero3", 100), ("zero3", 100_000)]
 )
-def test_every_rank_computes_with_what_was_written(ranks: Pool, engine: str, threshold: int) -> None:
+def test_all_ranks_use_the_written_weights(ranks: Pool, engine: str, threshold: int) -> None:
     options: dict[str, Any] = {"zero": {"stage3_param_persistence_threshold": threshold}}
     for found in ranks(shown, 2, engine=engine, options=options):
         plain = judged()
@@ -115,7 +115,7 @@ def test_every_rank_computes_with_what_was_written(ranks: Pool, engine: str, thr
 
 
 def masters(engine: str) -> tuple[bool, bool]:
-    """bf16: whether the copies are the rounded masters, and the masters hold more than bf16 can say."""
+    """Return whether the bf16 copies are the rounded masters, and whether the masters are more precise."""
     model = zero.wrap(judged(), engine, bf16=True)
     twa = twa_scale.attach(model, states(), RUN.config)
     cases.one_step(model, twa, 0)
@@ -136,7 +136,7 @@ def test_bfloat16_copies_are_rounded_from_float32_masters(ranks: Pool, engine: s
 
 
 def memory(engine: str, accumulate: int) -> dict[str, Any]:
-    """Elements of optimizer state, and of gradients of more than this rank's part, after each half of a step."""
+    """Return the number of elements of optimizer state and of whole gradients after each half of a step."""
     model = zero.wrap(judged(), engine, accumulate)
     twa = twa_scale.attach(model, states(), RUN.config)
     seen = []
@@ -157,7 +157,7 @@ def whole_gradients(model: Any) -> int:
 
 @pytest.mark.parametrize("engine", zero.ENGINES)
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_no_state_and_no_whole_gradient_outlive_their_use(ranks: Pool, engine: str, accumulate: int) -> None:
+def test_state_and_gradients_are_freed(ranks: Pool, engine: str, accumulate: int) -> None:
     for result in ranks(memory, 2, engine=engine, accumulate=accumulate):
         assert result["state"] == 0
         assert result["counters"] == (2 * accumulate, 2)
@@ -173,7 +173,7 @@ def stem_loss(model: Any, step: int) -> Tensor:
 
 
 class StemOnly(nn.Module):
-    """A model of which a pass may use a part: other parameters get no gradient then."""
+    """A model whose forward pass can use some of its parameters only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class StemOnly(nn.Module):
 
 
 def switch(engine: str, parts: list[bool]) -> Tensor:
-    """Steps of which some use only the stem; return the coefficients, a column for each tensor."""
+    """Make steps of which some use only the stem. Return the coefficients, with one column per tensor."""
     model: Any = StemOnly()
     held = [{f"inner.{name}": value for name, value in state.items()} for state in states()]
     if engine in zero.ENGINES:
@@ -202,7 +202,7 @@ def switch(engine: str, parts: list[bool]) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", zero.ENGINES)
-def test_an_unused_parameter_has_no_gradient_left_from_before(ranks: Pool, engine: str) -> None:
+def test_unused_parameter_has_no_stale_gradient(ranks: Pool, engine: str) -> None:
     parts = [False, True, True, False]
     want = ranks(switch, 2, engine="plain", parts=parts)[0]
     for a in ranks(switch, 2, engine=engine, parts=parts):
@@ -213,7 +213,7 @@ def test_an_unused_parameter_has_no_gradient_left_from_before(ranks: Pool, engin
 
 
 def checkpoint(engine: str, directory: Path, bf16: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Train, save with DeepSpeed, and load into a fresh engine: the float32 average, and what the fresh one holds."""
+    """Train, save with DeepSpeed, and load in a new engine. Return the float32 average and the loaded weights."""
     model = zero.wrap(judged(), engine, bf16=bf16)
     twa = twa_scale.attach(model, states(), RUN.config)
     for step in range(3):
@@ -243,7 +243,7 @@ def test_a_deepspeed_checkpoint_holds_the_average(ranks: Pool, tmp_path: Path, e
 
 
 def snapshots(engine: str, directory: Path) -> dict[str, Tensor]:
-    """Ordinary training with Adam, in bf16, that writes candidates."""
+    """Train with Adam in bf16, and write candidates."""
     net = judged()
     optimizer = torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), lr=1e-3)
     model = zero.wrap(net, engine, bf16=True, optimizer=optimizer)
@@ -290,7 +290,7 @@ def attach_with(engine: str, options: dict[str, Any]) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_settings_that_would_mislead_are_refused(ranks: Pool, engine: str, options: dict[str, Any], said: str) -> None:
+def test_unsupported_settings_are_refused(ranks: Pool, engine: str, options: dict[str, Any], said: str) -> None:
     error = ranks.error(attach_with, 2, engine=engine, options=options)
     assert isinstance(error, EngineError) and said in str(error), error
 
@@ -334,7 +334,7 @@ def twice(model: Any, twa: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", zero.ENGINES)
-def test_misuse_is_told(ranks: Pool, engine: str) -> None:
+def test_misuse_is_refused(ranks: Pool, engine: str) -> None:
     """ZeRO-3 adds up the gradients of backward passes that were not declared; ZeRO-1 and 2 would drop all but one."""
     results = ranks(misuse, 2, engine=engine)
     clipping, *same = results[0]
@@ -353,7 +353,7 @@ def attach_from_json(paths: list[str], block: dict[str, Any]) -> tuple[Tensor, s
     return twa.coefficients, twa.config.groups  # type: ignore[return-value]
 
 
-def test_the_json_of_deepspeed_holds_the_settings(ranks: Pool, tmp_path: Path) -> None:
+def test_settings_in_the_deepspeed_configuration(ranks: Pool, tmp_path: Path) -> None:
     paths = [str(path) for path in save(tmp_path, states())]
     block = {"groups": "block", "center": "last", "steps": 5, "task": {"name": "of a whole run"}}
     a, groups = ranks(attach_from_json, 2, paths=paths, block=block)[0]
@@ -391,7 +391,7 @@ def scaled(engine: str, spoil: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("engine", zero.ENGINES)
-def test_the_loss_scale_of_deepspeed_is_taken_off(ranks: Pool, engine: str) -> None:
+def test_gradients_are_unscaled(ranks: Pool, engine: str) -> None:
     unscaled = ranks(cases.train, 2, engine="plain", run=RUN)[0].coefficients
     for result in ranks(scaled, 2, engine=engine, spoil=False):
         assert result["moved"] == [True] * 3

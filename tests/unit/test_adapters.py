@@ -321,7 +321,7 @@ def test_live_adapters_that_do_not_fit(alike: list[str], mixed: list[str], tmp_p
     with pytest.raises(TwaError, match=r"nothing to train.*is_trainable=True"):
         twa_scale.attach(load(alike[-1]), alike, {"space": "factors"})
     other = adapted(lora_alpha=4)
-    with pytest.raises(TwaError, match=r"scaled by 2 in .*step-2, and by 1 in the model"):
+    with pytest.raises(TwaError, match=r"scaled by 2 in .*step-2, but by 1 in the model"):
         twa_scale.attach(other, alike, {"space": "factors"})
     with pytest.raises(TwaError, match=r"ranks of the candidates add up to 12 in .* has rank 4"):
         twa_scale.attach(adapted(modules_to_save=["ln_f"]), mixed, {"space": "product"})

@@ -42,7 +42,7 @@ def candidates() -> list[dict[str, Tensor]]:
 
 
 class UnitsOnStreams(PlainEngine):
-    """Layers are units, and gradients come on a stream of their own, as with FSDP2."""
+    """An engine whose units are layers and whose gradients come on a separate stream, as with FSDP2."""
 
     def __init__(self, module: nn.Module, device: Simulated) -> None:
         super().__init__(module, Group.alone())
@@ -78,7 +78,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_step_waits_once(device: Simulated, settings: dict[str, Any]) -> None:
-    """For the reduced products, on which depends whether there is a step. Neither backward nor forward waits at all."""
+    """The host waits only for the reduced products, which decide whether there is a step."""
     model = build(device)
     engine = UnitsOnStreams(model, device) if "combine" in settings else model
     twa = twa_scale.attach(engine, candidates(), settings | {"kernels": "torch"})
@@ -95,7 +95,7 @@ def test_a_step_waits_once(device: Simulated, settings: dict[str, Any]) -> None:
 
 
 def forward_and_step(device: Simulated) -> None:
-    """Units are combined on a stream of their own, from a store in host memory."""
+    """Combine units on a separate stream, from a store in host memory."""
     model = build(device)
     settings = {"combine": "forward", "store_device": "cpu", "store": "dense16", "kernels": "torch"}
     twa = twa_scale.attach(UnitsOnStreams(model, device), candidates(), settings)
@@ -108,7 +108,7 @@ def forward_and_step(device: Simulated) -> None:
 
 
 def two_buffers(device: Simulated) -> None:
-    """A store in host memory, whose buffers two streams use in turn."""
+    """Use a store in host memory whose buffers alternate between two streams."""
     config, kernels = twa_scale.TwaConfig(store="packed4", kernels="torch"), choose_kernels("torch", CUDA)
     store = OffloadedStore(lambda allocate: host_store(config, 2, allocate), CUDA, kernels, 4096)
     span, streams = Span("w", 0, 9000), [device.current, device.stream()]
@@ -161,7 +161,7 @@ def test_devices_without_kernels_are_refused(device: Simulated, kind: str) -> No
         require_device(engine)
 
 
-def test_an_engine_may_leave_the_number_of_its_device_out(device: Simulated) -> None:
+def test_engine_device_without_an_index(device: Simulated) -> None:
     engine = UnitsOnStreams(build(device), device)
     engine.device = torch.device("cuda")
     require_device(engine)

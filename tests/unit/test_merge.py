@@ -90,9 +90,7 @@ def test_equals_the_dense_sum_on_any_number_of_ranks(ranks: Pool, tmp_path: Path
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 @given(data=st.data())
-def test_where_candidates_agree_the_result_is_theirs_to_the_bit(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_equal_elements_keep_their_bits(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     n = data.draw(st.integers(2, 9))
     kind = data.draw(st.sampled_from(["uniform", "ema", "one"]))
@@ -172,7 +170,7 @@ def test_verification_comes_before_publishing(ranks: Pool, tmp_path: Path, size:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_result_that_the_type_cannot_hold(tmp_path: Path) -> None:
+def test_result_that_overflows_the_dtype(tmp_path: Path) -> None:
     candidates = open_candidates([{"w": torch.full((2,), 70000.0)}] * 2)
     with pytest.raises(OutputError, match=r"'w'.*70000.*65504"):
         merge(candidates, tmp_path / "out", lambda _: [0.5, 0.5], Group.alone(), dtype=torch.float16)
@@ -186,7 +184,7 @@ def test_replacements_must_fit(tmp_path: Path) -> None:
             merge(candidates, tmp_path / "out", lambda _: 0, Group.alone(), replace={name: torch.ones(4)})
 
 
-def test_the_output_is_none_of_the_candidates(tmp_path: Path) -> None:
+def test_output_must_not_be_a_candidate(tmp_path: Path) -> None:
     pattern = save(tmp_path, [tensors(i) for i in range(3)])
     for out in (tmp_path / "step-2", tmp_path):
         with pytest.raises(OutputError, match="holds the candidate"):

@@ -131,7 +131,7 @@ def test_names_are_without_wrappers(tmp_path: Path) -> None:
     assert dict(zip(candidate.names(), state, strict=True)) == candidate.stored_names
 
 
-def test_module_is_no_wrapper_where_a_name_lacks_it(tmp_path: Path) -> None:
+def test_module_prefix_is_kept_if_a_name_lacks_it(tmp_path: Path) -> None:
     state = {"module.w": torch.zeros(3), "n_averaged": torch.ones(())}
     files = {"module.w": "a.safetensors", "n_averaged": "b.safetensors"}
     for name, file in files.items():  # each file for itself looks otherwise
@@ -203,7 +203,7 @@ def test_unfinished_outputs_are_not_matched(here: Path) -> None:
     assert len(open_candidates(".cache/**/model.safetensors")) == 2
 
 
-def test_what_a_directory_may_hold(here: Path) -> None:
+def test_contents_of_a_directory(here: Path) -> None:
     for name, file in [("a", "adapter.safetensors"), ("b", "pytorch_model.bin")]:
         (here / name).mkdir()
         (save_file if file.endswith("s") else torch.save)(tensors(), here / name / file)  # type: ignore[operator]
@@ -252,7 +252,9 @@ def test_a_pattern_that_matches_something_else(here: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("odd", [0, 1, 2])
-def test_the_odd_one_out_is_named(here: Path, change: Callable[[Tensors], None], said: list[str], odd: int) -> None:
+def test_incompatible_candidate_is_named(
+    here: Path, change: Callable[[Tensors], None], said: list[str], odd: int
+) -> None:
     for i in range(3):
         state = tensors(i)
         if i == odd:
@@ -443,7 +445,7 @@ def test_torch_files_that_are_damaged(here: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "module", None])
-def test_where_a_torch_file_keeps_its_weights(here: Path, key: str | None) -> None:
+def test_keys_of_the_weights_in_torch_files(here: Path, key: str | None) -> None:
     state = {"w": torch.randn(4, 6).t(), "conv": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
     content: dict[str, object] = {key: state, "best": torch.ones(1)} if key else dict(state)
     torch.save(content | {"epoch": 3, "optimizer": {"state": {}}}, "x.pt")

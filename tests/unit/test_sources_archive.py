@@ -60,7 +60,7 @@ def test_slices_of_every_layout(tmp_path: Path, before: bytes) -> None:
             assert torch.equal(out, tensor.detach().reshape(-1)[start:stop]), (name, start, stop)
 
 
-def test_objects_become_opaque(tmp_path: Path) -> None:
+def test_objects_become_stubs(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(saved({"w": torch.ones(2), "bad": [Malicious()], "path": tmp_path}))
     content = Archive(File(tmp_path / "x")).content()
     assert isinstance(content["w"], Stored) and content["bad"][0].kind == "builtins.exec"

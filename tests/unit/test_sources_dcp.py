@@ -153,7 +153,7 @@ def test_slices_are_what_was_saved(written: Path, tmp_path: Path) -> None:
     assert_holds(written / "fsdp1", torch.load(tmp_path / "whole.pt")["state_dict"])
 
 
-def test_a_plain_model_is_nested_in_any_way(tmp_path: Path) -> None:
+def test_nested_state_dicts(tmp_path: Path) -> None:
     state = models.build(0).state_dict()
     for i, content in enumerate(
         [state, {"model": state, "x": torch.ones(1)}, {"state_dict": state}, {"app": {"app": {"module": state}}}]
@@ -209,7 +209,7 @@ class Malicious:
         return exec, ("raise SystemExit('it ran')",)
 
 
-def test_metadata_run_nothing(tmp_path: Path) -> None:
+def test_metadata_does_not_run_code(tmp_path: Path) -> None:
     dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", no_dist=True)
     with (tmp_path / "a/.metadata").open("rb") as file:
         metadata = pickle.load(file)
@@ -219,7 +219,7 @@ def test_metadata_run_nothing(tmp_path: Path) -> None:
     assert_holds(tmp_path / "a", odd())
 
 
-def test_chunks_that_leave_a_hole(tmp_path: Path) -> None:
+def test_chunks_with_a_gap(tmp_path: Path) -> None:
     dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", no_dist=True)
     with (tmp_path / "a/.metadata").open("rb") as file:
         metadata = pickle.load(file)
@@ -277,7 +277,7 @@ def test_boxes_must_cover_each_element_once(data: st.DataObject) -> None:
     assert accepted == (inside and bool((counts == 1).all()))
 
 
-def test_boxes_that_overlap_and_leave_a_hole(tmp_path: Path) -> None:
+def test_boxes_with_an_overlap_and_a_gap(tmp_path: Path) -> None:
     """Their elements add up; what lies in the hole would be whatever was in memory."""
     dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", no_dist=True)
     with (tmp_path / "a/.metadata").open("rb") as file:

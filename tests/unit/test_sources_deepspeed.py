@@ -51,7 +51,7 @@ def changed(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     torch.save(content, file)
 
 
-def test_slices_are_what_zero_to_fp32_says(written: Path) -> None:
+def test_slices_match_zero_to_fp32(written: Path) -> None:
     cases = sorted(written.glob("*/*.pt"))
     assert len(cases) == 17
     generator = random.Random(0)
@@ -87,7 +87,7 @@ def test_asynchronous_snapshots_of_a_step_hold_what_its_checkpoint_does(written:
         assert torch.equal(found, wanted.to(found.dtype)), name
 
 
-def test_what_a_path_may_name(written: Path, tmp_path: Path) -> None:
+def test_accepted_paths(written: Path, tmp_path: Path) -> None:
     parent = written / "2/3-fp32"
     assert opened(parent).names() == opened(parent / "global_step1").names()
     for step in (10, 9):
@@ -148,7 +148,7 @@ def test_a_file_is_truncated(copied: Callable[[str], Path], case: str, which: st
     assert refused(folder).startswith(f"{file}: ")
 
 
-def test_files_of_another_saving(copied: Callable[[str], Path], written: Path) -> None:
+def test_files_of_another_save(copied: Callable[[str], Path], written: Path) -> None:
     folder = copied("3/3-fp32")
     shutil.copy(next((written / "2/3-fp32/global_step1").glob("*pp_rank_1_*_optim_states.pt")), folder)
     assert "elements on rank 1" in refused(folder)
@@ -167,7 +167,7 @@ def test_files_of_another_saving(copied: Callable[[str], Path], written: Path) -
         ("2/3-fp32", "frozen_param_fragments"),
     ],
 )
-def test_ranks_that_saved_in_other_types(copied: Callable[[str], Path], case: str, held_in: str) -> None:
+def test_ranks_with_different_dtypes(copied: Callable[[str], Path], case: str, held_in: str) -> None:
     def halve(content: dict[str, Any]) -> None:
         state = content.get("optimizer_state_dict", content)
         held = state[held_in]
@@ -199,14 +199,14 @@ def test_shapes_that_the_partitions_do_not_fit(copied: Callable[[str], Path]) ->
         ("layer_01-model_00-model_states.pt", "a pipeline of stages"),
     ],
 )
-def test_models_that_are_split_otherwise(copied: Callable[[str], Path], name: str, said: str) -> None:
+def test_unsupported_parallelism_is_refused(copied: Callable[[str], Path], name: str, said: str) -> None:
     folder = copied("1/2-fp32")
     shutil.copy(folder / "mp_rank_00_model_states.pt", folder / name)
     message = refused(folder)
     assert f"holds '{name}'" in message and said in message and "not supported" in message
 
 
-def test_a_number_of_ranks_is_not_counted_to(tmp_path: Path) -> None:
+def test_huge_number_of_ranks_is_refused_quickly(tmp_path: Path) -> None:
     """What a file claims does not decide how much time and memory is spent."""
     torch.save({"module": {}, "param_shapes": [{"w": torch.Size([4])}]}, tmp_path / "mp_rank_00_model_states.pt")
     state = {"optimizer_state_dict": {"zero_stage": 2, "partition_count": 10**12}}

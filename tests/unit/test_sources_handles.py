@@ -61,7 +61,7 @@ def test_threads_share_few_files(tmp_path: Path, few: int) -> None:
     assert found == [float(i) for i in range(40)] * 25
 
 
-def test_files_that_others_hold_open(tmp_path: Path, few: int) -> None:
+def test_files_that_other_code_holds_open(tmp_path: Path, few: int) -> None:
     candidates = write(tmp_path, 12)
     held = []
     with pytest.raises(OSError):
@@ -80,7 +80,7 @@ def test_files_that_others_hold_open(tmp_path: Path, few: int) -> None:
     assert value(candidates[0]) == 0.0
 
 
-def test_a_file_that_was_replaced_meanwhile(tmp_path: Path, few: int) -> None:
+def test_replaced_file_is_refused(tmp_path: Path, few: int) -> None:
     candidates = write(tmp_path, 20)
     path = tmp_path / "step-0.safetensors"
     content = path.read_bytes()

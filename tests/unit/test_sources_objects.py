@@ -170,7 +170,7 @@ def test_weights_in_objects_are_refused(tmp_path: Path, content: object, said: s
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_plain_tensor_under_a_name(tmp_path: Path, content: object, said: str) -> None:
+def test_values_that_are_not_plain_tensors_are_refused(tmp_path: Path, content: object, said: str) -> None:
     message = refused(saved(tmp_path / "x.pt", content))
     assert message.startswith(f"{tmp_path / 'x.pt'}: ") and said in message
 
@@ -187,7 +187,7 @@ def test_other_keys_without_a_name_beside_the_weights(tmp_path: Path) -> None:
         assert holds(opened(given)[0], weights())
 
 
-def test_programs_of_torch_are_named(tmp_path: Path) -> None:
+def test_torchscript_programs_are_refused(tmp_path: Path) -> None:
     torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "x.pt")  # type: ignore[no-untyped-call]
     assert "a program of torch.jit (TorchScript): save the state_dict()" in refused(tmp_path / "x.pt")
 
@@ -209,7 +209,7 @@ def test_an_optimizer_among_the_weights_is_left_out(tmp_path: Path) -> None:
     assert holds(candidate, weights()) and not said
 
 
-def test_what_objects_hold_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_values_in_objects_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = list(range(100))
     path = saved(tmp_path / "x.pt", {"model": weights(), "objects": [Holder(shared) for _ in range(100)]})
     monkeypatch.setattr(module, "_MAX_VALUES", 1000)

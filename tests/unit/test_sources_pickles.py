@@ -239,7 +239,7 @@ def test_the_crc_of_pieces_in_any_order(data: st.DataObject) -> None:
     assert zlib.crc32(raw) in found and set(found) <= {None, zlib.crc32(raw)}
 
 
-def test_data_that_were_changed_are_refused_when_all_have_been_read(tmp_path: Path) -> None:
+def test_changed_data_is_refused_after_the_last_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pt", w=torch.ones(1000), v=torch.zeros(10))
     raw = bytearray(path.read_bytes())
     raw[raw.index(bytes(torch.ones(1000).numpy())) + 2001] ^= 4

@@ -417,7 +417,7 @@ def test_splits_without_data(tmp_path: Path) -> None:
         task.dataset("valid")
 
 
-def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+def test_named_pipes_are_refused(tmp_path: Path) -> None:
     """They would keep their reader waiting for ever."""
     (tmp_path / "x").mkdir()
     for name in ("a.csv", "a.npz", "x/a.png"):
@@ -441,13 +441,13 @@ def test_one_file_cannot_be_divided(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.parquet", "a.txt.gz", "a.npy", "a.bin", "a.tar"])
-def test_files_that_are_no_text_by_their_name(tmp_path: Path, name: str) -> None:
+def test_suffixes_of_other_formats_are_refused_as_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"abc" * 100)
     with pytest.raises(ConfigError, match=f"{name}.*suffix"):
         task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path)}, context=8).dataset("train")
 
 
-def test_text_files_that_begin_as_others(tmp_path: Path) -> None:
+def test_compressed_files_are_refused_as_text(tmp_path: Path) -> None:
     for i, content in enumerate([b"%PDF-1.7\n" + b"x" * 99, gzip.compress(b"text"), b"PK\x03\x04" + b"x" * 99]):
         (tmp_path / f"{i}.txt").write_bytes(content)
         with pytest.raises(ConfigError, match=rf"{i}\.txt: is not plain text: it begins like"):
@@ -499,7 +499,7 @@ def test_data_behind_links_are_read_once(tmp_path: Path) -> None:
             assert found(spec) == once
 
 
-def test_links_that_lead_nowhere_are_data_by_their_names(tmp_path: Path) -> None:
+def test_dangling_links_with_a_data_suffix_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(b"")
     (tmp_path / "wiki").symlink_to("/nowhere/wiki")
     with pytest.warns(TwaWarning, match="wiki: is a link that leads nowhere"):
@@ -525,7 +525,7 @@ def test_image_folders_behind_links(tmp_path: Path) -> None:
         class_names(tmp_path / "data", "task.train")
 
 
-def test_data_that_may_not_be_read(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_data_without_read_permission(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("PIL.Image")
     (tmp_path / "images/cat/deep").mkdir(parents=True)
     np.zeros(99, np.uint16).tofile(tmp_path / "t.bin")
@@ -547,7 +547,7 @@ def test_data_that_may_not_be_read(tmp_path: Path, request: pytest.FixtureReques
             read()
 
 
-def test_files_in_two_splits_are_said(tmp_path: Path) -> None:
+def test_files_in_two_splits_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text " * 9)
     (tmp_path / "b.txt").symlink_to("a.txt")
     for other in ("a.txt", "b.txt"):
@@ -566,7 +566,7 @@ def test_files_in_two_splits_are_said(tmp_path: Path) -> None:
         ((20240520).to_bytes(4, "little") + bytes(2000), "header of 1024 bytes"),
     ],
 )
-def test_bare_files_that_are_no_tokens_of_two_bytes(tmp_path: Path, content: bytes, said: str) -> None:
+def test_bin_files_of_other_formats_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "t.bin").write_bytes(content)
     with pytest.raises(ConfigError, match=rf"t\.bin: is not a plain sequence of tokens, but .*{said}"):
         task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / "t.bin")}, context=4).dataset("train")
@@ -581,20 +581,20 @@ def test_a_token_may_be_the_first_two_bytes_of_gzip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["text".encode("utf-16"), b"\x7fELF\x02\x01\x00", b"abc\0" * 50])
-def test_files_that_are_no_text_by_their_content(tmp_path: Path, content: bytes) -> None:
+def test_binary_content_is_refused_as_text(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.txt.*zero bytes"):
         task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path / "a.txt")}, context=2).dataset("train")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "tokens"])
-def test_files_that_are_no_tokens(tmp_path: Path, name: str) -> None:
+def test_files_of_other_suffixes_are_refused_as_tokens(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"abc" * 100)
     with pytest.raises(ConfigError, match=rf"{name}.*\.npy or \.bin.*task\.text"):
         task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / name)}, context=8).dataset("train")
 
 
-def test_bytes_of_any_file_are_tokens_when_that_is_said(tmp_path: Path) -> None:
+def test_any_file_can_hold_uint8_tokens(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_bytes(b"0123456789" * 3)
     options = {"model": TINY_GPT, "tokens": {"train": str(tmp_path / "a.py")}, "context": 9}
     data = task_of("causal_lm", token_dtype="uint8", **options).dataset("train")
@@ -610,7 +610,7 @@ def test_wide_tokens_are_not_read_as_narrow_ones(llama: str, tmp_path: Path, wid
     assert len(task_of("causal_lm", token_dtype=wide, **options).dataset("train")) == 500 // 9
 
 
-def test_a_large_vocabulary_asks_for_the_type(llama: str, tmp_path: Path) -> None:
+def test_large_vocabulary_requires_the_token_dtype(llama: str, tmp_path: Path) -> None:
     config = json.loads((Path(llama) / "config.json").read_text()) | {"vocab_size": 70_000}
     (tmp_path / "config.json").write_text(json.dumps(config))
     np.arange(69_000, 70_000).astype(np.uint32).tofile(tmp_path / "t.bin")
@@ -639,7 +639,7 @@ def test_a_wrong_type_is_found_before_the_first_step(tmp_path: Path) -> None:
         task_of("causal_lm", token_dtype="uint32", **options).dataset("train")
 
 
-def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
+def test_tokens_outside_the_vocabulary(tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.full(100, 300, dtype=np.int32))
     task = task_of("causal_lm", model=TINY_GPT, tokens={"train": str(tmp_path / "t.npy")}, context=8)
     with pytest.raises(ConfigError, match=r"t\.npy.*300.*0 to 255"):

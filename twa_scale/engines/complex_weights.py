@@ -69,7 +69,7 @@ class ViewAsRealEngine(Engine):
 
     @property
     def keeps_optimizer(self) -> bool:
-        """Whether the optimizer that the model came with goes on afterwards."""
+        """Whether training continues with the model's own optimizer."""
         return self._engine.keeps_optimizer
 
     @keeps_optimizer.setter
@@ -105,7 +105,7 @@ class ViewAsRealEngine(Engine):
         return self._engine.changed(names)
 
     def steps_taken(self) -> int | None:
-        """Return how many steps the optimizer has taken, where the engine's library counts them."""
+        """Return the number of optimizer steps, or None if the sharding library does not count them."""
         return self._engine.steps_taken()
 
     def units(self) -> list[list[Span]]:

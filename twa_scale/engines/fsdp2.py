@@ -102,7 +102,7 @@ class FSDP2Engine(Engine):
             replicated.publish(names)
 
     def sharded(self, span: Span, values: torch.Tensor) -> torch.Tensor | None:
-        """Return values of a whole local shard as a DTensor like the parameter."""
+        """Return values of a whole local shard as a DTensor with the placement of the parameter."""
         if span.name not in self._owned:
             return None
         parameter = self._sharded[span.name]

@@ -1,4 +1,4 @@
-"""The adapter of PEFT that a live model trains: its tensors, what PEFT calls them in files, and its scalings."""
+"""The PEFT adapter of a live model: its tensors, their names in files, and its scalings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,38 +14,38 @@ from twa_scale.candidates.adapters import ranks_of, scalings
 from twa_scale.engines.module_names import name_unwrapper
 from twa_scale.errors import CandidateError, EngineError
 
-_PREFIX = "base_model.model."  # what PEFT's files put before the names of the model that was wrapped
+_PREFIX = "base_model.model."  # the prefix of names in PEFT's files
 
 
 @dataclass(frozen=True)
 class LiveAdapter:
-    """The active adapter of a model. The same on every rank."""
+    """The active adapter of a model. It is the same on every rank."""
 
     name: str
     kind: str
-    """The `peft_type`: LORA, IA3, .."""
+    """The `peft_type`, such as LORA or IA3."""
     stored: Mapping[str, tuple[str, ...]]
-    """For each of its tensors, by the model's name, the names that it may have in files."""
+    """For each tensor of the adapter, by its name in the model, the names that it may have in files."""
     scalings: Mapping[str, tuple[float, int]]
-    """The scaling s and the rank of each module of LoRA, by its name in the base model."""
+    """The scaling and the rank of each LoRA module, by its name in the base model."""
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor of the model belongs to the adapter; all others are those of the base model."""
+        """Return whether a tensor of the model belongs to the adapter and not to the base model."""
         return name in self.stored
 
 
 def live_adapter(root: nn.Module) -> LiveAdapter | None:
-    """Return the adapter that a model trains, whatever wraps or shards it; None for a model without adapters.
+    """Return the adapter that a model trains, or None if it has no adapters. The model can be wrapped and sharded.
 
     Raises:
-        EngineError: several active adapters, or one that is merged into the base weights.
+        EngineError: several adapters are active, or an adapter is merged into the base weights.
     """
     found = _adapted(root)
     if found is None:
         return None
     path, model = found
     name = _active(model)
-    _require_apart(model)
+    _require_unmerged(model)
     prefix, unwrap = f"{path}." if path else "", name_unwrapper(root)
     names = _names(model)
     marks = {raw: torch.empty(0) for raw in names}
@@ -56,17 +56,17 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
     kind = _text(model.peft_config[name].peft_type)
     if not stored:
         raise EngineError(
-            f"adapter {name!r} ({kind}): none of its tensors is in its file as it is in the model: the file holds what "
-            "the model computes from them. Average such adapters without a model: twa-scale average."
+            f"adapter {name!r} ({kind}): its file holds tensors that the model computes from its parameters, not the "
+            "parameters. Average such adapters without a model: twa-scale average."
         )
     return LiveAdapter(name, kind, stored, dict(_scalings(model, name)))
 
 
 def require_fitting(adapter: LiveAdapter, candidates: Sequence[Candidate]) -> None:
-    """Refuse a live adapter in which the tensors of the candidates would mean another update.
+    """Check that the rank and scaling of the live adapter fit the candidates.
 
     Raises:
-        CandidateError: names the module, and how to make an adapter that fits.
+        CandidateError: names the module, and how to create an adapter that fits.
     """
     last = candidates[-1]
     sums = ranks_of(last)
@@ -75,27 +75,27 @@ def require_fitting(adapter: LiveAdapter, candidates: Sequence[Candidate]) -> No
         live, rank = adapter.scalings.get(module.removeprefix(_PREFIX), (scaling, 0))
         if rank and rank != sums.get(module, rank):
             raise CandidateError(
-                f"space: product: the ranks of the candidates add up to {sums[module]} in {module!r}, and the adapter "
-                f"of the model has rank {rank}. Make the one that it starts from with `twa-scale average .. --space "
-                "product --out START`, and load it with PeftModel.from_pretrained(base, 'START', is_trainable=True)."
+                f"space: product: the ranks of the candidates add up to {sums[module]} in {module!r}, but the adapter "
+                f"of the model has rank {rank}. Create its adapter with `twa-scale average ... --space product --out "
+                "START`, and load it with PeftModel.from_pretrained(base, 'START', is_trainable=True)."
             )
         if not isclose(live, scaling, rel_tol=1e-6):
             where = "with `space: product`" if sums else f"in {last.label}"
             raise CandidateError(
-                f"{module!r}: the product of the factors is scaled by {scaling:g} {where}, and by {live:g} in the "
-                "model, where the same factors make another update. Load the adapter of the model from "
-                f"{'what `twa-scale average .. --space product` writes' if sums else last.label} "
-                "(PeftModel.from_pretrained(.., is_trainable=True)), or set its lora_alpha so."
+                f"{module!r}: the product of the factors is scaled by {scaling:g} {where}, but by {live:g} in the "
+                "model. Load the adapter of the model from "
+                f"{'the output of `twa-scale average ... --space product`' if sums else last.label} "
+                "(PeftModel.from_pretrained(..., is_trainable=True)), or set its lora_alpha accordingly."
             )
 
 
 def _adapted(root: nn.Module) -> tuple[str, Any] | None:
-    """Return the outermost module with adapters, and its path: a PeftModel, or what PEFT has put adapters into."""
+    """Return the path and the outermost module with adapters: a PeftModel, or a model with injected adapters."""
     return next(((path, module) for path, module in root.named_modules() if _has_adapters(module)), None)
 
 
 def _has_adapters(module: nn.Module) -> bool:
-    """Whether a module itself has adapters: wrappers pass on the attributes of what they wrap."""
+    """Return whether the module itself has adapters. Wrappers forward the attributes of the wrapped module."""
     own = "peft_config" in vars(module) or isinstance(getattr(type(module), "peft_config", None), property)
     configs = getattr(module, "peft_config", None) if own else None
     return isinstance(configs, dict) and bool(configs)
@@ -107,33 +107,33 @@ def _active(model: Any) -> str:
     names = [active] if isinstance(active, str) else list(active or model.peft_config)
     if len(names) != 1:
         raise EngineError(
-            f"the model has {len(names)} active adapters ({some(names)}); an average is one of them. Choose it with "
+            f"the model has {len(names)} active adapters ({some(names)}), but an average has one. Select it with "
             "model.set_adapter(name)."
         )
     return str(names[0])
 
 
-def _require_apart(model: nn.Module) -> None:
+def _require_unmerged(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if getattr(module, "merged_adapters", None):
             raise EngineError(
-                f"{path!r}: the adapter is merged into the base weights, where training it changes nothing. Call "
+                f"{path!r}: the adapter is merged into the base weights, so training it has no effect. Call "
                 "model.unmerge_adapter() before attach."
             )
 
 
 def _names(model: nn.Module) -> dict[str, str]:
-    """Return every name of a parameter or buffer, with the first name of the same buffer."""
+    """Return all names of parameters and buffers. The value of a buffer's name is the first name of the same buffer."""
     first = {id(buffer): name for name, buffer in model.named_buffers()}
     names = {name: name for name, _ in model.named_parameters(remove_duplicate=False)}
     return names | {name: first[id(buffer)] for name, buffer in model.named_buffers(remove_duplicate=False)}
 
 
 def _in_files(model: Any, name: str, marks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what PEFT itself would write of a state dict, by the names that it would write."""
+    """Return the tensors that PEFT would write, by their names in files."""
     from peft import get_peft_model_state_dict
 
-    # Without embeddings: where files have those, they have the names of the model.
+    # Without embeddings, because these have the names of the model in files.
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, marks, adapter_name=name, save_embedding_layers=False
     )
@@ -141,7 +141,7 @@ def _in_files(model: Any, name: str, marks: dict[str, torch.Tensor]) -> dict[str
 
 
 def _spellings(stored: str) -> tuple[str, ...]:
-    """Return a name with and without PEFT's prefix, which it has not where adapters were put into a model in place."""
+    """Return a name with and without the prefix of PEFT, which injected adapters do not have."""
     bare = stored.removeprefix(_PREFIX)
     return tuple(dict.fromkeys((stored, _PREFIX + bare, bare)))
 

@@ -79,7 +79,7 @@ def _refuse_code(error: Exception, name: str) -> None:
     """Replace the error of transformers that advises to trust remote code."""
     if "trust_remote_code" in str(error):
         raise ConfigError(
-            f"task.model: {name!r} needs Python code from its directory (`auto_map` in its JSON files); none of it was "
+            f"task.model: {name!r} needs Python code that comes with it (`auto_map` in its JSON files); none of it was "
             "run, and no setting allows it. Use an architecture that is part of transformers, or, if you have read the "
             "code, install it as a package and build the model in a task of your own."
         ) from None
