@@ -140,7 +140,8 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
     def _save_model(self, directory: Path) -> None:
         """Let the Trainer save what the model holds; it writes nothing of FSDP's sharded state dicts."""
         self._trainer.save_model(str(directory), _internal_call=True)
-        written = any(path.suffix in (".safetensors", ".bin") for path in directory.glob("*"))
+        files = {path.name for path in directory.glob("*")} - {"training_args.bin"}
+        written = any(name.endswith((".safetensors", ".bin")) for name in files)
         if self._trainer.args.should_save and not written:
             notice(
                 f"{directory}: the Trainer has written no weights of the average there. With FSDP set "
