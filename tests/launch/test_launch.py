@@ -62,9 +62,7 @@ STARTS = {
         ("mpi", "comm=mpi"),
     ],
 )
-def test_two_ranks_for_real(
-    launcher: str, settings: str, config: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
-) -> None:
+def test_two_ranks(launcher: str, settings: str, config: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
     variables = {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | MPI
     ended = subprocess.run(
         [*STARTS[launcher], str(config), "steps=4", settings],
@@ -83,7 +81,7 @@ def test_two_ranks_for_real(
         assert float((value - alone[name]).norm()) <= 2e-6 * float(alone[name].norm()), name
 
 
-def test_a_run_that_fails_under_mpirun_says_so_once(config: Path, tmp_path: Path) -> None:
+def test_failing_run_under_mpirun_reports_once(config: Path, tmp_path: Path) -> None:
     """All ranks raise the same error; the one that speaks is not ended before it has."""
     words = ["mpirun", "-n", "2", sys.executable, *RUN, str(config), "batch_size=13"]
     ended = subprocess.run(words, cwd=ROOT, env=os.environ | MPI, timeout=400, capture_output=True, text=True)
@@ -121,12 +119,12 @@ def test_slurm() -> None:
     assert Path(command[4]).read_text().startswith("#!") and command[5:] == ["run.yaml", "steps=2"]
 
 
-def test_deepspeed_takes_another_port_each_time() -> None:
+def test_deepspeed_uses_a_new_port_each_time() -> None:
     ports = [word for _ in range(2) for word in printed("deepspeed") if word.startswith("--master_port=")]
     assert len(set(ports)) == 2 and "--master_port=29500" not in ports
 
 
-def test_what_is_printed_is_what_a_shell_takes(shell: Any, config: Path) -> None:
+def test_printed_command_is_valid_in_a_shell(shell: Any, config: Path) -> None:
     words = ["launch", config, "task.text=[a b, 'c']", "steps=2", "--ranks-per-node", 2, "--dry-run"]
     said: Said = shell(*words)
     assert said.code == 0 and said.out.count("\n") == 1
@@ -145,14 +143,12 @@ def test_what_is_printed_is_what_a_shell_takes(shell: Any, config: Path) -> None
         (["--with", "slurm", "--rdzv-endpoint", "n1:1"], "--rdzv-endpoint is for torchrun"),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_starts(
-    shell: Any, config: Path, words: list[str], message: str
-) -> None:
+def test_invalid_launches_are_refused_before_start(shell: Any, config: Path, words: list[str], message: str) -> None:
     said = shell("launch", config, *words)
     assert said.code == 2 and message in said.err and said.out == ""
 
 
-def test_a_launcher_that_is_not_installed(shell: Any, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_launcher(shell: Any, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     for launcher, package in {"mpi": "openmpi-bin", "slurm": "slurm-client"}.items():
         said = shell("launch", config, "--with", launcher)
@@ -190,7 +186,7 @@ def test_a_launcher_that_is_not_installed(shell: Any, config: Path, monkeypatch:
         ),
     ],
 )
-def test_a_script_runs_what_launch_prints(
+def test_script_runs_the_printed_command(
     script: str, variables: dict[str, str], launcher: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """With a recorder in the place of the program that each of them would become."""

@@ -1,4 +1,4 @@
-"""What mpirun starts in these tests: a user's script, which has no torch process group unless it makes one.
+"""The script that mpirun starts in these tests. It has no torch process group unless it creates one.
 
 `python -m tests.mpi.script CASE DIRECTORY`: what the case returns on rank r is left in DIRECTORY/r.pt.
 """
@@ -22,7 +22,7 @@ from twa_scale.ranks import Group, World, exit_process, rendezvous
 
 
 def train(model: torch.nn.Module, config: dict[str, Any], group: Group, **options: Any) -> dict[str, Any]:
-    """Every rank of `group` sees its own part of each batch."""
+    """Train with a different part of each batch on every rank of `group`."""
     twa = twa_scale.attach(model, models.candidates(scalar_shape=(1,)), config, **options)
     for step in range(STEPS):
         models.loss(model, models.part(models.batch(step, BATCH), group.rank, group.size)).backward()
@@ -34,7 +34,7 @@ def train(model: torch.nn.Module, config: dict[str, Any], group: Group, **option
 
 
 def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Whole parameters, on every rank; what the next forward pass would use."""
+    """Return the whole parameters, on every rank, as the next forward pass would use them."""
     if isinstance(model, FSDPModule):
         model.reshard()
     parameters = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
@@ -47,7 +47,7 @@ def replicas() -> dict[str, Any]:
 
 
 def sharded() -> dict[str, Any]:
-    """FSDP2 over gloo, its coefficient gradients over MPI; then the same as pods of two."""
+    """Train FSDP2 over gloo with coefficient gradients over MPI; then the same as pods of two ranks."""
     with World.from_environment().joined(torch.device("cpu")):
         group, config = Group.world(), CONFIGS["block"] | {"comm": "mpi"}
         result = {"block": train(models.wrap(models.build(seed=99, scalar_shape=(1,)), "fsdp2"), config, group)}
@@ -60,7 +60,7 @@ def sharded() -> dict[str, Any]:
 
 
 def spoiled() -> dict[str, Any]:
-    """The last rank has a candidate that does not fit."""
+    """Attach with an invalid candidate on the last rank."""
     group, states = Group.world(), models.candidates()
     if group.rank == group.size - 1:
         states[1]["head.weight"] = states[1]["head.weight"][1:]
@@ -72,7 +72,7 @@ def spoiled() -> dict[str, Any]:
 
 
 def wants_gloo() -> dict[str, Any]:
-    """There is no process group to be had over MPI alone."""
+    """Ask for a torch backend without a torch process group."""
     try:
         twa_scale.attach(models.build(), models.candidates(), {"comm": "gloo"})
     except TwaError as error:
@@ -102,7 +102,7 @@ def methods() -> dict[str, Any]:
 
 
 def dies() -> dict[str, Any]:
-    """One rank fails by itself while the others wait for it."""
+    """Fail on one rank while the others wait for it."""
     with World.from_environment().joined(torch.device("cpu")):
         group = Group.world()
         if group.rank == 1:
@@ -112,7 +112,7 @@ def dies() -> dict[str, Any]:
 
 
 def lost() -> dict[str, Any]:
-    """One rank's node does not reach that of rank 0, which waits for it at the door."""
+    """Let one rank not reach the server of rank 0."""
     world = World.from_environment()
     cut_off = patch.object(rendezvous, "connect", side_effect=OSError("rank 0 is not reachable"))
     with cut_off if world.rank == 1 else nullcontext(), world.joined(torch.device("cpu")):

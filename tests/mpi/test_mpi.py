@@ -1,4 +1,4 @@
-"""Ranks that a real mpirun starts: as replicas without a process group, and as shards that reduce over MPI."""
+"""Ranks that mpirun starts: replicas without a process group, and shards that reduce over MPI."""
 
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="session", params=SIZES)
 def results(request: pytest.FixtureRequest, mpirun: Mpirun, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Each case's results by rank; all cases in one start of ranks."""
+    """Return the results of each case, by rank. One launch runs all cases."""
     size, directory = request.param, tmp_path_factory.mktemp("mpi")
     cases = ["methods", "replicas", "spoiled", *(["wants_gloo", "sharded"] if size > 1 else [])]
     ended = mpirun(size, "tests.mpi.script", ",".join(cases), directory)
@@ -27,7 +27,7 @@ def results(request: pytest.FixtureRequest, mpirun: Mpirun, tmp_path_factory: py
 
 @cache
 def expected(config: str, size: int) -> dict[str, torch.Tensor]:
-    """The weights that one process gets from the same parts of every batch."""
+    """Return the weights of a single process with the same batches."""
     steps = [[models.part(models.batch(step, BATCH), rank, size) for rank in range(size)] for step in range(STEPS)]
     model, states = models.build(scalar_shape=(1,)), models.candidates(scalar_shape=(1,))
     return reference.train(model, models.loss, states, CONFIGS[config], steps).weights[-1]
@@ -41,16 +41,16 @@ def require_equal(by_rank: list[dict[str, Any]], name: str, config: str) -> None
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_replicas_do_what_one_process_does_on_all_data(results: Any, config: str) -> None:
+def test_replicas_equal_one_process_on_all_data(results: Any, config: str) -> None:
     require_equal(results["replicas"], config, config)
 
 
-def test_a_sharded_model_reduces_over_mpi(results: Any) -> None:
+def test_sharded_model_reduces_over_mpi(results: Any) -> None:
     for name in {1: [], 2: ["block"], 4: ["block", PODS]}[len(results["methods"])]:
         require_equal(results["sharded"], name, "block")
 
 
-def test_an_error_of_one_rank_reaches_all(results: Any) -> None:
+def test_error_of_one_rank_is_raised_on_all(results: Any) -> None:
     said = {result["error"] for result in results["spoiled"]}
     assert len(said) == 1 and "head.weight" in said.pop()
 
@@ -60,7 +60,7 @@ def test_torch_reductions_need_a_process_group(results: Any) -> None:
         assert "'gloo' needs a torch process group" in result["error"]
 
 
-def test_a_group_over_mpi_does_all_that_a_group_does(results: Any) -> None:
+def test_all_methods_of_a_group_over_mpi(results: Any) -> None:
     size = len(results["methods"])
     ranks = range(size)
     for result in results["methods"]:
@@ -77,6 +77,6 @@ def test_a_group_over_mpi_does_all_that_a_group_does(results: Any) -> None:
 
 
 @pytest.mark.parametrize(("case", "words"), [("dies", "not mounted on this node"), ("lost", "MASTER_ADDR")])
-def test_a_rank_that_fails_alone_ends_the_others(mpirun: Mpirun, tmp_path: Path, case: str, words: str) -> None:
+def test_failing_rank_ends_the_others(mpirun: Mpirun, tmp_path: Path, case: str, words: str) -> None:
     ended = mpirun(2, "tests.mpi.script", case, tmp_path, timeout=60)
     assert ended.returncode != 0 and words in ended.stderr

@@ -29,7 +29,7 @@ ENGINES = ["plain", "ddp", "fsdp2"]
 
 
 def states(count: int = 5) -> list[dict[str, Tensor]]:
-    """More candidates than `models.candidates` has; only the head differs between some of them."""
+    """Return more candidates than `models.candidates`, some of which differ only in the head."""
     made = models.candidates()
     while len(made) < count:
         made.append({name: value.clone() for name, value in made[-1].items()})
@@ -48,7 +48,7 @@ def attach(engine: str, given: Sequence[Any], configs: Sequence[dict[str, Any]] 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("given", ["shifted", "more", "head only"])
-def test_other_paths_are_refused(ranks: Pool, tmp_path: Path, engine: str, size: int, given: str) -> None:
+def test_different_paths_are_refused(ranks: Pool, tmp_path: Path, engine: str, size: int, given: str) -> None:
     paths = save(tmp_path, states(6))
     first, last = {
         "shifted": (paths[0:4], paths[1:5]),
@@ -60,7 +60,7 @@ def test_other_paths_are_refused(ranks: Pool, tmp_path: Path, engine: str, size:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_other_state_dicts_are_refused(ranks: Pool, engine: str) -> None:
+def test_different_state_dicts_are_refused(ranks: Pool, engine: str) -> None:
     changed = models.candidates()
     changed[2]["blocks.1.up.bias"][-1] += 1e-3
     given = [models.candidates(), models.candidates(), changed]
@@ -71,8 +71,8 @@ def test_other_state_dicts_are_refused(ranks: Pool, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_copies_on_disks_of_their_own(ranks: Pool, tmp_path: Path, engine: str) -> None:
-    """Equal copies are welcome under any name; of one that differs rank, candidate and tensor are named."""
+def test_copies_on_local_disks(ranks: Pool, tmp_path: Path, engine: str) -> None:
+    """Equal copies may have any name. The error for a different one names rank, candidate and tensor."""
     given = []
     for rank in range(3):
         (tmp_path / f"disk-{rank}").mkdir()
@@ -89,7 +89,7 @@ def test_copies_on_disks_of_their_own(ranks: Pool, tmp_path: Path, engine: str) 
 
 
 def attach_to_what_the_first_sees(pattern: str, late: Path) -> list[str]:
-    """Another candidate appears when the first rank has looked."""
+    """Add a candidate after the first rank has resolved the glob."""
     rank, _ = cases.where()
     group = Group.world()
     broadcast = Group.broadcast
@@ -118,7 +118,7 @@ def test_one_rank_resolves_a_glob_for_all(ranks: Pool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "values"), [("groups", ("block", "tensor")), ("optimizer", ({"lr": 0.1}, {"lr": 0.2}))]
 )
-def test_other_settings_are_refused(
+def test_different_settings_are_refused(
     ranks: Pool, tmp_path: Path, engine: str, key: str, values: tuple[Any, Any]
 ) -> None:
     paths = save(tmp_path, models.candidates())
@@ -146,7 +146,7 @@ def average(given: Sequence[Any], out: Path) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_average_with_other_options(ranks: Pool, tmp_path: Path, one: dict[str, Any], words: list[str]) -> None:
+def test_average_with_different_options(ranks: Pool, tmp_path: Path, one: dict[str, Any], words: list[str]) -> None:
     paths = save(tmp_path, models.candidates())
     error = ranks.error(average, 2, given=[(paths, {}), (paths, one)], out=tmp_path / "out")
     assert isinstance(error, ConfigError) and all(word in str(error) for word in words), str(error)
@@ -154,7 +154,7 @@ def test_average_with_other_options(ranks: Pool, tmp_path: Path, one: dict[str, 
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_average_of_other_candidates(ranks: Pool, tmp_path: Path, size: int) -> None:
+def test_average_of_different_candidates(ranks: Pool, tmp_path: Path, size: int) -> None:
     paths = save(tmp_path, states())
     given = [(paths[:4], {})] * (size - 1)
     error = ranks.error(average, size, given=[*given, (paths[1:5], {})], out=tmp_path / "out")
@@ -182,8 +182,8 @@ def test_inspect_is_shared_by_the_ranks(ranks: Pool, tmp_path: Path) -> None:
 
 
 @dataclass
-class Told:
-    """A task whose metrics are told by rank: what each batch returns."""
+class MetricsByRank:
+    """A task that returns the given metrics for each rank and batch."""
 
     by_rank: list[list[dict[str, Any]]]
 
@@ -195,7 +195,7 @@ class Told:
 
 
 class NoBatches(Batches):
-    """The batches of a rank that has none."""
+    """Batches that are empty on all ranks except for the first."""
 
     def in_order(self, limit: int | None = None) -> Any:
         return super().in_order(0 if self.rank else limit)
@@ -209,7 +209,7 @@ def measure(by_rank: list[list[dict[str, Any]]], kind: type[Batches] = Batches) 
     rank, size = cases.where()
     examples = Numbers([{"x": torch.zeros(1)}] * size * len(by_rank[0]))
     batches = kind(examples, size, 1, rank, size, 0)
-    return evaluate(Told(by_rank), nn.Linear(1, 1), batches, Group.world(), torch.device("cpu"))  # type: ignore[arg-type]
+    return evaluate(MetricsByRank(by_rank), nn.Linear(1, 1), batches, Group.world(), torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def metrics(**values: tuple[float, int]) -> dict[str, Any]:
@@ -221,8 +221,8 @@ def test_metrics_in_another_order(ranks: Pool) -> None:
     assert ranks(measure, 2, by_rank=[[one], [other]]) == [{"loss": 1.0, "accuracy": 0.5}] * 2
 
 
-def test_metrics_that_some_ranks_do_not_have(ranks: Pool) -> None:
-    """Each is the mean of what it counted, wherever that was."""
+def test_metrics_of_some_ranks_only(ranks: Pool) -> None:
+    """Each metric is the mean over the batches that have it, on any rank."""
     by_rank = [
         [metrics(loss=(1.0, 2)), metrics(loss=(1.0, 2))],
         [metrics(rare=(3.0, 1), loss=(2.0, 4)), metrics(loss=(0.0, 2))],
@@ -231,7 +231,7 @@ def test_metrics_that_some_ranks_do_not_have(ranks: Pool) -> None:
     assert ranks(measure, 3, by_rank=by_rank) == [{"loss": 6 / 16, "rare": 1.0}] * 3
 
 
-def test_a_rank_without_batches(ranks: Pool) -> None:
+def test_rank_without_batches(ranks: Pool) -> None:
     by_rank = [[metrics(loss=(1.0, 4), other=(2.0, 1))], [{}]]
     assert ranks(measure, 2, by_rank=by_rank, kind=NoBatches) == [{"loss": 0.25, "other": 2.0}] * 2
 
@@ -247,7 +247,7 @@ def test_a_rank_without_batches(ranks: Pool) -> None:
     ids=["nothing counted", "no pair", "no scalar", "no number"],
 )
 def test_metrics_that_cannot_be_averaged(ranks: Pool, wrong: dict[str, Any], words: list[str]) -> None:
-    """The fault of one rank is named on both, after the forward passes of all."""
+    """An invalid metric of one rank is named on both, after all forward passes."""
     right = metrics(loss=(1.0, 1))
     error = ranks.error(measure, 2, by_rank=[[right, right], [wrong, right]])
     assert isinstance(error, TwaError) and all(word in str(error) for word in words), str(error)
@@ -261,8 +261,8 @@ def begin_run(data: Sequence[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("steps", 5), ("evaluate_every", 2), ("output", "elsewhere")])
-def test_a_run_with_other_settings(ranks: Pool, tmp_path: Path, key: str, value: Any) -> None:
-    """Before anything is read or made: the candidates need not even be there."""
+def test_run_with_different_settings(ranks: Pool, tmp_path: Path, key: str, value: Any) -> None:
+    """The error comes before anything is read: the candidates do not exist."""
     one = settings("nowhere/*", SCORES, tmp_path / "out")
     error = ranks.error(begin_run, 2, data=[one, one | {key: value}])
     assert isinstance(error, ConfigError) and str(error).startswith(f"{key}: rank 1 has {value!r}")

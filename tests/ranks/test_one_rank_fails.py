@@ -30,7 +30,7 @@ from twa_scale.ranks import Group
 
 
 def recalibrate(engine: str, how: str) -> tuple[str, bool]:
-    """The second batch of the last rank is bad. Return the error, and whether statistics and modes are as they were."""
+    """Make the second batch of the last rank invalid; return the error, and whether statistics and modes are kept."""
     model, twa = cases.attach(engine, Run({}))
     rank, size = cases.where()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -92,7 +92,7 @@ def step(engine: str) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("engine", ["plain", "ddp"])
-def test_an_engine_that_fails_in_drain(ranks: Pool, engine: str) -> None:
+def test_engine_fails_in_drain(ranks: Pool, engine: str) -> None:
     for message, kept in ranks(step, 2, engine=engine):
         assert message == "this rank has lost its gradients" and kept
 
@@ -101,7 +101,7 @@ def attach_with_one_basis(engine: str) -> Tensor:
     only_the_first = (
         nullcontext()
         if dist.get_rank() == 0
-        else patch("twa_scale.average.attach.make_basis", side_effect=AssertionError)
+        else patch("twa_scale.average.assemble.make_basis", side_effect=AssertionError)
     )
     with only_the_first:
         _, twa = cases.attach(engine, Run({"basis": "pca", "start": "last"}))
@@ -110,13 +110,13 @@ def attach_with_one_basis(engine: str) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", ["plain", "fsdp2"])
-def test_the_basis_is_made_on_one_rank(ranks: Pool, engine: str) -> None:
+def test_basis_is_computed_on_one_rank(ranks: Pool, engine: str) -> None:
     first, second = ranks(attach_with_one_basis, 2, engine=engine)
     assert torch.equal(first, second)
 
 
 class Fails(Scores):
-    """Raises at a call of a method, on rank 1."""
+    """A task that fails at the given call of a method, on rank 1."""
 
     def __init__(self, method: str, call: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def fails(method: str, call: int) -> Fails:
         ("fsdp2", "metrics", 6.0),  # it waits within a forward pass: here the failing process, and its group, live on
     ],
 )
-def test_a_task_that_fails_in_a_run(
+def test_task_fails_in_a_run(
     ranks: Pool, scores: Brought, tmp_path: Path, engine: str, method: str, timeout: float
 ) -> None:
     task = {"name": "tests.ranks.test_one_rank_fails:fails", "method": method, "call": 2}

@@ -47,7 +47,7 @@ Layout = list[tuple[str, int]]
 
 @dataclass
 class Place:
-    """Where this rank is: its pod's number, engine and ranks, and the group that its pod meets others in."""
+    """The place of this rank: the number, engine and ranks of its pod, and its replica group."""
 
     number: int
     engine: str
@@ -56,7 +56,7 @@ class Place:
 
 
 def join(layout: Layout) -> Place:
-    """Make the groups as a script would: from a 2-D mesh when pods are equal, from a group of first ranks when not."""
+    """Make the groups as a script would: from a 2-D mesh if pods are equal, else from a group of first ranks."""
     engines, sizes = zip(*layout, strict=True)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     number = max(i for i, start in enumerate(starts) if start <= dist.get_rank())
@@ -68,12 +68,12 @@ def join(layout: Layout) -> Place:
 
 
 def mesh_of(group: dist.ProcessGroup) -> DeviceMesh:
-    """A mesh that torch does not take for one of the same ranks in an earlier group of this process."""
+    """Return a mesh that torch does not confuse with an equal mesh of an earlier process group."""
     return DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"group {group.group_name}",))
 
 
 def wrap(model: models.Judged, engine: str, mesh: DeviceMesh) -> nn.Module:
-    """Hold the model in one pod."""
+    """Wrap the model for the engine of one pod."""
     if engine == "ddp":
         return DistributedDataParallel(model, process_group=mesh.get_group())
     if engine == "fsdp2":
@@ -102,7 +102,7 @@ def train_all(layout: Layout) -> dict[str, cases.Ended]:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])
 def test_pods_train_as_one_group_on_all_batches(ranks: Pool, name: str) -> None:
-    """Weights are those of the dense reference and of one pod of all ranks; coefficients the same bits everywhere."""
+    """Weights equal those of the dense reference and of a single pod; coefficients are bitwise equal on all ranks."""
     layout = LAYOUTS[name]
     size = sum(ranks for _, ranks in layout)
     results = ranks(train_all, size, layout=layout)
@@ -119,7 +119,7 @@ def test_pods_train_as_one_group_on_all_batches(ranks: Pool, name: str) -> None:
 
 
 def leave(layout: Layout, directory: Path) -> dict[str, Any]:
-    """Train a little, measure BatchNorm statistics, and write; each pod is given a directory of its own."""
+    """Train, recalibrate BatchNorm statistics, and export; each pod gets its own directory."""
     place = join(layout)
     model, twa = attach(place, RUNS["normalized"])
     for step in range(2):
@@ -165,13 +165,13 @@ def test_one_pod_writes_and_all_share_statistics(ranks: Pool, tmp_path: Path, na
 
 
 def attach_to(layout: Layout, paths: list[list[Path]], configs: list[dict[str, Any]] | None = None) -> None:
-    """Attach to other candidates and with other settings on each rank."""
+    """Attach to different candidates, and with different settings, on each rank."""
     rank = dist.get_rank()
     attach(join(layout), Run(configs[rank] if configs else {}), paths[rank])
 
 
 @pytest.mark.parametrize("name", ["2 x 2 fsdp2", "2 x 2 ddp", "uneven", "mixed"])
-def test_what_one_rank_of_a_pod_cannot_read_stops_all_pods(ranks: Pool, tmp_path: Path, name: str) -> None:
+def test_reading_error_of_one_rank_stops_all_pods(ranks: Pool, tmp_path: Path, name: str) -> None:
     size = sum(ranks for _, ranks in LAYOUTS[name])
     paths = save(tmp_path, models.candidates())
     given = [paths] * (size - 1) + [[Path("elsewhere") / path.name for path in paths]]
@@ -180,8 +180,8 @@ def test_what_one_rank_of_a_pod_cannot_read_stops_all_pods(ranks: Pool, tmp_path
 
 
 @pytest.mark.parametrize("change", ["an element", "the order", "the number"])
-def test_pods_with_other_candidates_are_refused(ranks: Pool, tmp_path: Path, change: str) -> None:
-    """Each pod may read its own disk; what it finds there has to be the same."""
+def test_pods_with_different_candidates_are_refused(ranks: Pool, tmp_path: Path, change: str) -> None:
+    """Each pod may read its own disk, with equal candidates."""
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     here = save(tmp_path / "here", models.candidates())
@@ -200,8 +200,10 @@ def test_pods_with_other_candidates_are_refused(ranks: Pool, tmp_path: Path, cha
 
 
 @pytest.mark.parametrize(("key", "values"), [("groups", ("block", "tensor")), ("comm", ("auto", "gloo"))])
-def test_pods_with_other_settings_are_refused(ranks: Pool, tmp_path: Path, key: str, values: tuple[str, str]) -> None:
-    """Before they make groups and read: there they would wait for each other."""
+def test_pods_with_different_settings_are_refused(
+    ranks: Pool, tmp_path: Path, key: str, values: tuple[str, str]
+) -> None:
+    """The error comes before pods make groups or read candidates, where they would hang."""
     paths = [save(tmp_path, models.candidates())] * 3
     configs = [{key: value} for value in (values[0], values[1], values[1])]
     error = ranks.error(attach_to, 3, layout=LAYOUTS["uneven"], paths=paths, configs=configs)
@@ -209,7 +211,7 @@ def test_pods_with_other_settings_are_refused(ranks: Pool, tmp_path: Path, key: 
 
 
 def attach_in_a_wrong_group(wrong: str) -> None:
-    """Two pods of two ranks, whose replica group is not one rank of each."""
+    """Make two pods of two ranks, with an invalid replica group."""
     pods = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mesh = mesh_of(pods[dist.get_rank() // 2])
     model = wrap(models.build(), "fsdp2", mesh)
@@ -223,13 +225,13 @@ def attach_in_a_wrong_group(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["everybody", "itself", "second ranks", "crossed"])
-def test_a_replica_group_that_is_not_one_rank_of_each_pod_is_refused(ranks: Pool, wrong: str) -> None:
+def test_invalid_replica_group(ranks: Pool, wrong: str) -> None:
     error = ranks.error(attach_in_a_wrong_group, 4, wrong=wrong)
     assert isinstance(error, EngineError) and "replica_group" in str(error)
 
 
 def overflow(layout: Layout) -> tuple[str, bool]:
-    """The loss of the last rank is infinite; return the error, and whether the coefficients stayed."""
+    """Make the loss of the last rank infinite; return the error, and whether the coefficients are unchanged."""
     model, twa = attach(join(layout), RUNS["normalized"])
     before = twa.coefficients
     rank, size = cases.where()
@@ -243,7 +245,7 @@ def overflow(layout: Layout) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("name", ["2 x 2 ddp", "mixed"])
-def test_a_gradient_that_is_not_finite_in_one_pod_is_refused_in_all(ranks: Pool, name: str) -> None:
+def test_infinite_gradient_of_one_pod_is_refused_in_all(ranks: Pool, name: str) -> None:
     results = ranks(overflow, 4, layout=LAYOUTS[name])
     assert len({message for message, _ in results}) == 1 and "not finite" in results[0][0]
     assert all(stayed for _, stayed in results)

@@ -1,4 +1,4 @@
-"""Outputs are named as their loaders look for them, say where they come from, and are loaded by those loaders."""
+"""Outputs have the file names that loaders expect, hold their provenance, and can be loaded."""
 
 import json
 import shutil
@@ -74,10 +74,10 @@ def test_names_of_files(tmp_path: Path, name: str, becomes: str) -> None:
         (("float32", "bfloat16"), ("bfloat16", "bfloat16"), "bfloat16", "float32"),
     ],
 )
-def test_the_configuration_says_the_type_of_most_weights(
+def test_config_has_the_type_of_most_weights(
     tmp_path: Path, weights: tuple[str, str], norms: tuple[str, str], said: str, becomes: str
 ) -> None:
-    """Of most elements: a few that are wider do not make loaders take twice the memory."""
+    """The type of most elements: a few wider ones must not double the memory of loaders."""
     for i, (weight, norm) in enumerate(zip(weights, norms, strict=True)):
         (tmp_path / f"{i}").mkdir()
         state = {"w": torch.ones(64, dtype=getattr(torch, weight)), "norm": torch.ones(4, dtype=getattr(torch, norm))}
@@ -87,7 +87,7 @@ def test_the_configuration_says_the_type_of_most_weights(
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == becomes
 
 
-def test_files_of_one_directory_name_no_output(tmp_path: Path) -> None:
+def test_names_for_candidates_in_one_directory(tmp_path: Path) -> None:
     for i in range(2):
         written(tmp_path / f"all/step-{i}.pt")
     assert average([tmp_path / "all/step-*.pt"], tmp_path / "out") == {"model.safetensors"}
@@ -114,7 +114,7 @@ def header(file: Path) -> dict[str, str]:
     return found
 
 
-def test_an_output_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_provenance(tmp_path: Path) -> None:
     paths = []
     for i in range(2):
         name = f"step-{i}/model.safetensors"
@@ -136,7 +136,7 @@ def test_an_output_says_where_it_comes_from(tmp_path: Path) -> None:
     assert said["config"]["groups"] == "tensor"
 
 
-def test_long_coefficients_stay_out_of_headers() -> None:
+def test_long_provenance_is_shortened_in_headers() -> None:
     origin = provenance("something", ["a", "b"], coefficients=[0.5] * 100_000)
     options = writing_options(Carried(), origin, None, "5GB")
     said = json.loads(options["metadata"]["twa_scale"])
@@ -146,7 +146,7 @@ def test_long_coefficients_stay_out_of_headers() -> None:
     assert len(writing_options(Carried(), origin, None, "5GB")["metadata"]["twa_scale"]) < 100
 
 
-def test_an_export_needs_no_candidates(tmp_path: Path) -> None:
+def test_export_needs_no_candidates(tmp_path: Path) -> None:
     paths = [written(tmp_path / f"step-{i}/adapter_model.safetensors", i, kept="yes") for i in range(2)]
     (paths[-1] / "folder").mkdir()
     (paths[-1] / "folder/vocab.json").write_text("[]")
@@ -163,7 +163,7 @@ def test_an_export_needs_no_candidates(tmp_path: Path) -> None:
         twa.export(tmp_path / "out", overwrite=True)
 
 
-def test_code_is_carried_on_request(tmp_path: Path) -> None:
+def test_code_is_copied_on_request(tmp_path: Path) -> None:
     paths = [written(tmp_path / f"step-{i}/model.safetensors", i) for i in range(2)]
     (paths[-1] / "modeling.py").write_text("")
     with pytest.warns(twa_scale.TwaWarning, match=r"'modeling\.py'.*carry_code"):
@@ -217,7 +217,7 @@ def read_by_sentence_transformers(directory: Path) -> tuple[Any, Any]:
 
 
 def save_sentence_transformer(directory: Path) -> Any:
-    """As published: the transformer at the top, and a folder for each module behind it."""
+    """The published layout: the transformer at the top, and a directory for each later module."""
     model = bert(directory)
     kinds = {"": "Transformer", "1_Pooling": "Pooling"}
     modules = [
