@@ -31,6 +31,8 @@ def quiet() -> Iterator[None]:
 
 
 def built(architecture: Architecture, seed: int) -> transformers.PreTrainedModel:
+    if not hasattr(transformers, architecture.model):
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture.model}")
     config = getattr(transformers, architecture.config)(**architecture.settings)
     torch.manual_seed(seed)
     model: transformers.PreTrainedModel = getattr(transformers, architecture.model)(config)
