@@ -65,7 +65,7 @@ def average(
     """
     from twa_scale.merge import average_fixed
 
-    with joined(output.out, timeout) as (report, say), report.bytes("averaging") as progress:
+    with joined(output.out, timeout) as (report, echo), report.bytes("averaging") as progress:
         weight_of = average_fixed(
             candidates,
             output.out,
@@ -80,5 +80,5 @@ def average(
             **output.options,
         )
     for label, weight in weight_of:
-        say(f"{weight:10.6f}  {label}")
-    say(f"wrote the average of {len(weight_of)} candidates to {output.out}")
+        echo(f"{weight:10.6f}  {label}")
+    echo(f"wrote the average of {len(weight_of)} candidates to {output.out}")

@@ -72,10 +72,10 @@ def bench(
         world, loaded = World.from_environment(), load_config(config, overrides)
         plan = make_plan(loaded, ranks or world.size)
         work = planned_work(plan, loaded, names, elements, world)
-    with joined(Path.cwd() / "bench", timeout) as (_, say):
+    with joined(Path.cwd() / "bench", timeout) as (_, echo):
         measured, files = work.measure(threads, streaming)
         expected = forecast(plan, measured, files) if plan else None
         if json:
-            say(bench_json(measured, files, expected))
+            echo(bench_json(measured, files, expected))
         else:
-            say(rendered(bench_table(measured, files, expected)))
+            echo(rendered(bench_table(measured, files, expected)))

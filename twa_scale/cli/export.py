@@ -24,6 +24,6 @@ def export(
     """
     from twa_scale.merge import export_run
 
-    with joined(output.out, timeout) as (report, say), report.bytes("merging") as progress:
+    with joined(output.out, timeout) as (report, echo), report.bytes("merging") as progress:
         n, step = export_run(run, output.out, progress=progress, **output.options)
-    say(f"wrote the exact merge of {n} candidates with the coefficients of {step} to {output.out}")
+    echo(f"wrote the exact merge of {n} candidates with the coefficients of {step} to {output.out}")

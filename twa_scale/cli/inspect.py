@@ -26,10 +26,10 @@ def inspect(
     from twa_scale.tools.inspection import inspect as inspect_candidates
     from twa_scale.tools.inspection import inspection_json, inspection_table
 
-    with joined(Path.cwd() / "inspect", timeout) as (report, say):
+    with joined(Path.cwd() / "inspect", timeout) as (report, echo):
         with report.bytes("reading candidates") as progress:
             inspection = inspect_candidates(candidates, progress, asked_for(ignore or [], weights_key, space))
-        say(inspection_json(inspection) if json else rendered(inspection_table(inspection)))
+        echo(inspection_json(inspection) if json else rendered(inspection_table(inspection)))
         if plot and report.active:
             from twa_scale.run.plots import plot_cosines  # imported late, because matplotlib is slow to import
 

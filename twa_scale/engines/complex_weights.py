@@ -11,7 +11,7 @@ from twa_scale.base.spans import Span
 from twa_scale.engines.engine import Consume, Engine, ParameterInfo
 
 
-def described(parameters: Mapping[str, ParameterInfo]) -> dict[str, ParameterInfo]:
+def real_parameter_infos(parameters: Mapping[str, ParameterInfo]) -> dict[str, ParameterInfo]:
     """Return the metadata of the real views: a complex parameter gets the shape (..., 2) and a real dtype."""
     return {
         name: replace(info, shape=(*info.shape, 2), dtype=info.dtype.to_real()) if info.dtype.is_complex else info
@@ -19,7 +19,7 @@ def described(parameters: Mapping[str, ParameterInfo]) -> dict[str, ParameterInf
     }
 
 
-def real(tensor: torch.Tensor) -> torch.Tensor:
+def real_view(tensor: torch.Tensor) -> torch.Tensor:
     """Return the real view, of shape (..., 2), of a complex tensor; a real tensor is returned unchanged."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
@@ -49,7 +49,7 @@ class ViewAsRealEngine(Engine):
         self.shard_group = engine.shard_group
         self.replica_group = engine.replica_group
         self.loss_scale = engine.loss_scale
-        self.parameters = described(engine.parameters)
+        self.parameters = real_parameter_infos(engine.parameters)
         parameters = {name for name, info in engine.parameters.items() if info.dtype.is_complex}
         self.complex_names = frozenset(parameters | {n for n, b in engine.buffers().items() if b.is_complex()})
 
@@ -94,7 +94,7 @@ class ViewAsRealEngine(Engine):
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the memory of a local span in the model."""
-        return real(self._engine.live(self._halved(span))).view(-1)
+        return real_view(self._engine.live(self._halved(span))).view(-1)
 
     def publish(self, names: Collection[str]) -> None:
         """Make writes visible to the next forward pass."""
@@ -118,11 +118,11 @@ class ViewAsRealEngine(Engine):
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the real views of the buffers."""
-        return {name: real(buffer) for name, buffer in self._engine.buffers().items()}
+        return {name: real_view(buffer) for name, buffer in self._engine.buffers().items()}
 
     def watch(self, consume: Consume) -> None:
         """Pass on gradients, those of complex parameters as their real views."""
-        self._engine.watch(lambda span, gradient: consume(self._doubled(span), real(gradient).reshape(-1)))
+        self._engine.watch(lambda span, gradient: consume(self._doubled(span), real_view(gradient).reshape(-1)))
 
     def on_gradient(self, call: Callable[[], None]) -> list[RemovableHandle]:
         """Call `call` in every backward pass that computes a gradient of a parameter."""

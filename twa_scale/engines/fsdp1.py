@@ -71,8 +71,8 @@ def _replicas(wrapped: Sequence[FullyShardedDataParallel], group: Group, given: 
         )
     if group.size == 1 and own.size > 1:
         raise EngineError(
-            "HYBRID_SHARD with one rank per shard group is not supported: torch divides such gradients without summing "
-            "them. Use DistributedDataParallel, or shard over at least two ranks."
+            "HYBRID_SHARD with one rank in a shard group is not supported: torch divides such gradients without "
+            "summing them. Use DistributedDataParallel, or shard over at least two ranks."
         )
     return given or own
 

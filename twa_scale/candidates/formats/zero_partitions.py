@@ -37,13 +37,13 @@ def split_groups(
     if len(first) != len(shapes):
         _refuse(label, f"{len(shapes)} parameter groups", f"{len(first)} partitions a rank")
     tensors: dict[str, ConcatenatedTensor] = {}
-    for group, held in enumerate(shapes):
+    for group, group_shapes in enumerate(shapes):
         size = first[group].numel
-        padding = paddings[group] if paddings else [0] * len(held)
-        if len(padding) != len(held):
-            _refuse(label, f"{len(held)} parameters in group {group}", f"paddings of {len(padding)}")
+        padding = paddings[group] if paddings else [0] * len(group_shapes)
+        if len(padding) != len(group_shapes):
+            _refuse(label, f"{len(group_shapes)} parameters in group {group}", f"paddings of {len(padding)}")
         begin = 0
-        for (name, shape), unused in zip(held.items(), padding, strict=True):
+        for (name, shape), unused in zip(group_shapes.items(), padding, strict=True):
             locate = _locator(partitions, group, size, begin, label)
             tensors[name] = ConcatenatedTensor(tuple(shape), first[group].dtype, locate)
             begin += prod(shape) + unused

@@ -75,7 +75,9 @@ def check_supported(engine: Any) -> None:
         )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if getattr(zero, key):
-            raise EngineError(f"{key} (ZeRO++) is not supported: weights would not be those that the average wrote.")
+            raise EngineError(
+                f"{key} (ZeRO++) is not supported: the model would not use the weights that the average wrote."
+            )
     for key in ("offload_optimizer", "offload_param"):
         if "nvme" in str(getattr(getattr(zero, key), "device", "")):
             raise EngineError(f"{key} to NVMe is not supported: remove the block.")

@@ -18,7 +18,7 @@ from twa_scale.candidates.streaming import scratch_bytes
 from twa_scale.config import RunConfig
 from twa_scale.config.kinds import StoreName
 from twa_scale.engines import ParameterInfo
-from twa_scale.engines.complex_weights import described, real
+from twa_scale.engines.complex_weights import real_parameter_infos, real_view
 from twa_scale.engines.live_adapter import live_adapter
 from twa_scale.engines.parameters import named_parameters, persistent_buffers
 from twa_scale.errors import ConfigError
@@ -98,8 +98,8 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         model = task.model().to(torch.float32)
     runtime = resident()  # with what the task imports, and data that it holds in memory
     _, parameters = named_parameters(model)
-    parameters = described(parameters)
-    buffers = {name: real(buffer) for name, buffer in persistent_buffers(model).items()}
+    parameters = real_parameter_infos(parameters)
+    buffers = {name: real_view(buffer) for name, buffer in persistent_buffers(model).items()}
     adapter = live_adapter(model)
     candidates = open_candidates(config.candidates, wanted=wanted_of(parameters, buffers, config, model, adapter))
     layout = match(parameters, buffers, candidates, config, adapter)
