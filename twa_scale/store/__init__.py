@@ -1,4 +1,4 @@
-"""The store: deltas of the local spans, beside the weights; what they take, and what an update moves."""
+"""The store holds the deltas of a rank's spans. Start with `store.py`."""
 
 from twa_scale.store.cost import staging_bytes, step_cost, store_bytes, update_bytes
 from twa_scale.store.make import bits_of, make_store, span_bytes

@@ -1,4 +1,4 @@
-"""What a store holds and what an update moves through memory: one model to predict with and to measure against."""
+"""The size of a store, and the bytes that an update moves. `plan` predicts with it, `bench` and runs measure against it."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,12 +10,12 @@ _FLOAT32 = 4
 
 
 def store_bytes(store: StoreName, n: int, sizes: Iterable[int]) -> int:
-    """Return what n deltas and the center of spans of these sizes, in elements, take in the store of that name."""
+    """Return the bytes of n deltas and the center, for spans of these sizes in elements."""
     return sum(span_bytes(store, n, size) for size in sizes)
 
 
 def staging_bytes(store: StoreName, n: int, sizes: Iterable[int]) -> int:
-    """Return what the two buffers on a GPU take through which such a store is used from host memory."""
+    """Return the bytes of the two buffers on a GPU for a store of this kind in host memory."""
     return 2 * min(BUFFER, max((span_bytes(store, n, size) for size in sizes), default=0))
 
 
@@ -27,9 +27,9 @@ def update_bytes(nbytes: int, elements: int, *, mapped: int = 0, weights: int | 
     Args:
         nbytes: of the store: deltas and center.
         elements: trained elements of the rank.
-        mapped: with store `mapped` the bytes of the candidates' files that it reads in place of deltas; it takes the
-            center off them in both operations.
-        weights: bytes that are written; float32 when not given.
+        mapped: for store `mapped`, the bytes of the candidates' files that it reads in place of deltas. It also reads
+            the center in both operations.
+        weights: bytes that are written. They are float32 when not given.
     """
     vector = _FLOAT32 * elements  # center, gradient
     deltas = nbytes - vector + mapped
@@ -42,7 +42,7 @@ def step_cost(seconds: Mapping[str, float], nbytes: Mapping[str, int], steps: in
     """Return the mean seconds of the parts of a step, and the bytes that each moves.
 
     Args:
-        seconds: what a clock has added up over the steps, by part.
+        seconds: sums over the steps, by part, from a `Clock`.
         nbytes: of one step, as `update_bytes` returns them.
         steps: how many there were.
     """

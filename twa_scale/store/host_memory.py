@@ -1,4 +1,4 @@
-"""Host memory of a store: in large pages, or locked for a GPU that reads it by itself while all others are at work."""
+"""Host memory of a store: in huge pages for a CPU, page-locked for a GPU."""
 
 import mmap
 from contextlib import suppress
@@ -7,13 +7,13 @@ import torch
 
 from twa_scale.errors import ConfigError
 
-_LARGE = 4 << 20  # bytes: two of the pages, of 2 MiB mostly, that processors have beside those of 4 KiB
+_LARGE = 4 << 20  # bytes: two huge pages of 2 MiB
 
 
 def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return memory as `torch.zeros` does; on a CPU in large pages where the system has them.
+    """Return zeros as `torch.zeros` does, on a CPU in huge pages where the system has them.
 
-    It is filled sooner, since the system hands it over page by page; and the processor looks up fewer addresses.
+    Huge pages need fewer page faults when memory is filled, and fewer entries of the TLB when it is read.
 
     Raises:
         ConfigError: the system has no more memory.
@@ -34,11 +34,11 @@ def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> t
 
 
 class Pages:
-    """Whole pages for each tensor, locked in memory when they are for a GPU.
+    """Allocates whole pages for each tensor, and locks them if the device is a GPU.
 
-    torch's own allocator of such memory takes the next power of two, which could double a store. So the pages come from
-    the system, and are then registered. Child processes (a DataLoader's, say) share them: copied on write, a page could
-    become another one than that which the GPU reads.
+    torch's allocator of page-locked memory rounds up to a power of two, which could double the size of a store. So pages
+    are mapped by the system and then registered with CUDA. The mapping is shared with child processes (of a DataLoader,
+    for example): with copy-on-write, a page of this process could become another one than the GPU reads.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,10 +49,10 @@ class Pages:
         """Return `count` zeros on the CPU.
 
         Raises:
-            ConfigError: the system has no more memory that it would lock.
+            ConfigError: the system refuses to map or lock the memory.
         """
         assert device.type == "cpu"
-        if not count:  # there is no map of zero bytes
+        if not count:  # mmap refuses zero bytes
             return torch.empty(0, dtype=dtype)
         try:
             tensor = torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
@@ -66,12 +66,12 @@ class Pages:
         return tensor
 
     def _register(self, tensor: torch.Tensor) -> None:
-        with torch.cuda.device(self._device):  # else CUDA would start on the first GPU, too
+        with torch.cuda.device(self._device):  # otherwise CUDA would initialize the first GPU too
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
         self._registered.append(tensor.data_ptr())
 
     def close(self) -> None:
-        """Unlock what is locked, before its tensors go; no copy may be under way."""
+        """Unlock the pages. Call this before the tensors are released, when no copy is running."""
         for address in self._registered:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
         self._registered.clear()

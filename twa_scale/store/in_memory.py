@@ -1,4 +1,4 @@
-"""Deltas in memory: as they are, or as codes of few bits."""
+"""Stores that hold the deltas in memory, as numbers or as codes of a few bits."""
 
 from collections.abc import Callable
 
@@ -9,19 +9,19 @@ from twa_scale.kernels import Allocate, Coding, Dense, Kernels, Packed, Target
 from twa_scale.store.projection import products
 
 
-class HeldStore:
-    """The rows of deltas of each span, and its center in float32.
+class InMemoryStore:
+    """Holds the rows of each span, and its center in float32.
 
-    Deltas are rounded or quantized once, while they are streamed in; the exact ones are never all in memory. Blocks of
-    packed ones are counted from a tensor's first element, so that another split of it gives the same codes; but for a
-    block that the border of a span cuts: each of its parts gets a scale of its own.
+    Deltas are rounded or quantized once, while candidates are read. The exact deltas are never in memory all at once.
+    The blocks of packed rows are counted from the first element of a tensor, so codes do not depend on how the tensor is
+    divided into spans. The exception is a block that a span boundary cuts: each part has its own scale.
 
     Args:
-        make: returns rows for a span, yet to be written.
-        device: where they lie.
-        kernels: that compute there.
+        make: allocates the rows of a span.
+        device: device of rows and center.
+        kernels: kernels for that device.
         coding: what the rows stand for.
-        allocate: gives memory for the center.
+        allocate: allocates the center.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class HeldStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the deltas and the center occupy."""
+        """Bytes of the deltas and the center."""
         return sum(rows.nbytes + center.nbytes for rows, center in self._spans.values())
 
     def reserve(self, span: Span) -> Target:
-        """Allocate a span; on a CPU the memory is touched when it is filled."""
+        """Allocate a span. On a CPU, memory is committed when it is filled."""
         self._spans[span] = self._make(span), self._allocate(len(span), dtype=torch.float32, device=self.device)
         return Target(*self._spans[span], coding=self.coding)
 
     def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
-        """Return the rows of a span and its center (m,), as they lie in memory."""
+        """Return the rows of a span and its center (m,)."""
         return self._spans[span]
 
     def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ from twa_scale.config.kinds import DenseDeltas, MappedFiles, PackedDeltas, Store
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Allocate, Coding, Dense, Kernels, Packed, choose_kernels, of_deltas, packed_bytes
 from twa_scale.store.host_memory import in_large_pages
-from twa_scale.store.in_memory import HeldStore
+from twa_scale.store.in_memory import InMemoryStore
 from twa_scale.store.mapped import Mapped, MappedStore
 from twa_scale.store.offloaded import OffloadedStore
 from twa_scale.store.store import Store
@@ -49,7 +49,7 @@ def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped, 
     return MappedStore(n, mapped, kernels)
 
 
-def host_store(config: TwaConfig, n: int, allocate: Allocate, coding: Coding | None = None) -> HeldStore:
+def host_store(config: TwaConfig, n: int, allocate: Allocate, coding: Coding | None = None) -> InMemoryStore:
     """Return the store on the CPU, in memory of `allocate`, of an `OffloadedStore`."""
     cpu, kind = torch.device("cpu"), store_kind(config.store)
     assert not isinstance(kind, MappedFiles)
@@ -64,7 +64,7 @@ def _in_memory(
     kernels: Kernels,
     coding: Coding | None,
     allocate: Allocate = in_large_pages,
-) -> HeldStore:
+) -> InMemoryStore:
     def make(span: Span) -> Dense | Packed:
         match kind:
             case DenseDeltas(dtype):
@@ -74,7 +74,7 @@ def _in_memory(
             case _:
                 assert_never(kind)
 
-    return HeldStore(make, device, kernels, coding or of_deltas(n), allocate)
+    return InMemoryStore(make, device, kernels, coding or of_deltas(n), allocate)
 
 
 def torch_dtype(name: Literal["float32", "bfloat16"]) -> torch.dtype:

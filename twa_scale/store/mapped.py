@@ -1,4 +1,4 @@
-"""No copy of the deltas at all: the candidates' own files, mapped into memory, are the store."""
+"""A store that holds no deltas: it computes them from the candidates' files, which are mapped into memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,17 +7,17 @@ import torch
 from twa_scale.base.spans import Span
 from twa_scale.kernels import Dense, Differences, Kernels, Target, of_deltas
 
-_PIECE = 1 << 20  # elements of a span of many runs that are put side by side at a time
+_PIECE = 1 << 20  # elements of a strided span that are copied into contiguous memory at a time
 
 Mapped = Callable[[str], Sequence[torch.Tensor]]
-"""Returns for a trained tensor of the model the whole flattened one of every candidate, as views of their files."""
+"""Given the name of a trained tensor, returns the flattened tensor of every candidate as a view of its file."""
 
 
 class MappedStore:
-    """Forms w_i - c in float32 where it is used, from the files and a float32 center.
+    """Computes w_i - c in float32 at each use, from the files and a float32 center.
 
-    So the deltas carry the rounding of the center, half a unit in the last place of a weight, and no other. Ranks of
-    one node share the pages of the files. A file that is changed or cut short meanwhile kills the process.
+    The only rounding error of the deltas is that of the center, half a unit in the last place of a weight. The ranks of
+    a node share the pages of the files. Changing or truncating a file during training kills the process.
     """
 
     def __init__(self, n: int, mapped: Mapped, kernels: Kernels) -> None:
@@ -30,7 +30,7 @@ class MappedStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the center occupies."""
+        """Bytes of the center."""
         return sum(center.nbytes for _, center in self._spans.values())
 
     def reserve(self, span: Span) -> Target:
@@ -53,7 +53,7 @@ class MappedStore:
             self.kernels.combine(rows, weights, rows.center, scale, out[cut])
 
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Differences]]:
-        """Yield the span as it lies in the files, or piece by piece where it is many runs."""
+        """Yield a contiguous span at once, and a strided span in pieces."""
         tensors, center = self._spans[span]
         if not span.run:
             yield slice(0, len(span)), Differences([row[span.start : span.stop] for row in tensors], center)
@@ -63,7 +63,7 @@ class MappedStore:
             yield cut, Differences([_gathered(row, piece) for row in tensors], center[cut])
 
     def close(self) -> None:
-        """Let go of the files and release the center."""
+        """Release the files and the center."""
         self._spans.clear()
 
 

@@ -1,4 +1,4 @@
-"""A store in host memory whose rows visit the device of the model, some tiles at a time."""
+"""A store in host memory. Its rows are copied to the device of the model for each use, a piece at a time."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,29 +7,29 @@ import torch
 from twa_scale.base.spans import Span
 from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Target
 from twa_scale.store.host_memory import Pages
-from twa_scale.store.in_memory import HeldStore
+from twa_scale.store.in_memory import InMemoryStore
 from twa_scale.store.projection import products
 from twa_scale.store.staging import Staging
 
 BUFFER = 64 << 20
-"""Bytes of a piece, and of each of two buffers on the device; one tile where that is more."""
+"""Bytes of a piece and of each of the two buffers on the device. A piece has at least one tile."""
 
 
 class OffloadedStore:
-    """Is filled on the CPU, by its kernels; projects and combines on the device.
+    """Filled on the CPU; projects and combines on the device.
 
-    Weights are those that a store on the device gives, bit for bit. So are the products of each tile; but they are
-    added up in another order, and tiles of a packed store's center begin elsewhere.
+    `combine` gives the same bits as a store on the device. `project` adds the products of tiles in another order, so its
+    last bits may differ.
 
     Args:
-        make: makes the store that holds the rows, in the memory that it is given.
-        device: where gradients and weights are.
-        kernels: that compute there.
+        make: makes the store that holds the rows, given a function that allocates host memory.
+        device: device of gradients and weights.
+        kernels: kernels for that device.
         buffer: bytes of a piece.
     """
 
     def __init__(
-        self, make: Callable[[Allocate], HeldStore], device: torch.device, kernels: Kernels, buffer: int = BUFFER
+        self, make: Callable[[Allocate], InMemoryStore], device: torch.device, kernels: Kernels, buffer: int = BUFFER
     ) -> None:
         self._pages = Pages(device)
         self._inner = make(self._pages.zeros)
@@ -42,12 +42,12 @@ class OffloadedStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the deltas and the center occupy, in host memory."""
+        """Bytes of the deltas and the center in host memory."""
         return self._inner.nbytes
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the buffers occupy on the device."""
+        """Bytes of the buffers on the device."""
         return self._staging.nbytes
 
     def reserve(self, span: Span) -> Target:
@@ -74,7 +74,7 @@ class OffloadedStore:
                 self._compute.combine(rows.over(places), weights, base, scale, out[cut])
 
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor]]:
-        """Yield views of columns, rows and center for as many runs of tiles as a buffer holds."""
+        """Yield columns, rows and center of pieces that fit into a buffer."""
         rows, center = self._inner.held(span)
         run = rows.run * (rows.tile_bytes + rows.tile * center.itemsize)
         step = rows.run * max(1, self._buffer // run)
@@ -84,7 +84,7 @@ class OffloadedStore:
             yield cut, part, center[cut]
 
     def close(self) -> None:
-        """Release the memory of host and device, when the device is done with it."""
+        """Wait for the device, then release the memory of host and device."""
         self._staging.close()
         self._pages.close()
         self._inner.close()

@@ -1,4 +1,4 @@
-"""Two buffers on a device: one is filled from host memory while kernels read the other."""
+"""Double buffering: a copy from host memory fills one buffer on a device while kernels read the other."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-_LINE = 256  # bytes: tensors start at multiples, as the allocator of CUDA has them
+_LINE = 256  # bytes: alignment of tensors, that of CUDA's allocator
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,14 @@ class _Buffer:
     memory: torch.Tensor
     filled: torch.cuda.Event | None
     read: torch.cuda.Event | None
-    """The kernels that used what was in it are done. Neither event is there on a CPU, where everything is in order."""
+    """Recorded after the last kernels that read the buffer. Both events are None on a CPU, where work is in order."""
 
 
 class Staging:
-    """Lends copies of host tensors to kernels on `device`.
+    """Copies host tensors to `device` for kernels that read them there.
 
-    A copy starts when the kernels that read its buffer before are done, whatever else waits on the current stream: it
-    goes on beside the work that was launched before its own, as a backward pass is. The host waits for nothing.
+    Copies run on a stream of their own. A copy waits only for the kernels that read the same buffer before, so it overlaps
+    with work on the current stream, such as a backward pass. The host never waits.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,17 +33,17 @@ class Staging:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the device that both buffers take."""
+        """Bytes of both buffers on the device."""
         return 2 * self._nbytes
 
     def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make both buffers large enough for such tensors; before the first are lent."""
+        """Make both buffers large enough for these tensors. Call this before the first `lend`."""
         assert not self._buffers
         self._nbytes = max(self._nbytes, sum(map(_room, tensors)))
 
     @contextmanager
     def lend(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """Copy host tensors; kernels launched on the current stream within the `with` block may read them."""
+        """Copy host tensors. Kernels that are launched on the current stream inside the `with` block may read the copies."""
         if not self._buffers:
             self._allocate()
         buffer = self._buffers[self._turn]
@@ -65,7 +65,7 @@ class Staging:
             buffer.read.record(current)
 
     def close(self) -> None:
-        """Release the buffers when the device is done with them."""
+        """Wait for the device, then release the buffers."""
         if self._copies is not None:
             torch.cuda.synchronize(self._device)
         self._buffers.clear()
@@ -77,7 +77,7 @@ class Staging:
             return
         with torch.cuda.device(self._device):
             self._copies = torch.cuda.Stream()
-            self._copies.wait_stream(torch.cuda.current_stream())  # which may still use what was in this memory before
+            self._copies.wait_stream(torch.cuda.current_stream())  # which may still read this memory
             self._buffers = [_Buffer(part, torch.cuda.Event(), torch.cuda.Event()) for part in memory]
 
 
