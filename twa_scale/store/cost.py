@@ -1,4 +1,4 @@
-"""The size of a store, and the bytes that an update moves. `plan` predicts with it, `bench` and runs measure against it."""
+"""The size of a store, and the bytes that an update moves. `plan` predicts with it; `bench` compares with it."""
 
 from collections.abc import Iterable, Mapping
 

@@ -36,9 +36,9 @@ def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> t
 class Pages:
     """Allocates whole pages for each tensor, and locks them if the device is a GPU.
 
-    torch's allocator of page-locked memory rounds up to a power of two, which could double the size of a store. So pages
-    are mapped by the system and then registered with CUDA. The mapping is shared with child processes (of a DataLoader,
-    for example): with copy-on-write, a page of this process could become another one than the GPU reads.
+    torch's allocator of page-locked memory rounds up to a power of two, which could double the size of a store. So
+    pages are mapped by the system and then registered with CUDA. The mapping is shared with child processes (of a
+    DataLoader, for example): with copy-on-write, a page of this process could become another one than the GPU reads.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -13,8 +13,8 @@ class InMemoryStore:
     """Holds the rows of each span, and its center in float32.
 
     Deltas are rounded or quantized once, while candidates are read. The exact deltas are never in memory all at once.
-    The blocks of packed rows are counted from the first element of a tensor, so codes do not depend on how the tensor is
-    divided into spans. The exception is a block that a span boundary cuts: each part has its own scale.
+    The blocks of packed rows are counted from the first element of a tensor, so codes do not depend on how the tensor
+    is divided into spans. The exception is a block that a span boundary cuts: each part has its own scale.
 
     Args:
         make: allocates the rows of a span.

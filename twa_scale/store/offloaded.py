@@ -18,8 +18,8 @@ BUFFER = 64 << 20
 class OffloadedStore:
     """Filled on the CPU; projects and combines on the device.
 
-    `combine` gives the same bits as a store on the device. `project` adds the products of tiles in another order, so its
-    last bits may differ.
+    `combine` gives the same bits as a store on the device. `project` adds the products of tiles in another order, so
+    its last bits may differ.
 
     Args:
         make: makes the store that holds the rows, given a function that allocates host memory.

@@ -20,8 +20,8 @@ class _Buffer:
 class Staging:
     """Copies host tensors to `device` for kernels that read them there.
 
-    Copies run on a stream of their own. A copy waits only for the kernels that read the same buffer before, so it overlaps
-    with work on the current stream, such as a backward pass. The host never waits.
+    Copies run on a stream of their own. A copy waits only for the kernels that read the same buffer before, so it
+    overlaps with work on the current stream, such as a backward pass. The host never waits.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Staging:
 
     @contextmanager
     def lend(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """Copy host tensors. Kernels that are launched on the current stream inside the `with` block may read the copies."""
+        """Copy host tensors. Kernels launched on the current stream inside the `with` block may read the copies."""
         if not self._buffers:
             self._allocate()
         buffer = self._buffers[self._turn]
