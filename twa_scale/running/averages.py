@@ -14,7 +14,6 @@ from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
 from twa_scale.average.swap import Shown
 from twa_scale.base.notices import notice
-from twa_scale.base.spans import Span
 from twa_scale.candidates.carry_over import BASE, Carried
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
@@ -27,13 +26,13 @@ from twa_scale.running import checkpoint, saving
 from twa_scale.running.ema import Ema
 from twa_scale.running.learning import learn, settings_for
 from twa_scale.running.named import mixture, names
+from twa_scale.running.parameters import Parameters
 from twa_scale.running.scores import Scores
 from twa_scale.running.settings import Ema as EmaOption
 from twa_scale.running.settings import Window as WindowOption
 from twa_scale.running.settings import ema_settings, is_due, window_settings
 from twa_scale.running.trained import Trained
 from twa_scale.running.window import Window
-from twa_scale.store.host_memory import Pages
 
 
 class RunningAverages:
@@ -79,13 +78,12 @@ class RunningAverages:
                 raise ConfigError("RunningAverages: give ema=[0.999], window={'every': 100, 'keep': 40}, or both.")
             if device not in ("auto", "cpu"):
                 raise ConfigError(f"device: {device!r}; give 'auto' or 'cpu'.")
-            self._names = self._averaged()
+            self._parameters = Parameters(self._engine, self._pods, device)
         require_same_settings(self._pods, {"ema": repr(of_ema), "window": repr(of_window), "device": device})
         with self._pods.agree():
-            self._pages = Pages(self._engine.device)
-            live, buffers = self._live(), self._engine.buffers()
+            live, buffers = self._parameters.live(), self._engine.buffers()
             self._window: Window | None = None
-            self._ema = None if of_ema is None else Ema(of_ema, live, buffers, self._allocate)
+            self._ema = None if of_ema is None else Ema(of_ema, live, buffers, self._parameters.allocate)
             if of_window is not None:
                 own = buffers if self._engine.shard_group.rank == 0 else {}
                 self._window = Window(of_window, live, own, self._engine.device, device)
@@ -94,7 +92,6 @@ class RunningAverages:
         self._trained = Trained(torch.device("cpu") if device == "cpu" else None)
         self._shown = Shown(self._engine, self._pods, self._write_shown, lambda _: None)
         self._learned: TrainableAverage | None = None
-        self._reported = False
         if self._pods.rank == 0 and (wrapper := enclosing_wrapper(self._engine)):
             notice(
                 f"RunningAverages of a plain module that a {wrapper} wraps: every rank holds whole averages. Give the "
@@ -139,10 +136,10 @@ class RunningAverages:
         self._step += 1
         ema, window = self._ema, self._window
         if ema and is_due(self._step, ema.settings.update_every, ema.settings.start_step):
-            ema.update(self._live(), self._engine.buffers())
+            ema.update(self._parameters.live(), self._engine.buffers())
         if window and is_due(self._step, window.settings.every, window.settings.start_step):
-            self._require_same_parameters()
-            window.take(self._step, self._live(), self._engine.buffers())
+            self._parameters.require_same()
+            window.take(self._step, self._parameters.live(), self._engine.buffers())
 
     @contextmanager
     def weights(self, which: Which) -> Iterator[None]:
@@ -216,7 +213,7 @@ class RunningAverages:
         window = self._window
         with self._pods.agree():
             self._require_own_weights("learn()")
-            self._require_same_parameters()
+            self._parameters.require_same()
             if window is None or window.count < 2:
                 count = window.count if window else 0
                 raise TwaError(
@@ -227,7 +224,7 @@ class RunningAverages:
             check_files(files or {}, BASE)
             content = {name: _content(value) for name, value in (files or {}).items()}
             window.require_finite()
-        self._trained.keep(self._live(), self._engine.buffers())
+        self._trained.keep(self._parameters.live(), self._engine.buffers())
         try:
             engine = choose_engine(self._model, self._replica_group)
             self._learned = learn(engine, self._pods, window, settings, Carried(files=content))
@@ -333,28 +330,8 @@ class RunningAverages:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a RunningAverages")
 
-    def _averaged(self) -> frozenset[str]:
-        parameters = self._engine.parameters.values()
-        found = frozenset(info.name for info in parameters if info.trainable and info.dtype.is_floating_point)
-        if not found:
-            raise ConfigError(
-                f"RunningAverages: none of the model's {len(self._engine.parameters)} parameters requires a gradient, "
-                "so that there is nothing to average. Set requires_grad first."
-            )
-        return found
-
-    def _live(self) -> dict[Span, torch.Tensor]:
-        engine = self._engine
-        return {span: engine.live(span) for span in engine.spans() if span.name in self._names and len(span)}
-
-    def _allocate(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        device = self._engine.device
-        if self._device == "cpu" and device.type != "cpu":
-            return self._pages.zeros(count, dtype=dtype, device=torch.device("cpu"))
-        return torch.zeros(count, dtype=dtype, device=device)
-
     def _mixture(self, which: Which) -> torch.Tensor | None:
-        self._require_same_parameters()
+        self._parameters.require_same()
         chosen = mixture(which, self._ema, self._window)
         if chosen is None:
             return None
@@ -377,7 +354,7 @@ class RunningAverages:
         if chosen is None:
             self._give_back()
             return
-        live, buffers = self._live(), self._engine.buffers()
+        live, buffers = self._parameters.live(), self._engine.buffers()
         self._trained.keep(live, {})
         index = self._ema_of(chosen)
         if index is None:
@@ -387,12 +364,12 @@ class RunningAverages:
             assert self._ema is not None
             self._ema.write(index, live, buffers)
         with torch.no_grad():
-            self._engine.publish(self._names)
+            self._engine.publish(self._parameters.names)
 
     def _give_back(self) -> None:
-        if self._trained.give_back(self._live(), self._engine.buffers()):
+        if self._trained.give_back(self._parameters.live(), self._engine.buffers()):
             with torch.no_grad():
-                self._engine.publish(self._names)
+                self._engine.publish(self._parameters.names)
 
     def _require_own_weights(self, what: str) -> None:
         if self._learned is not None:
@@ -401,21 +378,6 @@ class RunningAverages:
             raise TwaError(f"{what} inside weights(): the weights are not those that are trained; leave it first.")
         if self._shown.lost:
             raise TwaError(f"{what}: {self._shown.lost}")
-
-    def _require_same_parameters(self) -> None:
-        """Refuse parameters that were replaced, and report once those that are trained now and were not before."""
-        self._engine.changed(self._names)
-        if self._reported:
-            return
-        now = [name for name, p in self._engine.module.named_parameters(remove_duplicate=True) if p.requires_grad]
-        known = sum(info.trainable for info in self._engine.parameters.values())
-        if len(now) > known:
-            self._reported = True
-        if self._reported and self._pods.rank == 0:
-            notice(
-                f"{len(now) - known} more parameters require a gradient now than when RunningAverages was made: their "
-                "averages are not kept. Make it when all that will be trained requires a gradient."
-            )
 
 
 def _content(value: bytes | Path) -> bytes:
