@@ -85,9 +85,7 @@ def average_fixed(
     options |= {"--space": space, "--rank": rank}
     require_same_settings(group, options)
     if explicit is not None and weights is not None:
-        raise ConfigError(
-            f"--weights {weights}: the candidates have weights as PATH:WEIGHT; give either these or --weights."
-        )
+        raise ConfigError(f"--weights {weights}: the candidates have weights as PATH:WEIGHT; give one or the other.")
     given = explicit if explicit is not None else _parsed("mean" if weights is None else weights)
     opened = open_together(paths, group, 1, wanted)
     vectors = spectral_vectors(opened[-1].names())
