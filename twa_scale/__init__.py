@@ -1,10 +1,16 @@
 """Trainable weight averaging (TWA) of checkpoints of models that exist only sharded."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from twa_scale.errors import CandidateError, ConfigError, EngineError, OutputError, RankError, StateError, TwaError
 from twa_scale.version import __version__
+
+if sys.platform == "win32":
+    raise ImportError(
+        "twa_scale needs file locks and signals of POSIX: it runs on Linux and macOS. On Windows use WSL 2."
+    )
 
 if TYPE_CHECKING:
     from twa_scale.average.attach import attach

@@ -174,6 +174,12 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     assert set(circle(modules(demo))) == {"demo.one", "demo.two"}
 
 
+def test_windows_is_refused_in_one_line() -> None:
+    program = "import sys; sys.platform = 'win32'; import twa_scale"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "WSL 2" in ended.stderr.splitlines()[-1]
+
+
 def test_public_names_are_imported_on_first_use() -> None:
     assert set(dir(twa_scale)) == set(twa_scale.__all__)
     assert all(getattr(twa_scale, name) is not None for name in twa_scale.__all__)
