@@ -43,8 +43,9 @@ def adapted(config: PeftConfig | None = None, seed: int = 0, **lora: Any) -> Any
 
 
 def experts(seed: int, **lora: Any) -> Any:
-    """A mixture of four experts, stacked in one tensor, with LoRA on that and on a linear layer."""
-    model = get_peft_model(mixture(), LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], **lora))
+    """A mixture of four experts, stacked in one tensor, with LoRA on that, unless `lora` has other parameters."""
+    settings = {"target_parameters": ["mlp.experts.gate_up_proj"], **lora}
+    model = get_peft_model(mixture(), LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:

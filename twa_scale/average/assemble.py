@@ -106,7 +106,9 @@ def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:
 
 
 def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
-    for first, second in fingerprint.equals({layout.source(name) for name in layout.group_of}):
+    # The A of products are no part of the average's coefficients, but candidates may differ in them alone.
+    averaged = {layout.source(name) for name in (*layout.group_of, *layout.summed)}
+    for first, second in fingerprint.equals(averaged):
         if same_files(first, second):  # reported when they were found
             continue
         notice(

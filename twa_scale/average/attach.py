@@ -67,11 +67,11 @@ def attach(
     pods = Pods(engine.shard_group, engine.replica_group)
     with pods.agree():
         require_materialized(engine)
+        adapter = live_adapter(engine.module)
         require_device(engine)
         engine.check()
         candidates, config = _given(engine, candidates, config)
         require_trainable(config, engine, pods)
-        adapter = live_adapter(engine.module)
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
     with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)

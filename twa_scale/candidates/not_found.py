@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from twa_scale.base.names import some
+from twa_scale.candidates.adapters import ADAPTER_CONFIG
 from twa_scale.candidates.directory import LOADERS, files_in, is_weights, weights_in
 from twa_scale.candidates.formats.dcp import METADATA
 from twa_scale.candidates.formats.deepspeed import is_deepspeed
@@ -15,6 +16,13 @@ _MAX_DEPTH = 2  # as deep as the snapshots in a cache of the Hugging Face hub
 
 def refusal(directory: Path) -> CandidateError:
     """Return the error for a directory that is no candidate."""
+    adapters = [path for path in sorted(directory.iterdir())[:_MAX_SEEN] if (path / ADAPTER_CONFIG).is_file()]
+    if adapters:
+        return CandidateError(
+            f"{directory}: is no candidate, but its subdirectory {some([path.name for path in adapters])} holds an "
+            "adapter: PEFT saves an adapter that is not called 'default' in a subdirectory of its name. Give "
+            f"{str(adapters[0])!r}."
+        )
     names = files_in(directory)
     files = [name for name in names if name.endswith(".safetensors")]
     several = f", but {len(files)} *.safetensors files without an index ({some(files)})" if files else ""

@@ -10,11 +10,27 @@ from torch import nn
 
 from twa_scale.base.names import some, without_wrappers
 from twa_scale.candidates import Candidate
-from twa_scale.candidates.adapters import ranks_of, scalings
+from twa_scale.candidates.adapters import PREFIX, ranks_of, scalings
 from twa_scale.engines.module_names import name_unwrapper
+from twa_scale.engines.private_attributes import require, version
 from twa_scale.errors import CandidateError, EngineError
 
-_PREFIX = "base_model.model."  # the prefix of names in PEFT's files
+_MODEL = ("peft_config",)
+_MODULE = ("merged_adapters",)  # of each module with an adapter
+_LORA = ("scaling", "r")  # of each module with factors
+_PARAMETER = ("parameter_name",)  # of a module that adapts a parameter (`target_parameters`)
+_NOT_IN_MODEL = {"RANDLORA": "random projections", "SHIRA": "indices"}  # what files hold beside the parameters
+_WITHOUT_MODEL = "Average such adapters without a model: twa-scale average."
+
+
+@dataclass(frozen=True)
+class LiveScaling:
+    """How a module of LoRA scales the product of its factors."""
+
+    scaling: float
+    rank: int
+    looked_up: str
+    """The name that PEFT compares with `rank_pattern` and `alpha_pattern`."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +42,8 @@ class LiveAdapter:
     """The `peft_type`, such as LORA or IA3."""
     stored: Mapping[str, tuple[str, ...]]
     """For each tensor of the adapter, by its name in the model, the names that it may have in files."""
-    scalings: Mapping[str, tuple[float, int]]
-    """The scaling and the rank of each LoRA module, by its name in the base model."""
+    scalings: Mapping[str, "LiveScaling"]
+    """The scaling of each LoRA module, by its name in the base model."""
 
     def holds(self, name: str) -> bool:
         """Return whether a tensor of the model belongs to the adapter and not to the base model."""
@@ -38,27 +54,26 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
     """Return the adapter that a model trains, or None if it has no adapters. The model can be wrapped and sharded.
 
     Raises:
-        EngineError: several adapters are active, or an adapter is merged into the base weights.
+        EngineError: several adapters are active, an adapter is merged into the base weights, or its tensors are not
+            those of its file.
     """
     found = _adapted(root)
     if found is None:
         return None
     path, model = found
+    require("peft", model, _MODEL)
     name = _active(model)
+    kind = _text(model.peft_config[name].peft_type)
     _require_unmerged(model)
+    _require_no_views(model)
     prefix, unwrap = f"{path}." if path else "", name_unwrapper(root)
     names = _names(model)
     marks = {raw: torch.empty(0) for raw in names}
     own = {id(mark): unwrap(prefix + names[raw]) for raw, mark in marks.items()}
-    files = _in_files(model, name, marks)
+    files = _in_files(model, name, kind, marks)
     plain = without_wrappers(files)
     stored = {own[id(mark)]: _spellings(plain[raw]) for raw, mark in files.items() if id(mark) in own}
-    kind = _text(model.peft_config[name].peft_type)
-    if not stored:
-        raise EngineError(
-            f"adapter {name!r} ({kind}): its file holds tensors that the model computes from its parameters, not the "
-            "parameters. Average such adapters without a model: twa-scale average."
-        )
+    _require_own(name, kind, stored, [raw for raw, mark in files.items() if id(mark) not in own])
     return LiveAdapter(name, kind, stored, dict(_scalings(model, name)))
 
 
@@ -70,20 +85,23 @@ def require_fitting(adapter: LiveAdapter, candidates: Sequence[Candidate]) -> No
     """
     last = candidates[-1]
     sums = ranks_of(last)
-    expected = dict.fromkeys(sums, 1.0) if sums else scalings(last)
+    looked_up = {module: one.looked_up for module, one in adapter.scalings.items()}
+    expected = dict.fromkeys(sums, 1.0) if sums else scalings(last, looked_up)
     for module, scaling in expected.items():
-        live, rank = adapter.scalings.get(module.removeprefix(_PREFIX), (scaling, 0))
-        if rank and rank != sums.get(module, rank):
+        live = adapter.scalings.get(module.removeprefix(PREFIX))
+        if live is None:
+            continue
+        if live.rank != sums.get(module, live.rank):
             raise CandidateError(
                 f"space: product: the ranks of the candidates add up to {sums[module]} in {module!r}, but the adapter "
-                f"of the model has rank {rank}. Create its adapter with `twa-scale average ... --space product --out "
-                "START`, and load it with PeftModel.from_pretrained(base, 'START', is_trainable=True)."
+                f"of the model has rank {live.rank}. Create its adapter with `twa-scale average ... --space product "
+                "--out START`, and load it with PeftModel.from_pretrained(base, 'START', is_trainable=True)."
             )
-        if not isclose(live, scaling, rel_tol=1e-6):
+        if not isclose(live.scaling, scaling, rel_tol=1e-6):
             where = "with `space: product`" if sums else f"in {last.label}"
             raise CandidateError(
-                f"{module!r}: the product of the factors is scaled by {scaling:g} {where}, but by {live:g} in the "
-                "model. Load the adapter of the model from "
+                f"{module!r}: the product of the factors is scaled by {scaling:g} {where}, but by {live.scaling:g} in "
+                "the model. Load the adapter of the model from "
                 f"{'the output of `twa-scale average ... --space product`' if sums else last.label} "
                 "(PeftModel.from_pretrained(..., is_trainable=True)), or set its lora_alpha accordingly."
             )
@@ -114,11 +132,33 @@ def _active(model: Any) -> str:
 
 
 def _require_unmerged(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for path, module in model.named_modules():
-        if getattr(module, "merged_adapters", None):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        require("peft", module, _MODULE)
+        if module.merged_adapters:
             raise EngineError(
                 f"{path!r}: the adapter is merged into the base weights, so training it has no effect. Call "
                 "model.unmerge_adapter() before attach."
+            )
+
+
+def _require_no_views(model: nn.Module) -> None:
+    """Refuse factors that are transposed views of others, which PEFT makes for `ensure_weight_tying`.
+
+    Raises:
+        EngineError: names both parameters.
+    """
+    parameters = dict(model.named_parameters())
+    owners = {parameter.data_ptr(): path for path, parameter in parameters.items() if parameter.is_contiguous()}
+    for path, parameter in parameters.items():
+        owner = None if parameter.is_contiguous() else owners.get(parameter.data_ptr())
+        if owner is not None:
+            raise EngineError(
+                f"parameter {path!r} is a transposed view of {owner!r} (ensure_weight_tying of PEFT), so one average "
+                f"would be written into the memory of the other. {_WITHOUT_MODEL}"
             )
 
 
@@ -129,30 +169,74 @@ def _names(model: nn.Module) -> dict[str, str]:
     return names | {name: first[id(buffer)] for name, buffer in model.named_buffers(remove_duplicate=False)}
 
 
-def _in_files(model: Any, name: str, marks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors that PEFT would write, by their names in files."""
+def _in_files(model: Any, name: str, kind: str, marks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors that PEFT would write, by their names in files.
+
+    Raises:
+        EngineError: PEFT cannot tell them without the values of the tensors, or this version does it in another way.
+    """
     from peft import get_peft_model_state_dict
 
-    # Without embeddings, because these have the names of the model in files.
-    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, marks, adapter_name=name, save_embedding_layers=False
-    )
+    try:
+        # Without embeddings, because these have the names of the model in files.
+        found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            model, marks, adapter_name=name, save_embedding_layers=False
+        )
+    except Exception as error:
+        raise EngineError(
+            f"adapter {name!r} ({kind}): get_peft_model_state_dict of peft {version('peft')} does not tell which of "
+            f"its tensors are in files ({type(error).__name__}: {error}). Merge each adapter into its base model "
+            "(merge_and_unload), and average the full weights."
+        ) from error
     return found
+
+
+def _require_own(name: str, kind: str, stored: Mapping[str, object], others: Sequence[str]) -> None:
+    """Refuse an adapter whose file holds tensors that are no parameters or buffers of the model.
+
+    Raises:
+        EngineError: names the kind, and how such adapters are averaged.
+    """
+    if not stored:
+        raise EngineError(
+            f"adapter {name!r} ({kind}): its file holds tensors that the model computes from its parameters, not the "
+            f"parameters. {_WITHOUT_MODEL}"
+        )
+    if others or kind in _NOT_IN_MODEL:
+        what = _NOT_IN_MODEL.get(kind) or some(others, 2)
+        raise EngineError(
+            f"adapter {name!r} ({kind}): its file holds {what}, which are no parameters or buffers that the model "
+            f"saves. {_WITHOUT_MODEL}"
+        )
 
 
 def _spellings(stored: str) -> tuple[str, ...]:
     """Return a name with and without the prefix of PEFT, which injected adapters do not have."""
-    bare = stored.removeprefix(_PREFIX)
-    return tuple(dict.fromkeys((stored, _PREFIX + bare, bare)))
+    bare = stored.removeprefix(PREFIX)
+    return tuple(dict.fromkeys((stored, PREFIX + bare, bare)))
 
 
-def _scalings(model: nn.Module, name: str) -> Iterator[tuple[str, tuple[float, int]]]:
+def _scalings(model: nn.Module, name: str) -> Iterator[tuple[str, LiveScaling]]:
+    from peft.tuners.lora import LoraLayer
+
     unwrap = name_unwrapper(model)
     for path, module in model.named_modules():
-        scaling = getattr(module, "scaling", None)
-        if hasattr(module, "lora_A") and isinstance(scaling, Mapping) and name in scaling:
-            rank: Any = module.r
-            yield unwrap(path).removeprefix(_PREFIX), (float(scaling[name]), int(rank[name]))
+        if not isinstance(module, LoraLayer):
+            continue
+        require("peft", module, _LORA)
+        if name in module.scaling:
+            own = unwrap(path).removeprefix(PREFIX)
+            yield own, LiveScaling(float(module.scaling[name]), int(module.r[name]), _looked_up(own, module))
+
+
+def _looked_up(path: str, module: nn.Module) -> str:
+    """Return the name that PEFT compares with patterns: that of the module, or of the parameter that it adapts."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not isinstance(module, ParamWrapper):
+        return path
+    require("peft", module, _PARAMETER)
+    return f"{path.replace('.base_layer', '')}.{module.parameter_name}"
 
 
 def _text(kind: object) -> str:

@@ -1,6 +1,12 @@
 """Adapters of PEFT as candidates: their configuration, their scalings, and the products of their factors."""
 
-from twa_scale.candidates.adapters.adapter_config import ADAPTER_CONFIG, AdapterConfig, adapter_config, with_ranks
+from twa_scale.candidates.adapters.adapter_config import (
+    ADAPTER_CONFIG,
+    PREFIX,
+    AdapterConfig,
+    adapter_config,
+    with_ranks,
+)
 from twa_scale.candidates.adapters.concatenated import Concatenated, summed
 from twa_scale.candidates.adapters.gram import products_gram
 from twa_scale.candidates.adapters.lora_factors import Factors, factors_in
@@ -9,6 +15,7 @@ from twa_scale.candidates.adapters.truncated import Truncated, Truncation, ranks
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "PREFIX",
     "AdapterConfig",
     "Concatenated",
     "Factors",

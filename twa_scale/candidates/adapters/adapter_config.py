@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from twa_scale.base.inputs import MAX_JSON, brief, parse_json, read_bounded
 from twa_scale.candidates.candidate import Candidate
@@ -16,7 +16,10 @@ from twa_scale.errors import CandidateError
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file beside the weights of an adapter that says what they mean."""
-_PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the model that it wraps."""
+_MERGED = "Merge each adapter into its base model (merge_and_unload), and average the full weights."
+_Number = TypeVar("_Number", int, float)
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq")  # initializations that subtract the adapter from the base weights
 
 
@@ -35,41 +38,93 @@ class AdapterConfig:
         return str(self.settings.get("peft_type", "")).upper()
 
     def rank(self, module: str) -> int:
-        """Return the rank r that the configuration gives the factors of a module.
+        """Return the rank r that the configuration gives the factors of a module, by its name in the file of weights.
 
         Raises:
-            CandidateError: a value that is no rank, or a pattern that is no regular expression.
+            CandidateError: a value that is no rank, a pattern that is no regular expression, or parameters of one
+                module that have different ranks.
         """
-        rank = self._of_module("r", "rank_pattern", module)
-        if type(rank) is not int or rank < 1:
-            raise CandidateError(f"{self.path}: the rank of {module!r} is {brief(rank)}; it has to be an integer >= 1.")
-        return rank
+        return self._only(module, "rank_pattern", {self._rank(name) for name in self._names(module)})
 
-    def scaling(self, module: str) -> float:
+    def scaling(self, module: str, looked_up: str | None = None) -> float:
         """Return the factor s of the update s B A of a module: alpha / r, or alpha / sqrt(r) with `use_rslora`.
+
+        Args:
+            module: its name in the file of weights.
+            looked_up: the name that PEFT compares with patterns, where it is known.
 
         Raises:
             CandidateError: as `rank` does, or an alpha that is no number.
         """
-        alpha, rank = self._of_module("lora_alpha", "alpha_pattern", module), self.rank(module)
+        return self._only(module, "alpha_pattern", {self._scaling(name) for name in self._names(module, looked_up)})
+
+    def possible_scalings(self, module: str) -> dict[float, int]:
+        """Return the scalings that the factors of a module may have, and the rank of each.
+
+        There are several where PEFT adapts several parameters of one module, with patterns that tell them apart.
+        """
+        return {self._scaling(name): self._rank(name) for name in self._names(module)}
+
+    @property
+    def scaling_settings(self) -> tuple[object, ...]:
+        """The settings that decide the ranks and scalings of all modules."""
+        keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        return tuple(self.settings.get(key) or None for key in keys)
+
+    def _rank(self, name: str) -> int:
+        rank = self._looked_up("r", "rank_pattern", name)
+        if type(rank) is not int or rank < 1:
+            raise CandidateError(f"{self.path}: the rank of {name!r} is {brief(rank)}; it has to be an integer >= 1.")
+        return rank
+
+    def _scaling(self, name: str) -> float:
+        alpha, rank = self._looked_up("lora_alpha", "alpha_pattern", name), self._rank(name)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not isfinite(alpha) or alpha == 0:
             raise CandidateError(
-                f"{self.path}: lora_alpha of {module!r} is {brief(alpha)}; it has to be a finite number other than 0."
+                f"{self.path}: lora_alpha of {name!r} is {brief(alpha)}; it has to be a finite number other than 0."
             )
         return float(alpha) / (sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+    def _names(self, module: str, looked_up: str | None = None) -> tuple[str, ...]:
+        """Return the names that PEFT may compare with patterns for a module of the file.
+
+        The name is that of the module. For `target_parameters` it is the name of the parameter, but the file has that
+        of its module, with `.base_layer` for each further parameter of it, and does not say which one is meant.
+        """
+        name = module.removeprefix(PREFIX)
+        targets = self.settings.get("target_parameters") or []
+        if looked_up is not None or not targets:
+            return (looked_up or name,)
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise CandidateError(f"{self.path}: target_parameters is {brief(targets)}; it has to be a list of names.")
+        name = name.replace(".base_layer", "")
+        found = []
+        for owner, _, parameter in (target.rpartition(".") for target in targets):
+            if f".{name}".endswith(f".{owner}"):
+                found.append(f"{name}.{parameter}")
+            elif not owner:  # any module that has such a parameter
+                found += [name, f"{name}.{parameter}"]
+        return tuple(found) or (name,)
+
+    def _only(self, module: str, patterns: str, values: set[_Number]) -> _Number:
+        if len(values) > 1:
+            raise CandidateError(
+                f"{self.path}: {patterns} gives parameters of {module!r} different values (target_parameters), and the "
+                f"file of weights does not say to which of them the factors belong. {_MERGED}"
+            )
+        return values.pop()
 
     @property
     def changes_base(self) -> str | None:
         """The `init_lora_weights` with which loading subtracts the first adapter from the base weights, or None."""
-        init = self.settings.get("init_lora_weights")
-        return init if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE) else None
+        init = str(self.settings.get("init_lora_weights")).lower()
+        return init if init.startswith(_CHANGES_BASE) else None
 
-    def _of_module(self, key: str, patterns: str, module: str) -> Any:
-        """Return a setting of a module as PEFT finds it: by the first pattern that its name ends with."""
+    def _looked_up(self, key: str, patterns: str, name: str) -> Any:
+        """Return a setting as PEFT finds it: by the first pattern that the name ends with."""
         by_pattern = self.settings.get(patterns) or {}
         if not isinstance(by_pattern, Mapping):
             raise CandidateError(f"{self.path}: {patterns} is {brief(by_pattern)}; it has to be a mapping.")
-        name = module.removeprefix(_PREFIX)
         for pattern, value in by_pattern.items():
             try:
                 found = re.match(rf"(.*\.)?({pattern})$", name)
@@ -111,7 +166,7 @@ def with_ranks(content: bytes, ranks: Mapping[str, int]) -> bytes:
     settings = parse_json(content)
     assert isinstance(settings, dict)
     ((rank, _),) = Counter(ranks.values()).most_common(1)
-    others = {module.removeprefix(_PREFIX): other for module, other in ranks.items() if other != rank}
+    others = {module.removeprefix(PREFIX): other for module, other in ranks.items() if other != rank}
     patterns = {f"^{re.escape(module)}": other for module, other in others.items()}  # PEFT would take any ending
     settings |= {"r": rank, "lora_alpha": rank, "rank_pattern": patterns, "alpha_pattern": dict(patterns)}
     settings |= {"use_rslora": False, "init_lora_weights": True}

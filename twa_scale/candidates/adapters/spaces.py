@@ -5,15 +5,17 @@ from math import sqrt
 from typing import Literal
 
 from twa_scale.base.names import some
-from twa_scale.candidates.adapters.adapter_config import ADAPTER_CONFIG, AdapterConfig, adapter_config
+from twa_scale.candidates.adapters.adapter_config import ADAPTER_CONFIG, PREFIX, AdapterConfig, adapter_config
 from twa_scale.candidates.adapters.concatenated import concatenated
 from twa_scale.candidates.adapters.lora_factors import factors_in, other_parts, rank_of
 from twa_scale.candidates.adapters.rescaled import Rescaled
+from twa_scale.candidates.adapters.same_meaning import require_same_meaning
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.errors import CandidateError
 
 Space = Literal["auto", "factors", "product"]
 """The setting `space`; `auto` is `factors`, and says so."""
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _FACTORS = "Average their factors with `space: factors` (--space factors)"
 _MERGED = "or merge each adapter into its base model (merge_and_unload) and average those"
 
@@ -30,15 +32,22 @@ def in_space(candidates: Sequence[Candidate], space: Space) -> tuple[list[Candid
     """
     configs = [adapter_config(candidate) for candidate in candidates]
     _require_one_kind(candidates, configs)
-    if space == "product":
-        return _products(candidates, configs), []
-    if configs[-1] is None or configs[-1].kind != "LORA":
+    adapters = [config for config in configs if config]
+    products = _products(candidates, configs) if space == "product" else None
+    require_same_meaning(adapters)
+    if products is not None:
+        return products, []
+    if not adapters or adapters[-1].kind != "LORA":
         return list(candidates), []
-    return _factors(candidates, configs), [_said(candidates)] if space == "auto" and len(candidates) > 1 else []
+    return _factors(candidates, adapters), [_said(candidates)] if space == "auto" and len(candidates) > 1 else []
 
 
-def scalings(candidate: Candidate) -> dict[str, float]:
+def scalings(candidate: Candidate, looked_up: Mapping[str, str] | None = None) -> dict[str, float]:
     """Return the scaling of every module of a LoRA adapter; empty for any other candidate.
+
+    Args:
+        candidate: the adapter.
+        looked_up: for modules of a model, by their names in it, the names that PEFT compares with patterns.
 
     Raises:
         CandidateError: a configuration that gives none.
@@ -46,7 +55,11 @@ def scalings(candidate: Candidate) -> dict[str, float]:
     config = adapter_config(candidate)
     if config is None or config.kind != "LORA":
         return {}
-    return {module: config.scaling(module) for module in factors_in(candidate.names())}
+    known = looked_up or {}
+    return {
+        module: config.scaling(module, known.get(module.removeprefix(PREFIX)))
+        for module in factors_in(candidate.names())
+    }
 
 
 def described(candidate: Candidate) -> str | None:
@@ -54,10 +67,12 @@ def described(candidate: Candidate) -> str | None:
     config = adapter_config(candidate)
     if config is None:
         return None
-    modules = scalings(candidate)
-    if not modules:
+    modules = factors_in(candidate.names()) if config.kind == "LORA" else {}
+    possible = [item for module in modules for item in config.possible_scalings(module).items()]
+    if not possible:
         return config.kind
-    return f"{config.kind}, rank {_range(map(config.rank, modules))}, scaling {_range(modules.values())}"
+    ranks, scales = _range(rank for _, rank in possible), _range(scale for scale, _ in possible)
+    return f"{config.kind}, rank {ranks}, scaling {scales}"
 
 
 def _range(numbers: Iterable[float]) -> str:
@@ -82,14 +97,28 @@ def _require_one_kind(candidates: Sequence[Candidate], configs: Sequence[Adapter
             )
 
 
-def _factors(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | None]) -> list[Candidate]:
-    """Return LoRA adapters with the scaling of the last one: both factors take the root of the quotient."""
+def _factors(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig]) -> list[Candidate]:
+    """Return LoRA adapters with the scaling of the last one: both factors take the root of the quotient.
+
+    Raises:
+        CandidateError: other ranks, scalings that the configuration does not tell, or OLoRA of other scalings.
+    """
     _require_equal_ranks(candidates)
+    if all(config.scaling_settings == configs[-1].scaling_settings for config in configs):
+        return list(candidates)
     reference = scalings(candidates[-1])
     result: list[Candidate] = []
-    for candidate in candidates:
+    for candidate, config in zip(candidates, configs, strict=True):
         scales: dict[str, float] = {}
         for module, scaling in scalings(candidate).items():
+            if config.changes_base == "olora" and scaling != reference.get(module, scaling):
+                raise CandidateError(
+                    f"{config.path}: OLoRA scales {module!r} by {scaling:g}, and {configs[-1].path} by "
+                    f"{reference[module]:g}. Loading OLoRA subtracts the scaled factors of the base weight from it, so "
+                    "adapters of other scalings belong to other base weights. Convert them first "
+                    "(save_pretrained(path_initial_model_for_weight_conversion=..))"
+                    f", {_MERGED}."
+                )
             quotient, one = scaling / reference.get(module, scaling), factors_in(candidate.names())[module]
             scales |= {one.a: sqrt(abs(quotient)), one.b: sqrt(abs(quotient)) * (1 if quotient > 0 else -1)}
             scales |= {one.bias: quotient} if one.bias else {}
@@ -140,10 +169,7 @@ def _experts(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | 
     found: dict[str, int] = {}
     for candidate, config in zip(candidates, configs, strict=True):
         assert config is not None
-        # Patterns have the names of parameters then, which files do not have.
-        stacked = config.settings.get("target_parameters") and not any(
-            config.settings.get(key) for key in ("rank_pattern", "alpha_pattern")
-        )
+        stacked = config.settings.get("target_parameters")
         for module, one in factors_in(candidate.names()).items():
             experts, rest = divmod(rank_of(candidate, one), config.rank(module))
             if rest or (experts > 1 and not stacked) or found.setdefault(module, experts) != experts:
@@ -171,6 +197,11 @@ def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
         why = (
             f"init_lora_weights is {config.changes_base!r}: loading subtracts a product of the original rank from the "
             "base weights. Convert it first (save_pretrained(path_initial_model_for_weight_conversion=..))"
+        )
+    elif config.settings.get("target_parameters") and any(map(config.settings.get, _PATTERNS)):
+        why = (
+            f"{' and '.join(filter(config.settings.get, _PATTERNS))} beside target_parameters have names of "
+            "parameters, which files of weights do not have"
         )
     elif others:
         why = f"{some(others, 2)} are neither A nor B of LoRA"
