@@ -16,7 +16,7 @@ from tests.pool import Pool
 from twa_scale.average.state import load_state
 from twa_scale.config import RunConfig, TaskConfig, validated
 from twa_scale.errors import ConfigError
-from twa_scale.run.best import Kept
+from twa_scale.run.best import BestAverage
 from twa_scale.run.comparison import caveat
 from twa_scale.run.tasks import build_task, stack
 
@@ -187,7 +187,7 @@ NAN = float("nan")
 )
 def test_the_first_of_the_best(higher: bool, values: list[float], best: int | None) -> None:
     task: Any = SimpleNamespace(main_metric="score", higher_is_better=higher)
-    kept = Kept(task, config())
+    kept = BestAverage(task, config())
     none = torch.zeros(1, 1, dtype=torch.float64)
     average: Any = SimpleNamespace(state_dict=lambda: {"x": none, "coefficients": none, "buffers": {}})
     for step, value in enumerate(values):
@@ -198,8 +198,8 @@ def test_the_first_of_the_best(higher: bool, values: list[float], best: int | No
 def test_a_task_that_names_no_metric_of_its_own() -> None:
     task: Any = SimpleNamespace(main_metric="acuracy")
     with pytest.raises(ConfigError, match=r"'acuracy'.*accuracy, loss"):
-        Kept(task, config()).value({"loss": 1.0, "accuracy": 0.5})
+        BestAverage(task, config()).value({"loss": 1.0, "accuracy": 0.5})
     for wrong in ({"main_metric": nn.Linear(1, 1)}, {"higher_is_better": "yes"}):
         task = SimpleNamespace(**wrong)
         with pytest.raises(ConfigError, match="main_metric"):
-            Kept(task, config())
+            BestAverage(task, config())

@@ -102,10 +102,10 @@ def test_what_is_no_file(output: Path) -> None:
     (output / STATE).unlink()
     assert "no run state" in refused(output)
     os.mkfifo(output / STATE)  # reading it would wait for ever
-    assert "no regular file" in refused(output)
+    assert "not a regular file" in refused(output)
     (output / STATE).unlink()
     (output / STATE).mkdir()
-    assert "no regular file" in refused(output)
+    assert "not a regular file" in refused(output)
 
 
 def test_commands_name_the_file(ended: Path, scores: Brought, output: Path, tmp_path: Path, shell: Any) -> None:

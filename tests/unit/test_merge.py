@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.pool import Pool
 from twa_scale.candidates import open_candidates
-from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.errors import CandidateError, OutputError, StateError
 from twa_scale.kernels.torch.checksum import checksum
 from twa_scale.merge import Checksums, merge
@@ -119,7 +119,7 @@ def test_types_and_replacements(tmp_path: Path) -> None:
         Group.alone(),
         dtype=torch.float16,
         replace={"scalar": torch.tensor(9.0), "steps": torch.tensor(7)},
-        carried=Carried(files={"config.json": b"{}"}),
+        carried=CarriedFiles(files={"config.json": b"{}"}),
         progress=lambda nbytes, total: told.append((nbytes, total)),
     )
     found = load_file(tmp_path / "out/model.safetensors")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import twa_scale
-from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.merge import average_fixed
 from twa_scale.output.provenance import provenance, writing_options
 
@@ -138,12 +138,12 @@ def test_provenance(tmp_path: Path) -> None:
 
 def test_long_provenance_is_shortened_in_headers() -> None:
     origin = provenance("something", ["a", "b"], coefficients=[0.5] * 100_000)
-    options = writing_options(Carried(), origin, None, "5GB")
+    options = writing_options(CarriedFiles(), origin, None, "5GB")
     said = json.loads(options["metadata"]["twa_scale"])
     assert said == {**provenance("something", ["a", "b"]), "more": "twa_scale.json"}
     assert len(json.loads(options["files"]["twa_scale.json"])["coefficients"]) == 100_000
     origin = provenance("something", ["a" * 100_000])
-    assert len(writing_options(Carried(), origin, None, "5GB")["metadata"]["twa_scale"]) < 100
+    assert len(writing_options(CarriedFiles(), origin, None, "5GB")["metadata"]["twa_scale"]) < 100
 
 
 def test_export_needs_no_candidates(tmp_path: Path) -> None:

@@ -162,5 +162,5 @@ def test_the_simplex_and_many_groups_are_refused() -> None:
         twa_scale.search(twa, lambda: 0.0)
     _, twa = make(groups="tensor")
     with pytest.raises(twa_scale.ConfigError, match="fewer groups"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twa_scale.average.search.methods._MOST_DIMENSIONS", 9)
+        patch.setattr("twa_scale.average.search.methods._MAX_DIMENSIONS", 9)
         twa_scale.search(twa, lambda: 0.0, "cma")

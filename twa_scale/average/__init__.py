@@ -1,1 +1,1 @@
-"""The trainable average. Start with `attach.py`, which builds it, then `average.py`, which is it."""
+"""The trainable average. Start with `attach.py`, which builds it, then read `average.py`, which defines it."""

@@ -8,12 +8,12 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.bases import make_basis
 from twa_scale.average.basis import Basis
 from twa_scale.average.layout import Layout
-from twa_scale.average.load_candidates import Filled, fingerprint, write_rest
+from twa_scale.average.load_candidates import LoadedCandidates, fingerprint, write_rest
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.buffers import copied_notice
-from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.find import same_files
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.rounding import Rounding
@@ -32,9 +32,9 @@ def assemble(
     reduction: Reduction,
     layout: Layout,
     store: Store,
-    filled: Filled,
+    filled: LoadedCandidates,
     candidates: Sequence[Candidate],
-    carried: Carried,
+    carried: CarriedFiles,
     weights: Sequence[float],
 ) -> TrainableAverage:
     """Return the average of candidates that are in the store, and write its first weights. Collective.
@@ -66,7 +66,7 @@ def assemble(
     return TrainableAverage(config, engine, pods, reduction, layout, store, basis, found, candidates, carried, rounding)
 
 
-def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, filled: Filled) -> None:
+def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, filled: LoadedCandidates) -> None:
     """Say on one rank what a user may not have meant. Collective: a warning may be an error."""
     copied = {name: i for differing in engine.shard_group.gather(filled.differing) for name, i in differing.items()}
     with pods.agree():

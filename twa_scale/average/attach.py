@@ -1,4 +1,4 @@
-"""Attaching to a model: match, stream the candidates into the store once, choose the basis, write the first weights."""
+"""Attach an average to a model: match tensors, load the candidates into the store, write the first weights."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from torch import nn
 from twa_scale.average.assemble import assemble
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.layout import Layout, match, require_same_kinds, wanted_of
-from twa_scale.average.load_candidates import fill
+from twa_scale.average.load_candidates import load_candidates
 from twa_scale.average.optimizer import check_optimizer, check_settings
 from twa_scale.candidates import Candidate, Wanted, open_together
-from twa_scale.candidates.carry_over import carry
+from twa_scale.candidates.carry_over import carried_files
 from twa_scale.candidates.complex_tensors import complex_in_files
 from twa_scale.candidates.mapped import mapped, refuse_overlap
 from twa_scale.candidates.read_ahead import Progress
@@ -43,25 +43,25 @@ def attach(
     replica_group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> TrainableAverage:
-    """Put a trainable average of `candidates` into `model`, whatever shards it. Collective.
+    """Put a trainable average of `candidates` into `model`, for any supported sharding library. Collective.
 
-    The weights that the model has are overwritten; each rank reads only the spans that it holds. The model stays
-    yours: run forward and backward as before, then `step()` in place of your optimizer's. A plain module on several
-    ranks of a process group is a replica: every rank calls this, holds everything, and sees its own data.
+    The weights of the model are overwritten. Each rank reads only the spans that it holds. Run forward and backward
+    passes as before, then call `step()` in place of the step of your optimizer. A plain module on several ranks of a
+    process group is a replica: every rank calls this function, holds all weights, and sees its own data.
 
     Args:
         model: a plain module, DistributedDataParallel, a module sharded by `fully_shard`, a DeepSpeedEngine, or
             another kind that docs/engines.md lists; or an `Engine` of your own.
-        candidates: a glob, a list of paths, or a list of state dicts, in training order. A DeepSpeedEngine may
-            have them in its JSON, with the settings: `"twa": {"candidates": ..}`.
-        config: a `TwaConfig`, or a dict of its fields; where it is not given, the fields in DeepSpeed's JSON.
-        replica_group: with pods, the first rank of every pod; or each rank's own counterparts, as `get_group("pods")`
-            of a 2-D mesh. Pods are shard groups that see different data and exchange only coefficient gradients, which
-            count by rank. A plain module's pod is one rank; its replica group is all ranks unless given here.
-        progress: called on every rank with the number of bytes that it has just read, and of those that it will read.
+        candidates: a glob, a list of paths, or a list of state dicts, in training order. The JSON configuration of a
+            DeepSpeedEngine may name them, with the settings: `"twa": {"candidates": ..}`.
+        config: a `TwaConfig`, or a dict of its fields; by default, the fields in the JSON configuration of DeepSpeed.
+        replica_group: with pods, the first rank of every pod; or the counterparts of each rank, as `get_group("pods")`
+            of a 2-D mesh. Pods are shard groups that see different data and exchange only coefficient gradients, each
+            rank with the same weight. The pod of a plain module is one rank; its default replica group is all ranks.
+        progress: called on every rank with the number of bytes just read and the total number of bytes to read.
 
     Raises:
-        ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the fault.
+        ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the error.
     """
     engine = choose_engine(model, replica_group)
     pods = Pods(engine.shard_group, engine.replica_group)
@@ -70,17 +70,17 @@ def attach(
         adapter = live_adapter(engine.module)
         require_device(engine)
         engine.check()
-        candidates, config = _given(engine, candidates, config)
+        candidates, config = _candidates_and_config(engine, candidates, config)
         require_trainable(config, engine, pods)
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
-    with ExitStack() as undo:  # a caller who mends the fault and comes again finds nothing taken
+    with ExitStack() as undo:  # after an error, nothing stays open, and the caller can try again
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
         opened = open_together(candidates, pods, wanted=_wanted(engine, config, adapter))
         for candidate in opened:
             undo.callback(candidate.close)
         with pods.agree():
-            carried = carry(opened, files=pods.rank == 0, code=config.carry_code)
+            carried = carried_files(opened, files=pods.rank == 0, code=config.carry_code)
             layout = matched(engine, opened, config, adapter)
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
@@ -89,34 +89,34 @@ def attach(
         with pods.agree():
             store = _store(engine, layout, opened, config, coding)
             undo.callback(store.close)
-            filled = fill(engine, layout, opened, weights, config, store, progress)
-        average = assemble(config, engine, pods, reduction, layout, store, filled, opened, carried, weights)
+            loaded = load_candidates(engine, layout, opened, weights, config, store, progress)
+        average = assemble(config, engine, pods, reduction, layout, store, loaded, opened, carried, weights)
         undo.pop_all()
     if average.rounding is not None and pods.rank == 0:
         logging.getLogger("twa_scale").info("%s", average.rounding)
     return average
 
 
-def _given(
+def _candidates_and_config(
     engine: Engine, candidates: Candidates | None, config: TwaConfig | dict[str, Any] | None
 ) -> tuple[Candidates, TwaConfig]:
-    """Return candidates and settings: those that were given, else those in the JSON of DeepSpeed.
+    """Return the arguments of `attach`, with the JSON configuration of DeepSpeed as the default.
 
     Raises:
-        ConfigError: settings that are wrong, or no candidates.
+        ConfigError: settings are invalid, or there are no candidates.
     """
-    beside, fields = block_settings(engine.settings())
-    candidates = beside if candidates is None else candidates
+    block_candidates, fields = block_settings(engine.settings())
+    candidates = block_candidates if candidates is None else candidates
     if candidates is None:
         raise ConfigError('candidates: give them to attach, or as "twa": {"candidates": ..} in DeepSpeed\'s JSON.')
     return candidates, validated(TwaConfig, fields if config is None else config)
 
 
 def require_trainable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
-    """Refuse what cannot be trained with this engine, before any candidate is opened.
+    """Refuse settings that cannot be trained with this engine, before any candidate is opened.
 
     Raises:
-        ConfigError, EngineError: name the setting.
+        ConfigError, EngineError: names the setting.
     """
     check_optimizer(config)
     if config.start == "best":
@@ -131,7 +131,7 @@ def require_trainable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
             "ranks, or set max_grad_norm, which clips the gradient of the coefficients."
         )
     if config.combine == "forward":
-        engine.units()  # may refuse
+        engine.units()  # raises for engines without units
 
 
 def _wanted(engine: Engine, config: TwaConfig, adapter: LiveAdapter | None) -> Wanted:
@@ -157,10 +157,10 @@ def matched(
 
 
 def _store(engine: Engine, layout: Layout, candidates: Sequence[Candidate], config: TwaConfig, coding: Coding) -> Store:
-    """Return the store, which is empty.
+    """Return an empty store.
 
     Raises:
-        CandidateError, ConfigError: candidates that the store would overwrite, or that cannot be mapped.
+        CandidateError, ConfigError: the store would overwrite a candidate, or a candidate cannot be mapped.
     """
     if isinstance(store_kind(config.store), MappedFiles):
         live = [engine.live(span) for span in engine.spans() if span.name in layout.group_of]

@@ -19,12 +19,12 @@ from twa_scale.average.optimizer import make_optimizer
 from twa_scale.average.overflow import WeightLimits
 from twa_scale.average.state import StateForm, require_same_state
 from twa_scale.average.step_optimizer import AverageOptimizer, refuse_copies
-from twa_scale.average.swap import Shown
+from twa_scale.average.swap import SwappedWeights
 from twa_scale.average.weights import Weights
 from twa_scale.base.clock import Clock
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
-from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.conversion import conversions
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.read_ahead import Progress, job_bytes
@@ -56,12 +56,12 @@ class TrainableAverage:
         basis: Basis,
         fingerprint: Fingerprint,
         candidates: Sequence[Candidate],
-        carried: Carried,
+        carried: CarriedFiles,
         rounding: Rounding | None,
     ) -> None:
         self.config = config
         self.rounding = rounding
-        """What a packed store holds in place of the candidates, and averages; None for other stores."""
+        """The rounding errors of a packed store, of candidates and averages; None for other stores."""
         self.layout = layout
         self.fingerprint = fingerprint
         self.pods = pods
@@ -73,16 +73,16 @@ class TrainableAverage:
         self._carried = carried
         self._form = StateForm(config, layout, basis, fingerprint, conversions(candidates))
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
-        # From one rank, as the basis: all have the same bits.
+        # Broadcast, so that all ranks have the same bits.
         self._x = nn.Parameter(pods.broadcast(basis.locate(self._chosen(config.start))))
         self.clock = Clock(engine.device)
         sums = torch.zeros(store.coding.num_rows + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         clips = config.max_weight_grad_norm is not None
         self._gradients = Gradients(store, self._spans, sums, self.clock, basis.needs_center, with_norm=clips)
         self.optimizer = AverageOptimizer(make_optimizer(config, self._x), self, self._take_step)
-        """For schedulers, and for what calls optimizers: its step is `step`."""
+        """A torch optimizer for schedulers and trainers; its step is `step`."""
         self.closed = self._moved = self._in_step = self._accumulating = False
-        self._shown = Shown(engine, pods, self._write, self._gradients.spoil)
+        self._swapped = SwappedWeights(engine, pods, self._write, self._gradients.spoil)
         self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=config.combine == "forward")
         self._limits = WeightLimits(engine, self._weights, layout, basis, pods)
         self._write()
@@ -94,17 +94,17 @@ class TrainableAverage:
 
     @property
     def num_candidates(self) -> int:
-        """n."""
+        """The number of candidates, n."""
         return len(self._candidates)
 
     @property
     def lost(self) -> str:
         """Why the average can no longer be used; empty as long as it can."""
-        return self._shown.lost
+        return self._swapped.lost
 
     @property
     def coefficients(self) -> torch.Tensor:
-        """The averaging coefficients a, (n, G) float64: w_g = sum_i a[i, g] w_i; in centered bases they sum to 1."""
+        """The averaging coefficients a, (n, G) float64: w_g = sum_i a[i, g] w_i. In centered bases they sum to 1."""
         return self._form.averaging(self._x)
 
     @property
@@ -119,20 +119,21 @@ class TrainableAverage:
 
     @while_open
     def cost(self, steps: int) -> dict[str, dict[str, float]]:
-        """Return the mean seconds of the parts of a step since the last call, and the bytes of memory each moves.
+        """Return the mean seconds of each part of a step since the last call, and the bytes of memory it moves.
 
-        `project` reads the deltas and the gradient, `combine` the deltas and the center, and writes the weights;
-        `publish` makes them visible to the engine. Of `project`, `seconds_in_backward` are spent in backward hooks; for
-        `combine`, with `combine: forward`, forward passes have waited `seconds_in_forward`.
+        `project` reads the deltas and the gradient. `combine` reads the deltas and the center and writes the weights.
+        `publish` makes the weights visible to the engine. `seconds_in_backward` is the time of `project` in backward
+        hooks; `seconds_in_forward` is the time that forward passes wait for `combine` with `combine: forward`.
+
+        Args:
+            steps: the number of steps since the last call.
         """
         elements = sum(len(span) for span in self._spans)
         weights = sum(self._engine.live(span).nbytes for span in self._spans)
         mapped = 0
-        if isinstance(
-            store_kind(self.config.store), MappedFiles
-        ):  # it reads the candidates' own files where other stores read deltas
-            everyone = range(self.num_candidates)
-            mapped = job_bytes(self._candidates, [(self.layout.sourced(span), everyone) for span in self._spans])
+        if isinstance(store_kind(self.config.store), MappedFiles):  # reads candidate files instead of deltas
+            indices = range(self.num_candidates)
+            mapped = job_bytes(self._candidates, [(self.layout.sourced(span), indices) for span in self._spans])
         nbytes = update_bytes(self._store.nbytes, elements, mapped=mapped, weights=weights)
         return step_cost(self.clock.read(), nbytes, steps)
 
@@ -140,29 +141,30 @@ class TrainableAverage:
     def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
         """Take one step of the optimizer on the coefficients, and write the new weights. Collective.
 
-        Call it, or `optimizer.step()`, which is the same, after one or more backward passes; it sees the sum of their
-        gradients. With DeepSpeed call it after each `engine.backward`, in place of `engine.step`: it acts when the
-        engine's accumulation is full.
+        Call it after one or more backward passes; it uses the sum of their gradients. `optimizer.step()` is the same
+        step. With DeepSpeed, call it after each `engine.backward`, in place of `engine.step`: it updates the
+        coefficients at the end of each gradient accumulation.
 
         Args:
-            scaler: what scaled the loss; call its `update` afterwards, as with any optimizer.
+            scaler: the scaler of the loss; call its `update` afterwards, as with any optimizer.
 
         Returns:
-            Whether the coefficients moved: not within an accumulation, nor when a scaled gradient overflowed.
+            Whether the coefficients changed. False within a gradient accumulation, and when a scaled gradient
+            overflowed.
 
         Raises:
-            TwaError: a gradient that is not finite, weights that would not be, no backward pass since the last step, or
-                a step inside `weights`; coefficients and weights are as they were.
-            EngineError: on every rank, also when only one of them has gradients that are incomplete.
+            TwaError: the gradient or the new weights are not finite, there was no backward pass since the last step,
+                or the call is inside `weights`. Coefficients and weights are unchanged.
+            EngineError: gradients of a rank are incomplete; raised on every rank.
         """
-        self.optimizer.step(grad_scaler=scaler)  # through its hooks, and so that schedulers see a step
+        self.optimizer.step(grad_scaler=scaler)  # runs the hooks of the optimizer, and schedulers count the step
         return self._moved
 
     @while_open
     def _take_step(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Do what `step` and `optimizer.step` do."""
+        """Take the step of `step` and `optimizer.step`."""
         self._moved = False
-        if self._shown:
+        if self._swapped:
             raise TwaError("step() inside weights(): the gradient is not that of the trained weights; leave it first.")
         self._accumulating = not self._engine.boundary()
         if self._accumulating:
@@ -178,10 +180,10 @@ class TrainableAverage:
         finally:
             self._in_step = False
         with self.clock.part("reduce"):
-            products, norm = self._gradients.reduced(self._reduction)  # from here to the weights everything is small
+            products, norm = self._gradients.reduced(self._reduction)  # small tensors on the CPU from here on
         self._gradients.require_any(products, self.pods)
         if scaler and not scaler.is_enabled():
-            scaler = None  # it would let an overflow through
+            scaler = None  # a disabled scaler does not check for overflow
         engine_scale = self._engine.loss_scale
         scale = engine_scale.value() if engine_scale else scaler.get_scale() if scaler else 1.0
         products *= clipping(norm and norm / scale, self.config.max_weight_grad_norm)
@@ -205,26 +207,26 @@ class TrainableAverage:
         self._moved = finite
 
     def as_optimizer(self) -> AverageOptimizer:
-        """Return `optimizer`, for trainers of other libraries that take one: its step is that of the average.
+        """Return `optimizer`, for trainers that take a torch optimizer.
 
-        Its state dict continues the run: coefficients, moments and, when it is loaded, the weights.
+        Its state dict has the coefficients and the moments. Loading it also writes the weights.
         """
         return self.optimizer
 
     @while_open
     def settle(self) -> None:
-        """Write what a step has left to the next forward pass (`combine: forward`). Not collective.
+        """Write the weights that a step has deferred to the next forward pass (`combine: forward`). Not collective.
 
-        Forward passes, all methods here and the module's `state_dict` do so themselves: this is for those who read
-        parameters in between.
+        Call it before you read parameters directly. Forward passes, the methods of this class and `state_dict` of the
+        module call it themselves.
         """
         self._weights.settle()
 
     @while_open
     def zero_grad(self) -> None:
-        """Forget the gradients of the coefficients and what backward passes have added since the last step.
+        """Clear the gradients that backward passes have added since the last step.
 
-        After a `step` that only counted a micro-batch of the engine's accumulation it keeps them.
+        It does nothing within a gradient accumulation of the engine.
         """
         if self._accumulating:
             return
@@ -235,39 +237,40 @@ class TrainableAverage:
     @while_open
     @contextmanager
     def weights(self, which: Which) -> Iterator[None]:
-        """Show the model with other weights in a `with` block, then restore weights and buffers. Collective.
+        """Put other weights into the model in a `with` block, then restore weights and buffers. Collective.
 
-        Tensors that are not trained keep their value at the center, and buffers theirs: measure BatchNorm statistics
-        anew inside the block (`recalibrate_batchnorm`) where the model has them.
+        Tensors that are not trained keep the value of the center, and buffers keep their value. Call
+        `recalibrate_batchnorm` inside the block if the model has BatchNorm layers.
 
         Args:
-            which: "trained", "center", what the setting `center` takes ("mean", "ema:0.9", "last", the index of a
-                candidate), or coefficients a: n numbers, or (n, G), of any sum. The same on every rank.
+            which: "trained", "center", a value of the setting `center` ("mean", "ema:0.9", "last", the index of a
+                candidate), or coefficients a of shape (n,) or (n, G) with any sum. The same on every rank.
 
         Raises:
-            TwaError: a backward pass inside the block, which would give the gradient of other weights.
-            RankError: another rank has left the block by an error and has not come to its end: nothing is restored, and
-                the average cannot be used any more. An error of the block is raised on every rank that ends it.
+            TwaError: a backward pass ran inside the block; its gradient is not that of the trained weights.
+            RankError: another rank left the block by an error and did not reach its end. The weights are not
+                restored, and the average can no longer be used. An error in the block is raised on every rank that
+                reaches its end.
         """
         trained = isinstance(which, str) and which == "trained"
-        with self._shown.showing(which, lambda: None if trained else self._chosen(which)):
+        with self._swapped.showing(which, lambda: None if trained else self._chosen(which)):
             yield
 
     @while_open
     def recalibrate_batchnorm(
         self, batches: Iterable[Any], forward: Callable[[nn.Module, Any], object] | None = None
     ) -> int:
-        """Measure the BatchNorm statistics of the present weights on `batches` of all ranks. Collective.
+        """Recompute the BatchNorm statistics of the current weights from `batches` of all ranks. Collective.
 
-        Returns the number of batches seen over all ranks. See `batchnorm.recalibrate` for the arguments.
+        Returns the number of batches over all ranks. See `batchnorm.recalibrate` for the arguments.
         """
         engine = self._engine
         self.settle()
         synced = any(isinstance(layer, nn.SyncBatchNorm) for layer in engine.module.modules())
-        apart = self.pods.size == self.pods.count and not synced  # then no forward pass waits for another rank
-        seen = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward, apart=apart)
+        local = self.pods.size == self.pods.count and not synced
+        count = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward, local_forward=local)
         engine.publish(())
-        return seen
+        return count
 
     @while_open
     def export(
@@ -279,7 +282,7 @@ class TrainableAverage:
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Write the live weights as safetensors into the directory `path`, as the candidates were written. Collective.
+        """Write the live weights to the directory `path` as safetensors, in the form of the candidates. Collective.
 
         See `export.export` for the arguments and errors.
         """
@@ -289,7 +292,7 @@ class TrainableAverage:
             self.fingerprint.labels,
             config=self._form.settings(),
             groups=list(self.layout.groups),
-            coefficients=(self.coefficients if self._shown.now is None else self._shown.now).tolist(),
+            coefficients=(self.coefficients if self._swapped.now is None else self._swapped.now).tolist(),
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         )
         export(
@@ -307,7 +310,7 @@ class TrainableAverage:
         )
 
     def can_start_from(self, which: Which) -> bool:
-        """Whether `start_from(which)` is possible; the simplex cannot start where a candidate has no weight.
+        """Return whether `start_from(which)` is possible: `simplex` needs a positive coefficient for every candidate.
 
         Raises:
             ConfigError: as `weights` does.
@@ -318,17 +321,17 @@ class TrainableAverage:
     def start_from(self, which: Which) -> None:
         """Set the coefficients to an average that needs no training, and write its weights. Collective.
 
-        The basis `pca` takes the nearest point of its subspace. The optimizer keeps its state, so call this before the
+        The basis `pca` uses the nearest point of its subspace. The optimizer keeps its state, so call this before the
         first step.
 
         Args:
-            which: what `weights` takes, but for "trained".
+            which: as for `weights`, except "trained".
 
         Raises:
-            ConfigError: on every rank; an unknown average, or one that the basis cannot start from.
+            ConfigError: the average is unknown, or the basis cannot start from it; raised on every rank.
         """
         with self.pods.agree():
-            if self._shown:
+            if self._swapped:
                 raise TwaError("start_from() inside weights(): leave it first.")
             if not self.can_start_from(which):
                 raise ConfigError(f"start_from: basis {self.config.basis!r} cannot start from {which!r}.")
@@ -340,12 +343,12 @@ class TrainableAverage:
 
     @while_open
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to continue on any engine and number of ranks: kilobytes.
+        """Return the state that `load_state_dict` continues from, with any engine and number of ranks: kilobytes.
 
-        It is the same on every rank, but for BatchNorm statistics where ranks keep their own.
+        It is the same on every rank, except BatchNorm statistics of models whose ranks have different ones.
         """
         names = batchnorm.statistics(self._engine.module, self._engine.buffers())
-        statistics = {name: buffer for name, buffer in self._shown.own_buffers().items() if name in names}
+        statistics = {name: buffer for name, buffer in self._swapped.own_buffers().items() if name in names}
         return self._form.state(self._x, self.optimizer.inside.state_dict(), statistics)
 
     @while_open
@@ -353,11 +356,11 @@ class TrainableAverage:
         """Continue from `state_dict()`. Collective.
 
         Raises:
-            StateError: on every rank; a field that is missing or of another type or shape, other candidates, or
-                settings under which the coefficients would mean something else. The average is as it was.
+            StateError: a field is missing or has another type or shape, the candidates are other ones, or a setting
+                that the coefficients depend on differs; raised on every rank. The average is unchanged.
         """
         with self.pods.agree():
-            if self._shown:
+            if self._swapped:
                 raise TwaError("load_state_dict() inside weights(): leave it first.")
             saved = self._form.checked(state, self._x, self._engine.buffers())
         require_same_state(self.pods, saved)
@@ -372,18 +375,18 @@ class TrainableAverage:
             live[name].copy_(value)
 
     def close(self) -> None:
-        """Take the hooks off the model and release the store and the candidates; the model keeps its weights.
+        """Remove the hooks from the model and release the store and the candidates; the model keeps its weights.
 
-        A second call does nothing; other methods raise TwaError from then on.
+        A second call does nothing. Other methods raise TwaError after it.
         """
         if self.closed:
             return
-        if self._shown:
+        if self._swapped:
             raise TwaError("close() inside weights(): the model would keep those; leave it first.")
         try:
             if not self.lost:
                 self.settle()
-        finally:  # also where the weights can no longer be written
+        finally:  # also when the weights cannot be written
             self.closed = True
             self._engine.close()
             self._reduction.close()
@@ -395,19 +398,19 @@ class TrainableAverage:
         self._gradients.project(span, gradient, in_step=self._in_step)
 
     def _require_no_fault(self) -> None:
-        """Raise on every rank what one has found; the next step begins anew. Collective."""
+        """Raise an error of any rank on every rank, and clear the gradients. Collective."""
         try:
             self._gradients.require_no_fault(self.pods)
         finally:
             self._gradients.clear()
 
     def _write_or_return_to(self, before: torch.Tensor) -> None:
-        """Write the weights after a step; where they are not finite, restore the coefficients `before` it and raise."""
+        """Write the weights after a step; if they are not finite, restore the coefficients `before` it and raise."""
         try:
             self._limits.require_coefficients(self._x)
             self._write(postpone=self.config.combine == "forward")
             self._limits.require_weights(self._x, self._spans)
-        except RankError:  # writing again would wait for the same rank again
+        except RankError:  # writing again would wait for the same rank
             raise
         except TwaError:
             with torch.no_grad():
@@ -416,13 +419,13 @@ class TrainableAverage:
             raise
 
     def _write(self, *, postpone: bool = False) -> None:
-        """Write the weights that are shown now, or `postpone` what can be. Collective."""
+        """Write the current weights; with `postpone`, defer those that can wait for the next forward. Collective."""
         self._weights.write(self._u, postpone=postpone)
 
     def _u(self) -> torch.Tensor:
-        """Return u, (n + 1, G), of the weights that are shown now."""
-        shown = self._shown.now
-        return self._basis.expand(self._x) if shown is None else self._basis.weights_of(shown)
+        """Return u, (n + 1, G), of the current weights."""
+        swapped = self._swapped.now
+        return self._basis.expand(self._x) if swapped is None else self._basis.weights_of(swapped)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a TrainableAverage")

@@ -12,10 +12,10 @@ from twa_scale.config import TwaConfig
 from twa_scale.config.kinds import BasisName
 from twa_scale.errors import ConfigError
 
-_EIGENVALUE_FLOOR = 1e-10  # of the largest; below it a direction of float32 deltas is rounding noise
-_RELATIVE_FLOOR = 1e-6  # of the largest delta norm
-_ROUNDING = 1e-7  # of the center's norm: the rounding of a float32 candidate that is the average of the others
-_SCHMIDT_FLOOR = 1e-12  # squared norm that remains of a candidate, relative to its own
+_EIGENVALUE_FLOOR = 1e-10  # relative to the largest; smaller ones are rounding noise of float32 deltas
+_RELATIVE_FLOOR = 1e-6  # relative to the largest delta norm
+_ROUNDING = 1e-7  # relative to the center's norm: rounding of a float32 candidate that is the average of the others
+_SCHMIDT_FLOOR = 1e-12  # squared norm of the remainder of a candidate, relative to its own
 
 
 def basis_class(name: BasisName) -> type[Basis]:
@@ -42,7 +42,7 @@ def make_basis(config: TwaConfig, gram: torch.Tensor, center_weights: Sequence[f
         center_weights: b, n numbers of sum 1.
 
     Raises:
-        ConfigError: more components asked for than the candidates have.
+        ConfigError: `num_components` is larger than the number of directions of the candidates.
     """
     return basis_class(config.basis).make(config, gram, torch.tensor(center_weights, dtype=torch.float64))
 
@@ -54,14 +54,14 @@ class LinearBasis(Basis):
         gram: (G, n + 1, n + 1), float64.
         center_weights: b (n,), float64.
         units: `delta` multiplies T by the group's mean delta norm, `weight` does not.
-        num_components: most columns of T; all when not given.
+        num_components: the largest number of columns of T; None for all.
 
     Raises:
-        ConfigError: more components asked for than the candidates have.
+        ConfigError: `num_components` is larger than the number of directions of the candidates.
     """
 
     from_origin: ClassVar[bool] = False
-    """Whether x are coordinates from the origin: the center is then one of the directions, and x = 0 is w = 0."""
+    """Whether x are coordinates from the origin: x = 0 is w = 0, and the center is one of the directions."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class LinearBasis(Basis):
         """T: (G, n + 1, k), float64. Columns beyond a group's own rank are zero."""
         self.offset = gram.new_zeros(n + 1, len(gram))
         """(n + 1, G), float64."""
-        if self.from_origin:  # a group that is the same in all candidates has no direction, and stays at the center
+        if self.from_origin:  # a group that is equal in all candidates has no direction and stays at the center
             self.offset[-1] = -matrix.any(dim=2).any(dim=1).to(gram.dtype)
 
     @classmethod
@@ -107,9 +107,9 @@ class LinearBasis(Basis):
         return u
 
     def locate(self, a: torch.Tensor) -> torch.Tensor:
-        """Return the solution of the normal equations of T x + offset = u(a), in the metric of the Gram matrix."""
+        """Return the least-squares solution of T x + offset = u(a) in the metric of the Gram matrix."""
         target = self.weights_of(a) - self.offset
-        if not target.any():  # at the center of a centered basis; a pseudo-inverse takes long with many candidates
+        if not target.any():  # the center of a centered basis; the pseudo-inverse is slow for many candidates
             return target.new_zeros(self.matrix.shape[2], target.shape[1])
         normal = self.matrix.mT @ self.gram @ self.matrix
         right = torch.einsum("gik,gij,jg->gk", self.matrix, self.gram, target)
@@ -124,7 +124,7 @@ class Normalized(LinearBasis):
 
     @staticmethod
     def directions(gram: torch.Tensor, num_components: int | None) -> torch.Tensor:
-        """Return T; a delta that is zero up to rounding is no direction."""
+        """Return T; the column of a delta that is zero up to rounding is zero."""
         n = len(gram) - 1
         norms = gram.diagonal().clamp(min=0).sqrt()
         floor = max(_RELATIVE_FLOOR * norms[:n].max(), _ROUNDING * norms[n])
@@ -141,7 +141,7 @@ class Orthonormal(LinearBasis):
 
     @staticmethod
     def directions(gram: torch.Tensor, num_components: int | None) -> torch.Tensor:
-        """Orthonormalize w_1, .., w_n, where w_i = c + delta_i, in this order; drop what depends on earlier ones."""
+        """Orthonormalize w_i = c + delta_i in the order i = 1, .., n; drop candidates that depend on earlier ones."""
         n = len(gram) - 1
         basis, rank = gram.new_zeros(n + 1, n), 0
         for i in range(n):
@@ -149,7 +149,7 @@ class Orthonormal(LinearBasis):
             vector[i] = vector[n] = 1.0
             original = vector @ gram @ vector
             earlier = basis[:, :rank]
-            for _ in range(2):  # the second sweep removes what rounding left of the first
+            for _ in range(2):  # the second sweep removes rounding errors of the first
                 vector = vector - earlier @ (earlier.T @ (gram @ vector))
             rest = vector @ gram @ vector
             if rest > _SCHMIDT_FLOOR * original:
@@ -171,7 +171,7 @@ class Pca(LinearBasis):
         rank = int((values > _EIGENVALUE_FLOOR * values[0].clamp(min=0)).sum()) if values[0] > 0 else 0
         rank = min(rank, n - 1, num_components or n)
         vectors = vectors[:, :rank]
-        # The sign of an eigenvector is arbitrary. Fix it, so that a resumed run continues on the same side.
+        # The sign of an eigenvector is arbitrary. Fix it, so that a resumed run has the same directions.
         signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
         directions = centering @ (vectors * signs) / values[:rank].sqrt()
         return torch.cat([directions, gram.new_zeros(1, rank)])
@@ -187,7 +187,7 @@ class Simplex(Basis):
         """Refuse a start at the boundary.
 
         Raises:
-            ConfigError: a start or a center that leaves candidates out.
+            ConfigError: a candidate has no weight in the start or in the center.
         """
         if config.start != "center" or min(center_weights) <= 0:
             raise ConfigError(
@@ -201,9 +201,9 @@ class Simplex(Basis):
         return torch.cat([weights, weights.new_zeros(1, weights.shape[1])])
 
     def reaches(self, a: torch.Tensor) -> bool:
-        """Whether a is in the interior: at corners and edges the softmax has no gradient."""
+        """Return whether a is in the interior: the softmax has no gradient at corners and edges."""
         return bool((a > 0).all())
 
     def locate(self, a: torch.Tensor) -> torch.Tensor:
-        """Return log(a), which is finite where `reaches` holds."""
+        """Return log(a), which is finite if `reaches` returns True."""
         return torch.log(a)

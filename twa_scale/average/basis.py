@@ -1,7 +1,7 @@
-"""What a basis is: the map from the trained coefficients x to the weights u of the deltas and the center.
+"""The interface of a basis: the map from the trained coefficients x to the weights u of the deltas and the center.
 
-The weights of a group of tensors are w = (1 + u_c) c + sum_i u_i delta_i. Everything here is of size n, the number of
-candidates. Rows of u, T and the Gram matrix are the n deltas, then the center. `bases.py` has the bases.
+The weights of a group of tensors are w = (1 + u_c) c + sum_i u_i delta_i. All tensors here have the size of n, the
+number of candidates. Rows of u, T and the Gram matrix are the n deltas, then the center. `bases.py` has the bases.
 """
 
 from abc import ABC, abstractmethod
@@ -18,10 +18,10 @@ class Gram:
     """Inner products of deltas and center per group, in float64: (G, n + 1, n + 1).
 
     Args:
-        num_groups: G.
-        n: candidates.
-        device: of the deltas.
-        diagonal: form the squared norms only, and leave the other products zero.
+        num_groups: the number of groups, G.
+        n: the number of candidates.
+        device: the device of the deltas.
+        diagonal: compute the squared norms only, and leave the other products zero.
     """
 
     def __init__(self, num_groups: int, n: int, device: torch.device, *, diagonal: bool = False) -> None:
@@ -29,7 +29,7 @@ class Gram:
         self.values = torch.zeros(num_groups, n + 1, n + 1, dtype=torch.float64, device=device)
 
     def of(self, group: int) -> torch.Tensor:
-        """Return what the products of a group's elements are added to: (n + 1, n + 1), or the diagonal (n + 1,)."""
+        """Return the view that sums the products of a group: (n + 1, n + 1), or the diagonal (n + 1,)."""
         return self.values[group].diagonal() if self._diagonal else self.values[group]
 
 
@@ -37,14 +37,14 @@ class Basis(ABC):
     """The map from coefficients x (k, G) to the weights u (n + 1, G) of the deltas and the center.
 
     Args:
-        gram: (G, n + 1, n + 1), float64; only its diagonal where `norms_only`.
+        gram: (G, n + 1, n + 1), float64; with `norms_only`, diagonal.
         center_weights: b (n,), float64, with the center c = sum_i b_i w_i.
     """
 
     norms_only: ClassVar[bool] = False
-    """Whether the basis is made of the diagonal of the Gram matrix alone, which is cheaper to form."""
+    """Whether the basis needs only the diagonal of the Gram matrix, which is cheaper to compute."""
     needs_center: ClassVar[bool] = False
-    """Whether the gradient along the center itself moves a coefficient."""
+    """Whether the gradient of the coefficients depends on <center, gradient>."""
 
     def __init__(self, gram: torch.Tensor, center_weights: torch.Tensor) -> None:
         self.gram = gram
@@ -52,7 +52,7 @@ class Basis(ABC):
 
     @classmethod
     def check(cls, config: TwaConfig, center_weights: Sequence[float]) -> None:
-        """Refuse settings with which the coefficients could not be trained.
+        """Refuse settings with which the coefficients cannot be trained.
 
         Raises:
             ConfigError: names the setting.
@@ -61,33 +61,33 @@ class Basis(ABC):
 
     @classmethod
     def make(cls, config: TwaConfig, gram: torch.Tensor, center_weights: torch.Tensor) -> Self:
-        """Return the basis with the settings of `config` that concern it.
+        """Return the basis with its settings in `config`.
 
         Raises:
-            ConfigError: settings that do not fit these candidates.
+            ConfigError: the settings do not fit these candidates.
         """
         del config
         return cls(gram, center_weights)
 
     @abstractmethod
     def expand(self, x: torch.Tensor) -> torch.Tensor:
-        """Return u (n + 1, G) for x (k, G). Autograd differentiates it, so a basis need not be linear."""
+        """Return u (n + 1, G) for x (k, G). Autograd differentiates it, so a basis can be nonlinear."""
 
     def reaches(self, a: torch.Tensor) -> bool:
-        """Whether `locate` has coefficients for sum_i a_i w_i that can be trained, for a (n, G)."""
+        """Return whether training can start at sum_i a_i w_i, for a (n, G)."""
         del a
         return True
 
     @abstractmethod
     def locate(self, a: torch.Tensor) -> torch.Tensor:
-        """Return x (k, G) whose weights come nearest to sum_i a_i w_i, for a (n, G)."""
+        """Return the x (k, G) whose weights are nearest to sum_i a_i w_i, for a (n, G)."""
 
     def averaging(self, u: torch.Tensor) -> torch.Tensor:
         """Return the averaging coefficients a (n, G): w = sum_i a_i w_i with a_i = u_i + (1 + u_c - sum_j u_j) b_i."""
         return u[:-1] + (1 + u[-1] - u[:-1].sum(0)) * self.center_weights[:, None]
 
     def weights_of(self, a: torch.Tensor) -> torch.Tensor:
-        """Return u (n + 1, G) that gives exactly sum_i a_i w_i for a (n, G), also where the a do not sum to 1."""
-        # The store holds the center itself. Summing it up from the deltas again would add their rounding.
+        """Return the u (n + 1, G) of exactly sum_i a_i w_i, for a (n, G) of any sum."""
+        # The store holds the center itself. A sum of deltas would add their rounding.
         is_center = (a == self.center_weights[:, None]).all(0)
         return torch.cat([a.masked_fill(is_center, 0), a.sum(0, keepdim=True).masked_fill(is_center, 1) - 1])

@@ -1,4 +1,4 @@
-"""BatchNorm statistics of averaged weights: measured anew, since they are not the average of the statistics."""
+"""Recompute BatchNorm statistics for averaged weights: they are not the average of the candidates' statistics."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from twa_scale.ranks import Group, publish_failure
 
 
 def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
-    """Return the layers that keep running statistics."""
+    """Return the BatchNorm layers of `module` that have running statistics."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     return [layer for layer in layers if layer.running_mean is not None]
 
@@ -24,27 +24,27 @@ def recalibrate(
     device: torch.device,
     forward: Callable[[nn.Module, Any], object] | None = None,
     *,
-    apart: bool = False,
+    local_forward: bool = False,
 ) -> int:
-    """Reset the running statistics of `module` and take their plain mean over `batches` of all ranks of `group`.
+    """Replace the running statistics of `module` by their mean over `batches` of all ranks of `group`.
 
-    All other layers are in evaluation mode meanwhile. Every rank stops with the first that has no batch left: a rank
-    that went on alone would wait for the others in a sharded forward pass.
+    The other layers are in evaluation mode. All ranks stop when the first has no batch left: a sharded forward pass
+    needs all of them.
 
     Args:
         module: the model; forward passes may be collective.
         batches: tensors, dicts (passed by keyword), or sequences whose first item is the input.
         group: the data-parallel ranks.
-        device: where the batches go.
-        forward: how to run one batch, when it is not module(input).
-        apart: a forward pass holds no collective, so that ranks can agree on its errors.
+        device: the device to move the batches to.
+        forward: runs one batch; by default, `module(input)`.
+        local_forward: whether a forward pass has no collectives, so that ranks can agree on its errors.
 
     Returns:
-        The number of batches over all ranks; 0 leaves the statistics as they were.
+        The number of batches over all ranks. If it is 0, the statistics are unchanged.
 
     Raises:
-        Whatever a batch raises, on every rank. A forward pass that fails on one rank of a sharded model raises there
-        alone: others may wait within the same pass, until that rank ends or the time-out of the process group is over.
+        Exception: an error of `batches`, on every rank. An error of a sharded forward pass is raised only on its rank:
+            the other ranks may wait in that pass, until the failed rank ends or the process group times out.
     """
     layers = batchnorm_layers(module)
     if not layers:
@@ -61,7 +61,7 @@ def recalibrate(
             layer.train()
         iterator = iter(batches)
         while (batch := _next_on_all(iterator, group, device)) is not None:
-            with group.agree() if apart else publish_failure():
+            with group.agree() if local_forward else publish_failure():
                 forward(module, batch) if forward else _call(module, batch)
             count += 1
         total = int(group.sum_(torch.tensor([count], device=device)).item())
@@ -80,7 +80,14 @@ def recalibrate(
 
 
 def _average(layers: list[_BatchNorm], part: float, total: int, group: Group) -> None:
-    """Weigh each rank's statistics by its part of the batches: the mean that one process would have got from all."""
+    """Average the statistics over ranks, weighted by each rank's fraction of the batches.
+
+    Args:
+        layers: the BatchNorm layers.
+        part: the fraction of the batches that this rank has processed.
+        total: the number of batches of all ranks.
+        group: the ranks.
+    """
     for layer in layers:
         for buffer in (layer.running_mean, layer.running_var):
             assert buffer is not None
@@ -90,7 +97,7 @@ def _average(layers: list[_BatchNorm], part: float, total: int, group: Group) ->
 
 
 def statistics(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> set[str]:
-    """Return the names of those of `buffers` that are the statistics of a BatchNorm layer."""
+    """Return the names of the `buffers` that are statistics of a BatchNorm layer."""
     held = {id(buffer) for layer in batchnorm_layers(module) for buffer in layer.buffers()}
     return {name for name, buffer in buffers.items() if id(buffer) in held}
 

@@ -1,4 +1,4 @@
-"""Objects that are closed, or can no longer be used: their methods say so afterwards."""
+"""A decorator for methods that raise an error after the object is closed."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,7 +12,7 @@ S = TypeVar("S", bound=Any)
 
 
 def while_open(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Make a method raise TwaError where its object has `closed` set, or says in `lost` why it cannot be used."""
+    """Make a method raise TwaError when its object has `closed` set, or a reason in `lost` why it cannot be used."""
 
     @wraps(method)
     def checked(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -23,4 +23,4 @@ def while_open(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
             raise TwaError(f"{name}: {self.lost}")
         return method(self, *args, **kwargs)
 
-    return checked  # type: ignore[return-value]  # mypy calls the first argument of a wrapped method by its name
+    return checked  # type: ignore[return-value]  # mypy wants the first parameter to have the name of the method's

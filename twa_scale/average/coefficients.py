@@ -1,4 +1,4 @@
-"""Averages that people name: "mean", "last", an index, or coefficients of their own."""
+"""Averaging coefficients from a name, an index, or numbers."""
 
 from collections.abc import Sequence
 
@@ -11,16 +11,17 @@ Which = str | int | Sequence[float] | torch.Tensor
 
 
 def averaging_coefficients(which: Which, center_weights: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Return the averaging coefficients a (n, G) that `which` names, like `center_weights` (n,) in type and device.
+    """Return the averaging coefficients a (n, G) of `which`, with the dtype and device of `center_weights`.
 
     Args:
-        which: "center", any name or index that the setting `center` takes ("mean", "ema:0.9", "last", 0, ..), or
-            coefficients: n numbers, or (n, G), of any sum.
-        center_weights: b, (n,).
-        num_groups: G.
+        which: "center", a value of the setting `center` ("mean", "ema:0.9", "last", 0, ..), or coefficients of shape
+            (n,) or (n, G) with any sum.
+        center_weights: the weights b of the center, (n,).
+        num_groups: the number of groups, G.
 
     Raises:
-        ConfigError: an unknown name, an index out of range, or coefficients that are not finite or of another shape.
+        ConfigError: the name is unknown, the index is out of range, or the coefficients are not finite or have
+            another shape.
     """
     n = len(center_weights)
     a = center_weights if isinstance(which, str) and which == "center" else _named(which, n).to(center_weights)
@@ -41,7 +42,7 @@ def _named(which: Which, n: int) -> torch.Tensor:
             which = parse_center(which)
             if not isinstance(which, list):
                 which = center_weights(which, n, "weights")
-        if not isinstance(which, torch.Tensor):  # directly: in the default type numbers would be rounded
+        if not isinstance(which, torch.Tensor):  # float64 at once: the default dtype would round
             return torch.as_tensor(which, dtype=torch.float64)
         if which.is_meta or which.is_complex():
             raise TypeError

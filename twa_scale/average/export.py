@@ -1,4 +1,4 @@
-"""Writing the average that a model holds as a directory like those of its candidates."""
+"""Write the live weights of a model as a checkpoint directory in the form of the candidates."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from twa_scale.average.layout import Layout
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate
-from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.dtypes import types_notice
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
@@ -26,7 +26,7 @@ def export(
     pods: Pods,
     layout: Layout,
     candidates: Sequence[Candidate],
-    carried: Carried,
+    carried: CarriedFiles,
     out: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -35,27 +35,27 @@ def export(
     provenance: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> None:
-    """Write what the model holds now to the directory `out`, under the candidates' names and types. Collective.
+    """Write the live weights to the directory `out`, with the tensor names and dtypes of the candidates. Collective.
 
-    The result has the tensors of the last candidate that the model knows, tied ones under each of their names that
-    it has, and its small files, so that what reads the candidates reads the average.
+    The output has every tensor of the last candidate that the model has, tied tensors under each of their names, and
+    its small files, so that it can be loaded like a candidate.
 
     Args:
         engine: the model.
-        pods: all that hold it: the first writes.
-        layout: which of its tensors the candidates hold.
-        candidates: the last one gives names and types.
-        carried: what else it gives; the small files are those of the first rank.
+        pods: all ranks; the first pod writes.
+        layout: maps tensors of the model to those of the candidates.
+        candidates: the last one defines names and dtypes.
+        carried: the other files of the last candidate; used on the first rank.
         out: a directory that is new, empty, or to be overwritten.
-        dtype: type of all floating point tensors; when not given, the widest of the candidates, which is reported
-            where they differ.
-        max_shard_size: most bytes of one file; see `Carried.shard_size`.
-        overwrite: replace an earlier output.
-        provenance: written beside the weights as twa_scale.json, and into their headers.
-        progress: called on every rank that writes.
+        dtype: the dtype of all floating point tensors; by default, the widest of the candidates, with a notice if
+            they differ.
+        max_shard_size: the largest number of bytes of one file; see `CarriedFiles.shard_size`.
+        overwrite: whether to replace an earlier output.
+        provenance: written as twa_scale.json and into the headers of the weight files.
+        progress: called on every rank that writes, with the bytes just written and the total.
 
     Raises:
-        OutputError: on every rank; what stood at `out` is as it was.
+        OutputError: on every rank; `out` is unchanged.
     """
     with pods.agree():
         check_dtype(dtype)

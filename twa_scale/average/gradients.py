@@ -1,4 +1,4 @@
-"""What backward passes have left for the next step: the gradient, projected onto the deltas span by span."""
+"""Project gradients onto the deltas, span by span, and sum the products until the next step."""
 
 import math
 from collections.abc import Mapping
@@ -13,17 +13,18 @@ from twa_scale.store import Store
 
 
 class Gradients:
-    """Sums <row, gradient> over spans and backward passes; the gradients themselves may be freed.
+    """The sums of <row, gradient> over spans and backward passes; gradients can be freed after each.
 
-    The rows are those of the store: deltas, or what deltas are sums of. `reduced` returns s = <delta, gradient>.
+    The rows are those of the store: deltas, or increments that deltas are sums of. `reduced` returns
+    s = <delta, gradient>.
 
     Args:
         store: holds the deltas.
-        groups: the number of the group of each trained span of this rank.
+        groups: the index of the group of each trained span of this rank.
         sums: zeros, (rows + 1, G) float64, on the device of the gradients; the last row is for <base, gradient>.
-        clock: is told what projecting costs, in backward and in a step.
+        clock: measures the time of projections, in backward and in a step.
         with_center: whether the last row is needed.
-        with_norm: whether the norm of the gradient of all trainable weights is needed, of those that stay fixed too.
+        with_norm: whether to compute the norm of the gradient of all trainable weights, including fixed tensors.
     """
 
     def __init__(
@@ -41,15 +42,17 @@ class Gradients:
         self._clock = clock
         self._with_center = with_center
         self._sums = sums
-        self._squares = torch.zeros_like(sums[:1]) if with_norm else None  # its first element, so that one sum does
+        self._squares = (
+            torch.zeros_like(sums[:1]) if with_norm else None
+        )  # a full row, so that one all-reduce sums both
         self._squared: set[Span] = set()
         self._streams: set[torch.cuda.Stream] = set()
         self._fault: Exception | None = None
         self.received = False
-        """Whether a gradient of a trained span has come to this rank since the last step."""
+        """Whether this rank has received a gradient of a trained span since the last step."""
 
     def project(self, span: Span, gradient: torch.Tensor, *, in_step: bool) -> None:
-        """Add the products of one span's gradient, 1-D; it may be freed afterwards."""
+        """Add the products of the gradient of one span, 1-D. The gradient can be freed afterwards."""
         group = self._groups.get(span)
         self.received |= group is not None
         if not len(span):
@@ -65,7 +68,7 @@ class Gradients:
     def _square(self, span: Span, gradient: torch.Tensor) -> None:
         if self._squares is None:
             return
-        if span in self._squared:  # the norm of a sum does not follow from the norms of its terms
+        if span in self._squared:  # the norm of a sum cannot be computed from the norms of its terms
             self.spoil(
                 TwaError(
                     f"max_weight_grad_norm: the gradient of {span.name!r} came in several parts since the last step, "
@@ -78,11 +81,12 @@ class Gradients:
         self._squares[0, 0] += torch.linalg.vector_norm(gradient, dtype=precise).double().square()
 
     def reduced(self, reduction: Reduction) -> tuple[torch.Tensor, float | None]:
-        """Return the sums over all ranks, (n + 1, G) float64 on the CPU, and the norm where it is needed. Collective.
+        """Return the sums over all ranks, (n + 1, G) float64 on the CPU, and the gradient norm or None. Collective.
 
         The norm is the 2-norm of the gradient of all trainable weights of the shard group, each element counted once.
+        It is None without `with_norm`.
         """
-        for stream in self._streams:  # hooks may have run on the stream that reduced the gradient
+        for stream in self._streams:  # hooks may run on the stream that reduces the gradient
             torch.cuda.current_stream().wait_stream(stream)
         if self._squares is None:
             return self._of_deltas(reduction(self._sums)), None
@@ -93,9 +97,12 @@ class Gradients:
         return self._store.coding.delta_products(sums)
 
     def require_any(self, sums: torch.Tensor, pods: Pods) -> None:
-        """Refuse a step without a backward pass since the last one: momentum would move the coefficients. Collective.
+        """Refuse a step without a backward pass since the last one. Collective.
 
-        Ranks ask each other only where the reduced sums are all zero, which all of them see.
+        Momentum would change the coefficients. Ranks communicate only if the reduced sums are all zero.
+
+        Raises:
+            TwaError: on every rank.
         """
         if sums.any():
             return
@@ -106,18 +113,18 @@ class Gradients:
             )
 
     def spoil(self, fault: Exception) -> None:
-        """Make the sums NaN on this rank, and so on all: they learn of a fault without asking each other every step."""
+        """Set the sums to NaN, so that the all-reduce of the next step reports the error to all ranks."""
         self._fault = self._fault or fault
         self._sums.fill_(torch.nan)
 
     def require_no_fault(self, pods: Pods) -> None:
-        """Raise on every rank what one has found; to be called where the reduced sums are not finite. Collective."""
+        """Raise an error of any rank on every rank. Call it if the reduced sums are not finite. Collective."""
         with pods.agree():
             if self._fault:
                 raise self._fault
 
     def clear(self) -> None:
-        """Begin a new step."""
+        """Reset the sums for a new step."""
         self._fault = None
         self.received = False
         self._sums.zero_()
@@ -127,7 +134,7 @@ class Gradients:
 
 
 def clipping(norm: float | None, max_norm: float | None) -> float:
-    """Return what `torch.nn.utils.clip_grad_norm_` multiplies a gradient by; NaN when its norm is not finite."""
+    """Return the factor of `torch.nn.utils.clip_grad_norm_` for a gradient of this norm; NaN if it is not finite."""
     if norm is None or max_norm is None:
         return 1.0
     return min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan

@@ -1,4 +1,4 @@
-"""One pass over the candidates: what is trained goes into the store, all else into the model."""
+"""Read the candidates once: load trained tensors into the store, and the others into the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,22 +23,22 @@ from twa_scale.store import Store
 
 
 @dataclass(frozen=True)
-class Filled:
-    """What the pass has found on this rank."""
+class LoadedCandidates:
+    """The results of reading the candidates on this rank."""
 
     gram: torch.Tensor
     """Inner products of the deltas and the center of local spans: (G, n + 1, n + 1), float64."""
     errors: torch.Tensor
-    """Squared norms of what a packed store is off by: (n,), float64."""
+    """Squared norms of the rounding errors of a packed store: (n,), float64."""
     checksums: dict[str, torch.Tensor]
-    """Of the local part of each tensor, by its name in the candidates: (n,), int64."""
+    """Checksums of the local part of each tensor, by its name in the candidates: (n,), int64."""
     buffers: dict[str, torch.Tensor]
     """Values of buffers, on the first rank."""
     differing: dict[str, int]
-    """Tensors that were copied although candidates differ, and the candidate that each is from."""
+    """The names of copied tensors that differ between candidates, and the index of the candidate they are from."""
 
 
-def fill(
+def load_candidates(
     engine: Engine,
     layout: Layout,
     candidates: Sequence[Candidate],
@@ -46,20 +46,20 @@ def fill(
     config: TwaConfig,
     store: Store,
     progress: Progress | None,
-) -> Filled:
+) -> LoadedCandidates:
     """Read this rank's spans of all candidates, each byte once. Not collective.
 
     Args:
-        engine: the model; its fixed parameters get their values.
-        layout: which tensor is trained, and what it is called in the candidates.
-        candidates: known to be alike.
-        weights: of the center.
-        config: what is made of buffers, and how files are read.
-        store: gets deltas and center of the trained spans.
-        progress: called with the bytes that were read.
+        engine: the model; its fixed parameters are written.
+        layout: maps tensors of the model to those of the candidates.
+        candidates: checked to have the same tensors.
+        weights: the weights of the center, n numbers.
+        config: how to average buffers and read files.
+        store: receives deltas and center of the trained spans.
+        progress: called with the number of bytes just read and the total.
 
     Raises:
-        CandidateError: a file that cannot be read, or a value that is not finite.
+        CandidateError: a file cannot be read, or a value is not finite.
     """
     stream = Stream(
         candidates,
@@ -75,23 +75,27 @@ def fill(
     _read_aliases(engine, layout, stream, candidates)
     first = engine.shard_group.rank == 0
     buffers = _read_buffers(engine, layout, stream, config.buffers, weights) if first else {}
-    return Filled(gram.values.to(engine.device), errors.to(engine.device), stream.checksums, buffers, stream.differing)
+    return LoadedCandidates(
+        gram.values.to(engine.device), errors.to(engine.device), stream.checksums, buffers, stream.differing
+    )
 
 
-def fingerprint(engine: Engine, layout: Layout, candidates: Sequence[Candidate], filled: Filled) -> Fingerprint:
-    """Return the fingerprint of the candidates: the sums of all ranks. Collective over the shard group."""
+def fingerprint(
+    engine: Engine, layout: Layout, candidates: Sequence[Candidate], loaded: LoadedCandidates
+) -> Fingerprint:
+    """Return the fingerprint of the candidates, summed over ranks. Collective over the shard group."""
     names = [held for name in (*engine.parameters, *layout.buffers) for held in layout.held_as.get(name, ())]
     shapes = {name: candidates[0].shape(name) for name in names}
-    local = fingerprint_of([candidate.label for candidate in candidates], shapes, filled.checksums)
+    local = fingerprint_of([candidate.label for candidate in candidates], shapes, loaded.checksums)
     sums = engine.shard_group.sum_(local.checksums.to(engine.device))
     return replace(local, checksums=sums.cpu())
 
 
-def write_rest(engine: Engine, layout: Layout, filled: Filled) -> None:
-    """Make the fixed parameters visible and give every rank the buffers that the first has read. Collective."""
+def write_rest(engine: Engine, layout: Layout, loaded: LoadedCandidates) -> None:
+    """Publish the fixed parameters, and copy the buffers of the first rank to all ranks. Collective."""
     engine.publish(set(layout.fixed))
     live = engine.buffers()
-    for name, value in engine.shard_group.broadcast(filled.buffers).items():
+    for name, value in engine.shard_group.broadcast(loaded.buffers).items():
         live[name].copy_(value.view(live[name].shape))
 
 
@@ -113,9 +117,9 @@ def _read_spans(
     gram: Gram,
     errors: torch.Tensor,
 ) -> None:
-    """Stream this rank's spans: those that are trained into the store, the others at once into the model.
+    """Read the trained spans of this rank into the store, and the others into the model.
 
-    The squared norms of what a packed store is off by are added to `errors`, (n,).
+    The squared norms of the rounding errors of a packed store are added to `errors`, (n,).
     """
     live = {layout.sourced(span): span for span in layout.read(engine.spans())}
     vectors = spectral_vectors({name for held in layout.held_as.values() for name in held})
@@ -138,7 +142,7 @@ def _read_spans(
 def _read_buffers(
     engine: Engine, layout: Layout, stream: Stream, buffers: str | int, weights: Sequence[float]
 ) -> dict[str, torch.Tensor]:
-    """Read every buffer that the candidates hold: statistics averaged as `buffers` says, others from one candidate."""
+    """Read the buffers that the candidates have: average statistics as `buffers` says, and copy the others."""
     live, last = _live_buffers(engine, layout), len(weights) - 1
     values = {name: torch.empty(buffer.numel(), dtype=buffer.dtype) for name, buffer in live.items()}
     spans = {whole(layout.source(name), tuple(buffer.shape)): name for name, buffer in live.items()}
@@ -148,14 +152,14 @@ def _read_buffers(
     }
     averaged = {span: source for span, source in sources.items() if not isinstance(source, int)}
     statistics = {span: Target(center=values[spans[span]]) for span in averaged}
-    stream.make_deltas(statistics, next(iter(averaged.values()), weights))  # which are the same for all
+    stream.make_deltas(statistics, next(iter(averaged.values()), weights))  # all have the same weights
     for span, start, part in stream.copies({s: source for s, source in sources.items() if isinstance(source, int)}):
         values[spans[span]][start : start + len(part)] = part
     return values
 
 
 def _read_aliases(engine: Engine, layout: Layout, stream: Stream, candidates: Sequence[Candidate]) -> None:
-    """Find the checksums of tied parameters under their other names; what is stored once is not read again."""
+    """Compute the checksums of tied parameters under their other names; tensors stored once are not read again."""
     stream.check(alias_jobs(engine.spans(), layout, candidates))
     sums = stream.checksums
     for source, *aliases in layout.held_as.values():

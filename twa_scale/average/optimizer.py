@@ -1,4 +1,4 @@
-"""The optimizer of the coefficients, and what could not be trained."""
+"""The optimizer of the coefficients, and checks of its settings."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,10 @@ from twa_scale.errors import ConfigError, StateError
 
 
 def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
-    """Find what could not be trained before any candidate is read.
+    """Check the settings that depend on the number of candidates.
 
     Raises:
-        ConfigError: a start or a number of components that cannot be.
+        ConfigError: `start` or `num_components` is invalid for these candidates.
     """
     n = len(center_weights)
     if config.start != "center":
@@ -30,7 +30,7 @@ def check_settings(config: TwaConfig, center_weights: Sequence[float]) -> None:
 
 
 def check_optimizer(config: TwaConfig) -> None:
-    """Find options that torch refuses, before anything is opened.
+    """Check the options of the optimizer before any file is opened.
 
     Raises:
         ConfigError: as `make_optimizer` does.
@@ -39,10 +39,10 @@ def check_optimizer(config: TwaConfig) -> None:
 
 
 def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
-    """Build the optimizer of the coefficients by its name in torch.optim.
+    """Return the optimizer of the coefficients, by its name in torch.optim.
 
     Raises:
-        ConfigError: a class that this torch does not have, or options or values that it does not take.
+        ConfigError: this version of torch does not have the class, or the class refuses an option or a value.
     """
     known: dict[str, Callable[..., torch.optim.Optimizer]] = {
         name.lower(): value for name, value in vars(torch.optim).items() if isinstance(value, type)
@@ -64,10 +64,10 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
 
 
 def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) -> None:
-    """Compare the saved state of an optimizer with what the optimizer of `config` has after a step on `x`.
+    """Compare the saved state of an optimizer with the state of the optimizer of `config` after a step on `x`.
 
     Raises:
-        StateError: a key that is missing or unknown, or a value of another type or shape, or not finite.
+        StateError: a key is missing or unknown, or a value has another type or shape or is not finite.
     """
     trial = nn.Parameter(x.detach().clone())
     optimizer = make_optimizer(config, trial)
@@ -79,7 +79,7 @@ def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) ->
         raise _unlike("", "a `state` and one entry of `param_groups`")
     if not isinstance(groups[0], Mapping) or groups[0].get("params") != [0]:
         raise _unlike("param_groups", "the settings of one parameter")
-    _check_values("param_groups", groups[0], own["param_groups"][0])  # beside them lies what a scheduler needs
+    _check_values("param_groups", groups[0], own["param_groups"][0])  # other keys are those of schedulers
     if moments:  # none before the first step
         if list(moments) != [0] or not isinstance(moments[0], Mapping):
             raise _unlike("state", "the moments of one parameter")
@@ -97,7 +97,7 @@ def _check_values(where: str, saved: Mapping[Any, Any], own: Mapping[str, Any]) 
             if not bool(torch.isfinite(value).all()):
                 raise _unlike(f"{where}.{key}", "finite values")
         elif key not in saved and key != "lr" and where == "param_groups":
-            continue  # torch has it since a later version: its default holds
+            continue  # added by a later version of torch: the default is used
         elif key not in saved:
             raise _unlike(f"{where}.{key}", "a value")
         elif isinstance(wanted, float) and not (isinstance(value, float | int) and isfinite(value)):

@@ -1,4 +1,4 @@
-"""Weights that their types can hold: found out from norms, and by looking at the weights where these do not tell."""
+"""Check that weights are finite in their dtypes: from norms where possible, otherwise by reading the weights."""
 
 from collections.abc import Iterable
 
@@ -13,17 +13,24 @@ from twa_scale.errors import TwaError
 from twa_scale.ranks import Group
 
 _FIX = "Lower optimizer.lr, set max_grad_norm, or use a wider type."
-_STRETCH = 4  # deltas in a store of few bits are longer than the exact ones, by less than this
-_FULL = 0.99  # of what a type holds, so that rounding to it stays below
+_STRETCH = 4  # bound on the norm of a delta in a low-precision store, relative to the exact delta
+_FULL = 0.99  # fraction of the largest value of a dtype; leaves room for rounding
 
 
 class WeightLimits:
-    """Refuses coefficients whose weights are not finite.
+    """A check that refuses coefficients whose weights are not finite.
 
-    Two bounds rule that out without looking at weights, by group: no weight exceeds
-    |1 + u_c| ||c|| + sum_i |u_i| ||delta_i||; and none exceeds the largest of those that were looked at last, at u', by
-    more than |u_c - u_c'| ||c|| + sum_i |u_i - u_i'| ||delta_i||. The norms of large models exceed what float16 holds,
-    though no weight does: then weights are read once, and again when the coefficients are far from where they were.
+    Two bounds for each group avoid reading the weights. No weight exceeds
+    |1 + u_c| ||c|| + sum_i |u_i| ||delta_i||. No weight exceeds the largest one at the last reading, at u', by more
+    than |u_c - u_c'| ||c|| + sum_i |u_i - u_i'| ||delta_i||. In large models the norms exceed the largest float16
+    value although no weight does. Weights are then read once, and again when the coefficients have moved far enough.
+
+    Args:
+        engine: holds the model.
+        weights: writes deferred weights before they are read.
+        layout: maps each trained tensor to its group.
+        basis: maps coefficients to u, and has the norms in its Gram matrix.
+        group: all ranks.
     """
 
     def __init__(self, engine: Engine, weights: Weights, layout: Layout, basis: Basis, group: Group) -> None:
@@ -39,22 +46,22 @@ class WeightLimits:
         self._norms = basis.gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().T.cpu() * _STRETCH
         self._read_at = torch.zeros_like(self._norms)
         self._read_at[-1] = -1.0
-        """u where weights were read last. Before, where all are zero."""
+        """u at the last reading of weights; initially the u of zero weights."""
         self._largest = torch.zeros_like(limits)
-        """The largest weight there by group, as a part of what its type holds."""
+        """The largest weight of each group at `_read_at`, as a fraction of the largest value of its dtype."""
 
     def require_coefficients(self, x: torch.Tensor) -> None:
-        """Refuse coefficients that float32, in which weights are computed, cannot hold. The same on every rank.
+        """Refuse coefficients that overflow float32, the dtype of the computation. The same on every rank.
 
         Raises:
-            TwaError: names the fix.
+            TwaError: the coefficients are too large.
         """
         u = self._basis.expand(x.detach())
         if not bool(torch.isfinite(u.abs().sum(0).to(torch.float32)).all()):
             raise TwaError(f"with these coefficients the weights are not finite in torch.float32. {_FIX}")
 
     def require_weights(self, x: torch.Tensor, spans: Iterable[Span]) -> None:
-        """Refuse live weights that are not finite. Collective where the bounds do not rule it out.
+        """Refuse live weights that are not finite. Collective unless the bounds show that they are finite.
 
         Raises:
             TwaError: names the tensor and the fix, on every rank.
@@ -76,10 +83,10 @@ class WeightLimits:
         return bool((self._largest + moved / self._limits < _FULL).all())
 
     def _part(self, span: Span) -> float:
-        """Return the largest weight of a span, as a part of what its type holds.
+        """Return the largest weight of a span, as a fraction of the largest value of its dtype.
 
         Raises:
-            TwaError: one that is not finite.
+            TwaError: a weight is not finite.
         """
         dtype = self._engine.parameters[span.name].dtype
         live = self._engine.live(span)
@@ -88,9 +95,9 @@ class WeightLimits:
         low, high = torch.aminmax(live.to(dtype))
         largest = float(torch.maximum(-low, high))
         end = torch.finfo(dtype).max
-        if not largest <= end:  # nor NaN
+        if not largest <= end:  # `not <=` also catches NaN
             raise TwaError(
-                f"tensor {span.name!r}: with these coefficients its weights are not finite in {dtype}, which ends at "
-                f"{end:g}. {_FIX}"
+                f"tensor {span.name!r}: with these coefficients its weights are not finite in {dtype}, whose largest "
+                f"value is {end:g}. {_FIX}"
             )
         return largest / end

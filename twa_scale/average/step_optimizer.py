@@ -1,4 +1,4 @@
-"""The optimizer that users get: its step is the step of the average."""
+"""A torch optimizer whose step is the step of an average."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -14,34 +14,34 @@ _AVERAGE = "twa_scale"
 
 
 class Average(Protocol):
-    """What the optimizer needs of a `TrainableAverage`."""
+    """The part of `TrainableAverage` that the optimizer uses."""
 
     pods: Pods
 
     def zero_grad(self) -> None:
-        """Forget gradients."""
+        """Clear the gradients."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that continues the run, the state of the optimizer inside under "optimizer"."""
+        """Return the state of the average, with that of the inner optimizer under "optimizer"."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from it."""
+        """Continue from a state."""
 
 
 class AverageOptimizer(torch.optim.Optimizer):
-    """A torch optimizer for whatever calls optimizers: schedulers, GradScaler, a trainer of another library.
+    """A torch optimizer for schedulers, GradScaler and trainers of other libraries.
 
-    `step()` is that of the average: it reduces the gradient of the coefficients, lets the optimizer inside, one of
-    torch.optim, step on them, and writes the weights. Parameter groups and state are those of the optimizer inside, so
-    that what changes a learning rate here changes it there. The coefficients have no gradient before the step.
+    `step()` is the step of the average: it reduces the gradient of the coefficients, calls the step of the inner
+    optimizer of torch.optim, and writes the weights. Parameter groups and state are shared with the inner optimizer,
+    so a scheduler changes both learning rates. The coefficients have no gradient before the step.
 
     Args:
-        inside: steps on the coefficients, its only parameter.
-        average: whose optimizer this is.
-        take_step: the step of the average; it ends in `update`.
+        inside: the inner optimizer; the coefficients are its only parameter.
+        average: the average.
+        take_step: takes the step of the average, and calls `update`.
     """
 
-    # GradScaler.step then leaves unscaling and overflows to `step`, and hands itself over as `grad_scaler`.
+    # With it, GradScaler.step leaves unscaling and overflow checks to `step`, and passes itself as `grad_scaler`.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -57,7 +57,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Show the groups and the state of the optimizer inside, which loads new ones with a state dict."""
+        """Share the groups and the state of the inner optimizer; `load_state_dict` replaces them."""
         self.param_groups = self.inside.param_groups
         self.state = self.inside.state
 
@@ -66,15 +66,15 @@ class AverageOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: runs forward and backward, before the step; its result is returned.
-            grad_scaler: what scaled the loss; `GradScaler.step(optimizer)` gives itself.
+            grad_scaler: the scaler of the loss; `GradScaler.step(optimizer)` passes itself.
 
         Raises:
             TwaError: as `TrainableAverage.step` does.
         """
         if grad_scaler is None and hasattr(self, "found_inf"):
             raise TwaError(
-                "GradScaler.step(optimizer) has not handed itself to this optimizer, because something has replaced "
-                "optimizer.step by a function without the argument grad_scaler. Call twa.step(scaler), or train in "
+                "GradScaler.step(optimizer) did not pass itself to this optimizer, because optimizer.step was replaced "
+                "by a function without the argument grad_scaler. Call twa.step(scaler), or train in "
                 "bfloat16, which needs no scaler."
             )
         result = None
@@ -85,12 +85,12 @@ class AverageOptimizer(torch.optim.Optimizer):
         return result
 
     def update(self, gradient: torch.Tensor, scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
-        """Let the optimizer inside step on the coefficients; with a scaler, unless the gradient is not finite.
+        """Take a step of the inner optimizer; a scaler skips it if the gradient is not finite.
 
         Args:
-            gradient: of the coefficients, reduced, and scaled as the loss was.
-            scaler: what scaled the loss.
-            max_norm: clip the gradient to it.
+            gradient: the reduced gradient of the coefficients, (k, G), scaled like the loss.
+            scaler: the scaler of the loss.
+            max_norm: the norm to clip the gradient to.
         """
         (x,) = self.param_groups[0]["params"]
         x.grad = gradient
@@ -104,19 +104,19 @@ class AverageOptimizer(torch.optim.Optimizer):
             self.inside.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, as `TrainableAverage.zero_grad` does."""
+        """Clear the gradients, as `TrainableAverage.zero_grad` does."""
         self._average.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizer inside and that of the average: all that `load_state_dict` needs."""
+        """Return the states of the inner optimizer and of the average."""
         average = {key: value for key, value in self._average.state_dict().items() if key != "optimizer"}
         return {**super().state_dict(), _AVERAGE: average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`: coefficients, moments and weights. Collective.
+        """Load coefficients and moments from `state_dict()`, and write the weights. Collective.
 
         Raises:
-            StateError: the state of another optimizer, or one that `TrainableAverage.load_state_dict` refuses.
+            StateError: the state is from another optimizer, or `TrainableAverage.load_state_dict` refuses it.
         """
         with self._average.pods.agree():
             if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(_AVERAGE), Mapping):
@@ -128,18 +128,18 @@ class AverageOptimizer(torch.optim.Optimizer):
         self._average.load_state_dict({**state_dict[_AVERAGE], "optimizer": inside})
 
     def load_inside(self, state: dict[str, Any]) -> None:
-        """Load the state of the optimizer inside alone; `state` is not shared with it."""
+        """Load the state of the inner optimizer only, from a copy of `state`."""
         loaded = deepcopy(state)
-        for key, value in self.inside.param_groups[0].items():  # keys of a later version of torch than the state's
+        for key, value in self.inside.param_groups[0].items():  # keys that a later version of torch has added
             loaded["param_groups"][0].setdefault(key, value)
         self.inside.load_state_dict(loaded)
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: the coefficients are all that is trained.
+        """Raise an error: only the coefficients are trained.
 
         Raises:
-            TwaError: always, but in the constructor.
+            TwaError: always, except in the constructor.
         """
         if hasattr(self, "inside"):
             raise TwaError(
@@ -153,7 +153,7 @@ class AverageOptimizer(torch.optim.Optimizer):
 
 
 def refuse_copies(what: str) -> NoReturn:
-    """Raise the TwaError of what can be neither pickled nor copied, because it holds hooks, files and live weights."""
+    """Raise the TwaError of an object that cannot be pickled or copied: it holds hooks, files and live weights."""
     raise TwaError(
         f"{what} cannot be pickled or copied: it holds the hooks of the model and the open candidates. Save its "
         "state_dict(); attach anew and load_state_dict() continue from it."

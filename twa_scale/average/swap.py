@@ -1,4 +1,4 @@
-"""Other weights than the trained ones, shown in a `with` block and taken back at its end."""
+"""Put other weights than the trained ones into the model for a `with` block."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from twa_scale.ranks import BlockExits, Pods, is_collective_failure, publish_fai
 
 _BACKWARD = (
     "backward() inside weights(): the gradient is not that of the trained weights. Leave weights() before backward(), "
-    "and call zero_grad() to forget what this pass has left."
+    "and call zero_grad() to clear the gradients of this pass."
 )
 _LOST = (
     "weights() was left by an error before all ranks had left it, so that they could not restore the trained weights "
@@ -21,14 +21,14 @@ _LOST = (
 )
 
 
-class Shown:
-    """What the model shows in place of the trained weights.
+class SwappedWeights:
+    """A stack of weights that replace the trained ones in nested `with` blocks.
 
     Args:
         engine: holds the model.
         pods: all ranks.
-        write: writes the weights that are shown now. Collective over the shard group.
-        spoil: makes the gradients since the last step unusable.
+        write: writes the current weights, those of `now`. Collective over the shard group.
+        spoil: makes the next step raise this error.
     """
 
     def __init__(
@@ -42,35 +42,36 @@ class Shown:
         self._held: list[dict[str, torch.Tensor]] = []
         self._exits = BlockExits(pods)
         self.lost = ""
-        """Why the average can no longer be used; empty as long as it can."""
+        """The reason why the average can no longer be used, or the empty string."""
 
     def __bool__(self) -> bool:
         return bool(self._stack)
 
     @property
     def now(self) -> torch.Tensor | None:
-        """The averaging coefficients that are shown, (n, G); None for those that are trained."""
+        """The averaging coefficients of the current weights, (n, G); None for the trained ones."""
         return self._stack[-1] if self._stack else None
 
     def own_buffers(self) -> dict[str, torch.Tensor]:
-        """Return the buffers of the trained weights: those of the model, or copies of what they were before."""
+        """Return the buffers of the trained weights; inside a block, the copies from before it."""
         return self._held[0] if self._held else self._engine.buffers()
 
     @contextmanager
     def showing(self, which: Which, choose: Callable[[], torch.Tensor | None]) -> Iterator[None]:
-        """Show the coefficients `choose()` in a `with` block, then restore weights and buffers. Collective.
+        """Write the weights of `choose()` for a `with` block, then restore weights and buffers. Collective.
 
-        An error that leaves the block on every rank, or on some while the others are at its end, is raised on every
-        rank, and weights are restored. Where others do not come to the end of the block they may be in a collective of
-        it: then nothing can be restored, and the error is raised on this rank alone.
+        If every rank leaves the block, some by an error, the weights are restored and the error is raised on every
+        rank. If a rank does not reach the end of the block, it may wait in a collective: the weights are not restored,
+        and the error is raised only on the ranks that have left.
 
         Args:
-            which: what messages call them.
-            choose: raises what all ranks are told.
+            which: the name of the weights for messages.
+            choose: returns their coefficients (n, G), or None for the trained ones; its errors are raised on every
+                rank.
 
         Raises:
-            ConfigError: ranks that show different weights.
-            RankError: a rank has left the block by an error, and has not come to restore the weights.
+            ConfigError: ranks choose different weights.
+            RankError: a rank left the block by an error and did not restore the weights.
         """
         with self._pods.agree():
             chosen = choose()
@@ -86,7 +87,7 @@ class Shown:
             yield
         except BaseException as error:
             failure = error
-        if reached:  # not before: what raises within a backward pass leaves libraries in the middle of theirs
+        if reached:  # not inside the backward pass: an error there leaves other libraries in an undefined state
             self._spoil(TwaError(_BACKWARD))
             failure = failure or TwaError(_BACKWARD)
         for handle in handles:
@@ -106,10 +107,10 @@ class Shown:
             raise failure
 
     def _together(self, failure: BaseException | None) -> BaseException | None:
-        """Return the error that leaves the block on this rank, or on another one, when all ranks have left it.
+        """Return the error that left the block on this rank or on another one, after all ranks have left it.
 
         Raises:
-            BaseException: `failure`, when they have not.
+            BaseException: `failure`, if a rank has not left the block.
         """
         if self._pods.size == 1:
             return failure

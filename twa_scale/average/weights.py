@@ -1,4 +1,4 @@
-"""Writing the weights w = (1 + u_c) c + sum_i u_i delta_i into the live spans of a rank."""
+"""Write the weights w = (1 + u_c) c + sum_i u_i delta_i into the live spans of a rank."""
 
 from collections.abc import Callable, Collection, Mapping
 
@@ -14,15 +14,15 @@ from twa_scale.store import Store
 
 
 class Weights:
-    """Computes weights from the center and the deltas, never from what they were before.
+    """The live weights, which are always computed from the center and the deltas, never from the previous weights.
 
     Args:
         engine: holds the model.
         store: holds the center and the deltas.
-        groups: the number of the group of each trained span of this rank.
+        groups: the index of the group of each trained span of this rank.
         layout: names the trained tensors, the same on every rank.
-        clock: is told what combining and publishing cost.
-        postpone: whether units of the engine are written by the time they are next used.
+        clock: measures the time of `combine` and `publish`.
+        postpone: whether each unit of the engine can be written as late as before its next use.
     """
 
     def __init__(
@@ -48,18 +48,23 @@ class Weights:
         self._reported = False
 
     def watch(self) -> None:
-        """Have the engine say when it uses weights that were postponed."""
+        """Install the hooks that write deferred weights before the engine uses them."""
         if self._deferred.units:
             self._engine.before_use(self._deferred.prepare)
 
     def write(self, choose: Callable[[], torch.Tensor], *, postpone: bool = False) -> None:
-        """Write the weights of u = `choose()`, (n + 1, G) with u_c last, or `postpone` what can be. Collective."""
+        """Write the weights of u = `choose()`, (n + 1, G) with u_c last. Collective.
+
+        Args:
+            choose: returns u.
+            postpone: defer the units of the engine to their next use.
+        """
         self._deferred.discard()
 
         def make() -> Combine:
             return self._combiner(choose)
 
-        # First: behind the units, the current stream would wait until a store in host memory has copied them all.
+        # Before the units: otherwise the current stream waits for the copies of all units from host memory.
         make()(self._deferred.rest if postpone else self._groups)
         if postpone:
             self._deferred.start(lambda: self._noting(make()))
@@ -68,9 +73,9 @@ class Weights:
         self._note(self._names_of_rest if postpone else self._names)
 
     def _note(self, names: Collection[str]) -> None:
-        """Remember what these parameters of this rank are after a write: `check` compares it at the next step.
+        """Record the versions of these parameters after a write; `check` compares them at the next step.
 
-        Each is asked for once after a write and once before the next. A unit that is written later is noted then.
+        The parameters of a deferred unit are recorded when it is written.
         """
         if not self._reported:
             self._written |= self._engine.changed(names)
@@ -83,13 +88,12 @@ class Weights:
         return noted
 
     def check(self) -> None:
-        """Report once, on this rank, that something else has written the weights since `write`, as clamping does.
+        """Report once on this rank if other code, such as clamping, has changed the weights since `write`.
 
-        The next write computes them from the candidates again. What has been postponed and is not written yet is as it
-        was before.
+        The next write overwrites such changes.
 
         Raises:
-            EngineError: a parameter that was replaced by another.
+            EngineError: a parameter was replaced by another one.
         """
         now = self._engine.changed(self._names)
         if self._reported:
@@ -99,15 +103,15 @@ class Weights:
                 self._reported = True
                 notice(
                     f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, a swap of "
-                    "weights, nn.Embedding(max_norm=..)): each step of the average overwrites that. Load checkpoints "
-                    "before attach; show other weights with weights(); continue a run with load_state_dict() of its "
-                    "average."
+                    "weights, nn.Embedding(max_norm=..)): each step of the average overwrites such changes. Load "
+                    "checkpoints before attach; use weights() to swap weights; continue a run with load_state_dict() "
+                    "of its average."
                 )
                 return
 
     @torch.no_grad()
     def _combiner(self, choose: Callable[[], torch.Tensor]) -> Combine:
-        """Return what computes the weights of the present u, whenever it is called."""
+        """Return a function that writes spans with the weights of the current u, and can be called later."""
         u = choose()
         factors = self._store.coding.row_weights(u)
         scales = factors[-1].tolist()
@@ -124,5 +128,5 @@ class Weights:
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a CPU tensor on `device`. From page-locked memory it is copied to a GPU while the host goes on."""
+    """Return a copy of a CPU tensor on `device`; the copy to a GPU is asynchronous, from page-locked memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

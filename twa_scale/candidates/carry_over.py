@@ -22,7 +22,7 @@ _ONE_FILE = {name.split(".")[0] for library in ("peft", "open_clip") for name in
 
 
 @dataclass(frozen=True)
-class Carried:
+class CarriedFiles:
     """Collected when the candidates are opened: they may be gone when the output is written."""
 
     base: str = BASE
@@ -46,9 +46,9 @@ class Carried:
         return _UNLIMITED if self.base in _ONE_FILE else most
 
 
-def carry(
+def carried_files(
     candidates: Sequence[Candidate], *, files: bool = True, code: bool = False, tell: Callable[[str], None] = notice
-) -> Carried:
+) -> CarriedFiles:
     """Collect what an output of `candidates` takes over from the last one.
 
     Args:
@@ -63,7 +63,7 @@ def carry(
     small = side_files(last.directory, code=code, tell=tell) if files else {}
     if (ranks := ranks_of(last)) and ADAPTER_CONFIG in small:
         small[ADAPTER_CONFIG] = with_ranks(small[ADAPTER_CONFIG], ranks)
-    return Carried(
+    return CarriedFiles(
         _base(candidates),
         {key: value for key, value in last.metadata.items() if "hash" not in key.lower()},
         small,

@@ -3,7 +3,7 @@
 import torch
 
 from twa_scale.candidates.candidate import Candidate
-from twa_scale.candidates.proxy import Wrapped
+from twa_scale.candidates.proxy import CandidateProxy
 
 
 def in_pairs(candidate: Candidate) -> Candidate:
@@ -16,7 +16,7 @@ def complex_in_files(candidate: Candidate) -> frozenset[str]:
     return candidate.complex_names if isinstance(candidate, PairsCandidate) else frozenset()
 
 
-class PairsCandidate(Wrapped):
+class PairsCandidate(CandidateProxy):
     """Another candidate, whose complex tensors have the shape (.., 2) of real and imaginary part, and a real type."""
 
     def __init__(self, candidate: Candidate) -> None:

@@ -8,11 +8,11 @@ import torch
 
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.conversion import Conversion, Made
-from twa_scale.candidates.proxy import Wrapped, stored_once
+from twa_scale.candidates.proxy import CandidateProxy, stored_once
 from twa_scale.errors import CandidateError
 
 
-class Converted(Wrapped):
+class Converted(CandidateProxy):
     """A candidate that shows the stored tensors of another under the names and in the shapes of a model.
 
     Raises:

@@ -23,7 +23,7 @@ def stored_once(candidate: Candidate, name: str, other: str) -> bool:
     return isinstance(candidate, Sharing) and candidate.stored_once(name, other)
 
 
-class Wrapped:
+class CandidateProxy:
     """A candidate that passes everything on to another; subclasses change what they present otherwise."""
 
     def __init__(self, candidate: Candidate) -> None:

@@ -6,10 +6,10 @@ import torch
 
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.conversion import Made
-from twa_scale.candidates.proxy import Wrapped
+from twa_scale.candidates.proxy import CandidateProxy
 
 
-class View(Wrapped):
+class View(CandidateProxy):
     """A candidate that shows the tensors `names` of another: the name there, by the name here.
 
     Two names here may stand for one there, as the names of tied weights do that are stored once.

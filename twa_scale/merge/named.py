@@ -13,7 +13,7 @@ from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate, Wanted, asked_for, open_together
 from twa_scale.candidates.adapters import Truncated, ranks_of
 from twa_scale.candidates.buffers import Source, buffer_source, is_statistic, spectral_vectors
-from twa_scale.candidates.carry_over import carry
+from twa_scale.candidates.carry_over import carried_files
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.config import (
     Center,
@@ -103,7 +103,7 @@ def average_fixed(
         if rank is not None:
             low = truncated(opened, fixed, rank)
             opened = [*opened[:-1], low]
-        carried = carry(opened, files=group.rank == 0, code=carry_code)
+        carried = carried_files(opened, files=group.rank == 0, code=carry_code)
     units = low.units if low else {}
 
     def source(name: str) -> Source:
@@ -194,7 +194,7 @@ def export_run(
         return buffer_source(name, twa.config.buffers, center) if name in buffers else center
 
     with group.agree():
-        carried = carry(opened, files=group.rank == 0, code=carry_code or twa.config.carry_code)
+        carried = carried_files(opened, files=group.rank == 0, code=carry_code or twa.config.carry_code)
     origin = provenance(
         "the exact merge of a run",
         [candidate.label for candidate in opened],

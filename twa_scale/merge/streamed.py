@@ -15,7 +15,7 @@ from twa_scale.base.spans import Span, whole
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.adapters import summed
 from twa_scale.candidates.buffers import Source, copied_notice
-from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.dtypes import types_notice
 from twa_scale.candidates.read_ahead import Job, Part, Progress, Reader, job_bytes, same_values, sum_of
 from twa_scale.errors import CandidateError
@@ -42,7 +42,7 @@ def merge(
     weights: Weights,
     group: Group,
     *,
-    carried: Carried | None = None,
+    carried: CarriedFiles | None = None,
     origin: Mapping[str, Any] | None = None,
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype | None = None,
@@ -69,7 +69,7 @@ def merge(
         group: the ranks that share the work.
         carried: the properties of the candidates that the result keeps. The small files of the first rank are used.
         origin: the provenance of the result (`provenance`); by default only the candidates.
-        max_shard_size: the largest number of bytes of tensor data in a file; see `Carried.shard_size`.
+        max_shard_size: the largest number of bytes of tensor data in a file; see `CarriedFiles.shard_size`.
         dtype: the dtype of every floating point tensor in the result. By default each tensor has the widest dtype among
             the candidates, and differences are reported.
         ignore: regular expressions of tensor names to leave out.
@@ -94,7 +94,7 @@ def merge(
         _check_replace({name: candidates[-1].shape(name) for name in names}, replace)
         check_inputs_outside(out, [candidate.label for candidate in candidates])
     origin = origin or provenance("a weighted sum", [candidate.label for candidate in candidates])
-    options = writing_options(carried or Carried(), origin, dtype, max_shard_size)
+    options = writing_options(carried or CarriedFiles(), origin, dtype, max_shard_size)
     with writing(out, form.specs, group, overwrite=overwrite, **options) as writer:
         kernels = choose_kernels("auto", torch.device("cpu"))
         merger = _Merger(candidates, cache(weights), replace, form, writer, kernels)

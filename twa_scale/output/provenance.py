@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.version import __version__
 
 PROVENANCE = "twa_scale.json"
@@ -30,7 +30,7 @@ def provenance(wrote: str, candidates: Sequence[str], **more: object) -> dict[st
 
 
 def writing_options(
-    carried: Carried, origin: Mapping[str, Any], dtype: torch.dtype | None, max_shard_size: str | int
+    carried: CarriedFiles, origin: Mapping[str, Any], dtype: torch.dtype | None, max_shard_size: str | int
 ) -> dict[str, Any]:
     """Return the keyword arguments of `writing` except for `overwrite`.
 

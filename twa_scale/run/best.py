@@ -11,7 +11,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import Task
 
 
-class Kept:
+class BestAverage:
     """Remembers the coefficients with the lowest `loss` on the held-out split, or by what the task says decides.
 
     A task has `main_metric` (the name of one of its metrics) and `higher_is_better` when it is not the lowest `loss`.

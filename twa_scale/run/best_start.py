@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from twa_scale.average.average import TrainableAverage
-from twa_scale.run.best import Kept
+from twa_scale.run.best import BestAverage
 
 _EMA = ("ema:0.8", "ema:0.9", "ema:0.95")
 
@@ -16,7 +16,7 @@ def averages(n: int) -> list[str]:
 
 def start_at_best(
     average: TrainableAverage,
-    kept: Kept,
+    kept: BestAverage,
     measure: Callable[[], dict[str, float]],
     say: Callable[[str], None],
 ) -> str:

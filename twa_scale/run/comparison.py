@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from twa_scale.config import RunConfig
-from twa_scale.run.best import Kept
+from twa_scale.run.best import BestAverage
 
 LAST, CENTER, TRAINED, EXPORTED = "last candidate", "center", "trained", "exported"
 Measured = dict[str, dict[str, float]]
 
 
-def verdict(kept: Kept, split: str, measured: Measured) -> str:
+def verdict(kept: BestAverage, split: str, measured: Measured) -> str:
     """Return in one sentence whether the exported average is better than the last candidate, which is free."""
     ours, theirs = measured[EXPORTED], measured[LAST]
     name = f"{split}/{kept.metric}"
@@ -38,7 +38,7 @@ def caveat(config: RunConfig) -> str | None:
     return None
 
 
-def exported_as(kept: Kept, split: str, keep: str, step: int) -> str:
+def exported_as(kept: BestAverage, split: str, keep: str, step: int) -> str:
     """Return in one sentence which coefficients are exported, and why. `step` is the last one."""
     name = f"{split}/{kept.metric}"
     if keep == "last":

@@ -25,7 +25,7 @@ from twa_scale.output.temporary import remove_leftovers
 from twa_scale.ranks import Group, World, require_same_settings, set_collective_timeout
 from twa_scale.run import comparison
 from twa_scale.run.batches import Batches, make_batches
-from twa_scale.run.best import Kept
+from twa_scale.run.best import BestAverage
 from twa_scale.run.best_start import start_at_best
 from twa_scale.run.engines import pod_mesh, run_engine
 from twa_scale.run.evaluate import evaluate
@@ -144,7 +144,7 @@ class Run:
         if self.twa.rounding:
             self.report.say(str(self.twa.rounding))
         self.step = 0
-        self.kept = Kept(self.task, config)
+        self.kept = BestAverage(self.task, config)
         self._stopping = False
         self._resume(state)
         with self.group.agree():

@@ -12,9 +12,9 @@ from torch import nn
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
-from twa_scale.average.swap import Shown
+from twa_scale.average.swap import SwappedWeights
 from twa_scale.base.notices import notice
-from twa_scale.candidates.carry_over import BASE, Carried
+from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.model_checks import enclosing_wrapper, require_device, require_materialized
@@ -90,7 +90,7 @@ class RunningAverages:
         self._step = 0
         self._counted = self._engine.steps_taken()
         self._trained = Trained(torch.device("cpu") if device == "cpu" else None)
-        self._shown = Shown(self._engine, self._pods, self._write_shown, lambda _: None)
+        self._shown = SwappedWeights(self._engine, self._pods, self._write_shown, lambda _: None)
         self._learned: TrainableAverage | None = None
         if self._pods.rank == 0 and (wrapper := enclosing_wrapper(self._engine)):
             notice(
@@ -227,7 +227,7 @@ class RunningAverages:
         self._trained.keep(self._parameters.live(), self._engine.buffers())
         try:
             engine = choose_engine(self._model, self._replica_group)
-            self._learned = learn(engine, self._pods, window, settings, Carried(files=content))
+            self._learned = learn(engine, self._pods, window, settings, CarriedFiles(files=content))
         except RankError:  # giving back would wait for the same rank again
             raise
         except TwaError:

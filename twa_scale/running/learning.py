@@ -12,11 +12,11 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.bases import basis_class
 from twa_scale.average.basis import Gram
 from twa_scale.average.layout import Layout
-from twa_scale.average.load_candidates import Filled
+from twa_scale.average.load_candidates import LoadedCandidates
 from twa_scale.average.optimizer import check_settings
 from twa_scale.base.spans import Span
 from twa_scale.candidates.buffers import buffer_source
-from twa_scale.candidates.carry_over import Carried
+from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.engines import Engine
 from twa_scale.errors import ConfigError
@@ -79,7 +79,7 @@ def settings_for(window: Window, config: TwaConfig | Mapping[str, Any] | None, s
     )
 
 
-def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried: Carried) -> TrainableAverage:
+def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried: CarriedFiles) -> TrainableAverage:
     """Return a trainable average of the snapshots, whose first weights are in the model. Collective.
 
     Args:
@@ -115,7 +115,9 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
 
 
 @torch.no_grad()
-def _measured(engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float]) -> Filled:
+def _measured(
+    engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float]
+) -> LoadedCandidates:
     """Return what a pass over candidates would have found: products of the deltas, errors and checksums."""
     n, device = window.count, window.store.device
     gram = Gram(len(layout.groups), n, device, diagonal=basis_class(config.basis).norms_only)
@@ -135,7 +137,7 @@ def _measured(engine: Engine, layout: Layout, window: Window, config: TwaConfig,
             products += inner_products(rows) if products.ndim == 2 else squared_norms(rows)
         checksums[layout.source(span.name)] = sums.cpu()
     errors = window.squared_errors().to(engine.device)
-    return Filled(gram.values.to(engine.device), errors, checksums, {}, {})
+    return LoadedCandidates(gram.values.to(engine.device), errors, checksums, {}, {})
 
 
 @torch.no_grad()

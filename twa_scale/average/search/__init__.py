@@ -1,4 +1,4 @@
-"""Searching averages by a score: for benchmarks that have no gradient. Start with `driver.py`."""
+"""Search averages by a score that has no gradient, such as a benchmark. Start with `driver.py`."""
 
 from twa_scale.average.search.driver import Evaluation, Found, search
 

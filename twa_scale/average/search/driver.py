@@ -1,4 +1,4 @@
-"""Searching averages by a score. An average costs one `combine` to try, and no file is written."""
+"""Search averages by a score. Each evaluation writes the live weights once, and no checkpoint."""
 
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -22,7 +22,7 @@ from twa_scale.ranks import first_difference, require_same_settings
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An average that was tried."""
+    """An average and its score."""
 
     label: str
     coefficients: torch.Tensor
@@ -32,7 +32,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has tried, in order."""
+    """The evaluations of a search, in order, and the best one."""
 
     evaluations: list[Evaluation]
     best: Evaluation
@@ -50,27 +50,28 @@ def search(
     record: str | Path | None = None,
     tried: Callable[[Evaluation], object] = lambda _: None,
 ) -> Found:
-    """Try averages of the candidates, and leave `average` at the one with the best score. Collective.
+    """Evaluate averages of the candidates, and set `average` to the one with the best score. Collective.
 
-    `sweep` tries uniform averages of the last K candidates for every K, then exponential and `minus-sqrt` ones of all
-    windows. `greedy` makes the greedy soup (arXiv 2203.05482). `cma` is CMA-ES over the coefficients of all groups,
-    from the present ones. BatchNorm statistics are the score's business: call `average.recalibrate_batchnorm` in it.
+    `sweep` evaluates the uniform averages of the last K candidates for every K, then exponential and `minus-sqrt`
+    averages of all windows. `greedy` makes the greedy soup (arXiv 2203.05482). `cma` runs CMA-ES (arXiv 1604.00772) on
+    the coefficients of all groups, starting at the current ones. For models with BatchNorm layers, call
+    `average.recalibrate_batchnorm` in `score`.
 
     Args:
-        average: what `attach` returned.
+        average: an average from `attach`.
         score: called on every rank with the weights of an average in the model; returns the same number on all ranks.
             Use held-out data that no test uses.
         method: `sweep`, `greedy` or `cma`.
-        budget: most averages that are tried.
+        budget: the largest number of evaluations.
         higher_is_better: False for a loss.
         constraint: for `cma`: `sum` keeps the sum of a group's coefficients, `simplex` also keeps them positive.
-        seed: for `cma`.
-        record: file of the scores. A search that is started again with it repeats none that are in it.
-        tried: called on every rank with each average and its score.
+        seed: the seed of `cma`.
+        record: the file of the scores. A search that is started again with it does not repeat evaluations.
+        tried: called on every rank with each evaluation.
 
     Raises:
-        ConfigError: on every rank; arguments that cannot be, or a score that is no number or differs between ranks.
-        StateError: a record of other candidates, or a damaged one.
+        ConfigError: an argument is invalid, or a score is not a number or differs between ranks; on every rank.
+        StateError: the record is damaged or of other candidates.
         TwaError: no score was finite.
     """
     pods = average.pods
@@ -82,7 +83,7 @@ def search(
     evaluations: list[Evaluation] = []
     source: Proposals | None = None
     kept: Record | None = None
-    with pods.agree():  # one rank proposes: the libraries of others may round otherwise
+    with pods.agree():  # only one rank proposes: results may differ in rounding between ranks
         if pods.rank == 0:
             source = proposals(method, average.coefficients.cpu().numpy(), constraint, seed)
             kept = None if record is None else Record(Path(record), _digest(average), notice)
@@ -112,7 +113,7 @@ def search(
 
 
 def _check(average: TrainableAverage, method: Method, budget: int, constraint: Constraint, seed: int) -> None:
-    """Refuse arguments before anything is evaluated.
+    """Check the arguments before the first evaluation.
 
     Raises:
         ConfigError: names the argument.
@@ -133,7 +134,7 @@ def _check(average: TrainableAverage, method: Method, budget: int, constraint: C
 
 
 def _next(source: Proposals, kept: Record | None, loss: float | None) -> tuple[Proposal | None, float | None]:
-    """Return the next average, and its score where the record has it; (None, None) at the end."""
+    """Return the next average, and its score if the record has it; (None, None) at the end."""
     try:
         proposal = next(source) if loss is None else source.send(loss)
     except StopIteration:
@@ -160,7 +161,7 @@ def _number(value: Any) -> float:
     """Return a score as a float.
 
     Raises:
-        ConfigError: it is no number.
+        ConfigError: it is not a number.
     """
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value.item())
@@ -170,7 +171,7 @@ def _number(value: Any) -> float:
 
 
 def _digest(average: TrainableAverage) -> str:
-    """Return what scores depend on, beside the data: the candidates, and how coefficients are shared."""
+    """Return a digest of the candidates and the groups, which the scores depend on."""
     found = sha256(average.fingerprint.checksums.cpu().numpy().tobytes())
     found.update(repr(list(average.layout.group_of.items())).encode())
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""Which averages a search tries. Each method is a generator: it yields an average, and is sent its loss."""
+"""The methods of a search. Each is a generator that yields an average and receives its loss."""
 
 from collections.abc import Generator
 from math import isfinite
@@ -16,11 +16,11 @@ Constraint = Literal["sum", "simplex"]
 Array = npt.NDArray[np.float64]
 
 _DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-_MOST_DIMENSIONS = 2000  # CMA-ES keeps a matrix of this size squared, and decomposes it
+_MAX_DIMENSIONS = 2000  # CMA-ES decomposes a square matrix of this size
 
 
 class Proposal(NamedTuple):
-    """An average to try."""
+    """An average to evaluate."""
 
     label: str
     coefficients: Array
@@ -34,13 +34,13 @@ def proposals(method: Method, start: Array, constraint: Constraint, seed: int) -
     """Return the generator of a method.
 
     Args:
-        method: its name.
-        start: the present coefficients, (n, G).
-        constraint: for `cma`.
-        seed: for `cma`.
+        method: the name of the method.
+        start: the current coefficients, (n, G).
+        constraint: the constraint of `cma`.
+        seed: the seed of `cma`.
 
     Raises:
-        ConfigError: `cma` with too many coefficients, or not installed.
+        ConfigError: `cma` has too many coefficients, or is not installed.
     """
     match method:
         case "sweep":
@@ -54,7 +54,7 @@ def proposals(method: Method, start: Array, constraint: Constraint, seed: int) -
 
 
 def sweep(n: int) -> Proposals:
-    """Try averages of the last K candidates: uniform for every K, then the shapes on all windows, larger ones first."""
+    """Propose uniform averages of the last K candidates for every K, then other shapes, largest windows first."""
     for k in range(1, n + 1):
         yield Proposal(f"lawa:{k}", _window(n, [1 / k] * k))
     for k in range(n, 1, -1):
@@ -63,7 +63,7 @@ def sweep(n: int) -> Proposals:
 
 
 def greedy(n: int) -> Proposals:
-    """Try the greedy soup (arXiv 2203.05482, Recipe 1): add candidates, best first, as long as the loss falls."""
+    """Make the greedy soup (arXiv 2203.05482, Recipe 1): add candidates, best first, if the loss does not rise."""
     losses = []
     for i in range(n):
         losses.append((yield Proposal(f"candidate {i}", _uniform(n, [i]))))
@@ -76,13 +76,13 @@ def greedy(n: int) -> Proposals:
 
 
 def cma(start: Array, constraint: Constraint, seed: int) -> Proposals:
-    """Run CMA-ES (arXiv 1604.00772) from `start`, (n, G), until the caller stops asking.
+    """Run CMA-ES (arXiv 1604.00772) from `start`, (n, G), without end.
 
-    Under `sum` a point z moves the coefficients by z less its mean over the candidates, so that their sum stays. Under
-    `simplex` they are a softmax, which starts at `start`.
+    With `sum`, the coefficients are `start` + z minus the mean of z over the candidates, which keeps their sum. With
+    `simplex`, they are softmax(log(`start`) + z).
 
     Raises:
-        ConfigError: too many coefficients, or a package that is missing.
+        ConfigError: there are too many coefficients, or the package is missing.
     """
     own = _NumpyState()
     with own:
@@ -103,7 +103,7 @@ def cma(start: Array, constraint: Constraint, seed: int) -> Proposals:
 
 
 class _NumpyState:
-    """A state of numpy's global generator that belongs to CMA-ES, which draws from it: others draw in between."""
+    """A separate state of NumPy's global generator for CMA-ES, so that other code does not change its samples."""
 
     def __init__(self) -> None:
         self._own: Any = None
@@ -119,10 +119,10 @@ class _NumpyState:
 
 
 def _strategy(start: Array, constraint: Constraint, seed: int) -> Any:
-    if start.size > _MOST_DIMENSIONS:
+    if start.size > _MAX_DIMENSIONS:
         raise ConfigError(
             f"search: method 'cma' would search {start.size} coefficients ({start.shape[0]} candidates x "
-            f"{start.shape[1]} groups), and can search {_MOST_DIMENSIONS}. Attach with fewer groups."
+            f"{start.shape[1]} groups), and can search {_MAX_DIMENSIONS}. Attach with fewer groups."
         )
     try:
         import cma as package

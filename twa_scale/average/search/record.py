@@ -1,4 +1,4 @@
-"""The file of a search: each score as soon as it is known, so that a search that was killed repeats none."""
+"""The file of the scores of a search. A search that was interrupted continues from it."""
 
 import json
 from collections.abc import Callable
@@ -15,21 +15,21 @@ _FORMAT = 1
 
 
 def digest_of(coefficients: Array) -> str:
-    """Return what a record is found by."""
+    """Return the key of an average in the record."""
     return sha256(coefficients.astype("<f8").tobytes()).hexdigest()[:32]
 
 
 class Record:
-    """The scores that a file holds, and a way to add one.
+    """The scores in a file, to which scores can be added.
 
     Args:
-        path: JSON lines; made when it is not there.
-        candidates: a digest of the candidates, with which scores lose their meaning.
+        path: a file of JSON lines; created if it does not exist.
+        candidates: a digest of the candidates; a record of others is refused.
         say: called with a line when the disk is full.
 
     Raises:
-        StateError: a file of something else, or of other candidates.
-        OutputError: a file that cannot be read or written.
+        StateError: the file is not a record, or of other candidates.
+        OutputError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path, candidates: str, say: Callable[[str], object]) -> None:
@@ -54,7 +54,7 @@ class Record:
         self._file.write(_line({"key": digest_of(coefficients), "label": label, "score": score}))
 
     def close(self) -> None:
-        """Write what a full disk has kept from being written."""
+        """Close the file, after a last attempt to write lines that a full disk has delayed."""
         self._file.close()
 
 
@@ -63,7 +63,11 @@ def _line(value: dict[str, Any]) -> bytes:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file, without a last one that was written only in part."""
+    """Return the complete lines of a file.
+
+    Raises:
+        StateError: the file is not a record of a search.
+    """
     with output_errors(path):
         text = path.read_bytes()
     try:

@@ -1,4 +1,4 @@
-"""The state of a run, from which it is continued: its file, its schema, and what it must match."""
+"""The state that a run continues from: its file, its schema, and its comparison with the run."""
 
 from twa_scale.average.state.file import PREVIOUS, STATE, load_state, save_state
 from twa_scale.average.state.form import StateForm

@@ -1,4 +1,4 @@
-"""The file of a run state: written atomically, with a checksum, beside the state before it."""
+"""The file of a run state: written atomically, with a checksum; the previous state is kept."""
 
 import stat
 from collections.abc import Callable, Mapping
@@ -20,11 +20,11 @@ _FIX = "Restore a copy of it, or start a new run in another output or with resum
 
 
 def save_state(output: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` to `output`/state.pt: complete, or not at all. The state before it becomes state.previous.pt.
+    """Write `state` to `output`/state.pt atomically. The previous state becomes state.previous.pt.
 
     Raises:
-        StateError: `state` could not be loaded again, because a value in it is not finite.
-        OutputError: the file could not be written; the older ones are as they were.
+        StateError: `state` is invalid and could not be loaded, for example because a value is not finite.
+        OutputError: the file cannot be written; the older files are unchanged.
     """
     checked(RunState, state, str(output / STATE))
     body = BytesIO()
@@ -33,7 +33,7 @@ def save_state(output: Path, state: Mapping[str, Any]) -> None:
     try:
         before = _content(output / STATE)
         _body(output / STATE, before)
-    except StateError:  # there is none, or it is damaged: then the previous one is the better
+    except StateError:  # missing or damaged: keep the previous file
         pass
     else:
         replace_file(output / PREVIOUS, before)
@@ -41,12 +41,16 @@ def save_state(output: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(output: Path, say: Callable[[str], object] = lambda _: None) -> RunState:
-    """Read what `save_state` wrote; nothing in the file is executed.
+    """Read the file of `save_state`, without running code from it.
 
-    When state.pt is missing or damaged and state.previous.pt is good, that is returned, and `say` is told so.
+    If state.pt is missing or damaged, state.previous.pt is read instead, and reported by `say`.
+
+    Args:
+        output: the output directory of the run.
+        say: called with one line of text.
 
     Raises:
-        StateError: both are missing or damaged, or of another version of twa_scale.
+        StateError: both files are missing or damaged, or written by another version of twa_scale.
     """
     try:
         return _load(output / STATE)
@@ -63,7 +67,7 @@ def _load(path: Path) -> RunState:
     body = _body(path, _content(path))
     try:
         state = torch.load(BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception:  # torch's own messages advise to load without a check
+    except Exception:  # the message of torch recommends an unsafe load
         raise StateError(f"{path}: is not a run state: it holds other things than plain data. {_FIX}") from None
     return checked(RunState, state, str(path))
 
@@ -71,7 +75,7 @@ def _load(path: Path) -> RunState:
 def _content(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise StateError(f"{path}: is not a run state: it is no regular file. {_FIX}")
+            raise StateError(f"{path}: is not a run state: it is not a regular file. {_FIX}")
         return path.read_bytes()
     except FileNotFoundError:
         raise StateError(f"{path}: there is no run state here; give the output directory of a run.") from None
@@ -84,7 +88,11 @@ def _header(body: bytes) -> bytes:
 
 
 def _body(path: Path, content: bytes) -> bytes:
-    """Return what stands behind the header, when it is what was written."""
+    """Return the content after the header.
+
+    Raises:
+        StateError: the header is missing or of another version, or the checksum differs.
+    """
     header, _, body = content.partition(b"\n")
     if not header.startswith(_MAGIC):
         raise StateError(

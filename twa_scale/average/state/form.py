@@ -1,4 +1,4 @@
-"""The state of one average: what it holds, and what a state must fit to continue it."""
+"""Make and check the state of one average."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -19,14 +19,14 @@ from twa_scale.errors import StateError
 
 
 class StateForm:
-    """Makes and checks states.
+    """The makers and the checks of the state of one average.
 
     Args:
         config: the settings of the average.
-        layout: who is trained, in which group.
-        basis: what the coefficients x multiply.
-        fingerprint: of the candidates.
-        conversions: of their stored tensors to those of the model.
+        layout: the trained tensors and their groups.
+        basis: the basis of the coefficients x.
+        fingerprint: the fingerprint of the candidates.
+        conversions: for each candidate, the conversion of its stored tensors to those of the model.
     """
 
     def __init__(
@@ -44,22 +44,22 @@ class StateForm:
         self._fingerprint = fingerprint
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the average alone, also where the configuration is that of a whole run."""
+        """Return the settings of the average, without the other settings of a run."""
         return self._config.model_dump(mode="json", include=set(TwaConfig.model_fields))
 
     def averaging(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the averaging coefficients a (n, G) of x (k, G)."""
+        """Return the averaging coefficients a (n, G) for x (k, G)."""
         return self._basis.averaging(self._basis.expand(x.detach()))
 
     def state(
         self, x: torch.Tensor, optimizer: Mapping[str, Any], buffers: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Return the state as plain values and tensors on the CPU that share nothing with the average.
+        """Return the state: plain values and copies of tensors on the CPU.
 
         Args:
-            x: (k, G) float64.
-            optimizer: its state.
-            buffers: BatchNorm statistics by their live name.
+            x: the coefficients, (k, G) float64.
+            optimizer: the state of the optimizer.
+            buffers: BatchNorm statistics, by their names in the model.
         """
         layout = self._layout
         return {
@@ -79,15 +79,15 @@ class StateForm:
         }
 
     def checked(self, state: Any, x: nn.Parameter, buffers: Mapping[str, torch.Tensor]) -> AverageState:
-        """Return a state that continues this average.
+        """Return `state` after a check that this average can continue from it.
 
         Args:
-            state: what a user gives.
-            x: the coefficients that it would replace.
-            buffers: those of the model.
+            state: a state from the user.
+            x: the coefficients of this average, (k, G).
+            buffers: the buffers of the model.
 
         Raises:
-            StateError: names what differs.
+            StateError: names the first difference.
         """
         saved = checked(AverageState, state, "state")
         self._fingerprint.require(saved.fingerprint.build())

@@ -1,4 +1,4 @@
-"""Which settings and which model a saved state belongs to."""
+"""Compare a saved state with the settings, the model and the other ranks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from twa_scale.average.state.schema import AverageState
 from twa_scale.errors import StateError
 from twa_scale.ranks import Group, first_difference
 
-# Settings under which saved coefficients and moments keep their meaning; the store and the start are free to change.
-_MEANING = (
+# Saved coefficients and moments depend on these settings. Others, such as the store, may change.
+_FIXED_SETTINGS = (
     "basis",
     "groups",
     "center",
@@ -25,12 +25,12 @@ _MEANING = (
 
 
 def require_same_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    """Refuse to go on under settings that give saved coefficients another meaning.
+    """Refuse to continue with other settings than those that the coefficients depend on.
 
     Raises:
         StateError: names the first setting that differs.
     """
-    for key in _MEANING:
+    for key in _FIXED_SETTINGS:
         if then[key] != now[key]:
             raise StateError(
                 f"{key}: the state was trained with {then[key]!r}, this run has {now[key]!r}; its coefficients would "
@@ -54,7 +54,7 @@ def require_same_shapes(live: Mapping[str, torch.Tensor], saved: Mapping[str, to
 
 
 def require_same_state(group: Group, state: AverageState) -> None:
-    """Refuse states that differ between ranks, whose coefficients would part. Collective.
+    """Refuse states that differ between ranks. Collective.
 
     Raises:
         StateError: on every rank.
@@ -68,7 +68,7 @@ def require_same_state(group: Group, state: AverageState) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value whose text holds all numbers of its tensors."""
+    """Return `value` with tensors as lists, so that its text has all their numbers."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.tolist()
     if isinstance(value, Mapping):

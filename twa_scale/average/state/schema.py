@@ -1,4 +1,4 @@
-"""What a saved state must hold. Every field is checked for type, shape and finiteness before anything uses it."""
+"""The schema of a saved state. Type, shape and finiteness of every field are checked before it is used."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,7 +12,7 @@ from twa_scale.config import TwaConfig
 from twa_scale.errors import StateError
 
 VERSION: Literal[2] = 2
-"""Of the format. A state of another version is refused: its fields may mean something else."""
+"""The version of the format. States of other versions are refused."""
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ class _Saved(BaseModel):
 
 
 class FingerprintState(_Saved):
-    """See `Fingerprint`."""
+    """The state of a `Fingerprint`."""
 
     labels: Annotated[Names, Field(min_length=1)]
     shapes: dict[str, tuple[Count, ...]]
@@ -50,7 +50,7 @@ class FingerprintState(_Saved):
 
 
 class MadeState(_Saved):
-    """See `Made`; rows of `segments` are those of `Conversion.state_dict`."""
+    """The state of a `Made`; the rows of `segments` are those of `Conversion.state_dict`."""
 
     shape: tuple[Count, ...]
     stored: dict[str, tuple[Count, ...]]
@@ -66,7 +66,7 @@ class MadeState(_Saved):
 
 
 class ConversionState(_Saved):
-    """See `Conversion`."""
+    """The state of a `Conversion`."""
 
     names: dict[str, str]
     made: dict[str, MadeState]
@@ -78,16 +78,16 @@ class ConversionState(_Saved):
 
 
 class AverageState(_Saved):
-    """What `TrainableAverage.state_dict` returns: n candidates, G groups, k coefficients in each."""
+    """The state of a `TrainableAverage`: n candidates, G groups, k coefficients in each."""
 
     version: Literal[2]
     config: TwaConfig
     groups: Annotated[Names, Field(min_length=1)]
     group_of: dict[str, Count]
     buffer_names: dict[str, str]
-    """Live name -> name in the candidates."""
+    """The name in the candidates, by the name in the model."""
     tied: list[Names] = []
-    """Names in the candidates of each tensor of the model that has several."""
+    """The names in the candidates of each tensor of the model that has several."""
     x: Tensor
     """(k, G), float64."""
     coefficients: Tensor
@@ -98,7 +98,7 @@ class AverageState(_Saved):
     buffers: dict[str, Tensor]
     fingerprint: FingerprintState
     conversions: list[ConversionState] = []
-    """What was made of stored tensors for the model, where candidates hold other ones."""
+    """The conversions from stored tensors to those of the model, for candidates that store other tensors."""
 
     @model_validator(mode="after")
     def _fits(self) -> "AverageState":
@@ -117,7 +117,7 @@ class KeptState(_Saved):
 
     step: Count
     data: dict[str, Any]
-    """What it was measured on, and by which metric."""
+    """The data of the evaluation and the name of the metric."""
     metrics: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
     x: Tensor
     coefficients: Tensor
@@ -131,10 +131,10 @@ class KeptState(_Saved):
 
 
 class RunState(_Saved):
-    """What `twa-scale run` saves."""
+    """The state that `twa-scale run` saves."""
 
     twa: AverageState
-    """At the last step."""
+    """The average at the last step."""
     keep: Literal["best", "last"]
     """Which coefficients the run exports."""
     kept: KeptState | None
@@ -161,7 +161,7 @@ class RunState(_Saved):
 
     @property
     def exported(self) -> AverageState:
-        """What the run exports: the average with the coefficients and the statistics that it keeps."""
+        """The state that the run exports: that of the best or of the last step."""
         if self.kept is None or self.keep == "last":
             return self.twa
         kept = {name: getattr(self.kept, name) for name in ("x", "coefficients", "buffers")}

@@ -10,7 +10,7 @@ import torch
 from twa_scale.candidates.adapters.lora_factors import Factors, factors_in, rank_of
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.dtypes import stored_dtype
-from twa_scale.candidates.proxy import Wrapped
+from twa_scale.candidates.proxy import CandidateProxy
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Place:
         return row * self.own + min(max(column - self.start, 0), self.own)
 
 
-class Concatenated(Wrapped):
+class Concatenated(CandidateProxy):
     """One of several LoRA adapters, with factors of rank R = sum_i r_i that are zero outside of its own ranks.
 
     With A = [A_1; ..; A_n] and B = [a_1 B_1, .., a_n B_n] the product B A is sum_i a_i B_i A_i. So B is

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 
 from twa_scale.candidates.candidate import Candidate
-from twa_scale.candidates.proxy import Wrapped
+from twa_scale.candidates.proxy import CandidateProxy
 
 
-class Rescaled(Wrapped):
+class Rescaled(CandidateProxy):
     """Another candidate, the tensors `scales` of which are multiplied by a number, in float32 or wider.
 
     Args:

@@ -11,7 +11,7 @@ from twa_scale.candidates.adapters.concatenated import Concatenated, product_fac
 from twa_scale.candidates.adapters.lora_factors import Factors, factors_in
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.dtypes import stored_dtype
-from twa_scale.candidates.proxy import Wrapped
+from twa_scale.candidates.proxy import CandidateProxy
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Truncation:
     left_out: float
 
 
-class Truncated(Wrapped):
+class Truncated(CandidateProxy):
     """sum_i a_i s_i B_i A_i of every module with factors of rank at most `rank`: the best in the Frobenius norm.
 
     B and A are computed module by module in float64 when they are read: from the QR factors of B = [a_i s_i B_i] and of
