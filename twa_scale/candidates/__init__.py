@@ -1,4 +1,4 @@
-"""Candidates, read by slices: safetensors, torch files, checkpoints of DeepSpeed and DCP, state dicts in memory."""
+"""Candidates, read by byte ranges from any format. Start with `candidate.py`, the interface, then read `open.py`."""
 
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.open import open_candidates

@@ -1,4 +1,4 @@
-"""The config-driven run behind `twa-scale run`."""
+"""The run of `twa-scale run CONFIG`. Start with `loop.py`."""
 
 from twa_scale.run.loop import run
 

@@ -1,4 +1,4 @@
-"""Averages of a model while it trains: exponential averages and a window of snapshots, beside each rank's weights."""
+"""Averages of a model while it trains. Start with `averages.py`."""
 
 from twa_scale.running.averages import RunningAverages
 

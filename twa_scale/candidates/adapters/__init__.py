@@ -1,4 +1,4 @@
-"""Adapters of PEFT as candidates: their configuration, their scalings, and the products of their factors."""
+"""Adapters of PEFT as candidates. Start with `spaces.py`."""
 
 from twa_scale.candidates.adapters.adapter_config import (
     ADAPTER_CONFIG,

@@ -1,4 +1,4 @@
-"""Tasks of `twa-scale run`. A task is an object with a model, its data and its loss."""
+"""Tasks of a run: an object with a model, its data and its loss. Start with `task.py`."""
 
 from twa_scale.run.tasks.build import build_task
 from twa_scale.run.tasks.task import SPLITS, Batch, Examples, Metrics, Task, stack

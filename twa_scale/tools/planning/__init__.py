@@ -1,4 +1,4 @@
-"""What a run will need, before anything starts, and which stores there is memory for."""
+"""Estimates of what a run needs, before anything starts. Start with `plan.py`."""
 
 from twa_scale.tools.planning.choices import choose_store
 from twa_scale.tools.planning.plan import Plan, make_plan
