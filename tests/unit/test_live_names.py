@@ -11,7 +11,7 @@ from torch import nn
 
 import twa_scale
 from tests.states import save_run
-from twa_scale.errors import CandidateError, ConfigError
+from twa_scale.errors import CandidateError, ConfigError, StateError
 from twa_scale.merge import export_run
 
 Rename = Callable[[str], str]
@@ -103,3 +103,95 @@ def test_a_run_is_exported_under_the_names_of_its_candidates(tmp_path: Path) -> 
 def test_names_that_agree_are_left_alone(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     assert is_last(last_of(saved(tmp_path, str), tmp_path / "out", net()))
     assert not recwarn.list
+
+
+def test_a_tensor_with_and_one_without_the_prefix_are_not_both_the_same_of_the_model(tmp_path: Path) -> None:
+    paths = saved(tmp_path, lambda name: f"model.{name}", **{"1.weight": torch.full((1, 2), 77.0)})
+    with pytest.raises(CandidateError, match=r"'model\.' makes '1\.weight' of both '1\.weight' and 'model\.1\.weight'"):
+        twa_scale.attach(net(), paths)
+    with pytest.warns(UserWarning, match=r"without the prefix 'model\.' are not read: '1\.weight'"):
+        assert is_last(last_of(paths, tmp_path / "out", net(), prefix="model."))
+
+
+def test_a_prefix_that_is_put_before_names_makes_none_twice(tmp_path: Path) -> None:
+    paths = saved(tmp_path, str, **{"model.0.bias": torch.full((2,), 77.0)})
+    with pytest.raises(
+        CandidateError, match=r"makes 'model\.0\.bias' of both '0\.bias' and 'model\.0\.bias'.*`rename`"
+    ):
+        twa_scale.attach(Inside(), paths)
+    with pytest.warns(UserWarning, match="put before them"):
+        config = {"rename": {r"^model\.": "other."}, "ignore": ["^other"]}
+        assert is_last(last_of(paths, tmp_path / "out", Inside(), **config), "model.")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("error", r"'0\.weight' of the model is missing.* set `prefix: enc\.`"),
+        ("keep", r"no tensor 'enc\.0\.bias'.* set `prefix: enc\.`"),
+    ],
+)
+def test_an_error_names_the_prefix_that_most_names_have(tmp_path: Path, missing: str, message: str) -> None:
+    paths = saved(tmp_path, lambda name: f"enc.{name}")
+    for path in paths:
+        save_file({name: value for name, value in load_file(path).items() if name != "enc.1.bias"}, path)
+    with pytest.raises(CandidateError, match=message):
+        twa_scale.attach(net(), paths, {"missing": missing})
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+class TiedInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Tied()
+
+
+@pytest.mark.parametrize(("build", "before"), [(TiedInside, ""), (Tied, "net.")])
+def test_a_tied_name_that_one_candidate_lacks_is_stored_as_the_others_are(
+    build: Callable[[], nn.Module], before: str, tmp_path: Path
+) -> None:
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for path in paths:
+        state = {f"{before}{name}": value.clone() for name, value in Tied().state_dict().items()}
+        if path == paths[-1]:
+            del state[f"{before}head.weight"]
+        save_file(state, path)
+    with pytest.warns(UserWarning, match="is not stored; it is tied"):
+        twa_scale.attach(build(), paths).export(tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(paths[0]).keys()
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "message"),
+    [
+        (lambda name: f"x.{name}", r"lack '0\.bias'.* and hold 'x\.0\.bias'.*Restore the candidates"),
+        (lambda name: name if name != "1.bias" else "1.b", r"lack '1\.bias' and hold '1\.b'"),
+    ],
+)
+def test_a_run_is_not_exported_from_candidates_with_other_names(
+    rewritten: Rename, message: str, tmp_path: Path
+) -> None:
+    paths = saved(tmp_path, str)
+    save_run(twa_scale.attach(net(), paths), paths, tmp_path / "run")
+    for path in paths:
+        save_file({rewritten(name): value for name, value in load_file(path).items()}, path)
+    with pytest.raises(StateError, match=message):
+        export_run(tmp_path / "run", tmp_path / "exact")
+    assert not (tmp_path / "exact").exists()
+
+
+def test_a_state_without_the_conversions_that_its_candidates_need_is_refused(tmp_path: Path) -> None:
+    paths = saved(tmp_path, lambda name: f"net.{name}")
+    average = twa_scale.attach(net(), paths)
+    old = average.state_dict()
+    del old["conversions"]
+    average.state_dict = lambda: old  # type: ignore[method-assign]
+    save_run(average, paths, tmp_path / "run")
+    with pytest.raises(StateError, match=r"lack '0\.bias'.*written by another twa_scale"):
+        export_run(tmp_path / "run", tmp_path / "exact")

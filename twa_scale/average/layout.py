@@ -11,6 +11,7 @@ from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate, Wanted
 from twa_scale.candidates.adapters import adapter_config, summed
 from twa_scale.candidates.live_names import Naming
+from twa_scale.candidates.prefixes import likely_prefix
 from twa_scale.candidates.proxy import stored_once
 from twa_scale.candidates.transformers_rules import transformers_rules
 from twa_scale.config import TwaConfig
@@ -123,10 +124,12 @@ def match(
     known = [*(alias for info in parameters.values() for alias in info.aliases), *buffers]
     found = _found(known, held, adapter.stored if adapter else {})
     may_be_missing = _may_be_missing(config, candidates[-1], found, adapter)
-    held_as = _held_as(parameters, found, held, candidates[0], may_be_missing)
-    found_buffers = _found_buffers(buffers, found, held, candidates[0], config, may_be_missing)
     used = set(found.values())
-    _refuse_leftovers([name for name in held if name not in used], known, candidates[0])
+    leftover = [name for name in held if name not in used]
+    hint = _prefix_hint(leftover, [name for name in known if name not in found]) if config.prefix is None else ""
+    held_as = _held_as(parameters, found, held, candidates[0], may_be_missing, hint)
+    found_buffers = _found_buffers(buffers, found, held, candidates[0], config, may_be_missing)
+    _refuse_leftovers(leftover, known, candidates[0], hint)
     for name, info in parameters.items():
         for alias in held_as.get(name, ()):
             _check_shape(alias, info.shape, candidates[0])
@@ -211,6 +214,7 @@ def _held_as(
     held: list[str],
     first: Candidate,
     may_be_missing: Callable[[str], bool],
+    hint: str,
 ) -> dict[str, tuple[str, ...]]:
     names = {name: tuple(found[a] for a in info.aliases if a in found) for name, info in parameters.items()}
     missing = [name for name, stored in names.items() if not stored and not may_be_missing(name)]
@@ -218,17 +222,25 @@ def _held_as(
         raise CandidateError(
             f"{first.label}: tensor {missing[0]!r} of the model is missing{nearest(missing[0], held)} "
             f"({len(missing)} missing in all: {some(missing)}). Candidates must hold every parameter of the model; "
-            "with `missing: keep` what no candidate has keeps the value that the model has."
+            f"with `missing: keep` what no candidate has keeps the value that the model has.{hint}"
         )
     return {name: stored for name, stored in names.items() if stored}
 
 
-def _refuse_leftovers(leftover: list[str], known: list[str], first: Candidate) -> None:
+def _prefix_hint(leftover: Sequence[str], missing: Collection[str]) -> str:
+    """Return how to name the prefix that most of the names in candidates have before those that the model misses."""
+    prefix = likely_prefix(leftover, missing)
+    if prefix is None or 2 * sum(name.removeprefix(prefix) in missing for name in leftover) < len(leftover):
+        return ""
+    return f" Names of the candidates have {prefix!r} before those of the model: set `prefix: {prefix}`."
+
+
+def _refuse_leftovers(leftover: list[str], known: list[str], first: Candidate, hint: str) -> None:
     if leftover:
         raise CandidateError(
             f"{first.label}: the model has no tensor {leftover[0]!r}{nearest(leftover[0], known)} "
             f"({len(leftover)} such tensors: {some(leftover)}). Use the model that the candidates are of, or name "
-            "tensors to skip in `ignore`."
+            f"tensors to skip in `ignore`.{hint}"
         )
 
 

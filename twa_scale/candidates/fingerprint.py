@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from twa_scale.base.names import nearest
+from twa_scale.base.names import nearest, some
 from twa_scale.errors import CandidateError, StateError
 from twa_scale.ranks import Pods, first_difference
 
@@ -49,6 +49,27 @@ class Fingerprint:
         saved.require_checksums(
             [{name: column[i] for name, column in columns.items()} for i in range(len(self.labels))], self.labels
         )
+
+    def require_names(self, found: Collection[str], label: str) -> None:
+        """Refuse candidates that hold other tensors than those of this fingerprint.
+
+        Args:
+            found: the names of their tensors.
+            label: of one of them.
+
+        Raises:
+            StateError: names the tensors that are missing, and those that are new.
+        """
+        missing, new = sorted(self.shapes.keys() - set(found)), sorted(set(found) - self.shapes.keys())
+        if missing or new:
+            differs = [f"lack {some(missing)}"] * bool(missing) + [f"hold {some(new)}, which it does not know"] * bool(
+                new
+            )
+            raise StateError(
+                f"{label}: the candidates do not hold the tensors that the state was trained on: they "
+                f"{' and '.join(differs)}. Restore the candidates of the run; if they have not changed, the state was "
+                "written by another twa_scale: export with that one, or start a new run."
+            )
 
     def require_checksums(self, found: Sequence[Mapping[str, int]], labels: Sequence[str] = ()) -> None:
         """Refuse tensors whose bits are not those of this fingerprint; `found` holds, by candidate, what was read.

@@ -10,11 +10,18 @@ from twa_scale.base.names import and_more, refuse_unused, some, without_wrappers
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.conversion import Conversion, Made
 from twa_scale.candidates.converted import Converted
+from twa_scale.candidates.prefixes import (
+    Tensors,
+    by_new_name,
+    choose_prefix,
+    common_prefixes,
+    likely_prefix,
+    put_before,
+    taken_off,
+)
 from twa_scale.candidates.segments import Segments
 from twa_scale.candidates.traced import Traced
 from twa_scale.errors import CandidateError, ConfigError
-
-Tensors = dict[str, Traced]
 
 
 class LibraryRules(Protocol):
@@ -98,36 +105,38 @@ def _refuse_unused(rename: Mapping[str, str], names: Sequence[str]) -> None:
 
 
 def _named(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]]:
-    lines: list[str] = []
     tensors = _renamed(tensors, naming.rename, label)
     if naming.prefix:
         tensors, left_out = _without_prefix(tensors, naming.prefix, label)
+        loaded, lines = _loaded(tensors, naming, label)
         if left_out:
-            lines.append(f"tensors without the prefix {naming.prefix!r} are not read: {some(left_out)}.")
+            lines.insert(0, f"tensors without the prefix {naming.prefix!r} are not read: {some(left_out)}.")
+        return loaded, lines
+    loaded, lines = _loaded(tensors, naming, label)
+    if naming.prefix is None and naming.parameters and not _complete(loaded, naming):
+        inferred = _inferred(loaded, naming, label) or _inferred_and_loaded(tensors, naming, label)
+        if inferred:
+            return inferred[0], lines + inferred[1]
+    return loaded, lines
+
+
+def _loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]]:
+    """Return what the model's library makes of tensors, where their names are not those of the model."""
     known = {name for names in naming.parameters for name in names} | set(naming.buffers)
-    if naming.library and not tensors.keys() <= known:
-        tensors, ignored = naming.library.loaded(tensors, label)
-        if ignored:
-            lines.append(f"the model's class ignores {some(ignored)} when it loads weights: not read.")
-    if naming.prefix is None and naming.parameters and not _complete(tensors, naming):
-        tensors, line = _inferred(tensors, naming, label)
-        lines += [line] if line else []
-    return tensors, lines
+    if naming.library is None or tensors.keys() <= known:
+        return tensors, []
+    loaded, ignored = naming.library.loaded(tensors, label)
+    return loaded, [f"the model's class ignores {some(ignored)} when it loads weights: not read."] if ignored else []
 
 
 def _renamed(tensors: Tensors, rename: Mapping[str, str], label: str) -> Tensors:
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        new = name
+    def new(name: str) -> str:
         for pattern, replacement in rename.items():
-            new = re.sub(pattern, replacement, new)
-        if new in renamed:
-            raise CandidateError(
-                f"{label}: `rename` makes {new!r} of both {renamed[new].origin()!r} and {name!r}. Each tensor needs a "
-                "name of its own: anchor the pattern (^, $), or name one of them in `ignore`."
-            )
-        renamed[new] = tensor
-    return renamed
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    fix = "anchor the pattern (^, $), or name one of them in `ignore`"
+    return by_new_name(tensors, new, f"{label}: `rename`", fix)
 
 
 def _without_prefix(tensors: Tensors, prefix: str, label: str) -> tuple[Tensors, list[str]]:
@@ -142,12 +151,12 @@ def _complete(tensors: Tensors, naming: Naming, before: str = "", less: int = 0)
     return all(any(before + name[less:] in tensors for name in names) for names in naming.parameters)
 
 
-def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, str | None]:
-    """Take off, or put before, the one prefix with which every parameter is found; leave names alone if none is."""
+def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]] | None:
+    """Take off, or put before, the one prefix with which every parameter is found; return None if there is none."""
     known = [name for names in naming.parameters for name in names] + list(naming.buffers)
     plain, held = without_wrappers(known), set(without_wrappers(tensors).values())
     if all(any(plain[name] in held for name in names) for names in naming.parameters):
-        return tensors, None  # "module." before all names is a wrapper's, and matched as such
+        return tensors, []  # "module." before all names is a wrapper's, and matched as such
     first = naming.parameters[0]
     possible = sorted({other.removesuffix(name) for name in first for other in tensors if other.endswith(f".{name}")})
     prefixes = [prefix for prefix in possible if _complete(tensors, naming, prefix)]
@@ -157,20 +166,37 @@ def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, st
             "meant with `prefix`."
         )
     if prefixes:
-        (prefix,) = prefixes
-        line = f"names have the prefix {prefix!r} before those of the model: taken off."
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, line
-    for prefix in _common(known):
+        return taken_off(tensors, prefixes[0], label), [_taken_off_line(prefixes[0])]
+    for prefix in common_prefixes(known):
         if _complete(tensors, naming, less=len(prefix)):
-            added = {name.removeprefix(prefix) for name in known}
-            named = {prefix + name if name in added else name: tensor for name, tensor in tensors.items()}
-            line = f"names of the model have the prefix {prefix!r} before those of the candidates: put before them."
-            return named, line
-    return tensors, None
+            return put_before(tensors, prefix, known, label), [
+                f"names of the model have the prefix {prefix!r} before those of the candidates: put before them."
+            ]
+    return None
 
 
-def _common(names: Sequence[str]) -> list[str]:
-    """Return the prefixes, of whole steps of the path, that all names have."""
-    steps = names[0].split(".")[:-1] if names else []
-    prefixes = [".".join(steps[: depth + 1]) + "." for depth in range(len(steps))]
-    return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]
+def _inferred_and_loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]] | None:
+    """Take off the prefix with which the model's library finds every parameter; return None if there is none."""
+    if naming.library is None:
+        return None
+    known = {name for names in naming.parameters for name in names} | set(naming.buffers)
+    likely = likely_prefix(tensors, known)
+    for prefix in dict.fromkeys([*([likely] if likely else []), *common_prefixes(list(tensors))]):
+        inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        try:
+            loaded, lines = _loaded(taken_off(inside, prefix, label), naming, label)
+        except CandidateError:  # the rules do not fit what is under this prefix
+            continue
+        if _complete(loaded, naming):
+            outside = {name: tensor for name, tensor in tensors.items() if name not in inside}
+            if twice := sorted(outside.keys() & loaded.keys()):
+                raise CandidateError(
+                    f"{label}: {some(twice)} and tensors whose names begin with {prefix!r} are the same tensors of "
+                    f"the model: {choose_prefix(prefix)}."
+                )
+            return loaded | outside, [_taken_off_line(prefix), *lines]
+    return None
+
+
+def _taken_off_line(prefix: str) -> str:
+    return f"names have the prefix {prefix!r} before those of the model: taken off."

@@ -6,21 +6,20 @@ Its own code decides, and works on traced tensors in place of tensors.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
 from twa_scale.base.names import some
+from twa_scale.candidates.numbered import lacking
 from twa_scale.candidates.traced import Traced
+from twa_scale.candidates.transformers_api import LIBRARY, has_rules, transformers_api, version
 from twa_scale.errors import CandidateError
 
 Modules = Iterable[tuple[str, nn.Module]]
 Shapes = Mapping[str, tuple[int, ...]]
 
-_LIBRARY = "transformers"
 _OUTDATED = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$")  # buffers that are no longer stored
 _WAY_OUT = (
     "Give candidates that hold the tensors of the model itself: model.save_pretrained(.., save_original_format=False), "
@@ -60,66 +59,64 @@ class TransformersRules:
         except CandidateError:
             raise
         except Exception as error:  # of any kind, from code of another library
-            version = import_module(_LIBRARY).__version__
             raise CandidateError(
-                f"{label}: the rules of transformers {version} for this model cannot be used: "
+                f"{label}: the rules of transformers {version()} for this model cannot be used: "
                 f"{type(error).__name__}: {error}. {_WAY_OUT}"
             ) from error
 
     def _loaded(self, tensors: Mapping[str, Traced], label: str) -> tuple[dict[str, Traced], list[str]]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
-
+        api = transformers_api(self._model)
         known, base = self._model.shapes, self._model.base_model_prefix
-        rules = get_model_conversion_mapping(self._model)
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+        rules = api.get_model_conversion_mapping(self._model)
+        converters = [rule for rule in rules if isinstance(rule, api.WeightConverter)]
+        renamings = [rule for rule in rules if not isinstance(rule, api.WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-        loaded: dict[str, Traced] = {}
-        collected: dict[str, Any] = {}
+        loaded = _Loaded(label)
+        collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
         ignored: list[str] = []
-        stored_as: dict[str, str] = {}
-        for name in sorted(tensors, key=dot_natural_key):
-            live, pattern = rename_source_key(name, renamings, converters, base, known)
+        for name in sorted(tensors, key=api.dot_natural_key):
+            live, pattern = api.rename_source_key(name, renamings, converters, base, known)
             if live not in known and name in known:
-                live, pattern = rename_source_key(name, [], [], base, known)
+                live, pattern = api.rename_source_key(name, [], [], base, known)
             if live not in known:
                 if any(unexpected.search(live) for unexpected in self._unexpected):
                     ignored.append(name)
                 else:
-                    loaded[name] = tensors[name]
+                    loaded.add(name, tensors[name], [name])
             elif pattern is not None:
-                rule = collected.setdefault(live, deepcopy(by_pattern[pattern]))
+                found = by_pattern[pattern]
+                rule, sources = collected.setdefault(live, (deepcopy(found), {p: [] for p in found.source_patterns}))
                 rule.add_tensor(live, name, pattern, tensors[name])
-            elif live in stored_as:
-                raise CandidateError(
-                    f"{label}: tensors {stored_as[live]!r} and {name!r} are both {live!r} of the model. Remove one of "
-                    "them from the candidate."
-                )
+                sources[pattern].append(name)
             else:
-                stored_as[live] = name
-                loaded[self.prefix + live] = tensors[name]
-        for live, rule in collected.items():
-            made = self._converted(live, rule, label)
-            loaded |= {self.prefix + name: tensor for name, tensor in made.items()}
-        return loaded, ignored
+                loaded.add(self.prefix + live, tensors[name], [name])
+        for live, (rule, sources) in collected.items():
+            for name, tensor in self._converted(live, rule, sources, label).items():
+                loaded.add(self.prefix + name, tensor, [source for names in sources.values() for source in names])
+        return loaded.tensors, ignored
 
-    def _converted(self, live: str, rule: Any, label: str) -> dict[str, Traced]:
-        sources = sorted(source for names in rule.layer_targets.values() for source in names)
+    def _converted(self, live: str, rule: Any, sources: Mapping[str, list[str]], label: str) -> dict[str, Traced]:
         try:
-            return _single(rule.convert(live, model=self._model, config=self._model.config))
+            made = _single(rule.convert(live, model=self._model, config=self._model.config))
         except Exception as error:  # of any kind, from code of another library
+            _refuse_lacking(live, sources, None, label)
+            names = sorted(source for found in sources.values() for source in found)
             raise CandidateError(
-                f"{label}: transformers makes tensor {live!r} of {some(sources)} by {rule.operations}, which cannot be "
+                f"{label}: transformers makes tensor {live!r} of {some(names)} by {rule.operations}, which cannot be "
                 f"followed: {type(error).__name__}: {error}. Candidates are read by parts, so elements may only be "
                 f"moved. {_WAY_OUT}"
             ) from error
+        for name, tensor in made.items():
+            shape = tuple(tensor.shape)
+            if (expected := self._model.shapes.get(name, shape)) != shape:
+                sizes = (shape[0], expected[0]) if shape and expected and shape[1:] == expected[1:] else None
+                _refuse_lacking(name, sources, sizes, label)
+        return made
 
     def saved(self, tensors: Mapping[str, Traced]) -> dict[str, Traced]:
         """Return what `save_pretrained` makes of tensors of the model."""
-        from transformers.core_model_loading import revert_weight_conversion
-
-        return _single(revert_weight_conversion(self._model, dict(tensors)))
+        api = transformers_api(self._model)
+        return _single(api.revert_weight_conversion(self._model, dict(tensors)))
 
 
 def transformers_rules(modules: Modules, shapes: Shapes) -> TransformersRules | None:
@@ -134,7 +131,7 @@ def transformers_rules(modules: Modules, shapes: Shapes) -> TransformersRules | 
     modules = list(modules)
     for path, module in modules:
         if _is_model(module):
-            if find_spec(f"{_LIBRARY}.conversion_mapping") is None:
+            if not has_rules():
                 return None
             return TransformersRules(modules, shapes, f"{path}." if path else "", module)
     return None
@@ -161,12 +158,16 @@ class _StandIn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The class of the model: the first versions of transformers 5 look up rules by `model.__class__`."""
+        return type(self._model)
+
 
 def _is_model(module: nn.Module) -> bool:
     """Whether a module is a model of transformers, which need not be installed."""
     return any(
-        kind.__name__ == "PreTrainedModel" and kind.__module__.split(".")[0] == _LIBRARY
-        for kind in type(module).__mro__
+        kind.__name__ == "PreTrainedModel" and kind.__module__.split(".")[0] == LIBRARY for kind in type(module).__mro__
     )
 
 
@@ -178,6 +179,39 @@ def _as_its_class(module: nn.Module) -> nn.Module:
     same: nn.Module = object.__new__(kind)
     same.__dict__.update(module.__dict__)
     return same
+
+
+class _Loaded:
+    """Tensors by their names in the model, of which no two may be the same."""
+
+    def __init__(self, label: str) -> None:
+        self.tensors: dict[str, Traced] = {}
+        self._label = label
+        self._sources: dict[str, list[str]] = {}
+
+    def add(self, name: str, tensor: Traced, sources: list[str]) -> None:
+        """Add a tensor that is made of the stored ones `sources`.
+
+        Raises:
+            CandidateError: another one has this name.
+        """
+        if name in self.tensors:
+            raise CandidateError(
+                f"{self._label}: {some(self._sources[name])} and {some(sources)} are both {name!r} of the model. "
+                "Remove one of them from the candidate."
+            )
+        self.tensors[name] = tensor
+        self._sources[name] = sources
+
+
+def _refuse_lacking(live: str, sources: Mapping[str, list[str]], sizes: tuple[int, int] | None, label: str) -> None:
+    """Refuse stored tensors of which a tensor of the model is made and some are missing."""
+    if missing := lacking(sources, sizes):
+        raise CandidateError(
+            f"{label}: {some(missing)} {'is' if len(missing) == 1 else 'are'} missing, of which transformers makes "
+            f"tensor {live!r} of the model. Candidates must hold every tensor of the model: save them whole, or use "
+            "the model that they are of."
+        )
 
 
 def _single(tensors: Mapping[str, Any]) -> dict[str, Traced]:

@@ -21,11 +21,13 @@ class View(CandidateProxy):
         self.stored_names = {name: self._stored_name(name, own) for name, own in self._names.items()}
 
     def _stored_name(self, name: str, own: str) -> str:
-        """Return the name in the files; what is before the name there, as "module.", is before a new name, too."""
+        """Return the name in the files: a new name has, or lacks, the same prefix in the files as the other name."""
         stored = self._candidate.stored_names[own]
         if name == own:
             return stored
-        return stored.removesuffix(own) + name if stored.endswith(own) else name
+        if stored.endswith(own):
+            return stored.removesuffix(own) + name
+        return name.removeprefix(own.removesuffix(stored)) if own.endswith(stored) else name
 
     def names(self) -> list[str]:
         """Return the tensor names, sorted."""

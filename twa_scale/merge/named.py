@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from twa_scale.average.state import load_state
-from twa_scale.base.names import nearest
+from twa_scale.base.names import matches_any, nearest
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate, Wanted, asked_for, open_together
 from twa_scale.candidates.adapters import Truncated, ranks_of
@@ -184,6 +184,10 @@ def export_run(
         space=twa.config.space,
     )
     opened = open_together(state.candidates, group, wanted=wanted)
+    fingerprint = twa.fingerprint.build()
+    with group.agree():
+        names = [name for name in opened[-1].names() if not matches_any(name, twa.config.ignore)]
+        fingerprint.require_names(names, opened[-1].label)
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]
     buffers = {*twa.buffer_names.values(), *spectral_vectors(opened[-1].names())}
@@ -217,7 +221,7 @@ def export_run(
         replace={twa.buffer_names[n]: value for n, value in twa.buffers.items() if n in twa.buffer_names},
         overwrite=overwrite,
         progress=progress,
-        verify=twa.fingerprint.build().require_checksums,
+        verify=fingerprint.require_checksums,
     )
     last = "" if state.exported_step == state.step else f", the best of the evaluations (the last is step {state.step})"
     return len(opened), f"step {state.exported_step}{last}"

@@ -109,6 +109,8 @@ class AverageState(_Saved):
         for name, group in self.group_of.items():
             if group >= num_groups:
                 raise ValueError(f"group_of: {name!r} is in group {group}, and there are {num_groups}")
+            if name not in self.fingerprint.shapes:
+                raise ValueError(f"group_of: {name!r} is none of the tensors of the fingerprint")
         return self
 
 

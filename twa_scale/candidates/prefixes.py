@@ -1,0 +1,75 @@
+"""Names of tensors that have a prefix more, or less, than others."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from twa_scale.candidates.traced import Traced
+from twa_scale.errors import CandidateError
+
+Tensors = dict[str, Traced]
+
+
+def by_new_name(tensors: Mapping[str, Traced], new: Callable[[str], str], what: str, fix: str) -> Tensors:
+    """Return the tensors under new names, of which no two may be the same.
+
+    Args:
+        tensors: by their names.
+        new: makes the new name of a name.
+        what: makes new names, for messages.
+        fix: what a user can do about two that are the same.
+    """
+    renamed: Tensors = {}
+    old: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if (other := old.setdefault(new(name), name)) != name:
+            raise CandidateError(
+                f"{what} makes {new(name)!r} of both {other!r} and {name!r}. Each tensor needs a name of its own: "
+                f"{fix}."
+            )
+        renamed[new(name)] = tensor
+    return renamed
+
+
+def taken_off(tensors: Mapping[str, Traced], prefix: str, label: str) -> Tensors:
+    """Return the tensors by their names without the prefix; names that do not have it stay.
+
+    Raises:
+        CandidateError: two names become the same.
+    """
+    what = f"{label}: taking off the prefix {prefix!r}"
+    return by_new_name(tensors, lambda name: name.removeprefix(prefix), what, choose_prefix(prefix))
+
+
+def put_before(tensors: Mapping[str, Traced], prefix: str, known: Iterable[str], label: str) -> Tensors:
+    """Return the tensors by their names with the prefix, where these are known; other names stay.
+
+    Raises:
+        CandidateError: two names become the same.
+    """
+    added = {name.removeprefix(prefix) for name in known}
+    what = f"{label}: the prefix {prefix!r} of the model's names"
+    fix = "give one of them a name of its own with `rename`, and name that in `ignore`"
+    return by_new_name(tensors, lambda name: prefix + name if name in added else name, what, fix)
+
+
+def choose_prefix(prefix: str) -> str:
+    """Return what a user can do if names with and without a prefix are those of one tensor."""
+    return f"set `prefix: {prefix}` to read only names that have it"
+
+
+def likely_prefix(names: Iterable[str], known: Collection[str]) -> str | None:
+    """Return the prefix that most of the names have before one of `known`; None if no name has one."""
+    found: Counter[str] = Counter()
+    for name in names:
+        steps = name.split(".")
+        found.update(
+            name.removesuffix(rest) for depth in range(1, len(steps)) if (rest := ".".join(steps[depth:])) in known
+        )
+    return max(found, key=lambda prefix: (found[prefix], -len(prefix)), default=None)
+
+
+def common_prefixes(names: Sequence[str]) -> list[str]:
+    """Return the prefixes, of whole steps of the path, that all names have."""
+    steps = names[0].split(".")[:-1] if names else []
+    prefixes = [".".join(steps[: depth + 1]) + "." for depth in range(len(steps))]
+    return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]
