@@ -76,7 +76,7 @@ def attach(
     with ExitStack() as undo:  # after an error, nothing stays open, and the caller can try again
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
-        opened = open_together(candidates, pods, wanted=_wanted(engine, config, adapter))
+        opened = open_together(candidates, pods, 2, _wanted(engine, config, adapter), config.select)
         for candidate in opened:
             undo.callback(candidate.close)
         with pods.agree():

@@ -16,6 +16,8 @@ from twa_scale.candidates.directory import INDEX, left_aside, weights_in
 from twa_scale.candidates.expand import expand, versions_or_parts
 from twa_scale.candidates.formats.deepspeed import is_deepspeed, tagged_folder
 from twa_scale.candidates.formats.sharded import weight_map
+from twa_scale.candidates.steps import chosen
+from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError
 
 Source = Path | Mapping[str, torch.Tensor]
@@ -36,8 +38,8 @@ class _Named:
     pattern: str | None = None
 
 
-def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice) -> list[Source]:
-    """Return the paths and state dicts that `spec` names, in order; nothing is opened.
+def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: SelectConfig | None = None) -> list[Source]:
+    """Return the paths and state dicts that `spec` names and `select` takes, in order; nothing is opened.
 
     Files that a glob matches under several paths, as through `latest -> step-2`, are one candidate. What is named twice
     in a list counts twice, and is reported.
@@ -45,6 +47,7 @@ def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice) -> list[Sour
     Raises:
         CandidateError: nothing found, fewer than `minimum`, or a glob that also matches what is no candidate, or what
             is another version of one.
+        ConfigError: `select` leaves none.
     """
     with named_errors():
         items = spec_items(spec)
@@ -54,7 +57,7 @@ def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice) -> list[Sour
             named += [_Named(path, pattern) for path in paths]
         if why := versions_or_parts([one.source for one in named if isinstance(one.source, Path) and not one.pattern]):
             tell(f"candidates: {why} They are averaged as they were named.")
-        sources = _without_repeated_matches(named, tell)
+        sources = chosen(_without_repeated_matches(named, tell), select or SelectConfig(), tell)
         if len(sources) < minimum:
             raise CandidateError(_too_few(items, sources, minimum))
         _tell_what_is_left_aside([source for source in sources if isinstance(source, Path)], tell)

@@ -23,10 +23,17 @@ from twa_scale.candidates.select import ALL, Wanted, select
 from twa_scale.candidates.view import View
 from twa_scale.candidates.weights_key import WeightsKey
 from twa_scale.candidates.wrapper_names import unwrapped
+from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError
 
 
-def open_candidates(spec: Spec, minimum: int = 2, wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:
+def open_candidates(
+    spec: Spec,
+    minimum: int = 2,
+    wanted: Wanted = ALL,
+    tell: Tell = notice,
+    select: SelectConfig | None = None,
+) -> list[Candidate]:
     """Open the candidates that `spec` names, and check that they hold the same tensors.
 
     Args:
@@ -37,12 +44,13 @@ def open_candidates(spec: Spec, minimum: int = 2, wanted: Wanted = ALL, tell: Te
         minimum: the fewest candidates that make sense.
         wanted: which of their tensors are read.
         tell: called with each line about what was done and may not be meant.
+        select: which of the candidates are taken, and in which order; all, as they are found, when not given.
 
     Raises:
         CandidateError: nothing found, something that is no candidate, a damaged file, quantized weights, or candidates
             that differ in names, shapes or kinds of number. Different floating point types are fine.
     """
-    return open_sources(find_sources(spec, minimum, tell), wanted, tell)
+    return open_sources(find_sources(spec, minimum, tell, select), wanted, tell)
 
 
 def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:

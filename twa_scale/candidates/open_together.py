@@ -14,6 +14,7 @@ from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.find import Source, Spec, find_sources, spec_items
 from twa_scale.candidates.open import open_sources
 from twa_scale.candidates.select import ALL, Wanted
+from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError
 from twa_scale.ranks import Group, first_difference
 
@@ -27,7 +28,9 @@ Key = tuple[int, str] | str
 """The place of a candidate and the name of one of its tensors; or `_NUMBER`."""
 
 
-def open_together(spec: Spec, group: Group, minimum: int = 2, wanted: Wanted = ALL) -> list[Candidate]:
+def open_together(
+    spec: Spec, group: Group, minimum: int = 2, wanted: Wanted = ALL, select: SelectConfig | None = None
+) -> list[Candidate]:
     """Open the candidates that `spec` names on every rank of `group`, and check that they are the same. Collective.
 
     The first rank resolves globs, and ranks that were given the same paths open what it has found. Ranks may be given
@@ -39,13 +42,14 @@ def open_together(spec: Spec, group: Group, minimum: int = 2, wanted: Wanted = A
         group: the ranks that work together.
         minimum: the fewest candidates that make sense.
         wanted: which of their tensors are read.
+        select: which of the candidates are taken; the same on every rank.
 
     Raises:
         CandidateError: on every rank: see `open_candidates`; or candidates that differ between ranks.
     """
     candidates: list[Candidate] = []
     try:
-        sources = _resolved(spec, group, minimum)
+        sources = _resolved(spec, group, minimum, select)
         with group.agree():
             candidates = open_sources(sources, wanted, notice if group.rank == 0 else ignore_notice)
         _require_same(candidates, group)
@@ -56,7 +60,7 @@ def open_together(spec: Spec, group: Group, minimum: int = 2, wanted: Wanted = A
     return candidates
 
 
-def _resolved(spec: Spec, group: Group, minimum: int) -> list[Source]:
+def _resolved(spec: Spec, group: Group, minimum: int, select: SelectConfig | None) -> list[Source]:
     """Return the sources of this rank: those of the first rank where both were given the same paths."""
     with group.agree():
         items: Any = spec_items(spec)  # a list also of a generator, which gives its items once
@@ -65,7 +69,7 @@ def _resolved(spec: Spec, group: Group, minimum: int) -> list[Source]:
     sources: list[Source] = []
     with group.agree():
         if other or group.rank == 0:
-            sources = find_sources(items, minimum, notice if group.rank == 0 else ignore_notice)
+            sources = find_sources(items, minimum, notice if group.rank == 0 else ignore_notice, select)
     found = group.broadcast([None if isinstance(source, Mapping) else source for source in sources])
     if other or group.rank == 0:
         return sources

@@ -4,12 +4,14 @@ from typing import Annotated
 
 import typer
 
+from twa_scale.cli.option_groups import with_options
 from twa_scale.cli.options import Ignore, Space, Timeout, WeightsKey
-from twa_scale.cli.output_options import Output, with_output
+from twa_scale.cli.output_options import Output
+from twa_scale.cli.selection_options import Selection
 from twa_scale.cli.shared import joined
 
 
-@with_output
+@with_options(selection=Selection, output=Output)
 def average(
     candidates: Annotated[
         list[str], typer.Argument(help="Files, directories or globs in training order, or each as PATH:WEIGHT.")
@@ -49,6 +51,7 @@ def average(
     weights_key: WeightsKey = None,
     timeout: Timeout = None,
     *,
+    selection: Selection,
     output: Output,
 ) -> None:
     """Average candidates with fixed weights, streamed in bounded memory and without the code of the model.
@@ -60,6 +63,8 @@ def average(
     twa-scale average runs/a:0.7 runs/b:0.3 --out merged
 
     twa-scale average runs/a:3 runs/b:1 --normalize --out merged
+
+    twa-scale average 'out/checkpoint-*' --start-step 16000 --every 1000 --out merged
 
     twa-scale average 'lora/*' --space product --rank 16 --out merged
     """
@@ -76,6 +81,7 @@ def average(
             weights_key=weights_key,
             space=space,
             rank=rank,
+            select=selection.config,
             progress=progress,
             **output.options,
         )

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from twa_scale.cli.option_groups import with_options
 from twa_scale.cli.options import Timeout
-from twa_scale.cli.output_options import Output, with_output
+from twa_scale.cli.output_options import Output
 from twa_scale.cli.shared import joined
 
 
-@with_output
+@with_options(output=Output)
 def export(
     run: Annotated[Path, typer.Argument(help="Output directory of `twa-scale run`.")],
     timeout: Timeout = None,

@@ -11,6 +11,7 @@ from twa_scale.config.deepspeed_block import BLOCK, block_settings
 from twa_scale.config.load import dump, load_config, validated
 from twa_scale.config.schema import TIMEOUT, OptimizerConfig, RunConfig, ScheduleConfig, TaskConfig, TwaConfig
 from twa_scale.config.section import Count, Section
+from twa_scale.config.select import Order, SelectConfig
 
 __all__ = [
     "BLOCK",
@@ -18,9 +19,11 @@ __all__ = [
     "Center",
     "Count",
     "OptimizerConfig",
+    "Order",
     "RunConfig",
     "ScheduleConfig",
     "Section",
+    "SelectConfig",
     "TaskConfig",
     "TwaConfig",
     "block_settings",

@@ -9,6 +9,7 @@ from twa_scale.config.center import Center, check_index, of_sum_one, parse_cente
 from twa_scale.config.kinds import BasisName, EngineName, PackedDeltas, StoreName, store_kind
 from twa_scale.config.optimizers import check_name, check_options
 from twa_scale.config.section import Count, Directory, Integer, Section
+from twa_scale.config.select import SelectConfig
 
 TIMEOUT = 600.0
 """Seconds that ranks wait for each other, when they meet and in every collective."""
@@ -128,6 +129,9 @@ class TwaConfig(Section):
     )
     num_components: Count | None = Field(
         None, description="Number of directions that `pca` keeps; all that are not numerically zero when not given."
+    )
+    select: SelectConfig = Field(
+        default_factory=SelectConfig, description="Which of the candidates are taken, and in which order."
     )
     include: list[str] = Field([], description="Regular expressions of tensor names to train; all when empty.")
     exclude: list[str] = Field([], description="Regular expressions of tensor names to leave at the center.")

@@ -17,6 +17,7 @@ from twa_scale.candidates.carry_over import carried_files
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.config import (
     Center,
+    SelectConfig,
     TwaConfig,
     center_weights,
     of_sum_one,
@@ -44,6 +45,7 @@ def average_fixed(
     weights_key: str | None = None,
     space: str = "auto",
     rank: int | None = None,
+    select: SelectConfig | None = None,
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     carry_code: bool = False,
@@ -62,6 +64,7 @@ def average_fixed(
         ignore: regular expressions of tensors to leave out.
         weights_key: the key of the weights in files that hold several sets; see TwaConfig.
         space: a value of the setting `space`: what is averaged of LoRA adapters.
+        select: which of the candidates are taken, and in which order; all, as they are found, when not given.
         rank: the rank to which the averages of products are truncated. Their relative error is reported.
         max_shard_size: see `merge`.
         dtype: the name of the floating point type to write.
@@ -83,11 +86,18 @@ def average_fixed(
         chosen = parse_dtype(dtype)
     options = {"PATH:WEIGHT": explicit, "--weights": weights, "--normalize": normalize, "--buffers": buffers}
     options |= {"--space": space, "--rank": rank}
+    select = select or SelectConfig()
+    options |= {f"--{key.replace('_', '-')}": value for key, value in select.model_dump().items()}
     require_same_settings(group, options)
+    if explicit is not None and select != SelectConfig():
+        raise ConfigError(
+            "PATH:WEIGHT: these candidates are chosen one by one; give the weights with --weights where --start-step, "
+            "--end-step, --every, --last or --order choose them."
+        )
     if explicit is not None and weights is not None:
         raise ConfigError(f"--weights {weights}: the candidates have weights as PATH:WEIGHT; give one or the other.")
     given = explicit if explicit is not None else _parsed("mean" if weights is None else weights)
-    opened = open_together(paths, group, 1, wanted)
+    opened = open_together(paths, group, 1, wanted, select)
     vectors = spectral_vectors(opened[-1].names())
     if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(

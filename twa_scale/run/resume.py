@@ -77,7 +77,7 @@ def _require_same_course(path: Path, state: RunState, now: dict[str, Any]) -> No
 def _same_candidates(config: RunConfig, state: RunState) -> bool:
     """Whether the candidates are where they were, or have been removed as a whole since the run has finished."""
     try:
-        sources = find_sources(config.candidates, minimum=1, tell=lambda _: None)
+        sources = find_sources(config.candidates, 1, lambda _: None, config.select)
     except CandidateError:
         return not any(Path(path).exists() for path in state.candidates)
     return [str(Path(str(source)).resolve()) for source in sources] == state.candidates

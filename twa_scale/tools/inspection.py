@@ -20,6 +20,7 @@ from twa_scale.candidates.adapters import Concatenated, described, factors_in, p
 from twa_scale.candidates.dtypes import stored_dtype
 from twa_scale.candidates.read_ahead import Progress, job_bytes
 from twa_scale.candidates.streaming import Stream
+from twa_scale.config import SelectConfig
 from twa_scale.kernels import Target, choose_kernels
 from twa_scale.ranks import Group
 
@@ -45,7 +46,10 @@ class Inspection:
 
 
 def inspect(
-    paths: str | Sequence[str | Path], progress: Progress | None = None, wanted: Wanted | None = None
+    paths: str | Sequence[str | Path],
+    progress: Progress | None = None,
+    wanted: Wanted | None = None,
+    select: SelectConfig | None = None,
 ) -> Inspection:
     """Read every byte of the candidates once, in bounded memory. Collective: the ranks of a launcher share the work.
 
@@ -55,7 +59,7 @@ def inspect(
         CandidateError: candidates that are damaged, not alike, or hold NaN or Inf.
     """
     group = Group.world()
-    candidates = open_together(paths if isinstance(paths, str) else list(paths), group, 1, wanted or Wanted())
+    candidates = open_together(paths if isinstance(paths, str) else list(paths), group, 1, wanted or Wanted(), select)
     n = len(candidates)
     adapters = [candidate for candidate in candidates if isinstance(candidate, Concatenated)]
     factors = list(factors_in(candidates[0].names()).values()) if adapters else []

@@ -17,7 +17,7 @@ def candidates_leave_values(config: RunConfig) -> bool:
     Raises:
         CandidateError: candidates that are not there.
     """
-    paths = find_sources(config.candidates, 1, ignore_notice)
+    paths = find_sources(config.candidates, 1, ignore_notice, config.select)
     return config.missing == "keep" or any(isinstance(p, Path) and (p / ADAPTER_CONFIG).is_file() for p in paths)
 
 

@@ -101,7 +101,8 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     parameters = real_parameter_infos(parameters)
     buffers = {name: real_view(buffer) for name, buffer in persistent_buffers(model).items()}
     adapter = live_adapter(model)
-    candidates = open_candidates(config.candidates, wanted=wanted_of(parameters, buffers, config, model, adapter))
+    wanted = wanted_of(parameters, buffers, config, model, adapter)
+    candidates = open_candidates(config.candidates, wanted=wanted, select=config.select)
     layout = match(parameters, buffers, candidates, config, adapter)
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
     n = len(candidates)
