@@ -76,7 +76,13 @@ def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, fill
         if layout.kept:
             notice(
                 f"{len(layout.kept)} tensors of the model ({some(layout.kept, 2)}) are in no candidate, and keep the "
-                "value that the model has (`missing`)."
+                "value that the model has (`missing`). Exports hold what the candidates hold, so they lack these "
+                "tensors, and from_pretrained of an export initializes them anew: copy them from this model."
+            )
+        if layout.base:
+            notice(
+                f"the base model keeps its {len(layout.base)} tensors ({some(layout.base, 2)}): candidates and exports "
+                "are adapters."
             )
         if wrapper := enclosing_wrapper(engine):
             notice(

@@ -35,7 +35,9 @@ class Layout:
     """Those of the fixed parameters that are the sum of what the candidates hold: the A of LoRA, where products are
     averaged."""
     kept: tuple[str, ...]
-    """Parameters and buffers that no candidate has, which keep their value."""
+    """Parameters and buffers that no candidate has, which keep their value. Exports do not hold them."""
+    base: tuple[str, ...]
+    """Those of the base model of an adapter, which keep their value; its adapter is what candidates hold."""
     buffers: tuple[str, ...]
     """Buffers that the candidates hold, by the model's name."""
     held_as: dict[str, tuple[str, ...]]
@@ -130,6 +132,9 @@ def match(
     held_as = _held_as(parameters, found, held, candidates[0], may_be_missing, hint)
     found_buffers = _found_buffers(buffers, found, held, candidates[0], config, may_be_missing)
     _refuse_leftovers(leftover, known, candidates[0], hint)
+    kept = [name for name in (*parameters, *buffers) if name not in held_as and name not in found_buffers]
+    kept = [name for name in kept if may_be_missing(name)]
+    base = [name for name in kept if adapter and not adapter.holds(name)]
     for name, info in parameters.items():
         for alias in held_as.get(name, ()):
             _check_shape(alias, info.shape, candidates[0])
@@ -152,11 +157,8 @@ def match(
         group_of={name: groups.index(group) for name, group in by_group.items()},
         fixed=tuple(name for name in held_as if name not in by_group),
         summed=all_summed,
-        kept=tuple(
-            name
-            for name in (*parameters, *buffers)
-            if may_be_missing(name) and name not in held_as and name not in found_buffers
-        ),
+        kept=tuple(name for name in kept if name not in set(base)),
+        base=tuple(base),
         buffers=found_buffers,
         held_as={**held_as, **{name: (found[name],) for name in found_buffers}},
     )

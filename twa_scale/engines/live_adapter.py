@@ -154,7 +154,8 @@ def _require_no_views(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     owners = {parameter.data_ptr(): path for path, parameter in parameters.items() if parameter.is_contiguous()}
     for path, parameter in parameters.items():
-        owner = None if parameter.is_contiguous() else owners.get(parameter.data_ptr())
+        address = parameter.data_ptr()  # 0 for tensors that are sharded or empty
+        owner = None if parameter.is_contiguous() or not address else owners.get(address)
         if owner is not None:
             raise EngineError(
                 f"parameter {path!r} is a transposed view of {owner!r} (ensure_weight_tying of PEFT), so one average "
