@@ -135,6 +135,7 @@ def match(
     kept = [name for name in (*parameters, *buffers) if name not in held_as and name not in found_buffers]
     kept = [name for name in kept if may_be_missing(name)]
     base = [name for name in kept if adapter and not adapter.holds(name)]
+    kept = [name for name in kept if not adapter or adapter.holds(name)]
     for name, info in parameters.items():
         for alias in held_as.get(name, ()):
             _check_shape(alias, info.shape, candidates[0])
@@ -157,7 +158,7 @@ def match(
         group_of={name: groups.index(group) for name, group in by_group.items()},
         fixed=tuple(name for name in held_as if name not in by_group),
         summed=all_summed,
-        kept=tuple(name for name in kept if name not in set(base)),
+        kept=tuple(kept),
         base=tuple(base),
         buffers=found_buffers,
         held_as={**held_as, **{name: (found[name],) for name in found_buffers}},

@@ -139,8 +139,8 @@ class TwaConfig(Section):
     missing: Literal["auto", "error", "keep"] = Field(
         "auto",
         description="Tensors of the model that no candidate has: an `error`, or they `keep` the value that the model "
-        "has, and exports lack them. `auto`: an error, but for the base model of an adapter (LoRA), whose candidates are "
-        "adapters.",
+        "has, and exports lack them. `auto`: an error, but for the base model of an adapter (LoRA), whose candidates "
+        "are adapters.",
     )
     space: Literal["auto", "factors", "product"] = Field(
         "auto",
