@@ -97,7 +97,8 @@ class TransformersRules:
 
     def _converted(self, live: str, rule: Any, sources: Mapping[str, list[str]], label: str) -> dict[str, Traced]:
         try:
-            made = _single(rule.convert(live, model=self._model, config=self._model.config))
+            converted = rule.convert(live, model=self._model, config=self._model.config)
+            made = _single(converted[0] if isinstance(converted, tuple) else converted)  # transformers 5.0: and errors
         except Exception as error:  # of any kind, from code of another library
             _refuse_lacking(live, sources, None, label)
             names = sorted(source for found in sources.values() for source in found)
