@@ -109,21 +109,34 @@ def _factors(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig]) 
     reference = scalings(candidates[-1])
     result: list[Candidate] = []
     for candidate, config in zip(candidates, configs, strict=True):
+        own = scalings(candidate)
+        if config.changes_base == "olora":
+            _require_equal_scalings(config, own, configs[-1], reference)
         scales: dict[str, float] = {}
-        for module, scaling in scalings(candidate).items():
-            if config.changes_base == "olora" and scaling != reference.get(module, scaling):
-                raise CandidateError(
-                    f"{config.path}: OLoRA scales {module!r} by {scaling:g}, and {configs[-1].path} by "
-                    f"{reference[module]:g}. Loading OLoRA subtracts the scaled factors of the base weight from it, so "
-                    "adapters of other scalings belong to other base weights. Convert them first "
-                    "(save_pretrained(path_initial_model_for_weight_conversion=..))"
-                    f", {_MERGED}."
-                )
+        for module, scaling in own.items():
             quotient, one = scaling / reference.get(module, scaling), factors_in(candidate.names())[module]
             scales |= {one.a: sqrt(abs(quotient)), one.b: sqrt(abs(quotient)) * (1 if quotient > 0 else -1)}
             scales |= {one.bias: quotient} if one.bias else {}
         result.append(_rescaled(candidate, scales))
     return result
+
+
+def _require_equal_scalings(
+    config: AdapterConfig, own: Mapping[str, float], last: AdapterConfig, reference: Mapping[str, float]
+) -> None:
+    """Refuse OLoRA of other scalings: loading subtracts the scaled factors of the base weight from it.
+
+    Raises:
+        CandidateError: names the module and both scalings.
+    """
+    for module, scaling in own.items():
+        if scaling != reference.get(module, scaling):
+            raise CandidateError(
+                f"{config.path}: OLoRA scales {module!r} by {scaling:g}, and by {reference[module]:g} in {last.path}. "
+                "Loading subtracts the scaled factors of the base weight from it, so adapters of other scalings belong "
+                "to other base weights. Convert them first (save_pretrained(path_initial_model_for_weight_conversion="
+                f"..)), {_MERGED}."
+            )
 
 
 def _require_equal_ranks(candidates: Sequence[Candidate]) -> None:
