@@ -1,6 +1,8 @@
 """Running averages in one process: names, rounding, refusals."""
 
+import io
 from collections.abc import Callable
+from math import log, prod
 from typing import Any
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import twa_scale
-from twa_scale import ConfigError, StateError, TwaError, TwaWarning
+from twa_scale import ConfigError, EngineError, StateError, TwaError, TwaWarning
+from twa_scale.running import learning, window
+from twa_scale.running.settings import EmaSettings
 
 STORES = {"dense32": 1e-5, "dense16": 0.01, "packed8": 0.02, "packed4": 0.2, "packed2": 0.6, "packed1": 0.9}
 KEEP = 4
@@ -97,15 +101,22 @@ def test_half_lives_forget_in_proportion_to_the_age() -> None:
     averages, model, seen = followed(400, ema={"half_life": 0.1})
     want = seen[0]
     for t, weights in enumerate(seen[1:], 2):
-        d = 0.5 ** (1 / (0.1 * t))
+        d = (1 - 1 / t) ** (log(0.5) / log(1 - 0.1))
         want = d * want + (1 - d) * weights
     torch.testing.assert_close(shown(averages, model, "ema:half-life:0.1"), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("half_life", [0.05, 0.3, 0.9])
+def test_half_of_the_weight_lies_on_the_last_part_of_the_updates(half_life: float) -> None:
+    settings, total = EmaSettings(half_life=[half_life]), 1000
+    of_the_others = prod(settings.decay(0, t) for t in range(round((1 - half_life) * total) + 1, total + 1))
+    assert of_the_others == pytest.approx(0.5, rel=1e-9)
 
 
 def test_compare_gives_a_table_and_the_weights_back() -> None:
     averages, model, seen = followed(5, ema=[0.9], window={"every": 1, "keep": 3, "store": "dense32"})
     scores = averages.compare(lambda given: float(given.weight.detach().double().sum()))
-    assert list(scores) == averages.names == ["last", "ema", "mean", "linear", "minus-sqrt"]
+    assert list(scores) == averages.names == ["last", "ema", "mean", "minus-sqrt"]
     assert scores["last"] == float(seen[-1].sum()) and scores["mean"] == pytest.approx(float(sum(seen[-3:]).sum() / 3))
     assert str(scores).splitlines()[0].split() == ["last", f"{scores['last']:.6g}"]
     assert torch.equal(model.weight.detach().double(), seen[-1])
@@ -273,3 +284,244 @@ def test_parameters_that_are_trained_later_are_reported() -> None:
     model[1].requires_grad_(True)
     with pytest.warns(TwaWarning, match="2 more parameters"), averages.weights("ema"):
         pass
+
+
+def test_freezing_one_layer_and_training_another_is_reported() -> None:
+    model = nn.Sequential(linear(), linear())
+    model[1].requires_grad_(False)
+    averages = twa_scale.RunningAverages(model, ema=[0.9])
+    averages.step()
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(True)
+    with pytest.warns(TwaWarning, match="2 more parameters"), averages.weights("ema"):
+        pass
+
+
+def raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def raise_out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("where", ["_measured", "_buffers", "assemble"])
+@pytest.mark.parametrize("fail", [raise_interrupt, raise_out_of_memory])
+def test_training_goes_on_after_learn_has_failed(monkeypatch: Any, where: str, fail: Callable[..., None]) -> None:
+    """Whatever error it is: the weights are given back, none is written back later, and no hook takes gradients."""
+    averages, model, seen = followed(4, window={"every": 1, "keep": 3, "store": "dense32"})
+    work = getattr(learning, where)
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, where, lambda *args: fail(work(*args)))
+        with pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)):
+            averages.learn()
+    assert torch.equal(model.weight.detach().double(), seen[-1])
+    model(torch.ones(2, 50)).sum().backward()
+    assert model.weight.grad is not None
+    move(model)
+    averages.step()
+    before = model.weight.detach().clone()
+    shown(averages, model, "mean")
+    assert torch.equal(model.weight.detach(), before)
+    averages.restore()
+    assert torch.equal(model.weight.detach(), before)
+    averages.learn()
+
+
+def test_an_interrupted_update_is_refused_until_a_state_is_loaded(monkeypatch: Any) -> None:
+    averages, model, _ = followed(4, window={"every": 1, "keep": 3, "store": "dense32"})
+    state = through_a_file(averages.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(window, "write_row", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            averages.step()
+    for call in (averages.step, averages.learn, lambda: shown(averages, model, "mean"), lambda: averages.save("out")):
+        with pytest.raises(TwaError, match="interrupted an update"):
+            call()
+    with pytest.warns(TwaWarning, match="interrupted"):
+        broken = averages.state_dict()
+    with pytest.raises(StateError, match="interrupted"):
+        averages.load_state_dict(broken)
+    averages.load_state_dict(state)
+    averages.step()
+    assert averages.snapshot_steps == [3, 4, 5]
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
+
+
+def fill(key: str, tensor: str, value: float) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        for name, held in state["window"][key].items():
+            if tensor in name and held.is_floating_point():
+                held.fill_(value)
+
+    return change
+
+
+@pytest.mark.parametrize("store", ["dense32", "packed1"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["step"].fill_(-1),
+        lambda state: state["step"].fill_(0),
+        lambda state: state["step"].fill_(3),  # before the last snapshot
+        lambda state: state["ema_updates"].fill_(-3),
+        lambda state: state["ema_updates"].fill_(9),
+        fill("rows", "weight", float("inf")),
+        fill("base", "bias", float("nan")),
+    ],
+)
+def test_damaged_states_are_refused(store: str, change: Callable[[dict[str, Any]], object]) -> None:
+    averages, model, _ = followed(4, ema=[0.9], window={"every": 1, "keep": 3, "store": store})
+    state = through_a_file(averages.state_dict())
+    averages.load_state_dict(state)
+    before = shown(averages, model, "mean")
+    change(state)
+    with pytest.raises(StateError, match="damaged"):
+        averages.load_state_dict(state)
+    assert averages.num_steps == 4 and torch.equal(shown(averages, model, "mean"), before)
+
+
+@pytest.mark.parametrize("options", [{"ema": [0.9]}, {"window": {"every": 1, "keep": 3}}])
+def test_replaced_parameters_are_refused_at_the_next_step(options: dict[str, Any]) -> None:
+    averages, model, _ = followed(2, **options)
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}, assign=True)
+    with pytest.raises(EngineError, match="replaced"):
+        averages.step()
+    assert averages.num_steps == 2
+
+
+def with_statistics() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
+
+
+def add_buffer(model: nn.Module) -> None:
+    model.register_buffer("mask", torch.ones(3))
+
+
+def remove_buffer(model: nn.Module) -> None:
+    del model[1].running_mean  # type: ignore[index]
+
+
+def resize_buffer(model: nn.Module) -> None:
+    model[1].running_mean = torch.zeros(9)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("change", [add_buffer, remove_buffer, resize_buffer])
+@pytest.mark.parametrize(
+    "options", [{"ema": {"decays": 0.9, "use_buffers": True}}, {"window": {"every": 1, "keep": 3}}]
+)
+def test_buffers_that_become_others_are_refused_by_name(
+    options: dict[str, Any], change: Callable[[nn.Module], None]
+) -> None:
+    model = with_statistics()
+    averages = twa_scale.RunningAverages(model, **options)
+    averages.step()
+    change(model)
+    with pytest.raises(EngineError, match=r"buffer '(mask|1\.running_mean)' was"):
+        averages.step()
+
+
+def test_buffers_that_are_not_held_may_become_others() -> None:
+    model = with_statistics()
+    averages = twa_scale.RunningAverages(model, ema=[0.9])
+    add_buffer(model)
+    averages.step()
+    with averages.weights("ema"):
+        model.register_buffer("more", torch.ones(2))
+
+
+def test_buffers_of_integers_are_held_once() -> None:
+    model = with_statistics()
+    without = twa_scale.RunningAverages(model, window={"every": 1, "keep": 9}).nbytes
+    model.register_buffer("mask", torch.ones(1000, dtype=torch.bool))
+    averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 9})
+    assert averages.nbytes == without + 1000
+    for i in range(1, 4):
+        model[1].num_batches_tracked.fill_(i)  # type: ignore[index]
+        averages.step()
+    held = averages._window
+    assert [int(held.buffer("1.num_batches_tracked", i)) for i in range(3)] == [1, 2, 3]
+    assert held.buffer("mask", 0).all()
+
+
+@pytest.mark.parametrize("calls", [2, 4])
+def test_more_calls_than_steps_are_reported_once(calls: int) -> None:
+    model = linear()
+    averages = twa_scale.RunningAverages(model, ema=[0.9])
+    with pytest.warns(TwaWarning, match="once, after each step") as said:
+        for _ in range(20):
+            move(model)
+            for _ in range(calls):
+                averages.step()
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("write", ["skipped", "unseen"])
+def test_steps_without_a_version_are_not_reported(write: str) -> None:
+    """A loss scaler skips some steps, and some optimizers write without torch's knowledge."""
+    model = linear()
+    averages = twa_scale.RunningAverages(model, ema=[0.9])
+    for i in range(60):
+        if write == "unseen":
+            model.weight.data += 1
+        elif i % 9 >= 2:
+            move(model)
+        averages.step()
+
+
+def test_what_is_written_inside_weights_is_reported() -> None:
+    averages, model, seen = followed(3, ema=[0.9], window={"every": 1, "keep": 3})
+    with averages.weights("ema"), averages.weights("mean"):
+        pass
+    with pytest.warns(TwaWarning, match="written while an average was shown"), averages.weights("ema"):
+        move(model)
+    assert torch.equal(model.weight.detach().double(), seen[-1])
+
+
+def test_names_tell_decays_apart() -> None:
+    averages, _, _ = followed(2, ema=[0.9999999, 0.99999992])
+    assert averages.names[1:] == ["ema:0.9999999", "ema:0.99999992"]
+    assert averages.has("ema:0.99999990")
+    scores = averages.compare(lambda _: 1.0, ["last", "ema:0.9999999", "last"])
+    assert list(scores) == ["last", "ema:0.9999999", "last (2)"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_any_number_and_size_are_averaged(monkeypatch: Any, dtype: torch.dtype) -> None:
+    """Small ones are updated together, and large ones in pieces."""
+    monkeypatch.setattr("twa_scale.running.ema.PIECE", 100)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(size, 9) for size in (1, 30, 2, 5, 11, 12))).to(dtype)
+    averages = twa_scale.RunningAverages(model, ema=[0.5, 0.9])
+    want = [[p.detach().float()] * 2 for p in model.parameters()]
+    for step in range(3):
+        move(model)
+        averages.step()
+        for p, held in zip(model.parameters(), want, strict=True):
+            held[:] = [w.lerp(p.detach().float(), 1 - d if step else 1) for w, d in zip(held, (0.5, 0.9), strict=True)]
+    for i, name in enumerate(("ema:0.5", "ema:0.9")):
+        with averages.weights(name):
+            for p, held in zip(model.parameters(), want, strict=True):
+                assert torch.equal(p, held[i].to(dtype))
+
+
+def test_a_state_file_is_complete_or_not_there(tmp_path: Any, monkeypatch: Any) -> None:
+    averages, _, _ = followed(3, ema=[0.9])
+    averages.save_state(tmp_path)
+    content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert list(content) == ["averages-00000-of-00001.pt"]
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(twa_scale.OutputError, match="No space"):
+        averages.save_state(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == content

@@ -94,7 +94,7 @@ class SwappedWeights:
             handle.remove()
         self._stack.pop()
         try:
-            failure = self._together(failure)
+            failure = self.together(failure)
             self._write()
         except BaseException:
             self.lost = _LOST
@@ -102,12 +102,13 @@ class SwappedWeights:
         finally:
             before = self._held.pop()
             for name, buffer in self._engine.buffers().items():
-                buffer.copy_(before[name])
+                if name in before:  # not registered in the block
+                    buffer.copy_(before[name])
         if failure is not None:
             raise failure
 
-    def _together(self, failure: BaseException | None) -> BaseException | None:
-        """Return the error that left the block on this rank or on another one, after all ranks have left it.
+    def together(self, failure: BaseException | None) -> BaseException | None:
+        """Return the error that left a block on this rank or on another one, after all ranks have left it. Collective.
 
         Raises:
             BaseException: `failure`, if a rank has not left the block.

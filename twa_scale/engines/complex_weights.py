@@ -108,6 +108,10 @@ class ViewAsRealEngine(Engine):
         """Return the number of optimizer steps, or None if the sharding library does not count them."""
         return self._engine.steps_taken()
 
+    def counters(self) -> Callable[[], None]:
+        """Return a function that restores the sharding library's counters."""
+        return self._engine.counters()
+
     def units(self) -> list[list[Span]]:
         """Return the spans that the model uses at once."""
         return [[self._doubled(span) for span in unit] for unit in self._engine.units()]

@@ -154,6 +154,10 @@ class Engine(metaclass=_CheckedMeta):
         """Return the number of optimizer steps, or None if the sharding library does not count them."""
         return None
 
+    def counters(self) -> Callable[[], None]:
+        """Return a function that gives the sharding library's counters, as of steps, the values that they have now."""
+        return lambda: None
+
     def units(self) -> list[list[Span]]:
         """Return the units of `before_use`: lists of local spans that the model uses at once, in forward order.
 

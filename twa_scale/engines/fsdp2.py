@@ -14,6 +14,7 @@ from twa_scale.base.spans import Span
 from twa_scale.engines.dtensor_spans import Axis, MeshLayout
 from twa_scale.engines.engine import Consume, Engine, register_gradient_hooks
 from twa_scale.engines.fsdp2_units import (
+    GATHERED,
     PreparingUnshard,
     installed_unshard,
     parameter_groups,
@@ -24,7 +25,10 @@ from twa_scale.engines.parameters import (
     flat_view,
     memory_version,
     named_parameters,
+    parameter_locations,
     persistent_buffers,
+    require_same_parameters,
+    was_replaced,
 )
 from twa_scale.engines.replicated import ReplicatedParameters
 from twa_scale.errors import EngineError
@@ -49,6 +53,7 @@ class FSDP2Engine(Engine):
                 unshard.prepare()
         self._reshard()  # after a forward pass the root module may hold unsharded parameters
         parameters, self.parameters = named_parameters(module)
+        self._locations = parameter_locations(module)
         self._sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
         mesh = MeshLayout(self._sharded)
         self.shard_group = mesh.shard_group
@@ -141,10 +146,18 @@ class FSDP2Engine(Engine):
     def changed(self, names: Collection[str]) -> dict[str, object]:
         """Return address and version of each local part and of each unsharded parameter.
 
-        FSDP2 replaces its parameters by gathered ones during a forward pass, so only their memory is compared.
+        Raises:
+            EngineError: a parameter or its memory was replaced by another.
         """
+        # FSDP2 puts gathered parameters in the place of its own, from a forward pass to the backward pass.
+        held_by = [p for group in self._groups for p in group.fsdp_params]
+        gathered = {id(getattr(p, name, None)) for p in held_by for name in GATHERED} - {id(None)}
+        require_same_parameters(self._locations, gathered)
         with torch.no_grad():
             held = {name: self._sharded[name].to_local() for name in names if name in self._sharded}
+        for name, local in held.items():
+            if (local.data_ptr(), local.dtype) != (self._local[name].data_ptr(), self._local[name].dtype):
+                raise was_replaced(name)
         return {name: memory_version(local) for name, local in held.items()} | self._whole.changed(names)
 
     def buffers(self) -> dict[str, torch.Tensor]:

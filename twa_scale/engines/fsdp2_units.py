@@ -19,6 +19,8 @@ It returns the event that other streams have to wait for, if any.
 
 _GROUP = ("fsdp_params", "_partial_reduce_output")
 _PARAMETER = ("sharded_param", "unsharded_accumulated_grad", "_unsharded_param")
+GATHERED = ("_unsharded_param", "_sharded_post_forward_param")
+"""Attributes of a parameter of FSDP2: what it puts into the module in the place of the sharded parameter."""
 _UNSHARD = ("unshard", "_wait_all_gather_streams_on_event")
 
 

@@ -1,6 +1,6 @@
 """Functions that engines share: names, locations and memory of the parameters and buffers of a module."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 import torch
@@ -86,18 +86,28 @@ def parameter_locations(module: nn.Module) -> ParameterLocations:
     ]
 
 
-def require_same_parameters(parameter_locations: ParameterLocations) -> None:
+def require_same_parameters(parameter_locations: ParameterLocations, gathered: Collection[int] = ()) -> None:
     """Check that the model still holds the parameters that it had at attach.
+
+    Args:
+        parameter_locations: of the parameters at attach.
+        gathered: the ids of parameters that the sharding library puts in their place for a while.
 
     Raises:
         EngineError: names the first parameter that was replaced.
     """
     for name, child, key, parameter in parameter_locations:
-        if child._parameters.get(key) is not parameter:
-            raise EngineError(
-                f"parameter {name!r} was replaced since attach (load_state_dict(assign=True), perhaps), so the average "
-                "would write to memory that the model no longer uses. Change the model before attach, or attach again."
-            )
+        now = child._parameters.get(key)
+        if now is not parameter and id(now) not in gathered:
+            raise was_replaced(name)
+
+
+def was_replaced(name: str) -> EngineError:
+    """Return the error for a parameter whose memory the model no longer uses."""
+    return EngineError(
+        f"parameter {name!r} was replaced since attach (load_state_dict(assign=True), or .to(dtype), perhaps), so the "
+        "average would write to memory that the model no longer uses. Change the model before attach, or attach again."
+    )
 
 
 def memory_version(tensor: torch.Tensor) -> tuple[int, int]:

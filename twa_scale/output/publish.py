@@ -141,9 +141,22 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OutputError: the file could not be written. The old file is unchanged.
     """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a temporary file, which the body writes, and which is `path` when it is complete.
+
+    Raises:
+        OutputError: the file could not be written. The old file is unchanged.
+    """
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryName(path) as temporary:
-            write_file(temporary.path, content)
+            yield temporary.path
+            with temporary.path.open("rb") as file:
+                os.fsync(file.fileno())
             temporary.path.replace(path)
             sync(path.parent)

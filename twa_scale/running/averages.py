@@ -12,27 +12,31 @@ from torch import nn
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
-from twa_scale.average.swap import SwappedWeights
 from twa_scale.base.notices import notice
 from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.model_checks import enclosing_wrapper, require_device, require_materialized
-from twa_scale.errors import ConfigError, RankError, TwaError
+from twa_scale.errors import ConfigError, StateError, TwaError
 from twa_scale.output import Files, check_dtype, check_files, parse_size
 from twa_scale.output.publish import target_of
 from twa_scale.ranks import Pods, require_same_settings
-from twa_scale.running import checkpoint, saving
+from twa_scale.running import checkpoint, saving, state_file
 from twa_scale.running.ema import Ema
-from twa_scale.running.learning import learn, settings_for
+from twa_scale.running.learning import learn, require_snapshots, settings_for
 from twa_scale.running.named import mixture, names
 from twa_scale.running.parameters import Parameters
+from twa_scale.running.repeats import Repeats
 from twa_scale.running.scores import Scores
 from twa_scale.running.settings import Ema as EmaOption
 from twa_scale.running.settings import Window as WindowOption
 from twa_scale.running.settings import ema_settings, is_due, window_settings
-from twa_scale.running.trained import Trained
+from twa_scale.running.showing import Showing
 from twa_scale.running.window import Window
+
+_INTERRUPTED = "an error has interrupted an update in step(), which has left a part of the averages as it was before."
+_READ = "a state that does not fit was read into them by torch.distributed.checkpoint."
+_DISCARD = "Load a state, or make RunningAverages anew."
 
 
 class RunningAverages:
@@ -78,20 +82,25 @@ class RunningAverages:
                 raise ConfigError("RunningAverages: give ema=[0.999], window={'every': 100, 'keep': 40}, or both.")
             if device not in ("auto", "cpu"):
                 raise ConfigError(f"device: {device!r}; give 'auto' or 'cpu'.")
-            self._parameters = Parameters(self._engine, self._pods, device)
+            keeps_buffers = of_window is not None or (of_ema is not None and of_ema.use_buffers)
+            self._parameters = Parameters(self._engine, self._pods, device, with_buffers=keeps_buffers)
         require_same_settings(self._pods, {"ema": repr(of_ema), "window": repr(of_window), "device": device})
         with self._pods.agree():
-            live, buffers = self._parameters.live(), self._engine.buffers()
+            live = self._parameters.live()
+            own = self._parameters.buffers() if self._pods.rank == 0 else {}  # statistics differ between ranks
             self._window: Window | None = None
-            self._ema = None if of_ema is None else Ema(of_ema, live, buffers, self._parameters.allocate)
+            self._ema = None if of_ema is None else Ema(of_ema, live, own, self._parameters.allocate)
             if of_window is not None:
-                own = buffers if self._engine.shard_group.rank == 0 else {}
                 self._window = Window(of_window, live, own, self._engine.device, device)
         self._step = 0
         self._counted = self._engine.steps_taken()
-        self._trained = Trained(torch.device("cpu") if device == "cpu" else None)
-        self._shown = SwappedWeights(self._engine, self._pods, self._write_shown, lambda _: None)
+        held_on = torch.device("cpu") if device == "cpu" else None
+        self._showing = Showing(self._engine, self._pods, self._parameters, self._ema, self._window, held_on)
         self._learned: TrainableAverage | None = None
+        self._restore_counters: Callable[[], None] = lambda: None
+        self._repeats = Repeats()
+        self._broken = ""
+        self._saved_versions: list[int] = []
         if self._pods.rank == 0 and (wrapper := enclosing_wrapper(self._engine)):
             notice(
                 f"RunningAverages of a plain module that a {wrapper} wraps: every rank holds whole averages. Give the "
@@ -116,7 +125,7 @@ class RunningAverages:
     @property
     def nbytes(self) -> int:
         """Bytes that this rank holds beside its weights; while other weights are shown, a copy of these comes to it."""
-        return sum(part.nbytes for part in (self._ema, self._window) if part) + self._trained.nbytes
+        return sum(part.nbytes for part in (self._ema, self._window) if part) + self._showing.nbytes
 
     def step(self) -> None:
         """Count a step of the optimizer, and update what is due. Not collective; on a GPU the host does not wait.
@@ -125,28 +134,43 @@ class RunningAverages:
         decides.
 
         Raises:
-            TwaError: the model holds other weights than those that are trained.
-            EngineError: a parameter that was replaced by another.
+            TwaError: the model holds other weights than those that are trained, or an update has been interrupted.
+            EngineError: a parameter or a buffer that was replaced by another.
         """
         self._require_own_weights("step()")
         if (count := self._engine.steps_taken()) is not None:
             if count == self._counted:
                 return
             self._counted = count
-        self._step += 1
+        step = self._step + 1
         ema, window = self._ema, self._window
-        if ema and is_due(self._step, ema.settings.update_every, ema.settings.start_step):
-            ema.update(self._parameters.live(), self._engine.buffers())
-        if window and is_due(self._step, window.settings.every, window.settings.start_step):
-            self._parameters.require_same()
-            window.take(self._step, self._parameters.live(), self._engine.buffers())
+        ema = ema if ema and is_due(step, ema.settings.update_every, ema.settings.start_step) else None
+        window = window if window and is_due(step, window.settings.every, window.settings.start_step) else None
+        if ema or window:
+            self._update(step, ema, window)
+        self._step = step
+
+    def _update(self, step: int, ema: Ema | None, window: Window | None) -> None:
+        """Update what is due at `step`. What fails before the first write leaves everything as it was."""
+        self._require_whole()
+        versions, live = self._parameters.versions(), self._parameters.live()
+        buffers = self._parameters.buffers() if window or (ema and ema.settings.use_buffers) else {}
+        self._broken = _INTERRUPTED
+        if ema:
+            ema.update(live, buffers)
+        if window:
+            window.take(step, live, buffers)
+        self._broken = ""
+        if self._counted is None:  # else the library's own count tells steps apart
+            self._repeats.check(versions, live, report=self._pods.rank == 0)
 
     @contextmanager
     def weights(self, which: Which) -> Iterator[None]:
         """Show the model with an average in a `with` block, then restore its weights and buffers. Collective.
 
-        Within the block this rank keeps a copy of its weights. Buffers stay as they are, but for an average with
-        `use_buffers`: measure BatchNorm statistics anew where the model has them.
+        Within the block this rank keeps a copy of its weights. What is written into them there is undone, which is
+        reported. Buffers stay as they are, but for an average with `use_buffers`, which shows those of the first rank:
+        measure BatchNorm statistics anew where the model has them.
 
         Args:
             which: "last", the weights that training has reached; "ema", or "ema:0.999", "ema:half-life:0.05" of
@@ -160,9 +184,9 @@ class RunningAverages:
         """
         if self._learned:
             self._require_own_weights("weights()")
-        if self._shown.lost:
-            raise TwaError(self._shown.lost)
-        with self._shown.showing(which, lambda: self._mixture(which)):
+        if self._showing.lost:
+            raise TwaError(self._showing.lost)
+        with self._showing.weights(which, self._require_whole):
             yield
 
     def has(self, which: Which) -> bool:
@@ -187,12 +211,12 @@ class RunningAverages:
             which: as for `weights`; `names` when not given.
 
         Returns:
-            The numbers by name, which prints as a table.
+            The numbers by name, which prints as a table. A name that is given again has a number, as "mean (2)".
         """
         scores = Scores()
         for one in self.names if which is None else which:
             with self.weights(one):
-                scores[str(one)] = float(score(self._engine.module))
+                scores.add(str(one), float(score(self._engine.module)))
         return scores
 
     def learn(
@@ -210,42 +234,50 @@ class RunningAverages:
         Raises:
             ConfigError, EngineError, TwaError: on every rank.
         """
-        window = self._window
         with self._pods.agree():
             self._require_own_weights("learn()")
-            self._parameters.require_same()
-            if window is None or window.count < 2:
-                count = window.count if window else 0
-                raise TwaError(
-                    f"learn() needs at least two snapshots, and the window holds {count}; make RunningAverages with "
-                    "window={'every': .., 'keep': ..}, and train for longer."
-                )
+            self._require_whole()
+            self._parameters.versions()
+            self._parameters.report_newly_trained()
+            window = require_snapshots(self._window)
             settings = settings_for(window, config, self._device)
             check_files(files or {}, BASE)
             content = {name: _content(value) for name, value in (files or {}).items()}
             window.require_finite()
-        self._trained.keep(self._parameters.live(), self._engine.buffers())
+            buffers = self._parameters.buffers()
+        self._showing.keep(buffers)
+        self._restore_counters = self._engine.counters()
+        failure: BaseException | None = None
         try:
             engine = choose_engine(self._model, self._replica_group)
             self._learned = learn(engine, self._pods, window, settings, CarriedFiles(files=content))
-        except RankError:  # giving back would wait for the same rank again
-            raise
-        except TwaError:
-            self._give_back()
-            raise
+        except BaseException as error:
+            failure = error
+        failure = self._showing.together(failure)
+        if failure is not None:
+            self.restore()
+            raise failure
+        assert self._learned is not None
         return self._learned
 
     def restore(self) -> None:
         """Close the average that `learn` has made, and give the model its weights and buffers back. Collective.
 
-        Does nothing where `learn` has not been called.
+        DeepSpeed's counts of steps and samples, and its loss scale, become what they were, too. Does nothing where
+        `learn` has not been called.
+
+        Raises:
+            TwaError: the ranks cannot restore the weights together any more.
         """
-        if self._learned is None:
+        if self._showing or not self._showing.held:
             return
-        if not self._learned.closed:
+        if self._showing.lost:
+            raise TwaError(self._showing.lost)
+        if self._learned is not None and not self._learned.closed:
             self._learned.close()
+        self._showing.give_back()
         self._learned = None
-        self._give_back()
+        self._restore_counters()
         self._counted = self._engine.steps_taken()
 
     def save(
@@ -270,6 +302,8 @@ class RunningAverages:
         with self._pods.agree():
             if self._window is None or not self._window.count:
                 raise TwaError("save(): there is no snapshot; make RunningAverages with window={..}, and train.")
+            self._require_whole()
+            self._parameters.buffers()
             check_dtype(dtype)
             check_files(files or {}, BASE)
             parse_size(max_shard_size)
@@ -290,28 +324,42 @@ class RunningAverages:
         Tensors are live, and this rank's own: save the state of every rank. Under FSDP2 averages are DTensors: give
         this object to torch.distributed.checkpoint, which saves all ranks' tensors and reshards exponential averages.
         """
-        return checkpoint.state_of(self._engine, self._step, self._ema, self._window)
+        if self._broken:
+            notice(f"state_dict(): the averages cannot be used: {self._broken} {_DISCARD}")
+        state = self._state()
+        self._saved_versions = checkpoint.versions(state)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`. Collective.
+        """Go on from `state_dict()`. Collective. With DeepSpeed load its own checkpoint before.
 
         Raises:
-            StateError: on every rank; the state of other settings, of another rank, or of another number of ranks.
+            StateError: on every rank; a state that is damaged, or of other settings, of another rank, of another number
+                of ranks, or of another step than other ranks'.
         """
-        with self._pods.agree():
-            self._require_own_weights("load_state_dict()")
-            checkpoint.check(state, self._engine, self._ema, self._window)
+        try:
+            with self._pods.agree():
+                self._require_own_weights("load_state_dict()")
+                checkpoint.check(state, self._engine, self._ema, self._window)
+            checkpoint.require_same_counters(self._pods, state)
+        except StateError:
+            own = self._state()
+            if checkpoint.is_live(state, own) and checkpoint.versions(own) != self._saved_versions:
+                self._broken = _READ
+            raise
         self._step = checkpoint.load(state, self._engine, self._ema, self._window)
         self._counted = self._engine.steps_taken()
+        self._broken = ""
 
     def save_state(self, directory: str | Path) -> None:
         """Write each rank's state to a file of its own in `directory`, `averages-00000-of-00008.pt`. Collective.
 
         Raises:
-            OutputError: on every rank.
+            OutputError, TwaError: on every rank.
         """
         with self._pods.agree():
-            checkpoint.write_file(self.state_dict(), target_of(directory), self._pods.rank, self._pods.size)
+            self._require_whole()
+            state_file.write_file(self._state(), target_of(directory), self._pods.rank, self._pods.size)
 
     def load_state(self, directory: str | Path) -> bool:
         """Go on from what `save_state` has written, and return whether there was anything. Collective.
@@ -320,7 +368,7 @@ class RunningAverages:
             StateError: on every rank; files of another number of ranks, or of other settings.
         """
         with self._pods.agree():
-            state = checkpoint.read_file(target_of(directory), self._pods.rank, self._pods.size)
+            state = state_file.read_file(target_of(directory), self._pods.rank, self._pods.size)
         if not all(self._pods.gather(state is not None)):
             return False
         assert state is not None
@@ -330,54 +378,20 @@ class RunningAverages:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a RunningAverages")
 
-    def _mixture(self, which: Which) -> torch.Tensor | None:
-        self._parameters.require_same()
-        chosen = mixture(which, self._ema, self._window)
-        if chosen is None:
-            return None
-        index = self._ema_of(chosen)
-        if index is not None:
-            assert self._ema is not None
-            self._ema.require_finite(index)
-        elif self._window:
-            self._window.require_finite()
-        return chosen
+    def _state(self) -> dict[str, Any]:
+        return checkpoint.state_of(self._engine, self._step, self._ema, self._window, self._broken)
 
-    def _ema_of(self, chosen: torch.Tensor) -> int | None:
-        """Return which exponential average a mixture is, if it is one."""
-        n = self._window.count if self._window else 0
-        return int(chosen[n:].argmax()) if chosen[n:].any() else None
-
-    def _write_shown(self) -> None:
-        """Write the weights that are shown now; the trained ones come from their copy. Collective."""
-        chosen = self._shown.now
-        if chosen is None:
-            self._give_back()
-            return
-        live, buffers = self._parameters.live(), self._engine.buffers()
-        self._trained.keep(live, {})
-        index = self._ema_of(chosen)
-        if index is None:
-            assert self._window is not None
-            self._window.write(chosen[: self._window.count], live)
-        else:
-            assert self._ema is not None
-            self._ema.write(index, live, buffers)
-        with torch.no_grad():
-            self._engine.publish(self._parameters.names)
-
-    def _give_back(self) -> None:
-        if self._trained.give_back(self._parameters.live(), self._engine.buffers()):
-            with torch.no_grad():
-                self._engine.publish(self._parameters.names)
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise TwaError(f"the averages cannot be used: {self._broken} {_DISCARD}")
 
     def _require_own_weights(self, what: str) -> None:
         if self._learned is not None:
             raise TwaError(f"{what}: the model holds the average that learn() has made; call restore() first.")
-        if self._shown:
+        if self._showing:
             raise TwaError(f"{what} inside weights(): the weights are not those that are trained; leave it first.")
-        if self._shown.lost:
-            raise TwaError(f"{what}: {self._shown.lost}")
+        if self._showing.lost:
+            raise TwaError(f"{what}: {self._showing.lost}")
 
 
 def _content(value: bytes | Path) -> bytes:

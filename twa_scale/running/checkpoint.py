@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from pickle import UnpicklingError
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from twa_scale.base.names import nearest
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.errors import StateError
-from twa_scale.output.publish import output_errors
+from twa_scale.ranks import Pods, first_difference
 from twa_scale.running.ema import Ema
 from twa_scale.running.window import Window
 
@@ -23,19 +22,31 @@ _NONE = -1  # in the place of a step or a row that is not there yet
 State = dict[str, Any]
 
 
-def state_of(engine: Engine, step: int, ema: Ema | None, window: Window | None) -> State:
+def state_of(engine: Engine, step: int, ema: Ema | None, window: Window | None, broken: str = "") -> State:
     """Return the state: live tensors, not copies, and small ones for the counters.
 
     The averages of a whole local shard of FSDP2 are DTensors under the parameter's name, which torch's distributed
     checkpoints reshard. Everything else is a plain tensor whose key says which elements of which tensor it holds, so
     that no two ranks write different values under one key.
+
+    Args:
+        engine: holds the model.
+        step: steps counted so far.
+        ema: exponential averages.
+        window: snapshots.
+        broken: why the averages cannot be used, if they cannot.
     """
     settings = {
         "version": VERSION,
         "ema": ema and ema.settings.model_dump(mode="json"),
         "window": window and window.settings.model_dump(mode="json"),
+        "broken": broken,
     }
-    state: State = {"settings": json.dumps(settings, sort_keys=True), "step": torch.tensor(step)}
+    state: State = {
+        "settings": json.dumps(settings, sort_keys=True),
+        "step": torch.tensor(step),
+        "layout": _layout(engine),
+    }
     if ema:
         state["ema_updates"] = torch.tensor(ema.updates)
         state["ema"] = {
@@ -53,9 +64,9 @@ def _window_state(engine: Engine, window: Window) -> State:
         "steps": _padded(window.steps, keep),
         "order": _padded(window.order, keep - 1),
         "taken": torch.tensor(window.taken),
-        "errors": {f"of {_key(next(iter(held)))}": window.errors} if held else {},
+        "errors": {_errors_key(window): window.errors} if held else {},
         "base": _by_key(engine, {span: base for span, (_, base) in held.items()}),
-        "rows": {f"{_key(s)}.{i}": t for s, (rows, _) in held.items() for i, t in enumerate(rows.tensors)},
+        "rows": {_row_key(s, i): t for s, (rows, _) in held.items() for i, t in enumerate(rows.tensors)},
         "buffers": dict(window.buffers),
     }
 
@@ -68,7 +79,7 @@ def load(state: object, engine: Engine, ema: Ema | None, window: Window | None) 
     with torch.no_grad():
         for key, tensor in own.items():
             if isinstance(tensor, torch.Tensor):
-                _local(tensor).copy_(_local(given[key]))
+                local(tensor).copy_(local(given[key]))
     if ema:
         ema.updates = int(state["ema_updates"])
     if window:
@@ -78,76 +89,72 @@ def load(state: object, engine: Engine, ema: Ema | None, window: Window | None) 
     return int(state["step"])
 
 
+def is_live(state: object, own: State) -> bool:
+    """Return whether the tensors of a state are the memory of those of `own`, a state of this object.
+
+    torch.distributed.checkpoint reads into the tensors that `state_of` has given, and hands these over.
+    """
+    given, mine = dict(_leaves(state)), _tensors(own)
+    return all(isinstance(t := given.get(key), torch.Tensor) and _address(t) == _address(mine[key]) for key in mine)
+
+
+def versions(state: State) -> list[int]:
+    """Return the number of writes of each tensor of a state."""
+    return [local(tensor)._version for tensor in _tensors(state).values()]
+
+
+def require_same_counters(pods: Pods, state: Mapping[str, Any]) -> None:
+    """Refuse states of different steps on different ranks. Collective.
+
+    Raises:
+        StateError: names the counter and two ranks, on every rank.
+    """
+    held = state.get("window", {})
+    counters = {
+        "step": int(state["step"]),
+        "ema_updates": int(state.get("ema_updates", 0)),
+        "steps of the window": _listed(held["steps"]) if held else [],
+    }
+    other = first_difference(pods, counters)
+    with pods.agree():
+        if other:
+            raise StateError(
+                f"the states of the ranks are of different steps: {other.key} is {other.mine} on {other.where} and "
+                f"{other.first} on {other.where_first}. Load those that all ranks have saved together."
+            )
+
+
 def check(state: object, engine: Engine, ema: Ema | None, window: Window | None) -> None:
     """Refuse a state that is not one of these averages on this rank. Not collective.
 
     Raises:
-        StateError: names the first key that is missing, unknown or of another type or shape.
+        StateError: names the first key that is missing, unknown, damaged, or of another type or shape.
     """
     if not isinstance(state, Mapping) or not isinstance(state.get("settings"), str):
         raise StateError("the state has no `settings`: it is none of RunningAverages. Give what state_dict() returned.")
-    own, given = dict(_leaves(state_of(engine, 0, ema, window))), dict(_leaves(state))
+    whole = state_of(engine, 0, ema, window)
+    own, given = dict(_leaves(whole)), dict(_leaves(state))
     _require_same_settings(json.loads(str(own["settings"])), state["settings"])
     for key, tensor in own.items():
         if key not in given:
-            raise StateError(
-                f"the state has no {key!r}{nearest(key, list(given)) or '.'} Each rank saves and loads a state of its "
-                "own, for the same number of ranks; under FSDP2 torch.distributed.checkpoint reshards exponential "
-                "averages, but a window needs the ranks that it was saved on: write its snapshots with save() to "
-                "change their number."
-            )
+            raise StateError(f"the state has no {key!r}{nearest(key, list(given)) or '.'} {_OWN}")
         if isinstance(tensor, torch.Tensor):
             _require_alike(key, tensor, given[key])
     if unknown := [key for key in given if key not in own]:
-        raise StateError(f"the state has {unknown[0]!r}, which these averages do not hold; load it on its own rank.")
+        raise StateError(f"the state has {unknown[0]!r}, which these averages do not hold. {_OWN}")
+    if given["layout"] != own["layout"] and not is_live(state, whole):
+        raise StateError(f"the state holds other parts of the weights than this rank. {_OWN}")
+    _require_counters(state, ema)
     if window:
-        _require_window(state["window"], window.settings.keep)
+        _require_window(state["window"], window.settings.keep, int(state["step"]))
+        _require_finite(state["window"], window)
 
 
-def write_file(state: State, directory: Path, rank: int, size: int) -> None:
-    """Write a rank's state to a file of its own, which is complete or not there.
-
-    Raises:
-        OutputError: the disk is full, or fails.
-    """
-    path = directory / _file_name(rank, size)
-    with output_errors(path):
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        torch.save(_plain(state), temporary)
-        temporary.replace(path)
-
-
-def read_file(directory: Path, rank: int, size: int) -> State | None:
-    """Return the state of a rank, or None where the directory holds none of any rank.
-
-    Raises:
-        StateError: the states of another number of ranks, or a file that cannot be read.
-    """
-    path = directory / _file_name(rank, size)
-    if not path.exists():
-        others = sorted(directory.glob("averages-*-of-*.pt"))
-        if not others:
-            return None
-        raise StateError(
-            f"{directory}: holds {others[0].name}, but no {path.name}: each rank saves a file of its own. Resume with "
-            "the same number of ranks, or delete these files to begin the averages anew."
-        )
-    try:
-        state: State = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise StateError(f"{path}: cannot be read ({error}). Resume from another checkpoint.") from error
-    return state
-
-
-def _file_name(rank: int, size: int) -> str:
-    return f"averages-{rank:05d}-of-{size:05d}.pt"
-
-
-def _plain(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _plain(value) for key, value in tree.items()}
-    return _local(tree)
+_OWN = (
+    "Each rank saves and loads a state of its own, for the same number of ranks; under FSDP2 "
+    "torch.distributed.checkpoint reshards exponential averages, but a window needs the ranks that it was saved on: "
+    "write its snapshots with save() to change their number."
+)
 
 
 def _require_same_settings(own: Mapping[str, Any], text: str) -> None:
@@ -162,12 +169,14 @@ def _require_same_settings(own: Mapping[str, Any], text: str) -> None:
                 f"the state was saved with {key}={json.dumps(theirs)}, and this object has {json.dumps(mine)}; make "
                 "RunningAverages with the same settings."
             )
+    if saved.get("broken"):
+        raise StateError(f"the state was saved when the averages could not be used: {saved['broken']}")
 
 
 def _require_alike(key: str, own: torch.Tensor, given: object) -> None:
     if not isinstance(given, torch.Tensor):
         raise StateError(f"the state's {key!r} is a {type(given).__name__}; a tensor belongs there.")
-    mine, theirs = _local(own), _local(given)
+    mine, theirs = local(own), local(given)
     if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
         raise StateError(
             f"the state's {key!r} is {theirs.dtype} of shape {tuple(theirs.shape)}; {mine.dtype} of shape "
@@ -175,18 +184,51 @@ def _require_alike(key: str, own: torch.Tensor, given: object) -> None:
         )
 
 
-def _require_window(held: Mapping[str, Any], keep: int) -> None:
+def _require_counters(state: Mapping[str, Any], ema: Ema | None) -> None:
+    step, updates = int(state["step"]), int(state["ema_updates"]) if ema else 0
+    if not 0 <= updates <= step:
+        raise StateError(f"the state is damaged: it counts {step} steps and {updates} updates.")
+
+
+def _require_window(held: Mapping[str, Any], keep: int, step: int) -> None:
     steps, order = _listed(held["steps"]), _listed(held["order"])
     rows = set(order)
     wrong = (
         steps != sorted(set(steps))
+        or (steps and not 1 <= steps[0] <= steps[-1] <= step)
         or len(order) != max(len(steps) - 1, 0)
         or len(rows) < len(order)
         or not rows <= set(range(keep - 1))
         or int(held["taken"]) < len(steps)
     )
     if wrong:
-        raise StateError("the state's window does not say in which order its snapshots were taken: it is damaged.")
+        raise StateError(
+            f"the state is damaged: its window does not say in which order its snapshots were taken up to step {step}."
+        )
+
+
+def _require_finite(held: Mapping[str, Any], window: Window) -> None:
+    """Refuse snapshots that are not finite, unless the weights were not, which their errors say."""
+    order = _listed(held["order"])
+    if not window.spans or not bool(torch.isfinite(held["errors"][_errors_key(window)]).all()):
+        return
+    for span in window.spans:
+        rows, _ = window.held(span)
+        given = rows.over([held["rows"][_row_key(span, i)] for i in range(len(rows.tensors))])
+        scales = [tile[-1][:, order] for tile in given.tiles(0, rows.count)]  # of dense rows their values
+        if not all(bool(torch.isfinite(part).all()) for part in scales):
+            raise StateError(f"the state is damaged: snapshots of tensor {span.name!r} are not finite.")
+    for key, base in held["base"].items() if _listed(held["steps"]) else ():
+        if not bool(torch.isfinite(local(base)).all()):
+            raise StateError(f"the state is damaged: the oldest snapshot of tensor {key!r} is not finite.")
+
+
+def _errors_key(window: Window) -> str:
+    return f"of {_key(window.spans[0])}"
+
+
+def _row_key(span: Span, i: int) -> str:
+    return f"{_key(span)}.{i}"
 
 
 def _leaves(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -210,9 +252,26 @@ def _key(span: Span) -> str:
     return f"{span.name}[{span.start}:{span.stop}{runs}]"
 
 
-def _local(tensor: Any) -> torch.Tensor:
-    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local
+def _tensors(state: State) -> dict[str, torch.Tensor]:
+    """Return the tensors that hold the averages, by key, without counters."""
+    held = {key: state[key] for key in ("ema", "window") if key in state}
+    counted = ("window/steps", "window/order", "window/taken")
+    return {key: t for key, t in _leaves(held) if isinstance(t, torch.Tensor) and key not in counted}
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return local(tensor).data_ptr()
+
+
+def _layout(engine: Engine) -> str:
+    """Return a digest of the parts of tensors that this rank holds."""
+    return sha256("\n".join(map(_key, engine.spans())).encode()).hexdigest()[:16]
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """Return the part of a DTensor on this rank, and anything else as it is."""
+    part: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
 
 
 def _padded(numbers: list[int], size: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Exponential moving averages of this rank's weights, in float32 beside them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -9,20 +9,20 @@ from twa_scale.errors import TwaError
 from twa_scale.running.settings import EmaSettings
 
 PIECE = 1 << 22
-"""Elements of a span that are widened to float32 at a time."""
+"""Elements that are widened to float32 at a time."""
 
 
 class Ema:
     """One average for each decay and half-life, of the spans of this rank. Nothing here is collective.
 
     The first update copies the weights; each later one is `average = d * average + (1 - d) * weights`, which with a
-    constant decay d is what torch.optim.swa_utils computes. With a half-life of h updates so far, d = 2^(-1 / (h t))
-    at update t: half of an average's weight lies on the last h t updates, at any t.
+    constant decay d is what torch.optim.swa_utils computes. With a half-life of h, a fraction of the updates so far,
+    d = (1 - 1/t)^p at update t, with (1 - h)^p = 1/2: half of the average's weight lies on the last h t updates.
 
     Args:
         settings: decays and when to update.
         live: the weights of this rank, by span.
-        buffers: of the model, live.
+        buffers: of the model, live; empty on ranks that do not keep them.
         allocate: gives zeros for a number of elements and a type.
     """
 
@@ -42,8 +42,10 @@ class Ema:
         """By average: float32, or float64 where the weights are."""
         held: Mapping[str, torch.Tensor] = buffers if settings.use_buffers else {}
         self.buffers: list[dict[str, torch.Tensor]] = [
-            {name: torch.zeros_like(buffer) for name, buffer in held.items()} for _ in self.names
+            {name: allocate(buffer.numel(), buffer.dtype).view(buffer.shape) for name, buffer in held.items()}
+            for _ in self.names
         ]
+        """By average, in the type of the model's."""
 
     @property
     def nbytes(self) -> int:
@@ -54,16 +56,17 @@ class Ema:
     @torch.no_grad()
     def update(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
         """Take in the present weights. On a GPU it is queued, and nothing waits."""
-        self.updates += 1
-        gains = [1 - self.settings.decay(i, self.updates) for i in range(len(self.names))]
-        for span, values in live.items():
-            _add(values, [average[span] for average in self.averages], gains)
-        for name, buffer in buffers.items() if self.settings.use_buffers else ():
-            for gain, averages in zip(gains, self.buffers, strict=True):
-                if buffer.is_floating_point() and gain < 1:
-                    averages[name].lerp_(buffer, gain)
-                else:
-                    averages[name].copy_(buffer)
+        updates = self.updates + 1
+        gains = [1 - self.settings.decay(i, updates) for i in range(len(self.names))]
+        for pieces in _buckets(live, self.averages[0]):
+            targets = [[average[span][cut] for span, cut in pieces] for average in self.averages]
+            values = _alike([live[span][cut] for span, cut in pieces], targets[0])
+            for gain, target in zip(gains, targets, strict=True):
+                _move(target, values, gain)
+        for gain, averages in zip(gains, self.buffers, strict=True):
+            for name, average in averages.items():
+                _move([average], [buffers[name].to(average)], gain if average.is_floating_point() else 1.0)
+        self.updates = updates
 
     def require_finite(self, index: int) -> None:
         """Refuse an average of weights that were not finite.
@@ -79,12 +82,10 @@ class Ema:
                 )
 
     @torch.no_grad()
-    def write(self, index: int, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
-        """Write one average into the weights, rounded once, and its buffers into those of the model."""
+    def write(self, index: int, live: Mapping[Span, torch.Tensor]) -> None:
+        """Write one average into the weights, rounded once."""
         for span, values in live.items():
             values.copy_(self.averages[index][span], non_blocking=True)
-        for name, values in self.buffers[index].items():
-            buffers[name].copy_(values)
 
 
 def wide(values: torch.Tensor) -> torch.dtype:
@@ -92,17 +93,47 @@ def wide(values: torch.Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
 
 
-def _add(values: torch.Tensor, averages: Sequence[torch.Tensor], gains: Sequence[float]) -> None:
-    """Move averages of one span towards its values, a piece at a time where these have to be widened or moved."""
-    same = all(average.dtype == values.dtype and average.device == values.device for average in averages)
-    size = len(values) if same else PIECE
-    for start in range(0, len(values), max(size, 1)):
-        piece = values[start : start + size]
-        for average, gain in zip(averages, gains, strict=True):
-            place = average[start : start + size]
-            if piece.device != place.device or piece.dtype != place.dtype:
-                piece = piece.to(place)
-            if gain < 1:
-                place.lerp_(piece, gain)
-            else:
-                place.copy_(piece)
+Cut = tuple[Span, slice]
+"""Some elements of a span."""
+
+
+def _buckets(live: Mapping[Span, torch.Tensor], averages: Mapping[Span, torch.Tensor]) -> Iterator[list[Cut]]:
+    """Yield cuts that are updated together: all that need no copy, and others up to `PIECE` elements of one type."""
+    copied = [span for span, values in live.items() if not _is_alike(values, averages[span])]
+    direct = live.keys() - set(copied)
+    for dtype in {averages[span].dtype for span in direct}:
+        yield [(span, slice(None)) for span in live if span in direct and averages[span].dtype == dtype]
+    bucket: list[Cut] = []
+    size = 0
+    for span in sorted(copied, key=lambda span: (str(live[span].dtype), str(averages[span].dtype))):
+        for start in range(0, len(span), PIECE):
+            cut = slice(start, min(start + PIECE, len(span)))
+            count = cut.stop - start
+            if bucket and (size + count > PIECE or live[bucket[0][0]].dtype != live[span].dtype):
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((span, cut))
+            size += count
+    if bucket:
+        yield bucket
+
+
+def _is_alike(values: torch.Tensor, average: torch.Tensor) -> bool:
+    return values.dtype == average.dtype and values.device == average.device
+
+
+def _alike(values: list[torch.Tensor], averages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return values in the type of the averages and on their device."""
+    if _is_alike(values[0], averages[0]):
+        return values
+    copies = [torch.empty_like(average) for average in averages]
+    torch._foreach_copy_(copies, values)
+    return copies
+
+
+def _move(averages: list[torch.Tensor], values: list[torch.Tensor], gain: float) -> None:
+    """Move averages towards values of the same types."""
+    if gain < 1:
+        torch._foreach_lerp_(averages, values, gain)
+    else:
+        torch._foreach_copy_(averages, values)

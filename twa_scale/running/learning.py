@@ -19,7 +19,7 @@ from twa_scale.candidates.buffers import buffer_source
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.engines import Engine
-from twa_scale.errors import ConfigError
+from twa_scale.errors import ConfigError, TwaError
 from twa_scale.kernels import Kernels, RowMap, Target
 from twa_scale.kernels.torch.deltas import inner_products, squared_norms
 from twa_scale.ranks import Pods, Reduction, require_same_settings
@@ -57,6 +57,21 @@ class WindowStore:
 
     def close(self) -> None:
         """Do nothing: the window stays."""
+
+
+def require_snapshots(window: Window | None) -> Window:
+    """Return a window that can be learned from.
+
+    Raises:
+        TwaError: there are less than two snapshots.
+    """
+    if window is None or window.count < 2:
+        count = window.count if window else 0
+        raise TwaError(
+            f"learn() needs at least two snapshots, and the window holds {count}; make RunningAverages with "
+            "window={'every': .., 'keep': ..}, and train for longer."
+        )
+    return window
 
 
 def settings_for(window: Window, config: TwaConfig | Mapping[str, Any] | None, store_device: str) -> TwaConfig:
@@ -102,6 +117,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         check_settings(config, weights)
     require_same_settings(pods, {"the steps of the snapshots": window.steps, **config.model_dump(mode="json")})
     with ExitStack() as undo:
+        undo.callback(engine.close)
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
         store = WindowStore(window.store, window.row_map(weights))

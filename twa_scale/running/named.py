@@ -12,7 +12,8 @@ from twa_scale.running.window import Window
 
 NOW = ("last", "trained")
 """The weights that training has reached."""
-_FIXED = ("mean", "linear", "minus-sqrt")
+_FIXED = ("mean", "minus-sqrt")
+"""Those of `names`; of evenly spaced snapshots, "linear" is "mean"."""
 _LAWA = re.compile(r"lawa:(\d+)")
 
 
@@ -68,7 +69,7 @@ def _same(name: str, text: str) -> bool:
     kind, _, number = name.rpartition(":")
     other, _, value = text.rpartition(":")
     try:
-        return kind == other and float(f"{float(value):g}") == float(number)
+        return kind == other and float(value) == float(number)
     except ValueError:
         return False
 

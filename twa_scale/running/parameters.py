@@ -1,45 +1,63 @@
-"""Which parameters of a model are averaged, and where this rank's part of them lies."""
+"""The part of a model that is averaged: the memory of its weights and buffers, and what must not change in it."""
 
 import torch
 
+from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
-from twa_scale.errors import ConfigError
+from twa_scale.errors import ConfigError, EngineError
 from twa_scale.ranks import Pods
 from twa_scale.store.host_memory import Pages
 
 
 class Parameters:
-    """The floating point parameters that require a gradient when this is made.
+    """The floating point parameters that require a gradient when this is made, and the persistent buffers.
 
     Args:
         engine: holds the model.
         pods: all ranks.
         device: "auto" or "cpu": where averages lie.
+        with_buffers: whether the averages hold buffers, so that these must stay as they are.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: no parameter requires a gradient.
     """
 
-    def __init__(self, engine: Engine, pods: Pods, device: str) -> None:
+    def __init__(self, engine: Engine, pods: Pods, device: str, *, with_buffers: bool) -> None:
         self._engine = engine
         self._pods = pods
         self._in_host_memory = device == "cpu" and engine.device.type != "cpu"
         self._pages = Pages(engine.device)
+        self.names = _trained_names(engine)
+        self._spans = [span for span in engine.spans() if span.name in self.names and len(span)]
+        self._known_buffers = _described(engine.buffers()) if with_buffers else None
+        self._required = self._require_gradients()
         self._reported = False
-        infos = engine.parameters.values()
-        self.names = frozenset(info.name for info in infos if info.trainable and info.dtype.is_floating_point)
-        if not self.names:
-            raise ConfigError(
-                f"RunningAverages: none of the model's {len(infos)} parameters requires a gradient, so that there is "
-                "nothing to average. Set requires_grad first."
-            )
 
     def live(self) -> dict[Span, torch.Tensor]:
-        """Return the live memory of this rank's spans, without empty ones."""
-        engine = self._engine
-        return {span: engine.live(span) for span in engine.spans() if span.name in self.names and len(span)}
+        """Return the memory of the weights of this rank, without empty spans."""
+        return {span: self._engine.live(span) for span in self._spans}
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Return the buffers of the model.
+
+        Raises:
+            EngineError: the averages hold buffers, and the model's are others now.
+        """
+        buffers = self._engine.buffers()
+        if self._known_buffers is None:
+            return buffers
+        known, now = self._known_buffers, _described(buffers)
+        for name in (*known, *(name for name in now if name not in known)):
+            before, after = known.get(name, "absent"), now.get(name, "absent")
+            if before != after:
+                raise EngineError(
+                    f"buffer {name!r} was {before} when RunningAverages was made, and is {after} now. Register buffers "
+                    "before, with persistent=False where they are not part of the model's state, or leave out window "
+                    "and use_buffers."
+                )
+        return buffers
 
     def allocate(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Return zeros where averages lie."""
@@ -47,20 +65,45 @@ class Parameters:
             return self._pages.zeros(count, dtype=dtype, device=torch.device("cpu"))
         return torch.zeros(count, dtype=dtype, device=self._engine.device)
 
-    def require_same(self) -> None:
-        """Refuse parameters that were replaced, and report once those that are trained now and were not before.
+    def versions(self) -> dict[str, object]:
+        """Return, by parameter of this rank, a value that changes when torch writes it.
 
         Raises:
-            EngineError: names a parameter that was replaced.
+            EngineError: a parameter was replaced by another.
         """
-        self._engine.changed(self.names)
-        if self._reported:
+        return self._engine.changed(self.names)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Make writes to `live` visible to the next forward pass. Collective."""
+        self._engine.publish(self.names)
+
+    def report_newly_trained(self) -> None:
+        """Report once the parameters that require a gradient now and did not when this was made."""
+        if self._reported or not (more := self._require_gradients() - self._required):
             return
-        now = sum(parameter.requires_grad for parameter in self._engine.module.parameters())
-        known = sum(info.trainable for info in self._engine.parameters.values())
-        self._reported = now > known
-        if self._reported and self._pods.rank == 0:
+        self._reported = True
+        if self._pods.rank == 0:
             notice(
-                f"{now - known} more parameters require a gradient now than when RunningAverages was made: their "
-                "averages are not kept. Make it when all that will be trained requires a gradient."
+                f"{len(more)} more parameters require a gradient now than when RunningAverages was made "
+                f"({some(sorted(more), 2)}): their averages are not kept. Make it when all that will be trained "
+                "requires a gradient."
             )
+
+    def _require_gradients(self) -> frozenset[str]:
+        return frozenset(name for name, p in self._engine.module.named_parameters() if p.requires_grad)
+
+
+def _trained_names(engine: Engine) -> frozenset[str]:
+    parameters = engine.parameters.values()
+    found = frozenset(info.name for info in parameters if info.trainable and info.dtype.is_floating_point)
+    if not found:
+        raise ConfigError(
+            f"RunningAverages: none of the model's {len(parameters)} parameters requires a gradient, so that there is "
+            "nothing to average. Set requires_grad first."
+        )
+    return found
+
+
+def _described(buffers: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: f"{buffer.dtype} of shape {tuple(buffer.shape)}" for name, buffer in buffers.items()}

@@ -1,6 +1,7 @@
 """What a user can set of running averages."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import log, log1p
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,7 @@ from twa_scale.config.section import Count, Integer, Section
 from twa_scale.errors import ConfigError
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
-HalfLife = Annotated[float, Field(gt=0, le=10)]
+HalfLife = Annotated[float, Field(gt=0, lt=1)]
 
 
 class EmaSettings(Section):
@@ -18,7 +19,7 @@ class EmaSettings(Section):
 
     decays: list[Decay] = Field([], description="Decay of each update.")
     half_life: list[HalfLife] = Field(
-        [], description="Half-lives as fractions of the updates so far: the average forgets in proportion to its age."
+        [], description="Fractions of the updates so far: half of the average's weight lies on the last ones of these."
     )
     update_every: Count = Field(1, description="Steps between two updates.")
     start_step: Annotated[Integer, Field(ge=0)] = Field(0, description="First step that may be an update.")
@@ -50,15 +51,15 @@ class EmaSettings(Section):
 
     def names(self) -> Iterator[str]:
         """Yield what `weights` calls each average."""
-        yield from (f"ema:{decay:g}" for decay in self.decays)
-        yield from (f"ema:half-life:{half_life:g}" for half_life in self.half_life)
+        yield from (f"ema:{decay!r}" for decay in self.decays)
+        yield from (f"ema:half-life:{half_life!r}" for half_life in self.half_life)
 
     def decay(self, index: int, updates: int) -> float:
         """Return what the average `index`, in the order of `names`, is multiplied by at its update number `updates`."""
         if updates == 1:
             return 0.0
         if index >= len(self.decays):
-            return float(0.5 ** (1 / (self.half_life[index - len(self.decays)] * updates)))
+            return float((1 - 1 / updates) ** (log(0.5) / log1p(-self.half_life[index - len(self.decays)])))
         decay = self.decays[index]
         if not self.bias_correction:
             return decay

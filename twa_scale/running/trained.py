@@ -21,6 +21,11 @@ class Trained:
         self._buffers: dict[str, torch.Tensor] = {}
 
     @property
+    def held(self) -> bool:
+        """Whether there is a copy."""
+        return self._held
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the copy."""
         return sum(tensor.nbytes for held in (self._weights, self._buffers) for tensor in held.values())
@@ -30,17 +35,22 @@ class Trained:
         """Copy the weights; once only, until they are given back."""
         if self._held:
             return
-        self._held = True
         self._weights = {span: values.to(self._device, copy=True) for span, values in live.items()}
         self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        self._held = True
 
     @torch.no_grad()
     def give_back(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> bool:
-        """Write the copy into the model and let go of it; return whether there was one, the same on every rank."""
-        held, self._held = self._held, False
+        """Write the copy into the model and free it; return whether there was one, the same on every rank."""
+        if not self._held:
+            return False
         for span, values in self._weights.items():
             live[span].copy_(values)
-        for name, buffer in self._buffers.items():
-            buffers[name].copy_(buffer)
-        self._weights, self._buffers = {}, {}
-        return held
+        for name in self._buffers.keys() & buffers.keys():
+            buffers[name].copy_(self._buffers[name])
+        self.forget()
+        return True
+
+    def forget(self) -> None:
+        """Free the copy."""
+        self._held, self._weights, self._buffers = False, {}, {}

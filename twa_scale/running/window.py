@@ -58,8 +58,15 @@ class Window:
         """The row of each snapshot but the oldest."""
         self.errors = torch.zeros(rows + 1, dtype=torch.float64, device=self.store.device)
         """Squared norm, on this rank, of what each row's snapshot is off by; last, the base's."""
-        self.buffers = {name: buffer.new_zeros((settings.keep, *buffer.shape)) for name, buffer in buffers.items()}
-        """By name: of the snapshots, in a ring; see `buffer`."""
+        self.buffers = {
+            name: torch.zeros(
+                (settings.keep if _is_kept_for_each(buffer) else 1, *buffer.shape),
+                dtype=buffer.dtype,
+                device="cpu" if store_device == "cpu" else buffer.device,
+            )
+            for name, buffer in buffers.items()
+        }
+        """By name: of the snapshots, in a ring, or of the last one; see `buffer`."""
         self.taken = 0
 
     @property
@@ -94,7 +101,7 @@ class Window:
         else:
             self._begin(live)
         for name, buffer in self.buffers.items():
-            buffer[self.taken % self.settings.keep].copy_(buffers[name])
+            buffer[self.taken % len(buffer)].copy_(buffers[name])
         self.steps = [*self.steps, step][-self.settings.keep :]
         self.taken += 1
 
@@ -168,8 +175,9 @@ class Window:
             yield cut, values
 
     def buffer(self, name: str, i: int) -> torch.Tensor:
-        """Return a buffer as it was at snapshot `i`."""
-        return self.buffers[name][(self.taken - self.count + i) % self.settings.keep]
+        """Return a buffer as it was at snapshot `i`; a mask or a table of integers as it was at the last one."""
+        held = self.buffers[name]
+        return held[(self.taken - self.count + i) % len(held)]
 
     def parts(self, span: Span) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the base (k,) and the increments (n - 1, k) of a span some columns at a time, in float32."""
@@ -195,3 +203,8 @@ class Window:
     def squared_errors(self) -> torch.Tensor:
         """Return what the snapshots are off by: squared norms over this rank's spans, (n,), float64."""
         return torch.cat([self.errors[-1:], self.errors[self.order]])
+
+
+def _is_kept_for_each(buffer: torch.Tensor) -> bool:
+    """Whether each snapshot has a buffer of its own: statistics and counters, not masks and tables of positions."""
+    return buffer.is_floating_point() or buffer.numel() == 1

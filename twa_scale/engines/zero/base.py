@@ -1,6 +1,6 @@
 """The base class of the ZeRO engines, which counts micro-batches in place of `engine.step`, and the loss scale."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from twa_scale.engines.zero.deepspeed_settings import check_trainable, settings_
 from twa_scale.ranks import Group
 
 _OPTIMIZER = ("dp_process_group", "optimizer", "zero_grad", "loss_scale", "loss_scaler")
+_COUNTERS = ("micro_steps", "global_steps", "global_samples")
 
 NO_GRADIENT = (
     "there is no gradient: call engine.backward(loss) before twa.step(), and remove engine.step(), which twa.step() "
@@ -78,6 +79,19 @@ class ZeroEngine(Engine):
     def steps_taken(self) -> int:
         """Return DeepSpeed's own count: its `step` is called for each micro-batch."""
         return int(self._engine.global_steps)
+
+    def counters(self) -> Callable[[], None]:
+        """Return a function that restores DeepSpeed's counts of steps and samples, and the loss scale of fp16."""
+        held = [(self._engine, name, getattr(self._engine, name)) for name in _COUNTERS]
+        if self.loss_scale is not None:
+            scaler = self._optimizer.loss_scaler
+            held += [(scaler, name, value) for name, value in vars(scaler).items()]
+
+        def restore() -> None:
+            for owner, name, value in held:
+                setattr(owner, name, value)
+
+        return restore
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers, which ZeRO does not shard."""
