@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import twa_scale
 from tests.integrations.train_transformers import DECAY, HALF, LEARN, STEPS, Texts, build, learned, train
@@ -110,6 +110,65 @@ def test_a_checkpoint_without_averages_begins_them_anew(tmp_path: Path) -> None:
     assert trainer.evaluate == type(trainer).evaluate.__get__(trainer)  # its own again
     with pytest.warns(TwaWarning, match=f"begin anew at step {HALF}"):
         train("plain", tmp_path, str(tmp_path / f"checkpoint-{HALF}"))
+
+
+class Fail(TrainerCallback):  # type: ignore[misc]
+    """Ends a training by an error after its second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise RuntimeError("after two steps")
+
+
+def trainer_with(directory: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
+    args = TrainingArguments(
+        str(directory), max_steps=STEPS, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, **options
+    )
+    return Trainer(model=build(0), args=args, train_dataset=Texts(), eval_dataset=Texts(), callbacks=list(callbacks))
+
+
+@pytest.mark.slow
+def test_an_error_in_a_training_leaves_evaluations_of_the_trained_weights(tmp_path: Path) -> None:
+    callback = TwaCallback(ema=[0.9])
+    trainer = trainer_with(tmp_path, callback, Fail())
+    with pytest.raises(RuntimeError, match="after two steps"):
+        trainer.train()
+    own = trainer.evaluate()["eval_loss"]
+    assert callback.averages is not None
+    with callback.averages.weights("ema"):
+        averaged = trainer.evaluate()["eval_loss"]
+    assert own == pytest.approx(loss_of(trainer.model), abs=1e-5) and abs(own - averaged) > 1e-4
+    trainer.remove_callback(Fail)
+    trainer.train()
+    assert trainer.evaluate == type(trainer).evaluate.__get__(trainer)
+
+
+@pytest.mark.slow
+def test_evaluations_wait_for_as_many_snapshots_as_coefficients(tmp_path: Path) -> None:
+    callback = TwaCallback(window={"every": 2, "keep": 2}, evaluate_with=[0.0, 1.0], save=False)
+    trainer_with(tmp_path, callback, eval_strategy="steps", eval_steps=1, save_strategy="no").train()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "average")
+    with pytest.raises(ConfigError, match=r"\(2,\)"):
+        trainer_with(tmp_path, TwaCallback(window={"every": 2, "keep": 2}, evaluate_with=[0.3, 0.3, 0.4])).train()
+
+
+@pytest.mark.slow
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has two"):
+        trainer_with(tmp_path, TwaCallback(ema=[0.9]), TwaCallback(ema=[0.99])).train()
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_without_averages_is_reported(tmp_path: Path) -> None:
+    class Forget(TrainerCallback):  # type: ignore[misc]
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for path in tmp_path.glob("checkpoint-*/averages-*"):
+                path.unlink()
+
+    every = {"eval_strategy": "steps", "eval_steps": HALF, "save_steps": HALF, "load_best_model_at_end": True}
+    trainer = trainer_with(tmp_path, TwaCallback(ema=[0.9]), Forget(), **every)
+    with pytest.warns(TwaWarning, match="not of the best checkpoint"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,21 @@ def follow(engine: str, directory: Path) -> dict[str, Any]:
         with averages.weights({"0": 0, "explicit": AVERAGES["explicit"]}.get(name, name)):
             found[name] = everything(model)
     found["restored"] = same_bits(before, everything(model))
+    counts = counters(model)
     twa = averages.learn(CONFIG)
     found["learned"] = trained(model, twa)
     averages.restore()
+    assert counters(model) == counts
     found["given back"] = same_bits(before, everything(model))
     twa = twa_scale.attach(model, [str(path) for path in averages.save(directory)], CONFIG)
     found["attached"] = trained(model, twa)
     twa.close()
     return found
+
+
+def counters(model: Any) -> list[int]:
+    names = ("global_steps", "micro_steps", "global_samples") if is_deepspeed(model) else ()
+    return [getattr(model, name) for name in names]
 
 
 def trained(model: nn.Module, twa: Any) -> dict[str, Tensor]:

@@ -512,6 +512,31 @@ def test_tensors_of_any_number_and_size_are_averaged(monkeypatch: Any, dtype: to
                 assert torch.equal(p, held[i].to(dtype))
 
 
+@pytest.mark.parametrize(("which", "from_step"), [([0.2, 0.3, 0.5], 3), (2, 3), (-1, 1), ("2", 3), ("lawa:3", 1)])
+def test_an_average_of_more_snapshots_than_there_are_is_waited_for(which: Any, from_step: int) -> None:
+    model = linear()
+    averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 3})
+    for step in range(5):
+        assert averages.has(which) == (step >= from_step)
+        if step < from_step:
+            with pytest.raises(TwaError, match=f"{step} of 3"), averages.weights(which):
+                pass
+        move(model)
+        averages.step()
+    for never in ([0.5, 0.5], 3, -4, "3"):
+        with pytest.raises(ConfigError):
+            twa_scale.RunningAverages(model, window={"every": 1, "keep": 3}).has(never)
+
+
+def test_learning_restores_at_the_end_of_a_block() -> None:
+    averages, model, seen = followed(4, window={"every": 1, "keep": 3})
+    with pytest.raises(ValueError, match="of the block"), averages.learning() as twa:
+        assert not torch.equal(model.weight.detach().double(), seen[-1])
+        raise ValueError("of the block")
+    assert twa.closed and torch.equal(model.weight.detach().double(), seen[-1])
+    averages.step()
+
+
 def test_a_state_file_is_complete_or_not_there(tmp_path: Any, monkeypatch: Any) -> None:
     averages, _, _ = followed(3, ema=[0.9])
     averages.save_state(tmp_path)

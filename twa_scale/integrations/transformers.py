@@ -74,6 +74,8 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the averages of the model as the Trainer has wrapped it; on resume, go on from the checkpoint's."""
         self._trainer, checkpoint = _caller()
+        if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
+            raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         self.averages = RunningAverages(
             self._trainer.model_wrapped, ema=self._ema, window=self._window, device=self._device
         )
@@ -99,9 +101,10 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the average, learned if it shall be, and let the Trainer evaluate its own weights again."""
         assert self.averages is not None
-        self._trainer.evaluate = self._evaluate
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:  # as the model did
-            self.averages.load_state(state.best_model_checkpoint)
+        self._unwrap_evaluate()
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None  # as of the model
+        if best is not None and not self.averages.load_state(best) and state.is_world_process_zero:
+            notice(f"{best}: has no averages; those that are written are of the last step, not of the best checkpoint.")
         directory = Path(args.output_dir) / AVERAGE
         if self._learn is None:
             self._write(directory)
@@ -114,12 +117,13 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
             self._learn_and_write(directory, kwargs["train_dataloader"])
 
     def _wrap_evaluate(self) -> None:
-        """Show the average in the Trainer's evaluations: it has no event before them."""
-        evaluate = self._evaluate = self._trainer.evaluate
+        """Show the average in the Trainer's evaluations while it trains: it has no event before them."""
+        trainer = self._trainer
+        evaluate = self._evaluate = getattr(trainer.evaluate, "_of_trainer", trainer.evaluate)
 
         def with_average(*args: Any, **kwargs: Any) -> Any:
             assert self.averages is not None
-            if self._showing or not self.averages.has(self._which):
+            if self._showing or not _is_training(trainer) or not self.averages.has(self._which):
                 return evaluate(*args, **kwargs)
             self._showing = True  # evaluations of several data sets call this again
             try:
@@ -128,7 +132,11 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
             finally:
                 self._showing = False
 
-        self._trainer.evaluate = with_average
+        with_average._of_trainer = evaluate  # type: ignore[attr-defined]  # an error leaves the wrapper in the Trainer
+        trainer.evaluate = with_average
+
+    def _unwrap_evaluate(self) -> None:
+        self._trainer.evaluate = self._evaluate
 
     def _write(self, directory: Path) -> None:
         """Let the Trainer save the average as it saves its model."""
@@ -152,15 +160,11 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
         """Learn the coefficients of the window on batches of the training, and write the result."""
         assert self.averages is not None and self._evaluate is not None
         trainer = self._trainer
-        twa = self.averages.learn(self._learn)
-        try:
+        with self.averages.learning(self._learn) as twa:
             self._steps(twa, _endless(batches))
             self._save_model(directory)
             if trainer.eval_dataset is not None:
                 self._evaluate(metric_key_prefix="eval_average")
-        finally:
-            if not twa.lost:
-                self.averages.restore()
 
     def _steps(self, twa: TrainableAverage, batches: Iterator[Any]) -> None:
         trainer, args = self._trainer, self._trainer.args
@@ -201,6 +205,16 @@ def _caller() -> tuple[Any, str | None]:
         if isinstance(trainer := frame.f_locals.get("self"), Trainer):
             return trainer, frame.f_locals.get("resume_from_checkpoint")
     raise TwaError("TwaCallback: give it to a Trainer, as Trainer(.., callbacks=[TwaCallback(..)]).")
+
+
+def _is_training(trainer: Any) -> bool:
+    """Whether `trainer.train()` is running. An error that leaves it has no event."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
+            return True
+    return False
 
 
 def _endless(batches: Any) -> Iterator[Any]:

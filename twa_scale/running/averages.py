@@ -13,7 +13,7 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
 from twa_scale.base.notices import notice
-from twa_scale.candidates.carry_over import BASE, CarriedFiles
+from twa_scale.candidates.carry_over import BASE
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.model_checks import enclosing_wrapper, require_device, require_materialized
@@ -23,7 +23,8 @@ from twa_scale.output.publish import target_of
 from twa_scale.ranks import Pods, require_same_settings
 from twa_scale.running import checkpoint, saving, state_file
 from twa_scale.running.ema import Ema
-from twa_scale.running.learning import learn, require_snapshots, settings_for
+from twa_scale.running.intact import Intact
+from twa_scale.running.learning import carried_files, learn, require_snapshots, settings_for
 from twa_scale.running.named import mixture, names
 from twa_scale.running.parameters import Parameters
 from twa_scale.running.repeats import Repeats
@@ -33,10 +34,6 @@ from twa_scale.running.settings import Window as WindowOption
 from twa_scale.running.settings import ema_settings, is_due, window_settings
 from twa_scale.running.showing import Showing
 from twa_scale.running.window import Window
-
-_INTERRUPTED = "an error has interrupted an update in step(), which has left a part of the averages as it was before."
-_READ = "a state that does not fit was read into them by torch.distributed.checkpoint."
-_DISCARD = "Load a state, or make RunningAverages anew."
 
 
 class RunningAverages:
@@ -99,7 +96,7 @@ class RunningAverages:
         self._learned: TrainableAverage | None = None
         self._restore_counters: Callable[[], None] = lambda: None
         self._repeats = Repeats()
-        self._broken = ""
+        self._intact = Intact()
         self._saved_versions: list[int] = []
         if self._pods.rank == 0 and (wrapper := enclosing_wrapper(self._engine)):
             notice(
@@ -152,15 +149,14 @@ class RunningAverages:
 
     def _update(self, step: int, ema: Ema | None, window: Window | None) -> None:
         """Update what is due at `step`. What fails before the first write leaves everything as it was."""
-        self._require_whole()
+        self._intact.require()
         versions, live = self._parameters.versions(), self._parameters.live()
         buffers = self._parameters.buffers() if window or (ema and ema.settings.use_buffers) else {}
-        self._broken = _INTERRUPTED
-        if ema:
-            ema.update(live, buffers)
-        if window:
-            window.take(step, live, buffers)
-        self._broken = ""
+        with self._intact.writing():
+            if ema:
+                ema.update(live, buffers)
+            if window:
+                window.take(step, live, buffers)
         if self._counted is None:  # else the library's own count tells steps apart
             self._repeats.check(versions, live, report=self._pods.rank == 0)
 
@@ -186,7 +182,7 @@ class RunningAverages:
             self._require_own_weights("weights()")
         if self._showing.lost:
             raise TwaError(self._showing.lost)
-        with self._showing.weights(which, self._require_whole):
+        with self._showing.weights(which, self._intact.require):
             yield
 
     def has(self, which: Which) -> bool:
@@ -236,13 +232,12 @@ class RunningAverages:
         """
         with self._pods.agree():
             self._require_own_weights("learn()")
-            self._require_whole()
+            self._intact.require()
             self._parameters.versions()
             self._parameters.report_newly_trained()
             window = require_snapshots(self._window)
             settings = settings_for(window, config, self._device)
-            check_files(files or {}, BASE)
-            content = {name: _content(value) for name, value in (files or {}).items()}
+            carried = carried_files(files or {})
             window.require_finite()
             buffers = self._parameters.buffers()
         self._showing.keep(buffers)
@@ -250,7 +245,7 @@ class RunningAverages:
         failure: BaseException | None = None
         try:
             engine = choose_engine(self._model, self._replica_group)
-            self._learned = learn(engine, self._pods, window, settings, CarriedFiles(files=content))
+            self._learned = learn(engine, self._pods, window, settings, carried)
         except BaseException as error:
             failure = error
         failure = self._showing.together(failure)
@@ -259,6 +254,27 @@ class RunningAverages:
             raise failure
         assert self._learned is not None
         return self._learned
+
+    @contextmanager
+    def learning(
+        self, config: TwaConfig | Mapping[str, Any] | None = None, *, files: Files | None = None
+    ) -> Iterator[TrainableAverage]:
+        """Call `learn` for a `with` block and `restore` at its end, also where an error leaves it. Collective.
+
+        Raises:
+            ConfigError, EngineError, TwaError: as `learn`.
+            RankError: another rank has left the block by an error: nothing is restored.
+        """
+        twa = self.learn(config, files=files)
+        failure: BaseException | None = None
+        try:
+            yield twa
+        except BaseException as error:
+            failure = error
+        failure = self._showing.together(failure)
+        self.restore()
+        if failure is not None:
+            raise failure
 
     def restore(self) -> None:
         """Close the average that `learn` has made, and give the model its weights and buffers back. Collective.
@@ -302,7 +318,7 @@ class RunningAverages:
         with self._pods.agree():
             if self._window is None or not self._window.count:
                 raise TwaError("save(): there is no snapshot; make RunningAverages with window={..}, and train.")
-            self._require_whole()
+            self._intact.require()
             self._parameters.buffers()
             check_dtype(dtype)
             check_files(files or {}, BASE)
@@ -324,8 +340,7 @@ class RunningAverages:
         Tensors are live, and this rank's own: save the state of every rank. Under FSDP2 averages are DTensors: give
         this object to torch.distributed.checkpoint, which saves all ranks' tensors and reshards exponential averages.
         """
-        if self._broken:
-            notice(f"state_dict(): the averages cannot be used: {self._broken} {_DISCARD}")
+        self._intact.report()
         state = self._state()
         self._saved_versions = checkpoint.versions(state)
         return state
@@ -345,11 +360,11 @@ class RunningAverages:
         except StateError:
             own = self._state()
             if checkpoint.is_live(state, own) and checkpoint.versions(own) != self._saved_versions:
-                self._broken = _READ
+                self._intact.overwritten()
             raise
         self._step = checkpoint.load(state, self._engine, self._ema, self._window)
         self._counted = self._engine.steps_taken()
-        self._broken = ""
+        self._intact.restored()
 
     def save_state(self, directory: str | Path) -> None:
         """Write each rank's state to a file of its own in `directory`, `averages-00000-of-00008.pt`. Collective.
@@ -358,7 +373,7 @@ class RunningAverages:
             OutputError, TwaError: on every rank.
         """
         with self._pods.agree():
-            self._require_whole()
+            self._intact.require()
             state_file.write_file(self._state(), target_of(directory), self._pods.rank, self._pods.size)
 
     def load_state(self, directory: str | Path) -> bool:
@@ -379,11 +394,7 @@ class RunningAverages:
         refuse_copies("a RunningAverages")
 
     def _state(self) -> dict[str, Any]:
-        return checkpoint.state_of(self._engine, self._step, self._ema, self._window, self._broken)
-
-    def _require_whole(self) -> None:
-        if self._broken:
-            raise TwaError(f"the averages cannot be used: {self._broken} {_DISCARD}")
+        return checkpoint.state_of(self._engine, self._step, self._ema, self._window, self._intact.why_not)
 
     def _require_own_weights(self, what: str) -> None:
         if self._learned is not None:
@@ -392,7 +403,3 @@ class RunningAverages:
             raise TwaError(f"{what} inside weights(): the weights are not those that are trained; leave it first.")
         if self._showing.lost:
             raise TwaError(f"{what}: {self._showing.lost}")
-
-
-def _content(value: bytes | Path) -> bytes:
-    return value if isinstance(value, bytes) else Path(value).read_bytes()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from twa_scale.average.load_candidates import LoadedCandidates
 from twa_scale.average.optimizer import check_settings
 from twa_scale.base.spans import Span
 from twa_scale.candidates.buffers import buffer_source
-from twa_scale.candidates.carry_over import CarriedFiles
+from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.engines import Engine
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.kernels import Kernels, RowMap, Target
 from twa_scale.kernels.torch.deltas import inner_products, squared_norms
+from twa_scale.output import Files, check_files
 from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.running.candidate import snapshot_candidates
 from twa_scale.running.window import Window
@@ -57,6 +59,17 @@ class WindowStore:
 
     def close(self) -> None:
         """Do nothing: the window stays."""
+
+
+def carried_files(files: Files) -> CarriedFiles:
+    """Return what exports of the average put beside the weights.
+
+    Raises:
+        OutputError: a name or a file that cannot be.
+    """
+    check_files(files, BASE)
+    content = {name: value if isinstance(value, bytes) else Path(value).read_bytes() for name, value in files.items()}
+    return CarriedFiles(files=content)
 
 
 def require_snapshots(window: Window | None) -> Window:

@@ -30,7 +30,7 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
 
     Raises:
         ConfigError: a name that is unknown, or that this object does not keep; coefficients that are not n numbers.
-        TwaError: an average of which there is nothing yet.
+        TwaError: an average of which there is nothing yet, or of more snapshots than there are yet.
     """
     text = re.sub(r"\s*:\s*", ":", which.strip().lower()) if isinstance(which, str) else None
     if text in NOW:
@@ -43,9 +43,7 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
     over = which if text is None else _checked(text.removeprefix("window:"), window)
     if window is None:
         raise ConfigError(f"weights: {which!r} is an average of snapshots; make RunningAverages with window={{..}}.")
-    if not n:
-        raise TwaError(f"weights: {which!r} is an average of snapshots, and none has been taken yet.")
-    factors[:n] = _over_snapshots(over, n)
+    factors[:n] = _of_so_many(over, n, window.settings.keep)
     return factors
 
 
@@ -89,6 +87,23 @@ def _checked(name: str, window: Window | None) -> str:
             "of a snapshot, one coefficient for each, or window:NAME with a name that `center` takes."
         ) from None
     return name
+
+
+def _of_so_many(which: Which, n: int, keep: int) -> torch.Tensor:
+    """Return the coefficients of n snapshots, (n,), float64, in a window that will hold `keep`.
+
+    Raises:
+        ConfigError: `which` does not fit, and will not.
+        TwaError: there are not enough snapshots yet.
+    """
+    try:
+        if n:
+            return _over_snapshots(which, n)
+    except ConfigError:
+        if n == keep:
+            raise
+    _over_snapshots(which, keep)
+    raise TwaError(f"weights: {which!r} is an average of more snapshots than have been taken yet: {n} of {keep}.")
 
 
 def _over_snapshots(which: Which, n: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from twa_scale.engines import Engine
 from twa_scale.ranks import Pods
 from twa_scale.running.ema import Ema
 from twa_scale.running.named import mixture
+from twa_scale.running.parameters import Parameters
 from twa_scale.running.trained import Trained
 from twa_scale.running.window import Window
 
