@@ -146,7 +146,7 @@ def test_other_data_forget_the_best(scores: Brought, tmp_path: Path, shell: Any)
     config.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", **WILD)))
     assert shell("run", config).code == 0
     said = shell("run", config, "steps=6", "evaluate_batches=1")
-    assert said.code == 0 and "the best of those is forgotten" in said.err
+    assert said.code == 0 and "the best average of earlier evaluations is discarded" in said.err
     assert load_state(tmp_path / "out").exported_step > 0
 
 
@@ -155,7 +155,7 @@ def test_other_data_forget_the_best(scores: Brought, tmp_path: Path, shell: Any)
     [
         ({"evaluate_split": "test"}, "keep: best chooses by the test split"),
         ({"evaluate_split": "test", "keep": "last"}, None),
-        ({"split": "validation"}, "which is trained on too"),
+        ({"split": "validation"}, "the training split"),
         ({}, None),
     ],
     ids=str,
@@ -191,7 +191,7 @@ def test_the_first_of_the_best(higher: bool, values: list[float], best: int | No
     none = torch.zeros(1, 1, dtype=torch.float64)
     average: Any = SimpleNamespace(state_dict=lambda: {"x": none, "coefficients": none, "buffers": {}})
     for step, value in enumerate(values):
-        kept.see(step, {"loss": 9.0, "score": value}, average)
+        kept.update(step, {"loss": 9.0, "score": value}, average)
     assert (kept.best and kept.best.step) == best
 
 

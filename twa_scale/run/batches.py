@@ -1,4 +1,4 @@
-"""Batches in an order that depends on the seed and the step only, cut for any number of ranks."""
+"""Batches in an order that depends only on the seed and the step, divided among any number of ranks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from twa_scale.run.tasks import Batch, Examples, stack
 
 @dataclass(frozen=True)
 class Batches:
-    """The part of one rank in global batches of `batch_size` examples."""
+    """The parts of one rank of the global batches, each of `batch_size` examples."""
 
     examples: Examples
     batch_size: int
@@ -23,16 +23,16 @@ class Batches:
 
     @property
     def per_epoch(self) -> int:
-        """Whole global batches in one pass over the examples."""
+        """The number of whole global batches in one epoch."""
         return len(self.examples) // self.batch_size
 
     @property
     def num_micro(self) -> int:
-        """Backward passes of a rank per global batch."""
+        """The number of micro-batches of a rank in a global batch."""
         return self.batch_size // (self.size * self.micro_batch_size)
 
     def training(self, step: int) -> Iterator[Batch]:
-        """Yield the micro-batches of this rank at `step`, of an order that is shuffled anew for every epoch."""
+        """Yield the micro-batches of this rank at `step`. The order is shuffled in every epoch."""
         epoch, position = divmod(step, self.per_epoch)
         order = _order(len(self.examples), self.seed, epoch)
         share = self.batch_size // self.size
@@ -43,8 +43,11 @@ class Batches:
     def in_order(self, limit: int | None = None) -> Iterator[tuple[Batch, bool]]:
         """Yield each example once over all ranks, as (batch, counts).
 
-        Every rank gets the same number of batches, since a forward pass may be collective: one that has run out of
-        examples repeats the first, which does not count.
+        Every rank gets the same number of batches, since a forward pass may be collective. A rank without examples
+        left gets the first one again, with `counts` False.
+
+        Args:
+            limit: the largest number of batches of a rank.
         """
         share = self.micro_batch_size
         starts = range(0, len(self.examples), share * self.size)
@@ -66,10 +69,19 @@ def _order(count: int, seed: int, epoch: int) -> torch.Tensor:
 def make_batches(
     examples: Examples, split: str, batch_size: int, micro_batch_size: int | None, rank: int, size: int, seed: int
 ) -> Batches:
-    """Check that the sizes fit together.
+    """Return the batches of a rank.
+
+    Args:
+        examples: the examples of the split.
+        split: the name of the split, for messages.
+        batch_size: the number of examples of a global batch.
+        micro_batch_size: the largest number of examples of a micro-batch; None for one micro-batch.
+        rank: the index of this rank.
+        size: the number of ranks.
+        seed: the seed of the order.
 
     Raises:
-        ConfigError: a batch that the ranks cannot share equally, or a split smaller than one batch.
+        ConfigError: the batch cannot be divided equally among the ranks, or the split is smaller than one batch.
     """
     micro, _ = cut(batch_size, micro_batch_size, size)
     if len(examples) < batch_size:
@@ -80,10 +92,10 @@ def make_batches(
 
 
 def cut(batch_size: int, micro_batch_size: int | None, size: int) -> tuple[int, int]:
-    """Return the size of a micro-batch, and how many of them a rank has in a batch.
+    """Return the size of a micro-batch, and the number of micro-batches of a rank in a global batch.
 
     Raises:
-        ConfigError: a batch that the ranks cannot share equally.
+        ConfigError: the batch cannot be divided equally among the ranks.
     """
     share, rest = divmod(batch_size, size)
     micro = min(micro_batch_size or share, share)

@@ -1,4 +1,4 @@
-"""The best average that a run has evaluated: which measure decides, and what is remembered of it."""
+"""The best average that a run has evaluated."""
 
 from collections.abc import Mapping
 from math import isfinite
@@ -12,12 +12,17 @@ from twa_scale.run.tasks import Task
 
 
 class BestAverage:
-    """Remembers the coefficients with the lowest `loss` on the held-out split, or by what the task says decides.
+    """The coefficients with the best value of the task's main metric on the held-out split.
 
-    A task has `main_metric` (the name of one of its metrics) and `higher_is_better` when it is not the lowest `loss`.
+    The metric is `main_metric` of the task, or `loss`. `higher_is_better` of the task says whether higher values are
+    better; by default, they are not.
+
+    Args:
+        task: the task of the run.
+        config: the configuration of the run.
 
     Raises:
-        ConfigError: a task whose `main_metric` or `higher_is_better` are no name and no truth value.
+        ConfigError: `main_metric` is not a string, or `higher_is_better` is not a bool.
     """
 
     def __init__(self, task: Task, config: RunConfig) -> None:
@@ -32,29 +37,29 @@ class BestAverage:
         self.best: KeptState | None = None
 
     def restore(self, saved: KeptState | None) -> bool:
-        """Go on from a state. Return whether it could be used: values on other data cannot be compared."""
+        """Restore the best average from a state. Return whether it is usable: it has to be of the same data."""
         self.best = saved if saved and saved.data == self.data else None
         return self.best is saved
 
     def value(self, metrics: Mapping[str, float]) -> float:
-        """Return the value that decides.
+        """Return the value of the main metric.
 
         Raises:
-            ConfigError: the task does not measure its `main_metric`.
+            ConfigError: `metrics` does not have the `main_metric` of the task.
         """
         if self.metric not in metrics:
             raise ConfigError(f"task: main_metric is {self.metric!r}; its metrics are {', '.join(sorted(metrics))}.")
         return metrics[self.metric]
 
     def better(self, one: Mapping[str, float], other: Mapping[str, float]) -> bool:
-        """Whether `one` is better than `other`; what is not finite is never better, and worse than all else."""
+        """Return whether `one` is better than `other`. Finite values are better than others."""
         left, right = self.value(one), self.value(other)
         if not isfinite(left) or not isfinite(right):
             return isfinite(left) and not isfinite(right)
         return left > right if self.higher else left < right
 
-    def see(self, step: int, metrics: dict[str, float], average: TrainableAverage) -> None:
-        """Remember the coefficients of `average`, measured at `step`, when they are the best so far."""
+    def update(self, step: int, metrics: dict[str, float], average: TrainableAverage) -> None:
+        """Store the coefficients of `average`, evaluated at `step`, if they are the best so far."""
         if not isfinite(self.value(metrics)) or (self.best and not self.better(metrics, self.best.metrics)):
             return
         state: dict[str, Any] = average.state_dict()

@@ -1,4 +1,4 @@
-"""`start: best`: the average that needs no training and evaluates best is where training starts."""
+"""`start: best`: evaluate the averages that need no training, and start at the best one."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ _EMA = ("ema:0.8", "ema:0.9", "ema:0.95")
 
 
 def averages(n: int) -> list[str]:
-    """Return the names of the averages of n candidates that are evaluated, without repetitions."""
+    """Return the names of the averages of n candidates to evaluate, without duplicates."""
     windows = [f"lawa:{2**i}" for i in range(1, n.bit_length()) if 2**i < n]
     return ["center", "last", *(["mean", *windows, *_EMA, "minus-sqrt"] if n > 1 else [])]
 
@@ -22,13 +22,13 @@ def start_at_best(
 ) -> str:
     """Evaluate the averages, start at the best one, and return its name. Collective.
 
-    Averages that the basis cannot start from are left out: the edges of the simplex.
+    Averages that the basis cannot start from, such as the edges of the simplex, are skipped.
 
     Args:
-        average: has taken no step.
-        kept: says which metrics are better.
-        measure: returns the metrics of the weights that the model has.
-        say: gets one line for each average.
+        average: an average before its first step.
+        kept: compares metrics.
+        measure: returns the metrics of the current weights.
+        say: called with one line for each average.
     """
     names = [name for name in averages(average.num_candidates) if average.can_start_from(name)]
     best, of_best = "", dict[str, float]()

@@ -1,4 +1,4 @@
-"""What was won: the exported average beside the last candidate, the center and the last step."""
+"""Compare the exported average with the last candidate, the center and the last step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ Measured = dict[str, dict[str, float]]
 
 
 def verdict(kept: BestAverage, split: str, measured: Measured) -> str:
-    """Return in one sentence whether the exported average is better than the last candidate, which is free."""
+    """Return a sentence that says whether the exported average is better than the last candidate."""
     ours, theirs = measured[EXPORTED], measured[LAST]
     name = f"{split}/{kept.metric}"
     numbers = f"{name} {kept.value(ours):.6g} against {kept.value(theirs):.6g}"
@@ -22,41 +22,41 @@ def verdict(kept: BestAverage, split: str, measured: Measured) -> str:
             f"The average is WORSE than the last candidate: {numbers}. Use the last candidate, or train with "
             "another rate, center or set of candidates."
         )
-    return f"The average is no better than the last candidate: {numbers}."
+    return f"The average is not better than the last candidate: {numbers}."
 
 
 def caveat(config: RunConfig) -> str | None:
-    """Return in one sentence why evaluations say less than they seem to; None where they are on held-out data."""
+    """Return a warning if the evaluations are not on held-out data, else None."""
     split = config.evaluate_split
     if split == config.split:
-        return f"evaluate_split is {split!r}, which is trained on too: the evaluations are not on held-out data"
+        return f"evaluate_split is {split!r}, the training split: the evaluations are not on held-out data"
     if split == "test" and config.keep == "best":
         return (
-            "keep: best chooses by the test split, which is then no test of the result: give keep: last, or "
+            "keep: best chooses by the test split, so results on it are biased: give keep: last, or "
             "evaluate_split: validation"
         )
     return None
 
 
 def exported_as(kept: BestAverage, split: str, keep: str, step: int) -> str:
-    """Return in one sentence which coefficients are exported, and why. `step` is the last one."""
+    """Return a sentence that says which coefficients are exported, and why. `step` is the last step."""
     name = f"{split}/{kept.metric}"
     if keep == "last":
         return f"exported: step {step}, the last (keep: last)"
     if kept.best is None:
-        return f"exported: step {step}, the last: {name} was finite in no evaluation"
+        return f"exported: step {step}, the last: no evaluation had a finite {name}"
     which = "the highest" if kept.higher else "the lowest"
     last = "the last, and " if kept.best.step == step else ""
     return f"exported: step {kept.best.step}, {last}{which} {name} of the evaluations (keep: best)"
 
 
 def with_split(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics under the names that records have."""
+    """Return metrics with the prefix `split`/, as in records."""
     return {f"{split}/{name}": value for name, value in metrics.items()}
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """Return the rows of the closing table: a label with its step, and the metrics."""
+    """Return the rows of the comparison table: a label, with the step if there is one, and the metrics."""
     steps = {TRAINED: summary["steps"], EXPORTED: summary["exported_step"]}
     return [
         (f"{name}, step {steps[name]}" if name in steps else name, metrics)

@@ -15,11 +15,19 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean of every metric of the task over the examples of all ranks. Collective.
 
-    A metric may be missing in some batches, or on some ranks: its mean is that of the examples that it counted. The
-    model is in evaluation mode meanwhile. `limit` bounds the number of batches of a rank.
+    The mean of a metric is over the examples that it counts; it may be missing in some batches or on some ranks. The
+    model is in evaluation mode.
+
+    Args:
+        task: computes the metrics.
+        model: the model; forward passes may be collective.
+        batches: the batches of this rank.
+        group: all ranks.
+        device: the device of the model.
+        limit: the largest number of batches of a rank.
 
     Raises:
-        ConfigError: on every rank: a metric that counted nothing, or that is no sum and count.
+        ConfigError: a metric counts no example, or is not a sum and a count; on every rank.
     """
     training = model.training
     model.eval()
@@ -33,7 +41,7 @@ def evaluate(
 
 
 class Totals:
-    """Sums and counts of the metrics of one rank."""
+    """The sums and counts of the metrics of one rank."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -41,16 +49,16 @@ class Totals:
         self._wrong = ""
 
     def add(self, metrics: Metrics, counts: bool) -> None:
-        """Add those of a batch; if it does not count, its names alone."""
+        """Add the metrics of a batch; if `counts` is False, only their names."""
         for name, value in metrics.items():
             try:
                 total, count = value
                 pair = torch.stack([self._scalar(total), self._scalar(count)])
             except (TypeError, ValueError, RuntimeError) as error:
                 self._wrong = self._wrong or (
-                    f"metric {name!r}: the task returned {value!r}, which is no sum (a scalar) and count: {error}."
+                    f"metric {name!r}: the task returned {value!r}, which is not a sum (a scalar) and a count: {error}."
                 )
-                continue  # ranks agree on it when all have done their forward passes
+                continue  # raised in `means`, after all ranks have finished their forward passes
             known = self._totals.setdefault(name, torch.zeros_like(pair))
             if counts:
                 known += pair
@@ -61,7 +69,7 @@ class Totals:
     def means(self, group: Group) -> dict[str, float]:
         """Return the mean of every metric over all ranks. Collective.
 
-        Ranks agree on the names first: their metrics may come in another order.
+        The ranks first exchange names, since the order of metrics may differ.
 
         Raises:
             ConfigError: see `evaluate`.

@@ -38,14 +38,21 @@ from twa_scale.run.tasks import Task, build_task
 
 
 def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
-    """Train the coefficients as `config` says, on all ranks of the launcher. Returns the summary of the run.
+    """Train the coefficients with the settings of `config`, on all ranks of the launcher. Collective.
 
-    Writes into `config.output`: config.json, metrics.jsonl, tensorboard/, state.pt, average/ (the exported model),
+    It writes into `config.output`: config.json, metrics.jsonl, tensorboard/, state.pt, average/ (the exported model),
     coefficients.png and summary.json.
 
+    Args:
+        config: the settings.
+        report: the console output; by default, none.
+
+    Returns:
+        The summary of the run, as in summary.json.
+
     Raises:
-        TwaError: bad settings, data or candidates, on every rank.
-        Stopped: SIGUSR1 or SIGTERM came to any rank; the state is saved, and the same call continues.
+        TwaError: settings, data or candidates are invalid; on every rank.
+        Stopped: a rank received SIGUSR1 or SIGTERM; the state is saved, and the same call continues.
     """
     stop = Stop()
     world = World.from_environment()
@@ -87,9 +94,9 @@ class Run:
             parse_size(config.max_shard_size)
 
     def train(self) -> dict[str, Any]:
-        """Attach, go on from the saved state to the last step, then evaluate, export and summarize.
+        """Attach, continue from a saved state to the last step, then evaluate, export and return the summary.
 
-        A run that has finished returns its summary, and touches nothing.
+        A finished run returns its summary and changes no file.
         """
         summary, state = self._found()
         if summary is not None:
@@ -100,9 +107,9 @@ class Run:
         return self._train()
 
     def _found(self) -> tuple[dict[str, Any] | None, RunState | None]:
-        """Return the summary of a run that has finished, else the state to continue from. Collective.
+        """Return the summary of a finished run, else the state to continue from. Collective.
 
-        One rank looks: file systems may show ranks different things. From here on the directory is this run's alone.
+        Only one rank reads the directory: a file system may differ between ranks. It locks the output directory.
         """
         found: tuple[dict[str, Any] | None, RunState | None] = (None, None)
         with self.group.agree():
@@ -124,13 +131,13 @@ class Run:
             check_target(self.output / AVERAGE, 0, overwrite=True)
         self.lock.take()
         remove_leftovers(self.output)
-        return None, find_state(config, self.num_steps, say)  # as the owner before has left it
+        return None, find_state(config, self.num_steps, say)  # again, under the lock
 
     def _attach(self, state: RunState | None) -> None:
         config, world, device = self.config, self.world, self.device
         self.engine = run_engine(config, world)
         mesh = pod_mesh(config, world, device)
-        with self.group.agree():  # apart: DDP exchanges shapes, which a rank without data would miss
+        with self.group.agree():  # separate from the checks above: the constructor of DDP is collective
             self.model: nn.Module = self.engine.build(self.task, world, device, mesh and mesh["ranks"])
         set_collective_timeout(config.timeout)
         start = time.perf_counter()
@@ -152,12 +159,12 @@ class Run:
                 replace_file(self.output / "config.json", dump(self.config).encode())
             self.records = Records(self.output, active=self.group.rank == 0, step=self.step, say=self.report.say)
         self.clock = Clock(device)
-        self.twa.clock.read()  # what attach cost is not what a step costs
+        self.twa.clock.read()  # reset: attach is not a part of a step
         self._steps_here = 0
 
     def _train(self) -> dict[str, Any]:
         config = self.config
-        self._leave_if_asked()  # while candidates were read
+        self._leave_if_asked()  # a signal may have come while candidates were read
         if self.step == 0 and config.start == "best":
             start_at_best(self.twa, self.kept, self._measure, self.report.say)
         if self.step == 0 or self._evaluation_is_due():
@@ -186,7 +193,9 @@ class Run:
         start = time.perf_counter()
         self._seed(self.step)
         self.model.train()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # the loss, and who was asked to stop
+        sums = torch.zeros(
+            2, dtype=torch.float64, device=self.device
+        )  # the loss, and the number of ranks with a signal
         for i, batch in enumerate(self.training.training(self.step)):
             batch = {key: value.to(self.device) for key, value in batch.items()}
             with self.clock.part("forward+backward"):
@@ -195,7 +204,7 @@ class Run:
                 self.engine.backward(self.model, loss)
             sums[0] += loss.detach()
             if self.engine.counts_micro_batches and i + 1 < self.training.num_micro:
-                self.twa.step()  # counts a micro-batch
+                self.twa.step()  # for DeepSpeed: counts a micro-batch
         config = self.config
         rate = set_rate(self.twa.optimizer, config.optimizer.lr, config.schedule, self.step, self.num_steps)
         self.twa.step()
@@ -208,24 +217,24 @@ class Run:
         return {"loss": loss_sum / self.group.size, "lr": rate, "seconds": time.perf_counter() - start}
 
     def _seed(self, step: int) -> None:
-        """Make the randomness of a step depend on the seed, the step and the rank: that is the whole random state."""
+        """Seed all generators from the seed, the step and the rank, so that a state needs no generator states."""
         seed = (self.config.seed * 1_000_003 + step) * 1_009 + self.group.rank
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
 
     def _evaluate(self) -> dict[str, float]:
-        """Measure the average of this step on held-out data, write it down, and keep it when it is the best."""
+        """Evaluate the average of this step on held-out data, record the metrics, and keep it if it is the best."""
         metrics = self._measure()
         values = comparison.with_split(self.config.evaluate_split, metrics)
         self.records.write(self.step, values)
         self.report.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        self.kept.see(self.step, metrics, self.twa)
+        self.kept.update(self.step, metrics, self.twa)
         return metrics
 
     def _measure(self) -> dict[str, float]:
-        """Return the metrics of the weights that the model has, with BatchNorm statistics of their own."""
-        self.twa.settle()  # so that only steps count as forward passes that have waited for weights
+        """Return the metrics of the current weights, after recalibration of BatchNorm statistics."""
+        self.twa.settle()  # the time of waiting for weights is measured in training steps only
         with self.engine.autocast(self.device):
             self._recalibrate()
             limit = self.config.evaluate_batches
@@ -240,13 +249,13 @@ class Run:
         self.twa.recalibrate_batchnorm(batches, forward=lambda model, batch: self.task.loss(model, batch))
 
     def _leave_if_asked(self) -> None:
-        """Stop where all ranks are, if any of them was asked to since the last step. Collective."""
+        """Stop on all ranks if a rank has received a signal since the last step. Collective."""
         asked = torch.tensor(float(self.stop.asked), device=self.device)
         if self.twa.pods.sum_(asked).item() > 0:
             self._leave()
 
     def _leave(self) -> NoReturn:
-        """Stop here, where all ranks are, so that a later start goes on as if nothing had been."""
+        """Save the state and raise Stopped on all ranks. Collective."""
         self._save()
         self.records.close()
         self.twa.close()
@@ -258,7 +267,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         trained = self._evaluate()
         state = self._save()
-        costs = self._costs()  # before what is no step: comparing, exporting
+        costs = self._costs()  # before comparison and export, which are not steps
         measured = self._compare() | {comparison.TRAINED: trained}
         measured[comparison.EXPORTED] = self._take_kept(trained)
         start = time.perf_counter()
@@ -277,7 +286,7 @@ class Run:
         return summary
 
     def _compare(self) -> comparison.Measured:
-        """Measure what the average has to be better than. Collective."""
+        """Return the metrics of the last candidate and the center. Collective."""
         if not self.config.compare:
             return {}
         self.report.say("comparing with the last candidate and the center: 2 more evaluations (compare: false: none)")
@@ -288,7 +297,7 @@ class Run:
         return measured
 
     def _take_kept(self, trained: dict[str, float]) -> dict[str, float]:
-        """Give the model the average that is exported, and return its metrics. Collective."""
+        """Load the average to export into the model, and return its metrics. Collective."""
         best = self.kept.best
         if self.config.keep == "last" or best is None or best.step == self.step:
             return trained
@@ -300,7 +309,7 @@ class Run:
         return dict(best.metrics)
 
     def _write_results(self, summary: dict[str, Any]) -> None:
-        from twa_scale.run.plots import plot_training  # on the rank that draws only: importing matplotlib takes long
+        from twa_scale.run.plots import plot_training  # imported here, on one rank only: matplotlib is slow to import
 
         plot_training(
             self.output / "coefficients.png",
@@ -312,7 +321,7 @@ class Run:
         replace_file(self.output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
     def _summary(self, measured: comparison.Measured) -> dict[str, Any]:
-        """Return the results."""
+        """Return the summary of the run."""
         split, keep, best = self.config.evaluate_split, self.config.keep, self.kept.best
         return {
             "steps": self.step,
@@ -325,7 +334,7 @@ class Run:
         }
 
     def _costs(self) -> dict[str, Any]:
-        """Return what a step of this process cost on average: seconds, and bytes moved in memory. Collective."""
+        """Return the mean cost of a step of this process: seconds, and bytes moved in memory. Collective."""
         steps = self._steps_here
         seconds = {part: total / max(steps, 1) for part, total in self.clock.read().items()}
         cost = self.twa.cost(steps)
@@ -366,7 +375,7 @@ class Run:
         self.twa.load_state_dict(state.twa.model_dump())
         self.step = state.step
         if not self.kept.restore(state.kept):
-            self.report.say("evaluations are on other data than before: the best of those is forgotten")
+            self.report.say("the evaluation data has changed: the best average of earlier evaluations is discarded")
         before = state.course["steps"]
         raised = f", which were {before}: the learning rate follows the schedule of {self.num_steps}"
         self.report.say(

@@ -1,4 +1,4 @@
-"""Pictures: the coefficients and losses of a run, and how alike candidates are."""
+"""Plots of the coefficients and losses of a run, and of the similarity of candidates."""
 
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
 }
-# Beyond these, numbers in cells and labels on the axes run into each other.
+# With more, numbers in cells and labels of axes overlap.
 MOST_NUMBERS, MOST_LABELS = 20, 64
 
 
@@ -56,15 +56,15 @@ def plot_training(
     group_names: Sequence[str],
     records: Sequence[dict[str, Any]],
 ) -> None:
-    """Write a PNG of the averaging coefficients beside (for many groups, above) the losses of a run.
+    """Write a PNG with the averaging coefficients and the losses of a run, side by side or one above the other.
 
     Args:
-        path: The file; replaced as a whole.
+        path: the file; it is replaced atomically.
         coefficients: a[i, g], shape (n, G).
         candidate_labels: n names, in training order.
         group_names: G names.
-        records: Lines of metrics.jsonl: `step` with `loss` (training), or with `SPLIT/loss` (an evaluation; that
-            of step 0 is drawn as a line across: what the run started from).
+        records: records of metrics.jsonl: `step` with `loss` (training) or with `SPLIT/loss` (evaluation). The
+            evaluation of step 0 is drawn as a horizontal line.
 
     Raises:
         OutputError: the file cannot be written.
@@ -92,8 +92,8 @@ def plot_cosines(path: str | Path, matrix: Array, labels: Sequence[str]) -> None
     """Write a PNG of cosines between candidates.
 
     Args:
-        path: The file; replaced as a whole.
-        matrix: Cosines, shape (n, n).
+        path: the file; it is replaced atomically.
+        matrix: the cosines, shape (n, n).
         labels: n names, in training order.
 
     Raises:
@@ -109,7 +109,7 @@ def plot_cosines(path: str | Path, matrix: Array, labels: Sequence[str]) -> None
         if low < 0:
             _heat(axes, matrix, DIVERGING, Normalize(-1, 1), labels, labels, 2)
         else:
-            # Checkpoints of one run are often alike to the third digit: the scale begins at the least cosine.
+            # Cosines between checkpoints of one run often differ in the third digit: start the scale at the smallest.
             _heat(
                 axes,
                 matrix,
@@ -121,11 +121,11 @@ def plot_cosines(path: str | Path, matrix: Array, labels: Sequence[str]) -> None
             )
         axes.set_aspect("equal")
         axes.set_title("Cosines between candidates")
-        _save(figure, Path(path), bbox_inches="tight", pad_inches=0.2)  # squares leave room at two sides
+        _save(figure, Path(path), bbox_inches="tight", pad_inches=0.2)  # equal aspect leaves margins
 
 
 def _coefficients(axes: Axes, values: Array, candidates: Sequence[str], groups: Sequence[str]) -> None:
-    # The middle of the scale is the uniform weight: color says more, or less, than the plain mean would give.
+    # The scale is centered at the uniform weight: colors show more or less than in the plain mean.
     uniform = 1 / len(values)
     reach = max(float(np.nanmax(np.abs(values - uniform), initial=0.0)), 0.1 * uniform)
     scale = Normalize(uniform - reach, uniform + reach)
@@ -186,7 +186,7 @@ def _name_ticks(axes: Axes, side: str, labels: Sequence[str]) -> None:
 
 
 def _short(labels: Sequence[str], longest: int = 44) -> Iterator[str]:
-    """Yield labels without the folders that all share, cut in the middle where they are still long."""
+    """Yield labels without their common folders; long ones are shortened in the middle."""
     folders = [label.split("/")[:-1] for label in labels]
     shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
     for label in labels:
@@ -209,7 +209,7 @@ def _bars(axes: Axes, values: Array, candidates: Sequence[str]) -> None:
     if len(values) <= MOST_NUMBERS:
         for place, value in zip(places, values, strict=True):
             at: dict[str, Any] = {"xytext": (4, 0), "ha": "left"} if value >= 0 else {"xytext": (-4, 0), "ha": "right"}
-            page = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # so that the dashed line passes behind
+            page = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # covers the dashed line
             number = _number(value, 2)
             axes.annotate(number, (value, place), **at, textcoords="offset points", va="center", fontsize=8, bbox=page)
     axes.set_title("Coefficients by candidate")
@@ -236,7 +236,7 @@ def _losses(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
             markersize=4,
             label=key.split("/")[0],
         )
-    _look_closely(axes)
+    _fit_to_labeled_curves(axes)
     axes.grid(axis="y", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_title("Loss")
@@ -246,8 +246,8 @@ def _losses(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
         axes.legend(loc="best", fontsize=8.5)
 
 
-def _look_closely(axes: Axes) -> None:
-    """Fit the axis to the curves that have a name: single batches scatter far more than an average gains."""
+def _fit_to_labeled_curves(axes: Axes) -> None:
+    """Fit the axis to the curves with a label: losses of single batches vary more than the average improves."""
     named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     heights = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in named] or [np.empty(0)])
     heights = heights[np.isfinite(heights)]
@@ -257,7 +257,7 @@ def _look_closely(axes: Axes) -> None:
 
 
 def _smooth(values: Array) -> Array:
-    """Return a centered running mean over about a tenth of the run."""
+    """Return the centered running mean over about a tenth of the run."""
     half = len(values) // 20
     places = np.arange(len(values))
     first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))

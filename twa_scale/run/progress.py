@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress bars and a closing table, on rank 0 only."""
+"""The console output of a run: progress bars and tables, on rank 0 only."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from twa_scale.run import comparison
 
 
 class Report:
-    """Draws on standard error; silent unless `active`."""
+    """The console output on standard error; nothing is printed unless `active`."""
 
     def __init__(self, *, active: bool = True) -> None:
         self.active = active
@@ -34,7 +34,7 @@ class Report:
 
     @contextmanager
     def bytes(self, description: str) -> Iterator[Progress]:
-        """Show how many bytes have passed, how fast, and the time left; the body calls what it is given."""
+        """Show a progress bar of bytes in a `with` block, which calls the yielded function with (new, total)."""
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with self._bar(*columns, TimeRemainingColumn()) as bar:
             task = bar.add_task(description, total=None)
@@ -42,7 +42,7 @@ class Report:
 
     @contextmanager
     def steps(self, description: str, total: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
-        """Show steps and the time left; the body calls what it is given with the values of each step."""
+        """Show a progress bar of steps in a `with` block, which calls the yielded function with each step's values."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with self._bar(*columns, TextColumn("{task.fields[note]}")) as bar:
             task = bar.add_task(description, total=total, completed=done, note="")
@@ -53,7 +53,7 @@ class Report:
             yield advance
 
     def finish(self, output: Path, summary: dict[str, Any]) -> None:
-        """Print what the run has won, what it cost, and where its results are."""
+        """Print the comparison, the cost of a step, and the paths of the results."""
         self._console.print(_cost_table(summary))
         self._console.print(_comparison_table(summary))
         for text in (summary["exported_as"], summary["verdict"]):
@@ -63,10 +63,9 @@ class Report:
         self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")
 
     def _bar(self, *columns: Any) -> rich.progress.Progress:
-        seen = self.active and (
-            self._console.is_interactive or self._console.is_jupyter
-        )  # else it leaves an empty line
-        return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not seen)
+        # A bar on a console that cannot redraw lines prints an empty line.
+        visible = self.active and (self._console.is_interactive or self._console.is_jupyter)
+        return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not visible)
 
 
 def _comparison_table(summary: dict[str, Any]) -> Table:

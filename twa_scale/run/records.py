@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: one JSON object a line, and the same for TensorBoard. Rank 0 only."""
+"""The metrics of a run, as JSON lines and as TensorBoard events. Rank 0 only."""
 
 import json
 import os
@@ -20,23 +20,29 @@ METRICS = "metrics.jsonl"
 
 
 class Records:
-    """Appends to metrics.jsonl and to a TensorBoard event file; on other ranks it does nothing.
+    """A writer of metrics.jsonl and a TensorBoard event file; on other ranks it does nothing.
 
-    A full disk does not stop a run: see `AppendedFile`. TensorBoard's own writer would raise in a thread.
+    A full disk does not stop a run: see `AppendedFile`. The writer of TensorBoard would raise in a thread.
     """
 
     def __init__(self, directory: Path, *, active: bool, step: int, say: Callable[[str], object]) -> None:
-        """Open the records of a run that stands at `step`; what it will do again, evaluations too, is dropped.
+        """Open the records of a run that continues at `step`. Lines that the run will write again are removed.
+
+        Args:
+            directory: the output directory of the run.
+            active: whether this rank writes.
+            step: the number of steps that are done.
+            say: called with one line of text.
 
         Raises:
-            OutputError: the files cannot be created; an older metrics.jsonl is as it was.
+            OutputError: the files cannot be created; an older metrics.jsonl is unchanged.
         """
         self._files: tuple[AppendedFile, AppendedFile] | None = None
         if not active:
             return
         known, damaged = _read(directory) if step else ([], 0)
         if damaged:
-            say(f"{directory / METRICS}: {damaged} damaged lines are left out.")
+            say(f"{directory / METRICS}: {damaged} damaged lines were removed.")
         kept = [line for line in known if line["step"] < step or (line["step"] == step and "lr" in line)]
         lines = "".join(json.dumps(line) + "\n" for line in kept)
         self._files = (
@@ -44,7 +50,7 @@ class Records:
             AppendedFile(directory / "tensorboard" / _event_file(), _opening(step), say),
         )
         for line in kept:
-            if line["step"] == step:  # the opening drops it too
+            if line["step"] == step:  # the session log hides earlier events of this step
                 self._files[1].write(_scalars(line))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -56,13 +62,13 @@ class Records:
         board.write(_scalars({"step": step, **values}))
 
     def close(self) -> None:
-        """Try once more to write what a full disk has kept back."""
+        """Close the files, after a last attempt to write lines that a full disk has delayed."""
         for file in self._files or ():
             file.close()
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
-    """Return the lines that a run has written so far, without those that a crash or a disk has damaged."""
+    """Return the records that a run has written so far, without damaged lines."""
     return _read(directory)[0]
 
 
@@ -91,7 +97,7 @@ def _event_file() -> str:
 
 
 def _opening(step: int) -> bytes:
-    """Return the head of an event file that replaces what earlier files have from `step` on."""
+    """Return the first events of a file, which replaces the events of earlier files from `step` on."""
     start = SessionLog(status=SessionLog.START)
     return _framed(Event(wall_time=time.time(), file_version="brain.Event:2")) + _framed(
         Event(wall_time=time.time(), step=step, session_log=start)

@@ -1,4 +1,4 @@
-"""Whether the state in an output directory is that of this run, and whether there is anything left to do."""
+"""Find the state in an output directory, check that it belongs to this run, and detect finished runs."""
 
 import json
 from collections.abc import Callable
@@ -15,16 +15,16 @@ SUMMARY = "summary.json"
 
 
 def course(config: RunConfig, num_steps: int) -> dict[str, Any]:
-    """Return what decides, with the state of the average, how a run goes on; the seed is its random state."""
+    """Return the settings that, with the state of the average, determine the rest of a run."""
     settings = config.model_dump(mode="json", include={"split", "seed", "batch_size", "schedule", "precision"})
     return {"steps": num_steps, **settings}
 
 
 def find_state(config: RunConfig, num_steps: int, say: Callable[[str], object]) -> RunState | None:
-    """Return the state from which the run continues; None where there is none, or where it must not resume.
+    """Return the state that the run continues from; None if there is none, or if `resume` is false.
 
     Raises:
-        StateError: a state that is damaged, or of a run with other settings; more steps than it had are fine.
+        StateError: the state is damaged, or of a run with other settings. More steps are allowed.
     """
     output = Path(config.output)
     if not config.resume or not any((output / name).exists() for name in (STATE, PREVIOUS)):
@@ -36,16 +36,13 @@ def find_state(config: RunConfig, num_steps: int, say: Callable[[str], object]) 
 
 
 def forget_state(output: Path) -> None:
-    """Remove the states of another run; a later start that resumes must not take them for ours."""
+    """Remove the states of another run, so that a later start does not resume from them."""
     for name in (PREVIOUS, STATE):
         (output / name).unlink(missing_ok=True)
 
 
 def finished_summary(config: RunConfig, num_steps: int, state: RunState) -> dict[str, Any] | None:
-    """Return the summary of a run that has finished: its results are there, and nothing asks for more.
-
-    What is missing, or asked for anew with more steps or other candidates, is for the run itself to find.
-    """
+    """Return the summary of a finished run; None if results are missing, or if steps or candidates have changed."""
     if not state.finished or state.step != num_steps or not _same_candidates(config, state):
         return None
     output = Path(config.output)
@@ -75,7 +72,7 @@ def _require_same_course(path: Path, state: RunState, now: dict[str, Any]) -> No
 
 
 def _same_candidates(config: RunConfig, state: RunState) -> bool:
-    """Whether the candidates are where they were, or have been removed as a whole since the run has finished."""
+    """Return whether the candidates are those of the state, or have all been removed."""
     try:
         sources = find_sources(config.candidates, 1, lambda _: None, config.select)
     except CandidateError:

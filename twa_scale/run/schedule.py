@@ -1,4 +1,4 @@
-"""The learning rate of the coefficients over a run."""
+"""The learning rate schedule of the coefficients."""
 
 import math
 
@@ -8,10 +8,10 @@ from twa_scale.config import ScheduleConfig
 
 
 def factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
-    """Return what the learning rate is multiplied by at `step` of `num_steps`, counted from 0.
+    """Return the factor of the learning rate at `step` of `num_steps`, counted from 0.
 
-    The warmup rises linearly and reaches 1 at its last step; cosine and linear would reach `final` one step after the
-    last, so that every step moves.
+    The warmup is linear and reaches 1 at its last step. `cosine` and `linear` would reach `final` one step after the
+    last, so that the last step still has a rate above it.
     """
     warmup = round(config.warmup * num_steps)
     if step < warmup:
@@ -30,7 +30,7 @@ def factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float, config: ScheduleConfig, step: int, num_steps: int) -> float:
-    """Give `optimizer` the learning rate of `step`, which depends on nothing else, and return it."""
+    """Set the learning rate of `optimizer` for `step`, and return it."""
     rate = lr * factor(config, step, num_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate

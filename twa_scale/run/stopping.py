@@ -1,4 +1,4 @@
-"""Being asked to stop before the time is up: by SIGUSR1 or SIGTERM, as schedulers and launchers send them."""
+"""Stop a run early on SIGUSR1 or SIGTERM, which schedulers and launchers send."""
 
 import signal
 import threading
@@ -9,27 +9,27 @@ from types import FrameType
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 STOPPED = 75
-"""Exit code of a run that was stopped and can be continued: EX_TEMPFAIL of sysexits.h, no error and no end."""
+"""The exit code of a run that was stopped and can be continued: EX_TEMPFAIL of sysexits.h."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state; started again, it continues."""
+    """The run received a signal and saved its state. The same command continues it."""
 
     agreed = True
-    """Every rank raises it, so that none has to end the others."""
+    """Every rank raises it, so no rank has to end the others."""
 
 
 @dataclass
 class Stop:
-    """Whether this process has been asked to stop. The ranks agree on it after attach, a step and an evaluation."""
+    """Whether this process has received a signal. The ranks exchange it after attach, each step and evaluation."""
 
     asked: bool = False
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take the signals for a request in a `with` block, then give them back to whoever had them.
+        """Handle the signals in a `with` block, then restore the previous handlers.
 
-        Python lets only the main thread do so; in another one nothing changes.
+        Only the main thread can set handlers; in other threads this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield

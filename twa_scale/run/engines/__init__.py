@@ -1,4 +1,4 @@
-"""How a run holds its model: one file for each `engine` of the configuration, which says everything about it."""
+"""The engines of a run: one file for each value of `engine`, with its build, backward pass, memory and traffic."""
 
 from twa_scale.run.engines.blocks import blocks_of
 from twa_scale.run.engines.choose import pod_mesh, run_engine

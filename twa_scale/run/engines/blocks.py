@@ -4,7 +4,7 @@ from torch import nn
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that are sharded and gathered as one: the items of every ModuleList that repeats one class."""
+    """Return the modules to shard as units: the items of every ModuleList whose items have the same class."""
     blocks: list[nn.Module] = []
     for child in model.modules():
         if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(item) for item in child}) == 1:

@@ -1,4 +1,4 @@
-"""The engine of a run, by its name in the configuration."""
+"""Choose the engine of a run by its name in the configuration."""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -38,7 +38,7 @@ def run_engine(config: RunConfig, world: World) -> RunEngine:
     """Return the engine of a run; `auto` is FSDP2 when a pod has several ranks.
 
     Raises:
-        ConfigError: an engine that needs a process group, or ranks that cannot be divided into `pods`.
+        ConfigError: the engine needs a process group, or the ranks cannot be divided into `pods`.
     """
     pods = config.pods
     if world.size % pods:
@@ -61,7 +61,7 @@ def run_engine(config: RunConfig, world: World) -> RunEngine:
 
 
 def pod_mesh(config: RunConfig, world: World, device: torch.device) -> DeviceMesh | None:
-    """Return the ranks as a mesh ("pods", "ranks"), or None where there is one pod only. Collective."""
+    """Return the ranks as a mesh ("pods", "ranks"), or None if there is only one pod. Collective."""
     if config.pods == 1:
         return None
     return init_device_mesh(device.type, (config.pods, world.size // config.pods), mesh_dim_names=("pods", "ranks"))

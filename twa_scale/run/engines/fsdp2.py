@@ -22,15 +22,15 @@ from twa_scale.run.tasks import Task
 
 
 class Fsdp2(RunEngine):
-    """Every rank has its rows of every parameter. No rank ever holds a whole model whose values candidates give."""
+    """Every rank has its rows of every parameter. The whole model is built only if it keeps values of its own."""
 
     def build(self, task: Task, world: World, device: torch.device, mesh: DeviceMesh | None = None) -> nn.Module:
-        """Return the task's model, sharded before it takes memory.
+        """Return the task's model, sharded before memory is allocated.
 
-        One that keeps values of its own, as the base model of an adapter, is first built whole in host memory.
+        A model that keeps values of its own, such as the base model of an adapter, is built in host memory first.
 
         Raises:
-            ConfigError: a buffer whose value would be lost.
+            ConfigError: the value of a buffer would be lost.
         """
         mesh = mesh or init_device_mesh(device.type, (world.size,))
         with _EmptyOnMeta():
@@ -60,34 +60,34 @@ class Fsdp2(RunEngine):
         return model
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Return no context: FSDP2 casts by its own policy."""
+        """Return a null context: the policy of FSDP2 casts."""
         return nullcontext()
 
     def owned_elements(self, info: ParameterInfo) -> int:
-        """Return the elements of the first rank's rows."""
+        """Return the number of elements of the first rank's rows."""
         rows = info.shape[0] if info.shape else 1
         return share(rows, 0, self.ranks)[1] * (prod(info.shape) // max(rows, 1))
 
     def weight_bytes(self, parameters: Parameters) -> int:
-        """Return the bytes of the rank's own rows."""
+        """Return the bytes of the rank's rows."""
         return sum(map(self.owned_elements, parameters.values())) * ELEMENT
 
     def transient_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return gathered parameters and gradients that are not reduced yet."""
+        """Return the bytes of gathered parameters and of gradients before their reduction."""
         sizes = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
         root = total(parameters) - sum(sizes)
         block = max(sizes, default=0)
-        # Gathered: the root, and the block at work beside the one that is prefetched. Reduced: the block's gradient,
-        # its copy in the order of the ranks, and those of the root at the end.
+        # Gathered parameters: the root, the current block and the prefetched one. Gradients: those of a block and
+        # their copy in the order of the ranks; at the end, the same for the root.
         return {
             "gathered parameters": (root + 2 * block) * self._compute_bytes,
             "gradients": max(2 * block, 2 * root) * ELEMENT,
         }
 
     def wire_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return the gathers of parameters and the scatter of gradients."""
+        """Return the bytes of the all-gathers of parameters and the reduce-scatter of gradients."""
         in_blocks = sum(p.numel() for block in blocks_of(model) for p in block.parameters())
-        # Blocks are gathered in forward and in backward; the rest stays in between.
+        # Blocks are gathered in forward and in backward; the root stays gathered in between.
         gathered = (total(parameters) + in_blocks) * self._compute_bytes
         return {
             "parameter all-gathers (FSDP2)": self.gathered(gathered),
@@ -100,7 +100,7 @@ class Fsdp2(RunEngine):
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Allocates nothing for uninitialized tensors, as parameters are at first; computed buffers keep their values."""
+    """Redirect `torch.empty` to the meta device: parameters take no memory, and computed buffers keep their values."""
 
     def __torch_function__(
         self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Models of runs that have values of their own, beside those that candidates give."""
+"""Models that keep values of their own for tensors that are not in the candidates."""
 
 from pathlib import Path
 
@@ -12,15 +12,15 @@ from twa_scale.engines.live_adapter import live_adapter
 
 
 def candidates_leave_values(config: RunConfig) -> bool:
-    """Whether candidates leave values to the model: they are adapters, or `missing: keep` says so.
+    """Return whether the model keeps values: candidates are adapters, or `missing` is `keep`.
 
     Raises:
-        CandidateError: candidates that are not there.
+        CandidateError: candidates are not found.
     """
     paths = find_sources(config.candidates, 1, ignore_notice, config.select)
     return config.missing == "keep" or any(isinstance(p, Path) and (p / ADAPTER_CONFIG).is_file() for p in paths)
 
 
 def keeps_values(config: RunConfig, model: nn.Module) -> bool:
-    """Whether tensors of a model may keep the value that its task has given them."""
+    """Return whether tensors of `model` may keep the values from its task."""
     return config.missing == "keep" or (config.missing == "auto" and live_adapter(model) is not None)

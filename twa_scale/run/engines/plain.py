@@ -13,7 +13,7 @@ from twa_scale.run.tasks import Task
 
 
 class Plain(RunEngine):
-    """A module as it is. Several ranks are replicas that see different data."""
+    """An unwrapped module. Several ranks are replicas that see different data."""
 
     needs_group = False
 
@@ -22,13 +22,13 @@ class Plain(RunEngine):
         return task.model().to(device=device, dtype=torch.float32)
 
     def owned_elements(self, info: ParameterInfo) -> int:
-        """Return all elements of the parameter."""
+        """Return the number of elements of the parameter."""
         return prod(info.shape)
 
     def transient_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return the gradients that wait for their hook."""
+        """Return the bytes of gradients before their hooks free them."""
         return {"gradients": 2 * largest(parameters) * ELEMENT}
 
     def wire_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return nothing: replicas exchange only what twa_scale sums."""
+        """Return no entries: replicas exchange only coefficient gradients."""
         return {}

@@ -1,4 +1,4 @@
-"""What a run and its plan need to know of an engine."""
+"""The interface of the engines of a run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -17,25 +17,25 @@ from twa_scale.ranks import World
 from twa_scale.run.tasks import Task
 
 ELEMENT = 4
-"""Bytes: weights and gradients are float32."""
+"""Bytes of an element of weights and gradients in float32."""
 
 Parameters = Mapping[str, ParameterInfo]
 
 
 class RunEngine(ABC):
-    """Holds the model of a run: builds it, runs it, and knows what it costs a rank.
+    """An engine of a run: it builds the model, runs its backward pass, and estimates memory and traffic of a rank.
 
     Args:
-        config: of the run.
-        ranks: number of ranks that hold one model together.
+        config: the configuration of the run.
+        ranks: the number of ranks that hold one model together.
     """
 
     needs_group: ClassVar[bool] = True
-    """Whether the engine works only in a process group."""
+    """Whether the engine needs a process group."""
     allows_pods: ClassVar[bool] = True
-    """Whether several groups of ranks can hold a model each."""
+    """Whether each of several groups of ranks can hold a model."""
     counts_micro_batches: ClassVar[bool] = False
-    """Whether the average's `step` is called after every micro-batch, as `engine.step` of DeepSpeed is."""
+    """Whether `step` of the average is called after every micro-batch, like `engine.step` of DeepSpeed."""
 
     def __init__(self, config: RunConfig, ranks: int) -> None:
         self.config = config
@@ -43,72 +43,72 @@ class RunEngine(ABC):
 
     @abstractmethod
     def build(self, task: Task, world: World, device: torch.device, mesh: DeviceMesh | None = None) -> nn.Module:
-        """Return the task's model on `device`. Its values are not set: candidates fill them. Collective.
+        """Return the task's model on `device`. Its weights need not be initialized. Collective.
 
         Args:
             task: builds the plain model.
             world: all ranks.
-            device: of this rank.
-            mesh: the ranks that hold the model together, where that is not the world.
+            device: the device of this rank.
+            mesh: the ranks that hold the model together; None for all ranks.
 
         Raises:
-            ConfigError: a library that is missing, or a model that the engine cannot hold.
+            ConfigError: a library is missing, or the engine cannot hold the model.
         """
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Return the context of forward passes."""
+        """Return the context manager of forward passes."""
         if self.config.precision == "float32":
             return nullcontext()
         return torch.autocast(device.type, torch.bfloat16)
 
     def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
-        """Run the backward pass of a loss that is already divided by the number of micro-batches."""
+        """Run the backward pass of a loss that is divided by the number of micro-batches."""
         del model
         loss.backward()
 
     def load_libraries(self) -> None:
-        """Import what a run with this engine imports. `plan` counts its memory.
+        """Import the libraries of a run with this engine, so that `plan` can measure their memory.
 
         Raises:
-            ConfigError: a library that is missing.
+            ConfigError: a library is missing.
         """
         return
 
     @abstractmethod
     def owned_elements(self, info: ParameterInfo) -> int:
-        """Return the elements of one parameter in the basis of the first rank, which never has fewer than others."""
+        """Return the number of elements of a parameter on the first rank; no rank has more."""
 
     def weight_bytes(self, parameters: Parameters) -> int:
-        """Return the bytes of weights that a rank holds during the whole run."""
+        """Return the bytes of the weights that a rank holds during the whole run."""
         return total(parameters) * ELEMENT
 
     def partition_bytes(self, parameters: Parameters) -> dict[str, int]:
-        """Return the bytes that the library keeps beside the weights, by what they are."""
+        """Return the bytes that the sharding library allocates in addition to the weights, by description."""
         del parameters
         return {}
 
     @abstractmethod
     def transient_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return the bytes of parameters and gradients that exist for a part of a step only, by what they are."""
+        """Return the bytes of parameters and gradients that exist only during a part of a step, by description."""
 
     @abstractmethod
     def wire_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return the bytes that a rank sends in a step by ring algorithms, by what they are.
+        """Return the bytes that a rank sends in a step with ring algorithms, by description.
 
-        A gather or a scatter sends (R - 1) / R of its data on each of R ranks, an all-reduce twice that.
+        In an all-gather or reduce-scatter each of R ranks sends (R - 1) / R of the data, in an all-reduce twice that.
         """
 
     def gathered(self, nbytes: int) -> int:
-        """Return the bytes that a rank sends when `nbytes` in all are gathered or scattered along a ring."""
+        """Return the bytes that a rank sends in a ring all-gather or reduce-scatter of `nbytes` in total."""
         return int((self.ranks - 1) / self.ranks * nbytes)
 
     def all_reduced(self, nbytes: int) -> int:
-        """Return the bytes that a rank sends when `nbytes` are all-reduced along a ring."""
+        """Return the bytes that a rank sends in a ring all-reduce of `nbytes`."""
         return all_reduced(nbytes, self.ranks)
 
 
 def all_reduced(nbytes: int, ranks: int) -> int:
-    """Return the bytes that each of `ranks` ranks sends when `nbytes` are all-reduced along a ring."""
+    """Return the bytes that each of `ranks` ranks sends in a ring all-reduce of `nbytes`."""
     return int(2 * (ranks - 1) / ranks * nbytes)
 
 
@@ -123,5 +123,5 @@ def largest(parameters: Parameters) -> int:
 
 
 def equal_part(info: ParameterInfo, ranks: int) -> int:
-    """Return the elements of the first rank's part when a parameter's flattening is divided equally."""
+    """Return the number of elements of the first rank when a flattened parameter is divided equally."""
     return share(prod(info.shape), 0, ranks)[1]

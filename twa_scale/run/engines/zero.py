@@ -20,7 +20,7 @@ from twa_scale.run.engines.own_values import candidates_leave_values
 from twa_scale.run.engines.run_engine import ELEMENT, Parameters, RunEngine, equal_part, largest, total
 from twa_scale.run.tasks import Task
 
-# Of ZeRO-3's own defaults some hold a model of a billion parameters whole between forward and backward.
+# With the defaults of ZeRO-3, a model of a billion parameters stays gathered between forward and backward.
 ZERO = {
     "reduce_bucket_size": 20_000_000,
     "stage3_prefetch_bucket_size": 5_000_000,
@@ -30,7 +30,7 @@ ZERO = {
 
 
 class Zero(RunEngine):
-    """What the stages share: float32 partitions beside the weights that DeepSpeed computes with."""
+    """The common part of the stages: weights in the computation dtype, and float32 partitions of them."""
 
     allows_pods = False
     counts_micro_batches = True
@@ -43,11 +43,11 @@ class Zero(RunEngine):
             ConfigError: DeepSpeed is not installed, or its JSON and the run disagree.
         """
         settings = zero_settings(self.config, self.stage, world.size)
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it whoever launched us
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed needs it with every launcher
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         deepspeed = load_deepspeed()
-        deepspeed.init_distributed(verbose=False)  # takes the group that is there; else zero.Init would count one rank
+        deepspeed.init_distributed(verbose=False)  # uses the existing group; without it zero.Init counts one rank
         model = self._model(deepspeed, task, device, settings)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine: nn.Module = deepspeed.initialize(model=model, optimizer=stateless_optimizer(trained), config=settings)[
@@ -59,29 +59,29 @@ class Zero(RunEngine):
         return task.model().to(device)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Return no context: DeepSpeed casts by its own settings."""
+        """Return a null context: DeepSpeed casts."""
         return nullcontext()
 
     def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
-        """Run DeepSpeed's backward pass, without its division by the number of micro-batches."""
+        """Run the backward pass of DeepSpeed without its division by the number of micro-batches."""
         model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
 
     def load_libraries(self) -> None:
-        """Import DeepSpeed and what its stages import later."""
+        """Import DeepSpeed and the modules that its stages import later."""
         load_deepspeed()
         for name in ("deepspeed.runtime.zero.stage3", "deepspeed.module_inject", "torch._dynamo"):
             import_module(name)
 
     def owned_elements(self, info: ParameterInfo) -> int:
-        """Return the elements of the first of equal parts; ZeRO-1 and 2 divide all at once, which comes to the same."""
+        """Return the number of elements of the first of equal parts, which also holds in sum for ZeRO-1 and ZeRO-2."""
         return equal_part(info, self.ranks)
 
     def weight_bytes(self, parameters: Parameters) -> int:
-        """Return the bytes of the weights that DeepSpeed computes with."""
+        """Return the bytes of the weights in the computation dtype."""
         return total(parameters) * self._compute_bytes
 
     def partition_bytes(self, parameters: Parameters) -> dict[str, int]:
-        """Return the partitions, which exist also where DeepSpeed computes in float32."""
+        """Return the bytes of the partitions, which DeepSpeed also allocates when it computes in float32."""
         owned = sum(map(self.owned_elements, parameters.values()))
         return {
             "float32 partition (DeepSpeed)": owned * ELEMENT,
@@ -89,7 +89,7 @@ class Zero(RunEngine):
         }
 
     def wire_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return the all-reduce of the gradients and the all-gather of the weights."""
+        """Return the bytes of the all-reduce of gradients and the all-gather of weights."""
         gradients = total(parameters, trainable=True) * self._compute_bytes
         return {
             "gradient reduction (DeepSpeed)": self.all_reduced(gradients),
@@ -109,51 +109,51 @@ class Zero(RunEngine):
 
 
 class Zero1(Zero):
-    """Optimizer states are partitioned; every rank has all gradients until they are reduced at the end."""
+    """ZeRO-1: optimizer states are partitioned; every rank has all gradients until the reduction at the end."""
 
     stage = 1
 
     def transient_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return all gradients and the buckets in which they are reduced."""
+        """Return the bytes of all gradients and of the reduce buckets."""
         return {"gradients": total(parameters) * ELEMENT, "reduce buckets": self._bucket(parameters) * ELEMENT}
 
 
 class Zero2(Zero):
-    """Gradients are partitioned too."""
+    """ZeRO-2: gradients are partitioned too."""
 
     stage = 2
 
     def transient_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return the buckets in which gradients are reduced."""
+        """Return the bytes of the reduce buckets."""
         return {"reduce buckets": self._bucket(parameters) * ELEMENT}
 
 
 class Zero3(Zero):
-    """Parameters are partitioned too. No rank ever holds a whole model whose values candidates give."""
+    """ZeRO-3: parameters are partitioned too. The whole model is built only if it keeps values of its own."""
 
     stage = 3
 
     def _model(self, deepspeed: Any, task: Task, device: torch.device, settings: dict[str, Any]) -> nn.Module:
-        if candidates_leave_values(self.config):  # a model that is partitioned from the start could not load them
+        if candidates_leave_values(self.config):  # a model that is partitioned at construction cannot load them
             return super()._model(deepspeed, task, device, settings)
         with deepspeed.zero.Init(config_dict_or_path=settings):
             return task.model()
 
     def weight_bytes(self, parameters: Parameters) -> int:
-        """Return the bytes of the partition that DeepSpeed computes with."""
+        """Return the bytes of the rank's partition in the computation dtype."""
         return sum(map(self.owned_elements, parameters.values())) * self._compute_bytes
 
     def transient_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return gathered parameters, and gradients that are not reduced yet."""
+        """Return the bytes of gathered parameters and of gradients before their reduction."""
         gathered = min(total(parameters), largest(parameters) + self._setting("stage3_prefetch_bucket_size"))
-        # Gathered flat, then copied; the bucket is put into the order of the ranks, then reduced to a part of it.
+        # Parameters are gathered flat, then copied. A bucket is reordered by rank, then reduced to a fraction.
         return {
             "gathered parameters": 2 * gathered * self._compute_bytes,
             "reduce buckets": 5 * self._bucket(parameters) // 4 * ELEMENT,
         }
 
     def wire_bytes(self, model: nn.Module, parameters: Parameters) -> dict[str, int]:
-        """Return the scatter of the gradients, and the gathers of the parameters in forward and in backward."""
+        """Return the bytes of the reduce-scatter of gradients, and of the all-gathers in forward and backward."""
         reduced = self.all_reduced(total(parameters, trainable=True) * self._compute_bytes)
         return {
             "gradient reduction (DeepSpeed)": reduced // 2,
@@ -162,12 +162,12 @@ class Zero3(Zero):
 
 
 def zero_settings(config: RunConfig, stage: int, ranks: int) -> dict[str, Any]:
-    """Return what `deepspeed.initialize` gets: the user's JSON, completed and checked against the run.
+    """Return the configuration for `deepspeed.initialize`: that of the user, completed and checked against the run.
 
-    Blocks that only concern training by `engine.step` (`optimizer`, `scheduler`) are left out.
+    The blocks `optimizer` and `scheduler`, which only `engine.step` uses, are removed.
 
     Raises:
-        ConfigError: a number or a stage on which the two disagree.
+        ConfigError: a batch size or the stage differs from that of the run.
     """
     given = {k: v for k, v in (config.deepspeed or {}).items() if k not in ("optimizer", "scheduler")}
     micro, accumulate = cut(config.batch_size, config.micro_batch_size, ranks)
@@ -201,10 +201,10 @@ def load_deepspeed() -> Any:
         ConfigError: it is not installed.
     """
     try:
-        with redirect_stdout(sys.stderr):  # where its log goes from then on: our own output may be JSON
+        with redirect_stdout(sys.stderr):  # for its log: standard output may be JSON
             import deepspeed
     except ImportError:
         raise ConfigError("engine: zero1, zero2 and zero3 need DeepSpeed: pip install deepspeed.") from None
-    # An all-reduce for inference on CPUs, which DeepSpeed would compile for a minute on the first run of a machine.
+    # An all-reduce for inference on CPUs, which takes a minute to compile in the first run on a machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
