@@ -31,7 +31,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(tmp_path: Path) -> None:
     expected = [(step, step / 8) for step in range(1, 30)]
     assert [(line["step"], line["loss"]) for line in read_records(tmp_path)] == expected
     assert scalars(tmp_path, "loss") == expected
-    assert len(said) == 2 and all("could not be written" in text and "goes on" in text for text in said)
+    assert len(said) == 2 and all("could not be written" in text and "The run continues" in text for text in said)
     assert sorted(METRICS in text for text in said) == [False, True]
 
 
