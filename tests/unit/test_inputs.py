@@ -145,7 +145,7 @@ def bomb(levels: int) -> str:
     ("text", "said"),
     [
         (bomb(12), "more than 20000 values"),
-        ("a: &a [*a]", r"the alias \*a stands inside its own value"),
+        ("a: &a [*a]", r"the alias \*a is inside its own value"),
         ("[" * 1000 + "]" * 1000, "nested more than 64 levels"),
         ("- " * N + "a", "nested more than 64 levels"),
         ("? " * N + "a", "nested more than 64 levels"),
@@ -235,8 +235,8 @@ def test_invalid_headers(here: Path, header: bytes, said: str) -> None:
         ('{"w": "model.safetensors.index.json"}', "is an index"),
         ('{"w": "other.index.json"}', "is an index"),
         ('{"w": "a\\u0000b"}', "not there"),
-        ('{"w": "."}', "beside the index"),
-        ('{"w": ["x"]}', "beside the index"),
+        ('{"w": "."}', "in the directory of the index"),
+        ('{"w": ["x"]}', "in the directory of the index"),
         ('{"w": "pipe.safetensors"}', "not there"),
     ],
 )

@@ -128,7 +128,7 @@ def test_a_store_fits_to_the_last_byte(tmp_path: Path) -> None:
     assert choose_store(plan, needs["packed2"]).verdict.endswith(
         "does not fit; the most exact store that fits is packed2"
     )
-    assert "no store does" in choose_store(plan, 1).verdict
+    assert "no store fits" in choose_store(plan, 1).verdict
 
 
 def test_mapped_needs_a_cpu(tmp_path: Path) -> None:
@@ -171,10 +171,10 @@ def test_the_command_says_what_fits_and_fails_for_no_store(tmp_path: Path) -> No
     found = json.loads(said("--memory", "1MB", "--json"))
     assert found["stores"]["memory"] == 10**6 and found["stores"]["assumed"] == ""
     assert found["stores"]["most_exact"] is None and not any(row["fits"] for row in found["stores"]["stores"])
-    assert "packed8, as configured, does not fit; no store does" in said("--memory", "1MB")
+    assert "packed8, as configured, does not fit; no store fits" in said("--memory", "1MB")
     assert "most exact store that fits is dense32" in said("--memory", "1TB")
     offloaded = ["--memory", "1TB", "store_device=cpu", "device=cuda"]
-    assert "does not fit; no store does" in said(*offloaded, "--host-memory", "10kB")
+    assert "does not fit; no store fits" in said(*offloaded, "--host-memory", "10kB")
     assert "most exact store that fits is dense32" in said(*offloaded, "--host-memory", "1TB")
     shared = json.loads(said("--ranks", "2", "--json", "device=cpu"))["stores"]
     assert shared["memory"] == machine_memory() // 2 and "all 2 ranks share" in shared["assumed"]

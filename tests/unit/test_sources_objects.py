@@ -132,7 +132,7 @@ def test_tensors_of_an_object_are_never_weights(tmp_path: Path, make: Callable[[
     candidate, said = opened(saved(tmp_path / "x.pt", content))
     assert holds(candidate, weights()) and len(said) == 1 and "under 'ema'" in said[0]
     message = refused(tmp_path / "x.pt", weights_key="ema")
-    assert "leads to an object of class" in message and "test_sources_objects" in message and "state_dict()" in message
+    assert "is an object of class" in message and "test_sources_objects" in message and "state_dict()" in message
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What an output takes over from the candidates, so that what reads them reads it."""
+"""The files, names and metadata of the candidates that an output copies, so that loaders of candidates can read it."""
 
 import re
 from collections import Counter
@@ -23,38 +23,38 @@ _ONE_FILE = {name.split(".")[0] for library in ("peft", "open_clip") for name in
 
 @dataclass(frozen=True)
 class CarriedFiles:
-    """Collected when the candidates are opened: they may be gone when the output is written."""
+    """The parts of candidates that an output copies. They are read early: candidates may be removed during a run."""
 
     base: str = BASE
-    """What the files of weights are called, without suffix and number."""
+    """The name of the weight files, without suffix and number."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """What the header of the last candidate's safetensors says beside the tensors."""
+    """The metadata in the safetensors header of the last candidate."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """Small files of the last candidate by their path in its directory."""
+    """The small files of the last candidate, by their path in its directory."""
     wider: torch.dtype | None = None
-    """The type that most weights are written in unless another is asked for, where it is not the last candidate's."""
+    """The default dtype of most weights of the output, if it differs from that of the last candidate."""
 
     def files_for(self, dtype: torch.dtype | None) -> dict[str, bytes]:
-        """Return the small files, with a config.json that says the type of the output where it says one."""
+        """Return the small files; a dtype in config.json is replaced by that of the output."""
         config = self.files.get("config.json")
         dtype = dtype or self.wider
         changed = {} if dtype is None or config is None else {"config.json": with_dtype(config, dtype)}
         return {**self.files, **changed}
 
     def shard_size(self, most: str | int) -> str | int:
-        """Return the most bytes of one file: without limit where loaders read one file only (PEFT, open_clip)."""
+        """Return the largest number of bytes of one file: unlimited for loaders of one file (PEFT, open_clip)."""
         return _UNLIMITED if self.base in _ONE_FILE else most
 
 
 def carried_files(
     candidates: Sequence[Candidate], *, files: bool = True, code: bool = False, tell: Callable[[str], None] = notice
 ) -> CarriedFiles:
-    """Collect what an output of `candidates` takes over from the last one.
+    """Return the parts of the last candidate that an output copies.
 
     Args:
-        candidates: in their order.
-        files: collect the small files, which one rank needs.
-        code: with code among them.
+        candidates: the candidates, in order.
+        files: whether to read the small files; only one rank needs them.
+        code: whether they include code.
         tell: see `side_files`.
     """
     last = candidates[-1]
@@ -72,7 +72,7 @@ def carried_files(
 
 
 def _wider(candidates: Sequence[Candidate]) -> torch.dtype | None:
-    """Return the type that most elements of the output have, where most of the last candidate's have another."""
+    """Return the dtype of most elements of the output; None if it is that of most elements of the last candidate."""
     last = candidates[-1]
     before, after = Counter[torch.dtype](), Counter[torch.dtype]()
     for name in last.names():
@@ -86,10 +86,10 @@ def _wider(candidates: Sequence[Candidate]) -> torch.dtype | None:
 
 
 def _base(candidates: Sequence[Candidate]) -> str:
-    """Return the name that loaders look for: the last candidate's in a directory of its own, or that which all have.
+    """Return the name of weight files that loaders expect.
 
-    Files that lie in one directory under names of their own, as step-1.pt, name no output. transformers writes
-    model.safetensors where it wrote pytorch_model.bin before.
+    It is the name of the last candidate, if that is a directory or if all candidates have the same name. Names of
+    single files, such as step-1.pt, are not used. pytorch_model.bin becomes model.safetensors, as in transformers.
     """
     last = candidates[-1]
     name = last.file_name

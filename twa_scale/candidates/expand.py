@@ -1,4 +1,4 @@
-"""Which paths a path or a glob stands for, in natural order; what cannot be meant is refused."""
+"""Expand a path or a glob into paths in natural order, and refuse globs that match too much."""
 
 import glob
 import re
@@ -15,25 +15,25 @@ _PART = re.compile(
     r"(?P<number>\d+)",
     re.IGNORECASE,
 )
-"""What stands in the names of the parts of one model: Llama's and Megatron's files, one for each rank."""
+"""Matches the names of parts of one model, such as the files of the ranks of Llama and Megatron."""
 
 
 def expand(item: str | Path) -> tuple[list[Path], str | None]:
-    """Return the path itself, or the paths that it matches as a glob, and then the glob.
+    """Return the path and None, or the paths that match it as a glob, and the glob.
 
-    Folders that exist are no part of the pattern, whatever characters their names have.
+    The longest prefix of folders that exist is not a part of the pattern, even with special characters in its names.
 
     Raises:
-        CandidateError: nothing is there, or a glob that matches also what is no candidate, or versions or parts of one
-            model.
-        OSError: a path that the system refuses.
+        CandidateError: nothing is found, or a glob also matches a path that is not a candidate, or matches versions
+            or parts of one model.
+        OSError: the system refuses the path.
     """
     given = str(item)
     path = path_of(given)
     if path.exists():
         return [path], None
     if path.is_symlink():
-        raise CandidateError(f"{path}: is a link that leads nowhere, or in a circle. Copy what it should lead to.")
+        raise CandidateError(f"{path}: is a broken link, or a loop of links. Copy the files that it should point to.")
     if not glob.has_magic(given):
         raise CandidateError(f"{path}: there is no such file or directory, seen from {Path.cwd()}.{_hint(given, path)}")
     found = _matches(path)
@@ -53,14 +53,14 @@ def expand(item: str | Path) -> tuple[list[Path], str | None]:
 
 def _matches(path: Path) -> list[Path]:
     root, matches = matching(path)
-    # An output that a writer has not finished has a hidden name, or had one that ends in .tmp-*.
+    # Unfinished outputs have a hidden name, or, from earlier versions, one that ends in .tmp-*.
     below = len(root.parts)
     finished = [m for m in matches if not any(p.startswith(".") or ".tmp-" in p for p in m.parts[below:])]
     return sorted(finished, key=_natural)
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Order numbers by value, the rest as text; separators come first, so that parents stay together."""
+    """Return a sort key: numbers by value, other characters as text; separators first, to keep folders together."""
     pieces = re.split(r"(\d+)", str(path).replace("/", "\0"))
     return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece]
 
@@ -68,7 +68,7 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 def _refuse_strange(pattern: str, found: Sequence[Path]) -> None:
     if broken := next((match for match in found if not match.exists()), None):
         raise CandidateError(
-            f"candidates {pattern!r}: the pattern matches {str(broken)!r}, a link that leads nowhere, or in a circle. "
+            f"candidates {pattern!r}: the pattern matches {str(broken)!r}, a broken link, or a loop of links. "
             "Remove it, or narrow the pattern."
         )
     if strange := next((match for match in found if not match.is_dir() and not is_weights(match.name)), None):
@@ -79,7 +79,10 @@ def _refuse_strange(pattern: str, found: Sequence[Path]) -> None:
 
 
 def versions_or_parts(paths: Sequence[Path]) -> str | None:
-    """Return which paths are by their names versions of one model (raw and averaged, two precisions), or its parts."""
+    """Return a description of two paths whose names are those of versions or parts of one model, else None.
+
+    Versions are raw and averaged weights, or two precisions.
+    """
     parts: dict[str, dict[int, Path]] = defaultdict(dict)
     by_parent: dict[Path, list[str]] = defaultdict(list)
     for path in paths:
@@ -107,7 +110,7 @@ def _versions(names: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _hint(given: str, path: Path) -> str:
-    """Return what may have been meant by a path that is not there."""
+    """Return a hint for a path that does not exist, or the empty string."""
     aside = next(path.parent.glob(f".{glob.escape(path.name)}.old-????????"), None) if path.name else None
     if aside:
         return f" A writer that was killed has moved it to {str(aside)!r}: rename that."

@@ -1,4 +1,4 @@
-"""Finding candidates: what a glob or a list of paths names, each of them once."""
+"""Find the candidates of a glob or a list of paths, without repetitions."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,33 +21,39 @@ from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError
 
 Source = Path | Mapping[str, torch.Tensor]
-"""One candidate that is not opened yet."""
+"""A candidate before it is opened."""
 Spec = str | Path | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
 Tell = Callable[[str], None]
-"""What is called with each line that a user should see."""
+"""A function that is called with each line for the user."""
 
 _Files = frozenset[tuple[int, int, int, int]]
-"""What identifies the files of a candidate, under whatever paths they are reached."""
+"""The identity of the files of a candidate, independent of their paths."""
 
 
 @dataclass(frozen=True)
 class _Named:
-    """A source, and the pattern that matched it; None where the user has named it."""
+    """A source, and the pattern that matched it; None if the user named it."""
 
     source: Source
     pattern: str | None = None
 
 
 def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: SelectConfig | None = None) -> list[Source]:
-    """Return the paths and state dicts that `spec` names and `select` takes, in order; nothing is opened.
+    """Return the paths and state dicts of `spec` that `select` takes, in order, without opening them.
 
-    Files that a glob matches under several paths, as through `latest -> step-2`, are one candidate. What is named twice
-    in a list counts twice, and is reported.
+    Files that a glob matches under several paths, as with a link `latest -> step-2`, are one candidate. Paths that a
+    list names twice count twice, with a notice.
+
+    Args:
+        spec: see `open_candidates`.
+        minimum: the smallest number of candidates.
+        tell: called with each line for the user.
+        select: the range and the order of the candidates; by default, all as they are found.
 
     Raises:
-        CandidateError: nothing found, fewer than `minimum`, or a glob that also matches what is no candidate, or what
-            is another version of one.
-        ConfigError: `select` leaves none.
+        CandidateError: fewer than `minimum` candidates are found, or a glob also matches a path that is not a
+            candidate or is another version of one.
+        ConfigError: `select` takes no candidate.
     """
     with named_errors():
         items = spec_items(spec)
@@ -65,10 +71,10 @@ def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: Sele
 
 
 def spec_items(spec: Spec) -> list[str | Path | Mapping[str, torch.Tensor]]:
-    """Return what `spec` lists, a single path or glob as a list of one.
+    """Return the items of `spec`; a single path or glob is a list of one.
 
     Raises:
-        CandidateError: something that is neither path nor state dict.
+        CandidateError: an item is neither a path nor a state dict.
     """
     given: Any = spec
     several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
@@ -83,12 +89,12 @@ def spec_items(spec: Spec) -> list[str | Path | Mapping[str, torch.Tensor]]:
 
 
 def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[Source]:
-    """Leave out what a glob matches again, or what is named as well; report that, and what is named twice."""
+    """Remove repeated matches of globs, and report them and items that are named twice."""
     places: dict[_Files, list[int]] = defaultdict(list)
     for i, one in enumerate(named):
         if isinstance(one.source, Path):
             places[files_of(one.source)].append(i)
-    left_out: dict[int, int] = {}  # and what it is the same as
+    left_out: dict[int, int] = {}  # index of a repetition -> index of the source that is kept
     for same in places.values():
         by_name = [i for i in same if named[i].pattern is None]
         kept = by_name or [min(same, key=lambda i: num_links(Path(str(named[i].source))))]
@@ -106,18 +112,18 @@ def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[Sourc
 
 
 def same_files(first: str, second: str) -> bool:
-    """Whether two labels of candidates are paths that lead to the same files."""
+    """Return whether two labels of candidates are paths of the same files."""
     try:
         return files_of(Path(first)) == files_of(Path(second))
-    except OSError:  # of state dicts, which have no path, or files that are gone
+    except OSError:  # labels of state dicts, or files that were removed
         return False
 
 
 def files_of(path: Path) -> _Files:
-    """Return what identifies the files of a candidate, the same under each path that leads to them.
+    """Return the identity of the files of a candidate, which is the same for every path of them.
 
     Raises:
-        CandidateError: a directory of which it is not clear which files are meant.
+        CandidateError: it is ambiguous which files of a directory are the candidate.
     """
     if path.is_dir():
         path = weights_in(path) or (tagged_folder(path) if is_deepspeed(path) else path)

@@ -1,4 +1,4 @@
-"""The fingerprint of candidates: what a saved state is compared with before it is used."""
+"""The fingerprint of candidates, which a saved state is compared with."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from twa_scale.ranks import Pods, first_difference
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the candidates were: their labels, tensors, shapes and a checksum of the bits of each tensor."""
+    """The labels, tensor names and shapes of the candidates, and a checksum of each tensor."""
 
     labels: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     checksums: torch.Tensor
-    """(n, tensors), int64; columns in the order of `shapes`. Additive over spans, so independent of the ranks."""
+    """(n, tensors), int64; columns in the order of `shapes`. Additive over spans, so independent of the sharding."""
 
     def equals(self, names: Collection[str]) -> list[tuple[str, str]]:
-        """Return the labels of candidates in which these tensors have the same bits."""
+        """Return the pairs of labels of candidates in which these tensors have the same bits."""
         columns = [column for column, name in enumerate(self.shapes) if name in names]
         rows = self.checksums[:, columns].tolist()
         pairs = combinations(range(len(rows)), 2)
         return [(self.labels[i], self.labels[j]) for i, j in pairs if rows[i] == rows[j]]
 
     def require(self, saved: "Fingerprint") -> None:
-        """Refuse to go on with candidates that are not those of a saved state.
+        """Refuse to continue a saved state with other candidates.
 
         Raises:
             StateError: names the first candidate and tensor that differ.
@@ -51,14 +51,14 @@ class Fingerprint:
         )
 
     def require_names(self, found: Collection[str], label: str) -> None:
-        """Refuse candidates that hold other tensors than those of this fingerprint.
+        """Refuse candidates with other tensor names than those of this fingerprint.
 
         Args:
             found: the names of their tensors.
-            label: of one of them.
+            label: the label of one of them, for the message.
 
         Raises:
-            StateError: names the tensors that are missing, and those that are new.
+            StateError: names the missing and the new tensors.
         """
         missing, new = sorted(self.shapes.keys() - set(found)), sorted(set(found) - self.shapes.keys())
         if missing or new:
@@ -72,7 +72,11 @@ class Fingerprint:
             )
 
     def require_checksums(self, found: Sequence[Mapping[str, int]], labels: Sequence[str] = ()) -> None:
-        """Refuse tensors whose bits are not those of this fingerprint; `found` holds, by candidate, what was read.
+        """Refuse tensors whose checksums differ from this fingerprint.
+
+        Args:
+            found: for each candidate, the checksums by tensor name; tensors that are missing are not compared.
+            labels: the labels of the candidates, for messages; by default, those of the fingerprint.
 
         Raises:
             StateError: names the first candidate and tensor that differ.
@@ -87,12 +91,12 @@ class Fingerprint:
                     )
 
     def require_same_in(self, pods: Pods) -> None:
-        """Refuse pods that have read other bits than the first, from disks of their own. Collective.
+        """Refuse pods whose candidates differ from those of the first, for example on local disks. Collective.
 
         Raises:
-            CandidateError: on every rank, with the first tensor that differs.
+            CandidateError: names the first tensor that differs; on every rank.
         """
-        if pods.count == 1:  # its ranks have read one set together
+        if pods.count == 1:  # each tensor was read once, by the ranks together
             return
         columns = dict(zip(self.shapes, self.checksums.T.tolist(), strict=True))
         other = first_difference(pods, columns)
@@ -108,13 +112,13 @@ class Fingerprint:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return the fingerprint as plain data."""
         return {"labels": list(self.labels), "shapes": dict(self.shapes), "checksums": self.checksums}
 
 
 def fingerprint_of(
     labels: Sequence[str], shapes: dict[str, tuple[int, ...]], checksums: dict[str, torch.Tensor]
 ) -> Fingerprint:
-    """Put the checksums of single tensors, (n,) each, together; what this rank did not read counts zero."""
+    """Return the fingerprint with the checksums of tensors, (n,) each; tensors that this rank did not read have 0."""
     none = torch.zeros(len(labels), dtype=torch.int64)
     return Fingerprint(tuple(labels), shapes, torch.stack([checksums.get(name, none) for name in shapes], dim=1))

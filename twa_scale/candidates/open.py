@@ -1,4 +1,4 @@
-"""Opening candidates, each as what it is, and checking that they are alike."""
+"""Open candidates of any format, and check that they have the same tensors."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,27 +34,27 @@ def open_candidates(
     tell: Tell = notice,
     select: SelectConfig | None = None,
 ) -> list[Candidate]:
-    """Open the candidates that `spec` names, and check that they hold the same tensors.
+    """Open the candidates of `spec`, and check that they have the same tensors.
 
     Args:
         spec: a glob (its matches in natural order: step-2 before step-10), a list of paths and globs in
             training order, or a list of state dicts. A path is a .safetensors, .pt, .pth, .bin or .ckpt file, a
             Hugging Face index, a directory that holds one of these, or a checkpoint folder of DeepSpeed or
             torch.distributed.checkpoint.
-        minimum: the fewest candidates that make sense.
-        wanted: which of their tensors are read.
-        tell: called with each line about what was done and may not be meant.
-        select: which of the candidates are taken, and in which order; all, as they are found, when not given.
+        minimum: the smallest number of candidates.
+        wanted: the tensors to read.
+        tell: called with each line for the user.
+        select: the range and the order of the candidates; by default, all as they are found.
 
     Raises:
-        CandidateError: nothing found, something that is no candidate, a damaged file, quantized weights, or candidates
-            that differ in names, shapes or kinds of number. Different floating point types are fine.
+        CandidateError: nothing is found, a path is not a candidate, a file is damaged, weights are quantized, or
+            candidates differ in names, shapes or kinds of number. Floating point dtypes may differ.
     """
     return open_sources(find_sources(spec, minimum, tell, select), wanted, tell)
 
 
 def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:
-    """Open what `find_sources` has found, and check that all hold the same tensors; complex ones are read as pairs.
+    """Open the results of `find_sources`, and check that all have the same tensors; complex ones are read as pairs.
 
     Raises:
         CandidateError: see `open_candidates`.
@@ -79,7 +79,11 @@ def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = n
 
 
 def _refuse_one_memory(sources: Sequence[Source], candidates: Sequence[Candidate]) -> None:
-    """Refuse state dicts that are one set of tensors, as those are that a training model returned without copies."""
+    """Refuse state dicts that share their memory, such as those of one model that were not copied.
+
+    Raises:
+        CandidateError: names the state dicts and the fix.
+    """
     first_of: dict[object, int] = {}
     for i, candidate in enumerate(candidates):
         if isinstance(sources[i], Mapping) and isinstance(candidate, MemoryCandidate):
@@ -94,7 +98,7 @@ def _refuse_one_memory(sources: Sequence[Source], candidates: Sequence[Candidate
 
 
 class _Opener:
-    """Opens files as what they are."""
+    """Opens a candidate with the reader of its format."""
 
     def __init__(self, keys: WeightsKey) -> None:
         self.keys = keys
@@ -113,8 +117,8 @@ class _Opener:
             raise CandidateError(
                 f"{source}: holds a part of the tensors. Give its index, or the directory {source.parent}."
             )
-        of_its_own = any(source.name in order for order in LOADERS.values())
-        return self._file(source, source.parent if of_its_own else None, str(source))
+        has_loader_name = any(source.name in order for order in LOADERS.values())
+        return self._file(source, source.parent if has_loader_name else None, str(source))
 
     def _directory(self, directory: Path) -> Candidate:
         if file := weights_in(directory):
@@ -136,7 +140,7 @@ class _Opener:
         return self._under_key(_safetensors(path, directory, label))
 
     def _under_key(self, candidate: Candidate) -> Candidate:
-        """Return the tensors whose names begin with the key, where one is given: these files hold names only."""
+        """Return the tensors under the key of `weights_key`, as a prefix of names; all tensors without a key."""
         if self.keys.key is None:
             return candidate
         try:
@@ -148,7 +152,7 @@ class _Opener:
 
 
 def _open_part(path: Path) -> Candidate:
-    """Open a file that an index names."""
+    """Open a file of an index."""
     return TorchFileCandidate(path) if is_torch(path.name) else _safetensors(path, None, str(path))
 
 
@@ -156,6 +160,6 @@ def _safetensors(path: Path, directory: Path | None, label: str) -> Candidate:
     if path.suffix.lower() == ".safetensors":
         return SafetensorsCandidate(path, directory, label)
     raise CandidateError(
-        f"{path}: is no file of weights; a candidate is a .safetensors, .pt, .pth, .bin or .ckpt file, a Hugging "
+        f"{path}: is not a file of weights; a candidate is a .safetensors, .pt, .pth, .bin or .ckpt file, a Hugging "
         "Face index (*.index.json), or a directory that holds one."
     )

@@ -1,4 +1,4 @@
-"""The same candidates on every rank: one rank resolves the paths, and all compare what they have opened."""
+"""Open the same candidates on every rank: one rank resolves the paths, and all compare the candidates."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,34 +18,34 @@ from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError
 from twa_scale.ranks import Group, first_difference
 
-_SAMPLES = 512  # of a candidate, spread over its tensors; more where it has more tensors
-_SAMPLES_OF_A_TENSOR = 8
-_ELEMENTS = 16  # of a sample
+_SAMPLES = 512  # samples of a candidate; more if it has more tensors
+_SAMPLES_OF_A_TENSOR = 8  # at most
+_ELEMENTS = 16  # elements of a sample
 _THREADS = 8
 _NUMBER = "the number of candidates"
 
 Key = tuple[int, str] | str
-"""The place of a candidate and the name of one of its tensors; or `_NUMBER`."""
+"""The index of a candidate and the name of one of its tensors; or `_NUMBER`."""
 
 
 def open_together(
     spec: Spec, group: Group, minimum: int = 2, wanted: Wanted = ALL, select: SelectConfig | None = None
 ) -> list[Candidate]:
-    """Open the candidates that `spec` names on every rank of `group`, and check that they are the same. Collective.
+    """Open the candidates of `spec` on every rank of `group`, and check that they are the same. Collective.
 
-    The first rank resolves globs, and ranks that were given the same paths open what it has found. Ranks may be given
-    other paths, as of copies on disks of their own. Names, shapes and types of all tensors are compared, and a few
-    numbers of each, so that copies that differ are found without being read.
+    The first rank resolves globs, and ranks with the same `spec` open the same paths. Ranks may have different paths,
+    for example of copies on local disks. The ranks compare names, shapes and dtypes of all tensors, and a few values
+    of each, to find different copies without reading them.
 
     Args:
         spec: see `open_candidates`.
-        group: the ranks that work together.
-        minimum: the fewest candidates that make sense.
-        wanted: which of their tensors are read.
-        select: which of the candidates are taken; the same on every rank.
+        group: the ranks.
+        minimum: the smallest number of candidates.
+        wanted: the tensors to read.
+        select: the range and the order of the candidates; the same on every rank.
 
     Raises:
-        CandidateError: on every rank: see `open_candidates`; or candidates that differ between ranks.
+        CandidateError: as in `open_candidates`, or if candidates differ between ranks; on every rank.
     """
     candidates: list[Candidate] = []
     try:
@@ -61,9 +61,9 @@ def open_together(
 
 
 def _resolved(spec: Spec, group: Group, minimum: int, select: SelectConfig | None) -> list[Source]:
-    """Return the sources of this rank: those of the first rank where both were given the same paths."""
+    """Return the sources of this rank, which are those of the first rank if all ranks have the same `spec`."""
     with group.agree():
-        items: Any = spec_items(spec)  # a list also of a generator, which gives its items once
+        items: Any = spec_items(spec)  # a list: `spec` may be a generator
         given = {i: _given(item) for i, item in enumerate(items)}
     other = first_difference(group, given)
     sources: list[Source] = []
@@ -78,7 +78,7 @@ def _resolved(spec: Spec, group: Group, minimum: int, select: SelectConfig | Non
 
 
 def _given(item: object) -> str:
-    """Return what names an item on every rank; ranks may run in other directories."""
+    """Return a name of an item that ranks can compare: ranks may have different working directories."""
     return str(path_of(item).absolute()) if isinstance(item, str | Path) else "a state dict"
 
 
@@ -108,7 +108,7 @@ def _require_same(candidates: Sequence[Candidate], group: Group) -> None:
 
 
 def _traits(candidate: Candidate) -> dict[str, tuple[tuple[int, ...], str, str]]:
-    """Return shape, type and sampled bytes of every tensor; the samples do not count as read."""
+    """Return shape, dtype and samples of every tensor. Samples are not counted in `bytes_read`."""
     before = candidate.bytes_read
     names = candidate.names()
     count = min(max(_SAMPLES // max(len(names), 1), 1), _SAMPLES_OF_A_TENSOR)
@@ -120,11 +120,11 @@ def _traits(candidate: Candidate) -> dict[str, tuple[tuple[int, ...], str, str]]
 
 
 def _sampled(candidate: Candidate, name: str, count: int) -> str:
-    """Return some elements of a tensor, from its first to its last, as text of their bytes."""
+    """Return `count` samples of a tensor at equal distances, as hexadecimal text."""
     numel = prod(candidate.shape(name))
     values = torch.empty(min(numel, _ELEMENTS), dtype=candidate.dtype(name))
     room = numel - len(values)
-    # One sample lies in the middle, two or more reach from end to end.
+    # A single sample is in the middle; several include both ends.
     starts = {room * i // (count - 1) for i in range(count)} if count > 1 else {room // 2}
     sampled = []
     for start in sorted(starts if numel else ()):

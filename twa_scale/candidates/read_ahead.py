@@ -1,4 +1,4 @@
-"""The bytes of candidates, read ahead: threads fill one of two buffers while what is in the other is worked on."""
+"""Read candidates ahead: threads fill one of two buffers while the other one is processed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,52 +15,52 @@ from twa_scale.kernels.packed_rows import BLOCKS
 
 READ_CHUNK = 1 << 20
 READS_IN_FLIGHT = 8
-_READ_BYTES = 64 << 20  # of all candidates together that are read at a time; the next as many are read meanwhile
-LINE = 64  # bytes of a cache line, the distance of rows: that of a power of two has all want the same places
-_BLOCK = max(BLOCKS.values())  # elements, at multiples of which spans are cut: no block of a packed store is
+_READ_BYTES = 64 << 20  # bytes of all candidates in one buffer
+LINE = 64  # bytes of a cache line; rows are padded to it, since strides of a power of two collide in the cache
+_BLOCK = max(BLOCKS.values())  # elements; spans are divided at multiples of it, so that blocks of a store stay whole
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that this rank has just read, or written, and with how many it will in all."""
+"""Called with the number of bytes that this rank has just read or written, and the total number."""
 Job = tuple[Span, Sequence[int]]
-"""A span, and the indices of the candidates of which it is wanted."""
+"""A span, and the indices of the candidates to read it from."""
 
 
 def job_bytes(candidates: Sequence[Candidate], jobs: Iterable[Job]) -> int:
-    """Return how many bytes jobs read."""
+    """Return the number of bytes that jobs read."""
     return sum(len(span) * candidates[i].dtype(span.name).itemsize for span, who in jobs for i in who)
 
 
 def at_once(n: int, read_chunk: int) -> int:
-    """Return how many bytes of each of n candidates are read at a time."""
-    whole = 8 * _BLOCK  # a block of the widest type
+    """Return the number of bytes of each of n candidates in one buffer."""
+    whole = 8 * _BLOCK  # a block of the widest dtype
     return max(whole, min(read_chunk, _READ_BYTES // n) // whole * whole)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What some candidates hold of a part of a span. The memory is reused: it lasts until the next part."""
+    """A part of a span with the values of some candidates, which are valid until the next part is read."""
 
     span: Span
     start: int
-    """Offset of the part within the span, in elements."""
+    """The offset of the part within the span, in elements."""
     who: Sequence[int]
-    """Indices of the candidates."""
+    """The indices of the candidates."""
     sources: Sources
-    """Their values: one tensor (n, m) where their types are the same."""
+    """Their values: one tensor (n, m) if their dtypes are the same."""
 
     @property
     def stop(self) -> int:
-        """Offset of its end within the span."""
+        """The offset of the end of the part within the span, in elements."""
         return self.start + len(self.sources[0])
 
     def element(self, i: int) -> int:
-        """Return where its i-th element stands in the tensor's flattening."""
+        """Return the index of the i-th element in the flattened tensor."""
         return self.span.element(self.start + i)
 
     def mask(self) -> torch.Tensor | None:
-        """Return where all candidates hold the same infinite number, as in a mask: (m,), bool.
+        """Return where all candidates have the same infinite value, as in a mask: (m,), bool.
 
-        None where nothing is infinite, or something else is not finite.
+        Return None if no value is infinite, or if another value is not finite.
         """
         first = self.sources[0].to(torch.float64)
         same = torch.isinf(first)
@@ -70,13 +70,13 @@ class Part:
         return same if finite and bool(same.any()) else None
 
     def without(self, where: torch.Tensor) -> "Part":
-        """Return the part with zeros at `where`, (m,), bool; in float32, or float64 where it is that already."""
+        """Return the part with zeros at `where`, (m,) bool, in float32 or, for float64 sources, in float64."""
         kept = (source if source.dtype == torch.float64 else source.to(torch.float32) for source in self.sources)
         return replace(self, sources=[source.masked_fill(where, 0) for source in kept])
 
 
 class _Cut(NamedTuple):
-    """Elements [start, stop) of a span, of some candidates."""
+    """The elements [start, stop) of a span, of some candidates."""
 
     span: Span
     start: int
@@ -85,14 +85,14 @@ class _Cut(NamedTuple):
 
 
 class Reader:
-    """Reads by exact ranges; each byte that is asked for, once.
+    """A reader of exact byte ranges, which reads each byte once.
 
     Args:
-        candidates: known to be alike.
-        total: bytes of all jobs, as `progress` is told.
+        candidates: checked to have the same tensors.
+        total: the number of bytes of all jobs, for `progress`.
         progress: called in the thread that uses the parts.
-        read_chunk: most bytes of one read; less where many candidates would need too much memory.
-        reads_in_flight: most candidates that are read at the same time.
+        read_chunk: the largest number of bytes of one read; less for many candidates.
+        reads_in_flight: the largest number of candidates to read at the same time.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class Reader:
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
 
     def parts(self, jobs: Iterable[Job]) -> Iterator[Part]:
-        """Yield all of the jobs, in order.
+        """Yield the parts of all jobs, in order.
 
         Raises:
-            CandidateError: a file that cannot be read.
+            CandidateError: a file cannot be read.
         """
         cuts = self._cut(jobs)
         turn = 0
@@ -141,7 +141,7 @@ class Reader:
                 start = stop
 
     def _start(self, pool: ThreadPoolExecutor, cut: _Cut | None, turn: int) -> tuple[Part, list[Future[None]]] | None:
-        """Have the threads read a part into a buffer, each the bytes of some candidates."""
+        """Start to read a part into a buffer; each thread reads some candidates."""
         if cut is None:
             return None
         part = Part(cut.span, cut.start, cut.who, self._places(cut, turn))
@@ -150,7 +150,7 @@ class Reader:
         return part, [pool.submit(_read_share, share, cut) for share in shares]
 
     def _places(self, cut: _Cut, turn: int) -> Sources:
-        """Return places in a buffer for a part of some candidates."""
+        """Return views of a buffer for a part of some candidates."""
         span, start, stop, who = cut
         dtypes, length = [self._candidates[i].dtype(span.name) for i in who], stop - start
         pitch = (length * max(dtype.itemsize for dtype in dtypes) // LINE + 2) * LINE
@@ -171,7 +171,7 @@ def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], cut: _Cut) -> No
 
 
 def sum_of(sources: Sources) -> torch.Tensor:
-    """Return the sum of the values of candidates of which, for each element, all but one are zero: exactly that one."""
+    """Return the sum of 1-D sources of which at most one is nonzero at each element, so that the sum is exact."""
     total = sources[0].to(reduce(torch.promote_types, (source.dtype for source in sources)), copy=True)
     for source in sources[1:]:
         total += source
@@ -179,7 +179,7 @@ def sum_of(sources: Sources) -> torch.Tensor:
 
 
 def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two 1-D tensors hold the same bits, or the same numbers where their types differ."""
+    """Return whether two 1-D tensors have the same bits or, if their dtypes differ, the same values."""
     if first.dtype == second.dtype:
         return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
     return torch.equal(first.to(torch.float64), second.to(torch.float64))

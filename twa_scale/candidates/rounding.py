@@ -1,4 +1,4 @@
-"""How exactly a store of few bits holds the candidates, and in which coding it holds them best."""
+"""The rounding errors of packed stores, and the choice of the coding with the smaller ones."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,31 +15,31 @@ from twa_scale.kernels.packed_rows import BLOCKS
 from twa_scale.ranks import Group
 from twa_scale.store import bits_of
 
-_SAMPLE = max(BLOCKS.values())  # elements: a block
-_SAMPLES = 1024  # over all ranks
-_SAMPLED_BYTES = 8 << 20  # of all candidates in float32, at most
+_SAMPLE = max(BLOCKS.values())  # elements of a sample: one block
+_SAMPLES = 1024  # largest number of samples over all ranks
+_SAMPLED_BYTES = 8 << 20  # largest number of bytes of the samples of all candidates in float32
 _THREADS = 8
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a packed store makes of the candidates."""
+    """The rounding errors of a packed store."""
 
     store: str
     coding: str
     """`increments` or `center`."""
     errors: tuple[float, ...]
-    """By candidate: the norm of what its weights are off by, over the norm of its delta; 0 where that is 0."""
+    """For each candidate, the norm of the error of its weights divided by the norm of its delta; 0 for a zero delta."""
 
     @classmethod
     def measured(cls, store: str, coding: RowMap, errors: torch.Tensor, gram: torch.Tensor) -> "Rounding":
-        """Return what was measured while candidates were read.
+        """Return the errors from the norms that were computed while candidates were read.
 
         Args:
-            store: its name.
-            coding: of its rows.
-            errors: (n,), float64: squared norms of errors, over all ranks.
-            gram: (G, n + 1, n + 1), float64: its diagonal holds the squared norms of the deltas.
+            store: the name of the store.
+            coding: the coding of its rows.
+            errors: the squared norms of the errors, summed over all ranks: (n,), float64.
+            gram: the Gram matrix, whose diagonal has the squared norms of the deltas: (G, n + 1, n + 1), float64.
         """
         squares = gram.diagonal(dim1=1, dim2=2)[:, :-1].sum(0)
         relative = torch.where(squares > 0, (errors / squares).sqrt(), 0.0)
@@ -48,8 +48,8 @@ class Rounding:
     def __str__(self) -> str:
         n = len(self.errors)
         return (
-            f"{self.store}, coding {self.coding}: live weights are averages of rounded candidates, which are off by "
-            f"{sum(self.errors) / n:.3g} of their deltas in the mean ({min(self.errors):.3g} to "
+            f"{self.store}, coding {self.coding}: live weights are averages of rounded candidates, with a mean "
+            f"error of {sum(self.errors) / n:.3g} of their deltas ({min(self.errors):.3g} to "
             f"{max(self.errors):.3g}); `twa-scale export` merges the exact ones."
         )
 
@@ -62,26 +62,26 @@ def choose_coding(
     candidates: Sequence[Candidate],
     names: Sequence[str],
 ) -> Coding:
-    """Return the coding that `config` names; for `auto`, the one with the smaller errors in a sample. Collective.
+    """Return the coding of `config`; for `auto`, the one with the smaller errors in a sample. Collective.
 
-    The sample is of blocks that are spread evenly over the trained weights, so it does not depend on the number of
-    ranks. Each rank codes some of them both ways. They do not count as read.
+    The sample consists of blocks at equal distances in the trained weights, and does not depend on the number of
+    ranks. Each rank encodes some of them with both codings. They are not counted in `bytes_read`.
 
     Args:
-        config: names store and coding.
-        weights: of the center, (n,).
-        group: all ranks that attach.
-        device: of the model, on which they sum.
-        candidates: known to be alike.
-        names: of the trained tensors, in the candidates.
+        config: the settings `store` and `coding`.
+        weights: the weights of the center, (n,).
+        group: all ranks.
+        device: the device of the model, for the sum over ranks.
+        candidates: checked to have the same tensors.
+        names: the names of the trained tensors in the candidates.
 
     Raises:
-        CandidateError: on every rank; a file that cannot be read.
+        CandidateError: a file cannot be read; on every rank.
     """
     deltas, increments, bits = of_deltas(len(weights)), of_increments(weights), bits_of(config.store)
     if bits is None or config.coding != "auto":
         return increments if bits is not None and config.coding == "increments" else deltas
-    # The kernels that a CPU codes with anyway. Beside a GPU, theirs would be compiled for the sample alone.
+    # On a CPU, use the kernels of the store. On a GPU, avoid compiling CPU kernels only for the sample.
     as_named = device.type == "cpu" and config.kernels != "torch"
     kernels = choose_kernels("auto" if as_named else "torch", torch.device("cpu"))
     codings = (deltas, increments)
@@ -90,7 +90,7 @@ def choose_coding(
         values = _sample(candidates, names, group.rank, group.size)
         for k, coding in enumerate(codings):
             squares[k] = _error(kernels, values, weights, coding, bits)
-    # The sum has the same bits on every rank. A NaN is no smaller: what is not finite is refused when it is read.
+    # The sum has the same bits on every rank. With NaN the choice does not matter: loading refuses it.
     squares = group.sum_(squares.to(device))
     return increments if squares[1] < squares[0] else deltas
 
@@ -105,7 +105,7 @@ def _error(kernels: Kernels, values: torch.Tensor, weights: Sequence[float], cod
 
 
 def _sample(candidates: Sequence[Candidate], names: Sequence[str], rank: int, ranks: int) -> torch.Tensor:
-    """Return this rank's part of the sampled elements of all candidates, (n, k), float32."""
+    """Return this rank's part of the sample of all candidates, (n, elements), float32."""
     n = len(candidates)
     count = max(min(_SAMPLES, _SAMPLED_BYTES // (4 * n * _SAMPLE)), 1)
     places = [place for i, place in enumerate(_places(candidates[0], names, count)) if i % ranks == rank]
@@ -125,7 +125,7 @@ def _sample(candidates: Sequence[Candidate], names: Sequence[str], rank: int, ra
 
 
 def _places(candidate: Candidate, names: Sequence[str], count: int) -> Iterator[tuple[str, int, int]]:
-    """Yield name, first element and length of about `count` blocks that are spread evenly over tensors."""
+    """Yield name, first element and length of about `count` blocks at equal distances in the tensors."""
     sizes = [prod(candidate.shape(name)) for name in names]
     ends = list(accumulate(sizes))
     total = ends[-1] if ends else 0

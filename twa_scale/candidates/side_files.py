@@ -1,4 +1,4 @@
-"""The small files beside a candidate's weights, to be carried over to an output: configuration, tokenizers, others."""
+"""The small files of a candidate that an output copies, such as its configuration and tokenizer."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from twa_scale.base.notices import notice
 from twa_scale.errors import CandidateError
 
 MAX_BYTES = 64 << 20
-"""Most bytes of one file that is carried over: tokenizers of large vocabularies take about 40 MB."""
+"""The largest number of bytes of one file: tokenizers of large vocabularies have about 40 MB."""
 MAX_TOTAL = 256 << 20
-"""Most bytes of all of them; they are held in memory until the output is written."""
+"""The largest number of bytes of all files, which are in memory until the output is written."""
 MAX_FILES = 1000
 MAX_DEPTH = 4
-"""Most folders between the candidate's directory and a file."""
-_MAX_SEEN = 20_000  # entries of sub-folders that are looked at
+"""The largest number of folders between the candidate's directory and a file."""
+_MAX_ENTRIES = 20_000  # entries of subfolders to visit
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|distcp|pkl|pickle|joblib|h5|hdf5|keras|msgpack|ot|npz|npy|onnx|onnx_data\S*|gguf|"
@@ -31,7 +31,7 @@ _WEIGHTS = re.compile(
     r"|.*\.index(\.[\w-]+)?\.json|openvino_\S+\.xml",
     re.IGNORECASE,
 )
-"""Weights of any format, archives, and indices of weights: none of it belongs to the weights of the output."""
+"""Weights of any format, archives, and indices of weights."""
 _STATE = (
     "optimizer.*",
     "scheduler.*",
@@ -47,7 +47,7 @@ _STATE = (
 )
 """The state and the records of the training that wrote the candidate."""
 _CODE = re.compile(r".*\.(py|pyc|pyd|so|dll|dylib|sh|ipynb)", re.IGNORECASE)
-_OF_DEEPSPEED = ("zero_to_fp32.py", "zero_to_torch.py")  # read DeepSpeed's checkpoints, and nothing else
+_OF_DEEPSPEED = ("zero_to_fp32.py", "zero_to_torch.py")  # read checkpoints of DeepSpeed only
 _NO_FOLDER = ("__pycache__", "runs", "logs", "wandb")
 
 _LINK = "a link that leads out of the directory, or to a folder"
@@ -57,14 +57,14 @@ _LARGE = f"more than {MAX_BYTES >> 20} MiB, or than {MAX_FILES} files or {MAX_TO
 def side_files(directory: Path | None, *, code: bool = False, tell: Callable[[str], None] = notice) -> dict[str, bytes]:
     """Return the content of the small files of a candidate by their path in its directory.
 
-    Only regular files are read, and links to such files within the directory (in the cache of the Hugging Face hub:
-    within the repository). Left out are hidden files, weights in any format, the state of a training, code unless
-    asked for, and folders that hold weights: what is there belongs to those.
+    It reads regular files, and links to regular files within the directory (in the cache of the Hugging Face hub:
+    within the repository). It skips hidden files, weights in any format, training state, code by default, and folders
+    with weights.
 
     Args:
-        directory: that of a candidate; None has no files.
-        code: carry over code as well, which loaders may run.
-        tell: called with one line for each reason for which a file was left out that an output may need.
+        directory: the directory of a candidate; None has no files.
+        code: whether to include code, which loaders may run.
+        tell: called with one line for each reason why a file that an output may need was skipped.
     """
     if directory is None:
         return {}
@@ -78,7 +78,7 @@ def side_files(directory: Path | None, *, code: bool = False, tell: Callable[[st
 
 @dataclass
 class _Found:
-    """What has been found in a directory, and what was left out and why."""
+    """The files of a directory: the content of those that are copied, and the names of the others by reason."""
 
     directory: Path
     code: bool
@@ -92,7 +92,7 @@ class _Found:
         self._modules = _modules(self.directory / "modules.json")
 
     def files(self, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
-        """Yield the path and name of every file to read, those of a folder before those of the folders in it."""
+        """Yield the name and the path of every file to read; files of a folder before those of its subfolders."""
         folders = []
         try:
             found = sorted(folder.iterdir())
@@ -111,7 +111,7 @@ class _Found:
                 yield from self.files(path, depth + 1)
 
     def read(self, name: str, path: Path) -> None:
-        """Keep the content of a file."""
+        """Read a file into `content`, or add it to `left_out`."""
         try:
             if path.is_symlink() and not path.resolve(strict=True).is_relative_to(self._root):
                 self.left_out[_LINK].append(name)
@@ -121,7 +121,7 @@ class _Found:
             self.left_out["a loop of links"].append(name)
             return
         except (CandidateError, OSError) as error:
-            reason = "no regular file" if isinstance(error, CandidateError) else error.strerror or str(error)
+            reason = "not a regular file" if isinstance(error, CandidateError) else error.strerror or str(error)
             self.left_out[reason].append(name)
             return
         if len(content) > MAX_BYTES or self._total + len(content) > MAX_TOTAL or len(self.content) == MAX_FILES:
@@ -145,7 +145,7 @@ class _Found:
             return False
         if path.is_symlink():
             self.left_out[_LINK].append(name)
-        elif depth == MAX_DEPTH or self._seen > _MAX_SEEN:
+        elif depth == MAX_DEPTH or self._seen > _MAX_ENTRIES:
             self.left_out["more folders or files than small files have"].append(name)
         elif not self._holds_weights(path):
             return True
@@ -156,15 +156,15 @@ class _Found:
     def _holds_weights(self, folder: Path) -> bool:
         for _, folders, files in os.walk(folder):
             self._seen += len(folders) + len(files)
-            if self._seen > _MAX_SEEN:
-                return False  # is left out as well
+            if self._seen > _MAX_ENTRIES:
+                return False  # `_enter` skips it for the number of entries
             if any(_WEIGHTS.fullmatch(name) for name in files):
                 return True
         return False
 
 
 def _root(directory: Path) -> Path:
-    """Return the folder that links may lead to; a snapshot of the hub's cache has its files beside it, in `blobs`."""
+    """Return the folder that links may point into; for a snapshot in the hub's cache, that of the repository."""
     in_cache = directory.parent.name == "snapshots" and directory.parent.parent.name.startswith(
         ("models--", "datasets--")
     )
@@ -181,13 +181,13 @@ def _modules(path: Path) -> set[str]:
 
 
 def _read(path: Path, most: int) -> bytes:
-    """Return the content of a regular file, at most `most` bytes and one."""
+    """Return the content of a regular file, at most `most` + 1 bytes."""
     with os.fdopen(open_regular(path), "rb") as file:
         return file.read(most + 1)
 
 
 def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
-    """Return a config.json that says `dtype`, where it says one: loading would convert the weights back."""
+    """Return a config.json with its dtype, if it has one, replaced by `dtype`: loaders would convert the weights."""
     try:
         settings = parse_json(config)
     except ValueError:

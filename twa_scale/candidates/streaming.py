@@ -1,4 +1,4 @@
-"""One pass over the candidates: their bytes come by slices, and leave as deltas around the center."""
+"""Read the candidates once, in parts, and compute deltas around the center."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -22,28 +22,34 @@ from twa_scale.kernels.torch.deltas import GRID, ROW_BYTES
 
 
 def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = READ_CHUNK) -> int:
-    """Return what a pass over n candidates needs when its longest span has `longest` elements of `itemsize` bytes."""
+    """Return the bytes of memory for reading n candidates.
+
+    Args:
+        n: the number of candidates.
+        longest: the number of elements of the longest span.
+        itemsize: the bytes of an element.
+        read_chunk: the largest number of bytes of one read.
+    """
     read = min(at_once(n, read_chunk), longest * itemsize)
     columns = min(max(ROW_BYTES // 4 // (n + 1), GRID), longest)
-    return 2 * n * read + 2 * columns * 4 * (n + 1)  # two buffers; deltas, and what they are made of or their products
+    return 2 * n * read + 2 * columns * 4 * (n + 1)  # two buffers; deltas, and their inputs or products
 
 
 class Stream:
-    """Reads spans of n candidates and turns them into deltas around sum_i b_i w_i.
+    """A reader of spans of n candidates, which computes deltas around sum_i b_i w_i.
 
-    Everything is computed in float32 (float64 where a candidate has float64), relative to the candidate of the largest
-    weight: tensors that are equal in all candidates give deltas of exactly zero and a center that has their bits.
+    The computation is in float32 (float64 if a candidate has float64), relative to the candidate with the largest
+    weight. A tensor that is equal in all candidates has deltas of exactly zero and a center with the same bits.
 
-    Threads read the next bytes of all candidates, by exact ranges into one of two buffers, while those of the other are
-    worked on.
+    Threads read exact byte ranges of all candidates into one of two buffers, while the other one is processed.
 
     Args:
-        candidates: known to be alike.
-        kernels: what makes deltas.
-        total: bytes that are read in all, as `progress` is told.
-        progress: see Reader.
-        read_chunk: most bytes of one read; less where many candidates would need too much memory.
-        reads_in_flight: most candidates that are read at the same time.
+        candidates: checked to have the same tensors.
+        kernels: compute the deltas.
+        total: the number of bytes to read, for `progress`.
+        progress: see `Reader`.
+        read_chunk: the largest number of bytes of one read; less for many candidates.
+        reads_in_flight: the largest number of candidates to read at the same time.
     """
 
     def __init__(
@@ -60,15 +66,19 @@ class Stream:
         self._kernels = kernels
         self._reader = Reader(candidates, total, progress, read_chunk=read_chunk, reads_in_flight=reads_in_flight)
         self.checksums: dict[str, torch.Tensor] = {}
-        """By tensor name: (n,), int64, of what was read here; sums over spans and ranks are those of whole tensors."""
+        """The checksums of the spans that were read, (n,) int64, by tensor name. They add up over spans and ranks."""
         self.differing: dict[str, int] = {}
-        """Tensors that were copied, of which other candidates hold other values: the index of the one that was."""
+        """Copied tensors that differ between candidates, with the index of the candidate they were copied from."""
 
     def make_deltas(self, targets: Mapping[Span, Target], weights: Sequence[float]) -> None:
-        """Turn spans of floating point tensors into deltas around the center of `weights` b (sum 1).
+        """Write the deltas of floating point spans around the center of `weights` b into their targets.
+
+        Args:
+            targets: the spans to read, and where to write their deltas, center and products.
+            weights: the weights of the center, n numbers with sum 1.
 
         Raises:
-            CandidateError: NaN or Inf, numbers that are too large, or a file that cannot be read.
+            CandidateError: a value is not finite or too large, or a file cannot be read.
         """
         everyone = range(len(self._candidates))
         for part in self._reader.parts((span, everyone) for span in targets):
@@ -85,7 +95,11 @@ class Stream:
                 self._require_fits(part, target.center)
 
     def _make_deltas_of_mask(self, part: Part, weights: Sequence[float], target: Target) -> None:
-        """Keep the infinite numbers that all candidates share, as masks have them; what is trained may hold none."""
+        """Write a part with infinite values: they are kept if all candidates have the same, as in a mask.
+
+        Raises:
+            CandidateError: a value is NaN, differs between candidates, or belongs to a trained tensor.
+        """
         mask = part.mask()
         if mask is None:
             raise self._blamed(part)
@@ -93,8 +107,8 @@ class Stream:
             i = int(mask.nonzero()[0])
             raise CandidateError(
                 f"{self._candidates[0].label}: tensor {part.span.name!r} holds {part.sources[0][i].item()} at element "
-                f"{part.element(i)}, as all candidates do; what is trained must be finite. If it is a mask, name it in "
-                "`exclude`: then it is kept as it is."
+                f"{part.element(i)}, as do all candidates; trained tensors must be finite. If it is a mask, name it in "
+                "`exclude`, and its values are kept."
             )
         if not self._kernels.make_deltas(part.without(mask).sources, weights, target, part.start).finite:
             raise self._blamed(part)
@@ -103,15 +117,15 @@ class Stream:
             center[mask.to(center.device)] = part.sources[0][mask].to(center)
 
     def copies(self, spans: Mapping[Span, int]) -> Iterator[tuple[Span, int, torch.Tensor]]:
-        """Yield (span, offset, values) of one candidate, bit for bit: of tensors that are not averaged.
+        """Yield (span, offset, values) with the exact values of one candidate, for tensors that are not averaged.
 
-        All candidates are read, to find out whether they differ.
+        All candidates are read, to find tensors that differ.
 
         Args:
-            spans: each with the index of the candidate.
+            spans: the index of the candidate for each span.
 
         Raises:
-            CandidateError: NaN, or a file that cannot be read.
+            CandidateError: a value is NaN, or a file cannot be read.
         """
         everyone = range(len(self._candidates))
         for part in self._reader.parts((span, everyone) for span in spans):
@@ -125,10 +139,13 @@ class Stream:
             yield part.span, part.start, chosen
 
     def sums(self, spans: Iterable[Span]) -> Iterator[tuple[Span, int, torch.Tensor]]:
-        """Yield (span, offset, values) of tensors each element of which is zero in all candidates but one.
+        """Yield (span, offset, values) with the sum of all candidates.
+
+        Args:
+            spans: spans of tensors whose elements are nonzero in at most one candidate.
 
         Raises:
-            CandidateError: NaN or Inf, or a file that cannot be read.
+            CandidateError: a value is not finite, or a file cannot be read.
         """
         everyone = range(len(self._candidates))
         for part in self._reader.parts((span, everyone) for span in spans):
@@ -139,7 +156,7 @@ class Stream:
             yield part.span, part.start, sum_of(part.sources)
 
     def check(self, jobs: Iterable[tuple[Span, Sequence[int]]]) -> None:
-        """Read spans of some candidates for their checksums alone."""
+        """Read spans of some candidates for their checksums only."""
         for part in self._reader.parts(jobs):
             self._add(part, self._kernels.checksums(part.sources))
 
@@ -148,7 +165,11 @@ class Stream:
         sums[list(part.who)] += checksums
 
     def _require_fits(self, part: Part, live: torch.Tensor | None) -> None:
-        """Refuse an average that is too large for the type of the model."""
+        """Refuse an average that is too large for the dtype of the model.
+
+        Raises:
+            CandidateError: names the tensor and an element.
+        """
         if live is None or live.dtype.itemsize >= 4:
             return
         values = live.detach()[part.start : part.stop]
@@ -157,8 +178,8 @@ class Stream:
             i = int(wrong.nonzero()[0, 0])
             raise CandidateError(
                 f"{self._candidates[0].label}: tensor {part.span.name!r} holds {part.sources[0][i].item():g} at "
-                f"element {part.element(i)}; the average is too large for the model's {values.dtype}, which ends at "
-                f"{torch.finfo(values.dtype).max:g}. Use a model of a wider type."
+                f"element {part.element(i)}; the average is too large for the model's {values.dtype}, whose largest "
+                f"value is {torch.finfo(values.dtype).max:g}. Use a model of a wider type."
             )
 
     def _blamed(self, part: Part) -> CandidateError:

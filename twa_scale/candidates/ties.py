@@ -1,4 +1,4 @@
-"""Tied weights: one tensor of the model that files store under some or all of its names."""
+"""Tied weights: one tensor of the model that files may store under some or all of its names."""
 
 import re
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.model_config import settings_of
 from twa_scale.candidates.view import View
 
-_CHUNK = 1 << 20  # elements that are compared at a time
+_CHUNK = 1 << 20  # elements to compare at a time
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|head|output_projection|decoder|lm_head\.decoder)\.weight$")
 _NOT_VOCABULARY = re.compile(r"type|position|segment|patch")
-_FEW = 8  # names that a candidate lacks: more are no tied weights, but another model
-_GLANCE = 16  # elements that are compared before the rest is read
+_FEW = 8  # names: if a candidate lacks more, it is another model
+_GLANCE = 16  # elements to compare before the rest is read
 _EMBEDDING = re.compile(r"(^|\.)\w*(embed\w*|wte|shared|token\w*)\.weight$")
 
 Ties = Sequence[Sequence[str]]
@@ -23,17 +23,17 @@ Ties = Sequence[Sequence[str]]
 
 
 def complete(candidates: Sequence[Candidate], ties: Ties | None) -> tuple[list[Candidate], list[str]]:
-    """Let each candidate that lacks a name of a tied tensor have it from a name that is there.
+    """Add the missing names of tied tensors to the candidates that store them under another name.
 
     Args:
-        candidates: any.
-        ties: what the model ties. When not given, tensors count as tied that have equal bits in every other candidate.
+        candidates: the candidates.
+        ties: the groups of tied names of the model. If None, tensors with equal bits in all other candidates are tied.
 
     Returns:
-        The candidates, and a line for each kind of name that was missing.
+        The candidates, and a line for each missing name.
 
     Raises:
-        CandidateError: a file that cannot be read.
+        CandidateError: a file cannot be read.
     """
     held = [set(candidate.names()) for candidate in candidates]
     everything = set().union(*held)
@@ -60,9 +60,9 @@ def complete(candidates: Sequence[Candidate], ties: Ties | None) -> tuple[list[C
 
 
 def likely_ties(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
-    """Return the pairs of an embedding and a head that config.json says are tied, or that their names and shapes allow.
+    """Return the pairs of an embedding and a head that may be tied, by their names and shapes.
 
-    Whether they are is seen from their values: those of a pair are equal in all candidates, or in none.
+    The caller compares their values: tied tensors are equal in all candidates.
     """
     last = candidates[-1]
     names = [name for name in last.names() if len(last.shape(name)) == 2]
@@ -72,20 +72,20 @@ def likely_ties(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
 
 
 def says_tied(candidate: Candidate) -> bool:
-    """Whether the config.json of a candidate says that its embedding and its head are one tensor."""
+    """Return whether `tie_word_embeddings` is true in the config.json of a candidate."""
     return settings_of(candidate).get("tie_word_embeddings") is True
 
 
 def _equal_elsewhere(
     name: str, candidate: Candidate, candidates: Sequence[Candidate], held: Sequence[set[str]]
 ) -> str | None:
-    """Return a tensor of `candidate` that is equal to the tensor `name` in all candidates that have both.
+    """Return a tensor of `candidate` that is equal to the tensor `name` in all candidates that have both, else None.
 
-    `held` are the names of each candidate.
+    `held` has the names of each candidate.
     """
     holders = [(other, names) for other, names in zip(candidates, held, strict=True) if name in names]
     shape, dtype = holders[0][0].shape(name), holders[0][0].dtype(name)
-    if len(shape) < 2 or not dtype.is_floating_point:  # biases of zero are equal, and are not tied
+    if len(shape) < 2 or not dtype.is_floating_point:  # zero biases are equal without being tied
         return None
     for twin in (twin for twin in candidate.names() if candidate.shape(twin) == shape):
         both = [other for other, names in holders if twin in names]
@@ -95,7 +95,7 @@ def _equal_elsewhere(
 
 
 def _equal(candidate: Candidate, name: str, twin: str) -> bool:
-    """Whether two tensors of a candidate have equal bits, which are not all the same number. It reads both."""
+    """Return whether two tensors of a candidate have equal bits and are not constant. It reads both."""
     if (candidate.shape(twin), candidate.dtype(twin)) != (candidate.shape(name), candidate.dtype(name)):
         return False
     numel, varies = prod(candidate.shape(name)), False

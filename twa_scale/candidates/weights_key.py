@@ -1,4 +1,4 @@
-"""Which entries of a file are the weights: those under a usual key, or under the one that the user names."""
+"""Find the weights among the entries of a file: under a usual key, or under the key of the user."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,27 +13,27 @@ USUAL = ("app", "state_dict", "model", "model_state_dict", "module")
 
 
 class Object(NamedTuple):
-    """An object in a file, of a class that is not known here, with numbers in it that are not read."""
+    """An object of an unknown class in a file, whose content is not read."""
 
     kind: str
-    """Its class."""
+    """The name of its class."""
     shapes: Counter[Shape]
-    """Those of the tensors in it."""
+    """The shapes of the tensors in it."""
 
 
 class WeightsKey:
-    """Finds the weights among the tensors of a file, and remembers what a user should be told of it.
+    """A finder of the weights among the tensors of a file, which collects notices for the user.
 
     Args:
-        key: the path of the weights, with dots between keys, as `weights_key` gives it; None for the usual ones.
-        parameters: names and shapes of the model's parameters in its order, for lists that have no names.
+        key: the path of the weights, with dots between keys, from `weights_key`; None for the usual keys.
+        parameters: names and shapes of the model's parameters in order, for lists without names.
     """
 
     def __init__(self, key: str | None = None, parameters: Mapping[str, Shape] | None = None) -> None:
         self.key = key
         self._parameters = parameters or {}
         self._said: dict[str, list[str]] = defaultdict(list)
-        """By what there is to say: the candidates of which it is said."""
+        """The labels of candidates, by the notice about them."""
 
     def choose(
         self,
@@ -43,17 +43,17 @@ class WeightsKey:
         *,
         in_order: bool = True,
     ) -> dict[str, Keys]:
-        """Map the names of the weights to the paths of their entries in a file.
+        """Return the paths of the weights in a file, by their names.
 
         Args:
-            shapes: of all tensors in the file.
-            label: what messages call the file.
-            objects: what else holds numbers there.
-            in_order: whether a state dict in the file has its order in `shapes`.
+            shapes: the shapes of all tensors in the file, by their paths.
+            label: the name of the file for messages.
+            objects: the other objects with tensors or arrays in the file, by their paths.
+            in_order: whether `shapes` has the order of the state dict in the file.
 
         Raises:
-            CandidateError: there are no tensors where the weights should be, or more of them deeper in the file; some
-                of them are in an object; or they have no names.
+            CandidateError: there are no tensors under the key, or more tensors deeper in the file; or a tensor is in
+                an object or has no name.
         """
         objects = objects or {}
         below = {path: path for path in shapes} if self.key is None else self._under_key(shapes, label, objects)
@@ -61,7 +61,9 @@ class WeightsKey:
         if not found:
             raise _nothing_found(shapes, label, objects)
         chosen = next(iter(found.values()))[:-1]
-        if _most_below(chosen, shapes, objects) > len(found):  # as beside a loss, of weights under a key of their own
+        if _most_below(chosen, shapes, objects) > len(
+            found
+        ):  # for example a loss next to the weights under another key
             raise _nothing_found(shapes, label, objects, beside=list(found))
         self._refuse_objects({path[-1]: held for path, held in objects.items() if path[:-1] == chosen}, label)
         if (items := items_of(found)) is not None:
@@ -77,8 +79,8 @@ class WeightsKey:
             for path, held in objects.items():
                 if f"{self.key}.".startswith(f"{'.'.join(path)}."):
                     raise CandidateError(
-                        f"{label}: weights_key {self.key!r} leads to an object of class {held.kind}, in which nothing "
-                        "is read. Save its state_dict() there."
+                        f"{label}: weights_key {self.key!r} is an object of class {held.kind}, whose content "
+                        "is not read. Save its state_dict() instead."
                     )
             sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1})
             there = f"tensors are under {some(sets)}" if sets else f"its keys are {some(sorted(p[0] for p in shapes))}"
@@ -88,7 +90,7 @@ class WeightsKey:
         return below
 
     def _refuse_objects(self, beside: Mapping[str, Object], label: str) -> None:
-        """Refuse objects with tensors among the weights, but for an optimizer; arrays are no tensors, and are said."""
+        """Refuse objects with tensors among the weights, except optimizers; report arrays, which are not read."""
         for name, held in beside.items():
             if held.shapes and not is_optimizer_entry((name,)):
                 raise CandidateError(
@@ -97,12 +99,12 @@ class WeightsKey:
                 )
         arrays = [name for name, held in beside.items() if not held.shapes]
         if arrays:
-            self._said[f"{some(arrays)} among the weights are no tensors of torch, and are not read."].append(label)
+            self._said[f"{some(arrays)} among the weights are not torch tensors, and are not read."].append(label)
 
     def _named(
         self, items: Sequence[Keys], where: str, shapes: Mapping[Keys, Shape], label: str, *, in_order: bool
     ) -> dict[str, Keys]:
-        """Name the items of a list as the parameters of a state dict in the same file, or as those of the model."""
+        """Name the items of a list by the parameters of a state dict in the same file, or by those of the model."""
         beside = _descend({path: path for path in shapes}) if in_order else {}
         if items_of(beside) is not None:
             beside = {}
@@ -129,7 +131,7 @@ class WeightsKey:
     def _remember(
         self, shapes: Mapping[Keys, Shape], found: Mapping[str, Keys], label: str, objects: Mapping[Keys, Object]
     ) -> None:
-        """Remember sets of tensors that look like other weights of the same model."""
+        """Collect a notice if other sets of tensors may be weights of the same model."""
         chosen = next(iter(found.values()))[:-1]
         wanted = Counter(shapes[path] for path in found.values())
         sets: dict[Keys, Counter[Shape]] = defaultdict(Counter)
@@ -145,13 +147,13 @@ class WeightsKey:
             ].append(label)
 
     def notices(self) -> Iterator[str]:
-        """Yield a line for each thing that a user should be told, with the candidates of which it is true."""
+        """Yield the collected notices, each with the labels of its candidates."""
         for line, labels in self._said.items():
             yield f"{and_more(labels)}: {line}"
 
 
 def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Keys, Object]) -> int:
-    """Return the largest number of tensors under one key beside those that are directly under `chosen`."""
+    """Return the largest number of tensors under one key below `chosen`, without those directly under `chosen`."""
     depth = len(chosen)
     counts: Counter[str] = Counter()
     numbers = dict.fromkeys(shapes, 1) | {path: held.shapes.total() for path, held in objects.items()}
@@ -164,7 +166,7 @@ def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Key
 def _nothing_found(
     shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, Object], beside: Sequence[str] = ()
 ) -> CandidateError:
-    """Return the error for a file whose weights are not found, or only tensors that stand beside more of them."""
+    """Return the error for a file whose weights are not found; `beside` are tensors that are too few to be them."""
     keys = some(sorted({".".join(path[:1]) for path in (*shapes, *objects)}))
     sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1 and not is_optimizer_entry(path)})
     hint = f" There are tensors under {some(sets)}: name one as `weights_key`." if sets else ""
@@ -179,7 +181,7 @@ def _nothing_found(
 
 
 def _descend(below: Mapping[Keys, Keys]) -> dict[str, Keys]:
-    """Return what is at the end of the chain of usual keys, which may be nested in any way: paths by name."""
+    """Follow the usual keys, nested in any order, and return the paths at the end by name."""
     prefix: Keys = ()
     while True:
         depth = len(prefix)
@@ -192,7 +194,7 @@ def _descend(below: Mapping[Keys, Keys]) -> dict[str, Keys]:
 
 
 def _after(path: Keys, key: str) -> Keys:
-    """Return what follows `key` in a path, or nothing where the path does not begin with it."""
+    """Return the rest of a path after `key`; empty if the path does not begin with it."""
     for i, part in enumerate(path):
         if part == key:
             return path[i + 1 :]
@@ -205,6 +207,9 @@ def _after(path: Keys, key: str) -> Keys:
 
 
 def _alike(held: Counter[Shape], wanted: Counter[Shape]) -> bool:
-    """Whether half of the wanted shapes are there, and not much else: averages often lack buffers, or count steps."""
+    """Return whether half of the `wanted` shapes are in `held`, and few others.
+
+    They need not be equal: EMA weights often lack buffers or have a step counter.
+    """
     common = (held & wanted).total()
     return 2 * common >= wanted.total() and 2 * common > held.total()

@@ -1,4 +1,4 @@
-"""What a user can set: one schema for Python, YAML files and the command line. Imports no torch."""
+"""The configuration: one schema for Python, YAML files and the command line. It does not import torch."""
 
 from twa_scale.config.center import (
     Center,

@@ -1,4 +1,4 @@
-"""Fixed weights of candidates: the center that training starts around, and `twa-scale average --weights`."""
+"""Fixed weights of candidates, for the setting `center` and for `twa-scale average --weights`."""
 
 import re
 from collections.abc import Sequence
@@ -8,17 +8,19 @@ from twa_scale.errors import ConfigError
 
 Center = str | int | list[float]
 
-_SUM = 1e-6  # how far from 1 the sum of weights may be, which people round to a few digits
+_SUM = 1e-6  # tolerance of the sum of weights, which users round to a few digits
 _NAMES = ("mean", "uniform", "linear", "minus-sqrt", "first", "last")
 _EMA = ("ema", "ema-torch")
 _LAWA = re.compile(r"lawa:0*([1-9]\d*)")
 
 
 def parse_center(center: Center) -> Center:
-    """Return a name, an index or a list for `center`; a text may hold an index, or numbers between commas or spaces.
+    """Return a name, an index or a list for `center`, which may be text of an index or of several numbers.
+
+    Numbers are separated by commas or spaces.
 
     Raises:
-        ValueError: any other text, for pydantic to report under its key.
+        ValueError: the text is not a center; pydantic adds the key.
     """
     if not isinstance(center, str):
         return center
@@ -36,7 +38,11 @@ def parse_center(center: Center) -> Center:
 
 
 def _ema(name: str) -> tuple[str, float]:
-    """Return the kind and the decay of `ema:DECAY` or `ema-torch:DECAY`."""
+    """Return the kind and the decay of `ema:DECAY` or `ema-torch:DECAY`.
+
+    Raises:
+        ValueError: `name` is not a center.
+    """
     kind, _, decay = name.partition(":")
     try:
         value = float(decay)
@@ -52,20 +58,20 @@ def _ema(name: str) -> tuple[str, float]:
 
 
 def of_sum_one(weights: Sequence[float], *, normalize: bool = False) -> list[float]:
-    """Return finite weights of sum 1: those that are given, without what rounding left of their sum, or scaled.
+    """Return `weights` divided by their sum, which has to be 1 up to rounding unless `normalize` is set.
 
     Args:
         weights: any numbers; some may be negative.
-        normalize: divide them by their sum, which has to be positive.
+        normalize: accept any positive sum.
 
     Raises:
-        ValueError: weights that are not finite, of another sum than 1, or of a sum that cannot be scaled to 1.
+        ValueError: a weight is not finite, the sum is not 1, or it is not positive and finite.
     """
     wrong = next((weight for weight in weights if not isfinite(weight)), None)
     if wrong is not None:
         raise ValueError(f"{wrong} is not a finite number; give one finite weight for each candidate")
     largest = max(map(abs, weights), default=0.0) or 1.0
-    total = fsum(weight / largest for weight in weights) * largest  # the sum of large ones could overflow on its way
+    total = fsum(weight / largest for weight in weights) * largest  # scaled: partial sums could overflow
     if normalize and not _SUM * largest < total < inf:
         raise ValueError(f"weights of sum {total:g} cannot be scaled to sum 1; their sum has to be positive")
     if not normalize and not abs(total - 1) <= _SUM:
@@ -74,27 +80,31 @@ def of_sum_one(weights: Sequence[float], *, normalize: bool = False) -> list[flo
 
 
 def check_index(index: str | int) -> None:
-    """Raise ValueError, for pydantic to report under its key, for an index that counts from the end."""
+    """Refuse an index that counts from the end.
+
+    Raises:
+        ValueError: the index is negative; pydantic adds the key.
+    """
     if isinstance(index, int) and index < 0:
-        raise ValueError(f"{index} is no index of a candidate: they count from 0; use `last` for the last one")
+        raise ValueError(f"{index} is not an index of a candidate: they count from 0; use `last` for the last one")
 
 
 def center_weights(center: Center, n: int, key: str = "center") -> list[float]:
     """Return the weights b_1..b_n (sum 1) of the center c = sum_i b_i w_i, candidates in training order.
 
-    `lawa:K` is the mean of the last K candidates (LAWA, arXiv 2209.14981). `ema:d` weighs candidate i by d^(n-i) over
-    the sum of these. `ema-torch:d` is what torch.optim.swa_utils makes of the candidates in order: d^(n-1) for the
-    first, which it starts from, and (1 - d) d^(n-i) for the others. `linear` and `minus-sqrt` are the averages that a
-    learning rate decayed by that shape would have made (WSM, arXiv 2507.17634): candidate i enters with the drop of
-    the rate at i. A linear decay drops evenly, so for evenly spaced candidates `linear` is their mean.
+    `lawa:K` is the mean of the last K candidates (LAWA, arXiv 2209.14981). `ema:d` weights candidate i by d^(n-i),
+    divided by the sum of these. `ema-torch:d` is the EMA of torch.optim.swa_utils over the candidates in order: the
+    first has the weight d^(n-1), the others (1 - d) d^(n-i). `linear` and `minus-sqrt` correspond to a learning rate
+    decay of that shape (WSM, arXiv 2507.17634): the weight of candidate i is the decrease of the rate after it. A
+    linear decay decreases by equal amounts, so `linear` is the mean of evenly spaced candidates.
 
     Args:
-        center: as `parse_center` returns it.
-        n: number of candidates.
-        key: what messages call the setting.
+        center: a result of `parse_center`.
+        n: the number of candidates.
+        key: the name of the setting for messages.
 
     Raises:
-        ConfigError: an index out of range, or weights that are not n numbers of sum 1.
+        ConfigError: the index is out of range, or the weights are not n numbers with sum 1.
     """
     match center:
         case int() | "first" | "last":
@@ -111,7 +121,7 @@ def center_weights(center: Center, n: int, key: str = "center") -> list[float]:
             return [1 / n] * n
         case "linear" | "minus-sqrt":
             power = 1.0 if center == "linear" else 0.5
-            # rate(t) = 1 - t^power at t = 0, 1/n, ..., 1; candidate i carries the drop of the rate that follows it
+            # rate(t) = 1 - t^power at t = 0, 1/n, ..., 1; the weight of candidate i is rate(i / n) - rate((i + 1) / n)
             return [((i + 1) / n) ** power - (i / n) ** power for i in range(n)]
     if lawa := _LAWA.fullmatch(center):
         last = int(lawa[1])
@@ -126,10 +136,10 @@ def center_weights(center: Center, n: int, key: str = "center") -> list[float]:
 
 
 def candidate_index(index: str | int, n: int, key: str) -> int:
-    """Resolve `first`, `last` or an index (negative counts from the end) to 0..n-1.
+    """Return the index 0..n-1 of `first`, `last` or an index; negative ones count from the end.
 
     Raises:
-        ConfigError: out of range.
+        ConfigError: the index is out of range.
     """
     if isinstance(index, str):
         return {"first": 0, "last": n - 1}[index]

@@ -1,4 +1,4 @@
-"""Settings that lie in another program's JSON: the top-level "twa" block of a DeepSpeed configuration."""
+"""Read settings from the top-level "twa" block of a DeepSpeed configuration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +10,12 @@ BLOCK = "twa"
 
 
 def block_settings(block: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the candidates of a block (None where it has none) and the fields of TwaConfig in it.
+    """Return the candidates of a block, or None, and its fields of TwaConfig.
 
-    Keys of a whole run are left to `twa-scale run`; keys that nobody knows stay, to be refused.
+    Other keys of RunConfig are removed. Unknown keys stay, so that validation refuses them.
 
     Raises:
-        ConfigError: a block that is no mapping.
+        ConfigError: the block is not a mapping.
     """
     if not isinstance(block, Mapping):
         raise ConfigError(f'"{BLOCK}" holds {type(block).__name__}, not a mapping of keys to values.')
@@ -24,10 +24,10 @@ def block_settings(block: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def unfolded(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run that stand in DeepSpeed's JSON; the rest of it becomes their `deepspeed`.
+    """Return the settings of a run from a DeepSpeed configuration, with the rest of it as `deepspeed`.
 
     Raises:
-        ConfigError: a block that is no mapping, or ZeRO of no stage.
+        ConfigError: the block is not a mapping, or the ZeRO stage is not 1, 2 or 3.
     """
     block_settings(data[BLOCK])
     rest = {key: value for key, value in data.items() if key != BLOCK}

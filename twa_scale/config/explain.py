@@ -1,4 +1,4 @@
-"""What is wrong with a key or value, in one line."""
+"""One-line messages for invalid keys and values."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -13,9 +13,9 @@ _BRANCHES = ("str", "int", "float")
 
 
 def explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
-    """Return one error of pydantic as a message: key, rule and value, and for an unknown key the nearest known one."""
+    """Return the message of an error of pydantic: key, rule and value, or the nearest key for an unknown one."""
     location: tuple[str | int, ...] = error["loc"]
-    # Beside keys and indices pydantic names the branches of a union: `str`, `list[float]`.
+    # The location also has the branches of unions, such as `str` and `list[float]`.
     parts = [part for part in location if isinstance(part, int) or (part.isidentifier() and part not in _BRANCHES)]
     key = ".".join(map(str, parts))
     if error["type"] == "extra_forbidden":

@@ -1,7 +1,7 @@
-"""The kinds of bases, stores and engines that a configuration names.
+"""The names of bases, stores and engines.
 
-A new kind is added here first. Every place that must know it matches on the name and ends with `assert_never`, so the
-type checker lists what is missing. See docs/extending.md.
+To add one, add its name here first. All code that depends on the name matches on it and ends with `assert_never`, so
+the type checker lists the missing cases. See docs/extending.md.
 """
 
 from dataclasses import dataclass
@@ -14,33 +14,33 @@ StoreName = Literal["dense32", "mapped", "dense16", "packed8", "packed4", "packe
 EngineName = Literal["plain", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 STORES: tuple[StoreName, ...] = get_args(StoreName)
-"""The most exact first."""
+"""All stores, the most exact one first."""
 
 
 @dataclass(frozen=True)
 class DenseDeltas:
-    """A store that holds deltas as they are."""
+    """A store of deltas in a floating point dtype."""
 
     dtype: Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class PackedDeltas:
-    """A store that holds codes of a few bits, with one scale for each block of elements."""
+    """A store of codes of a few bits, with one scale for each block of elements."""
 
     bits: Literal[8, 4, 2, 1]
 
 
 @dataclass(frozen=True)
 class MappedFiles:
-    """A store that holds no deltas: they are computed from the candidates' files, mapped into memory."""
+    """A store without deltas, which computes them from the memory-mapped files of the candidates."""
 
 
 StoreKind = DenseDeltas | PackedDeltas | MappedFiles
 
 
 def store_kind(name: StoreName) -> StoreKind:
-    """Return how the store of this name holds the deltas."""
+    """Return the kind of the store of this name."""
     match name:
         case "dense32":
             return DenseDeltas("float32")

@@ -1,4 +1,4 @@
-"""From files and overrides to a validated configuration, with messages that name key, value, rule and fix."""
+"""Load and validate a configuration from files and overrides."""
 
 import json
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from twa_scale.errors import ConfigError
 M = TypeVar("M", bound=Section)
 
 
-_MAX_BYTES = 256 << 10  # of a file of settings
+_MAX_BYTES = 256 << 10  # of a configuration file
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML or JSON file, apply dotted overrides (`optimizer.lr=3e-3`), and validate.
 
     Raises:
-        ConfigError: an unreadable file, a malformed override, an unknown key (with the nearest valid one), a bad value.
+        ConfigError: the file cannot be read, an override is malformed, a key is unknown, or a value is invalid.
     """
     path = Path(path)
     raw = read_bounded(path, _MAX_BYTES, ConfigError)
     try:
-        # YAML takes JSON as it is, but for tabs.
+        # YAML is a superset of JSON, except for tabs.
         data = parse_json(raw) if path.suffix == ".json" else parse_yaml(raw.decode("utf-8-sig"))
     except ValueError as error:
         raise ConfigError(f"{path}: is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
@@ -61,16 +61,19 @@ def _override(data: dict[str, Any], override: str) -> None:
 def validated(
     model: type[M], data: M | dict[str, Any] | None, where: str = "config", overrides: Sequence[str] = ()
 ) -> M:
-    """Return `data` as a `model`, or say every wrong key and value in one ConfigError.
+    """Return `data` as an instance of `model`.
 
     Args:
-        model: what `data` has to be.
-        data: settings by name.
-        where: where they come from.
-        overrides: those of `data` that come from elsewhere, as key=value.
+        model: the class of the result.
+        data: settings by name, or an instance.
+        where: the origin of the settings, for messages.
+        overrides: the overrides in `data`, as key=value, for messages.
+
+    Raises:
+        ConfigError: names every invalid key and value.
     """
     try:
-        if isinstance(data, model):  # which may be a copy that was changed without a check, as model_copy does
+        if isinstance(data, model):  # validated again: model_copy(update=..) does not validate
             checked = type(data).model_validate(data)
             return data if repr(checked) == repr(data) else checked
         return model.model_validate({} if data is None else data)
@@ -82,7 +85,7 @@ def validated(
 
 
 def _origin(location: tuple[str | int, ...], where: str, overrides: Sequence[str]) -> str:
-    """Return what set the value at `location`: the last override of it, or of a part of it, or else `where`."""
+    """Return the origin of the value at `location`: the last override of it or of a part of it, or `where`."""
     path = [str(part) for part in location]
     for override in reversed(overrides):
         keys = override.partition("=")[0].split(".")
@@ -93,5 +96,5 @@ def _origin(location: tuple[str | int, ...], where: str, overrides: Sequence[str
 
 
 def dump(config: BaseModel) -> str:
-    """Return the resolved configuration as JSON, every default filled in."""
+    """Return the configuration as JSON, with all defaults."""
     return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"

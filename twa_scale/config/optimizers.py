@@ -1,12 +1,12 @@
-"""The optimizers of torch.optim that can train coefficients, and what they take: known without importing torch."""
+"""The optimizers of torch.optim that can train coefficients, and their options, without importing torch."""
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 LISTS = {"betas": 2, "etas": 2, "step_sizes": 2, "ns_coefficients": 3}
-"""Options that are lists, and of how many numbers."""
-_PAIRS = {("adafactor", "eps")}  # numbers of other optimizers; the first of the two may be null, for the type's own
+"""Options that are lists, with their lengths."""
+_PAIRS = {("adafactor", "eps")}  # a list here, a number in other optimizers; the first may be null: use the default
 FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "foreach", "fused", "maximize", "nesterov")
 OPTIONS = {
     "adadelta": "rho eps weight_decay foreach maximize",
@@ -23,7 +23,7 @@ OPTIONS = {
     "rprop": "etas step_sizes foreach maximize",
     "sgd": "momentum dampening weight_decay nesterov foreach fused maximize",
 }
-"""By lower-case name. Left out: what needs a graph or a GPU for numbers that lie on the CPU."""
+"""The options by lower-case name, without those that need autograd or a GPU: the coefficients are on the CPU."""
 _UNFIT = {
     "lbfgs": "it evaluates the loss several times a step, through a closure, and a step here has one gradient",
     "sparseadam": "it needs sparse gradients, and those of coefficients are dense",
@@ -31,15 +31,23 @@ _UNFIT = {
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError, for pydantic to report under its key, unless coefficients can be trained by this optimizer."""
+    """Refuse an optimizer that cannot train coefficients.
+
+    Raises:
+        ValueError: names the reason; pydantic adds the key.
+    """
     if reason := _UNFIT.get(name.lower()):
         raise ValueError(f"{name!r} cannot train coefficients: {reason}; use adamw or sgd")
     if name.lower() not in OPTIONS:
-        raise ValueError(f"{name!r} is none of {', '.join(OPTIONS)}")
+        raise ValueError(f"{name!r} is not one of {', '.join(OPTIONS)}")
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that the optimizer does not take, or that has a value of another kind."""
+    """Refuse unknown options of an optimizer, and values of the wrong kind.
+
+    Raises:
+        ValueError: names the option; pydantic adds the key.
+    """
     known = OPTIONS[name.lower()].split()
     for key, value in options.items():
         if key not in known:

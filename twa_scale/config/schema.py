@@ -1,4 +1,4 @@
-"""What a user can set, with the defaults and the meaning of every key."""
+"""The schema of the configuration: every key with its type, default and description."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -12,19 +12,19 @@ from twa_scale.config.section import Count, Directory, Integer, Section
 from twa_scale.config.select import SelectConfig
 
 TIMEOUT = 600.0
-"""Seconds that ranks wait for each other, when they meet and in every collective."""
+"""Seconds that ranks wait for each other, at the rendezvous and in every collective."""
 
 
 class OptimizerConfig(Section):
-    """The optimizer of the coefficients: a class of torch.optim; every further key goes to its constructor."""
+    """The optimizer of the coefficients: a class of torch.optim. Other keys are arguments of its constructor."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(
         "adamw",
-        description="Class of torch.optim, in any case: `adamw`, `sgd`, ..; not `lbfgs` nor `sparseadam`.",
+        description="Class of torch.optim, in any case: `adamw`, `sgd`, ..; not `lbfgs` or `sparseadam`.",
     )
-    lr: PositiveFloat = Field(0.03, description="Learning rate, in the units that `units` names.")
+    lr: PositiveFloat = Field(0.03, description="Learning rate, in the units of `units`.")
 
     @field_validator("name")
     @classmethod
@@ -39,7 +39,10 @@ class OptimizerConfig(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Constructor arguments beside lr. AdamW's own default decay would pull the average to the center: 0 here."""
+        """The constructor arguments other than lr.
+
+        The default `weight_decay` of AdamW is 0 here, since decay would pull the average to the center.
+        """
         extra = dict(self.model_extra or {})
         if self.name.lower() == "adamw":
             extra.setdefault("weight_decay", 0.0)
@@ -47,132 +50,133 @@ class OptimizerConfig(Section):
 
 
 class TwaConfig(Section):
-    """How the average is parametrized and trained; the `config` of `twa_scale.attach`."""
+    """The parametrization and the training of the average; the `config` of `twa_scale.attach`."""
 
     basis: BasisName = Field(
         "normalized",
-        description="What the coefficients multiply: `normalized` deltas (TWA v4), an `orthonormal` basis of the "
-        "candidates (TWA, ICLR 2023), leading `pca` directions (DLDR), or softmax weights on the `simplex` (learned "
-        "soup).",
+        description="Directions that the coefficients multiply: `normalized` deltas (TWA v4), an `orthonormal` basis "
+        "of the candidates (TWA, ICLR 2023), or leading `pca` directions (DLDR). `simplex` trains softmax weights of "
+        "the candidates (learned soup).",
     )
     groups: Literal["global", "block", "tensor"] | list[str] = Field(
         "global",
-        description="Tensors that share one coefficient per candidate: all of them, one group per `block` or "
-        "`tensor`, or one group per regular expression of a list (the first that is found in the name wins; the "
-        "others share a group).",
+        description="Tensors that share one coefficient per candidate: all (`global`), those of a `block`, each "
+        "`tensor`, or one group per regular expression of a list. The first expression found in a name counts; "
+        "tensors that match none share a group.",
     )
     center: Center = Field(
         "mean",
-        description="Fixed-weight average that training starts around: `mean`, `ema:0.9` (candidate i of n has the "
-        "weight 0.9^(n-i), over the sum of these), `ema-torch:0.9` (torch's EMA over the candidates: the first has "
-        "0.9^(n-1), the others (1-0.9) 0.9^(n-i)), `lawa:K` (the mean of the last K), `linear`, `minus-sqrt` (WSM's "
-        "decay shapes), `first`, `last`, the index of a candidate, or one weight per candidate, of sum 1.",
+        description="Fixed-weight average around which training starts: `mean`, `ema:0.9` (candidate i of n has the "
+        "weight 0.9^(n-i), divided by the sum of these), `ema-torch:0.9` (the EMA of torch: the first candidate has "
+        "0.9^(n-1), the others (1-0.9) 0.9^(n-i)), `lawa:K` (the mean of the last K), `linear`, `minus-sqrt` (decay "
+        "shapes of WSM), `first`, `last`, the index of a candidate, or one weight per candidate, with sum 1.",
     )
     units: Literal["delta", "weight"] = Field(
         "delta",
-        description="`delta` scales the basis of a group by its mean delta norm, so that one learning rate means the "
-        "same on every model; `weight` leaves unit-norm basis vectors, as published.",
+        description="`delta` scales the basis of a group by its mean delta norm, so that learning rates are "
+        "comparable between models; `weight` uses unit-norm basis vectors, as published.",
     )
     start: Literal["center", "first", "last", "best"] | int = Field(
         "center",
         description="Where the coefficients start: at the `center`, or at a candidate (`first`, `last`, an index). "
-        "Runs take `best`, too: of the averages that need no training, the one with the best evaluation on "
-        "`evaluate_split`. They are `center`, `last`, `mean`, `lawa:2`, `lawa:4`, .., `ema:0.8`, `ema:0.9`, "
-        "`ema:0.95` and `minus-sqrt`; each costs one evaluation.",
+        "Runs also accept `best`: the average with the best evaluation on `evaluate_split` among `center`, `last`, "
+        "`mean`, `lawa:2`, `lawa:4`, .., `ema:0.8`, `ema:0.9`, `ema:0.95` and `minus-sqrt`; each costs one "
+        "evaluation.",
     )
     store: StoreName = Field(
         "dense32",
-        description="How the deltas are held beside the weights: float32, bfloat16, codes of 8 to 1 bits with one "
-        "scale a block, or not at all: `mapped` takes them from the candidates' files.",
+        description="Number format of the deltas in memory: float32, bfloat16, or codes of 8 to 1 bits with one scale "
+        "per block. `mapped` stores no deltas and reads the files of the candidates in every step.",
     )
     coding: Literal["auto", "increments", "center"] = Field(
         "auto",
-        description="What packed stores hold codes of: deltas to the `center`; or `increments`, each candidate less "
-        "what codes made of its neighbour, for candidates of one run, in training order. `auto` codes a sample both "
-        "ways and takes the more exact. Coefficients mean the same with both.",
+        description="What packed stores encode: deltas to the `center`, or `increments`, each candidate minus the "
+        "rounded form of its neighbour, for candidates of one run in training order. `auto` encodes a sample with both "
+        "and uses the more exact one. Coefficients have the same meaning with both.",
     )
     store_device: Literal["auto", "cpu"] = Field(
         "auto",
-        description="Where the store lies: `auto` is beside the weights; with `cpu` a model on a GPU leaves it in "
-        "page-locked host memory, and computes with pieces of 64 MiB that are copied over meanwhile.",
+        description="Device of the store: `auto` is the device of the weights. With `cpu`, the store of a model on a "
+        "GPU is in page-locked host memory, and is copied to the GPU in pieces of 64 MiB while it computes.",
     )
     combine: Literal["step", "forward"] = Field(
         "step",
-        description="When the weights are written: at the `step`; or, with FSDP2, beside the `forward` pass, each unit "
-        "by the time it is gathered, which pays where a GPU's store is in host memory.",
+        description="When the weights are written: at the `step`; or, with FSDP2, during the `forward` pass, each "
+        "unit before it is gathered, which is faster for a GPU with the store in host memory.",
     )
     kernels: Literal["auto", "torch", "numba", "triton"] = Field(
         "auto",
-        description="What computes on the store: `auto` takes `numba` on a CPU and `triton` on a GPU where they are "
-        "installed, `torch` otherwise.",
+        description="Library of the kernels: `auto` is `numba` on a CPU and `triton` on a GPU if they are installed, "
+        "`torch` otherwise.",
     )
     read_chunk: Annotated[Integer, Field(ge=4096)] = Field(
         1 << 20,
-        description="Bytes of one read of a candidate. Larger ones suit network file systems; many candidates share "
-        "128 MiB of buffers, and get less each.",
+        description="Bytes of one read of a candidate. Larger reads suit network file systems. The buffers of all "
+        "candidates have 128 MiB, so reads are smaller with many candidates.",
     )
     reads_in_flight: Annotated[Integer, Field(ge=1, le=256)] = Field(
-        8, description="Candidates that a rank reads at the same time, while it works on what it has read."
+        8, description="Candidates that a rank reads at the same time, in the background."
     )
     comm: Literal["auto", "nccl", "gloo", "mpi"] = Field(
         "auto",
-        description="What sums the coefficient gradients over the ranks: `auto` is the model's own process group, or "
-        "MPI where `mpirun` has started ranks that have none.",
+        description="Library that sums the coefficient gradients over ranks: `auto` is the process group of the model, "
+        "or MPI for ranks of `mpirun` without a process group.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer of the coefficients.")
     max_grad_norm: PositiveFloat | None = Field(None, description="Clip the coefficient gradient to this norm.")
     max_weight_grad_norm: PositiveFloat | None = Field(
         None,
-        description="Clip the gradient of all trainable weights to this norm before it is projected, as "
-        "`torch.nn.utils.clip_grad_norm_` would on one process. Models whose gradients are otherwise freed in backward "
-        "(plain, FSDP2) keep them until the step.",
+        description="Clip the gradient of all trainable weights to this norm before it is projected, like "
+        "`torch.nn.utils.clip_grad_norm_` on one process. Plain and FSDP2 models, which otherwise free gradients in "
+        "backward, keep them until the step.",
     )
     num_components: Count | None = Field(
-        None, description="Number of directions that `pca` keeps; all that are not numerically zero when not given."
+        None, description="Number of directions of `pca`; by default, all that are not numerically zero."
     )
     select: SelectConfig = Field(
         default_factory=SelectConfig, description="Which of the candidates are taken, and in which order."
     )
-    include: list[str] = Field([], description="Regular expressions of tensor names to train; all when empty.")
+    include: list[str] = Field([], description="Regular expressions of tensor names to train; all if empty.")
     exclude: list[str] = Field([], description="Regular expressions of tensor names to leave at the center.")
     ignore: list[str] = Field([], description="Regular expressions of candidate tensors that the model does not have.")
     missing: Literal["auto", "error", "keep"] = Field(
         "auto",
-        description="Tensors of the model that no candidate has: an `error`, or they `keep` the value that the model "
-        "has, and exports lack them. `auto`: an error, but for the base model of an adapter (LoRA), whose candidates "
-        "are adapters.",
+        description="Tensors of the model that no candidate has: `error` refuses them; `keep` keeps their value in the "
+        "model, and exports do not have them. `auto` keeps the base model of an adapter (LoRA) if candidates are "
+        "adapters, and refuses others.",
     )
     space: Literal["auto", "factors", "product"] = Field(
         "auto",
-        description="What is averaged of LoRA adapters: the `factors` A and B one by one, or each `product` B A, with "
-        "factors of rank sum(r_i). `auto` is `factors`, and says so.",
+        description="What is averaged for LoRA adapters: the `factors` A and B separately, or each `product` B A, with "
+        "factors of rank sum(r_i). `auto` is `factors`, with a notice.",
     )
     weights_key: str | None = Field(
         None,
-        description="Where the weights are in candidates that hold several sets, with dots between keys: `model_ema`, "
-        "`ema.state_dict`, or what names begin with; under `state_dict`, `model` and other usual keys when not given.",
+        description="Key of the weights in candidates with several sets of weights, with dots between keys: "
+        "`model_ema`, `ema.state_dict`, or a prefix of names. By default, usual keys such as `state_dict` and `model`.",
     )
     rename: dict[str, str] = Field(
         {},
-        description="Regular expressions, and what takes their place in the names of candidates, in this order, where "
-        "the model's names differ: `{'^backbone[.]': 'encoder.'}`; `{'^': 'model.'}` adds a prefix. What transformers "
-        "renames when it loads one of its models needs no entry. Exports have the candidates' own names.",
+        description="Regular expressions and their replacements in tensor names of candidates, applied in order, for "
+        "names that differ from the model: `{'^backbone[.]': 'encoder.'}`; `{'^': 'model.'}` adds a prefix. Names "
+        "that transformers changes when it loads a model need no entry. Exports have the names of the candidates.",
     )
     prefix: str | None = Field(
         None,
-        description="What the names of candidates have before those of the model, as `model.`; other tensors are not "
-        "read. When not given, a prefix with which every parameter is found is taken off, or put before the names.",
+        description="Prefix of the model's names in candidates, such as `model.`; tensors without it are not read. By "
+        "default, a prefix is removed or added if all parameters are found with it.",
     )
     carry_code: bool = Field(
         False,
-        description="Copy code of the last candidate's directory, such as `*.py` files, into exports, beside its other "
+        description="Copy code of the last candidate's directory, such as `*.py` files, into exports, with its other "
         "small files. Loaders may run it.",
     )
     buffers: Literal["average", "mean", "first", "last"] | int = Field(
         "average",
         description="Floating point buffers. `average`: running statistics (`running_mean`, `running_var`) are "
-        "averaged with the weights of `center`, others are the last candidate's; `mean`: statistics are averaged "
-        "uniformly; or all are those of one candidate. Integers are always the last candidate's.",
+        "averaged with the weights of `center`, others are those of the last candidate; `mean`: statistics are "
+        "averaged uniformly; `first`, `last` or an index: all are those of one candidate. Integer buffers are always "
+        "those of the last candidate.",
     )
 
     @field_validator("groups", "include", "exclude", "ignore")
@@ -226,78 +230,76 @@ class TwaConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate of the coefficients over the run: a warmup, then a shape."""
+    """The learning rate schedule of the coefficients: a warmup, then a shape."""
 
     name: Literal["cosine", "linear", "step", "constant"] = Field("cosine", description="Shape after the warmup.")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.2, description="Part of all steps in which the rate rises linearly."
+        0.2, description="Fraction of all steps in which the rate rises linearly."
     )
     final: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="Part of the rate left at the end (cosine, linear)."
+        0.0, description="`cosine`, `linear`: rate at the end, as a fraction of `lr`."
     )
-    every: Count | None = Field(None, description="`step`: steps between two cuts of the rate.")
+    every: Count | None = Field(None, description="`step`: steps between two decays of the rate.")
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        [], description="`step`: parts of the run after which the rate is cut, in place of `every`: `[0.5, 0.75]`."
+        [], description="`step`: fractions of the run after which the rate decays, instead of `every`: `[0.5, 0.75]`."
     )
-    factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="`step`: what one cut multiplies the rate by.")
+    factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="`step`: factor of the rate at each decay.")
 
     @model_validator(mode="after")
-    def _step_knows_its_cuts(self) -> "ScheduleConfig":
+    def _step_needs_decays(self) -> "ScheduleConfig":
         if self.name == "step" and (self.every is None) == (not self.milestones):
-            raise ValueError("schedule 'step' needs `every` (steps between cuts) or `milestones` (parts of the run)")
+            raise ValueError(
+                "schedule 'step' needs `every` (steps between decays) or `milestones` (fractions of the run)"
+            )
         return self
 
 
 class TaskConfig(Section):
-    """Model, data and loss: a task that ships, or `package.module:function`; every further key is an option of it."""
+    """Model, data and loss: a built-in task, or `package.module:function`. Other keys are options of the task."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(
         description="`causal_lm`, `sequence_classification`, `image_classification`, or `package.module:function` of a "
-        "function that takes the further keys and returns a Task."
+        "function that takes the other keys and returns a Task."
     )
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the task's own constructor is called with."""
+        """The arguments of the task's constructor."""
         return dict(self.model_extra or {})
 
 
 class RunConfig(TwaConfig):
-    """One config-driven run: `twa-scale run CONFIG`."""
+    """The configuration of `twa-scale run`."""
 
     candidates: str | list[str] = Field(description="Glob or list of paths of the candidates, in training order.")
     task: TaskConfig = Field(description="Model, data and loss.")
-    output: Directory = Field(
-        description="Directory of the run: its state, metrics, pictures and the exported average."
-    )
+    output: Directory = Field(description="Directory of the run: its state, metrics, plots and the exported average.")
     engine: Literal["auto", EngineName] = Field(
         "auto",
-        description="How the model is held: `auto` shards it with FSDP2 when there are several ranks; `zero1` to "
-        "`zero3` by DeepSpeed.",
+        description="Sharding of the model: `auto` is FSDP2 with several ranks, `plain` with one; `zero1` to `zero3` "
+        "use DeepSpeed.",
     )
     deepspeed: dict[str, Any] | None = Field(
-        None, description="`zero1` to `zero3`: what DeepSpeed's JSON holds; batch sizes and stage follow from the run."
+        None, description="`zero1` to `zero3`: JSON configuration of DeepSpeed; the run sets batch sizes and stage."
     )
     pods: Count = Field(
         1,
-        description="Cut the ranks into this many groups, in order, that each hold the whole average with `engine` and "
-        "exchange only coefficient gradients: for slow links between them.",
+        description="Divide the ranks into this many groups, in order, for slow links between them. Each group holds "
+        "the whole average with `engine`, and they exchange only coefficient gradients.",
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of forward and backward computation."
+        "float32", description="Number format of forward and backward passes."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="`auto` takes the GPU of the rank when there is one."
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is the GPU of the rank if there is one.")
     split: str = Field(
-        "train", description="Data that the coefficients are trained on: `train` (TWA-t), `validation` (TWA-v)."
+        "train", description="Split that the coefficients are trained on: `train` (TWA-t), `validation` (TWA-v)."
     )
     steps: Count | None = Field(None, description="Coefficient updates; give this or `epochs`.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the split; give this or `steps`.")
     batch_size: Count = Field(
-        32, description="Examples per update, over all ranks: the same run on any number of ranks."
+        32, description="Examples per update over all ranks, so that a run does not depend on the number of ranks."
     )
     micro_batch_size: Count | None = Field(
         None, description="Examples per rank and backward pass; gradients are accumulated in coefficient space."
@@ -307,25 +309,25 @@ class RunConfig(TwaConfig):
     log_every: Count = Field(1, description="Steps between two lines of metrics.jsonl.")
     evaluate_every: Count | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
     evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")
-    evaluate_batches: Count | None = Field(None, description="Batches per evaluation; the whole split when not given.")
+    evaluate_batches: Count | None = Field(None, description="Batches per evaluation; by default, the whole split.")
     compare: bool = Field(
         True,
-        description="Evaluate the last candidate and the center, too, when the run ends: two more evaluations, forward "
-        "passes only.",
+        description="Also evaluate the last candidate and the center at the end of the run: two more evaluations, "
+        "forward passes only.",
     )
     keep: Literal["best", "last"] = Field(
         "best",
-        description="What is exported: the `best` average of all evaluations of `evaluate_split`, that of step 0 "
-        "included, by the lowest `loss` or what the task says; or that of the `last` step.",
+        description="Average to export: the `best` of all evaluations on `evaluate_split`, including step 0, by the "
+        "lowest `loss` or the main metric of the task; or that of the `last` step.",
     )
     checkpoint_every: Count | None = Field(50, description="Steps between two saves of the run state (kilobytes).")
-    recalibrate_batches: Count = Field(50, description="Batches for BatchNorm statistics, when the model has them.")
+    recalibrate_batches: Count = Field(50, description="Batches for BatchNorm statistics, if the model has them.")
     timeout: PositiveFloat = Field(
         TIMEOUT,
-        description="Seconds that ranks wait for each other, when they meet and in every collective; then the run ends "
-        "with an error that names the rank that is missing.",
+        description="Seconds that ranks wait for each other, at the rendezvous and in every collective. Then the run "
+        "ends with an error that names the missing rank.",
     )
-    resume: bool = Field(True, description="Continue from the run state in `output` when there is one.")
+    resume: bool = Field(True, description="Continue from the run state in `output` if there is one.")
     max_shard_size: str = Field("5GB", description="Largest file of the exported average.")
 
     @field_validator("deepspeed")

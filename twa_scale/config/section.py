@@ -1,4 +1,4 @@
-"""What every group of settings is: frozen, strict in keys and types."""
+"""The base class of groups of settings: frozen, and strict in keys and types."""
 
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -11,16 +11,16 @@ from twa_scale.errors import ConfigError
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 else:
-    ModelMetaclass = type(BaseModel)  # which has no public name
+    ModelMetaclass = type(BaseModel)  # has no public name
 
 
 def _whole(value: Any) -> Any:
-    """Take `1e3`, which YAML reads as a float, for the integer that it is."""
+    """Convert a whole float to an integer: YAML reads `1e3` as a float."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _directory(value: Any) -> Any:
-    """Put the home of a user in the place of `~`, and refuse what can be no path."""
+    """Expand `~`, and refuse text that cannot be a path."""
     if not isinstance(value, str):
         return value
     try:
@@ -36,9 +36,9 @@ Count = Annotated[PositiveInt, BeforeValidator(_whole)]
 
 
 class _Constructed(ModelMetaclass):
-    """Makes what is wrong in a call of the class a ConfigError.
+    """A metaclass that raises validation errors of a constructor call as ConfigError.
 
-    Validation of mappings, copies and pickles do not call the class: pydantic reports their errors together.
+    Validation of mappings, copies and pickles does not call the class; pydantic reports their errors together.
     """
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
@@ -52,12 +52,12 @@ class _Constructed(ModelMetaclass):
 
 
 class Section(BaseModel, metaclass=_Constructed):
-    """A frozen group of settings that refuses keys it does not know, and values of another type.
+    """A frozen group of settings, which refuses unknown keys and values of other types.
 
-    Types are strict: `true` is no number and "3" no integer. Numbers are finite.
+    Types are strict: `true` is not a number and "3" is not an integer. Numbers are finite.
 
     Raises:
-        ConfigError: at construction, or when a setting is changed.
+        ConfigError: a key or value is invalid, or a setting is assigned.
     """
 
     model_config = ConfigDict(

@@ -1,4 +1,4 @@
-"""Which of the candidates that were found are taken, and in which order."""
+"""The settings that choose and order the candidates."""
 
 from typing import Annotated, Literal
 
@@ -11,20 +11,20 @@ _Step = Annotated[Integer, Field(ge=0)]
 
 
 class SelectConfig(Section):
-    """A range of the candidates, by the steps in the names of their files or directories, and their order."""
+    """The range of candidates, by the steps in the names of their files or directories, and their order."""
 
-    start_step: _Step | None = Field(None, description="Leave out candidates of earlier steps.")
-    end_step: _Step | None = Field(None, description="Leave out candidates of later steps.")
+    start_step: _Step | None = Field(None, description="Skip candidates of earlier steps.")
+    end_step: _Step | None = Field(None, description="Skip candidates of later steps.")
     every: Count | None = Field(
-        None, description="Take only the steps that are a multiple of this number: with 1000, step 1000, 2000, .."
+        None, description="Use only steps that are a multiple of this number: with 1000, step 1000, 2000, .."
     )
     last: Count | None = Field(
-        None, description="Take only the last candidates, this many, of those that the other keys leave."
+        None, description="Use only the last candidates, this many, of those that the other keys select."
     )
     order: Order = Field(
         "given",
-        description="`given`: a pattern's matches in natural order, a list as it is. As controls: `reverse`, or "
-        "`shuffle` with `seed`.",
+        description="`given` is the natural order of the matches of a pattern, or the order of a list. `reverse`, and "
+        "`shuffle` with `seed`, are for control experiments.",
     )
     seed: _Step = Field(0, description="Seed of the order `shuffle`.")
 
@@ -36,5 +36,5 @@ class SelectConfig(Section):
 
     @property
     def by_step(self) -> bool:
-        """Whether the choice needs the steps of the candidates."""
+        """Whether the selection needs the steps of the candidates."""
         return (self.start_step, self.end_step, self.every) != (None, None, None)

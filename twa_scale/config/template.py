@@ -1,4 +1,4 @@
-"""A commented configuration file to start from, made of the schema."""
+"""Generate a commented configuration file from the schema."""
 
 import textwrap
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ _WIDTH = 100
 
 
 def template(given: Mapping[str, Any]) -> str:
-    """Return YAML that sets the keys in `given` and shows all others of RunConfig as comments.
+    """Return YAML that sets the keys of `given`, with all other keys of RunConfig as comments.
 
     Args:
-        given: values for keys of RunConfig, in the order in which they come first in the file.
+        given: values of keys of RunConfig, which come first in the file, in this order.
     """
     fields = RunConfig.model_fields
-    own = RunConfig.__annotations__  # what a run needs beside TwaConfig comes before what that has
+    own = RunConfig.__annotations__  # the keys of a run come before those of TwaConfig
     order = [*given, *(key for key in own if key not in given), *(key for key in fields if key not in {*own, *given})]
     parts = [_HEAD]
     for key in order:
@@ -39,7 +39,7 @@ def template(given: Mapping[str, Any]) -> str:
 
 
 def _section(key: str, field: FieldInfo, default: BaseModel) -> str:
-    """Return a section whose keys are all commented out."""
+    """Return a section with all keys commented out."""
     inside = (
         f"{_comment(entry, '#   # ')}#   {_yaml(name, getattr(default, name))}"
         for name, entry in type(default).model_fields.items()

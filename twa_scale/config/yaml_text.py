@@ -1,4 +1,4 @@
-"""YAML of bounded size: neither depth nor aliases let a few bytes become more than the settings of a run need."""
+"""Parse YAML with limits on depth and on the number of values, including those that aliases repeat."""
 
 import re
 from typing import Any, NoReturn
@@ -14,9 +14,9 @@ _MAX_SCALAR = 10_000  # characters
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: `3e-3` is a number, which YAML 1.1 reads as text. Depth and number of nodes have bounds.
+    """A SafeLoader with the numbers of YAML 1.2 and with limits on depth and number of nodes.
 
-    A node that an alias repeats counts as often as it is repeated: what reads the settings copies them.
+    YAML 1.1 reads `3e-3` as text. A node that an alias repeats counts for each repetition, since consumers copy it.
     """
 
     def __init__(self, text: str) -> None:
@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        """Compose a node as PyYAML does, and count it."""
+        """Compose a node like PyYAML, and count it."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             return self._repeated(event, super().compose_node(parent, index))
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
 
     def _repeated(self, event: Any, node: Node | None) -> Node | None:
         if event.anchor in self._unfinished:
-            _refuse(f"the alias *{event.anchor} stands inside its own value", event.start_mark)
+            _refuse(f"the alias *{event.anchor} is inside its own value", event.start_mark)
         self._count(self._sizes[id(node)], event)
         return node
 
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
             _refuse(f"it holds more than {_MAX_NODES} values, counting what aliases repeat", event.start_mark)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse a key that is given twice, of which SafeLoader takes the last one."""
+        """Refuse a duplicate key, of which SafeLoader would use the last one."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -94,12 +94,12 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML as plain data.
 
     Raises:
-        ValueError: malformed or too large; its text says what.
+        ValueError: the text is malformed or too large.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     except (RecursionError, AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
-        # What PyYAML does with a scalar that does not fit the type that its tag claims.
+        # PyYAML raises these for a scalar that does not fit its tag.
         raise ValueError(f"{type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Estimates of what a run needs, before anything starts. Start with `plan.py`."""
+"""Estimates of the memory and traffic of a run before it starts. Start with `plan.py`."""
 
 from twa_scale.tools.planning.choices import choose_store
 from twa_scale.tools.planning.plan import Plan, make_plan

@@ -1,4 +1,4 @@
-"""What autograd keeps of a forward pass, found without memory."""
+"""Estimate the activations that autograd keeps for backward, on the meta device."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +16,7 @@ from twa_scale.run.tasks import Batch, Task, build_task
 def activation_bytes(
     task: Task, model: nn.Module, config: RunConfig, batch: Batch
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return the bytes that activations take in backward, by what they are, and notes where it cannot be said."""
+    """Return the bytes of activations in backward, by description, and notes if they cannot be estimated."""
     scale = 0.5 if config.precision == "bfloat16" else 1.0
     batch = {key: value.to("meta") for key, value in batch.items()}
     try:
@@ -29,32 +29,35 @@ def activation_bytes(
             of_blocks = _kept(task, model, batch)[0] - kept
             found["activations of the block computed again"] = int(scale * of_blocks / max(1, len(blocks_of(model))))
     except Exception as error:
-        return {}, (f"activations are not counted: the model does not run without memory ({type(error).__name__})",)
+        return {}, (f"activations are not counted: the model does not run on the meta device ({type(error).__name__})",)
     return found, ()
 
 
 def _kept(task: Task, model: nn.Module, batch: Batch) -> tuple[int, int]:
-    """Return the bytes that autograd keeps for backward, and those of two gradients as large as the largest kept."""
+    """Return the bytes that autograd keeps for backward, and twice the bytes of the largest tensor of them.
+
+    The second number is an estimate of the gradients of activations.
+    """
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()._cdata  # views of one memory, as transposed weights are, count once
+        storage = tensor.untyped_storage()._cdata  # views of one storage, such as transposed weights, count once
         if storage not in own:
             kept[storage] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _WithoutMemory():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _OnMeta():
         task.loss(model, batch)
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
     return sum(sizes), 2 * max(sizes, default=0)
 
 
-class _WithoutMemory(TorchFunctionMode):
-    """Makes a model do without memory what it does with it.
+class _OnMeta(TorchFunctionMode):
+    """Makes a model run on the meta device as on a real one.
 
-    It says yes where the model looks at values that are not there: "is nothing masked", "is it one sequence". And
-    attention keeps no scores, as fused kernels do not, which torch has for all devices but this one.
+    Conditions on values of tensors are true, such as "nothing is masked" and "it is one sequence". Attention keeps no
+    scores, like the fused kernels of real devices.
     """
 
     def __torch_function__(
@@ -72,7 +75,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what fused attention keeps, but for one number a query."""
+    """An attention that saves the tensors of fused attention, except one number per query."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which stores a rank of a planned run has memory for."""
+"""Compare all stores with the memory of a rank."""
 
 from dataclasses import dataclass
 
@@ -12,39 +12,39 @@ from twa_scale.tools.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Choice:
-    """A store in place of the configured one, in bytes of the rank that holds most."""
+    """The memory of a run with one of the stores, in bytes of the rank that needs most."""
 
     store: StoreName
     nbytes: int
-    """Deltas and center."""
+    """Bytes of deltas and center."""
     page_cache: int
-    """Of the candidates' files that `mapped` reads in every step; ranks of one node share them."""
+    """Bytes of the candidates' files that `mapped` reads in every step; ranks of one node share them."""
     host: int
-    """What has to lie in host memory when the rank is on a GPU, with `store_device: cpu`."""
+    """Bytes in host memory if the rank is on a GPU, with `store_device: cpu`."""
     peak: int
-    """Of the whole rank, without the page cache and `host`."""
+    """Peak memory of the rank, without the page cache and `host`."""
     moved: dict[str, int]
-    """By `project` and by `combine`, in every step."""
+    """Bytes that `project` and `combine` move in every step."""
     fits: bool
-    """Whether there is memory for all of it, the page cache included."""
+    """Whether the memory suffices, including the page cache."""
     obstacle: str
-    """Why it cannot be taken, whatever the memory."""
+    """Why the store cannot be used with any memory, or the empty string."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """All stores, and the memory that they were held against."""
+    """All stores, and the memory of a rank."""
 
     stores: tuple[Choice, ...]
     configured: StoreName
     memory: int
-    """Bytes that a rank has."""
+    """Bytes of memory of a rank."""
     assumed: str
-    """What was assumed to say so; nothing where it was given."""
+    """The assumption behind `memory`; empty if the user gave it."""
     host_memory: int
-    """Bytes of host memory that a rank on a GPU has."""
+    """Bytes of host memory of a rank on a GPU."""
     host_assumed: str
-    """What was assumed to say so; nothing where it was given."""
+    """The assumption behind `host_memory`; empty if the user gave it."""
 
     @property
     def own(self) -> Choice:
@@ -53,27 +53,27 @@ class Choices:
 
     @property
     def most_exact(self) -> StoreName | None:
-        """The most exact store that fits, if one does."""
+        """The most exact store that fits, or None."""
         return next((choice.store for choice in self.stores if choice.fits), None)
 
     @property
     def verdict(self) -> str:
-        """One line for people."""
+        """The result of the comparison in one line."""
         best = (
             f"the most exact store that fits is {self.most_exact}"
             if self.most_exact
-            else "no store does: take more ranks or, if activations are the most, recompute them or shorten the context"
+            else "no store fits: use more ranks or, if activations are largest, recompute them or shorten the context"
         )
         return best if self.own.fits else f"{self.configured}, as configured, does not fit; {best}"
 
 
 def choose_store(plan: Plan, memory: int | None = None, host_memory: int | None = None) -> Choices:
-    """Hold every store against the memory of a rank.
+    """Compare every store with the memory of a rank.
 
     Args:
-        plan: of the run.
-        memory: bytes that a rank has; when not given, what ranks on this machine would have.
-        host_memory: bytes that a rank on a GPU has beside it, likewise.
+        plan: the plan of the run.
+        memory: bytes of memory of a rank; by default, that of ranks on this machine.
+        host_memory: bytes of host memory of a rank on a GPU; by default, that of ranks on this machine.
     """
     found, assumed = (memory, "") if memory is not None else _memory_here(plan)
     host, host_assumed = (host_memory, "") if host_memory is not None else _host_memory_here(plan)
@@ -89,7 +89,7 @@ def _choice(plan: Plan, store: StoreName, memory: int, host_memory: int) -> Choi
         return staging_bytes(name, plan.num_candidates, plan.local_sizes.values()) if plan.host else nbytes_of(name)
 
     mapped = plan.mapped_bytes if isinstance(store_kind(store), MappedFiles) else 0
-    obstacle = "only on a CPU, from files in which tensors lie in one piece" if mapped is None else ""
+    obstacle = "only on a CPU, from files with contiguous tensors" if mapped is None else ""
     nbytes, page_cache = nbytes_of(store), mapped or 0
     peak = plan.peak - in_peak(plan.store) + in_peak(store)
     host = sum(plan.host.values()) - nbytes_of(plan.store) + nbytes if plan.host else 0
@@ -106,5 +106,5 @@ def _memory_here(plan: Plan) -> tuple[int, str]:
 
 
 def _host_memory_here(plan: Plan) -> tuple[int, str]:
-    ranks = "the rank alone has" if plan.ranks == 1 else f"all {plan.ranks} ranks share"
+    ranks = "the rank has" if plan.ranks == 1 else f"all {plan.ranks} ranks share"
     return machine_memory() // plan.ranks, f"{ranks} the memory of this machine"

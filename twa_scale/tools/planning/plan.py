@@ -1,4 +1,4 @@
-"""What a run will need, before anything starts: memory of a rank, bytes read, bytes on the wire of a step."""
+"""Estimate the needs of a run before it starts: memory of a rank, bytes read, and bytes sent in a step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from twa_scale.tools.planning.activations import activation_bytes
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of a run. Memory is that of the rank that holds most, in bytes."""
+    """The needs of a run, in bytes. Memory is that of the rank that needs most."""
 
     ranks: int
     device: str
@@ -44,47 +44,46 @@ class Plan:
     num_groups: int
     trained_elements: int
     local_sizes: dict[str, int]
-    """Trained elements of each tensor on a rank."""
+    """Number of trained elements of each tensor on a rank."""
     mapped_bytes: int | None
-    """Of the candidates, what store `mapped` reads on a rank in each step; None where it cannot be had."""
+    """Bytes of the candidates that the store `mapped` reads on a rank in each step; None if it cannot be used."""
     memory: dict[str, int]
-    """What is there from attach to the end."""
+    """Memory from attach to the end, by description."""
     attach: dict[str, int]
-    """What comes on top while candidates are read."""
+    """Additional memory while candidates are read."""
     step: dict[str, int]
-    """What comes on top while a step is taken."""
+    """Additional memory during a step."""
     host: dict[str, int]
-    """What lies in host memory although the run is on GPUs, with `store_device: cpu`; not part of the peak."""
+    """Host memory of a run on GPUs with `store_device: cpu`; not a part of the peak."""
     bytes_read: int
-    """Of the candidates, on the rank that reads most."""
+    """Bytes of the candidates that a rank reads, on the rank that reads most."""
     wire: dict[str, int]
-    """Bytes that a rank sends inside its pod in a step, by what they are."""
+    """Bytes that a rank sends inside its pod in a step, by description."""
     wire_between_pods: dict[str, int]
-    """Bytes that the first rank of a pod sends to other pods in a step, by what they are."""
+    """Bytes that the first rank of a pod sends to other pods in a step, by description."""
     notes: tuple[str, ...]
 
     @property
     def local_elements(self) -> int:
-        """Trained elements of a rank."""
+        """Number of trained elements of a rank."""
         return sum(self.local_sizes.values())
 
     @property
     def peak(self) -> int:
-        """Peak of resident memory of a rank."""
+        """Peak resident memory of a rank."""
         return sum(self.memory.values()) + max(sum(self.attach.values()), sum(self.step.values()))
 
 
 def make_plan(config: RunConfig, ranks: int) -> Plan:
-    """Work out the needs of `config` on `ranks` ranks.
+    """Return the plan of a run with `config` on `ranks` ranks.
 
-    Reads the headers of the candidates and builds the model without memory, so that it finds what does not fit
-    together, too.
+    It reads the headers of the candidates and builds the model on the meta device.
 
     Raises:
-        TwaError: whatever `run` would raise before it reads the candidates.
+        TwaError: the errors that `run` raises before it reads the candidates.
     """
     row = Dense.one(torch.ones(1))
-    # These load compilers, which take memory: that of the kernels, and torch's with its first optimizer.
+    # These load the compilers of the kernels and, with its first optimizer, of torch, which take memory.
     choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)
     make_optimizer(config, nn.Parameter(torch.zeros(1)))
     engine = run_engine(config, World(rank=0, size=ranks, local_rank=0))
@@ -96,7 +95,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     ).micro_batch_size
     with torch.device("meta"):
         model = task.model().to(torch.float32)
-    runtime = resident()  # with what the task imports, and data that it holds in memory
+    runtime = resident()  # includes the imports of the task, and its data in memory
     _, parameters = named_parameters(model)
     parameters = real_parameter_infos(parameters)
     buffers = {name: real_view(buffer) for name, buffer in persistent_buffers(model).items()}
@@ -144,8 +143,8 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
 
 
 def _summed(engine: RunEngine, numbers: dict[str, int]) -> dict[str, int]:
-    """Return what a rank sends inside its pod for the small sums over all ranks."""
-    pods = engine.config.pods > 1  # then the sum over the pods comes back from the first rank
+    """Return the bytes that a rank sends inside its pod for the small sums over all ranks."""
+    pods = engine.config.pods > 1  # the first rank of a pod then sends the sum over pods to the others
     return {name: engine.all_reduced(size) + (engine.gathered(size) if pods else 0) for name, size in numbers.items()}
 
 
@@ -156,7 +155,7 @@ def _jobs(
     owned: dict[str, int],
     candidates: Sequence[Candidate],
 ) -> Iterator[Job]:
-    """Yield what attach reads on the first rank, which takes the buffers."""
+    """Yield the reads of attach on the first rank, which also reads the buffers."""
     found = {**owned, **{name: buffers[name].numel() for name in layout.buffers}}
     for name, size in found.items():
         yield Span(layout.source(name), 0, size), range(len(candidates))

@@ -1,4 +1,4 @@
-"""What `plan` prints: tables for people, JSON for machines."""
+"""The output of `twa-scale plan`: tables or JSON."""
 
 import json
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from twa_scale.tools.planning.plan import Plan
 
 
 def human_bytes(nbytes: float) -> str:
-    """Return 1234567 as "1.2 MB"."""
+    """Return a number of bytes as text, such as "1.2 MB" for 1234567."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(nbytes) < 1000:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -27,7 +27,7 @@ def plan_json(plan: Plan, choices: Choices) -> str:
 
 
 def plan_tables(plan: Plan, choices: Choices) -> Group:
-    """Return the plan, the stores in its place, and which of them fits."""
+    """Return tables of the plan and of all stores, and a line that says which store fits."""
     verdict = Text(choices.verdict, "" if choices.own.fits else "bold red")
     return Group(_plan_table(plan), _stores_table(choices), verdict)
 
@@ -53,7 +53,7 @@ def _stores_table(choices: Choices) -> Table:
 
 
 def _source(assumed: str, option: str) -> str:
-    return f"assumed: {assumed}; {option} says otherwise" if assumed else "as given"
+    return f"assumed: {assumed}; set it with {option}" if assumed else "as given"
 
 
 def _plan_table(plan: Plan) -> Table:
