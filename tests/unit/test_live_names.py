@@ -1,5 +1,6 @@
 """Candidates whose tensors have other names than those of the model."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,13 @@ def test_a_state_without_the_conversions_that_its_candidates_need_is_refused(tmp
     save_run(average, paths, tmp_path / "run")
     with pytest.raises(StateError, match=r"lack '0\.bias'.*written by another twa_scale"):
         export_run(tmp_path / "run", tmp_path / "exact")
+
+
+def test_what_only_its_name_in_the_model_leaves_out_is_said(tmp_path: Path) -> None:
+    paths = saved(tmp_path, lambda name: f"enc.{name}", **{"1.more": torch.ones(2)})
+    with pytest.warns(UserWarning, match=r"`ignore` also matches '1\.bias', '1\.weight' of the model"):
+        twa_scale.attach(net(), paths, {"ignore": ["^1"], "missing": "keep"}).close()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        twa_scale.attach(net(), paths, {"ignore": [r"^1\.more$"]})
+    assert not any("also matches" in str(one.message) for one in said)

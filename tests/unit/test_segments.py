@@ -7,7 +7,9 @@ from math import prod
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from twa_scale.average.state.schema import MadeState
 from twa_scale.base.spans import Span
 from twa_scale.candidates.segments import Segments
 from twa_scale.candidates.traced import CannotTrace, Traced
@@ -119,3 +121,26 @@ def test_tensors_that_are_stored_as_they_are_are_known() -> None:
     tensor = Traced.stored("a", (4, 3), torch.float32)
     assert tensor.origin() == tensor.clone().contiguous().origin() == "a"
     assert tensor.t().origin() is None and tensor.view(12).origin() == "a" and tensor[1:].origin() is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0, 0, 0, 3, 2, 1, 3], None),
+        ([0, 1, 0, 3, 2, 1, 3], "not inside of the model's tensor and 'a'"),
+        ([0, 0, 0, 2, 3, 1, 3], "not inside"),
+        ([0, 6, 0, 1, 1, 1, 1], "not inside"),
+        ([0, 0, 1, 3, 2, 1, 3], "not inside"),
+        ([0, 0, 0, 3, 2, 1, 4], "not inside"),
+        ([0, 0, 0, 3, 1, 1, 3], "they have 3 elements, their tensor has 6"),
+        ([1, 0, 0, 3, 2, 1, 3], "out of range"),
+    ],
+)
+def test_a_state_holds_only_boxes_inside_of_their_tensors(row: list[int], message: str | None) -> None:
+    """A row has the number of the stored tensor, both first positions, the sizes, and the strides there."""
+    state = {"shape": (3, 2), "stored": {"a": (2, 3)}, "segments": torch.tensor([row])}
+    if message is None:
+        MadeState.model_validate(state)
+        return
+    with pytest.raises(ValidationError, match=message):
+        MadeState.model_validate(state)

@@ -37,7 +37,7 @@ class Segment:
     @property
     def stop(self) -> int:
         """The position here that follows the last element."""
-        return self.here.first + _reach(self.sizes, self.here.strides)
+        return self.here.first + reach(self.sizes, self.here.strides)
 
     def reversed(self) -> "Segment":
         """Return the segment seen from the other tensor."""
@@ -56,10 +56,10 @@ class Segment:
             return
         if dim == len(self.sizes) or stop <= first or self.stop <= start:
             return
-        step, reach = self.here.strides[dim], _reach(self.sizes[dim + 1 :], self.here.strides[dim + 1 :])
+        step, inner = self.here.strides[dim], reach(self.sizes[dim + 1 :], self.here.strides[dim + 1 :])
         # Indices of which everything is inside, and one on each side of which a part may be.
         low = min(max(-(-(start - first) // step), 0), self.sizes[dim])
-        high = max(min((stop - reach - first) // step + 1, self.sizes[dim]), low)
+        high = max(min((stop - inner - first) // step + 1, self.sizes[dim]), low)
         if low > 0:
             yield from self._part(dim, low - 1, 1)._within(start, stop, dim + 1)
         if low < high:
@@ -108,7 +108,7 @@ class Segment:
                 yield Span(self.there.name, first, first + (evenly - 1) * stride + run, run, stride)
 
 
-def _reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
+def reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
     """Return the number of positions from the first element of a box to its last."""
     return 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
 

@@ -97,9 +97,20 @@ def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candid
     selected = [as_recorded(candidate, wanted.conversions) for candidate in selected]
     if wanted.naming:
         selected, inferred = in_live_names(selected, wanted.naming)
-        lines += inferred
+        lines += inferred + _about_ignored(selected[0], wanted)
     selected, missing = complete(selected, wanted.ties)
     return selected, lines + missing + _about_factors(selected)
+
+
+def _about_ignored(candidate: Candidate, wanted: Wanted) -> list[str]:
+    """Return a line where patterns match names of the model, but none that these tensors have in files."""
+    names = [name for name in candidate.names() if name in wanted.known and matches_any(name, wanted.ignore)]
+    if not names:
+        return []
+    return [
+        f"{candidate.label}: `ignore` also matches {some(names)} of the model, which files hold under other names: "
+        "they are not read either. Anchor the pattern (^, $) if only names in files are meant."
+    ]
 
 
 def _about_factors(candidates: Sequence[Candidate]) -> list[str]:

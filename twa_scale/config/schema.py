@@ -62,7 +62,7 @@ class TwaConfig(Section):
         "global",
         description="Tensors that share one coefficient per candidate: all (`global`), those of a `block`, each "
         "`tensor`, or one group per regular expression of a list. The first expression found in a name counts; "
-        "tensors that match none share a group.",
+        "tensors that match none share a group. Names are those of the model.",
     )
     center: Center = Field(
         "mean",
@@ -136,9 +136,17 @@ class TwaConfig(Section):
     select: SelectConfig = Field(
         default_factory=SelectConfig, description="Which of the candidates are taken, and in which order."
     )
-    include: list[str] = Field([], description="Regular expressions of tensor names to train; all if empty.")
-    exclude: list[str] = Field([], description="Regular expressions of tensor names to leave at the center.")
-    ignore: list[str] = Field([], description="Regular expressions of candidate tensors that the model does not have.")
+    include: list[str] = Field(
+        [], description="Regular expressions of tensors to train, by their names in the model; all if empty."
+    )
+    exclude: list[str] = Field(
+        [], description="Regular expressions of tensors to leave at the center, by their names in the model."
+    )
+    ignore: list[str] = Field(
+        [],
+        description="Regular expressions of tensors that are not read, by their names in the candidates' files, or "
+        "else in the model: one line names what only its name in the model leaves out.",
+    )
     missing: Literal["auto", "error", "keep"] = Field(
         "auto",
         description="Tensors of the model that no candidate has: `error` refuses them; `keep` keeps their value in the "

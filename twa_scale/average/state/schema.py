@@ -1,13 +1,15 @@
 """The schema of a saved state. Type, shape and finiteness of every field are checked before it is used."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from twa_scale.candidates.conversion import Conversion, made_of_state
+from twa_scale.candidates.conversion import Conversion, made_of_state, row_major
 from twa_scale.candidates.fingerprint import Fingerprint
+from twa_scale.candidates.segments import Segment
 from twa_scale.config import TwaConfig
 from twa_scale.errors import StateError
 
@@ -62,7 +64,22 @@ class MadeState(_Saved):
         _require("segments", self.segments, (rows, 3 + 2 * len(self.shape)), torch.int64)
         if bool((self.segments < 0).any()) or bool((self.segments[:, 0] >= len(self.stored)).any()):
             raise ValueError("segments: numbers that are out of range")
+        found = 0
+        for segment in made_of_state("", self.shape, self.stored, self.segments).segments:
+            found += segment.numel
+            if not _inside(segment, self.shape) or segment.reversed().stop > prod(self.stored[segment.there.name]):
+                raise ValueError(f"segments: one is not inside of the model's tensor and {segment.there.name!r}")
+        if found != prod(self.shape):
+            raise ValueError(f"segments: they have {found} elements, their tensor has {prod(self.shape)}")
         return self
+
+
+def _inside(segment: Segment, shape: tuple[int, ...]) -> bool:
+    """Whether a box with as many dimensions as `shape` is inside of it."""
+    if segment.here.first >= prod(shape):
+        return False
+    starts = [segment.here.first // step % size for size, step in zip(shape, row_major(shape), strict=True)]
+    return all(start + own <= size for start, own, size in zip(starts, segment.sizes, shape, strict=True))
 
 
 class ConversionState(_Saved):
