@@ -8,6 +8,7 @@ from twa_scale.candidates.adapters import ADAPTER_CONFIG
 from twa_scale.candidates.directory import LOADERS, files_in, is_weights, weights_in
 from twa_scale.candidates.formats.dcp import METADATA
 from twa_scale.candidates.formats.deepspeed import is_deepspeed
+from twa_scale.candidates.formats.rank_files import has_rank_files
 from twa_scale.errors import CandidateError
 
 _MAX_SEEN = 1000  # folders that are looked into
@@ -52,7 +53,7 @@ def _with_weights(directory: Path, depth: int) -> Iterator[Path]:
         if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
             continue
         try:
-            known = weights_in(path) or is_deepspeed(path) or (path / METADATA).is_file()
+            known = weights_in(path) or is_deepspeed(path) or (path / METADATA).is_file() or has_rank_files(path)
         except CandidateError:  # weights of several libraries
             known = True
         except OSError:

@@ -14,6 +14,7 @@ from twa_scale.candidates.find import Source, Spec, Tell, find_sources
 from twa_scale.candidates.formats.dcp import METADATA, open_dcp
 from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard, open_dcp_safetensors
 from twa_scale.candidates.formats.deepspeed import is_deepspeed, open_deepspeed
+from twa_scale.candidates.formats.rank_files import has_rank_files, is_rank_file, open_rank_files
 from twa_scale.candidates.formats.safetensors import SafetensorsCandidate
 from twa_scale.candidates.formats.sharded import ShardedCandidate
 from twa_scale.candidates.formats.state_dict import MemoryCandidate
@@ -109,7 +110,7 @@ class _Opener:
             return MemoryCandidate(source, f"state dict {number}", None, self.keys)
         if source.is_dir():
             return self._directory(source)
-        if is_rank_shard(source):
+        if is_rank_shard(source) or is_rank_file(source):
             raise CandidateError(
                 f"{source}: holds one rank's part of each tensor. Give the directory, {source.parent}."
             )
@@ -127,6 +128,8 @@ class _Opener:
             return self._under_key(open_deepspeed(directory))
         if (directory / METADATA).is_file():
             return open_dcp(directory, self.keys)
+        if has_rank_files(directory):
+            return open_rank_files(directory, self.keys)
         files = sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("."))
         if files and all(map(is_rank_shard, files)):
             return self._under_key(open_dcp_safetensors(files, directory))

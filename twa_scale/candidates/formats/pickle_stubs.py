@@ -42,6 +42,8 @@ class PickleStub:
 
     def set_state(self, state: Any) -> None:
         """Set the state from the pickle."""
+        if isinstance(state, tuple) and len(state) == 2 and state[0] is None and isinstance(state[1], dict):
+            state = state[1]  # of a class with slots
         if isinstance(state, dict):
             self.__dict__ = state
         else:
@@ -176,8 +178,11 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _from_type(function: Any, _: Any, args: Any, __: Any) -> Any:
-    return call(function, args)
+def _from_type(function: Any, _: Any, args: Any, state: Any) -> Any:
+    value = call(function, args)
+    if isinstance(value, PickleStub):  # a tensor that consists of others, such as a DTensor, which its state holds
+        value.set_state(state)
+    return value
 
 
 def _bytes(text: Any, encoding: Any = None, *_: Any) -> Any:
