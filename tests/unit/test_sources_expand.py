@@ -175,7 +175,7 @@ def test_versions_in_a_list_are_said(here: Path) -> None:
     [
         (["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"], "'unet', 'vae'"),
         (["snapshots/0a1b/model.safetensors"], "'snapshots/0a1b'"),
-        (["pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"], "'optimizer_0', 'pytorch_model_fsdp_0'"),
+        (["weights_0/.metadata", "optimizer_0/.metadata"], "'optimizer_0', 'weights_0'"),
         (["global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt"], "'global_step5'"),
     ],
     ids=str,

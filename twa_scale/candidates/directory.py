@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from twa_scale.base.names import some
 from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard
 from twa_scale.candidates.formats.sharded import weight_map
 from twa_scale.errors import CandidateError
@@ -27,6 +28,12 @@ LOADERS = {
 }
 """The names of files of weights, in the order in which each library looks for them in a directory."""
 
+_OF_FSDP = "pytorch_model_fsdp.bin"
+"""The whole model that Accelerate writes under FSDP."""
+_FSDP_FOLDER = re.compile(r"pytorch_model(_fsdp)?_\d+")
+_FSDP_RANK = re.compile(r"pytorch_model(_fsdp)?(_\d+)?_rank\d+\.bin")
+_FURTHER_MODEL = re.compile(r"(model|pytorch_model|pytorch_model_fsdp)_[1-9]\d*\.(safetensors|bin)")
+"""Accelerate's names of all models but the first that one program trains."""
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.")
 _VARIANT = re.compile(r"(?P<stem>.+)\.(fp|bf|float|bfloat|int)\d\w*(?P<suffix>\.[^.]+)?(\.index\.json)?")
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|polyak|averaged?|avg)(?![a-z])")
@@ -58,6 +65,8 @@ def weights_in(directory: Path) -> Path | None:
         )
     if known:
         return directory / next(iter(known.values()))
+    if _OF_FSDP in names:
+        return directory / _OF_FSDP
     others = [name for name in names if _is_other(name)]
     if len(indices := [name for name in others if name.endswith(INDEX)]) == 1:
         parts = set(weight_map(directory / indices[0]).values())
@@ -67,13 +76,36 @@ def weights_in(directory: Path) -> Path | None:
     return directory / others[0] if alone else None
 
 
+def sharded_in(directory: Path) -> Path | None:
+    """Return the folder of torch.distributed.checkpoint that Accelerate and Trainer write into theirs under FSDP.
+
+    Raises:
+        CandidateError: folders of several models, or files of single ranks.
+    """
+    inside = sorted(directory.iterdir())
+    folders = [path for path in inside if _FSDP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    if len(folders) > 1:
+        raise CandidateError(
+            f"{directory}: holds {some([path.name for path in folders])}, one folder for each model that Accelerate "
+            "has saved. Name the folder that is meant."
+        )
+    if folders:
+        return folders[0]
+    if rank := next((path.name for path in inside if _FSDP_RANK.fullmatch(path.name)), None):
+        raise CandidateError(
+            f"{directory}: holds {rank!r}, which has one rank's part of flat parameters (LOCAL_STATE_DICT), without "
+            "their names and shapes. Save with fsdp_state_dict_type SHARDED_STATE_DICT or FULL_STATE_DICT."
+        )
+    return None
+
+
 def left_aside(directory: Path, chosen: Path) -> list[str]:
     """Return the files beside the weights of a directory that a user may mean instead.
 
     Left out are those that nobody means who names the directory: the same weights as torch files, and those of another
     precision (`model.fp16.safetensors`).
     """
-    if not any(chosen.name in order for order in LOADERS.values()):
+    if chosen.name != _OF_FSDP and not any(chosen.name in order for order in LOADERS.values()):
         return []
     parts = set(weight_map(chosen).values()) if chosen.name.endswith(INDEX) else set()
     twin = chosen.name.removesuffix(INDEX) if chosen.name.endswith(INDEX) else chosen.name + INDEX
@@ -86,6 +118,7 @@ def left_aside(directory: Path, chosen: Path) -> list[str]:
         and (
             name == twin
             or (is_averaged(name) and is_weights(name))
+            or _FURTHER_MODEL.fullmatch(name)
             or (_is_other(name) and not is_variant(name, chosen.name))
         )
     ]

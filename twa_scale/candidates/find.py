@@ -1,6 +1,6 @@
 """Find the candidates of a glob or a list of paths, without repetitions."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,11 @@ from twa_scale.base.inputs import named_errors
 from twa_scale.base.names import and_more, some
 from twa_scale.base.notices import notice
 from twa_scale.base.paths import identity, num_links
-from twa_scale.candidates.directory import INDEX, left_aside, weights_in
+from twa_scale.candidates.directory import INDEX, left_aside, sharded_in, weights_in
 from twa_scale.candidates.expand import expand, versions_or_parts
 from twa_scale.candidates.formats.deepspeed import is_deepspeed, tagged_folder
 from twa_scale.candidates.formats.sharded import weight_map
-from twa_scale.candidates.steps import chosen
+from twa_scale.candidates.steps import chosen, is_copy, step_of
 from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError
 
@@ -63,7 +63,8 @@ def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: Sele
             named += [_Named(path, pattern) for path in paths]
         if why := versions_or_parts([one.source for one in named if isinstance(one.source, Path) and not one.pattern]):
             tell(f"candidates: {why} They are averaged as they were named.")
-        sources = chosen(_without_repeated_matches(named, tell), select or SelectConfig(), tell)
+        named = _without_copies(_without_repeated_matches(named, tell), tell)
+        sources = chosen([one.source for one in named], select or SelectConfig(), tell)
         if len(sources) < minimum:
             raise CandidateError(_too_few(items, sources, minimum))
         _tell_what_is_left_aside([source for source in sources if isinstance(source, Path)], tell)
@@ -88,7 +89,7 @@ def spec_items(spec: Spec) -> list[str | Path | Mapping[str, torch.Tensor]]:
     return items
 
 
-def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[Source]:
+def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[_Named]:
     """Remove repeated matches of globs, and report them and items that are named twice."""
     places: dict[_Files, list[int]] = defaultdict(list)
     for i, one in enumerate(named):
@@ -108,7 +109,20 @@ def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[Sourc
         again = [f"{str(named[i].source)!r} ({str(named[kept].source)!r})" for i, kept in left_out.items()]
         more = f" and {len(again) - 3} more" if len(again) > 3 else ""
         tell(f"candidates: counted once, as the same files under another path: {', '.join(again[:3])}{more}.")
-    return [one.source for i, one in enumerate(named) if i not in left_out]
+    return [one for i, one in enumerate(named) if i not in left_out]
+
+
+def _without_copies(named: Sequence[_Named], tell: Tell) -> list[_Named]:
+    """Leave out what by its name is a copy of one of several steps that a pattern matches too; report that."""
+    matched = [one.source for one in named if one.pattern and isinstance(one.source, Path)]
+    steps = Counter(path.parent for path in matched if step_of(path, parents=0) is not None)
+    copies = [path for path in matched if steps[path.parent] > 1 and is_copy(path)]
+    if copies:
+        tell(
+            f"candidates: left out, as copies of other matches by their names: {some(map(str, copies))}. Give them by "
+            "name, in a list, to take them."
+        )
+    return [one for one in named if not (one.pattern and one.source in copies)]
 
 
 def same_files(first: str, second: str) -> bool:
@@ -126,7 +140,7 @@ def files_of(path: Path) -> _Files:
         CandidateError: it is ambiguous which files of a directory are the candidate.
     """
     if path.is_dir():
-        path = weights_in(path) or (tagged_folder(path) if is_deepspeed(path) else path)
+        path = weights_in(path) or (tagged_folder(path) if is_deepspeed(path) else sharded_in(path) or path)
     if path.is_dir():
         return frozenset(identity(file) for file in path.iterdir() if file.is_file()) or frozenset([identity(path)])
     if path.name.endswith(INDEX):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from twa_scale.base.names import some
 from twa_scale.candidates.adapters import ADAPTER_CONFIG
-from twa_scale.candidates.directory import LOADERS, files_in, is_weights, weights_in
+from twa_scale.candidates.directory import LOADERS, files_in, is_weights, sharded_in, weights_in
 from twa_scale.candidates.formats.dcp import METADATA
 from twa_scale.candidates.formats.deepspeed import is_deepspeed
 from twa_scale.candidates.formats.rank_files import has_rank_files
@@ -47,13 +47,17 @@ def _fix(directory: Path) -> str:
     return f"There are weights in {found}: name that folder itself, as in {str(min(inside))!r}."
 
 
+def _in_parts(directory: Path) -> bool:
+    return (directory / METADATA).is_file() or has_rank_files(directory) or sharded_in(directory) is not None
+
+
 def _with_weights(directory: Path, depth: int) -> Iterator[Path]:
     """Yield the folders in a directory that are candidates, not those within them."""
     for path in sorted(directory.iterdir())[:_MAX_SEEN]:
         if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
             continue
         try:
-            known = weights_in(path) or is_deepspeed(path) or (path / METADATA).is_file() or has_rank_files(path)
+            known = weights_in(path) or is_deepspeed(path) or _in_parts(path)
         except CandidateError:  # weights of several libraries
             known = True
         except OSError:

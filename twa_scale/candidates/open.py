@@ -9,7 +9,7 @@ from twa_scale.candidates.adapters import in_space
 from twa_scale.candidates.alike import check_alike
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.complex_tensors import in_pairs
-from twa_scale.candidates.directory import INDEX, LOADERS, is_shard, is_torch, weights_in
+from twa_scale.candidates.directory import INDEX, LOADERS, is_shard, is_torch, sharded_in, weights_in
 from twa_scale.candidates.find import Source, Spec, Tell, find_sources
 from twa_scale.candidates.formats.dcp import METADATA, open_dcp
 from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard, open_dcp_safetensors
@@ -128,6 +128,8 @@ class _Opener:
             return self._under_key(open_deepspeed(directory))
         if (directory / METADATA).is_file():
             return open_dcp(directory, self.keys)
+        if inner := sharded_in(directory):
+            return open_dcp(inner, self.keys, directory)
         if has_rank_files(directory):
             return open_rank_files(directory, self.keys)
         files = sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("."))

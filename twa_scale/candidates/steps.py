@@ -21,16 +21,20 @@ _KEYED = [
 ]
 """Words before the number of a step. A name such as `epoch=3-step=900` has several: the first kind counts."""
 _BARE = re.compile(rf"(?<![A-Za-z0-9.]){_NUMBER}")
-_PARENTS = 3  # directories above a candidate whose names may say its step, as in global_step_100/actor/model
+_COPY = re.compile(r"(.*[-_.])?(best|last|latest)([-_.]v?\d+)?(\.[a-z.]+)?", re.IGNORECASE)
 
 
-def step_of(path: Path) -> int | None:
+def step_of(path: Path, parents: int = 3) -> int | None:
     """Return the step in the name of a file or directory, or of the nearest directory above that names one.
 
     Names are `step-100`, `checkpoint-500`, `global_step40`, `epoch=3-step=900.ckpt`, `iter_0001000` and the like; or a
     single number without a word.
+
+    Args:
+        path: the file or directory.
+        parents: how many directories above it may name the step, as in global_step_100/actor/model.
     """
-    names = [path.name, *(parent.name for parent in list(path.parents)[:_PARENTS])]
+    names = [path.name, *(parent.name for parent in list(path.parents)[:parents])]
     for name in names:
         for pattern in _KEYED:
             if found := pattern.search(name):
@@ -39,6 +43,15 @@ def step_of(path: Path) -> int | None:
         if len(bare := list(_BARE.finditer(name))) == 1:
             return _value(bare[0])
     return None
+
+
+def is_copy(path: Path) -> bool:
+    """Return whether a copy of a step has this name: directories such as `checkpoint-best`, Lightning's `last.ckpt`."""
+    return (
+        (path.is_dir() or path.suffix == ".ckpt")
+        and _COPY.fullmatch(path.name) is not None
+        and not any(p.search(path.name) for p in _KEYED)
+    )
 
 
 def _value(found: re.Match[str]) -> int:

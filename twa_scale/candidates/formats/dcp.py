@@ -22,19 +22,20 @@ METADATA = ".metadata"
 _Items = Mapping[tuple[str, tuple[int, ...]], PickleStub]
 
 
-def open_dcp(directory: Path, keys: WeightsKey | None = None) -> StoredCandidate:
+def open_dcp(directory: Path, keys: WeightsKey | None = None, outer: Path | None = None) -> StoredCandidate:
     """Open a folder that `torch.distributed.checkpoint.save` wrote: `.metadata` and files of chunks.
 
     Args:
         directory: the folder.
         keys: the choice of the weights in the saved state dict. By default the weights are found by name, or under
             usual keys such as "model" and "app" at any depth.
+        outer: the directory that is the candidate, with its small files, if it is another.
 
     Raises:
         CandidateError: the metadata is damaged, a file is missing, or there are no weights.
     """
     try:
-        return _open(directory, _metadata(directory / METADATA), keys or WeightsKey())
+        return _open(directory, _metadata(directory / METADATA), keys or WeightsKey(), outer or directory)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CandidateError(
             f"{directory / METADATA}: does not have the layout of torch.distributed.checkpoint "
@@ -42,9 +43,9 @@ def open_dcp(directory: Path, keys: WeightsKey | None = None) -> StoredCandidate
         ) from error
 
 
-def _open(directory: Path, metadata: Any, keys: WeightsKey) -> StoredCandidate:
+def _open(directory: Path, metadata: Any, keys: WeightsKey, outer: Path) -> StoredCandidate:
     files = _Files(directory)
-    label = str(directory)
+    label = str(outer)
     paths = metadata.planner_data or {}
     metadata_of = {
         key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value.properties, PickleStub)
@@ -58,7 +59,7 @@ def _open(directory: Path, metadata: Any, keys: WeightsKey) -> StoredCandidate:
         key = key_of[path]
         what = f"{label}: tensor {name!r}"
         tensors[name] = _tensor(key, metadata_of[key], items, files, what)
-    return StoredCandidate(tensors, files.open.values(), label, directory)
+    return StoredCandidate(tensors, files.open.values(), label, outer)
 
 
 def _path(keys: Any) -> tuple[str, ...]:

@@ -1,0 +1,203 @@
+"""Directories as training frameworks write them: the Trainer and Accelerate under FSDP, and Lightning."""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.slices import opened, read
+from tests.specs import found, refused
+from twa_scale import attach
+from twa_scale.candidates import Wanted, open_candidates
+from twa_scale.merge import average_fixed
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"lin.weight": torch.full((3, 2), value), "lin.bias": torch.full((3,), value)}
+
+
+def dcp_folder(folder: Path, value: float) -> None:
+    """Write what `accelerate.utils.save_fsdp_model` writes with SHARDED_STATE_DICT."""
+    folder.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a process without a group
+        dcp.save({"model": state(value)}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+
+
+@pytest.fixture
+def out(here: Path) -> Path:
+    """Checkpoints of the Trainer under FSDP, with a copy of the best, a link, and files beside them."""
+    for step in (50, 100, 1000):
+        dcp_folder(here / f"out/checkpoint-{step}/pytorch_model_fsdp_0", float(step))
+        dcp_folder(here / f"out/checkpoint-{step}/optimizer_0", 0.0)
+        (here / f"out/checkpoint-{step}/config.json").write_text("{}")
+        (here / f"out/checkpoint-{step}/trainer_state.json").write_text("{}")
+    shutil.copytree(here / "out/checkpoint-100", here / "out/checkpoint-best")
+    (here / "out/checkpoint-last").symlink_to("checkpoint-1000")
+    (here / "out/config.json").write_text("{}")
+    (here / "out/runs").mkdir()
+    return here / "out"
+
+
+def test_the_pattern_alone_suffices(out: Path) -> None:
+    paths, said = found("out/checkpoint-*")
+    assert paths == ["out/checkpoint-50", "out/checkpoint-100", "out/checkpoint-1000"]
+    link, copy = said
+    assert "counted once, as the same files under another path: 'out/checkpoint-last'" in link
+    assert "left out, as copies of other matches by their names: 'out/checkpoint-best'" in copy
+    assert found(["out/checkpoint-50", "out/checkpoint-best"]) == (["out/checkpoint-50", "out/checkpoint-best"], [])
+    assert found("out/checkpoint-b*")[0] == ["out/checkpoint-best"]
+    weights = average_fixed(["out/checkpoint-*"], "merged", "last")
+    assert weights[-1] == ("out/checkpoint-1000", 1) and Path("merged/config.json").exists()
+    assert torch.equal(read(opened(Path("merged")), "lin.weight", 0, 6), torch.full((6,), 1000.0))
+
+
+def test_other_layouts_of_accelerate(here: Path) -> None:
+    (here / "full").mkdir()
+    torch.save(state(1.0), "full/pytorch_model_fsdp.bin")
+    torch.save({"state": {}}, "full/optimizer.bin")
+    assert read(opened(Path("full")), "lin.bias", 0, 1) == 1
+    dcp_folder(here / "old/pytorch_model_0", 2.0)
+    assert read(opened(Path("old")), "lin.bias", 0, 1) == 2
+    assert "There are weights in 'full', 'old'" in refused(["."])
+    dcp_folder(here / "two/pytorch_model_fsdp_0", 3.0)
+    dcp_folder(here / "two/pytorch_model_fsdp_1", 4.0)
+    assert "holds 'pytorch_model_fsdp_0', 'pytorch_model_fsdp_1', one folder for each model" in refused(["two"])
+    (here / "local").mkdir()
+    torch.save(state(1.0), "local/pytorch_model_fsdp_rank0.bin")
+    assert "SHARDED_STATE_DICT or FULL_STATE_DICT" in refused(["local"])
+    (here / "second").mkdir()
+    save_file(state(1.0), "second/model.safetensors")
+    torch.save(state(2.0), "second/pytorch_model_1.bin")
+    assert "'pytorch_model_1.bin' beside it is not read" in found(["second"])[1][0]
+
+
+@pytest.mark.parametrize("names", [["last.ckpt"], ["last-v1.ckpt", "best.ckpt"], ["model_best.ckpt"]])
+def test_copies_of_steps_are_told_apart(here: Path, names: list[str]) -> None:
+    steps = ["epoch=0-step=9.ckpt", "epoch=1-step=10.ckpt", "epoch=1-step=10-v1.ckpt"]
+    for i, name in enumerate([*steps, *names]):
+        torch.save(state(float(i)), name)
+    paths, said = found("*.ckpt")
+    assert sorted(paths) == sorted(steps) and len(said) == 1 and all(f"'{name}'" in said[0] for name in names)
+
+
+# Lightning
+
+
+def train(folder: Path, callbacks: list[Any]) -> nn.Module:
+    """Train with Lightning for two epochs of 4 steps, with a checkpoint after each epoch, and return the module."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+            self.save_hyperparameters()
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            loss: torch.Tensor = self.net(batch[0]).square().mean()
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    torch.manual_seed(0)
+    module: nn.Module = Module()
+    save = lightning.pytorch.callbacks.ModelCheckpoint(folder, save_top_k=-1, save_last=True, every_n_epochs=1)
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", devices=1, callbacks=[save, *callbacks], **silent)
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(16, 4)), batch_size=4))
+    return module
+
+
+@pytest.fixture(scope="module")
+def lightning_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    root = tmp_path_factory.mktemp("lightning")
+    before = dict(os.environ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(root / "plain", [])
+        train(root / "ema", [callbacks.EMAWeightAveraging(decay=0.5)])
+        train(root / "swa", [callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=1)])
+    os.environ.clear()
+    os.environ.update(before)
+    return root
+
+
+def lines(spec: str, key: str | None = None) -> tuple[Any, list[str]]:
+    said: list[str] = []
+    return open_candidates(spec, 2, Wanted(weights_key=key), said.append), said
+
+
+def content(path: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(path, weights_only=False)
+    return loaded
+
+
+@pytest.mark.slow
+def test_lightning_files(lightning_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(lightning_files)
+    candidates, said = lines("plain/*.ckpt")
+    names = ["plain/epoch=0-step=4.ckpt", "plain/epoch=1-step=8.ckpt"]
+    assert [candidate.label for candidate in candidates] == names
+    assert len(said) == 1 and "left out, as copies of other matches by their names: 'plain/last.ckpt'" in said[0]
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    attach(model, "plain/*.ckpt", {"center": "last"}).close()  # the prefix "net." is found
+    for name, value in content(names[-1])["state_dict"].items():
+        assert torch.equal(model.state_dict()[name.removeprefix("net.")], value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "key", "line"),
+    [
+        ("ema", "current_model_state", "'state_dict', the averages that Lightning's WeightAveraging keeps;"),
+        ("swa", "callbacks.StochasticWeightAveraging.average_model_state", "those under 'state_dict';"),
+    ],
+)
+def test_averages_of_lightning(
+    lightning_files: Path, monkeypatch: pytest.MonkeyPatch, folder: str, key: str, line: str
+) -> None:
+    monkeypatch.chdir(lightning_files)
+    path = f"{folder}/epoch=1-step=8.ckpt"
+    held: Any = content(path)
+    others = held
+    for part in key.split("."):
+        others = others[part]
+    said: list[str] = []
+    (candidate,) = open_candidates([path], 1, Wanted(), said.append)
+    (chosen,) = open_candidates([path], 1, Wanted(weights_key=key))
+    assert line in said[0] and f"'{key}'" in said[0]
+    name = "net.0.weight"
+    assert torch.equal(read(candidate, name, 0, 12), held["state_dict"][name].flatten())
+    assert torch.equal(read(chosen, name, 0, 12), others[name].flatten())
+    assert not torch.equal(others[name], held["state_dict"][name])
+
+
+@pytest.mark.slow
+def test_distributed_directories_of_lightning(lightning_files: Path, here: Path) -> None:
+    fsdp = pytest.importorskip("lightning.fabric.strategies.fsdp")
+    weights = content(str(lightning_files / "plain/last.ckpt"))["state_dict"]
+    for step, key in ((2, "model"), (10, "state_dict")):  # FSDPStrategy and ModelParallelStrategy
+        folder = here / f"epoch=0-step={step}.ckpt"
+        folder.mkdir()
+        optimizer = {"state": {name: {"exp_avg": torch.zeros_like(value)} for name, value in weights.items()}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fsdp._distributed_checkpoint_save({key: weights, "optimizer_0": optimizer}, folder)
+        torch.save({"epoch": 0, "global_step": step, "callbacks": {}}, folder / "meta.pt")
+    candidates, said = lines("*.ckpt")
+    assert [candidate.label for candidate in candidates] == ["epoch=0-step=2.ckpt", "epoch=0-step=10.ckpt"]
+    assert said == []
+    for candidate in candidates:
+        assert candidate.names() == sorted(weights)
+        assert torch.equal(read(candidate, "net.0.weight", 1, 9), weights["net.0.weight"].flatten()[1:9])
