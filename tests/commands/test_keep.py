@@ -1,4 +1,4 @@
-"""A run exports the best of what it has evaluated, and says what that is against the last candidate."""
+"""Runs export the best average that they have evaluated, and compare it with the last candidate."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from twa_scale.run.comparison import caveat
 from twa_scale.run.tasks import build_task, stack
 
 WILD = {"optimizer": {"name": "adamw", "lr": 50.0}, "schedule": {"name": "constant", "warmup": 0}, "evaluate_every": 2}
-"""A rate at which every step makes it worse."""
+"""A learning rate at which every step increases the loss."""
 
 
 def records(output: Path) -> dict[int, float]:
@@ -49,7 +49,7 @@ def candidates(brought: Brought) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_what_is_exported(scores: Brought, tmp_path: Path, shell: Any, keep: str) -> None:
+def test_exported_step(scores: Brought, tmp_path: Path, shell: Any, keep: str) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
         yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", **WILD, evaluate_batches=None))
@@ -75,7 +75,7 @@ def test_what_is_exported(scores: Brought, tmp_path: Path, shell: Any, keep: str
     assert all(torch.allclose(merged[name], value, rtol=1e-5, atol=1e-6) for name, value in exported.items())
 
 
-def test_the_state_goes_on_from_the_last_step(scores: Brought, tmp_path: Path) -> None:
+def test_state_continues_from_last_step(scores: Brought, tmp_path: Path) -> None:
     run_here(settings(scores.candidates, scores.task, tmp_path, **WILD))
     state = load_state(tmp_path)
     assert state.step == 4 and state.exported_step == 0
@@ -84,10 +84,10 @@ def test_the_state_goes_on_from_the_last_step(scores: Brought, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
-def test_a_resumed_run_knows_what_was_best(
+def test_resumed_run_restores_best_average(
     ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int
 ) -> None:
-    """Though the evaluation that was best is not done again."""
+    """The best evaluation is not repeated."""
     changes = {**WILD, "steps": 6, "checkpoint_every": 1, "engine": engine}
     ranks(run_here, size, data=settings(scores.candidates, scores.task, tmp_path / "whole", **changes))
     dying = scores.task | {"die_at": 6}
@@ -102,7 +102,7 @@ def test_a_resumed_run_knows_what_was_best(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_batchnorm_statistics_are_those_of_what_is_exported(digits: Brought, tmp_path: Path, shell: Any) -> None:
+def test_batchnorm_statistics_of_exported_average(digits: Brought, tmp_path: Path, shell: Any) -> None:
     changes = {**WILD, "batch_size": 24, "evaluate_batches": None, "recalibrate_batches": 5}
     run_here(settings(digits.candidates, digits.task, tmp_path / "out", **changes))
     summary = summary_of(tmp_path / "out")
@@ -116,7 +116,7 @@ def test_batchnorm_statistics_are_those_of_what_is_exported(digits: Brought, tmp
 
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
-def test_the_comparison_is_what_the_files_give(
+def test_comparison_equals_evaluation_of_files(
     ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int
 ) -> None:
     data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=None, engine=engine)
@@ -132,7 +132,7 @@ def test_the_comparison_is_what_the_files_give(
     assert f"{found['last candidate']:.6g}" in summary["verdict"]
 
 
-def test_a_result_that_is_better_says_so_and_a_comparison_can_be_left_out(scores: Brought, tmp_path: Path) -> None:
+def test_verdict_and_compare_false(scores: Brought, tmp_path: Path) -> None:
     worst_last = [str(path) for path in sorted(Path(scores.candidates).parent.glob("step-*"))][::-1]
     run_here(settings(worst_last, scores.task, tmp_path / "one"))  # type: ignore[arg-type]
     assert summary_of(tmp_path / "one")["verdict"].startswith("The average is better than the last candidate: ")
@@ -141,7 +141,7 @@ def test_a_result_that_is_better_says_so_and_a_comparison_can_be_left_out(scores
     assert list(summary["comparison"]) == ["trained", "exported"] and summary["verdict"] is None
 
 
-def test_other_data_forget_the_best(scores: Brought, tmp_path: Path, shell: Any) -> None:
+def test_changed_evaluation_data_discards_best_average(scores: Brought, tmp_path: Path, shell: Any) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(scores.candidates, scores.task, tmp_path / "out", **WILD)))
     assert shell("run", config).code == 0
@@ -160,7 +160,7 @@ def test_other_data_forget_the_best(scores: Brought, tmp_path: Path, shell: Any)
     ],
     ids=str,
 )
-def test_evaluations_that_say_less_than_they_seem_to(changes: dict[str, Any], said: str | None) -> None:
+def test_caveat_of_evaluations(changes: dict[str, Any], said: str | None) -> None:
     found = caveat(config(**changes))
     assert found is None if said is None else said in str(found)
 
@@ -185,7 +185,7 @@ NAN = float("nan")
         (False, [NAN, NAN], None),
     ],
 )
-def test_the_first_of_the_best(higher: bool, values: list[float], best: int | None) -> None:
+def test_first_of_equal_bests_is_kept(higher: bool, values: list[float], best: int | None) -> None:
     task: Any = SimpleNamespace(main_metric="score", higher_is_better=higher)
     kept = BestAverage(task, config())
     none = torch.zeros(1, 1, dtype=torch.float64)
@@ -195,7 +195,7 @@ def test_the_first_of_the_best(higher: bool, values: list[float], best: int | No
     assert (kept.best and kept.best.step) == best
 
 
-def test_a_task_that_names_no_metric_of_its_own() -> None:
+def test_unknown_main_metric_is_refused() -> None:
     task: Any = SimpleNamespace(main_metric="acuracy")
     with pytest.raises(ConfigError, match=r"'acuracy'.*accuracy, loss"):
         BestAverage(task, config()).value({"loss": 1.0, "accuracy": 0.5})

@@ -1,4 +1,4 @@
-"""Settings: what files and overrides may say, and how a mistake is answered."""
+"""Settings in files and overrides, and the messages for invalid ones."""
 
 import copy
 import inspect
@@ -107,7 +107,7 @@ def test_copies_that_were_changed_get_the_types_of_settings() -> None:
 
 
 @pytest.mark.parametrize("given", [[], "", 0, False, "run.yaml"])
-def test_what_is_no_mapping_is_no_configuration(given: Any) -> None:
+def test_configuration_must_be_a_mapping(given: Any) -> None:
     with pytest.raises(ConfigError, match="valid dictionary or instance of TwaConfig"):
         validated(TwaConfig, given)
 
@@ -126,7 +126,7 @@ def test_floats_in_every_spelling(tmp_path: Path, text: str) -> None:
         assert config.optimizer.lr == 0.003 and config.optimizer.options["eps"] == 0.003
 
 
-def test_what_only_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+def test_text_that_resembles_numbers_stays_text(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, yaml.safe_dump(MINIMAL) + "include: [1e, e5, 3.7.1, layers.0, -]\n"))
     assert config.include == ["1e", "e5", "3.7.1", "layers.0", "-"]
 
@@ -141,7 +141,7 @@ def test_what_only_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         (b"steps: !!python/object/apply:os.system ['true']\n", "YAML"),
     ],
 )
-def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, said: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=said) as caught:
@@ -210,7 +210,7 @@ def test_a_wrong_file_is_named_beside_a_wrong_override(tmp_path: Path) -> None:
         ("optimizer..lr=3", "optimizer"),
     ],
 )
-def test_overrides_that_are_none(tmp_path: Path, override: str, said: str) -> None:
+def test_malformed_overrides_are_refused(tmp_path: Path, override: str, said: str) -> None:
     assert said in refusal(tmp_path, override)
 
 
@@ -229,14 +229,12 @@ def test_overrides_that_are_none(tmp_path: Path, override: str, said: str) -> No
         ({"schedule": {"name": "step", "evry": 2}}, "'schedule.evry'", "'every'"),
     ],
 )
-def test_unknown_keys_are_answered_with_the_nearest(
-    tmp_path: Path, changes: dict[str, Any], key: str, nearest: str
-) -> None:
+def test_unknown_key_suggests_nearest(tmp_path: Path, changes: dict[str, Any], key: str, nearest: str) -> None:
     message = refusal(tmp_path, **changes)
     assert f"unknown key {key}" in message and f"did you mean {nearest}?" in message
 
 
-def test_a_key_like_no_other_is_answered_with_the_list(tmp_path: Path) -> None:
+def test_unknown_key_lists_known_keys(tmp_path: Path) -> None:
     message = refusal(tmp_path, schedule={"zzz": 1})
     assert "'schedule.zzz'" in message and "every, factor, final, milestones, name, warmup" in message
 
@@ -301,7 +299,7 @@ def test_wrong_values_are_named_with_what_is_right(tmp_path: Path, changes: dict
     assert all(word in message for word in words), message
 
 
-def test_numbers_and_homes_are_what_people_mean(tmp_path: Path) -> None:
+def test_numbers_and_home_directories(tmp_path: Path) -> None:
     """YAML 1.1 reads 0100 as 64, and 1:30 as 90."""
     text = yaml.safe_dump(MINIMAL).replace("steps: 3", "steps: 0100").replace("output: out", "output: ~/out")
     config = load_config(write(tmp_path, text))
@@ -311,17 +309,17 @@ def test_numbers_and_homes_are_what_people_mean(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, text), ["steps=0x10"]).steps == 16
 
 
-def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_non_string_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="string"):
         load_config(write(tmp_path, MINIMAL | {1: 2}))
 
 
-def test_every_mistake_is_in_one_message(tmp_path: Path) -> None:
+def test_all_errors_are_in_one_message(tmp_path: Path) -> None:
     message = refusal(tmp_path, basis="x", steps=-1, typo=3)
     assert all(word in message for word in ("basis", "steps", "'typo'")) and "\n" not in message
 
 
-def test_validated_takes_what_attach_takes() -> None:
+def test_validated_accepts_arguments_of_attach() -> None:
     config = TwaConfig(basis="pca")
     assert validated(TwaConfig, config) is config and validated(TwaConfig, None) == TwaConfig()
     with pytest.raises(ConfigError, match="'basis'"):
@@ -370,7 +368,7 @@ def test_an_option_of_a_later_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_known_optimizers_are_those_of_torch() -> None:
-    """Each takes a step with each of its options; what is not in the table cannot train numbers on a CPU."""
+    """Each optimizer takes a step with each of its options; the others cannot train on a CPU."""
     classes = {n.lower(): c for n, c in vars(torch.optim).items() if isinstance(c, type) and n != "Optimizer"}
     classes = {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer)}
     assert classes.keys() - {"lbfgs", "sparseadam"} <= OPTIONS.keys()
@@ -424,7 +422,7 @@ def test_center_weights(center: Any, expected: list[float]) -> None:
 
 
 @pytest.mark.parametrize("shape", ["linear", "minus-sqrt"])
-def test_decay_shapes_are_the_average_that_a_decayed_rate_would_have_made(shape: str) -> None:
+def test_decay_shapes_equal_decayed_learning_rate(shape: str) -> None:
     """WSM: with steps g_1..g_n between candidates, sum_i b_i w_i = w_0 + sum_j rate_j g_j with the decayed rates."""
     n = 7
     steps = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -436,7 +434,7 @@ def test_decay_shapes_are_the_average_that_a_decayed_rate_would_have_made(shape:
 @pytest.mark.parametrize(
     "center", [4, -5, [0.5, 0.5], [0.5] * 4, [], [math.nan, 1, 0, 0], [math.inf, -math.inf, 1, 0]], ids=str
 )
-def test_centers_that_are_none(center: Any) -> None:
+def test_invalid_centers_are_refused(center: Any) -> None:
     with pytest.raises(ConfigError, match="center"):
         center_weights(validated(TwaConfig, {"center": center}).center, 4)
 
@@ -470,7 +468,7 @@ def test_normalized_weights(weights: list[float], expected: list[float]) -> None
 @pytest.mark.parametrize(
     "weights", [[], [0, 0], [1, -1], [1, -1 + 1e-9], [-1, -3], [1.5e308] * 2, [math.nan, 1], [math.inf, 1]], ids=str
 )
-def test_weights_that_no_scale_brings_to_one(weights: list[float]) -> None:
+def test_weights_that_cannot_be_normalized_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match=r"sum|finite"):
         of_sum_one(weights, normalize=True)
 

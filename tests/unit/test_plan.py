@@ -1,4 +1,4 @@
-"""Plans of a Hugging Face model: what autograd keeps, what each store would hold and move, and what fits."""
+"""Plans of a Hugging Face model: activations, bytes of each store, and which store fits."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 
 def settings(root: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Write two candidates; return what a run of them takes."""
+    """Write two candidates; return the settings of a run of them."""
     config = LlamaConfig(vocab_size=256, tie_word_embeddings=tied, **SIZES)
     for step in range(2):
         torch.manual_seed(step)
@@ -38,9 +38,7 @@ def settings(root: Path, *, tied: bool = False, dtype: torch.dtype = torch.float
 
 
 @pytest.mark.parametrize(("tied", "context"), [(True, 16), (False, 16), (False, 400)])
-def test_activations_of_a_hugging_face_model_are_counted_without_memory(
-    tmp_path: Path, tied: bool, context: int
-) -> None:
+def test_activations_are_estimated_on_meta_device(tmp_path: Path, tied: bool, context: int) -> None:
     # It looks at values before it chooses a mask.
     found = settings(tmp_path, tied=tied)
     found["task"]["context"] = context
@@ -54,7 +52,7 @@ def test_activations_of_a_hugging_face_model_are_counted_without_memory(
 
 
 def really_kept(config: RunConfig, examples: int, of_block: int | None = None) -> list[int]:
-    """The bytes of what autograd keeps of a forward pass, or of one block in it."""
+    """Return the bytes that autograd saves in a forward pass, or in one block of it."""
     task = build_task(config.task)
     model = task.model()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -92,7 +90,7 @@ def test_recomputed_activations_are_not_kept_but_those_of_one_block(tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_store_holds_and_moves_what_the_table_says(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_bytes_of_every_store(tmp_path: Path, dtype: torch.dtype) -> None:
     config = validated(RunConfig, settings(tmp_path, dtype=dtype) | {"exclude": ["norm"]})
     plan = make_plan(config, 1)
     choices = choose_store(plan)
@@ -113,7 +111,7 @@ def test_every_store_holds_and_moves_what_the_table_says(tmp_path: Path, dtype: 
     assert plan.local_elements == plan.trained_elements < sum(p.numel() for p in model.parameters())
 
 
-def test_a_store_fits_to_the_last_byte(tmp_path: Path) -> None:
+def test_store_fits_exact_memory(tmp_path: Path) -> None:
     plan = make_plan(validated(RunConfig, settings(tmp_path) | {"store": "packed4"}), 1)
     needs = {choice.store: choice.peak + choice.page_cache for choice in choose_store(plan).stores}
     assert needs["packed4"] == plan.peak
@@ -159,7 +157,7 @@ def test_an_offloaded_store_counts_for_the_host(tmp_path: Path) -> None:
     assert not any(choice.fits for choice in choose_store(large, 10**15).stores)
 
 
-def test_the_command_says_what_fits_and_fails_for_no_store(tmp_path: Path) -> None:
+def test_exit_code_and_verdict_of_plan(tmp_path: Path) -> None:
     data = settings(tmp_path) | {"store": "packed8"}
     (tmp_path / "run.json").write_text(json.dumps(data))
 

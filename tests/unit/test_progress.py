@@ -1,4 +1,4 @@
-"""What is told while bytes move, and what a person sees of it."""
+"""Progress callbacks and progress bars of reads and writes."""
 
 import io
 import re

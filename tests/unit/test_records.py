@@ -1,4 +1,4 @@
-"""What a run writes down: whole lines only, on a disk that is full for a while too."""
+"""The records of a run have complete lines only, also on a full disk."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
     return [(event.step, round(event.value, 6)) for event in board.Scalars(name)]
 
 
-def test_a_disk_that_is_full_for_a_while_loses_nothing(tmp_path: Path) -> None:
+def test_temporarily_full_disk_loses_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     records = Records(tmp_path, active=True, step=0, say=said.append)
     for step in range(1, 30):
@@ -35,7 +35,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(tmp_path: Path) -> None:
     assert sorted(METRICS in text for text in said) == [False, True]
 
 
-def test_what_is_lost_in_the_end_is_told(tmp_path: Path) -> None:
+def test_lost_bytes_are_reported(tmp_path: Path) -> None:
     said: list[str] = []
     records = Records(tmp_path, active=True, step=0, say=said.append)
     with files_up_to(10):
@@ -51,7 +51,7 @@ def test_records_that_cannot_be_created(tmp_path: Path) -> None:
     assert len(read_records(tmp_path)) == 1
 
 
-def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_damaged_lines_are_removed_and_counted(tmp_path: Path) -> None:
     first, last = b'{"step": 1, "loss": 0.5, "lr": 0.1}', b'{"step": 2, "loss": 0.25, "lr": 0.1}'
     damaged = [b"\xff\xfe", b"[" * 100_000, b"3", b'{"loss": 2}', b'{"step": "2"}', b'{"step": 2, "loss": "high"}']
     lines = [first, *damaged, last, b'{"step": 3, "lo']
@@ -62,7 +62,7 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     assert len(said) == 1 and "7 damaged lines" in said[0]
 
 
-def test_a_resumed_run_replaces_what_it_does_again(tmp_path: Path) -> None:
+def test_resumed_run_replaces_records_of_repeated_steps(tmp_path: Path) -> None:
     first = Records(tmp_path, active=True, step=0, say=print)
     first.write(0, {"validation/loss": 1.0})
     for step in (1, 2, 3):

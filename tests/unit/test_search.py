@@ -1,4 +1,4 @@
-"""`twa_scale.search`: averages are tried by a score that has no gradient."""
+"""`twa_scale.search`: averages are evaluated by a score without gradient."""
 
 from itertools import combinations
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_a_sweep_finds_the_window() -> None:
 
 
 def run(generator: Any, loss: Any) -> Any:
-    """Yield what a method proposes when `loss` is what it gets."""
+    """Yield the proposals of a method that receives `loss`."""
     proposal = next(generator)
     while True:
         yield proposal
@@ -95,7 +95,7 @@ def test_cma_comes_near_the_optimum(constraint: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["sweep", "greedy", "cma"])
-def test_a_search_that_was_killed_repeats_nothing(tmp_path: Path, method: Any) -> None:
+def test_interrupted_search_repeats_no_evaluation(tmp_path: Path, method: Any) -> None:
     pytest.importorskip("cma")
     model, twa = make(groups="tensor")
     calls = 0
@@ -117,7 +117,7 @@ def test_a_search_that_was_killed_repeats_nothing(tmp_path: Path, method: Any) -
     assert [(e.label, e.score) for e in whole.evaluations] == [(e.label, e.score) for e in found.evaluations]
 
 
-def test_a_record_of_something_else(tmp_path: Path) -> None:
+def test_record_of_other_candidates_is_refused(tmp_path: Path) -> None:
     _, twa = make()
     record = tmp_path / "record"
     for text in ("{}\n", "[1]\n", "x\n", '{"twa_scale": "search", "format": 1, "candidates": "other"}\n', "\xff\n"):
@@ -137,13 +137,13 @@ def test_a_record_of_something_else(tmp_path: Path) -> None:
         ({"constraint": "none"}, "constraint"),
     ],
 )
-def test_arguments_that_cannot_be(arguments: dict[str, Any], said: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, Any], said: str) -> None:
     _, twa = make()
     with pytest.raises(twa_scale.ConfigError, match=said):
         twa_scale.search(twa, lambda: 0.0, **arguments)
 
 
-def test_scores_that_are_no_numbers() -> None:
+def test_scores_must_be_numbers() -> None:
     _, twa = make()
     before = twa.coefficients
     for score in ("high", None, True, [1.0]):

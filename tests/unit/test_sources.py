@@ -226,12 +226,12 @@ def test_too_few(here: Path) -> None:
     assert "nowhere" in refused(["step-1", "nowhere"])
 
 
-def test_a_pattern_that_matches_something_else(here: Path) -> None:
+def test_pattern_matches_other_file(here: Path) -> None:
     save_whole(here / "step-1", tensors())
     (here / "log.txt").write_text("loss 1.0")
     message = refused("*")
     assert "'log.txt'" in message and "'*'" in message and str(here) in message
-    assert "no file of weights" in refused(["step-1", "log.txt"])
+    assert "not a file of weights" in refused(["step-1", "log.txt"])
 
 
 # Candidates that differ

@@ -1,4 +1,4 @@
-"""Candidates read ahead by threads, and the kernels that make deltas of them, against plain float64."""
+"""Reading ahead in threads, and kernels that compute deltas, against plain float64."""
 
 import os
 import threading
@@ -29,7 +29,7 @@ HALVES = ["bfloat16", "float16"]
 
 
 def sources(n: int, m: int, kind: str) -> Sources:
-    """Rows cut out of wider ones, as they lie in the buffers."""
+    """Rows that are parts of wider ones, as in the buffers."""
     torch.manual_seed(n + m)
     wide = torch.randn(1, m + 7) + 1e-3 * torch.randn(n, m + 7)
     if kind == "mixed":
@@ -65,7 +65,7 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
-def test_deltas_do_not_depend_on_the_columns_beside_them(kind: str) -> None:
+def test_deltas_do_not_depend_on_neighbouring_columns(kind: str) -> None:
     """Vectors and what is left over compute alike, so that codes do not depend on chunks or ranks."""
     given = sources(5, 1000, kind)
     weights = [0.1, 0.2, 0.3, 0.15, 0.25]
@@ -101,7 +101,7 @@ def test_threads_and_parts_change_no_delta(kernels: Kernels, dtype: torch.dtype)
 
 @both
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
-def test_where_candidates_agree_deltas_are_zero_and_the_center_has_their_bits(kernels: Kernels, kind: str) -> None:
+def test_equal_candidates_have_zero_deltas_and_exact_center(kernels: Kernels, kind: str) -> None:
     row = (1e3 * torch.randn(1, 2000)).to(getattr(torch, kind))
     rows, center = Dense.empty(7, 2000, torch.float32, CPU), torch.empty(2000)
     weights = [0.1, 0.2, 0.05, 0.3, 0.15, 0.1, 0.1]
@@ -117,7 +117,7 @@ def written(folder: Path, tensors: list[dict[str, Tensor]]) -> list[str]:
 
 
 @pytest.mark.parametrize("in_flight", [1, 3, 8])
-def test_small_reads_of_any_spans_give_what_the_files_hold(tmp_path: Path, in_flight: int) -> None:
+def test_small_reads_of_spans_are_exact(tmp_path: Path, in_flight: int) -> None:
     """Contiguous, strided and empty spans, cut by reads of 4 KiB; integers come from the last candidate."""
     n = 5
     states = [
@@ -146,7 +146,7 @@ def test_small_reads_of_any_spans_give_what_the_files_hold(tmp_path: Path, in_fl
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_named_wherever_it_is(tmp_path: Path, value: float) -> None:
+def test_non_finite_value_is_named(tmp_path: Path, value: float) -> None:
     states = [{"w": torch.randn(200_000).bfloat16()} for _ in range(3)]
     states[1]["w"][150_001] = value
     stream = Stream(open_candidates(written(tmp_path, states)), KERNELS[1], read_chunk=1 << 16)
@@ -171,7 +171,7 @@ def test_settings_out_of_range(key: str, value: int) -> None:
 
 
 @both
-def test_live_weights_never_see_what_is_not_finite(kernels: Kernels) -> None:
+def test_non_finite_values_are_not_written_to_live_weights(kernels: Kernels) -> None:
     """A parameter that is not trained, in the model's own type and under autograd."""
     given = torch.ones(3, 300).bfloat16()
     given[1, 7] = float("nan")
@@ -202,7 +202,7 @@ def test_norms_of_very_large_and_very_small_deltas() -> None:
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_largest_numbers_are_finite(kernels: Kernels, dtype: torch.dtype) -> None:
-    """As masks have them, whose sum would overflow."""
+    """The largest values, as in masks, whose sum overflows."""
     lowest, center = torch.full((2, 3000), torch.finfo(dtype).min, dtype=dtype), torch.zeros(3000, dtype=dtype)
     assert kernels.make_deltas(lowest, [0.5, 0.5], Target(center=center), 0).finite
     assert torch.equal(center, lowest[0])

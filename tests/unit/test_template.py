@@ -32,7 +32,7 @@ def test_commented_keys_are_the_defaults(tmp_path: Path) -> None:
     assert {**RunConfig(**found).model_dump()} == load_config(file, []).model_dump()
 
 
-def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
+def test_existing_file_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "twa.yaml"
     file.write_text("mine")
     refused = CliRunner().invoke(app, ["init", str(file)])
@@ -42,6 +42,6 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
     assert load_config(file, []).steps == 100
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_folder(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["init", str(tmp_path / "absent" / "twa.yaml")])
     assert "cannot be written" in str(refused.exception)

@@ -18,7 +18,7 @@ def while_open(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
     def checked(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
         name = method.__name__.removeprefix("_take_")
         if self.closed:
-            raise TwaError(f"{name}: this {type(self).__name__} is closed; attach anew.")
+            raise TwaError(f"{name}: this {type(self).__name__} is closed; attach again.")
         if self.lost:
             raise TwaError(f"{name}: {self.lost}")
         return method(self, *args, **kwargs)

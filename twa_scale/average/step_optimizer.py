@@ -156,5 +156,5 @@ def refuse_copies(what: str) -> NoReturn:
     """Raise the TwaError of an object that cannot be pickled or copied: it holds hooks, files and live weights."""
     raise TwaError(
         f"{what} cannot be pickled or copied: it holds the hooks of the model and the open candidates. Save its "
-        "state_dict(); attach anew and load_state_dict() continue from it."
+        "state_dict(); attach again and load_state_dict() continue from it."
     )

@@ -153,12 +153,12 @@ def _tell_what_is_left_aside(paths: Sequence[Path], tell: Tell) -> None:
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path in paths:
         chosen = weights_in(path) if path.is_dir() else None
-        if chosen and (beside := left_aside(path, chosen)):
-            found[chosen.name, some(beside)].append(str(path))
-    for (chosen_name, beside_names), directories in found.items():
+        if chosen and (others := left_aside(path, chosen)):
+            found[chosen.name, some(others)].append(str(path))
+    for (chosen_name, other_names), directories in found.items():
         tell(
             f"{and_more(directories)}: the weights are those of {chosen_name!r}, which loaders take; "
-            f"{beside_names} beside it is not read. Name the file itself if that is meant."
+            f"{other_names} beside it is not read. Name the file itself if that is meant."
         )
 
 

@@ -90,15 +90,15 @@ class WeightsKey:
             )
         return below
 
-    def _refuse_objects(self, beside: Mapping[str, Object], label: str) -> None:
+    def _refuse_objects(self, others: Mapping[str, Object], label: str) -> None:
         """Refuse objects with tensors among the weights, except optimizers; report arrays, which are not read."""
-        for name, held in beside.items():
+        for name, held in others.items():
             if held.shapes and not is_optimizer_entry((name,)):
                 raise CandidateError(
                     f"{label}: {name!r} among the weights is an object of class {held.kind}, and numbers in it are "
                     "not read. Save a plain tensor, or its state_dict(), in its place."
                 )
-        arrays = [name for name, held in beside.items() if not held.shapes]
+        arrays = [name for name, held in others.items() if not held.shapes]
         if arrays:
             self._said[f"{some(arrays)} among the weights are not torch tensors, and are not read."].append(label)
 
@@ -106,13 +106,13 @@ class WeightsKey:
         self, items: Sequence[Keys], where: str, shapes: Mapping[Keys, Shape], label: str, *, in_order: bool
     ) -> dict[str, Keys]:
         """Name the items of a list by the parameters of a state dict in the same file, or by those of the model."""
-        beside = _descend({path: path for path in shapes}) if in_order else {}
-        if items_of(beside) is not None:
-            beside = {}
-        named = {name: shapes[beside[name]] for name in parameters_of(list(beside))}
+        state_dict = _descend({path: path for path in shapes}) if in_order else {}
+        if items_of(state_dict) is not None:
+            state_dict = {}
+        named = {name: shapes[state_dict[name]] for name in parameters_of(list(state_dict))}
         why = "there is no state dict beside it"
         nothing: dict[str, Keys] = {}
-        ways = (named, beside, "in the state dict beside it"), (self._parameters, nothing, "of the model")
+        ways = (named, state_dict, "in the state dict beside it"), (self._parameters, nothing, "of the model")
         for names, rest, source in ways:
             if names and (wrong := mismatch(items, names, shapes.__getitem__)):
                 why = f"{wrong} {source}"

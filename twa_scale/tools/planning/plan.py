@@ -114,7 +114,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     streaming = {"streaming": scratch_bytes(n, max(read.values()), itemsize, config.read_chunk)}
     store = {f"store ({config.store})": store_bytes(config.store, n, local.values())}
     offloaded = device == "cuda" and config.store_device == "cpu"
-    beside = {"buffers of the store": staging_bytes(config.store, n, local.values())} if offloaded else store
+    store_on_device = {"buffers of the store": staging_bytes(config.store, n, local.values())} if offloaded else store
     numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
     return Plan(
         ranks=ranks,
@@ -130,7 +130,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             "weights": engine.weight_bytes(parameters),
             **engine.partition_bytes(parameters),
             "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
-            **beside,
+            **store_on_device,
         },
         attach={} if offloaded else streaming,
         step={**activations, **engine.transient_bytes(model, parameters)},
