@@ -22,6 +22,7 @@ from twa_scale.engines.fsdp2_units import (
 )
 from twa_scale.engines.parameters import (
     ALREADY_ATTACHED,
+    ParameterLocations,
     flat_view,
     memory_version,
     named_parameters,
@@ -53,7 +54,10 @@ class FSDP2Engine(Engine):
                 unshard.prepare()
         self._reshard()  # after a forward pass the root module may hold unsharded parameters
         parameters, self.parameters = named_parameters(module)
-        self._locations = parameter_locations(module)
+        places: dict[int, ParameterLocations] = {}
+        for place in parameter_locations(module):
+            places.setdefault(id(place[3]), []).append(place)
+        self._locations = {name: places[id(parameter)] for name, parameter in parameters.items()}
         self._sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
         mesh = MeshLayout(self._sharded)
         self.shard_group = mesh.shard_group
@@ -149,16 +153,18 @@ class FSDP2Engine(Engine):
         Raises:
             EngineError: a parameter or its memory was replaced by another.
         """
-        # FSDP2 puts gathered parameters in the place of its own, from a forward pass to the backward pass.
-        held_by = [p for group in self._groups for p in group.fsdp_params]
-        gathered = {id(getattr(p, name, None)) for p in held_by for name in GATHERED} - {id(None)}
-        require_same_parameters(self._locations, gathered)
+        require_same_parameters([place for name in names for place in self._locations[name]], self._gathered)
         with torch.no_grad():
             held = {name: self._sharded[name].to_local() for name in names if name in self._sharded}
         for name, local in held.items():
             if (local.data_ptr(), local.dtype) != (self._local[name].data_ptr(), self._local[name].dtype):
                 raise was_replaced(name)
         return {name: memory_version(local) for name, local in held.items()} | self._whole.changed(names)
+
+    def _gathered(self) -> set[int]:
+        """Return the ids of the parameters that FSDP2 puts in the place of its own from forward to backward."""
+        held = (getattr(p, name, None) for group in self._groups for p in group.fsdp_params for name in GATHERED)
+        return {id(p) for p in held if p is not None}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers, which FSDP2 does not shard."""

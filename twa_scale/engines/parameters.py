@@ -1,6 +1,6 @@
 """Functions that engines share: names, locations and memory of the parameters and buffers of a module."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 import torch
@@ -86,19 +86,26 @@ def parameter_locations(module: nn.Module) -> ParameterLocations:
     ]
 
 
-def require_same_parameters(parameter_locations: ParameterLocations, gathered: Collection[int] = ()) -> None:
+def require_same_parameters(
+    parameter_locations: ParameterLocations, gathered: Callable[[], Collection[int]] = tuple
+) -> None:
     """Check that the model still holds the parameters that it had at attach.
 
     Args:
         parameter_locations: of the parameters at attach.
-        gathered: the ids of parameters that the sharding library puts in their place for a while.
+        gathered: returns the ids of parameters that the sharding library puts in their place for a while.
 
     Raises:
         EngineError: names the first parameter that was replaced.
     """
-    for name, child, key, parameter in parameter_locations:
-        now = child._parameters.get(key)
-        if now is not parameter and id(now) not in gathered:
+    others = [
+        (name, id(now))
+        for name, child, key, parameter in parameter_locations
+        if (now := child._parameters.get(key)) is not parameter
+    ]
+    known = gathered() if others else ()
+    for name, found in others:
+        if found not in known:
             raise was_replaced(name)
 
 
