@@ -208,6 +208,9 @@ USES: dict[str, Callable[[TrainableAverage], object]] = {
     "state_dict": lambda twa: twa.state_dict(),
     "load_state_dict": lambda twa: twa.load_state_dict({}),
     "cost": lambda twa: twa.cost(1),
+    "as_optimizer": lambda twa: twa.as_optimizer(),
+    "can_start_from": lambda twa: twa.can_start_from("last"),
+    "start_from": lambda twa: twa.start_from("last"),
 }
 
 

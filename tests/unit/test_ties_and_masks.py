@@ -186,7 +186,7 @@ def test_what_is_not_a_number_is_no_mask(tmp_path: Path) -> None:
 def test_a_mask_that_would_be_trained_is_refused_with_the_way_out(store: str) -> None:
     net = Tied()
     net.mask.requires_grad_(True)
-    with pytest.raises(CandidateError, match=r"'mask' holds -inf at element 1, as all candidates do.*`exclude`"):
+    with pytest.raises(CandidateError, match=r"'mask' holds -inf at element 1, as do all candidates.*`exclude`"):
         twa_scale.attach(net, [state(0), state(1)], {"store": store})
     twa_scale.attach(net, [state(0), state(1)], {"store": store, "exclude": ["^mask$"]})
     assert torch.equal(net.mask, state(0)["mask"])

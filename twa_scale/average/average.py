@@ -206,6 +206,7 @@ class TrainableAverage:
         self._write_or_return_to(before)
         self._moved = finite
 
+    @while_open
     def as_optimizer(self) -> AverageOptimizer:
         """Return `optimizer`, for trainers that take a torch optimizer.
 
@@ -309,6 +310,7 @@ class TrainableAverage:
             progress=progress,
         )
 
+    @while_open
     def can_start_from(self, which: Which) -> bool:
         """Return whether `start_from(which)` is possible: `simplex` needs a positive coefficient for every candidate.
 
