@@ -28,6 +28,9 @@ class Texts(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def settings_of(kind: str) -> dict[str, Any]:
     if not kind.startswith("zero"):
         return {}
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of use to inference only, and minutes to compile
     zero = {"stage": int(kind[4:]), "stage3_gather_16bit_weights_on_model_save": True}
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return {
