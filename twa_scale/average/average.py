@@ -73,8 +73,7 @@ class TrainableAverage:
         self._carried = carried
         self._form = StateForm(config, layout, basis, fingerprint, conversions(candidates))
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
-        # Broadcast, so that all ranks have the same bits.
-        self._x = nn.Parameter(pods.broadcast(basis.locate(self._chosen(config.start))))
+        self._x = nn.Parameter(self._located(config.start))
         self.clock = Clock(engine.device)
         sums = torch.zeros(store.coding.num_rows + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         clips = config.max_weight_grad_norm is not None
@@ -267,9 +266,7 @@ class TrainableAverage:
         """
         engine = self._engine
         self.settle()
-        synced = any(isinstance(layer, nn.SyncBatchNorm) for layer in engine.module.modules())
-        local = self.pods.size == self.pods.count and not synced
-        count = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward, local_forward=local)
+        count = batchnorm.recalibrate(engine.module, batches, self.pods, engine.device, forward)
         engine.publish(())
         return count
 
@@ -337,10 +334,7 @@ class TrainableAverage:
                 raise TwaError("start_from() inside weights(): leave it first.")
             if not self.can_start_from(which):
                 raise ConfigError(f"start_from: basis {self.config.basis!r} cannot start from {which!r}.")
-        before = self._x.detach().clone()
-        with torch.no_grad():
-            self._x.copy_(self.pods.broadcast(self._basis.locate(self._chosen(which))))
-        self._write_or_return_to(before)
+        self._set(self._located(which))
         self.zero_grad()
 
     @while_open
@@ -366,10 +360,7 @@ class TrainableAverage:
                 raise TwaError("load_state_dict() inside weights(): leave it first.")
             saved = self._form.checked(state, self._x, self._engine.buffers())
         require_same_state(self.pods, saved)
-        before = self._x.detach().clone()
-        with torch.no_grad():
-            self._x.copy_(saved.x)
-        self._write_or_return_to(before)
+        self._set(saved.x)
         self.optimizer.load_inside(saved.optimizer)
         self.zero_grad()
         live = self._engine.buffers()
@@ -406,8 +397,15 @@ class TrainableAverage:
         finally:
             self._gradients.clear()
 
+    def _set(self, x: torch.Tensor) -> None:
+        """Replace the coefficients and write the weights; if these are not finite, restore both and raise."""
+        before = self._x.detach().clone()
+        with torch.no_grad():
+            self._x.copy_(x)
+        self._write_or_return_to(before)
+
     def _write_or_return_to(self, before: torch.Tensor) -> None:
-        """Write the weights after a step; if they are not finite, restore the coefficients `before` it and raise."""
+        """Write the weights of new coefficients; if these are not finite, restore those `before` and raise."""
         try:
             self._limits.require_coefficients(self._x)
             self._write(postpone=self.config.combine == "forward")
@@ -431,6 +429,10 @@ class TrainableAverage:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a TrainableAverage")
+
+    def _located(self, which: Which) -> torch.Tensor:
+        """Return the coefficients x of an average, with the same bits on all ranks. Collective."""
+        return self.pods.broadcast(self._basis.locate(self._chosen(which)))
 
     def _chosen(self, which: Which) -> torch.Tensor:
         return averaging_coefficients(which, self._basis.center_weights, len(self.layout.groups))

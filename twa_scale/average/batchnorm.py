@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twa_scale.ranks import Group, publish_failure
+from twa_scale.ranks import Group, Pods, publish_failure
 
 
 def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
@@ -20,13 +20,11 @@ def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
 def recalibrate(
     module: nn.Module,
     batches: Iterable[Any],
-    group: Group,
+    pods: Pods,
     device: torch.device,
     forward: Callable[[nn.Module, Any], object] | None = None,
-    *,
-    local_forward: bool = False,
 ) -> int:
-    """Replace the running statistics of `module` by their mean over `batches` of all ranks of `group`.
+    """Replace the running statistics of `module` by their mean over `batches` of all ranks.
 
     The other layers are in evaluation mode. All ranks stop when the first has no batch left: a sharded forward pass
     needs all of them.
@@ -34,10 +32,9 @@ def recalibrate(
     Args:
         module: the model; forward passes may be collective.
         batches: tensors, dicts (passed by keyword), or sequences whose first item is the input.
-        group: the data-parallel ranks.
+        pods: all ranks.
         device: the device to move the batches to.
         forward: runs one batch; by default, `module(input)`.
-        local_forward: whether a forward pass has no collectives, so that ranks can agree on its errors.
 
     Returns:
         The number of batches over all ranks. If it is 0, the statistics are unchanged.
@@ -49,6 +46,8 @@ def recalibrate(
     layers = batchnorm_layers(module)
     if not layers:
         return 0
+    synced = any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules())
+    local_forward = pods.size == pods.count and not synced  # no collectives, so ranks can agree on its errors
     modes = {child: child.training for child in module.modules()}
     momenta = [layer.momentum for layer in layers]
     before: list[list[torch.Tensor]] | None = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
@@ -60,13 +59,13 @@ def recalibrate(
             layer.momentum = None  # the cumulative mean
             layer.train()
         iterator = iter(batches)
-        while (batch := _next_on_all(iterator, group, device)) is not None:
-            with group.agree() if local_forward else publish_failure():
+        while (batch := _next_on_all(iterator, pods, device)) is not None:
+            with pods.agree() if local_forward else publish_failure():
                 forward(module, batch) if forward else _call(module, batch)
             count += 1
-        total = int(group.sum_(torch.tensor([count], device=device)).item())
+        total = int(pods.sum_(torch.tensor([count], device=device)).item())
         if total:
-            _average(layers, count / total, total, group)
+            _average(layers, count / total, total, pods)
             before = None
     finally:
         for layer, buffers in zip(layers, before or (), strict=before is not None):

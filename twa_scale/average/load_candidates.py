@@ -125,6 +125,7 @@ def _read_spans(
     vectors = spectral_vectors({name for held in layout.held_as.values() for name in held})
     targets: dict[Span, Target] = {}
     sums: list[Span] = []
+    copied: dict[Span, int] = {}
     for read, span in live.items():
         if span.name in layout.group_of:
             products = gram.of(layout.group_of[span.name])
@@ -133,8 +134,9 @@ def _read_spans(
             sums.append(read)
         elif engine.parameters[span.name].dtype.is_floating_point and read.name not in vectors:
             targets[read] = Target(center=engine.live(span))
+        else:
+            copied[read] = len(weights) - 1
     stream.make_deltas(targets, weights)
-    copied = {read: len(weights) - 1 for read in live if read not in targets and read not in sums}
     for read, start, values in chain(stream.copies(copied), stream.sums(sums)):
         engine.live(live[read])[start : start + len(values)] = values
 

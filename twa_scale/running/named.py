@@ -109,6 +109,5 @@ def _of_so_many(which: Which, n: int, keep: int) -> torch.Tensor:
 def _over_snapshots(which: Which, n: int) -> torch.Tensor:
     """Return the coefficients of n snapshots, (n,), float64."""
     if isinstance(which, str) and (lawa := _LAWA.fullmatch(which)):
-        last = min(int(lawa[1]), n)
-        return torch.tensor([0.0] * (n - last) + [1 / last] * last, dtype=torch.float64)
+        which = f"lawa:{min(int(lawa[1]), n)}"
     return averaging_coefficients(which, torch.zeros(n, dtype=torch.float64), 1)[:, 0]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tests.gpu.stages.rows import randomize, repeat
 from twa_scale.average import load_candidates
 from twa_scale.base.spans import Span
+from twa_scale.candidates.streaming import Stream
 from twa_scale.kernels import Dense, Packed, Target
 
 BASE, DELTA = 0.02, 1e-3
@@ -25,15 +25,11 @@ def _normal(part: Tensor) -> Tensor:
     return part.normal_(std=BASE)
 
 
-class SyntheticStream:
-    """Stands in for the stream that reads candidates."""
-
-    def __init__(self, candidates: Sequence[Any], *_: object, **__: object) -> None:
-        self._n = len(candidates)
-        self.checksums: dict[str, Tensor] = {}
-        self.differing: dict[str, int] = {}
+class SyntheticStream(Stream):
+    """A stream that makes deltas up. What it does not override is as in a run, on tensors that are not trained."""
 
     def make_deltas(self, targets: Mapping[Span, Target], weights: Sequence[float]) -> None:
+        n = len(self._candidates)
         for span, target in targets.items():
             assert isinstance(target.rows, Dense | Packed) and target.center is not None
             randomize(target.rows)
@@ -43,17 +39,14 @@ class SyntheticStream:
                 target.rows.values.mul_(DELTA)
             repeat(target.center, _ones if span.name.endswith("norm.weight") else _normal)
             if target.products is not None:
-                squares = torch.full((self._n + 1,), len(span) * DELTA**2, dtype=torch.float64)
+                squares = torch.full((n + 1,), len(span) * DELTA**2, dtype=torch.float64)
                 target.products.add_((squares.diag() if target.products.ndim == 2 else squares).to(target.products))
             if target.errors is not None:
                 target.errors.add_(0.01 * len(span) * DELTA**2)
-            self.checksums[span.name] = torch.randint(1 << 40, (self._n,))
-
-    def copies(self, spans: Mapping[Span, int]) -> Iterator[Any]:
-        yield from ()
+            self.checksums[span.name] = torch.randint(1 << 40, (n,))
 
     def check(self, jobs: object) -> None:
-        """Read nothing."""
+        """Read nothing: the checksums are made up, too."""
 
 
 @contextmanager

@@ -56,10 +56,11 @@ def proposals(method: Method, start: Array, constraint: Constraint, seed: int) -
 def sweep(n: int) -> Proposals:
     """Propose uniform averages of the last K candidates for every K, then other shapes, largest windows first."""
     for k in range(1, n + 1):
-        yield Proposal(f"lawa:{k}", _window(n, [1 / k] * k))
+        yield Proposal(f"lawa:{k}", np.array(center_weights(f"lawa:{k}", n)))
     for k in range(n, 1, -1):
         for shape in ("minus-sqrt", *(f"ema:{decay}" for decay in _DECAYS)):
-            yield Proposal(f"{shape} of the last {k}", _window(n, center_weights(shape, k)))
+            weights = np.array([0.0] * (n - k) + center_weights(shape, k))
+            yield Proposal(f"{shape} of the last {k}", weights)
 
 
 def greedy(n: int) -> Proposals:
@@ -140,10 +141,6 @@ def _coefficients(z: Array, start: Array, constraint: Constraint) -> Array:
     powers = np.exp(logits - logits.max(0))
     found: Array = powers / powers.sum(0)
     return found
-
-
-def _window(n: int, weights: list[float]) -> Array:
-    return np.array([0.0] * (n - len(weights)) + weights)
 
 
 def _uniform(n: int, members: list[int]) -> Array:
