@@ -9,16 +9,25 @@ from twa_scale.candidates.adapters import ADAPTER_CONFIG
 from twa_scale.candidates.find import find_sources
 from twa_scale.config import RunConfig
 from twa_scale.engines.live_adapter import live_adapter
+from twa_scale.ranks import Group
 
 
 def candidates_leave_values(config: RunConfig) -> bool:
-    """Return whether the model keeps values: candidates are adapters, or `missing` is `keep`.
+    """Return whether the model keeps values: candidates are adapters, or `missing` is `keep`. Collective.
+
+    One rank looks, because file systems may show ranks different files, and ranks that differ would hang.
 
     Raises:
         CandidateError: candidates are not found.
     """
-    paths = find_sources(config.candidates, 1, ignore_notice, config.select)
-    return config.missing == "keep" or any(isinstance(p, Path) and (p / ADAPTER_CONFIG).is_file() for p in paths)
+    if config.missing == "keep":
+        return True
+    group, found = Group.world(), False
+    with group.agree():
+        if group.rank == 0:
+            paths = find_sources(config.candidates, 1, ignore_notice, config.select)
+            found = any(isinstance(path, Path) and (path / ADAPTER_CONFIG).is_file() for path in paths)
+    return group.broadcast(found)
 
 
 def keeps_values(config: RunConfig, model: nn.Module) -> bool:
