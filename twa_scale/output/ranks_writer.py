@@ -1,6 +1,6 @@
 """The writer of output directories: all ranks write their spans to the same files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,8 +94,14 @@ class Writer:
             file.close()
         self._files = {}
 
-    def publish(self, files: Files) -> None:
-        """Add the small files and publish the directory. Call it on one rank, after all ranks have written."""
+    def publish(self, files: Files, published: Callable[[], None] | None = None) -> None:
+        """Add the small files, publish the directory and call `published`. For one rank, after all ranks have written.
+
+        A process that is killed before `published` has returned leaves its lock to `remove_leftovers`, which then calls
+        its own `published`.
+        """
+        if published:
+            self.leave_to_next_start()
         extra = dict(files)
         if len(self._shards) > 1:
             extra[index_name(self._base)] = index_of(self._shards, list(self._specs.values()))
@@ -108,11 +114,13 @@ class Writer:
             if self.target.is_dir():  # Its content may have changed since `open_writer`.
                 check_replaceable(self.target, self._overwrite)
             publish(self.directory, self.target)
+        if published:
+            published()
 
-    def move_to_thread(self) -> None:
-        """Let a thread of this process finish the files, and restore the signal handlers of the main thread."""
+    def leave_to_next_start(self) -> None:
+        """Leave the files to `remove_leftovers` when a signal ends the process. Another thread may then write them."""
         if self._temporary:
-            self._temporary.move_to_thread()
+            self._temporary.leave_to_next_start()
 
     def discard(self) -> None:
         """Remove the unpublished files, or the earlier output that was replaced. For the first rank."""
@@ -145,6 +153,7 @@ def writing(
     overwrite: bool = False,
     base: str = "model",
     metadata: Mapping[str, str] | None = None,
+    published: Callable[[], None] | None = None,
 ) -> Iterator[Writer]:
     """Write tensors to the directory `out`, and publish it when the body has succeeded on every rank. Collective.
 
@@ -161,6 +170,7 @@ def writing(
             directories that are not empty are never replaced.
         base: the name of the weight files without suffix and number.
         metadata: the metadata of their headers.
+        published: called on rank 0 after the directory is published. Its errors are raised on every rank.
 
     Raises:
         OutputError: the output could not be written. Raised on every rank; no temporary files remain, and `out` is
@@ -179,7 +189,7 @@ def writing(
         check_tiling(writer.elements, specs, group)
         with group.agree():
             if group.rank == 0:
-                writer.publish(files or {})
+                writer.publish(files or {}, published)
     finally:
         if group.rank == 0:
             writer.discard()
