@@ -234,12 +234,15 @@ def open_writer(
     target = group.broadcast(own)
     base, metadata = group.broadcast((base, metadata))  # The layout depends on them.
     temporary: TemporaryName | None = None
+    sizes: dict[str, int] = {}
     try:
         with group.agree():
             files = form.files(specs, parse_size(max_shard_size), base, metadata)
             if group.rank == 0:
                 temporary = _prepare(target, files, form, overwrite)
-        directory, sizes = group.broadcast(_created(temporary.path, files) if temporary else (target, {}))
+                sizes = {name: (temporary.path / name).stat().st_size for name in files.names}
+        directory = group.broadcast(temporary.path if temporary else target)
+        sizes = group.broadcast(sizes)
         with group.agree():
             _check_shared(target, directory, sizes)
             return Writer(directory, target, specs, files, temporary, overwrite)
@@ -265,11 +268,6 @@ def _prepare(target: Path, files: WeightFiles, form: OutputFormat, overwrite: bo
             temporary.discard()
             raise
         return temporary
-
-
-def _created(directory: Path, files: WeightFiles) -> tuple[Path, dict[str, int]]:
-    """Return the directory, and the size of each weight file in it."""
-    return directory, {name: (directory / name).stat().st_size for name in files.names}
 
 
 def _check_shared(target: Path, directory: Path, sizes: Mapping[str, int]) -> None:
