@@ -1,4 +1,4 @@
-"""Averages in transformers' own Trainer, in one process and on two ranks."""
+"""Averages in transformers' own Trainer, in one process and on two ranks. One test runs the example of trainers.md."""
 
 import os
 import subprocess
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import twa_scale
+from tests.integrations.examples import run_example
 from tests.integrations.train_transformers import DECAY, HALF, LEARN, STEPS, Texts, build, learned, train
 from twa_scale import ConfigError, TwaWarning
 from twa_scale.integrations.transformers import TwaCallback
@@ -169,6 +170,14 @@ def test_a_best_checkpoint_without_averages_is_reported(tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, TwaCallback(ema=[0.9]), Forget(), **every)
     with pytest.warns(TwaWarning, match="not of the best checkpoint"):
         trainer.train()
+
+
+@pytest.mark.slow
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), max_steps=STEPS, report_to=[], use_cpu=True, disable_tqdm=True)
+    names = {"Trainer": Trainer, "args": args, "model": build(0), "train": Texts(), "validation": Texts()}
+    run_example("transformers", names)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "average")
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,22 @@
 """Averages in the Trainer of transformers, and in those that are made from it, as TRL's are."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import Trainer, TrainerCallback
 
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.coefficients import Which
 from twa_scale.base.notices import notice
-from twa_scale.config import TwaConfig, validated
 from twa_scale.errors import ConfigError, TwaError
-from twa_scale.running import RunningAverages
-from twa_scale.running.settings import Ema, Window, ema_settings, window_settings
+from twa_scale.integrations.averaging import Averaging, endless
 
 AVERAGE = "average"
 """The directory of an average, in a checkpoint and in the output directory."""
 
 
-class TwaCallback(TrainerCallback):  # type: ignore[misc]
+class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
     """Keeps averages while a Trainer trains, with whatever engine it has chosen.
 
     Evaluations are of the average `evaluate_with`, so that the best checkpoint is the one with the best average. Each
@@ -28,59 +24,31 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
     reads. When training ends, `output_dir/average` is the average: with `learn`, of the snapshots with learned
     coefficients; of the best checkpoint with `load_best_model_at_end`. The Trainer keeps the trained weights.
 
-    Args:
-        ema: as for `RunningAverages`.
-        window: as for `RunningAverages`.
-        device: as for `RunningAverages`.
-        evaluate_with: what evaluations and checkpoints show, as `RunningAverages.weights` takes it; "auto" is the first
-            exponential average, or the mean of the window where there is none; "last" the trained weights.
-        learn: settings of the trainable average over the window, as for `attach`: learned when training ends.
-        learn_steps: its steps, each on as many batches as an optimizer step of the Trainer.
-        save: write `average/` with each checkpoint.
-
-    Raises:
-        ConfigError: names the setting.
+    The arguments are those of `Averaging`.
     """
 
-    def __init__(
-        self,
-        *,
-        ema: Ema | None = None,
-        window: Window | None = None,
-        device: str = "auto",
-        evaluate_with: Which = "auto",
-        learn: TwaConfig | Mapping[str, Any] | None = None,
-        learn_steps: int = 0,
-        save: bool = True,
-    ) -> None:
-        self._ema, self._window, self._device = ema_settings(ema), window_settings(window), device
-        if self._ema is None and self._window is None:
-            raise ConfigError("TwaCallback: give ema=[0.999], window={'every': 100, 'keep': 40}, or both.")
-        if (learn is None) != (not learn_steps):
-            raise ConfigError("TwaCallback: give learn={..} and learn_steps=200 together, or neither.")
-        if learn is not None and self._window is None:
-            raise ConfigError("TwaCallback: learn needs window={'every': .., 'keep': ..}, whose snapshots it averages.")
-        self._learn = validated(TwaConfig, dict(learn)) if isinstance(learn, Mapping) else learn
-        self._learn_steps = learn_steps
-        default = next(iter(self._ema.names())) if self._ema else "mean"
-        self._which: Which = default if isinstance(evaluate_with, str) and evaluate_with == "auto" else evaluate_with
-        self._save = save
-        self._trainer: Any = None
-        self._evaluate: Callable[..., dict[str, float]] | None = None
-        self._showing = False
-        self.averages: RunningAverages | None = None
-        """Made when training begins."""
+    _trainer: Any = None
+    _evaluate: Callable[..., dict[str, float]] | None = None
+    _showing = False
+
+    @property
+    def state_key(self) -> NoReturn:
+        """Refuse Lightning's Trainer, which asks for this first."""
+        raise ConfigError(
+            "TwaCallback of twa_scale.integrations.transformers: Lightning's Trainer needs the one of "
+            "twa_scale.integrations.lightning."
+        )
+
+    def on_exception(self, *args: Any) -> None:
+        """Do nothing: Lightning's Trainer calls this after the error."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the averages of the model as the Trainer has wrapped it; on resume, go on from the checkpoint's."""
         self._trainer, checkpoint = _caller()
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
-        self.averages = RunningAverages(
-            self._trainer.model_wrapped, ema=self._ema, window=self._window, device=self._device
-        )
-        self.averages.has(self._which)  # a name that is wrong is an error now, not at the first evaluation
-        if checkpoint is not None and not self.averages.load_state(checkpoint) and state.is_world_process_zero:
+        averages = self._make(self._trainer.model_wrapped)
+        if checkpoint is not None and not averages.load_state(checkpoint) and state.is_world_process_zero:
             notice(f"{checkpoint}: has no averages; they begin anew at step {state.global_step}.")
         self._wrap_evaluate()
 
@@ -108,12 +76,7 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
         directory = Path(args.output_dir) / AVERAGE
         if self._learn is None:
             self._write(directory)
-        elif len(self.averages.snapshot_steps) < 2:
-            notice(
-                f"TwaCallback: the window has {len(self.averages.snapshot_steps)} snapshots after {state.global_step} "
-                "steps, and learning needs two: nothing is learned. Make window={'every': ..} smaller."
-            )
-        else:
+        elif self._can_learn(state.global_step):
             self._learn_and_write(directory, kwargs["train_dataloader"])
 
     def _wrap_evaluate(self) -> None:
@@ -161,37 +124,30 @@ class TwaCallback(TrainerCallback):  # type: ignore[misc]
         assert self.averages is not None and self._evaluate is not None
         trainer = self._trainer
         with self.averages.learning(self._learn) as twa:
-            self._steps(twa, _endless(batches))
+            self._steps(twa, endless(batches))
             self._save_model(directory)
             if trainer.eval_dataset is not None:
                 self._evaluate(metric_key_prefix="eval_average")
 
     def _steps(self, twa: TrainableAverage, batches: Iterator[Any]) -> None:
         trainer, args = self._trainer, self._trainer.args
-        model, scaler = trainer.model_wrapped, getattr(trainer.accelerator, "scaler", None)
-        deepspeed = hasattr(model, "backward")
+        model = trainer.model_wrapped
         model.train()
-        for step in range(1, self._learn_steps + 1):
-            total = 0.0
-            for _ in range(args.gradient_accumulation_steps):
-                inputs = trainer._prepare_inputs(next(batches))
-                with trainer.compute_loss_context_manager():
-                    loss = trainer.compute_loss(model, inputs)
-                total += float(loss.detach()) / args.gradient_accumulation_steps
-                if deepspeed:  # divides by itself, and counts micro-batches in each step
-                    model.backward(loss)
-                    twa.step()
-                    twa.zero_grad()
-                else:
-                    scaled = loss / args.gradient_accumulation_steps
-                    (scaler.scale(scaled) if scaler else scaled).backward()
-            if not deepspeed:
-                twa.step(scaler)
-                twa.zero_grad()
-                if scaler:
-                    scaler.update()
-            if step == self._learn_steps or step % max(int(args.logging_steps), 1) == 0:
-                trainer.log({"twa_loss": total, "twa_step": step, "twa_lr": twa.optimizer.param_groups[0]["lr"]})
+
+        def loss() -> Any:
+            inputs = trainer._prepare_inputs(next(batches))
+            with trainer.compute_loss_context_manager():
+                return trainer.compute_loss(model, inputs)
+
+        self._train_coefficients(
+            twa,
+            model,
+            loss,
+            accumulate=args.gradient_accumulation_steps,
+            scaler=getattr(trainer.accelerator, "scaler", None),
+            log_every=int(args.logging_steps),
+            log=trainer.log,
+        )
 
 
 def _caller() -> tuple[Any, str | None]:
@@ -215,10 +171,3 @@ def _is_training(trainer: Any) -> bool:
         if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
             return True
     return False
-
-
-def _endless(batches: Any) -> Iterator[Any]:
-    for epoch in count():
-        if hasattr(batches, "set_epoch"):
-            batches.set_epoch(epoch)
-        yield from batches

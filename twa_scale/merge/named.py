@@ -49,7 +49,6 @@ def average_fixed(
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     carry_code: bool = False,
-    format: str = "hf",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[tuple[str, float]]:
@@ -70,7 +69,6 @@ def average_fixed(
         max_shard_size: see `merge`.
         dtype: the name of the floating point type to write.
         carry_code: whether code of the last candidate, such as *.py files, is copied with its other small files.
-        format: the format of the output: "hf" (safetensors), "pt", "dcp" or "same"; see docs/candidates.md.
         overwrite: see `merge`.
         progress: see `merge`.
 
@@ -135,7 +133,6 @@ def average_fixed(
         ),
         max_shard_size=max_shard_size,
         dtype=chosen,
-        form=format,
         overwrite=overwrite,
         progress=progress,
         verify=lambda checksums: require_equal_ties(opened, checksums),
@@ -155,7 +152,6 @@ def export_run(
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     carry_code: bool = False,
-    format: str = "hf",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[int, str]:
@@ -167,7 +163,6 @@ def export_run(
         max_shard_size: see `merge`.
         dtype: the name of the floating point type to write.
         carry_code: whether code of the last candidate, such as *.py files, is copied with its other small files.
-        format: the format of the output: "hf" (safetensors), "pt", "dcp" or "same"; see docs/candidates.md.
         overwrite: see `merge`.
         progress: see `merge`.
 
@@ -232,7 +227,6 @@ def export_run(
         origin=origin,
         max_shard_size=max_shard_size,
         dtype=chosen,
-        form=format,
         ignore=twa.config.ignore,
         replace={twa.buffer_names[n]: value for n, value in twa.buffers.items() if n in twa.buffer_names},
         overwrite=overwrite,

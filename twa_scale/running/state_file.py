@@ -20,7 +20,7 @@ def write_file(state: State, directory: Path, rank: int, size: int) -> None:
     """
     with replacing(directory / _file_name(rank, size)) as temporary, temporary.open("wb") as file:
         try:
-            torch.save(_plain(state), file)
+            torch.save(plain(state), file)
         except RuntimeError as error:  # of torch's writer, where the file could not be written
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
 
@@ -51,7 +51,8 @@ def _file_name(rank: int, size: int) -> str:
     return f"averages-{rank:05d}-of-{size:05d}.pt"
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
+    """Return a state with this rank's parts of DTensors in their place."""
     if isinstance(tree, Mapping):
-        return {key: _plain(value) for key, value in tree.items()}
+        return {key: plain(value) for key, value in tree.items()}
     return local(tree)

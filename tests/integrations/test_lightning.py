@@ -1,0 +1,229 @@
+"""Averages in Lightning's own Trainer, in one process and on two ranks. One test runs the example of trainers.md."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from transformers import Trainer, TrainingArguments
+
+from tests.integrations.examples import run_example
+from tests.integrations.train_lightning import (
+    ACCUMULATE,
+    DECAY,
+    HALF,
+    LEARN,
+    STEPS,
+    WINDOW,
+    Module,
+    data,
+    fit,
+    network,
+    results,
+    trainer_with,
+)
+from twa_scale import ConfigError, RunningAverages, StateError, TwaError, TwaWarning
+from twa_scale.integrations import transformers
+from twa_scale.integrations.lightning import TwaCallback
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning")
+
+Weights = dict[str, torch.Tensor]
+
+
+def weights_of(net: torch.nn.Module) -> Weights:
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def loss_of(net: torch.nn.Module, batch: Any) -> torch.Tensor:
+    return torch.nn.functional.mse_loss(net(batch[0]), batch[1])
+
+
+@pytest.fixture(scope="module")
+def by_hand() -> dict[str, Any]:
+    """The same training in a loop of one's own."""
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    averages = RunningAverages(net, ema=[DECAY], window=WINDOW)
+    found: dict[str, Any] = {}
+    for i, batch in enumerate([*data(), *data()]):
+        (loss_of(net, batch) / ACCUMULATE).backward()
+        if (i + 1) % ACCUMULATE == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            averages.step()
+        if (i + 1) == HALF * ACCUMULATE:
+            found["trained half"] = weights_of(net)
+            with averages.weights("ema"):
+                found["ema half"] = weights_of(net)
+    found["trained"] = weights_of(net)
+    with averages.weights("ema"), torch.no_grad():
+        found["ema"] = weights_of(net)
+        found["val_loss"] = float(sum(loss_of(net, batch) for batch in list(data())[:2]) / 2)
+    with averages.learning(LEARN) as twa:
+        for i, batch in enumerate(list(data())[: 3 * ACCUMULATE]):
+            (loss_of(net, batch) / ACCUMULATE).backward()
+            if (i + 1) % ACCUMULATE == 0:
+                twa.step()
+                twa.zero_grad()
+        found["learned"] = weights_of(net)
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of trainings on two ranks."""
+    directory = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tests.integrations.train_lightning", str(directory)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+def require_equal(found: Weights, wanted: Weights, exact: bool = False) -> None:
+    assert found.keys() == wanted.keys()
+    tolerance = 0.0 if exact else 1e-6
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
+
+
+def require_results(found: dict[str, Any], by_hand: dict[str, Any], exact: bool) -> None:
+    assert found["steps"] == (STEPS, STEPS) and found["same"]
+    assert found["val_loss"] == pytest.approx(by_hand["val_loss"], abs=1e-6)
+    require_equal(found["trained"], by_hand["trained"], exact)
+    require_equal(found["trained again"], by_hand["trained"], exact)
+    require_equal(found["ema"], by_hand["ema"], exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["automatic", "manual"])
+def test_a_trainer_keeps_averages(kind: str, tmp_path: Path, by_hand: dict[str, Any]) -> None:
+    """They are those of a loop of one's own, shown in validations, saved, and resumed with the same bits."""
+    require_results(results(kind, tmp_path), by_hand, exact=True)
+    held = torch.load(tmp_path / f"step={HALF}.ckpt", weights_only=True)
+    require_equal(within_net(held["state_dict"]), by_hand["trained half"], exact=True)
+    require_equal(within_net(held["twa_scale"]["average"]), by_hand["ema half"], exact=True)
+    final = Module.load_from_checkpoint(tmp_path / "average.ckpt", manual=True)
+    require_equal(weights_of(final.net), by_hand["ema"], exact=True)  # of the second fit, which does not learn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_trainer_keeps_averages_on_two_ranks(kind: str, on_ranks: Path, by_hand: dict[str, Any]) -> None:
+    for rank in range(2):
+        require_results(torch.load(on_ranks / f"{kind}-{rank}.pt", weights_only=True), by_hand, exact=False)
+
+
+def within_net(state: Weights) -> Weights:
+    return {name.removeprefix("net."): value for name, value in state.items()}
+
+
+@pytest.mark.slow
+def test_averages_of_two_ranks_are_checkpoints(on_ranks: Path, by_hand: dict[str, Any]) -> None:
+    trainer, module = trainer_with("automatic", on_ranks), Module()
+    trainer.validate(module, data(), ckpt_path=on_ranks / "ddp" / "average.ckpt", verbose=False, weights_only=True)
+    require_equal(weights_of(module.net), by_hand["ema"])
+    trainer.validate(module, data(), ckpt_path=on_ranks / "ddp-learned.ckpt", verbose=False, weights_only=True)
+    for name, value in weights_of(module.net).items():  # a rounding of weights moves one of their packed differences
+        torch.testing.assert_close(value, by_hand["learned"][name], rtol=0, atol=1e-3)
+        assert not torch.allclose(value, by_hand["ema"][name], rtol=0, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_coefficients_are_learned_when_training_ends(tmp_path: Path, by_hand: dict[str, Any]) -> None:
+    trainer, module, callback, _ = fit("automatic", tmp_path, learn=LEARN, learn_steps=3)
+    assert callback.average_path == tmp_path / "average.ckpt"
+    require_equal(weights_of(Module.load_from_checkpoint(callback.average_path).net), by_hand["learned"])
+    require_equal(weights_of(module.net), by_hand["trained"], exact=True)
+    (own,) = trainer.validate(module, data(), verbose=False)
+    assert abs(own["val_loss"] - by_hand["val_loss"]) > 1e-4  # of the trained weights again
+    assert callback.averages is not None
+    trainer.fit_loop.epoch_loop.max_steps = STEPS + 2
+    trainer.fit(module, data(), data())
+    assert callback.averages.num_steps == STEPS + 2  # a second fit goes on
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_other_ranks_is_refused_and_one_without_averages_begins_anew(tmp_path: Path) -> None:
+    fit("automatic", tmp_path)
+    path = tmp_path / f"step={HALF}.ckpt"
+    held = torch.load(path, weights_only=True)
+    held["twa_scale"]["states"] *= 2
+    torch.save(held, path)
+    with pytest.raises(StateError, match="averages of 2 ranks, and there are 1"):
+        fit("automatic", tmp_path, path)
+    del held["twa_scale"]
+    torch.save(held, path)
+    with pytest.warns(TwaWarning, match=f"begin anew at step {HALF}"):
+        fit("automatic", tmp_path, path)
+
+
+class Fail(pl.Callback):
+    """Ends the first validation of an average by an error, or saves a checkpoint in it."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.before: Weights = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.before = weights_of(pl_module.net)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        assert not all(torch.equal(value, self.before[name]) for name, value in weights_of(pl_module.net).items())
+        if self.path is None:
+            raise RuntimeError("in a validation")
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_validation_gives_the_trained_weights_back(tmp_path: Path) -> None:
+    module, callback, fail = Module(), TwaCallback(ema=[DECAY]), Fail()
+    trainer = trainer_with("automatic", tmp_path, callback, fail)
+    with pytest.raises(RuntimeError, match="in a validation"):
+        trainer.fit(module, data(), data())
+    require_equal(weights_of(module.net), fail.before, exact=True)
+    with pytest.raises(TwaError, match="would save the average as the trained weights"):
+        trainer_with("automatic", tmp_path, TwaCallback(ema=[DECAY]), Fail(tmp_path / "x.ckpt")).fit(
+            Module(), data(), data()
+        )
+
+
+@pytest.mark.slow
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    names = {
+        "Trainer": partial(pl.Trainer, logger=False, default_root_dir=tmp_path),
+        "module": Module(),
+        "Module": Module,
+    }
+    run_example("lightning", {**names, "train": data(), "validation": data()})
+    assert (tmp_path / "checkpoints" / "average.ckpt").exists()
+
+
+def test_what_a_trainer_must_not_have_is_refused(tmp_path: Path) -> None:
+    """Another callback that averages, one of another trainer, learning without a loss, and two of ours."""
+    averaging = TwaCallback(ema=[DECAY])
+    learning = TwaCallback(window=WINDOW, learn=LEARN, learn_steps=3)
+    other = transformers.TwaCallback(ema=[DECAY])
+    for callbacks, manual, said in (
+        ((averaging, EMAWeightAveraging()), False, "EMAWeightAveraging also writes averages"),
+        ((other,), False, "Lightning's Trainer needs the one of twa_scale.integrations.lightning"),
+        ((learning,), True, "training_step that returns the loss"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            trainer_with("manual", tmp_path, *callbacks).fit(Module(manual), data())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `TwaCallback`"):
+        trainer_with("manual", tmp_path, averaging, learning)
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ConfigError, match=r"needs the one of twa_scale\.integrations\.transformers"):
+        Trainer(network(), args, callbacks=[averaging])

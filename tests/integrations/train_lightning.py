@@ -1,0 +1,168 @@
+"""Train with Lightning's Trainer on two ranks: `-m tests.integrations.train_lightning DIRECTORY`, under torchrun."""
+
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from twa_scale.integrations.lightning import TwaCallback
+from twa_scale.running.state_file import plain
+
+STEPS, HALF, DECAY, ACCUMULATE, SIZE = 6, 3, 0.5, 2, 4
+WINDOW = {"every": 1, "keep": 3, "store": "packed8"}
+LEARN: dict[str, Any] = {"groups": "tensor", "optimizer": {"lr": 0.05}}
+
+
+def data(rank: int = 0, ranks: int = 1) -> torch.utils.data.DataLoader[Any]:
+    """Batches of three steps, which are an epoch; the ranks share the rows of a batch."""
+    x = torch.randn(HALF * ACCUMULATE * SIZE, 6, generator=torch.Generator().manual_seed(0))
+    part = torch.arange(len(x)).reshape(-1, ranks, SIZE // ranks)[:, rank].reshape(-1)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[part], x[part].sin()), SIZE // ranks)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+
+
+class Module(pl.LightningModule):
+    """A small network."""
+
+    sharded = False
+
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = not manual
+        self.net = network()
+
+    def configure_model(self) -> None:
+        if self.sharded:
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net[0], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, i: int) -> torch.Tensor | None:
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        self.manual_backward(loss / ACCUMULATE)
+        if (i + 1) % ACCUMULATE == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        return None
+
+    def validation_step(self, batch: Any, i: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True, batch_size=len(batch[0]))
+
+
+def strategy_of(kind: str) -> Any:
+    if kind == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    if kind == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return "auto"
+
+
+def trainer_with(kind: str, directory: Path, *callbacks: pl.Callback, max_steps: int = STEPS) -> pl.Trainer:
+    """Return a Trainer of six steps of two batches; each step is a checkpoint."""
+    saving = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    return pl.Trainer(
+        max_steps=max_steps,
+        default_root_dir=directory,
+        accelerator="cpu",
+        devices=2 if kind in ("ddp", "fsdp2") else 1,
+        strategy=strategy_of(kind),
+        accumulate_grad_batches=1 if kind == "manual" else ACCUMULATE,
+        limit_val_batches=2,
+        callbacks=[*callbacks, saving],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+class Halfway(pl.Callback):
+    """Remembers the state of the averages at the beginning of the second epoch."""
+
+    state: Any = None
+
+    def __init__(self, averaging: TwaCallback) -> None:
+        self.averaging = averaging
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == HALF and self.state is None:
+            assert self.averaging.averages is not None
+            self.state = deepcopy(plain(self.averaging.averages.state_dict()))
+
+
+def fit(
+    kind: str, directory: Path, resume: Path | None = None, **options: Any
+) -> tuple[pl.Trainer, Module, TwaCallback, Any]:
+    """Train a small network; the last that is returned is the state of the averages in between."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    callback = TwaCallback(**{"ema": [DECAY], "window": WINDOW, **options})
+    module = Module(manual=kind == "manual")
+    module.sharded = kind == "fsdp2"
+    halfway = Halfway(callback)
+    trainer = trainer_with(kind, directory, callback, halfway)
+    trainer.fit(module, data(rank, ranks), data(rank, ranks), ckpt_path=resume)
+    return trainer, module, callback, halfway.state
+
+
+def results(kind: str, directory: Path) -> dict[str, Any]:
+    """Return what a training, and its second half once more from the checkpoint, have left."""
+    learn = {} if kind == "manual" else {"learn": LEARN, "learn_steps": 3}
+    trainer, module, callback, before = fit(kind, directory, **learn)
+    assert callback.averages is not None
+    if callback.average_path and trainer.is_global_zero:
+        callback.average_path.rename(directory.parent / f"{kind}-learned.ckpt")
+    found = {
+        "steps": (callback.averages.num_steps, trainer.global_step),
+        "val_loss": float(trainer.callback_metrics["val_loss"]),
+        "trained": {name: whole(p) for name, p in module.net.named_parameters()},
+    }
+    _, module, callback, after = fit(kind, directory, directory / f"step={HALF}.ckpt")
+    assert callback.averages is not None
+    found["trained again"] = {name: whole(p) for name, p in module.net.named_parameters()}
+    found["same"] = same(before, after)
+    with callback.averages.weights("ema"):
+        found["ema"] = {name: whole(p) for name, p in module.net.named_parameters()}
+    return found
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    value = parameter.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states have the same bits."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    for kind in ("ddp", "fsdp2"):
+        found = results(kind, directory / kind)
+        torch.save(found, directory / f"{kind}-{dist.get_rank()}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,128 @@
+"""What the callbacks of all trainers share: their settings, the averages, and the learning of coefficients."""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any
+
+import torch
+
+from twa_scale.average.average import TrainableAverage
+from twa_scale.average.coefficients import Which
+from twa_scale.base.notices import notice
+from twa_scale.config import TwaConfig, validated
+from twa_scale.errors import ConfigError
+from twa_scale.running import RunningAverages
+from twa_scale.running.settings import Ema, Window, ema_settings, window_settings
+
+
+class Averaging:
+    """Settings of a callback, and its averages.
+
+    Args:
+        ema: as for `RunningAverages`.
+        window: as for `RunningAverages`.
+        device: as for `RunningAverages`.
+        evaluate_with: what evaluations show, as `RunningAverages.weights` takes it; "auto" is the first exponential
+            average, or the mean of the window where there is none; "last" the trained weights.
+        learn: settings of the trainable average over the window, as for `attach`: learned when training ends.
+        learn_steps: its steps, each on as many batches as a step of the optimizer.
+        save: save the average with each checkpoint.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+
+    def __init__(
+        self,
+        *,
+        ema: Ema | None = None,
+        window: Window | None = None,
+        device: str = "auto",
+        evaluate_with: Which = "auto",
+        learn: TwaConfig | Mapping[str, Any] | None = None,
+        learn_steps: int = 0,
+        save: bool = True,
+    ) -> None:
+        self._ema, self._window, self._device = ema_settings(ema), window_settings(window), device
+        if self._ema is None and self._window is None:
+            raise ConfigError("TwaCallback: give ema=[0.999], window={'every': 100, 'keep': 40}, or both.")
+        if (learn is None) != (not learn_steps):
+            raise ConfigError("TwaCallback: give learn={..} and learn_steps=200 together, or neither.")
+        if learn is not None and self._window is None:
+            raise ConfigError("TwaCallback: learn needs window={'every': .., 'keep': ..}, whose snapshots it averages.")
+        self._learn = validated(TwaConfig, dict(learn)) if isinstance(learn, Mapping) else learn
+        self._learn_steps = learn_steps
+        default = next(iter(self._ema.names())) if self._ema else "mean"
+        self._which: Which = default if isinstance(evaluate_with, str) and evaluate_with == "auto" else evaluate_with
+        self._save = save
+        self.averages: RunningAverages | None = None
+        """Made when training begins."""
+
+    def _make(self, model: Any) -> RunningAverages:
+        """Make the averages of a model as the trainer has wrapped it. Collective."""
+        averages = RunningAverages(model, ema=self._ema, window=self._window, device=self._device)
+        averages.has(self._which)  # a name that is wrong is an error now, not at the first evaluation
+        self.averages = averages
+        return averages
+
+    def _can_learn(self, steps: int) -> bool:
+        """Return whether the window has enough snapshots after so many steps, and report it where it has not."""
+        assert self.averages is not None
+        found = len(self.averages.snapshot_steps)
+        if found < 2:
+            notice(
+                f"TwaCallback: the window has {found} snapshots after {steps} steps, and learning needs two: nothing "
+                "is learned. Make window={'every': ..} smaller."
+            )
+        return found >= 2
+
+    def _train_coefficients(
+        self,
+        twa: TrainableAverage,
+        model: Any,
+        loss: Callable[[], torch.Tensor],
+        *,
+        accumulate: int,
+        scaler: torch.amp.GradScaler | None,
+        log_every: int,
+        log: Callable[[dict[str, float]], None],
+    ) -> None:
+        """Take the steps of the coefficients. Collective.
+
+        Args:
+            twa: the average.
+            model: as the trainer has wrapped it; DeepSpeed's engine has a `backward` of its own.
+            loss: returns the loss of the next batch.
+            accumulate: batches of a step.
+            scaler: the scaler of the loss.
+            log_every: steps between two calls of `log`; the last step is logged, too.
+            log: is given the loss, the step and the learning rate.
+        """
+        deepspeed = hasattr(model, "set_gradient_accumulation_boundary")
+        for step in range(1, self._learn_steps + 1):
+            total = 0.0
+            for _ in range(accumulate):
+                value = loss()
+                total += float(value.detach()) / accumulate
+                if deepspeed:  # divides by itself, and counts micro-batches in each step
+                    model.backward(value)
+                    twa.step()
+                    twa.zero_grad()
+                else:
+                    scaled = value / accumulate
+                    (scaler.scale(scaled) if scaler else scaled).backward()
+            if not deepspeed:
+                twa.step(scaler)
+                twa.zero_grad()
+                if scaler:
+                    scaler.update()
+            if step == self._learn_steps or step % max(log_every, 1) == 0:
+                log({"twa_loss": total, "twa_step": step, "twa_lr": twa.optimizer.param_groups[0]["lr"]})
+
+
+def endless(batches: Any) -> Iterator[Any]:
+    """Yield the batches of one epoch after another."""
+    for epoch in count():
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(epoch)
+        yield from batches

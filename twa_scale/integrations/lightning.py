@@ -1,0 +1,234 @@
+"""Averages in Lightning's Trainer."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import deepcopy
+from inspect import signature
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:  # the same classes, as a package of their own
+    from pytorch_lightning import Callback
+
+from twa_scale.base.notices import notice
+from twa_scale.errors import ConfigError, StateError, TwaError
+from twa_scale.integrations.averaging import Averaging, endless
+from twa_scale.integrations.counting import count_steps
+from twa_scale.integrations.lightning_checkpoint import FILE, directory_for_average, directory_of, states_of_all
+from twa_scale.running import RunningAverages
+
+KEY = "twa_scale"
+"""The key of the averages in a checkpoint: the "states" of all ranks, and the "average", a state dict of the model."""
+
+
+class TwaCallback(Averaging, Callback):  # type: ignore[misc]
+    """Keeps averages while Lightning's Trainer trains, with whatever strategy it has.
+
+    Validation is of the average `evaluate_with`, so that a `ModelCheckpoint` that monitors it keeps the checkpoint with
+    the best average. Each checkpoint holds the trained weights, the state of the averages, from which training resumes,
+    and the average. When training ends, `average_path` is a checkpoint of the average, which `load_from_checkpoint`
+    reads: with `learn`, of the snapshots with learned coefficients. The model keeps the trained weights.
+
+    The arguments are those of `Averaging`. Each step of an optimizer counts, as in Trainer's `global_step`.
+    """
+
+    _trainer: Any = None
+    _resumed: Any = None
+    _shown: AbstractContextManager[None] | None = None
+    _is_training = False
+    _counts: Sequence[RemovableHandle] = ()
+    average_path: Path | None = None
+    """The checkpoint of the average, once training has ended."""
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse transformers' Trainer, which calls this."""
+        raise ConfigError(
+            "TwaCallback of twa_scale.integrations.lightning: transformers' Trainer needs the one of "
+            "twa_scale.integrations.transformers."
+        )
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot be done before training begins. Lightning itself refuses two of this class."""
+        if stage != "fit":
+            return
+        for callback in trainer.callbacks:
+            names = {cls.__name__ for cls in type(callback).__mro__}
+            if names & {"WeightAveraging", "StochasticWeightAveraging"}:
+                raise ConfigError(
+                    f"TwaCallback: {type(callback).__name__} also writes averages into the model, so that neither "
+                    "would show its own; give one of the two."
+                )
+        if self._learn is None:
+            return
+        if not pl_module.automatic_optimization or "dataloader_iter" in signature(pl_module.training_step).parameters:
+            raise ConfigError(
+                "TwaCallback: learn needs a training_step that returns the loss of a batch. With manual optimization, "
+                "or dataloader_iter, it takes the optimizers' steps itself. Leave learn out, and call "
+                "callback.averages.learn(..) in a loop of your own."
+            )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the averages of the model as the strategy has wrapped it; on resume, go on from the checkpoint's."""
+        before = self.averages if trainer is self._trainer else None
+        self._trainer = trainer
+        averages = self._make(trainer.strategy.model)
+        if trainer.global_step and not self._continued(averages, before) and trainer.is_global_zero:
+            notice(f"TwaCallback: there are no averages to go on from; they begin anew at step {trainer.global_step}.")
+        self._counts = count_steps(averages, trainer.optimizers)
+        self._is_training = True
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Count a step where the optimizers do not: DeepSpeed has a count of its own."""
+        assert self.averages is not None
+        if not self._counts:
+            self.averages.step()
+
+    @torch.inference_mode(False)
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Show the average in the validations of a training."""
+        if not self._is_training or trainer.sanity_checking:
+            return
+        assert self.averages is not None
+        if self.averages.has(self._which):
+            self._shown = self.averages.weights(self._which)
+            self._shown.__enter__()
+
+    @torch.inference_mode(False)
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the trained weights back."""
+        shown, self._shown = self._shown, None
+        if shown is not None:
+            shown.__exit__(None, None, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps, with which Lightning reports a resumed training that lacks this callback."""
+        return {"steps": self.averages.num_steps if self.averages else 0}
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put the state of the averages, and the average, into the checkpoint."""
+        if self.averages is None:
+            return
+        if self._shown is not None:
+            raise TwaError(
+                "save_checkpoint() in a validation would save the average as the trained weights. Save it afterwards, "
+                "or with a ModelCheckpoint."
+            )
+        save = self._save and self._is_training and self.averages.has(self._which)
+        directory = directory_of(trainer)
+        if directory is not None:
+            self.averages.save_state(directory)
+            if save:
+                with self.averages.weights(self._which):
+                    trainer.save_checkpoint(directory / FILE, weights_only=True)
+            return
+        held: dict[str, Any] = {"states": states_of_all(self.averages.state_dict())}
+        if save:
+            with self.averages.weights(self._which):
+                whole = trainer.strategy.lightning_module_state_dict()
+                if trainer.is_global_zero:
+                    held["average"] = {name: deepcopy(value) for name, value in whole.items()}
+        checkpoint[KEY] = held
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Remember the state of this rank until the averages are made."""
+        if trainer.state.fn != "fit" or KEY not in checkpoint:
+            return
+        states = checkpoint[KEY]["states"]
+        if len(states) != trainer.world_size:
+            raise StateError(
+                f"{trainer.ckpt_path}: holds the averages of {len(states)} ranks, and there are {trainer.world_size}. "
+                f"Resume with the same number, or remove {KEY!r} from the checkpoint to begin the averages anew."
+            )
+        self._resumed = states[trainer.global_rank]
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the average, learned if it shall be."""
+        averages = self.averages
+        assert averages is not None
+        self._end()
+        path = directory_for_average(trainer) / FILE
+        if self._learn is None and averages.has(self._which):
+            with averages.weights(self._which):
+                self._save_average(path)
+        elif self._learn is not None and self._can_learn(trainer.global_step):
+            with averages.learning(self._learn) as twa, _not_logging(pl_module):
+                self._train_coefficients(
+                    twa,
+                    trainer.strategy.model,
+                    _losses(trainer, pl_module),
+                    accumulate=trainer.accumulate_grad_batches,
+                    scaler=getattr(trainer.precision_plugin, "scaler", None),
+                    log_every=trainer.log_every_n_steps,
+                    log=self._log,
+                )
+                self._save_average(path)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give the trained weights back, and count no more steps."""
+        self._end()
+        shown, self._shown = self._shown, None
+        if shown is not None:
+            with suppress(type(exception), TwaError), torch.inference_mode(False):  # Lightning raises the first
+                shown.__exit__(type(exception), exception, exception.__traceback__)
+
+    def _end(self) -> None:
+        self._is_training = False
+        for handle in self._counts:
+            handle.remove()
+        self._counts = ()
+
+    def _save_average(self, path: Path) -> None:
+        """Let the Trainer save what the model holds."""
+        self._trainer.save_checkpoint(path, weights_only=True)
+        self.average_path = path
+
+    def _log(self, values: dict[str, float]) -> None:
+        step = self._trainer.global_step + int(values["twa_step"])
+        for logger in self._trainer.loggers:
+            logger.log_metrics(values, step=step)
+
+    def _continued(self, averages: RunningAverages, before: RunningAverages | None) -> bool:
+        """Go on from a checkpoint, or from the averages of the `fit` before; return whether there was anything."""
+        state, self._resumed = self._resumed, None
+        path = self._trainer.ckpt_path
+        if state is None and path and Path(path).is_dir():
+            return averages.load_state(path)
+        if state is None and before is not None and not path:
+            state = before.state_dict()
+        if state is not None:
+            averages.load_state_dict(state)
+        return state is not None
+
+
+def _losses(trainer: Any, pl_module: Any) -> Callable[[], torch.Tensor]:
+    """Return a function that returns the loss of the next batch, as the Trainer's loop has it."""
+    batches = enumerate(endless(trainer.fit_loop._combined_loader))
+    takes_index = len(signature(pl_module.training_step).parameters) > 1
+
+    def loss() -> torch.Tensor:
+        i, (batch, *_) = next(batches)
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        output = trainer.strategy.training_step(*((batch, i) if takes_index else (batch,)))
+        value = output["loss"] if isinstance(output, Mapping) else output
+        if not isinstance(value, torch.Tensor):
+            raise TwaError("TwaCallback: training_step has returned no loss, from which coefficients are learned.")
+        return value
+
+    return loss
+
+
+@contextmanager
+def _not_logging(pl_module: Any) -> Iterator[None]:
+    """Let `self.log` in training_step do nothing: Lightning refuses it when training has ended."""
+    pl_module.log = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del pl_module.log

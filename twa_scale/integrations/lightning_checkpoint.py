@@ -1,0 +1,63 @@
+"""Lightning's checkpoints: files that the first rank writes, and directories that all ranks write."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from twa_scale.running.checkpoint import State
+from twa_scale.running.state_file import plain
+
+FILE = "average.ckpt"
+"""The checkpoint of an average, beside the others, and inside of those that are directories."""
+
+
+def directory_of(trainer: Any) -> Path | None:
+    """Return the directory that `trainer.save_checkpoint`, which calls this, writes; None where it writes a file."""
+    strategy = trainer.strategy
+    sharded = (
+        getattr(strategy, "_state_dict_type", "full") == "sharded"  # of FSDPStrategy
+        or getattr(strategy, "_save_distributed_checkpoint", False)  # of ModelParallelStrategy
+        or hasattr(strategy, "deepspeed_engine")
+    )
+    return Path(strategy.broadcast(_path_in_frames(trainer))) if sharded else None
+
+
+def _path_in_frames(trainer: Any) -> str:
+    """Return the argument of the `save_checkpoint` that is running: callbacks are not given it."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "save_checkpoint" and frame.f_locals.get("self") is trainer:
+            return str(frame.f_locals["filepath"])
+    raise AssertionError("called outside of trainer.save_checkpoint")
+
+
+def states_of_all(state: State) -> list[State]:
+    """Return the states of all ranks, in the first one's host memory; on other ranks an empty list. Collective.
+
+    For checkpoints that are one file, whose strategies hold the whole model on the first rank, too.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [plain(state)]
+    states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    own = dist.get_backend() != "gloo"  # others would send it through the memory of GPUs
+    group = dist.new_group(backend="gloo") if own else None
+    dist.gather_object(_in_host_memory(plain(state)), states, group=group)
+    if own:
+        dist.destroy_process_group(group)
+    return states or []
+
+
+def _in_host_memory(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _in_host_memory(value) for key, value in tree.items()}
+    return tree.cpu() if isinstance(tree, torch.Tensor) else tree
+
+
+def directory_for_average(trainer: Any) -> Path:
+    """Return the directory of Trainer's checkpoints."""
+    callback = trainer.checkpoint_callback
+    return Path(getattr(callback, "dirpath", None) or trainer.default_root_dir)
