@@ -11,11 +11,15 @@ JOBS ?= 2
 PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 # Where the candidates of the scale run go.
 SCRATCH ?= runs/scale
+# Texts of the proof, and which of its tasks and seeds are run: all when not given.
+TEXTS := runs/proof/packages/.downloaded
+TASK ?=
+SEEDS ?=
 export NO_MKDOCS_2_WARNING := 1
 # Hundreds of processes that the tests start would each compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart soup scale-run results test test-slow test-all test-chaos gpu-wheels test-gpu check docs release clean
+.PHONY: help setup quickstart soup scale-run results proof proof-small test test-slow test-all test-chaos gpu-wheels test-gpu check docs release clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -46,6 +50,16 @@ scale-run: setup ## A billion parameters and 16 candidates on two ranks: 40 GB o
 
 results: setup ## Repeat the quickstart with three seeds and rewrite docs/results.md.
 	$(BIN)/python examples/quickstart/seeds.py
+
+proof: setup $(TEXTS) ## Compare TWA with other methods at equal cost, for hours; continues where it was. TASK=name SEEDS="0 1".
+	OMP_NUM_THREADS=1 $(BIN)/python -m examples.proof.run $(if $(TASK),--task $(TASK)) $(if $(SEEDS),--seeds $(SEEDS)) --page
+
+proof-small: setup ## The same at a small size, in minutes.
+	$(BIN)/python -m examples.proof.run --size small --out runs/proof-small --seeds 0
+
+$(TEXTS):
+	mkdir -p $(@D)
+	cd $(@D) && apt-get download linux-doc-6.1 dict-gcide && touch $(@F)
 
 test: setup ## Run the tests, without slow ones, chaos, those that need a GPU, and the rest of large grids of options.
 	$(PYTEST) -m "not slow and not grid and not gpu and not chaos"

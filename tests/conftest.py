@@ -9,6 +9,7 @@ import torch
 
 from tests.pool import Pool
 
+pytest.register_assert_rewrite("tests.chaos.works")  # so that its assertions show values
 torch.set_num_threads(1)  # on tensors this small, more threads only cost
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start: idle threads spin
 

@@ -7,64 +7,24 @@ run and TWA together. All three see the same batches.
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.progress import track
-from torch import nn
 
 from twa_scale import Snapshots
-from twa_scale.config import RunConfig, load_config
+from twa_scale.config import load_config
 from twa_scale.ranks import World, exit_process
-from twa_scale.run.batches import make_batches
-from twa_scale.run.engines import run_engine
-from twa_scale.run.tasks import build_task
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from examples.training import Training
 
 EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
-
-
-class Training:
-    """A model, its AdamW and its averages: what one optimizer step needs."""
-
-    def __init__(self, config: RunConfig, world: World, steps: int, lr: float) -> None:
-        self.task = build_task(config.task)
-        self.model = run_engine(config, world).build(self.task, world, torch.device("cpu"))
-        torch.manual_seed(config.seed)
-        self.model.init_weights()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-        self.batches = make_batches(
-            self.task.dataset("train"), "train", config.batch_size, None, world.rank, world.size, config.seed + 1
-        )
-        self.lr, self.warmup = lr, steps // 20
-
-    def update(self, step: int, factor: float) -> float:
-        """Take optimizer step `step` (from 0) with the rate times `factor`; return this rank's loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor * min(1.0, (step + 1) / self.warmup)
-        (batch,) = self.batches.training(step)
-        loss = self.task.loss(self.model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()
-
-    def state(self) -> list[torch.Tensor]:
-        """Return a copy of this rank's shards of the weights and of AdamW's moments."""
-        return [tensor.detach().clone() for tensor in self._tensors()]
-
-    def restore(self, state: list[torch.Tensor]) -> None:
-        """Go back to `state`."""
-        with torch.no_grad():
-            for tensor, saved in zip(self._tensors(), state, strict=True):
-                tensor.copy_(saved)
-
-    def _tensors(self) -> list[torch.Tensor]:
-        moments = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-        return [*self.model.parameters(), *moments]
 
 
 def main() -> None:
@@ -96,7 +56,7 @@ def pretrain(training: Training, arguments: argparse.Namespace) -> None:
     snapshots = Snapshots(arguments.out / "candidates", every_n_steps=arguments.every, start_step=first)
     weights = list(training.model.parameters())
     averages = {decay: [p.detach().clone() for p in weights] for decay in EMA_DECAYS}
-    at_branch: list[torch.Tensor] = []
+    at_branch: dict[str, Any] = {}
     losses: list[float] = []
     start = time.perf_counter()
     rank = dist.get_rank()
@@ -117,8 +77,7 @@ def pretrain(training: Training, arguments: argparse.Namespace) -> None:
                 parameter.copy_(value)
         name_it(writer.save(training.model, 1), f"ema-{decay}")
     training.restore(at_branch if at_branch else last)
-    for step in track(range(branch, budget), "decayed rate", disable=rank != 0):
-        training.update(step, (budget - step) / (budget - branch))
+    training.decay(branch, budget)
     name_it(writer.save(training.model, 1), "decayed")
     if rank == 0:
         facts = {

@@ -144,12 +144,12 @@ def test_existing_handlers_are_kept(tmp_path: Path, default_handlers: None) -> N
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and remaining(tmp_path) == []
 
 
-def test_move_to_thread_restores_handlers(tmp_path: Path, default_handlers: None) -> None:
+def test_names_left_to_the_next_start_need_no_handlers(tmp_path: Path, default_handlers: None) -> None:
     """While another thread writes, SIGTERM has its previous handler."""
     hidden = prepare(tmp_path / "out")
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     with prepare(tmp_path / "other"):
-        hidden.move_to_thread()
+        hidden.leave_to_next_start()
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and hidden.path.exists()
     thread = threading.Thread(target=lambda: (prepare(tmp_path / "third").discard(), hidden.discard()))

@@ -277,10 +277,11 @@ class TrainableAverage:
         *,
         dtype: torch.dtype | None = None,
         max_shard_size: str | int = "5GB",
+        format: str = "hf",
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Write the live weights to the directory `path` as safetensors, in the form of the candidates. Collective.
+        """Write the live weights to the directory `path`, in the form of the candidates. Collective.
 
         See `export.export` for the arguments and errors.
         """
@@ -302,6 +303,7 @@ class TrainableAverage:
             path,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            form=format,
             overwrite=overwrite,
             provenance=origin,
             progress=progress,

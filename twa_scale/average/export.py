@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from twa_scale.average.layout import Layout
-from twa_scale.base.notices import notice
+from twa_scale.base.notices import ignore_notice, notice
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.dtypes import types_notice
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
 from twa_scale.output import check_dtype, writing
+from twa_scale.output.formats.choose import output_format
 from twa_scale.output.live_weights import write_live
 from twa_scale.output.provenance import writing_options
 from twa_scale.output.publish import check_inputs_outside
@@ -32,6 +33,7 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
+    form: str = "hf",
     provenance: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> None:
@@ -51,6 +53,7 @@ def export(
             they differ.
         max_shard_size: the largest number of bytes of one file; see `CarriedFiles.shard_size`.
         overwrite: whether to replace an earlier output.
+        form: the name of the format; see `output_format`.
         provenance: written as twa_scale.json and into the headers of the weight files.
         progress: called on every rank that writes, with the bytes just written and the total.
 
@@ -60,15 +63,17 @@ def export(
     with pods.agree():
         check_dtype(dtype)
     names = [name for held in layout.held_as.values() for name in held]
-    form = form_of_candidates(candidates, names, dtype)
-    options = writing_options(carried, provenance, dtype, max_shard_size)
+    with pods.agree():
+        chosen = output_format(form, candidates, carried, notice if pods.rank == 0 else ignore_notice)
+    stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, dtype)
+    options = writing_options(carried, provenance, dtype, max_shard_size, chosen)
     group = engine.shard_group
     with pods.agree():
         if pods.number != 0:
             return
         with group.agree():
             check_inputs_outside(out, [candidate.label for candidate in candidates])
-        with writing(out, form.specs, group, overwrite=overwrite, **options) as writer:
-            write_live(writer, engine, layout.held_as, form, progress)
-    if pods.rank == 0 and dtype is None and (text := types_notice(candidates, names)):
+        with writing(out, stored.specs, group, overwrite=overwrite, **options) as writer:
+            write_live(writer, engine, layout.held_as, stored, progress)
+    if pods.rank == 0 and dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
         notice(text)

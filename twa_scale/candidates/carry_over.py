@@ -33,6 +33,8 @@ class CarriedFiles:
     """The small files of the last candidate, by their path in its directory."""
     wider: torch.dtype | None = None
     """The default dtype of most weights of the output, if it differs from that of the last candidate."""
+    code: bool = False
+    """Whether code of the last candidate is copied."""
 
     def files_for(self, dtype: torch.dtype | None) -> dict[str, bytes]:
         """Return the small files; a dtype in config.json is replaced by that of the output."""
@@ -68,6 +70,7 @@ def carried_files(
         {key: value for key, value in last.metadata.items() if "hash" not in key.lower()},
         small,
         _wider(candidates),
+        code,
     )
 
 

@@ -32,12 +32,23 @@ def widest(candidates: Sequence[Candidate], name: str) -> torch.dtype:
     return reduce(torch.promote_types, wide) if wide else torch.bfloat16
 
 
-def types_notice(candidates: Sequence[Candidate], names: Iterable[str]) -> str | None:
-    """Return the line about tensors that candidates hold in several types; None where there are none."""
+def types_notice(candidates: Sequence[Candidate], names: Iterable[str], *, of_last: bool = False) -> str | None:
+    """Return the line about tensors that candidates hold in several types; None where there are none.
+
+    Args:
+        candidates: the candidates.
+        names: the tensors.
+        of_last: whether the type of the last candidate is written, and not the widest.
+    """
     mixed = [name for name in names if len({stored_dtype(candidate, name) for candidate in candidates}) > 1]
     if not mixed:
         return None
     types = sorted({_plain(stored_dtype(candidate, mixed[0])) for candidate in candidates})
+    if of_last:
+        return (
+            f"candidates hold {some(mixed)} as {' and '.join(types)}: written in the type of the last one, "
+            f"{_plain(stored_dtype(candidates[-1], mixed[0]))}."
+        )
     return (
         f"candidates hold {some(mixed)} as {' and '.join(types)}: written in the widest type, "
         f"{_plain(widest(candidates, mixed[0]))}; dtype chooses another."

@@ -7,6 +7,7 @@ import torch
 
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.conversion import Conversion, Made, conversion, made
+from twa_scale.candidates.formats.origin import Origin, origin_of
 from twa_scale.candidates.mapped import Mappable
 
 
@@ -42,6 +43,11 @@ class CandidateProxy:
     @bytes_read.setter
     def bytes_read(self, value: int) -> None:
         self._candidate.bytes_read = value
+
+    @property
+    def origin(self) -> Origin:
+        """The format of the candidate, and where its files hold the weights."""
+        return origin_of(self._candidate)
 
     def names(self) -> list[str]:
         """Return the tensor names, sorted."""

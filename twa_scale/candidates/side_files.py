@@ -48,7 +48,8 @@ _STATE = (
 """The state and the records of the training that wrote the candidate."""
 _CODE = re.compile(r".*\.(py|pyc|pyd|so|dll|dylib|sh|ipynb)", re.IGNORECASE)
 _OF_DEEPSPEED = ("zero_to_fp32.py", "zero_to_torch.py")  # read checkpoints of DeepSpeed only
-_NO_FOLDER = ("__pycache__", "runs", "logs", "wandb")
+NO_FOLDER = ("__pycache__", "runs", "logs", "wandb")
+"""Folders that no output gets."""
 
 _LINK = "a link that leads out of the directory, or to a folder"
 _LARGE = f"more than {MAX_BYTES >> 20} MiB, or than {MAX_FILES} files or {MAX_TOTAL >> 20} MiB in all"
@@ -88,7 +89,7 @@ class _Found:
     _total: int = 0
 
     def __post_init__(self) -> None:
-        self._root = _root(self.directory.resolve())
+        self._root = root_of_links(self.directory.resolve())
         self._modules = _modules(self.directory / "modules.json")
 
     def files(self, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
@@ -135,13 +136,13 @@ class _Found:
             return False
         if any(fnmatch(own, pattern) for pattern in _STATE):
             return False
-        if _CODE.fullmatch(own) and not self.code:
+        if is_code(own) and not self.code:
             self.left_out["code, which is copied with carry_code only"].append(name)
             return False
         return True
 
     def _enter(self, name: str, path: Path, depth: int) -> bool:
-        if path.name.startswith(".") or path.name in _NO_FOLDER:
+        if path.name.startswith(".") or path.name in NO_FOLDER:
             return False
         if path.is_symlink():
             self.left_out[_LINK].append(name)
@@ -163,7 +164,12 @@ class _Found:
         return False
 
 
-def _root(directory: Path) -> Path:
+def is_code(name: str) -> bool:
+    """Return whether a file has the name of code, which loaders may run."""
+    return _CODE.fullmatch(name) is not None
+
+
+def root_of_links(directory: Path) -> Path:
     """Return the folder that links may point into; for a snapshot in the hub's cache, that of the repository."""
     in_cache = directory.parent.name == "snapshots" and directory.parent.parent.name.startswith(
         ("models--", "datasets--")

@@ -47,11 +47,12 @@ def step_of(path: Path, parents: int = 3) -> int | None:
 
 def is_copy(path: Path) -> bool:
     """Return whether a copy of a step has this name: directories such as `checkpoint-best`, Lightning's `last.ckpt`."""
-    return (
-        (path.is_dir() or path.suffix == ".ckpt")
-        and _COPY.fullmatch(path.name) is not None
-        and not any(p.search(path.name) for p in _KEYED)
-    )
+    return (path.is_dir() or path.suffix == ".ckpt") and _COPY.fullmatch(path.name) is not None and not says_step(path)
+
+
+def says_step(path: Path) -> bool:
+    """Return whether a name has a number of a step after a word for it, such as `step` or `checkpoint`."""
+    return any(pattern.search(path.name) for pattern in _KEYED)
 
 
 def _value(found: re.Match[str]) -> int:

@@ -19,6 +19,13 @@ class Output:
             help="Dtype of the result: `float32`, `bfloat16`, `float16`. Default: the widest of the candidates."
         ),
     ] = None
+    format: Annotated[
+        str,
+        typer.Option(
+            help="`hf`: safetensors; `pt`: a file of torch.save; `dcp`: torch.distributed.checkpoint; `same`: the form "
+            "of the last candidate with the state of its training, to resume from the average."
+        ),
+    ] = "hf"
     carry_code: Annotated[
         bool, typer.Option("--carry-code", help="Also copy code (`*.py`) of the last candidate. Loaders may run it.")
     ] = False

@@ -1,7 +1,7 @@
 """Kernels, the operations on data of the size of the model: making deltas, project and combine.
 
-Start with `kernels.py` (the interface), `rows.py` and `packed_rows.py` (the layouts of rows), and `torch/reference.py`
-(the reference implementation).
+Start with `kernels.py` (the interface), `rows.py` and `packed_rows.py` (the layouts of rows), `segments.py` (the output
+rows of a matrix), and `torch/reference.py` (the reference implementation).
 """
 
 from twa_scale.kernels.backend import choose_kernels
@@ -9,6 +9,7 @@ from twa_scale.kernels.coding import Coding, RowMap, Trajectory, of_deltas, of_i
 from twa_scale.kernels.kernels import Differences, Kernels, Rows, Sources, Target
 from twa_scale.kernels.packed_rows import Packed, packed_bytes
 from twa_scale.kernels.rows import Allocate, Dense
+from twa_scale.kernels.segments import Segments
 
 __all__ = [
     "Allocate",
@@ -19,6 +20,7 @@ __all__ = [
     "Packed",
     "RowMap",
     "Rows",
+    "Segments",
     "Sources",
     "Target",
     "Trajectory",

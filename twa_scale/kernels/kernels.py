@@ -9,6 +9,7 @@ import torch
 from twa_scale.kernels.coding import Coding
 from twa_scale.kernels.packed_rows import Packed
 from twa_scale.kernels.rows import Dense
+from twa_scale.kernels.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -68,23 +69,33 @@ class Kernels(Protocol):
 
     name: str
 
-    def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
+    def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Return the inner products <row_i, gradient>, (n,), float64.
 
         Args:
             rows: n rows of m elements.
             gradient: (m,), of any floating point type, on the device of the rows.
+            segments: if given, the inner products over each segment are returned, (n, segments.count).
         """
 
-    def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def combine(
+        self,
+        rows: Rows,
+        weights: torch.Tensor,
+        base: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        segments: Segments | None = None,
+    ) -> None:
         """Write scale * base + sum_i weights_i row_i into `out`, rounded once from float32.
 
         Args:
             rows: n rows of m elements.
-            weights: (n,), of any floating point type.
+            weights: (n,), of any floating point type. With `segments`, the weights of each segment, (n, count).
             base: the center, (m,), float32.
             scale: the weight of the center.
             out: (m,), of any floating point type; it may be live model memory.
+            segments: the segments of the columns, or None if all columns have the same weights.
         """
 
     def checksums(self, sources: Sources) -> torch.Tensor:

@@ -49,6 +49,7 @@ def average_fixed(
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     carry_code: bool = False,
+    format: str = "hf",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[tuple[str, float]]:
@@ -69,6 +70,7 @@ def average_fixed(
         max_shard_size: see `merge`.
         dtype: the name of the floating point type to write.
         carry_code: whether code of the last candidate, such as *.py files, is copied with its other small files.
+        format: the format of the output: "hf" (safetensors), "pt", "dcp" or "same"; see docs/candidates.md.
         overwrite: see `merge`.
         progress: see `merge`.
 
@@ -133,6 +135,7 @@ def average_fixed(
         ),
         max_shard_size=max_shard_size,
         dtype=chosen,
+        form=format,
         overwrite=overwrite,
         progress=progress,
         verify=lambda checksums: require_equal_ties(opened, checksums),
@@ -152,6 +155,7 @@ def export_run(
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     carry_code: bool = False,
+    format: str = "hf",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[int, str]:
@@ -163,6 +167,7 @@ def export_run(
         max_shard_size: see `merge`.
         dtype: the name of the floating point type to write.
         carry_code: whether code of the last candidate, such as *.py files, is copied with its other small files.
+        format: the format of the output: "hf" (safetensors), "pt", "dcp" or "same"; see docs/candidates.md.
         overwrite: see `merge`.
         progress: see `merge`.
 
@@ -227,6 +232,7 @@ def export_run(
         origin=origin,
         max_shard_size=max_shard_size,
         dtype=chosen,
+        form=format,
         ignore=twa.config.ignore,
         replace={twa.buffer_names[n]: value for n, value in twa.buffers.items() if n in twa.buffer_names},
         overwrite=overwrite,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from twa_scale.base.names import matches_any, nearest
-from twa_scale.base.notices import notice
+from twa_scale.base.notices import ignore_notice, notice
 from twa_scale.base.spans import Span, whole
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.adapters import summed
@@ -23,6 +23,7 @@ from twa_scale.kernels import Kernels, Target, choose_kernels
 from twa_scale.kernels.torch.checksum import wrap
 from twa_scale.kernels.torch.deltas import reference_of
 from twa_scale.output import Writer, writing
+from twa_scale.output.formats.choose import output_format
 from twa_scale.output.provenance import provenance, writing_options
 from twa_scale.output.publish import check_inputs_outside
 from twa_scale.output.stored_form import StoredForm, form_of_candidates
@@ -52,8 +53,9 @@ def merge(
     progress: Progress | None = None,
     verify: Callable[[Checksums], None] | None = None,
     units: Mapping[str, str] | None = None,
+    form: str = "hf",
 ) -> Checksums:
-    """Write sum_i a_i w_i as safetensors, in chunks, so that no rank holds a whole tensor. Collective.
+    """Write sum_i a_i w_i in a format, in chunks, so that no rank holds a whole tensor. Collective.
 
     Each chunk is read by one rank and combined in float32 (float64 if a candidate has float64) as
     r + sum_i a_i (w_i - r) + (sum_i a_i - 1) r, where r is the candidate of the largest weight. Elements that are equal
@@ -78,6 +80,7 @@ def merge(
         progress: called with the number of bytes that this rank has read.
         verify: called on every rank with the checksums before the output is published. It may raise.
         units: for some tensors, the name of a unit. One rank computes and writes all tensors of a unit.
+        form: the name of the format; see `output_format`.
 
     Returns:
         The checksums of all tensors that were read, on every rank.
@@ -88,28 +91,51 @@ def merge(
     """
     replace = replace or {}
     names = [name for name in candidates[-1].names() if not matches_any(name, ignore)]
-    form = form_of_candidates(candidates, names, dtype)
+    carried = carried or CarriedFiles()
+    with group.agree():
+        chosen = output_format(form, candidates, carried, notice if group.rank == 0 else ignore_notice)
+    stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, dtype)
     tensors = [whole(name, candidates[-1].shape(name)) for name in names]
     with group.agree():
         _check_replace({name: candidates[-1].shape(name) for name in names}, replace)
         check_inputs_outside(out, [candidate.label for candidate in candidates])
     origin = origin or provenance("a weighted sum", [candidate.label for candidate in candidates])
-    options = writing_options(carried or CarriedFiles(), origin, dtype, max_shard_size)
-    with writing(out, form.specs, group, overwrite=overwrite, **options) as writer:
+    options = writing_options(carried, origin, dtype, max_shard_size, chosen)
+    with writing(out, stored.specs, group, overwrite=overwrite, **options) as writer:
         kernels = choose_kernels("auto", torch.device("cpu"))
-        merger = _Merger(candidates, cache(weights), replace, form, writer, kernels)
+        merger = _Merger(candidates, cache(weights), replace, stored, writer, kernels)
         with group.agree():
-            merger.merge(_share(tensors, form, group, units or {}), progress)
+            merger.merge(_share(tensors, stored, group, units or {}), progress)
         checksums = _total(group.gather(merger.checksums))
+        _require_equal(candidates, writer.shared, checksums)
         copied = {name: i for found in group.gather(merger.differing) for name, i in found.items()}
         if verify:
             verify(checksums)
     if group.rank == 0:
         if copied:
             notice(copied_notice(copied, [candidate.label for candidate in candidates]))
-        if dtype is None and (text := types_notice(candidates, names)):
+        if dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
             notice(text)
     return checksums
+
+
+def _require_equal(candidates: Sequence[Candidate], shared: Sequence[tuple[str, str]], checksums: Checksums) -> None:
+    """Check that tensors which have one place in the files of the last candidate are equal in all candidates.
+
+    Args:
+        candidates: the candidates.
+        shared: pairs of names in the files.
+        checksums: those of the tensors that were read, by their names without wrappers.
+    """
+    names = {stored: name for name, stored in candidates[-1].stored_names.items()}
+    for first, second in ((names.get(a, a), names.get(b, b)) for a, b in shared):
+        for candidate, sums in zip(candidates, checksums, strict=True):
+            if sums.get(first) != sums.get(second):
+                raise CandidateError(
+                    f"{candidate.label}: tensors {first!r} and {second!r} hold different values, but are one tensor in "
+                    f"the files of {candidates[-1].label}, which --format same (format='same') keeps. Choose hf, dcp "
+                    "or pt, or leave this candidate out."
+                )
 
 
 def _check_replace(shapes: Mapping[str, tuple[int, ...]], replace: Mapping[str, torch.Tensor]) -> None:

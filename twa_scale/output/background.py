@@ -42,7 +42,7 @@ class BackgroundWrite:
         published: Callable[[], None],
     ) -> None:
         self._writer = writer
-        writer.move_to_thread()
+        writer.leave_to_next_start()
         self._values = list(values)
         self._rank, self._size = group.rank, group.size
         self._files = files
@@ -115,8 +115,7 @@ class BackgroundWrite:
             return
         for marker in self._writer.directory.glob(".done-*"):
             marker.unlink()
-        self._writer.publish(self._files)
-        self._published()
+        self._writer.publish(self._files, self._published)
 
     def _all_written(self) -> bool:
         """Wait for the markers of all ranks or the result of `join`; give up on missing ranks after `_GRACE`."""

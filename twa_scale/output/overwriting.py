@@ -8,7 +8,9 @@ from twa_scale.base.inputs import MAX_JSON, parse_json, read_bounded
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.safetensors import read_header
 from twa_scale.errors import CandidateError, OutputError
-from twa_scale.output.provenance import PROVENANCE, PROVENANCE_KEY
+from twa_scale.output.provenance import PROVENANCE, PROVENANCE_KEY, SIGNATURES
+from twa_scale.output.signatures import signature
+from twa_scale.output.small_files import is_below
 
 _MAX_NAMES = 4  # names in a message
 _INDEX = ".safetensors.index.json"
@@ -53,7 +55,17 @@ def own_weight_files(directory: Path, wrote: str | None = None) -> set[str]:
         wrote: if given, only files whose provenance has this "wrote" entry are returned.
     """
     origins = {path.name: _origin(path) for path in directory.glob("*.safetensors")}
-    return {name for name, origin in origins.items() if origin is not None and wrote in (None, origin.get("wrote"))}
+    own = {name for name, origin in origins.items() if origin is not None and wrote in (None, origin.get("wrote"))}
+    return own if wrote else own | _signed(directory)
+
+
+def _signed(directory: Path) -> set[str]:
+    """Return the names of the weight files whose signatures are in twa_scale.json."""
+    signatures = _json(directory / PROVENANCE, SIGNATURES)
+    if not isinstance(signatures, dict):
+        return set()
+    files = {str(name): directory / str(name) for name in signatures if is_below(name)}
+    return {name for name, path in files.items() if path.is_file() and signature(path) == signatures[name]}
 
 
 def foreign_files(directory: Path, weights: Collection[str]) -> list[str]:

@@ -1,19 +1,23 @@
 """The provenance of an output: the version, the candidates and settings, in headers and in twa_scale.json."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from twa_scale.candidates.carry_over import CarriedFiles
+from twa_scale.output.formats.format import OutputFormat
 from twa_scale.version import __version__
 
 PROVENANCE = "twa_scale.json"
 """The file of an output that holds its provenance."""
 PROVENANCE_KEY = "twa_scale"
 """The key of the provenance in the metadata of a header. It identifies files that this program wrote."""
+SIGNATURES = "weights"
+"""The key in twa_scale.json of the signatures of weight files that cannot hold a provenance, by name."""
 _MAX_HEADER_BYTES = 1 << 16  # of provenance in a header, which readers parse first
 _SHORT_KEYS = ("version", "wrote", "step", "candidates")
 
@@ -30,7 +34,11 @@ def provenance(wrote: str, candidates: Sequence[str], **more: object) -> dict[st
 
 
 def writing_options(
-    carried: CarriedFiles, origin: Mapping[str, Any], dtype: torch.dtype | None, max_shard_size: str | int
+    carried: CarriedFiles,
+    origin: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    max_shard_size: str | int,
+    form: OutputFormat,
 ) -> dict[str, Any]:
     """Return the keyword arguments of `writing` except for `overwrite`.
 
@@ -39,16 +47,23 @@ def writing_options(
         origin: the `provenance`.
         dtype: the type to which floating point tensors are converted, if any.
         max_shard_size: the maximum size of one file; ignored if the loaders of this format read only one file.
+        form: the format of the weight files.
     """
+    if form.of_last:
+        carried = replace(carried, wider=None)
     return {
+        "form": form,
         "max_shard_size": carried.shard_size(max_shard_size),
         "base": carried.base,
-        **with_provenance(origin, carried.files_for(dtype), carried.metadata),
+        **with_provenance(origin, carried.files_for(dtype), carried.metadata, [name for name, _ in form.beside]),
     }
 
 
 def with_provenance(
-    origin: Mapping[str, Any], files: Mapping[str, bytes | Path], metadata: Mapping[str, str] | None = None
+    origin: Mapping[str, Any],
+    files: Mapping[str, bytes | Path],
+    metadata: Mapping[str, str] | None = None,
+    beside: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the `files` and `metadata` of an output with its provenance. Only such an output is ever overwritten.
 
@@ -56,11 +71,21 @@ def with_provenance(
         origin: the `provenance`.
         files: further files to write next to the weights.
         metadata: further metadata of the headers.
+        beside: the names of files that are copied by the format.
     """
     return {
         "metadata": _in_header(origin, metadata or {}),
-        "files": {**files, PROVENANCE: _as_file(origin, files)},
+        "files": {**files, PROVENANCE: _as_file(origin, {*files, *beside})},
     }
+
+
+def with_signatures(files: Mapping[str, bytes | Path], signatures: Mapping[str, str]) -> dict[str, bytes | Path]:
+    """Return the files with the signatures of weight files in the provenance."""
+    origin = files.get(PROVENANCE)
+    if not isinstance(origin, bytes):
+        return dict(files)
+    signed = {**json.loads(origin), SIGNATURES: dict(signatures)}
+    return {**files, PROVENANCE: (json.dumps(signed, indent=2) + "\n").encode()}
 
 
 def _in_header(origin: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, str]:
@@ -76,6 +101,6 @@ def _in_header(origin: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, s
     return {**own, PROVENANCE_KEY: text}
 
 
-def _as_file(origin: Mapping[str, Any], files: Mapping[str, object]) -> bytes:
+def _as_file(origin: Mapping[str, Any], files: Iterable[str]) -> bytes:
     """Return the content of twa_scale.json: `origin`, and the names of the `files` next to the weights."""
     return (json.dumps({**origin, "files": sorted(files)}, indent=2) + "\n").encode()

@@ -1,6 +1,6 @@
 """The writer of output directories: all ranks write their spans to the same files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,15 +9,20 @@ import torch
 from twa_scale.base.spans import Span
 from twa_scale.errors import OutputError
 from twa_scale.output.disk import OpenFile
-from twa_scale.output.file_layout import Shard, TensorSpec, index_name, index_of, lay_out, parse_size
+from twa_scale.output.file_layout import TensorSpec, parse_size
 from twa_scale.output.finite import require_finite
+from twa_scale.output.formats import OutputFormat, SafetensorsFormat, WeightFiles
+from twa_scale.output.formats.copying import copy_file
 from twa_scale.output.overwriting import check_replaceable
+from twa_scale.output.provenance import with_signatures
 from twa_scale.output.publish import check_target, output_errors, publish, target_of, write_file
+from twa_scale.output.signatures import signature
 from twa_scale.output.small_files import Files, is_below
 from twa_scale.output.temporary import TemporaryName, remove_leftovers
 from twa_scale.ranks import Group, require_same_settings
 
 _PIECE_BYTES = 4 << 20  # bytes that are converted at a time; they fit in a cache
+SAFETENSORS = SafetensorsFormat()
 
 
 class Writer:
@@ -27,8 +32,7 @@ class Writer:
         directory: the temporary directory of the files.
         target: the output directory.
         specs: the tensors.
-        shards: the layout of the files.
-        base: the name of the files without suffix and number.
+        files: the weight files, which exist in `directory`.
         temporary: on the first rank the owner of `directory`, else None.
         overwrite: whether the output may replace an earlier one.
     """
@@ -38,22 +42,22 @@ class Writer:
         directory: Path,
         target: Path,
         specs: Sequence[TensorSpec],
-        shards: Sequence[Shard],
-        base: str,
+        files: WeightFiles,
         temporary: TemporaryName | None,
         overwrite: bool,
     ) -> None:
         self.directory = directory
         """The directory of the files before they are published."""
-        self._base = base
+        self._weights = files
+        self._place = files.open(directory)
         self._temporary = temporary
         self._overwrite = overwrite
         self.target = target
-        self._shards = shards
         self._specs = {spec.name: spec for spec in specs}
-        self._shard_of = {name: shard for shard in shards for name in shard.offsets}
         self._files: dict[str, OpenFile] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.shared = files.shared
+        """Pairs of tensors that have one place in the files, so that their values must be equal."""
         self.elements: dict[str, int] = dict.fromkeys(self._specs, 0)
         """The number of elements that this rank has written, by tensor."""
 
@@ -68,18 +72,17 @@ class Writer:
         Raises:
             OutputError: a value is not finite or too large for the type, or the disk is full or fails.
         """
-        spec, shard = self._specs[span.name], self._shard_of[span.name]
+        spec = self._specs[span.name]
         assert values.shape == (len(span),) and 0 <= span.start <= span.stop <= spec.numel
-        size = spec.dtype.itemsize
         with output_errors(self.target):
-            for offset, piece in span.pieces(max(1, _PIECE_BYTES // size)):
+            for offset, piece in span.pieces(max(1, _PIECE_BYTES // spec.dtype.itemsize)):
                 part = values[offset : offset + len(piece)].detach()
                 stored = self._converted(part, spec.dtype)
                 require_finite(piece, part, stored, allow_infinite=allow_infinite)
-                remaining: memoryview = stored.view(torch.uint8).numpy().data
                 for start, stop in piece.runs():
-                    run, remaining = remaining[: (stop - start) * size], remaining[(stop - start) * size :]
-                    self._file(shard).write(run, shard.offsets[span.name] + start * size)
+                    run, stored = stored[: stop - start], stored[stop - start :]
+                    for file, at, data in self._place(span.name, start, run):
+                        self._file(file).write(data, at)
         self.elements[span.name] += len(span)
 
     def sync(self) -> None:
@@ -94,25 +97,38 @@ class Writer:
             file.close()
         self._files = {}
 
-    def publish(self, files: Files) -> None:
-        """Add the small files and publish the directory. Call it on one rank, after all ranks have written."""
-        extra = dict(files)
-        if len(self._shards) > 1:
-            extra[index_name(self._base)] = index_of(self._shards, list(self._specs.values()))
+    def finish(self, group: Group) -> None:
+        """Do this rank's part of what is left when all ranks have written."""
         with output_errors(self.target):
+            self._weights.finish(group.rank, group.size)
+
+    def publish(self, files: Files, published: Callable[[], None] | None = None) -> None:
+        """Add the small files, publish the directory and call `published`. For one rank, after all ranks have written.
+
+        A process that is killed before `published` has returned leaves its lock to `remove_leftovers`, which then calls
+        its own `published`.
+        """
+        if published:
+            self.leave_to_next_start()
+        extra = {**files, **self._weights.small}
+        with output_errors(self.target):
+            if unsigned := self._weights.unsigned:
+                extra = with_signatures(extra, {name: signature(self.directory / name) for name in unsigned})
             for name, content in extra.items():
-                assert is_below(name) and name not in {shard.file for shard in self._shards}
+                assert is_below(name) and name not in self._weights.names
                 path = self.directory / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, content)
             if self.target.is_dir():  # Its content may have changed since `open_writer`.
                 check_replaceable(self.target, self._overwrite)
             publish(self.directory, self.target)
+        if published:
+            published()
 
-    def move_to_thread(self) -> None:
-        """Let a thread of this process finish the files, and restore the signal handlers of the main thread."""
+    def leave_to_next_start(self) -> None:
+        """Leave the files to `remove_leftovers` when a signal ends the process. Another thread may then write them."""
         if self._temporary:
-            self._temporary.move_to_thread()
+            self._temporary.leave_to_next_start()
 
     def discard(self) -> None:
         """Remove the unpublished files, or the earlier output that was replaced. For the first rank."""
@@ -128,10 +144,10 @@ class Writer:
             values = self._buffer[:nbytes].view(dtype).copy_(values)
         return values
 
-    def _file(self, shard: Shard) -> OpenFile:
-        if shard.file not in self._files:
-            self._files[shard.file] = OpenFile(self.directory / shard.file)
-        return self._files[shard.file]
+    def _file(self, name: str) -> OpenFile:
+        if name not in self._files:
+            self._files[name] = OpenFile(self.directory / name)
+        return self._files[name]
 
 
 @contextmanager
@@ -145,6 +161,8 @@ def writing(
     overwrite: bool = False,
     base: str = "model",
     metadata: Mapping[str, str] | None = None,
+    published: Callable[[], None] | None = None,
+    form: OutputFormat = SAFETENSORS,
 ) -> Iterator[Writer]:
     """Write tensors to the directory `out`, and publish it when the body has succeeded on every rank. Collective.
 
@@ -161,13 +179,15 @@ def writing(
             directories that are not empty are never replaced.
         base: the name of the weight files without suffix and number.
         metadata: the metadata of their headers.
+        published: called on rank 0 after the directory is published. Its errors are raised on every rank.
+        form: the format of the weight files.
 
     Raises:
         OutputError: the output could not be written. Raised on every rank; no temporary files remain, and `out` is
             unchanged.
     """
     writer = open_writer(
-        out, specs, group, max_shard_size=max_shard_size, overwrite=overwrite, base=base, metadata=metadata
+        out, specs, group, max_shard_size=max_shard_size, overwrite=overwrite, base=base, metadata=metadata, form=form
     )
     try:
         with group.agree():
@@ -178,8 +198,10 @@ def writing(
                 writer.close()
         check_tiling(writer.elements, specs, group)
         with group.agree():
+            writer.finish(group)
+        with group.agree():
             if group.rank == 0:
-                writer.publish(files or {})
+                writer.publish(files or {}, published)
     finally:
         if group.rank == 0:
             writer.discard()
@@ -194,6 +216,7 @@ def open_writer(
     overwrite: bool,
     base: str = "model",
     metadata: Mapping[str, str] | None = None,
+    form: OutputFormat = SAFETENSORS,
 ) -> Writer:
     """Create the files, of full size and without values, in a temporary directory next to `out`. Collective.
 
@@ -205,49 +228,50 @@ def open_writer(
     """
     with group.agree():
         own = target_of(out)
-    settings = {"output": str(own), "max_shard_size": max_shard_size, "overwrite": overwrite}
+    settings = {"output": str(own), "max_shard_size": max_shard_size, "overwrite": overwrite, "format": form.name}
     tensors = {f"tensor {spec.name!r}": (str(spec.dtype), spec.shape) for spec in specs}
     require_same_settings(group, {**settings, **tensors})
     target = group.broadcast(own)
     base, metadata = group.broadcast((base, metadata))  # The layout depends on them.
     temporary: TemporaryName | None = None
+    sizes: dict[str, int] = {}
     try:
         with group.agree():
-            shards = lay_out(specs, parse_size(max_shard_size), base, metadata)
+            files = form.files(specs, parse_size(max_shard_size), base, metadata)
             if group.rank == 0:
-                temporary = _prepare(target, shards, overwrite)
+                temporary = _prepare(target, files, form, overwrite)
+                sizes = {name: (temporary.path / name).stat().st_size for name in files.names}
         directory = group.broadcast(temporary.path if temporary else target)
+        sizes = group.broadcast(sizes)
         with group.agree():
-            _check_shared(target, directory, shards[0])
-            return Writer(directory, target, specs, shards, base, temporary, overwrite)
+            _check_shared(target, directory, sizes)
+            return Writer(directory, target, specs, files, temporary, overwrite)
     except BaseException:
         if temporary:
             temporary.discard()
         raise
 
 
-def _prepare(target: Path, shards: Sequence[Shard], overwrite: bool) -> TemporaryName:
+def _prepare(target: Path, files: WeightFiles, form: OutputFormat, overwrite: bool) -> TemporaryName:
     with output_errors(target):
         remove_leftovers(target.parent, target.name)
-        check_target(target, sum(shard.nbytes for shard in shards), overwrite)
+        check_target(target, files.nbytes + sum(path.stat().st_size for _, path in form.beside), overwrite)
         if not target.parent.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
         temporary = TemporaryName(target)
         try:
             temporary.path.mkdir()
-            for shard in shards:
-                with (temporary.path / shard.file).open("wb") as file:
-                    file.write(shard.header)
-                    file.truncate(shard.nbytes)
+            files.create(temporary.path)
+            for name, path in form.beside:
+                copy_file(path, temporary.path / name)
         except BaseException:
             temporary.discard()
             raise
         return temporary
 
 
-def _check_shared(target: Path, directory: Path, shard: Shard) -> None:
-    path = directory / shard.file
-    if not path.exists() or path.stat().st_size != shard.nbytes:
+def _check_shared(target: Path, directory: Path, sizes: Mapping[str, int]) -> None:
+    if any(not (directory / name).exists() or (directory / name).stat().st_size != n for name, n in sizes.items()):
         raise OutputError(
             f"{target}: this rank does not see the file that rank 0 created there, because it is not on a shared file "
             "system. Choose a directory that every node mounts."

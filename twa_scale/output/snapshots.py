@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -46,8 +46,9 @@ class Snapshots:
     """Writes safetensors candidates `directory/step-00000120/` and so on while a model trains under any engine.
 
     Each rank writes its own spans to the same files, without gathering. A candidate appears when it is complete.
-    Temporary files of a killed run match no glob of candidates, and are removed when a `Snapshots` of the same
-    directory is created. Use a separate directory for each training: a candidate of the same step is replaced,
+    Temporary files of a killed run match no glob of candidates. They are removed when a `Snapshots` of the same
+    directory is created. If the run was killed after it wrote a candidate and before `keep_last` deleted older ones,
+    these are then deleted, too. Use a separate directory for each training: a candidate of the same step is replaced,
     whichever `Snapshots` wrote it. A directory of a step that holds other files, such as an optimizer state, is neither
     replaced nor deleted, and `keep_last` deletes only candidates that a `Snapshots` wrote.
 
@@ -106,7 +107,7 @@ class Snapshots:
         self._asynchronous = asynchronous
         self._pending: tuple[Pods, Group, BackgroundWrite | None] | None = None
         if not dist.is_initialized() or dist.get_rank() == 0:
-            remove_leftovers(self._directory)
+            remove_leftovers(self._directory, published=self._finish)
 
     def step(self, model: nn.Module, step: int) -> Path | None:
         """Write a candidate if `step` is due, and return its path, else None. Collective.
@@ -149,9 +150,6 @@ class Snapshots:
                     background = self._start_writing(engine, path, step)
                 else:
                     self._write(engine, path, step)
-                    with group.agree():
-                        if group.rank == 0:
-                            self._delete_old(step)
         if self._asynchronous:
             self._pending = (pods, group, background)
         return path
@@ -192,6 +190,7 @@ class Snapshots:
             max_shard_size=limit,
             overwrite=True,
             base=BASE,
+            published=partial(self._delete_old, step),
             **snapshot_files(step, self._files),
         ) as writer:
             write_live(writer, engine, {name: (name,) for name in (*engine.parameters, *engine.buffers())}, form)
@@ -222,10 +221,13 @@ class Snapshots:
         return BackgroundWrite(writer, copies, group, extra["files"], partial(self._delete_old, step))
 
     def _delete_old(self, step: int) -> None:
-        if self._keep is not None:
-            with output_errors(self._directory):
-                for path in _old(self._directory, step, self._keep):
-                    _delete(path)
+        with output_errors(self._directory):
+            _delete_older(self._directory, step, self._keep)
+
+    def _finish(self, path: Path) -> None:
+        """Delete what a process had to delete that was killed after it had published `path`."""
+        if (step := _step_of(path)) is not None:
+            _delete_older(self._directory, step, self._keep)
 
 
 def snapshot_files(step: int, files: Files) -> dict[str, Any]:
@@ -246,14 +248,17 @@ def _host_copy(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(values.shape, dtype=dtype).copy_(values.detach())
 
 
-def _old(directory: Path, step: int, keep: int) -> Sequence[Path]:
-    """Return all but the newest candidates up to `step`. Later steps belong to another run and are not deleted."""
-    steps = {
-        path: int(path.name.removeprefix("step-"))
-        for path in directory.iterdir()
-        if re.fullmatch(r"step-\d{8,}", path.name)
-    }
-    return sorted((path for path in steps if steps[path] <= step), key=lambda path: steps[path])[:-keep]
+def _delete_older(directory: Path, step: int, keep: int | None) -> None:
+    """Delete all but the newest candidates up to `step`. Later steps belong to another run and are not deleted."""
+    if keep is not None:
+        found = [(number, path) for path in directory.iterdir() if (number := _step_of(path)) is not None]
+        for _, path in sorted(pair for pair in found if pair[0] <= step)[:-keep]:
+            _delete(path)
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step of a candidate by its name; None for another name."""
+    return int(path.name.removeprefix("step-")) if re.fullmatch(r"step-\d{8,}", path.name) else None
 
 
 def _delete(path: Path) -> None:

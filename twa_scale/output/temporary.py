@@ -1,7 +1,8 @@
 """Temporary names next to an output, each owned by one process, and the removal of those whose owner has died.
 
 The owner holds a lock on a file next to the temporary name. The kernel releases this lock when the process ends, so the
-next writer of the same output can recognize and remove what a killed process has left.
+next writer of the same output can recognize and remove what a killed process has left. A lock file without a temporary
+file says that the process was killed around the publication of the output, so that the rest of its work can be done.
 """
 
 import fcntl
@@ -12,6 +13,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -30,8 +32,8 @@ class TemporaryName:
 
     `discard`, or the end of a `with` block, removes the file or directory. While the main thread uses a temporary name,
     handlers of SIGTERM and SIGHUP remove it before the process dies, unless the process has its own handlers. A name
-    that another thread uses is left to `remove_leftovers`, because Python runs signal handlers only in the main thread,
-    and only when it executes Python code.
+    that another thread uses is left to `remove_leftovers`: Python runs signal handlers only in the main thread, and
+    only when it executes Python code, and the other thread could publish a directory that is being removed.
 
     Args:
         target: the output that is prepared.
@@ -63,8 +65,8 @@ class TemporaryName:
         self.close_lock()
         _OWNED.remove(self)
 
-    def move_to_thread(self) -> None:
-        """Let another thread of this process use the name, and restore the signal handlers."""
+    def leave_to_next_start(self) -> None:
+        """Keep the name and its lock file when a signal ends the process. `remove_leftovers` removes them."""
         _OWNED.stop_handling_signals(self)
 
     def close_lock(self) -> None:
@@ -82,7 +84,7 @@ class TemporaryName:
         self.discard()
 
 
-def remove_leftovers(directory: Path, name: str | None = None) -> None:
+def remove_leftovers(directory: Path, name: str | None = None, published: Callable[[Path], None] | None = None) -> None:
     """Remove temporary files of dead processes in `directory`, and give an output that one was replacing its name back.
 
     A process is alive if it holds its lock. On some file systems a lock that was taken on another host, or before this
@@ -91,6 +93,8 @@ def remove_leftovers(directory: Path, name: str | None = None) -> None:
     Args:
         directory: the directory of the outputs; it may be missing.
         name: the name of the output whose temporary files are removed; None for all outputs.
+        published: called with each output that a dead process had published while it still held the lock. The lock file
+            is removed afterwards, so that a process that is killed in this call is followed by another call.
     """
     try:
         locks = sorted(path for path in directory.iterdir() if path.name.endswith(".lock"))  # "old" before "tmp"
@@ -100,14 +104,17 @@ def remove_leftovers(directory: Path, name: str | None = None) -> None:
         match = _LOCK_NAME.fullmatch(lock.name)
         if match and name in (None, match["target"]):
             with suppress(OSError):
-                _remove_leftover(lock, directory / match["target"], "old" if match["kind"] == "old" else "tmp")
+                kind: Kind = "old" if match["kind"] == "old" else "tmp"
+                _remove_leftover(lock, directory / match["target"], kind, published)
 
 
-def _remove_leftover(lock: Path, target: Path, kind: Kind) -> None:
+def _remove_leftover(lock: Path, target: Path, kind: Kind, published: Callable[[Path], None] | None) -> None:
     path = lock.with_name(lock.name.removesuffix(".lock"))
     handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if _is_dead(handle, path):
+            if published and target.exists() and not path.exists():
+                published(target)
             clear(path, target, kind)
             if not path.exists():
                 lock.unlink(missing_ok=True)
@@ -217,7 +224,7 @@ class _OwnedNames:
             self._names.pop().close_lock()
 
     def _discard_and_die(self, number: int, frame: FrameType | None) -> None:
-        for name in list(self._names):
+        for name in list(self._in_main_thread):
             name.discard()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

@@ -21,7 +21,7 @@ from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.engines import Engine
 from twa_scale.errors import ConfigError, TwaError
-from twa_scale.kernels import Kernels, RowMap, Target
+from twa_scale.kernels import Kernels, RowMap, Segments, Target
 from twa_scale.kernels.torch.deltas import inner_products, squared_norms
 from twa_scale.output import Files, check_files
 from twa_scale.ranks import Pods, Reduction, require_same_settings
@@ -48,14 +48,18 @@ class WindowStore:
         """Refuse: the window has filled it."""
         raise AssertionError(f"{span} is in the window")
 
-    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
+    def project(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
+    ) -> torch.Tensor:
         """Return the inner products of rows and base with the gradient of this span."""
-        return self._store.project(span, gradient, with_center)
+        return self._store.project(span, gradient, with_center, segments)
 
-    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def combine(
+        self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
+    ) -> None:
         """Write the weights of this span; the window holds no empty ones."""
         if len(span):
-            self._store.combine(span, weights, scale, out)
+            self._store.combine(span, weights, scale, out, segments)
 
     def close(self) -> None:
         """Do nothing: the window stays."""

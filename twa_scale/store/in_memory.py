@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.kernels import Allocate, Coding, Dense, Kernels, Packed, Target
+from twa_scale.kernels import Allocate, Coding, Dense, Kernels, Packed, Segments, Target
 from twa_scale.store.projection import products
 
 
@@ -53,15 +53,19 @@ class InMemoryStore:
         """Return the rows of a span and its center (m,)."""
         return self._spans[span]
 
-    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
+    def project(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
+    ) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
         rows, center = self._spans[span]
-        return products(self.kernels, rows, center if with_center else None, gradient)
+        return products(self.kernels, rows, center if with_center else None, gradient, segments)
 
-    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def combine(
+        self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
+    ) -> None:
         """Write the weights of this span."""
         rows, center = self._spans[span]
-        self.kernels.combine(rows, weights, center, scale, out)
+        self.kernels.combine(rows, weights, center, scale, out, segments)
 
     def close(self) -> None:
         """Release the memory."""

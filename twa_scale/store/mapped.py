@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.kernels import Dense, Differences, Kernels, Target, of_deltas
+from twa_scale.kernels import Dense, Differences, Kernels, Segments, Target, of_deltas
+from twa_scale.store.projection import in_piece
 
 _PIECE = 1 << 20  # elements of a strided span that are copied into contiguous memory at a time
 
@@ -38,19 +39,26 @@ class MappedStore:
         self._spans[span] = self._mapped(span.name), torch.empty(len(span), dtype=torch.float32)
         return Target(center=self._spans[span][1])
 
-    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
+    def project(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
+    ) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
-        result = torch.zeros(self._n + 1, dtype=torch.float64)
+        shape = (self._n + 1, segments.count) if segments else (self._n + 1,)
+        result = torch.zeros(shape, dtype=torch.float64)
         for cut, rows in self._pieces(span):
-            result[:-1] += self.kernels.project(rows, gradient[cut])
+            index, here = in_piece(segments, cut)
+            result[:-1][index] += self.kernels.project(rows, gradient[cut], here)
         if with_center:
-            result[-1:] = self.kernels.project(Dense.one(self._spans[span][1]), gradient)
+            result[-1:] = self.kernels.project(Dense.one(self._spans[span][1]), gradient, segments)
         return result
 
-    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def combine(
+        self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
+    ) -> None:
         """Write the weights of this span."""
         for cut, rows in self._pieces(span):
-            self.kernels.combine(rows, weights, rows.center, scale, out[cut])
+            index, here = in_piece(segments, cut)
+            self.kernels.combine(rows, weights[index], rows.center, scale, out[cut], here)
 
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Differences]]:
         """Yield a contiguous span at once, and a strided span in pieces."""

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Target
+from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Segments, Target
 from twa_scale.store.host_memory import Pages
 from twa_scale.store.in_memory import InMemoryStore
-from twa_scale.store.projection import products
+from twa_scale.store.projection import in_piece, products
 from twa_scale.store.staging import Staging
 
 BUFFER = 64 << 20
@@ -57,21 +57,29 @@ class OffloadedStore:
             self._staging.reserve([*rows.tensors, center])
         return target
 
-    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
+    def project(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
+    ) -> torch.Tensor:
         """Return the inner products with the gradient of this span, on its device."""
         n = self._inner.held(span)[0].n
-        total = torch.zeros(n + 1, dtype=torch.float64, device=gradient.device)
+        shape = (n + 1, segments.count) if segments else (n + 1,)
+        total = torch.zeros(shape, dtype=torch.float64, device=gradient.device)
         for cut, rows, center in self._pieces(span):
             with self._staging.lend([*rows.tensors, *([center] if with_center else [])]) as places:
                 near = rows.over(places[: len(rows.tensors)])
-                total += products(self._compute, near, places[-1] if with_center else None, gradient[cut])
+                base = places[-1] if with_center else None
+                index, here = in_piece(segments, cut)
+                total[index] += products(self._compute, near, base, gradient[cut], here)
         return total
 
-    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def combine(
+        self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
+    ) -> None:
         """Write the weights of this span."""
         for cut, rows, center in self._pieces(span):
             with self._staging.lend([*rows.tensors, center]) as (*places, base):
-                self._compute.combine(rows.over(places), weights, base, scale, out[cut])
+                index, here = in_piece(segments, cut)
+                self._compute.combine(rows.over(places), weights[index], base, scale, out[cut], here)
 
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor]]:
         """Yield columns, rows and center of pieces that fit into a buffer."""

@@ -1,12 +1,34 @@
-"""Inner products of a gradient with the rows and the center of a span."""
+"""Inner products of a gradient with the rows and the center of a span, and the pieces of a span."""
+
+from types import EllipsisType
 
 import torch
 
-from twa_scale.kernels import Dense, Kernels, Rows
+from twa_scale.kernels import Dense, Kernels, Rows, Segments
 
 
-def products(kernels: Kernels, rows: Rows, center: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
-    """Return <row_i, gradient> and, last, <center, gradient> (zero without a center): (n + 1,), float64."""
-    found = kernels.project(rows, gradient)
-    last = found.new_zeros(1) if center is None else kernels.project(Dense.one(center), gradient)
+def products(
+    kernels: Kernels,
+    rows: Rows,
+    center: torch.Tensor | None,
+    gradient: torch.Tensor,
+    segments: Segments | None = None,
+) -> torch.Tensor:
+    """Return <row_i, gradient> and, last, <center, gradient> (zero without a center): float64.
+
+    The shape is (n + 1,), or (n + 1, count) with segments.
+    """
+    found = kernels.project(rows, gradient, segments)
+    if center is None:
+        last = found.new_zeros(1, *found.shape[1:])
+    else:
+        last = kernels.project(Dense.one(center), gradient, segments)
     return torch.cat([found, last])
+
+
+def in_piece(segments: Segments | None, piece: slice) -> tuple[EllipsisType | tuple[slice, slice], Segments | None]:
+    """Return the index of the sums or weights of some columns of a span, and the segments of these columns."""
+    if segments is None:
+        return ..., None
+    first, part = segments.part(piece.start, piece.stop)
+    return (slice(None), slice(first, first + part.count)), part

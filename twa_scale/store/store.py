@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.kernels import Kernels, RowMap, Target
+from twa_scale.kernels import Kernels, RowMap, Segments, Target
 
 
 class Store(Protocol):
@@ -31,11 +31,34 @@ class Store(Protocol):
     def reserve(self, span: Span) -> Target:
         """Allocate a span. Return the memory into which `kernels` write its rows and its float32 center."""
 
-    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
-        """Return <row_i, gradient> and, last, <center, gradient> (zero unless `with_center`): (n + 1,), float64."""
+    def project(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
+    ) -> torch.Tensor:
+        """Return <row_i, gradient> and, last, <center, gradient>, float64.
 
-    def combine(self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor) -> None:
-        """Write scale * center + sum_i weights_i row_i into `out`. All tensors are on the device of `out`."""
+        Args:
+            span: a reserved span.
+            gradient: the gradient of its elements, (m,).
+            with_center: whether the last product is needed. It is zero otherwise.
+            segments: the segments of the elements of the span, in the order of the gradient. If given, the products
+                over each segment are returned.
+
+        Returns:
+            (num_rows + 1,), or (num_rows + 1, segments.count).
+        """
+
+    def combine(
+        self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
+    ) -> None:
+        """Write scale * center + sum_i weights_i row_i into `out`. All tensors are on the device of `out`.
+
+        Args:
+            span: a reserved span.
+            weights: (num_rows,), or (num_rows, segments.count) with segments.
+            scale: the weight of the center.
+            out: (m,), of any floating point type.
+            segments: the segments of the elements of the span, in the order of `out`.
+        """
 
     def close(self) -> None:
         """Release the memory."""

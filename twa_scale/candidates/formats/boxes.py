@@ -66,13 +66,8 @@ class BoxTensor:
     def read(self, start: int, out: torch.Tensor, what: str) -> None:
         """Fill `out` with the elements from `start` on, in row-major order."""
         total = 0
-        for box in self._boxes():
-            # Both box and tensor are in row-major order, so a slice of the tensor needs one range of each box.
-            first = count_before(self.shape, box.starts, box.sizes, start)
-            count = count_before(self.shape, box.starts, box.sizes, start + len(out)) - first
-            if not count:
-                continue
-            stored = self._stored(box)
+        for box, first, count in self.within(start, start + len(out)):
+            stored = self.stored(box)
             if count == len(out):
                 stored.read(first, out, what)
             elif box.sizes[1:] == self.shape[1:]:  # whole rows stay together
@@ -85,13 +80,29 @@ class BoxTensor:
             total += count
         assert total == len(out)
 
-    def _boxes(self) -> Iterator[Box]:
+    def within(self, start: int, stop: int) -> Iterator[tuple[Box, int, int]]:
+        """Yield each box that has elements of a range: the first of them in the box, and their number.
+
+        Both box and tensor are in row-major order, so a range of the tensor is one range of each box.
+        """
+        for box in self.boxes():
+            first = count_before(self.shape, box.starts, box.sizes, start)
+            if count := count_before(self.shape, box.starts, box.sizes, stop) - first:
+                yield box, first, count
+
+    def boxes(self) -> Iterator[Box]:
+        """Yield the boxes that are not empty."""
         dims = len(self.shape)
         for i in range(0, len(self._numbers), max(1, self._width)):
             row = tuple(self._numbers[i : i + self._width])
             yield Box(row[:dims], row[dims : 2 * dims], row[2 * dims :])
 
-    def _stored(self, box: Box) -> Stored:
+    def stored(self, box: Box) -> Stored:
+        """Return the stored tensor of a box.
+
+        Raises:
+            CandidateError: it has another shape or dtype.
+        """
         stored = self._find(box)
         if (stored.shape, stored.dtype) != (box.sizes, self.dtype):
             raise CandidateError(

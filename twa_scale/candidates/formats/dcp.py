@@ -11,6 +11,7 @@ from twa_scale.base.inputs import brief, integers, text
 from twa_scale.candidates.ema_lists import item_name
 from twa_scale.candidates.formats.boxes import Box, BoxTensor
 from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.pickle_stubs import PickleStub
 from twa_scale.candidates.formats.pickles import MAX_PICKLE, SafeUnpickler
 from twa_scale.candidates.formats.stored_tensors import Stored, StoredCandidate
@@ -46,20 +47,64 @@ def open_dcp(directory: Path, keys: WeightsKey | None = None, outer: Path | None
 def _open(directory: Path, metadata: Any, keys: WeightsKey, outer: Path) -> StoredCandidate:
     files = _Files(directory)
     label = str(outer)
-    paths = metadata.planner_data or {}
-    metadata_of = {
-        key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value.properties, PickleStub)
-    }
-    key_of = {_path(paths.get(text(key), (key,))): key for key in metadata_of}
-    items = {(text(key.fqn), integers(key.offset or ())): item for key, item in metadata.storage_data.items()}
-    tensors = {}
-    shapes = {path: integers(metadata_of[key].size) for path, key in key_of.items()}
+    metadata_of = _metadata_of(metadata)
+    shapes = {path: integers(value.size) for path, (_, value) in metadata_of.items()}
     chosen = keys.choose(shapes, label, in_order=False)
-    for name, path in chosen.items():
-        key = key_of[path]
-        what = f"{label}: tensor {name!r}"
-        tensors[name] = _tensor(key, metadata_of[key], items, files, what)
-    return StoredCandidate(tensors, files.open.values(), label, outer)
+    tensors = _tensors(chosen, metadata, metadata_of, files, label)
+    origin = Origin("a checkpoint of torch.distributed.checkpoint", "dcp", {directory: chosen})
+    return StoredCandidate(tensors, files.open.values(), label, outer, origin)
+
+
+def tensors_in_dcp(directory: Path, keys: Mapping[str, Keys]) -> dict[str, BoxTensor]:
+    """Return tensors of a checkpoint by name.
+
+    Args:
+        directory: the folder with `.metadata`.
+        keys: the path of keys of each tensor, by name.
+    """
+    metadata = _metadata(directory / METADATA)
+    return _tensors(keys, metadata, _metadata_of(metadata), _Files(directory), str(directory))
+
+
+def files_in_dcp(directory: Path) -> list[Path]:
+    """Return the metadata and the files of chunks of a checkpoint.
+
+    Args:
+        directory: the folder with `.metadata`.
+    """
+    return [directory / METADATA, *sorted(path for path in directory.glob("*.distcp") if path.is_file())]
+
+
+def keys_in_dcp(directory: Path) -> list[Keys]:
+    """Return the paths of keys of all tensors of a checkpoint.
+
+    Args:
+        directory: the folder with `.metadata`.
+    """
+    return list(_metadata_of(_metadata(directory / METADATA)))
+
+
+def _metadata_of(metadata: Any) -> dict[Keys, tuple[str, PickleStub]]:
+    """Return the key and the metadata of each tensor, by its path of keys."""
+    paths = metadata.planner_data or {}
+    return {
+        _path(paths.get(text(key), (key,))): (key, value)
+        for key, value in metadata.state_dict_metadata.items()
+        if isinstance(value.properties, PickleStub)
+    }
+
+
+def _tensors(
+    chosen: Mapping[str, Keys],
+    metadata: Any,
+    metadata_of: Mapping[Keys, tuple[str, PickleStub]],
+    files: "_Files",
+    label: str,
+) -> dict[str, BoxTensor]:
+    items = {(text(key.fqn), integers(key.offset or ())): item for key, item in metadata.storage_data.items()}
+    return {
+        name: _tensor(*metadata_of[path], items, files, f"{label}: tensor {name!r}") for name, path in chosen.items()
+    }
 
 
 def _path(keys: Any) -> tuple[str, ...]:

@@ -12,11 +12,14 @@ import torch
 from twa_scale.base.inputs import integers, parse_json
 from twa_scale.candidates.formats.boxes import Box, BoxTensor
 from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.formats.safetensors import read_header
 from twa_scale.candidates.formats.stored_tensors import Record, Stored, StoredCandidate
 from twa_scale.errors import CandidateError
 
 _NAME = re.compile(r"shard-(\d+)-model-\d+-of-(\d+)\.safetensors")
+
+_ORIGIN = Origin("the safetensors files of single ranks that DCP writes")
 
 
 def is_rank_shard(file: Path) -> bool:
@@ -63,7 +66,7 @@ def open_dcp_safetensors(paths: Sequence[Path], directory: Path) -> StoredCandid
             )
             for name, held in boxes.items()
         }
-        return StoredCandidate(tensors, files, str(directory), directory)
+        return StoredCandidate(tensors, files, str(directory), directory, _ORIGIN)
     except BaseException:
         for file in files:
             file.close()

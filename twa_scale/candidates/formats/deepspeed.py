@@ -10,6 +10,7 @@ from typing import Any
 from twa_scale.base.inputs import brief, integers, read_bounded, text
 from twa_scale.base.names import some
 from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.formats.stored_tensors import ReadableTensor, Stored, StoredCandidate
 from twa_scale.candidates.formats.torch_archive import Archive, dense_tensors
 from twa_scale.candidates.formats.zero_partitions import split_fragments, split_groups, split_parameters
@@ -44,7 +45,7 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
     folder = tagged_folder(directory)
     files = _Files(folder)
     try:
-        return StoredCandidate(_tensors(files), files, str(directory), directory)
+        return StoredCandidate(_tensors(files), files, str(directory), directory, Origin("a checkpoint of DeepSpeed"))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         files.close()
         raise CandidateError(

@@ -10,6 +10,7 @@ from twa_scale.base.inputs import integers
 from twa_scale.base.names import some
 from twa_scale.candidates.formats.boxes import Box, BoxTensor
 from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.formats.pickle_stubs import PickleStub
 from twa_scale.candidates.formats.stored_tensors import Stored, StoredCandidate
 from twa_scale.candidates.formats.torch_archive import Archive
@@ -61,7 +62,8 @@ def open_rank_files(directory: Path, keys: WeightsKey | None = None) -> StoredCa
         chosen = (keys or WeightsKey()).choose({(name,): t.shape for name, t in tensors.items()}, str(directory))
         held = {name: tensors[path[0]] for name, path in chosen.items()}
         beside = directory / _HUGGING_FACE
-        return StoredCandidate(held, files, str(directory), beside if beside.is_dir() else directory)
+        small = beside if beside.is_dir() else directory
+        return StoredCandidate(held, files, str(directory), small, Origin("the files of single ranks"))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         for file in files:
             file.close()

@@ -9,6 +9,7 @@ import torch
 
 from twa_scale.base.inputs import MAX_JSON, brief, parse_json
 from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.wrapper_names import unwrapped
 from twa_scale.errors import CandidateError
 
@@ -48,6 +49,7 @@ class SafetensorsCandidate:
 
     def __init__(self, path: Path, directory: Path | None = None, label: str | None = None) -> None:
         self.label = label or str(path)
+        self.origin = Origin("a safetensors file", "hf")
         self.directory = directory
         self.file_name: str | None = path.name
         self.bytes_read = 0

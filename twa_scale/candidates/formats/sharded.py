@@ -8,6 +8,7 @@ import torch
 from twa_scale.base.inputs import MAX_JSON, brief, parse_json, read_bounded
 from twa_scale.base.names import nearest, some
 from twa_scale.candidates.candidate import Candidate
+from twa_scale.candidates.formats.origin import Origin, origin_of
 from twa_scale.candidates.mapped import Mappable
 from twa_scale.candidates.wrapper_names import unwrapped
 from twa_scale.errors import CandidateError
@@ -44,6 +45,9 @@ class ShardedCandidate:
             parts = [part.metadata.items() for part in self._parts.values()]
             self.metadata = dict(sorted(set(parts[0]).intersection(*parts[1:])))
             self.stored_names = unwrapped(file_of, str(index))
+            origins = list(map(origin_of, self._parts.values()))
+            keys = {path: held for origin in origins for path, held in origin.keys.items()}
+            self.origin = Origin(f"several files, {origins[0].what} each", origins[0].written_as, keys)
             # Which prefixes count as wrappers depends on all names, so a part may use another name for a tensor.
             names = {file: {raw: name for name, raw in part.stored_names.items()} for file, part in self._parts.items()}
             self._part_of = {

@@ -1,7 +1,7 @@
 """Tensors that are byte ranges of files, and candidates that consist of them."""
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -13,6 +13,7 @@ import torch
 from twa_scale.candidates.formats.crc import PiecewiseCrc
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.flat_slices import copy_flat
+from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.wrapper_names import unwrapped
 from twa_scale.errors import CandidateError
 
@@ -49,6 +50,8 @@ class Record:
     """A function of the number of bytes that returns the offset of the first byte. It is called at the first read."""
     crc: int = 0
     """The CRC-32 of the bytes, or 0 if the file does not have it."""
+    crc_fields: Callable[[], Sequence[int]] = field(default=tuple, compare=False)
+    """Returns the offsets of the places in the file that hold the CRC-32 (4 bytes, little-endian)."""
     pieces: PiecewiseCrc = field(default_factory=PiecewiseCrc, compare=False)
 
     @cached_property
@@ -107,7 +110,7 @@ class Stored:
                 f"{self.record.file.path}: {what} reaches beyond the {self.record.numel} numbers of its storage: the "
                 "file is damaged. Copy it again, or leave this candidate out."
             )
-        if self._row_major():
+        if self.row_major():
             self.record.read((self.first + start) * out.itemsize, out.view(torch.uint8).numpy().data, what)
         else:
             self._read_mapped(start, out, last + 1, what)
@@ -122,11 +125,12 @@ class Stored:
         begin = self.record.begin + self.first * self.dtype.itemsize
         if not self.numel:
             return torch.empty(0, dtype=self.dtype)
-        if begin % self.dtype.itemsize or not self._row_major():
+        if begin % self.dtype.itemsize or not self.row_major():
             return None
         return torch.frombuffer(self.record.file.map(), dtype=self.dtype, count=self.numel, offset=begin)
 
-    def _row_major(self) -> bool:
+    def row_major(self) -> bool:
+        """Return whether the elements follow each other in the file in row-major order."""
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and step != expected:
@@ -180,9 +184,15 @@ class StoredCandidate:
     """A candidate whose tensors are in any number of files. A read transfers only the bytes of its slice."""
 
     def __init__(
-        self, tensors: Mapping[str, ReadableTensor], files: Iterable[File], label: str, directory: Path | None
+        self,
+        tensors: Mapping[str, ReadableTensor],
+        files: Iterable[File],
+        label: str,
+        directory: Path | None,
+        origin: Origin,
     ) -> None:
         self.label = label
+        self.origin = origin
         self.directory = directory
         self.file_name: str | None = None
         self.metadata: dict[str, str] = {}

@@ -12,7 +12,7 @@ from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.pickle_stubs import PickleStub
 from twa_scale.candidates.formats.pickles import MAX_PICKLE, SafeUnpickler
 from twa_scale.candidates.formats.stored_tensors import Record, Stored
-from twa_scale.candidates.formats.zip_directory import Member, data_offset, read_directory
+from twa_scale.candidates.formats.zip_directory import Member, crc_fields, data_offset, read_directory
 from twa_scale.errors import CandidateError
 
 _MAX_DIMS = 64  # the limit of torch
@@ -77,7 +77,9 @@ class Archive:
     def _record(self, dtype: torch.dtype, key: str, numel: int) -> Record:
         name = f"data/{key}"
         crc = self._members[name].crc if name in self._members else 0
-        record = Record(self._file, dtype, numel, lambda size: self._begin(name, size), crc)
+        record = Record(
+            self._file, dtype, numel, lambda size: self._begin(name, size), crc, lambda: self._crc_fields(name)
+        )
         return self._records.setdefault((name, dtype, numel), record)  # tensors that share a record share its CRC check
 
     def _begin(self, name: str, nbytes: int) -> int:
@@ -92,6 +94,10 @@ class Archive:
             return self._start + data_offset(self._read, member, self._length)
         except ValueError as error:
             raise CandidateError(f"{self._label}: {error}. {_FIX}") from error
+
+    def _crc_fields(self, name: str) -> list[int]:
+        """Return the offsets in the file of the places that hold the CRC-32 of a member."""
+        return [self._start + offset for offset in crc_fields(self._read, self._members[name], self._length)]
 
 
 def is_tensor(value: Any) -> bool:

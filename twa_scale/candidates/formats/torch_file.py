@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from twa_scale.candidates.entries import Keys, flattened
+from twa_scale.candidates.entries import flattened
 from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.pickle_stubs import PickleStub, nested_values
 from twa_scale.candidates.formats.stored_tensors import Record, Stored, StoredCandidate
 from twa_scale.candidates.formats.torch_archive import Archive, dense_tensors, is_tensor
@@ -34,8 +35,9 @@ class TorchFileCandidate(StoredCandidate):
     ) -> None:
         file = File(path)
         try:
-            self._stored = _chosen(_content(file), keys or WeightsKey(), str(path))
-            super().__init__(self._stored, [file], label or str(path), directory)
+            self._stored, chosen = _chosen(_content(file), keys or WeightsKey(), str(path))
+            origin = Origin("a file of torch.save", "pt", {path: chosen})
+            super().__init__(self._stored, [file], label or str(path), directory, origin)
             self.file_name = path.name
         except BaseException:
             file.close()
@@ -51,16 +53,28 @@ class TorchFileCandidate(StoredCandidate):
         return first.memory_key == second.memory_key
 
 
-def _chosen(content: Mapping[Any, Any], keys: WeightsKey, label: str) -> dict[str, Stored]:
+def tensors_in(path: Path) -> dict[Keys, Stored]:
+    """Return all dense tensors of a file that torch.save wrote, by their paths of keys."""
+    entries = _entries(_content(File(path)))
+    return {keys: value for keys, value in entries.items() if isinstance(value, Stored)}
+
+
+def _entries(content: Mapping[Any, Any]) -> dict[Keys, Any]:
+    return flattened(content, lambda value: isinstance(value, Stored | PickleStub | Record), is_tensor)
+
+
+def _chosen(content: Mapping[Any, Any], keys: WeightsKey, label: str) -> tuple[dict[str, Stored], dict[str, Keys]]:
+    """Return the weights of a file and their paths of keys, by name."""
     try:
-        entries = flattened(content, lambda value: isinstance(value, Stored | PickleStub | Record), is_tensor)
+        entries = _entries(content)
         tensors = {path: value for path, value in entries.items() if is_tensor(value)}
         objects = _objects({path: value for path, value in entries.items() if not is_tensor(value)})
     except ValueError as error:
         raise CandidateError(f"{label}: {error}. Save only tensors: torch.save(model.state_dict(), path).") from error
     shapes = {path: value.shape if isinstance(value, Stored) else () for path, value in tensors.items()}
-    held = {name: tensors[path] for name, path in keys.choose(shapes, label, objects).items()}
-    return dense_tensors(held, label, "Save a dense tensor in its place.")
+    chosen = keys.choose(shapes, label, objects)
+    held = {name: tensors[path] for name, path in chosen.items()}
+    return dense_tensors(held, label, "Save a dense tensor in its place."), chosen
 
 
 def _objects(found: Mapping[Keys, PickleStub | Record]) -> dict[Keys, Object]:

@@ -17,6 +17,7 @@ _MAX_COMMENT = 0xFFFF
 _MAX_DIRECTORY = 256 << 20  # bytes; a member takes about a hundred
 _UNKNOWN = 0xFFFFFFFF  # marks a number that is stored in the extra field (Zip64)
 _ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8
+_CRC_IN_HEADER, _CRC_IN_ENTRY = 14, 16  # offsets
 
 
 class Member(NamedTuple):
@@ -29,6 +30,8 @@ class Member(NamedTuple):
     nbytes: int
     header: int
     """The offset of its local header."""
+    entry: int
+    """The offset of its entry in the directory."""
 
 
 def read_directory(read: Read, size: int) -> dict[str, Member]:
@@ -44,7 +47,7 @@ def read_directory(read: Read, size: int) -> dict[str, Member]:
     members: dict[str, Member] = {}
     position = 0
     while position < nbytes:
-        member, position = _member(raw, position)
+        member, position = _member(raw, position, begin)
         name = member.name.decode().partition("/")[2]
         if name in members:
             raise ValueError(f"two members are called {name!r}")
@@ -80,8 +83,14 @@ def _directory(read: Read, size: int) -> tuple[int, int, int]:
     return begin, nbytes, count
 
 
-def _member(raw: bytes, position: int) -> tuple[Member, int]:
-    """Return the member whose entry is at `position`, and the position of the next entry."""
+def _member(raw: bytes, position: int, begin: int) -> tuple[Member, int]:
+    """Return the member whose entry is at `position`, and the position of the next entry.
+
+    Args:
+        raw: the directory.
+        position: the position of the entry in it.
+        begin: the offset of the directory in the archive.
+    """
     if position + _ENTRY.size > len(raw):
         raise ValueError("its directory is cut short")
     magic, flags, method, crc, packed, nbytes, *lengths, _, _, _, header = _ENTRY.unpack_from(raw, position)
@@ -96,7 +105,7 @@ def _member(raw: bytes, position: int) -> tuple[Member, int]:
         raise ValueError("it is a program of torch.jit (TorchScript): save the state_dict() of the module in it")
     if method or packed != nbytes or flags & _ENCRYPTED:
         raise ValueError(f"its member {name!r} is compressed or encrypted, which members of torch.save never are")
-    return Member(name, flags, crc, nbytes, header), stop
+    return Member(name, flags, crc, nbytes, header, begin + position), stop
 
 
 def _zip64_values(numbers: list[int], extra: bytes) -> list[int]:
@@ -148,3 +157,24 @@ def data_offset(read: Read, member: Member, end: int) -> int:
     if begin + member.nbytes > end:
         raise ValueError(f"member {member.name!r} reaches beyond the archive")
     return begin
+
+
+def crc_fields(read: Read, member: Member, end: int) -> list[int]:
+    """Return the offsets of the 4 bytes of each place in the archive that holds the CRC-32 of a member.
+
+    Args:
+        read: reads bytes of the archive.
+        member: the member, from the directory.
+        end: the size of the archive in bytes.
+
+    Raises:
+        ValueError: the local header does not agree with the directory.
+    """
+    begin = data_offset(read, member, end)
+    fields = [member.entry + _CRC_IN_ENTRY]
+    if not member.flags & _SIZES_FOLLOW:
+        return [member.header + _CRC_IN_HEADER, *fields]
+    after = begin + member.nbytes
+    if read(after, 4) == b"PK\7\10":
+        fields.append(after + 4)
+    return fields

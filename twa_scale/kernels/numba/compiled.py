@@ -13,6 +13,7 @@ from twa_scale.kernels.numba.packed_loops import packed_loops
 from twa_scale.kernels.numba.threads import Threads
 from twa_scale.kernels.packed_rows import RUN, Packed
 from twa_scale.kernels.rows import TILE, Dense
+from twa_scale.kernels.segments import Segments
 from twa_scale.kernels.torch.deltas import (
     GRID,
     ROW_BYTES,
@@ -23,6 +24,7 @@ from twa_scale.kernels.torch.deltas import (
     reference_of,
     require_whole_blocks,
 )
+from twa_scale.kernels.torch.reference import TorchKernels
 
 _PIECE = 1 << 17  # elements of a weighted sum of differences that stay in cache while all rows are added
 _PART = 1024  # elements of differences whose products are added in float32
@@ -36,8 +38,10 @@ class NumbaKernels:
     def __init__(self) -> None:
         self._threads = Threads()
 
-    def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
+    def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Return the inner products <row_i, gradient>."""
+        if segments:
+            return TorchKernels().project(rows, gradient, segments)
         right = _array(gradient)
         parts: list[tuple[int, Any]] = []
 
@@ -59,9 +63,20 @@ class NumbaKernels:
         self._threads.run(work, *_size(rows))
         return torch.from_numpy(_in_order(parts))
 
-    def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def combine(
+        self,
+        rows: Rows,
+        weights: torch.Tensor,
+        base: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        segments: Segments | None = None,
+    ) -> None:
         """Write scale * base + sum_i weights_i row_i."""
         out = out.detach()
+        if segments:
+            TorchKernels().combine(rows, weights, base, scale, out, segments)
+            return
         if out.dtype not in (torch.float32, torch.bfloat16) or not out.is_contiguous():
             total = torch.empty(out.shape, dtype=torch.float32)
             self.combine(rows, weights, base, scale, total)

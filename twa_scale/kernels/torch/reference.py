@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from twa_scale.kernels.kernels import Differences, Rows, SourceChecks, Sources, Target
 from twa_scale.kernels.packed_rows import Packed, zero_of
 from twa_scale.kernels.rows import TILE, Dense
+from twa_scale.kernels.segments import Segments
 from twa_scale.kernels.torch.deltas import checksums, make_deltas
 
 # Bytes of rows that are converted to float32 at a time: they stay in a CPU's cache; a GPU needs few, large launches.
@@ -20,9 +21,11 @@ class TorchKernels:
 
     name = "torch"
 
-    def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
+    def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Return the inner products <row_i, gradient>."""
         n = len(rows.rows) if isinstance(rows, Differences) else rows.n
+        if segments:
+            return _project_segments(rows, n, gradient, segments)
         total = torch.zeros(n, dtype=torch.float64, device=gradient.device)
         for start, part in widened(rows):
             count, _, width = part.shape
@@ -30,9 +33,21 @@ class TorchKernels:
             total += (part * right).sum(2).sum(0, dtype=torch.float64)  # A matrix product could use TF32.
         return total
 
-    def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def combine(
+        self,
+        rows: Rows,
+        weights: torch.Tensor,
+        base: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        segments: Segments | None = None,
+    ) -> None:
         """Write scale * base + sum_i weights_i row_i."""
-        weights = weights.to(torch.float32).view(1, -1, 1)
+        weights = weights.to(torch.float32)
+        if segments:
+            _combine_segments(rows, weights, base, scale, out, segments)
+            return
+        weights = weights.view(1, -1, 1)
         for start, part in widened(rows):
             total = (part * weights).sum(1).view(-1)
             low, high = max(start, 0), min(start + len(total), len(out))
@@ -45,6 +60,31 @@ class TorchKernels:
     def make_deltas(self, sources: Sources, weights: Sequence[float], target: Target, start: int) -> SourceChecks:
         """Compute deltas, center, inner products and errors."""
         return make_deltas(sources, weights, target, start)
+
+
+def _project_segments(rows: Rows, n: int, gradient: torch.Tensor, segments: Segments) -> torch.Tensor:
+    total = torch.zeros(n, segments.count, dtype=torch.float64, device=gradient.device)
+    for low, high, part in _columns(rows, len(gradient)):
+        first, here = segments.part(low, high)
+        products = part * gradient[low:high].to(torch.float32)
+        total[:, first : first + here.count] += here.sums(products)
+    return total
+
+
+def _combine_segments(
+    rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments
+) -> None:
+    for low, high, part in _columns(rows, len(out)):
+        first, here = segments.part(low, high)
+        total = (part * here.spread(weights[:, first : first + here.count])).sum(0)
+        out[low:high] = torch.add(total, base[low:high], alpha=scale)
+
+
+def _columns(rows: Rows, m: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield bounds (low, high) of a few tiles, and their float32 rows (n, high - low)."""
+    for start, part in widened(rows):
+        low, high = max(start, 0), min(start + part.shape[0] * part.shape[2], m)
+        yield low, high, part.transpose(0, 1).flatten(1)[:, low - start : high - start]
 
 
 def unpack(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

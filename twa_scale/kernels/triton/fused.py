@@ -17,6 +17,7 @@ import triton.language as tl
 from twa_scale.kernels.kernels import Differences, Rows
 from twa_scale.kernels.packed_rows import Packed
 from twa_scale.kernels.rows import TILE, Dense
+from twa_scale.kernels.segments import Segments
 from twa_scale.kernels.torch.reference import TorchKernels
 
 _EXPONENT = 0x4B000000
@@ -209,10 +210,10 @@ class TritonKernels(TorchKernels):
 
     name = "triton"
 
-    def project(self, rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
+    def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Return <row_i, gradient>, added in float32 within a program and in float64 over programs."""
-        if isinstance(rows, Differences):
-            return super().project(rows, gradient)
+        if segments or isinstance(rows, Differences):
+            return super().project(rows, gradient, segments)
         gradient = gradient.contiguous()
         shape = DENSE if isinstance(rows, Dense) else PROJECT[rows.bits]
         partial = gradient.new_empty(-(-rows.count // shape.tiles), rows.n, dtype=torch.float32)
@@ -228,11 +229,19 @@ class TritonKernels(TorchKernels):
                     _project_packed[(count,)](*packed, BITS=rows.bits, BLOCK=rows.block, **how)
         return partial.sum(0, dtype=torch.float64)
 
-    def combine(self, rows: Rows, weights: torch.Tensor, base: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def combine(
+        self,
+        rows: Rows,
+        weights: torch.Tensor,
+        base: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        segments: Segments | None = None,
+    ) -> None:
         """Write scale * base + sum_i weights_i row_i."""
         out = out.detach()
-        if isinstance(rows, Differences) or not out.is_contiguous():
-            super().combine(rows, weights, base, scale, out)
+        if segments or isinstance(rows, Differences) or not out.is_contiguous():
+            super().combine(rows, weights, base, scale, out, segments)
             return
         weights = weights.to(torch.float32).contiguous()
         shape = DENSE if isinstance(rows, Dense) else COMBINE[rows.bits]

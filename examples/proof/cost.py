@@ -1,0 +1,52 @@
+"""What a method costs: forward and backward passes, passes for evaluations, and seconds, counted while it runs."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+@dataclass
+class Cost:
+    """The cost of a method beyond that of the run that its candidates come from."""
+
+    steps: float = 0.0
+    """Forward and backward passes, in batches of training."""
+    evaluations: float = 0.0
+    """Forward passes alone, in batches of training."""
+    seconds: float = 0.0
+    """Seconds of the processor, in all threads, so that other programs on the machine do not count."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.steps + other.steps, self.evaluations + other.evaluations, self.seconds + other.seconds)
+
+    def row(self) -> dict[str, float]:
+        """Return the cost as a part of a row."""
+        return asdict(self)
+
+
+@contextmanager
+def measured(kind: type[nn.Module], batch_size: int) -> Iterator[Cost]:
+    """Count what happens in a `with` block; the numbers are right at its end.
+
+    Every forward pass of a model of class `kind` counts, whoever calls it: with a backward pass if gradients are on.
+    """
+    cost = Cost()
+
+    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, kind):
+            batches = len(inputs[0]) / batch_size
+            if torch.is_grad_enabled():
+                cost.steps += batches
+            else:
+                cost.evaluations += batches
+
+    start = time.process_time()
+    with register_module_forward_pre_hook(count):
+        yield cost
+    cost.seconds = time.process_time() - start

@@ -1,0 +1,98 @@
+"""The run that all methods start from: a constant rate after the warmup, as the stable phase of warmup-stable-decay."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.training import Training
+from twa_scale import RunningAverages
+
+
+class Trunk:
+    """The files of a trunk: candidates, exponential averages, the last state, and those that decayed runs start from.
+
+    Args:
+        directory: where they are.
+        settings: `steps`, `candidates`, `every`, `ema`, `save_every`, and `branches`, the steps whose states are kept.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory = directory
+        self.settings = settings
+
+    def run(self, training: Training) -> dict[str, float]:
+        """Train, or go on from the last saved state, and return the seconds of all of it."""
+        averages = RunningAverages(
+            training.model,
+            ema=self.settings["ema"],
+            window={"every": self.settings["every"], "keep": self.settings["candidates"], "store": "dense32"},
+        )
+        first, before = self._resume(training, averages)
+        start = time.process_time()
+        for step in range(first, self.settings["steps"]):
+            if step in self.settings["branches"]:
+                save(training.state(), self.state(step))
+            loss = training.update(step, 1.0)
+            averages.step()
+            if (step + 1) % self.settings["save_every"] == 0:
+                seconds = before + time.process_time() - start
+                self._keep(training, averages, step + 1, seconds)
+                print(f"{self.directory}: step {step + 1}, {seconds:.0f} s, loss {loss:.3f}", flush=True)
+        seconds = before + time.process_time() - start
+        save(training.state(), self.state(self.settings["steps"]))
+        shutil.rmtree(self.directory / "candidates", ignore_errors=True)  # of a process that was killed here
+        averages.save(self.directory / "candidates")
+        for name in self.ema_names:
+            with averages.weights(name):
+                save(training.model.state_dict(), self.ema(name))
+        return {"steps": self.settings["steps"], "seconds": seconds}
+
+    @property
+    def ema_names(self) -> list[str]:
+        return [f"ema:{decay}" for decay in self.settings["ema"]]
+
+    @property
+    def candidates(self) -> str:
+        return f"{self.directory}/candidates/step-*"
+
+    def state(self, step: int) -> Path:
+        return self.directory / f"state-{step}.pt"
+
+    def ema(self, name: str) -> Path:
+        return self.directory / f"{name.replace(':', '-')}.pt"
+
+    def _keep(self, training: Training, averages: RunningAverages, step: int, seconds: float) -> None:
+        """Write what `_resume` needs, then remove what it needed before."""
+        states = self.directory / "resume"
+        averages.save_state(states / str(step))
+        save({**training.state(), "step": step, "seconds": seconds}, self.directory / "resume.pt")
+        for older in states.iterdir():
+            if older.name != str(step):
+                shutil.rmtree(older)
+
+    def _resume(self, training: Training, averages: RunningAverages) -> tuple[int, float]:
+        """Go on from the last state. Return its step, and the seconds until then."""
+        path = self.directory / "resume.pt"
+        if not path.exists():
+            return 0, 0.0
+        state = load(path)
+        training.restore(state)
+        averages.load_state(self.directory / "resume" / str(state["step"]))
+        return state["step"], state["seconds"]
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a state so that a kill leaves all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".writing")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    return state

@@ -1,0 +1,41 @@
+"""Paired differences over seeds, with 95 % intervals of Student's t."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# The 0.975 quantiles of Student's t with 1, 2, .. degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference of two methods on the same seeds, and half the width of its 95 % interval."""
+
+    mean: float
+    half: float
+    """Infinite for one seed."""
+    num_seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """Return what the interval shows, for losses: lower is better."""
+        if self.num_seeds < 2:
+            return "one seed: no interval"
+        if abs(self.mean) <= self.half:
+            return "no difference shown"
+        return "lower" if self.mean < 0 else "**higher**"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f}" + (f" ± {self.half:.4f}" if math.isfinite(self.half) else "")
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Return the paired difference `ours` - `theirs`, one value of each for each seed."""
+    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
+    count = len(pairs)
+    if not 1 <= count <= len(_T) + 1:
+        raise ValueError(f"{count} seeds; 1 to {len(_T) + 1} are known")
+    half = math.inf if count == 1 else _T[count - 2] * statistics.stdev(pairs) / math.sqrt(count)
+    return Difference(statistics.mean(pairs), half, count)

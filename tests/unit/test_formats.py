@@ -1,0 +1,337 @@
+"""Outputs in the formats pt, dcp and same: torch reads them, and `same` changes the numbers of the weights only."""
+
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import twa_scale
+from tests.pool import Pool
+from tests.slices import opened, read
+from twa_scale.base.notices import TwaWarning
+from twa_scale.candidates import open_candidates
+from twa_scale.candidates.carry_over import CarriedFiles
+from twa_scale.errors import CandidateError, ConfigError, OutputError, TwaError
+from twa_scale.merge import average_fixed
+from twa_scale.output.formats import dcp as dcp_format
+from twa_scale.output.formats.choose import output_format
+
+State = dict[str, torch.Tensor]
+
+
+def state(value: float) -> State:
+    """Tensors of several types and layouts."""
+    generator = torch.Generator().manual_seed(int(value))
+    return {
+        "rows": torch.randn(9, 4, generator=generator),
+        "last": torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last),
+        "half": torch.randn(7, generator=generator).bfloat16(),
+        "scalar": torch.randn((), generator=generator, dtype=torch.float64),
+        "empty": torch.empty(0, 3),
+        "count": torch.tensor(int(value)),
+    }
+
+
+def optimizer(value: float) -> dict[str, Any]:
+    return {"step": torch.tensor(value), "m": torch.full((3,), value)}
+
+
+def write_ckpt(path: Path, value: float) -> None:
+    torch.save({"epoch": value, "state_dict": state(value), "optimizer_states": [optimizer(value)], "rng": b"1"}, path)
+
+
+def write_dcp(path: Path, value: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a process without a group
+        content = {"model": state(value), "optim": optimizer(value), "step": int(value)}
+        dcp.save(content, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+
+
+def write_hf(path: Path, value: float) -> None:
+    path.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in state(value).items()}, path / "model.safetensors")
+
+
+WRITE: dict[str, Callable[[Path, float], None]] = {"ckpt": write_ckpt, "dcp": write_dcp, "hf": write_hf}
+
+
+@pytest.fixture
+def candidates(here: Path, request: pytest.FixtureRequest) -> list[str]:
+    names = [f"step-{step}{'.ckpt' if request.param == 'ckpt' else ''}" for step in (2, 10)]
+    for value, name in zip((1.0, 3.0), names, strict=True):
+        WRITE[request.param](here / name, value)
+    return names
+
+
+def load_dcp(path: Path, into: dict[str, Any]) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(into, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    return into
+
+
+def zeros() -> State:
+    return {name: torch.zeros_like(tensor) for name, tensor in state(0).items()}
+
+
+def expected(candidates: list[str]) -> State:
+    average_fixed(candidates, "expected", "ema:0.9")
+    return load_file("expected/model.safetensors")
+
+
+def assert_equal(found: State, wanted: State) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def work(candidates: list[str], out: str, form: str, **options: Any) -> None:
+    average_fixed(candidates, out, "ema:0.9", format=form, **options)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("candidates", "file", "keys"),
+    [
+        ("ckpt", "step-10.ckpt", ["state_dict"]),
+        ("dcp", "pytorch_model.bin", ["model"]),
+        ("hf", "pytorch_model.bin", []),
+    ],
+    indirect=["candidates"],
+)
+def test_torch_files(ranks: Pool, here: Path, candidates: list[str], file: str, keys: list[str], size: int) -> None:
+    ranks(work, size, candidates=[str(here / name) for name in candidates], out=str(here / "out"), form="pt")
+    found: Any = torch.load(here / "out" / file, weights_only=True)
+    for key in keys:
+        assert list(found) == [key]
+        found = found[key]
+    assert_equal(found, expected(candidates))
+    assert zipfile.ZipFile(here / "out" / file).testzip() is None  # the CRC of every tensor
+    assert read(opened(here / "out" / file), "count", 0, 1) == 3
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("candidates", "key"), [("ckpt", "state_dict."), ("dcp", "model."), ("hf", "")], indirect=["candidates"]
+)
+def test_dcp(ranks: Pool, here: Path, candidates: list[str], key: str, size: int) -> None:
+    options = {"candidates": [str(here / name) for name in candidates], "out": str(here / "out"), "form": "dcp"}
+    ranks(in_small_chunks, size, **options)
+    assert len(list((here / "out").glob("*.distcp"))) > 2
+    found = load_dcp(here / "out", {key + name: tensor for name, tensor in zeros().items()})
+    assert_equal({name.removeprefix(key): tensor for name, tensor in found.items()}, expected(candidates))
+    assert read(opened(here / "out"), "count", 0, 1) == 3
+
+
+def in_small_chunks(**options: Any) -> None:
+    before, dcp_format._CHUNK_BYTES = dcp_format._CHUNK_BYTES, 40
+    try:
+        work(**options, max_shard_size="100B")
+    finally:
+        dcp_format._CHUNK_BYTES = before
+
+
+def members(path: str) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("candidates", ["ckpt"], indirect=True)
+def test_the_same_torch_file(ranks: Pool, here: Path, candidates: list[str], size: int) -> None:
+    ranks(work, size, candidates=[str(here / name) for name in candidates], out=str(here / "out"), form="same")
+    content: Any = torch.load("out/step-10.ckpt", weights_only=True)
+    assert_equal(content["state_dict"], expected(candidates))
+    assert content["state_dict"]["last"].stride() == state(3)["last"].stride()
+    assert content["epoch"] == 3 and torch.equal(content["optimizer_states"][0]["m"], torch.full((3,), 3.0))
+    before, after = members("step-10.ckpt"), members("out/step-10.ckpt")  # checks every CRC
+    assert before.keys() == after.keys() and before["data.pkl"] == after["data.pkl"]
+    assert sum(before[name] != after[name] for name in before) == 4  # rows, last, half, scalar
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("candidates", ["dcp"], indirect=True)
+def test_the_same_dcp(ranks: Pool, here: Path, candidates: list[str], size: int) -> None:
+    Path("step-10/meta.pt").write_bytes(b"as it is")
+    ranks(work, size, candidates=[str(here / name) for name in candidates], out=str(here / "out"), form="same")
+    found = load_dcp(here / "out", {"model": zeros(), "optim": optimizer(0), "step": 0})
+    assert_equal(found["model"], expected(candidates))
+    assert found["step"] == 3 and torch.equal(found["optim"]["m"], torch.full((3,), 3.0))
+    assert Path("out/.metadata").read_bytes() == Path("step-10/.metadata").read_bytes()
+    assert Path("out/meta.pt").read_bytes() == b"as it is"
+
+
+def save_sharded(out: str, value: float) -> None:
+    torch.manual_seed(int(value))
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    dcp.save({"model": model.state_dict(), "step": value}, checkpoint_id=out)
+
+
+def export_sharded(candidates: list[str], out: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    fully_shard(model)
+    twa = twa_scale.attach(model, candidates)
+    for form in ("dcp", "pt", "same"):
+        twa.export(f"{out}-{form}", format=form)
+    loaded = {"model": {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}}
+    for form in ("dcp", "same"):
+        dcp.load(loaded, checkpoint_id=f"{out}-{form}")
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded["model"][name].to_local(), tensor.to_local())
+
+
+def test_live_ranks_write_every_format(ranks: Pool, here: Path) -> None:
+    paths = [str(here / f"step-{i}") for i in range(2)]
+    for value, path in enumerate(paths):
+        ranks(save_sharded, 3, out=path, value=float(value))
+    ranks(export_sharded, 2, candidates=paths, out=str(here / "out"))
+    average_fixed(paths, "merged")
+    wanted = load_file("merged/model.safetensors")
+    assert_equal(torch.load("out-pt/pytorch_model.bin", weights_only=True)["model"], wanted)
+    for form in ("dcp", "same"):
+        into: dict[str, Any] = {"model": {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}}
+        into |= {"step": 0.0} if form == "same" else {}
+        found = load_dcp(here / f"out-{form}", into)
+        assert_equal(found["model"], wanted)
+    assert found["step"] == 1
+
+
+def test_an_earlier_output_is_replaced_and_nothing_else(here: Path) -> None:
+    for value, name in ((1.0, "a.pt"), (3.0, "b.pt")):
+        torch.save(state(value), name)
+    for form in ("pt", "dcp", "same", "hf"):
+        average_fixed(["a.pt", "b.pt"], "out", format=form, overwrite=True)
+    average_fixed(["a.pt", "b.pt"], "out", format="same", overwrite=True)
+    torch.save(state(1.0), "out/b.pt")  # by another program
+    with pytest.raises(OutputError, match="no weights that twa_scale has written"):
+        average_fixed(["a.pt", "b.pt"], "out", format="pt", overwrite=True)
+    assert_equal(torch.load("out/b.pt"), state(1.0))
+
+
+def test_tied_tensors_are_written_once(here: Path) -> None:
+    for value in (1.0, 3.0):
+        head = torch.full((3, 2), value)
+        torch.save({"embed": head, "head": head}, f"{value}.pt")
+    average_fixed(["*.pt"], "out", format="same")
+    found = torch.load("out/3.0.pt")
+    assert (
+        torch.equal(found["embed"], torch.full((3, 2), 2.0)) and found["head"].data_ptr() == found["embed"].data_ptr()
+    )
+    torch.save({"embed": head, "head": head + 1}, "1.0.pt")
+    with pytest.raises(
+        CandidateError, match="'embed' and 'head' hold different values, but are one tensor in the files"
+    ):
+        average_fixed(["*.pt"], "again", format="same")
+    assert not Path("again").exists()
+
+
+def test_views_of_one_storage_and_what_shares_it(here: Path) -> None:
+    for value in (1.0, 3.0):
+        flat = torch.full((10,), value)
+        flat[8:] = 7
+        torch.save({"model": {"a": flat[:4], "b": flat[4:8]}, "all": flat}, f"{value}.pt")
+    with pytest.warns(TwaWarning, match="'all' are the same numbers in the file as weights"):
+        average_fixed(["*.pt"], "out", format="same")
+    found = torch.load("out/3.0.pt")
+    assert found["all"].tolist() == [2.0] * 8 + [7, 7] and found["model"]["b"].tolist() == [2.0] * 4
+
+
+def test_sharded_torch_files(here: Path) -> None:
+    for value in (1.0, 3.0):
+        folder = here / f"step-{value:.0f}"
+        folder.mkdir()
+        torch.save({"a": torch.full((3,), value)}, folder / "pytorch_model-00001-of-00002.bin")
+        torch.save({"b": torch.full((4,), value)}, folder / "pytorch_model-00002-of-00002.bin")
+        (folder / "pytorch_model.bin.index.json").write_text(
+            '{"weight_map": {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}}'
+        )
+        torch.save({"lr": value}, folder / "scheduler.pt")
+    average_fixed(["step-*"], "out", format="same")
+    assert torch.load("out/scheduler.pt") == {"lr": 3.0}
+    assert read(opened(Path("out")), "b", 0, 4).tolist() == [2.0] * 4
+
+
+def test_files_beside_the_weights(here: Path) -> None:
+    for value in (1.0, 3.0):
+        folder = here / f"checkpoint-{value:.0f}"
+        write_hf(folder, value)
+        (folder / "config.json").write_text('{"dtype": "float32"}')
+        (folder / "pytorch_model.bin").write_bytes(b"old")
+        (folder / "model.py").write_text("")
+        for name in ("optimizer_0/.metadata", "checkpoint-2/model.safetensors", "runs/events"):
+            (folder / name).parent.mkdir()
+            (folder / name).write_text(f"{value}")
+        (folder / "trainer_state.json").write_text("{}")
+        (folder / "outside").symlink_to("/etc/hostname")
+    with pytest.warns(TwaWarning) as warned:
+        average_fixed(["checkpoint-*"], "out", format="same")
+    found = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
+    own = {"model.safetensors", "twa_scale.json"}
+    assert found == {*own, "config.json", "optimizer_0/.metadata", "trainer_state.json"}
+    assert Path("out/optimizer_0/.metadata").read_text() == "3.0"
+    said = " ".join(str(warning.message) for warning in warned)
+    assert "'checkpoint-2' (a checkpoint of its own)" in said and "'model.py' (code" in said
+    assert (
+        "'pytorch_model.bin' (the weights before the average, in other files)" in said and "'outside' (a link" in said
+    )
+    average_fixed(["checkpoint-*"], "out", format="same", overwrite=True)
+
+
+def complex_state(path: Path) -> None:
+    torch.save({"w": torch.ones(2, dtype=torch.complex64)}, path)
+
+
+def expanded_state(path: Path) -> None:
+    torch.save({"w": torch.ones(1, 3).expand(2, 3)}, path)
+
+
+def master_weights(path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "optimizer": {"fp32_from_fp16_groups": [torch.ones(2)]}}, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "form", "message"),
+    [
+        (complex_state, "pt", "only --format hf .* writes complex tensors"),
+        (complex_state, "same", "only --format hf .* writes complex tensors"),
+        (expanded_state, "same", "so that elements share their place in the file"),
+        (master_weights, "same", "the optimizer's copy of weights, from which training would resume"),
+        (master_weights, "safetensors", "'safetensors' is not one of same, hf, dcp, pt"),
+    ],
+)
+def test_refused(here: Path, write: Callable[[Path], None], form: str, message: str) -> None:
+    write(here / "a.pt")
+    write(here / "b.pt")
+    with pytest.raises(TwaError, match=message):
+        average_fixed(["a.pt", "b.pt"], "out", format=form)
+    assert not Path("out").exists()
+
+
+def test_the_same_needs_files_and_their_types(here: Path) -> None:
+    last = open_candidates([state(1.0), state(2.0)])
+    with pytest.raises(OutputError, match="state dict 1: is a state dict in memory, which --format same"):
+        output_format("same", last, CarriedFiles())
+    for value in (1.0, 3.0):
+        torch.save({"w": torch.full((2,), value, dtype=torch.float64 if value == 1 else torch.float32)}, f"{value}.pt")
+    with pytest.raises(OutputError, match=r"'w': is torch.bfloat16 .* Leave out dtype"):
+        average_fixed(["*.pt"], "out", format="same", dtype="bfloat16")
+    average_fixed(["*.pt"], "out", format="same")
+    assert torch.load("out/3.0.pt")["w"].dtype == torch.float32
+    (here / "global_step5").mkdir()
+    write_hf(here / "with", 1.0)
+    (here / "with/latest").write_text("global_step5")
+    with pytest.raises(OutputError, match="holds a checkpoint of DeepSpeed, from which training would resume"):
+        average_fixed(["with", "with"], "again", format="same")
+    with pytest.raises(ConfigError, match="format"):
+        average_fixed(["*.pt"], "again", format="sam")

@@ -1,0 +1,126 @@
+"""Project and combine with sums and weights for each segment (output row), for all kernels and stores."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.deltas import fill
+from tests.unit.test_kernels import KERNELS, KINDS, LENGTHS, bounds, exact, make, step
+from twa_scale.base.spans import Span
+from twa_scale.config import TwaConfig
+from twa_scale.kernels import Kernels, Rows, Segments, choose_kernels
+from twa_scale.store import Store, make_store
+from twa_scale.store.make import host_store
+from twa_scale.store.offloaded import OffloadedStore
+
+CPU = torch.device("cpu")
+SIZES = st.sampled_from([1, 2, 27, 64, 100, 128, 500, 768, 1024, 5000, 1 << 40])
+
+
+def segment_of(segments: Segments) -> Tensor:
+    """Return the segment of each column."""
+    return (torch.arange(segments.m) + segments.lead) // segments.length
+
+
+def sums_of(values: Tensor, segments: Segments) -> Tensor:
+    """Return the sums over each segment, (n, count)."""
+    total = torch.zeros(len(values), segments.count, dtype=values.dtype)
+    return total.index_add_(1, segment_of(segments), values)
+
+
+def check_segments(kernels: Kernels, rows: Rows, segments: Segments) -> None:
+    """Compare `project` and `combine` with float64, with each other, and with the results without segments."""
+    values, half, of = exact(rows), step(kernels, rows), segment_of(segments)
+    (n, m), count = values.shape, segments.count
+    gradient, weights, base = torch.randn(m), torch.randn(n, count), torch.randn(m)
+    size, g, w = bounds(rows, values), gradient.double().abs(), weights.double().abs()
+    found = kernels.project(rows, gradient, segments)
+    assert found.dtype == torch.float64 and found.shape == (n, count)
+    off = 2e-6 * sums_of(size * g, segments) + half * sums_of(size, segments) * (g.amax() if m else 0) + 1e-30
+    assert ((found - sums_of(values * gradient.double(), segments)).abs() <= off).all()
+    assert ((found.sum(1) - kernels.project(rows, gradient)).abs() <= 2 * off.sum(1)).all()
+    out, each = torch.full((m,), torch.nan), w[:, of] * size
+    kernels.combine(rows, weights, base, 0.7, out, segments)
+    want = 0.7 * base.double() + (weights[:, of].double() * values).sum(0)
+    above = 3e-6 * (each.sum(0) + base.abs()) + half * n * torch.maximum(each.amax(0), each.sum(0) / 128) + 1e-30
+    assert ((out.double() - want).abs() <= above).all()
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = torch.full((m,), torch.nan, dtype=dtype)
+        kernels.combine(rows, weights, base, 0.7, rounded, segments)
+        room = 0 if kernels.name != "triton" else torch.finfo(dtype).eps  # Triton's interpreter truncates.
+        torch.testing.assert_close(rounded, out.to(dtype), rtol=room, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+@settings(max_examples=25, deadline=None)
+@given(
+    data=st.data(),
+    n=st.integers(1, 9),
+    m=LENGTHS,
+    start=st.integers(0, 300),
+    length=SIZES,
+    seed=st.integers(0, 99),
+)
+def test_against_float64(
+    kernels: Kernels, kind: str, data: st.DataObject, n: int, m: int, start: int, length: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    lead = data.draw(st.integers(0, min(length, 6000) - 1))
+    check_segments(kernels, make(kind, torch.randn(n, m), start, kernels), Segments(length, lead, m))
+
+
+@given(data=st.data(), length=SIZES, m=st.integers(0, 3000))
+def test_parts_of_segments(data: st.DataObject, length: int, m: int) -> None:
+    segments = Segments(length, data.draw(st.integers(0, min(length, 6000) - 1)), m)
+    start = data.draw(st.integers(0, m))
+    stop = data.draw(st.integers(start, m))
+    first, part = segments.part(start, stop)
+    assert torch.equal(segment_of(part) + first, segment_of(segments)[start:stop])
+    assert segments.count == (int(segment_of(segments)[-1]) + 1 if m else 0)
+
+
+STORES = ["dense32", "dense16", "packed8", "packed4", "packed2", "packed1", "mapped", "offloaded"]
+
+
+def stores_of(name: str, values: Tensor, span: Span) -> Store:
+    """Return a filled store for candidates (n, m)."""
+    n = len(values)
+    whole = torch.zeros(n, span.stop)
+    whole[:, [span.element(i) for i in range(len(span))]] = values
+    if name == "offloaded":  # in pieces of one run of tiles
+        config = TwaConfig(store="packed4")
+        store: Any = OffloadedStore(
+            lambda allocate: host_store(config, n, allocate), CPU, choose_kernels("auto", CPU), buffer=0
+        )
+    else:
+        store = make_store(TwaConfig(store=name), n, CPU, lambda _: list(whole))  # type: ignore[arg-type]
+    fill(store, span, values)
+    return store
+
+
+@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize("length", [27, 768, 5000])
+@pytest.mark.parametrize("span", [Span("w", 300, 4800), Span("w", 30, 4530, 50, 90)], ids=["range", "strided"])
+def test_stores(name: str, length: int, span: Span) -> None:
+    """Rows and center are those that `combine` without segments gives. Segments count elements of a strided span."""
+    torch.manual_seed(0)
+    n, m = 3, len(span)
+    store, segments, gradient = stores_of(name, torch.randn(n, m), span), Segments(length, 11, m), torch.randn(m)
+    held = torch.empty(n + 1, m)
+    for row, weights in zip(held, torch.eye(n + 1), strict=True):
+        store.combine(span, weights[:-1], float(weights[-1]), row)
+    for with_center in (False, True):
+        found = store.project(span, gradient, with_center, segments)
+        want = sums_of((held * gradient).double(), segments)
+        want[-1] *= with_center
+        torch.testing.assert_close(found, want, rtol=2e-3, atol=0.02)
+    weights, out = torch.randn(n, segments.count), torch.empty(m)
+    store.combine(span, weights, 0.7, out, segments)
+    want = 0.7 * held[-1] + (weights[:, segment_of(segments)] * held[:-1]).sum(0)
+    torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
+    store.close()

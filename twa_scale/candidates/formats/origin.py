@@ -1,0 +1,41 @@
+"""Where the files of a candidate hold its weights, for outputs that are written in the same format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+Keys = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The format of a candidate, and where its files hold the weights."""
+
+    what: str
+    """The format, for messages."""
+    written_as: Literal["hf", "pt", "dcp"] | None = None
+    """The format of an output that has this form; None if no output has."""
+    keys: Mapping[Path, Mapping[str, Keys]] = field(default_factory=dict)
+    """For each file of torch.save, or for the folder of DCP: the path of keys of each tensor, by its stored name."""
+
+    @property
+    def nesting(self) -> Keys:
+        """The path of keys of the mapping that holds all weights; empty if they are not in one mapping."""
+        parents = {keys[:-1] for held in self.keys.values() for keys in held.values()}
+        names_are_keys = all(keys[-1] == name for held in self.keys.values() for name, keys in held.items())
+        return parents.pop() if len(parents) == 1 and names_are_keys else ()
+
+
+@runtime_checkable
+class HasOrigin(Protocol):
+    """What a candidate in files offers."""
+
+    @property
+    def origin(self) -> Origin:
+        """The format of the candidate, and where its files hold the weights."""
+
+
+def origin_of(candidate: object) -> Origin:
+    """Return the origin of a candidate."""
+    return candidate.origin if isinstance(candidate, HasOrigin) else Origin("a state dict in memory")

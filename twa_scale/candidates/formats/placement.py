@@ -1,0 +1,86 @@
+"""Where elements of stored tensors are in files, for outputs that write into files of these formats."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from twa_scale.candidates.formats.boxes import BoxTensor, scatter
+from twa_scale.candidates.formats.stored_tensors import Record, Stored
+from twa_scale.errors import CandidateError
+
+
+class Placed(NamedTuple):
+    """Elements that follow each other in a file."""
+
+    record: Record
+    first: int
+    """The index of the first element in the record."""
+    values: torch.Tensor
+    """The elements, 1-D and contiguous."""
+
+
+def storages(tensor: Stored | BoxTensor, what: str) -> list[Stored]:
+    """Return the tensors in files that make up a tensor.
+
+    Raises:
+        CandidateError: elements share their place in a file, as those of expanded tensors do.
+    """
+    held = [tensor] if isinstance(tensor, Stored) else [tensor.stored(box) for box in tensor.boxes()]
+    for stored in held:
+        if not _apart(stored):
+            raise CandidateError(
+                f"{stored.record.file.path}: {what} of shape {stored.shape} is saved with the strides {stored.stride}, "
+                "so that elements share their place in the file, and cannot be written there. Choose another --format "
+                "(format=), or save the tensor after clone()."
+            )
+    return held
+
+
+def placed(tensor: Stored | BoxTensor, start: int, values: torch.Tensor) -> Iterator[Placed]:
+    """Yield where the elements of a range are in files.
+
+    Args:
+        tensor: a tensor in files.
+        start: the first element of the range in the row-major flattening.
+        values: the elements of the range, 1-D and contiguous, of the dtype of the tensor.
+    """
+    if isinstance(tensor, Stored):
+        yield from _in_stored(tensor, start, values)
+        return
+    for box, first, count in tensor.within(start, start + len(values)):
+        part = values
+        if count < len(values):
+            inside = torch.zeros(len(values), dtype=torch.bool)
+            scatter(torch.ones(count, dtype=torch.bool), tensor.shape, box.starts, box.sizes, start, inside)
+            part = values[inside]
+        yield from _in_stored(tensor.stored(box), first, part)
+
+
+def _in_stored(stored: Stored, start: int, values: torch.Tensor) -> Iterator[Placed]:
+    if stored.row_major():
+        yield Placed(stored.record, stored.first + start, values)
+        return
+    indices = torch.arange(start, start + len(values))
+    places = torch.full_like(indices, stored.first)
+    for size, step in zip(reversed(stored.shape), reversed(stored.stride), strict=True):
+        places += indices % size * step
+        indices //= size
+    places, order = places.sort()
+    values = values[order]
+    ends = [*((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(values)]
+    begin = 0
+    for end in ends:
+        yield Placed(stored.record, int(places[begin]), values[begin:end])
+        begin = end
+
+
+def _apart(stored: Stored) -> bool:
+    """Return whether each element has a place of its own. Strides that interleave dimensions do not count as such."""
+    reach = 0
+    dims = zip(stored.shape, stored.stride, strict=True)
+    for size, step in sorted((dim for dim in dims if dim[0] > 1), key=lambda dim: dim[1]):
+        if step <= reach:
+            return False
+        reach += (size - 1) * step
+    return True

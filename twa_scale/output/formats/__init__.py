@@ -1,0 +1,9 @@
+"""The formats of weight files. Each knows where the elements of a tensor are in its files.
+
+Start with `format.py` (the interface) and `choose.py`.
+"""
+
+from twa_scale.output.formats.format import OutputFormat, Place, Run, WeightFiles
+from twa_scale.output.formats.safetensors import SafetensorsFormat
+
+__all__ = ["OutputFormat", "Place", "Run", "SafetensorsFormat", "WeightFiles"]

@@ -1,0 +1,105 @@
+"""What the writer of an output needs to know of the format of its weight files."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from twa_scale.output.file_layout import TensorSpec
+
+
+class Run(NamedTuple):
+    """Bytes that follow each other in a file."""
+
+    file: str
+    """The path of the file in the output directory."""
+    offset: int
+    data: memoryview
+
+
+Place = Callable[[str, int, torch.Tensor], Iterator[Run]]
+"""A function of the name of a tensor, its first element in the row-major flattening, and 1-D contiguous CPU elements of
+its type. It yields where their bytes are written."""
+
+
+class WeightFiles(ABC):
+    """The weight files of one output. They are created by one rank, and then written by all ranks at any offset.
+
+    How values are written, and how the directory is published, is left out: that is the same for every format.
+    """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """The size of the files in bytes."""
+
+    @property
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """The paths of the files in the output directory. Small files must not have these names."""
+
+    @property
+    def unsigned(self) -> Sequence[str]:
+        """The files that do not say themselves that this program wrote them; twa_scale.json has their signatures."""
+        return self.names
+
+    @property
+    def shared(self) -> Sequence[tuple[str, str]]:
+        """Pairs of tensors that have one place in the files, so that their values must be equal. Known after `open`."""
+        return []
+
+    @property
+    def small(self) -> Mapping[str, bytes]:
+        """Small files that belong to the format, such as an index, by name."""
+        return {}
+
+    @abstractmethod
+    def create(self, directory: Path) -> None:
+        """Create the files in full size, with everything but the values. Called on one rank.
+
+        Raises:
+            OSError: the disk is full or fails.
+            OutputError: the format cannot hold a tensor.
+        """
+
+    @abstractmethod
+    def open(self, directory: Path) -> Place:
+        """Return where elements are written. Called on every rank, before any rank writes."""
+
+    @abstractmethod
+    def finish(self, rank: int, size: int) -> None:
+        """Do this rank's part of what is left when all ranks have written and flushed their values.
+
+        Args:
+            rank: the rank among those that write.
+            size: their number.
+        """
+
+
+class OutputFormat(ABC):
+    """A format, with the settings that an output takes from its candidates."""
+
+    name: str
+    """The name of the format in messages and settings."""
+    of_last = False
+    """Whether each tensor has the dtype of the last candidate, not the widest one of all."""
+    beside: Sequence[tuple[str, Path]] = ()
+    """Files to copy unchanged, by their path in the output directory."""
+
+    @abstractmethod
+    def files(
+        self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None
+    ) -> WeightFiles:
+        """Return the weight files of an output.
+
+        Args:
+            specs: the tensors, in order.
+            max_shard_size: the maximum size of the tensors of one file in bytes, for formats that can have several.
+            base: the name of weight files without suffix and number.
+            metadata: the metadata of headers, for formats that have them.
+
+        Raises:
+            OutputError: the format cannot hold a tensor.
+        """

@@ -1,0 +1,92 @@
+"""The files of the last candidate, in which only the numbers of its weights are replaced."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from twa_scale.base.names import some
+from twa_scale.base.notices import notice
+from twa_scale.candidates.formats.dcp import files_in_dcp
+from twa_scale.candidates.formats.origin import Origin
+from twa_scale.candidates.formats.stored_tensors import Stored
+from twa_scale.candidates.formats.torch_file import tensors_in
+from twa_scale.output.file_layout import TensorSpec
+from twa_scale.output.formats.copying import copy_file
+from twa_scale.output.formats.format import OutputFormat, WeightFiles
+from twa_scale.output.formats.skeleton import SkeletonFiles, checked, read_tensors
+
+
+class SameFormat(OutputFormat):
+    """A copy of files of torch with other numbers in the weights.
+
+    Everything else in these files keeps its bits and is not unpickled: the state of the optimizer, counters, other sets
+    of weights.
+
+    Args:
+        origin: the format of the last candidate, and where its files hold the weights.
+        root: the directory that becomes the output directory.
+        beside: the other files to copy.
+    """
+
+    name = "same"
+    of_last = True
+
+    def __init__(self, origin: Origin, root: Path, beside: Sequence[tuple[str, Path]]) -> None:
+        self._origin = origin
+        self._root = root
+        self.beside = beside
+
+    def files(
+        self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None
+    ) -> WeightFiles:
+        """Return the same files as those of the last candidate."""
+        return _SameFiles(specs, self._origin, self._root)
+
+
+class _SameFiles(SkeletonFiles):
+    def __init__(self, specs: Sequence[TensorSpec], origin: Origin, root: Path) -> None:
+        keys = {path.relative_to(root): held for path, held in origin.keys.items()}
+        names = {spec.name for spec in specs}
+        super().__init__(
+            specs, {path: {name: held[name] for name in held if name in names} for path, held in keys.items()}
+        )
+        self._root = root
+        self._sources = [file for path in origin.keys for file in (files_in_dcp(path) if path.is_dir() else [path])]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self._sources)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [str(path.relative_to(self._root)) for path in self._sources]
+
+    def create(self, directory: Path) -> None:
+        tensors = read_tensors({self._root / path: held for path, held in self._keys.items()})
+        held = [(tensors[spec.name], spec) for spec in self._specs if spec.name in tensors]
+        weights = [stored for tensor, spec in held for stored in checked(tensor, spec)]
+        self._tell_what_shares_storage(weights)
+        replaced: dict[Path, list[tuple[int, int]]] = {}
+        for stored in weights:
+            if stored.row_major():  # Others may have gaps between their elements, which are kept.
+                begin = stored.record.begin + stored.first * stored.dtype.itemsize
+                end = begin + stored.numel * stored.dtype.itemsize
+                replaced.setdefault(Path(stored.record.file.path), []).append((begin, end))
+        for source, name in zip(self._sources, self.names, strict=True):
+            copy_file(source, directory / name, replaced.get(source, ()))
+
+    def _tell_what_shares_storage(self, weights: Sequence[Stored]) -> None:
+        """Report tensors that are no weights, but the same numbers in the file, as an EMA that is no copy is."""
+        keys = {path: {*held.values()} for path, held in self._keys.items()}
+        replaced = {(stored.record.file.path, stored.record.begin) for stored in weights}
+        for path, held in keys.items():
+            if (self._root / path).is_file():
+                others = {
+                    ".".join(name)
+                    for name, tensor in tensors_in(self._root / path).items()
+                    if name not in held and (tensor.record.file.path, tensor.record.begin) in replaced
+                }
+                if others:
+                    notice(
+                        f"{path}: {some(sorted(others))} are the same numbers in the file as weights, and so become "
+                        "the average too."
+                    )

@@ -1,0 +1,119 @@
+"""Files of torch that exist in full size, with all but the values of tensors, into which all ranks write the values."""
+
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from twa_scale.candidates.formats.boxes import BoxTensor
+from twa_scale.candidates.formats.dcp import tensors_in_dcp
+from twa_scale.candidates.formats.origin import Keys
+from twa_scale.candidates.formats.placement import placed, storages
+from twa_scale.candidates.formats.stored_tensors import Record, Stored
+from twa_scale.candidates.formats.torch_file import tensors_in
+from twa_scale.errors import OutputError
+from twa_scale.output.file_layout import TensorSpec
+from twa_scale.output.formats.format import Place, Run, WeightFiles
+from twa_scale.output.publish import sync
+
+_PIECE_BYTES = 8 << 20
+Located = Mapping[Path, Mapping[str, Keys]]
+"""For each file of torch.save, or for the folder of DCP: the path of keys of each tensor, by its name."""
+
+
+class SkeletonFiles(WeightFiles):
+    """Weight files that the readers of candidates open to find the places of tensors.
+
+    Args:
+        specs: the tensors to write.
+        keys: where they are, by paths in the output directory.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], keys: Located) -> None:
+        if wrong := next((spec.name for spec in specs if spec.as_complex), None):
+            raise OutputError(f"tensor {wrong!r}: is complex; only --format hf (format='hf') writes complex tensors.")
+        self._specs = specs
+        self._keys = keys
+        self._tensors: dict[str, Stored | BoxTensor] = {}
+        self._records: list[Record] = []
+        self._shared: list[tuple[str, str]] = []
+        self._directory = Path()
+
+    @property
+    def shared(self) -> Sequence[tuple[str, str]]:
+        """Pairs of tensors that have one place in the files."""
+        return self._shared
+
+    def open(self, directory: Path) -> Place:
+        """Find the places of the tensors, before any rank changes the files."""
+        self._directory = directory
+        self._tensors = read_tensors({directory / path: held for path, held in self._keys.items()})
+        records: dict[tuple[str, int], Record] = {}
+        first: dict[tuple[str, int, int], str] = {}
+        for spec in self._specs:
+            for stored in checked(self._tensors[spec.name], spec) if spec.name in self._tensors else ():
+                place = stored.record.file.path, stored.record.begin
+                records.setdefault(place, stored.record)
+                if stored.numel and (other := first.setdefault((*place, stored.first), spec.name)) != spec.name:
+                    self._shared.append((other, spec.name))
+        self._records = list(records.values())
+        self._fields = [record.crc_fields() for record in self._records]
+        for record in self._records:
+            record.file.close()
+        return self._place
+
+    def _place(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:
+        if name not in self._tensors or not len(values):  # a tied tensor that is stored under its other name
+            return
+        for record, first, part in placed(self._tensors[name], start, values):
+            file = os.path.relpath(record.file.path, self._directory)
+            yield Run(file, record.begin + first * part.itemsize, part.view(torch.uint8).numpy().data)
+
+    def finish(self, rank: int, size: int) -> None:
+        """Compute the CRC-32 of what was written, and write it to the archives."""
+        if rank == 0:
+            for name in self.names:
+                sync(self._directory / name)
+        for record, fields in zip(self._records[rank::size], self._fields[rank::size], strict=True):
+            with Path(record.file.path).open("r+b", buffering=0) as file:
+                crc = _crc(file.fileno(), record.begin, record.nbytes).to_bytes(4, "little")
+                for offset in fields:
+                    os.pwrite(file.fileno(), crc, offset)
+                os.fsync(file.fileno())
+
+
+def read_tensors(keys: Located) -> dict[str, Stored | BoxTensor]:
+    """Return the tensors in files of torch.save, and in folders of DCP, by name."""
+    tensors: dict[str, Stored | BoxTensor] = {}
+    for path, held in keys.items():
+        if path.is_dir():
+            tensors |= tensors_in_dcp(path, held)
+        else:
+            found = tensors_in(path)
+            tensors |= {name: found[keys_of] for name, keys_of in held.items()}
+    return tensors
+
+
+def checked(tensor: Stored | BoxTensor, spec: TensorSpec) -> list[Stored]:
+    """Return the tensors in files that make up a tensor.
+
+    Raises:
+        OutputError: the tensor has another shape or dtype than the one to write.
+        CandidateError: see `storages`.
+    """
+    if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+        raise OutputError(
+            f"tensor {spec.name!r}: is {spec.dtype} of shape {spec.shape}, but {tensor.dtype} of shape {tensor.shape} "
+            "in the last candidate, whose files --format same (format='same') keeps. Leave out dtype, or choose "
+            "another format."
+        )
+    return storages(tensor, f"tensor {spec.name!r}")
+
+
+def _crc(handle: int, begin: int, nbytes: int) -> int:
+    crc = 0
+    for offset in range(begin, begin + nbytes, _PIECE_BYTES):
+        crc = zlib.crc32(os.pread(handle, min(_PIECE_BYTES, begin + nbytes - offset), offset), crc)
+    return crc

@@ -1,0 +1,89 @@
+"""The files of a candidate's directory beside the weights, which training resumes from."""
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from twa_scale.base.names import some
+from twa_scale.candidates.directory import LOADERS, is_shard, is_variant
+from twa_scale.candidates.formats.dcp import METADATA
+from twa_scale.candidates.formats.deepspeed import is_deepspeed
+from twa_scale.candidates.side_files import NO_FOLDER, is_code, root_of_links
+from twa_scale.candidates.steps import says_step
+from twa_scale.errors import OutputError
+from twa_scale.output.provenance import PROVENANCE
+
+_LOADED = {name for order in LOADERS.values() for name in order}
+
+
+def state_files(
+    root: Path, weights: Collection[Path], tell: Callable[[str], None], *, code: bool = False
+) -> list[tuple[str, Path]]:
+    """Return the files of a directory that an output copies unchanged, by their path in it.
+
+    These are all but the weights, other files that hold the same weights, checkpoints of other steps, code, hidden
+    files, and links that lead out of the directory.
+
+    Args:
+        root: the directory of a candidate.
+        weights: the files of its weights.
+        tell: called with one line for each reason why files are left out.
+        code: whether code is copied too.
+
+    Raises:
+        OutputError: the state of DeepSpeed is there, which holds the weights too.
+    """
+    if is_deepspeed(root):
+        raise OutputError(
+            f"{root}: holds a checkpoint of DeepSpeed, from which training would resume with the weights in it, and "
+            "not with the average. Choose --format hf (format='hf'), and load the average with from_pretrained."
+        )
+    found = _Found(root, {path.resolve() for path in weights}, code)
+    files = [(str(path.relative_to(root)), path) for path in found.files(root)]
+    for why, names in found.left_out.items():
+        tell(f"{root}: left out of the output: {some(sorted(names))} ({why}).")
+    return files
+
+
+class _Found:
+    def __init__(self, root: Path, weights: Collection[Path], code: bool) -> None:
+        self._root = root
+        self._weights = weights
+        self._code = code
+        self._names = {path.name for path in weights}
+        self._inside = root_of_links(root.resolve())
+        self.left_out: dict[str, list[str]] = {}
+
+    def files(self, folder: Path) -> Iterator[Path]:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                if not path.name.startswith(".") and path.name not in NO_FOLDER and self._enter(path):
+                    yield from self.files(path)
+            elif self._wanted(path):
+                yield path
+
+    def _enter(self, folder: Path) -> bool:
+        if folder.is_symlink():
+            return self._leave_out(folder, "a link to a folder")
+        if says_step(folder):
+            return self._leave_out(folder, "a checkpoint of its own")
+        return True
+
+    def _wanted(self, path: Path) -> bool:
+        if path.resolve() in self._weights or path.name == PROVENANCE:
+            return False
+        if path.name.startswith(".") and path.name != METADATA:
+            return False
+        if not path.resolve().is_relative_to(self._inside) or not path.is_file():
+            return self._leave_out(path, "a link that leads out of the directory, or not a regular file")
+        if is_code(path.name) and not self._code:  # `side_files` reports it.
+            return False
+        if path.parent == self._root and self._holds_the_same(path.name):
+            return self._leave_out(path, "the weights before the average, in other files")
+        return True
+
+    def _holds_the_same(self, name: str) -> bool:
+        return name in _LOADED or is_shard(name) or any(is_variant(name, own) for own in self._names)
+
+    def _leave_out(self, path: Path, why: str) -> bool:
+        self.left_out.setdefault(why, []).append(str(path.relative_to(self._root)))
+        return False

@@ -1,0 +1,70 @@
+"""One file of torch.save, written by slices."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
+
+from twa_scale.candidates.formats.origin import Keys
+from twa_scale.output.file_layout import TensorSpec
+from twa_scale.output.formats.format import OutputFormat, WeightFiles
+from twa_scale.output.formats.skeleton import SkeletonFiles
+
+_BESIDE_NUMBERS = 4096  # bytes of an archive for each tensor, at most, beside its numbers
+
+
+class TorchFormat(OutputFormat):
+    """One state dict, as torch.save writes it.
+
+    Args:
+        file: the name of the file.
+        nesting: the keys under which the state dict is; none for the state dict itself.
+    """
+
+    name = "pt"
+
+    def __init__(self, file: str, nesting: Keys) -> None:
+        self._file = file
+        self._nesting = nesting
+
+    def files(
+        self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None
+    ) -> WeightFiles:
+        """Return one file, of any size."""
+        return _TorchFile(specs, self._file, self._nesting)
+
+
+class _TorchFile(SkeletonFiles):
+    def __init__(self, specs: Sequence[TensorSpec], file: str, nesting: Keys) -> None:
+        super().__init__(specs, {Path(file): {spec.name: (*nesting, spec.name) for spec in specs}})
+        self._file = file
+        self._nesting = nesting
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes + _BESIDE_NUMBERS for spec in self._specs)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [self._file]
+
+    def create(self, directory: Path) -> None:
+        content: dict[str, Any] = {spec.name: hollow(spec.shape, spec.dtype) for spec in self._specs}
+        for key in reversed(self._nesting):
+            content = {key: content}
+        save_hollow(content, directory / self._file)
+
+
+def hollow(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor without memory, which `save_hollow` takes."""
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype)
+
+
+def save_hollow(content: Any, path: Path) -> None:
+    """Write the file that torch.save writes of `content`, with a hole of the right size for each `hollow` tensor."""
+    with skip_data(materialize_fake_tensors=True):
+        torch.save(content, path)
