@@ -30,6 +30,7 @@ class Group:
     vectors: Tensor  # D x k
     convex: bool
     x: Tensor  # k, trained
+    rows: dict[str, Tensor]  # for tensors whose rows have corrections: k x rows, trained
 
     def flat(self) -> Tensor:
         """The weights at x, D elements."""
@@ -37,8 +38,14 @@ class Group:
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights at x, by tensor name."""
-        pieces = self.flat().split([shape.numel() for shape in self.shapes.values()])
-        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        pieces = dict(zip(self.shapes, self.flat().split(sizes), strict=True))
+        for name, vectors in zip(self.shapes, self.vectors.split(sizes), strict=True):
+            if name in self.rows:
+                y = self.rows[name]
+                by_row = vectors.view(y.shape[1], -1, y.shape[0])  # rows x elements of a row x k
+                pieces[name] = pieces[name] + torch.einsum("rek,kr->re", by_row, y).flatten()
+        return {name: piece.view(self.shapes[name]) for name, piece in pieces.items()}
 
     def coefficients(self) -> Tensor:
         """a of w = sum_i a_i w_i, n elements; NaN when dependent candidates leave the choice open."""
@@ -76,7 +83,9 @@ def train(
         if name not in trainable
     }
     options = {"name": "adamw", "lr": 0.03, "weight_decay": 0.0} | dict(config.get("optimizer", {}))
-    optimizer = _optimizer_class(options.pop("name"))([group.x for group in groups], **options)
+    rows = [{"params": [y for group in groups for y in group.rows.values()], "lr": options.pop("row_lr", options["lr"] / 10)}]
+    trained_x = [{"params": [group.x for group in groups]}, *(rows if rows[0]["params"] else [])]
+    optimizer = _optimizer_class(options.pop("name"))(trained_x, **options)
     scored = Scored(model, loss)
     result = Trained([], [], {group.name: list(group.shapes) for group in groups}, [])
 
@@ -106,12 +115,14 @@ def train(
                 p.grad = gradient.clone()
             norm = torch.nn.utils.clip_grad_norm_(whole, config["max_weight_grad_norm"])
             factor = torch.stack([p.grad.norm() for p in whole if p.grad is not None]).norm() / norm
-            for group in groups:
-                if group.x.grad is not None:
-                    group.x.grad *= factor  # projections are linear in the gradient
+            for x in (x for of_kind in trained_x for x in of_kind["params"]):
+                if x.grad is not None:
+                    x.grad *= factor  # projections are linear in the gradient
             result.norms.append(float(norm))
         if config.get("max_grad_norm"):
-            torch.nn.utils.clip_grad_norm_([group.x for group in groups], config["max_grad_norm"])
+            torch.nn.utils.clip_grad_norm_(
+                [x for of_kind in trained_x for x in of_kind["params"]], config["max_grad_norm"]
+            )
         optimizer.step()
         record()
     record_coefficients()
@@ -144,7 +155,7 @@ def _group(name: str, members: list[str], candidates: Sequence[State], b: Tensor
     shapes = {m: candidates[0][m].shape for m in members}
     if basis == "simplex":
         assert config.get("start", "center") == "center", "the corners of the simplex are infinitely far away"
-        return Group(name, shapes, w, b, center, deltas, True, b.log().requires_grad_())
+        return Group(name, shapes, w, b, center, deltas, True, b.log().requires_grad_(), {})
     if basis == "normalized":
         origin, vectors = center, deltas[:, norms > 0] / norms[norms > 0]
     elif basis == "orthonormal":
@@ -156,7 +167,12 @@ def _group(name: str, members: list[str], candidates: Sequence[State], b: Tensor
     if not vectors.any():
         origin, vectors = center, vectors[:, :0]
     x = torch.linalg.lstsq(vectors, (start - origin)[:, None]).solution[:, 0] if vectors.numel() else vectors[0].clone()
-    return Group(name, shapes, w, b, origin, vectors, False, x.requires_grad_())
+    rows = {}
+    if str(config.get("groups")).endswith("+row"):
+        # All matrices of the judged model have their rows in the first dimension, its convolution, too.
+        counts = {m: shape[0] for m, shape in shapes.items() if len(shape) > 1 and shape[0] > 1}
+        rows = {m: torch.zeros(len(x), count, dtype=torch.float64, requires_grad=True) for m, count in counts.items()}
+    return Group(name, shapes, w, b, origin, vectors, False, x.requires_grad_(), rows)
 
 
 def _schmidt(w: Tensor) -> Tensor:
@@ -208,6 +224,7 @@ def _grouped(names: list[str], groups: str | list[str]) -> dict[str, list[str]]:
             return number[0] if number else name.split(".")[0]
         return {"global": "global", "tensor": name}[groups]
 
+    groups = groups.removesuffix("+row") if isinstance(groups, str) else groups
     result: dict[str, list[str]] = {}
     for name in names:
         result.setdefault(key(name), []).append(name)

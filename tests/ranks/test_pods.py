@@ -42,7 +42,13 @@ RUNS = {
         {"basis": "simplex", "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}, steps=8, accumulate=2
     ),
 }
+ROWS = Run({"groups": "tensor+row", "optimizer": {"row_lr": 0.01}}, steps=8)
 Layout = list[tuple[str, int]]
+
+
+def runs_of(layout: Layout) -> dict[str, Run]:
+    """Return the runs that pods of these sizes can make: rows need equal pods."""
+    return RUNS | ({"rows": ROWS} if len({size for _, size in layout}) == 1 else {})
 
 
 @dataclass
@@ -92,7 +98,7 @@ def attach(place: Place, run: Run, candidates: Sequence[Any] | None = None) -> t
 def train_all(layout: Layout) -> dict[str, cases.Ended]:
     place = join(layout)
     results = {}
-    for name, run in RUNS.items():
+    for name, run in runs_of(layout).items():
         model, twa = attach(place, run)
         for step in range(run.steps):
             cases.one_step(model, twa, step, run.accumulate)
@@ -107,7 +113,7 @@ def test_pods_train_as_one_group_on_all_batches(ranks: Pool, name: str) -> None:
     size = sum(ranks for _, ranks in layout)
     results = ranks(train_all, size, layout=layout)
     alone = ranks(cases.train, size, engine="fsdp2", run=RUNS["normalized"])[0].weights
-    for key, run in RUNS.items():
+    for key, run in runs_of(layout).items():
         steps = [cases.micro_batches(step, size, run.accumulate) for step in range(run.steps)]
         want = reference.train(models.build(), models.loss, models.candidates(), run.config, steps).weights[-1]
         for ended in (result[key] for result in results):
@@ -116,6 +122,15 @@ def test_pods_train_as_one_group_on_all_batches(ranks: Pool, name: str) -> None:
             assert torch.equal(ended.coefficients, results[0][key].coefficients), key
     for tensor, value in alone.items():
         assert (results[-1]["normalized"].weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
+
+
+def attach_rows(layout: Layout) -> None:
+    attach(join(layout), ROWS)
+
+
+def test_rows_need_pods_of_equal_size(ranks: Pool) -> None:
+    with pytest.raises(ConfigError, match="replica_group of each rank must hold its counterparts"):
+        ranks(attach_rows, 3, layout=LAYOUTS["uneven"])
 
 
 def leave(layout: Layout, directory: Path) -> dict[str, Any]:

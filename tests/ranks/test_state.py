@@ -23,6 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "orthonormal": {"basis": "orthonormal", "groups": "tensor", "units": "weight", "optimizer": {"lr": 0.003}},
     "pca": {"basis": "pca", "optimizer": {"name": "sgd", "lr": 0.003, "momentum": 0.9}},
     "simplex": {"basis": "simplex", "groups": "tensor", "start": "center"},
+    "rows": {"groups": "tensor+row", "optimizer": {"name": "sgd", "lr": 0.003, "row_lr": 0.01, "momentum": 0.9}},
 }
 NUM_STEPS = 6
 

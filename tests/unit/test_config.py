@@ -31,7 +31,7 @@ from twa_scale.config import (
 )
 from twa_scale.config.optimizers import FLAGS, OPTIONS
 from twa_scale.errors import ConfigError
-from twa_scale.run.schedule import factor, set_rate
+from twa_scale.run.schedule import factor, set_rates
 
 MINIMAL = {"candidates": "step-*", "task": {"name": "causal_lm"}, "output": "out", "steps": 3}
 
@@ -514,7 +514,7 @@ def test_the_scheduler_gives_the_optimizer_these_rates() -> None:
     schedule = ScheduleConfig(name="linear", warmup=0.2)
     seen = []
     for step in range(10):
-        assert set_rate(optimizer, 0.5, schedule, step, 10) == optimizer.param_groups[0]["lr"]
+        assert set_rates(optimizer, [0.5], schedule, step, 10) == optimizer.param_groups[0]["lr"]
         seen.append(optimizer.param_groups[0]["lr"])
     assert seen == pytest.approx([0.5 * rate for rate in rates(10, name="linear", warmup=0.2)])
 

@@ -8,6 +8,7 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.bases import make_basis
 from twa_scale.average.basis import Basis
 from twa_scale.average.layout import Layout
+from twa_scale.average.rows import make_rows
 from twa_scale.average.load_candidates import LoadedCandidates, fingerprint, write_rest
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
@@ -63,7 +64,10 @@ def assemble(
     write_rest(engine, layout, filled)
     _report(engine, pods, layout, found, filled)
     basis = _basis(pods, config, gram.cpu(), weights)  # small mathematics: a GPU would only wait for it
-    return TrainableAverage(config, engine, pods, reduction, layout, store, basis, found, candidates, carried, rounding)
+    rows = make_rows(config, engine, pods, reduction, layout, basis, store.coding)
+    return TrainableAverage(
+        config, engine, pods, reduction, layout, store, basis, rows, found, candidates, carried, rounding
+    )
 
 
 def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, filled: LoadedCandidates) -> None:

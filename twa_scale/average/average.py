@@ -17,6 +17,7 @@ from twa_scale.average.gradients import Gradients, clipping
 from twa_scale.average.layout import Layout
 from twa_scale.average.optimizer import make_optimizer
 from twa_scale.average.overflow import WeightLimits
+from twa_scale.average.rows import RowCorrections
 from twa_scale.average.state import StateForm, require_same_state
 from twa_scale.average.step_optimizer import AverageOptimizer, refuse_copies
 from twa_scale.average.swap import SwappedWeights
@@ -54,6 +55,7 @@ class TrainableAverage:
         layout: Layout,
         store: Store,
         basis: Basis,
+        rows: RowCorrections | None,
         fingerprint: Fingerprint,
         candidates: Sequence[Candidate],
         carried: CarriedFiles,
@@ -69,6 +71,7 @@ class TrainableAverage:
         self._engine = engine
         self._store = store
         self._basis = basis
+        self._rows = rows
         self._candidates = candidates
         self._carried = carried
         self._form = StateForm(config, layout, basis, fingerprint, conversions(candidates))
@@ -77,13 +80,14 @@ class TrainableAverage:
         self.clock = Clock(engine.device)
         sums = torch.zeros(store.coding.num_rows + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         clips = config.max_weight_grad_norm is not None
-        self._gradients = Gradients(store, self._spans, sums, self.clock, basis.needs_center, with_norm=clips)
-        self.optimizer = AverageOptimizer(make_optimizer(config, self._x), self, self._take_step)
+        self._gradients = Gradients(store, self._spans, rows, sums, self.clock, basis.needs_center, with_norm=clips)
+        inside = make_optimizer(config, self._x, config.optimizer.lr)
+        self.optimizer = AverageOptimizer(inside, rows, self, self._take_step)
         """A torch optimizer for schedulers and trainers; its step is `step`."""
         self.closed = self._moved = self._in_step = self._accumulating = False
         self._swapped = SwappedWeights(engine, pods, self._write, self._gradients.spoil)
         self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=config.combine == "forward")
-        self._limits = WeightLimits(engine, self._weights, layout, basis, pods)
+        self._limits = WeightLimits(engine, self._weights, layout, basis, rows, pods)
         self._write()
         self._limits.require_weights(self._x, self._spans)
         engine.forget()
@@ -103,7 +107,10 @@ class TrainableAverage:
 
     @property
     def coefficients(self) -> torch.Tensor:
-        """The averaging coefficients a, (n, G) float64: w_g = sum_i a[i, g] w_i. In centered bases they sum to 1."""
+        """The averaging coefficients a, (n, G) float64: w_g = sum_i a[i, g] w_i. In centered bases they sum to 1.
+
+        With `groups: tensor+row` they do not include the corrections of single rows.
+        """
         return self._form.averaging(self._x)
 
     @property
@@ -185,7 +192,8 @@ class TrainableAverage:
             scaler = None  # a disabled scaler does not check for overflow
         engine_scale = self._engine.loss_scale
         scale = engine_scale.value() if engine_scale else scaler.get_scale() if scaler else 1.0
-        products *= clipping(norm and norm / scale, self.config.max_weight_grad_norm)
+        clip = clipping(norm and norm / scale, self.config.max_weight_grad_norm)
+        products *= clip
         finite = bool(torch.isfinite(products).all())
         if not finite:
             self._require_no_fault()
@@ -199,7 +207,9 @@ class TrainableAverage:
             raise TwaError("the gradient is not finite: look for a diverging loss or an overflow, then lower the rate.")
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self._basis.expand(self._x), self._x, products)
-        before = self._x.detach().clone()
+        before = self._trained()
+        if self._rows:
+            self._rows.reduce(clip / scale)
         self.optimizer.update(gradient, scaler, self.config.max_grad_norm)
         self._gradients.clear()
         self._write_or_return_to(before)
@@ -343,11 +353,14 @@ class TrainableAverage:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that `load_state_dict` continues from, with any engine and number of ranks: kilobytes.
 
-        It is the same on every rank, except BatchNorm statistics of models whose ranks have different ones.
+        It is the same on every rank, except BatchNorm statistics of models whose ranks have different ones. With
+        `groups: tensor+row`, the call is collective over the shard group, and the state has the corrections of all
+        rows and their moments, in float32 on the CPU.
         """
         names = batchnorm.statistics(self._engine.module, self._engine.buffers())
         statistics = {name: buffer for name, buffer in self._swapped.own_buffers().items() if name in names}
-        return self._form.state(self._x, self.optimizer.inside.state_dict(), statistics)
+        rows = self._rows and self._rows.state()
+        return self._form.state(self._x, self.optimizer.inside.state_dict(), rows, statistics)
 
     @while_open
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,9 +374,10 @@ class TrainableAverage:
             if self._swapped:
                 raise TwaError("load_state_dict() inside weights(): leave it first.")
             saved = self._form.checked(state, self._x, self._engine.buffers())
+            rows = self._rows and self._rows.checked(saved.rows)
         require_same_state(self.pods, saved)
-        self._set(saved.x)
-        self.optimizer.load_inside(saved.optimizer)
+        self._set(saved.x, rows and rows["values"])
+        self.optimizer.load_inside(saved.optimizer, rows)
         self.zero_grad()
         live = self._engine.buffers()
         for name, value in saved.buffers.items():
@@ -399,14 +413,28 @@ class TrainableAverage:
         finally:
             self._gradients.clear()
 
-    def _set(self, x: torch.Tensor) -> None:
-        """Replace the coefficients and write the weights; if these are not finite, restore both and raise."""
-        before = self._x.detach().clone()
-        with torch.no_grad():
-            self._x.copy_(x)
+    def _trained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return copies of the coefficients and of the corrections of rows."""
+        return self._x.detach().clone(), self._rows and self._rows.values.detach().clone()
+
+    @torch.no_grad()
+    def _restore(self, x: torch.Tensor, rows: torch.Tensor | None) -> None:
+        self._x.copy_(x)
+        if self._rows:
+            self._rows.set(rows)
+
+    def _set(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Replace the coefficients and write the weights; if these are not finite, restore both and raise.
+
+        Args:
+            x: (k, G).
+            rows: the corrections of this rank's rows; by default zero.
+        """
+        before = self._trained()
+        self._restore(x, rows)
         self._write_or_return_to(before)
 
-    def _write_or_return_to(self, before: torch.Tensor) -> None:
+    def _write_or_return_to(self, before: tuple[torch.Tensor, torch.Tensor | None]) -> None:
         """Write the weights of new coefficients; if these are not finite, restore those `before` and raise."""
         try:
             self._limits.require_coefficients(self._x)
@@ -415,19 +443,18 @@ class TrainableAverage:
         except RankError:  # writing again would wait for the same rank
             raise
         except TwaError:
-            with torch.no_grad():
-                self._x.copy_(before)
+            self._restore(*before)
             self._write()
             raise
 
     def _write(self, *, postpone: bool = False) -> None:
         """Write the current weights; with `postpone`, defer those that can wait for the next forward. Collective."""
-        self._weights.write(self._u, postpone=postpone)
+        self._weights.write(self._current, postpone=postpone)
 
-    def _u(self) -> torch.Tensor:
-        """Return u, (n + 1, G), of the current weights."""
+    def _current(self) -> tuple[torch.Tensor, RowCorrections | None]:
+        """Return u, (n + 1, G), and the corrections of rows of the current weights."""
         swapped = self._swapped.now
-        return self._basis.expand(self._x) if swapped is None else self._basis.weights_of(swapped)
+        return (self._basis.expand(self._x), self._rows) if swapped is None else (self._basis.weights_of(swapped), None)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a TrainableAverage")

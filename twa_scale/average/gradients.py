@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from twa_scale.average.rows import RowCorrections
 from twa_scale.base.clock import Clock
 from twa_scale.base.spans import Span
 from twa_scale.errors import TwaError
@@ -21,6 +22,7 @@ class Gradients:
     Args:
         store: holds the deltas.
         groups: the index of the group of each trained span of this rank.
+        rows: the corrections of rows, if there are any; they get their part of each projection.
         sums: zeros, (rows + 1, G) float64, on the device of the gradients; the last row is for <base, gradient>.
         clock: measures the time of projections, in backward and in a step.
         with_center: whether the last row is needed.
@@ -31,6 +33,7 @@ class Gradients:
         self,
         store: Store,
         groups: Mapping[Span, int],
+        rows: RowCorrections | None,
         sums: torch.Tensor,
         clock: Clock,
         with_center: bool,
@@ -39,6 +42,7 @@ class Gradients:
     ) -> None:
         self._store = store
         self._groups = groups
+        self._rows = rows
         self._clock = clock
         self._with_center = with_center
         self._sums = sums
@@ -63,7 +67,12 @@ class Gradients:
         if group is None:
             return
         with self._clock.part("project in step" if in_step else "project in backward"):
-            self._sums[:, group] += self._store.project(span, gradient, self._with_center)
+            if self._rows is None or (part := self._rows.part(span)) is None:
+                self._sums[:, group] += self._store.project(span, gradient, self._with_center)
+            else:
+                products = self._store.project(span, gradient, self._with_center, part.segments)
+                self._sums[:, group] += products.sum(1)
+                self._rows.add(part, products)
 
     def _square(self, span: Span, gradient: torch.Tensor) -> None:
         if self._squares is None:
@@ -128,6 +137,8 @@ class Gradients:
         self._fault = None
         self.received = False
         self._sums.zero_()
+        if self._rows is not None:
+            self._rows.clear()
         if self._squares is not None:
             self._squares.zero_()
             self._squared.clear()

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from math import isfinite
 from typing import Any
 
@@ -35,11 +36,11 @@ def check_optimizer(config: TwaConfig) -> None:
     Raises:
         ConfigError: as `make_optimizer` does.
     """
-    make_optimizer(config, nn.Parameter(torch.zeros(1, 1)))
+    make_optimizer(config, nn.Parameter(torch.zeros(1, 1)), config.optimizer.lr)
 
 
-def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
-    """Return the optimizer of the coefficients, by its name in torch.optim.
+def make_optimizer(config: TwaConfig, x: nn.Parameter, lr: float) -> torch.optim.Optimizer:
+    """Return the optimizer of the coefficients `x`, by its name in torch.optim.
 
     Raises:
         ConfigError: this version of torch does not have the class, or the class refuses an option or a value.
@@ -58,19 +59,19 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter) -> torch.optim.Optimizer:
             "a later torch has; leave it out, or install a later torch."
         )
     try:
-        return kind([x], lr=settings.lr, **settings.options)
+        return kind([x], lr=lr, **settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {settings.name} refuses these options: {error}.") from error
 
 
-def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) -> None:
+def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any], lr: float) -> None:
     """Compare the saved state of an optimizer with the state of the optimizer of `config` after a step on `x`.
 
     Raises:
         StateError: a key is missing or unknown, or a value has another type or shape or is not finite.
     """
     trial = nn.Parameter(x.detach().clone())
-    optimizer = make_optimizer(config, trial)
+    optimizer = make_optimizer(config, trial, lr)
     trial.grad = torch.zeros_like(trial)
     optimizer.step()
     own = optimizer.state_dict()
@@ -86,6 +87,14 @@ def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) ->
         _check_values("state", moments[0], own["state"].get(0, {}))
         if unknown := [key for key, value in moments[0].items() if key not in own["state"][0] and value is not None]:
             raise _unlike(f"state.{unknown[0]}", "nothing: the optimizer has no such value")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a copy of `state`, of an optimizer of one parameter, which `check_state` has accepted."""
+    loaded = deepcopy(dict(state))
+    for key, value in optimizer.param_groups[0].items():  # keys that a later version of torch has added
+        loaded["param_groups"][0].setdefault(key, value)
+    optimizer.load_state_dict(loaded)
 
 
 def _check_values(where: str, saved: Mapping[Any, Any], own: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from twa_scale.average.basis import Basis
 from twa_scale.average.layout import Layout
+from twa_scale.average.rows import RowCorrections
 from twa_scale.average.weights import Weights
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
@@ -30,14 +31,24 @@ class WeightLimits:
         weights: writes deferred weights before they are read.
         layout: maps each trained tensor to its group.
         basis: maps coefficients to u, and has the norms in its Gram matrix.
+        rows: the corrections of rows, if there are any. Both bounds then hold for the largest of them.
         group: all ranks.
     """
 
-    def __init__(self, engine: Engine, weights: Weights, layout: Layout, basis: Basis, group: Group) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        weights: Weights,
+        layout: Layout,
+        basis: Basis,
+        rows: RowCorrections | None,
+        group: Group,
+    ) -> None:
         self._engine = engine
         self._weights = weights
         self._layout = layout
         self._basis = basis
+        self._rows = rows
         self._group = group
         limits = torch.full((len(layout.groups),), torch.finfo(torch.float32).max, dtype=torch.float64)
         for name, column in layout.group_of.items():
@@ -47,17 +58,19 @@ class WeightLimits:
         self._read_at = torch.zeros_like(self._norms)
         self._read_at[-1] = -1.0
         """u at the last reading of weights; initially the u of zero weights."""
+        self._rows_read_at = torch.zeros_like(self._norms)
+        """The largest corrections of rows of this rank at the last reading."""
         self._largest = torch.zeros_like(limits)
         """The largest weight of each group at `_read_at`, as a fraction of the largest value of its dtype."""
 
     def require_coefficients(self, x: torch.Tensor) -> None:
-        """Refuse coefficients that overflow float32, the dtype of the computation. The same on every rank.
+        """Refuse coefficients that overflow float32, the dtype of the computation. Collective with rows.
 
         Raises:
-            TwaError: the coefficients are too large.
+            TwaError: the coefficients are too large; on every rank.
         """
-        u = self._basis.expand(x.detach())
-        if not bool(torch.isfinite(u.abs().sum(0).to(torch.float32)).all()):
+        u = self._basis.expand(x.detach()).cpu().abs() + self._largest_corrections()
+        if self._on_any_rank(not bool(torch.isfinite(u.sum(0).to(torch.float32)).all())):
             raise TwaError(f"with these coefficients the weights are not finite in torch.float32. {_FIX}")
 
     def require_weights(self, x: torch.Tensor, spans: Iterable[Span]) -> None:
@@ -67,7 +80,8 @@ class WeightLimits:
             TwaError: names the tensor and the fix, on every rank.
         """
         u = self._basis.expand(x.detach()).cpu()
-        if self._ruled_out(u):
+        corrections = self._largest_corrections()
+        if not self._on_any_rank(not self._ruled_out(u, corrections)):
             return
         self._weights.settle()
         largest = torch.zeros_like(self._largest)
@@ -77,9 +91,20 @@ class WeightLimits:
                 largest[column] = max(float(largest[column]), self._part(span))
         self._largest = torch.stack(self._group.gather(largest)).amax(0)
         self._read_at = u
+        self._rows_read_at = corrections
 
-    def _ruled_out(self, u: torch.Tensor) -> bool:
-        moved = ((u - self._read_at).abs() * self._norms).sum(0)
+    def _largest_corrections(self) -> torch.Tensor:
+        return torch.zeros_like(self._norms) if self._rows is None else self._rows.largest()
+
+    def _on_any_rank(self, value: bool) -> bool:
+        """Return whether `value` is true on any rank. Without rows it is the same on all of them."""
+        if self._rows is None:
+            return value
+        return bool(self._group.sum_(torch.tensor(float(value), device=self._engine.device)) > 0)
+
+    def _ruled_out(self, u: torch.Tensor, corrections: torch.Tensor) -> bool:
+        """Return whether the bounds show that the weights are finite. Corrections count with any sign."""
+        moved = (((u - self._read_at).abs() + corrections + self._rows_read_at) * self._norms).sum(0)
         return bool((self._largest + moved / self._limits < _FULL).all())
 
     def _part(self, span: Span) -> float:

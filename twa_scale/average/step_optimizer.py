@@ -1,11 +1,13 @@
 """A torch optimizer whose step is the step of an average."""
 
+import math
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from typing import Any, NoReturn, Protocol
 
 import torch
 
+from twa_scale.average.optimizer import load_optimizer
+from twa_scale.average.rows import RowCorrections
 from twa_scale.errors import StateError, TwaError
 from twa_scale.ranks import Pods
 
@@ -37,6 +39,7 @@ class AverageOptimizer(torch.optim.Optimizer):
 
     Args:
         inside: the inner optimizer; the coefficients are its only parameter.
+        rows: the corrections of rows, if there are any. Their optimizer takes its step with the inner one.
         average: the average.
         take_step: takes the step of the average, and calls `update`.
     """
@@ -47,6 +50,7 @@ class AverageOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         inside: torch.optim.Optimizer,
+        rows: RowCorrections | None,
         average: Average,
         take_step: Callable[[torch.amp.GradScaler | None], None],
     ) -> None:
@@ -54,11 +58,13 @@ class AverageOptimizer(torch.optim.Optimizer):
         self._average = average
         self._take_step = take_step
         self.inside = inside
+        self._rows = rows
         self._share()
 
     def _share(self) -> None:
         """Share the groups and the state of the inner optimizer; `load_state_dict` replaces them."""
-        self.param_groups = self.inside.param_groups
+        rows = [] if self._rows is None else self._rows.optimizer.param_groups
+        self.param_groups = [*self.inside.param_groups, *rows]
         self.state = self.inside.state
 
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: torch.amp.GradScaler | None = None) -> Any:
@@ -85,7 +91,9 @@ class AverageOptimizer(torch.optim.Optimizer):
         return result
 
     def update(self, gradient: torch.Tensor, scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
-        """Take a step of the inner optimizer; a scaler skips it if the gradient is not finite.
+        """Take a step of the inner optimizers; a scaler skips it if the gradient is not finite. Collective with rows.
+
+        The gradients of rows are already unscaled.
 
         Args:
             gradient: the reduced gradient of the coefficients, (k, G), scaled like the loss.
@@ -96,12 +104,21 @@ class AverageOptimizer(torch.optim.Optimizer):
         x.grad = gradient
         if scaler:
             scaler.unscale_(self.inside)
-        if max_norm is not None:
+        rows = self._rows
+        if max_norm is not None and rows is None:
             torch.nn.utils.clip_grad_norm_([x], max_norm)
+        elif max_norm is not None and rows is not None:
+            norm = math.sqrt(float(gradient.square().sum()) + rows.squared_norm())
+            factor = min(1.0, max_norm / (norm + 1e-6))
+            gradient *= factor
+            rows.scale(factor)
+        finite = bool(torch.isfinite(gradient).all())
         if scaler:
             scaler.step(self.inside)
         else:
             self.inside.step()
+        if rows is not None and finite:
+            rows.optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as `TrainableAverage.zero_grad` does."""
@@ -110,7 +127,7 @@ class AverageOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the inner optimizer and of the average."""
         average = {key: value for key, value in self._average.state_dict().items() if key != "optimizer"}
-        return {**super().state_dict(), _AVERAGE: average}
+        return {**self.inside.state_dict(), _AVERAGE: average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load coefficients and moments from `state_dict()`, and write the weights. Collective.
@@ -127,12 +144,11 @@ class AverageOptimizer(torch.optim.Optimizer):
         inside = {key: value for key, value in state_dict.items() if key != _AVERAGE}
         self._average.load_state_dict({**state_dict[_AVERAGE], "optimizer": inside})
 
-    def load_inside(self, state: dict[str, Any]) -> None:
-        """Load the state of the inner optimizer only, from a copy of `state`."""
-        loaded = deepcopy(state)
-        for key, value in self.inside.param_groups[0].items():  # keys that a later version of torch has added
-            loaded["param_groups"][0].setdefault(key, value)
-        self.inside.load_state_dict(loaded)
+    def load_inside(self, state: dict[str, Any], rows: dict[str, Any] | None) -> None:
+        """Load the states of the inner optimizer and of that of the rows only, from copies."""
+        load_optimizer(self.inside, state)
+        if self._rows and rows:
+            load_optimizer(self._rows.optimizer, rows["optimizer"])
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -5,12 +5,16 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from twa_scale.average.layout import Layout
+from twa_scale.average.rows import RowCorrections
 from twa_scale.base.clock import Clock
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.engines.deferred_weights import Combine, DeferredWeights
 from twa_scale.store import Store
+
+Chosen = tuple[torch.Tensor, RowCorrections | None]
+"""The u of the weights to write, and the corrections of rows that are added to it."""
 
 
 class Weights:
@@ -52,11 +56,11 @@ class Weights:
         if self._deferred.units:
             self._engine.before_use(self._deferred.prepare)
 
-    def write(self, choose: Callable[[], torch.Tensor], *, postpone: bool = False) -> None:
-        """Write the weights of u = `choose()`, (n + 1, G) with u_c last. Collective.
+    def write(self, choose: Callable[[], Chosen], *, postpone: bool = False) -> None:
+        """Write the weights of `choose()`. Collective.
 
         Args:
-            choose: returns u.
+            choose: returns u, (n + 1, G) with u_c last, and the corrections of rows that are added to it.
             postpone: defer the units of the engine to their next use.
         """
         self._deferred.discard()
@@ -110,19 +114,25 @@ class Weights:
                 return
 
     @torch.no_grad()
-    def _combiner(self, choose: Callable[[], torch.Tensor]) -> Combine:
+    def _combiner(self, choose: Callable[[], Chosen]) -> Combine:
         """Return a function that writes spans with the weights of the current u, and can be called later."""
-        u = choose()
+        u, rows = choose()
         factors = self._store.coding.row_weights(u)
         scales = factors[-1].tolist()
-        columns = sent(factors[:-1].T.to(torch.float32).contiguous(), self._engine.device)
+        exact = sent(factors[:-1].T.contiguous(), self._engine.device)
+        columns = exact.to(torch.float32)
 
         @torch.no_grad()
         def combine(spans: Collection[Span]) -> None:
             with self._clock.part("combine"):
                 for span in spans:
                     group = self._groups[span]
-                    self._store.combine(span, columns[group], scales[group], self._engine.live(span))
+                    live = self._engine.live(span)
+                    if rows is None or (part := rows.part(span)) is None:
+                        self._store.combine(span, columns[group], scales[group], live)
+                    else:
+                        weights = rows.weights(part, exact[group])
+                        self._store.combine(span, weights, scales[group], live, part.segments)
 
         return combine
 

@@ -67,11 +67,12 @@ def group_names(names: Sequence[str], groups: str | Sequence[str]) -> dict[str, 
         names: the tensor names.
         groups: the setting of TwaConfig. `block` takes the path up to the first number ("layers.3"), or the top module
             of a tensor outside of blocks. In a list of regular expressions the first match is used, and tensors without
-            a match form the group "rest".
+            a match form the group "rest". `tensor+row` has the groups of `tensor`.
 
     Raises:
         ConfigError: a pattern matches no tensor.
     """
+    groups = groups.removesuffix("+row") if isinstance(groups, str) else groups
     if groups == "global":
         return dict.fromkeys(names, "global")
     if groups == "tensor":

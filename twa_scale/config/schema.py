@@ -25,6 +25,9 @@ class OptimizerConfig(Section):
         description="Class of torch.optim, in any case: `adamw`, `sgd`, ..; not `lbfgs` or `sparseadam`.",
     )
     lr: PositiveFloat = Field(0.03, description="Learning rate, in the units of `units`.")
+    row_lr: PositiveFloat | None = Field(
+        None, description="Learning rate of the corrections per row (`groups: tensor+row`); by default a tenth of `lr`."
+    )
 
     @field_validator("name")
     @classmethod
@@ -58,11 +61,13 @@ class TwaConfig(Section):
         "of the candidates (TWA, ICLR 2023), or leading `pca` directions (DLDR). `simplex` trains softmax weights of "
         "the candidates (learned soup).",
     )
-    groups: Literal["global", "block", "tensor"] | list[str] = Field(
+    groups: Literal["global", "block", "tensor", "block+row", "tensor+row"] | list[str] = Field(
         "global",
         description="Tensors that share one coefficient per candidate: all (`global`), those of a `block`, each "
         "`tensor`, or one group per regular expression of a list. The first expression found in a name counts; "
-        "tensors that match none share a group. Names are those of the model.",
+        "tensors that match none share a group. Names are those of the model. With `block+row` and `tensor+row`, each "
+        "row of a matrix (output channel of a convolution, row of an embedding) has a correction of its own, which is "
+        "trained at `optimizer.row_lr`; for the bases `normalized` and `pca`.",
     )
     center: Center = Field(
         "mean",
@@ -229,6 +234,27 @@ class TwaConfig(Section):
                 "or packed1, or leave `coding` out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rows_need_a_centered_basis(self) -> "TwaConfig":
+        if self.has_rows and self.basis not in ("normalized", "pca"):
+            raise ValueError(
+                f"groups {self.groups!r} is for the bases normalized and pca, whose directions are sums of deltas; the "
+                f"basis is {self.basis!r}. Use one of these, or groups without '+row'"
+            )
+        if not self.has_rows and self.optimizer.row_lr is not None:
+            raise ValueError(f"optimizer.row_lr is for groups tensor+row and block+row; groups is {self.groups!r}")
+        return self
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of matrices have corrections of their own."""
+        return isinstance(self.groups, str) and self.groups.endswith("+row")
+
+    @property
+    def row_lr(self) -> float:
+        """The learning rate of the corrections per row."""
+        return self.optimizer.lr / 10 if self.optimizer.row_lr is None else self.optimizer.row_lr
 
     @model_validator(mode="after")
     def _components_need_pca(self) -> "TwaConfig":

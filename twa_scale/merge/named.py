@@ -212,6 +212,13 @@ def export_run(
             return list(coefficients[twa.group_of[name]])
         return buffer_source(name, twa.config.buffers, center) if name in buffers else center
 
+    def row_weights(name: str) -> torch.Tensor | None:
+        if twa.rows is None or name not in twa.rows.names:
+            return None
+        column = twa.group_of[name]
+        corrections = twa.rows.maps[column] @ twa.rows.values[twa.rows.names[name]].double()
+        return twa.coefficients[:, column, None] + corrections
+
     with group.agree():
         carried = carried_files(opened, files=group.rank == 0, code=carry_code or twa.config.carry_code)
     origin = provenance(
@@ -228,6 +235,7 @@ def export_run(
         out,
         source,
         group,
+        row_weights=row_weights,
         carried=carried,
         origin=origin,
         max_shard_size=max_shard_size,

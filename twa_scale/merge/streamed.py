@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import fsum, isclose
+from functools import cache, lru_cache
+from math import fsum, isclose, prod
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ Checksums = list[dict[str, int]]
 """For each candidate, the checksum of every tensor that was read from it, by name (see kernels.checksum)."""
 Weights = Callable[[str], Source]
 """A function of a tensor name: the weights a_1..a_n of the candidates, or the index of the candidate to copy."""
+RowWeights = Callable[[str], torch.Tensor | None]
+"""A function of a tensor name: the weights of the candidates for each row of the tensor, (n, rows), float64, with sums
+of 1; None for a tensor whose elements all have the same weights."""
+
+
+def no_rows(name: str) -> torch.Tensor | None:
+    """Return None: no tensor has weights of its own for each row."""
+    del name
+    return None
 
 
 def merge(
@@ -43,6 +52,7 @@ def merge(
     weights: Weights,
     group: Group,
     *,
+    row_weights: RowWeights = no_rows,
     carried: CarriedFiles | None = None,
     origin: Mapping[str, Any] | None = None,
     max_shard_size: str | int = "5GB",
@@ -69,6 +79,7 @@ def merge(
         out: the directory to write, on a file system that all ranks share.
         weights: the weights of each tensor.
         group: the ranks that share the work.
+        row_weights: the weights of each row, of tensors that have them. They replace `weights`.
         carried: the properties of the candidates that the result keeps. The small files of the first rank are used.
         origin: the provenance of the result (`provenance`); by default only the candidates.
         max_shard_size: the largest number of bytes of tensor data in a file; see `CarriedFiles.shard_size`.
@@ -103,7 +114,7 @@ def merge(
     options = writing_options(carried, origin, dtype, max_shard_size, chosen)
     with writing(out, stored.specs, group, overwrite=overwrite, **options) as writer:
         kernels = choose_kernels("auto", torch.device("cpu"))
-        merger = _Merger(candidates, cache(weights), replace, stored, writer, kernels)
+        merger = _Merger(candidates, cache(weights), lru_cache(2)(row_weights), replace, stored, writer, kernels)
         with group.agree():
             merger.merge(_share(tensors, stored, group, units or {}), progress)
         checksums = _total(group.gather(merger.checksums))
@@ -169,6 +180,7 @@ class _Merger:
 
     candidates: Sequence[Candidate]
     weights: Weights
+    row_weights: RowWeights
     replace: Mapping[str, torch.Tensor]
     form: StoredForm
     writer: Writer
@@ -194,6 +206,8 @@ class _Merger:
                 values, masks = self._summed(part), False
             elif isinstance(source, int):
                 values, masks = self._copied(part, source), True
+            elif (of_rows := self.row_weights(part.span.name)) is not None:
+                values, masks = self._combined_by_row(part, of_rows), False
             else:
                 values, masks = self._combined(part, source)
             self._write(part.span.part(part.start, part.stop), values, allow_infinite=masks)
@@ -210,7 +224,7 @@ class _Merger:
     def _read_from(self, name: str) -> list[int]:
         """Return the indices of the candidates to read: those of nonzero weight, or all for a copied tensor."""
         a = self._source(name)
-        if isinstance(a, int) or name in self.summed:
+        if isinstance(a, int) or name in self.summed or self.row_weights(name) is not None:
             return list(range(len(self.candidates)))
         assert len(a) == len(self.candidates)
         return [i for i, weight in enumerate(a) if weight != 0] or [0]
@@ -255,6 +269,23 @@ class _Merger:
             return result, False
         result[mask] = part.sources[0][mask].to(result.dtype)
         return result, True
+
+    def _combined_by_row(self, part: Part, weights: torch.Tensor) -> torch.Tensor:
+        """Return the average with the weights of each row, (n, rows)."""
+        self._add(part, self.kernels.checksums(part.sources))
+        length = prod(self.candidates[-1].shape(part.span.name)) // weights.shape[1]
+        first, last = part.element(0), part.element(len(part.sources[0]) - 1) + 1
+        rows = torch.arange(first // length, -(-last // length))
+        counts = ((rows + 1) * length).clamp(max=last) - (rows * length).clamp(min=first)
+        wide = any(source.dtype == torch.float64 for source in part.sources)
+        dtype = torch.float64 if wide else torch.float32
+        reference = part.sources[0].to(dtype)
+        result = reference.clone()
+        for source, of_rows in zip(part.sources[1:], weights[1:, rows].to(dtype), strict=True):
+            result.addcmul_(source.to(dtype) - reference, of_rows.repeat_interleave(counts))
+        if not bool(torch.isfinite(result).all()):
+            raise self._overflow_or_not_finite(part)
+        return result
 
     def _add(self, part: Part, checksums: torch.Tensor) -> None:
         for total, more in zip([self.checksums[i] for i in part.who], checksums.tolist(), strict=True):

@@ -40,6 +40,7 @@ class Reduction:
                 self._device = torch.device("cuda" if comm == "nccl" else "cpu")
                 groups = _over_torch(comm, self._device, own)
                 self._made = [made for made, group in zip(groups, own, strict=True) if made is not group]
+        self._shards, self._replicas = groups
         self._pods = pods if groups == own else Pods(*groups)
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,19 @@ class Reduction:
         """
         mine = products * self._pods.share
         return self._pods.sum_(mine if self._device is None else mine.to(self._device)).cpu()
+
+    def sum_over_shards_(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum `values` over the shard group, in place. Collective."""
+        return self._sum_(self._shards, values)
+
+    def average_over_replicas_(self, values: torch.Tensor) -> torch.Tensor:
+        """Average `values` over the replica group, in place, for replicas that are equally large. Collective."""
+        return self._sum_(self._replicas, values).div_(self._replicas.size)
+
+    def _sum_(self, group: Group, values: torch.Tensor) -> torch.Tensor:
+        if group.size == 1 or self._device is None or self._device.type == values.device.type:
+            return group.sum_(values)
+        return values.copy_(group.sum_(values.to(self._device)))
 
     def close(self) -> None:
         """Destroy the process groups that were created here. MPI communicators live until the process ends."""

@@ -69,5 +69,6 @@ class BestAverage:
             metrics={name: value for name, value in metrics.items() if isfinite(value)},
             x=state["x"],
             coefficients=state["coefficients"],
+            row_values=state["rows"]["values"] if state["rows"] else {},
             buffers=state["buffers"],
         )

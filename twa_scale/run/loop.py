@@ -32,7 +32,7 @@ from twa_scale.run.evaluate import evaluate
 from twa_scale.run.progress import Report
 from twa_scale.run.records import Records, read_records
 from twa_scale.run.resume import AVERAGE, SUMMARY, course, find_state, finished_summary, forget_state
-from twa_scale.run.schedule import set_rate
+from twa_scale.run.schedule import set_rates
 from twa_scale.run.stopping import Stop, Stopped
 from twa_scale.run.tasks import Task, build_task
 
@@ -206,7 +206,8 @@ class Run:
             if self.engine.counts_micro_batches and i + 1 < self.training.num_micro:
                 self.twa.step()  # for DeepSpeed: counts a micro-batch
         config = self.config
-        rate = set_rate(self.twa.optimizer, config.optimizer.lr, config.schedule, self.step, self.num_steps)
+        rates = (config.optimizer.lr, config.row_lr)
+        rate = set_rates(self.twa.optimizer, rates, config.schedule, self.step, self.num_steps)
         self.twa.step()
         self.twa.zero_grad()
         self.step += 1
@@ -301,9 +302,10 @@ class Run:
         best = self.kept.best
         if self.config.keep == "last" or best is None or best.step == self.step:
             return trained
-        self.twa.load_state_dict(
-            {**self.twa.state_dict(), "x": best.x, "coefficients": best.coefficients, "buffers": best.buffers}
-        )
+        state = self.twa.state_dict()
+        rows = state["rows"] and {**state["rows"], "values": best.row_values}
+        kept = {"x": best.x, "coefficients": best.coefficients, "rows": rows, "buffers": best.buffers}
+        self.twa.load_state_dict({**state, **kept})
         with self.engine.autocast(self.device):
             self._recalibrate()
         return dict(best.metrics)

@@ -1,6 +1,7 @@
 """The learning rate schedule of the coefficients."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -29,9 +30,19 @@ def factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
             return 1.0
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float, config: ScheduleConfig, step: int, num_steps: int) -> float:
-    """Set the learning rate of `optimizer` for `step`, and return it."""
-    rate = lr * factor(config, step, num_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+def set_rates(
+    optimizer: torch.optim.Optimizer, lrs: Sequence[float], config: ScheduleConfig, step: int, num_steps: int
+) -> float:
+    """Set the learning rate of each group of `optimizer` for `step`, and return the first.
+
+    Args:
+        optimizer: that of an average.
+        lrs: the rates before the schedule, of the coefficients and of the corrections of rows.
+        config: the schedule.
+        step: the step, counted from 0.
+        num_steps: the number of all steps.
+    """
+    scale = factor(config, step, num_steps)
+    for group, lr in zip(optimizer.param_groups, lrs, strict=False):
+        group["lr"] = lr * scale
+    return lrs[0] * scale

@@ -52,13 +52,18 @@ class StateForm:
         return self._basis.averaging(self._basis.expand(x.detach()))
 
     def state(
-        self, x: torch.Tensor, optimizer: Mapping[str, Any], buffers: Mapping[str, torch.Tensor]
+        self,
+        x: torch.Tensor,
+        optimizer: Mapping[str, Any],
+        rows: Mapping[str, Any] | None,
+        buffers: Mapping[str, torch.Tensor],
     ) -> dict[str, Any]:
         """Return the state: plain values and copies of tensors on the CPU.
 
         Args:
             x: the coefficients, (k, G) float64.
             optimizer: the state of the optimizer.
+            rows: the state of the corrections of rows, if there are any.
             buffers: BatchNorm statistics, by their names in the model.
         """
         layout = self._layout
@@ -73,6 +78,7 @@ class StateForm:
             "coefficients": self.averaging(x).cpu(),
             "center_weights": self._basis.center_weights.cpu(),
             "optimizer": deepcopy(dict(optimizer)),
+            "rows": rows and {**rows, "names": {a: name for name in rows["values"] for a in layout.held_as[name]}},
             "buffers": {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()},
             "fingerprint": self._fingerprint.state_dict(),
             "conversions": self._conversions,
@@ -98,6 +104,6 @@ class StateForm:
         a = self.averaging(given)
         if not torch.allclose(a, saved.coefficients.to(a), rtol=1e-6, atol=1e-6):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
-        check_state(self._config, x, saved.optimizer)
+        check_state(self._config, x, saved.optimizer, self._config.optimizer.lr)
         require_same_shapes(buffers, saved.buffers)
         return saved

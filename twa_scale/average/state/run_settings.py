@@ -1,11 +1,12 @@
 """Compare a saved state with the settings, the model and the other ranks."""
 
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 import torch
 
-from twa_scale.average.state.schema import AverageState
+from twa_scale.average.state.schema import AverageState, RowsState
 from twa_scale.errors import StateError
 from twa_scale.ranks import Group, first_difference
 
@@ -59,12 +60,22 @@ def require_same_state(group: Group, state: AverageState) -> None:
     Raises:
         StateError: on every rank.
     """
-    other = first_difference(group, {"x": _plain(state.x), "optimizer": _plain(state.optimizer)})
+    parts = {"x": _plain(state.x), "optimizer": _plain(state.optimizer), "rows": _digest(state.rows)}
+    other = first_difference(group, parts)
     with group.agree():
         if other:
             raise StateError(
                 f"state: {other.key}: {other.where} has another one than {other.where_first}; give all ranks the same."
             )
+
+
+def _digest(rows: RowsState | None) -> str:
+    """Return the SHA-256 of the corrections of rows and their moments, which may be large."""
+    found = sha256()
+    for tensors in (rows.values, *rows.moments.values()) if rows else ():
+        for value in tensors.values() if isinstance(tensors, Mapping) else (tensors,):
+            found.update(value.detach().cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    return found.hexdigest()
 
 
 def _plain(value: Any) -> Any:

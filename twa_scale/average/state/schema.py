@@ -94,6 +94,30 @@ class ConversionState(_Saved):
         return Conversion(self.names, made)
 
 
+class RowsState(_Saved):
+    """The state of the corrections of rows, y: for each tensor (k, rows), float32."""
+
+    values: dict[str, Tensor]
+    moments: dict[str, Any]
+    """The state of their optimizer. Moments of rows are by tensor, as the values are."""
+    settings: dict[str, Any]
+    """The settings of their optimizer."""
+    maps: Tensor
+    """For each group, the matrix from y to corrections of the averaging coefficients a: (G, n, k), float64."""
+    names: dict[str, str]
+    """The name in the model, by the name in the candidates."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RowsState":
+        k = self.maps.shape[-1] if self.maps.dim() == 3 else 0
+        _require("maps", self.maps, (*self.maps.shape[:2], k), torch.float64)
+        for name, value in self.values.items():
+            _require(f"values.{name}", value, (k, value.shape[-1] if value.dim() else 0), torch.float32)
+        if unknown := set(self.names.values()) - set(self.values):
+            raise ValueError(f"names: {min(unknown)!r} has no values")
+        return self
+
+
 class AverageState(_Saved):
     """The state of a `TrainableAverage`: n candidates, G groups, k coefficients in each."""
 
@@ -112,6 +136,7 @@ class AverageState(_Saved):
     center_weights: Tensor
     """b: (n,), float64."""
     optimizer: dict[str, Any]
+    rows: RowsState | None = None
     buffers: dict[str, Tensor]
     fingerprint: FingerprintState
     conversions: list[ConversionState] = []
@@ -123,6 +148,8 @@ class AverageState(_Saved):
         _require("coefficients", self.coefficients, (n, num_groups), torch.float64)
         _require("center_weights", self.center_weights, (n,), torch.float64)
         _require("x", self.x, (self.x.shape[0] if self.x.dim() else 0, num_groups), torch.float64)
+        if self.rows is not None:
+            _require("rows.maps", self.rows.maps, (num_groups, n, self.x.shape[0]), torch.float64)
         for name, group in self.group_of.items():
             if group >= num_groups:
                 raise ValueError(f"group_of: {name!r} is in group {group}, and there are {num_groups}")
@@ -140,6 +167,8 @@ class KeptState(_Saved):
     metrics: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
     x: Tensor
     coefficients: Tensor
+    row_values: dict[str, Tensor] = {}
+    """The corrections of rows, y."""
     buffers: dict[str, Tensor]
 
     @model_validator(mode="after")
@@ -168,9 +197,13 @@ class RunState(_Saved):
         if self.kept:
             _require("kept.x", self.kept.x, tuple(self.twa.x.shape), torch.float64)
             _require("kept.coefficients", self.kept.coefficients, tuple(self.twa.coefficients.shape), torch.float64)
-            shapes = [{name: value.shape for name, value in held.buffers.items()} for held in (self.kept, self.twa)]
-            if shapes[0] != shapes[1]:
-                raise ValueError("kept.buffers: other names or shapes than those of the last step")
+            rows = self.twa.rows.values if self.twa.rows else {}
+            for key, held, now in (
+                ("buffers", self.kept.buffers, self.twa.buffers),
+                ("row_values", self.kept.row_values, rows),
+            ):
+                if _shapes(held) != _shapes(now):
+                    raise ValueError(f"kept.{key}: other names or shapes than those of the last step")
         return self
 
     @property
@@ -184,7 +217,12 @@ class RunState(_Saved):
         if self.kept is None or self.keep == "last":
             return self.twa
         kept = {name: getattr(self.kept, name) for name in ("x", "coefficients", "buffers")}
-        return self.twa.model_copy(update=kept)
+        rows = self.twa.rows and self.twa.rows.model_copy(update={"values": self.kept.row_values})
+        return self.twa.model_copy(update={**kept, "rows": rows})
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -1,0 +1,180 @@
+"""The corrections y of the coefficients, one column for each row of a matrix, and their training."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from twa_scale.average.basis import Basis
+from twa_scale.average.bases import LinearBasis
+from twa_scale.average.optimizer import check_state, make_optimizer
+from twa_scale.average.rows.slots import Part, RowSlots
+from twa_scale.average.state.schema import RowsState
+from twa_scale.base.spans import Span
+from twa_scale.config import TwaConfig
+from twa_scale.errors import StateError
+from twa_scale.kernels import RowMap
+from twa_scale.ranks import Group, Reduction
+
+
+class RowCorrections:
+    """A row r of a tensor in group g has the weights w_r = c_r + sum_i u[i] delta_i,r with u = T_g (x_g + y_r).
+
+    y starts at zero and is trained at a lower rate than x, so it corrects what the tensor has in common. Rows live on
+    the ranks that hold them. Only rows that a shard boundary cuts are exchanged within a shard group; the gradients of
+    all rows are averaged over replicas.
+
+    Args:
+        config: the optimizer and the rate of the rows.
+        slots: the rows of this rank.
+        basis: T, of a basis whose directions are sums of deltas.
+        coding: what the rows of the store stand for.
+        reduction: sums over ranks.
+        shards: the ranks that together hold the weights.
+        device: of the weights.
+    """
+
+    def __init__(
+        self,
+        config: TwaConfig,
+        slots: RowSlots,
+        basis: Basis,
+        coding: RowMap,
+        reduction: Reduction,
+        shards: Group,
+        device: torch.device,
+    ) -> None:
+        assert isinstance(basis, LinearBasis)
+        self._config = config
+        self._slots = slots
+        self._reduction = reduction
+        self._shards = shards
+        self._matrix = basis.matrix
+        self._center_weights = basis.center_weights
+        groups, n, k = len(basis.matrix), basis.matrix.shape[1] - 1, basis.matrix.shape[2]
+        # Weights of the store's rows are an affine function of u; T and its linear part are one matrix for each group.
+        zero = coding.row_weights(torch.zeros(n + 1, 1, dtype=torch.float64))
+        linear = coding.row_weights(torch.eye(n + 1, dtype=torch.float64)) - zero
+        self._maps = (linear[:-1] @ basis.matrix).to(device)
+        """(G, rows of the store, k), float64."""
+        self._num_groups = groups
+        self.values = nn.Parameter(torch.zeros(k, slots.num_columns, device=device))
+        """y: (k, R), float32. Columns of a row on several ranks are bitwise equal."""
+        self._gradient = torch.zeros_like(self.values)
+        self.optimizer = make_optimizer(config, self.values, config.row_lr)
+
+    def part(self, span: Span) -> Part | None:
+        """Return the rows of a span, or None if its tensor has none."""
+        return self._slots.parts.get(span)
+
+    def add(self, part: Part, products: torch.Tensor) -> None:
+        """Add to the gradient, from the products of one span, (rows of the store + 1, count), float64."""
+        mine = self._maps[part.group].T.to(products.device) @ products[:-1]
+        self._gradient[:, part.columns] += mine.to(self._gradient.device, torch.float32)
+
+    def reduce(self, factor: float) -> None:
+        """Sum the gradient over ranks and multiply it by `factor`. Collective."""
+        self._slots.sum_(self._gradient, self._reduction.sum_over_shards_)
+        self._reduction.average_over_replicas_(self._gradient)
+        self.values.grad = self._gradient * factor
+
+    def squared_norm(self) -> float:
+        """Return the squared 2-norm of the gradient of all rows. Collective."""
+        assert self.values.grad is not None
+        mine = self.values.grad[:, self._slots.owned].double().square().sum()
+        return float(self._shards.sum_(mine))
+
+    def scale(self, factor: float) -> None:
+        """Multiply the reduced gradient by `factor`."""
+        assert self.values.grad is not None
+        self.values.grad *= factor
+
+    def clear(self) -> None:
+        """Reset the gradient for a new step."""
+        self._gradient.zero_()
+        self.values.grad = None
+
+    def weights(self, part: Part, weights: torch.Tensor) -> torch.Tensor:
+        """Return the weights of the store's rows for each row of a span, (rows of the store, count), float32.
+
+        Args:
+            part: the rows of the span.
+            weights: those of its group, without corrections: (rows of the store,), float64, on the device of y.
+        """
+        corrections = self._maps[part.group] @ self.values.detach()[:, part.columns].double()
+        return (weights[:, None] + corrections).to(torch.float32)
+
+    def largest(self) -> torch.Tensor:
+        """Return a bound on |u| of the corrections of this rank's rows, (n + 1, G), float64 on the CPU."""
+        n = self._matrix.shape[1]
+        bound = torch.zeros(n, self._num_groups, dtype=torch.float64)
+        parts = list(self._slots.parts.values())
+        if parts:
+            found = torch.stack([self.values.detach()[:, part.columns].abs().amax(1) for part in parts]).cpu().double()
+            for part, y in zip(parts, found, strict=True):
+                bound[:, part.group] = torch.maximum(bound[:, part.group], self._matrix[part.group].abs() @ y)
+        return bound
+
+    def state(self) -> dict[str, Any]:
+        """Return y and the state of its optimizer for all rows, on the CPU of every rank. Collective.
+
+        It does not depend on how rows are divided over ranks: tensors of columns become tensors (k, rows) by name.
+        `maps` are the matrices from y to the averaging coefficients, for exports without the model.
+        """
+        inside = self.optimizer.state_dict()
+        moments = {
+            key: self._slots.whole(value) if self._is_of_columns(value) else deepcopy(value)
+            for key, value in inside["state"].get(0, {}).items()
+        }
+        settings = {key: value for key, value in inside["param_groups"][0].items() if key != "params"}
+        directions = self._matrix[:, :-1]
+        return {
+            "values": self._slots.whole(self.values.detach()),
+            "moments": moments,
+            "settings": deepcopy(settings),
+            "maps": directions - self._center_weights[:, None] * directions.sum(1, keepdim=True),
+        }
+
+    def checked(self, state: RowsState | None) -> dict[str, Any]:
+        """Return the part of `state` of this rank, after a check that this average can continue from it.
+
+        Raises:
+            StateError: names the first difference.
+        """
+        if state is None:
+            raise StateError("state: rows: is missing; give the state of this average, or start a new run.")
+        self._require_rows("rows.values", state.values)
+        moments = {}
+        for key, value in state.moments.items():
+            if isinstance(value, Mapping):
+                self._require_rows(f"rows.moments.{key}", value)
+            moments[key] = self._slots.local(value) if isinstance(value, Mapping) else value
+        inside = {
+            "state": {0: moments} if moments else {},
+            "param_groups": [{**state.settings, "params": [0]}],
+        }
+        check_state(self._config, self.values, inside, self._config.row_lr)
+        return {"values": self._slots.local(state.values), "optimizer": inside}
+
+    @torch.no_grad()
+    def set(self, values: torch.Tensor | None) -> None:
+        """Set y to `values`, (k, R), or to zero."""
+        if values is None:
+            self.values.zero_()
+        else:
+            self.values.copy_(values)
+
+    def _is_of_columns(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.shape == self.values.shape
+
+    def _require_rows(self, where: str, whole: Mapping[str, torch.Tensor]) -> None:
+        wanted = {name: (len(self.values), count) for name, count in self._slots.counts.items()}
+        found = {name: tuple(value.shape) for name, value in whole.items()}
+        if wanted != found:
+            name = next(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+            raise StateError(
+                f"state: {where}: {name!r} has shape {found.get(name, 'none')} in the state, and "
+                f"{wanted.get(name, 'none')} here: directions x rows. Give the state of this model, or start a new run."
+            )

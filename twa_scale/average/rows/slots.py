@@ -1,0 +1,125 @@
+"""The rows of this rank, and their exchange with the ranks that hold other parts of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from twa_scale.average.rows.shapes import rows_of
+from twa_scale.base.spans import Span
+from twa_scale.kernels import Segments
+from twa_scale.ranks import Group
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one span."""
+
+    group: int
+    """The index of the group of its tensor."""
+    segments: Segments
+    """The elements of each row."""
+    columns: slice
+    """The columns of these rows in the values of this rank."""
+    rows: torch.Tensor
+    """The indices of the rows in the tensor, (count,), int64."""
+
+
+class RowSlots:
+    """Columns for all rows of which this rank holds elements, span by span.
+
+    A row that a shard boundary cuts has a column on several ranks, and sums over it are exchanged. All other rows are
+    on one rank of the shard group, so that nothing is exchanged for them.
+
+    Args:
+        spans: the trained spans of this rank, with their groups.
+        lengths: the number of elements of a row, for each tensor that has rows. The same on every rank.
+        sizes: the number of elements of each of these tensors.
+        shards: the ranks that together hold the weights.
+        device: of the values.
+    """
+
+    def __init__(
+        self,
+        spans: Mapping[Span, int],
+        lengths: Mapping[str, int],
+        sizes: Mapping[str, int],
+        shards: Group,
+        device: torch.device,
+    ) -> None:
+        self._shards = shards
+        self._device = device
+        self.counts = {name: sizes[name] // length for name, length in lengths.items()}
+        """The number of rows of each tensor."""
+        self.parts: dict[Span, Part] = {}
+        self.num_columns = 0
+        """The number of columns of this rank, R."""
+        partial: list[torch.Tensor] = []
+        keys: list[torch.Tensor] = []  # positions of the columns' rows among those of all tensors
+        first_key = dict(zip(self.counts, [0, *torch.tensor([*self.counts.values()]).cumsum(0).tolist()], strict=False))
+        for span, group in spans.items():
+            if span.name not in lengths or not len(span):
+                continue
+            rows, segments, cut = rows_of(span, lengths[span.name])
+            columns = slice(self.num_columns, self.num_columns + segments.count)
+            self.parts[span] = Part(group, segments, columns, rows)
+            self.num_columns = columns.stop
+            partial.append(cut)
+            keys.append(first_key[span.name] + rows)
+        none = torch.empty(0, dtype=torch.int64)
+        self._exchange(torch.cat([none, *keys]), torch.cat([none.bool(), *partial]))
+
+    def _exchange(self, keys: torch.Tensor, partial: torch.Tensor) -> None:
+        """Find the rows that several ranks hold parts of. Collective."""
+        columns = partial.nonzero()[:, 0]
+        mine = keys[columns]
+        of_ranks = self._shards.gather(mine)
+        shared, position = torch.unique(torch.cat(of_ranks), return_inverse=True)
+        before = sum(len(of_rank) for of_rank in of_ranks[: self._shards.rank])
+        first = torch.full((len(shared),), len(position)).scatter_reduce_(
+            0, position, torch.arange(len(position)), "amin"
+        )
+        own = position[before : before + len(mine)]
+        owned = torch.ones(self.num_columns, dtype=torch.bool)
+        owned[columns] = first[own] == torch.arange(before, before + len(mine))
+        self._num_shared = len(shared)
+        self._columns, self._own = columns.to(self._device), own.to(self._device)
+        self.owned = owned.to(self._device)
+        """Whether a column counts in sums over all rows: of the columns of a row, one does. (R,), bool."""
+
+    def sum_(self, values: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Add up the values of each row over the ranks that hold parts of it, in place. Collective.
+
+        Args:
+            values: (k, R).
+            reduce: sums a tensor over the shard group.
+        """
+        if self._num_shared:
+            sums = values.new_zeros(len(values), self._num_shared)
+            sums.index_add_(1, self._own, values[:, self._columns])
+            values[:, self._columns] = reduce(sums)[:, self._own]
+
+    def whole(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the values of all rows of each tensor, on the CPU of every rank. Collective.
+
+        Args:
+            values: of the columns, (k, R).
+
+        Returns:
+            (k, rows of the tensor), by name.
+        """
+        found = {}
+        for name, count in self.counts.items():
+            whole = values.new_zeros(len(values), count)
+            for part in (part for span, part in self.parts.items() if span.name == name):
+                columns = torch.arange(part.columns.start, part.columns.stop, device=self._device)
+                columns = columns[self.owned[part.columns]]
+                whole[:, part.rows.to(self._device)[self.owned[part.columns]]] = values[:, columns]
+            found[name] = self._shards.sum_(whole).cpu()
+        return found
+
+    def local(self, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the values of the columns of this rank, (k, R), from those of all rows by name."""
+        parts = [whole[span.name][:, part.rows] for span, part in self.parts.items()]
+        k = len(next(iter(whole.values())))
+        return torch.cat([torch.empty(k, 0), *parts], 1).to(self._device)
