@@ -83,7 +83,12 @@ def train(
         if name not in trainable
     }
     options = {"name": "adamw", "lr": 0.03, "weight_decay": 0.0} | dict(config.get("optimizer", {}))
-    rows = [{"params": [y for group in groups for y in group.rows.values()], "lr": options.pop("row_lr", options["lr"] / 10)}]
+    rows = [
+        {
+            "params": [y for group in groups for y in group.rows.values()],
+            "lr": options.pop("row_lr", options["lr"] / 10),
+        }
+    ]
     trained_x = [{"params": [group.x for group in groups]}, *(rows if rows[0]["params"] else [])]
     optimizer = _optimizer_class(options.pop("name"))(trained_x, **options)
     scored = Scored(model, loss)

@@ -75,6 +75,29 @@ def test_exported_step(scores: Brought, tmp_path: Path, shell: Any, keep: str) -
     assert all(torch.allclose(merged[name], value, rtol=1e-5, atol=1e-6) for name, value in exported.items())
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Path, shell: Any, keep: str) -> None:
+    """The export from coefficients alone has the weights of the run; a run that is continued has them, too."""
+    more = {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.05, "row_lr": 0.05}, "keep": keep}
+    config = settings(scores.candidates, scores.task, tmp_path / "whole", **more, steps=4, evaluate_every=1)
+    run_here(config)
+    exported = load(tmp_path / "whole" / "average")
+    state = load_state(tmp_path / "whole").exported
+    assert state.rows is not None and any(bool(value.any()) for value in state.rows.values.values())
+    corrected = by_hand(scores.candidates, tmp_path / "whole")  # with the coefficients of tensors only
+    assert any((exported[name] - value).norm() > 1e-4 * value.norm() for name, value in corrected.items())
+    said = shell("export", tmp_path / "whole", "--out", tmp_path / "merged")
+    assert said.code == 0, said.err
+    merged = load(tmp_path / "merged")
+    for name, value in exported.items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6)
+    run_here({**config, "output": str(tmp_path / "parts"), "steps": 2, "schedule": {"name": "constant"}})
+    run_here({**config, "output": str(tmp_path / "other"), "schedule": {"name": "constant"}})
+    run_here({**config, "output": str(tmp_path / "parts"), "schedule": {"name": "constant"}})
+    parts, other = (load_state(tmp_path / name).twa.rows for name in ("parts", "other"))
+    assert parts and other and all(torch.equal(parts.values[name], value) for name, value in other.values.items())
+
+
 def test_state_continues_from_last_step(scores: Brought, tmp_path: Path) -> None:
     run_here(settings(scores.candidates, scores.task, tmp_path, **WILD))
     state = load_state(tmp_path)

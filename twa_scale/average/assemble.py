@@ -8,8 +8,8 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.bases import make_basis
 from twa_scale.average.basis import Basis
 from twa_scale.average.layout import Layout
-from twa_scale.average.rows import make_rows
 from twa_scale.average.load_candidates import LoadedCandidates, fingerprint, write_rest
+from twa_scale.average.rows import make_rows
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate

@@ -22,6 +22,7 @@ from twa_scale.average.state import StateForm, require_same_state
 from twa_scale.average.step_optimizer import AverageOptimizer, refuse_copies
 from twa_scale.average.swap import SwappedWeights
 from twa_scale.average.weights import Weights
+from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
@@ -85,11 +86,20 @@ class TrainableAverage:
         self.optimizer = AverageOptimizer(inside, rows, self, self._take_step)
         """A torch optimizer for schedulers and trainers; its step is `step`."""
         self.closed = self._moved = self._in_step = self._accumulating = False
-        self._swapped = SwappedWeights(engine, pods, self._write, self._gradients.spoil)
+        self._swapped = SwappedWeights(engine, pods, lambda: self._written.write(), self._gradients.spoil)
         self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=config.combine == "forward")
-        self._limits = WeightLimits(engine, self._weights, layout, basis, rows, pods)
-        self._write()
-        self._limits.require_weights(self._x, self._spans)
+        limits = WeightLimits(engine, self._weights, layout, basis, rows, pods)
+        self._written = WrittenCoefficients(
+            self._x,
+            rows,
+            basis,
+            self._weights,
+            limits,
+            self._swapped,
+            self._spans,
+            postpone=config.combine == "forward",
+        )
+        self._written.write_first()
         engine.forget()
         engine.keeps_gradients = clips
         engine.watch(self._project)
@@ -207,12 +217,12 @@ class TrainableAverage:
             raise TwaError("the gradient is not finite: look for a diverging loss or an overflow, then lower the rate.")
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self._basis.expand(self._x), self._x, products)
-        before = self._trained()
-        if self._rows:
+        before = self._written.saved()
+        if self._rows is not None:
             self._rows.reduce(clip / scale)
         self.optimizer.update(gradient, scaler, self.config.max_grad_norm)
         self._gradients.clear()
-        self._write_or_return_to(before)
+        self._written.confirm(before)
         self._moved = finite
 
     @while_open
@@ -346,7 +356,7 @@ class TrainableAverage:
                 raise TwaError("start_from() inside weights(): leave it first.")
             if not self.can_start_from(which):
                 raise ConfigError(f"start_from: basis {self.config.basis!r} cannot start from {which!r}.")
-        self._set(self._located(which))
+        self._written.set(self._located(which))
         self.zero_grad()
 
     @while_open
@@ -359,7 +369,7 @@ class TrainableAverage:
         """
         names = batchnorm.statistics(self._engine.module, self._engine.buffers())
         statistics = {name: buffer for name, buffer in self._swapped.own_buffers().items() if name in names}
-        rows = self._rows and self._rows.state()
+        rows = None if self._rows is None else self._rows.state()
         return self._form.state(self._x, self.optimizer.inside.state_dict(), rows, statistics)
 
     @while_open
@@ -374,9 +384,9 @@ class TrainableAverage:
             if self._swapped:
                 raise TwaError("load_state_dict() inside weights(): leave it first.")
             saved = self._form.checked(state, self._x, self._engine.buffers())
-            rows = self._rows and self._rows.checked(saved.rows)
+            rows = None if self._rows is None else self._rows.checked(saved.rows)
         require_same_state(self.pods, saved)
-        self._set(saved.x, rows and rows["values"])
+        self._written.set(saved.x, None if rows is None else rows["values"])
         self.optimizer.load_inside(saved.optimizer, rows)
         self.zero_grad()
         live = self._engine.buffers()
@@ -412,49 +422,6 @@ class TrainableAverage:
             self._gradients.require_no_fault(self.pods)
         finally:
             self._gradients.clear()
-
-    def _trained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return copies of the coefficients and of the corrections of rows."""
-        return self._x.detach().clone(), self._rows and self._rows.values.detach().clone()
-
-    @torch.no_grad()
-    def _restore(self, x: torch.Tensor, rows: torch.Tensor | None) -> None:
-        self._x.copy_(x)
-        if self._rows:
-            self._rows.set(rows)
-
-    def _set(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Replace the coefficients and write the weights; if these are not finite, restore both and raise.
-
-        Args:
-            x: (k, G).
-            rows: the corrections of this rank's rows; by default zero.
-        """
-        before = self._trained()
-        self._restore(x, rows)
-        self._write_or_return_to(before)
-
-    def _write_or_return_to(self, before: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-        """Write the weights of new coefficients; if these are not finite, restore those `before` and raise."""
-        try:
-            self._limits.require_coefficients(self._x)
-            self._write(postpone=self.config.combine == "forward")
-            self._limits.require_weights(self._x, self._spans)
-        except RankError:  # writing again would wait for the same rank
-            raise
-        except TwaError:
-            self._restore(*before)
-            self._write()
-            raise
-
-    def _write(self, *, postpone: bool = False) -> None:
-        """Write the current weights; with `postpone`, defer those that can wait for the next forward. Collective."""
-        self._weights.write(self._current, postpone=postpone)
-
-    def _current(self) -> tuple[torch.Tensor, RowCorrections | None]:
-        """Return u, (n + 1, G), and the corrections of rows of the current weights."""
-        swapped = self._swapped.now
-        return (self._basis.expand(self._x), self._rows) if swapped is None else (self._basis.weights_of(swapped), None)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a TrainableAverage")

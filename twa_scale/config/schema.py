@@ -242,6 +242,11 @@ class TwaConfig(Section):
                 f"groups {self.groups!r} is for the bases normalized and pca, whose directions are sums of deltas; the "
                 f"basis is {self.basis!r}. Use one of these, or groups without '+row'"
             )
+        if self.has_rows and self.optimizer.name.lower() in ("adafactor", "muon"):
+            raise ValueError(
+                f"optimizer.name {self.optimizer.name!r} computes with whole matrices of coefficients, and rows are "
+                "divided over ranks; use adamw or sgd with groups tensor+row and block+row"
+            )
         if not self.has_rows and self.optimizer.row_lr is not None:
             raise ValueError(f"optimizer.row_lr is for groups tensor+row and block+row; groups is {self.groups!r}")
         return self

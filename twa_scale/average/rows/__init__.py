@@ -1,7 +1,8 @@
 """Corrections of the coefficients for single rows of matrices (`groups: tensor+row` and `block+row`)."""
 
-from twa_scale.average.rows.corrections import RowCorrections
+from twa_scale.average.rows.corrections import RowCorrections, row_bytes
 from twa_scale.average.rows.make import make_rows
+from twa_scale.average.rows.shapes import row_lengths
 from twa_scale.average.rows.slots import Part
 
-__all__ = ["Part", "RowCorrections", "make_rows"]
+__all__ = ["Part", "RowCorrections", "make_rows", "row_bytes", "row_lengths"]

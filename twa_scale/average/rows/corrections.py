@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.average.basis import Basis
 from twa_scale.average.bases import LinearBasis
+from twa_scale.average.basis import Basis
 from twa_scale.average.optimizer import check_state, make_optimizer
 from twa_scale.average.rows.slots import Part, RowSlots
 from twa_scale.average.state.schema import RowsState
@@ -17,6 +17,16 @@ from twa_scale.config import TwaConfig
 from twa_scale.errors import StateError
 from twa_scale.kernels import RowMap
 from twa_scale.ranks import Group, Reduction
+
+
+def row_bytes(config: TwaConfig, n: int, rows: int) -> int:
+    """Return the bytes of `RowCorrections` for n candidates and rows of a rank: y, its gradient, moments and a copy."""
+    trial = nn.Parameter(torch.zeros(1, 1))
+    optimizer = make_optimizer(config, trial, config.row_lr)
+    trial.grad = torch.ones_like(trial)
+    optimizer.step()
+    moments = sum(isinstance(value, torch.Tensor) and value.dim() == 2 for value in optimizer.state[trial].values())
+    return 4 * (3 + moments) * n * rows
 
 
 class RowCorrections:
@@ -78,7 +88,7 @@ class RowCorrections:
         """Sum the gradient over ranks and multiply it by `factor`. Collective."""
         self._slots.sum_(self._gradient, self._reduction.sum_over_shards_)
         self._reduction.average_over_replicas_(self._gradient)
-        self.values.grad = self._gradient * factor
+        self.values.grad = self._gradient.mul_(factor)
 
     def squared_norm(self) -> float:
         """Return the squared 2-norm of the gradient of all rows. Collective."""

@@ -1,6 +1,6 @@
 """Which tensors have rows, and which rows a span holds."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -8,24 +8,34 @@ import torch
 from torch import nn
 
 from twa_scale.base.spans import Span
-from twa_scale.engines import Engine
-from twa_scale.engines.complex_weights import complex_tensor_names
 from twa_scale.engines.module_names import named_modules
 from twa_scale.kernels import Segments
 
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
-def row_lengths(engine: Engine, names: Iterable[str]) -> dict[str, int]:
+
+def row_lengths(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Return the number of elements of a row, by tensor, for the tensors that have more than one row.
 
-    A row is an output channel of a convolution, and otherwise a vector along the last dimension: an output of a linear
-    layer, an embedding, an output of one of several stacked experts. Vectors and complex tensors have no rows.
+    A row is the part of one first index of a convolution, its output channel, and otherwise a vector along the last
+    dimension: an output of a linear layer, an embedding, an output of one of several stacked experts. Vectors have no
+    rows.
+
+    Args:
+        module: the model, or what wraps it.
+        shapes: the shapes of real tensors, by name.
     """
-    convolutions = {name for name, module in named_modules(engine.module) if isinstance(module, nn.modules.conv._ConvNd)}
-    without = complex_tensor_names(engine)
+    convolutions = {name for name, child in named_modules(module) if isinstance(child, _CONVOLUTIONS)}
     lengths = {}
-    for name in names:
-        shape = engine.parameters[name].shape
-        if len(shape) < 2 or name in without:
+    for name, shape in shapes.items():
+        if len(shape) < 2:
             continue
         parents = name.split(".")[:-1]  # also the parents of parametrizations, as of weight normalization
         convolution = any(".".join(parents[:depth]) in convolutions for depth in range(len(parents) + 1))

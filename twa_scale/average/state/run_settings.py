@@ -74,7 +74,9 @@ def _digest(rows: RowsState | None) -> str:
     found = sha256()
     for tensors in (rows.values, *rows.moments.values()) if rows else ():
         for value in tensors.values() if isinstance(tensors, Mapping) else (tensors,):
-            found.update(value.detach().cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+            found.update(
+                value.detach().cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
+            )
     return found.hexdigest()
 
 

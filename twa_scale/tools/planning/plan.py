@@ -9,6 +9,7 @@ from torch import nn
 
 from twa_scale.average.layout import Layout, alias_jobs, match, wanted_of
 from twa_scale.average.optimizer import make_optimizer
+from twa_scale.average.rows import row_bytes, row_lengths
 from twa_scale.base.process_memory import resident
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate, open_candidates
@@ -85,7 +86,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     row = Dense.one(torch.ones(1))
     # These load the compilers of the kernels and, with its first optimizer, of torch, which take memory.
     choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)
-    make_optimizer(config, nn.Parameter(torch.zeros(1)))
+    make_optimizer(config, nn.Parameter(torch.zeros(1)), config.optimizer.lr)
     engine = run_engine(config, World(rank=0, size=ranks, local_rank=0))
     engine.load_libraries()
     task = build_task(config.task)
@@ -115,6 +116,11 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     store = {f"store ({config.store})": store_bytes(config.store, n, local.values())}
     offloaded = device == "cuda" and config.store_device == "cpu"
     store_on_device = {"buffers of the store": staging_bytes(config.store, n, local.values())} if offloaded else store
+    rows = {}
+    if config.has_rows:
+        lengths = row_lengths(model, {name: parameters[name].shape for name in layout.group_of})
+        count = sum(-(-local[name] // length) for name, length in lengths.items())
+        rows = {"corrections of rows": row_bytes(config, n, count)}
     numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
     return Plan(
         ranks=ranks,
@@ -131,6 +137,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             **engine.partition_bytes(parameters),
             "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
             **store_on_device,
+            **rows,
         },
         attach={} if offloaded else streaming,
         step={**activations, **engine.transient_bytes(model, parameters)},
