@@ -82,7 +82,7 @@ class TrainableAverage:
         sums = torch.zeros(store.coding.num_rows + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         clips = config.max_weight_grad_norm is not None
         self._gradients = Gradients(store, self._spans, rows, sums, self.clock, basis.needs_center, with_norm=clips)
-        inside = make_optimizer(config, self._x, config.optimizer.lr)
+        inside = make_optimizer(config, self._x)
         self.optimizer = AverageOptimizer(inside, rows, self, self._take_step)
         """A torch optimizer for schedulers and trainers; its step is `step`."""
         self.closed = self._moved = self._in_step = self._accumulating = False

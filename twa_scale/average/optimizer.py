@@ -36,11 +36,11 @@ def check_optimizer(config: TwaConfig) -> None:
     Raises:
         ConfigError: as `make_optimizer` does.
     """
-    make_optimizer(config, nn.Parameter(torch.zeros(1, 1)), config.optimizer.lr)
+    make_optimizer(config, nn.Parameter(torch.zeros(1, 1)))
 
 
-def make_optimizer(config: TwaConfig, x: nn.Parameter, lr: float) -> torch.optim.Optimizer:
-    """Return the optimizer of the coefficients `x`, by its name in torch.optim.
+def make_optimizer(config: TwaConfig, x: nn.Parameter, lr: float | None = None) -> torch.optim.Optimizer:
+    """Return the optimizer of the coefficients `x`, by its name in torch.optim. `lr` is by default that of `config`.
 
     Raises:
         ConfigError: this version of torch does not have the class, or the class refuses an option or a value.
@@ -59,19 +59,19 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter, lr: float) -> torch.optim
             "a later torch has; leave it out, or install a later torch."
         )
     try:
-        return kind([x], lr=lr, **settings.options)
+        return kind([x], lr=settings.lr if lr is None else lr, **settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {settings.name} refuses these options: {error}.") from error
 
 
-def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any], lr: float) -> None:
+def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) -> None:
     """Compare the saved state of an optimizer with the state of the optimizer of `config` after a step on `x`.
 
     Raises:
         StateError: a key is missing or unknown, or a value has another type or shape or is not finite.
     """
     trial = nn.Parameter(x.detach().clone())
-    optimizer = make_optimizer(config, trial, lr)
+    optimizer = make_optimizer(config, trial)
     trial.grad = torch.zeros_like(trial)
     optimizer.step()
     own = optimizer.state_dict()

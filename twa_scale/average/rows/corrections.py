@@ -165,7 +165,7 @@ class RowCorrections:
             "state": {0: moments} if moments else {},
             "param_groups": [{**state.settings, "params": [0]}],
         }
-        check_state(self._config, self.values, inside, self._config.row_lr)
+        check_state(self._config, self.values, inside)
         return {"values": self._slots.local(state.values), "optimizer": inside}
 
     @torch.no_grad()

@@ -104,6 +104,6 @@ class StateForm:
         a = self.averaging(given)
         if not torch.allclose(a, saved.coefficients.to(a), rtol=1e-6, atol=1e-6):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
-        check_state(self._config, x, saved.optimizer, self._config.optimizer.lr)
+        check_state(self._config, x, saved.optimizer)
         require_same_shapes(buffers, saved.buffers)
         return saved

@@ -86,7 +86,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     row = Dense.one(torch.ones(1))
     # These load the compilers of the kernels and, with its first optimizer, of torch, which take memory.
     choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)
-    make_optimizer(config, nn.Parameter(torch.zeros(1)), config.optimizer.lr)
+    make_optimizer(config, nn.Parameter(torch.zeros(1)))
     engine = run_engine(config, World(rank=0, size=ranks, local_rank=0))
     engine.load_libraries()
     task = build_task(config.task)
