@@ -212,7 +212,8 @@ def test_first_of_equal_bests_is_kept(higher: bool, values: list[float], best: i
     task: Any = SimpleNamespace(main_metric="score", higher_is_better=higher)
     kept = BestAverage(task, config())
     none = torch.zeros(1, 1, dtype=torch.float64)
-    average: Any = SimpleNamespace(state_dict=lambda: {"x": none, "coefficients": none, "buffers": {}})
+    state = {"x": none, "coefficients": none, "rows": None, "buffers": {}}
+    average: Any = SimpleNamespace(state_dict=lambda: state)
     for step, value in enumerate(values):
         kept.update(step, {"loss": 9.0, "score": value}, average)
     assert (kept.best and kept.best.step) == best
