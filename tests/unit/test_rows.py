@@ -156,7 +156,7 @@ def test_states_that_do_not_fit_are_refused(damage: str) -> None:
             values["embed.weight"][0, 0] = torch.nan
         case _:
             state["rows"]["moments"] = {"exp_avg": state["rows"]["moments"]["momentum_buffer"]}
-    with pytest.raises(StateError, match="rows|optimizer"):
+    with pytest.raises(StateError, match=r"rows|optimizer"):
         twa.load_state_dict(state)
 
 
