@@ -15,6 +15,7 @@ SCRATCH ?= runs/scale
 TEXTS := runs/proof/packages/.downloaded
 TASK ?=
 SEEDS ?=
+PROOF = $(BIN)/python -m examples.proof.run $(if $(TASK),--task $(TASK)) --sentences $(SENTENCES)
 export NO_MKDOCS_2_WARNING := 1
 # Hundreds of processes that the tests start would each compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -51,11 +52,11 @@ scale-run: setup ## A billion parameters and 16 candidates on two ranks: 40 GB o
 results: setup ## Repeat the quickstart with three seeds and rewrite docs/results.md.
 	$(BIN)/python examples/quickstart/seeds.py
 
-proof: setup $(TEXTS) ## Compare TWA with other methods at equal cost, for hours; continues where it was. TASK=name SEEDS="0 1".
-	OMP_NUM_THREADS=1 $(BIN)/python -m examples.proof.run $(if $(TASK),--task $(TASK)) $(if $(SEEDS),--seeds $(SEEDS)) --page
+proof: setup $(TEXTS) $(SENTENCES) ## Compare TWA with other methods at equal cost, for hours; continues where it was. TASK=name SEEDS="0 1".
+	OMP_NUM_THREADS=1 $(PROOF) $(if $(SEEDS),--seeds $(SEEDS)) --page
 
-proof-small: setup ## The same at a small size, in minutes.
-	$(BIN)/python -m examples.proof.run --size small --out runs/proof-small --seeds 0
+proof-small: setup $(SENTENCES) ## The same at a small size, in minutes.
+	$(PROOF) --size small --out runs/proof-small --seeds 0
 
 $(TEXTS):
 	mkdir -p $(@D)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook
 
 
 @dataclass
@@ -38,15 +38,15 @@ def measured(kind: type[nn.Module], batch_size: int) -> Iterator[Cost]:
     """
     cost = Cost()
 
-    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def count(module: nn.Module, _: Any, outputs: Any) -> None:
         if isinstance(module, kind):
-            batches = len(inputs[0]) / batch_size
+            batches = len(outputs if isinstance(outputs, torch.Tensor) else outputs.logits) / batch_size
             if torch.is_grad_enabled():
                 cost.steps += batches
             else:
                 cost.evaluations += batches
 
     start = time.process_time()
-    with register_module_forward_pre_hook(count):
+    with register_module_forward_hook(count):
         yield cost
     cost.seconds = time.process_time() - start

@@ -5,14 +5,14 @@ seed reads the test split when all of its methods are finished. Other seeds are 
 """
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
-from examples.proof.language.task import Language, read_settings
 from examples.proof.page import PAGE, updated
 from examples.proof.parts import run_parts
 from examples.proof.table import tables
 
-TASKS = {"language": Language}
+TASKS = {"language": "Language", "soup": "Soup"}  # the class in the module `task` of the folder
 
 
 def main() -> None:
@@ -22,16 +22,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", help="the final ones when not given; none: only the tables")
     parser.add_argument("--size", choices=["full", "small", "tiny"], default="full")
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
-    parser.add_argument("--packages", type=Path, default=Path("runs/proof/packages"))
+    parser.add_argument("--packages", type=Path, default=Path("runs/proof/packages"), help="Debian packages of texts")
+    parser.add_argument("--sentences", type=Path, help="source archive of vaderSentiment 3.3.2, for `soup`")
     parser.add_argument("--page", action="store_true", help=f"write the tables into {PAGE.name}")
     arguments = parser.parse_args()
+    sources = {"language": arguments.packages, "soup": arguments.sentences}
     for task in arguments.task:
-        settings = read_settings(arguments.size)
         out = arguments.out / task
-        seeds = settings["seeds"] if arguments.seeds is None else arguments.seeds
-        for seed in seeds:
-            work = TASKS[task](out, seed, arguments.size, arguments.packages)
-            run_parts(work.parts(), work.rows)
+        work = getattr(import_module(f"examples.proof.{task}.task"), TASKS[task])  # Soup loads transformers
+        settings = work.read(arguments.size)
+        for seed in settings["seeds"] if arguments.seeds is None else arguments.seeds:
+            one = work(out, seed, settings, sources[task])
+            run_parts(one.parts(), one.rows)
         written = tables(out, settings)
         print(written)
         if arguments.page:

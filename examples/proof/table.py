@@ -1,5 +1,6 @@
 """The tables of docs/proof.md, from the rows that `run.py` has left."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 from examples.proof.parts import Row, Rows, slug
 from examples.proof.significance import difference
 
-REFERENCE = "EMA"
+Seeds = Sequence[dict[str, Row]]
+"""The rows of each finished seed, by method."""
 
 
 def tables(out: Path, settings: dict[str, Any]) -> str:
-    """Return both tables of a task as Markdown, of the seeds that have finished."""
+    """Return the tables of a task as Markdown, of the final seeds that have finished."""
     seeds = {seed: read(Rows(out / f"seed-{seed}"), settings) for seed in settings["seeds"]}
     finished = {seed: rows for seed, rows in seeds.items() if rows}
     if not finished:
@@ -21,35 +23,46 @@ def tables(out: Path, settings: dict[str, Any]) -> str:
     if unfinished:
         said += f" Not finished: {', '.join(unfinished)}."
     rows = list(finished.values())
-    return "\n".join([said, "", *methods_table(rows), "", *claims_table(rows, settings["claims"]), ""])
+    parts = [[said]]
+    for table in settings["tables"]:
+        parts.append(methods_table(rows, table.get("methods", list(settings["methods"])), table["reference"]))
+    parts.append(claims_table(rows, settings["claims"]))
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
 def read(rows: Rows, settings: dict[str, Any]) -> dict[str, Row]:
-    """Return the rows of a seed by method, with the cost of the trunk; none if a part of it is missing."""
+    """Return the rows of a seed by method, or none if a part is missing.
+
+    `share` is the time of a method as a fraction of that of the parts `before`, which methods start from.
+    """
     names = {name: slug(name) for name in settings["methods"]}
-    if "trunk" not in rows or any(f"test/{part}" not in rows for part in names.values()):
+    if any(f"test/{part}" not in rows for part in names.values()):
         return {}
-    trunk = rows["trunk"]
+    seconds = sum(rows[part]["seconds"] for part in settings["before"])
     return {
-        name: {**rows[part], **rows[f"test/{part}"], "share": rows[part]["seconds"] / trunk["seconds"]}
+        name: {**rows[part], **rows[f"test/{part}"], "share": rows[part]["seconds"] / seconds}
         for name, part in names.items()
     }
 
 
-def methods_table(seeds: list[dict[str, Row]]) -> list[str]:
-    lines = [
-        f"| method | steps | evaluations | seconds | test loss | against {REFERENCE} |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name in seeds[0]:
+def methods_table(seeds: Seeds, names: Sequence[str], reference: str) -> list[str]:
+    """Return a table of methods with their costs and test losses."""
+    accuracy = "accuracy" in seeds[0][reference]
+    columns = ["steps", "evaluations", "seconds", *(["accuracy"] if accuracy else []), "test loss"]
+    lines = [f"| method | {' | '.join(columns)} | against {reference} |", f"| --- |{' ---: |' * (len(columns) + 1)}"]
+    for name in names:
         of = {key: [rows[name][key] for rows in seeds] for key in ("steps", "evaluations", "share", "loss")}
-        cost = f"{mean(of['steps']):.0f} | {mean(of['evaluations']):.0f} | {100 * mean(of['share']):.1f} %"
-        against = difference(of["loss"], [rows[REFERENCE]["loss"] for rows in seeds])
-        lines.append(f"| {name} | {cost} | {mean(of['loss']):.4f} | {'' if name == REFERENCE else against} |")
+        cells = [f"{mean(of['steps']):.0f}", f"{mean(of['evaluations']):.0f}", f"{100 * mean(of['share']):.1f} %"]
+        if accuracy:
+            cells.append(f"{100 * mean(rows[name]['accuracy'] for rows in seeds):.2f} %")
+        against = difference(of["loss"], [rows[reference]["loss"] for rows in seeds])
+        cells += [f"{mean(of['loss']):.4f}", "" if name == reference else str(against)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def claims_table(seeds: list[dict[str, Row]], claims: list[list[str]]) -> list[str]:
+def claims_table(seeds: Seeds, claims: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table of the pairs that were to be compared."""
     lines = ["| method | against | difference of the test losses | shown |", "| --- | --- | ---: | --- |"]
     for ours, theirs in claims:
         found = difference(*([rows[name]["loss"] for rows in seeds] for name in (ours, theirs)))

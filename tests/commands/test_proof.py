@@ -1,4 +1,4 @@
-"""`make proof-small` at the smallest size: every method runs, on Python's own sources, and nothing is run twice."""
+"""`make proof` at the smallest size: every method runs, on real data, and nothing is run twice."""
 
 import re
 import subprocess
@@ -8,32 +8,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.proof.language.task import Language, read_settings
+from examples.proof.language.task import Language
 from examples.proof.language.texts import write_texts
+from examples.proof.parts import run_parts
+from examples.proof.soup.task import Soup
+from examples.proof.table import tables
 from examples.training import Training
 from twa_scale.ranks import World
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def proof(out: Path) -> str:
-    command = [sys.executable, "-m", "examples.proof.run", "--size=tiny", "--seeds", "0", f"--out={out}"]
-    return subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+SENTENCES = ROOT / ".venv/share/vaderSentiment-3.3.2.tar.gz"
+ONCE = {"language": (Language, Path("unused")), "soup": (Soup, SENTENCES)}
 
 
 @pytest.mark.slow
-def test_every_method_runs_once_and_has_a_row_in_the_table(tmp_path: Path) -> None:
-    first = proof(tmp_path)
-    settings = read_settings("tiny")
+@pytest.mark.parametrize("task", ONCE)
+def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, tmp_path: Path) -> None:
+    assert SENTENCES.exists(), "the sentences are missing: `make test-slow` fetches them"
+    command = [sys.executable, "-m", "examples.proof.run", f"--task={task}", "--size=tiny", "--seeds=0"]
+    command += [f"--out={tmp_path}", f"--sentences={SENTENCES}"]
+    said = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    kind, source = ONCE[task]
+    settings = kind.read("tiny")
     for name, method in settings["methods"].items():
-        found = re.search(rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| [\d.]+ % \| [\d.]+ \|", first, re.MULTILINE)
+        found = re.search(rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| [\d.]+ % \|.* [\d.]+ \|", said, re.MULTILINE)
         assert found, name
         if method["how"] in ("anneal", "decayed") and "start" not in method:
             assert int(found[1]) == method["steps"] and int(found[2]) == 0, name
-    rows = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    again = proof(tmp_path)
-    assert again == first[first.index("Finished seeds") :]
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == rows
+    work = kind(tmp_path / task, 0, settings, source)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    run_parts(work.parts(), work.rows)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == before
+    assert tables(tmp_path / task, settings) in said
 
 
 class Interrupted(Training):
@@ -47,14 +53,14 @@ class Interrupted(Training):
 
 @pytest.mark.slow
 def test_a_trunk_that_was_interrupted_has_the_same_candidates(tmp_path: Path) -> None:
-    whole, work = (Language(tmp_path / name, 0, "tiny", tmp_path) for name in ("whole", "interrupted"))
-    whole.make_trunk()
+    whole, work = (Language(tmp_path / name, 0, Language.read("tiny"), tmp_path) for name in ("whole", "interrupted"))
+    whole.trunk.run(whole.training)
     write_texts(tmp_path / "interrupted/texts", ["python"], work.settings["pieces"], tmp_path)
     settings = work.settings["trunk"]
     arguments = work.config(), World.from_environment(), settings["steps"], settings["lr"]
     with pytest.raises(KeyboardInterrupt):
         work.trunk.run(Interrupted(*arguments))
-    assert work.make_trunk()["steps"] == whole.settings["trunk"]["steps"]
+    assert work.trunk.run(work.training)["steps"] == whole.settings["trunk"]["steps"]
     for name in ("candidates/step-00000012/model.safetensors", "candidates/step-00000006/model.safetensors"):
         assert (work.trunk.directory / name).read_bytes() == (whole.trunk.directory / name).read_bytes()
     states = [torch.load(w.trunk.state(12), weights_only=True)["optimizer"]["state"][0] for w in (whole, work)]

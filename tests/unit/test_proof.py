@@ -14,7 +14,7 @@ from torch import nn
 
 from examples.proof.cost import Cost, measured
 from examples.proof.language.methods import branch
-from examples.proof.language.task import Language, read_settings
+from examples.proof.language.task import Language
 from examples.proof.language.texts import PIECE, members, write_texts
 from examples.proof.page import updated
 from examples.proof.parts import Part, Row, Rows, run_parts, slug
@@ -71,11 +71,8 @@ def test_the_interval_of_a_paired_difference() -> None:
 
 
 def test_tables_take_only_seeds_whose_parts_are_all_there(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "seeds": [0, 1, 2],
-        "methods": {"EMA": {}, "TWA + x": {}},
-        "claims": [["TWA + x", "EMA"]],
-    }
+    settings: dict[str, Any] = {"seeds": [0, 1, 2], "before": ["trunk"], "methods": {"EMA": {}, "TWA + x": {}}}
+    settings |= {"tables": [{"reference": "EMA"}], "claims": [["TWA + x", "EMA"]]}
     for seed, (ema, twa) in enumerate([(1.5, 1.4), (1.7, 1.5), (9.0, 9.0)]):
         rows = Rows(tmp_path / f"seed-{seed}")
         rows["trunk"] = {"seconds": 100.0}
@@ -102,15 +99,16 @@ def test_tables_replace_those_of_the_page() -> None:
 
 @pytest.mark.parametrize("size", ["full", "small", "tiny"])
 def test_methods_can_be_made_from_what_is_there_before_them(size: str, tmp_path: Path) -> None:
-    settings = read_settings(size)
-    work = Language(tmp_path, settings["seeds"][0], size, tmp_path)
+    settings = Language.read(size)
+    work = Language(tmp_path, settings["seeds"][0], settings, tmp_path)
     assert len({part.name for part in work.parts()}) == len(work.parts()) == 1 + 2 * len(settings["methods"])
     before: list[str] = []
     for name, method in settings["methods"].items():
         assert method.get("start", "last") in ["last", *before], name
-        config = work.config(name, method.get("settings"))
-        assert config.evaluate_split == "validation" and config.split == "train", name
-        assert Path(config.output).name == slug(name)
+        if method["how"] == "twa":
+            config = work.config(name, method)
+            assert config.evaluate_split == "validation" and config.split == "train", name
+            assert Path(config.output).name == slug(name)
         if method["how"] == "decayed":
             assert branch(settings["trunk"]["steps"], method["steps"]) in work.trunk.settings["branches"]
         before.append(name)
@@ -118,7 +116,7 @@ def test_methods_can_be_made_from_what_is_there_before_them(size: str, tmp_path:
 
 
 def test_development_seeds_never_read_the_test_split(tmp_path: Path) -> None:
-    parts = Language(tmp_path, 100, "full", tmp_path).parts()
+    parts = Language(tmp_path, 100, Language.read("full"), tmp_path).parts()
     assert parts and not any(part.name.startswith("test/") for part in parts)
 
 

@@ -1,13 +1,11 @@
 """The run that all methods start from: a constant rate after the warmup, as the stable phase of warmup-stable-decay."""
 
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from examples.proof.files import load, save
 from examples.training import Training
 from twa_scale import RunningAverages
 
@@ -83,16 +81,3 @@ class Trunk:
         training.restore(state)
         averages.load_state(self.directory / "resume" / str(state["step"]))
         return state["step"], state["seconds"]
-
-
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write a state so that a kill leaves all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def load(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    return state
