@@ -288,6 +288,30 @@ def test_files_beside_the_weights(here: Path) -> None:
     average_fixed(["checkpoint-*"], "out", format="same", overwrite=True)
 
 
+def test_a_tensor_that_the_files_name_otherwise(here: Path) -> None:
+    for value in (1.0, 3.0):
+        torch.save({"ema.w": torch.full((2,), value)}, f"{value}-00001-of-00002.bin")
+        torch.save({"w": torch.zeros(2)}, f"{value}-00002-of-00002.bin")
+        Path(f"{value}.bin.index.json").write_text(
+            f'{{"weight_map": {{"ema.w": "{value}-00001-of-00002.bin", "w": "{value}-00002-of-00002.bin"}}}}'
+        )
+    average_fixed(["*.index.json"], "hf", weights_key="ema")
+    assert load_file(next(Path("hf").glob("*.safetensors")))["w"].tolist() == [2.0, 2.0]
+    with pytest.raises(OutputError, match="under this name"):
+        average_fixed(["*.index.json"], "out", weights_key="ema", format="same")
+
+
+def test_one_tensor_in_the_files_and_two_in_the_model(here: Path) -> None:
+    tensor = torch.ones(2, 2)
+    for name in ("a.pt", "b.pt"):
+        torch.save({"0.weight": tensor, "1.weight": tensor}, name)
+    twa = twa_scale.attach(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)), ["a.pt", "b.pt"])
+    with pytest.raises(OutputError, match=r"'0.weight' and '1.weight' are one tensor in the files"):
+        twa.export("out", format="same")
+    twa.export("out", format="pt")
+    assert torch.equal(torch.load("out/b.pt")["1.weight"], tensor)
+
+
 def complex_state(path: Path) -> None:
     torch.save({"w": torch.ones(2, dtype=torch.complex64)}, path)
 

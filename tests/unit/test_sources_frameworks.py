@@ -58,6 +58,14 @@ def test_the_pattern_alone_suffices(out: Path) -> None:
     weights = average_fixed(["out/checkpoint-*"], "merged", "last")
     assert weights[-1] == ("out/checkpoint-1000", 1) and Path("merged/config.json").exists()
     assert torch.equal(read(opened(Path("merged")), "lin.weight", 0, 6), torch.full((6,), 1000.0))
+    average_fixed(["out/checkpoint-*"], "same", "first", format="same")
+    assert {path.name for path in Path("same").iterdir()} == {
+        *(path.name for path in Path("out/checkpoint-1000").iterdir()),
+        "twa_scale.json",
+    }
+    assert torch.equal(read(opened(Path("same")), "lin.weight", 0, 6), torch.full((6,), 50.0))
+    for name in ("optimizer_0/.metadata", "optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata"):
+        assert Path("same", name).read_bytes() == Path("out/checkpoint-1000", name).read_bytes()
 
 
 def test_other_layouts_of_accelerate(here: Path) -> None:

@@ -13,12 +13,13 @@ from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.dtypes import types_notice
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
+from twa_scale.errors import OutputError
 from twa_scale.output import check_dtype, writing
 from twa_scale.output.formats.choose import output_format
 from twa_scale.output.live_weights import write_live
 from twa_scale.output.provenance import writing_options
 from twa_scale.output.publish import check_inputs_outside
-from twa_scale.output.stored_form import form_of_candidates
+from twa_scale.output.stored_form import StoredForm, form_of_candidates
 from twa_scale.ranks import Pods
 
 
@@ -74,6 +75,23 @@ def export(
         with group.agree():
             check_inputs_outside(out, [candidate.label for candidate in candidates])
         with writing(out, stored.specs, group, overwrite=overwrite, **options) as writer:
+            with group.agree():
+                _require_one_tensor(writer.shared, layout, stored)
             write_live(writer, engine, layout.held_as, stored, progress)
     if pods.rank == 0 and dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
         notice(text)
+
+
+def _require_one_tensor(shared: Sequence[tuple[str, str]], layout: Layout, stored: StoredForm) -> None:
+    """Check that tensors which have one place in the files are one tensor of the model.
+
+    Raises:
+        OutputError: names two that are not.
+    """
+    own_of = {stored.stored_name(name): own for own, names in layout.held_as.items() for name in names}
+    for first, second in shared:
+        if own_of.get(first) != own_of.get(second):
+            raise OutputError(
+                f"tensors {first!r} and {second!r} are one tensor in the files of the last candidate, which "
+                "format='same' keeps, but two in the model. Choose hf, dcp or pt."
+            )

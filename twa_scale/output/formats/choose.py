@@ -78,26 +78,18 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
         beside = state_files(root, _weight_files(last, origin), tell, code=carried.code)
     if origin.written_as == "hf":
         return SafetensorsFormat(beside, of_last=True)
-    _require_places(last, origin)
+    tied = _stored_under_other_names(last, origin)
     if (index := _index(last)) and origin.written_as == "pt":
         beside.append((index.name, index))
-    return SameFormat(origin, root if root.is_dir() else next(iter(origin.keys)).parent, beside)
+    return SameFormat(origin, root if root.is_dir() else next(iter(origin.keys)).parent, tied, beside)
 
 
-def _require_places(last: Candidate, origin: Origin) -> None:
-    """Check that the files have a place for every tensor. A tied one may be stored under its other name only.
-
-    Raises:
-        OutputError: names a tensor that has none.
-    """
+def _stored_under_other_names(last: Candidate, origin: Origin) -> set[str]:
+    """Return the stored names of tied tensors that are in the files under another name only."""
     held = {name for names in origin.keys.values() for name in names}
-    placed = [name for name in last.names() if made(last, name) or last.stored_names[name] in held]
-    for name in {*last.names()} - {*placed}:
-        if not any(stored_once(last, name, other) for other in placed):
-            raise OutputError(
-                f"{last.label}: tensor {name!r} has no place of its own in the files, which --format same "
-                "(format='same') keeps. Choose hf, dcp or pt."
-            )
+    placed = [name for name in last.names() if not made(last, name) and last.stored_names[name] in held]
+    others = {name for name in last.names() if not made(last, name)} - {*placed}
+    return {last.stored_names[name] for name in others if any(stored_once(last, name, other) for other in placed)}
 
 
 def _master_copy(origin: Origin) -> str | None:

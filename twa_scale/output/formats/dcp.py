@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -24,7 +23,7 @@ from twa_scale.candidates.formats.torch_archive import Archive
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
 from twa_scale.output.formats.skeleton import SkeletonFiles
-from twa_scale.output.formats.torch_file import hollow, save_hollow
+from twa_scale.output.formats.torch_api import hollow, save_hollow, storage_info
 from twa_scale.output.publish import write_file
 
 _CHUNK_BYTES = 64 << 20  # A rank that loads a part of a tensor reads the whole chunks that hold it.
@@ -82,7 +81,7 @@ class _DcpFiles(SkeletonFiles):
                 os.pwrite(file.fileno(), head, begin)
                 os.pwrite(file.fileno(), tail, begin + len(head) + numbers)
             sizes[number] = begin + length
-            storage[MetadataIndex(self._key(spec), starts)] = _StorageInfo(_file_name(number), begin, length)
+            storage[MetadataIndex(self._key(spec), starts)] = storage_info(_file_name(number), begin, length)
             chunks.setdefault(spec.name, []).append(ChunkStorageMetadata(torch.Size(starts), torch.Size(shape)))
         metadata = Metadata(
             {

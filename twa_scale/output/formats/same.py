@@ -1,6 +1,6 @@
 """The files of the last candidate, in which only the numbers of its weights are replaced."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from twa_scale.base.names import some
@@ -9,6 +9,7 @@ from twa_scale.candidates.formats.dcp import files_in_dcp
 from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.formats.stored_tensors import Stored
 from twa_scale.candidates.formats.torch_file import tensors_in
+from twa_scale.errors import OutputError
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.copying import copy_file
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
@@ -24,21 +25,33 @@ class SameFormat(OutputFormat):
     Args:
         origin: the format of the last candidate, and where its files hold the weights.
         root: the directory that becomes the output directory.
+        tied: the names of tied tensors that the files hold under another name only.
         beside: the other files to copy.
     """
 
     name = "same"
     of_last = True
 
-    def __init__(self, origin: Origin, root: Path, beside: Sequence[tuple[str, Path]]) -> None:
+    def __init__(self, origin: Origin, root: Path, tied: Collection[str], beside: Sequence[tuple[str, Path]]) -> None:
         self._origin = origin
         self._root = root
+        self._tied = tied
         self.beside = beside
 
     def files(
         self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None
     ) -> WeightFiles:
-        """Return the same files as those of the last candidate."""
+        """Return the same files as those of the last candidate.
+
+        Raises:
+            OutputError: they have no place for a tensor.
+        """
+        held = {name for names in self._origin.keys.values() for name in names}
+        if absent := next((spec.name for spec in specs if spec.name not in held and spec.name not in self._tied), None):
+            raise OutputError(
+                f"{self._root}: tensor {absent!r} is not in the files of the last candidate under this name, and "
+                "--format same (format='same') keeps them. Choose hf, dcp or pt."
+            )
         return _SameFiles(specs, self._origin, self._root)
 
 

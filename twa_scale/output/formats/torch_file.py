@@ -4,14 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.serialization import skip_data
-
 from twa_scale.candidates.formats.origin import Keys
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
 from twa_scale.output.formats.skeleton import SkeletonFiles
+from twa_scale.output.formats.torch_api import hollow, save_hollow
 
 _BESIDE_NUMBERS = 4096  # bytes of an archive for each tensor, at most, beside its numbers
 
@@ -56,15 +53,3 @@ class _TorchFile(SkeletonFiles):
         for key in reversed(self._nesting):
             content = {key: content}
         save_hollow(content, directory / self._file)
-
-
-def hollow(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor without memory, which `save_hollow` takes."""
-    with FakeTensorMode():
-        return torch.empty(shape, dtype=dtype)
-
-
-def save_hollow(content: Any, path: Path) -> None:
-    """Write the file that torch.save writes of `content`, with a hole of the right size for each `hollow` tensor."""
-    with skip_data(materialize_fake_tensors=True):
-        torch.save(content, path)

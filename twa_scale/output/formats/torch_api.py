@@ -1,0 +1,43 @@
+"""What is used of torch that is not public: it is checked before it is used."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.errors import OutputError
+
+_TESTED = "2.6 to 2.13"
+_PLACES = {
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "skip_data": "torch.serialization",
+    "_StorageInfo": "torch.distributed.checkpoint.filesystem",
+}
+
+
+def hollow(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor without memory, which `save_hollow` takes."""
+    with _found("FakeTensorMode")():
+        return torch.empty(shape, dtype=dtype)
+
+
+def save_hollow(content: Any, path: Path) -> None:
+    """Write the file that torch.save writes of `content`, with a hole of the right size for each `hollow` tensor."""
+    with _found("skip_data")(materialize_fake_tensors=True):
+        torch.save(content, path)
+
+
+def storage_info(file: str, offset: int, length: int) -> Any:
+    """Return the object by which the metadata of DCP say where a chunk is."""
+    return _found("_StorageInfo")(file, offset, length)
+
+
+def _found(name: str) -> Any:
+    try:
+        return getattr(import_module(_PLACES[name]), name)
+    except (ImportError, AttributeError):
+        raise OutputError(
+            f"--format dcp and pt (format=) need {_PLACES[name]}.{name}, which torch {torch.__version__} has not; use "
+            f"torch {_TESTED}, or --format hf."
+        ) from None
