@@ -240,8 +240,8 @@ def test_views_of_one_storage_and_what_shares_it(here: Path) -> None:
     for value in (1.0, 3.0):
         flat = torch.full((10,), value)
         flat[8:] = 7
-        torch.save({"model": {"a": flat[:4], "b": flat[4:8]}, "all": flat}, f"{value}.pt")
-    with pytest.warns(TwaWarning, match="'all' are the same numbers in the file as weights"):
+        torch.save({"model": {"a": flat[:4], "b": flat[4:8]}, "all": flat, "rest": flat[8:]}, f"{value}.pt")
+    with pytest.warns(TwaWarning, match="pt: 'all' are the same numbers in the file as weights"):
         average_fixed(["*.pt"], "out", format="same")
     found = torch.load("out/3.0.pt")
     assert found["all"].tolist() == [2.0] * 8 + [7, 7] and found["model"]["b"].tolist() == [2.0] * 4
@@ -297,8 +297,9 @@ def test_a_tensor_that_the_files_name_otherwise(here: Path) -> None:
         )
     average_fixed(["*.index.json"], "hf", weights_key="ema")
     assert load_file(next(Path("hf").glob("*.safetensors")))["w"].tolist() == [2.0, 2.0]
-    with pytest.raises(OutputError, match="under this name"):
-        average_fixed(["*.index.json"], "out", weights_key="ema", format="same")
+    average_fixed(["*.index.json"], "out", weights_key="ema", format="same")
+    assert torch.load("out/3.0-00001-of-00002.bin")["ema.w"].tolist() == [2.0, 2.0]
+    assert torch.load("out/3.0-00002-of-00002.bin")["w"].tolist() == [0.0, 0.0]
 
 
 def test_one_tensor_in_the_files_and_two_in_the_model(here: Path) -> None:

@@ -1,11 +1,13 @@
 """Some of the tensors of a candidate, under other names."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.conversion import Made
+from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.proxy import CandidateProxy
 
 
@@ -28,6 +30,19 @@ class View(CandidateProxy):
         if stored.endswith(own):
             return stored.removesuffix(own) + name
         return name.removeprefix(own.removesuffix(stored)) if own.endswith(stored) else name
+
+    @property
+    def origin(self) -> Origin:
+        """The format of the candidate, and where its files hold these tensors."""
+        origin = super().origin
+        stored = {self.stored_names[name]: self._candidate.stored_names[own] for name, own in self._names.items()}
+        return replace(
+            origin,
+            keys={
+                path: {new: held[old] for new, old in stored.items() if old in held}
+                for path, held in origin.keys.items()
+            },
+        )
 
     def names(self) -> list[str]:
         """Return the tensor names, sorted."""

@@ -23,8 +23,8 @@ class Origin:
     def nesting(self) -> Keys:
         """The path of keys of the mapping that holds all weights; empty if they are not in one mapping."""
         parents = {keys[:-1] for held in self.keys.values() for keys in held.values()}
-        names_are_keys = all(keys[-1] == name for held in self.keys.values() for name, keys in held.items())
-        return parents.pop() if len(parents) == 1 and names_are_keys else ()
+        named = any(keys[-1] == name for held in self.keys.values() for name, keys in held.items())  # not in a list
+        return parents.pop() if len(parents) == 1 and named else ()
 
 
 @runtime_checkable

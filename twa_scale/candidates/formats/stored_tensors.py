@@ -115,6 +115,12 @@ class Stored:
         else:
             self._read_mapped(start, out, last + 1, what)
 
+    def extent(self) -> tuple[int, int]:
+        """Return the first byte of the tensor in the file, and the one after its last."""
+        last = self.first + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        itemsize = self.dtype.itemsize
+        return self.record.begin + self.first * itemsize, self.record.begin + (last + 1) * itemsize
+
     @property
     def memory_key(self) -> object:
         """A value that identifies the bytes in the file and their interpretation."""

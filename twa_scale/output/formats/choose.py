@@ -8,13 +8,11 @@ from twa_scale.base.names import nearest
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.carry_over import BASE, CarriedFiles
-from twa_scale.candidates.conversion import made
 from twa_scale.candidates.directory import INDEX, is_torch
 from twa_scale.candidates.formats.dcp import files_in_dcp, keys_in_dcp
 from twa_scale.candidates.formats.origin import Origin, origin_of
 from twa_scale.candidates.formats.sharded import weight_map
 from twa_scale.candidates.formats.torch_file import tensors_in
-from twa_scale.candidates.proxy import stored_once
 from twa_scale.errors import ConfigError, OutputError
 from twa_scale.output.formats.dcp import DcpFormat
 from twa_scale.output.formats.format import OutputFormat
@@ -78,18 +76,9 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
         beside = state_files(root, _weight_files(last, origin), tell, code=carried.code)
     if origin.written_as == "hf":
         return SafetensorsFormat(beside, of_last=True)
-    tied = _stored_under_other_names(last, origin)
     if (index := _index(last)) and origin.written_as == "pt":
         beside.append((index.name, index))
-    return SameFormat(origin, root if root.is_dir() else next(iter(origin.keys)).parent, tied, beside)
-
-
-def _stored_under_other_names(last: Candidate, origin: Origin) -> set[str]:
-    """Return the stored names of tied tensors that are in the files under another name only."""
-    held = {name for names in origin.keys.values() for name in names}
-    placed = [name for name in last.names() if not made(last, name) and last.stored_names[name] in held]
-    others = {name for name in last.names() if not made(last, name)} - {*placed}
-    return {last.stored_names[name] for name in others if any(stored_once(last, name, other) for other in placed)}
+    return SameFormat(origin, root if root.is_dir() else next(iter(origin.keys)).parent, beside)
 
 
 def _master_copy(origin: Origin) -> str | None:

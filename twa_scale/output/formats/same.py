@@ -1,19 +1,23 @@
 """The files of the last candidate, in which only the numbers of its weights are replaced."""
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.candidates.formats.dcp import files_in_dcp
-from twa_scale.candidates.formats.origin import Origin
-from twa_scale.candidates.formats.stored_tensors import Stored
+from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.torch_file import tensors_in
 from twa_scale.errors import OutputError
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.copying import copy_file
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
 from twa_scale.output.formats.skeleton import SkeletonFiles, checked, read_tensors
+
+Extent = tuple[int, int]
+"""The first byte of a tensor in a file, and the one after its last."""
 
 
 class SameFormat(OutputFormat):
@@ -25,17 +29,15 @@ class SameFormat(OutputFormat):
     Args:
         origin: the format of the last candidate, and where its files hold the weights.
         root: the directory that becomes the output directory.
-        tied: the names of tied tensors that the files hold under another name only.
         beside: the other files to copy.
     """
 
     name = "same"
     of_last = True
 
-    def __init__(self, origin: Origin, root: Path, tied: Collection[str], beside: Sequence[tuple[str, Path]]) -> None:
+    def __init__(self, origin: Origin, root: Path, beside: Sequence[tuple[str, Path]]) -> None:
         self._origin = origin
         self._root = root
-        self._tied = tied
         self.beside = beside
 
     def files(
@@ -47,7 +49,7 @@ class SameFormat(OutputFormat):
             OutputError: they have no place for a tensor.
         """
         held = {name for names in self._origin.keys.values() for name in names}
-        if absent := next((spec.name for spec in specs if spec.name not in held and spec.name not in self._tied), None):
+        if absent := next((spec.name for spec in specs if spec.name not in held), None):
             raise OutputError(
                 f"{self._root}: tensor {absent!r} is not in the files of the last candidate under this name, and "
                 "--format same (format='same') keeps them. Choose hf, dcp or pt."
@@ -75,31 +77,40 @@ class _SameFiles(SkeletonFiles):
 
     def create(self, directory: Path) -> None:
         tensors = read_tensors({self._root / path: held for path, held in self._keys.items()})
-        held = [(tensors[spec.name], spec) for spec in self._specs if spec.name in tensors]
-        weights = [stored for tensor, spec in held for stored in checked(tensor, spec)]
-        self._tell_what_shares_storage(weights)
-        replaced: dict[Path, list[tuple[int, int]]] = {}
+        weights = [stored for spec in self._specs for stored in checked(tensors[spec.name], spec) if stored.numel]
+        written: dict[Path, list[Extent]] = {}
+        replaced: dict[Path, list[Extent]] = {}
         for stored in weights:
+            path, extent = Path(stored.record.file.path), stored.extent()
+            written.setdefault(path, []).append(extent)
             if stored.row_major():  # Others may have gaps between their elements, which are kept.
-                begin = stored.record.begin + stored.first * stored.dtype.itemsize
-                end = begin + stored.numel * stored.dtype.itemsize
-                replaced.setdefault(Path(stored.record.file.path), []).append((begin, end))
+                replaced.setdefault(path, []).append(extent)
         for source, name in zip(self._sources, self.names, strict=True):
             copy_file(source, directory / name, replaced.get(source, ()))
+        for path, held in self._keys.items():
+            if (source := self._root / path) in written and source.is_file():
+                _tell_what_shares_storage(source, {*held.values()}, written[source])
 
-    def _tell_what_shares_storage(self, weights: Sequence[Stored]) -> None:
-        """Report tensors that are no weights, but the same numbers in the file, as an EMA that is no copy is."""
-        keys = {path: {*held.values()} for path, held in self._keys.items()}
-        replaced = {(stored.record.file.path, stored.record.begin) for stored in weights}
-        for path, held in keys.items():
-            if (self._root / path).is_file():
-                others = {
-                    ".".join(name)
-                    for name, tensor in tensors_in(self._root / path).items()
-                    if name not in held and (tensor.record.file.path, tensor.record.begin) in replaced
-                }
-                if others:
-                    notice(
-                        f"{path}: {some(sorted(others))} are the same numbers in the file as weights, and so become "
-                        "the average too."
-                    )
+
+def _tell_what_shares_storage(path: Path, weights: Collection[Keys], written: Sequence[Extent]) -> None:
+    """Report tensors that are no weights, but the same numbers in the file, as an EMA that is no copy is.
+
+    Args:
+        path: a file of torch.save.
+        weights: the paths of keys of the weights.
+        written: the bytes of the weights.
+    """
+    extents = sorted(written)
+    starts = [begin for begin, _ in extents]
+    furthest = list(accumulate((end for _, end in extents), max))
+    others = set()
+    for keys, tensor in tensors_in(path).items():
+        if keys not in weights and tensor.numel:
+            begin, end = tensor.extent()
+            before = bisect_left(starts, end) - 1
+            if before >= 0 and furthest[before] > begin:
+                others.add(".".join(keys))
+    if others:
+        notice(
+            f"{path}: {some(sorted(others))} are the same numbers in the file as weights, and become the average too."
+        )

@@ -53,7 +53,7 @@ class SkeletonFiles(WeightFiles):
         records: dict[tuple[str, int], Record] = {}
         first: dict[tuple[str, int, int], str] = {}
         for spec in self._specs:
-            for stored in checked(self._tensors[spec.name], spec) if spec.name in self._tensors else ():
+            for stored in checked(self._tensors[spec.name], spec):
                 place = stored.record.file.path, stored.record.begin
                 records.setdefault(place, stored.record)
                 if stored.numel and (other := first.setdefault((*place, stored.first), spec.name)) != spec.name:
@@ -65,8 +65,6 @@ class SkeletonFiles(WeightFiles):
         return self._place
 
     def _place(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:
-        if name not in self._tensors or not len(values):  # a tied tensor that is stored under its other name
-            return
         for record, first, part in placed(self._tensors[name], start, values):
             file = os.path.relpath(record.file.path, self._directory)
             yield Run(file, record.begin + first * part.itemsize, part.view(torch.uint8).numpy().data)
