@@ -9,7 +9,9 @@ SHORTER = {'"every": 100': '"every": 1', "learn_steps=200": "learn_steps=2", "10
 
 def run_example(library: str, names: dict[str, Any]) -> None:
     """Execute the blocks that import the integration of a library."""
-    found = [b for b in blocks_of(ROOT / "docs" / "trainers.md") if f"twa_scale.integrations.{library} " in b.text]
+    found = [
+        b for b in blocks_of(ROOT / "docs" / "trainers.md") if f"from twa_scale.integrations.{library} import" in b.text
+    ]
     assert found
     for block in found:
         text = block.text

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -170,6 +171,25 @@ def test_a_best_checkpoint_without_averages_is_reported(tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, TwaCallback(ema=[0.9]), Forget(), **every)
     with pytest.warns(TwaWarning, match="not of the best checkpoint"):
         trainer.train()
+
+
+@pytest.mark.slow
+def test_adapters_of_peft_are_averaged(tmp_path: Path) -> None:
+    """Only they are: `average/` is an adapter, the exponential average of those in the checkpoints."""
+    lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    model = get_peft_model(build(0), lora)
+    options = {"max_steps": HALF, "save_steps": 1, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
+    args = TrainingArguments(str(tmp_path), label_names=["labels"], disable_tqdm=True, **options)
+    Trainer(model=model, args=args, train_dataset=Texts(), callbacks=[TwaCallback(ema=[DECAY])]).train()
+    adapters = [load_file(tmp_path / f"checkpoint-{i + 1}" / "adapter_model.safetensors") for i in range(HALF)]
+    found = load_file(tmp_path / "average" / "adapter_model.safetensors")
+    assert found.keys() == adapters[0].keys()
+    for name, value in found.items():
+        average = adapters[0][name]
+        for adapter in adapters[1:]:
+            average = DECAY * average + (1 - DECAY) * adapter[name]
+        torch.testing.assert_close(value, average, rtol=1e-5, atol=1e-6)
+    PeftModel.from_pretrained(build(0), str(tmp_path / "average"))
 
 
 @pytest.mark.slow

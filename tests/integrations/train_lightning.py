@@ -10,28 +10,31 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
+from tests.integrations.small import (
+    ACCUMULATE,
+    DECAY,
+    HALF,
+    LEARN,
+    SIZE,
+    STEPS,
+    WINDOW,
+    loss_of,
+    network,
+    rows,
+    same,
+    weights_of,
+)
 from twa_scale.integrations.lightning import TwaCallback
 from twa_scale.running.state_file import plain
-
-STEPS, HALF, DECAY, ACCUMULATE, SIZE = 6, 3, 0.5, 2, 4
-WINDOW = {"every": 1, "keep": 3, "store": "packed8"}
-LEARN: dict[str, Any] = {"groups": "tensor", "optimizer": {"lr": 0.05}}
 
 
 def data(rank: int = 0, ranks: int = 1) -> torch.utils.data.DataLoader[Any]:
     """Batches of three steps, which are an epoch; the ranks share the rows of a batch."""
-    x = torch.randn(HALF * ACCUMULATE * SIZE, 6, generator=torch.Generator().manual_seed(0))
+    x = rows()
     part = torch.arange(len(x)).reshape(-1, ranks, SIZE // ranks)[:, rank].reshape(-1)
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[part], x[part].sin()), SIZE // ranks)
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[part]), SIZE // ranks)
 
 
 class Module(pl.LightningModule):
@@ -54,7 +57,7 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.05)
 
     def loss(self, batch: Any) -> torch.Tensor:
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        return loss_of(self.net, batch[0])
 
     def training_step(self, batch: Any, i: int) -> torch.Tensor | None:
         loss = self.loss(batch)
@@ -137,27 +140,15 @@ def results(kind: str, directory: Path) -> dict[str, Any]:
     found = {
         "steps": (callback.averages.num_steps, trainer.global_step),
         "val_loss": float(trainer.callback_metrics["val_loss"]),
-        "trained": {name: whole(p) for name, p in module.net.named_parameters()},
+        "trained": weights_of(module.net),
     }
     _, module, callback, after = fit(kind, directory, directory / f"step={HALF}.ckpt")
     assert callback.averages is not None
-    found["trained again"] = {name: whole(p) for name, p in module.net.named_parameters()}
+    found["trained again"] = weights_of(module.net)
     found["same"] = same(before, after)
     with callback.averages.weights("ema"):
-        found["ema"] = {name: whole(p) for name, p in module.net.named_parameters()}
+        found["ema"] = weights_of(module.net)
     return found
-
-
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    value = parameter.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two states have the same bits."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 if __name__ == "__main__":

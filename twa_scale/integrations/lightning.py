@@ -79,7 +79,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         averages = self._make(trainer.strategy.model)
         if trainer.global_step and not self._continued(averages, before) and trainer.is_global_zero:
             notice(f"TwaCallback: there are no averages to go on from; they begin anew at step {trainer.global_step}.")
-        self._counts = count_steps(averages, trainer.optimizers)
+        self._counts = count_steps(averages.step, trainer.optimizers)
         self._is_training = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:

@@ -1,0 +1,138 @@
+"""Train with Accelerate on two ranks: `-m tests.integrations.train_accelerate DIRECTORY`, under torchrun."""
+
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+
+import twa_scale
+from tests.integrations.small import ACCUMULATE, DECAY, LEARN, SIZE, WINDOW, loss_of, network, rows, same, weights_of
+from twa_scale.integrations import accelerate as averaging
+from twa_scale.running.state_file import plain
+
+KINDS = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def accelerator_of(kind: str) -> Accelerator:
+    AcceleratorState._reset_state(True)
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if kind == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="size_based_wrap",
+            min_num_params=1,
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=ACCUMULATE)
+        for state in (PartialState(), accelerator.state):  # Accelerate does not choose FSDP on CPUs
+            state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        return accelerator
+    if not kind.startswith("zero"):
+        return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of use to inference only, and minutes to compile
+    config = {
+        "train_micro_batch_size_per_gpu": SIZE // 2,
+        "gradient_accumulation_steps": ACCUMULATE,
+        "zero_optimization": {"stage": int(kind[4:])},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(config), gradient_accumulation_steps=ACCUMULATE)
+
+
+class Training:
+    """A model, its optimizer and its data, prepared by an accelerator."""
+
+    def __init__(self, kind: str, given: bool = False) -> None:
+        self.accelerator = accelerator_of(kind)
+        net = network()
+        optimizer = torch.optim.SGD(net.parameters(), 0.0) if given else torch.optim.AdamW(net.parameters(), lr=0.05)
+        loader = torch.utils.data.DataLoader(list(rows()), SIZE // self.accelerator.num_processes)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(net, optimizer, loader)
+
+    def epoch(self, optimizer: Any = None) -> None:
+        """Train for three steps of two batches."""
+        optimizer = optimizer or self.optimizer
+        for x in self.loader:
+            with self.accelerator.accumulate(self.model):
+                loss = loss_of(self.model, x)
+                self.accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights, without the names of wrappers."""
+        net = self.accelerator.unwrap_model(self.model)
+        if any(hasattr(p, "ds_id") for p in net.parameters()):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(net.parameters())):
+                return weights_of(net)
+        return weights_of(net)
+
+
+def results(kind: str, directory: Path) -> dict[str, Any]:
+    """Return what a training, and its second half once more from the saved state, have left."""
+    found: dict[str, Any] = {}
+    one = Training(kind)
+    averages = averaging.prepare(one.accelerator, one.model, ema=[DECAY], window=WINDOW)
+    one.epoch()
+    one.accelerator.save_state(str(directory / "half"))
+    half = deepcopy(plain(averages.state_dict()))
+    one.epoch()
+    found["steps"] = averages.num_steps
+    found["trained"] = one.weights()
+    with averages.weights("ema"):
+        found["ema"] = one.weights()
+    with averages.learning(LEARN) as twa:
+        one.epoch(averaging.optimizer_of(one.accelerator, twa, save=False))
+        found["learned"] = one.weights()
+    found["trained again"] = one.weights()
+    other = Training(kind)
+    resumed = averaging.prepare(other.accelerator, other.model, ema=[DECAY], window=WINDOW)
+    other.accelerator.load_state(str(directory / "half"))
+    found["same"] = same(half, plain(resumed.state_dict()))
+    other.epoch()
+    with resumed.weights("ema"):
+        found["resumed"] = other.weights()
+    return {**found, **coefficients(kind, directory)}
+
+
+def coefficients(kind: str, directory: Path) -> dict[str, Any]:
+    """Return the coefficients of given candidates after two epochs, and those of a second epoch once more."""
+    candidates = [network(seed).state_dict() for seed in range(3)]
+    one = Training(kind, given=True)
+    twa = twa_scale.attach(one.model, candidates, LEARN)
+    optimizer = averaging.optimizer_of(one.accelerator, twa)
+    one.epoch(optimizer)
+    one.accelerator.save_state(str(directory / "coefficients"))
+    one.epoch(optimizer)
+    found = {"coefficients": twa.coefficients, "averaged": one.weights()}
+    twa.close()
+    other = Training(kind, given=True)
+    twa = twa_scale.attach(other.model, candidates, LEARN)
+    optimizer = averaging.optimizer_of(other.accelerator, twa)
+    other.accelerator.load_state(str(directory / "coefficients"))
+    other.epoch(optimizer)
+    twa.close()
+    return {**found, "coefficients again": twa.coefficients}
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    for kind in KINDS:
+        found = results(kind, directory / kind)
+        torch.save(found, directory / f"{kind}-{dist.get_rank()}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,194 @@
+"""Averages in training loops with Accelerate."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from twa_scale.average.average import TrainableAverage
+from twa_scale.base.notices import notice
+from twa_scale.errors import ConfigError, TwaError
+from twa_scale.integrations.counting import count_steps
+from twa_scale.running import RunningAverages
+from twa_scale.running.settings import Ema, Window
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: Any,
+    *,
+    ema: Ema | None = None,
+    window: Window | None = None,
+    device: str = "auto",
+    name: str = "averages",
+) -> RunningAverages:
+    """Return averages that count the steps of the model's optimizer by themselves. Collective.
+
+    `accelerator.save_state` saves them with the rest, and `load_state` continues from them.
+
+    Args:
+        accelerator: has prepared the model and its optimizer.
+        model: as `accelerator.prepare` has returned it.
+        ema: as for `RunningAverages`.
+        window: as for `RunningAverages`.
+        device: as for `RunningAverages`.
+        name: the directory of their state, in that of `save_state`. Give another one for each model.
+
+    Raises:
+        ConfigError, EngineError: on every rank.
+    """
+    _require_prepared(accelerator, model)
+    saved = [hook for hook in accelerator._save_model_state_pre_hook.values() if isinstance(hook, _Saving)]
+    if any(hook.name == name for hook in saved):
+        raise ConfigError(f"prepare: the accelerator has averages named {name!r} already; give another name=.")
+    engine = _deepspeed_engine(accelerator, model)
+    optimizers = [] if engine else _optimizers_of(accelerator, model)
+    averages = _Averages(model, ema=ema, window=window, device=device)
+    if engine:
+        _steps_of(accelerator).then.append(averages.count)
+    else:
+        count_steps(averages.count, optimizers)
+    hook = _Saving(averages, name, accelerator.is_main_process)
+    accelerator.register_save_state_pre_hook(hook)
+    accelerator.register_load_state_pre_hook(hook.load)
+    return averages
+
+
+def optimizer_of(accelerator: Accelerator, twa: TrainableAverage, *, save: bool = True) -> AcceleratedOptimizer:
+    """Return the optimizer of an average in the place of a prepared one.
+
+    Its `step` and `zero_grad` may follow each micro-batch. With DeepSpeed, whose steps Accelerate takes in
+    `accelerator.backward`, these become steps of the average until it is closed.
+
+    Args:
+        accelerator: has prepared the model.
+        twa: the average in the model.
+        save: `accelerator.save_state` saves the coefficients and the optimizer, and `load_state` continues from them.
+
+    Raises:
+        ConfigError: the loss is scaled for float16, by a scaler that Accelerate does not pass on.
+    """
+    if accelerator.scaler is not None:
+        raise ConfigError(
+            "optimizer_of: Accelerate does not pass its scaler to the optimizer of an average. Train the coefficients "
+            "with mixed_precision='bf16', or call twa.step(accelerator.scaler) and accelerator.scaler.update()."
+        )
+    if save:
+        accelerator.register_for_checkpointing(twa)
+    if getattr(accelerator, "deepspeed_engine_wrapped", None) is None:
+        return AcceleratedOptimizer(twa.as_optimizer(), device_placement=False)
+    _steps_of(accelerator).average = twa
+    return DeepSpeedOptimizerWrapper(twa.as_optimizer())
+
+
+class _Averages(RunningAverages):
+    """Averages whose steps are counted for the user."""
+
+    def step(self) -> NoReturn:
+        """Refuse a second count.
+
+        Raises:
+            TwaError: always.
+        """
+        raise TwaError(
+            "averages.step(): prepare() of twa_scale.integrations.accelerate counts the steps of the optimizer itself. "
+            "Remove the call."
+        )
+
+    def count(self) -> None:
+        """Count a step of the optimizer."""
+        super().step()
+
+
+class _Saving:
+    """Saves averages in the directories of `save_state`."""
+
+    def __init__(self, averages: RunningAverages, name: str, reports: bool) -> None:
+        self.name = name
+        self._averages = averages
+        self._reports = reports
+
+    def __call__(self, models: object, weights: object, directory: str) -> None:
+        self._averages.save_state(Path(directory) / self.name)
+
+    def load(self, models: object, directory: str) -> None:
+        if not self._averages.load_state(Path(directory) / self.name) and self._reports:
+            notice(f"{directory}: has no {self.name}; they go on as they are.")
+
+
+class _DeepSpeedSteps(DeepSpeedEngineWrapper):  # type: ignore[misc]
+    """Takes steps of an average in the place of DeepSpeed's, or tells when DeepSpeed has taken one."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.average: TrainableAverage | None = None
+        self.then: list[Callable[[], None]] = []
+
+    def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
+        if self.average is None or self.average.closed:
+            super().backward(loss, sync_gradients, **kwargs)
+            for call in self.then:
+                call()
+            return
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **kwargs)
+        self.average.step()  # within an accumulation it does nothing
+        self.average.zero_grad()
+
+
+def _steps_of(accelerator: Accelerator) -> _DeepSpeedSteps:
+    """Return what takes the steps of DeepSpeed's engine, put into the accelerator once."""
+    wrapped = accelerator.deepspeed_engine_wrapped
+    if not isinstance(wrapped, _DeepSpeedSteps):
+        wrapped = accelerator.deepspeed_engine_wrapped = _DeepSpeedSteps(wrapped.engine)
+    return wrapped
+
+
+def _require_prepared(accelerator: Accelerator, model: Any) -> None:
+    """Refuse a model as it was before `accelerator.prepare`.
+
+    Raises:
+        ConfigError: says so.
+    """
+    layers = list(_layers(model))
+    known = any(inside is layer for prepared in accelerator._models for inside in _layers(prepared) for layer in layers)
+    needs_ddp = "MULTI_" in str(accelerator.distributed_type)
+    if not known or (needs_ddp and not any(isinstance(layer, DistributedDataParallel) for layer in layers)):
+        raise ConfigError(
+            "prepare: the model is not one that accelerator.prepare has returned. Prepare it with its optimizer first: "
+            "model, optimizer = accelerator.prepare(model, optimizer)."
+        )
+
+
+def _layers(model: Any) -> Iterator[nn.Module]:
+    """Yield a model and what its wrappers hold; Accelerate's own `unwrap_model` imports DeepSpeed."""
+    while isinstance(model, nn.Module):
+        yield model
+        model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+
+
+def _deepspeed_engine(accelerator: Accelerator, model: Any) -> bool:
+    wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    return wrapped is not None and wrapped.engine is model
+
+
+def _optimizers_of(accelerator: Accelerator, model: Any) -> list[Any]:
+    """Return the prepared optimizers that hold a parameter of the model.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    own = {id(p) for p in model.parameters()}
+    inside = [optimizer.optimizer for optimizer in accelerator._optimizers]
+    found = [o for o in inside if any(id(p) in own for group in o.param_groups for p in group["params"])]
+    if not found:
+        raise ConfigError(
+            "prepare: no optimizer that the accelerator has prepared holds a parameter of the model, so that no step "
+            "would count. Prepare it with the model: model, optimizer = accelerator.prepare(model, optimizer)."
+        )
+    return found
