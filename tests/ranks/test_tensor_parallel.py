@@ -18,6 +18,7 @@ from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
 from tests.ranks.test_reading import save
+from tests.slices import opened, read
 from twa_scale import EngineError
 from twa_scale.base.spans import Span
 from twa_scale.engines import choose_engine
@@ -59,6 +60,7 @@ def train_and_write(engine: str, paths: list[Path], out: Path) -> tuple[int, int
     for step in range(2):
         cases.one_step(model, twa, step)
     twa.export(out / "average")
+    twa.export(out / "dcp", format="dcp")
     Snapshots(out, every_n_steps=1).save(model, 2)
     return twa.pods.number, twa.bytes_read, first, cases.gathered(model)
 
@@ -72,12 +74,14 @@ def test_files_are_read_once_and_written_whole(ranks: Pool, tmp_path: Path, engi
     nbytes = sum(value.nbytes for value in values)
     for pod in {pod for pod, *_ in results}:
         assert sum(read for number, read, *_ in results if number == pod) == nbytes
+    dcp = opened(tmp_path / "dcp")
     average, snapshot = (load_file(tmp_path / name / "model.safetensors") for name in ("average", "step-00000002"))
     for _, _, first, last in results:
         for name, value in last.items():
             mean = torch.stack([state[name].double() for state in states]).mean(0)
             torch.testing.assert_close(first[name].double(), mean, rtol=1e-6, atol=1e-7)
             assert torch.equal(average[name], value) and torch.equal(snapshot[name], value), name
+            assert torch.equal(read(dcp, name, 0, value.numel()), value.flatten()), name
     assert not torch.equal(results[0][2]["blocks.1.down.weight"], results[0][3]["blocks.1.down.weight"])
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import twa_scale
+from tests.limits import files_up_to
 from tests.pool import Pool
 from tests.slices import opened, read
 from twa_scale.base.notices import TwaWarning
@@ -22,6 +23,7 @@ from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.errors import CandidateError, ConfigError, OutputError, TwaError
 from twa_scale.merge import average_fixed
 from twa_scale.output.formats import dcp as dcp_format
+from twa_scale.output.formats import torch_api
 from twa_scale.output.formats.choose import output_format
 
 State = dict[str, torch.Tensor]
@@ -269,7 +271,8 @@ def test_files_beside_the_weights(here: Path) -> None:
         (folder / "config.json").write_text('{"dtype": "float32"}')
         (folder / "pytorch_model.bin").write_bytes(b"old")
         (folder / "model.py").write_text("")
-        for name in ("optimizer_0/.metadata", "checkpoint-2/model.safetensors", "runs/events"):
+        (folder / "loop").symlink_to("loop")
+        for name in ("optimizer_0/.metadata", "checkpoint-2/model.safetensors", "runs/events", "old/twa_scale.json"):
             (folder / name).parent.mkdir()
             (folder / name).write_text(f"{value}")
         (folder / "trainer_state.json").write_text("{}")
@@ -311,6 +314,33 @@ def test_one_tensor_in_the_files_and_two_in_the_model(here: Path) -> None:
         twa.export("out", format="same")
     twa.export("out", format="pt")
     assert torch.equal(torch.load("out/b.pt")["1.weight"], tensor)
+
+
+def big(value: float) -> State:
+    return {"w": torch.full((1 << 18,), value)}
+
+
+def limited(form: str) -> None:
+    with files_up_to(1 << 16):
+        average_fixed(["a.pt", "b.pt"], "out", format=form)
+
+
+@pytest.mark.parametrize("form", ["pt", "dcp", "same"])
+def test_a_disk_that_is_full_leaves_nothing(here: Path, form: str) -> None:
+    for value, name in ((1.0, "a.pt"), (3.0, "b.pt")):
+        torch.save(big(value), name)
+    with pytest.raises(OutputError, match="ulimit -f"):
+        limited(form)
+    assert sorted(path.name for path in here.iterdir()) == ["a.pt", "b.pt"]
+
+
+@pytest.mark.parametrize(("form", "name"), [("pt", "skip_data"), ("dcp", "_StorageInfo")])
+def test_a_torch_without_what_is_needed(here: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str) -> None:
+    torch.save(state(1.0), "a.pt")
+    monkeypatch.setitem(torch_api._PLACES, name, "torch.nothing")
+    with pytest.raises(OutputError, match=f"need torch.nothing.{name}, which torch .* has not; use torch"):
+        average_fixed(["a.pt"], "out", format=form)
+    average_fixed(["a.pt"], "out", format="same")
 
 
 def complex_state(path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.slices import opened, read
 from tests.specs import found, refused
-from twa_scale import attach
+from twa_scale import TwaWarning, attach
 from twa_scale.candidates import Wanted, open_candidates
 from twa_scale.merge import average_fixed
 
@@ -173,7 +173,7 @@ def test_lightning_files(lightning_files: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_averages_of_lightning(
-    lightning_files: Path, monkeypatch: pytest.MonkeyPatch, folder: str, key: str, line: str
+    lightning_files: Path, here: Path, monkeypatch: pytest.MonkeyPatch, folder: str, key: str, line: str
 ) -> None:
     monkeypatch.chdir(lightning_files)
     path = f"{folder}/epoch=1-step=8.ckpt"
@@ -185,6 +185,9 @@ def test_averages_of_lightning(
     (candidate,) = open_candidates([path], 1, Wanted(), said.append)
     (chosen,) = open_candidates([path], 1, Wanted(weights_key=key))
     assert line in said[0] and f"'{key}'" in said[0]
+    if folder == "ema":  # training resumes from the other set
+        with pytest.warns(TwaWarning, match="resumes from 'current_model_state', which stays that of the last"):
+            average_fixed([path], str(here / "out"), format="same")
     name = "net.0.weight"
     assert torch.equal(read(candidate, name, 0, 12), held["state_dict"][name].flatten())
     assert torch.equal(read(chosen, name, 0, 12), others[name].flatten())

@@ -303,7 +303,8 @@ class TrainableAverage:
     ) -> None:
         """Write the live weights to the directory `path`, in the form of the candidates. Collective.
 
-        See `export.export` for the arguments and errors.
+        `format` is "hf" (safetensors), "pt" (torch.save), "dcp" (torch.distributed.checkpoint) or "same" (the format of
+        the last candidate, with the state of its training). See `export.export` for the other arguments and errors.
         """
         self.settle()
         origin = provenance(

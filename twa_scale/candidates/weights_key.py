@@ -9,7 +9,8 @@ from twa_scale.candidates.ema_lists import items_of, mismatch, parameters_of
 from twa_scale.candidates.entries import Keys, Shape, is_optimizer_entry
 from twa_scale.errors import CandidateError
 
-_OF_LIGHTNING = "current_model_state"  # the weights of the training, in files of its WeightAveraging
+OF_LIGHTNING = "current_model_state"
+"""The key of the weights of the training in files of Lightning's WeightAveraging."""
 USUAL = ("app", "state_dict", "model", "model_state_dict", "module")
 
 
@@ -142,7 +143,7 @@ class WeightsKey:
         sets |= {path: held.shapes for path, held in objects.items() if not is_optimizer_entry(path)}
         alike = [".".join(path) for path, held in sets.items() if _alike(held, wanted)]
         if alike:
-            what = ", the averages that Lightning's WeightAveraging keeps" if _OF_LIGHTNING in alike else ""
+            what = ", the averages that Lightning's WeightAveraging keeps" if OF_LIGHTNING in alike else ""
             where = ".".join(chosen) or "the top level"
             self._said[
                 f"the weights are those under {where!r}{what}; tensors of the same shapes are "

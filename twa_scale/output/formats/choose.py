@@ -1,18 +1,20 @@
 """The choice of the format of an output."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from twa_scale.base.inputs import named_errors
 from twa_scale.base.names import nearest
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.candidates.directory import INDEX, is_torch
 from twa_scale.candidates.formats.dcp import files_in_dcp, keys_in_dcp
-from twa_scale.candidates.formats.origin import Origin, origin_of
+from twa_scale.candidates.formats.origin import Keys, Origin, origin_of
 from twa_scale.candidates.formats.sharded import weight_map
 from twa_scale.candidates.formats.torch_file import tensors_in
+from twa_scale.candidates.weights_key import OF_LIGHTNING
 from twa_scale.errors import ConfigError, OutputError
 from twa_scale.output.formats.dcp import DcpFormat
 from twa_scale.output.formats.format import OutputFormat
@@ -52,7 +54,8 @@ def output_format(
         return TorchFormat(_file_name(last, carried.base), origin.nesting)
     if name == "dcp":
         return DcpFormat(_folder(last, origin), origin.nesting)
-    return _same(last, origin, carried, tell)
+    with named_errors(OutputError, "--format same (format='same') copies what is in the directory."):
+        return _same(last, origin, carried, tell)
 
 
 def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable[[str], None]) -> OutputFormat:
@@ -71,6 +74,11 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
             f"{last.label}: holds {master!r}, the optimizer's copy of weights, from which training would resume, and "
             "not from the average. Choose --format hf, dcp or pt (format=), and start with a new optimizer."
         )
+    if origin.nesting != (OF_LIGHTNING,) and any(keys[0] == OF_LIGHTNING for keys in _all_keys(origin)):
+        tell(
+            f"{last.label}: Lightning's WeightAveraging resumes from {OF_LIGHTNING!r}, which stays that of the last "
+            f"candidate. Set `weights_key: {OF_LIGHTNING}` (--weights-key) to average that."
+        )
     beside = []
     if root.is_dir():
         beside = state_files(root, _weight_files(last, origin), tell, code=carried.code)
@@ -83,12 +91,14 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
 
 def _master_copy(origin: Origin) -> str | None:
     """Return the name of a tensor that is the optimizer's copy of weights; None if there is none."""
+    names = map(".".join, _all_keys(origin))
+    return next((name for name in names if any(map(_MASTER.fullmatch, name.split(".")))), None)
+
+
+def _all_keys(origin: Origin) -> Iterator[Keys]:
+    """Yield the paths of keys of all tensors in the files of the weights."""
     for path in origin.keys:
-        for keys in keys_in_dcp(path) if path.is_dir() else tensors_in(path):
-            name = ".".join(keys)
-            if any(map(_MASTER.fullmatch, name.split("."))):
-                return name
-    return None
+        yield from keys_in_dcp(path) if path.is_dir() else tensors_in(path)
 
 
 def _weight_files(last: Candidate, origin: Origin) -> list[Path]:

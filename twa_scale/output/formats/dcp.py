@@ -129,7 +129,7 @@ def _chunks(spec: TensorSpec) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]
 
 def _archive(shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> tuple[bytes, int, bytes]:
     """Return the archive of one tensor: the bytes before its numbers, their size in bytes, and the bytes after them."""
-    save_hollow(hollow(shape, dtype), path)
+    save_hollow(hollow(shape, dtype), path, prod(shape) * dtype.itemsize)
     file = File(path)
     try:
         record = Archive(file).content().record

@@ -66,15 +66,17 @@ class _Found:
             return self._leave_out(folder, "a link to a folder")
         if says_step(folder):
             return self._leave_out(folder, "a checkpoint of its own")
+        if (folder / PROVENANCE).is_file():
+            return self._leave_out(folder, "weights that twa_scale has written")
         return True
 
     def _wanted(self, path: Path) -> bool:
-        if path.resolve() in self._weights or path.name == PROVENANCE:
+        if path.name == PROVENANCE or (path.name.startswith(".") and path.name != METADATA):
             return False
-        if path.name.startswith(".") and path.name != METADATA:
-            return False
-        if not path.resolve().is_relative_to(self._inside) or not path.is_file():
+        if not path.is_file() or not path.resolve().is_relative_to(self._inside):
             return self._leave_out(path, "a link that leads out of the directory, or not a regular file")
+        if path.resolve() in self._weights:
+            return False
         if is_code(path.name) and not self._code:  # `side_files` reports it.
             return False
         if path.parent == self._root and self._holds_the_same(path.name):

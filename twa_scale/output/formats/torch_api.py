@@ -9,6 +9,7 @@ import torch
 from twa_scale.errors import OutputError
 
 _TESTED = "2.6 to 2.13"
+_PROBE_BYTES = 1 << 16
 _PLACES = {
     "FakeTensorMode": "torch._subclasses.fake_tensor",
     "skip_data": "torch.serialization",
@@ -22,10 +23,25 @@ def hollow(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
 
-def save_hollow(content: Any, path: Path) -> None:
-    """Write the file that torch.save writes of `content`, with a hole of the right size for each `hollow` tensor."""
-    with _found("skip_data")(materialize_fake_tensors=True):
-        torch.save(content, path)
+def save_hollow(content: Any, path: Path, nbytes: int) -> None:
+    """Write the file that torch.save writes of `content`, with a hole of the right size for each `hollow` tensor.
+
+    Args:
+        content: the value to save.
+        path: the file.
+        nbytes: the size of all tensors in bytes.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    try:
+        with _found("skip_data")(materialize_fake_tensors=True):
+            torch.save(content, path)
+    except RuntimeError as error:  # torch does not say which system call has failed: try them
+        with path.open("wb", buffering=0) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.truncate(nbytes)
+        raise OSError(f"torch.save failed ({str(error).splitlines()[0]})") from error
 
 
 def storage_info(file: str, offset: int, length: int) -> Any:

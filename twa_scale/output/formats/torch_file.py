@@ -52,4 +52,4 @@ class _TorchFile(SkeletonFiles):
         content: dict[str, Any] = {spec.name: hollow(spec.shape, spec.dtype) for spec in self._specs}
         for key in reversed(self._nesting):
             content = {key: content}
-        save_hollow(content, directory / self._file)
+        save_hollow(content, directory / self._file, sum(spec.nbytes for spec in self._specs))
