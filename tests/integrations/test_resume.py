@@ -83,6 +83,34 @@ def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+# Accelerate
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("environment")
+def test_accelerate_loads_the_average(here: Path) -> None:
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    torch.manual_seed(0)
+    inner = nn.Linear(4, 3)
+    model, optimizer = accelerator.prepare(inner, torch.optim.Adam(inner.parameters(), lr=0.1))
+    scheduler = accelerator.prepare(torch.optim.lr_scheduler.StepLR(optimizer.optimizer, 1))
+    states = []
+    for number in (1, 2):
+        accelerator.backward(model(torch.ones(2, 4)).square().mean())
+        optimizer.step()
+        scheduler.step()
+        accelerator.save_state(f"states/step-{number}", safe_serialization=number == 2)
+        states.append(copied(inner.state_dict()))
+    moments, rate = copied(optimizer.state_dict()["state"][0]), scheduler.get_last_lr()
+    optimizer.step()
+    scheduler.step()
+    average_fixed(["states/step-*"], "average", format="same")
+    accelerator.load_state("average")
+    assert_equal(optimizer.state_dict()["state"][0], moments)
+    assert scheduler.get_last_lr() == rate
+    torch.testing.assert_close(inner.weight.detach(), (states[0]["weight"] + states[1]["weight"]) / 2)
+
+
 # Lightning
 
 

@@ -249,6 +249,23 @@ def test_views_of_one_storage_and_what_shares_it(here: Path) -> None:
     assert found["all"].tolist() == [2.0] * 8 + [7, 7] and found["model"]["b"].tolist() == [2.0] * 4
 
 
+def test_weights_that_overlap_in_part(here: Path) -> None:
+    for value in (1.0, 3.0):
+        flat = torch.full((6,), value)
+        torch.save({"a": flat[:4], "b": flat[2:]}, f"{value}.pt")
+    with pytest.raises(OutputError, match="overlap in part"):
+        average_fixed(["*.pt"], "out", format="same")
+
+
+@pytest.mark.parametrize("candidates", ["ckpt", "dcp"], indirect=True)
+def test_ignored_tensors_keep_their_values(candidates: list[str]) -> None:
+    average_fixed(candidates, "out", ignore=["rows"], format="same")
+    out = opened(Path("out") / candidates[-1] if candidates[-1].endswith("ckpt") else Path("out"))
+    assert torch.equal(read(out, "rows", 0, 36), state(3)["rows"].flatten())
+    mean = (state(1)["scalar"] + state(3)["scalar"]) / 2
+    torch.testing.assert_close(read(out, "scalar", 0, 1)[0], mean)
+
+
 def test_sharded_torch_files(here: Path) -> None:
     for value in (1.0, 3.0):
         folder = here / f"step-{value:.0f}"

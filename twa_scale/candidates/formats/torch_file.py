@@ -55,7 +55,11 @@ class TorchFileCandidate(StoredCandidate):
 
 def tensors_in(path: Path) -> dict[Keys, Stored]:
     """Return all dense tensors of a file that torch.save wrote, by their paths of keys."""
-    entries = _entries(_content(File(path)))
+    file = File(path)
+    try:
+        entries = _entries(_content(file))
+    finally:
+        file.close()  # a read opens it again
     return {keys: value for keys, value in entries.items() if isinstance(value, Stored)}
 
 

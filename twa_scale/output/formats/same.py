@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from twa_scale.base.names import some
@@ -85,11 +85,28 @@ class _SameFiles(SkeletonFiles):
             written.setdefault(path, []).append(extent)
             if stored.row_major():  # Others may have gaps between their elements, which are kept.
                 replaced.setdefault(path, []).append(extent)
+            stored.record.file.close()
+        for path, extents in replaced.items():
+            _require_apart(path, extents)
         for source, name in zip(self._sources, self.names, strict=True):
             copy_file(source, directory / name, replaced.get(source, ()))
         for path, held in self._keys.items():
             if (source := self._root / path) in written and source.is_file():
                 _tell_what_shares_storage(source, {*held.values()}, written[source])
+
+
+def _require_apart(path: Path, extents: Collection[Extent]) -> None:
+    """Check that weights do not overlap in part; one tensor may be stored under several names.
+
+    Raises:
+        OutputError: two do.
+    """
+    for before, after in pairwise(sorted({*extents})):
+        if after[0] < before[1]:
+            raise OutputError(
+                f"{path}: holds weights that overlap in part, at byte {after[0]}, which --format same (format='same') "
+                "cannot write one by one. Choose hf, dcp or pt."
+            )
 
 
 def _tell_what_shares_storage(path: Path, weights: Collection[Keys], written: Sequence[Extent]) -> None:

@@ -16,7 +16,6 @@ from twa_scale.candidates.formats.torch_file import tensors_in
 from twa_scale.errors import OutputError
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import Place, Run, WeightFiles
-from twa_scale.output.publish import sync
 
 _PIECE_BYTES = 8 << 20
 Located = Mapping[Path, Mapping[str, Keys]]
@@ -60,20 +59,24 @@ class SkeletonFiles(WeightFiles):
                     self._shared.append((other, spec.name))
         self._records = list(records.values())
         self._fields = [record.crc_fields() for record in self._records]
+        paths = {record.file.path for record in self._records}
+        self._names = {path: os.path.relpath(path, directory) for path in paths}
         for record in self._records:
             record.file.close()
         return self._place
 
     def _place(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:
         for record, first, part in placed(self._tensors[name], start, values):
-            file = os.path.relpath(record.file.path, self._directory)
-            yield Run(file, record.begin + first * part.itemsize, part.view(torch.uint8).numpy().data)
+            yield Run(
+                self._names[record.file.path], record.begin + first * part.itemsize, part.view(torch.uint8).numpy().data
+            )
 
     def finish(self, rank: int, size: int) -> None:
         """Compute the CRC-32 of what was written, and write it to the archives."""
         if rank == 0:
             for name in self.names:
-                sync(self._directory / name)
+                with (self._directory / name).open("rb") as file:
+                    os.fsync(file.fileno())
         for record, fields in zip(self._records[rank::size], self._fields[rank::size], strict=True):
             with Path(record.file.path).open("r+b", buffering=0) as file:
                 crc = _crc(file.fileno(), record.begin, record.nbytes).to_bytes(4, "little")
