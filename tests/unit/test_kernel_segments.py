@@ -1,5 +1,6 @@
 """Project and combine with sums and weights for each segment (output row), for all kernels and stores."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.unit.test_kernels import KERNELS, KINDS, LENGTHS, bounds, exact, make
 from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
 from twa_scale.kernels import Kernels, Rows, Segments, choose_kernels
+from twa_scale.kernels.numba.compiled import NumbaKernels
 from twa_scale.store import Store, make_store
 from twa_scale.store.make import host_store
 from twa_scale.store.offloaded import OffloadedStore
@@ -32,7 +34,7 @@ def sums_of(values: Tensor, segments: Segments) -> Tensor:
     return total.index_add_(1, segment_of(segments), values)
 
 
-def check_segments(kernels: Kernels, rows: Rows, segments: Segments) -> None:
+def check_segments(kernels: Kernels, rows: Rows, segments: Segments, dtypes: Sequence[torch.dtype] = ()) -> None:
     """Compare `project` and `combine` with float64, with each other, and with the results without segments."""
     values, half, of = exact(rows), step(kernels, rows), segment_of(segments)
     (n, m), count = values.shape, segments.count
@@ -48,7 +50,7 @@ def check_segments(kernels: Kernels, rows: Rows, segments: Segments) -> None:
     want = 0.7 * base.double() + (weights[:, of].double() * values).sum(0)
     above = 3e-6 * (each.sum(0) + base.abs()) + half * n * torch.maximum(each.amax(0), each.sum(0) / 128) + 1e-30
     assert ((out.double() - want).abs() <= above).all()
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in dtypes:
         rounded = torch.full((m,), torch.nan, dtype=dtype)
         kernels.combine(rows, weights, base, 0.7, rounded, segments)
         room = 0 if kernels.name != "triton" else torch.finfo(dtype).eps  # Triton's interpreter truncates.
@@ -71,7 +73,31 @@ def test_against_float64(
 ) -> None:
     torch.manual_seed(seed)
     lead = data.draw(st.integers(0, min(length, 6000) - 1))
-    check_segments(kernels, make(kind, torch.randn(n, m), start, kernels), Segments(length, lead, m))
+    # One kind of packed rows suffices for other types of weights, because numba compiles for each type.
+    dtypes = [torch.bfloat16, torch.float16] if kind in ("packed4", "float32", "differences") else []
+    check_segments(kernels, make(kind, torch.randn(n, m), start), Segments(length, lead, m), dtypes)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "packed4", "packed1", "differences"])
+@pytest.mark.parametrize("length", [1000, 70_000])
+def test_threads_do_not_change_results(kind: str, length: int) -> None:
+    """Several threads add to the sums of the segments that their ranges share."""
+    torch.manual_seed(0)
+    m, fast, before = 400_003, NumbaKernels(), torch.get_num_threads()
+    rows, segments, gradient, base = make(kind, torch.randn(8, m), 50), Segments(length, 55, m), *torch.randn(2, m)
+    weights = torch.randn(8, segments.count)
+    try:
+        found, outs = [], []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(fast.project(rows, gradient, segments))
+            outs.append(torch.empty(m))
+            fast.combine(rows, weights, base, 0.7, outs[-1], segments)
+    finally:
+        torch.set_num_threads(before)
+    for sums, out in zip(found[1:], outs[1:], strict=True):
+        torch.testing.assert_close(sums, found[0], rtol=0, atol=1e-10 * float(found[0].abs().max()) + 1e-9)
+        assert torch.equal(out, outs[0])
 
 
 @given(data=st.data(), length=SIZES, m=st.integers(0, 3000))

@@ -24,10 +24,10 @@ from twa_scale.kernels.torch.deltas import (
     reference_of,
     require_whole_blocks,
 )
-from twa_scale.kernels.torch.reference import TorchKernels
 
 _PIECE = 1 << 17  # elements of a weighted sum of differences that stay in cache while all rows are added
 _PART = 1024  # elements of differences whose products are added in float32
+_ENDLESS = np.uint64(1 << 62), np.uint64(0)  # the length and the lead of a segment that never ends
 
 
 class NumbaKernels:
@@ -40,28 +40,31 @@ class NumbaKernels:
 
     def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Return the inner products <row_i, gradient>."""
-        if segments:
-            return TorchKernels().project(rows, gradient, segments)
-        right = _array(gradient)
-        parts: list[tuple[int, Any]] = []
+        n, right = len(rows.rows) if isinstance(rows, Differences) else rows.n, _array(gradient)
+        parts: list[tuple[int, int, Any]] = []
 
         def work(start: int, stop: int) -> None:
+            first, count, part = _part(segments, rows, start, stop)
+            total = np.zeros(count * n)
             match rows:
                 case Dense():
-                    total = np.zeros(rows.n)
-                    loops.project_dense(_array(rows.values), rows.n, rows.m, TILE, right, start, stop, total)
+                    loops.project_dense(_array(rows.values), n, rows.m, TILE, right, part, start, stop, total)
                 case Packed():
-                    total = np.zeros(rows.n)
-                    packed_loops(rows.bits).project(_packed(rows), right, *_tiles(rows, start, stop), total)
+                    packed_loops(rows.bits, segments is not None).project(
+                        _packed(rows), right, part, *_tiles(rows, start, stop), total
+                    )
                 case Differences():
-                    center = rows.center.numpy()
-                    cut = (start * _PIECE, min(stop * _PIECE, len(center)))
-                    arrays = map(_array, rows.rows)
-                    total = np.array([loops.project_differences(a, center, right, *cut, _PART) for a in arrays])
-            parts.append((start, total))
+                    cut, sums = (start * _PIECE, min(stop * _PIECE, len(right))), np.zeros((n, count))
+                    for row, own in zip(rows.rows, sums, strict=True):
+                        loops.project_differences(_array(row), rows.center.numpy(), right, *cut, _PART, part, own)
+                    total = sums.T
+            parts.append((start, first, total.reshape(count, n)))
 
         self._threads.run(work, *_size(rows))
-        return torch.from_numpy(_in_order(parts))
+        found = np.zeros((segments.count if segments else 1, n))
+        for _, first, total in sorted(parts, key=lambda part: part[0]):  # in the order of columns, whatever the threads
+            found[first : first + len(total)] += total
+        return torch.from_numpy(found.T if segments else found[0])
 
     def combine(
         self,
@@ -74,42 +77,32 @@ class NumbaKernels:
     ) -> None:
         """Write scale * base + sum_i weights_i row_i."""
         out = out.detach()
-        if segments:
-            TorchKernels().combine(rows, weights, base, scale, out, segments)
-            return
         if out.dtype not in (torch.float32, torch.bfloat16) or not out.is_contiguous():
             total = torch.empty(out.shape, dtype=torch.float32)
-            self.combine(rows, weights, base, scale, total)
+            self.combine(rows, weights, base, scale, total, segments)
             out.copy_(total)
             return
-        factors, center, factor, target = (
-            weights.to(torch.float32).numpy(),
-            base.numpy(),
-            np.float32(scale),
-            _array(out),
-        )
+        weights = weights.to(torch.float32)
+        factors = weights.T.contiguous().numpy() if segments else weights.numpy()[None]
+        center, factor, target = base.numpy(), np.float32(scale), _array(out)
 
         def work(start: int, stop: int) -> None:
+            first, count, part = _part(segments, rows, start, stop)
+            data = (factors[first : first + count].reshape(-1), part, center, factor, target)
             match rows:
                 case Dense():
-                    size = (rows.n, rows.m, TILE)
-                    loops.combine_dense(_array(rows.values), *size, factors, center, factor, target, start, stop)
+                    loops.combine_dense(_array(rows.values), rows.n, rows.m, TILE, *data, start, stop)
                 case Packed():
-                    cut = _tiles(rows, start, stop)
-                    packed_loops(rows.bits).combine(_packed(rows), factors, center, factor, target, *cut)
+                    packed_loops(rows.bits, segments is not None).combine(
+                        _packed(rows), *data, *_tiles(rows, start, stop)
+                    )
                 case Differences():
                     for piece in range(start, stop):
-                        self._combine_differences(rows, factors, base, scale, out, piece * _PIECE)
+                        first, count, part = _part(segments, rows, piece, piece + 1)
+                        own = factors[first : first + count]
+                        _combine_differences(rows, own, part, base, scale, out, piece * _PIECE)
 
         self._threads.run(work, *_size(rows))
-
-    def _combine_differences(
-        self, rows: Differences, weights: Any, base: torch.Tensor, scale: float, out: torch.Tensor, start: int
-    ) -> None:
-        total = base[start : start + _PIECE] * scale
-        for row, weight in zip(rows.rows, weights, strict=True):
-            loops.add_difference(total.numpy(), _array(row), rows.center.numpy(), weight, start)
-        out[start : start + _PIECE] = total
 
     def checksums(self, sources: Sources) -> torch.Tensor:
         """Return the checksum of each source."""
@@ -217,6 +210,29 @@ def _flat(rows: torch.Tensor) -> Any:
 
 def _packed(rows: Packed) -> Any:
     return rows.words.numpy(), _array(rows.scales), tuple(map(np.uint64, (rows.n, rows.m, rows.lead)))
+
+
+def _combine_differences(
+    rows: Differences, weights: Any, part: Any, base: torch.Tensor, scale: float, out: torch.Tensor, start: int
+) -> None:
+    total = base[start : start + _PIECE] * scale
+    for row, own in zip(rows.rows, np.ascontiguousarray(weights.T), strict=True):
+        loops.add_difference(total.numpy(), _array(row), rows.center.numpy(), own, part, start)
+    out[start : start + _PIECE] = total
+
+
+def _part(segments: Segments | None, rows: Rows, start: int, stop: int) -> tuple[int, int, Any]:
+    """Return the first segment of ranges [start, stop) of `_size`, their number of segments, and the loops' argument.
+
+    Without segments, all columns are in one.
+    """
+    if segments is None:
+        return 0, 1, _ENDLESS
+    size, lead = _PIECE if isinstance(rows, Differences) else TILE, 0
+    if isinstance(rows, Packed):
+        size, lead = rows.tile * RUN, rows.lead
+    first, part = segments.part(*(min(max(i * size - lead, 0), segments.m) for i in (start, stop)))
+    return first, part.count, (np.uint64(part.length), np.uint64(part.lead))
 
 
 def _tiles(rows: Packed, start: int, stop: int) -> tuple[int, int]:

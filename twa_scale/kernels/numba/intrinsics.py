@@ -81,9 +81,13 @@ class Emitter:
         fetch = cgutils.get_or_insert_function(self.build.module, kind, "llvm.prefetch.p0i8")
         self.build.call(fetch, [pointer, *(ir.Constant(INT, value) for value in (0, 2, 1))])
 
+    def element(self, name: str, index: Any) -> Any:
+        """Load one element."""
+        return self.build.load(self.build.gep(self[name], [self.at(index)]))
+
     def broadcast_element(self, name: str, index: Any) -> Any:
         """Load one element into all 16 lanes."""
-        return self.broadcast(self.build.load(self.build.gep(self[name], [self.at(index)])))
+        return self.broadcast(self.element(name, index))
 
     def broadcast(self, number: Any) -> Any:
         """Return a vector of 16 equal numbers."""

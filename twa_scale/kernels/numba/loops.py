@@ -92,59 +92,100 @@ def bfloat16(x: Any) -> Any:
 
 
 @compiled
-def project_dense(values: Any, n: int, m: int, tile: int, gradient: Any, start: int, stop: int, total: Any) -> None:
-    """Add <row_i, gradient> over tiles [start, stop) to `total`, (n,), float64."""
+def project_dense(
+    values: Any, n: int, m: int, tile: int, gradient: Any, segments: Any, start: int, stop: int, total: Any
+) -> None:
+    """Add <row_i, gradient> over tiles [start, stop) to `total`, (count, n), float64.
+
+    `segments` is the length of a segment, and the position of the first column of tile `start` in its segment.
+    """
     n, m, tile = U(n), U(m), U(tile)
+    length, lead = segments
     right = np.empty(tile, np.float32)
+    segment, end = U(0), U(start) * tile + length - lead
     for t in range(U(start), U(stop)):
         first = t * tile
         width = min(tile, m - first)
         for j in range(width):
             right[j] = widen(gradient[first + j])
-        for i in range(n):
-            row = first * n + i * width
-            part = FLOAT0
-            for j in range(width):
-                part += widen(values[row + j]) * right[j]
-            total[i] += part
+        low = U(0)
+        while low < width:  # each segment of the tile
+            if end <= first + low:
+                segment, end = segment + U(1), end + length
+            high = min(width, end - first)
+            for i in range(n):
+                row = first * n + i * width
+                part = FLOAT0
+                for j in range(low, high):
+                    part += widen(values[row + j]) * right[j]
+                total[segment * n + i] += part
+            low = high
 
 
 @compiled
 def combine_dense(
-    values: Any, n: int, m: int, tile: int, weights: Any, base: Any, scale: Any, out: Any, start: int, stop: int
+    values: Any,
+    n: int,
+    m: int,
+    tile: int,
+    weights: Any,
+    segments: Any,
+    base: Any,
+    scale: Any,
+    out: Any,
+    start: int,
+    stop: int,
 ) -> None:
-    """Write scale * base + sum_i weights_i row_i for tiles [start, stop)."""
+    """Write scale * base + sum_i weights_i row_i for tiles [start, stop), with weights (count, n)."""
     n, m, tile = U(n), U(m), U(tile)
+    length, lead = segments
     total = np.empty(tile, np.float32)
+    segment, end = U(0), U(start) * tile + length - lead
     for t in range(U(start), U(stop)):
         first = t * tile
         width = min(tile, m - first)
         for j in range(width):
             total[j] = scale * base[first + j]
-        for i in range(n):
-            row = first * n + i * width
-            weight = weights[i]
-            for j in range(width):
-                total[j] += weight * widen(values[row + j])
+        low = U(0)
+        while low < width:
+            if end <= first + low:
+                segment, end = segment + U(1), end + length
+            high = min(width, end - first)
+            for i in range(n):
+                row = first * n + i * width
+                weight = weights[segment * n + i]
+                for j in range(low, high):
+                    total[j] += weight * widen(values[row + j])
+            low = high
         for j in range(width):
             out[first + j] = narrow(out, total[j])
 
 
 @compiled
-def project_differences(row: Any, center: Any, gradient: Any, start: int, stop: int, tile: int) -> float:
-    """Return <row - center, gradient> over elements [start, stop)."""
-    total = 0.0
-    for first in range(U(start), U(stop), U(tile)):
+def project_differences(
+    row: Any, center: Any, gradient: Any, start: int, stop: int, tile: int, segments: Any, total: Any
+) -> None:
+    """Add <row - center, gradient> over elements [start, stop) to `total`, (count,), float64."""
+    length, lead = segments
+    low, segment, end = U(start), U(0), U(start) + length - lead
+    while low < U(stop):
+        if end <= low:
+            segment, end = segment + U(1), end + length
+        high = min((low // U(tile) + U(1)) * U(tile), min(end, U(stop)))  # wherever the range starts
         part = FLOAT0
-        for j in range(first, min(first + U(tile), U(stop))):
+        for j in range(low, high):
             part += (widen(row[j]) - center[j]) * widen(gradient[j])
-        total += part
-    return total
+        total[segment] += part
+        low = high
 
 
 @compiled
-def add_difference(total: Any, row: Any, center: Any, weight: Any, start: int) -> None:
-    """Add weight * (row - center), from element `start` on, to `total`."""
-    first = U(start)
-    for j in range(U(len(total))):
-        total[j] += weight * (widen(row[first + j]) - center[first + j])
+def add_difference(total: Any, row: Any, center: Any, weights: Any, segments: Any, start: int) -> None:
+    """Add weight * (row - center), from element `start` on, to `total`, with weights (count,)."""
+    length, lead = segments
+    first, low, segment, end = U(start), U(0), U(0), length - lead
+    while low < U(len(total)):
+        high = min(end, U(len(total)))
+        for j in range(low, high):
+            total[j] += weights[segment] * (widen(row[first + j]) - center[first + j])
+        low, segment, end = high, segment + U(1), end + length

@@ -1,4 +1,8 @@
-"""The inner loops over packed rows on a CPU. The argument `rows` is (words, scales, (n, m, lead)) of a `Packed`."""
+"""The inner loops over packed rows on a CPU. The argument `rows` is (words, scales, (n, m, lead)) of a `Packed`.
+
+Sums and weights belong to segments of the columns. A tile in one segment is the common case. In other tiles each block
+has the sums or weights of the segment of its first element, and the rests of blocks are in `shared_tiles.py`.
+"""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -10,12 +14,14 @@ from twa_scale.kernels.numba.intrinsics import LANES, WIDE
 from twa_scale.kernels.numba.loops import FLOAT0, U, compiled, inlined, narrow, widen
 from twa_scale.kernels.numba.packed_vectors import (
     add_dots,
+    add_dots_apart,
     quantize_factors,
     quantize_gradient,
     store_fence,
     store_past_caches,
     sum_rows,
 )
+from twa_scale.kernels.numba.shared_tiles import assign_lanes, combine_rests, divide, project_rests
 from twa_scale.kernels.packed_rows import BLOCKS, RUN
 
 ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
@@ -64,94 +70,164 @@ def _padded(source: Any, first: Any, n: Any, width: Any, target: Any, pitch: Any
 
 
 @inlined
-def _project(bits: Any, rows: Any, gradient: Any, start: int, stop: int, total: Any) -> None:
+def _project(bits: Any, many: Any, rows: Any, gradient: Any, segments: Any, start: int, stop: int, total: Any) -> None:
     words, scales, shape = rows
     n, _, lead = shape
+    length, front = segments
     block, fields = sizes(bits)
-    tile, chunks = block * fields, _chunks(n, fields)
-    factors, lanes = np.empty(chunks * SIXTEEN, np.float32), np.zeros(n * SIXTEEN, np.float32)
+    tile, chunks, size = block * fields, _chunks(n, fields), n * SIXTEEN
+    factors, lanes = np.empty(chunks * SIXTEEN, np.float32), np.zeros((fields if many else ONE) * size, np.float32)
     own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
     right, integers, units = np.empty(tile, np.float32), np.empty(tile, np.int16), np.empty(SIXTEEN, np.float32)
+    owners, places, rests = _places(fields, tile if many else ONE)
+    # The end of the segment is counted from the start of the first block, as tiles are.
+    segment, end = U(0), max(U(start) * tile, lead) + length - front
     for t in range(U(start), U(stop)):
         skip, used, width, blocks, word, scale = extent(shape, bits, t)
-        if skip == U(0) and used == tile:
-            quantize_gradient(bits, integers, units, gradient, t * tile - lead)
+        at, apart, different = t * tile, False, ONE
+        if many:
+            if end <= at + skip:
+                segment, end = segment + ONE, end + length
+            apart = end < at + used
+        owners[0] = segment
+        if not apart and skip == U(0) and used == tile:
+            quantize_gradient(bits, integers, units, gradient, at - lead)
         else:
             right[:] = FLOAT0
-            own[:] = np.uint16(0)
             for j in range(skip, used):
-                right[j] = widen(gradient[t * tile + j - lead])
+                right[j] = widen(gradient[at + j - lead])
+            if many and apart:
+                segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
+                end += at
+                place = width, blocks, word, scale
+                project_rests((words, scales, n), bits, block, place, rests, count, right, total)
+                different = assign_lanes(owners, blocks, size, places)
             quantize_gradient(bits, integers, units, right, U(0))
+        if blocks < fields:
+            own[:] = np.uint16(0)
         _padded(scales, scale, n, blocks, own, fields)
-        if width == block:
-            add_dots(bits, lanes, words, word, n, own, factors, chunks, integers, units)
-        else:
+        codes = words
+        if width < block:
             _padded(words, word, n, width, padded, block)
-            add_dots(bits, lanes, padded, U(0), n, own, factors, chunks, integers, units)
-        if (t + ONE) % U(RUN) == U(0) or t + ONE == U(stop):
-            for i in range(n):
-                row = FLOAT0
-                for j in range(i * SIXTEEN, (i + ONE) * SIXTEEN):
-                    row += lanes[j]
-                total[i] += row
-            lanes[:] = FLOAT0
+            codes, word = padded, U(0)
+        if many and apart:
+            add_dots_apart(bits, lanes, codes, word, n, own, factors, chunks, integers, units, places)
+        else:
+            add_dots(bits, lanes, codes, word, n, own, factors, chunks, integers, units)
+        if (t + ONE) % U(RUN) == U(0) or t + ONE == U(stop) or (many and end <= at + tile) or apart:
+            for q in range(different):
+                for i in range(n):
+                    row = FLOAT0
+                    for j in range(q * size + i * SIXTEEN, q * size + (i + ONE) * SIXTEEN):
+                        row += lanes[j]
+                    total[owners[q] * n + i] += row
+            lanes[: different * size] = FLOAT0
 
 
 @inlined
-def _combine(bits: Any, rows: Any, weights: Any, base: Any, center: Any, out: Any, start: int, stop: int) -> None:
+def _combine(
+    bits: Any,
+    many: Any,
+    rows: Any,
+    weights: Any,
+    segments: Any,
+    base: Any,
+    center: Any,
+    out: Any,
+    start: int,
+    stop: int,
+) -> None:
     words, scales, shape = rows
     n, m, lead = shape
+    length, front = segments
     block, fields = sizes(bits)
     tile, chunks = block * fields, _chunks(n, fields)
     factors, total = np.empty(chunks * SIXTEEN, np.float32), np.empty(tile, np.float32)
     own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
     pairs, firsts = np.empty(chunks * SIXTEEN // U(2), np.int32), np.empty(SIXTEEN, np.int32)
     units, each = np.empty(SIXTEEN, np.float32), np.zeros(chunks * SIXTEEN, np.float32)
-    for i in range(n):
-        each[i * fields : (i + ONE) * fields] = weights[i]
+    owners, _, rests = _places(fields, tile if many else ONE)
+    segment, end = U(0), max(U(start) * tile, lead) + length - front
+    owners[:] = segment
+    new = True  # whether the weights of this tile differ from those of the tile before
     for t in range(U(start), U(stop)):
         skip, used, width, blocks, word, scale = extent(shape, bits, t)
+        at, count, apart = t * tile, U(0), False
+        if many:
+            if end <= at + skip:
+                segment, end, new = segment + ONE, end + length, True
+            apart = end < at + used
+            if new:
+                owners[:] = segment
+            if apart:
+                segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
+                end += at
+        if new or apart:
+            for i in range(n):
+                for k in range(fields):
+                    each[i * fields + k] = weights[owners[k] * n + i]
+            new = apart
         if used < tile:
             own[:] = np.uint16(0)
         _padded(scales, scale, n, blocks, own, fields)
         quantize_factors(bits, pairs, firsts, units, factors, own, each, chunks)
-        if width == block:
-            sum_rows(bits, total, words, word, n, pairs, firsts, units)
-        else:
+        codes, first = words, word
+        if width < block:
             _padded(words, word, n, width, padded, block)
-            sum_rows(bits, total, padded, U(0), n, pairs, firsts, units)
+            codes, first = padded, U(0)
+        sum_rows(bits, total, codes, first, n, pairs, firsts, units)
+        if many and count > U(0):
+            place = width, blocks, word, scale
+            combine_rests((words, scales, n), bits, block, place, rests, count, weights, total)
         if (
             m >= _LARGE
             and used == tile
             and skip == U(0)
-            and store_past_caches(out, t * tile - lead, center, base, total, tile)
+            and store_past_caches(out, at - lead, center, base, total, tile)
         ):
             continue
         for j in range(skip, used):
-            at = t * tile + j - lead
-            out[at] = narrow(out, center * base[at] + total[j])
+            out[at + j - lead] = narrow(out, center * base[at + j - lead] + total[j])
     store_fence()
 
 
+@inlined
+def _places(fields: Any, tile: Any) -> Any:
+    """Return uninitialized arrays for the segments and the lanes of blocks, and for the rests of a tile."""
+    return np.empty(fields, U), np.empty(fields, U), (np.empty(tile, U), np.empty(tile, U), np.empty(tile, U))
+
+
 class Loops(NamedTuple):
-    """The compiled loops for one number of bits. They process tiles [start, stop)."""
+    """The compiled loops for one number of bits. They process tiles [start, stop).
+
+    `segments` is the length of a segment, and the position of the first column of tile `start` in its segment. Sums and
+    weights are (count, n), from that segment on.
+    """
 
     project: Callable[..., None]
-    """Adds <row_i, gradient> to `total`, (n,), float64."""
+    """Adds <row_i, gradient> to `total`, float64."""
     combine: Callable[..., None]
     """Writes center * base + sum_i weights_i row_i."""
 
 
 @cache
-def packed_loops(bits: int) -> Loops:
-    """Return the loops for a constant number of bits, so that the compiler unrolls the code that depends on it."""
+def packed_loops(bits: int, many: bool = False) -> Loops:
+    """Return the loops for a constant number of bits, so that the compiler unrolls the code that depends on it.
 
-    @partial(compiled, variant=bits)
-    def project(rows: Any, gradient: Any, start: int, stop: int, total: Any) -> None:
-        _project(bits, rows, gradient, start, stop, total)
+    Args:
+        bits: the number of bits of a code.
+        many: whether there may be several segments. The code for them is compiled only when it is needed.
+    """
+    variant = bits + 16 * many
 
-    @partial(compiled, variant=bits)
-    def combine(rows: Any, weights: Any, base: Any, center: Any, out: Any, start: int, stop: int) -> None:
-        _combine(bits, rows, weights, base, center, out, start, stop)
+    @partial(compiled, variant=variant)
+    def project(rows: Any, gradient: Any, segments: Any, start: int, stop: int, total: Any) -> None:
+        _project(bits, many, rows, gradient, segments, start, stop, total)
+
+    @partial(compiled, variant=variant)
+    def combine(
+        rows: Any, weights: Any, segments: Any, base: Any, center: Any, out: Any, start: int, stop: int
+    ) -> None:
+        _combine(bits, many, rows, weights, segments, base, center, out, start, stop)
 
     return Loops(project, combine)

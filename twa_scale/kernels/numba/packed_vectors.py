@@ -10,7 +10,7 @@ half-integer. The product is still exact, because the integers are then even.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 from llvmlite import ir
@@ -140,10 +140,21 @@ def add_dots(  # type: ignore[no-untyped-def]
 ):
     """Add <row_i, gradient> of a tile to 16 lanes for each of n rows, which are summed after several tiles."""
     names = "lanes words at n scales factors chunks integers units"
-    return tile_intrinsic(_add_dots, names, bits, lanes, words, at, n, scales, factors, chunks, integers, units)
+    kinds = (lanes, words, at, n, scales, factors, chunks, integers, units)
+    return tile_intrinsic(partial(_add_dots, apart=False), names, bits, *kinds)
 
 
-def _add_dots(v: TileEmitter) -> None:
+@intrinsic
+def add_dots_apart(  # type: ignore[no-untyped-def]
+    typing, bits, lanes, words, at, n, scales, factors, chunks, integers, units, places
+):
+    """Add as `add_dots` does, but those of each field to lanes of their own: n rows from index `places[field]` on."""
+    names = "lanes words at n scales factors chunks integers units places"
+    kinds = (lanes, words, at, n, scales, factors, chunks, integers, units, places)
+    return tile_intrinsic(partial(_add_dots, apart=True), names, bits, *kinds)
+
+
+def _add_dots(v: TileEmitter, *, apart: bool) -> None:
     units = v.load("units", 0)
     with cgutils.for_range(v.build, v["chunks"]) as chunk:
         start = v.times(chunk.index, LANES)
@@ -157,18 +168,21 @@ def _add_dots(v: TileEmitter) -> None:
             for c in (0, 1):
                 first = v.add_products(first, some[c], splat(v.zeros[k], WIDE))
             firsts.append(v.build.ashr(first, splat(1)))
+        starts = [v.element("places", k) for k in fields] if apart else [0]
+        together = len(fields) // len(starts)  # the number of fields that are added to the same lanes
         with cgutils.for_range(v.build, v["n"]) as row:
             sums = firsts
             for c in (0, 1):
                 words = v.load("words", v.at(v["at"], v.times(row.index, v.block), s, c * WIDE), WIDE)
                 codes = v.codes(words, fields)
                 sums = [v.add_products(x, code, some[c]) for x, code, some in zip(sums, codes, integers, strict=True)]
-            lane = v.times(row.index, LANES)
-            total = v.load("lanes", lane)
-            for k, x in zip(fields, sums, strict=True):
-                factor = v.broadcast_element("factors", v.at(v.times(row.index, v.fields), k))
-                total = v.build.fadd(total, v.scaled(x, factor), flags=FAST)
-            v.store("lanes", lane, total)
+            for i, start in enumerate(starts):
+                lane = v.at(v.times(row.index, LANES), start)
+                total = v.load("lanes", lane)
+                for j in range(i * together, (i + 1) * together):
+                    factor = v.broadcast_element("factors", v.at(v.times(row.index, v.fields), fields[j]))
+                    total = v.build.fadd(total, v.scaled(sums[j], factor), flags=FAST)
+                v.store("lanes", lane, total)
 
 
 @intrinsic
