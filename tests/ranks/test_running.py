@@ -29,6 +29,8 @@ EMA: dict[str, Any] = {"decays": [0.5, 0.9], "half_life": 0.3, "use_buffers": Tr
 WINDOW = {"every": 2, "keep": 3, "store": "dense32"}
 KEPT = [3, 5, 7]  # the weights of steps 4, 6 and 8
 CONFIG = {"groups": "block", "basis": "orthonormal", "optimizer": {"name": "sgd", "lr": 0.005}}
+ROWS = {"groups": "tensor+row", "center": "ema:0.5", "optimizer": {"name": "sgd", "lr": 0.002, "row_lr": 0.02}}
+CONFIGS: dict[str, dict[str, Any]] = {"blocks": CONFIG, "rows": ROWS}
 AVERAGES: dict[str, list[float]] = {
     "mean": [1 / 3] * 3,
     "minus-sqrt": center_weights("minus-sqrt", 3),
@@ -109,14 +111,17 @@ def follow(engine: str, directory: Path) -> dict[str, Any]:
             found[name] = everything(model)
     found["restored"] = same_bits(before, everything(model))
     counts = counters(model)
-    twa = averages.learn(CONFIG)
-    found["learned"] = trained(model, twa)
-    averages.restore()
-    assert counters(model) == counts
-    found["given back"] = same_bits(before, everything(model))
-    twa = twa_scale.attach(model, [str(path) for path in averages.save(directory)], CONFIG)
-    found["attached"] = trained(model, twa)
-    twa.close()
+    for name, config in CONFIGS.items():
+        twa = averages.learn(config)
+        found[f"learned {name}"] = trained(model, twa)
+        averages.restore()
+        assert counters(model) == counts
+        found[f"given back from {name}"] = same_bits(before, everything(model))
+    saved = [str(path) for path in averages.save(directory)]
+    for name, config in CONFIGS.items():
+        twa = twa_scale.attach(model, saved, config)
+        found[f"attached {name}"] = trained(model, twa)
+        twa.close()
     return found
 
 
@@ -183,18 +188,21 @@ def test_averages_are_those_of_whole_weights(ranks: Pool, tmp_path: Path, engine
         }
     for found in ranks(follow, size, engine=engine, directory=tmp_path, timeout=100):
         assert found["steps"] == [4, 6, 8]
-        assert found["resumed"] and found["restored"] and found["given back"]
+        assert found["resumed"] and found["restored"]
         for name, tensors in wanted.items():
             shown = {key for key, _ in models.build().named_parameters()} - {models.FROZEN}
             for key in shown | ({STATISTIC} if name.startswith("ema:") else set()):
                 torch.testing.assert_close(
                     found[name][key].double(), tensors[key].double().view(found[name][key].shape), rtol=1e-5, atol=1e-6
                 )
-        assert not torch.allclose(found["learned"]["coefficients"], found["learned"]["coefficients"][:1])
-        for key, value in found["attached"].items():
-            torch.testing.assert_close(
-                found["learned"][key], value, rtol=1e-4, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}"
-            )
+        for name in CONFIGS:
+            learned = found[f"learned {name}"]
+            assert found[f"given back from {name}"]
+            assert not torch.allclose(learned["coefficients"], learned["coefficients"][:1])
+            for key, value in found[f"attached {name}"].items():
+                torch.testing.assert_close(
+                    learned[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, k=f"{name}: {key}": f"{k}: {text}"
+                )
 
 
 def save_distributed(directory: Path) -> dict[str, Any]:
