@@ -88,6 +88,7 @@ def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Pa
     assert any((exported[name] - value).norm() > 1e-4 * value.norm() for name, value in corrected.items())
     said = shell("export", tmp_path / "whole", "--out", tmp_path / "merged")
     assert said.code == 0, said.err
+    assert (tmp_path / "whole" / "rows.png").read_bytes().startswith(b"\x89PNG")
     merged = load(tmp_path / "merged")
     for name, value in exported.items():
         torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6)

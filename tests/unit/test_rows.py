@@ -69,6 +69,21 @@ def take_steps(model: nn.Module, twa: twa_scale.TrainableAverage, first: int, la
         cases.one_step(model, twa, step)
 
 
+def test_corrections_are_those_of_averaging_coefficients() -> None:
+    model, twa = cases.attach("plain", Run({**ROWS, "center": "ema:0.6"}))
+    take_steps(model, twa, 0, 2)
+    weights, states = cases.gathered(model), torch.utils.data.default_collate(models.candidates())
+    corrections = twa.row_corrections()
+    assert set(corrections) == {
+        name for name, value in weights.items() if name in twa.layout.group_of and value.dim() > 1
+    }
+    for name, of_rows in corrections.items():
+        a = twa.coefficients[:, twa.layout.group_of[name], None] + of_rows
+        torch.testing.assert_close(a.sum(0), torch.ones(a.shape[1], dtype=torch.float64))
+        w = torch.einsum("nr,nre->re", a, states[name].double().flatten(2))
+        torch.testing.assert_close(weights[name].double().flatten(1), w, rtol=1e-5, atol=1e-6)
+
+
 def test_weight_gradients_are_clipped() -> None:
     config = {**ROWS, "max_weight_grad_norm": 0.5, "max_grad_norm": 0.2}
     model, twa = cases.attach("plain", Run(config))

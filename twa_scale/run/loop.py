@@ -3,11 +3,13 @@
 import json
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -276,10 +278,11 @@ class Run:
             limit = self.config.max_shard_size
             self.twa.export(self.output / AVERAGE, max_shard_size=limit, overwrite=True, progress=progress)
         summary = self._summary(measured) | costs | {"export_seconds": time.perf_counter() - start}
+        rows = {name: a.norm(dim=0).numpy() for name, a in self.twa.row_corrections().items()}
         self.records.close()
         with self.group.agree():
             if self.group.rank == 0:
-                self._write_results(summary)
+                self._write_results(summary, rows)
                 save_state(self.output, {**state, "finished": True})
         self.report.finish(self.output, summary)
         self.twa.close()
@@ -310,8 +313,9 @@ class Run:
             self._recalibrate()
         return dict(best.metrics)
 
-    def _write_results(self, summary: dict[str, Any]) -> None:
-        from twa_scale.run.plots import plot_training  # imported here, on one rank only: matplotlib is slow to import
+    def _write_results(self, summary: dict[str, Any], rows: Mapping[str, npt.NDArray[Any]]) -> None:
+        # Imported here, on one rank only: matplotlib is slow to import.
+        from twa_scale.run.plots import plot_rows, plot_training
 
         plot_training(
             self.output / "coefficients.png",
@@ -320,6 +324,8 @@ class Run:
             list(self.twa.layout.groups),
             read_records(self.output),
         )
+        if rows:
+            plot_rows(self.output / "rows.png", rows)
         replace_file(self.output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
     def _summary(self, measured: comparison.Measured) -> dict[str, Any]:

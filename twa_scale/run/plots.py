@@ -1,6 +1,6 @@
 """Plots of the coefficients and losses of a run, and of the similarity of candidates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import takewhile
 from pathlib import Path
@@ -122,6 +122,38 @@ def plot_cosines(path: str | Path, matrix: Array, labels: Sequence[str]) -> None
         axes.set_aspect("equal")
         axes.set_title("Cosines between candidates")
         _save(figure, Path(path), bbox_inches="tight", pad_inches=0.2)  # equal aspect leaves margins
+
+
+def plot_rows(path: str | Path, corrections: Mapping[str, Array]) -> None:
+    """Write a PNG of the spread of the corrections of rows: by tensor, their median and quantiles.
+
+    Args:
+        path: the file; it is replaced atomically.
+        corrections: for each tensor, in the order of the model, the norm of the correction of the averaging
+            coefficients of each row: (rows,).
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    places = np.arange(len(corrections)) + 0.5
+    low, lower, middle, upper, high = np.array(
+        [np.quantile(of_tensor, (0.05, 0.25, 0.5, 0.75, 0.95)) for of_tensor in corrections.values()]
+    ).T
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(6.0, 2.4 + 0.19 * min(len(places), 90)), 5.2), layout="constrained")
+        axes = figure.subplots()
+        axes.bar(places, high - low, 0.3, low, color=LINE, label="5 to 95 % of the rows")
+        axes.bar(places, upper - lower, 0.6, lower, color=LESS, label="25 to 75 %")
+        axes.hlines(middle, places - 0.3, places + 0.3, color=MORE, linewidth=1.6, label="median")
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, len(places))
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        _name_ticks(axes, "x", list(corrections))
+        axes.set_title("Corrections of the coefficients of single rows, by tensor")
+        axes.set_ylabel("norm over the candidates")
+        axes.legend(loc="best", fontsize=8.5)
+        _save(figure, Path(path))
 
 
 def _coefficients(axes: Axes, values: Array, candidates: Sequence[str], groups: Sequence[str]) -> None:

@@ -139,13 +139,23 @@ class RowCorrections:
             for key, value in inside["state"].get(0, {}).items()
         }
         settings = {key: value for key, value in inside["param_groups"][0].items() if key != "params"}
-        directions = self._matrix[:, :-1]
         return {
             "values": self._slots.whole(self.values.detach()),
             "moments": moments,
             "settings": deepcopy(settings),
-            "maps": directions - self._center_weights[:, None] * directions.sum(1, keepdim=True),
+            "maps": self._averaging_maps(),
         }
+
+    def averaging(self, group_of: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Return the corrections of the averaging coefficients of all rows, (n, rows) float64 by tensor. Collective."""
+        maps = self._averaging_maps()
+        whole = self._slots.whole(self.values.detach())
+        return {name: maps[group_of[name]] @ y.double() for name, y in whole.items()}
+
+    def _averaging_maps(self) -> torch.Tensor:
+        """Return the matrices from y to the corrections of the averaging coefficients, (G, n, k), float64."""
+        directions = self._matrix[:, :-1]
+        return directions - self._center_weights[:, None] * directions.sum(1, keepdim=True)
 
     def checked(self, state: RowsState | None) -> dict[str, Any]:
         """Return the part of `state` of this rank, after a check that this average can continue from it.
