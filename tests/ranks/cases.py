@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class Ended:
     weights: dict[str, Tensor]
     coefficients: Tensor
     error: str = ""
+    corrections: dict[str, Tensor] = field(default_factory=dict)
+    """Those of the coefficients of rows."""
 
 
 def train_all(engine: str, runs: Mapping[str, Run]) -> dict[str, Ended]:
@@ -57,7 +59,7 @@ def train(engine: str, run: Run) -> Ended:
     model, twa = attach(engine, run)
     for step in range(run.steps):
         one_step(model, twa, step, run.accumulate)
-    result = Ended(gathered(model), twa.coefficients.clone())
+    result = Ended(gathered(model), twa.coefficients.clone(), corrections=twa.row_corrections())
     twa.close()
     return result
 

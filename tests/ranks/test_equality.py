@@ -217,13 +217,19 @@ class TestEquality:
             unique = want.coefficients[-1][:, column]
             if not unique.isnan().any():
                 torch.testing.assert_close(a[:, column], unique, rtol=1e-4, atol=1e-4)
-            for member in () if str(ALL[name].config.get("groups")).endswith("+row") else members:
-                given = sum(a_i * state[member].double() for a_i, state in zip(a[:, column], states, strict=True))
+            for member in members:
+                values = torch.stack([state[member].double() for state in states])
+                of_rows = a[:, column].view(-1, *[1] * (values.dim() - 1))
+                if member in ended.corrections:
+                    of_rows = of_rows + ended.corrections[member].view(*values.shape[:2], *[1] * (values.dim() - 2))
+                given = (of_rows * values).sum(0)
                 assert (given - want.weights[-1][member]).norm() <= 1e-4 * want.weights[-1][member].norm(), member
 
     def test_coefficients_are_the_same_bits_on_every_rank(self, ends: Ends, engine: str, size: int, name: str) -> None:
-        by_rank = [by_name[name].coefficients for by_name in ends(engine, size)]
-        assert all(torch.equal(by_rank[0], other) for other in by_rank)
+        first, *others = [by_name[name] for by_name in ends(engine, size)]
+        for other in others:
+            assert torch.equal(first.coefficients, other.coefficients)
+            assert all(torch.equal(value, other.corrections[key]) for key, value in first.corrections.items())
 
 
 TOLERANCES = {"dense16": 1e-2, "packed8": 1e-2, "packed4": 3e-2, "mapped": 1e-5}

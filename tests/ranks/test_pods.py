@@ -42,7 +42,7 @@ RUNS = {
         {"basis": "simplex", "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}, steps=8, accumulate=2
     ),
 }
-ROWS = Run({"groups": "tensor+row", "optimizer": {"row_lr": 0.01}}, steps=8)
+ROWS = Run({"groups": "tensor+row", "max_grad_norm": 0.3, "optimizer": {"row_lr": 0.01}}, steps=8)
 Layout = list[tuple[str, int]]
 
 
@@ -102,7 +102,7 @@ def train_all(layout: Layout) -> dict[str, cases.Ended]:
         model, twa = attach(place, run)
         for step in range(run.steps):
             cases.one_step(model, twa, step, run.accumulate)
-        results[name] = cases.Ended(cases.gathered(model), twa.coefficients.clone())
+        results[name] = cases.Ended(cases.gathered(model), twa.coefficients.clone(), corrections=twa.row_corrections())
     return results
 
 
@@ -120,6 +120,8 @@ def test_pods_train_as_one_group_on_all_batches(ranks: Pool, name: str) -> None:
             for tensor, value in want.items():
                 assert (ended.weights[tensor].double() - value).norm() <= 1e-5 * value.norm(), (key, tensor)
             assert torch.equal(ended.coefficients, results[0][key].coefficients), key
+            corrections = results[0][key].corrections
+            assert all(torch.equal(value, corrections[tensor]) for tensor, value in ended.corrections.items())
     for tensor, value in alone.items():
         assert (results[-1]["normalized"].weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
 

@@ -111,6 +111,28 @@ def test_bytes_of_every_store(tmp_path: Path, dtype: torch.dtype) -> None:
     assert plan.local_elements == plan.trained_elements < sum(p.numel() for p in model.parameters())
 
 
+def test_bytes_of_corrections_of_rows(tmp_path: Path) -> None:
+    """Those that a run holds after a step; in pods, what these average."""
+    config = validated(RunConfig, settings(tmp_path) | {"groups": "tensor+row"})
+    task = build_task(config.task)
+    model = task.model()
+    twa = twa_scale.attach(model, config.candidates, config)
+    data = task.dataset("train")
+    task.loss(model, stack([data[0]])).backward()
+    twa.step()
+    state = twa.state_dict()["rows"]
+    held = sum(value.nbytes for value in state["values"].values())
+    saved = held + sum(
+        value.nbytes for moment in state["moments"].values() if isinstance(moment, dict) for value in moment.values()
+    )
+    plan = make_plan(config, 1)
+    assert saved == 3 * held and plan.memory["corrections of rows"] == 5 * held
+    assert plan.notes == (f"each save of the run state takes {saved / 1e6:.1f} MB of each rank's memory",)
+    assert not plan.wire_between_pods
+    pods = make_plan(config.model_copy(update={"engine": "plain", "pods": 2}), 2)
+    assert pods.wire_between_pods["corrections of rows, from every rank"] == held
+
+
 def test_store_fits_exact_memory(tmp_path: Path) -> None:
     plan = make_plan(validated(RunConfig, settings(tmp_path) | {"store": "packed4"}), 1)
     needs = {choice.store: choice.peak + choice.page_cache for choice in choose_store(plan).stores}

@@ -131,6 +131,32 @@ def test_row_lr_is_a_tenth_of_lr() -> None:
     assert [group["lr"] for group in twa.optimizer.param_groups] == [0.5, 0.05]
 
 
+def test_a_search_does_not_drop_corrections() -> None:
+    model, twa = cases.attach("plain", Run(ROWS))
+    take_steps(model, twa, 0, 1)
+    with pytest.raises(ConfigError, match="which a search would drop"):
+        twa_scale.search(twa, lambda: 0.0, method="sweep", budget=2)
+
+
+def test_a_tensor_that_overflows_float16_is_refused() -> None:
+    """Bounds of norms do not rule out an overflow, so that weights are read; then they hold for small steps."""
+    states = [{"weight": torch.full((4, 3), 3e4 + 1e3 * i)} for i in range(3)]
+    model = nn.Linear(3, 4, bias=False).half()
+    twa = twa_scale.attach(
+        model, states, {"groups": "tensor+row", "optimizer": {"name": "sgd", "lr": 1e-9, "row_lr": 1.0}}
+    )
+    inputs = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float16)
+    for loss_scale, fits in ((1e-6, True), (-100.0, False)):
+        (model(inputs)[0, 2].float() * loss_scale).backward()
+        if fits:
+            assert twa.step()
+        else:
+            with pytest.raises(TwaError, match="'weight'.*not finite in torch.float16"):
+                twa.step()
+        twa.zero_grad()
+    assert bool(torch.isfinite(model.weight).all())
+
+
 def test_another_start_has_no_corrections() -> None:
     model, twa = cases.attach("plain", Run(ROWS))
     take_steps(model, twa, 0, 2)
@@ -155,7 +181,17 @@ def test_weights_that_overflow_are_refused() -> None:
     assert not any(bool(value.any()) for value in twa.state_dict()["rows"]["values"].values())
 
 
-@pytest.mark.parametrize("damage", ["missing", "other rows", "not finite", "moments of another optimizer"])
+TEXTS = {
+    "missing": "rows: is missing",
+    "other rows": "rows.values: 'embed.weight' has shape",
+    "not finite": "rows.values.embed.weight: .*not finite",
+    "moments of another optimizer": "optimizer.state.momentum_buffer",
+    "moments that are no tensors": "rows.moments",
+    "other directions": "its directions differ",
+}
+
+
+@pytest.mark.parametrize("damage", TEXTS)
 def test_states_that_do_not_fit_are_refused(damage: str) -> None:
     config = {**ROWS, "optimizer": {"name": "sgd", "lr": 0.005, "momentum": 0.9}}
     model, twa = cases.attach("plain", Run(config))
@@ -169,9 +205,13 @@ def test_states_that_do_not_fit_are_refused(damage: str) -> None:
             values["embed.weight"] = values["embed.weight"][:, :-1].contiguous()
         case "not finite":
             values["embed.weight"][0, 0] = torch.nan
+        case "moments that are no tensors":
+            state["rows"]["moments"]["momentum_buffer"] = {"embed.weight": "none"}
+        case "other directions":
+            state["rows"]["maps"] = -state["rows"]["maps"]
         case _:
             state["rows"]["moments"] = {"exp_avg": state["rows"]["moments"]["momentum_buffer"]}
-    with pytest.raises(StateError, match=r"rows|optimizer"):
+    with pytest.raises(StateError, match=TEXTS[damage]):
         twa.load_state_dict(state)
 
 

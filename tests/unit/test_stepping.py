@@ -210,6 +210,7 @@ USES: dict[str, Callable[[TrainableAverage], object]] = {
     "cost": lambda twa: twa.cost(1),
     "as_optimizer": lambda twa: twa.as_optimizer(),
     "can_start_from": lambda twa: twa.can_start_from("last"),
+    "row_corrections": lambda twa: twa.row_corrections(),
     "start_from": lambda twa: twa.start_from("last"),
 }
 

@@ -35,7 +35,7 @@ from twa_scale.config import TwaConfig
 from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine
 from twa_scale.errors import ConfigError, RankError, TwaError
-from twa_scale.output.provenance import provenance
+from twa_scale.output.provenance import provenance, rows_provenance
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.store import Store, step_cost, update_bytes
 
@@ -323,6 +323,7 @@ class TrainableAverage:
             groups=list(self.layout.groups),
             coefficients=(self.coefficients if self._swapped.now is None else self._swapped.now).tolist(),
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            **rows_provenance(self._swapped.now is None and self._rows is not None),
         )
         export(
             self._engine,

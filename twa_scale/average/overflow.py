@@ -60,6 +60,9 @@ class WeightLimits:
         """u at the last reading of weights; initially the u of zero weights."""
         self._rows_read_at = torch.zeros_like(self._norms)
         """The largest corrections of rows of this rank at the last reading."""
+        self._asked_at = self._read_at, self._rows_read_at
+        """u and the corrections at the last call of `require_coefficients`."""
+        self._must_read = True
         self._largest = torch.zeros_like(limits)
         """The largest weight of each group at `_read_at`, as a fraction of the largest value of its dtype."""
 
@@ -69,19 +72,25 @@ class WeightLimits:
         Raises:
             TwaError: the coefficients are too large; on every rank.
         """
-        u = self._basis.expand(x.detach()).cpu().abs() + self._largest_corrections()
-        if self._on_any_rank(not bool(torch.isfinite(u.sum(0).to(torch.float32)).all())):
+        u = self._basis.expand(x.detach()).cpu()
+        corrections = torch.zeros_like(u) if self._rows is None else self._rows.largest()
+        fits = bool(torch.isfinite((u.abs() + corrections).sum(0).to(torch.float32)).all())
+        # Coefficients are the same on all ranks, but rows are not.
+        flags = torch.tensor([not fits, not self._ruled_out(u, corrections)], dtype=torch.float64)
+        if self._rows is not None:
+            flags = self._group.sum_(flags.to(self._engine.device)).cpu()
+        too_large, self._must_read = (flags > 0).tolist()
+        if too_large:
             raise TwaError(f"with these coefficients the weights are not finite in torch.float32. {_FIX}")
+        self._asked_at = u, corrections
 
-    def require_weights(self, x: torch.Tensor, spans: Iterable[Span]) -> None:
-        """Refuse live weights that are not finite. Collective unless the bounds show that they are finite.
+    def require_weights(self, spans: Iterable[Span]) -> None:
+        """Refuse live weights of `require_coefficients` that are not finite. Collective if they have to be read.
 
         Raises:
             TwaError: names the tensor and the fix, on every rank.
         """
-        u = self._basis.expand(x.detach()).cpu()
-        corrections = self._largest_corrections()
-        if not self._on_any_rank(not self._ruled_out(u, corrections)):
+        if not self._must_read:
             return
         self._weights.settle()
         largest = torch.zeros_like(self._largest)
@@ -90,17 +99,7 @@ class WeightLimits:
                 column = self._layout.group_of[span.name]
                 largest[column] = max(float(largest[column]), self._part(span))
         self._largest = torch.stack(self._group.gather(largest)).amax(0)
-        self._read_at = u
-        self._rows_read_at = corrections
-
-    def _largest_corrections(self) -> torch.Tensor:
-        return torch.zeros_like(self._norms) if self._rows is None else self._rows.largest()
-
-    def _on_any_rank(self, value: bool) -> bool:
-        """Return whether `value` is true on any rank. Without rows it is the same on all of them."""
-        if self._rows is None:
-            return value
-        return bool(self._group.sum_(torch.tensor(float(value), device=self._engine.device)) > 0)
+        self._read_at, self._rows_read_at = self._asked_at
 
     def _ruled_out(self, u: torch.Tensor, corrections: torch.Tensor) -> bool:
         """Return whether the bounds show that the weights are finite. Corrections count with any sign."""

@@ -63,8 +63,9 @@ class WrittenCoefficients:
         Raises:
             TwaError: they are not finite.
         """
+        self._limits.require_coefficients(self.x)
         self.write()
-        self._limits.require_weights(self.x, self._spans)
+        self._limits.require_weights(self._spans)
 
     def saved(self) -> Saved:
         """Return copies of the coefficients, for `confirm`."""
@@ -90,7 +91,7 @@ class WrittenCoefficients:
         try:
             self._limits.require_coefficients(self.x)
             self.write(postpone=self._postpone)
-            self._limits.require_weights(self.x, self._spans)
+            self._limits.require_weights(self._spans)
         except RankError:  # writing again would wait for the same rank
             raise
         except TwaError:

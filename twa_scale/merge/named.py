@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.merge.low_rank import truncated, truncation_line
 from twa_scale.merge.streamed import merge
 from twa_scale.merge.ties import require_equal_ties
-from twa_scale.output.provenance import provenance
+from twa_scale.output.provenance import provenance, rows_provenance
 from twa_scale.ranks import Group, require_same_settings
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -212,13 +213,7 @@ def export_run(
             return list(coefficients[twa.group_of[name]])
         return buffer_source(name, twa.config.buffers, center) if name in buffers else center
 
-    def row_weights(name: str) -> torch.Tensor | None:
-        if twa.rows is None or name not in twa.rows.names:
-            return None
-        column = twa.group_of[name]
-        corrections = twa.rows.maps[column] @ twa.rows.values[twa.rows.names[name]].double()
-        return twa.coefficients[:, column, None] + corrections
-
+    row_weights = {name: partial(twa.row_weights, name) for name in twa.rows.names} if twa.rows else {}
     with group.agree():
         carried = carried_files(opened, files=group.rank == 0, code=carry_code or twa.config.carry_code)
     origin = provenance(
@@ -229,6 +224,7 @@ def export_run(
         groups=list(twa.groups),
         coefficients=twa.coefficients.tolist(),
         dtype=dtype,
+        **rows_provenance(twa.rows is not None),
     )
     merge(
         opened,

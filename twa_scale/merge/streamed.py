@@ -35,15 +35,8 @@ Checksums = list[dict[str, int]]
 """For each candidate, the checksum of every tensor that was read from it, by name (see kernels.checksum)."""
 Weights = Callable[[str], Source]
 """A function of a tensor name: the weights a_1..a_n of the candidates, or the index of the candidate to copy."""
-RowWeights = Callable[[str], torch.Tensor | None]
-"""A function of a tensor name: the weights of the candidates for each row of the tensor, (n, rows), float64, with sums
-of 1; None for a tensor whose elements all have the same weights."""
-
-
-def no_rows(name: str) -> torch.Tensor | None:
-    """Return None: no tensor has weights of its own for each row."""
-    del name
-    return None
+RowWeights = Mapping[str, Callable[[], torch.Tensor]]
+"""For tensors whose rows have weights of their own, a function that returns them: (n, rows), float64, of sum 1."""
 
 
 def merge(
@@ -52,7 +45,7 @@ def merge(
     weights: Weights,
     group: Group,
     *,
-    row_weights: RowWeights = no_rows,
+    row_weights: RowWeights | None = None,
     carried: CarriedFiles | None = None,
     origin: Mapping[str, Any] | None = None,
     max_shard_size: str | int = "5GB",
@@ -79,7 +72,8 @@ def merge(
         out: the directory to write, on a file system that all ranks share.
         weights: the weights of each tensor.
         group: the ranks that share the work.
-        row_weights: the weights of each row, of tensors that have them. They replace `weights`.
+        row_weights: the weights of each row, for tensors that have them. They replace `weights`, and r is then the
+            first candidate.
         carried: the properties of the candidates that the result keeps. The small files of the first rank are used.
         origin: the provenance of the result (`provenance`); by default only the candidates.
         max_shard_size: the largest number of bytes of tensor data in a file; see `CarriedFiles.shard_size`.
@@ -114,7 +108,7 @@ def merge(
     options = writing_options(carried, origin, dtype, max_shard_size, chosen)
     with writing(out, stored.specs, group, overwrite=overwrite, **options) as writer:
         kernels = choose_kernels("auto", torch.device("cpu"))
-        merger = _Merger(candidates, cache(weights), lru_cache(2)(row_weights), replace, stored, writer, kernels)
+        merger = _Merger(candidates, cache(weights), row_weights or {}, replace, stored, writer, kernels)
         with group.agree():
             merger.merge(_share(tensors, stored, group, units or {}), progress)
         checksums = _total(group.gather(merger.checksums))
@@ -190,6 +184,7 @@ class _Merger:
         self.summed = summed(self.candidates[-1])
         self.checksums: Checksums = [{} for _ in self.candidates]
         self.differing: dict[str, int] = {}
+        self.of_rows = lru_cache(1)(lambda name: self.row_weights[name]())  # many parts of a tensor in a row
 
     def merge(self, pieces: Iterable[Span], progress: Progress | None) -> None:
         """Read, combine and write the pieces."""
@@ -206,8 +201,8 @@ class _Merger:
                 values, masks = self._summed(part), False
             elif isinstance(source, int):
                 values, masks = self._copied(part, source), True
-            elif (of_rows := self.row_weights(part.span.name)) is not None:
-                values, masks = self._combined_by_row(part, of_rows), False
+            elif part.span.name in self.row_weights:
+                values, masks = self._combined_by_row(part, self.of_rows(part.span.name)), False
             else:
                 values, masks = self._combined(part, source)
             self._write(part.span.part(part.start, part.stop), values, allow_infinite=masks)
@@ -224,7 +219,7 @@ class _Merger:
     def _read_from(self, name: str) -> list[int]:
         """Return the indices of the candidates to read: those of nonzero weight, or all for a copied tensor."""
         a = self._source(name)
-        if isinstance(a, int) or name in self.summed or self.row_weights(name) is not None:
+        if isinstance(a, int) or name in self.summed or name in self.row_weights:
             return list(range(len(self.candidates)))
         assert len(a) == len(self.candidates)
         return [i for i, weight in enumerate(a) if weight != 0] or [0]

@@ -33,6 +33,12 @@ def provenance(wrote: str, candidates: Sequence[str], **more: object) -> dict[st
     return {"version": __version__, "wrote": wrote, "candidates": list(candidates), **more}
 
 
+def rows_provenance(corrected: bool) -> dict[str, Any]:
+    """Return the entry that says that `coefficients` are those of groups, and rows differ from them."""
+    note = "single rows have corrections, which the state of the run holds: coefficients are without them"
+    return {"rows": note} if corrected else {}
+
+
 def writing_options(
     carried: CarriedFiles,
     origin: Mapping[str, Any],

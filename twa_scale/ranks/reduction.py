@@ -40,7 +40,7 @@ class Reduction:
                 self._device = torch.device("cuda" if comm == "nccl" else "cpu")
                 groups = _over_torch(comm, self._device, own)
                 self._made = [made for made, group in zip(groups, own, strict=True) if made is not group]
-        self._shards, self._replicas = groups
+        self._replicas = groups[1]
         self._pods = pods if groups == own else Pods(*groups)
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:
@@ -49,15 +49,14 @@ class Reduction:
         Args:
             products: the local partial sums of this rank, float64 on the CPU; not changed.
         """
-        mine = products * self._pods.share
-        return self._pods.sum_(mine if self._device is None else mine.to(self._device)).cpu()
+        return self.average_(products.clone()).cpu()
 
-    def sum_over_shards_(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values` over the shard group, in place. Collective."""
-        return self._sum_(self._shards, values)
+    def average_(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the shard groups and average over pods, in place, with equal bits everywhere. Collective."""
+        return self._sum_(self._pods, values.mul_(self._pods.share))
 
     def average_over_replicas_(self, values: torch.Tensor) -> torch.Tensor:
-        """Average `values` over the replica group, in place, for replicas that are equally large. Collective."""
+        """Average `values` over the replica group only, for pods of equal size. Collective."""
         return self._sum_(self._replicas, values).div_(self._replicas.size)
 
     def _sum_(self, group: Group, values: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
 from twa_scale.errors import StateError
 from twa_scale.kernels import RowMap
-from twa_scale.ranks import Group, Reduction
+from twa_scale.ranks import Reduction
 
 
 def row_bytes(config: TwaConfig, n: int, rows: int) -> int:
@@ -42,7 +42,6 @@ class RowCorrections:
         basis: T, of a basis whose directions are sums of deltas.
         coding: what the rows of the store stand for.
         reduction: sums over ranks.
-        shards: the ranks that together hold the weights.
         device: of the weights.
     """
 
@@ -53,23 +52,20 @@ class RowCorrections:
         basis: Basis,
         coding: RowMap,
         reduction: Reduction,
-        shards: Group,
         device: torch.device,
     ) -> None:
         assert isinstance(basis, LinearBasis)
         self._config = config
         self._slots = slots
         self._reduction = reduction
-        self._shards = shards
         self._matrix = basis.matrix
         self._center_weights = basis.center_weights
-        groups, n, k = len(basis.matrix), basis.matrix.shape[1] - 1, basis.matrix.shape[2]
+        rows_of_u, k = basis.matrix.shape[1:]
         # Weights of the store's rows are an affine function of u; T and its linear part are one matrix for each group.
-        zero = coding.row_weights(torch.zeros(n + 1, 1, dtype=torch.float64))
-        linear = coding.row_weights(torch.eye(n + 1, dtype=torch.float64)) - zero
+        zero = coding.row_weights(torch.zeros(rows_of_u, 1, dtype=torch.float64))
+        linear = coding.row_weights(torch.eye(rows_of_u, dtype=torch.float64)) - zero
         self._maps = (linear[:-1] @ basis.matrix).to(device)
         """(G, rows of the store, k), float64."""
-        self._num_groups = groups
         self.values = nn.Parameter(torch.zeros(k, slots.num_columns, device=device))
         """y: (k, R), float32. Columns of a row on several ranks are bitwise equal."""
         self._gradient = torch.zeros_like(self.values)
@@ -86,15 +82,14 @@ class RowCorrections:
 
     def reduce(self, factor: float) -> None:
         """Sum the gradient over ranks and multiply it by `factor`. Collective."""
-        self._slots.sum_(self._gradient, self._reduction.sum_over_shards_)
-        self._reduction.average_over_replicas_(self._gradient)
+        self._slots.reduce_(self._gradient, self._reduction)
         self.values.grad = self._gradient.mul_(factor)
 
     def squared_norm(self) -> float:
-        """Return the squared 2-norm of the gradient of all rows. Collective."""
+        """Return the squared 2-norm of the gradient of all rows, with the same bits on all ranks. Collective."""
         assert self.values.grad is not None
         mine = self.values.grad[:, self._slots.owned].double().square().sum()
-        return float(self._shards.sum_(mine))
+        return float(self._reduction(mine))
 
     def scale(self, factor: float) -> None:
         """Multiply the reduced gradient by `factor`."""
@@ -118,14 +113,10 @@ class RowCorrections:
 
     def largest(self) -> torch.Tensor:
         """Return a bound on |u| of the corrections of this rank's rows, (n + 1, G), float64 on the CPU."""
-        n = self._matrix.shape[1]
-        bound = torch.zeros(n, self._num_groups, dtype=torch.float64)
-        parts = list(self._slots.parts.values())
-        if parts:
-            found = torch.stack([self.values.detach()[:, part.columns].abs().amax(1) for part in parts]).cpu().double()
-            for part, y in zip(parts, found, strict=True):
-                bound[:, part.group] = torch.maximum(bound[:, part.group], self._matrix[part.group].abs() @ y)
-        return bound
+        y = self.values.detach().abs()
+        largest = y.new_zeros(len(y), len(self._matrix))
+        largest.scatter_reduce_(1, self._slots.groups.expand(len(y), -1), y, "amax")
+        return torch.einsum("gik,kg->ig", self._matrix.abs(), largest.cpu().double())
 
     def state(self) -> dict[str, Any]:
         """Return y and the state of its optimizer for all rows, on the CPU of every rank. Collective.
@@ -166,6 +157,9 @@ class RowCorrections:
         if state is None:
             raise StateError("state: rows: is missing; give the state of this average, or start a new run.")
         self._require_rows("rows.values", state.values)
+        own, given = self._averaging_maps(), state.maps.to(torch.float64).cpu()
+        if own.shape != given.shape or bool(((own - given).abs() > 1e-3 * own.abs().amax((1, 2), keepdim=True)).any()):
+            raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
         moments = {}
         for key, value in state.moments.items():
             if isinstance(value, Mapping):

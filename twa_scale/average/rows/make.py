@@ -44,7 +44,7 @@ def make_rows(
             raise ConfigError(_PODS)
     sizes = {name: prod(engine.parameters[name].shape) for name in lengths}
     slots = RowSlots(spans, lengths, sizes, engine.shard_group, engine.device)
-    return RowCorrections(config, slots, basis, coding, reduction, engine.shard_group, engine.device)
+    return RowCorrections(config, slots, basis, coding, reduction, engine.device)
 
 
 _PODS = (

@@ -1,6 +1,6 @@
 """The rows of this rank, and their exchange with the ranks that hold other parts of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from twa_scale.average.rows.shapes import rows_of
 from twa_scale.base.spans import Span
 from twa_scale.kernels import Segments
-from twa_scale.ranks import Group
+from twa_scale.ranks import Group, Reduction
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,14 @@ class RowSlots:
             partial.append(cut)
             keys.append(first_key[span.name] + rows)
         none = torch.empty(0, dtype=torch.int64)
-        self._exchange(torch.cat([none, *keys]), torch.cat([none.bool(), *partial]))
+        counts = torch.tensor([part.segments.count for part in self.parts.values()], dtype=torch.int64)
+        groups = torch.tensor([part.group for part in self.parts.values()], dtype=torch.int64)
+        self.groups = groups.repeat_interleave(counts).to(device)
+        """The index of the group of each column, (R,), int64."""
+        self._find_cut_rows(torch.cat([none, *keys]), torch.cat([none.bool(), *partial]))
 
-    def _exchange(self, keys: torch.Tensor, partial: torch.Tensor) -> None:
-        """Find the rows that several ranks hold parts of. Collective."""
+    def _find_cut_rows(self, keys: torch.Tensor, partial: torch.Tensor) -> None:
+        """Find the rows that several ranks hold parts of, and number them alike on all ranks. Collective."""
         columns = partial.nonzero()[:, 0]
         mine = keys[columns]
         of_ranks = self._shards.gather(mine)
@@ -87,17 +91,20 @@ class RowSlots:
         self.owned = owned.to(self._device)
         """Whether a column counts in sums over all rows: of the columns of a row, one does. (R,), bool."""
 
-    def sum_(self, values: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Add up the values of each row over the ranks that hold parts of it, in place. Collective.
+    def reduce_(self, values: torch.Tensor, reduction: Reduction) -> None:
+        """Sum the values of each row over the shard group and average them over replicas, in place. Collective.
+
+        All ranks that hold a row get the same bits: rows that are cut are summed at once over all ranks.
 
         Args:
             values: (k, R).
-            reduce: sums a tensor over the shard group.
+            reduction: sums over ranks.
         """
+        cut = values.new_zeros(len(values), self._num_shared)
+        cut.index_add_(1, self._own, values[:, self._columns])
+        reduction.average_over_replicas_(values)
         if self._num_shared:
-            sums = values.new_zeros(len(values), self._num_shared)
-            sums.index_add_(1, self._own, values[:, self._columns])
-            values[:, self._columns] = reduce(sums)[:, self._own]
+            values[:, self._columns] = reduction.average_(cut)[:, self._own]
 
     def whole(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the values of all rows of each tensor, on the CPU of every rank. Collective.
@@ -108,18 +115,22 @@ class RowSlots:
         Returns:
             (k, rows of the tensor), by name.
         """
+        parts: dict[str, list[Part]] = {name: [] for name in self.counts}
+        for span, part in self.parts.items():
+            parts[span.name].append(part)
         found = {}
         for name, count in self.counts.items():
             whole = values.new_zeros(len(values), count)
-            for part in (part for span, part in self.parts.items() if span.name == name):
-                columns = torch.arange(part.columns.start, part.columns.stop, device=self._device)
-                columns = columns[self.owned[part.columns]]
-                whole[:, part.rows.to(self._device)[self.owned[part.columns]]] = values[:, columns]
+            for part in parts[name]:
+                owned = self.owned[part.columns]
+                whole[:, part.rows.to(self._device)[owned]] = values[:, part.columns][:, owned]
             found[name] = self._shards.sum_(whole).cpu()
         return found
 
     def local(self, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the values of the columns of this rank, (k, R), from those of all rows by name."""
-        parts = [whole[span.name][:, part.rows] for span, part in self.parts.items()]
-        k = len(next(iter(whole.values())))
-        return torch.cat([torch.empty(k, 0), *parts], 1).to(self._device)
+        values = torch.empty(len(next(iter(whole.values()))), self.num_columns, device=self._device)
+        for span, part in self.parts.items():
+            of_tensor = whole[span.name]  # on any device
+            values[:, part.columns] = of_tensor[:, part.rows.to(of_tensor.device)].to(self._device)
+        return values

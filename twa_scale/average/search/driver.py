@@ -79,6 +79,13 @@ def search(
     require_same_settings(pods, {**arguments, "constraint": constraint, "record": str(record)})
     with pods.agree():
         _check(average, method, budget, constraint, seed)
+    corrected = any(bool(rows.any()) for rows in average.row_corrections().values())
+    with pods.agree():
+        if corrected:
+            raise ConfigError(
+                "search: the rows of this average have trained corrections, which a search would drop. Search before "
+                "training, or train with groups without '+row'."
+            )
     sign = -1.0 if higher_is_better else 1.0
     evaluations: list[Evaluation] = []
     source: Proposals | None = None

@@ -98,7 +98,7 @@ class RowsState(_Saved):
     """The state of the corrections of rows, y: for each tensor (k, rows), float32."""
 
     values: dict[str, Tensor]
-    moments: dict[str, Any]
+    moments: dict[str, dict[str, Tensor] | Tensor | float | int | bool | None]
     """The state of their optimizer. Moments of rows are by tensor, as the values are."""
     settings: dict[str, Any]
     """The settings of their optimizer."""
@@ -156,6 +156,18 @@ class AverageState(_Saved):
             if name not in self.fingerprint.shapes:
                 raise ValueError(f"group_of: {name!r} is none of the tensors of the fingerprint")
         return self
+
+    def row_weights(self, name: str) -> torch.Tensor:
+        """Return the averaging coefficients of each row of a tensor, (n, rows), float64.
+
+        Args:
+            name: the name in the candidates of a tensor whose rows have corrections.
+        """
+        assert self.rows is not None
+        group = self.group_of[name]
+        return (
+            self.coefficients[:, group, None] + self.rows.maps[group] @ self.rows.values[self.rows.names[name]].double()
+        )
 
 
 class KeptState(_Saved):

@@ -9,7 +9,6 @@ from torch import nn
 
 from twa_scale.average.layout import Layout, alias_jobs, match, wanted_of
 from twa_scale.average.optimizer import make_optimizer
-from twa_scale.average.rows import row_bytes, row_lengths
 from twa_scale.base.process_memory import resident
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate, open_candidates
@@ -31,6 +30,7 @@ from twa_scale.run.engines.run_engine import all_reduced
 from twa_scale.run.tasks import build_task, stack
 from twa_scale.store import staging_bytes, store_bytes
 from twa_scale.tools.planning.activations import activation_bytes
+from twa_scale.tools.planning.rows import rows_of_plan
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,9 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     store = {f"store ({config.store})": store_bytes(config.store, n, local.values())}
     offloaded = device == "cuda" and config.store_device == "cpu"
     store_on_device = {"buffers of the store": staging_bytes(config.store, n, local.values())} if offloaded else store
-    rows = {}
-    if config.has_rows:
-        lengths = row_lengths(model, {name: parameters[name].shape for name in layout.group_of})
-        count = sum(-(-local[name] // length) for name, length in lengths.items())
-        rows = {"corrections of rows": row_bytes(config, n, count)}
+    rows = rows_of_plan(config, model, parameters, local, n)
     numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
+    between = {**numbers, "corrections of rows, from every rank": rows.gradient} if config.pods > 1 else {}
     return Plan(
         ranks=ranks,
         device=device,
@@ -137,15 +134,18 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             **engine.partition_bytes(parameters),
             "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
             **store_on_device,
-            **rows,
+            **({"corrections of rows": rows.held} if rows.held else {}),
         },
         attach={} if offloaded else streaming,
         step={**activations, **engine.transient_bytes(model, parameters)},
         host={**store, **streaming} if offloaded else {},
         bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, read, candidates)),
-        wire={**_summed(engine, numbers), **engine.wire_bytes(model, parameters)},
-        wire_between_pods={name: all_reduced(size, config.pods) for name, size in numbers.items() if config.pods > 1},
-        notes=notes,
+        wire={
+            **_summed(engine, numbers),
+            **engine.wire_bytes(model, parameters),
+        },
+        wire_between_pods={name: all_reduced(size, config.pods) for name, size in between.items() if size},
+        notes=(*notes, *rows.notes),
     )
 
 
