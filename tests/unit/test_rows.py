@@ -151,7 +151,7 @@ def test_a_tensor_that_overflows_float16_is_refused() -> None:
         if fits:
             assert twa.step()
         else:
-            with pytest.raises(TwaError, match="'weight'.*not finite in torch.float16"):
+            with pytest.raises(TwaError, match=r"'weight'.*not finite in torch.float16"):
                 twa.step()
         twa.zero_grad()
     assert bool(torch.isfinite(model.weight).all())

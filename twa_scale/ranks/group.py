@@ -100,7 +100,7 @@ class Group:
         """
         if self.size <= 1 or f"{device}:{backend}" in dist.get_backend_config(self._process_group).split(","):
             return ()
-        return tuple(dist.get_process_group_ranks(self._process_group))
+        return tuple(dist.get_process_group_ranks(self._process_group or dist.group.WORLD))  # torch 2.6 refuses None
 
     def _rank_errors(self) -> AbstractContextManager[None]:
         return rank_errors(self._process_group)
