@@ -20,7 +20,7 @@ from twa_scale import ConfigError, TwaWarning
 from twa_scale.integrations.transformers import TwaCallback
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"plain": 1, "ddp": 2, "zero3": 2}
+KINDS = {"plain": 1, "ddp": 2, "fsdp2": 2, "zero3": 2}
 
 
 @pytest.fixture(scope="module", params=KINDS)

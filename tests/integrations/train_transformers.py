@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import twa_scale
@@ -26,6 +30,9 @@ class Texts(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def settings_of(kind: str) -> dict[str, Any]:
+    if kind == "fsdp2":
+        policy = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", **policy}}
     if not kind.startswith("zero"):
         return {}
     import deepspeed
@@ -94,10 +101,24 @@ def train(kind: str, directory: Path, resume: str | None = None, **options: Any)
     return trainer
 
 
+class FsdpAccelerator(Accelerator):
+    """An accelerator that takes FSDP on a CPU, too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for state in (PartialState(), self.state):
+            state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = options["fsdp_plugin"]
+
+
 if __name__ == "__main__":
     kind, directory = sys.argv[1], Path(sys.argv[2])
+    if kind == "fsdp2":
+        transformers.trainer.Accelerator = FsdpAccelerator
     trainer = train(kind, directory, learn=LEARN, learn_steps=3)
     metrics = {key: value for entry in trainer.state.log_history for key, value in entry.items() if key != "step"}
+    if kind == "fsdp2":
+        assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
     metrics["own_loss"] = trainer.evaluate()["eval_loss"]
     if trainer.args.process_index == 0:
         torch.save(metrics, directory / "metrics.pt")

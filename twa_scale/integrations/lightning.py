@@ -151,6 +151,8 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         averages = self.averages
         assert averages is not None
         self._end()
+        if trainer.fast_dev_run:  # writes nothing
+            return
         path = directory_for_average(trainer) / FILE
         if self._learn is None and averages.has(self._which):
             with averages.weights(self._which):
