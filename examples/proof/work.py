@@ -33,6 +33,7 @@ class Work(ABC):
         self.out, self.seed, self.settings = out, seed, settings
         self.directory = out / f"seed-{seed}"
         self.rows = Rows(self.directory)
+        self._warm = False
 
     @property
     @abstractmethod
@@ -66,7 +67,9 @@ class Work(ABC):
     def row(self, name: str) -> Row:
         """Run a method and keep its weights. The cost is what comes on top of `before`."""
         method = self.settings["methods"][name]
-        self.warm()
+        if not self._warm:
+            self.warm()
+            self._warm = True
         with measured(type(self.model), self.settings["batch_size"]) as cost:
             chosen = self.make(name, method)
         save(self.model.state_dict(), self._weights(name))

@@ -1,6 +1,6 @@
 """The language-model trunk of one seed."""
 
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -61,7 +61,6 @@ class Language(Work):
         settings = {key: self.settings[key] for key in ("trunk", "texts", "pieces")}
         return [Part("trunk", settings, lambda: self.trunk.run(self.training))]
 
-    @cache  # noqa: B019
     def warm(self) -> None:
         with attached(self.model, self.trunk.candidates, select={"last": 2}):
             self.validation()

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,15 +32,23 @@ def write_texts(directory: Path, kinds: list[str], pieces: dict[str, int], packa
     finished, asked = directory / "finished.json", json.dumps({"kinds": kinds, "pieces": pieces})
     if finished.exists() and finished.read_text() == asked:
         return
-    shutil.rmtree(directory, ignore_errors=True)
-    for kind in kinds:
-        sources = [text for text in SOURCES[kind](packages) if len(text) >= PIECE]
-        random.Random(0).shuffle(sources)
-        for split, count in pieces.items():
-            for i in range(count):
-                write(directory / split / f"{kind}-{i:03}.txt", next_piece(sources))
-        write(directory / "train" / f"{kind}.txt", b"\n".join(sources)[:TRAIN_BYTES])
-    write(finished, asked.encode())
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:  # seeds that run at the same time write alike
+        made = Path(temporary) / "texts"
+        for kind in kinds:
+            write_kind(made, kind, pieces, packages)
+        write(made / finished.name, asked.encode())
+        shutil.rmtree(directory, ignore_errors=True)
+        made.rename(directory)
+
+
+def write_kind(directory: Path, kind: str, pieces: dict[str, int], packages: Path) -> None:
+    sources = [text for text in SOURCES[kind](packages) if len(text) >= PIECE]
+    random.Random(0).shuffle(sources)
+    for split, count in pieces.items():
+        for i in range(count):
+            write(directory / split / f"{kind}-{i:03}.txt", next_piece(sources))
+    write(directory / "train" / f"{kind}.txt", b"\n".join(sources)[:TRAIN_BYTES])
 
 
 def next_piece(sources: list[bytes]) -> bytes:

@@ -1,6 +1,6 @@
 """Soups of fine-tunings of one seed, and the elimination test: the same without the best fine-tunings."""
 
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -73,7 +73,6 @@ class Soup(Work):
         ranked = sorted(self.settings["before"], key=lambda name: float(self.rows[name]["validation"]))
         return [str(self._fine_tuning(name)) for name in ranked[without:]]
 
-    @cache  # noqa: B019
     def warm(self) -> None:
         with attached(self.model, self.pool(0)[:2]):
             self.validation()
