@@ -16,12 +16,14 @@ from torch.distributed.fsdp import fully_shard
 import twa_scale
 from tests.limits import files_up_to
 from tests.pool import Pool
+from tests.ranks.test_stored_form import moe
 from tests.slices import opened, read
+from tests.states import save_run
 from twa_scale.base.notices import TwaWarning
 from twa_scale.candidates import open_candidates
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.errors import CandidateError, ConfigError, OutputError, TwaError
-from twa_scale.merge import average_fixed
+from twa_scale.merge import average_fixed, export_run
 from twa_scale.output.formats import dcp as dcp_format
 from twa_scale.output.formats import torch_api
 from twa_scale.output.formats.choose import output_format
@@ -207,6 +209,25 @@ def test_live_ranks_write_every_format(ranks: Pool, here: Path) -> None:
         found = load_dcp(here / f"out-{form}", into)
         assert_equal(found["model"], wanted)
     assert found["step"] == 1
+
+
+def test_experts_that_files_store_apart(here: Path) -> None:
+    paths = [here / f"step-{i}" for i in range(2)]
+    for i, path in enumerate(paths):
+        moe(i).save_pretrained(path)
+        torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    twa = twa_scale.attach(moe(9), paths)
+    for form in ("hf", "pt", "dcp", "same"):
+        twa.export(f"live-{form}", format=form)
+    save_run(twa, paths, here / "run")
+    for form in ("pt", "same"):
+        export_run(here / "run", f"exact-{form}", format=form)
+    wanted = load_file("live-hf/model.safetensors")
+    assert any(".experts.0." in name for name in wanted)
+    for name in ("live-pt", "live-same", "exact-pt", "exact-same"):
+        assert_equal(torch.load(f"{name}/pytorch_model.bin"), wanted)
+    assert_equal(load_dcp(here / "live-dcp", {name: torch.zeros_like(value) for name, value in wanted.items()}), wanted)
 
 
 def test_an_earlier_output_is_replaced_and_nothing_else(here: Path) -> None:
