@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -18,7 +19,7 @@ from triton.compiler import ASTSource
 
 from twa_scale.kernels.packed_rows import BLOCKS
 from twa_scale.kernels.rows import TILE
-from twa_scale.kernels.triton import fused
+from twa_scale.kernels.triton import fused, programs, segmented
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -68,12 +69,17 @@ class Kernel:
     """Whether spans begin with a tile, as those of matrices whose rows are multiples of 64 do."""
     full: bool = True
     """Whether all tiles are."""
+    segments: Literal["none", "whole", "split"] = "none"
+    """Whether sums and weights are those of segments, and whether these may start inside a part of a program."""
 
     @property
-    def shape(self) -> fused.Shape:
+    def shape(self) -> programs.Shape:
         if self.store in _VALUES:
-            return fused.DENSE
-        return (fused.PROJECT if self.operation == "project" else fused.COMBINE)[self.bits]
+            return programs.DENSE
+        if self.segments == "none":
+            return (programs.PROJECT if self.operation == "project" else programs.COMBINE)[self.bits]
+        segments = segmented.PROJECT_SEGMENTS if self.operation == "project" else segmented.COMBINE_SEGMENTS
+        return segments[self.bits]
 
     @property
     def bits(self) -> int:
@@ -106,10 +112,13 @@ class Kernel:
     @cached_property
     def compiled(self) -> "triton.compiler.CompiledKernel":
         dense = self.store in _VALUES
-        function = getattr(fused, f"_{self.operation}_{'dense' if dense else 'packed'}")
+        module = fused if self.segments == "none" else segmented
+        function = getattr(module, f"_{self.operation}_{'dense' if dense else 'packed'}")
         data = {"values": _VALUES[self.store]} if dense else {"words": "*i16", "scales": "*bf16"}
         constants = {"TILE": TILE} if dense else {"BITS": self.bits, "BLOCK": BLOCKS[self.bits]}
         constants |= {"TILES": self.shape.tiles, "ROWS": self.shape.rows, "FULL": self.full}
+        if self.segments != "none":
+            constants |= {"SPLIT": self.segments == "split"} | ({"SLOTS": 2} if self.operation == "project" else {})
         types = data | dict.fromkeys(constants, "constexpr")
         types |= {"gradient": "*fp32", "partial": "*fp32", "weights": "*fp32", "base": "*fp32", "out": "*bf16"}
         types["center"] = "fp32"

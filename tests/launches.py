@@ -11,7 +11,7 @@ import torch
 
 from twa_scale.base.spans import share
 from twa_scale.kernels import Packed
-from twa_scale.kernels.triton.fused import COMBINE, PROJECT, launches
+from twa_scale.kernels.triton.programs import COMBINE, PROJECT, launches
 
 Shape = tuple[int, ...]
 RANKS, CANDIDATES, BITS = 64, 16, 4

@@ -50,6 +50,8 @@ def test_json_counts_every_byte() -> None:
 def test_a_table() -> None:
     found = run_bench(["packed1"], 1001, 2, None, "torch", CPU)
     assert bench_table(found).row_count == 2 + 3 + 4 + 2
+    by_row = run_bench(["packed1"], 1001, 2, None, "torch", CPU, row_length=100)
+    assert [row.what for row in by_row.stores["packed1"][3:]] == ["project, rows of 100", "combine, rows of 100"]
 
 
 @pytest.mark.parametrize(("store", "kernels"), [("packed3", "auto"), ("packed4", "fortran"), ("mapped", "auto")])

@@ -1,5 +1,7 @@
 """What Triton compiles the GPU kernels to, for processors that this machine does not have."""
 
+from typing import Literal
+
 import pytest
 import triton
 from packaging.version import Version
@@ -36,6 +38,18 @@ def test_4_bits_on_hopper(operation: str) -> None:
 def test_every_store_on_every_target(target: str, operation: str, store: str) -> None:
     check(Kernel(operation, store, target))
     assert Kernel(operation, store, target, full=False).spilled == 0
+
+
+@pytest.mark.parametrize("segments", ["whole", "split"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx90a"])
+@pytest.mark.parametrize(
+    "store", [pytest.param(store, marks=[] if store == "packed4" else pytest.mark.slow) for store in STORES]
+)
+def test_segments(store: str, target: str, operation: str, segments: Literal["whole", "split"]) -> None:
+    kernel = Kernel(operation, store, target, segments=segments)
+    assert kernel.spilled == 0
+    assert kernel.wide_loads >= int(0.9 * kernel.shape.rows * kernel.row_bytes / (16 * WARP[target]))
 
 
 @pytest.mark.slow

@@ -34,6 +34,10 @@ def bench(
     kernels: Annotated[
         str | None, typer.Option(help="`auto`, `torch`, `numba` or `triton`. Default: `auto`, or that of CONFIG.")
     ] = None,
+    row_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also measure `groups: tensor+row`, with output rows of this number of elements."),
+    ] = None,
     cuda: Annotated[bool, typer.Option("--cuda", help="Measure the GPU.")] = False,
     streaming: Annotated[
         Path | None, typer.Option(help="Also measure reading and writing, with files in this folder.")
@@ -73,7 +77,7 @@ def bench(
         plan = make_plan(loaded, ranks or world.size)
         work = planned_work(plan, loaded, names, elements, world)
     with joined(Path.cwd() / "bench", timeout) as (_, echo):
-        measured, files = work.measure(threads, streaming)
+        measured, files = work.measure(threads, streaming, row_length)
         expected = forecast(plan, measured, files) if plan else None
         if json:
             echo(bench_json(measured, files, expected))

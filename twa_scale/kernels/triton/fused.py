@@ -7,37 +7,16 @@ whose tiles are all full are compiled without masks. Those at the ends of a span
 docs/performance.md lists the instructions of each kernel and the resulting bandwidth.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from twa_scale.kernels.kernels import Differences, Rows
-from twa_scale.kernels.packed_rows import Packed
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.segments import Segments
 from twa_scale.kernels.torch.reference import TorchKernels
-
-_EXPONENT = 0x4B000000
-"""The bits of 2^23 in float32. An integer in the mantissa adds to this value. It is an argument of the kernels, because
-ptxas would load a constant into a register for each code."""
-
-
-class Shape(NamedTuple):
-    """The size of one program."""
-
-    tiles: int
-    """The number of tiles of a program."""
-    rows: int
-    """The number of rows that are loaded at the same time."""
-
-
-DENSE = Shape(tiles=8, rows=2)
-PROJECT = {8: Shape(8, 2), 4: Shape(4, 2), 2: Shape(2, 2), 1: Shape(1, 2)}
-COMBINE = {8: Shape(8, 2), 4: Shape(4, 2), 2: Shape(2, 2), 1: Shape(1, 2)}
-"""The shapes by bits, with 32 or 64 elements in each lane. More elements or rows would spill registers."""
+from twa_scale.kernels.triton.programs import COMBINE, DENSE, EXPONENT, PROJECT, decoded, launches
+from twa_scale.kernels.triton.segmented import SHORTEST, combine_segments, project_segments
 
 
 @triton.jit
@@ -104,18 +83,6 @@ def _combine_dense(
 
 
 @triton.jit
-def _codes(words, field, exponent, BITS: tl.constexpr):
-    """Return 2 (code - zero) 2^(BITS field) exactly. Codes are masked in their word, without a shift.
-
-    The factor of 2 makes the zero of 2 and 1 bits, which is a half-integer, an integer.
-    """
-    twice = words.to(tl.uint16, bitcast=True).to(tl.int32) << 1
-    code = twice & (((1 << BITS) - 1) << (BITS * field + 1))
-    zero = (1 << BITS) - (BITS < 4)  # twice zero_of(BITS)
-    return (code | exponent).to(tl.float32, bitcast=True) - (8388608.0 + (zero << (BITS * field)).to(tl.float32))
-
-
-@triton.jit
 def _project_packed(
     words,
     scales,
@@ -157,7 +124,7 @@ def _project_packed(
             has_scale &= field < present
         packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=has_word, other=0)
         scale = tl.load(scales + tile * n * FIELDS + i * present + field, mask=has_scale, other=0).to(tl.float32)
-        sums = tl.sum(_codes(packed, field, exponent, BITS) * right, 4, keep_dims=True) * scale
+        sums = tl.sum(decoded(packed, field, exponent, BITS) * right, 4, keep_dims=True) * scale
         sums = tl.sum(tl.reshape(sums, [ROWS, TILES * FIELDS * BLOCK // 8]), 1)
         tl.store(partial + program * n + row, sums, mask=row < n)
 
@@ -200,21 +167,23 @@ def _combine_packed(
     for i in tl.range(0, n, loop_unroll_factor=ROWS):
         packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=has_word, other=other)
         scale = tl.load(scales + tile * n * FIELDS + i * present + field, mask=has_scale, other=other).to(tl.float32)
-        total += _codes(packed, field, exponent, BITS) * (scale * (tl.load(weights + i) * place))
+        total += decoded(packed, field, exponent, BITS) * (scale * (tl.load(weights + i) * place))
     total += center * tl.load(base + (at + element - lead), mask=there, other=other)
     tl.store(out + (at + element - lead), total.to(out.dtype.element_ty), mask=there)
 
 
 class TritonKernels(TorchKernels):
-    """Kernels for dense and packed rows. Quantization and `Differences` use the torch kernels."""
+    """Kernels for dense and packed rows. Quantization, `Differences` and segments below 64 use the torch kernels."""
 
     name = "triton"
 
     def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Return <row_i, gradient>, added in float32 within a program and in float64 over programs."""
-        if segments or isinstance(rows, Differences):
+        if isinstance(rows, Differences) or (segments and segments.length < SHORTEST):
             return super().project(rows, gradient, segments)
         gradient = gradient.contiguous()
+        if segments:
+            return project_segments(rows, gradient, segments)
         shape = DENSE if isinstance(rows, Dense) else PROJECT[rows.bits]
         partial = gradient.new_empty(-(-rows.count // shape.tiles), rows.n, dtype=torch.float32)
         with torch.cuda.device_of(gradient):  # Triton launches on the current device.
@@ -224,7 +193,7 @@ class TritonKernels(TorchKernels):
                     data = (rows.values, gradient, partial, rows.n, rows.m, first)
                     _project_dense[(count,)](*data, TILE=TILE, **how)
                 else:
-                    place = (rows.n, rows.lead + rows.m, rows.lead, first, _EXPONENT)
+                    place = (rows.n, rows.lead + rows.m, rows.lead, first, EXPONENT)
                     packed = (rows.words, rows.scales, gradient, partial, *place)
                     _project_packed[(count,)](*packed, BITS=rows.bits, BLOCK=rows.block, **how)
         return partial.sum(0, dtype=torch.float64)
@@ -240,10 +209,15 @@ class TritonKernels(TorchKernels):
     ) -> None:
         """Write scale * base + sum_i weights_i row_i."""
         out = out.detach()
-        if segments or isinstance(rows, Differences) or not out.is_contiguous():
+        short = segments is not None and segments.length < SHORTEST
+        if short or isinstance(rows, Differences) or not out.is_contiguous():
             super().combine(rows, weights, base, scale, out, segments)
             return
-        weights = weights.to(torch.float32).contiguous()
+        weights = weights.to(torch.float32)
+        if segments:
+            combine_segments(rows, weights.T.contiguous(), base, scale, out, segments)
+            return
+        weights = weights.contiguous()
         shape = DENSE if isinstance(rows, Dense) else COMBINE[rows.bits]
         with torch.cuda.device_of(out):
             for first, count, full in launches(rows, shape.tiles):
@@ -252,17 +226,6 @@ class TritonKernels(TorchKernels):
                     data = (rows.values, weights, base, scale, out, rows.n, rows.m, first)
                     _combine_dense[(count,)](*data, TILE=TILE, **how)
                 else:
-                    place = (rows.n, rows.lead + rows.m, rows.lead, first, _EXPONENT)
+                    place = (rows.n, rows.lead + rows.m, rows.lead, first, EXPONENT)
                     packed = (rows.words, rows.scales, weights, base, scale, out, *place)
                     _combine_packed[(count,)](*packed, BITS=rows.bits, BLOCK=rows.block, **how)
-
-
-def launches(rows: Dense | Packed, tiles: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield the launches: the first program, the number of programs, and whether all of their tiles are full."""
-    lead = rows.lead if isinstance(rows, Packed) else 0
-    programs = -(-rows.count // tiles)
-    full = (lead + rows.m) // (rows.tile * tiles)
-    cuts = (0, min(1, full) if lead else 0, full, programs)
-    for first, last, is_full in zip(cuts, cuts[1:], (False, True, False), strict=False):
-        if first < last:
-            yield first, last - first, is_full

@@ -47,10 +47,22 @@ class Work:
     file_elements: int | None = None
     """The number of elements of candidates that are written. Default: `elements`."""
 
-    def measure(self, threads: int | None, directory: Path | None) -> tuple[Bench, list[Measured]]:
-        """Measure the stores and, if a directory is given, reading and writing."""
+    def measure(
+        self, threads: int | None, directory: Path | None, row_length: int | None = None
+    ) -> tuple[Bench, list[Measured]]:
+        """Measure the stores, also by output row if `row_length` is given, and files if a directory is given."""
         stores, n, kernels, device = self.stores, self.candidates, self.kernels, self.device
-        bench = run_bench(stores, self.elements, n, threads, kernels, device, groups=self.groups, sizes=self.sizes)
+        bench = run_bench(
+            stores,
+            self.elements,
+            n,
+            threads,
+            kernels,
+            device,
+            groups=self.groups,
+            sizes=self.sizes,
+            row_length=row_length,
+        )
         elements = self.file_elements or self.elements
         return bench, run_streaming(stores, elements, n, kernels, device, directory) if directory else []
 

@@ -9,6 +9,7 @@ from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig, validated
 from twa_scale.config.kinds import StoreName
 from twa_scale.errors import ConfigError
+from twa_scale.kernels import Segments
 from twa_scale.ranks import Group
 from twa_scale.store import Store, make_store, store_bytes, update_bytes
 from twa_scale.tools.bench.baselines import MEMORY, adamw, coefficient_optimizer, memory_rates, published, reduction
@@ -29,7 +30,8 @@ class Bench:
     memory: list[Measured]
     """Reading and copying large memory, measured before and after everything else."""
     stores: dict[StoreName, list[Measured]]
-    """For each store: `project`, `combine`, and the update (both, with the reduction and the coefficient step)."""
+    """For each store: `project`, `combine`, and the update (both, with the reduction and the coefficient step). If
+    asked for, also `project` and `combine` by output row."""
     coefficients: Measured
     """The optimizer step of the coefficients."""
     others: list[Measured]
@@ -56,6 +58,7 @@ def run_bench(
     *,
     groups: int = 1,
     sizes: Sequence[int] = (),
+    row_length: int | None = None,
 ) -> Bench:
     """Measure the stores. One store at a time is in memory.
 
@@ -69,6 +72,7 @@ def run_bench(
         groups: the number of groups G.
         sizes: the numbers of elements of the tensors, because each tensor has a fixed cost. Tensors beyond the first
             `elements` elements are left out. Default: a few large tensors.
+        row_length: also measure sums and weights for output rows of this number of elements (`groups: tensor+row`).
 
     Raises:
         ConfigError: the kernels are unknown.
@@ -81,7 +85,10 @@ def run_bench(
     for name in stores:
         config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
         store = make_store(config, candidates, device, _refuse)
-        measured[name] = _measure_store(store, _spans(elements, sizes), candidates, groups, gradient, weights)
+        spans = _spans(elements, sizes)
+        measured[name] = _measure_store(store, spans, candidates, groups, gradient, weights)
+        if row_length:
+            measured[name] += _measure_rows(store, spans, candidates, row_length, gradient, weights)
         store.close()
     others = [reduction(candidates, groups, device), adamw(weights, gradient), *published(candidates, gradient)]
     memory += memory_rates(elements * candidates, device)
@@ -160,4 +167,31 @@ def _measure_store(
         measure("project", project, moved["project"], gradient.device),
         measure("combine", combine, moved["combine"], gradient.device),
         measure("update", update, sum(moved.values()), gradient.device),
+    ]
+
+
+def _measure_rows(
+    store: Store,
+    spans: list[tuple[Span, slice]],
+    n: int,
+    length: int,
+    gradient: torch.Tensor,
+    weights: torch.Tensor,
+) -> list[Measured]:
+    divided = [(span, cut, Segments(length, span.start % length, len(span))) for span, cut in spans]
+    count = sum(segments.count for *_, segments in divided)
+    factors = [torch.randn(segments.count, n, device=gradient.device).T for *_, segments in divided]
+
+    def project() -> None:
+        for span, cut, segments in divided:
+            store.project(span, gradient[cut], False, segments)
+
+    def combine() -> None:
+        for (span, cut, segments), own in zip(divided, factors, strict=True):
+            store.combine(span, own, 1.0, weights[cut], segments)
+
+    moved = update_bytes(store.nbytes, len(gradient))
+    return [
+        measure(f"project, rows of {length:,}", project, moved["project"] + 8 * (n + 1) * count, gradient.device),
+        measure(f"combine, rows of {length:,}", combine, moved["combine"] + 4 * n * count, gradient.device),
     ]
