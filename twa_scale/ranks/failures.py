@@ -92,7 +92,7 @@ def is_collective_failure(error: BaseException) -> bool:
 def _explanation(error: RuntimeError, group: dist.ProcessGroup | None) -> str:
     """Return a message that names the missing ranks, from what all ranks have written to the store."""
     me = dist.get_rank()
-    others = [rank for rank in dist.get_process_group_ranks(group) if rank != me]
+    others = [rank for rank in dist.get_process_group_ranks(group or dist.group.WORLD) if rank != me]
     cause = call_with_timeout(lambda: _cause(others), 5 * _PATIENCE) or f"{_STORE_OWNER}, does not answer"
     original = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0])  # without gloo's source location
     return f"rank {me} could not complete a collective: {cause}. ({original.partition('. ')[0]})"
