@@ -21,6 +21,7 @@ from tests.integrations.small import (
     STEPS,
     WINDOW,
     Weights,
+    loss_of,
     network,
     require_equal,
     require_learned,
@@ -120,6 +121,32 @@ def test_a_checkpoint_of_other_ranks_is_refused_and_one_without_averages_begins_
     torch.save(held, path)
     with pytest.warns(TwaWarning, match=f"begin anew at step {HALF}"):
         fit("automatic", tmp_path, path)
+
+
+@pytest.mark.slow
+def test_each_of_several_optimizers_counts_in_either_package(tmp_path: Path) -> None:
+    package = pytest.importorskip("pytorch_lightning")
+
+    class Two(package.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = network()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.net[0], self.net[2])], []
+
+        def training_step(self, batch: Any, i: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(loss_of(self.net, batch[0]))
+                optimizer.step()
+
+    callback = TwaCallback(ema=[DECAY])
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = package.Trainer(max_steps=STEPS, default_root_dir=tmp_path, callbacks=[callback], **options)
+    trainer.fit(Two(), data())
+    assert callback.averages is not None and callback.averages.num_steps == trainer.global_step == STEPS
 
 
 class Fail(pl.Callback):

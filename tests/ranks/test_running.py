@@ -1,5 +1,6 @@
 """Running averages on every engine are those of the whole weights, resume with the same bits, and can be trained."""
 
+import warnings
 from collections.abc import Callable
 from math import log
 from pathlib import Path
@@ -413,3 +414,27 @@ def fail_in(averages: Any, fail: Callable[[], None]) -> None:
 def test_an_error_on_one_rank_leaves_the_weights_of_all(ranks: Pool, where: str) -> None:
     for found in ranks(fail_on_one, 2, where=where):
         assert "on one rank" in found["said"] and found["restored"] and found["kept"]
+
+
+def wrapped_in_ddp(first: bool) -> list[str]:
+    """Return what is said of averages of the module in a DistributedDataParallel, made before it or after."""
+    model = nn.Linear(3, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", twa_scale.TwaWarning)
+        if first:
+            ddp, averages = DistributedDataParallel(model), twa_scale.RunningAverages(model, ema=[0.5])
+        else:
+            averages = twa_scale.RunningAverages(model, ema=[0.5])
+            ddp = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+        for _ in range(2):
+            ddp(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            averages.step()
+    return [str(warning.message) for warning in caught if issubclass(warning.category, twa_scale.TwaWarning)]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_of_the_module_in_a_wrapper_are_reported_once(ranks: Pool, first: bool) -> None:
+    said, other = ranks(wrapped_in_ddp, 2, first=first)
+    assert len(said) == 1 and "that a DistributedDataParallel wraps" in said[0] and not other

@@ -12,11 +12,10 @@ from torch import nn
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
-from twa_scale.base.notices import notice
 from twa_scale.candidates.carry_over import BASE
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
-from twa_scale.engines.model_checks import enclosing_wrapper, require_device, require_materialized
+from twa_scale.engines.model_checks import require_device, require_materialized
 from twa_scale.errors import ConfigError, StateError, TwaError
 from twa_scale.output import Files, check_dtype, check_files, parse_size
 from twa_scale.output.publish import target_of
@@ -98,11 +97,7 @@ class RunningAverages:
         self._repeats = Repeats()
         self._intact = Intact()
         self._saved_versions: list[int] = []
-        if self._pods.rank == 0 and (wrapper := enclosing_wrapper(self._engine)):
-            notice(
-                f"RunningAverages of a plain module that a {wrapper} wraps: every rank holds whole averages. Give the "
-                f"{wrapper}, so that each holds a part."
-            )
+        self._parameters.report_wrapper()
 
     @property
     def num_steps(self) -> int:
@@ -159,6 +154,7 @@ class RunningAverages:
                 window.take(step, live, buffers)
         if self._counted is None:  # else the library's own count tells steps apart
             self._repeats.check(versions, live, report=self._pods.rank == 0)
+        self._parameters.report_wrapper()
 
     @contextmanager
     def weights(self, which: Which) -> Iterator[None]:

@@ -6,6 +6,7 @@ from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
+from twa_scale.engines.model_checks import enclosing_wrapper
 from twa_scale.errors import ConfigError, EngineError
 from twa_scale.ranks import Pods
 from twa_scale.store.host_memory import Pages
@@ -34,6 +35,7 @@ class Parameters:
         self._known_buffers = _described(engine.buffers()) if with_buffers else None
         self._required = self._require_gradients()
         self._reported = False
+        self._looks = 2
 
     def live(self) -> dict[Span, torch.Tensor]:
         """Return the memory of the weights of this rank, without empty spans."""
@@ -88,6 +90,21 @@ class Parameters:
                 f"{len(more)} more parameters require a gradient now than when RunningAverages was made "
                 f"({some(sorted(more), 2)}): their averages are not kept. Make it when all that will be trained "
                 "requires a gradient."
+            )
+
+    def report_wrapper(self) -> None:
+        """Report once a wrapper such as DistributedDataParallel around a module that is averaged as a plain one.
+
+        The first two calls look for it: when the averages are made, and at their first update, after the wrapping.
+        """
+        if not self._looks or self._pods.rank != 0:
+            return
+        self._looks -= 1
+        if wrapper := enclosing_wrapper(self._engine):
+            self._looks = 0
+            notice(
+                f"RunningAverages of a plain module that a {wrapper} wraps: every rank holds whole averages. Make "
+                f"them of the {wrapper}, so that each holds a part."
             )
 
     def _require_gradients(self) -> frozenset[str]:
