@@ -1,8 +1,5 @@
-"""Averages in Lightning's own Trainer, in one process and on two ranks. One test runs the example of trainers.md."""
+"""Averages in Lightning's own Trainer, in one process. One test runs the example of trainers.md."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,42 +21,20 @@ from tests.integrations.small import (
     loss_of,
     network,
     require_equal,
-    require_learned,
     train_by_hand,
     weights_of,
 )
-from tests.integrations.train_lightning import Module, data, fit, results, trainer_with
+from tests.integrations.train_lightning import Module, data, fit, require_results, results, trainer_with
 from twa_scale import ConfigError, StateError, TwaError, TwaWarning
 from twa_scale.integrations import transformers
 from twa_scale.integrations.lightning import TwaCallback
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning")
 
 
 @pytest.fixture(scope="module")
 def by_hand() -> dict[str, Any]:
     return train_by_hand()
-
-
-@pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of trainings on two ranks."""
-    directory = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.integrations.train_lightning", str(directory)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return directory
-
-
-def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: float) -> None:
-    assert found["steps"] == (STEPS, STEPS) and found["same"]
-    assert found["val_loss"] == pytest.approx(by_hand["val_loss"], abs=1e-6)
-    require_equal(found["trained"], by_hand["trained"], tolerance)
-    require_equal(found["trained again"], by_hand["trained"], tolerance)
-    require_equal(found["ema"], by_hand["ema"], tolerance)
 
 
 @pytest.mark.slow
@@ -74,24 +49,8 @@ def test_a_trainer_keeps_averages(kind: str, tmp_path: Path, by_hand: dict[str, 
     require_equal(weights_of(final.net), by_hand["ema"])  # of the second fit, which does not learn
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_trainer_keeps_averages_on_two_ranks(kind: str, on_ranks: Path, by_hand: dict[str, Any]) -> None:
-    for rank in range(2):
-        require_results(torch.load(on_ranks / f"{kind}-{rank}.pt", weights_only=True), by_hand, 1e-6)
-
-
 def within_net(state: Weights) -> Weights:
     return {name.removeprefix("net."): value for name, value in state.items()}
-
-
-@pytest.mark.slow
-def test_averages_of_two_ranks_are_checkpoints(on_ranks: Path, by_hand: dict[str, Any]) -> None:
-    trainer, module = trainer_with("automatic", on_ranks), Module()
-    trainer.validate(module, data(), ckpt_path=on_ranks / "ddp" / "average.ckpt", verbose=False, weights_only=True)
-    require_equal(weights_of(module.net), by_hand["ema"], 1e-6)
-    trainer.validate(module, data(), ckpt_path=on_ranks / "ddp-learned.ckpt", verbose=False, weights_only=True)
-    require_learned(weights_of(module.net), by_hand)
 
 
 @pytest.mark.slow

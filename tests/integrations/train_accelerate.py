@@ -1,19 +1,32 @@
-"""Train with Accelerate on two ranks: `-m tests.integrations.train_accelerate DIRECTORY`, under torchrun."""
+"""Train with Accelerate."""
 
 import os
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
 import twa_scale
-from tests.integrations.small import ACCUMULATE, DECAY, LEARN, SIZE, WINDOW, loss_of, network, rows, same, weights_of
+from tests.integrations.small import (
+    ACCUMULATE,
+    DECAY,
+    LEARN,
+    SIZE,
+    STEPS,
+    WINDOW,
+    coefficients_by_hand,
+    loss_of,
+    network,
+    require_equal,
+    require_learned,
+    rows,
+    same,
+    weights_of,
+)
 from twa_scale.integrations import accelerate as averaging
 from twa_scale.running.state_file import plain
 
@@ -130,9 +143,13 @@ def coefficients(kind: str, directory: Path) -> dict[str, Any]:
     return {**found, "coefficients again": twa.coefficients}
 
 
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    for kind in KINDS:
-        found = results(kind, directory / kind)
-        torch.save(found, directory / f"{kind}-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: float) -> None:
+    """Averages, resumed averages, and coefficients, learned from the window or of given candidates."""
+    assert found["steps"] == STEPS and found["same"]
+    require_equal(found["trained"], by_hand["trained"], tolerance)
+    require_equal(found["ema"], by_hand["ema"], tolerance)
+    require_equal(found["resumed"], by_hand["ema"], tolerance)
+    require_learned(found["learned"], by_hand)
+    require_equal(found["trained again"], found["trained"])
+    torch.testing.assert_close(found["coefficients"], coefficients_by_hand(), rtol=0, atol=1e-6)
+    assert torch.equal(found["coefficients again"], found["coefficients"])

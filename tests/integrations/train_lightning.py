@@ -1,11 +1,11 @@
-"""Train with Lightning's Trainer on two ranks: `-m tests.integrations.train_lightning DIRECTORY`, under torchrun."""
+"""Train with Lightning's Trainer."""
 
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -22,6 +22,7 @@ from tests.integrations.small import (
     WINDOW,
     loss_of,
     network,
+    require_equal,
     rows,
     same,
     weights_of,
@@ -35,6 +36,9 @@ def data(rank: int = 0, ranks: int = 1) -> torch.utils.data.DataLoader[Any]:
     x = rows()
     part = torch.arange(len(x)).reshape(-1, ranks, SIZE // ranks)[:, rank].reshape(-1)
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[part]), SIZE // ranks)
+
+
+KINDS = ("ddp", "fsdp2")
 
 
 class Module(pl.LightningModule):
@@ -151,9 +155,9 @@ def results(kind: str, directory: Path) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    for kind in ("ddp", "fsdp2"):
-        found = results(kind, directory / kind)
-        torch.save(found, directory / f"{kind}-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: float) -> None:
+    assert found["steps"] == (STEPS, STEPS) and found["same"]
+    assert found["val_loss"] == pytest.approx(by_hand["val_loss"], abs=1e-6)
+    require_equal(found["trained"], by_hand["trained"], tolerance)
+    require_equal(found["trained again"], by_hand["trained"], tolerance)
+    require_equal(found["ema"], by_hand["ema"], tolerance)
