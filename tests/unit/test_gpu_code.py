@@ -5,8 +5,10 @@ from typing import Literal
 import pytest
 import triton
 from packaging.version import Version
+from triton.compiler import ASTSource
 
 from tests.gpu_code import STORES, TARGETS, WARP, Kernel
+from twa_scale.kernels.triton import segmented
 
 pytestmark = pytest.mark.skipif(
     Version(triton.__version__) < Version("3.3"), reason="earlier compilers take the attributes of arguments otherwise"
@@ -50,6 +52,15 @@ def test_segments(store: str, target: str, operation: str, segments: Literal["wh
     kernel = Kernel(operation, store, target, segments=segments)
     assert kernel.spilled == 0
     assert kernel.wide_loads >= int(0.9 * kernel.shape.rows * kernel.row_bytes / (16 * WARP[target]))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx90a"])
+def test_sums_over_programs_compile(target: str) -> None:
+    function = segmented._add_programs
+    constants = {"SIZE": 1024, "SLOTS": 2, "N": 16, "CHUNK": 4096, "STEP": 32}
+    types = {"partial": "*fp32", "total": "*fp64", "m": "i64", "length": "i64"} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(function, {name: types.get(name, "i32") for name in function.arg_names}, constants)
+    assert triton.compile(source, target=TARGETS[target], options={"num_warps": 1}).asm
 
 
 @pytest.mark.slow
