@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 from typing import Literal
 
 import torch
@@ -50,5 +51,5 @@ def _require(name: str, device: torch.device) -> None:
 
 
 def _interpreted() -> bool:
-    triton = importlib.import_module("triton")
-    return bool(triton.knobs.runtime.interpret)
+    knobs = getattr(importlib.import_module("triton"), "knobs", None)  # Triton 3.2 has none
+    return os.environ.get("TRITON_INTERPRET") == "1" if knobs is None else bool(knobs.runtime.interpret)
