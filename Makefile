@@ -9,6 +9,8 @@ SENTENCES := .venv/share/vaderSentiment-3.3.2.tar.gz
 # Processes that share the tests. Each has up to four ranks of its own, most of which wait.
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+# A mark of tests that `make test-all` leaves out.
+WITHOUT ?=
 # Where the candidates of the scale run go.
 SCRATCH ?= runs/scale
 # Texts of the proof, and which of its tasks and seeds are run: all when not given.
@@ -69,8 +71,8 @@ test-slow: setup $(SENTENCES) ## Run only the slow tests, and the rest of large 
 	$(PYTEST) -m "(slow or grid) and not gpu and not chaos" --ignore=tests/scale
 	$(BIN)/pytest -q -m "slow and not gpu" tests/scale # alone: it measures memory and time
 
-test-all: setup $(SENTENCES) ## Run every test that needs no GPU, without chaos.
-	$(PYTEST) -m "not gpu and not chaos" --ignore=tests/scale
+test-all: setup $(SENTENCES) ## Run every test that needs no GPU, without chaos; WITHOUT=grid for the pairs of options of large grids only.
+	$(PYTEST) -m "not gpu and not chaos$(if $(WITHOUT), and not $(WITHOUT))" --ignore=tests/scale
 	$(BIN)/pytest -q -m "not gpu" tests/scale # alone: it measures memory and time
 
 test-chaos: setup ## Damage, kills, full disks and missing ranks at random moments; CHAOS_SEED=n for others.
