@@ -127,8 +127,8 @@ class TrainableAverage:
     def row_corrections(self) -> dict[str, torch.Tensor]:
         """Return the corrections of the averaging coefficients of each row, (n, rows) float64 by tensor. Collective.
 
-        With `groups: tensor+row`, row r of tensor t is sum_i (a[i, g] + row_corrections()[t][i, r]) w_i, where g is
-        the group of t. Other groups have none.
+        With `groups: tensor+row`, row r of tensor t is the sum of `(a[i, g] + row_corrections()[t][i, r]) * w_i` over
+        i, where g is the group of t. Other groups have none.
         """
         return {} if self._rows is None else self._rows.averaging(self.layout.group_of)
 
