@@ -259,7 +259,7 @@ rows = Packed.empty(2, 5, 0, 4, cpu)
 kernels.make_deltas(torch.tensor([[0.0] * 5, [2.0] * 5]), [0.5, 0.5], Target(rows), 0)
 assert ((kernels.project(rows, torch.ones(5)).abs() - 5).abs() < 0.1).all()
 kernels.combine(rows, torch.ones(2), torch.zeros(5), 1.0, torch.empty(5))
-stats = [loop.stats for loop in (*packed_loops(4), delta_loop(4))]
+stats = [loop.stats for loop in (*packed_loops(4, False), delta_loop(4))]
 print(sum(sum(s.cache_hits.values()) for s in stats), sum(sum(s.cache_misses.values()) for s in stats))
 """
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}

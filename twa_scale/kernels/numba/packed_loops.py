@@ -211,7 +211,7 @@ class Loops(NamedTuple):
 
 
 @cache
-def packed_loops(bits: int, many: bool = False) -> Loops:
+def packed_loops(bits: int, many: bool) -> Loops:
     """Return the loops for a constant number of bits, so that the compiler unrolls the code that depends on it.
 
     Args:
