@@ -24,9 +24,11 @@ from twa_scale.candidates import open_candidates
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.errors import CandidateError, ConfigError, OutputError, TwaError
 from twa_scale.merge import average_fixed, export_run
+from twa_scale.merge.streamed import merge
 from twa_scale.output.formats import dcp as dcp_format
 from twa_scale.output.formats import torch_api
 from twa_scale.output.formats.choose import output_format
+from twa_scale.ranks import Group
 
 State = dict[str, torch.Tensor]
 
@@ -270,12 +272,28 @@ def test_views_of_one_storage_and_what_shares_it(here: Path) -> None:
     assert found["all"].tolist() == [2.0] * 8 + [7, 7] and found["model"]["b"].tolist() == [2.0] * 4
 
 
-def test_weights_that_overlap_in_part(here: Path) -> None:
+def in_part(flat: torch.Tensor) -> State:
+    return {"a": flat[:4], "b": flat[2:]}
+
+
+def in_other_strides(flat: torch.Tensor) -> State:
+    return {"a": flat.view(2, 3), "b": flat.view(2, 3).t()}
+
+
+@pytest.mark.parametrize("views", [in_part, in_other_strides])
+def test_weights_that_overlap(here: Path, views: Callable[[torch.Tensor], State]) -> None:
     for value in (1.0, 3.0):
-        flat = torch.full((6,), value)
-        torch.save({"a": flat[:4], "b": flat[2:]}, f"{value}.pt")
-    with pytest.raises(OutputError, match="overlap in part"):
+        torch.save(views(torch.full((6,), value)), f"{value}.pt")
+    with pytest.raises(OutputError, match="overlap in part, or in other strides"):
         average_fixed(["*.pt"], "out", format="same")
+
+
+def test_tied_tensors_that_are_not_row_major(here: Path) -> None:
+    for value in (1.0, 3.0):
+        head = torch.full((2, 3), value).t()
+        torch.save({"embed": head, "head": head}, f"{value}.pt")
+    average_fixed(["*.pt"], "out", format="same")
+    assert torch.equal(torch.load("out/3.0.pt")["head"], torch.full((3, 2), 2.0))
 
 
 @pytest.mark.parametrize("candidates", ["ckpt", "dcp"], indirect=True)
@@ -327,6 +345,9 @@ def test_files_beside_the_weights(here: Path) -> None:
         "'pytorch_model.bin' (the weights before the average, in other files)" in said and "'outside' (a link" in said
     )
     average_fixed(["checkpoint-*"], "out", format="same", overwrite=True)
+    Path("out/trainer_state.json").write_text("of another training")
+    with pytest.raises(OutputError, match="out: holds 'trainer_state"):
+        average_fixed(["checkpoint-*"], "out", format="same", overwrite=True)
 
 
 def test_a_tensor_that_the_files_name_otherwise(here: Path) -> None:
@@ -408,6 +429,117 @@ def test_refused(here: Path, write: Callable[[Path], None], form: str, message: 
     write(here / "b.pt")
     with pytest.raises(TwaError, match=message):
         average_fixed(["a.pt", "b.pt"], "out", format=form)
+    assert not Path("out").exists()
+
+
+def fsdp_file(folder: Path) -> None:
+    torch.save(state(9), folder / "pytorch_model_fsdp.bin")
+
+
+def fsdp_rank_file(folder: Path) -> None:
+    torch.save({"flat": torch.ones(2)}, folder / "pytorch_model_fsdp_rank0.bin")
+
+
+def fsdp_folder(folder: Path) -> None:
+    write_dcp(folder / "pytorch_model_fsdp_0", 9)
+
+
+def dcp_folder(folder: Path) -> None:
+    write_dcp(folder / "training", 9)
+
+
+def training_file(folder: Path) -> None:
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in state(9).items()}
+    torch.save([{"optimizer": {}}, {"model": wrapped}], folder / "training.pt")
+
+
+def fp32_groups(folder: Path) -> None:
+    torch.save({"state": {}, "fp32_from_fp16_groups": [[torch.ones(2)]]}, folder / "optimizer.pt")
+
+
+def master_param(folder: Path) -> None:
+    torch.save({"state": {0: {"master_param": torch.ones(2)}}}, folder / "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (fsdp_file, "'pytorch_model_fsdp.bin' holds the weights too"),
+        (fsdp_rank_file, "'pytorch_model_fsdp_rank0.bin' holds the weights too"),
+        (fsdp_folder, "'pytorch_model_fsdp_0/.metadata' holds the weights too"),
+        (dcp_folder, "'training/.metadata' holds the weights too"),
+        (training_file, "'training.pt' holds the weights too"),
+        (fp32_groups, "optimizer.pt holds 'fp32_from_fp16_groups.* the optimizer's copy of weights"),
+        (master_param, "optimizer.pt holds 'state.0.master_param', the optimizer's copy of weights"),
+    ],
+)
+def test_further_weights_that_training_would_resume_from(
+    here: Path, write: Callable[[Path], None], message: str
+) -> None:
+    write_hf(here / "step-1", 1.0)
+    write(here / "step-1")
+    with pytest.raises(OutputError, match=message):
+        average_fixed(["step-1"], "out", format="same")
+    assert not Path("out").exists()
+    average_fixed(["step-1"], "out")
+
+
+def test_what_is_kept_of_the_optimizer_is_said(here: Path) -> None:
+    write_hf(here / "step-1", 1.0)
+    kept = {0: {"z": torch.ones(3), "exp_avg_sq": torch.ones(3)}, 1: {"slow_buffer": torch.ones(2)}}
+    torch.save({"state": kept}, "step-1/optimizer.pt")
+    torch.save(state(2), "step-1/ema.pt")
+    Path("step-1/old.pt").write_bytes(b"a legacy file")
+    with pytest.warns(TwaWarning) as warned:
+        average_fixed(["step-1"], "out", format="same")
+    said = " ".join(str(warning.message) for warning in warned)
+    assert "'state.0.z', 'state.1.slow_buffer' are weights that the optimizer keeps" in said
+    assert "'old.pt' cannot be read" in said and "the state of the training is that of step-1, the last" in said
+    assert Path("out/ema.pt").read_bytes() == Path("step-1/ema.pt").read_bytes()
+
+
+@pytest.mark.parametrize("candidates", ["hf"], indirect=True)
+def test_the_state_is_that_of_the_last_candidate(candidates: list[str]) -> None:
+    with pytest.warns(TwaWarning, match=r"that of step-10, the last candidate\.$"):
+        average_fixed(candidates, "out", format="same")
+    with pytest.warns(TwaWarning, match="that of step-2, the last candidate, though step-10 is of a later step"):
+        average_fixed(candidates[::-1], "again", format="same")
+
+
+def test_the_same_safetensors_file(here: Path) -> None:
+    for value, name in ((1.0, "step-2"), (3.0, "step-10")):
+        save_file({"a": torch.full((4,), value), "b": torch.full((4,), value)}, f"{name}.safetensors")
+    average_fixed(["*.safetensors"], "out", format="same", max_shard_size="16B")
+    assert {path.name for path in Path("out").iterdir()} == {"step-10.safetensors", "twa_scale.json"}
+    assert load_file("out/step-10.safetensors")["b"].tolist() == [2.0] * 4
+    with pytest.raises(OutputError, match=r"'a': is torch.bfloat16 .* Leave out dtype"):
+        average_fixed(["*.safetensors"], "again", format="same", dtype="bfloat16")
+    with pytest.raises(OutputError, match="tensors 'a': are in the file of the last candidate, but not in the output"):
+        average_fixed(["*.safetensors"], "again", format="same", ignore=["a"])
+    assert not Path("again").exists()
+
+
+def test_one_tensor_with_two_coefficients(here: Path) -> None:
+    for value in (1.0, 3.0):
+        head = torch.full((3, 2), value)
+        torch.save({"embed": head, "head": head}, f"{value}.pt")
+    opened = open_candidates(["*.pt"])
+    weights = {"embed": [0.5, 0.5], "head": [0.25, 0.75]}
+    with pytest.raises(CandidateError, match=r"'embed' and 'head' are one tensor .* have different coefficients"):
+        merge(opened, "out", weights.__getitem__, Group.alone(), form="same")
+    rows = {"head": lambda: torch.full((2, 3), 0.5, dtype=torch.float64)}
+    with pytest.raises(CandidateError, match="have different coefficients"):
+        merge(opened, "out", lambda _: [0.5, 0.5], Group.alone(), row_weights=rows, form="same")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("candidates", ["ckpt"], indirect=True)
+def test_a_candidate_that_is_replaced_before_it_is_copied(candidates: list[str]) -> None:
+    opened = open_candidates(candidates)
+    write_ckpt(Path("new"), 4.0)
+    Path("new").replace(candidates[-1])
+    with pytest.raises(OutputError, match="has changed since it was opened"):
+        merge(opened, "out", lambda _: [1.0, 0.0], Group.alone(), form="same")
     assert not Path("out").exists()
 
 

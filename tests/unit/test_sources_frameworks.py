@@ -24,12 +24,12 @@ def state(value: float) -> dict[str, torch.Tensor]:
     return {"lin.weight": torch.full((3, 2), value), "lin.bias": torch.full((3,), value)}
 
 
-def dcp_folder(folder: Path, value: float) -> None:
+def dcp_folder(folder: Path, value: float, key: str = "model") -> None:
     """Write what `accelerate.utils.save_fsdp_model` writes with SHARDED_STATE_DICT."""
     folder.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a process without a group
-        dcp.save({"model": state(value)}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        dcp.save({key: state(value)}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def out(here: Path) -> Path:
     """Checkpoints of the Trainer under FSDP, with a copy of the best, a link, and files beside them."""
     for step in (50, 100, 1000):
         dcp_folder(here / f"out/checkpoint-{step}/pytorch_model_fsdp_0", float(step))
-        dcp_folder(here / f"out/checkpoint-{step}/optimizer_0", 0.0)
+        dcp_folder(here / f"out/checkpoint-{step}/optimizer_0", 0.0, "optimizer")
         (here / f"out/checkpoint-{step}/config.json").write_text("{}")
         (here / f"out/checkpoint-{step}/trainer_state.json").write_text("{}")
     shutil.copytree(here / "out/checkpoint-100", here / "out/checkpoint-best")

@@ -99,6 +99,11 @@ def sharded_in(directory: Path) -> Path | None:
     return None
 
 
+def is_of_fsdp(name: str) -> bool:
+    """Whether a file or folder has a name under which Accelerate saves weights with FSDP, and looks for them."""
+    return name == _OF_FSDP or bool(_FSDP_FOLDER.fullmatch(name) or _FSDP_RANK.fullmatch(name))
+
+
 def left_aside(directory: Path, chosen: Path) -> list[str]:
     """Return the files beside the weights of a directory that a user may mean instead.
 

@@ -110,6 +110,7 @@ def merge(
         kernels = choose_kernels("auto", torch.device("cpu"))
         merger = _Merger(candidates, cache(weights), row_weights or {}, replace, stored, writer, kernels)
         with group.agree():
+            merger.require_one_sum(writer.shared)
             merger.merge(_share(tensors, stored, group, units or {}), progress)
         checksums = _total(group.gather(merger.checksums))
         _require_equal(candidates, writer.shared, checksums)
@@ -206,6 +207,33 @@ class _Merger:
             else:
                 values, masks = self._combined(part, source)
             self._write(part.span.part(part.start, part.stop), values, allow_infinite=masks)
+
+    def require_one_sum(self, shared: Sequence[tuple[str, str]]) -> None:
+        """Check that tensors which have one place in the files of the last candidate get the same weights.
+
+        Args:
+            shared: pairs of names in the files.
+
+        Raises:
+            CandidateError: two do not.
+        """
+        names = {stored: name for name, stored in self.candidates[-1].stored_names.items()}
+        for first, second in shared:
+            if not (first in names and second in names and self._alike(names[first], names[second])):
+                raise CandidateError(
+                    f"tensors {first!r} and {second!r} are one tensor in the files of {self.candidates[-1].label}, "
+                    "which --format same (format='same') keeps, but have different coefficients. Choose hf, dcp or "
+                    "pt, or put both into one group."
+                )
+
+    def _alike(self, first: str, second: str) -> bool:
+        """Return whether two tensors are written with the same weights, weights of rows, or replacement."""
+        for given in (self.replace, {name: make() for name in (first, second) if (make := self.row_weights.get(name))}):
+            if (first in given) != (second in given):
+                return False
+            if first in given and not torch.equal(given[first], given[second]):
+                return False
+        return self._source(first) == self._source(second)
 
     def _write(self, span: Span, values: torch.Tensor, *, allow_infinite: bool = False) -> None:
         for stored, part in self.form.spans(span, values):

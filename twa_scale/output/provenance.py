@@ -17,7 +17,7 @@ PROVENANCE = "twa_scale.json"
 PROVENANCE_KEY = "twa_scale"
 """The key of the provenance in the metadata of a header. It identifies files that this program wrote."""
 SIGNATURES = "weights"
-"""The key in twa_scale.json of the signatures of weight files that cannot hold a provenance, by name."""
+"""The key in twa_scale.json of the signatures of files that cannot hold a provenance, by name: weights and state."""
 _MAX_HEADER_BYTES = 1 << 16  # of provenance in a header, which readers parse first
 _SHORT_KEYS = ("version", "wrote", "step", "candidates")
 
@@ -61,7 +61,7 @@ def writing_options(
         "form": form,
         "max_shard_size": carried.shard_size(max_shard_size),
         "base": carried.base,
-        **with_provenance(origin, carried.files_for(dtype), carried.metadata, [name for name, _ in form.beside]),
+        **with_provenance(origin, carried.files_for(dtype), carried.metadata),
     }
 
 
@@ -69,7 +69,6 @@ def with_provenance(
     origin: Mapping[str, Any],
     files: Mapping[str, bytes | Path],
     metadata: Mapping[str, str] | None = None,
-    beside: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the `files` and `metadata` of an output with its provenance. Only such an output is ever overwritten.
 
@@ -77,16 +76,15 @@ def with_provenance(
         origin: the `provenance`.
         files: further files to write next to the weights.
         metadata: further metadata of the headers.
-        beside: the names of files that are copied by the format.
     """
     return {
         "metadata": _in_header(origin, metadata or {}),
-        "files": {**files, PROVENANCE: _as_file(origin, {*files, *beside})},
+        "files": {**files, PROVENANCE: _as_file(origin, files)},
     }
 
 
 def with_signatures(files: Mapping[str, bytes | Path], signatures: Mapping[str, str]) -> dict[str, bytes | Path]:
-    """Return the files with the signatures of weight files in the provenance."""
+    """Return the files with the signatures of other files in the provenance."""
     origin = files.get(PROVENANCE)
     if not isinstance(origin, bytes):
         return dict(files)

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.errors import OutputError
+from twa_scale.errors import CandidateError, OutputError
 from twa_scale.output.disk import OpenFile
 from twa_scale.output.file_layout import TensorSpec, parse_size
 from twa_scale.output.finite import require_finite
-from twa_scale.output.formats import OutputFormat, SafetensorsFormat, WeightFiles
-from twa_scale.output.formats.copying import copy_file
+from twa_scale.output.formats import OutputFormat, Place, SafetensorsFormat, WeightFiles
+from twa_scale.output.formats.copying import Copy, copy_file, version_of
 from twa_scale.output.overwriting import check_replaceable
 from twa_scale.output.provenance import with_signatures
 from twa_scale.output.publish import check_target, output_errors, publish, target_of, write_file
@@ -35,6 +35,7 @@ class Writer:
         files: the weight files, which exist in `directory`.
         temporary: on the first rank the owner of `directory`, else None.
         overwrite: whether the output may replace an earlier one.
+        copied: the files that the format has copied unchanged, by their path in the directory.
     """
 
     def __init__(
@@ -45,13 +46,15 @@ class Writer:
         files: WeightFiles,
         temporary: TemporaryName | None,
         overwrite: bool,
+        copied: Sequence[str] = (),
     ) -> None:
         self.directory = directory
         """The directory of the files before they are published."""
         self._weights = files
-        self._place = files.open(directory)
+        self._place = _opened(files, directory, target)
         self._temporary = temporary
         self._overwrite = overwrite
+        self._copied = copied
         self.target = target
         self._specs = {spec.name: spec for spec in specs}
         self._files: dict[str, OpenFile] = {}
@@ -97,10 +100,15 @@ class Writer:
             file.close()
         self._files = {}
 
-    def finish(self, group: Group) -> None:
-        """Do this rank's part of what is left when all ranks have written."""
+    def checksums(self, group: Group) -> Mapping[int, int]:
+        """Return this rank's part of the checksums that the files hold, when all ranks have written."""
         with output_errors(self.target):
-            self._weights.finish(group.rank, group.size)
+            return self._weights.checksums(group.rank, group.size)
+
+    def finish(self, checksums: Sequence[Mapping[int, int]]) -> None:
+        """Write the checksums of all ranks into the files. For one rank, after all ranks have written."""
+        with output_errors(self.target):
+            self._weights.finish({number: crc for found in checksums for number, crc in found.items()})
 
     def publish(self, files: Files, published: Callable[[], None] | None = None) -> None:
         """Add the small files, publish the directory and call `published`. For one rank, after all ranks have written.
@@ -112,7 +120,8 @@ class Writer:
             self.leave_to_next_start()
         extra = {**files, **self._weights.small}
         with output_errors(self.target):
-            if unsigned := self._weights.unsigned:
+            unsigned = [*self._weights.unsigned, *(name for name in self._copied if name not in extra)]
+            if unsigned:
                 extra = with_signatures(extra, {name: signature(self.directory / name) for name in unsigned})
             for name, content in extra.items():
                 assert is_below(name) and name not in self._weights.names
@@ -198,9 +207,11 @@ def writing(
                 writer.close()
         check_tiling(writer.elements, specs, group)
         with group.agree():
-            writer.finish(group)
+            checksums = writer.checksums(group)
+        found = group.gather(checksums)
         with group.agree():
             if group.rank == 0:
+                writer.finish(found)
                 writer.publish(files or {}, published)
     finally:
         if group.rank == 0:
@@ -234,18 +245,23 @@ def open_writer(
     target = group.broadcast(own)
     base, metadata = group.broadcast((base, metadata))  # The layout depends on them.
     temporary: TemporaryName | None = None
+    copies: list[Copy] = []
     sizes: dict[str, int] = {}
     try:
-        with group.agree():
+        with group.agree(), output_errors(target):
             files = form.files(specs, parse_size(max_shard_size), base, metadata)
             if group.rank == 0:
                 temporary = _prepare(target, files, form, overwrite)
-                sizes = {name: (temporary.path / name).stat().st_size for name in files.names}
-        directory = group.broadcast(temporary.path if temporary else target)
+                copies = [*files.copies, *_unchanged(form)]
+        directory, copies = group.broadcast((temporary.path if temporary else target, copies))
+        _copy(copies, target, directory, group)
+        with group.agree(), output_errors(target):
+            if group.rank == 0:
+                sizes = {name: (directory / name).stat().st_size for name in files.names}
         sizes = group.broadcast(sizes)
         with group.agree():
             _check_shared(target, directory, sizes)
-            return Writer(directory, target, specs, files, temporary, overwrite)
+            return Writer(directory, target, specs, files, temporary, overwrite, [name for name, _ in form.beside])
     except BaseException:
         if temporary:
             temporary.discard()
@@ -262,12 +278,34 @@ def _prepare(target: Path, files: WeightFiles, form: OutputFormat, overwrite: bo
         try:
             temporary.path.mkdir()
             files.create(temporary.path)
-            for name, path in form.beside:
-                copy_file(path, temporary.path / name)
         except BaseException:
             temporary.discard()
             raise
         return temporary
+
+
+def _unchanged(form: OutputFormat) -> list[Copy]:
+    return [Copy(name, path, version_of(path.stat())) for name, path in form.beside]
+
+
+def _copy(copies: Sequence[Copy], target: Path, directory: Path, group: Group) -> None:
+    """Copy files on all ranks that see them, one each at a time, so that no rank waits long for another. Collective."""
+    if not copies:
+        return
+    ready = directory.is_dir() and all(copy.is_visible for copy in copies)
+    rank, size = (group.rank, group.size) if all(group.gather(ready)) else (group.rank, 1)
+    for first in range(0, len(copies), size):
+        with group.agree(), output_errors(target):
+            for copy in copies[first + rank : first + size][:1]:
+                copy_file(copy, directory)
+
+
+def _opened(files: WeightFiles, directory: Path, target: Path) -> Place:
+    try:
+        return files.open(directory)
+    except CandidateError as error:
+        text = str(error).replace(str(directory), str(target))
+        raise OutputError(f"{target}: its new files cannot be read back, and were removed. {text}") from error
 
 
 def _check_shared(target: Path, directory: Path, sizes: Mapping[str, int]) -> None:

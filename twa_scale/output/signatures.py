@@ -1,4 +1,4 @@
-"""Signatures of weight files that cannot say themselves that this program wrote them, as safetensors files do."""
+"""Signatures of weight files and training state, which cannot say themselves that this program wrote them."""
 
 import hashlib
 from pathlib import Path
@@ -7,9 +7,10 @@ _END_BYTES = 64 << 10
 
 
 def signature(path: Path) -> str:
-    """Return a text that another file with this name has not: a hash of the size, and of the first and last bytes.
+    """Return a hash of the size of a file, and of its first and last 64 KiB.
 
-    The last bytes of an archive of torch.save are its directory, which has the CRC-32 of every tensor.
+    It tells which file is meant, and does not protect from damage: files that differ only between these bytes have the
+    same signature. The last bytes of a file of torch.save are its directory, with the CRC-32 of its last tensors.
 
     Raises:
         OSError: the file cannot be read.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from twa_scale.base.inputs import brief, integers, text
+from twa_scale.base.paths import identity
 from twa_scale.candidates.ema_lists import item_name
 from twa_scale.candidates.formats.boxes import Box, BoxTensor
 from twa_scale.candidates.formats.file_handles import File
@@ -51,7 +52,9 @@ def _open(directory: Path, metadata: Any, keys: WeightsKey, outer: Path) -> Stor
     shapes = {path: integers(value.size) for path, (_, value) in metadata_of.items()}
     chosen = keys.choose(shapes, label, in_order=False)
     tensors = _tensors(chosen, metadata, metadata_of, files, label)
-    origin = Origin("a checkpoint of torch.distributed.checkpoint", "dcp", {directory: chosen})
+    version = identity(directory / METADATA)[2:]
+    what = "a checkpoint of torch.distributed.checkpoint"
+    origin = Origin(what, "dcp", {directory: chosen}, {directory / METADATA: version})
     return StoredCandidate(tensors, files.open.values(), label, outer, origin)
 
 
@@ -75,13 +78,20 @@ def files_in_dcp(directory: Path) -> list[Path]:
     return [directory / METADATA, *sorted(path for path in directory.glob("*.distcp") if path.is_file())]
 
 
-def keys_in_dcp(directory: Path) -> list[Keys]:
-    """Return the paths of keys of all tensors of a checkpoint.
+def shapes_in_dcp(directory: Path) -> dict[Keys, tuple[int, ...]]:
+    """Return the shapes of all tensors of a checkpoint, by their paths of keys.
 
     Args:
         directory: the folder with `.metadata`.
+
+    Raises:
+        CandidateError: the metadata cannot be read.
     """
-    return list(_metadata_of(_metadata(directory / METADATA)))
+    try:
+        metadata_of = _metadata_of(_metadata(directory / METADATA))
+        return {keys: integers(value.size) for keys, (_, value) in metadata_of.items()}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CandidateError(f"{directory / METADATA}: cannot be read ({error}).") from error
 
 
 def _metadata_of(metadata: Any) -> dict[Keys, tuple[str, PickleStub]]:

@@ -32,6 +32,12 @@ class File:
         with _OPEN_FILES.descriptor(self) as descriptor:
             self.size = os.fstat(descriptor).st_size
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """The size, and the time of the last change in nanoseconds, when the file was opened first."""
+        assert self._identity is not None
+        return self._identity[2], self._identity[3]
+
     def read(self, buffer: memoryview, offset: int, what: str) -> None:
         """Fill `buffer` with the bytes that begin at `offset`.
 

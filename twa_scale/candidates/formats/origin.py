@@ -18,6 +18,8 @@ class Origin:
     """The format of an output that has this form; None if no output has."""
     keys: Mapping[Path, Mapping[str, Keys]] = field(default_factory=dict)
     """For each file of torch.save, or for the folder of DCP: the path of keys of each tensor, by its stored name."""
+    versions: Mapping[Path, tuple[int, int]] = field(default_factory=dict)
+    """For files that were read when the candidate was opened: their size and the time of their last change."""
 
     @property
     def nesting(self) -> Keys:

@@ -47,7 +47,8 @@ class ShardedCandidate:
             self.stored_names = unwrapped(file_of, str(index))
             origins = list(map(origin_of, self._parts.values()))
             keys = {path: held for origin in origins for path, held in origin.keys.items()}
-            self.origin = Origin(f"several files, {origins[0].what} each", origins[0].written_as, keys)
+            versions = {path: version for origin in origins for path, version in origin.versions.items()}
+            self.origin = Origin(f"several files, {origins[0].what} each", origins[0].written_as, keys, versions)
             # Which prefixes count as wrappers depends on all names, so a part may use another name for a tensor.
             names = {file: {raw: name for name, raw in part.stored_names.items()} for file, part in self._parts.items()}
             self._part_of = {

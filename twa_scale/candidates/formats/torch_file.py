@@ -36,7 +36,7 @@ class TorchFileCandidate(StoredCandidate):
         file = File(path)
         try:
             self._stored, chosen = _chosen(_content(file), keys or WeightsKey(), str(path))
-            origin = Origin("a file of torch.save", "pt", {path: chosen})
+            origin = Origin("a file of torch.save", "pt", {path: chosen}, {path: file.version})
             super().__init__(self._stored, [file], label or str(path), directory, origin)
             self.file_name = path.name
         except BaseException:
@@ -101,7 +101,37 @@ def _objects(found: Mapping[Keys, PickleStub | Record]) -> dict[Keys, Object]:
     return objects
 
 
+def shapes_in(path: Path) -> dict[Keys, tuple[int, ...]]:
+    """Return the shapes of all dense tensors that torch.save wrote into a file, by their paths of keys.
+
+    Raises:
+        CandidateError: the file cannot be read.
+    """
+    file = File(path)
+    try:
+        content = _loaded(file)
+    finally:
+        file.close()
+    try:
+        entries = _entries(content if isinstance(content, Mapping) else {"": content})
+    except ValueError as error:
+        raise CandidateError(f"{path}: {error}.") from error
+    return {keys: value.shape for keys, value in entries.items() if isinstance(value, Stored)}
+
+
 def _content(file: File) -> Mapping[Any, Any]:
+    content = _loaded(file)
+    if not isinstance(content, Mapping):
+        what = type(content).__name__
+        if isinstance(content, PickleStub):
+            what = f"an object of class {content.what}"
+        elif isinstance(content, Stored | Record):
+            what = "a single tensor"
+        raise CandidateError(f"{file.path}: holds {what}, not a dict of tensors. Save model.state_dict() there.")
+    return content
+
+
+def _loaded(file: File) -> Any:
     magic = bytearray(min(8, file.size))
     file.read(memoryview(magic), 0, "the file")
     if magic == b"version ":
@@ -119,11 +149,4 @@ def _content(file: File) -> Mapping[Any, Any]:
             f"{file.path}: its pickle calls {attack!r}, which can run any code; it was refused and nothing in it was "
             "run. No checkpoint needs this call: do not load the file elsewhere."
         )
-    if not isinstance(content, Mapping):
-        what = type(content).__name__
-        if isinstance(content, PickleStub):
-            what = f"an object of class {content.what}"
-        elif isinstance(content, Stored | Record):
-            what = "a single tensor"
-        raise CandidateError(f"{file.path}: holds {what}, not a dict of tensors. Save model.state_dict() there.")
     return content

@@ -1,32 +1,31 @@
 """The choice of the format of an output."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from twa_scale.base.inputs import named_errors
 from twa_scale.base.names import nearest
 from twa_scale.base.notices import notice
 from twa_scale.candidates import Candidate
+from twa_scale.candidates.adapters import ranks_of
 from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.candidates.directory import INDEX, is_torch
-from twa_scale.candidates.formats.dcp import files_in_dcp, keys_in_dcp
-from twa_scale.candidates.formats.origin import Keys, Origin, origin_of
+from twa_scale.candidates.formats.dcp import files_in_dcp
+from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.origin import Origin, origin_of
+from twa_scale.candidates.formats.safetensors import Entry, read_header
 from twa_scale.candidates.formats.sharded import weight_map
-from twa_scale.candidates.formats.torch_file import tensors_in
-from twa_scale.candidates.weights_key import OF_LIGHTNING
+from twa_scale.candidates.steps import step_of
 from twa_scale.errors import ConfigError, OutputError
 from twa_scale.output.formats.dcp import DcpFormat
 from twa_scale.output.formats.format import OutputFormat
-from twa_scale.output.formats.safetensors import SafetensorsFormat
+from twa_scale.output.formats.other_copies import check_other_copies
+from twa_scale.output.formats.safetensors import SafetensorsFormat, SameSafetensorsFormat
 from twa_scale.output.formats.same import SameFormat
 from twa_scale.output.formats.state_files import state_files
 from twa_scale.output.formats.torch_file import TorchFormat
 
 FORMATS = ("same", "hf", "dcp", "pt")
-_MASTER = re.compile(
-    r"fp32_from_fp16\w*|fp32_param|master_(weights|params)|single_partition_of_fp32_groups|fp32_flat_groups"
-)
 
 
 def output_format(
@@ -38,7 +37,7 @@ def output_format(
         name: "hf" (safetensors), "pt", "dcp", or "same" for that of the last candidate, with the state of the training.
         candidates: the candidates; names and nesting are those of the last one.
         carried: what the output takes from the candidates.
-        tell: called with one line for each reason why files are left out.
+        tell: called with one line for each thing that a user may not expect.
 
     Raises:
         ConfigError: there is no such format.
@@ -55,50 +54,77 @@ def output_format(
     if name == "dcp":
         return DcpFormat(_folder(last, origin), origin.nesting)
     with named_errors(OutputError, "--format same (format='same') copies what is in the directory."):
-        return _same(last, origin, carried, tell)
+        chosen = _same(last, origin, carried, tell)
+    tell(_whose_state([candidate.label for candidate in candidates]))
+    return chosen
 
 
 def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable[[str], None]) -> OutputFormat:
+    root = _root(last, origin)
+    if ranks_of(last):
+        raise OutputError(
+            f"{last.label}: the average of products has other factors than the adapter, and the state of the training, "
+            "which --format same (format='same') keeps, does not fit them. Choose hf, dcp or pt, or --space factors."
+        )
+    files = _weight_files(last, origin)
+    is_directory = Path(last.label).is_dir()
+    beside = state_files(root, files, tell, code=carried.code) if is_directory else []
+    check_other_copies(last, origin, beside, tell)
+    if origin.written_as == "hf":
+        index = _index(last)
+        return SameSafetensorsFormat(_entries(files), None if index else last.file_name, beside)
+    if (index := _index(last)) and origin.written_as == "pt":
+        beside.append((index.name, index))
+    return SameFormat(origin, root, beside)
+
+
+def _root(last: Candidate, origin: Origin) -> Path:
+    """Return the directory of a candidate, which becomes that of the output.
+
+    Raises:
+        OutputError: no output has the format of the candidate, or its files are not there or in other places.
+    """
     if origin.written_as is None:
         raise OutputError(
             f"{last.label}: is {origin.what}, which --format same (format='same') does not write. Choose hf, dcp or pt."
         )
-    root = Path(last.label)
-    if not root.exists():
+    label = Path(last.label)
+    if not label.exists():
         raise OutputError(
             f"{last.label}: is not there any more, and --format same (format='same') copies its files. Choose hf, dcp "
             "or pt."
         )
-    if master := _master_copy(origin):
+    root = label if label.is_dir() else label.parent
+    if outside := next((path for path in origin.keys if not path.is_relative_to(root)), None):
         raise OutputError(
-            f"{last.label}: holds {master!r}, the optimizer's copy of weights, from which training would resume, and "
-            "not from the average. Choose --format hf, dcp or pt (format=), and start with a new optimizer."
+            f"{last.label}: its weights are in {outside}, which is not below it, and --format same (format='same') "
+            "copies a directory. Name the directory of the weights, or choose hf, dcp or pt."
         )
-    if origin.nesting != (OF_LIGHTNING,) and any(keys[0] == OF_LIGHTNING for keys in _all_keys(origin)):
-        tell(
-            f"{last.label}: Lightning's WeightAveraging resumes from {OF_LIGHTNING!r}, which stays that of the last "
-            f"candidate. Set `weights_key: {OF_LIGHTNING}` (--weights-key) to average that."
-        )
-    beside = []
-    if root.is_dir():
-        beside = state_files(root, _weight_files(last, origin), tell, code=carried.code)
-    if origin.written_as == "hf":
-        return SafetensorsFormat(beside, of_last=True)
-    if (index := _index(last)) and origin.written_as == "pt":
-        beside.append((index.name, index))
-    return SameFormat(origin, root if root.is_dir() else next(iter(origin.keys)).parent, beside)
+    return root
 
 
-def _master_copy(origin: Origin) -> str | None:
-    """Return the name of a tensor that is the optimizer's copy of weights; None if there is none."""
-    names = map(".".join, _all_keys(origin))
-    return next((name for name in names if any(map(_MASTER.fullmatch, name.split(".")))), None)
+def _whose_state(labels: Sequence[str]) -> str:
+    """Return the line that says which candidate the state of the training is taken from."""
+    said = f"--format same (format='same'): the state of the training is that of {labels[-1]}, the last candidate"
+    steps = {label: step for label in labels if (step := step_of(Path(label))) is not None}
+    furthest = max(steps, key=lambda label: steps[label], default=labels[-1])
+    if labels[-1] not in steps or steps[furthest] == steps[labels[-1]]:
+        return f"{said}."
+    return (
+        f"{said}, though {furthest} is of a later step. Give the candidates in the order of the training (a pattern in "
+        "quotes is put in that order) if that is not meant."
+    )
 
 
-def _all_keys(origin: Origin) -> Iterator[Keys]:
-    """Yield the paths of keys of all tensors in the files of the weights."""
-    for path in origin.keys:
-        yield from keys_in_dcp(path) if path.is_dir() else tensors_in(path)
+def _entries(files: Sequence[Path]) -> dict[str, Entry]:
+    """Return what the headers of safetensors files say about each tensor."""
+    found: dict[str, Entry] = {}
+    for path in files:
+        if not path.name.endswith(INDEX):
+            file = File(path)
+            found |= read_header(file)[0]
+            file.close()
+    return found
 
 
 def _weight_files(last: Candidate, origin: Origin) -> list[Path]:
@@ -106,8 +132,8 @@ def _weight_files(last: Candidate, origin: Origin) -> list[Path]:
     files = [file for path in origin.keys for file in (files_in_dcp(path) if path.is_dir() else [path])]
     if index := _index(last):
         files += [index, *(index.parent / name for name in set(weight_map(index).values()))]
-    elif last.file_name and last.directory:
-        files.append(last.directory / last.file_name)
+    elif last.file_name:
+        files.append((last.directory or Path(last.label).parent) / last.file_name)
     return files
 
 

@@ -2,43 +2,66 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from twa_scale.base.inputs import open_regular
+from twa_scale.base.paths import identity_of
 from twa_scale.errors import OutputError
+from twa_scale.output.disk import pieces_of, write_at
 
-_PIECE_BYTES = 8 << 20
+
+@dataclass(frozen=True)
+class Copy:
+    """A file that an output copies."""
+
+    name: str
+    """The path in the output directory."""
+    source: Path
+    version: tuple[int, int]
+    """The size and the time of the last change of the source, in bytes and nanoseconds, which must not change."""
+    without: Sequence[tuple[int, int]] = ()
+    """Ranges of bytes that are not copied, but become holes."""
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether this rank sees the source as it is described here."""
+        try:
+            return version_of(self.source.stat()) == self.version
+        except OSError:
+            return False
 
 
-def copy_file(source: Path, target: Path, without: Sequence[tuple[int, int]] = ()) -> None:
-    """Copy a file and flush it to the disk. The folder of the target is created.
+def version_of(stat: os.stat_result) -> tuple[int, int]:
+    """Return the size and the time of the last change of a file."""
+    return identity_of(stat)[2:]
 
-    Args:
-        source: a regular file.
-        target: a file that does not exist.
-        without: ranges of bytes that are not copied, but become holes.
+
+def copy_file(copy: Copy, directory: Path) -> None:
+    """Copy a file into the output directory, and flush it to the disk. Folders are created.
 
     Raises:
         OSError: the disk is full or fails.
-        OutputError: the source is not a regular file.
+        OutputError: the source is not a regular file, or has changed.
     """
+    target = directory / copy.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(open_regular(source, OutputError), "rb", buffering=0) as old, target.open("wb", buffering=0) as new:
-        size = os.fstat(old.fileno()).st_size
-        position = 0
-        for begin, end in [*sorted(without), (size, size)]:
-            _copy(old.fileno(), new.fileno(), position, begin)
+    source = open_regular(copy.source, OutputError)
+    with os.fdopen(source, "rb", buffering=0) as old, target.open("wb", buffering=0) as new:
+        _require_unchanged(copy, old.fileno())
+        size, position = copy.version[0], 0
+        for begin, end in [*sorted(copy.without), (size, size)]:
+            for offset, piece in pieces_of(old.fileno(), position, begin):
+                write_at(new.fileno(), piece, offset)
             position = max(position, end)
         new.truncate(size)
         os.fsync(new.fileno())
+        _require_unchanged(copy, old.fileno())
 
 
-def _copy(old: int, new: int, begin: int, end: int) -> None:
-    while begin < end:
-        piece = os.pread(old, min(_PIECE_BYTES, end - begin), begin)
-        if not piece:
-            raise OSError("a file that is copied has become shorter")
-        done = 0
-        while done < len(piece):
-            done += os.pwrite(new, memoryview(piece)[done:], begin + done)
-        begin += done
+def _require_unchanged(copy: Copy, handle: int) -> None:
+    if version_of(os.fstat(handle)) != copy.version:
+        raise OutputError(
+            f"{copy.source}: has changed since it was opened; --format same (format='same') copies it. Candidates must "
+            "not change until the run has ended."
+        )

@@ -1,6 +1,5 @@
 """A checkpoint of torch.distributed.checkpoint (DCP), written by slices."""
 
-import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -20,10 +19,11 @@ from twa_scale.candidates.formats.dcp import METADATA
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Keys
 from twa_scale.candidates.formats.torch_archive import Archive
+from twa_scale.output.disk import write_at
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
-from twa_scale.output.formats.skeleton import SkeletonFiles
-from twa_scale.output.formats.torch_api import hollow, save_hollow, storage_info
+from twa_scale.output.formats.placed_files import PlacedFiles
+from twa_scale.output.formats.torch_api import save_without_values, storage_info, without_values
 from twa_scale.output.publish import write_file
 
 _CHUNK_BYTES = 64 << 20  # A rank that loads a part of a tensor reads the whole chunks that hold it.
@@ -51,7 +51,7 @@ class DcpFormat(OutputFormat):
         return _DcpFiles(specs, self._folder, self._nesting, max_shard_size)
 
 
-class _DcpFiles(SkeletonFiles):
+class _DcpFiles(PlacedFiles):
     def __init__(self, specs: Sequence[TensorSpec], folder: str, nesting: Keys, max_shard_size: int) -> None:
         super().__init__(specs, {Path(folder): {spec.name: (*nesting, spec.name) for spec in specs}})
         self._folder = Path(folder)
@@ -69,7 +69,7 @@ class _DcpFiles(SkeletonFiles):
 
     def create(self, directory: Path) -> None:
         folder = directory / self._folder
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         pieces = lru_cache(maxsize=None)(lambda shape, dtype: _archive(shape, dtype, folder / "chunk.tmp"))
         sizes: dict[int, int] = {}
         storage = {}
@@ -78,8 +78,8 @@ class _DcpFiles(SkeletonFiles):
             head, numbers, tail = pieces(shape, spec.dtype)
             begin, length = sizes.get(number, 0), len(head) + numbers + len(tail)
             with (folder / _file_name(number)).open("r+b" if begin else "wb", buffering=0) as file:
-                os.pwrite(file.fileno(), head, begin)
-                os.pwrite(file.fileno(), tail, begin + len(head) + numbers)
+                write_at(file.fileno(), head, begin)
+                write_at(file.fileno(), tail, begin + len(head) + numbers)
             sizes[number] = begin + length
             storage[MetadataIndex(self._key(spec), starts)] = storage_info(_file_name(number), begin, length)
             chunks.setdefault(spec.name, []).append(ChunkStorageMetadata(torch.Size(starts), torch.Size(shape)))
@@ -129,7 +129,7 @@ def _chunks(spec: TensorSpec) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]
 
 def _archive(shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> tuple[bytes, int, bytes]:
     """Return the archive of one tensor: the bytes before its numbers, their size in bytes, and the bytes after them."""
-    save_hollow(hollow(shape, dtype), path, prod(shape) * dtype.itemsize)
+    save_without_values(without_values(shape, dtype), path, prod(shape) * dtype.itemsize)
     file = File(path)
     try:
         record = Archive(file).content().record

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from twa_scale.output.file_layout import TensorSpec
+from twa_scale.output.formats.copying import Copy
 
 
 class Run(NamedTuple):
@@ -55,9 +56,16 @@ class WeightFiles(ABC):
         """Small files that belong to the format, such as an index, by name."""
         return {}
 
+    @property
+    def copies(self) -> Sequence[Copy]:
+        """Weight files that begin as copies of a candidate's files. Known after `create` on the rank that called it."""
+        return []
+
     @abstractmethod
     def create(self, directory: Path) -> None:
         """Create the files in full size, with everything but the values. Called on one rank.
+
+        Files in `copies` are created after this call, by all ranks.
 
         Raises:
             OSError: the disk is full or fails.
@@ -69,13 +77,17 @@ class WeightFiles(ABC):
         """Return where elements are written. Called on every rank, before any rank writes."""
 
     @abstractmethod
-    def finish(self, rank: int, size: int) -> None:
-        """Do this rank's part of what is left when all ranks have written and flushed their values.
+    def checksums(self, rank: int, size: int) -> Mapping[int, int]:
+        """Return this rank's part of the checksums that the files hold, when all ranks have flushed their values.
 
         Args:
             rank: the rank among those that write.
             size: their number.
         """
+
+    @abstractmethod
+    def finish(self, checksums: Mapping[int, int]) -> None:
+        """Write the checksums of all ranks. Called on one rank: several machines must not write into one page."""
 
 
 class OutputFormat(ABC):

@@ -1,12 +1,17 @@
 """Safetensors files with the names and the index of Hugging Face."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from twa_scale.base.names import some
+from twa_scale.candidates.formats.safetensors import Entry
+from twa_scale.errors import OutputError
 from twa_scale.output.file_layout import Shard, TensorSpec, index_name, index_of, lay_out
 from twa_scale.output.formats.format import OutputFormat, Place, Run, WeightFiles
+from twa_scale.output.formats.placed_files import differs
 
 
 class SafetensorsFormat(OutputFormat):
@@ -14,15 +19,51 @@ class SafetensorsFormat(OutputFormat):
 
     name = "hf"
 
-    def __init__(self, beside: Sequence[tuple[str, Path]] = (), *, of_last: bool = False) -> None:
-        self.beside = beside
-        self.of_last = of_last
-
     def files(
         self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None
     ) -> WeightFiles:
         """Return one file, or several with an index."""
         return _SafetensorsFiles(specs, lay_out(specs, max_shard_size, base, metadata), base)
+
+
+class SameSafetensorsFormat(SafetensorsFormat):
+    """The safetensors files of the last candidate, with the state of its training beside them.
+
+    Args:
+        held: the tensors in its files.
+        file: the name of its file; None if it has several and an index.
+        beside: the other files to copy.
+    """
+
+    name = "same"
+    of_last = True
+
+    def __init__(self, held: Mapping[str, Entry], file: str | None, beside: Sequence[tuple[str, Path]]) -> None:
+        self._held = held
+        self._file = file
+        self.beside = beside
+
+    def files(
+        self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None
+    ) -> WeightFiles:
+        """Return one file of the same name if the last candidate is one file, else several with an index.
+
+        Raises:
+            OutputError: the tensors are not those in the files of the last candidate.
+        """
+        if lost := sorted(self._held.keys() - {spec.name for spec in specs}):
+            raise OutputError(
+                f"tensors {some(lost)}: are in the file of the last candidate, but not in the output, because of "
+                "`ignore` (--ignore) or `weights_key`, or because the model lacks them. Training could not resume. "
+                "Average all tensors, or choose --format hf (format='hf')."
+            )
+        for spec in specs:
+            dtype, shape = (torch.complex64, spec.shape[:-1]) if spec.as_complex else (spec.dtype, spec.shape)
+            if (entry := self._held.get(spec.name)) and (dtype, shape) != (entry.dtype, entry.shape):
+                raise OutputError(differs(spec, entry.dtype, entry.shape))
+        if self._file is None:
+            return super().files(specs, max_shard_size, base, metadata)
+        return super().files(specs, sys.maxsize, self._file.removesuffix(".safetensors"), metadata)
 
 
 class _SafetensorsFiles(WeightFiles):
@@ -59,7 +100,10 @@ class _SafetensorsFiles(WeightFiles):
     def open(self, directory: Path) -> Place:
         return self._place
 
-    def finish(self, rank: int, size: int) -> None:
+    def checksums(self, rank: int, size: int) -> Mapping[int, int]:
+        return {}
+
+    def finish(self, checksums: Mapping[int, int]) -> None:
         pass
 
     def _place(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:

@@ -12,9 +12,9 @@ from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.torch_file import tensors_in
 from twa_scale.errors import OutputError
 from twa_scale.output.file_layout import TensorSpec
-from twa_scale.output.formats.copying import copy_file
+from twa_scale.output.formats.copying import Copy, version_of
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
-from twa_scale.output.formats.skeleton import SkeletonFiles, checked, read_tensors
+from twa_scale.output.formats.placed_files import PlacedFiles, checked, read_tensors
 
 Extent = tuple[int, int]
 """The first byte of a tensor in a file, and the one after its last."""
@@ -57,7 +57,7 @@ class SameFormat(OutputFormat):
         return _SameFiles(specs, self._origin, self._root)
 
 
-class _SameFiles(SkeletonFiles):
+class _SameFiles(PlacedFiles):
     def __init__(self, specs: Sequence[TensorSpec], origin: Origin, root: Path) -> None:
         keys = {path.relative_to(root): held for path, held in origin.keys.items()}
         names = {spec.name for spec in specs}
@@ -65,7 +65,9 @@ class _SameFiles(SkeletonFiles):
             specs, {path: {name: held[name] for name in held if name in names} for path, held in keys.items()}
         )
         self._root = root
+        self._versions = origin.versions
         self._sources = [file for path in origin.keys for file in (files_in_dcp(path) if path.is_dir() else [path])]
+        self._copies: list[Copy] = []
 
     @property
     def nbytes(self) -> int:
@@ -75,37 +77,51 @@ class _SameFiles(SkeletonFiles):
     def names(self) -> Sequence[str]:
         return [str(path.relative_to(self._root)) for path in self._sources]
 
+    @property
+    def copies(self) -> Sequence[Copy]:
+        return self._copies
+
     def create(self, directory: Path) -> None:
+        """Find out what to copy."""
+        versions = {path: self._versions.get(path, version_of(path.stat())) for path in self._sources}
         tensors = read_tensors({self._root / path: held for path, held in self._keys.items()})
         weights = [stored for spec in self._specs for stored in checked(tensors[spec.name], spec) if stored.numel]
         written: dict[Path, list[Extent]] = {}
         replaced: dict[Path, list[Extent]] = {}
+        views: dict[Path, set[tuple[Extent, object]]] = {}
         for stored in weights:
             path, extent = Path(stored.record.file.path), stored.extent()
             written.setdefault(path, []).append(extent)
+            views.setdefault(path, set()).add((extent, None if stored.row_major() else stored.memory_key))
             if stored.row_major():  # Others may have gaps between their elements, which are kept.
                 replaced.setdefault(path, []).append(extent)
             stored.record.file.close()
-        for path, extents in replaced.items():
-            _require_apart(path, extents)
-        for source, name in zip(self._sources, self.names, strict=True):
-            copy_file(source, directory / name, replaced.get(source, ()))
-        for path, held in self._keys.items():
+        for path, held in views.items():
+            _require_apart(path, held)
+        self._copies = [
+            Copy(name, source, versions[source], replaced.get(source, ()))
+            for source, name in zip(self._sources, self.names, strict=True)
+        ]
+        for path, keys in self._keys.items():
             if (source := self._root / path) in written and source.is_file():
-                _tell_what_shares_storage(source, {*held.values()}, written[source])
+                _tell_what_shares_storage(source, {*keys.values()}, written[source])
 
 
-def _require_apart(path: Path, extents: Collection[Extent]) -> None:
+def _require_apart(path: Path, views: Collection[tuple[Extent, object]]) -> None:
     """Check that weights do not overlap in part; one tensor may be stored under several names.
+
+    Args:
+        path: the file.
+        views: the bytes of each weight, and a key of its strides, None for row-major ones.
 
     Raises:
         OutputError: two do.
     """
-    for before, after in pairwise(sorted({*extents})):
+    for (before, _), (after, _) in pairwise(sorted(views, key=lambda view: view[0])):
         if after[0] < before[1]:
             raise OutputError(
-                f"{path}: holds weights that overlap in part, at byte {after[0]}, which --format same (format='same') "
-                "cannot write one by one. Choose hf, dcp or pt."
+                f"{path}: holds weights that overlap in part, or in other strides, at byte {after[0]}, which --format "
+                "same (format='same') cannot write one by one. Choose hf, dcp or pt."
             )
 
 

@@ -17,14 +17,14 @@ _PLACES = {
 }
 
 
-def hollow(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor without memory, which `save_hollow` takes."""
+def without_values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor without memory, which `save_without_values` takes."""
     with _found("FakeTensorMode")():
         return torch.empty(shape, dtype=dtype)
 
 
-def save_hollow(content: Any, path: Path, nbytes: int) -> None:
-    """Write the file that torch.save writes of `content`, with a hole of the right size for each `hollow` tensor.
+def save_without_values(content: Any, path: Path, nbytes: int) -> None:
+    """Write the file that torch.save writes of `content`, with holes for the values of `without_values`.
 
     Args:
         content: the value to save.

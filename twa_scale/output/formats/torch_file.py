@@ -7,8 +7,8 @@ from typing import Any
 from twa_scale.candidates.formats.origin import Keys
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
-from twa_scale.output.formats.skeleton import SkeletonFiles
-from twa_scale.output.formats.torch_api import hollow, save_hollow
+from twa_scale.output.formats.placed_files import PlacedFiles
+from twa_scale.output.formats.torch_api import save_without_values, without_values
 
 _BESIDE_NUMBERS = 4096  # bytes of an archive for each tensor, at most, beside its numbers
 
@@ -34,7 +34,7 @@ class TorchFormat(OutputFormat):
         return _TorchFile(specs, self._file, self._nesting)
 
 
-class _TorchFile(SkeletonFiles):
+class _TorchFile(PlacedFiles):
     def __init__(self, specs: Sequence[TensorSpec], file: str, nesting: Keys) -> None:
         super().__init__(specs, {Path(file): {spec.name: (*nesting, spec.name) for spec in specs}})
         self._file = file
@@ -49,7 +49,7 @@ class _TorchFile(SkeletonFiles):
         return [self._file]
 
     def create(self, directory: Path) -> None:
-        content: dict[str, Any] = {spec.name: hollow(spec.shape, spec.dtype) for spec in self._specs}
+        content: dict[str, Any] = {spec.name: without_values(spec.shape, spec.dtype) for spec in self._specs}
         for key in reversed(self._nesting):
             content = {key: content}
-        save_hollow(content, directory / self._file, sum(spec.nbytes for spec in self._specs))
+        save_without_values(content, directory / self._file, sum(spec.nbytes for spec in self._specs))

@@ -14,15 +14,15 @@ from twa_scale.candidates.formats.placement import placed, storages
 from twa_scale.candidates.formats.stored_tensors import Record, Stored
 from twa_scale.candidates.formats.torch_file import tensors_in
 from twa_scale.errors import OutputError
+from twa_scale.output.disk import drop_cached_pages, pieces_of, write_at
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import Place, Run, WeightFiles
 
-_PIECE_BYTES = 8 << 20
 Located = Mapping[Path, Mapping[str, Keys]]
 """For each file of torch.save, or for the folder of DCP: the path of keys of each tensor, by its name."""
 
 
-class SkeletonFiles(WeightFiles):
+class PlacedFiles(WeightFiles):
     """Weight files that the readers of candidates open to find the places of tensors.
 
     Args:
@@ -63,6 +63,8 @@ class SkeletonFiles(WeightFiles):
         self._names = {path: os.path.relpath(path, directory) for path in paths}
         for record in self._records:
             record.file.close()
+        for path in paths:
+            drop_cached_pages(path)
         return self._place
 
     def _place(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:
@@ -71,17 +73,23 @@ class SkeletonFiles(WeightFiles):
                 self._names[record.file.path], record.begin + first * part.itemsize, part.view(torch.uint8).numpy().data
             )
 
-    def finish(self, rank: int, size: int) -> None:
-        """Compute the CRC-32 of what was written, and write it to the archives."""
-        if rank == 0:
-            for name in self.names:
-                with (self._directory / name).open("rb") as file:
-                    os.fsync(file.fileno())
-        for record, fields in zip(self._records[rank::size], self._fields[rank::size], strict=True):
+    def checksums(self, rank: int, size: int) -> Mapping[int, int]:
+        """Return the CRC-32 of some records, by their number."""
+        found = {}
+        for number in range(rank, len(self._records), size):
+            record = self._records[number]
+            with Path(record.file.path).open("rb", buffering=0) as file:
+                found[number] = _crc(file.fileno(), record.begin, record.nbytes)
+        return found
+
+    def finish(self, checksums: Mapping[int, int]) -> None:
+        """Write the CRC-32 of every record into the archives."""
+        for number, record in enumerate(self._records):
             with Path(record.file.path).open("r+b", buffering=0) as file:
-                crc = _crc(file.fileno(), record.begin, record.nbytes).to_bytes(4, "little")
-                for offset in fields:
-                    os.pwrite(file.fileno(), crc, offset)
+                for offset in self._fields[number]:
+                    write_at(file.fileno(), checksums[number].to_bytes(4, "little"), offset)
+        for name in self.names:
+            with (self._directory / name).open("rb") as file:
                 os.fsync(file.fileno())
 
 
@@ -97,6 +105,15 @@ def read_tensors(keys: Located) -> dict[str, Stored | BoxTensor]:
     return tensors
 
 
+def differs(spec: TensorSpec, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    """Return the message for a tensor whose dtype or shape in the files of the last candidate is another."""
+    fix = "Leave out dtype, or choose" if shape == spec.shape else "Choose"
+    return (
+        f"tensor {spec.name!r}: is {spec.dtype} of shape {spec.shape}, but {dtype} of shape {shape} in the last "
+        f"candidate, whose form --format same (format='same') keeps. {fix} another format."
+    )
+
+
 def checked(tensor: Stored | BoxTensor, spec: TensorSpec) -> list[Stored]:
     """Return the tensors in files that make up a tensor.
 
@@ -105,16 +122,12 @@ def checked(tensor: Stored | BoxTensor, spec: TensorSpec) -> list[Stored]:
         CandidateError: see `storages`.
     """
     if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
-        raise OutputError(
-            f"tensor {spec.name!r}: is {spec.dtype} of shape {spec.shape}, but {tensor.dtype} of shape {tensor.shape} "
-            "in the last candidate, whose files --format same (format='same') keeps. Leave out dtype, or choose "
-            "another format."
-        )
+        raise OutputError(differs(spec, tensor.dtype, tensor.shape))
     return storages(tensor, f"tensor {spec.name!r}")
 
 
 def _crc(handle: int, begin: int, nbytes: int) -> int:
     crc = 0
-    for offset in range(begin, begin + nbytes, _PIECE_BYTES):
-        crc = zlib.crc32(os.pread(handle, min(_PIECE_BYTES, begin + nbytes - offset), offset), crc)
+    for _, piece in pieces_of(handle, begin, begin + nbytes):
+        crc = zlib.crc32(piece, crc)
     return crc

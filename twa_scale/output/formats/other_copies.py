@@ -1,0 +1,137 @@
+"""Further copies of the weights in a checkpoint, from which training would resume instead of from the average."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from twa_scale.base.names import some, without_wrappers
+from twa_scale.candidates import Candidate
+from twa_scale.candidates.directory import is_averaged, is_of_fsdp, is_torch
+from twa_scale.candidates.entries import is_optimizer_entry
+from twa_scale.candidates.formats.dcp import METADATA, shapes_in_dcp
+from twa_scale.candidates.formats.origin import Keys, Origin
+from twa_scale.candidates.formats.rank_files import is_rank_file
+from twa_scale.candidates.formats.torch_file import shapes_in
+from twa_scale.candidates.weights_key import OF_LIGHTNING
+from twa_scale.errors import CandidateError, OutputError
+
+Shape = tuple[int, ...]
+_MASTER = re.compile(
+    r"fp32_from_fp16\w*|fp32_from_float16\w*|fp32_params?|fp32_groups_flat\w*|fp32_flat_groups|master_(weight|param)s?|"
+    r"single_partition_of_fp32_groups"
+)
+_SLOW = re.compile(r"slow_(buffer|params?|weights?)")
+_ARCHIVE = b"PK\x03\x04"
+_WAY_OUT = "Choose --format hf, dcp or pt (format=), and start with a new optimizer"
+
+
+def check_other_copies(
+    last: Candidate, origin: Origin, beside: Sequence[tuple[str, Path]], tell: Callable[[str], None]
+) -> None:
+    """Check that training which resumes from copies of these files has no weights but those that are replaced.
+
+    Args:
+        last: the candidate.
+        origin: where its files hold the weights that are replaced.
+        beside: the files that are copied unchanged, by their path in the directory.
+        tell: called with one line for each thing that a user may not expect.
+
+    Raises:
+        OutputError: a file beside them holds the weights too, or an optimizer has its own copy of them.
+    """
+    label, own = last.label, {path.name for path in origin.keys}
+    for name, path in beside:
+        if is_rank_file(path) or (is_of_fsdp(outer := Path(name).parts[0]) and outer not in own):
+            raise OutputError(_held_again(label, name))
+    found = {str(path): _shapes(path) for path in origin.keys}
+    others, unread = _read(beside)
+    _require_no_master(label, {**found, **others})
+    weights = {name: last.shape(name) for name in last.names()}
+    copies = {name: held for name, shapes in others.items() if (held := _held(weights, shapes))}
+    if 2 * len(set().union(*copies.values())) >= max(1, len(weights)):
+        raise OutputError(_held_again(label, next(iter(copies))))
+    if origin.nesting != (OF_LIGHTNING,) and any(keys[0] == OF_LIGHTNING for held in found.values() for keys in held):
+        tell(
+            f"{label}: Lightning's WeightAveraging resumes from {OF_LIGHTNING!r}, which stays that of the last "
+            f"candidate. Set `weights_key: {OF_LIGHTNING}` (--weights-key) to average that."
+        )
+    every = [keys for shapes in (*found.values(), *others.values()) for keys in shapes]
+    if slow := sorted(".".join(keys) for keys in every if _is_slow(keys)):
+        tell(
+            f"{label}: {some(slow)} are weights that the optimizer keeps for itself (Lookahead, schedule-free). They "
+            f"stay those of the last candidate, and training goes on from both. {_WAY_OUT}, if that is not meant."
+        )
+    if unread:
+        tell(
+            f"{label}: {some(unread)} cannot be read and are copied as they are. If they hold weights, training may "
+            "resume from those, and not from the average."
+        )
+
+
+def _require_no_master(label: str, files: Mapping[str, Mapping[Keys, Shape]]) -> None:
+    for name, shapes in files.items():
+        if master := next((".".join(keys) for keys in shapes if _has(_MASTER, keys)), None):
+            raise OutputError(
+                f"{label}: {name} holds {master!r}, the optimizer's copy of weights, from which training would resume, "
+                f"and not from the average. {_WAY_OUT}."
+            )
+
+
+def _held_again(label: str, name: str) -> str:
+    return (
+        f"{label}: {name!r} holds the weights too. --format same (format='same') would keep those of the last "
+        f"candidate there, and training may resume from them. {_WAY_OUT}; or remove {name!r} if nothing loads it."
+    )
+
+
+def _read(beside: Sequence[tuple[str, Path]]) -> tuple[dict[str, Mapping[Keys, Shape]], list[str]]:
+    """Return the shapes of the tensors in files of torch, and the names of those that cannot be read."""
+    shapes: dict[str, Mapping[Keys, Shape]] = {}
+    unread = []
+    for name, path in beside:
+        folder = path.name == METADATA
+        if is_averaged(name) or not (folder or _is_archive(path)):
+            if is_torch(name) and not is_averaged(name):
+                unread.append(name)
+            continue
+        try:
+            shapes[name] = _shapes(path.parent if folder else path)
+        except CandidateError:
+            unread.append(name)
+    return shapes, unread
+
+
+def _shapes(path: Path) -> Mapping[Keys, Shape]:
+    return shapes_in_dcp(path) if path.is_dir() else shapes_in(path)
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_ARCHIVE)) == _ARCHIVE
+
+
+def _held(weights: Mapping[str, Shape], shapes: Mapping[Keys, Shape]) -> set[str]:
+    """Return the weights that a file holds under their names, below any keys."""
+    joined = {".".join(keys): shape for keys, shape in shapes.items() if not is_optimizer_entry(keys)}
+    plain = without_wrappers(joined)
+    return {
+        name
+        for raw, shape in joined.items()
+        if not is_averaged(raw)
+        for name in _ends(plain[raw])
+        if weights.get(name) == shape
+    }
+
+
+def _ends(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
+
+
+def _has(pattern: re.Pattern[str], keys: Keys) -> bool:
+    return any(pattern.fullmatch(part) for key in keys for part in key.split("."))
+
+
+def _is_slow(keys: Keys) -> bool:
+    parts = ".".join(keys).split(".")
+    return _has(_SLOW, keys) or (parts[-1] == "z" and "state" in parts)
