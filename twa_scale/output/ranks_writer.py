@@ -253,7 +253,8 @@ def open_writer(
             if group.rank == 0:
                 temporary = _prepare(target, files, form, overwrite)
                 copies = [*files.copies, *_unchanged(form)]
-        directory, copies = group.broadcast((temporary.path if temporary else target, copies))
+        directory = group.broadcast(temporary.path if temporary else target)
+        copies = group.broadcast(copies)
         _copy(copies, target, directory, group)
         with group.agree(), output_errors(target):
             if group.rank == 0:
