@@ -1,5 +1,6 @@
 """Averages of candidates that more than one task makes."""
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -36,5 +37,7 @@ def greedy(model: nn.Module, candidates: Candidates, score: Callable[[], float])
 def trained(model: nn.Module, config: RunConfig) -> str:
     """Train the coefficients as `twa-scale run` does."""
     summary = run(config)
-    model.load_state_dict(load_file(Path(config.output) / "average" / "model.safetensors"))
+    exported = Path(config.output) / "average"
+    model.load_state_dict(load_file(exported / "model.safetensors"))
+    shutil.rmtree(exported)  # `Work.row` keeps the weights of every method
     return f"step {summary['exported_step']}"

@@ -1,18 +1,17 @@
 """Tensors in files that a kill leaves whole, or does not leave at all."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from twa_scale.output.publish import replacing
+
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write a state."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load(path: Path) -> dict[str, Any]:

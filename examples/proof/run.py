@@ -1,18 +1,49 @@
 """Compare TWA with other methods at equal cost: `make proof`.
 
 Work is done in parts, whose results are kept below --out: the same command continues after an interruption. A final
-seed reads the test split when all of its methods are finished. Other seeds are for development and never read it.
+seed reads the test split when all of its methods are finished. Other seeds are for development and never read it: their
+tables have losses on the validation split.
 """
 
 import argparse
+import shutil
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from examples.proof.page import PAGE, updated
-from examples.proof.parts import run_parts
+from examples.proof.parts import check_rows, run_parts
 from examples.proof.table import tables
+from examples.proof.work import Settings, Work
 
 TASKS = {"language": "Language", "soup": "Soup"}  # the class in the module `task` of the folder
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The seeds of one task that a command runs."""
+
+    kind: Any
+    """The class of the work on one seed."""
+    out: Path
+    settings: Settings
+    source: Path | None
+    """The archive or directory that the data come from."""
+    seeds: list[int]
+
+    @property
+    def development(self) -> list[int]:
+        return [seed for seed in self.seeds if seed not in self.settings["seeds"]]
+
+    @property
+    def shown(self) -> list[int]:
+        """Return the seeds of the tables."""
+        return self.development or self.settings["seeds"]
+
+    def work(self, seed: int) -> Work:
+        made: Work = self.kind(self.out, seed, self.settings, self.source)
+        return made
 
 
 def main() -> None:
@@ -26,18 +57,51 @@ def main() -> None:
     parser.add_argument("--sentences", type=Path, help="source archive of vaderSentiment 3.3.2, for `soup`")
     parser.add_argument("--page", action="store_true", help=f"write the tables into {PAGE.name}")
     arguments = parser.parse_args()
-    sources = {"language": arguments.packages, "soup": arguments.sentences}
-    for task in arguments.task:
-        out = arguments.out / task
-        work = getattr(import_module(f"examples.proof.{task}.task"), TASKS[task])  # Soup loads transformers
-        settings = work.read(arguments.size)
-        for seed in settings["seeds"] if arguments.seeds is None else arguments.seeds:
-            one = work(out, seed, settings, sources[task])
-            run_parts(one.parts(), one.rows)
-        written = tables(out, settings)
+    comparisons = {task: comparison(task, arguments) for task in arguments.task}
+    if arguments.page and any(one.development for one in comparisons.values()):
+        parser.error(f"--page: {PAGE.name} has tables of final seeds, and --seeds has others")
+    check(list(comparisons.values()), arguments.out)
+    for task, one in comparisons.items():
+        for seed in one.seeds:
+            work = one.work(seed)
+            run_parts(work.parts(), work.rows)
+        written = tables(one.out, one.settings, one.shown)
         print(written)
         if arguments.page:
             PAGE.write_text(updated(PAGE.read_text(), task, written))
+
+
+def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
+    """Return what the arguments of the command ask of a task."""
+    kind = getattr(import_module(f"examples.proof.{task}.task"), TASKS[task])  # Soup loads transformers
+    settings = kind.read(arguments.size)
+    source = {"language": arguments.packages, "soup": arguments.sentences}[task]
+    seeds = settings["seeds"] if arguments.seeds is None else arguments.seeds
+    return Comparison(kind, arguments.out / task, settings, source, seeds)
+
+
+def check(comparisons: list[Comparison], out: Path) -> None:
+    """Find before hours of work what would end it.
+
+    Raises:
+        SystemExit: a row was made with other settings, an input is missing, or the disk is too full.
+    """
+    num_bytes = 0
+    for one in comparisons:
+        for seed in sorted({*one.seeds, *one.shown}):
+            work = one.work(seed)
+            check_rows(work.parts(), work.rows)
+            if seed in one.seeds and work.missing():
+                work.check_inputs()
+                num_bytes += work.bytes_needed()
+    check_space(out, num_bytes)
+
+
+def check_space(out: Path, num_bytes: int) -> None:
+    """Raise a SystemExit if less than `num_bytes` is free on the disk of `out`."""
+    free = shutil.disk_usage(next(path for path in (out, *out.resolve().parents) if path.exists())).free
+    if free < num_bytes:
+        raise SystemExit(f"{out}: about {num_bytes / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free there")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,14 @@ Seeds = Sequence[dict[str, Row]]
 """The rows of each finished seed, by method."""
 
 
-def tables(out: Path, settings: dict[str, Any]) -> str:
-    """Return the tables of a task as Markdown, of the final seeds that have finished."""
-    seeds = {seed: read(Rows(out / f"seed-{seed}"), settings) for seed in settings["seeds"]}
+def tables(out: Path, settings: dict[str, Any], wanted: Sequence[int] | None = None) -> str:
+    """Return the tables of a task as Markdown, of the `wanted` seeds that have finished; by default, of the final ones.
+
+    Losses are on the test split, or on the validation split if a seed is for development.
+    """
+    wanted = settings["seeds"] if wanted is None else wanted
+    split = "test" if set(wanted) <= set(settings["seeds"]) else "validation"
+    seeds = {seed: read(Rows(out / f"seed-{seed}"), settings, split) for seed in wanted}
     finished = {seed: rows for seed, rows in seeds.items() if rows}
     if not finished:
         return "No seed has finished yet.\n"
@@ -25,30 +30,34 @@ def tables(out: Path, settings: dict[str, Any]) -> str:
     rows = list(finished.values())
     parts = [[said]]
     for table in settings["tables"]:
-        parts.append(methods_table(rows, table.get("methods", list(settings["methods"])), table["reference"]))
-    parts.append(claims_table(rows, settings["claims"]))
+        names = table.get("methods", list(settings["methods"]))
+        parts.append(methods_table(rows, names, table["reference"], split))
+    parts.append(claims_table(rows, settings["claims"], split))
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-def read(rows: Rows, settings: dict[str, Any]) -> dict[str, Row]:
-    """Return the rows of a seed by method, or none if a part is missing.
+def read(rows: Rows, settings: dict[str, Any], split: str) -> dict[str, Row]:
+    """Return the rows of a seed by method, with the `loss` on `split`, or none if a part is missing.
 
     `share` is the time of a method as a fraction of that of the parts `before`, which methods start from.
     """
     names = {name: slug(name) for name in settings["methods"]}
-    if any(f"test/{part}" not in rows for part in names.values()):
+    prefix = "test/" if split == "test" else ""
+    if any(prefix + part not in rows for part in names.values()):
         return {}
     seconds = sum(rows[part]["seconds"] for part in settings["before"])
-    return {
-        name: {**rows[part], **rows[f"test/{part}"], "share": rows[part]["seconds"] / seconds}
-        for name, part in names.items()
-    }
+    found = {}
+    for name, part in names.items():
+        row = rows[part]
+        metrics = rows[f"test/{part}"] if split == "test" else {"loss": row["validation"]}
+        found[name] = {**row, **metrics, "share": row["seconds"] / seconds}
+    return found
 
 
-def methods_table(seeds: Seeds, names: Sequence[str], reference: str) -> list[str]:
-    """Return a table of methods with their costs and test losses."""
+def methods_table(seeds: Seeds, names: Sequence[str], reference: str, split: str) -> list[str]:
+    """Return a table of methods with their costs and their losses on `split`."""
     accuracy = "accuracy" in seeds[0][reference]
-    columns = ["steps", "evaluations", "seconds", *(["accuracy"] if accuracy else []), "test loss"]
+    columns = ["steps", "evaluations", "seconds", *(["accuracy"] if accuracy else []), f"{split} loss"]
     lines = [f"| method | {' | '.join(columns)} | against {reference} |", f"| --- |{' ---: |' * (len(columns) + 1)}"]
     for name in names:
         of = {key: [rows[name][key] for rows in seeds] for key in ("steps", "evaluations", "share", "loss")}
@@ -61,9 +70,9 @@ def methods_table(seeds: Seeds, names: Sequence[str], reference: str) -> list[st
     return lines
 
 
-def claims_table(seeds: Seeds, claims: Sequence[Sequence[str]]) -> list[str]:
+def claims_table(seeds: Seeds, claims: Sequence[Sequence[str]], split: str) -> list[str]:
     """Return a table of the pairs that were to be compared."""
-    lines = ["| method | against | difference of the test losses | shown |", "| --- | --- | ---: | --- |"]
+    lines = [f"| method | against | difference of the {split} losses | shown |", "| --- | --- | ---: | --- |"]
     for ours, theirs in claims:
         found = difference(*([rows[name]["loss"] for rows in seeds] for name in (ours, theirs)))
         lines.append(f"| {ours} | {theirs} | {found} | {found.verdict} |")

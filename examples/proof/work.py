@@ -19,6 +19,8 @@ from twa_scale.run.tasks import Task
 
 Settings = dict[str, Any]
 
+NOT_OF_ONE_PART = ("seeds", "before", "methods", "tables", "claims")  # the row of a part depends on none of these
+
 
 class Work(ABC):
     """The parts of one seed.
@@ -26,14 +28,22 @@ class Work(ABC):
     Args:
         out: the directory of all seeds.
         seed: of whatever is random.
-        settings: `seeds` (the final ones), `methods` by name, and what the task needs.
+        settings: from `read_settings`: `seeds` (the final ones), `methods` by name, and what the task needs.
     """
+
+    part_bytes: int
+    """What a part leaves on the disk, on average."""
 
     def __init__(self, out: Path, seed: int, settings: Settings) -> None:
         self.out, self.seed, self.settings = out, seed, settings
         self.directory = out / f"seed-{seed}"
         self.rows = Rows(self.directory)
+        self._shared = {key: value for key, value in settings.items() if key not in NOT_OF_ONE_PART}
         self._warm = False
+
+    @abstractmethod
+    def check_inputs(self) -> None:
+        """Raise a SystemExit if a file that the work needs is missing."""
 
     @property
     @abstractmethod
@@ -59,10 +69,23 @@ class Work(ABC):
 
     def parts(self) -> list[Part]:
         """Return the parts in their order. Only final seeds read the test split, when all methods are finished."""
-        methods = self.settings["methods"].items()
-        made = [Part(slug(name), method, partial(self.row, name)) for name, method in methods]
-        tested = [Part(f"test/{slug(name)}", method, partial(self.test, name)) for name, method in methods]
+        methods = self.settings["methods"]
+        made = [Part(slug(name), self._recorded(name), partial(self.row, name)) for name in methods]
+        tested = [Part(f"test/{slug(name)}", self._recorded(name), partial(self.test, name)) for name in methods]
         return [*self.before(), *made, *(tested if self.seed in self.settings["seeds"] else [])]
+
+    @property
+    def recorded_before(self) -> Settings:
+        """Return the settings that the parts of `before` depend on. Of config.yaml it is the task."""
+        return {**self._shared, "config.yaml": {"task": self.settings["config.yaml"]["task"]}}
+
+    def missing(self) -> list[str]:
+        """Return the names of the parts that have no row yet."""
+        return [part.name for part in self.parts() if part.name not in self.rows]
+
+    def bytes_needed(self) -> int:
+        """Return what these parts will leave on the disk."""
+        return self.part_bytes * sum(not name.startswith("test/") for name in self.missing())
 
     def row(self, name: str) -> Row:
         """Run a method and keep its weights. The cost is what comes on top of `before`."""
@@ -99,12 +122,25 @@ class Work(ABC):
         limit = self.settings.get("evaluate_batches")
         return evaluate(self.task, self.model, batches, Group.world(), torch.device("cpu"), limit)
 
+    def _recorded(self, name: str) -> Settings:
+        """Return all settings that the row of a method depends on."""
+        return {**self._shared, "method": self._with_start(name)}
+
+    def _with_start(self, name: str) -> Settings:
+        """Return a method with the settings of the one it starts from in the place of its name."""
+        method: Settings = self.settings["methods"][name]
+        return {**method, "start": self._with_start(method["start"])} if "start" in method else method
+
     def _weights(self, method: str) -> Path:
         return self.directory / "weights" / f"{slug(method)}.pt"
 
 
 def read_settings(path: Path, size: str) -> Settings:
-    """Return the settings of a task; those of a smaller `size` replace others."""
+    """Return the settings of a task; those of a smaller `size` replace others.
+
+    Those of the file config.yaml next to `path` are in it by the file's name.
+    """
     settings: Settings = yaml.safe_load(path.read_text())
     smaller: Settings = settings.pop("sizes")
-    return settings | ({} if size == "full" else smaller[size])
+    config = {"config.yaml": yaml.safe_load(path.with_name("config.yaml").read_text())}
+    return settings | config | ({} if size == "full" else smaller[size])

@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from material import unpack_model, write_splits
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from examples.soup.material import unpack_model, write_splits
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "soup.yaml"

@@ -11,6 +11,7 @@ import torch
 from examples.proof.language.task import Language
 from examples.proof.language.texts import write_texts
 from examples.proof.parts import run_parts
+from examples.proof.run import Comparison, check
 from examples.proof.soup.task import Soup
 from examples.proof.table import tables
 from examples.training import Training
@@ -40,6 +41,17 @@ def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, tmp_path: 
     run_parts(work.parts(), work.rows)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == before
     assert tables(tmp_path / task, settings) in said
+    assert not list((tmp_path / task).glob("seed-0/runs/*/average"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sentences", [None, Path("none.tar.gz")])
+def test_missing_sentences_are_found_before_the_work(sentences: Path | None, tmp_path: Path) -> None:
+    settings = Soup.read("tiny")
+    comparisons = [Comparison(Soup, tmp_path / "soup", settings, sentences, settings["seeds"])]
+    with pytest.raises(SystemExit, match=r"--sentences: .* is missing: `make proof` downloads it"):
+        check(comparisons, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 class Interrupted(Training):

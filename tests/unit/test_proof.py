@@ -1,9 +1,14 @@
 """The framework of examples/proof: parts that are run once, costs that are counted, intervals, tables."""
 
+import copy
 import math
 import os
+import re
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +17,23 @@ import pytest
 import torch
 from torch import nn
 
+from examples.once import make_once
+from examples.proof import run
 from examples.proof.cost import Cost, measured
-from examples.proof.language.methods import branch
+from examples.proof.language.methods import branch, selection
 from examples.proof.language.task import Language
 from examples.proof.language.texts import PIECE, members, write_texts
+from examples.proof.language.trunk import Trunk
 from examples.proof.page import updated
-from examples.proof.parts import Part, Row, Rows, run_parts, slug
+from examples.proof.parts import Part, Row, Rows, check_rows, run_parts, slug
 from examples.proof.significance import difference
 from examples.proof.table import tables
+from examples.proof.work import read_settings
+from examples.training import Training
+from twa_scale.candidates.steps import chosen
+from twa_scale.config.select import SelectConfig
+
+PROOF = Path(__file__).resolve().parents[2] / "examples/proof"
 
 
 def test_a_finished_part_is_never_run_again_and_a_killed_one_is(tmp_path: Path) -> None:
@@ -88,6 +102,18 @@ def test_tables_take_only_seeds_whose_parts_are_all_there(tmp_path: Path) -> Non
     assert tables(tmp_path / "none", settings) == "No seed has finished yet.\n"
 
 
+def test_tables_of_development_seeds_have_validation_losses(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"seeds": [0], "before": ["trunk"], "methods": {"EMA": {}, "TWA": {}}}
+    settings |= {"tables": [{"reference": "EMA"}], "claims": [["TWA", "EMA"]]}
+    rows = Rows(tmp_path / "seed-100")
+    rows["trunk"] = {"seconds": 100.0}
+    for name, loss in (("EMA", 1.5), ("TWA", 1.25)):
+        rows[name] = {"steps": 60.0, "evaluations": 9.0, "seconds": 10.0, "validation": loss}
+    written = tables(tmp_path, settings, [100])
+    assert "| TWA | 60 | 9 | 10.0 % | 1.2500 | -0.2500 |" in written
+    assert "validation loss" in written and "difference of the validation losses" in written and "test" not in written
+
+
 def test_tables_replace_those_of_the_page() -> None:
     page = "a\n<!-- tables of x -->\nold\n<!-- end of x -->\nb\n"
     once = updated(page, "x", "| new |\n")
@@ -100,8 +126,10 @@ def test_tables_replace_those_of_the_page() -> None:
 @pytest.mark.parametrize("size", ["full", "small", "tiny"])
 def test_methods_can_be_made_from_what_is_there_before_them(size: str, tmp_path: Path) -> None:
     settings = Language.read(size)
-    work = Language(tmp_path, settings["seeds"][0], settings, tmp_path)
-    assert len({part.name for part in work.parts()}) == len(work.parts()) == 1 + 2 * len(settings["methods"])
+    work = Language(tmp_path, 0, settings, tmp_path)
+    rows_of_a_method = 1 if size == "small" else 2
+    num_parts = 1 + rows_of_a_method * len(settings["methods"])
+    assert len({part.name for part in work.parts()}) == len(work.parts()) == num_parts
     before: list[str] = []
     for name, method in settings["methods"].items():
         assert method.get("start", "last") in ["last", *before], name
@@ -109,6 +137,7 @@ def test_methods_can_be_made_from_what_is_there_before_them(size: str, tmp_path:
             config = work.config(name, method)
             assert config.evaluate_split == "validation" and config.split == "train", name
             assert Path(config.output).name == slug(name)
+            assert config.start == config.keep == "best", name
         if method["how"] == "decayed":
             assert branch(settings["trunk"]["steps"], method["steps"]) in work.trunk.settings["branches"]
         before.append(name)
@@ -118,6 +147,160 @@ def test_methods_can_be_made_from_what_is_there_before_them(size: str, tmp_path:
 def test_development_seeds_never_read_the_test_split(tmp_path: Path) -> None:
     parts = Language(tmp_path, 100, Language.read("full"), tmp_path).parts()
     assert parts and not any(part.name.startswith("test/") for part in parts)
+
+
+@pytest.mark.parametrize("task", run.TASKS)
+def test_no_seed_of_the_small_size_reads_the_test_split(task: str) -> None:
+    assert read_settings(PROOF / task / "methods.yaml", "small")["seeds"] == []
+    assert read_settings(PROOF / task / "methods.yaml", "full")["seeds"] == [0, 1, 2, 3, 4]
+
+
+def change_batch_size(settings: dict[str, Any]) -> None:
+    settings["batch_size"] = 16
+
+
+def change_config(settings: dict[str, Any]) -> None:
+    settings["config.yaml"]["optimizer"]["lr"] = 0.1
+
+
+def change_start(settings: dict[str, Any]) -> None:
+    settings["methods"]["TWA"]["settings"] = ["store=packed8"]
+
+
+def add_decayed_run(settings: dict[str, Any]) -> None:
+    settings["methods"]["another"] = {"how": "decayed", "steps": 1000}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "said"),
+    [
+        (change_batch_size, "EMA", "{'batch_size': 32}; they are now {'batch_size': 16}"),
+        (change_batch_size, "test/EMA", "{'batch_size': 32}; they are now {'batch_size': 16}"),
+        (change_config, "TWA", "{'config.yaml.optimizer.lr': 0.03}; they are now"),
+        (change_start, "TWA+anneal-60", "{}; they are now {'method.start.settings': ['store=packed8']}"),
+        (change_start, "test/TWA+anneal-60", "method.start.settings"),
+        (change_batch_size, "trunk", "batch_size"),
+        (add_decayed_run, "trunk", "trunk.branches"),
+    ],
+)
+def test_a_row_of_other_settings_is_refused(
+    change: Callable[[dict[str, Any]], None], name: str, said: str, tmp_path: Path
+) -> None:
+    before, now = Language.read("full"), Language.read("full")
+    work = Language(tmp_path, 0, before, tmp_path)
+    (made,) = (one for one in work.parts() if one.name == name)
+    work.rows[name] = {"settings": made.settings}
+    check_rows(work.parts(), work.rows)
+    change(now)
+    with pytest.raises(SystemExit, match=f"{re.escape(name)}.json has the settings.*{re.escape(said)}"):
+        check_rows(Language(tmp_path, 0, now, tmp_path).parts(), work.rows)
+
+
+def test_the_trunk_does_not_depend_on_the_settings_of_methods(tmp_path: Path) -> None:
+    settings = Language.read("full")
+    trunk = Language(tmp_path, 100, settings, tmp_path).trunk.recorded
+    now = copy.deepcopy(settings)
+    change_config(now)
+    change_start(now)
+    assert Language(tmp_path, 100, now, tmp_path).trunk.recorded == trunk
+
+
+@pytest.mark.parametrize(
+    ("wrong", "options", "said"),
+    [
+        ("settings", ["--size=tiny", "--seeds", "0", "1"], "seed-1/EMA.json has the settings"),
+        ("settings of a seed of the table", ["--size=tiny", "--seeds"], "seed-0/EMA.json has the settings"),
+        ("packages", ["--seeds", "0"], "make proof"),
+    ],
+)
+def test_what_would_end_the_work_is_found_before_it_begins(
+    wrong: str, options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wrong != "packages":
+        Rows(tmp_path / "language" / ("seed-1" if wrong == "settings" else "seed-0"))["EMA"] = {"settings": {}}
+    there = set(tmp_path.rglob("*"))
+    monkeypatch.setattr("sys.argv", ["run", "--task=language", f"--out={tmp_path}", f"--packages={tmp_path}", *options])
+    with pytest.raises(SystemExit, match=said):
+        run.main()
+    assert set(tmp_path.rglob("*")) == there
+
+
+def test_a_disk_that_is_too_full_is_refused(tmp_path: Path) -> None:
+    run.check_space(tmp_path / "none/yet", 1)
+    with pytest.raises(SystemExit, match=r"about 1000000000.0 GB are needed, and .* GB are free"):
+        run.check_space(tmp_path / "none/yet", 10**18)
+
+
+class Line(Training):
+    """A training of one small layer."""
+
+    def __init__(self, lr: float, end: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.model, self.end = nn.Linear(2, 1), end
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
+
+    def update(self, step: int, factor: float) -> float:
+        if step == self.end:
+            raise KeyboardInterrupt
+        loss = self.model(torch.tensor([1.0, float(step)])).square().sum()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss)
+
+
+def test_a_trunk_goes_on_only_from_a_state_of_its_settings(tmp_path: Path) -> None:
+    settings = {"steps": 6, "candidates": 2, "every": 2, "ema": [0.5], "save_every": 2, "branches": [3]}
+
+    def last(directory: Path, lr: float, end: int | None = None) -> dict[str, torch.Tensor]:
+        training = Line(lr, end)
+        Trunk(directory, settings, {"trunk": settings, "lr": lr}).run(training)
+        return training.model.state_dict()
+
+    with pytest.raises(KeyboardInterrupt):
+        last(tmp_path / "a", 0.1, end=5)
+    resumed, whole = last(tmp_path / "a", 0.1), last(tmp_path / "b", 0.1)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    other, anew = last(tmp_path / "a", 0.2), last(tmp_path / "c", 0.2)
+    assert all(torch.equal(other[key], anew[key]) and not torch.equal(anew[key], whole[key]) for key in anew)
+    shutil.rmtree(tmp_path / "a/resume/6")
+    with pytest.raises(SystemExit, match="resume/6 has no averages"):
+        last(tmp_path / "a", 0.2)
+
+
+def test_each_seed_has_another_shuffled_order() -> None:
+    method = {"order": "shuffle"}
+    orders = [chosen(range(40), SelectConfig(**selection(40, method, seed)), str) for seed in (0, 1, 1)]
+    assert orders[0] != orders[1] == orders[2]
+
+
+def test_a_directory_is_made_once_by_all_that_need_it(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def write(directory: Path) -> None:
+        made.append(directory)
+        directory.mkdir()
+        time.sleep(0.05)
+        (directory / "content").write_text(str(len(made)))
+
+    def killed(directory: Path) -> None:
+        write(directory)
+        raise KeyboardInterrupt
+
+    target = tmp_path / "new/target"
+    with pytest.raises(KeyboardInterrupt):
+        make_once(target, {"k": 1}, killed)
+    assert not target.exists()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: make_once(target, {"k": 1}, write), range(4)))
+    assert len(made) == 2 and (target / "content").read_text() == "2"
+    make_once(target, {"k": 2}, write)
+    assert (target / "content").read_text() == "3"
+    assert [path.name for path in target.parent.iterdir() if path.is_dir()] == ["target"]
+    (target / "finished.json").unlink()
+    with pytest.raises(SystemExit, match="target has files but no finished"):
+        make_once(target, {"k": 2}, write)
+    assert (target / "content").read_text() == "3"
 
 
 def test_held_out_pieces_come_from_sources_that_training_does_not_see(tmp_path: Path) -> None:

@@ -38,18 +38,18 @@ def fixed(on: "Language", method: dict[str, Any]) -> str:
     options = list(product(method["which"], method.get("last", [on.trunk.settings["candidates"]])))
     best, chosen = float("inf"), options[0]
     for which, last in options if len(options) > 1 else []:
-        with attached(on.model, on.trunk.candidates, select=selection(last, method)) as average:
+        with attached(on.model, on.trunk.candidates, select=selection(last, method, on.seed)) as average:
             average.start_from(which)
             if (loss := on.validation()) < best:
                 best, chosen = loss, (which, last)
     which, last = chosen
-    with attached(on.model, on.trunk.candidates, select=selection(last, method)) as average:
+    with attached(on.model, on.trunk.candidates, select=selection(last, method, on.seed)) as average:
         average.start_from(which)
     return f"{which} of {last}"
 
 
-def selection(last: int, method: dict[str, Any]) -> dict[str, Any]:
-    return {"last": last, "order": method.get("order", "given")}
+def selection(last: int, method: dict[str, Any], seed: int) -> dict[str, Any]:
+    return {"last": last, "order": method.get("order", "given"), "seed": seed}
 
 
 def ema(on: "Language") -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from examples.proof.averages import attached
 from examples.proof.cost import Cost
 from examples.proof.language.methods import branch, make
-from examples.proof.language.texts import write_texts
+from examples.proof.language.texts import check_sources, write_texts
 from examples.proof.language.trunk import Trunk
 from examples.proof.parts import Part, slug
 from examples.proof.work import Settings, Work, read_settings
@@ -30,12 +30,15 @@ class Language(Work):
         packages: where the Debian packages are.
     """
 
+    part_bytes = 5_000_000  # most of it are the candidates and states of the trunk
+
     def __init__(self, out: Path, seed: int, settings: Settings, packages: Path) -> None:
         super().__init__(out, seed, settings)
         self.packages = packages
         steps = settings["trunk"]["steps"]
-        branches = [branch(steps, m["steps"]) for m in settings["methods"].values() if m["how"] == "decayed"]
-        self.trunk = Trunk(self.directory / "trunk", {**settings["trunk"], "branches": branches})
+        branches = {branch(steps, m["steps"]) for m in settings["methods"].values() if m["how"] == "decayed"}
+        trunk = {**settings["trunk"], "branches": sorted(branches)}
+        self.trunk = Trunk(self.directory / "trunk", trunk, {**self.recorded_before, "trunk": trunk})
 
     @staticmethod
     def read(size: str) -> Settings:
@@ -49,6 +52,9 @@ class Language(Work):
                 method["last"] = sorted({min(most, max(2, round(n * most / 40))) for n in method["last"]})
         return settings
 
+    def check_inputs(self) -> None:
+        check_sources(self.settings["texts"], self.packages)
+
     @property
     def task(self) -> Task:
         return self.training.task
@@ -58,8 +64,7 @@ class Language(Work):
         return self.training.model
 
     def before(self) -> list[Part]:
-        settings = {key: self.settings[key] for key in ("trunk", "texts", "pieces")}
-        return [Part("trunk", settings, lambda: self.trunk.run(self.training))]
+        return [Part("trunk", self.trunk.recorded, lambda: self.trunk.run(self.training))]
 
     def warm(self) -> None:
         with attached(self.model, self.trunk.candidates, select={"last": 2}):

@@ -4,19 +4,19 @@ The kernel's documentation and the dictionary come from Debian packages, which a
 """
 
 import gzip
-import json
 import random
-import shutil
 import subprocess
 import sysconfig
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from examples.once import make_once
 
 CONTEXT = 129  # bytes of an example: 128 that are read and one more that is predicted
 PIECE = 8 * CONTEXT  # bytes that a source gives to a held-out split
 TRAIN_BYTES = 8_000_000  # of each kind
+PACKAGES = {"kernel": "linux-doc-6.1", "dictionary": "dict-gcide"}
 NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -29,17 +29,12 @@ def write_texts(directory: Path, kinds: list[str], pieces: dict[str, int], packa
         pieces: how many sources of each kind give a piece to each held-out split.
         packages: where the Debian packages are.
     """
-    finished, asked = directory / "finished.json", json.dumps({"kinds": kinds, "pieces": pieces})
-    if finished.exists() and finished.read_text() == asked:
-        return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:  # seeds that run at the same time write alike
-        made = Path(temporary) / "texts"
+
+    def write_kinds(into: Path) -> None:
         for kind in kinds:
-            write_kind(made, kind, pieces, packages)
-        write(made / finished.name, asked.encode())
-        shutil.rmtree(directory, ignore_errors=True)
-        made.rename(directory)
+            write_kind(into, kind, pieces, packages)
+
+    make_once(directory, {"kinds": kinds, "pieces": pieces}, write_kinds)
 
 
 def write_kind(directory: Path, kind: str, pieces: dict[str, int], packages: Path) -> None:
@@ -79,25 +74,42 @@ def python(_: Path) -> Iterator[bytes]:
 
 def kernel(packages: Path) -> Iterator[bytes]:
     """Yield the documents of the kernel's documentation, as reStructuredText."""
-    for name, content in members(packages, "linux-doc-6.1"):
+    for name, content in members(packages, PACKAGES["kernel"]):
         if name.endswith((".rst.gz", ".rst")) and "/html/" not in name:
             yield gzip.decompress(content) if name.endswith(".gz") else content
 
 
 def dictionary(packages: Path) -> Iterator[bytes]:
     """Yield the GNU Collaborative International Dictionary of English in parts of 16 KB."""
-    for name, content in members(packages, "dict-gcide"):
+    for name, content in members(packages, PACKAGES["dictionary"]):
         if name.endswith(".dict.dz"):
             text = gzip.decompress(content)
             yield from (text[start : start + 16384] for start in range(0, len(text), 16384))
 
 
-def members(packages: Path, package: str) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the files of a Debian package."""
+def check_sources(kinds: list[str], packages: Path) -> None:
+    """Check that the Debian packages of all kinds are there.
+
+    Raises:
+        SystemExit: one is missing.
+    """
+    for kind in kinds:
+        if kind in PACKAGES:
+            package_file(packages, PACKAGES[kind])
+
+
+def package_file(packages: Path, package: str) -> Path:
+    """Return the newest file of a Debian package."""
     found = sorted(packages.glob(f"{package}_*.deb"))
     if not found:
         raise SystemExit(f"{packages}/{package}_*.deb is missing: `make proof` downloads it with apt-get")
-    unpacking = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", found[-1]], stdout=subprocess.PIPE)
+    return found[-1]
+
+
+def members(packages: Path, package: str) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the files of a Debian package."""
+    command = ["dpkg-deb", "--fsys-tarfile", package_file(packages, package)]
+    unpacking = subprocess.Popen(command, stdout=subprocess.PIPE)
     with unpacking, tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
         for member in archive:
             if member.isfile() and (file := archive.extractfile(member)):

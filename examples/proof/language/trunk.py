@@ -16,11 +16,13 @@ class Trunk:
     Args:
         directory: where they are.
         settings: `steps`, `candidates`, `every`, `ema`, `save_every`, and `branches`, the steps whose states are kept.
+        recorded: all settings that the trunk depends on. It goes on only from a state of the same.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, settings: dict[str, Any], recorded: dict[str, Any]) -> None:
         self.directory = directory
         self.settings = settings
+        self.recorded = recorded
 
     def run(self, training: Training) -> dict[str, float]:
         """Train, or go on from the last saved state, and return the seconds of all of it."""
@@ -67,7 +69,8 @@ class Trunk:
         """Write what `_resume` needs, then remove what it needed before."""
         states = self.directory / "resume"
         averages.save_state(states / str(step))
-        save({**training.state(), "step": step, "seconds": seconds}, self.directory / "resume.pt")
+        state = {**training.state(), "step": step, "seconds": seconds, "settings": self.recorded}
+        save(state, self.directory / "resume.pt")
         for older in states.iterdir():
             if older.name != str(step):
                 shutil.rmtree(older)
@@ -78,6 +81,11 @@ class Trunk:
         if not path.exists():
             return 0, 0.0
         state = load(path)
+        if state.get("settings") != self.recorded:
+            print(f"{path} was written with other settings: the trunk begins anew", flush=True)
+            return 0, 0.0
         training.restore(state)
-        averages.load_state(self.directory / "resume" / str(state["step"]))
+        states = self.directory / "resume" / str(state["step"])
+        if not averages.load_state(states):
+            raise SystemExit(f"{states} has no averages for {path}: remove that file to begin anew")
         return state["step"], state["seconds"]

@@ -26,10 +26,12 @@ class Soup(Work):
         out: the directory of all seeds.
         seed: of the order of the data in all fine-tunings.
         settings: from `read`.
-        sentences: the source archive of vaderSentiment 3.3.2.
+        sentences: the source archive of vaderSentiment 3.3.2; None if nothing is run.
     """
 
-    def __init__(self, out: Path, seed: int, settings: Settings, sentences: Path) -> None:
+    part_bytes = 92_000_000  # one model
+
+    def __init__(self, out: Path, seed: int, settings: Settings, sentences: Path | None) -> None:
         super().__init__(out, seed, settings)
         self.sentences = sentences
 
@@ -54,9 +56,12 @@ class Soup(Work):
         return settings
 
     def before(self) -> list[Part]:
-        settings = self.settings["fine_tunings"]
-        names = enumerate(self.settings["before"])
+        settings, names = self.recorded_before, enumerate(self.settings["before"])
         return [Part(name, settings, partial(self.fine_tune, i, self._fine_tuning(name))) for i, name in names]
+
+    def check_inputs(self) -> None:
+        if self.sentences is None or not self.sentences.exists():
+            raise SystemExit(f"--sentences: {self.sentences or 'the archive'} is missing: `make proof` downloads it")
 
     def fine_tune(self, index: int, out: Path) -> Row:
         """Make one fine-tuning, and return its cost and its validation loss, by which they are ranked."""
@@ -113,6 +118,7 @@ class Soup(Work):
 
     @cached_property
     def _data(self) -> list[str]:
+        assert self.sentences is not None, "check_inputs has refused it"
         splits = write_splits(self.sentences, self.out / "data")
         return [f"task.model={self._pretrained}", *(f"task.{split}={path}" for split, path in splits.items())]
 
