@@ -246,7 +246,7 @@ class Line(Training):
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
 
 def test_a_trunk_goes_on_only_from_a_state_of_its_settings(tmp_path: Path) -> None:
