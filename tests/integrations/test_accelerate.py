@@ -1,6 +1,7 @@
 """Averages in loops with Accelerate, in one process. One test runs the example of trainers.md."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from safetensors.torch import load_file
 from tests.integrations.examples import run_example
 from tests.integrations.small import (
     DECAY,
+    LEARN,
     WINDOW,
     train_by_hand,
 )
 from tests.integrations.train_accelerate import Training, require_results, results
 from twa_scale import ConfigError, TwaError, TwaWarning
-from twa_scale.integrations.accelerate import prepare
+from twa_scale.integrations.accelerate import optimizer_of, prepare
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +46,30 @@ def test_what_would_count_wrongly_is_refused(tmp_path: Path) -> None:
         prepare(one.accelerator, one.model, ema=[0.9])
     with pytest.raises(ConfigError, match=r"not one that accelerator\.prepare has returned"):
         prepare(one.accelerator, torch.nn.Linear(2, 2), ema=[0.9])
+    other = one.accelerator.prepare(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="no optimizer that the accelerator has prepared"):
-        prepare(one.accelerator, one.accelerator.prepare(torch.nn.Linear(2, 2)), ema=[0.9], name="b")
+        prepare(one.accelerator, other, ema=[0.9], name="b")
     one.accelerator.save_state(str(tmp_path))
     (tmp_path / "averages" / "averages-00000-of-00001.pt").unlink()
     with pytest.warns(TwaWarning, match="has no averages"):
         one.accelerator.load_state(str(tmp_path))
+    foreign = SimpleNamespace(param_groups=[{"params": list(other.parameters())}])
+    one.accelerator.prepare_optimizer(foreign, device_placement=False)
+    with pytest.raises(ConfigError, match=r"not a torch\.optim\.Optimizer"):
+        prepare(one.accelerator, other, ema=[0.9], name="b")
+
+
+def test_a_closed_average_is_not_saved(tmp_path: Path) -> None:
+    one = Training("plain")
+    averages = prepare(one.accelerator, one.model, window=WINDOW)
+    one.epoch()
+    with averages.learning(LEARN) as twa:
+        one.epoch(optimizer_of(one.accelerator, twa))
+    one.accelerator.save_state(str(tmp_path))
+    other = Training("plain")
+    resumed = prepare(other.accelerator, other.model, window=WINDOW)
+    other.accelerator.load_state(str(tmp_path))
+    assert resumed.num_steps == averages.num_steps
 
 
 def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

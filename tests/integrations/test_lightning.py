@@ -21,6 +21,7 @@ from tests.integrations.small import (
     loss_of,
     network,
     require_equal,
+    same,
     train_by_hand,
     weights_of,
 )
@@ -58,6 +59,7 @@ def test_coefficients_are_learned_when_training_ends(tmp_path: Path, by_hand: di
     trainer, module, callback, _ = fit("automatic", tmp_path, learn=LEARN, learn_steps=3)
     assert callback.average_path == tmp_path / "average.ckpt"
     require_equal(weights_of(Module.load_from_checkpoint(callback.average_path).net), by_hand["learned"])
+    assert set(trainer.train_dataloader.sampler.epochs) == {0, 1, 2}  # of the training, and of learning
     require_equal(weights_of(module.net), by_hand["trained"])
     (own,) = trainer.validate(module, data(), verbose=False)
     assert abs(own["val_loss"] - by_hand["val_loss"]) > 1e-4  # of the trained weights again
@@ -102,10 +104,13 @@ def test_each_of_several_optimizers_counts_in_either_package(tmp_path: Path) -> 
                 optimizer.step()
 
     callback = TwaCallback(ema=[DECAY])
+    last = package.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=100)  # only when training ends
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = package.Trainer(max_steps=STEPS, default_root_dir=tmp_path, callbacks=[callback], **options)
+    trainer = package.Trainer(max_steps=STEPS, default_root_dir=tmp_path, callbacks=[callback, last], **options)
     trainer.fit(Two(), data())
     assert callback.averages is not None and callback.averages.num_steps == trainer.global_step == STEPS
+    held = torch.load(tmp_path / "last.ckpt", weights_only=True)["twa_scale"]["average"]
+    assert same(held, torch.load(callback.average_path, weights_only=True)["state_dict"])
 
 
 class Fail(pl.Callback):

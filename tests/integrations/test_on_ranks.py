@@ -52,6 +52,12 @@ def test_accelerate_keeps_averages(kind: str, on_ranks: Path, by_hand: dict[str,
 
 
 @pytest.mark.slow
+def test_an_average_of_an_interrupted_validation_is_not_saved_as_trained_weights(on_ranks: Path) -> None:
+    for found in saved(on_ranks, "interrupted"):
+        assert "could not restore the trained weights" in found["told"] and not found["left"]
+
+
+@pytest.mark.slow
 def test_averages_of_lightning_are_checkpoints(on_ranks: Path, by_hand: dict[str, Any]) -> None:
     trainer, module = trainer_with("automatic", on_ranks), Module()
     trainer.validate(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import twa_scale
 from tests.integrations.examples import run_example
 from tests.integrations.train_transformers import DECAY, HALF, LEARN, STEPS, Texts, build, learned, train
-from twa_scale import ConfigError, TwaWarning
+from twa_scale import ConfigError, TwaError, TwaWarning
 from twa_scale.integrations.transformers import TwaCallback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def test_a_trainer_keeps_averages(directory: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(directory / path).eval()
         assert loss_of(model) == pytest.approx(metrics[metric], abs=1e-5)
     assert abs(metrics["eval_loss"] - metrics["own_loss"]) > 1e-4
-    assert metrics["twa_step"] == 3 and metrics["twa_lr"] == 0.05
+    assert metrics["twa_step"] == metrics["learned_steps"] == 3 and metrics["twa_lr"] == 0.05
     assert {path.name for path in (directory / f"checkpoint-{HALF}").glob("averages-*")}
     AutoModelForCausalLM.from_pretrained(directory / "average")
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_without_averages_begins_them_anew(tmp_path: Path) -> None:
     for path in tmp_path.glob(f"checkpoint-{HALF}/averages-*"):
         path.unlink()
     assert trainer.evaluate == type(trainer).evaluate.__get__(trainer)  # its own again
-    with pytest.warns(TwaWarning, match=f"begin anew at step {HALF}"):
+    with pytest.warns(TwaWarning, match=rf"begin anew at step {HALF}\..*resume from an earlier one"):
         train("plain", tmp_path, str(tmp_path / f"checkpoint-{HALF}"))
 
 
@@ -154,6 +154,37 @@ def test_evaluations_wait_for_as_many_snapshots_as_coefficients(tmp_path: Path) 
         trainer_with(tmp_path, TwaCallback(window={"every": 2, "keep": 2}, evaluate_with=[0.3, 0.3, 0.4])).train()
 
 
+class Once(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+    """Texts that can be read only once."""
+
+    def __init__(self) -> None:
+        self.rest = texts()
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self.rest
+
+
+@pytest.mark.slow
+def test_learning_from_data_that_is_read_only_once_is_refused(tmp_path: Path) -> None:
+    callback = TwaCallback(window={"every": 1, "keep": 2}, learn=LEARN, learn_steps=2, save=False)
+    own = {"dispatch_batches": False}  # else Accelerate itself refuses an epoch without batches
+    trainer = trainer_with(tmp_path, callback, save_strategy="no", accelerator_config=own)
+    trainer.train_dataset = Once()
+    with pytest.raises(TwaError, match="yields no more batches"):
+        trainer.train()
+
+
+@pytest.mark.slow
+def test_steps_that_a_loss_scaler_skips_do_not_count(tmp_path: Path) -> None:
+    callback = TwaCallback(ema=[0.9], save=False)
+    trainer = trainer_with(tmp_path, callback, save_strategy="no", max_grad_norm=0.0, optim="adamw_torch")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-100)
+    trainer.train()
+    taken = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    assert callback.averages is not None
+    assert taken == {STEPS - 1} == {callback.averages.num_steps}  # the first has overflowed
+
+
 @pytest.mark.slow
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has two"):
@@ -194,9 +225,12 @@ def test_adapters_of_peft_are_averaged(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), max_steps=STEPS, report_to=[], use_cpu=True, disable_tqdm=True)
+    options = {"max_steps": STEPS, "logging_steps": 0.5, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    args = TrainingArguments(str(tmp_path), **options)
     names = {"Trainer": Trainer, "args": args, "model": build(0), "train": Texts(), "validation": Texts()}
     run_example("transformers", names)
+    logged = [entry["twa_step"] for entry in names["trainer"].state.log_history if "twa_step" in entry]
+    assert logged == [2]  # each third step, which is half of the training, and the last
     AutoModelForCausalLM.from_pretrained(tmp_path / "average")
 
 

@@ -27,6 +27,7 @@ from tests.integrations.small import (
     same,
     weights_of,
 )
+from twa_scale import TwaError
 from twa_scale.integrations.lightning import TwaCallback
 from twa_scale.running.state_file import plain
 
@@ -35,7 +36,19 @@ def data(rank: int = 0, ranks: int = 1) -> torch.utils.data.DataLoader[Any]:
     """Batches of three steps, which are an epoch; the ranks share the rows of a batch."""
     x = rows()
     part = torch.arange(len(x)).reshape(-1, ranks, SIZE // ranks)[:, rank].reshape(-1)
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[part]), SIZE // ranks)
+    own = torch.utils.data.TensorDataset(x[part])
+    return torch.utils.data.DataLoader(own, SIZE // ranks, sampler=InOrder(own))
+
+
+class InOrder(torch.utils.data.SequentialSampler):
+    """Remembers the epochs that it was told."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__(source)
+        self.epochs: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
 
 
 KINDS = ("ddp", "fsdp2")
@@ -153,6 +166,24 @@ def results(kind: str, directory: Path) -> dict[str, Any]:
     with callback.averages.weights("ema"):
         found["ema"] = weights_of(module.net)
     return found
+
+
+class Interrupt(pl.Callback):
+    """Interrupts the first validation of an average, on all ranks."""
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            raise KeyboardInterrupt
+
+
+def interrupted(kind: str, directory: Path) -> dict[str, Any]:
+    """Return what a Trainer says that is interrupted in a validation, and the checkpoints that it has left."""
+    saving = ModelCheckpoint(directory, save_on_exception=True, every_n_epochs=100)
+    trainer = trainer_with(kind, directory / "steps", TwaCallback(ema=[DECAY]), Interrupt(), saving)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with pytest.raises(TwaError) as told:
+        trainer.fit(Module(), data(rank, ranks), data(rank, ranks))
+    return {"told": str(told.value), "left": [path.name for path in directory.glob("*.ckpt")]}
 
 
 def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: float) -> None:

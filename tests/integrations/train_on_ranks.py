@@ -14,4 +14,6 @@ if __name__ == "__main__":
         for kind in module.KINDS:
             found = module.results(kind, directory / kind)
             torch.save(found, directory / f"{kind}-{dist.get_rank()}.pt")
+    left = train_lightning.interrupted("ddp", Path(sys.argv[1]) / "interrupted")  # last: the ranks no longer agree
+    torch.save(left, Path(sys.argv[1]) / f"interrupted-{dist.get_rank()}.pt")
     dist.destroy_process_group()

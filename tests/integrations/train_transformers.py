@@ -95,10 +95,21 @@ def train(kind: str, directory: Path, resume: str | None = None, **options: Any)
         **settings_of(kind),
     )
     window = {"every": 1, "keep": 3, "store": "packed8"}
-    callback = TwaCallback(ema=[DECAY], window=window, **options)
+    callback = Counting(ema=[DECAY], window=window, **options)
     trainer = Trainer(model=model, args=args, train_dataset=Texts(), eval_dataset=Texts(), callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+class Counting(TwaCallback):
+    """Keeps the number of steps that the optimizer of the coefficients has taken."""
+
+    learned_steps = 0
+
+    def _steps(self, twa: twa_scale.TrainableAverage, batches: Any) -> None:
+        super()._steps(twa, batches)
+        (state,) = twa.optimizer.state.values()
+        self.learned_steps = int(state["step"])
 
 
 class FsdpAccelerator(Accelerator):
@@ -120,6 +131,8 @@ if __name__ == "__main__":
     if kind == "fsdp2":
         assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
     metrics["own_loss"] = trainer.evaluate()["eval_loss"]
+    (callback,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, Counting))
+    metrics["learned_steps"] = callback.learned_steps
     if trainer.args.process_index == 0:
         torch.save(metrics, directory / "metrics.pt")
     torch.distributed.is_initialized() and torch.distributed.barrier()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
@@ -68,7 +69,8 @@ def optimizer_of(accelerator: Accelerator, twa: TrainableAverage, *, save: bool 
     Args:
         accelerator: has prepared the model.
         twa: the average in the model.
-        save: `accelerator.save_state` saves the coefficients and the optimizer, and `load_state` continues from them.
+        save: `accelerator.save_state` saves the coefficients and the optimizer, and `load_state` continues from them,
+            until the average is closed.
 
     Raises:
         ConfigError: the loss is scaled for float16, by a scaler that Accelerate does not pass on.
@@ -79,7 +81,7 @@ def optimizer_of(accelerator: Accelerator, twa: TrainableAverage, *, save: bool 
             "with mixed_precision='bf16', or call twa.step(accelerator.scaler) and accelerator.scaler.update()."
         )
     if save:
-        accelerator.register_for_checkpointing(twa)
+        _save_until_closed(accelerator, twa)
     if getattr(accelerator, "deepspeed_engine_wrapped", None) is None:
         return AcceleratedOptimizer(twa.as_optimizer(), device_placement=False)
     _steps_of(accelerator).average = twa
@@ -141,6 +143,18 @@ class _DeepSpeedSteps(DeepSpeedEngineWrapper):  # type: ignore[misc]
         self.average.zero_grad()
 
 
+def _save_until_closed(accelerator: Accelerator, twa: TrainableAverage) -> None:
+    """Save an average with the rest: a checkpoint of a closed one would ask for it when a training resumes."""
+    accelerator.register_for_checkpointing(twa)
+
+    def forget_closed(*_: object) -> None:
+        if twa.closed:
+            accelerator._custom_objects = [kept for kept in accelerator._custom_objects if kept is not twa]
+
+    accelerator.register_save_state_pre_hook(forget_closed)
+    accelerator.register_load_state_pre_hook(forget_closed)
+
+
 def _steps_of(accelerator: Accelerator) -> _DeepSpeedSteps:
     """Return what takes the steps of DeepSpeed's engine, put into the accelerator once."""
     wrapped = accelerator.deepspeed_engine_wrapped
@@ -181,11 +195,18 @@ def _optimizers_of(accelerator: Accelerator, model: Any) -> list[Any]:
     """Return the prepared optimizers that hold a parameter of the model.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or one whose steps cannot be counted.
     """
     own = {id(p) for p in model.parameters()}
     inside = [optimizer.optimizer for optimizer in accelerator._optimizers]
     found = [o for o in inside if any(id(p) in own for group in o.param_groups for p in group["params"])]
+    uncounted = any(not isinstance(optimizer, torch.optim.Optimizer) for optimizer in found)
+    if uncounted or getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
+        raise ConfigError(
+            "prepare: the steps of the model cannot be counted: its optimizer is not a torch.optim.Optimizer, or the "
+            "accelerator has another DeepSpeed engine. Make RunningAverages(model, ..), and call averages.step() after "
+            "each step of its optimizer."
+        )
     if not found:
         raise ConfigError(
             "prepare: no optimizer that the accelerator has prepared holds a parameter of the model, so that no step "

@@ -1,7 +1,7 @@
 """What the callbacks of all trainers share: their settings, the averages, and the learning of coefficients."""
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.base.notices import notice
 from twa_scale.config import TwaConfig, validated
-from twa_scale.errors import ConfigError
+from twa_scale.errors import ConfigError, TwaError
 from twa_scale.running import RunningAverages
 from twa_scale.running.settings import Ema, Window, ema_settings, window_settings
 
@@ -80,7 +80,8 @@ class Averaging:
         self,
         twa: TrainableAverage,
         model: Any,
-        loss: Callable[[], torch.Tensor],
+        batches: Iterator[Any],
+        loss: Callable[[Any], torch.Tensor],
         *,
         accumulate: int,
         scaler: torch.amp.GradScaler | None,
@@ -92,17 +93,26 @@ class Averaging:
         Args:
             twa: the average.
             model: as the trainer has wrapped it; DeepSpeed's engine has a `backward` of its own.
-            loss: returns the loss of the next batch.
+            batches: made by `repeated`.
+            loss: returns the loss of one of them.
             accumulate: batches of a step.
             scaler: the scaler of the loss.
             log_every: steps between two calls of `log`; the last step is logged, too.
             log: is given the loss, the step and the learning rate.
+
+        Raises:
+            TwaError: on every rank; the batches of a rank have ended.
         """
         deepspeed = hasattr(model, "set_gradient_accumulation_boundary")
         for step in range(1, self._learn_steps + 1):
             total = 0.0
-            for _ in range(accumulate):
-                value = loss()
+            held = list(islice(batches, accumulate))
+            with twa.pods.agree():  # ranks may hold different numbers of batches
+                _require_all(held, accumulate)
+            for i, batch in enumerate(held):
+                if deepspeed:  # trainers may have set another end of the accumulation; restoring the weights undoes it
+                    model.set_gradient_accumulation_boundary(i == accumulate - 1)
+                value = loss(batch)
                 total += float(value.detach()) / accumulate
                 if deepspeed:  # divides by itself, and counts micro-batches in each step
                     model.backward(value)
@@ -120,9 +130,32 @@ class Averaging:
                 log({"twa_loss": total, "twa_step": step, "twa_lr": twa.optimizer.param_groups[0]["lr"]})
 
 
-def endless(batches: Any) -> Iterator[Any]:
-    """Yield the batches of one epoch after another."""
+def repeated(batches: Iterable[Any], set_epoch: Callable[[int], None]) -> Iterator[Any]:
+    """Yield the batches of one epoch after another, until an epoch has none.
+
+    Args:
+        batches: of an epoch.
+        set_epoch: is given the number of each epoch, from 0, before its batches.
+    """
     for epoch in count():
-        if hasattr(batches, "set_epoch"):
-            batches.set_epoch(epoch)
-        yield from batches
+        set_epoch(epoch)
+        is_empty = True
+        for batch in batches:
+            is_empty = False
+            yield batch
+        if is_empty:
+            return
+
+
+def _require_all(held: list[Any], accumulate: int) -> None:
+    """Check that there are enough batches for a step.
+
+    Raises:
+        TwaError: there are not.
+    """
+    if len(held) < accumulate:
+        raise TwaError(
+            "TwaCallback: the training data yields no more batches, and learning goes through it again. Give a data "
+            "set whose __iter__ starts at its beginning each time, or leave learn out, and call "
+            "callback.averages.learn(..) in a loop of your own."
+        )

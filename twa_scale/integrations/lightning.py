@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from copy import deepcopy
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,15 +10,17 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 try:
+    from lightning.fabric.utilities.data import _set_sampler_epoch
     from lightning.pytorch import Callback
-except ImportError:  # the same classes, as a package of their own
+except ImportError:  # the same classes, as packages of their own
+    from lightning_fabric.utilities.data import _set_sampler_epoch
     from pytorch_lightning import Callback
 
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, StateError, TwaError
-from twa_scale.integrations.averaging import Averaging, endless
+from twa_scale.integrations.averaging import Averaging, repeated
 from twa_scale.integrations.counting import count_steps
-from twa_scale.integrations.lightning_checkpoint import FILE, directory_for_average, directory_of, states_of_all
+from twa_scale.integrations.lightning_checkpoint import FILE, copied, directory_for_average, directory_of, states_of_all
 from twa_scale.running import RunningAverages
 
 KEY = "twa_scale"
@@ -118,6 +119,8 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                 "save_checkpoint() in a validation would save the average as the trained weights. Save it afterwards, "
                 "or with a ModelCheckpoint."
             )
+        if self.averages.lost:
+            raise TwaError(f"save_checkpoint(): {self.averages.lost}")
         save = self._save and self._is_training and self.averages.has(self._which)
         directory = directory_of(trainer)
         if directory is not None:
@@ -131,7 +134,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
             with self.averages.weights(self._which):
                 whole = trainer.strategy.lightning_module_state_dict()
                 if trainer.is_global_zero:
-                    held["average"] = {name: deepcopy(value) for name, value in whole.items()}
+                    held["average"] = copied(whole)
         checkpoint[KEY] = held
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -150,7 +153,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         """Write the average, learned if it shall be."""
         averages = self.averages
         assert averages is not None
-        self._end()
+        self._stop_counting()
         if trainer.fast_dev_run:  # writes nothing
             return
         path = directory_for_average(trainer) / FILE
@@ -162,7 +165,8 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                 self._train_coefficients(
                     twa,
                     trainer.strategy.model,
-                    _losses(trainer, pl_module),
+                    enumerate(_batches(trainer)),
+                    _loss(trainer, pl_module),
                     accumulate=trainer.accumulate_grad_batches,
                     scaler=getattr(trainer.precision_plugin, "scaler", None),
                     log_every=trainer.log_every_n_steps,
@@ -171,15 +175,22 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                 self._save_average(path)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the trained weights back, and count no more steps."""
-        self._end()
+        """Give the trained weights back, and count no more steps.
+
+        A checkpoint that is written now gets no average: the error may be one that writing it would meet again.
+        """
+        self._stop_counting()
+        self._is_training = False
         shown, self._shown = self._shown, None
         if shown is not None:
             with suppress(type(exception), TwaError), torch.inference_mode(False):  # Lightning raises the first
                 shown.__exit__(type(exception), exception, exception.__traceback__)
 
-    def _end(self) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let later validations and checkpoints be of the trained weights only."""
         self._is_training = False
+
+    def _stop_counting(self) -> None:
         for handle in self._counts:
             handle.remove()
         self._counts = ()
@@ -207,13 +218,23 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         return state is not None
 
 
-def _losses(trainer: Any, pl_module: Any) -> Callable[[], torch.Tensor]:
-    """Return a function that returns the loss of the next batch, as the Trainer's loop has it."""
-    batches = enumerate(endless(trainer.fit_loop._combined_loader))
+def _batches(trainer: Any) -> Iterator[Any]:
+    """Return the batches of the epochs after those of the training."""
+    loader = trainer.fit_loop._combined_loader
+
+    def set_epoch(epoch: int) -> None:
+        for one in loader.flattened:
+            _set_sampler_epoch(one, trainer.current_epoch + epoch)
+
+    return repeated(loader, set_epoch)
+
+
+def _loss(trainer: Any, pl_module: Any) -> Callable[[Any], torch.Tensor]:
+    """Return a function of a number and the batch of it, which returns the loss, as the Trainer's loop has it."""
     takes_index = len(signature(pl_module.training_step).parameters) > 1
 
-    def loss() -> torch.Tensor:
-        i, (batch, *_) = next(batches)
+    def loss(numbered: Any) -> torch.Tensor:
+        i, (batch, *_) = numbered
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)

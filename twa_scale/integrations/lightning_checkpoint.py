@@ -1,12 +1,14 @@
 """Lightning's checkpoints: files that the first rank writes, and directories that all ranks write."""
 
-import sys
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from twa_scale.integrations.calls import running_calls
 from twa_scale.running.checkpoint import State
 from twa_scale.running.state_file import plain
 
@@ -22,16 +24,14 @@ def directory_of(trainer: Any) -> Path | None:
         or getattr(strategy, "_save_distributed_checkpoint", False)  # of ModelParallelStrategy
         or hasattr(strategy, "deepspeed_engine")
     )
-    return Path(strategy.broadcast(_path_in_frames(trainer))) if sharded else None
+    return Path(strategy.broadcast(_path_of_call(trainer))) if sharded else None
 
 
-def _path_in_frames(trainer: Any) -> str:
+def _path_of_call(trainer: Any) -> str:
     """Return the argument of the `save_checkpoint` that is running: callbacks are not given it."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_name == "save_checkpoint" and frame.f_locals.get("self") is trainer:
-            return str(frame.f_locals["filepath"])
+    for call in running_calls():
+        if call.f_code.co_name == "save_checkpoint" and call.f_locals.get("self") is trainer:
+            return str(call.f_locals["filepath"])
     raise AssertionError("called outside of trainer.save_checkpoint")
 
 
@@ -55,6 +55,14 @@ def _in_host_memory(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _in_host_memory(value) for key, value in tree.items()}
     return tree.cpu() if isinstance(tree, torch.Tensor) else tree
+
+
+def copied(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a state dict of a model, in the host's memory."""
+    return {
+        name: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else deepcopy(value)
+        for name, value in weights.items()
+    }
 
 
 def directory_for_average(trainer: Any) -> Path:

@@ -1,7 +1,6 @@
 """Averages in the Trainer of transformers, and in those that are made from it, as TRL's are."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,7 +9,8 @@ from transformers import Trainer, TrainerCallback
 from twa_scale.average.average import TrainableAverage
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, TwaError
-from twa_scale.integrations.averaging import Averaging, endless
+from twa_scale.integrations.averaging import Averaging, repeated
+from twa_scale.integrations.calls import running_calls
 
 AVERAGE = "average"
 """The directory of an average, in a checkpoint and in the output directory."""
@@ -49,13 +49,17 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
         if checkpoint is not None and not averages.load_state(checkpoint) and state.is_world_process_zero:
-            notice(f"{checkpoint}: has no averages; they begin anew at step {state.global_step}.")
+            notice(
+                f"{checkpoint}: has no averages; they begin anew at step {state.global_step}. If the training was "
+                "killed while it wrote this checkpoint, resume from an earlier one."
+            )
         self._wrap_evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count a step of the optimizer."""
+        """Count a step of the optimizer, unless Accelerate knows that the loss scaler has skipped it."""
         assert self.averages is not None
-        self.averages.step()
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self.averages.step()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the state of the averages, and the average, into the checkpoint that the Trainer has written."""
@@ -124,28 +128,29 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         assert self.averages is not None and self._evaluate is not None
         trainer = self._trainer
         with self.averages.learning(self._learn) as twa:
-            self._steps(twa, endless(batches))
+            self._steps(twa, batches)
             self._save_model(directory)
             if trainer.eval_dataset is not None:
                 self._evaluate(metric_key_prefix="eval_average")
 
-    def _steps(self, twa: TrainableAverage, batches: Iterator[Any]) -> None:
+    def _steps(self, twa: TrainableAverage, batches: Any) -> None:
         trainer, args = self._trainer, self._trainer.args
         model = trainer.model_wrapped
         model.train()
 
-        def loss() -> Any:
-            inputs = trainer._prepare_inputs(next(batches))
+        def loss(batch: Any) -> Any:
+            inputs = trainer._prepare_inputs(batch)
             with trainer.compute_loss_context_manager():
                 return trainer.compute_loss(model, inputs)
 
         self._train_coefficients(
             twa,
             model,
+            repeated(batches, getattr(batches, "set_epoch", lambda _: None)),
             loss,
             accumulate=args.gradient_accumulation_steps,
             scaler=getattr(trainer.accelerator, "scaler", None),
-            log_every=int(args.logging_steps),
+            log_every=int(trainer.state.logging_steps),  # of the arguments it may be a fraction of the steps
             log=trainer.log,
         )
 
@@ -155,19 +160,12 @@ def _caller() -> tuple[Any, str | None]:
 
     Callbacks are given its model without wrappers, which hides what shards it.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if isinstance(trainer := frame.f_locals.get("self"), Trainer):
-            return trainer, frame.f_locals.get("resume_from_checkpoint")
+    for call in running_calls():
+        if isinstance(trainer := call.f_locals.get("self"), Trainer):
+            return trainer, call.f_locals.get("resume_from_checkpoint")
     raise TwaError("TwaCallback: give it to a Trainer, as Trainer(.., callbacks=[TwaCallback(..)]).")
 
 
 def _is_training(trainer: Any) -> bool:
     """Whether `trainer.train()` is running. An error that leaves it has no event."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
-            return True
-    return False
+    return any(call.f_code.co_name == "train" and call.f_locals.get("self") is trainer for call in running_calls())

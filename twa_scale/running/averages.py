@@ -115,6 +115,11 @@ class RunningAverages:
         return names(self._ema, self._window)
 
     @property
+    def lost(self) -> str:
+        """Why the model no longer holds the trained weights, after an error on some ranks; empty while it does."""
+        return self._showing.lost
+
+    @property
     def nbytes(self) -> int:
         """Bytes that this rank holds beside its weights; while other weights are shown, a copy of these comes to it."""
         return sum(part.nbytes for part in (self._ema, self._window) if part) + self._showing.nbytes
@@ -176,8 +181,6 @@ class RunningAverages:
         """
         if self._learned:
             self._require_own_weights("weights()")
-        if self._showing.lost:
-            raise TwaError(self._showing.lost)
         with self._showing.weights(which, self._intact.require):
             yield
 
@@ -283,8 +286,8 @@ class RunningAverages:
         """
         if self._showing or not self._showing.held:
             return
-        if self._showing.lost:
-            raise TwaError(self._showing.lost)
+        if self.lost:
+            raise TwaError(self.lost)
         if self._learned is not None and not self._learned.closed:
             self._learned.close()
         self._showing.give_back()
@@ -397,5 +400,5 @@ class RunningAverages:
             raise TwaError(f"{what}: the model holds the average that learn() has made; call restore() first.")
         if self._showing:
             raise TwaError(f"{what} inside weights(): the weights are not those that are trained; leave it first.")
-        if self._showing.lost:
-            raise TwaError(f"{what}: {self._showing.lost}")
+        if self.lost:
+            raise TwaError(f"{what}: {self.lost}")

@@ -9,6 +9,7 @@ from twa_scale.average.coefficients import Which
 from twa_scale.average.swap import SwappedWeights
 from twa_scale.base.notices import notice
 from twa_scale.engines import Engine
+from twa_scale.errors import TwaError
 from twa_scale.ranks import Pods
 from twa_scale.running.ema import Ema
 from twa_scale.running.named import mixture
@@ -74,6 +75,8 @@ class Showing:
     @contextmanager
     def weights(self, which: Which, check: Callable[[], None]) -> Iterator[None]:
         """Show an average in a `with` block, as `RunningAverages.weights`; `check` raises what all ranks are told."""
+        if self.lost:
+            raise TwaError(self.lost)
 
         def choose() -> torch.Tensor | None:
             check()

@@ -14,7 +14,7 @@ from twa_scale.engines.zero.deepspeed_settings import check_trainable, settings_
 from twa_scale.ranks import Group
 
 _OPTIMIZER = ("dp_process_group", "optimizer", "zero_grad", "loss_scale", "loss_scaler")
-_COUNTERS = ("micro_steps", "global_steps", "global_samples")
+_COUNTERS = ("micro_steps", "global_steps", "global_samples", "_is_gradient_accumulation_boundary")
 
 NO_GRADIENT = (
     "there is no gradient: call engine.backward(loss) before twa.step(), and remove engine.step(), which twa.step() "
@@ -81,7 +81,10 @@ class ZeroEngine(Engine):
         return int(self._engine.global_steps)
 
     def counters(self) -> Callable[[], None]:
-        """Return a function that restores DeepSpeed's counts of steps and samples, and the loss scale of fp16."""
+        """Return a function that restores DeepSpeed's counts of steps and samples, and the loss scale of fp16.
+
+        A boundary that `set_gradient_accumulation_boundary` has set is one of them.
+        """
         held = [(self._engine, name, getattr(self._engine, name)) for name in _COUNTERS]
         if self.loss_scale is not None:
             scaler = self._optimizer.loss_scaler

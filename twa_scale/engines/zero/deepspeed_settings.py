@@ -27,6 +27,7 @@ _ENGINE = (
     "managed_gradient_accumulation",
     "gradient_accumulation_steps",
     "is_gradient_accumulation_boundary",
+    "_is_gradient_accumulation_boundary",
     "micro_steps",
     "global_steps",
     "global_samples",

@@ -1,0 +1,13 @@
+"""The calls that are running: trainers do not give their callbacks everything that they need."""
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+
+def running_calls() -> Iterator[FrameType]:
+    """Yield the frames of the calls that are running, innermost first."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
