@@ -195,10 +195,10 @@ class StoredCandidate:
         files: Iterable[File],
         label: str,
         directory: Path | None,
-        origin: Origin,
+        origin: Origin | None = None,
     ) -> None:
         self.label = label
-        self.origin = origin
+        self.origin = origin or Origin("a candidate of another format")
         self.directory = directory
         self.file_name: str | None = None
         self.metadata: dict[str, str] = {}
