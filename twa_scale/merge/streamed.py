@@ -19,7 +19,7 @@ from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.dtypes import types_notice
 from twa_scale.candidates.read_ahead import Job, Part, Progress, Reader, job_bytes, same_values, sum_of
 from twa_scale.errors import CandidateError
-from twa_scale.kernels import Kernels, Target, choose_kernels
+from twa_scale.kernels import Kernels, Segments, Target, choose_kernels
 from twa_scale.kernels.torch.checksum import wrap
 from twa_scale.kernels.torch.deltas import reference_of
 from twa_scale.output import Writer, writing
@@ -297,15 +297,14 @@ class _Merger:
         """Return the average with the weights of each row, (n, rows)."""
         self._add(part, self.kernels.checksums(part.sources))
         length = prod(self.candidates[-1].shape(part.span.name)) // weights.shape[1]
-        first, last = part.element(0), part.element(len(part.sources[0]) - 1) + 1
-        rows = torch.arange(first // length, -(-last // length))
-        counts = ((rows + 1) * length).clamp(max=last) - (rows * length).clamp(min=first)
+        first, lead = divmod(part.element(0), length)
+        segments = Segments(length, lead, len(part.sources[0]))
         wide = any(source.dtype == torch.float64 for source in part.sources)
         dtype = torch.float64 if wide else torch.float32
         reference = part.sources[0].to(dtype)
         result = reference.clone()
-        for source, of_rows in zip(part.sources[1:], weights[1:, rows].to(dtype), strict=True):
-            result.addcmul_(source.to(dtype) - reference, of_rows.repeat_interleave(counts))
+        for source, of_rows in zip(part.sources[1:], weights[1:, first : first + segments.count], strict=True):
+            result.addcmul_(source.to(dtype) - reference, segments.spread(of_rows[None].to(dtype))[0])
         if not bool(torch.isfinite(result).all()):
             raise self._overflow_or_not_finite(part)
         return result

@@ -58,8 +58,7 @@ class RowCorrections:
         self._config = config
         self._slots = slots
         self._reduction = reduction
-        self._matrix = basis.matrix
-        self._center_weights = basis.center_weights
+        self._basis = basis
         rows_of_u, k = basis.matrix.shape[1:]
         # Weights of the store's rows are an affine function of u; T and its linear part are one matrix for each group.
         zero = coding.row_weights(torch.zeros(rows_of_u, 1, dtype=torch.float64))
@@ -114,9 +113,9 @@ class RowCorrections:
     def largest(self) -> torch.Tensor:
         """Return a bound on |u| of the corrections of this rank's rows, (n + 1, G), float64 on the CPU."""
         y = self.values.detach().abs()
-        largest = y.new_zeros(len(y), len(self._matrix))
+        largest = y.new_zeros(len(y), len(self._basis.matrix))
         largest.scatter_reduce_(1, self._slots.groups.expand(len(y), -1), y, "amax")
-        return torch.einsum("gik,kg->ig", self._matrix.abs(), largest.cpu().double())
+        return torch.einsum("gik,kg->ig", self._basis.matrix.abs(), largest.cpu().double())
 
     def state(self) -> dict[str, Any]:
         """Return y and the state of its optimizer for all rows, on the CPU of every rank. Collective.
@@ -145,8 +144,8 @@ class RowCorrections:
 
     def _averaging_maps(self) -> torch.Tensor:
         """Return the matrices from y to the corrections of the averaging coefficients, (G, n, k), float64."""
-        directions = self._matrix[:, :-1]
-        return directions - self._center_weights[:, None] * directions.sum(1, keepdim=True)
+        zero = self._basis.averaging(self._basis.matrix.new_zeros(self._basis.matrix.shape[1], 1))
+        return torch.stack([self._basis.averaging(of_group) for of_group in self._basis.matrix]) - zero
 
     def checked(self, state: RowsState | None) -> dict[str, Any]:
         """Return the part of `state` of this rank, after a check that this average can continue from it.

@@ -15,7 +15,7 @@ from twa_scale.kernels.kernels import Differences, Rows
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.segments import Segments
 from twa_scale.kernels.torch.reference import TorchKernels
-from twa_scale.kernels.triton.programs import COMBINE, DENSE, EXPONENT, PROJECT, decoded, launches
+from twa_scale.kernels.triton.programs import COMBINE, DENSE, EXPONENT, PROJECT, clipped, decoded, launches, load_codes
 from twa_scale.kernels.triton.segmented import SHORTEST, combine_segments, project_segments
 
 
@@ -110,9 +110,7 @@ def _project_packed(
         width, present = BLOCK, FIELDS
         right = tl.load(gradient + (at + element - lead)).to(tl.float32)
     else:
-        used = tl.maximum(tl.minimum(BLOCK * FIELDS, end - at), 0)
-        width, present = tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK
-        there = (element < used) & (at + element >= lead)
+        width, present, there = clipped(at, element, lead, end, BLOCK, FIELDS)
         right = tl.load(gradient + (at + element - lead), mask=there, other=0).to(tl.float32)
     right *= 0.5 / (1 << (BITS * field)).to(tl.float32)
     for block in range(0, n, ROWS):
@@ -122,8 +120,9 @@ def _project_packed(
         if not FULL:
             has_word &= word < width
             has_scale &= field < present
-        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=has_word, other=0)
-        scale = tl.load(scales + tile * n * FIELDS + i * present + field, mask=has_scale, other=0).to(tl.float32)
+        packed, scale = load_codes(
+            words, scales, tile, i, n, width, present, word, field, has_word, has_scale, 0, BLOCK, FIELDS
+        )
         sums = tl.sum(decoded(packed, field, exponent, BITS) * right, 4, keep_dims=True) * scale
         sums = tl.sum(tl.reshape(sums, [ROWS, TILES * FIELDS * BLOCK // 8]), 1)
         tl.store(partial + program * n + row, sums, mask=row < n)
@@ -158,15 +157,14 @@ def _combine_packed(
         width, present = BLOCK, FIELDS
         there, has_word, has_scale, other = None, None, None, None
     else:
-        used = tl.maximum(tl.minimum(BLOCK * FIELDS, end - at), 0)
-        width, present = tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK
-        there = (element < used) & (at + element >= lead)
+        width, present, there = clipped(at, element, lead, end, BLOCK, FIELDS)
         has_word, has_scale, other = word < width, field < present, 0
     place = 0.5 / (1 << (BITS * field)).to(tl.float32)
     total = tl.zeros([TILES, FIELDS, BLOCK // 8, 8], tl.float32)
     for i in tl.range(0, n, loop_unroll_factor=ROWS):
-        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=has_word, other=other)
-        scale = tl.load(scales + tile * n * FIELDS + i * present + field, mask=has_scale, other=other).to(tl.float32)
+        packed, scale = load_codes(
+            words, scales, tile, i, n, width, present, word, field, has_word, has_scale, other, BLOCK, FIELDS
+        )
         total += decoded(packed, field, exponent, BITS) * (scale * (tl.load(weights + i) * place))
     total += center * tl.load(base + (at + element - lead), mask=there, other=other)
     tl.store(out + (at + element - lead), total.to(out.dtype.element_ty), mask=there)

@@ -42,6 +42,36 @@ def launches(rows: Dense | Packed, tiles: int) -> Iterator[tuple[int, int, bool]
 
 
 @triton.jit
+def clipped(at, element, lead, limit, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+    """Return the words and the blocks that a row has in tiles at the ends of a span, and which elements are there."""
+    used = tl.maximum(tl.minimum(BLOCK * FIELDS, limit - at), 0)
+    return tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK, (element < used) & (at + element >= lead)
+
+
+@triton.jit
+def load_codes(
+    words,
+    scales,
+    tile,
+    i,
+    n,
+    width,
+    present,
+    word,
+    field,
+    has_word,
+    has_scale,
+    other,
+    BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Return the words and the scales, float32, of rows `i` of some tiles."""
+    packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=has_word, other=other)
+    scale = tl.load(scales + tile * n * FIELDS + i * present + field, mask=has_scale, other=other)
+    return packed, scale.to(tl.float32)
+
+
+@triton.jit
 def decoded(words, field, exponent, BITS: tl.constexpr):
     """Return 2 (code - zero) 2^(BITS field) exactly. Codes are masked in their word, without a shift.
 

@@ -16,7 +16,17 @@ import triton.language as tl
 from twa_scale.kernels.packed_rows import Packed
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.segments import Segments
-from twa_scale.kernels.triton.programs import COMBINE, DENSE, EXPONENT, PROJECT, Shape, decoded, launches
+from twa_scale.kernels.triton.programs import (
+    COMBINE,
+    DENSE,
+    EXPONENT,
+    PROJECT,
+    Shape,
+    clipped,
+    decoded,
+    launches,
+    load_codes,
+)
 
 SHORTEST = 64
 """The number of elements of a part, and of the shortest segments that these kernels support."""
@@ -41,6 +51,13 @@ def _first(program, lead, front, length, SIZE: tl.constexpr):
 def _slot(offset, end, step):
     """Return the segment of an offset in a program, counted from the program's first segment."""
     return tl.where(offset < end, 0, 1 + (offset - end) // step)
+
+
+@triton.jit
+def _divided(gradient, offset, end, step):
+    """Return the gradient in the first segment of each part, and in the second one, with zeros elsewhere."""
+    own = offset < end + _slot(offset // 64 * 64, end, step) * step
+    return tl.where(own, gradient, 0.0), tl.where(own, 0.0, gradient)
 
 
 @triton.jit
@@ -82,9 +99,7 @@ def _project_dense(
         right = tl.load(gradient + at + column, mask=column < width, other=0).to(tl.float32)
     slots = _slot(tl.arange(0, PARTS) * 64, end, step)
     if SPLIT:
-        own = offset < end + _slot(offset // 64 * 64, end, step) * step
-        beyond = tl.where(own, 0.0, right)
-        right = tl.where(own, right, 0.0)
+        right, beyond = _divided(right, offset, end, step)
     slot = tl.arange(0, SLOTS)[None, :]
     for block in range(0, n, ROWS):
         row = block + tl.arange(0, ROWS)
@@ -181,16 +196,12 @@ def _project_packed(
         width, present = BLOCK, FIELDS
         right = tl.load(gradient + (at + element - lead)).to(tl.float32)
     else:
-        used = tl.maximum(tl.minimum(BLOCK * FIELDS, limit - at), 0)
-        width, present = tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK
-        there = (element < used) & (at + element >= lead)
+        width, present, there = clipped(at, element, lead, limit, BLOCK, FIELDS)
         right = tl.load(gradient + (at + element - lead), mask=there, other=0).to(tl.float32)
     right *= 0.5 / (1 << (BITS * field)).to(tl.float32)
     slots = _slot(tl.arange(0, PARTS) * 64, end, step)
     if SPLIT:
-        own = offset < end + _slot(offset // 64 * 64, end, step) * step
-        beyond = tl.where(own, 0.0, right)
-        right = tl.where(own, right, 0.0)
+        right, beyond = _divided(right, offset, end, step)
     slot = tl.arange(0, SLOTS)[None, :]
     for block in range(0, n, ROWS):
         row = block + tl.arange(0, ROWS)
@@ -199,8 +210,9 @@ def _project_packed(
         if not FULL:
             has_word &= word < width
             has_scale &= field < present
-        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=has_word, other=0)
-        scale = tl.load(scales + tile * n * FIELDS + i * present + field, mask=has_scale, other=0).to(tl.float32)
+        packed, scale = load_codes(
+            words, scales, tile, i, n, width, present, word, field, has_word, has_scale, 0, BLOCK, FIELDS
+        )
         codes = decoded(packed, field, exponent, BITS)
         parts = tl.sum(codes * right, 4, keep_dims=True) * scale
         sums = _add_parts(tl.sum(tl.reshape(parts, [ROWS, PARTS, 8]), 2), slots, SLOTS)
@@ -247,9 +259,7 @@ def _combine_packed(
         width, present = BLOCK, FIELDS
         there, has_word, has_scale, other = None, None, None, None
     else:
-        used = tl.maximum(tl.minimum(BLOCK * FIELDS, limit - at), 0)
-        width, present = tl.minimum(BLOCK, used), (used + BLOCK - 1) // BLOCK
-        there = (element < used) & (at + element >= lead)
+        width, present, there = clipped(at, element, lead, limit, BLOCK, FIELDS)
         has_word, has_scale, other = word < width, field < present, 0
     slots = _slot(place * (BLOCK * FIELDS) + field * BLOCK + group, end, step)
     own = weights + tl.minimum(segment + slots, count - 1) * n
@@ -259,8 +269,9 @@ def _combine_packed(
     unit = 0.5 / (1 << (BITS * field)).to(tl.float32)
     total = tl.zeros([TILES, FIELDS, BLOCK // 8, 8], tl.float32)
     for i in tl.range(0, n, loop_unroll_factor=ROWS):
-        packed = tl.load(words + tile * n * BLOCK + i * width + word, mask=has_word, other=other)
-        scale = tl.load(scales + tile * n * FIELDS + i * present + field, mask=has_scale, other=other).to(tl.float32)
+        packed, scale = load_codes(
+            words, scales, tile, i, n, width, present, word, field, has_word, has_scale, other, BLOCK, FIELDS
+        )
         weight = tl.load(own + i)
         if SPLIT:
             weight = tl.where(inside, weight, tl.load(beyond + i))

@@ -23,11 +23,10 @@ from twa_scale.output.disk import write_at
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
 from twa_scale.output.formats.placed_files import PlacedFiles
-from twa_scale.output.formats.torch_api import save_without_values, storage_info, without_values
+from twa_scale.output.formats.torch_api import BESIDE_NUMBERS, save_without_values, storage_info, without_values
 from twa_scale.output.publish import write_file
 
 _CHUNK_BYTES = 64 << 20  # A rank that loads a part of a tensor reads the whole chunks that hold it.
-_BESIDE_NUMBERS = 4096  # bytes of an archive for each chunk, at most, beside its numbers
 
 
 class DcpFormat(OutputFormat):
@@ -60,7 +59,7 @@ class _DcpFiles(PlacedFiles):
 
     @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self._specs) + len(self._chunks) * _BESIDE_NUMBERS
+        return sum(spec.nbytes for spec in self._specs) + len(self._chunks) * BESIDE_NUMBERS
 
     @property
     def names(self) -> Sequence[str]:

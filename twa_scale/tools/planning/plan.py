@@ -140,10 +140,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         step={**activations, **engine.transient_bytes(model, parameters)},
         host={**store, **streaming} if offloaded else {},
         bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, read, candidates)),
-        wire={
-            **_summed(engine, numbers),
-            **engine.wire_bytes(model, parameters),
-        },
+        wire={**_summed(engine, numbers), **engine.wire_bytes(model, parameters)},
         wire_between_pods={name: all_reduced(size, config.pods) for name, size in between.items() if size},
         notes=(*notes, *rows.notes),
     )
