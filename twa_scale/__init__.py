@@ -4,7 +4,16 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from twa_scale.errors import CandidateError, ConfigError, EngineError, OutputError, RankError, StateError, TwaError
+from twa_scale.errors import (
+    CandidateError,
+    ConfigError,
+    EngineError,
+    NotFiniteError,
+    OutputError,
+    RankError,
+    StateError,
+    TwaError,
+)
 from twa_scale.version import __version__
 
 if sys.platform == "win32":
@@ -15,6 +24,7 @@ if sys.platform == "win32":
 if TYPE_CHECKING:
     from twa_scale.average.attach import attach
     from twa_scale.average.average import TrainableAverage
+    from twa_scale.average.rates import choose_rate
     from twa_scale.average.search import search
     from twa_scale.base.notices import TwaWarning
     from twa_scale.config import RunConfig, TwaConfig
@@ -26,6 +36,7 @@ __all__ = [
     "CandidateError",
     "ConfigError",
     "EngineError",
+    "NotFiniteError",
     "OutputError",
     "RankError",
     "RunConfig",
@@ -38,6 +49,7 @@ __all__ = [
     "TwaWarning",
     "__version__",
     "attach",
+    "choose_rate",
     "search",
     "stateless_optimizer",
 ]
@@ -51,6 +63,7 @@ _MODULES = {
     "TwaConfig": "twa_scale.config",
     "TwaWarning": "twa_scale.base.notices",
     "attach": "twa_scale.average.attach",
+    "choose_rate": "twa_scale.average.rates",
     "search": "twa_scale.average.search",
     "stateless_optimizer": "twa_scale.engines.zero",
 }

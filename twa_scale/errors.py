@@ -28,5 +28,9 @@ class StateError(TwaError):
     """A saved state that does not belong to this run."""
 
 
+class NotFiniteError(TwaError):
+    """Training has diverged: a gradient or weights are not finite. Coefficients and weights are as before the step."""
+
+
 class RankError(TwaError):
     """A rank that the others wait for in vain: it failed, is frozen or gone, or does something else."""

@@ -17,7 +17,7 @@ from tests.commands.material import run_here, settings
 from tests.pool import Pool
 from twa_scale.errors import TwaError
 
-KINDS = r"(bad configuration|ConfigError|CandidateError|EngineError|OutputError|StateError|TwaError): "
+KINDS = r"(bad configuration|ConfigError|CandidateError|EngineError|OutputError|StateError|NotFiniteError|TwaError): "
 
 
 def refused(said: Said, *words: str) -> None:

@@ -124,6 +124,11 @@ def require_trainable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
             "start: 'best' needs the evaluations of `twa-scale run`. With attach, evaluate averages inside weights(), "
             "and call start_from() with the best."
         )
+    if config.optimizer.lr == "auto":
+        raise ConfigError(
+            "optimizer.lr: 'auto' needs the held-out data of `twa-scale run`. With attach, give a number, and call "
+            "twa_scale.choose_rate to try rates."
+        )
     if config.max_weight_grad_norm is not None and pods.count > 1 and not engine.averages_replicas:
         raise ConfigError(
             "max_weight_grad_norm: needs the norm of the mean gradient over all data, and these replicas exchange "

@@ -17,6 +17,7 @@ from twa_scale.average.gradients import Gradients, clipping
 from twa_scale.average.layout import Layout
 from twa_scale.average.optimizer import make_optimizer
 from twa_scale.average.overflow import WeightLimits
+from twa_scale.average.remembered import remembered
 from twa_scale.average.rows import RowCorrections
 from twa_scale.average.state import StateForm, require_same_state
 from twa_scale.average.step_optimizer import AverageOptimizer, refuse_copies
@@ -34,7 +35,7 @@ from twa_scale.candidates.rounding import Rounding
 from twa_scale.config import TwaConfig
 from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine
-from twa_scale.errors import ConfigError, RankError, TwaError
+from twa_scale.errors import ConfigError, NotFiniteError, RankError, TwaError
 from twa_scale.output.provenance import provenance, rows_provenance
 from twa_scale.ranks import Pods, Reduction
 from twa_scale.store import Store, step_cost, update_bytes
@@ -223,7 +224,9 @@ class TrainableAverage:
             self.zero_grad()
             if engine_scale:
                 return
-            raise TwaError("the gradient is not finite: look for a diverging loss or an overflow, then lower the rate.")
+            raise NotFiniteError(
+                "the gradient is not finite: look for a diverging loss or an overflow, then lower the rate."
+            )
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self._basis.expand(self._x), self._x, products)
         before = self._written.saved()
@@ -369,6 +372,34 @@ class TrainableAverage:
                 raise ConfigError(f"start_from: basis {self.config.basis!r} cannot start from {which!r}.")
         self._written.set(self._located(which))
         self.zero_grad()
+
+    @while_open
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the coefficients; states and exports name it. Not collective: same on every rank.
+
+        Corrections of rows have a tenth of it, or `optimizer.row_lr`.
+        """
+        self.config = self._form.config = self.config.with_lr(lr)
+        for group, rate in zip(self.optimizer.param_groups, (self.config.lr, self.config.row_lr), strict=False):
+            group["lr"] = rate
+
+    @while_open
+    def remember(self) -> Callable[[], None]:
+        """Return a function that restores the present coefficients, moments, learning rate and buffers. Not collective.
+
+        The function is collective. It holds copies of what this rank has, and nothing is gathered: kilobytes, and with
+        `groups: tensor+row` the corrections and the moments of this rank's rows.
+        """
+        if self._swapped:
+            raise TwaError("remember() inside weights(): leave it first.")
+        restore, lr = remembered(self._engine, self._written, self.optimizer), self.config.lr
+
+        def back() -> None:
+            restore()
+            self.set_lr(lr)
+            self.zero_grad()
+
+        return back
 
     @while_open
     def state_dict(self) -> dict[str, Any]:

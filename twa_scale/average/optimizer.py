@@ -59,7 +59,7 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter, lr: float | None = None) 
             "a later torch has; leave it out, or install a later torch."
         )
     try:
-        return kind([x], lr=settings.lr if lr is None else lr, **settings.options)
+        return kind([x], lr=config.lr if lr is None else lr, **settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {settings.name} refuses these options: {error}.") from error
 

@@ -10,7 +10,7 @@ from twa_scale.average.rows import RowCorrections
 from twa_scale.average.weights import Weights
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
-from twa_scale.errors import TwaError
+from twa_scale.errors import NotFiniteError
 from twa_scale.ranks import Group
 
 _FIX = "Lower optimizer.lr, set max_grad_norm, or use a wider type."
@@ -70,7 +70,7 @@ class WeightLimits:
         """Refuse coefficients that overflow float32, the dtype of the computation. Collective with rows.
 
         Raises:
-            TwaError: the coefficients are too large; on every rank.
+            NotFiniteError: the coefficients are too large; on every rank.
         """
         u = self._basis.expand(x.detach()).cpu()
         corrections = torch.zeros_like(u) if self._rows is None else self._rows.largest()
@@ -81,14 +81,14 @@ class WeightLimits:
             flags = self._group.sum_(flags.to(self._engine.device)).cpu()
         too_large, self._must_read = (flags > 0).tolist()
         if too_large:
-            raise TwaError(f"with these coefficients the weights are not finite in torch.float32. {_FIX}")
+            raise NotFiniteError(f"with these coefficients the weights are not finite in torch.float32. {_FIX}")
         self._asked_at = u, corrections
 
     def require_weights(self, spans: Iterable[Span]) -> None:
         """Refuse live weights of `require_coefficients` that are not finite. Collective if they have to be read.
 
         Raises:
-            TwaError: names the tensor and the fix, on every rank.
+            NotFiniteError: names the tensor and the fix, on every rank.
         """
         if not self._must_read:
             return
@@ -110,7 +110,7 @@ class WeightLimits:
         """Return the largest weight of a span, as a fraction of the largest value of its dtype.
 
         Raises:
-            TwaError: a weight is not finite.
+            NotFiniteError: a weight is not finite.
         """
         dtype = self._engine.parameters[span.name].dtype
         live = self._engine.live(span)
@@ -120,7 +120,7 @@ class WeightLimits:
         largest = float(torch.maximum(-low, high))
         end = torch.finfo(dtype).max
         if not largest <= end:  # `not <=` also catches NaN
-            raise TwaError(
+            raise NotFiniteError(
                 f"tensor {span.name!r}: with these coefficients its weights are not finite in {dtype}, whose largest "
                 f"value is {end:g}. {_FIX}"
             )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -143,6 +144,11 @@ class AverageOptimizer(torch.optim.Optimizer):
                 )
         inside = {key: value for key, value in state_dict.items() if key != _AVERAGE}
         self._average.load_state_dict({**state_dict[_AVERAGE], "optimizer": inside})
+
+    def inside_states(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Return copies of the states of the inner optimizer and of that of this rank's rows, for `load_inside`."""
+        rows = None if self._rows is None else {"optimizer": deepcopy(self._rows.optimizer.state_dict())}
+        return deepcopy(self.inside.state_dict()), rows
 
     def load_inside(self, state: dict[str, Any], rows: dict[str, Any] | None) -> None:
         """Load the states of the inner optimizer and of that of the rows only, from copies."""

@@ -29,6 +29,12 @@ _UNFIT = {
     "sparseadam": "it needs sparse gradients, and those of coefficients are dense",
 }
 
+RATES = {
+    **dict.fromkeys((("adam", "delta"), ("adamw", "delta"), ("adamax", "delta"), ("nadam", "delta")), 0.03),
+    ("sgd", "weight"): 2.0,
+}
+"""The usual learning rate of an optimizer, by its name and `units`: of trials, and for SGD of the published code."""
+
 
 def check_name(name: str) -> None:
     """Refuse an optimizer that cannot train coefficients.

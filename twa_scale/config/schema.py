@@ -4,10 +4,11 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from typing_extensions import Self
 
 from twa_scale.config.center import Center, check_index, of_sum_one, parse_center
 from twa_scale.config.kinds import BasisName, EngineName, PackedDeltas, StoreName, store_kind
-from twa_scale.config.optimizers import check_name, check_options
+from twa_scale.config.optimizers import RATES, check_name, check_options
 from twa_scale.config.section import Count, Directory, Integer, Section
 from twa_scale.config.select import SelectConfig
 
@@ -24,7 +25,12 @@ class OptimizerConfig(Section):
         "adamw",
         description="Class of torch.optim, in any case: `adamw`, `sgd`, ..; not `lbfgs` or `sparseadam`.",
     )
-    lr: PositiveFloat = Field(0.03, description="Learning rate, in the units of `units`.")
+    lr: PositiveFloat | Literal["auto"] = Field(
+        0.03,
+        description="Learning rate, in the units of `units`. With `auto`, a run first takes a few steps with "
+        "each of three rates, and then trains with the one that has the best evaluation on `evaluate_split`: a third "
+        "of the usual rate of the optimizer (0.03 for `adamw` with `units: delta`), that rate, and three times it.",
+    )
     row_lr: PositiveFloat | None = Field(
         None, description="Learning rate of the corrections per row (`groups: tensor+row`); by default a tenth of `lr`."
     )
@@ -256,10 +262,31 @@ class TwaConfig(Section):
         """Whether rows of matrices have corrections of their own."""
         return isinstance(self.groups, str) and self.groups.endswith("+row")
 
+    @model_validator(mode="after")
+    def _auto_needs_a_usual_rate(self) -> "TwaConfig":
+        key = (self.optimizer.name.lower(), self.units)
+        if self.optimizer.lr == "auto" and key not in RATES:
+            known = ", ".join(f"{name} with units {units}" for name, units in RATES)
+            raise ValueError(
+                f"optimizer.lr 'auto' needs an optimizer whose usual rate is known: {known}; it is {key[0]} with units "
+                f"{key[1]}. Use one of these, or give a number"
+            )
+        return self
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the coefficients; with `auto`, the usual rate of the optimizer."""
+        lr = self.optimizer.lr
+        return RATES[self.optimizer.name.lower(), self.units] if lr == "auto" else lr
+
     @property
     def row_lr(self) -> float:
         """The learning rate of the corrections per row."""
-        return self.optimizer.lr / 10 if self.optimizer.row_lr is None else self.optimizer.row_lr
+        return self.lr / 10 if self.optimizer.row_lr is None else self.optimizer.row_lr
+
+    def with_lr(self, lr: float) -> Self:
+        """Return these settings with another learning rate of the coefficients."""
+        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"lr": lr})})
 
     @model_validator(mode="after")
     def _components_need_pca(self) -> "TwaConfig":
@@ -381,4 +408,13 @@ class RunConfig(TwaConfig):
     def _steps_or_epochs(self) -> "RunConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `steps` and `epochs`")
+        return self
+
+    @model_validator(mode="after")
+    def _auto_needs_held_out_data(self) -> "RunConfig":
+        if self.optimizer.lr == "auto" and self.evaluate_split == self.split:
+            raise ValueError(
+                f"optimizer.lr 'auto' compares rates on held-out data, and evaluate_split {self.evaluate_split!r} is "
+                "the split that the coefficients are trained on; give another one, or a number for optimizer.lr"
+            )
         return self

@@ -31,8 +31,16 @@ def find_state(config: RunConfig, num_steps: int, say: Callable[[str], object]) 
         return None
     state = load_state(output, say)
     _require_same_course(output / STATE, state, course(config, num_steps))
-    require_same_settings(config.model_dump(mode="json"), state.twa.config.model_dump(mode="json"))
+    now = with_known_lr(config, state)
+    require_same_settings(now.model_dump(mode="json"), state.twa.config.model_dump(mode="json"))
     return state
+
+
+def with_known_lr(config: RunConfig, state: RunState | None) -> RunConfig:
+    """Return `config` with a number for `optimizer.lr: auto`: that of the state, or the usual one of the optimizer."""
+    if config.optimizer.lr != "auto":
+        return config
+    return config.with_lr(state.twa.config.lr if state else config.lr)
 
 
 def forget_state(output: Path) -> None:

@@ -5,19 +5,19 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from math import isfinite
-from numbers import Real
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
 from twa_scale.average.average import TrainableAverage
+from twa_scale.average.score import agreed_score
 from twa_scale.average.search.methods import Constraint, Method, Proposal, Proposals, proposals
 from twa_scale.average.search.record import Record, digest_of
 from twa_scale.base.names import nearest, some
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, TwaError
-from twa_scale.ranks import first_difference, require_same_settings
+from twa_scale.ranks import require_same_settings
 
 
 @dataclass(frozen=True)
@@ -152,29 +152,7 @@ def _next(source: Proposals, kept: Record | None, loss: float | None) -> tuple[P
 def _measured(average: TrainableAverage, score: Callable[[], float], coefficients: torch.Tensor) -> float:
     with average.weights(coefficients):
         value = score()
-    with average.pods.agree():
-        value = _number(value)
-    other = first_difference(average.pods, {"score": value})
-    with average.pods.agree():
-        if other:
-            raise ConfigError(
-                f"search: the score is {other.mine} on {other.where} and {other.first} on {other.where_first}. Sum it "
-                "over the ranks, for example with torch.distributed.all_reduce."
-            )
-    return value
-
-
-def _number(value: Any) -> float:
-    """Return a score as a float.
-
-    Raises:
-        ConfigError: it is not a number.
-    """
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return float(value.item())
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ConfigError(f"search: the score is {value!r}; return a number.")
-    return float(value)
+    return agreed_score(average.pods, value, "search")
 
 
 def _digest(average: TrainableAverage) -> str:

@@ -3,7 +3,7 @@
 from twa_scale.average.state.file import PREVIOUS, STATE, load_state, save_state
 from twa_scale.average.state.form import StateForm
 from twa_scale.average.state.run_settings import require_same_settings, require_same_shapes, require_same_state
-from twa_scale.average.state.schema import VERSION, AverageState, KeptState, RunState, checked
+from twa_scale.average.state.schema import VERSION, AverageState, KeptState, RateState, RunState, checked
 
 __all__ = [
     "PREVIOUS",
@@ -11,6 +11,7 @@ __all__ = [
     "VERSION",
     "AverageState",
     "KeptState",
+    "RateState",
     "RunState",
     "StateForm",
     "checked",

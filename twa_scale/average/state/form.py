@@ -38,14 +38,14 @@ class StateForm:
         conversions: Sequence[Conversion],
     ) -> None:
         self._conversions = [conversion.state_dict() for conversion in conversions]
-        self._config = config
+        self.config = config
         self._layout = layout
         self._basis = basis
         self._fingerprint = fingerprint
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of the average, without the other settings of a run."""
-        return self._config.model_dump(mode="json", include=set(TwaConfig.model_fields))
+        return self.config.model_dump(mode="json", include=set(TwaConfig.model_fields))
 
     def averaging(self, x: torch.Tensor) -> torch.Tensor:
         """Return the averaging coefficients a (n, G) for x (k, G)."""
@@ -104,6 +104,6 @@ class StateForm:
         a = self.averaging(given)
         if not torch.allclose(a, saved.coefficients.to(a), rtol=1e-6, atol=1e-6):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
-        check_state(self._config, x, saved.optimizer)
+        check_state(self.config, x, saved.optimizer)
         require_same_shapes(buffers, saved.buffers)
         return saved

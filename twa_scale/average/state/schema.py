@@ -190,6 +190,21 @@ class KeptState(_Saved):
         return self
 
 
+class RateState(_Saved):
+    """The learning rate that a run has chosen (`optimizer.lr: auto`), and what it tried."""
+
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    tried: list[float]
+    metric: str
+    """The split and the metric of `values`."""
+    values: list[Annotated[float, Field(allow_inf_nan=False)] | None]
+    """The metric after the steps of each rate; None if it was not finite."""
+    steps: Count
+    """The steps of each rate."""
+    seconds: float
+    """The time of the search."""
+
+
 class RunState(_Saved):
     """The state that `twa-scale run` saves."""
 
@@ -198,6 +213,8 @@ class RunState(_Saved):
     keep: Literal["best", "last"]
     """Which coefficients the run exports."""
     kept: KeptState | None
+    rate: RateState | None = None
+    """The learning rate that was chosen at the start."""
     step: Count
     finished: bool
     """Whether the results of this step have been written."""

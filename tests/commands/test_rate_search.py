@@ -1,0 +1,196 @@
+"""`optimizer.lr: auto` and `choose_rate`: three rates from the same start, and the best on held-out data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import twa_scale
+from tests.commands.conftest import Brought
+from tests.commands.material import run_here, settings, state_of
+from tests.commands.test_stopping import run_with_handlers
+from tests.pool import Pool
+from tests.ranks import cases
+from twa_scale.run.rate_search import position, trial_steps
+
+ROWS = {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.03, "betas": [0.5, 0.9]}}
+
+
+def taken(model: nn.Module, twa: Any, first: int, steps: int = 3) -> float:
+    """Take steps, and return a score that is the same on all ranks."""
+    for step in range(first, first + steps):
+        cases.one_step(model, twa, step)
+    score = twa.coefficients.square().sum() + sum(c.square().sum() for c in twa.row_corrections().values())
+    return float(score)
+
+
+def after(engine: str, lr: float) -> tuple[float, dict[str, Any]]:
+    """The score of three steps with a rate after two others, and the state before the three."""
+    model, twa = cases.attach(engine, cases.Run(ROWS))
+    taken(model, twa, 0, 2)
+    twa.set_lr(lr)
+    state = twa.state_dict()
+    score = taken(model, twa, 2)
+    twa.close()
+    return score, state
+
+
+def choose(engine: str) -> tuple[Any, list[float], dict[str, Any], list[dict[str, Any]], bool]:
+    """Choose among rates, of which the last diverges; also what trainings of their own reach and start from."""
+    model, twa = cases.attach(engine, cases.Run(ROWS))
+    taken(model, twa, 0, 2)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    scores: list[float] = []
+    rates = [0.01, 0.09, 3e38]
+    chosen = twa_scale.choose_rate(twa, lambda: scores.append(taken(model, twa, 2)), lambda: scores[-1], rates)
+    same = all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    state = twa.state_dict()
+    twa.close()
+    expected, states = zip(*(after(engine, lr) for lr in rates[:-1]), strict=True)
+    return chosen, list(expected), state, list(states), same
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2), ("zero2", 2)])
+def test_each_trial_is_a_training_from_the_same_start(ranks: Pool, engine: str, size: int) -> None:
+    for chosen, expected, state, states, same_buffers in ranks(choose, size, engine=engine):
+        *finite, diverged = chosen.tried
+        assert [trial.score for trial in finite] == expected and not diverged.score < float("inf")
+        assert chosen.best == min(finite, key=lambda trial: trial.score) and same_buffers
+        assert str(state) == str(states[finite.index(chosen.best)])  # coefficients, rows, moments and the rate
+        assert state["config"]["optimizer"]["lr"] == state["optimizer"]["param_groups"][0]["lr"] == chosen.best.lr
+
+
+def small(lr: float = 0.1) -> tuple[nn.Linear, Any]:
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states.append(nn.Linear(3, 2).state_dict())
+    model = nn.Linear(3, 2)
+    return model, twa_scale.attach(model, states, {"optimizer": {"name": "sgd", "lr": lr}})
+
+
+def test_the_usual_rates_are_around_the_present_one_and_higher_can_be_better() -> None:
+    _, twa = small()
+    found = twa_scale.choose_rate(twa, lambda: None, lambda: twa.config.lr, higher_is_better=True)
+    assert [trial.lr for trial in found.tried] == [trial.score for trial in found.tried]
+    assert [trial.lr for trial in found.tried] == pytest.approx([0.1 / 3, 0.1, 0.3])
+    assert found.best.lr == twa.config.lr == twa.optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("rates", [[], [0.0], [-1.0], [float("inf")], ["fast"]])
+def test_rates_that_are_none(rates: list[Any]) -> None:
+    with pytest.raises(twa_scale.ConfigError, match="rates"):
+        twa_scale.choose_rate(small()[1], lambda: None, lambda: 0.0, rates)
+
+
+def test_all_rates_diverge() -> None:
+    model, twa = small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(twa_scale.NotFiniteError, match=r"1e\+300, 1e\+305"):
+        twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: 0.0, [1e300, 1e305])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert twa.config.lr == 0.1
+
+
+def one(model: nn.Module, twa: Any) -> None:
+    model(torch.ones(1, 3)).sum().backward()
+    twa.step()
+    twa.zero_grad()
+
+
+def test_a_trial_goes_through_the_schedule_of_the_run() -> None:
+    assert [trial_steps(n) for n in (2, 40, 100, 1000)] == [2, 5, 10, 20]
+    assert [position(i, 5, 100) for i in range(5)] == [10, 30, 50, 70, 90]
+    assert [position(i, 7, 7) for i in range(7)] == list(range(7))
+
+
+def auto(brought: Brought, output: Path, **changes: Any) -> dict[str, Any]:
+    usual: dict[str, Any] = {"groups": "tensor+row", "optimizer": {"lr": "auto"}, "start": "best", "steps": 6}
+    return settings(brought.candidates, brought.task, output, **usual | changes)
+
+
+def ended(output: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
+    return summary
+
+
+@pytest.mark.parametrize(("engine", "size", "pods"), [("fsdp2", 2, 1), ("plain", 2, 2)])
+def test_a_run_trains_with_the_best_rate(
+    ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int, pods: int
+) -> None:
+    """As a run that was given the rate, and as evaluations of runs of the trials' length."""
+    ranks(run_here, size, data=auto(scores, tmp_path / "auto", engine=engine, pods=pods))
+    rate = ended(tmp_path / "auto")["rate"]
+    assert rate["tried"] == pytest.approx([0.01, 0.03, 0.09]) and rate["steps"] == 5
+    assert (
+        rate["lr"] == rate["tried"][rate["values"].index(min(rate["values"]))] and rate["metric"] == "validation/loss"
+    )
+    given = {"optimizer": {"lr": rate["lr"]}}
+    ranks(run_here, size, data=auto(scores, tmp_path / "given", engine=engine, pods=pods, **given))
+    one, other = (state_of(tmp_path / name)["twa"] for name in ("auto", "given"))
+    assert str(one) == str(other)
+    provenance = json.loads((tmp_path / "auto/average/twa_scale.json").read_text())
+    assert provenance["config"]["optimizer"]["lr"] == rate["lr"]
+
+
+def test_a_continued_run_does_not_search_again(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(auto(scores, tmp_path / "out")))
+    said = shell("run", config)
+    assert said.code == 0 and "15 steps and 3 evaluations" in said.err, said.err
+    rate = ended(tmp_path / "out")["rate"]
+    assert f"optimizer.lr: {rate['lr']:g} has the best validation/loss after 5 steps with each rate" in said.err
+    assert "nothing was done" in shell("run", config).err
+    said = shell("run", config, "steps=8")
+    assert said.code == 0 and "rates are not tried again" in said.err and "15 steps" not in said.err
+    assert ended(tmp_path / "out")["rate"] == rate and ended(tmp_path / "out")["steps"] == 8
+    said = shell("run", config, "steps=9", "optimizer.lr=5")
+    assert said.code == 2 and "optimizer" in said.err
+
+
+def test_a_signal_during_the_search(scores: Brought, tmp_path: Path) -> None:
+    """In the second trial: the state has neither its steps nor its rate."""
+    task = {"name": "tests.commands.interrupted:scores"}
+    run_with_handlers(auto(Brought({**task, "method": "loss", "call": 7}, scores.candidates), tmp_path))
+    state = state_of(tmp_path)
+    assert state["step"] == 0 and state["rate"] is None and not state["twa"]["optimizer"]["state"]
+    assert state["twa"]["config"]["optimizer"]["lr"] == 0.03
+    run_with_handlers(auto(Brought({**task, "method": "loss", "call": 16}, scores.candidates), tmp_path))
+    state = state_of(tmp_path)
+    assert state["step"] == 1 and state["rate"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluate_split": "train"}, ["held-out", "evaluate_split 'train'"]),
+        ({"optimizer": {"name": "sgd", "lr": "auto"}}, ["sgd with units delta", "adamw with units delta"]),
+        ({"optimizer": {"lr": "auto"}, "units": "weight"}, ["adamw with units weight", "give a number"]),
+    ],
+)
+def test_refused(scores: Brought, tmp_path: Path, shell: Any, changes: dict[str, Any], words: list[str]) -> None:
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(auto(scores, tmp_path / "out", **changes)))
+    said = shell("run", config)
+    assert said.code == 2 and all(word in said.err for word in words), said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_attach_has_no_held_out_data() -> None:
+    with pytest.raises(twa_scale.ConfigError, match="choose_rate"):
+        twa_scale.attach(nn.Linear(3, 2), [nn.Linear(3, 2).state_dict()] * 2, {"optimizer": {"lr": "auto"}})
+
+
+def scored_by_rank() -> str:
+    _, twa = small()
+    with pytest.raises(twa_scale.ConfigError, match="choose_rate: the score is") as refused:
+        twa_scale.choose_rate(twa, lambda: None, lambda: float(dist.get_rank()))
+    return str(refused.value)
+
+
+def test_a_score_that_differs_between_ranks(ranks: Pool) -> None:
+    assert len(set(ranks(scored_by_rank, 2))) == 1

@@ -1,0 +1,28 @@
+"""Return to an earlier moment of a training, from copies that each rank holds of its own part."""
+
+from collections.abc import Callable
+
+from twa_scale.average.step_optimizer import AverageOptimizer
+from twa_scale.average.written import WrittenCoefficients
+from twa_scale.engines import Engine
+
+
+def remembered(engine: Engine, written: WrittenCoefficients, optimizer: AverageOptimizer) -> Callable[[], None]:
+    """Return a function that restores the present coefficients, moments and buffers, and writes the weights.
+
+    The function is collective. It also restores the counters and the loss scale of DeepSpeed.
+    """
+    saved = written.saved()
+    inside, rows = optimizer.inside_states()
+    buffers = {name: buffer.clone() for name, buffer in engine.buffers().items()}
+    counters = engine.counters()
+
+    def restore() -> None:
+        written.set(saved.x, saved.rows)
+        optimizer.load_inside(inside, rows)
+        live = engine.buffers()
+        for name, value in buffers.items():
+            live[name].copy_(value)
+        counters()
+
+    return restore

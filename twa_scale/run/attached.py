@@ -1,0 +1,150 @@
+"""The model, the average and the data of a configuration, on one rank."""
+
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from twa_scale.average.attach import attach
+from twa_scale.average.average import TrainableAverage
+from twa_scale.average.batchnorm import batchnorm_layers
+from twa_scale.average.optimizer import check_optimizer
+from twa_scale.base.clock import Clock
+from twa_scale.config import RunConfig
+from twa_scale.output import parse_size
+from twa_scale.ranks import Group, World, require_same_settings, set_collective_timeout
+from twa_scale.run.batches import Batches, make_batches
+from twa_scale.run.best import BestAverage
+from twa_scale.run.engines import pod_mesh, run_engine
+from twa_scale.run.evaluate import evaluate
+from twa_scale.run.progress import Report
+from twa_scale.run.schedule import set_rates
+from twa_scale.run.stopping import Stop
+from twa_scale.run.tasks import Task, build_task
+
+
+class AttachedRun:
+    """A task and its data; after `attach`, also the model and the average. What takes steps and evaluates.
+
+    Args:
+        config: the settings.
+        world: all ranks.
+        device: the device of this rank.
+        report: the console output.
+        stop: whether this process has received a signal.
+
+    Raises:
+        ConfigError: settings or data are invalid; on every rank.
+    """
+
+    def __init__(
+        self, config: RunConfig, world: World, device: torch.device, report: Report, stop: Stop | None = None
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.device = device
+        self.stop = stop or Stop()
+        self.stopping = False
+        """Whether a rank had received a signal at the last step; the same on all ranks."""
+        self.group = Group.world()
+        self.report = report if self.group.rank == 0 else Report(active=False)
+        self.output = Path(config.output)
+        require_same_settings(self.group, config.model_dump(mode="json"))
+        with self.group.agree():
+            check_optimizer(config)
+            self.task: Task = build_task(config.task)
+            self.training = self._batches()
+            self.held_out = replace(self.training, examples=self.task.dataset(config.evaluate_split))
+            self.num_steps = config.steps or max(1, round(float(config.epochs or 0) * self.training.per_epoch))
+            parse_size(config.max_shard_size)
+            self.kept = BestAverage(self.task, config)
+
+    def attach(self, config: RunConfig) -> None:
+        """Build the model and read the candidates, with settings that `twa_scale.attach` takes. Collective."""
+        self.engine = run_engine(config, self.world)
+        mesh = pod_mesh(config, self.world, self.device)
+        with self.group.agree():  # separate from the checks above: the constructor of DDP is collective
+            self.model: nn.Module = self.engine.build(self.task, self.world, self.device, mesh and mesh["ranks"])
+        set_collective_timeout(config.timeout)
+        start = time.perf_counter()
+        with self.report.bytes("reading candidates") as progress:
+            replicas = None if mesh is None else mesh.get_group("pods")
+            self.twa: TrainableAverage = attach(
+                self.model, config.candidates, config, replica_group=replicas, progress=progress
+            )
+        self.attach_seconds = time.perf_counter() - start
+        if self.twa.rounding:
+            self.report.say(str(self.twa.rounding))
+        self.clock = Clock(self.device)
+        self.reset_clocks()  # attach is not a part of a step
+
+    def reset_clocks(self) -> None:
+        """Leave out of the cost of a step what has been measured until now."""
+        self.clock.read()
+        self.twa.clock.read()
+
+    def take_step(self, step: int, position: int) -> dict[str, float]:
+        """Take a step of the coefficients, and return its values. Collective.
+
+        Args:
+            step: the step whose batches and seed are used.
+            position: the step whose rate in the schedule of the run is used.
+        """
+        start = time.perf_counter()
+        self._seed(step)
+        self.model.train()
+        # The loss, and the number of ranks with a signal.
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(self.training.training(step)):
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            with self.clock.part("forward+backward"):
+                with self.engine.autocast(self.device):
+                    loss = self.task.loss(self.model, batch) / self.training.num_micro
+                self.engine.backward(self.model, loss)
+            sums[0] += loss.detach()
+            if self.engine.counts_micro_batches and i + 1 < self.training.num_micro:
+                self.twa.step()  # for DeepSpeed: counts a micro-batch
+        rates = (self.twa.config.lr, self.twa.config.row_lr)
+        rate = set_rates(self.twa.optimizer, rates, self.config.schedule, position, self.num_steps)
+        self.twa.step()
+        self.twa.zero_grad()
+        sums[1] = float(self.stop.asked)
+        loss_sum, asked = self.twa.pods.sum_(sums).tolist()
+        self.stopping = asked > 0
+        return {"loss": loss_sum / self.group.size, "lr": rate, "seconds": time.perf_counter() - start}
+
+    def measure(self) -> dict[str, float]:
+        """Return the metrics of the current weights, after recalibration of BatchNorm statistics. Collective."""
+        self.twa.settle()  # the time of waiting for weights is measured in training steps only
+        self.recalibrate()
+        with self.engine.autocast(self.device):
+            limit = self.config.evaluate_batches
+            return evaluate(self.task, self.model, self.held_out, self.group, self.device, limit)
+
+    def recalibrate(self) -> None:
+        """Compute the BatchNorm statistics of the current weights, if the model has them. Collective."""
+        if not batchnorm_layers(self.model):
+            return
+        limit = self.config.recalibrate_batches
+        steps = range(min(limit, self.training.per_epoch))
+        batches = (batch for step in steps for batch in self.training.training(step))
+        with self.engine.autocast(self.device):
+            self.twa.recalibrate_batchnorm(batches, forward=lambda model, batch: self.task.loss(model, batch))
+
+    def _seed(self, step: int) -> None:
+        """Seed all generators from the seed, the step and the rank, so that a state needs no generator states."""
+        seed = (self.config.seed * 1_000_003 + step) * 1_009 + self.group.rank
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+    def _batches(self) -> Batches:
+        config, group = self.config, self.group
+        examples = self.task.dataset(config.split)
+        return make_batches(
+            examples, config.split, config.batch_size, config.micro_batch_size, group.rank, group.size, config.seed
+        )

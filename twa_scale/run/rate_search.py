@@ -1,0 +1,75 @@
+"""`optimizer.lr: auto`: take a few steps with each of three rates, and train with the best on held-out data."""
+
+import time
+from math import isfinite
+
+from twa_scale.average.rates import choose_rate
+from twa_scale.average.state import RateState
+from twa_scale.run.attached import AttachedRun
+
+_LEAST, _MOST = 5, 20
+
+
+class InterruptedSearch(Exception):
+    """A rank has received a signal during the search; raised on all ranks. The average is in the middle of a trial."""
+
+
+def trial_steps(num_steps: int) -> int:
+    """Return the steps of a trial: a tenth of the run's, 5 to 20, but not more than the run has."""
+    return min(num_steps, max(_LEAST, min(_MOST, round(num_steps / 10))))
+
+
+def position(step: int, count: int, num_steps: int) -> int:
+    """Return the step of the run whose place in the schedule is that of `step` in a trial of `count` steps.
+
+    So a trial has the whole schedule: the warmup, and the low rates before the evaluation. At a constant rate, the
+    noise of the last steps would favor lower rates, though the run ends with a lower rate than it is tried with.
+    """
+    return int((step + 0.5) * num_steps / count)
+
+
+def search_rate(run: AttachedRun) -> RateState:
+    """Try a third of the usual rate, the rate, and three times it, and set the best. Collective.
+
+    The trials have the same start and the same batches, those of the first steps of the run.
+
+    Args:
+        run: attached with the usual rate, before its first step.
+
+    Raises:
+        InterruptedSearch: a rank has received a signal.
+        NotFiniteError: training diverges with each of the rates.
+    """
+    start, count = time.perf_counter(), trial_steps(run.num_steps)
+
+    def train() -> None:
+        for step in range(count):
+            run.take_step(step, position(step, count, run.num_steps))
+            if run.stopping:
+                raise InterruptedSearch
+
+    chosen = choose_rate(run.twa, train, lambda: run.kept.value(run.measure()), higher_is_better=run.kept.higher)
+    run.reset_clocks()
+    values = [trial.score if isfinite(trial.score) else None for trial in chosen.tried]
+    found = RateState(
+        lr=chosen.best.lr,
+        tried=[trial.lr for trial in chosen.tried],
+        metric=f"{run.config.evaluate_split}/{run.kept.metric}",
+        values=values,
+        steps=count,
+        seconds=time.perf_counter() - start,
+    )
+    run.report.say(_line(found))
+    return found
+
+
+def _line(found: RateState) -> str:
+    tried = ", ".join(
+        f"{lr:g}: " + ("not finite" if value is None else f"{value:.4f}")
+        for lr, value in zip(found.tried, found.values, strict=True)
+    )
+    n = len(found.tried)
+    return (
+        f"optimizer.lr: {found.lr:g} has the best {found.metric} after {found.steps} steps with each rate ({tried}); "
+        f"the search took {n * found.steps} steps and {n} evaluations, {found.seconds:.1f} s"
+    )
