@@ -31,7 +31,7 @@ from twa_scale.run.tasks import SPLITS, Examples, Task, build_task, stack
 from twa_scale.run.tasks.byte_gpt import ByteGPT
 from twa_scale.run.tasks.data_files import Fractions, SplitFiles, data_files, split_files
 from twa_scale.run.tasks.images import ImageFolder, class_names, read_npz
-from twa_scale.run.tasks.text_tables import read_columns
+from twa_scale.run.tasks.tables import read_columns
 from twa_scale.run.tasks.tokens import TokenFile
 
 TINY_GPT = {"byte_gpt": {"n_layer": 2, "n_head": 2, "d_model": 32}}
@@ -370,7 +370,7 @@ def test_own_task_by_import_path(digits: Path, mine: str) -> None:
             ["sise", "did you mean 'size'", "data, size"],
         ),
         ({"name": "mine_for_twa:task"}, ["missing", "data"]),
-        ({"name": "causal_lm"}, ["exactly one of `text` and `tokens`"]),
+        ({"name": "causal_lm"}, ["exactly one of `text`, `tokens`, `chat` and `sources`"]),
         ({"name": "causal_lm", "text": "stdlib", "contxt": 3}, ["task", "contxt", "did you mean 'context'"]),
         (
             {"name": "causal_lm", "text": "stdlib", "model": {"byte_gpt": {"layers": 3}}},
@@ -395,8 +395,9 @@ def test_own_task_by_import_path(digits: Path, mine: str) -> None:
         ({"name": "causal_lm", "text": "stdlib", "model": "x" * 5000}, ["name too long"]),
         ({"name": "sequence_classification", "model": "m", "test": "~no-one/a.csv"}, ["Write the path out"]),
         ({"name": "sequence_classification", "model": "m"}, ["at least one of"]),
-        ({"name": "sequence_classification", "model": "m", "train": "a.parquet"}, ["task.train", ".jsonl"]),
+        ({"name": "sequence_classification", "model": "m", "train": "a.xlsx"}, ["task.train", ".jsonl", ".parquet"]),
         ({"name": "sequence_classification", "model": "m", "test": "gone.csv"}, ["task.test", "gone.csv"]),
+        ({"name": "sequence_classification", "model": "m", "test": "gone.parquet"}, ["task.test", "gone.parquet"]),
     ],
 )
 def test_refusals_name_the_key_and_the_fix(section: dict[str, object], words: list[str], mine: str) -> None:
@@ -423,7 +424,7 @@ def test_named_pipes_are_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "a.npz", "x/a.png"):
         os.mkfifo(tmp_path / name)
     for read in (
-        lambda: read_columns(tmp_path / "a.csv", ["text"], "task.train"),
+        lambda: read_columns(tmp_path / "a.csv", {"task.text": "text"}, "task.train"),
         lambda: read_npz(tmp_path / "a.npz", "", "task.data"),
         lambda: ImageFolder(tmp_path, ["x"], 4, "task.data")[0],
     ):
@@ -440,7 +441,7 @@ def test_one_file_cannot_be_divided(tmp_path: Path) -> None:
         task.dataset("validation")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.parquet", "a.txt.gz", "a.npy", "a.bin", "a.tar"])
+@pytest.mark.parametrize("name", ["a.feather", "A.PKL", "a.idx", "a.txt.gz", "a.npy", "a.bin", "a.tar"])
 def test_suffixes_of_other_formats_are_refused_as_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"abc" * 100)
     with pytest.raises(ConfigError, match=f"{name}.*suffix"):
@@ -563,7 +564,7 @@ def test_files_in_two_splits_are_reported(tmp_path: Path) -> None:
         (b"\x93NUMPY" + bytes(100), "a numpy array"),
         (b"PK\x03\x04" + bytes(100), "an archive"),
         (gzip.compress(b"text", mtime=0), "a compressed file"),
-        ((20240520).to_bytes(4, "little") + bytes(2000), "header of 1024 bytes"),
+        (b"MMIDIDX\0\0" + bytes(100), "an index of Megatron-LM"),
     ],
 )
 def test_bin_files_of_other_formats_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
@@ -587,7 +588,7 @@ def test_binary_content_is_refused_as_text(tmp_path: Path, content: bytes) -> No
         task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path / "a.txt")}, context=2).dataset("train")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "tokens"])
+@pytest.mark.parametrize("name", ["a.pt", "a.txt", "tokens"])
 def test_files_of_other_suffixes_are_refused_as_tokens(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"abc" * 100)
     with pytest.raises(ConfigError, match=rf"{name}.*\.npy or \.bin.*task\.text"):

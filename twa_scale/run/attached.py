@@ -23,6 +23,7 @@ from twa_scale.run.engines import pod_mesh, run_engine
 from twa_scale.run.evaluate import evaluate
 from twa_scale.run.progress import Report
 from twa_scale.run.schedule import set_rates
+from twa_scale.run.shares import with_divisors
 from twa_scale.run.stopping import Stop
 from twa_scale.run.tasks import Task, build_task
 
@@ -99,14 +100,16 @@ class AttachedRun:
         self.model.train()
         # The loss, and the number of ranks with a signal.
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for i, batch in enumerate(self.training.training(step)):
+        batches, num_micro = self.training.training(step), self.training.num_micro
+        divided = with_divisors(batches, self.task, num_micro, self.group, self.device)
+        for i, (batch, divisor) in enumerate(divided):
             batch = {key: value.to(self.device) for key, value in batch.items()}
             with self.clock.part("forward+backward"):
                 with self.engine.autocast(self.device):
-                    loss = self.task.loss(self.model, batch) / self.training.num_micro
+                    loss = self.task.loss(self.model, batch) / divisor
                 self.engine.backward(self.model, loss)
             sums[0] += loss.detach()
-            if self.engine.counts_micro_batches and i + 1 < self.training.num_micro:
+            if self.engine.counts_micro_batches and i + 1 < num_micro:
                 self.twa.step()  # for DeepSpeed: counts a micro-batch
         rates = (self.twa.config.lr, self.twa.config.row_lr)
         rate = set_rates(self.twa.optimizer, rates, self.config.schedule, position, self.num_steps)

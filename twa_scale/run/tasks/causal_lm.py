@@ -1,22 +1,22 @@
 """The task `causal_lm`: next-token prediction on bytes or tokens."""
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from twa_scale.base.names import nearest
+from twa_scale.base.notices import notice
 from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
 from twa_scale.run.tasks.byte_gpt import VOCABULARY, ByteGPT
-from twa_scale.run.tasks.data_files import Fractions, SplitFiles, require_text, split_files
-from twa_scale.run.tasks.task import SPLITS, Batch, Metrics
-from twa_scale.run.tasks.tokens import Dtype, TokenArray, TokenFile, Tokens, Windows
+from twa_scale.run.tasks.causal_data import Documents, Source, SourceReader, WeightedSource
+from twa_scale.run.tasks.mixture import Mixture
+from twa_scale.run.tasks.task import SPLITS, Batch, Examples, Metrics
+from twa_scale.run.tasks.tokens import IGNORED, Concatenation, Pieces, Windows
 
 
 class ByteGPTSizes(Section):
@@ -53,33 +53,24 @@ class ModelChoice(Section):
         return self
 
 
-class CausalLMOptions(Section):
+class CausalLMOptions(Source):
     """The options of the task `causal_lm`."""
 
     model: ModelChoice = Field(
         default_factory=lambda: ModelChoice(byte_gpt=ByteGPTSizes()),
         description="`byte_gpt`, `{byte_gpt: {n_layer: 5, ...}}`, or the path of a Hugging Face directory.",
     )
-    text: SplitFiles | None = Field(
-        None,
-        description="Text files, globs or directories: one list that is divided by whole files, or `{train: ..., "
-        "validation: ..., test: ...}`. `stdlib` is the standard library of Python. Give this or `tokens`.",
-    )
-    tokens: SplitFiles | None = Field(
-        None,
-        description="Files of tokens, as for `text`: `.npy` (integers of any dtype, in row-major order) or `.bin` (a "
-        "plain sequence without a header). Give this or `text`.",
-    )
-    token_dtype: Dtype | None = Field(
-        None,
-        description="Dtype of the tokens in `.bin` files. The default is `uint16`. The setting is required if the "
-        "vocabulary of the model has more than 65536 tokens.",
-    )
     context: Count = Field(256, description="Number of tokens that one example predicts.")
-    fractions: Fractions = Field(
-        default_factory=Fractions, description="Fraction of the files in each split, if one list is divided."
+    documents: Documents | None = Field(
+        None,
+        description="How documents become examples. `joined`: windows over all tokens, which ignore where documents "
+        "begin (default for text and tokens). `packed`: the same windows, but the first token of a document is not "
+        "predicted. `padded`: each example is from one document, long ones are cut and short ones are padded (default "
+        "for chats, which are truncated instead).",
     )
-    split_seed: int = Field(0, description="Seed of that division. Use the same for candidates and average.")
+    sources: list[WeightedSource] = Field(
+        [], description="Several sources with their weights: `[{text: ..., weight: 0.7}, {tokens: ..., weight: 0.3}]`."
+    )
     recompute_activations: bool = Field(
         False,
         description="Recompute the activations of each block in backward (activation checkpointing): much less memory, "
@@ -88,16 +79,20 @@ class CausalLMOptions(Section):
 
     @model_validator(mode="after")
     def _one_kind_of_data(self) -> "CausalLMOptions":
-        if (self.text is None) == (self.tokens is None):
-            raise ValueError("give exactly one of `text` and `tokens`")
+        if len(self.kinds) + bool(self.sources) != 1:
+            raise ValueError("give exactly one of `text`, `tokens`, `chat` and `sources`")
+        beside = sorted(self.model_fields_set & set(Source.model_fields))
+        if self.sources and beside:
+            raise ValueError(f"`{beside[0]}` has no effect beside `sources`; give it in the sources")
         return self
 
 
 class CausalLM:
-    """Next-token cross-entropy on disjoint windows of `context` + 1 tokens.
+    """Next-token cross-entropy on examples of `context` + 1 tokens.
 
-    Bytes and token files are read on access. Text for a Hugging Face model is tokenized in memory at the first access
-    to its split, so a large corpus should be given as token files.
+    Bytes, token files and Arrow files of tokens are read on access. Texts for a Hugging Face model, chats, and tokens
+    in other records are written to a temporary file of each process, with 4 bytes for each token, at the first access
+    to their split.
     """
 
     def __init__(self, options: CausalLMOptions) -> None:
@@ -109,16 +104,20 @@ class CausalLM:
         self._options = options
         self._directory = options.model.directory
         self._config = huggingface.load_config(self._directory) if self._directory else None
-        self._vocabulary = self._config.vocab_size if self._config else VOCABULARY
-        limit = getattr(self._config, "max_position_embeddings", None)
+        text_config = self._config and self._config.get_text_config()
+        vocabulary = text_config.vocab_size if text_config else VOCABULARY
+        limit = getattr(text_config, "max_position_embeddings", None)
         if limit and options.context > limit:
             raise ConfigError(f"task.context: {options.context} is longer than the model allows. Use at most {limit}.")
-        self._key = "task.text" if options.text else "task.tokens"
-        files = options.text or options.tokens
-        assert files is not None
-        suffixes = ("",) if options.text else (".npy", ".bin")
-        self._files = split_files(files, options.fractions, options.split_seed, suffixes, self._key)
-        self._datasets: dict[str, Windows] = {}
+        self._vocabulary: int = vocabulary
+        self._documents = _documents(options)
+        named: dict[str, Source] = {f"task.sources[{i}]": source for i, source in enumerate(options.sources)}
+        self._weights = [source.weight for source in options.sources]
+        self._readers = [
+            SourceReader(source, key, self._directory, vocabulary)
+            for key, source in (named or {"task": options}).items()
+        ]
+        self._datasets: dict[str, Examples] = {}
 
     def model(self) -> nn.Module:
         """Return the byte-level GPT or the Hugging Face model, randomly initialized."""
@@ -129,74 +128,79 @@ class CausalLM:
         assert sizes is not None
         return ByteGPT(context=self._options.context, **sizes.model_dump(), recompute=recompute)
 
-    def dataset(self, split: str) -> Windows:
-        """Return the windows of a split: {"tokens": int64 (context + 1,)}."""
-        if split not in self._files:
+    def dataset(self, split: str) -> Examples:
+        """Return the examples of a split: {"tokens": int64 (context + 1,)}.
+
+        Where not all tokens are predicted, they also have "labels": int64 (context,), the tokens after the first, with
+        -100 for those that are not.
+        """
+        if split not in SPLITS:
             raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS) or '.'}")
         if split not in self._datasets:
-            where = f"{self._key}, split {split!r}"
-            if not self._files[split]:
-                total = len({path for paths in self._files.values() for path in paths})
-                raise ConfigError(
-                    f"{where}: 0 files of {total}. A list is divided over the splits by whole files: give more files, "
-                    "or lists for `train`, `validation` and `test`."
-                )
-            sequences = self._sequences(self._files[split])
-            self._datasets[split] = Windows(sequences, self._options.context + 1, self._vocabulary, where)
+            self._datasets[split] = self._examples(split)
         return self._datasets[split]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy per predicted token, in nats."""
-        return self._cross_entropy(model, batch, "mean")
+        if "labels" not in batch:
+            return self._cross_entropy(model, batch, "mean")
+        return self._cross_entropy(model, batch, "sum") / (batch["labels"] != IGNORED).sum().clamp(min=1)
 
     def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
         """Return sums over predicted tokens of `loss` (nats) and, if tokens are bytes, `bits_per_byte`."""
         total = self._cross_entropy(model, batch, "sum")
-        count = batch["tokens"][:, 1:].numel()
+        terms = self.terms(batch)
+        count = batch["tokens"][:, 1:].numel() if terms is None else terms
         metrics = {"loss": (total, count)}
         if self._config is None:
             metrics["bits_per_byte"] = (total / math.log(2), count)
         return metrics
 
+    def terms(self, batch: Batch) -> int | None:
+        """Return the number of predicted tokens, or None if all tokens are predicted in all batches."""
+        return int((batch["labels"] != IGNORED).sum()) if "labels" in batch else None
+
     def _cross_entropy(self, model: nn.Module, batch: Batch, reduction: str) -> Tensor:
-        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        inputs, targets = batch["tokens"][:, :-1], batch.get("labels", batch["tokens"][:, 1:])
         logits = model(input_ids=inputs, use_cache=False).logits if self._config else model(inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=IGNORED
+        )
 
-    def _sequences(self, paths: list[Path]) -> list[Tokens]:
-        if self._options.tokens:
-            return [self._token_file(path) for path in paths]
-        for path in paths:
-            require_text(path)
-        if self._directory is None:
-            return [TokenFile.open(path, "uint8") for path in paths]
-        tokenizer = huggingface.load_tokenizer(self._directory)
-        return [TokenArray(_tokenize(tokenizer, path), str(path)) for path in paths]
-
-    def _token_file(self, path: Path) -> TokenFile:
-        if path.suffix.lower() == ".npy":
-            return TokenFile.open_npy(path)
-        dtype = self._options.token_dtype
-        if path.suffix.lower() != ".bin" and dtype != "uint8":
+    def _examples(self, split: str) -> Examples:
+        used = [i for i, reader in enumerate(self._readers) if reader.files[split]]
+        without = [reader.key for reader in self._readers if not reader.files[split]]
+        if not used:
+            total = len({path for reader in self._readers for paths in reader.files.values() for path in paths})
             raise ConfigError(
-                f"{path}: is not a file of tokens, .npy or .bin. Give text files as task.text, or set "
-                "task.token_dtype: uint8 if the bytes of the file are the tokens."
+                f"{without[0]}, split {split!r}: 0 files of {total}. A list is divided over the splits by whole files: "
+                "give more files, or lists for `train`, `validation` and `test`."
             )
-        if dtype is None and self._vocabulary > 1 << 16:
-            raise ConfigError(
-                f"{path}: a .bin file has no dtype, and the default uint16 is too small for the vocabulary of "
-                f"{self._vocabulary} tokens. Set task.token_dtype: int32, uint32 or int64."
-            )
-        return TokenFile.open(path, dtype or "uint16")
+        if without:
+            notice(f"{', '.join(without)}: has no files for the split {split!r}, which consists of the other sources.")
+        length = self._options.context + 1
+        longest = length if self._documents == "padded" else None
+        read = [Concatenation(self._readers[i].sequences(split, longest), self._vocabulary) for i in used]
+        labels = self._documents != "joined" or any(tokens.has_hidden for tokens in read)
+        found: list[Examples] = []
+        for i, tokens in zip(used, read, strict=True):
+            where = f"{self._readers[i].key}, split {split!r}"
+            if self._documents == "padded":
+                found.append(Pieces(tokens, length, where))
+            else:
+                starts = tokens.starts(where) if self._documents == "packed" else None
+                found.append(Windows(tokens, length, where, labels=labels, starts=starts))
+        return found[0] if len(found) == 1 else Mixture(found, [self._weights[i] for i in used], "task.sources")
 
 
-def _tokenize(tokenizer: Any, path: Path) -> "np.ndarray[Any, np.dtype[np.int32]]":
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+def _documents(options: CausalLMOptions) -> Documents:
+    """Return the setting `documents`, or its default, which depends on the kind of data."""
+    if options.documents:
+        return options.documents
+    kinds = {kind for source in (options, *options.sources) for kind in source.kinds}
+    if len(kinds) > 1 and "chat" in kinds:
         raise ConfigError(
-            f"{path}: cannot be read as UTF-8 text: {error}. Convert it or leave it out of task.text."
-        ) from error
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return np.array(tokens + end, dtype=np.int32)
+            "task.documents: is not set, and chats are padded by default, but other data is joined. Set it to padded "
+            "or packed for both."
+        )
+    return "padded" if "chat" in kinds else "joined"

@@ -13,6 +13,7 @@ from twa_scale.base.notices import notice
 from twa_scale.base.paths import folders_below, identity, leads_nowhere, matching, num_links, path_of
 from twa_scale.config import Section
 from twa_scale.errors import ConfigError
+from twa_scale.run.tasks.saved_datasets import saved_files, saved_splits, used_files
 from twa_scale.run.tasks.task import SPLITS
 
 READABLE = "Make it readable, or give patterns that leave it out."
@@ -20,9 +21,9 @@ STDLIB = "stdlib"
 # Folders and files that are not on every installation, not part of Python, or specific to the machine.
 _NOT_STDLIB = ("site-packages", "dist-packages", "test", "tests", "idle_test", "config-", "_sysconfigdata")
 
-# Suffixes of files that are compressed, hold text in records, or hold no text.
+# Suffixes of files that are compressed, or hold no text.
 _NOT_TEXT = (
-    *(".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".npy", ".npz", ".bin", ".idx", ".pt", ".pth", ".pkl"),
+    *(".feather", ".npy", ".npz", ".bin", ".idx", ".pt", ".pth", ".pkl"),
     *(".safetensors", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".pdf"),
 )
 _OTHER_FORMATS = (b"%PDF-", b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -85,6 +86,8 @@ def split_files(
         ConfigError: a path or pattern matches no file, or a folder cannot be read.
     """
     with named_errors(ConfigError, READABLE):
+        if splits_on_disk := len(files.all) == 1 and saved_splits(path_of(files.all[0], ConfigError), key):
+            files = SplitFiles.model_validate(splits_on_disk)
         if not files.all:
             found = {s: [path for path, _ in _find(getattr(files, s), suffixes, f"{key}.{s}")] for s in SPLITS}
             _report_shared_files(found, key)
@@ -146,7 +149,7 @@ def data_files(root: Path, suffixes: tuple[str, ...], without: tuple[str, ...] =
         ConfigError: a link with one of the suffixes is dangling.
         OSError: a folder cannot be read.
     """
-    found = sorted(path for _, paths in folders_below(root, without) for path in paths)
+    found = sorted(path for folder, paths in folders_below(root, without) for path in used_files(folder, paths))
     named = [path for path in found if path.name.lower().endswith(suffixes)]
     dangling = next((path for path in found if not path.name.lower().endswith(suffixes) and leads_nowhere(path)), None)
     if dangling:
@@ -191,14 +194,22 @@ def _matches(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
     path = path_of(entry, ConfigError)
     if path.is_file():
         return [(path, path.name)]
+    if not path.exists() and suffixes != ("",) and (tokens := path.with_name(f"{path.name}.bin")).is_file():
+        return [(tokens, tokens.name)]  # Megatron-LM names both files of a data set by their common prefix
     if path.is_dir():
         root, found = path, data_files(path, suffixes)
     else:
         root, found = matching(path)
         for match in found:
             refuse_dangling(match)
-    # `is_file` leaves out named pipes, which would block the reader.
-    return [(match, match.relative_to(root).as_posix()) for match in found if match.is_file()]
+        found = [file for match in found for file in (saved_files(match) or [match])]
+    # `is_file` leaves out named pipes, which would block the reader. A .bin file is read with its index.
+    found = [match for match in found if match.is_file() and not _is_index(match)]
+    return [(match, match.relative_to(root).as_posix()) for match in found]
+
+
+def _is_index(path: Path) -> bool:
+    return path.suffix.lower() == ".idx" and path.with_suffix(".bin").exists()
 
 
 def _standard_library() -> list[tuple[Path, str]]:

@@ -19,8 +19,8 @@ from twa_scale.run.tasks.classification import (
     integer_labels,
     require_split,
 )
+from twa_scale.run.tasks.tables import read_columns
 from twa_scale.run.tasks.task import SPLITS, Batch, Metrics
-from twa_scale.run.tasks.text_tables import read_columns
 
 Label = str | int
 
@@ -62,7 +62,7 @@ class SequenceClassification:
         """
         self._options = options
         self._paths: dict[str, str] = {s: getattr(options, s) for s in SPLITS if getattr(options, s)}
-        columns = (options.text, options.label)
+        columns = {"task.text": options.text, "task.label": options.label}
         tables = {s: read_columns(path_of(p, ConfigError), columns, f"task.{s}") for s, p in self._paths.items()}
         for split, table in tables.items():
             _require_values(table[0], table[1], self._paths[split])

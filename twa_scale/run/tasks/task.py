@@ -34,8 +34,10 @@ class Task(Protocol):
     therefore works on any number of ranks. `loss` and `metrics` receive the model as an argument, because the loop may
     have wrapped it.
 
-    Two attributes are optional. `main_metric` (default: "loss") is the name of the metric that selects the best
-    evaluation of a run. `higher_is_better` (default: False) tells whether its highest value is the best.
+    Three attributes are optional. `main_metric` (default: "loss") is the name of the metric that selects the best
+    evaluation of a run. `higher_is_better` (default: False) tells whether its highest value is the best. The method
+    `terms(batch)` returns the number of terms of which `loss` is the mean, such as predicted tokens, so that batches
+    with more terms count more; without it, or if it returns None, all examples count equally.
     """
 
     def model(self) -> nn.Module:

@@ -1,52 +1,35 @@
-"""Token sequences on disk or in memory, divided into windows of equal length."""
+"""Files of tokens: plain sequences, numpy arrays, and files of llm.c and Megatron-LM."""
 
 import re
-from bisect import bisect_right
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from twa_scale.errors import ConfigError
-from twa_scale.run.tasks.task import Batch
+from twa_scale.run.tasks.tokens import megatron
+from twa_scale.run.tasks.tokens.sequence import Array, NothingHidden
 
-Array = npt.NDArray[Any]
 Dtype = Literal["uint8", "uint16", "int32", "uint32", "int64"]
 _SAMPLED = 4096  # tokens of a .bin file that are checked
 _MIN_TEXT = 64  # bytes; fewer printable bytes may be tokens
 _PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
 _GZIP = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")  # includes method and flags, because the first two bytes may be a token
-_MAGIC_OF_LLM_C = tuple(number.to_bytes(4, "little") for number in (20240520, 20240801))
-_CHECKED_WINDOWS = 16  # windows of a split whose tokens are checked at the start
-
-
-class Tokens(Protocol):
-    """A sequence of tokens that is read by ranges."""
-
-    @property
-    def count(self) -> int:
-        """Return the number of tokens."""
-
-    @property
-    def where(self) -> str:
-        """Return the name of the sequence in error messages."""
-
-    def read(self, start: int, stop: int) -> Array:
-        """Return the tokens start..stop-1."""
+_LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic of llm.c: version and dtype
+_HEADER_OF_LLM_C = 1024  # bytes: 256 integers, the third of which is the number of tokens
+_SCANNED = 1 << 22  # tokens that are compared with the end of a document at a time
 
 
 @dataclass(frozen=True)
-class TokenFile:
+class TokenFile(NothingHidden):
     """The tokens of a file, read by ranges. The file is neither kept open nor mapped."""
 
     path: Path
     dtype: "np.dtype[Any]"
     offset: int
     count: int
+    starts: Array | None = None
 
     @classmethod
     def open(cls, path: Path, dtype: Dtype) -> "TokenFile":
@@ -56,10 +39,7 @@ class TokenFile:
             ConfigError: the file cannot be read, its size is not a multiple of the token size, or its tokens seem to
                 have a wider dtype.
         """
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+        size = _size(path)
         width = np.dtype(dtype).itemsize
         if width > 1 and (what := _other_format(path)):
             raise ConfigError(f"{path}: is not a plain sequence of tokens, but {what}.")
@@ -94,6 +74,45 @@ class TokenFile:
             )
         return cls(path, array.dtype, array.offset, array.size)
 
+    @classmethod
+    def open_with_header(cls, path: Path) -> "TokenFile | None":
+        """Open a file whose header or index tells its dtype: one of llm.c, or one of Megatron-LM with its `.idx`.
+
+        Returns:
+            The file, or None if it has neither.
+
+        Raises:
+            ConfigError: the header or index is damaged, or does not fit the size of the file.
+        """
+        size = _size(path)
+        if index := megatron.index_of(path):
+            dtype, starts = megatron.read_index(index, size)
+            return cls(path, dtype, 0, size // dtype.itemsize, starts)
+        header = _numbers(path, np.dtype("<i4"), 3)
+        if len(header) < 3 or int(header[0]) not in _LLM_C:
+            return None
+        version, name = _LLM_C[int(header[0])]
+        count, dtype = int(header[2]), np.dtype(name)
+        if header[1] != version or size != _HEADER_OF_LLM_C + count * dtype.itemsize:
+            raise ConfigError(
+                f"{path}: begins like a file of llm.c, version {header[1]} with {count} tokens, but has {size} bytes. "
+                f"Version {version} needs {_HEADER_OF_LLM_C} bytes and {dtype.itemsize} for each token. Write it again."
+            )
+        return cls(path, dtype, _HEADER_OF_LLM_C, count)
+
+    def with_one_document(self) -> "TokenFile":
+        """Return this file as one document."""
+        return replace(self, starts=np.zeros(1, np.int64))
+
+    def divided_after(self, end: int) -> "TokenFile":
+        """Return this file with the documents that end with the token `end`. It is read once, in pieces."""
+        found = [np.zeros(1, np.int64)]
+        for start in range(0, self.count, _SCANNED):
+            piece = self.read(start, min(self.count, start + _SCANNED))
+            found.append(np.flatnonzero(piece == end) + (start + 1))
+        starts = np.concatenate(found)
+        return replace(self, starts=starts[starts < self.count])
+
     @property
     def where(self) -> str:
         """Return the path."""
@@ -113,87 +132,18 @@ class TokenFile:
         return tokens
 
 
-@dataclass(frozen=True)
-class TokenArray:
-    """Tokens in memory."""
-
-    tokens: Array
-    where: str
-
-    @property
-    def count(self) -> int:
-        """Return the number of tokens."""
-        return len(self.tokens)
-
-    def read(self, start: int, stop: int) -> Array:
-        """Return the tokens start..stop-1."""
-        return self.tokens[start:stop]
-
-
-class Windows:
-    """Examples {"tokens": int64 (length,)}: disjoint windows over the concatenation of all sequences."""
-
-    def __init__(self, sequences: list[Tokens], length: int, vocabulary: int, key: str) -> None:
-        """Divide `sequences` into windows, and check some of them. An incomplete last window is dropped.
-
-        Args:
-            sequences: the token sequences.
-            length: the number of tokens of a window.
-            vocabulary: the size of the model's vocabulary.
-            key: the setting in error messages.
-
-        Raises:
-            ConfigError: there are fewer tokens than one window, or tokens outside the vocabulary.
-        """
-        self._sequences = [sequence for sequence in sequences if sequence.count]
-        self._ends = list(accumulate(sequence.count for sequence in self._sequences))
-        self._length = length
-        self._vocabulary = vocabulary
-        total = self._ends[-1] if self._ends else 0
-        if total < length:
-            raise ConfigError(
-                f"{key}: {len(sequences)} files with {total} tokens, fewer than one window of context + 1 = "
-                f"{length}. Give more data, a shorter `context`, other `fractions`, or files for each split."
-            )
-        self._windows = total // length
-        for i in range(_CHECKED_WINDOWS):
-            self[i * (self._windows - 1) // (_CHECKED_WINDOWS - 1)]
-
-    def __len__(self) -> int:
-        return self._windows
-
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < self._windows:
-            raise IndexError(f"window {index} of {self._windows}")
-        parts = []
-        position, stop = index * self._length, (index + 1) * self._length
-        i = bisect_right(self._ends, position)
-        while position < stop:
-            first = self._ends[i] - self._sequences[i].count
-            end = min(stop, self._ends[i])
-            parts.append(self._read_checked(self._sequences[i], position - first, end - first))
-            position, i = end, i + 1
-        return {"tokens": torch.from_numpy(np.concatenate(parts))}
-
-    def _read_checked(self, sequence: Tokens, start: int, stop: int) -> Array:
-        # A token outside the vocabulary would otherwise fail as an assertion in a CUDA kernel, without its position.
-        stored = sequence.read(start, stop)
-        tokens = stored.astype(np.int64)
-        unknown = (tokens < 0) | (tokens >= self._vocabulary)
-        if unknown.any():
-            at = int(unknown.argmax())
-            raise ConfigError(
-                f"{sequence.where}: position {start + at}: token {stored[at]}; the vocabulary of the model is "
-                f"0 to {self._vocabulary - 1}. Use the tokenizer of the model, and set `token_dtype` for .bin files."
-            )
-        return tokens
-
-
 def _numbers(path: Path, dtype: "np.dtype[Any]", count: int, offset: int = 0) -> Array:
     try:
         return np.fromfile(path, dtype, count, offset=offset)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}. Make it readable.") from error
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def _other_format(path: Path) -> str | None:
@@ -203,8 +153,8 @@ def _other_format(path: Path) -> str | None:
         return "a numpy array: rename it to .npy, so that its dtype is read"
     if start.startswith((b"PK\x03\x04", b"\x28\xb5\x2f\xfd")) or _GZIP.match(start):
         return "an archive or a compressed file: extract it"
-    if start[:4] in _MAGIC_OF_LLM_C:
-        return "a file of llm.c with a header of 1024 bytes: remove the header, or write an .npy file"
+    if start.startswith(megatron.MAGIC):
+        return "an index of Megatron-LM: give the .bin file beside it"
     if len(start) >= _MIN_TEXT and not start.translate(None, _PRINTABLE):
         return "plain text: give it as task.text, or set task.token_dtype: uint8 if its bytes are the tokens"
     return None

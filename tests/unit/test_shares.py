@@ -1,0 +1,38 @@
+"""The mean loss of a global batch over terms whose number differs between micro-batches and ranks."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pool import Pool
+from twa_scale.ranks import Group
+from twa_scale.run.batches import make_batches
+from twa_scale.run.shares import with_divisors
+from twa_scale.run.tasks import Batch
+
+
+class Summed:
+    """A task whose loss is the mean of numbers, of which a batch has some."""
+
+    def loss(self, _: object, batch: Batch) -> torch.Tensor:
+        return batch["x"].sum() / max(self.terms(batch), 1)
+
+    def terms(self, batch: Batch) -> int:
+        return int((batch["x"] != 0).sum())
+
+
+def mean_of_ranks(micro_batch_size: int) -> float:
+    group = Group.world()
+    examples: Any = [{"x": torch.tensor([float(i % 3 == 0), float(i), 0.0])} for i in range(12)]
+    task: Any = Summed()
+    batches = make_batches(examples, "train", 12, micro_batch_size, group.rank, group.size, 0)
+    divided = with_divisors(batches.training(0), task, batches.num_micro, group, torch.device("cpu"))
+    loss = sum((task.loss(None, batch) / divisor for batch, divisor in divided), torch.zeros(()))
+    return float(group.sum_(loss.double())) / group.size
+
+
+@pytest.mark.parametrize(("size", "micro"), [(1, 12), (1, 1), (3, 2)])
+def test_the_mean_depends_on_no_number_of_ranks(ranks: Pool, size: int, micro: int) -> None:
+    for result in ranks(mean_of_ranks, size, micro_batch_size=micro):
+        assert result == pytest.approx((4 + sum(range(12))) / (4 + 11))

@@ -1,0 +1,40 @@
+"""The part of each micro-batch in the mean loss of a global batch."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from twa_scale.ranks import Group
+from twa_scale.run.tasks import Batch, Task
+
+
+def with_divisors(
+    batches: Iterable[Batch], task: Task, num_micro: int, group: Group, device: torch.device
+) -> Iterator[tuple[Batch, float]]:
+    """Yield the micro-batches of this rank, each with the divisor of its mean loss. Collective.
+
+    The sum of the divided losses, averaged over the ranks, is the mean over all terms of the global batch, so it does
+    not depend on the number of ranks and micro-batches. The ranks exchange their numbers of terms only if the task has
+    a method `terms` that returns a number.
+
+    Args:
+        batches: the micro-batches of this rank, on any device.
+        task: computes the loss.
+        num_micro: their number.
+        group: all ranks.
+        device: the device of the model.
+    """
+    terms_of: Any = getattr(task, "terms", None)
+    iterator = iter(batches)
+    first = next(iterator)
+    number = None if terms_of is None else terms_of(first)
+    if number is None:
+        yield first, num_micro
+        yield from ((batch, num_micro) for batch in iterator)
+        return
+    rest = list(iterator)
+    terms = [number, *(terms_of(batch) for batch in rest)]
+    total = group.sum_(torch.tensor(float(sum(terms)), dtype=torch.float64, device=device)).item()
+    for batch, count in zip([first, *rest], terms, strict=True):
+        yield batch, max(total, 1.0) / (max(count, 1) * group.size)

@@ -1,0 +1,160 @@
+"""Parquet and Arrow files, and datasets on disk of the library `datasets`, which are Arrow files."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twa_scale.base.inputs import open_regular
+from twa_scale.base.names import nearest
+from twa_scale.errors import ConfigError
+
+PARQUET = ".parquet"
+SUFFIXES = (PARQUET, ".arrow")
+_ROWS = 256  # of one piece of a parquet file
+_MAGIC_OF_FILES = b"ARROW1"  # else it is a stream, as `datasets` writes it
+
+
+def rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield (place, values of the columns) of each row. See `tables.rows`."""
+    number = 0
+    for batch in batches(path, columns):
+        for values in zip(*(batch.column(i).to_pylist() for i in range(len(columns))), strict=True):
+            number += 1
+            yield f"{path}, row {number}", list(values)
+
+
+def batches(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
+    """Yield pyarrow.RecordBatch objects with these columns, in the order of the file.
+
+    Those of Arrow files are views of the mapped file; those of parquet files are decoded, 256 rows at a time.
+
+    Args:
+        path: a parquet or Arrow file.
+        columns: the name of each wanted column, by the setting that names it.
+
+    Raises:
+        ConfigError: pyarrow is not installed, the file cannot be read, or it lacks a column.
+    """
+    with _named_errors(path):
+        if path.suffix.lower() == PARQUET:
+            file = _parquet(path)
+            require_columns(path, file.schema_arrow.names, columns)
+            yield from file.iter_batches(_ROWS, columns=list(columns.values()))
+        else:
+            reader, found = _arrow(path)
+            require_columns(path, reader.schema.names, columns)
+            for batch in found:
+                yield batch.select(list(columns.values()))
+
+
+def has_lists(path: Path, column: str) -> bool:
+    """Return whether a parquet or Arrow file has a column of this name that holds lists."""
+    with _named_errors(path):
+        schema = _parquet(path).schema_arrow if path.suffix.lower() == PARQUET else _arrow(path)[0].schema
+        return column in schema.names and _is_list(schema.field(column).type)
+
+
+def integer_lists(
+    column: Any, path: Path, row: int, name: str, setting: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the integers of a column of lists, one list after the other, and the N + 1 bounds of its N lists.
+
+    Both are views of the column, if it is not a list of fixed size.
+
+    Args:
+        column: a pyarrow.Array.
+        path: its file, for error messages.
+        row: the number of rows of the file before it.
+        name: the name of the column.
+        setting: the setting that names it.
+
+    Raises:
+        ConfigError: the column does not hold lists of integers, or a value is missing.
+    """
+    types = pyarrow("pyarrow.types")
+    if not _is_list(column.type) or not types.is_integer(column.type.value_type):
+        raise ConfigError(
+            f"{path}: the column {name!r} holds {column.type}, not lists of integers. Set {setting} to their column."
+        )
+    values = column.flatten()
+    if column.null_count or values.null_count:
+        empty = next(i for i, value in enumerate(column.to_pylist()) if value is None or None in value)
+        raise ConfigError(f"{path}, row {row + empty + 1}: has no value in column {name!r}. Fill it in.")
+    if types.is_fixed_size_list(column.type):
+        bounds = np.arange(len(column) + 1) * column.type.list_size
+    else:
+        bounds = column.offsets.to_numpy()
+        bounds = bounds - bounds[0] if len(bounds) else np.zeros(1, np.int64)
+    return values.to_numpy(), bounds
+
+
+def require_columns(place: str | Path, known: list[str], columns: Mapping[str, str]) -> None:
+    """Check that a file or row has the columns.
+
+    Raises:
+        ConfigError: names the column, the setting and the nearest column.
+    """
+    for setting, column in columns.items():
+        if column not in known:
+            raise ConfigError(
+                f"{place}: has no column {column!r}{nearest(column, known) or '.'} Its columns are {', '.join(known)}; "
+                f"set {setting} to one of them."
+            )
+
+
+def pyarrow(module: str = "pyarrow") -> Any:
+    """Return a module of pyarrow.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"task: parquet and Arrow files need the package pyarrow, but its import failed ({error}). Install it: "
+            "pip install twa-scale[data]."
+        ) from error
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    errors = (OSError, pyarrow().ArrowException)
+    try:
+        yield
+    except errors as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"{path}: cannot be read as a {path.suffix.lower()} file: {reason}. Repair it, or write it again."
+        ) from error
+
+
+def _mapped(path: Path) -> Any:
+    os.close(open_regular(path, ConfigError))
+    return pyarrow().memory_map(str(path))
+
+
+def _parquet(path: Path) -> Any:
+    return pyarrow("pyarrow.parquet").ParquetFile(_mapped(path))
+
+
+def _arrow(path: Path) -> tuple[Any, Iterator[Any]]:
+    """Return the reader of an Arrow file, which has a schema, and its record batches."""
+    ipc, mapped = pyarrow("pyarrow.ipc"), _mapped(path)
+    if mapped.read(len(_MAGIC_OF_FILES)) == _MAGIC_OF_FILES:
+        reader = ipc.open_file(mapped)
+        return reader, (reader.get_batch(i) for i in range(reader.num_record_batches))
+    mapped.seek(0)
+    reader = ipc.open_stream(mapped)
+    return reader, iter(reader)
+
+
+def _is_list(kind: Any) -> bool:
+    types = pyarrow("pyarrow.types")
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))

@@ -1,0 +1,226 @@
+"""The data of the task `causal_lm`: settings of a source, and its tokens."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from twa_scale.base.inputs import brief
+from twa_scale.base.notices import notice
+from twa_scale.config import Section
+from twa_scale.errors import ConfigError
+from twa_scale.run.tasks import huggingface
+from twa_scale.run.tasks.chat import ChatEncoder
+from twa_scale.run.tasks.data_files import Fractions, SplitFiles, require_text, split_files
+from twa_scale.run.tasks.tables import FORMATS, is_table, rows
+from twa_scale.run.tasks.token_records import record_tokens
+from twa_scale.run.tasks.tokens import Array, Dtype, Spool, TokenFile, Tokens
+
+Documents = Literal["joined", "packed", "padded"]
+_KINDS = ("text", "tokens", "chat")
+_PLAIN = (".csv", ".tsv", ".json")  # tables that are plain text unless `text_key` is set
+_BATCH = 256  # texts that are tokenized at a time
+
+
+class Source(Section):
+    """Data of one kind: text, tokens or chats."""
+
+    text: SplitFiles | None = Field(
+        None,
+        description="Text files, globs or directories: one list that is divided by whole files, or `{train: ..., "
+        "validation: ..., test: ...}`. `stdlib` is the standard library of Python. Files with one text in each record "
+        "(`.jsonl`, `.jsonl.gz`, `.parquet`, `.arrow`) and directories of `datasets.save_to_disk` may be among them. "
+        "Give this, `tokens`, `chat` or `sources`.",
+    )
+    tokens: SplitFiles | None = Field(
+        None,
+        description="Files of tokens, as for `text`: `.npy` (integers of any dtype, in row-major order), `.bin` (a "
+        "plain sequence, a file of llm.c, or one of Megatron-LM with its `.idx`), or records with a list of tokens.",
+    )
+    chat: SplitFiles | None = Field(
+        None,
+        description="Files of records with a list of messages, as for `text`. Only the tokens of answers (role "
+        "`assistant`) are predicted. The chat template of the model's tokenizer is used.",
+    )
+    text_key: str | None = Field(
+        None,
+        description="Column of the text in records; by default `text`. If it is set, `.csv`, `.tsv` and `.json` files "
+        "are read as records too, otherwise as plain text.",
+    )
+    tokens_key: str = Field("input_ids", description="Column of the tokens in records.")
+    messages_key: str = Field("messages", description="Column of the messages in records.")
+    token_dtype: Dtype | None = Field(
+        None,
+        description="Dtype of the tokens in `.bin` files without header and index. The default is `uint16`. The "
+        "setting is required if the vocabulary of the model has more than 65536 tokens.",
+    )
+    document_end: int | None = Field(
+        None,
+        description="Token that ends each document in `.npy` and plain `.bin` files, so that `documents` can be "
+        "`packed` or `padded`.",
+    )
+    fractions: Fractions = Field(
+        default_factory=Fractions, description="Fraction of the files in each split, if one list is divided."
+    )
+    split_seed: int = Field(0, description="Seed of that division. Use the same for candidates and average.")
+
+    @property
+    def kinds(self) -> list[str]:
+        """Return which of the kinds of data are set."""
+        return [kind for kind in _KINDS if getattr(self, kind) is not None]
+
+
+class WeightedSource(Source):
+    """One of several sources: the keys of its data, as above, and its weight."""
+
+    weight: float = Field(1.0, gt=0, description="Weight of the source; weights need not sum to 1.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "WeightedSource":
+        if len(self.kinds) != 1:
+            raise ValueError("give exactly one of `text`, `tokens` and `chat` in each source")
+        return self
+
+
+class SourceReader:
+    """Finds the files of a source, and reads them as sequences of tokens."""
+
+    def __init__(self, source: Source, key: str, directory: str | None, vocabulary: int) -> None:
+        """Find the files of all splits.
+
+        Args:
+            source: the settings, with exactly one kind of data.
+            key: the section of the settings in error messages.
+            directory: the Hugging Face directory of the model, or None if bytes are its tokens.
+            vocabulary: the size of the model's vocabulary.
+
+        Raises:
+            ConfigError: a path or pattern matches no file.
+        """
+        self._source, self._directory, self._vocabulary = source, directory, vocabulary
+        self._kind = source.kinds[0]
+        self._section, self.key = key, f"{key}.{self._kind}"
+        suffixes = {"text": ("",), "tokens": (".npy", ".bin", *FORMATS), "chat": FORMATS}[self._kind]
+        files: SplitFiles = getattr(source, self._kind)
+        self.files = split_files(files, source.fractions, source.split_seed, suffixes, self.key)
+        if self._kind == "chat" and directory is None:
+            raise ConfigError(
+                f"{self.key}: chats need the tokenizer of a Hugging Face directory. Set task.model to one."
+            )
+
+    def sequences(self, split: str, longest: int | None) -> list[Tokens]:
+        """Return the tokens of the files of a split.
+
+        Args:
+            split: one of the splits, which has files.
+            longest: the number of tokens to which chats are truncated, or None.
+
+        Raises:
+            ConfigError: a file or record cannot be used.
+        """
+        paths = self.files[split]
+        if self._kind == "tokens":
+            return [tokens for path in paths for tokens in self._of_tokens(path)]
+        if self._kind == "text":
+            for path in paths:
+                if not self._holds_records(path):
+                    require_text(path)
+            if self._directory is None and not any(map(self._holds_records, paths)):
+                return [TokenFile.open(path, "uint8").with_one_document() for path in paths]
+        spool = Spool(f"{self.key}, split {split!r}", self._vocabulary)
+        if self._kind == "chat":
+            self._add_chats(paths, spool, longest)
+        else:
+            self._add_texts(paths, spool)
+        spool.finish()
+        return [spool]
+
+    def _add_chats(self, paths: Sequence[Path], spool: Spool, longest: int | None) -> None:
+        assert self._directory is not None
+        encoder = ChatEncoder(huggingface.load_tokenizer(self._directory), self._directory)
+        truncated = unanswered = total = 0
+        for place, (messages,) in self._rows(paths, "messages_key", self._source.messages_key):
+            tokens, hidden = encoder.encode(messages, place)
+            total += 1
+            truncated += longest is not None and len(tokens) > longest
+            tokens, hidden = tokens[:longest], hidden[:longest]
+            if hidden[1:].all():
+                unanswered += 1
+            else:
+                spool.add(place, tokens, hidden)
+        if total == unanswered:
+            raise ConfigError(f"{self.key}: none of {total} chats has an answer in its first {longest} tokens.")
+        if truncated:
+            notice(
+                f"{self.key}: {truncated} of {total} chats are longer than the context and are truncated; {unanswered} "
+                "of them are left out, because no token of an answer remains."
+            )
+
+    def _add_texts(self, paths: Sequence[Path], spool: Spool) -> None:
+        tokenizer = huggingface.load_tokenizer(self._directory) if self._directory else None
+        for path in paths:
+            texts = self._texts([path]) if self._holds_records(path) else iter([(str(path), _read(path))])
+            while some := list(islice(texts, _BATCH)):
+                for (place, _), tokens in zip(some, _tokenize(tokenizer, [text for _, text in some]), strict=True):
+                    spool.add(place, tokens)
+
+    def _holds_records(self, path: Path) -> bool:
+        return is_table(path) and (self._source.text_key is not None or path.suffix.lower() not in _PLAIN)
+
+    def _texts(self, paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+        for place, (text,) in self._rows(paths, "text_key", self._source.text_key or "text"):
+            if not isinstance(text, str):
+                raise ConfigError(f"{place}: {brief(text)} is not a text. Set {self._section}.text_key to its column.")
+            if text:
+                yield place, text
+
+    def _rows(self, paths: Sequence[Path], setting: str, column: str) -> Iterator[tuple[str, list[Any]]]:
+        for path in paths:
+            yield from rows(path, {f"{self._section}.{setting}": column}, self.key)
+
+    def _of_tokens(self, path: Path) -> list[Tokens]:
+        if is_table(path):
+            setting, column = f"{self._section}.tokens_key", self._source.tokens_key
+            return record_tokens(path, column, setting, self.key, self._vocabulary)
+        file = self._token_file(path)
+        end = self._source.document_end
+        return [file if end is None or file.starts is not None else file.divided_after(end)]
+
+    def _token_file(self, path: Path) -> TokenFile:
+        if path.suffix.lower() == ".npy":
+            return TokenFile.open_npy(path)
+        dtype = self._source.token_dtype
+        if path.suffix.lower() != ".bin" and dtype != "uint8":
+            raise ConfigError(
+                f"{path}: is not a file of tokens, .npy or .bin. Give text files as task.text, or set "
+                "task.token_dtype: uint8 if the bytes of the file are the tokens."
+            )
+        if dtype != "uint8" and (file := TokenFile.open_with_header(path)):
+            return file
+        if dtype is None and self._vocabulary > 1 << 16:
+            raise ConfigError(
+                f"{path}: a .bin file has no dtype, and the default uint16 is too small for the vocabulary of "
+                f"{self._vocabulary} tokens. Set task.token_dtype: int32, uint32 or int64."
+            )
+        return TokenFile.open(path, dtype or "uint16")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as UTF-8 text: {error}. Convert it or leave it out of task.text."
+        ) from error
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[Array]:
+    """Return the tokens of each text and its end: the end-of-text token of the tokenizer, or a line feed of bytes."""
+    if tokenizer is None:
+        return [np.frombuffer(text.encode() + b"\n", np.uint8) for text in texts]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.array(tokens + end, np.int64) for tokens in encoded]

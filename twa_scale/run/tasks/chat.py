@@ -1,0 +1,114 @@
+"""Chats as tokens, of which only the answers are predicted."""
+
+import re
+from typing import Any
+
+import numpy as np
+
+from twa_scale.base.inputs import brief
+from twa_scale.base.names import some
+from twa_scale.errors import ConfigError
+from twa_scale.run.tasks.tokens import Array
+
+ANSWERS = "assistant"
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatEncoder:
+    """Encodes chats with the chat template of a tokenizer.
+
+    The answers are the messages of the role `assistant`. Their tokens are those that the template marks with
+    `{% generation %}`, and otherwise the tokens that a message adds to the chat before it with its generation prompt.
+    """
+
+    def __init__(self, tokenizer: Any, directory: str) -> None:
+        """Check that the tokenizer has a chat template.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        self._tokenizer = tokenizer
+        try:
+            template = tokenizer.get_chat_template()
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"task.chat: the tokenizer of {directory!r} has no chat template. Copy chat_template.jinja or "
+                "tokenizer_config.json of a chat model with this tokenizer into the directory."
+            ) from error
+        self._marked = bool(_MARKED.search(template)) and bool(tokenizer.is_fast)
+
+    def encode(self, messages: Any, place: str) -> tuple[Array, Array]:
+        """Return the tokens of a chat (int64), and for each whether it is not predicted.
+
+        Args:
+            messages: a list of {"role": ..., "content": ...}.
+            place: the record in error messages.
+
+        Raises:
+            ConfigError: the messages are malformed, have no answer, or cannot be rendered; or the tokens of the answers
+                cannot be found.
+        """
+        chat = _checked(messages, place)
+        if self._marked:
+            encoded = self._render(chat, place, return_dict=True, return_assistant_tokens_mask=True)
+            tokens = np.asarray(encoded["input_ids"], np.int64)
+            hidden = np.asarray(encoded["assistant_masks"], np.int64) == 0
+        else:
+            tokens, hidden = self._by_prefixes(chat, place)
+        if hidden.all():
+            raise ConfigError(
+                f"{place}: the chat template marks no token as an answer. Put {{% generation %}} around the answers in "
+                "the template, or remove its markers."
+            )
+        return tokens, hidden
+
+    def _by_prefixes(self, chat: list[dict[str, Any]], place: str) -> tuple[Array, Array]:
+        tokens = self._tokens(chat, place)
+        hidden = np.ones(len(tokens), bool)
+        for i, message in enumerate(chat):
+            if message["role"] != ANSWERS:
+                continue
+            before = self._tokens(chat[:i], place, add_generation_prompt=True) if i else tokens[:0]
+            after = self._tokens(chat[: i + 1], place)
+            if not (_begins(after, before) and _begins(tokens, after)):
+                raise ConfigError(
+                    f"{place}: the tokens of message {i + 1} cannot be found, because the chat template renders a chat "
+                    "otherwise when messages follow. Put {% generation %} around the answers in the template, or write "
+                    "one record for each answer, which ends with it."
+                )
+            hidden[len(before) : len(after)] = False
+        return tokens, hidden
+
+    def _tokens(self, chat: list[dict[str, Any]], place: str, **options: Any) -> Array:
+        return np.asarray(self._render(chat, place, return_dict=False, **options), np.int64)
+
+    def _render(self, chat: list[dict[str, Any]], place: str, **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(chat, tokenize=True, **options)
+        except Exception as error:  # a template may raise anything
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise ConfigError(
+                f"{place}: the chat template cannot render the chat: {reason}. Change the messages or the template."
+            ) from error
+
+
+def _begins(tokens: Array, prefix: Array) -> bool:
+    return bool(np.array_equal(tokens[: len(prefix)], prefix))
+
+
+def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
+    """Return messages without the keys whose value is null: Arrow has all keys in all messages."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ConfigError(f"{place}: {brief(messages)} is not a list of messages with `role` and `content`.")
+    chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    for number, message in enumerate(chat, 1):
+        if not isinstance(message.get("role"), str) or not {"content", "tool_calls"} & set(message):
+            raise ConfigError(
+                f"{place}: message {number} has the keys {some(message)}. Each message needs `role` and `content`: "
+                "rename `from` to `role` (`human` to `user`, `gpt` to `assistant`) and `value` to `content`."
+            )
+    if not any(message["role"] == ANSWERS for message in chat):
+        raise ConfigError(
+            f"{place}: no message has the role `{ANSWERS}`, so that there is nothing to predict. Remove the record."
+        )
+    return chat

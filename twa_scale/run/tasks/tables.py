@@ -1,0 +1,111 @@
+"""Rows of CSV, TSV, JSONL, parquet and Arrow files, read in order and in pieces."""
+
+import csv
+import gzip
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from twa_scale.base.inputs import open_regular, parse_json
+from twa_scale.errors import ConfigError
+from twa_scale.run.tasks import arrow
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LINES = (".jsonl", ".ndjson", ".json")
+_GZIP = ".gz"
+FORMATS = (*_DELIMITERS, *_LINES, *(ending + _GZIP for ending in (*_DELIMITERS, *_LINES)), *arrow.SUFFIXES)
+"""The endings of the names of files that are read as tables."""
+
+Row = tuple[str, list[Any]]
+"""The place of a row for messages, such as "data.csv, line 2", and the values of the wanted columns."""
+
+
+def is_table(path: Path, formats: tuple[str, ...] = FORMATS) -> bool:
+    """Return whether a file has the name of a table."""
+    return path.name.lower().endswith(formats)
+
+
+def rows(path: Path, columns: Mapping[str, str], where: str) -> Iterator[Row]:
+    """Yield the rows of a file in order. CSV and TSV files have a header, and their values are strings.
+
+    Args:
+        path: the file.
+        columns: the name of each wanted column, by the setting that names it.
+        where: the setting in error messages.
+
+    Raises:
+        ConfigError: the file is missing, malformed or of another format, or a row lacks a column.
+    """
+    if not is_table(path):
+        raise ConfigError(f"{where}: {path} is not .csv, .tsv, .jsonl, .parquet or .arrow. Convert it to one of these.")
+    try:
+        os.close(open_regular(path, ConfigError))
+    except OSError as error:
+        raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
+    found = arrow.rows(path, columns) if path.suffix.lower() in arrow.SUFFIXES else _of_text(path, columns, where)
+    for place, values in found:
+        for column, value in zip(columns.values(), values, strict=True):
+            if value is None:
+                raise ConfigError(f"{place}: has no value in column {column!r}. Fill it in, or remove the record.")
+        yield place, values
+
+
+def read_columns(path: Path, columns: Mapping[str, str], where: str) -> list[list[Any]]:
+    """Return the values of each column of a file that is not empty. See `rows`."""
+    values: list[list[Any]] = [[] for _ in columns]
+    for _, row in rows(path, columns, where):
+        for value, into in zip(row, values, strict=True):
+            into.append(value)
+    if not values[0]:
+        raise ConfigError(f"{where}: {path} holds no examples.")
+    return values
+
+
+def _of_text(path: Path, columns: Mapping[str, str], where: str) -> Iterator[Row]:
+    try:
+        with _open_text(path) as file:
+            for place, row in _dicts(file, path):
+                arrow.require_columns(place, [key for key in row if key], columns)
+                yield place, [row[column] for column in columns.values()]
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    with os.fdopen(open_regular(path, ConfigError), "rb") as file:
+        raw = gzip.GzipFile(fileobj=file) if path.suffix.lower() == _GZIP else file
+        yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+
+
+def _dicts(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    ending = Path(path.name.lower().removesuffix(_GZIP)).suffix
+    if delimiter := _DELIMITERS.get(ending):
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        names = reader.fieldnames or ()
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"{path}: has two columns called {twice!r}. Rename or remove one.")
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise ConfigError(
+                    f"{place}: has more values than the {len(names)} columns. Quote texts that contain a delimiter."
+                )
+            yield place, row
+        return
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield f"{path}, line {number}", _json_object(line, f"{path}, line {number}")
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = parse_json(line.encode())
+    except ValueError as error:
+        raise ConfigError(f"{where}: is not JSON: {error}. Write one object per line.") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: holds {type(row).__name__}. Write one object per line.")
+    return row
