@@ -22,7 +22,12 @@ def init(
     ] = "causal_lm",
     model: Annotated[str, typer.Option(help="Hugging Face directory, or `package.module:function`.")] = "model",
     output: Annotated[str, typer.Option(help="Directory of the run.")] = "runs/twa",
-    steps: Annotated[int, typer.Option(min=1, help="Updates of the coefficients.")] = 100,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Updates of the coefficients. Default: 100, or that of the recipe.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Named settings for a use: `tail`, `head` or `soup`; see `recipe` in the file.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented configuration for `run`, and print the next commands.
@@ -33,7 +38,12 @@ def init(
 
     data = _DATA.get(task, {})
     options = {"model": model, **data} if data else {}
-    text = template({"candidates": candidates, "task": {"name": task, **options}, "output": output, "steps": steps})
+    given: dict[str, Any] = {"candidates": candidates, "task": {"name": task, **options}, "output": output}
+    if recipe is not None:
+        given["recipe"] = recipe
+    if steps is not None or recipe is None:
+        given["steps"] = steps or 100
+    text = template(given)
     try:
         with config.open("w" if overwrite else "x", encoding="utf-8") as file:
             file.write(text)

@@ -14,6 +14,9 @@ def run(
         Path | None, typer.Argument(help="YAML or JSON file; docs/configuration.md describes all keys.")
     ] = None,
     overrides: Overrides = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings that apply, as YAML, and do not run.")
+    ] = False,
     deepspeed: Annotated[
         bool, typer.Option("--deepspeed", help="Ignored; DeepSpeed's launcher passes it to scripts.")
     ] = False,
@@ -33,6 +36,7 @@ def run(
     finishes the current step, evaluation or attach, saves its state, and exits with code 75.
     """
     from twa_scale.config import load_config
+    from twa_scale.config.template import resolved
     from twa_scale.run import run as run_training
     from twa_scale.run.progress import Report
     from twa_scale.run.stopping import STOPPED, Stopped
@@ -41,7 +45,11 @@ def run(
         config, overrides = deepspeed_config, [*([] if config is None else [str(config)]), *(overrides or [])]
     if config is None:
         raise ConfigError("give CONFIG, or --deepspeed_config FILE.")
+    settings = load_config(config, overrides)
+    if print_config:
+        typer.echo(resolved(settings), nl=False)
+        return
     try:
-        run_training(load_config(config, overrides), Report())
+        run_training(settings, Report())
     except Stopped:
         raise typer.Exit(STOPPED) from None

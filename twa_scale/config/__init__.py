@@ -9,7 +9,9 @@ from twa_scale.config.center import (
 )
 from twa_scale.config.deepspeed_block import BLOCK, block_settings
 from twa_scale.config.load import dump, load_config, validated
-from twa_scale.config.schema import TIMEOUT, OptimizerConfig, RunConfig, ScheduleConfig, TaskConfig, TwaConfig
+from twa_scale.config.optimizers import OptimizerConfig
+from twa_scale.config.recipes import RecipeName, recipe_line
+from twa_scale.config.schema import TIMEOUT, RunConfig, ScheduleConfig, TaskConfig, TwaConfig
 from twa_scale.config.section import Count, Section
 from twa_scale.config.select import Order, SelectConfig
 
@@ -20,6 +22,7 @@ __all__ = [
     "Count",
     "OptimizerConfig",
     "Order",
+    "RecipeName",
     "RunConfig",
     "ScheduleConfig",
     "Section",
@@ -33,5 +36,6 @@ __all__ = [
     "load_config",
     "of_sum_one",
     "parse_center",
+    "recipe_line",
     "validated",
 ]

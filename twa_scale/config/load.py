@@ -80,8 +80,15 @@ def validated(
     except ValidationError as error:
         lines: dict[str, dict[str, None]] = {}
         for found in error.errors():
-            lines.setdefault(_origin(found["loc"], where, overrides), {})[explain(model, found)] = None
+            said = explain(model, found) + ("" if found["loc"] else _hint(data))
+            lines.setdefault(_origin(found["loc"], where, overrides), {})[said] = None
         raise ConfigError("; ".join(f"{origin}: {'; '.join(said)}" for origin, said in lines.items())) from None
+
+
+def _hint(data: Any) -> str:
+    """Return what to add to an error of several settings, some of which may be those of a recipe."""
+    recipe = data.get("recipe") if isinstance(data, dict) else None
+    return f" (what is not given is that of recipe {recipe!r})" if recipe else ""
 
 
 def _origin(location: tuple[str | int, ...], where: str, overrides: Sequence[str]) -> str:

@@ -1,8 +1,12 @@
-"""The optimizers of torch.optim that can train coefficients, and their options, without importing torch."""
+"""The optimizer of the coefficients: its settings, and what torch.optim has, without importing torch."""
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, PositiveFloat, field_validator, model_validator
+
+from twa_scale.config.section import Section
 
 LISTS = {"betas": 2, "etas": 2, "step_sizes": 2, "ns_coefficients": 3}
 """Options that are lists, with their lengths."""
@@ -34,6 +38,48 @@ RATES = {
     ("sgd", "weight"): 2.0,
 }
 """The usual learning rate of an optimizer, by its name and `units`: of trials, and for SGD of the published code."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer of the coefficients: a class of torch.optim. Other keys are arguments of its constructor."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(
+        "adamw",
+        description="Class of torch.optim, in any case: `adamw`, `sgd`, ..; not `lbfgs` or `sparseadam`.",
+    )
+    lr: PositiveFloat | Literal["auto"] = Field(
+        0.03,
+        description="Learning rate, in the units of `units`. With `auto`, a run first takes a few steps with "
+        "each of three rates, and then trains with the one that has the best evaluation on `evaluate_split`: a third "
+        "of the usual rate of the optimizer (0.03 for `adamw` with `units: delta`), that rate, and three times it.",
+    )
+    row_lr: PositiveFloat | None = Field(
+        None, description="Learning rate of the corrections per row (`groups: tensor+row`); by default a tenth of `lr`."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _known_name(cls, name: str) -> str:
+        check_name(name)
+        return name
+
+    @model_validator(mode="after")
+    def _known_options(self) -> "OptimizerConfig":
+        check_options(self.name, self.model_extra or {})
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor arguments other than lr.
+
+        The default `weight_decay` of AdamW is 0 here, since decay would pull the average to the center.
+        """
+        extra = dict(self.model_extra or {})
+        if self.name.lower() == "adamw":
+            extra.setdefault("weight_decay", 0.0)
+        return extra
 
 
 def check_name(name: str) -> None:

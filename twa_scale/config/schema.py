@@ -8,7 +8,8 @@ from typing_extensions import Self
 
 from twa_scale.config.center import Center, check_index, of_sum_one, parse_center
 from twa_scale.config.kinds import BasisName, EngineName, PackedDeltas, StoreName, store_kind
-from twa_scale.config.optimizers import RATES, check_name, check_options
+from twa_scale.config.optimizers import RATES, OptimizerConfig
+from twa_scale.config.recipes import RecipeName, filled
 from twa_scale.config.section import Count, Directory, Integer, Section
 from twa_scale.config.select import SelectConfig
 
@@ -16,51 +17,15 @@ TIMEOUT = 600.0
 """Seconds that ranks wait for each other, at the rendezvous and in every collective."""
 
 
-class OptimizerConfig(Section):
-    """The optimizer of the coefficients: a class of torch.optim. Other keys are arguments of its constructor."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str = Field(
-        "adamw",
-        description="Class of torch.optim, in any case: `adamw`, `sgd`, ..; not `lbfgs` or `sparseadam`.",
-    )
-    lr: PositiveFloat | Literal["auto"] = Field(
-        0.03,
-        description="Learning rate, in the units of `units`. With `auto`, a run first takes a few steps with "
-        "each of three rates, and then trains with the one that has the best evaluation on `evaluate_split`: a third "
-        "of the usual rate of the optimizer (0.03 for `adamw` with `units: delta`), that rate, and three times it.",
-    )
-    row_lr: PositiveFloat | None = Field(
-        None, description="Learning rate of the corrections per row (`groups: tensor+row`); by default a tenth of `lr`."
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _known_name(cls, name: str) -> str:
-        check_name(name)
-        return name
-
-    @model_validator(mode="after")
-    def _known_options(self) -> "OptimizerConfig":
-        check_options(self.name, self.model_extra or {})
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The constructor arguments other than lr.
-
-        The default `weight_decay` of AdamW is 0 here, since decay would pull the average to the center.
-        """
-        extra = dict(self.model_extra or {})
-        if self.name.lower() == "adamw":
-            extra.setdefault("weight_decay", 0.0)
-        return extra
-
-
 class TwaConfig(Section):
     """The parametrization and the training of the average; the `config` of `twa_scale.attach`."""
 
+    recipe: RecipeName | None = Field(
+        None,
+        description="Named settings for a use, which replace the defaults of this page: `tail` (the end of a training "
+        "run), `head` (its first half), `soup` (fine-tuned models). `docs/how-to/settings.md` lists them. "
+        "Settings that are given are kept.",
+    )
     basis: BasisName = Field(
         "normalized",
         description="Directions that the coefficients multiply: `normalized` deltas (TWA v4), an `orthonormal` basis "
@@ -197,6 +162,16 @@ class TwaConfig(Section):
         "averaged uniformly; `first`, `last` or an index: all are those of one candidate. Integer buffers are always "
         "those of the last candidate.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_gives_the_rest(cls, data: Any) -> Any:
+        return filled(data, cls._of_recipes()) if isinstance(data, dict) else data
+
+    @classmethod
+    def _of_recipes(cls) -> set[str]:
+        """Return the keys that a recipe may give: `start` is left out, which needs the evaluations of a run."""
+        return set(cls.model_fields) - {"start"}
 
     @field_validator("groups", "include", "exclude", "ignore")
     @classmethod
@@ -395,6 +370,10 @@ class RunConfig(TwaConfig):
     )
     resume: bool = Field(True, description="Continue from the run state in `output` if there is one.")
     max_shard_size: str = Field("5GB", description="Largest file of the exported average.")
+
+    @classmethod
+    def _of_recipes(cls) -> set[str]:
+        return set(cls.model_fields)
 
     @field_validator("deepspeed")
     @classmethod

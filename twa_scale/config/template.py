@@ -1,4 +1,4 @@
-"""Generate a commented configuration file from the schema."""
+"""Write settings as YAML: a commented file to start from, and the settings that apply to a run."""
 
 import textwrap
 from collections.abc import Mapping
@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
+from twa_scale.config.load import validated
+from twa_scale.config.recipes import settings_of_recipe
 from twa_scale.config.schema import RunConfig
 
 _HEAD = """\
@@ -21,28 +22,64 @@ def template(given: Mapping[str, Any]) -> str:
     """Return YAML that sets the keys of `given`, with all other keys of RunConfig as comments.
 
     Args:
-        given: values of keys of RunConfig, which come first in the file, in this order.
+        given: values of keys of RunConfig, which come first in the file, in this order. Defaults are those of its
+            recipe.
+
+    Raises:
+        ConfigError: a value is invalid.
     """
-    fields = RunConfig.model_fields
-    own = RunConfig.__annotations__  # the keys of a run come before those of TwaConfig
-    order = [*given, *(key for key in own if key not in given), *(key for key in fields if key not in {*own, *given})]
+    config = validated(RunConfig, dict(given), "init")
+    fields, marks = RunConfig.model_fields, _marks(config)
     parts = [_HEAD]
-    for key in order:
-        default = fields[key].get_default(call_default_factory=True)
+    for key in _order(given):
+        value = getattr(config, key)
         if key in given:
             parts.append(f"{_comment(fields[key])}{_yaml(key, given[key])}")
-        elif isinstance(default, BaseModel):
-            parts.append(_section(key, fields[key], default))
-        elif default is not PydanticUndefined:
-            parts.append(f"{_comment(fields[key])}# {_yaml(key, default)}")
+        elif isinstance(value, BaseModel):
+            parts.append(_section(key, fields[key], value, marks))
+        else:
+            parts.append(f"{_comment(fields[key])}# {_yaml(key, value, marks.get(key))}")
     return "\n".join(parts)
 
 
-def _section(key: str, field: FieldInfo, default: BaseModel) -> str:
+def resolved(config: RunConfig) -> str:
+    """Return YAML of all settings of a run: those given, those of the recipe, which are marked, and defaults."""
+    marks = _marks(config)
+    lines = []
+    for key in _order(()):
+        value = getattr(config, key)
+        if isinstance(value, BaseModel):
+            lines.append(f"{key}:\n")
+            lines += (f"  {_yaml(name, one, marks.get(f'{key}.{name}'))}" for name, one in _items(value))
+        else:
+            lines.append(_yaml(key, value, marks.get(key)))
+    return "".join(lines)
+
+
+def _order(first: Mapping[str, Any] | tuple[()]) -> list[str]:
+    """Return the keys of RunConfig: `first`, then those of a run, then those of TwaConfig."""
+    fields, own = RunConfig.model_fields, [key for key in RunConfig.__annotations__ if key in RunConfig.model_fields]
+    return list(dict.fromkeys([*first, *own, *fields]))
+
+
+def _marks(config: RunConfig) -> dict[str, str]:
+    """Return the comment of each dotted key whose value is that of the recipe."""
+    return dict.fromkeys(settings_of_recipe(config), f"recipe {config.recipe}")
+
+
+def _items(section: BaseModel) -> list[tuple[str, Any]]:
+    """Return the keys and values of a section, with those that it passes on."""
+    own = {name: getattr(section, name) for name in type(section).model_fields}
+    return [*own.items(), *(section.model_extra or {}).items()]
+
+
+def _section(key: str, field: FieldInfo, value: BaseModel, marks: Mapping[str, str]) -> str:
     """Return a section with all keys commented out."""
+    fields = type(value).model_fields
     inside = (
-        f"{_comment(entry, '#   # ')}#   {_yaml(name, getattr(default, name))}"
-        for name, entry in type(default).model_fields.items()
+        f"{_comment(fields[name], '#   # ') if name in fields else ''}"
+        f"#   {_yaml(name, one, marks.get(f'{key}.{name}'))}"
+        for name, one in _items(value)
     )
     return f"{_comment(field)}# {key}:\n{''.join(inside)}"
 
@@ -52,5 +89,7 @@ def _comment(field: FieldInfo, start: str = "# ") -> str:
     return "".join(f"{start}{line}\n" for line in lines)
 
 
-def _yaml(key: str, value: Any) -> str:
-    return yaml.safe_dump({key: value}, sort_keys=False, width=_WIDTH)
+def _yaml(key: str, value: Any, mark: str | None = None) -> str:
+    inline = isinstance(value, list) and len(value) <= 8  # longer lists have a line for each entry
+    text = yaml.safe_dump({key: value}, sort_keys=False, width=_WIDTH, default_flow_style=None if inline else False)
+    return f"{text.rstrip()}  # {mark}\n" if mark else text

@@ -13,7 +13,7 @@ import torch
 from twa_scale.average.state import STATE, RateState, RunState, save_state
 from twa_scale.base.clock import read_bandwidth
 from twa_scale.base.process_memory import peak_resident, return_freed_memory
-from twa_scale.config import RunConfig, dump
+from twa_scale.config import RunConfig, dump, recipe_line
 from twa_scale.output import DirectoryLock
 from twa_scale.output.publish import check_target, output_errors, replace_file
 from twa_scale.output.temporary import remove_leftovers
@@ -87,6 +87,8 @@ class Run(AttachedRun):
         if summary is not None:
             return summary
         self._attach(state)
+        if line := recipe_line(self.config):
+            self.report.say(line)
         if caveat := comparison.caveat(self.config):
             self.report.say(caveat)
         return self._train()

@@ -1,0 +1,133 @@
+"""`recipe`: named settings, which those that are given override."""
+
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import twa_scale
+from twa_scale import ConfigError, RunConfig, TwaConfig
+from twa_scale.cli import app
+from twa_scale.config import OptimizerConfig, RecipeName, load_config, recipe_line, validated
+from twa_scale.config.optimizers import RATES
+from twa_scale.config.recipes import RECIPES
+
+MINIMAL = {"candidates": "a/*", "task": {"name": "causal_lm"}, "output": "out"}
+PAGE = Path(__file__).parents[2] / "docs/how-to/settings.md"
+
+
+def made(**settings: Any) -> RunConfig:
+    return RunConfig(**{**MINIMAL, **settings})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_complete(name: str) -> None:
+    """All values are used, all are valid, and the rate is the one around which `lr: auto` tries others."""
+    config = made(recipe=name)
+    for key, value in RECIPES[name].items():
+        found = getattr(config, key)
+        assert (found == value) if not isinstance(value, dict) else value.items() <= found.model_dump().items()
+    assert config.lr == RATES[config.optimizer.name, config.units]
+    assert name in get_args(RecipeName) and len(RECIPES) == len(get_args(RecipeName))
+    assert f"recipe {name}: basis {config.basis}, " in recipe_line(config)
+    assert RunConfig(**config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"groups": "tensor"}, {"groups": "tensor", "row_lr": 0.003, "steps": 60}),
+        ({"optimizer": {"lr": 0.1}}, {"lr": 0.1, "row_lr": 0.01, "optimizer.name": "adamw"}),
+        ({"optimizer": OptimizerConfig(lr=0.1)}, {"lr": 0.1}),
+        ({"optimizer": {"lr": "auto"}}, {"lr": 0.03, "optimizer.lr": "auto"}),
+        ({"epochs": 2}, {"steps": None, "epochs": 2}),
+        ({"steps": None}, {"steps": 60}),
+        ({"basis": "simplex"}, {"groups": "global"}),  # corrections of rows are not for it
+        ({"basis": "pca"}, {"groups": "global"}),
+        ({"basis": "normalized"}, {"groups": "tensor+row"}),
+        ({"start": "last", "keep": "last"}, {"start": "last", "keep": "last"}),
+        ({"schedule": {"warmup": 0.5}}, {"schedule.warmup": 0.5, "schedule.name": "cosine"}),
+        ({"recipe": "head", "steps": 5}, {"steps": 5, "epochs": None}),
+        # The rate and the other options are those of SGD in these units.
+        ({"recipe": "head", "optimizer": {"name": "adamw"}}, {"lr": 0.03, "optimizer.momentum": None}),
+        ({"recipe": "head", "optimizer": {"name": "SGD"}}, {"lr": 2.0, "optimizer.momentum": 0.9}),
+        ({"recipe": "head", "units": "delta"}, {"lr": 0.03, "optimizer.name": "adamw"}),
+        ({"recipe": "head", "schedule": {"name": "cosine"}}, {"schedule.milestones": [], "schedule.warmup": 0.2}),
+        ({"recipe": "soup", "split": "train"}, {"split": "train", "epochs": 3.0}),
+    ],
+)
+def test_given_settings_are_kept(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    config = made(**{"recipe": "tail", **given})
+    for key, value in expected.items():
+        section, _, name = key.rpartition(".")
+        assert getattr(getattr(config, section) if section else config, name, None) == value, key
+
+
+def test_without_a_recipe_nothing_changes() -> None:
+    assert made(steps=1).model_fields_set == {*MINIMAL, "steps"} and recipe_line(made(steps=1)) == ""
+
+
+def test_attach_takes_what_is_not_of_a_run() -> None:
+    config = validated(TwaConfig, {"recipe": "tail"})
+    assert config.groups == "tensor+row" and config.start == "center"  # `best` needs evaluations
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"recipe": "tale"}, "recipe: .*'tail', 'head' or 'soup'"),
+        ({"recipe": ["tail"]}, "recipe: "),
+        ({"recipe": "tail", "optimizer": 3}, "optimizer: "),
+        ({"recipe": "tail", "groups": None, "schedule": None}, "groups: .*schedule: "),
+        ({"recipe": "tail", "groups": "tensor+row", "basis": "simplex"}, "basis is 'simplex'.*that of recipe 'tail'"),
+        ({"recipe": "soup", "optimizer": {"lr": "auto"}}, "held-out.*that of recipe 'soup'"),
+    ],
+)
+def test_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        validated(RunConfig, {**MINIMAL, **settings})
+
+
+def typed(*words: str) -> str:
+    return CliRunner().invoke(app, words, catch_exceptions=False).output
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_init_and_print_config(tmp_path: Path, name: str) -> None:
+    """The file of `init` shows the recipe's values as defaults; what is printed is the same configuration."""
+    file, printed = tmp_path / "twa.yaml", tmp_path / "printed.yaml"
+    typed("init", str(file), "--recipe", name, "--output", str(tmp_path / "out"))
+    config = load_config(file)
+    assert (config.recipe, config.steps, config.epochs) == (name, *map(RECIPES[name].get, ("steps", "epochs")))
+    keys = r"^# ((?:  )?[a-z_]+:( .*)?)$"
+    shown = yaml.safe_load(re.sub(keys, r"\1", file.read_text(), flags=re.MULTILINE))
+    assert validated(RunConfig, shown) == config
+    printed.write_text(typed("run", str(file), "seed=3", "--print-config"))
+    assert load_config(printed) == load_config(file, ["seed=3"])
+    assert f"basis: {config.basis}  # recipe {name}\n" in printed.read_text() and "seed: 3\n" in printed.read_text()
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_of_init_override_the_recipe(tmp_path: Path) -> None:
+    typed("init", str(tmp_path / "a.yaml"), "--recipe", "head", "--steps", "7")
+    config = load_config(tmp_path / "a.yaml")
+    assert config.steps == 7 and config.epochs is None and config.lr == 2.0
+
+
+def test_unknown_recipe_of_init(tmp_path: Path) -> None:
+    with pytest.raises(twa_scale.ConfigError, match="recipe"):
+        typed("init", str(tmp_path / "a.yaml"), "--recipe", "tale")
+    assert not (tmp_path / "a.yaml").exists()
+
+
+def test_the_page_has_the_values() -> None:
+    text = PAGE.read_text()
+    for name, recipe in RECIPES.items():
+        for key, value in recipe.items():
+            for one, wanted in value.items() if isinstance(value, dict) else [(key, value)]:
+                cell = yaml.safe_dump(wanted, default_flow_style=True).replace("\n...", "").strip()
+                full = f"{key}.{one}" if isinstance(value, dict) else one
+                assert re.search(rf"\| `{re.escape(full)}` \|.*`{re.escape(cell)}`", text), (name, full, cell)

@@ -1,0 +1,120 @@
+"""Named settings for common uses. docs/how-to/settings.md says where each value comes from.
+
+A recipe gives values to keys that are not given, before the settings are validated.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+RecipeName = Literal["tail", "head", "soup"]
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "tail": {
+        "basis": "normalized",
+        "units": "delta",
+        "groups": "tensor+row",
+        "center": "mean",
+        "optimizer": {"name": "adamw", "lr": 0.03},
+        "schedule": {"name": "cosine", "warmup": 0.2},
+        "split": "train",
+        "steps": 60,
+        "batch_size": 32,
+        "start": "best",
+        "keep": "best",
+    },
+    "head": {
+        "basis": "orthonormal",
+        "units": "weight",
+        "groups": "global",
+        "center": "mean",
+        "optimizer": {"name": "sgd", "lr": 2.0, "momentum": 0.9, "weight_decay": 1e-5},
+        "schedule": {"name": "step", "warmup": 0.0, "milestones": [0.5, 0.8], "factor": 0.1},
+        "split": "train",
+        "epochs": 10.0,
+        "batch_size": 128,
+        "start": "best",
+        "keep": "best",
+    },
+    "soup": {
+        "basis": "normalized",
+        "units": "delta",
+        "groups": "global",
+        "center": "mean",
+        "optimizer": {"name": "adamw", "lr": 0.03},
+        "schedule": {"name": "cosine", "warmup": 0.2},
+        "split": "validation",
+        "epochs": 3.0,
+        "batch_size": 32,
+        "start": "best",
+        "keep": "best",
+    },
+}
+
+_FITS = {
+    "groups": ("basis",),
+    "optimizer": ("optimizer.name", "units"),
+    "schedule": ("schedule.name",),
+}
+"""Settings that a recipe gives only with its own values of others: of the same kind, or that they are made for."""
+_ONE_OF = {"steps": "epochs", "epochs": "steps"}
+
+
+def filled(data: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return settings with those of their `recipe` for what they do not give. An unknown recipe gives nothing.
+
+    Args:
+        data: the settings that are given.
+        known: the keys that a recipe may give.
+    """
+    recipe = RECIPES.get(data["recipe"], {}) if isinstance(data.get("recipe"), str) else {}
+    found = dict(data)
+    for key, value in recipe.items():
+        if key not in known or not _fits(key, data, recipe) or data.get(_ONE_OF.get(key, "")) is not None:
+            continue
+        if not isinstance(value, dict):
+            if key not in data or (key in _ONE_OF and data[key] is None):
+                found[key] = value
+        elif (section := _given(data.get(key, {}))) is not None:
+            found[key] = {**value, **section}
+    return found
+
+
+def settings_of_recipe(config: BaseModel) -> dict[str, Any]:
+    """Return the settings, by dotted key, that have the value of the recipe of `config`; empty without a recipe."""
+    dumped = config.model_dump()
+    flat = {}
+    for key, value in RECIPES.get(str(dumped.get("recipe")), {}).items():
+        inside = {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+        flat.update({name: one for name, one in inside.items() if _value(dumped, name) == one})
+    return flat
+
+
+def recipe_line(config: BaseModel) -> str:
+    """Return a sentence that says what comes from the recipe; empty without a recipe."""
+    settings = ", ".join(f"{key} {value}" for key, value in settings_of_recipe(config).items())
+    return f"recipe {config.model_dump()['recipe']}: {settings}" if settings else ""
+
+
+def _fits(key: str, data: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
+    """Whether the settings that `key` belongs with are not given, or are given as in the recipe."""
+    others = ((_value(data, other), _value(recipe, other)) for other in _FITS.get(key, ()))
+    return all(given is None or str(given).lower() == str(own) for given, own in others)
+
+
+def _value(data: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key, or None."""
+    first, _, rest = key.partition(".")
+    value = data.get(first)
+    if not rest:
+        return value
+    section = _given(value)
+    return section.get(rest) if section is not None else None
+
+
+def _given(section: Any) -> dict[str, Any] | None:
+    """Return the keys of a section that are given; None for what is no section, which validation refuses."""
+    if isinstance(section, BaseModel):
+        return {name: getattr(section, name) for name in section.model_fields_set}
+    return dict(section) if isinstance(section, Mapping) else None
