@@ -14,7 +14,7 @@ from twa_scale.run.tasks import build_task
 
 
 class Training:
-    """A model, its AdamW and its data: what one optimizer step needs.
+    """A model, its optimizer and its data: what one optimizer step needs.
 
     Args:
         config: gives the task, the engine, the batch size and the seed.
@@ -28,11 +28,14 @@ class Training:
         self.model = run_engine(config, world).build(self.task, world, torch.device("cpu"))
         torch.manual_seed(config.seed)
         self.model.init_weights()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+        self.optimizer = self.make_optimizer(lr)
         self.batches = make_batches(
             self.task.dataset("train"), "train", config.batch_size, None, world.rank, world.size, config.seed + 1
         )
         self.lr, self.warmup = lr, max(1, steps // 20)
+
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
 
     def update(self, step: int, factor: float) -> float:
         """Take optimizer step `step` (from 0) with the rate times `factor`; return this rank's loss."""
@@ -52,7 +55,7 @@ class Training:
             self.update(step, factor * (stop - step) / (stop - start))
 
     def state(self) -> dict[str, Any]:
-        """Return a copy of this rank's weights and of AdamW's state."""
+        """Return a copy of this rank's weights and of the optimizer's state."""
         return copy.deepcopy({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from examples.proof.parts import check_rows, run_parts
 from examples.proof.table import tables
 from examples.proof.work import Settings, Work
 
-TASKS = {"language": "Language", "soup": "Soup"}  # the class in the module `task` of the folder
+TASKS = {"language": "Language", "images": "Images", "soup": "Soup"}  # the class in the module `task` of the folder
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", help="the final ones when not given; none: only the tables")
     parser.add_argument("--size", choices=["full", "small", "tiny"], default="full")
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
-    parser.add_argument("--packages", type=Path, default=Path("runs/proof/packages"), help="Debian packages of texts")
+    parser.add_argument(
+        "--packages", type=Path, default=Path("runs/proof/packages"), help="Debian packages of texts and images"
+    )
     parser.add_argument("--sentences", type=Path, help="source archive of vaderSentiment 3.3.2, for `soup`")
     parser.add_argument("--page", action="store_true", help=f"write the tables into {PAGE.name}")
     arguments = parser.parse_args()
@@ -75,7 +77,7 @@ def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
     """Return what the arguments of the command ask of a task."""
     kind = getattr(import_module(f"examples.proof.{task}.task"), TASKS[task])  # Soup loads transformers
     settings = kind.read(arguments.size)
-    source = {"language": arguments.packages, "soup": arguments.sentences}[task]
+    source = arguments.sentences if task == "soup" else arguments.packages
     seeds = settings["seeds"] if arguments.seeds is None else arguments.seeds
     return Comparison(kind, arguments.out / task, settings, source, seeds)
 

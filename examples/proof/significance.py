@@ -18,17 +18,19 @@ class Difference:
     """Infinite for one seed."""
     num_seeds: int
 
-    @property
-    def verdict(self) -> str:
-        """Return what the interval shows, for losses: lower is better."""
+    def verdict(self, higher_is_better: bool) -> str:
+        """Return what the interval shows, in bold if the first method is worse."""
         if self.num_seeds < 2:
             return "one seed: no interval"
         if abs(self.mean) <= self.half:
             return "no difference shown"
-        return "lower" if self.mean < 0 else "**higher**"
+        shown = "higher" if self.mean > 0 else "lower"
+        return shown if (self.mean > 0) == higher_is_better else f"**{shown}**"
 
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f}" + (f" ± {self.half:.4f}" if math.isfinite(self.half) else "")
+    def shown(self, unit: float, digits: int) -> str:
+        """Return the difference and half its interval, divided by `unit`."""
+        half = f" ± {self.half / unit:.{digits}f}" if math.isfinite(self.half) else ""
+        return f"{self.mean / unit:+.{digits}f}{half}"
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:

@@ -19,7 +19,14 @@ from twa_scale.run.tasks import Task
 
 Settings = dict[str, Any]
 
-NOT_OF_ONE_PART = ("seeds", "before", "methods", "tables", "claims")  # the row of a part depends on none of these
+NOT_OF_ONE_PART = (
+    "seeds",
+    "before",
+    "methods",
+    "tables",
+    "claims",
+    "compared",
+)  # the row of a part depends on none of these
 
 
 class Work(ABC):
@@ -96,7 +103,7 @@ class Work(ABC):
         with measured(type(self.model), self.settings["batch_size"]) as cost:
             chosen = self.make(name, method)
         save(self.model.state_dict(), self._weights(name))
-        return {"chosen": chosen, **self.cost(method, cost).row(), "validation": self.validation()}
+        return {"chosen": chosen, **self.cost(method, cost).row(), "validation": self.metrics("validation")}
 
     def cost(self, method: Settings, cost: Cost) -> Cost:
         """Return the cost of a method, of which `cost` was counted, with that of the method it starts from."""

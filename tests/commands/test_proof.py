@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from examples.proof.images.task import Images
 from examples.proof.language.task import Language
 from examples.proof.language.texts import write_texts
 from examples.proof.parts import run_parts
@@ -19,23 +21,29 @@ from twa_scale.ranks import World
 
 ROOT = Path(__file__).resolve().parents[2]
 SENTENCES = ROOT / ".venv/share/vaderSentiment-3.3.2.tar.gz"
-ONCE = {"language": (Language, Path("unused")), "soup": (Soup, SENTENCES)}
+PACKAGES = ROOT / "runs/proof/packages"
+ONCE: dict[str, tuple[Any, Path]] = {
+    "language": (Language, PACKAGES),
+    "images": (Images, PACKAGES),
+    "soup": (Soup, SENTENCES),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ONCE)
 def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, tmp_path: Path) -> None:
     assert SENTENCES.exists(), "the sentences are missing: `make test-slow` fetches them"
+    assert any(PACKAGES.glob("*.deb")), "the images are missing: `make test-slow` fetches them"
     command = [sys.executable, "-m", "examples.proof.run", f"--task={task}", "--size=tiny", "--seeds=0"]
-    command += [f"--out={tmp_path}", f"--sentences={SENTENCES}"]
+    command += [f"--out={tmp_path}", f"--sentences={SENTENCES}", f"--packages={PACKAGES}"]
     said = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
     kind, source = ONCE[task]
     settings = kind.read("tiny")
     for name, method in settings["methods"].items():
         found = re.search(rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| [\d.]+ % \|.* [\d.]+ \|", said, re.MULTILINE)
         assert found, name
-        if method["how"] in ("anneal", "decayed") and "start" not in method:
-            assert int(found[1]) == method["steps"] and int(found[2]) == 0, name
+        if method["how"] in ("anneal", "decayed", "schedule") and "start" not in method:
+            assert int(found[1]) == method["steps"] and int(found[2]) == settings.get("recalibrate_batches", 0), name
     work = kind(tmp_path / task, 0, settings, source)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     run_parts(work.parts(), work.rows)

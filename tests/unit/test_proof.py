@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,19 @@ from torch import nn
 from examples.once import make_once
 from examples.proof import run
 from examples.proof.cost import Cost, measured
-from examples.proof.language.methods import branch, selection
+from examples.proof.images.network import shifted
+from examples.proof.images.task import Images
+from examples.proof.images.task import branch as images_branch
+from examples.proof.images.training import step_schedule
 from examples.proof.language.task import Language
-from examples.proof.language.texts import PIECE, members, write_texts
-from examples.proof.language.trunk import Trunk
+from examples.proof.language.texts import PIECE, write_texts
+from examples.proof.packages import members
 from examples.proof.page import updated
 from examples.proof.parts import Part, Row, Rows, check_rows, run_parts, slug
 from examples.proof.significance import difference
 from examples.proof.table import tables
+from examples.proof.trunk import Trunk
+from examples.proof.trunk_methods import branch, selection
 from examples.proof.work import read_settings
 from examples.training import Training
 from twa_scale.candidates.steps import chosen
@@ -75,11 +81,13 @@ def test_every_forward_pass_is_counted_with_or_without_a_backward_pass() -> None
 def test_the_interval_of_a_paired_difference() -> None:
     found = difference([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
     assert found.mean == 2 and math.isclose(found.half, 4.303 / math.sqrt(3))
-    assert found.verdict == "no difference shown"
-    assert difference([0.1, 0.2, 0.3], [5.1, 5.2, 5.4]).verdict == "lower"
-    assert difference([5.1, 5.2, 5.4], [0.1, 0.2, 0.3]).verdict == "**higher**"
+    assert found.verdict(False) == "no difference shown"
+    less = difference([0.1, 0.2, 0.3], [5.1, 5.2, 5.4])
+    more = difference([5.1, 5.2, 5.4], [0.1, 0.2, 0.3])
+    assert [less.verdict(False), more.verdict(False)] == ["lower", "**higher**"]
+    assert [less.verdict(True), more.verdict(True)] == ["**lower**", "higher"]
     alone = difference([1.0], [2.0])
-    assert alone.verdict == "one seed: no interval" and str(alone) == "-1.0000"
+    assert alone.verdict(False) == "one seed: no interval" and alone.shown(1.0, 4) == "-1.0000"
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         difference([1.0, 2.0], [1.0])
 
@@ -108,10 +116,10 @@ def test_tables_of_development_seeds_have_validation_losses(tmp_path: Path) -> N
     rows = Rows(tmp_path / "seed-100")
     rows["trunk"] = {"seconds": 100.0}
     for name, loss in (("EMA", 1.5), ("TWA", 1.25)):
-        rows[name] = {"steps": 60.0, "evaluations": 9.0, "seconds": 10.0, "validation": loss}
+        rows[name] = {"steps": 60.0, "evaluations": 9.0, "seconds": 10.0, "validation": {"loss": loss}}
     written = tables(tmp_path, settings, [100])
     assert "| TWA | 60 | 9 | 10.0 % | 1.2500 | -0.2500 |" in written
-    assert "validation loss" in written and "difference of the validation losses" in written and "test" not in written
+    assert "validation loss" in written and "difference in validation loss" in written and "test" not in written
 
 
 def test_tables_replace_those_of_the_page() -> None:
@@ -142,6 +150,58 @@ def test_methods_can_be_made_from_what_is_there_before_them(size: str, tmp_path:
             assert branch(settings["trunk"]["steps"], method["steps"]) in work.trunk.settings["branches"]
         before.append(name)
     assert all(name in before for claim in settings["claims"] for name in claim)
+
+
+@pytest.mark.parametrize("size", ["full", "small", "tiny"])
+def test_methods_of_images_have_what_they_start_from(size: str, tmp_path: Path) -> None:
+    settings = Images.read(size)
+    work = Images(tmp_path, 0, settings, tmp_path)
+    trunk, full = settings["trunk"], settings["full"]
+    assert trunk["candidates"] * trunk["every"] <= trunk["steps"] == full // 2
+    assert settings["tails"]["candidates"] * settings["tails"]["every"] <= full - 3 * full // 4
+    before: list[str] = []
+    for name, method in settings["methods"].items():
+        assert method.get("start", "last") in ["last", *before], name
+        if method["how"] == "schedule":
+            first = images_branch(trunk["steps"], method["steps"])
+            assert first in (*work.trunk.settings["branches"], trunk["steps"])
+            assert step_schedule((first - 1) / (trunk["steps"] + method["steps"])) == 1.0
+        if method["how"] == "twa":
+            assert work.config(name, method).candidates == work.candidates(method)
+        before.append(name)
+    assert settings["methods"]["full run"]["steps"] == full - trunk["steps"]
+    assert all(name in before for claim in settings["claims"] for name in claim)
+    assert all(name in before for table in settings["tables"] for name in [*table["methods"], table["reference"]])
+
+
+def test_shifted_images_are_windows_of_the_padded_ones() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(64, 1, 4, 5)
+    found = set()
+    for before, after in zip(images, shifted(images, 1), strict=True):
+        padded = nn.functional.pad(before, (1, 1, 1, 1))
+        windows = {
+            (down, right, flip): padded[:, down : down + 4, right : right + 5].flip([-1] if flip else [])
+            for down, right, flip in product(range(3), range(3), [True, False])
+        }
+        (key,) = [key for key, window in windows.items() if torch.equal(window, after)]
+        found.add(key)
+    assert len(found) > 9
+
+
+def test_accuracies_are_compared_in_percent_and_higher_is_better(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"seeds": [0, 1], "before": ["trunk"], "methods": {"EMA": {}, "TWA": {}}}
+    settings |= {"tables": [{"reference": "EMA"}], "claims": [["TWA", "EMA"]], "compared": "accuracy"}
+    for seed, better in enumerate([0.91, 0.912]):
+        rows = Rows(tmp_path / f"seed-{seed}")
+        rows["trunk"] = {"seconds": 100.0}
+        for name, accuracy in (("EMA", 0.9), ("TWA", better)):
+            rows[name] = {"steps": 60.0, "evaluations": 9.0, "seconds": 10.0}
+            rows[f"test/{name}"] = {"loss": 1.0, "accuracy": accuracy}
+    written = tables(tmp_path, settings)
+    interval = 12.706 * 0.1
+    assert f"| TWA | 60 | 9 | 10.0 % | 1.0000 | 91.10 | +1.10 ± {interval:.2f} |" in written
+    assert f"| TWA | EMA | +1.10 ± {interval:.2f} | no difference shown |" in written
 
 
 def test_development_seeds_never_read_the_test_split(tmp_path: Path) -> None:

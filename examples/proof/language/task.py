@@ -3,24 +3,17 @@
 from functools import cached_property
 from pathlib import Path
 
-from torch import nn
-
-from examples.proof.averages import attached
-from examples.proof.cost import Cost
-from examples.proof.language.methods import branch, make
 from examples.proof.language.texts import check_sources, write_texts
-from examples.proof.language.trunk import Trunk
-from examples.proof.parts import Part, slug
-from examples.proof.work import Settings, Work, read_settings
+from examples.proof.trunk_methods import branch
+from examples.proof.trunk_work import TrunkWork
+from examples.proof.work import Settings, read_settings
 from examples.training import Training
-from twa_scale.config import RunConfig, load_config
 from twa_scale.ranks import World
-from twa_scale.run.tasks import Task
 
 HERE = Path(__file__).parent
 
 
-class Language(Work):
+class Language(TrunkWork):
     """The work on one seed.
 
     Args:
@@ -31,14 +24,13 @@ class Language(Work):
     """
 
     part_bytes = 5_000_000  # most of it are the candidates and states of the trunk
+    folder = HERE
 
     def __init__(self, out: Path, seed: int, settings: Settings, packages: Path) -> None:
-        super().__init__(out, seed, settings)
-        self.packages = packages
         steps = settings["trunk"]["steps"]
-        branches = {branch(steps, m["steps"]) for m in settings["methods"].values() if m["how"] == "decayed"}
-        trunk = {**settings["trunk"], "branches": sorted(branches)}
-        self.trunk = Trunk(self.directory / "trunk", trunk, {**self.recorded_before, "trunk": trunk})
+        decayed = [method for method in settings["methods"].values() if method["how"] == "decayed"]
+        super().__init__(out, seed, settings, {branch(steps, method["steps"]) for method in decayed})
+        self.packages = packages
 
     @staticmethod
     def read(size: str) -> Settings:
@@ -55,38 +47,8 @@ class Language(Work):
     def check_inputs(self) -> None:
         check_sources(self.settings["texts"], self.packages)
 
-    @property
-    def task(self) -> Task:
-        return self.training.task
-
-    @property
-    def model(self) -> nn.Module:
-        return self.training.model
-
-    def before(self) -> list[Part]:
-        return [Part("trunk", self.trunk.recorded, lambda: self.trunk.run(self.training))]
-
-    def warm(self) -> None:
-        with attached(self.model, self.trunk.candidates, select={"last": 2}):
-            self.validation()
-
-    def make(self, name: str, method: Settings) -> str:
-        return make(self, name, method)
-
-    def cost(self, method: Settings, cost: Cost) -> Cost:
-        if method["how"] == "decayed":  # its other steps take the place of steps of the trunk
-            return Cost(method["steps"], 0, cost.seconds * method["steps"] / cost.steps)
-        return super().cost(method, cost)
-
-    def config(self, name: str = "", method: Settings | None = None) -> RunConfig:
-        """Return config.yaml with the paths and the seed of this run, and the settings of a method."""
-        method = method or {}
-        steps = method.get("steps", round(60 / self.settings.get("shrink", 1)))
-        paths = [f"task.text.{split}={self.out}/texts/{split}" for split in ("train", "validation", "test")]
-        own = [f"candidates={self.trunk.candidates}", f"output={self.directory}/runs/{slug(name)}", f"seed={self.seed}"]
-        sizes = [f"batch_size={self.settings['batch_size']}", f"steps={steps}", f"evaluate_every={max(1, steps // 3)}"]
-        overrides = [*paths, *own, *sizes, *self.settings.get("config", []), *method.get("settings", [])]
-        return load_config(HERE / "config.yaml", overrides)
+    def data(self) -> list[str]:
+        return [f"task.text.{split}={self.out}/texts/{split}" for split in ("train", "validation", "test")]
 
     @cached_property
     def training(self) -> Training:

@@ -5,13 +5,12 @@ The kernel's documentation and the dictionary come from Debian packages, which a
 
 import gzip
 import random
-import subprocess
 import sysconfig
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from examples.once import make_once
+from examples.proof.packages import members, package_file
 
 CONTEXT = 129  # bytes of an example: 128 that are read and one more that is predicted
 PIECE = 8 * CONTEXT  # bytes that a source gives to a held-out split
@@ -96,24 +95,6 @@ def check_sources(kinds: list[str], packages: Path) -> None:
     for kind in kinds:
         if kind in PACKAGES:
             package_file(packages, PACKAGES[kind])
-
-
-def package_file(packages: Path, package: str) -> Path:
-    """Return the newest file of a Debian package."""
-    found = sorted(packages.glob(f"{package}_*.deb"))
-    if not found:
-        raise SystemExit(f"{packages}/{package}_*.deb is missing: `make proof` downloads it with apt-get")
-    return found[-1]
-
-
-def members(packages: Path, package: str) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the files of a Debian package."""
-    command = ["dpkg-deb", "--fsys-tarfile", package_file(packages, package)]
-    unpacking = subprocess.Popen(command, stdout=subprocess.PIPE)
-    with unpacking, tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
-        for member in archive:
-            if member.isfile() and (file := archive.extractfile(member)):
-                yield member.name, file.read()
 
 
 SOURCES: dict[str, Callable[[Path], Iterator[bytes]]] = {"python": python, "kernel": kernel, "dictionary": dictionary}

@@ -9,10 +9,10 @@ from examples.proof.averages import attached, greedy, trained
 from examples.proof.files import load
 
 if TYPE_CHECKING:
-    from examples.proof.language.task import Language
+    from examples.proof.trunk_work import TrunkWork
 
 
-def make(on: "Language", name: str, method: dict[str, Any]) -> str:
+def make(on: "TrunkWork", name: str, method: dict[str, Any]) -> str:
     """Put the weights of a method into the model of `on`, and return what was chosen."""
     match method["how"]:
         case "fixed":
@@ -20,9 +20,9 @@ def make(on: "Language", name: str, method: dict[str, Any]) -> str:
         case "ema":
             return ema(on)
         case "greedy":
-            return greedy(on.model, on.trunk.candidates, on.validation)
+            return greedy(on.model, on.candidates(method), on.score)
         case "random":
-            return at_random(on)
+            return at_random(on, method)
         case "twa":
             return trained(on.model, on.config(name, method))
         case "anneal":
@@ -33,46 +33,46 @@ def make(on: "Language", name: str, method: dict[str, Any]) -> str:
             raise ValueError(f"{name}: how: {other} is unknown")
 
 
-def fixed(on: "Language", method: dict[str, Any]) -> str:
-    """Take the best of several fixed averages of the last candidates."""
-    options = list(product(method["which"], method.get("last", [on.trunk.settings["candidates"]])))
+def fixed(on: "TrunkWork", method: dict[str, Any]) -> str:
+    """Take the best of several fixed averages of the last candidates, or of the only one that is asked for."""
+    options = list(product(method["which"], method.get("last", [None])))
     best, chosen = float("inf"), options[0]
     for which, last in options if len(options) > 1 else []:
-        with attached(on.model, on.trunk.candidates, select=selection(last, method, on.seed)) as average:
+        with attached(on.model, on.candidates(method), select=selection(last, method, on.seed)) as average:
             average.start_from(which)
-            if (loss := on.validation()) < best:
+            if (loss := on.score()) < best:
                 best, chosen = loss, (which, last)
     which, last = chosen
-    with attached(on.model, on.trunk.candidates, select=selection(last, method, on.seed)) as average:
+    with attached(on.model, on.candidates(method), select=selection(last, method, on.seed)) as average:
         average.start_from(which)
-    return f"{which} of {last}"
+    return f"{which} of {last or 'all'}"
 
 
-def selection(last: int, method: dict[str, Any], seed: int) -> dict[str, Any]:
+def selection(last: int | None, method: dict[str, Any], seed: int) -> dict[str, Any]:
     return {"last": last, "order": method.get("order", "given"), "seed": seed}
 
 
-def ema(on: "Language") -> str:
+def ema(on: "TrunkWork") -> str:
     """Take the best of the exponential averages of the trunk."""
     losses = {}
     for name in on.trunk.ema_names:
         on.model.load_state_dict(load(on.trunk.ema(name)))
-        losses[name] = on.validation()
+        losses[name] = on.score()
     best = min(losses, key=losses.__getitem__)
     on.model.load_state_dict(load(on.trunk.ema(best)))
     return best
 
 
-def at_random(on: "Language") -> str:
+def at_random(on: "TrunkWork", method: dict[str, Any]) -> str:
     """Draw the coefficients of each tensor uniformly from those that are positive and sum to 1."""
     generator = torch.Generator().manual_seed(on.seed)
-    with attached(on.model, on.trunk.candidates, groups="tensor") as average:
+    with attached(on.model, on.candidates(method), groups="tensor") as average:
         draws = torch.empty_like(average.coefficients).exponential_(generator=generator)
         average.start_from(draws / draws.sum(0))
     return "one draw"
 
 
-def annealed(on: "Language", method: dict[str, Any]) -> str:
+def annealed(on: "TrunkWork", method: dict[str, Any]) -> str:
     """Train on from the weights of another method, or the last ones, with a rate that falls linearly to zero."""
     steps = on.trunk.settings["steps"]
     on.training.restore(load(on.trunk.state(steps)))
@@ -82,7 +82,7 @@ def annealed(on: "Language", method: dict[str, Any]) -> str:
     return f"from {method.get('rate', 1.0)} of the rate"
 
 
-def decayed(on: "Language", extra: int) -> str:
+def decayed(on: "TrunkWork", extra: int) -> str:
     """Let the rate fall linearly to zero over the last fifth of the trunk's steps and `extra`."""
     steps = on.trunk.settings["steps"]
     start = branch(steps, extra)

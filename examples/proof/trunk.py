@@ -1,4 +1,4 @@
-"""The run that all methods start from: a constant rate after the warmup, as the stable phase of warmup-stable-decay."""
+"""The training that all methods start from: at a constant rate after the warmup."""
 
 import shutil
 import time

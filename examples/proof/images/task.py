@@ -1,0 +1,155 @@
+"""An image classifier of one seed: the head of its training, and its tail at several rates."""
+
+import math
+from functools import cached_property, partial
+from itertools import islice, product
+from pathlib import Path
+
+from torch.optim.swa_utils import update_bn
+
+from examples.proof.cost import Cost, measured
+from examples.proof.files import load, save
+from examples.proof.images.data import PACKAGE, write_images
+from examples.proof.images.training import SgdTraining, step_schedule
+from examples.proof.packages import package_file
+from examples.proof.parts import Part, Row
+from examples.proof.trunk_work import TrunkWork
+from examples.proof.work import Settings, read_settings
+from twa_scale import RunningAverages
+from twa_scale.ranks import World
+
+HERE = Path(__file__).parent
+
+
+class Images(TrunkWork):
+    """The work on one seed.
+
+    Args:
+        out: the directory of all seeds.
+        seed: of the starting weights and of the order of the data.
+        settings: from `read`.
+        packages: where the Debian package is.
+    """
+
+    part_bytes = 5_000_000
+    folder = HERE
+
+    def __init__(self, out: Path, seed: int, settings: Settings, packages: Path) -> None:
+        steps = settings["trunk"]["steps"]
+        runs = [method for method in settings["methods"].values() if method["how"] == "schedule"]
+        super().__init__(out, seed, settings, {branch(steps, method["steps"]) for method in runs})
+        self.packages = packages
+
+    @staticmethod
+    def read(size: str) -> Settings:
+        """Return methods.yaml, with the methods of the tail once for each of its rates."""
+        settings = read_settings(HERE / "methods.yaml", size)
+        rates, shrink = settings["tails"]["rates"], settings.get("shrink", 1)
+        head, tail = settings.pop("head"), settings.pop("tail")
+        methods = head | {tail_name(name, rate): {**tail[name], "tail": rate} for rate, name in product(rates, tail)}
+        most = settings["trunk"]["candidates"]
+        methods["full run"]["steps"] = (settings["full"] - settings["trunk"]["steps"]) * shrink
+        for method in methods.values():
+            if "steps" in method:
+                method["steps"] = math.ceil(method["steps"] / shrink)
+            if "last" in method:
+                method["last"] = sorted({max(2, round(n * most / 30)) for n in method["last"]})
+        settings["methods"] = methods
+        claims = settings.pop("tail_claims")
+        settings["claims"] += [[tail_name(name, rate) for name in pair] for rate, pair in product(rates, claims)]
+        settings["tables"] = [
+            {"reference": "full run", "methods": list(head)},
+            *({"reference": tail_name("SWA", r), "methods": [tail_name(name, r) for name in tail]} for r in rates),
+        ]
+        return settings
+
+    def check_inputs(self) -> None:
+        package_file(self.packages, PACKAGE)
+
+    def data(self) -> list[str]:
+        return [f"task.data.{split}={self.out}/data/{split}.npz" for split in ("train", "validation", "test")]
+
+    def before(self) -> list[Part]:
+        full, tails = self.settings["full"], self.settings["tails"]
+        settings = {**self.trunk.recorded, "full": full}
+        parts = [*super().before(), Part("three-quarters", settings, self.three_quarters)]
+        for rate in tails["rates"]:
+            parts.append(Part(f"tail-{rate}", {**settings, "tails": tails}, partial(self.tail, rate)))
+        return parts
+
+    def three_quarters(self) -> Row:
+        """Continue the trunk to three quarters of the full run, where the tails begin."""
+        steps, until = self.settings["trunk"]["steps"], 3 * self.settings["full"] // 4
+        self.training.restore(load(self.trunk.state(steps)))
+        with measured(type(self.model), self.settings["batch_size"]) as cost:
+            self.follow(steps, until, self.settings["full"])
+        save(self.training.state(), self.directory / "three-quarters.pt")
+        return cost.row()
+
+    def tail(self, rate: float) -> Row:
+        """Train on at a constant rate, and leave candidates."""
+        tails, start = self.settings["tails"], 3 * self.settings["full"] // 4
+        self.training.restore(load(self.directory / "three-quarters.pt"))
+        window = {"every": tails["every"], "keep": tails["candidates"], "store": "dense32"}
+        averages = RunningAverages(self.model, window=window)
+        with measured(type(self.model), self.settings["batch_size"]) as cost:
+            for step in range(start, self.settings["full"]):
+                self.training.update(step, rate)
+                averages.step()
+        averages.save(self.directory / f"tail-{rate}")
+        return cost.row()
+
+    def follow(self, start: int, stop: int, total: int) -> None:
+        """Take the steps from `start` to `stop` of a training of `total` steps."""
+        for step in range(start, stop):
+            self.training.update(step, step_schedule(step / total))
+
+    def make(self, name: str, method: Settings) -> str:
+        chosen = self.scheduled(method["steps"]) if method["how"] == "schedule" else super().make(name, method)
+        self.recalibrate()
+        return chosen
+
+    def scheduled(self, extra: int) -> str:
+        """Make a training of the steps of the trunk and `extra`, with the schedule of the full run."""
+        steps = self.settings["trunk"]["steps"]
+        start = branch(steps, extra)
+        self.training.restore(load(self.trunk.state(start)))
+        self.follow(start, steps + extra, steps + extra)
+        return f"from step {start}"
+
+    def cost(self, method: Settings, cost: Cost) -> Cost:
+        if method["how"] == "schedule":  # its other steps take the place of steps of the trunk
+            return Cost(method["steps"], cost.evaluations, cost.seconds * method["steps"] / cost.steps)
+        return super().cost(method, cost)
+
+    def score(self) -> float:
+        self.recalibrate()
+        return super().score()
+
+    def recalibrate(self) -> None:
+        """Measure the BatchNorm statistics of the weights in the model anew."""
+        batches = self.training.batches
+        chosen = (next(batches.training(step)) for step in range(batches.per_epoch))
+        inputs = (self.task.inputs(batch) for batch in islice(chosen, self.settings["recalibrate_batches"]))
+        update_bn(inputs, self.model)
+
+    def candidates(self, method: Settings) -> str:
+        if "tail" in method:
+            return f"{self.directory}/tail-{method['tail']}/step-*"
+        return super().candidates(method)
+
+    @cached_property
+    def training(self) -> SgdTraining:
+        sizes = self.settings["images"]
+        write_images(self.out / "data", sizes["train"], sizes["validation"], self.packages)
+        trunk = self.settings["trunk"]
+        return SgdTraining(self.config(), World.from_environment(), trunk["steps"], trunk["lr"])
+
+
+def branch(steps: int, extra: int) -> int:
+    """Return the step at which a training of `steps` + `extra` leaves a trunk of `steps`, as its rate falls."""
+    return min(steps, (steps + extra) // 2)
+
+
+def tail_name(method: str, rate: float) -> str:
+    return f"{method}, tail at {rate}"

@@ -1,0 +1,87 @@
+"""The work on one seed of a task whose candidates come from one training run, the trunk."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from examples.proof.averages import attached
+from examples.proof.cost import Cost
+from examples.proof.parts import Part, slug
+from examples.proof.trunk import Trunk
+from examples.proof.trunk_methods import make
+from examples.proof.work import Settings, Work
+from examples.training import Training
+from twa_scale.config import RunConfig, load_config
+from twa_scale.run.tasks import Task
+
+
+class TrunkWork(Work):
+    """The parts of one seed: the trunk, then the methods.
+
+    Args:
+        out: the directory of all seeds.
+        seed: of the starting weights and of the order of the data.
+        settings: with `trunk` and `methods`.
+        branches: the steps whose states the trunk keeps, because other trainings start there.
+    """
+
+    def __init__(self, out: Path, seed: int, settings: Settings, branches: set[int]) -> None:
+        super().__init__(out, seed, settings)
+        trunk = {**settings["trunk"], "branches": sorted(branches)}
+        self.trunk = Trunk(self.directory / "trunk", trunk, {**self.recorded_before, "trunk": trunk})
+
+    @property
+    @abstractmethod
+    def training(self) -> Training:
+        """The training of the trunk, and of what goes on from it."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """The directory of config.yaml."""
+
+    @abstractmethod
+    def data(self) -> list[str]:
+        """Return the overrides of config.yaml that say where the data are."""
+
+    @property
+    def task(self) -> Task:
+        return self.training.task
+
+    @property
+    def model(self) -> nn.Module:
+        return self.training.model
+
+    def before(self) -> list[Part]:
+        return [Part("trunk", self.trunk.recorded, lambda: self.trunk.run(self.training))]
+
+    def warm(self) -> None:
+        with attached(self.model, self.trunk.candidates, select={"last": 2}):
+            self.score()
+
+    def make(self, name: str, method: Settings) -> str:
+        return make(self, name, method)
+
+    def score(self) -> float:
+        """Return the validation loss of the weights in the model, by which methods choose."""
+        return self.validation()
+
+    def candidates(self, method: Settings) -> str:
+        """Return the pattern of the candidates of a method."""
+        return self.trunk.candidates
+
+    def cost(self, method: Settings, cost: Cost) -> Cost:
+        if method["how"] == "decayed":  # its other steps take the place of steps of the trunk
+            return Cost(method["steps"], 0, cost.seconds * method["steps"] / cost.steps)
+        return super().cost(method, cost)
+
+    def config(self, name: str = "", method: dict[str, Any] | None = None) -> RunConfig:
+        """Return config.yaml with the paths and the seed of this run, and the settings of a method."""
+        method = method or {}
+        steps = method.get("steps", round(self.settings["config.yaml"]["steps"] / self.settings.get("shrink", 1)))
+        own = [f"candidates={self.candidates(method)}", f"output={self.directory}/runs/{slug(name)}"]
+        sizes = [f"batch_size={self.settings['batch_size']}", f"steps={steps}", f"evaluate_every={max(1, steps // 3)}"]
+        overrides = [*self.data(), *own, f"seed={self.seed}", *sizes, *self.settings.get("config", [])]
+        return load_config(self.folder / "config.yaml", [*overrides, *method.get("settings", [])])
