@@ -13,17 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.digits import load_digits
+from tests.sentences import SENTENCES
 from twa_scale.base.notices import TwaWarning
 from twa_scale.config import TaskConfig
 from twa_scale.errors import ConfigError
@@ -31,15 +26,10 @@ from twa_scale.run.tasks import SPLITS, Examples, Task, build_task, stack
 from twa_scale.run.tasks.byte_gpt import ByteGPT
 from twa_scale.run.tasks.data_files import Fractions, SplitFiles, data_files, split_files
 from twa_scale.run.tasks.images import ImageFolder, class_names, read_npz
-from twa_scale.run.tasks.tables import read_columns
+from twa_scale.run.tasks.tables import rows
 from twa_scale.run.tasks.tokens import TokenFile
 
 TINY_GPT = {"byte_gpt": {"n_layer": 2, "n_head": 2, "d_model": 32}}
-SENTENCES = {
-    "good": "a warm and lovely film",
-    "bad": "dull , loud and far too long",
-    "odd": "it is set in a lift",
-}
 
 
 def task_of(name: str, **options: object) -> Task:
@@ -64,31 +54,6 @@ def first_loss_and_last(task: Task, split: str = "train", steps: int = 12, size:
     total, count = task.metrics(model, batch)["loss"]
     assert total.item() / count == pytest.approx(task.loss(model, batch).item(), rel=1e-5)
     return before, total.item() / count
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("bert")
-    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer.train_from_iterator(SENTENCES.values(), trainers.WordLevelTrainer(special_tokens=special))
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(directory)
-    config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    BertForSequenceClassification(config).save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +389,7 @@ def test_named_pipes_are_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "a.npz", "x/a.png"):
         os.mkfifo(tmp_path / name)
     for read in (
-        lambda: read_columns(tmp_path / "a.csv", {"task.text": "text"}, "task.train"),
+        lambda: next(rows(tmp_path / "a.csv", {"task.text": "text"}, "task.train")),
         lambda: read_npz(tmp_path / "a.npz", "", "task.data"),
         lambda: ImageFolder(tmp_path, ["x"], 4, "task.data")[0],
     ):
@@ -668,10 +633,10 @@ def test_token_files_that_cannot_be_read(tmp_path: Path, content: bytes) -> None
         ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": "fine"\n', ["a.jsonl, line 2", "not JSON"]),
         ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": "fine"}\n', ["a.jsonl, line 2", "'label'"]),
         ("a.jsonl", "[1, 2]\n", ["line 1", "list"]),
-        ("a.csv", "text,label\nfine,1\nfine,\n", ["a.csv: example 2: '' is not a label"]),
-        ("a.jsonl", '{"text": "fine", "label": NaN}\n', ["example 1: nan is not a label"]),
-        ("a.jsonl", '{"text": "fine", "label": [1]}\n', ["example 1: [1] is not a label"]),
-        ("a.jsonl", '{"text": ["fine"], "label": 1}\n', ["example 1: ['fine'] is not a text"]),
+        ("a.csv", "text,label\nfine,1\nfine,\n", ["a.csv, line 3: '' is not a label"]),
+        ("a.jsonl", '{"text": "fine", "label": NaN}\n', ["line 1: nan is not a label"]),
+        ("a.jsonl", '{"text": "fine", "label": [1]}\n', ["line 1: [1] is not a label"]),
+        ("a.jsonl", '{"text": ["fine"], "label": 1}\n', ["line 1: ['fine'] is not a text"]),
         ("a.csv", b"text,label\n\xff\xfe,1\n", ["a.csv", "cannot be read"]),
     ],
 )

@@ -3,6 +3,7 @@
 import hashlib
 import sysconfig
 from collections import defaultdict
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from twa_scale.base.paths import folders_below, identity, leads_nowhere, matchin
 from twa_scale.config import Section
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.saved_datasets import saved_files, saved_splits, used_files
+from twa_scale.run.tasks.tables import require_table
 from twa_scale.run.tasks.task import SPLITS
 
 READABLE = "Make it readable, or give patterns that leave it out."
@@ -157,6 +159,30 @@ def data_files(root: Path, suffixes: tuple[str, ...], without: tuple[str, ...] =
     for path in named:
         refuse_dangling(path)
     return named
+
+
+def table_files(entries: list[str], key: str) -> list[Path]:
+    """Return the tables that paths, patterns and directories of `datasets.save_to_disk` name, in order.
+
+    Args:
+        entries: the paths and patterns.
+        key: the setting in error messages.
+
+    Raises:
+        ConfigError: a pattern matches no file, or a file cannot be read or is not a table.
+    """
+    found = []
+    for entry in entries:
+        path = path_of(entry, ConfigError)
+        with named_errors(ConfigError, READABLE):
+            matches = matching(path)[1] if has_magic(entry) and not path.exists() else [path]
+            files = [file for match in matches for file in (saved_files(match) or [match])]
+        if not files:
+            raise ConfigError(f"{key}: {entry!r} matches no file. Give files that exist.")
+        for file in files:
+            require_table(file, key)
+        found += files
+    return found
 
 
 def refuse_dangling(path: Path) -> None:

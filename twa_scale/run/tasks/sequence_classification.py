@@ -1,39 +1,46 @@
-"""The task `sequence_classification`: a Hugging Face model with a classification head, on labeled text."""
+"""The task `sequence_classification`: a Hugging Face model with a head for classes or numbers, on labeled text."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from twa_scale.base.inputs import brief
-from twa_scale.base.names import nearest, some
-from twa_scale.base.paths import path_of
 from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
-from twa_scale.run.tasks.classification import (
-    TensorExamples,
-    classification_metrics,
-    cross_entropy,
-    integer_labels,
-    require_split,
-)
-from twa_scale.run.tasks.tables import read_columns
+from twa_scale.run.tasks.classification import classification_metrics, cross_entropy, integer_labels, require_split
+from twa_scale.run.tasks.data_files import Paths, table_files
+from twa_scale.run.tasks.labels import Label, class_labels, numbering, require_label, require_number
+from twa_scale.run.tasks.tables import rows
 from twa_scale.run.tasks.task import SPLITS, Batch, Metrics
+from twa_scale.run.tasks.text_examples import TextExamples
 
-Label = str | int
+Problem = Literal["classification", "regression"]
 
 
 class SequenceClassificationOptions(Section):
     """The options of the task `sequence_classification`."""
 
     model: str = Field(description="Hugging Face model directory, with its tokenizer.")
-    train: str | None = Field(None, description="Training data: a `.csv`, `.tsv` or `.jsonl` file.")
-    validation: str | None = Field(None, description="Validation data.")
-    test: str | None = Field(None, description="Test data.")
+    train: Paths = Field(
+        [],
+        description="Training data: a `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.arrow` file, a directory of "
+        "`datasets.save_to_disk`, a glob, or a list of these.",
+    )
+    validation: Paths = Field([], description="Validation data.")
+    test: Paths = Field([], description="Test data.")
     text: str = Field("text", description="Column of the text.")
-    label: str = Field("label", description="Column of the label: integers from 0, or names.")
+    text_pair: str | None = Field(None, description="Column of the second text, for pairs of texts.")
+    label: str = Field("label", description="Column of the label: integers from 0, or names; numbers for regression.")
+    problem: Problem | None = Field(
+        None,
+        description="`regression` predicts one number, with the mean squared error as loss. The default is that of the "
+        "model's configuration (`problem_type`, or one label), else `classification`.",
+    )
     num_labels: Count | None = Field(
         None,
         description="Number of classes. By default it follows from the labels or the model's configuration.",
@@ -48,10 +55,10 @@ class SequenceClassificationOptions(Section):
 
 
 class SequenceClassification:
-    """Cross-entropy and accuracy of a text classifier.
+    """Cross-entropy and accuracy of a text classifier, or squared and absolute errors of a regression.
 
     Label names have the numbers of the model's `label2id` if it contains all of them. Otherwise they are numbered in
-    sorted order over all files. A split is tokenized at its first access.
+    sorted order over all files. A split is tokenized into a temporary file at its first access.
     """
 
     def __init__(self, options: SequenceClassificationOptions) -> None:
@@ -61,107 +68,108 @@ class SequenceClassification:
             ConfigError: a file, column, label, model or tokenizer cannot be used.
         """
         self._options = options
-        self._paths: dict[str, str] = {s: getattr(options, s) for s in SPLITS if getattr(options, s)}
-        columns = {"task.text": options.text, "task.label": options.label}
-        tables = {s: read_columns(path_of(p, ConfigError), columns, f"task.{s}") for s, p in self._paths.items()}
-        for split, table in tables.items():
-            _require_values(table[0], table[1], self._paths[split])
-        self._texts = {split: [str(text) for text in table[0]] for split, table in tables.items()}
+        given = {split: getattr(options, split) for split in SPLITS}
+        self._files = {s: table_files(paths, f"task.{s}") for s, paths in given.items() if paths}
         config = huggingface.load_config(options.model)
-        labels = {split: _numbers(table[1]) for split, table in tables.items()}
-        number_of = _numbering(labels, config.label2id)
-        self.num_labels = options.num_labels or len(number_of)
-        self._labels = {
-            split: integer_labels(torch.tensor([number_of[x] for x in column]), self.num_labels, self._paths[split])
-            for split, column in labels.items()
-        }
+        self.problem = _problem(options, config)
+        labels = {split: self._read_labels(split) for split in self._files}
+        if self.problem == "regression":
+            self.num_labels = 1
+            self._labels = {s: torch.tensor([float(label) for label in column]) for s, column in labels.items()}
+        else:
+            self._labels = self._classes(labels, config)
         self._tokenizer = _padding_tokenizer(options.model)
         config.num_labels = self.num_labels
+        config.problem_type = "regression" if self.problem == "regression" else "single_label_classification"
         config.pad_token_id = self._tokenizer.pad_token_id
         self._config = config
-        self._datasets: dict[str, TensorExamples] = {}
+        self._datasets: dict[str, TextExamples] = {}
 
     def model(self) -> nn.Module:
-        """Return the Hugging Face model with a head of `num_labels` classes, randomly initialized."""
+        """Return the Hugging Face model with a head of `num_labels` outputs, randomly initialized."""
         return huggingface.build_model("AutoModelForSequenceClassification", self._config)
 
-    def dataset(self, split: str) -> TensorExamples:
-        """Return examples {"input_ids", "attention_mask": int64 (max_length,), "labels": int64 scalar}."""
-        require_split(split, self._paths)
+    def dataset(self, split: str) -> TextExamples:
+        """Return examples {"input_ids", "attention_mask": int64 (max_length,), "labels": int64 or float32 scalar}.
+
+        Pairs of texts also have "token_type_ids", if the tokenizer returns them.
+        """
+        require_split(split, self._files)
         if split not in self._datasets:
-            encoded = self._tokenizer(
-                self._texts[split],
-                truncation=True,
-                padding="max_length",
-                max_length=self._options.max_length,
-                return_tensors="pt",
-            )
-            rows = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-            self._datasets[split] = TensorExamples({**rows, "labels": self._labels[split]})
+            vocabulary = getattr(self._config.get_text_config(), "vocab_size", len(self._tokenizer))
+            length, labels = self._options.max_length, self._labels[split]
+            examples = TextExamples(self._tokenizer, vocabulary, length, labels, f"task.{split}")
+            examples.add((place, [str(text) for text in texts]) for place, texts, _ in self._rows(split))
+            self._datasets[split] = examples
         return self._datasets[split]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy per text, in nats."""
-        return cross_entropy(_logits(model, batch), batch["labels"])
+        """Return the mean cross-entropy per text, in nats, or the mean squared error."""
+        outputs = _logits(model, batch)
+        if self.problem == "regression":
+            return F.mse_loss(outputs.squeeze(-1).float(), batch["labels"])
+        return cross_entropy(outputs, batch["labels"])
 
     def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
-        """Return sums over the texts of `loss` (nats) and `accuracy`."""
-        return classification_metrics(_logits(model, batch), batch["labels"])
+        """Return sums over the texts of `loss`, and of `accuracy` or `absolute_error`."""
+        outputs, labels = _logits(model, batch), batch["labels"]
+        if self.problem == "classification":
+            return classification_metrics(outputs, labels)
+        errors = outputs.squeeze(-1).float() - labels
+        return {"loss": (errors.square().sum(), len(labels)), "absolute_error": (errors.abs().sum(), len(labels))}
+
+    def _rows(self, split: str) -> Iterator[tuple[str, list[Any], Any]]:
+        """Yield the place of each record for messages, its texts and its label."""
+        options = self._options
+        pair = {} if options.text_pair is None else {"task.text_pair": options.text_pair}
+        columns = {"task.text": options.text, **pair, "task.label": options.label}
+        for path in self._files[split]:
+            for place, (*texts, label) in rows(path, columns, f"task.{split}"):
+                yield place, texts, label
+
+    def _read_labels(self, split: str) -> list[Any]:
+        """Return the labels of all records, after a check of each record."""
+        check = require_number if self.problem == "regression" else require_label
+        labels = []
+        for place, texts, label in self._rows(split):
+            for text in texts:
+                if isinstance(text, list | dict):
+                    raise ConfigError(f"{place}: {brief(text)} is not a text. Write one text for each example.")
+            check(label, place)
+            labels.append(label)
+        if not labels:
+            raise ConfigError(f"task.{split}: {self._files[split][0]} holds no examples.")
+        return labels
+
+    def _classes(self, labels: dict[str, list[Any]], config: Any) -> dict[str, Tensor]:
+        named: dict[str, list[Label]] = {split: class_labels(column) for split, column in labels.items()}
+        number_of = numbering(named, config.label2id)
+        self.num_labels = self._options.num_labels or len(number_of)
+        found = {split: torch.tensor([number_of[label] for label in column]) for split, column in named.items()}
+        return {s: integer_labels(column, self.num_labels, str(self._files[s][0])) for s, column in found.items()}
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     # Columns that are padding in the whole batch are dropped to save time.
     used = batch["attention_mask"].any(0)
-    logits: Tensor = model(
-        input_ids=batch["input_ids"][:, used], attention_mask=batch["attention_mask"][:, used]
-    ).logits
+    inputs = {key: value[:, used] for key, value in batch.items() if key != "labels"}
+    logits: Tensor = model(**inputs).logits
     return logits
 
 
-def _require_values(texts: list[Any], labels: list[Any], path: str) -> None:
-    """Refuse lists as texts, and lists, empty strings and NaN as labels, which would become separate classes."""
-    for i, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
-        if isinstance(text, list | dict):
-            raise ConfigError(f"{path}: example {i}: {brief(text)} is not a text. Write one text for each example.")
-        if isinstance(label, list | dict) or label == "" or label != label:
-            raise ConfigError(f"{path}: example {i}: {brief(label)} is not a label. Give a name or an integer.")
-
-
-def _numbers(labels: list[Any]) -> list[Label]:
-    """Return labels as integers if all of them are integers, also as text, otherwise as names."""
-    try:
-        return [int(str(label)) for label in labels]
-    except ValueError:
-        return [str(label) for label in labels]
-
-
-def _numbering(labels: dict[str, list[Label]], known: dict[str, int]) -> dict[Label, int]:
-    """Return the class number of each label.
-
-    Args:
-        labels: the labels of each split.
-        known: the `label2id` of the model.
-    """
-    present = {label for column in labels.values() for label in column}
-    if all(isinstance(label, int) for label in present):
-        return {i: i for i in {*present, *range(max(int(label) for label in present) + 1)}}
-    names = sorted(str(label) for label in present)
-    if set(names) <= set(known):
-        return {name: known[name] for name in known}
-    _refuse_new_labels(labels)
-    return {name: number for number, name in enumerate(names)}
-
-
-def _refuse_new_labels(labels: dict[str, list[Label]]) -> None:
-    """Refuse labels that are not in the training data: they are typing errors, or classes new to the candidates."""
-    trained = {str(label) for label in labels.get("train", [])}
-    for split, column in labels.items():
-        new = sorted({str(label) for label in column} - trained)
-        if trained and new:
-            raise ConfigError(
-                f"task.{split}: has the labels {some(new)}, which are not in the training data"
-                f"{nearest(new[0], trained) or '.'} Use the same labels in all files."
-            )
+def _problem(options: SequenceClassificationOptions, config: Any) -> Problem:
+    """Return the setting `problem`, or that of the model."""
+    stored = getattr(config, "problem_type", None)
+    if options.problem is None and stored == "multi_label_classification":
+        raise ConfigError(
+            "task.model: its problem_type is multi_label_classification, which this task does not have. Write a task "
+            "of your own, or set task.problem."
+        )
+    one = options.num_labels == 1 or (options.num_labels is None and config.num_labels == 1)
+    problem = options.problem or ("regression" if stored == "regression" or one else "classification")
+    if problem == "regression" and options.num_labels not in (None, 1):
+        raise ConfigError(f"task.num_labels: is {options.num_labels}, but regression predicts one number. Remove it.")
+    return problem
 
 
 def _padding_tokenizer(directory: str) -> Any:

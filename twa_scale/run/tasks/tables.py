@@ -39,12 +39,7 @@ def rows(path: Path, columns: Mapping[str, str], where: str) -> Iterator[Row]:
     Raises:
         ConfigError: the file is missing, malformed or of another format, or a row lacks a column.
     """
-    if not is_table(path):
-        raise ConfigError(f"{where}: {path} is not .csv, .tsv, .jsonl, .parquet or .arrow. Convert it to one of these.")
-    try:
-        os.close(open_regular(path, ConfigError))
-    except OSError as error:
-        raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
+    require_table(path, where)
     found = arrow.rows(path, columns) if path.suffix.lower() in arrow.SUFFIXES else _of_text(path, columns, where)
     for place, values in found:
         for column, value in zip(columns.values(), values, strict=True):
@@ -53,15 +48,21 @@ def rows(path: Path, columns: Mapping[str, str], where: str) -> Iterator[Row]:
         yield place, values
 
 
-def read_columns(path: Path, columns: Mapping[str, str], where: str) -> list[list[Any]]:
-    """Return the values of each column of a file that is not empty. See `rows`."""
-    values: list[list[Any]] = [[] for _ in columns]
-    for _, row in rows(path, columns, where):
-        for value, into in zip(row, values, strict=True):
-            into.append(value)
-    if not values[0]:
-        raise ConfigError(f"{where}: {path} holds no examples.")
-    return values
+def require_table(path: Path, where: str) -> None:
+    """Check that a file can be read and has the name of a table.
+
+    Raises:
+        ConfigError: names the setting `where` and the file.
+    """
+    if not is_table(path):
+        raise ConfigError(
+            f"{where}: {path} is not .csv, .tsv, .jsonl, .parquet or .arrow, nor a directory of datasets.save_to_disk. "
+            "Convert it to one of these."
+        )
+    try:
+        os.close(open_regular(path, ConfigError))
+    except OSError as error:
+        raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
 
 
 def _of_text(path: Path, columns: Mapping[str, str], where: str) -> Iterator[Row]:

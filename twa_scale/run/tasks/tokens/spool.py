@@ -45,7 +45,7 @@ class Spool:
         return np.frombuffer(self._starts, np.int64) if self._starts else np.zeros(0, np.int64)
 
     def add(self, place: str, tokens: Array, hidden: Array | None = None) -> None:
-        """Append a document, unless it is empty.
+        """Append a document.
 
         Args:
             place: the record in error messages.
@@ -61,8 +61,6 @@ class Spool:
                 f"{place}: token {tokens[int(unknown.argmax())]}; the vocabulary of the model is 0 to "
                 f"{self._vocabulary - 1}. Use the tokenizer of the model."
             )
-        if not len(tokens):
-            return
         stored = tokens.astype(_TYPE)
         if hidden is not None and hidden.any():
             self.has_hidden = True
