@@ -71,7 +71,7 @@ def train(
     `config` holds the keys of TwaConfig. `model` gives the architecture; it is left in float64 with the last values.
     """
     model.double()
-    b = _center_weights(config.get("center", "mean"), len(candidates))
+    b = center_weights(config.get("center", "mean"), len(candidates))
     trainable = _selected(model, config)
     groups = [
         _group(name, members, candidates, b, config)
@@ -236,7 +236,7 @@ def _grouped(names: list[str], groups: str | list[str]) -> dict[str, list[str]]:
     return result
 
 
-def _center_weights(center: Any, n: int) -> Tensor:
+def center_weights(center: Any, n: int) -> Tensor:
     match center:
         case "mean":
             b = [1.0] * n

@@ -14,7 +14,7 @@ from tests.commands import material
 from tests.commands.conftest import Brought
 from tests.commands.material import by_hand, load, run_here, settings, state_of
 from tests.pool import Pool
-from twa_scale.config import RunConfig, TaskConfig, validated
+from twa_scale.config import RunConfig, TaskConfig, load_config, validated
 from twa_scale.output import temporary
 from twa_scale.ranks import World
 from twa_scale.run.loop import Run
@@ -92,6 +92,29 @@ def test_the_export_evaluates_as_the_run_said(ended: Path, text: Brought) -> Non
     total, count = task.metrics(model.eval(), stack([data[i] for i in range(24)]))["loss"]
     summary = json.loads((ended / "summary.json").read_text())
     assert total.item() / count == pytest.approx(summary["evaluation"]["validation/loss"], rel=1e-5)
+
+
+def test_the_report_has_the_numbers_of_the_run(ended: Path, tmp_path: Path, shell: Any) -> None:
+    said = shell("report", ended, "-o", tmp_path / "page.html")
+    assert said.code == 0, said.err
+    page, summary = (tmp_path / "page.html").read_text(), json.loads((ended / "summary.json").read_text())
+    for metrics in summary["comparison"].values():
+        assert all(f">{value:.6g}<" in page for value in metrics.values())
+    assert "finished" in page and "Mean coefficient by step" in page and "by kind and depth" in page
+    assert load_config(ended / "config.json", ["output=again"]).steps == 6  # the command that it names
+
+
+def test_the_coefficients_are_recorded(ended: Path) -> None:
+    last = state_of(ended)["twa"]["coefficients"]
+    found = [line for line in lines(ended) if "coefficients/0" in line]
+    assert [line["step"] for line in found if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in found if "distance" in line] == [0, 2, 4, 6]
+    assert found[0]["distance"] == 0 and found[0]["effective_candidates"] == pytest.approx(material.N)
+    for i in range(material.N):
+        assert float(last[i].min()) <= found[-1][f"coefficients/{i}"] <= float(last[i].max())
+    summary = json.loads((ended / "summary.json").read_text())
+    step = summary["exported_step"]
+    assert summary["distance"] == pytest.approx(next(x["distance"] for x in found[::-1] if x["step"] == step))
 
 
 @pytest.mark.parametrize("shards", ["5GB", "40kB"])

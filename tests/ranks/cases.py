@@ -40,6 +40,8 @@ class Ended:
     error: str = ""
     corrections: dict[str, Tensor] = field(default_factory=dict)
     """Those of the coefficients of rows."""
+    distance: float = 0.0
+    """That of the weights from the center."""
 
 
 def train_all(engine: str, runs: Mapping[str, Run]) -> dict[str, Ended]:
@@ -59,7 +61,7 @@ def train(engine: str, run: Run) -> Ended:
     model, twa = attach(engine, run)
     for step in range(run.steps):
         one_step(model, twa, step, run.accumulate)
-    result = Ended(gathered(model), twa.coefficients.clone(), corrections=twa.row_corrections())
+    result = Ended(gathered(model), twa.coefficients.clone(), "", twa.row_corrections(), twa.distance())
     twa.close()
     return result
 

@@ -198,12 +198,21 @@ def require_close(ended: Ended, weights: dict[str, Tensor], tolerance: float) ->
     assert not wrong, f"relative errors above {tolerance}: {wrong}"
 
 
+def distance_from_center(name: str, weights: dict[str, Tensor]) -> float:
+    states = models.candidates(scalar_shape=ALL[name].scalar_shape)
+    b = reference.center_weights(ALL[name].config.get("center", "mean"), len(states))
+    center = {key: torch.tensordot(b, torch.stack([state[key].double() for state in states]), 1) for key in weights}
+    return float(sum((weights[key] - center[key]).square().sum() for key in weights)) ** 0.5
+
+
 @pytest.mark.parametrize(("engine", "size", "name"), CASES)
 class TestEquality:
     def test_weights_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
         want = expected(name, meshes.data_ranks(engine, size)).weights[-1]
+        distance = distance_from_center(name, want)
         for by_name in ends(engine, size):
             require_close(by_name[name], want, 1e-5)
+            assert by_name[name].distance == pytest.approx(distance, rel=1e-4)
 
     def test_coefficients_are_those_of_the_reference(self, ends: Ends, engine: str, size: int, name: str) -> None:
         """Also where dependent candidates leave several a to choose from: then they must give the right weights."""
@@ -230,6 +239,7 @@ class TestEquality:
         for other in others:
             assert torch.equal(first.coefficients, other.coefficients)
             assert all(torch.equal(value, other.corrections[key]) for key, value in first.corrections.items())
+            assert first.distance == other.distance
 
 
 TOLERANCES = {"dense16": 1e-2, "packed8": 1e-2, "packed4": 3e-2, "mapped": 1e-5}

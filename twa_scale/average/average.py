@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import sqrt
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from twa_scale.average.coefficients import Which, averaging_coefficients
 from twa_scale.average.export import export
 from twa_scale.average.gradients import Gradients, clipping
 from twa_scale.average.layout import Layout
+from twa_scale.average.measures import effective_candidates, elements_of_groups
 from twa_scale.average.optimizer import make_optimizer
 from twa_scale.average.overflow import WeightLimits
 from twa_scale.average.remembered import remembered
@@ -77,6 +79,9 @@ class TrainableAverage:
         self._candidates = candidates
         self._carried = carried
         self._form = StateForm(config, layout, basis, fingerprint, conversions(candidates))
+        sources = {name: layout.source(name) for name in layout.group_of}
+        self.elements = elements_of_groups(len(layout.groups), layout.group_of, fingerprint.shapes, sources)
+        """The number of elements of each group."""
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
         self._x = nn.Parameter(self._located(config.start))
         self.clock = Clock(engine.device)
@@ -132,6 +137,30 @@ class TrainableAverage:
         i, where g is the group of t. Other groups have none.
         """
         return {} if self._rows is None else self._rows.averaging(self.layout.group_of)
+
+    @property
+    def effective_candidates(self) -> float:
+        """The number of candidates whose uniform mean reduces independent noise of the candidates as much.
+
+        It is 1 / sum_i a_i^2 for coefficients of sum 1: see `measures.effective_candidates`.
+        """
+        return effective_candidates(self.coefficients, self.elements)
+
+    @property
+    def candidate_distances(self) -> list[float]:
+        """The distance of each candidate from the center: the norm of its delta over all trained elements."""
+        return self._basis.gram.diagonal(dim1=1, dim2=2).sum(0)[:-1].clamp(min=0).sqrt().tolist()
+
+    @while_open
+    def distance(self) -> float:
+        """Return the distance of the current weights from the center: a norm over all trained elements. Collective.
+
+        It reads the store once, and needs float32 memory for the largest span of this rank.
+        """
+        self.settle()
+        with self.pods.agree():
+            mine = self._weights.squared_distance(self._written.current) * self.pods.share
+        return sqrt(float(self.pods.sum_(mine)))
 
     @property
     def bytes_read(self) -> int:
@@ -324,6 +353,7 @@ class TrainableAverage:
             self.fingerprint.labels,
             config=self._form.settings(),
             groups=list(self.layout.groups),
+            elements=self.elements,
             coefficients=(self.coefficients if self._swapped.now is None else self._swapped.now).tolist(),
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             **rows_provenance(self._swapped.now is None and self._rows is not None),

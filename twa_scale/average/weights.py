@@ -11,6 +11,7 @@ from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.engines.deferred_weights import Combine, DeferredWeights
+from twa_scale.kernels.torch.deltas import squared_norms
 from twa_scale.store import Store
 
 Chosen = tuple[torch.Tensor, RowCorrections | None]
@@ -114,27 +115,46 @@ class Weights:
                 return
 
     @torch.no_grad()
+    def squared_distance(self, choose: Callable[[], Chosen]) -> torch.Tensor:
+        """Return the squared norm of the weights of `choose()` minus the center on this rank's spans, float64."""
+        u, rows = choose()
+        difference = torch.cat([u[:-1], u[-1:] - 1])  # w - c = u_c c + sum_i u_i delta_i
+        write = self._writer(difference, rows)
+        total = torch.zeros(1, dtype=torch.float64, device=self._engine.device)
+        for span in self._groups:
+            out = torch.empty(len(span), dtype=torch.float32, device=self._engine.device)
+            write(span, out)
+            total += squared_norms(out[None])
+        return total
+
+    @torch.no_grad()
     def _combiner(self, choose: Callable[[], Chosen]) -> Combine:
         """Return a function that writes spans with the weights of the current u, and can be called later."""
-        u, rows = choose()
-        factors = self._store.coding.row_weights(u)
-        scales = factors[-1].tolist()
-        exact = sent(factors[:-1].T.contiguous(), self._engine.device)
-        columns = exact.to(torch.float32)
+        write = self._writer(*choose())
 
         @torch.no_grad()
         def combine(spans: Collection[Span]) -> None:
             with self._clock.part("combine"):
                 for span in spans:
-                    group = self._groups[span]
-                    live = self._engine.live(span)
-                    if rows is None or (part := rows.part(span)) is None:
-                        self._store.combine(span, columns[group], scales[group], live)
-                    else:
-                        weights = rows.weights(part, exact[group])
-                        self._store.combine(span, weights, scales[group], live, part.segments)
+                    write(span, self._engine.live(span))
 
         return combine
+
+    def _writer(self, u: torch.Tensor, rows: RowCorrections | None) -> Callable[[Span, torch.Tensor], None]:
+        """Return a function that writes the weights of u, (n + 1, G), of a span into a tensor."""
+        factors = self._store.coding.row_weights(u)
+        scales = factors[-1].tolist()
+        exact = sent(factors[:-1].T.contiguous(), self._engine.device)
+        columns = exact.to(torch.float32)
+
+        def write(span: Span, out: torch.Tensor) -> None:
+            group = self._groups[span]
+            if rows is None or (part := rows.part(span)) is None:
+                self._store.combine(span, columns[group], scales[group], out)
+            else:
+                self._store.combine(span, rows.weights(part, exact[group]), scales[group], out, part.segments)
+
+        return write
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -101,15 +101,15 @@ class WrittenCoefficients:
 
     def write(self, *, postpone: bool = False) -> None:
         """Write the current weights; with `postpone`, defer those that can wait for the next forward. Collective."""
-        self._weights.write(self._current, postpone=postpone)
+        self._weights.write(self.current, postpone=postpone)
+
+    def current(self) -> tuple[torch.Tensor, RowCorrections | None]:
+        """Return u, (n + 1, G), and the corrections of rows of the current weights."""
+        shown = self._swapped.now
+        return (self._basis.expand(self.x), self.rows) if shown is None else (self._basis.weights_of(shown), None)
 
     @torch.no_grad()
     def _restore(self, saved: Saved) -> None:
         self.x.copy_(saved.x)
         if self.rows is not None:
             self.rows.set(saved.rows)
-
-    def _current(self) -> tuple[torch.Tensor, RowCorrections | None]:
-        """Return u, (n + 1, G), and the corrections of rows of the current weights."""
-        shown = self._swapped.now
-        return (self._basis.expand(self.x), self.rows) if shown is None else (self._basis.weights_of(shown), None)

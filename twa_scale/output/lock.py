@@ -128,6 +128,35 @@ class DirectoryLock:
             return False
 
 
+def owner_of(directory: Path) -> str | None:
+    """Return the process that the lock file of a directory names, as text; None if there is none, or it has ended.
+
+    It takes no lock, so that a run which starts at the same moment is not refused. A process on another host is not
+    known to have ended.
+    """
+    try:
+        handle = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return _owner(handle) if _may_run(handle) else None
+    finally:
+        os.close(handle)
+
+
+def _may_run(handle: int) -> bool:
+    """Return False if a lock file names a process of this host that has ended."""
+    try:
+        owner = json.loads(os.pread(handle, 1000, 0))
+        if owner["host"] == socket.gethostname():
+            os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):  # such as a process of another user
+        return True
+    return True
+
+
 def _owner(handle: int) -> str:
     try:
         owner = json.loads(os.pread(handle, 1000, 0))

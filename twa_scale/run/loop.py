@@ -1,18 +1,13 @@
 """The config-driven run: attach, train the coefficients, evaluate, save, export."""
 
-import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy.typing as npt
 import torch
 
 from twa_scale.average.state import STATE, RateState, RunState, save_state
-from twa_scale.base.clock import read_bandwidth
-from twa_scale.base.process_memory import peak_resident, return_freed_memory
+from twa_scale.base.process_memory import return_freed_memory
 from twa_scale.config import RunConfig, dump, recipe_line
 from twa_scale.output import DirectoryLock
 from twa_scale.output.publish import check_target, output_errors, replace_file
@@ -23,10 +18,10 @@ from twa_scale.run.attached import AttachedRun
 from twa_scale.run.best_start import start_at_best
 from twa_scale.run.progress import Report
 from twa_scale.run.rate_search import InterruptedSearch, search_rate
-from twa_scale.run.records import Records, read_records
+from twa_scale.run.records import Records
+from twa_scale.run.results import DISTANCE, are_due, coefficient_values, costs, of_average, write_results
 from twa_scale.run.resume import (
     AVERAGE,
-    SUMMARY,
     course,
     find_state,
     finished_summary,
@@ -146,7 +141,8 @@ class Run(AttachedRun):
                 self._steps_here += 1
                 advance(values)
                 if self.step % config.log_every == 0 or self.step == self.num_steps:
-                    self.records.write(self.step, values)
+                    due = are_due(self.step, self.num_steps, config.log_every)
+                    self.records.write(self.step, values | (coefficient_values(self.twa) if due else {}))
                 if self.stopping:
                     self._leave()
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
@@ -180,7 +176,7 @@ class Run(AttachedRun):
         """Evaluate the average of this step on held-out data, record the metrics, and keep it if it is the best."""
         metrics = self.measure()
         values = comparison.with_split(self.config.evaluate_split, metrics)
-        self.records.write(self.step, values)
+        self.records.write(self.step, {**values, DISTANCE: self.twa.distance(), **coefficient_values(self.twa)})
         self.report.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.kept.update(self.step, metrics, self.twa)
         return metrics
@@ -216,7 +212,7 @@ class Run(AttachedRun):
         self.records.close()
         with self.group.agree():
             if self.group.rank == 0:
-                self._write_results(summary, rows)
+                write_results(self.output, self.twa, summary, rows)
                 save_state(self.output, {**state, "finished": True})
         self.report.finish(self.output, summary)
         self.twa.close()
@@ -246,23 +242,8 @@ class Run(AttachedRun):
         self.recalibrate()
         return dict(best.metrics)
 
-    def _write_results(self, summary: dict[str, Any], rows: Mapping[str, npt.NDArray[Any]]) -> None:
-        # Imported here, on one rank only: matplotlib is slow to import.
-        from twa_scale.run.plots import plot_rows, plot_training
-
-        plot_training(
-            self.output / "coefficients.png",
-            self.twa.coefficients.cpu().numpy(),
-            [Path(label).name for label in self.twa.fingerprint.labels],
-            list(self.twa.layout.groups),
-            read_records(self.output),
-        )
-        if rows:
-            plot_rows(self.output / "rows.png", rows)
-        replace_file(self.output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-
     def _summary(self, measured: comparison.Measured) -> dict[str, Any]:
-        """Return the summary of the run."""
+        """Return the summary of the run. Collective."""
         split, keep, best = self.config.evaluate_split, self.config.keep, self.kept.best
         return {
             "steps": self.step,
@@ -273,24 +254,14 @@ class Run(AttachedRun):
             "exported_as": comparison.exported_as(self.kept, split, keep, self.step),
             "comparison": {name: comparison.with_split(split, metrics) for name, metrics in measured.items()},
             "verdict": comparison.verdict(self.kept, split, measured) if self.config.compare else None,
+            **of_average(self.twa),
         }
 
     def _costs(self) -> dict[str, Any]:
-        """Return the mean cost of a step of this process: seconds, and bytes moved in memory. Collective."""
-        steps = self._steps_here
-        seconds = {part: total / max(steps, 1) for part, total in self.clock.read().items()}
-        cost = self.twa.cost(steps)
-        within = cost["project"]["seconds_in_backward"] + cost["combine"]["seconds_in_forward"]
-        return {
-            "bytes_read_per_rank": self.group.gather(self.twa.bytes_read),
-            "store_bytes_per_rank": self.group.gather(self.twa.store_bytes),
-            "rounding": self.twa.rounding and asdict(self.twa.rounding),
-            "peak_resident_bytes_per_rank": self.group.gather(peak_resident()),
-            "attach_seconds": self.attach_seconds,
-            "forward_backward_seconds": seconds.get("forward+backward", 0.0) - within,
-            "cost": cost,
-            "read_bandwidth": read_bandwidth(self.device),
-        }
+        """Return the mean cost of a step of this process. Collective."""
+        where = self.twa, self.group, self.device
+        seconds = self.clock.read().get("forward+backward", 0.0) / max(self._steps_here, 1)
+        return {"attach_seconds": self.attach_seconds, **costs(*where, self._steps_here, seconds)}
 
     def _save(self) -> dict[str, Any]:
         best = self.kept.best

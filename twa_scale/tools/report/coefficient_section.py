@@ -1,0 +1,199 @@
+"""The section of a report on candidates and their coefficients."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from twa_scale.run.results import COEFFICIENTS
+from twa_scale.tools.report.coefficients import OUTSIDE, Coefficients, merged
+from twa_scale.tools.report.elements import Content, Html, el, joined, table
+from twa_scale.tools.report.heat import heat_map, most_columns
+from twa_scale.tools.report.material import Material
+
+EFFECTIVE_IS = (
+    "The effective number of candidates is (sum of a)² / (sum of a²), which is 1 / sum of a² for coefficients that sum "
+    "to 1: the uniform mean of so many candidates reduces independent noise of the candidates as much. It is n for the "
+    "uniform mean, 1 for a single candidate, and less than 1 where large coefficients of both signs amplify noise. "
+    "With several groups it is the harmonic mean over all elements."
+)
+_MOST_CANDIDATES = 500
+
+
+def coefficient_section(material: Material) -> Html | None:
+    """Return the candidates, their coefficients by depth, kind and step, and what negative ones mean."""
+    found = material.coefficients
+    if found is None:
+        return None
+    n, groups = found.values.shape
+    of = f" at {material.coefficients_of}" if material.coefficients_of else ""
+    return joined(
+        el("h2", "Candidates and coefficients"),
+        el(
+            "p",
+            f"The average is w = sum of a·w over {_count(n, 'candidate')}, with one coefficient a for each candidate "
+            f"and group of tensors ({_count(groups, 'group')}){of}. The mean is over all elements.",
+        ),
+        _rows_note(material),
+        _candidates(material, found),
+        el("p", f"{found.effective:.2f} effective candidates of {n}. {EFFECTIVE_IS}", class_="note"),
+        _negative(found),
+        el("div", *_maps(material, found), class_="maps"),
+    )
+
+
+def _rows_note(material: Material) -> Html | None:
+    if not material.corrects_rows:
+        return None
+    return el("p", "Single rows of matrices have corrections, which are not part of the coefficients here: rows.png.")
+
+
+def _candidates(material: Material, found: Coefficients) -> Html:
+    distances = material.summary.candidate_distances if material.summary else []
+    sizes = [_size(path) for path in material.paths] if len(material.paths) == len(found.labels) else []
+    head = ["candidate", "mean coefficient", ""]
+    several = found.values.shape[1] > 1
+    head += ["smallest", "largest"] if several else []
+    head += ["step"] if any(step is not None for step in found.steps) else []
+    head += ["distance from the center"] if len(distances) == len(found.labels) else []
+    head += ["size on disk"] if sizes else []
+    low, high = min(0.0, *found.means), max(0.0, *found.means)
+    rows: list[list[Content]] = []
+    for i, name in enumerate(found.names[:_MOST_CANDIDATES]):
+        row: list[Content] = [el("span", name, title=found.labels[i]), f"{found.means[i]:.4f}"]
+        row.append(_bar(found.means[i], low, high, 1 / len(found.labels)))
+        if several:
+            row += [f"{float(found.values[i].min()):.4f}", f"{float(found.values[i].max()):.4f}"]
+        if "step" in head:
+            row.append("" if found.steps[i] is None else str(found.steps[i]))
+        if "distance from the center" in head:
+            row.append(f"{distances[i]:.5g}")
+        if sizes:
+            row.append(sizes[i])
+        rows.append(row)
+    more = len(found.labels) - len(rows)
+    return joined(table(head, rows), el("p", f"and {more} more candidates", class_="note") if more else None)
+
+
+def _bar(value: float, low: float, high: float, uniform: float) -> Html:
+    scale = 100 / ((high - low) or 1)
+    zero, width = -low * scale, abs(value) * scale
+    start = zero if value >= 0 else zero - width
+    part = el("i", class_="more" if value >= uniform else "less", style=f"left:{start:.1f}%;width:{width:.1f}%")
+    return el("span", part, class_="bar", style=f"--zero:{zero:.1f}%")
+
+
+def _negative(found: Coefficients) -> Html:
+    """Return what negative coefficients mean, and which are the largest."""
+    count = found.values.numel()
+    if not found.negative:
+        return el(
+            "p", "No coefficient is negative: the average lies between the candidates, where their weights are mixed."
+        )
+    value, candidate, group = found.negative[0]
+    where = f" (group {found.groups[group]})" if len(found.groups) > 1 else ""
+    return joined(
+        el(
+            "p",
+            f"{len(found.negative)} of {_count(count, 'coefficient')} are negative; the smallest is {value:.4f}, of "
+            f"{found.names[candidate]}{where}.",
+        ),
+        el(
+            "details",
+            el("summary", "What a negative coefficient means"),
+            el(
+                "p",
+                "The average moves away from that candidate, beyond the others: it extrapolates the direction from "
+                "this candidate to the rest. Of one training run the early candidates are often negative, because the "
+                "loss still falls in the direction in which training has moved. Coefficients of a group sum to 1, so "
+                "others are larger then.",
+            ),
+            el(
+                "p",
+                "Such an average is outside of what the candidates span by mixing. Trust it as far as the evaluations "
+                "on held-out data do. Where it is not wanted, basis: simplex has positive coefficients only. Of nearly "
+                "equal candidates the coefficients can be large with both signs and cancel; the distance from the "
+                "center then stays small.",
+            ),
+        ),
+    )
+
+
+def _maps(material: Material, found: Coefficients) -> list[Html]:
+    n = len(found.labels)
+    uniform, maps = 1 / n, []
+    over_time = _by_step(material.records, n)
+    if len(over_time) > 1:
+        maps.append(heat_map("Mean coefficient by step", found.names, over_time, middle=uniform, corner="step"))
+    if found.values.shape[1] == 1:
+        return maps
+    most = most_columns(n)
+    for title, corner, columns in (
+        ("Coefficients by depth", "block", found.by(lambda place: place.block)),
+        ("Coefficients by kind of tensor", "kind", found.by(lambda place: place.kind)),
+    ):
+        if len(columns) > 1:
+            maps.append(heat_map(title, found.names, merged(columns, most), middle=uniform, corner=corner))
+    maps.extend(_effective_map(found))
+    return maps
+
+
+def _effective_map(found: Coefficients) -> list[Html]:
+    """Return a map of the effective number of candidates by kind and block, where each tensor has its own group."""
+    kinds = list(dict.fromkeys(place.kind for place in found.places.values() if place.block != OUTSIDE))
+    blocks = list(dict.fromkeys(place.block for place in found.places.values() if place.block != OUTSIDE))
+    if len(kinds) < 2 or len(blocks) < 2 or len(found.groups) < 4 or len(kinds) > 64:
+        return []
+    at = {found.places[tensor.name]: tensor.group for tensor in found.tensors}
+    columns = {
+        block: [
+            found.effective_of(at[place]) if (place := type(next(iter(at)))(block, kind)) in at else None
+            for kind in kinds
+        ]
+        for block in blocks[:: -(-len(blocks) // most_columns(len(kinds)))]
+    }
+    title = "Effective number of candidates by kind and depth"
+    return [heat_map(title, kinds, columns, middle=None, corner="block")]
+
+
+def _by_step(records: Sequence[dict[str, Any]], n: int) -> dict[str, list[float]]:
+    """Return the mean coefficients that were recorded, by step, evenly chosen where there are many."""
+    columns = {}
+    for record in records:
+        values = [value for key, value in sorted(record.items()) if key.startswith(COEFFICIENTS)]
+        if len(values) == n:
+            columns[str(record["step"])] = values
+    return _few(columns, most_columns(n))
+
+
+def _few(columns: dict[str, list[float]], most: int) -> dict[str, list[float]]:
+    names = list(columns)
+    kept = names[:: -(-len(names) // most)] if names else []
+    return {name: columns[name] for name in dict.fromkeys([*kept, *names[-1:]])}
+
+
+def _size(path: str) -> str:
+    """Return the size of the files of a candidate."""
+    found = Path(path)
+    try:
+        files = [found] if found.is_file() else [file for file in found.rglob("*") if file.is_file()]
+        return size_text(sum(file.stat().st_size for file in files)) if files else "no longer there"
+    except OSError:
+        return "unknown"
+
+
+def size_text(nbytes: float) -> str:
+    """Return a number of bytes as text."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def mean_distance(distances: Sequence[float]) -> float | None:
+    """Return the mean distance of the candidates from the center."""
+    return fmean(distances) if distances else None

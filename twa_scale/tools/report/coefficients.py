@@ -1,0 +1,136 @@
+"""Averaging coefficients of a run, by candidate, depth and kind of tensor."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+
+from twa_scale.average.measures import effective_candidates, mean_coefficients
+from twa_scale.candidates.steps import step_of
+
+OUTSIDE = "outside of blocks"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is averaged."""
+
+    name: str
+    group: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a tensor in the model: its block, and its kind, which is the same in all blocks."""
+
+    block: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The averaging coefficients of n candidates in G groups."""
+
+    labels: Sequence[str]
+    """The n candidates, as they were given."""
+    groups: Sequence[str]
+    values: torch.Tensor
+    """a: (n, G), float64."""
+    tensors: Sequence[Tensor]
+
+    @cached_property
+    def elements(self) -> list[int]:
+        """The number of elements of each group; 1 where it is unknown."""
+        counts = [0] * len(self.groups)
+        for tensor in self.tensors:
+            counts[tensor.group] += tensor.elements
+        return counts if any(counts) else [1] * len(self.groups)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the candidates without the folders that all have."""
+        parts = [Path(label).parts for label in self.labels]
+        shared = sum(1 for _ in takewhile(lambda at: len(set(at)) == 1, zip(*(p[:-1] for p in parts), strict=False)))
+        return ["/".join(p[shared:]) or label for p, label in zip(parts, self.labels, strict=True)]
+
+    @cached_property
+    def steps(self) -> list[int | None]:
+        """The step in the name of each candidate."""
+        return [step_of(Path(label)) for label in self.labels]
+
+    @cached_property
+    def means(self) -> list[float]:
+        """The mean coefficient of each candidate over the elements."""
+        return [float(mean) for mean in mean_coefficients(self.values, self.elements)]
+
+    @cached_property
+    def effective(self) -> float:
+        """The effective number of candidates."""
+        return effective_candidates(self.values, self.elements)
+
+    def effective_of(self, group: int) -> float:
+        """Return the effective number of candidates of one group."""
+        return effective_candidates(self.values[:, group : group + 1], [1])
+
+    @cached_property
+    def negative(self) -> list[tuple[float, int, int]]:
+        """The negative coefficients: value, candidate and group, the smallest first."""
+        found = (self.values < 0).nonzero().tolist()
+        return sorted((float(self.values[i, g]), i, g) for i, g in found)
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """The place of each tensor, by name."""
+        return places([tensor.name for tensor in self.tensors])
+
+    def by(self, key: Callable[[Place], str]) -> dict[str, list[float]]:
+        """Return the mean coefficients over the elements of tensors with the same `key`, in the order of the model."""
+        members: dict[str, list[Tensor]] = {}
+        for tensor in self.tensors:
+            members.setdefault(key(self.places[tensor.name]), []).append(tensor)
+        return {name: self._mean(tensors) for name, tensors in members.items()}
+
+    def _mean(self, tensors: Sequence[Tensor]) -> list[float]:
+        columns = self.values[:, [tensor.group for tensor in tensors]]
+        return [float(mean) for mean in mean_coefficients(columns, [tensor.elements for tensor in tensors])]
+
+
+def places(names: Sequence[str]) -> dict[str, Place]:
+    """Return the place of each tensor from its name: the first number in it counts blocks, later ones are of its kind.
+
+    `encoder.layers.3.experts.7.weight` is in block `encoder.layers.3`, and of the kind `experts.*.weight`. With one
+    stack of blocks the block is its number alone.
+    """
+    split = {name: _split(name) for name in names}
+    stacks = {stack for stack, number, _ in split.values() if number is not None}
+    found = {}
+    for name, (stack, number, kind) in split.items():
+        block = OUTSIDE if number is None else number if len(stacks) == 1 else f"{stack}.{number}"
+        found[name] = Place(block, kind)
+    return found
+
+
+def _split(name: str) -> tuple[str, str | None, str]:
+    """Return the path of the stack, the number of the block and the kind of a tensor."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None or at + 1 == len(parts):
+        return "", None, name
+    return ".".join(parts[:at]), parts[at], ".".join("*" if part.isdigit() else part for part in parts[at + 1 :])
+
+
+def merged(columns: Mapping[str, list[float]], most: int) -> dict[str, list[float]]:
+    """Return at most `most` columns: neighbors become one with their mean, which is named by the first and the last."""
+    size = -(-len(columns) // most) if most else 1
+    if size <= 1:
+        return dict(columns)
+    names, found = list(columns), {}
+    for start in range(0, len(names), size):
+        held = names[start : start + size]
+        label = held[0] if len(held) == 1 else f"{held[0]} to {held[-1]}"
+        found[label] = [sum(at) / len(held) for at in zip(*(columns[name] for name in held), strict=True)]
+    return found

@@ -1,0 +1,257 @@
+"""What a directory tells of a run: of `twa-scale run`, of an exported average, or of a trainer with our callback."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from twa_scale.average.state import PREVIOUS, STATE, AverageState, RunState, load_state
+from twa_scale.base.inputs import MAX_JSON, parse_json, read_bounded
+from twa_scale.base.notices import notice
+from twa_scale.candidates.steps import step_of
+from twa_scale.errors import StateError
+from twa_scale.output.lock import LOCK, owner_of
+from twa_scale.output.provenance import PROVENANCE
+from twa_scale.run.records import METRICS, read_records
+from twa_scale.run.resume import AVERAGE, SUMMARY
+from twa_scale.tools.report.coefficients import Coefficients, Tensor
+
+CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
+_FIX = "Restore it, or remove it to leave its part of the page out."
+
+Status = Literal["finished", "running", "stopped"]
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Part(_Read):
+    """The cost of a part of a step."""
+
+    seconds: float = 0.0
+    bytes: float = 0.0
+
+
+class Summary(_Read):
+    """summary.json of a finished run."""
+
+    steps: int
+    ranks: int = 1
+    exported_step: int
+    exported_as: str = ""
+    verdict: str | None = None
+    comparison: dict[str, dict[str, float]] = Field(min_length=1)
+    version: str | None = None
+    effective_candidates: float | None = None
+    distance: float | None = None
+    candidate_distances: list[float] = []
+    attach_seconds: float | None = None
+    export_seconds: float | None = None
+    forward_backward_seconds: float | None = None
+    cost: dict[str, Part] = {}
+    bytes_read_per_rank: list[float] = []
+    store_bytes_per_rank: list[float] = []
+    peak_resident_bytes_per_rank: list[float] = []
+
+
+class Origin(_Read):
+    """twa_scale.json of an exported average."""
+
+    version: str = "unknown"
+    wrote: str = "an average"
+    candidates: list[str] = []
+    groups: list[str] = ["all tensors"]
+    elements: list[int] | None = None
+    coefficients: list[list[float]] | None = None
+    weights: list[float] | None = None
+    step: int | None = None
+    config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Origin":
+        given = self.coefficients if self.coefficients is not None else [[w] for w in self.weights or ()]
+        groups = len(self.groups) if self.coefficients is not None else 1
+        if given and (len(given) != len(self.candidates) or any(len(row) != groups for row in given)):
+            raise ValueError("there is not one coefficient for each candidate and group")
+        if self.elements is not None and len(self.elements) != len(self.groups):
+            raise ValueError("elements: there is not one number for each group")
+        return self
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that is known of a run. What its files do not hold is None or empty."""
+
+    directory: Path
+    status: Status
+    progress: str
+    """How far it is, and who runs it."""
+    step: int | None = None
+    """The last step."""
+    coefficients: Coefficients | None = None
+    coefficients_of: str = ""
+    """The step of the coefficients."""
+    corrects_rows: bool = False
+    records: Sequence[dict[str, Any]] = ()
+    summary: Summary | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
+    paths: Sequence[str] = ()
+    """Where the candidates were."""
+    is_run: bool = False
+    """Whether it is the directory of `twa-scale run`."""
+
+
+def read(directory: Path) -> Material:
+    """Return what the files in a directory tell.
+
+    Raises:
+        StateError: there is nothing that twa_scale has written, or a file is damaged.
+    """
+    if not directory.is_dir():
+        raise StateError(f"{directory}: there is no such directory; give the output directory of a run.")
+    if any((directory / name).exists() for name in (STATE, PREVIOUS, METRICS, LOCK)):
+        return _of_run(directory)
+    origin = _origin(directory) or _origin(directory / AVERAGE)
+    logged = _trainer_records(directory)
+    if origin is None and not logged:
+        raise StateError(
+            f"{directory}: holds nothing to report: neither {STATE} and {METRICS} of a run, nor {PROVENANCE} of an "
+            f"average, nor {TRAINER_STATE} of a trainer. Give the output directory of a run, or of an average."
+        )
+    return Material(
+        directory,
+        "finished",
+        origin.wrote if origin else "a training",
+        step=origin.step if origin else max(record["step"] for record in logged),
+        coefficients=_coefficients_of_origin(origin) if origin else None,
+        coefficients_of="" if origin is None or origin.step is None else f"step {origin.step}",
+        records=logged,
+        config=(origin and origin.config) or {},
+        origin=origin,
+        paths=origin.candidates if origin else (),
+    )
+
+
+def _of_run(directory: Path) -> Material:
+    state = load_state(directory, notice) if any((directory / name).exists() for name in (STATE, PREVIOUS)) else None
+    records = read_records(directory)
+    summary = _parsed(Summary, directory / SUMMARY) if state and state.finished else None
+    config = _json(directory / CONFIG) or {}
+    step = max([state.step if state else 0, *(record["step"] for record in records)])
+    owner = owner_of(directory)
+    total = (state and state.course.get("steps")) or config.get("steps")
+    so_far = f"step {step} of {total}" if total else f"step {step}"
+    status: Status = "finished" if state and state.finished else "stopped"
+    progress = so_far if state and state.finished else f"{so_far}; the same command continues it"
+    if owner is not None:
+        status, progress = "running", f"{so_far}, {owner}"
+    return Material(
+        directory,
+        status,
+        progress,
+        step=step,
+        coefficients=_coefficients_of_state(state.exported) if state else None,
+        coefficients_of=_which(state) if state else "",
+        corrects_rows=bool(state and state.twa.rows),
+        records=records,
+        summary=summary,
+        config=config,
+        origin=_origin(directory / AVERAGE) if summary else None,
+        paths=state.candidates if state else (),
+        is_run=True,
+    )
+
+
+def _which(state: RunState) -> str:
+    best = "the best of the evaluations" if state.exported_step != state.step or state.keep == "best" else "the last"
+    return f"step {state.exported_step}, {best}{'' if state.finished else ' so far'}"
+
+
+def _coefficients_of_state(state: AverageState) -> Coefficients:
+    again = {name for names in state.tied for name in names[1:]}
+    shapes = state.fingerprint.shapes
+    tensors = [
+        Tensor(name, group, int(torch.Size(shapes[name]).numel()))
+        for name, group in state.group_of.items()
+        if name not in again
+    ]
+    return Coefficients(state.fingerprint.labels, state.groups, state.coefficients, tensors)
+
+
+def _coefficients_of_origin(origin: Origin) -> Coefficients | None:
+    given = origin.coefficients if origin.coefficients is not None else [[w] for w in origin.weights or ()]
+    if not given:
+        return None
+    groups = origin.groups if origin.coefficients is not None else ["all tensors"]
+    counts = origin.elements or [1] * len(groups)
+    tensors = [Tensor(name, i, count) for i, (name, count) in enumerate(zip(groups, counts, strict=True))]
+    return Coefficients(origin.candidates, groups, torch.tensor(given, dtype=torch.float64), tensors)
+
+
+def _trainer_records(directory: Path) -> list[dict[str, Any]]:
+    """Return what a Trainer has logged: of its output directory, or of its last checkpoint."""
+    checkpoints = [path.parent for path in directory.glob(f"checkpoint-*/{TRAINER_STATE}")]
+    last = max(checkpoints, key=lambda path: step_of(path, 0) or 0, default=None)
+    for folder in (directory, last):
+        content = _json(folder / TRAINER_STATE) if folder else None
+        history = content.get("log_history") if content else None
+        if isinstance(history, list):
+            return [record for entry in history if (record := _numbers(entry))]
+    return []
+
+
+def _numbers(entry: Any) -> dict[str, Any] | None:
+    """Return the numbers of one line of a Trainer's log, with the names that records of a run have."""
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        return None
+    names = {"learning_rate": "lr"}
+    numbers = {key: value for key, value in entry.items() if type(value) in (int, float) and key != "epoch"}
+    return {
+        f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else names.get(key, key): value
+        for key, value in numbers.items()
+    }
+
+
+def _origin(directory: Path) -> Origin | None:
+    return _parsed(Origin, directory / PROVENANCE)
+
+
+M = TypeVar("M", bound=_Read)
+
+
+def _parsed(model: type[M], path: Path) -> M | None:
+    """Return a JSON file as a `model`; None if there is no such file."""
+    content = _json(path)
+    if content is None:
+        return None
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
+        raise StateError(f"{path}: {where + ': ' if where else ''}{said}. {_FIX}") from None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """Return the content of a JSON file; None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        content = parse_json(read_bounded(path, MAX_JSON, StateError))
+    except ValueError as error:
+        raise StateError(f"{path}: is not valid JSON: {error}. {_FIX}") from None
+    if not isinstance(content, dict):
+        raise StateError(f"{path}: holds {type(content).__name__}, not a mapping of keys to values. {_FIX}")
+    return content
+
+
+def dumped(value: Any) -> str:
+    """Return a setting as it is written in a configuration."""
+    return value if isinstance(value, str) else json.dumps(value)

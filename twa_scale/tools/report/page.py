@@ -1,0 +1,316 @@
+"""One page of HTML about a run, which needs no other file and no network."""
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from twa_scale.config import RunConfig
+from twa_scale.run import comparison
+from twa_scale.run.results import COEFFICIENTS, DISTANCE, EFFECTIVE
+from twa_scale.tools.report.coefficient_section import coefficient_section, mean_distance, size_text
+from twa_scale.tools.report.curves import Curve, Level, chart
+from twa_scale.tools.report.elements import Content, Html, el, joined, table
+from twa_scale.tools.report.material import CONFIG, Material, dumped
+from twa_scale.version import __version__
+
+_MOST_CHARTS = 12
+_STATUS = {"finished": "finished", "running": "still running", "stopped": "not finished"}
+
+
+def page(material: Material) -> str:
+    """Return the page."""
+    name = material.directory.resolve().name
+    style = files("twa_scale.tools.report").joinpath("page.css").read_text(encoding="utf-8")
+    made = time.strftime("%Y-%m-%d %H:%M")
+    body = el(
+        "main",
+        _header(material, name),
+        _tiles(material),
+        _methods(material),
+        _curves(material),
+        coefficient_section(material),
+        _cost(material),
+        _configuration(material),
+        _provenance(material),
+        el("footer", f"Written by twa_scale {__version__}, {made}."),
+    )
+    head = el(
+        "head",
+        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        el("title", f"{name}: twa_scale report"),
+        Html(f"<style>\n{style}</style>"),
+    )
+    return f"<!doctype html>\n{el('html', head, el('body', body), lang='en')}\n"
+
+
+def _header(material: Material, name: str) -> Html:
+    summary = material.summary
+    said = summary and (summary.verdict or summary.exported_as)
+    waits = None
+    if material.status != "finished":
+        waits = "The page shows what is known so far. Make it again for newer numbers; the comparison comes at the end."
+    return joined(
+        el("h1", name),
+        el("p", el("span", _STATUS[material.status], class_=f"status {material.status}"), material.progress),
+        el("p", said, class_="lead") if said else None,
+        el("p", waits, class_="soft") if waits else None,
+    )
+
+
+def _tiles(material: Material) -> Html | None:
+    tiles = [el("div", el("b", value), el("span", label), class_="tile") for value, label in _figures(material)]
+    return el("div", *tiles, class_="tiles") if tiles else None
+
+
+def _figures(material: Material) -> Iterator[tuple[str, str]]:
+    """Yield the numbers that matter most, and what each is."""
+    summary, found = material.summary, material.coefficients
+    if summary:
+        exported, last = (summary.comparison.get(k, {}) for k in (comparison.EXPORTED, comparison.LAST))
+        for key in list(exported)[:1]:
+            yield f"{exported[key]:.5g}", f"{key} of the average"
+            if key in last:
+                yield f"{last[key]:.5g}", f"{key} of the last candidate"
+    if found:
+        yield f"{found.effective:.2f} of {len(found.labels)}", "effective candidates"
+    if summary and summary.distance is not None:
+        mean = mean_distance(summary.candidate_distances)
+        compared = f" (candidates: {mean:.3g} on average)" if mean else ""
+        yield f"{summary.distance:.3g}", f"distance from the center{compared}"
+    if material.step is not None:
+        yield f"{material.step}", "steps"
+    if seconds := sum(record.get("seconds", 0.0) for record in material.records):
+        yield _duration(seconds), "time of the recorded steps"
+
+
+def _methods(material: Material) -> Html | None:
+    rows = _compared(material)
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
+    cells: list[list[Content]] = [
+        [label, *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names)] for label, metrics in rows
+    ]
+    exported = material.summary.exported_as if material.summary else None
+    return joined(
+        el("h2", "Methods on held-out data"),
+        table(["weights", *names], cells, marked=len(rows) - 1),
+        el("p", f"{exported[0].upper()}{exported[1:]}.", class_="note") if exported else None,
+    )
+
+
+def _compared(material: Material) -> list[tuple[str, dict[str, float]]]:
+    """Return the rows of the table: those at the end of a run, or the first and the last evaluation so far."""
+    start = material.config.get("start", "center")
+    first = next((metrics for step, metrics in _evaluations(material) if step == 0), None)
+    if material.summary:
+        rows = comparison.rows(material.summary.model_dump())
+        if first and start != "center":
+            rows.insert(-2 if len(rows) > 1 else 0, (f"start ({dumped(start)}), step 0", first))
+        return rows
+    found = _evaluations(material)
+    ends = [found[0], found[-1]] if len(found) > 1 else found
+    return [(f"step {step}", metrics) for step, metrics in ends]
+
+
+def _evaluations(material: Material) -> list[tuple[int, dict[str, float]]]:
+    found = []
+    for record in material.records:
+        metrics = {key: value for key, value in record.items() if "/" in key and not key.startswith(COEFFICIENTS)}
+        if metrics:
+            found.append((record["step"], metrics))
+    return found
+
+
+def _curves(material: Material) -> Html | None:
+    charts = [drawn for drawn in _charts(material) if drawn is not None]
+    if not charts:
+        return None
+    left_out = len(charts) - _MOST_CHARTS
+    note = f"{left_out} more metrics are in metrics.jsonl." if left_out > 0 else None
+    return joined(
+        el("h2", "Curves"),
+        el("div", *charts[:_MOST_CHARTS], class_="charts"),
+        el("p", note, class_="note") if note else None,
+    )
+
+
+def _charts(material: Material) -> Iterator[Html | None]:
+    records = material.records
+    compared = material.summary.comparison if material.summary else {}
+    by_metric: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for _, metrics in _evaluations(material) for key in metrics):
+        by_metric.setdefault(key.rpartition("/")[2], []).append(key)
+    training = Curve("mean of the steps near", _points(records, "loss"), 5, smooth=True)
+    band = "Band: lowest and highest value of the steps near." if len(training.points) > 2 else None
+    held_out = by_metric.pop("loss", [])
+    # Apart from the training batches, whose losses differ more than the average improves.
+    yield chart("Loss, evaluations", _of_keys(records, held_out), _levels(compared, held_out))
+    yield chart("Loss, training batches", [training], (), band)
+    for name, keys in by_metric.items():
+        yield chart(name, _of_keys(records, keys), _levels(compared, keys))
+    learned = [(record["twa_step"], record["twa_loss"]) for record in records if "twa_loss" in record]
+    yield chart("Loss while the coefficients are learned", [Curve("training batches", learned, 5, smooth=True)])
+    for title, key, color in (
+        ("Effective number of candidates", EFFECTIVE, 0),
+        ("Distance from the center", DISTANCE, 2),
+        ("Learning rate", "lr", 3),
+    ):
+        yield chart(title, [Curve(key, _points(records, key), color)])
+
+
+def _of_keys(records: Any, keys: list[str]) -> list[Curve]:
+    return [Curve(key.rpartition("/")[0], _points(records, key), (1 + i) % 6) for i, key in enumerate(keys)]
+
+
+def _points(records: Any, key: str) -> list[tuple[float, float]]:
+    return [(record["step"], record[key]) for record in records if key in record]
+
+
+def _levels(compared: Mapping[str, Mapping[str, float]], keys: list[str]) -> list[Level]:
+    return [
+        Level(name, compared[name][key], color)
+        for key in keys[:1]
+        for name, color in ((comparison.LAST, 3), (comparison.CENTER, 0))
+        if key in compared.get(name, {})
+    ]
+
+
+def _cost(material: Material) -> Html | None:
+    summary = material.summary
+    trained = sum(record.get("seconds", 0.0) for record in material.records)
+    evaluations = len(_evaluations(material))
+    rows: list[list[Content]] = []
+    if material.is_run and material.step:
+        rows.append(["steps", f"{material.step}"])
+        rows.append(["evaluations", f"{evaluations}{' and 2 for the comparison' if _is_compared(material) else ''}"])
+    if trained:
+        rows.append(["time of the recorded steps", _duration(trained)])
+    if summary:
+        rows += [["ranks", f"{summary.ranks}"]]
+        times = {"reading candidates": summary.attach_seconds, "writing the average": summary.export_seconds}
+        rows += [[name, _duration(seconds)] for name, seconds in times.items() if seconds is not None]
+        for name, per_rank in (
+            ("read from candidates", summary.bytes_read_per_rank),
+            ("deltas and center in memory", summary.store_bytes_per_rank),
+            ("peak memory of a process", summary.peak_resident_bytes_per_rank),
+        ):
+            if per_rank:
+                rows.append([f"{name}{', largest rank' if len(per_rank) > 1 else ''}", size_text(max(per_rank))])
+    if not rows:
+        return None
+    return joined(el("h2", "Cost"), table([], rows), _step_cost(material))
+
+
+def _step_cost(material: Material) -> Html | None:
+    summary = material.summary
+    if not summary or not summary.cost or summary.forward_backward_seconds is None:
+        return None
+    whole = summary.forward_backward_seconds
+    parts = {"forward and backward": whole, **{name: part.seconds for name, part in summary.cost.items()}}
+    total = sum(parts.values()) or 1.0
+    rows: list[list[Content]] = [
+        [name, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}"] for name, seconds in parts.items()
+    ]
+    return joined(el("p", "One step of rank 0, without reading batches:"), table(["part", "ms", "share"], rows))
+
+
+def _is_compared(material: Material) -> bool:
+    return material.summary is not None and comparison.LAST in material.summary.comparison
+
+
+def _configuration(material: Material) -> Html | None:
+    if not material.config:
+        return None
+    defaults = dict(_flat(_defaults(RunConfig)))
+    given = dict(_flat(material.config))
+    changed: list[list[Content]] = [
+        [key, dumped(value), dumped(defaults[key]) if key in defaults else ""]
+        for key, value in given.items()
+        if key not in defaults or defaults[key] != value
+    ]
+    everything: list[list[Content]] = [[key, dumped(value)] for key, value in given.items()]
+    return joined(
+        el("h2", "Configuration"),
+        el("div", table(["setting", "value", "default"], changed, first=3), class_="settings"),
+        el(
+            "details",
+            el("summary", f"All {len(everything)} settings"),
+            el("div", table(["setting", "value"], everything, first=2), class_="settings"),
+        ),
+    )
+
+
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the defaults of a section of the configuration, as JSON has them."""
+    found = {}
+    for name, field in model.model_fields.items():
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            found[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return found
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield settings as `section.key` and value."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _provenance(material: Material) -> Html:
+    origin, summary = material.origin, material.summary
+    version = (summary and summary.version) or (origin and origin.version)
+    rows: list[list[Content]] = [["directory", str(material.directory)]]
+    if version:
+        rows.append(["written by", f"twa_scale {version}"])
+    if origin:
+        rows.append(["content", origin.wrote])
+    if material.coefficients_of:
+        rows.append(["coefficients", material.coefficients_of])
+    paths = material.paths or (material.coefficients.labels if material.coefficients else ())
+    listed = el("details", el("summary", f"{len(paths)} candidates"), el("pre", "\n".join(paths))) if paths else None
+    return joined(
+        el("h2", "Provenance"),
+        table([], rows, first=2),
+        listed,
+        el("h2", "Reproduce"),
+        *(joined(el("p", text), el("pre", command)) for text, command in _commands(material)),
+    )
+
+
+def _commands(material: Material) -> Iterator[tuple[str, str]]:
+    """Yield a sentence and a command for each thing that can be done again."""
+    here, found = str(material.directory), material.coefficients
+    if material.is_run and material.config:
+        ranks = material.summary.ranks if material.summary else 1
+        program = f"torchrun --nproc-per-node {ranks} -m twa_scale" if ranks > 1 else "twa-scale"
+        config = shlex.quote(str(Path(here) / CONFIG))
+        yield (
+            "Train again with the same settings, in the directory in which the run was started:",
+            f"{program} run {config} output={shlex.quote(here + '-again')}",
+        )
+    if material.is_run and found:
+        yield (
+            "Write the exact merge from the coefficients and the candidates, without the model:",
+            f"twa-scale export {shlex.quote(here)} --out merged",
+        )
+    if found and found.values.shape[1] == 1 and not material.corrects_rows:
+        pairs = zip(material.paths or found.labels, found.values[:, 0].tolist(), strict=True)
+        words = " \\\n  ".join(shlex.quote(f"{path}:{a!r}") for path, a in pairs)
+        yield "The same average with fixed weights:", f"twa-scale average {words} \\\n  --out merged"
+    yield "Make this page again:", f"twa-scale report {shlex.quote(here)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
