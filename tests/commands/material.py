@@ -2,7 +2,7 @@
 
 import os
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -151,10 +151,15 @@ def settings(candidates: str, task: Mapping[str, Any], output: Path, **changes: 
 
 def run_here(data: Mapping[str, Any]) -> dict[str, Any]:
     """`twa-scale run`, without the shell: on one rank, or on this rank of a pool."""
+    return as_launched(lambda: run(validated(RunConfig, dict(data))))
+
+
+def as_launched(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Call with the environment that a launcher gives to this rank of a pool, or to one rank."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     launcher = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     with patch.dict(os.environ, launcher):
-        return run(validated(RunConfig, dict(data)))
+        return call()
 
 
 def load(directory: Path) -> dict[str, Tensor]:

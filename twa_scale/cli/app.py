@@ -13,6 +13,7 @@ from twa_scale.cli.launch import launch
 from twa_scale.cli.plan import plan
 from twa_scale.cli.report import report
 from twa_scale.cli.run import run
+from twa_scale.cli.search import search
 from twa_scale.version import __version__
 
 app = typer.Typer(
@@ -41,5 +42,5 @@ def callback(
     del version, local_rank  # --version has a callback; DeepSpeed's launcher passes --local_rank to every script
 
 
-for command in (init, run, launch, plan, report, inspect, bench, average, export):
+for command in (init, run, search, launch, plan, report, inspect, bench, average, export):
     app.command()(command)
