@@ -25,6 +25,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import SPLITS, Examples, Task, build_task, stack
 from twa_scale.run.tasks.byte_gpt import ByteGPT
 from twa_scale.run.tasks.data_files import Fractions, SplitFiles, data_files, split_files
+from twa_scale.run.tasks.decoders import Square
 from twa_scale.run.tasks.images import ImageFolder, class_names, read_npz
 from twa_scale.run.tasks.tables import rows
 from twa_scale.run.tasks.tokens import TokenFile
@@ -391,7 +392,7 @@ def test_named_pipes_are_refused(tmp_path: Path) -> None:
     for read in (
         lambda: next(rows(tmp_path / "a.csv", {"task.text": "text"}, "task.train")),
         lambda: read_npz(tmp_path / "a.npz", "", "task.data"),
-        lambda: ImageFolder(tmp_path, ["x"], 4, "task.data")[0],
+        lambda: ImageFolder(tmp_path, {"x": 0}, Square(4), "task.data")[0],
     ):
         with pytest.raises(ConfigError, match=r"a\.(csv|npz|png): cannot be read: it is a named pipe"):
             read()
@@ -482,10 +483,10 @@ def test_image_folders_behind_links(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "data/dog").symlink_to(tmp_path / "elsewhere")
     assert class_names(tmp_path / "data", "task.train") == ["cat", "dog"]
-    assert len(ImageFolder(tmp_path / "data", ["cat", "dog", "only in train"], 4, "task.train")) == 2
+    assert len(ImageFolder(tmp_path / "data", {"cat": 0, "dog": 1, "only in train": 2}, Square(4), "task.train")) == 2
     (tmp_path / "elsewhere/deep/3.png").symlink_to("nothing")
     with pytest.raises(ConfigError, match=r"dog/deep/3\.png: is a link that leads nowhere"):
-        ImageFolder(tmp_path / "data", ["cat", "dog"], 4, "task.train")
+        ImageFolder(tmp_path / "data", {"cat": 0, "dog": 1}, Square(4), "task.train")
     (tmp_path / "data/mouse").symlink_to("/nowhere/mouse")
     with pytest.raises(ConfigError, match="mouse: is a link that leads nowhere"):
         class_names(tmp_path / "data", "task.train")
@@ -505,7 +506,7 @@ def test_data_without_read_permission(tmp_path: Path, request: pytest.FixtureReq
         with pytest.raises(ConfigError, match=r"t\.bin: cannot be read: Permission denied\. Make it"):
             task_of("causal_lm", token_dtype=dtype, **options).dataset("train")
     for read in (
-        lambda: ImageFolder(tmp_path / "images", ["cat"], 4, "task.train"),
+        lambda: ImageFolder(tmp_path / "images", {"cat": 0}, Square(4), "task.train"),
         lambda: class_names(tmp_path / "images/cat/deep", "task.train"),
         lambda: task_of("causal_lm", model=TINY_GPT, text={"train": str(tmp_path / "images")}),
     ):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
@@ -34,7 +35,9 @@ class Batches:
     def training(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of this rank at `step`. The order is shuffled in every epoch."""
         epoch, position = divmod(step, self.per_epoch)
-        order = _order(len(self.examples), self.seed, epoch)
+        # stretches of examples that are read together: see Examples
+        stretches = tuple(getattr(self.examples, "stretches", ())) or (len(self.examples),)
+        order = _order(stretches, self.seed, epoch)
         share = self.batch_size // self.size
         start = position * self.batch_size + self.rank * share
         for first in range(start, start + share, self.micro_batch_size):
@@ -61,9 +64,14 @@ class Batches:
 
 
 @lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> torch.Tensor:
+def _order(stretches: tuple[int, ...], seed: int, epoch: int) -> torch.Tensor:
+    """Return a random order of stretches of consecutive examples, and of the examples in each."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator)
+    if len(stretches) == 1:
+        return torch.randperm(stretches[0], generator=generator)
+    firsts = [0, *accumulate(stretches)]
+    shuffled = torch.randperm(len(stretches), generator=generator).tolist()
+    return torch.cat([firsts[i] + torch.randperm(stretches[i], generator=generator) for i in shuffled])
 
 
 def make_batches(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twa_scale.base.inputs import open_regular
+from twa_scale.base.inputs import open_regular, parse_json, text
 from twa_scale.base.names import nearest
 from twa_scale.errors import ConfigError
 
@@ -41,9 +41,9 @@ def batches(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
     Raises:
         ConfigError: pyarrow is not installed, the file cannot be read, or it lacks a column.
     """
-    with _named_errors(path):
+    with named_errors(path):
         if path.suffix.lower() == PARQUET:
-            file = _parquet(path)
+            file = open_parquet(path)
             require_columns(path, file.schema_arrow.names, columns)
             yield from file.iter_batches(_ROWS, columns=list(columns.values()))
         else:
@@ -55,8 +55,8 @@ def batches(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
 
 def has_lists(path: Path, column: str) -> bool:
     """Return whether a parquet or Arrow file has a column of this name that holds lists."""
-    with _named_errors(path):
-        schema = _parquet(path).schema_arrow if path.suffix.lower() == PARQUET else _arrow(path)[0].schema
+    with named_errors(path):
+        schema = open_parquet(path).schema_arrow if path.suffix.lower() == PARQUET else _arrow(path)[0].schema
         return column in schema.names and _is_list(schema.field(column).type)
 
 
@@ -94,6 +94,17 @@ def integer_lists(
     return values.to_numpy(), bounds
 
 
+def class_names(path: Path, column: str) -> list[str]:
+    """Return the names of the classes of a `ClassLabel` in a file of the library `datasets`, or an empty list."""
+    with named_errors(path):
+        schema = open_parquet(path).schema_arrow if path.suffix.lower() == PARQUET else _arrow(path)[0].schema
+    try:
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [text(name) for name in features[column]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
 def require_columns(place: str | Path, known: list[str], columns: Mapping[str, str]) -> None:
     """Check that a file or row has the columns.
 
@@ -124,7 +135,8 @@ def pyarrow(module: str = "pyarrow") -> Any:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
+    """Replace errors of pyarrow in a `with` block by a ConfigError that names the file."""
     errors = (OSError, pyarrow().ArrowException)
     try:
         yield
@@ -140,7 +152,8 @@ def _mapped(path: Path) -> Any:
     return pyarrow().memory_map(str(path))
 
 
-def _parquet(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """Return a pyarrow.parquet.ParquetFile of a mapped file."""
     return pyarrow("pyarrow.parquet").ParquetFile(_mapped(path))
 
 

@@ -33,6 +33,15 @@ def load_tokenizer(directory: str) -> Any:
     return _from_pretrained("AutoTokenizer", directory, "tokenizer files")
 
 
+def load_image_processor(directory: str) -> Any:
+    """Return the image processor of a model directory, the one that works on PIL images.
+
+    Raises:
+        ConfigError: transformers is not installed, or the processor is missing or not valid.
+    """
+    return _from_pretrained("AutoImageProcessor", directory, "image processor", backend="pil")
+
+
 def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module:
     """Return a randomly initialized float32 model of the auto class `kind`.
 
@@ -61,12 +70,12 @@ def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module
     return model  # type: ignore[no-any-return]
 
 
-def _from_pretrained(kind: str, directory: str, what: str) -> Any:
+def _from_pretrained(kind: str, directory: str, what: str, **options: Any) -> Any:
     auto = getattr(_transformers(), kind)
     path = str(path_of(directory, ConfigError))
     try:
         # Without `trust_remote_code=False`, transformers asks at a prompt whether to run code of the directory.
-        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # for damaged files, transformers and tokenizers raise many kinds of exceptions
         _refuse_code(error, directory)
         raise ConfigError(

@@ -1,7 +1,8 @@
-"""Images and labels from npz files and folders."""
+"""Images and labels from npz files, folders, and parquet and Arrow files."""
 
+import io
 import os
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twa_scale.base.inputs import named_errors, open_regular
+from twa_scale.base.inputs import brief, named_errors, open_regular
 from twa_scale.base.names import some
 from twa_scale.base.paths import entries
 from twa_scale.errors import ConfigError
+from twa_scale.run.tasks.arrow_columns import Column
 from twa_scale.run.tasks.classification import integer_labels
 from twa_scale.run.tasks.data_files import READABLE, data_files, refuse_dangling
+from twa_scale.run.tasks.decoders import Decoder, decode, pillow
 from twa_scale.run.tasks.task import Batch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -76,25 +79,27 @@ def class_names(root: Path, where: str) -> list[str]:
 
 
 class ImageFolder:
-    """Examples {"images": uint8 (3, size, size), "labels": int64 scalar} from one folder per class.
+    """Examples {"images": the result of the decoder, "labels": int64 scalar} from one folder for each class.
 
-    An image is decoded on access, resized to cover the square, and cropped at the center.
+    An image is decoded on access.
     """
 
-    def __init__(self, root: Path, classes: list[str], size: int, where: str) -> None:
+    def __init__(self, root: Path, classes: dict[str, int], decoder: Decoder, where: str) -> None:
         """List the images. Links are followed.
 
+        Args:
+            root: the folder.
+            classes: the number of each class, by the name of its subfolder.
+            decoder: makes the tensor of an image.
+            where: the setting in error messages.
+
         Raises:
-            ConfigError: there are no images, a folder cannot be read, a link is dangling, or Pillow is not installed.
+            ConfigError: there are no images, a folder cannot be read, or a link is dangling.
         """
-        try:
-            self._image, self._ops = import_module("PIL.Image"), import_module("PIL.ImageOps")
-        except ImportError as error:
-            raise ConfigError(f"{where}: an image folder needs Pillow. Install it: pip install pillow.") from error
         with named_errors(ConfigError, READABLE):
-            folders = [(root / name, i) for i, name in enumerate(classes) if (root / name).is_dir()]
+            folders = [(root / name, i) for name, i in sorted(classes.items()) if (root / name).is_dir()]
             self._files = [(path, i) for folder, i in folders for path in data_files(folder, SUFFIXES)]
-        self._size = size
+        self._decoder = decoder
         if not self._files:
             raise ConfigError(f"{where}: {root} has no images. Put {', '.join(SUFFIXES)} files into its subfolders.")
 
@@ -104,11 +109,78 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Batch:
         path, label = self._files[index]
         try:
-            with os.fdopen(open_regular(path, ConfigError), "rb") as file, self._image.open(file) as image:
-                square = self._ops.fit(image.convert("RGB"), (self._size, self._size), self._image.Resampling.BILINEAR)
-        except ConfigError:
-            raise
-        except Exception as error:  # for damaged images, decoders raise many kinds of exceptions
+            with os.fdopen(open_regular(path, ConfigError), "rb") as file:
+                pixels = decode(file, self._decoder, str(path))
+        except OSError as error:
             raise ConfigError(f"{path}: cannot be read as an image: {error}. Repair or remove it.") from error
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
         return {"images": pixels, "labels": torch.tensor(label)}
+
+
+class ImageTable:
+    """Examples as of `ImageFolder` from rows of parquet and Arrow files, as the library `datasets` stores `Image`.
+
+    An image is decoded on access. The labels are in memory.
+    """
+
+    def __init__(self, files: Sequence[Path], column: str, labels: Tensor, decoder: Decoder) -> None:
+        """Open the files.
+
+        Args:
+            files: parquet and Arrow files.
+            column: the column of the images: bytes, or structs with `bytes`.
+            labels: int64 (N,), the class of each row.
+            decoder: makes the tensor of an image.
+
+        Raises:
+            ConfigError: a file cannot be read, or has no such column.
+        """
+        self._column = Column(files, column, "task.image_key")
+        self._labels, self._decoder = labels, decoder
+        self.stretches = self._column.stretches
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        place, value = self._column.read(index)
+        raw = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(raw, bytes):
+            raise ConfigError(
+                f"{place}: {brief(value)} is not an encoded image. Set task.image_key to a column of bytes, or save "
+                "the dataset with its images embedded."
+            )
+        return {"images": decode(io.BytesIO(raw), self._decoder, place), "labels": self._labels[index]}
+
+
+class ProcessedArrays:
+    """Examples of arrays in memory, each of which a decoder gets as an image."""
+
+    def __init__(self, images: Tensor, labels: Tensor, decoder: Decoder, where: str) -> None:
+        """Check the shape.
+
+        Args:
+            images: uint8 (N, 3, H, W) or (N, 1, H, W).
+            labels: int64 (N,).
+            decoder: makes the tensor of an image.
+            where: the setting in error messages.
+
+        Raises:
+            ConfigError: the images have another shape or dtype.
+        """
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise ConfigError(
+                f"{where}: has images of dtype {images.dtype} and shape {tuple(images.shape[1:])}, which the image "
+                "processor of the model cannot take. Give uint8 of shape (3, H, W), or set task.mean and task.std, so "
+                "that the arrays are used as they are."
+            )
+        self._images, self._labels, self._decoder, self._where = images, labels, decoder, where
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Batch:
+        pixels = self._images[index].expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+        image = pillow("PIL.Image").fromarray(pixels)
+        return {"images": self._decoder(image, f"{self._where}, image {index}"), "labels": self._labels[index]}

@@ -54,7 +54,7 @@ def numbering(labels: Mapping[str, list[Label]], known: Mapping[str, int]) -> di
         return {name: known[name] for name in known}
     _refuse_new_labels(labels)
     named = [name for name in known if not _DEFAULT.fullmatch(name)]
-    if len(named) == len(names):
+    if named and len(names) <= len(known):
         unknown = next(name for name in names if name not in known)
         notice(
             f"task: the classes are numbered in sorted order, because the model's label2id has other names: "

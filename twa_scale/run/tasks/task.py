@@ -16,7 +16,11 @@ SPLITS = ("train", "validation", "test")
 
 
 class Examples(Protocol):
-    """The examples of one split, read on access and in a fixed order. The training loop shuffles them."""
+    """The examples of one split, read on access and in a fixed order. The training loop shuffles them.
+
+    The attribute `stretches` is optional: the numbers of consecutive examples that are best read together, such as
+    those of a compressed block. The loop then shuffles the stretches and the examples in each.
+    """
 
     def __len__(self) -> int:
         """Return the number of examples, at least 1."""

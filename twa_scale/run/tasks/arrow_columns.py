@@ -1,0 +1,118 @@
+"""One column of parquet and Arrow files, read at any row without reading all."""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from twa_scale.run.tasks import arrow
+
+_STRETCH = 1 << 27  # bytes of the row groups of a stretch, decoded
+_CACHE = 2 * _STRETCH
+
+
+class _File(Protocol):
+    """A file in pieces: row groups of parquet, or record batches of Arrow."""
+
+    sizes: list[int]
+    """The number of rows of each piece."""
+    costs: list[int]
+    """The bytes that reading a row of each piece decodes: all of a row group; nothing, if the piece is mapped."""
+
+    def piece(self, i: int) -> Any:
+        """Return the column of piece i, a pyarrow array."""
+
+
+class _Parquet:
+    def __init__(self, path: Path, column: str, setting: str) -> None:
+        self._path, self._column = path, column
+        with arrow.named_errors(path):
+            self._file = arrow.open_parquet(path)
+            arrow.require_columns(path, self._file.schema_arrow.names, {setting: column})
+            groups = [self._file.metadata.row_group(i) for i in range(self._file.num_row_groups)]
+        self.sizes = [group.num_rows for group in groups]
+        self.costs = [group.total_byte_size for group in groups]
+
+    def piece(self, i: int) -> Any:
+        with arrow.named_errors(self._path):
+            return self._file.read_row_group(i, columns=[self._column]).column(0)
+
+
+class _Mapped:
+    def __init__(self, path: Path, column: str, setting: str) -> None:
+        self._pieces = [batch.column(0) for batch in arrow.batches(path, {setting: column})]
+        self.sizes = [len(piece) for piece in self._pieces]
+        self.costs = [0] * len(self._pieces)
+
+    def piece(self, i: int) -> Any:
+        return self._pieces[i]
+
+
+class Column:
+    """The values of a column in the rows of several files.
+
+    A row of a parquet file needs its whole row group, so the last ones are kept, up to 256 MiB. `stretches` are the
+    numbers of consecutive rows that are best read together: those of row groups of 128 MiB, or of mapped files.
+    """
+
+    def __init__(self, files: Sequence[Path], column: str, setting: str) -> None:
+        """Open the files. Of parquet files only the metadata is read, and Arrow files are mapped.
+
+        Args:
+            files: parquet and Arrow files.
+            column: the name of the column.
+            setting: the setting that names it.
+
+        Raises:
+            ConfigError: a file cannot be read, or has no such column.
+        """
+        self._places: list[tuple[Path, _File, int, int]] = []  # of each piece: file, its number and its first row
+        costs: list[int] = []
+        for path in files:
+            file: _File = (_Parquet if path.suffix.lower() == arrow.PARQUET else _Mapped)(path, column, setting)
+            firsts = accumulate(file.sizes, initial=0)
+            self._places += [(path, file, i, first) for i, first in zip(range(len(file.sizes)), firsts, strict=False)]
+            costs += file.costs
+        sizes = [file.sizes[i] for _, file, i, _ in self._places]
+        self._ends = list(accumulate(sizes))
+        self._costs = costs
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+        self.stretches = _stretches(sizes, costs)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, index: int) -> tuple[str, Any]:
+        """Return the place of a row for messages, and its value.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        number = bisect_right(self._ends, index)
+        path, file, i, first = self._places[number]
+        row = index - (self._ends[number] - file.sizes[i])
+        return f"{path}, row {first + row + 1}", self._piece(number, file, i)[row].as_py()
+
+    def _piece(self, number: int, file: _File, i: int) -> Any:
+        if not self._costs[number]:
+            return file.piece(i)
+        if number not in self._cache:
+            while self._cache and sum(map(self._costs.__getitem__, self._cache)) + self._costs[number] > _CACHE:
+                self._cache.popitem(last=False)
+            self._cache[number] = file.piece(i)
+        return self._cache[number]
+
+
+def _stretches(sizes: list[int], costs: list[int]) -> tuple[int, ...]:
+    """Return the numbers of rows of consecutive pieces that cost at most `_STRETCH`, or of one that costs more."""
+    found: list[int] = []
+    total = _STRETCH + 1
+    for size, cost in zip(sizes, costs, strict=True):
+        total += cost
+        if total > _STRETCH:
+            found.append(0)
+            total = cost
+        found[-1] += size
+    return tuple(size for size in found if size)
