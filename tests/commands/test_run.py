@@ -45,7 +45,7 @@ def ended(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_everything_promised_is_there(ended: Path) -> None:
     assert sorted(path.name for path in ended.iterdir()) == FILES
     assert sorted(path.name for path in (ended / "average").iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json", "twa_scale.json",
+        "README.md", "config.json", "model.safetensors", "tokenizer.json", "twa_scale.json",
     ]  # fmt: skip
     assert (ended / "coefficients.png").read_bytes().startswith(b"\x89PNG")
     assert any(path.name.startswith("events") for path in (ended / "tensorboard").iterdir())

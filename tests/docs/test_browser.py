@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.docs import browser
+from tests.reports import write_run
+from twa_scale.tools.report import write_report
 
 
 @pytest.mark.slow
@@ -22,3 +24,11 @@ def test_a_line_that_does_not_fit_is_found(site: Path, tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text(page.replace("</article>", wide))
     [(_, width, element, _)] = browser.overflows(tmp_path, (1400,))
     assert width == 1400 and element.startswith("CODE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_a_report_fits(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    write_report(write_run(tmp_path), tmp_path / "site/index.html")
+    assert browser.overflows(tmp_path / "site", (400, 900, 1400)) == []

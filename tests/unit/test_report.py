@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
-import twa_scale
-from tests.states import save_run
+from tests.reports import MARKUP, write_run
 from twa_scale import OutputError, StateError
 from twa_scale.average.measures import effective_candidates, mean_coefficients
 from twa_scale.average.state import save_state
@@ -21,14 +18,6 @@ from twa_scale.output import DirectoryLock
 from twa_scale.tools.report import write_report
 from twa_scale.tools.report.coefficients import OUTSIDE, merged, places
 from twa_scale.tools.report.curves import Curve, Level, chart, ticks
-
-BAD = """<script>alert('a')<&"b">"""
-RECORDS = [
-    {"step": 0, "validation/loss": 1.5, "distance": 0.0, "effective_candidates": 4.0},
-    *({"step": s, "loss": 2 - s / 10, "lr": 0.1, "seconds": 0.25, **{f"coefficients/{i}": 0.25 for i in range(4)}}
-      for s in range(1, 9)),
-    {"step": 8, "validation/loss": float("nan")},
-]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -58,33 +47,16 @@ class Page(HTMLParser):
             self.words += data + " "
 
 
-def model() -> nn.Module:
-    return nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that has begun, with candidates of names that are markup."""
-    root = tmp_path_factory.mktemp("report")
-    paths = [root / f"{BAD}-step-{i}" for i in (10, 20, 30, 40)]
-    for i, path in enumerate(paths):
-        path.mkdir()
-        random = torch.Generator().manual_seed(i)
-        state = {name: torch.randn(value.shape, generator=random) for name, value in model().state_dict().items()}
-        save_file(state, path / "model.safetensors")
-    twa = twa_scale.attach(model(), list(map(str, paths)), {"groups": "tensor", "start": "last"})
-    twa.start_from([0.75, 0.5, 0.25, -0.5])
-    save_run(twa, paths, root / "run")
-    (root / "run/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS) + '{"step": 9')
-    (root / "run/config.json").write_text(json.dumps({"steps": 20, "task": {"name": BAD}, "start": "last"}))
-    return root
+    return write_run(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture
 def run(source: Path, tmp_path: Path) -> Path:
     """A copy that may be spoiled."""
     (tmp_path / "run").mkdir()
-    for file in (source / "run").iterdir():
+    for file in source.iterdir():
         (tmp_path / "run" / file.name).write_bytes(file.read_bytes())
     return tmp_path / "run"
 
@@ -105,7 +77,7 @@ def test_the_page_of_a_run_that_has_not_ended(run: Path) -> None:
 def test_text_of_files_is_not_markup(run: Path) -> None:
     (run / "summary.json").write_text("{}")  # of an earlier run: this one has not ended
     page = Page(write_report(run))
-    assert BAD in page.words
+    assert MARKUP in page.words
     assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
     assert not {"src", "href"} & {name for name, _ in page.attributes}
     assert not any(name.startswith("on") for name, _ in page.attributes)

@@ -79,8 +79,8 @@ class TrainableAverage:
         self._candidates = candidates
         self._carried = carried
         self._form = StateForm(config, layout, basis, fingerprint, conversions(candidates))
-        sources = {name: layout.source(name) for name in layout.group_of}
-        self.elements = elements_of_groups(len(layout.groups), layout.group_of, fingerprint.shapes, sources)
+        group_of = {layout.source(name): group for name, group in layout.group_of.items()}
+        self.elements = elements_of_groups(len(layout.groups), group_of, fingerprint.shapes)
         """The number of elements of each group."""
         self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
         self._x = nn.Parameter(self._located(config.start))

@@ -6,20 +6,17 @@ from math import prod
 import torch
 
 
-def elements_of_groups(
-    num_groups: int, group_of: Mapping[str, int], shapes: Mapping[str, Sequence[int]], names: Mapping[str, str]
-) -> list[int]:
+def elements_of_groups(num_groups: int, group_of: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> list[int]:
     """Return the number of elements of each group.
 
     Args:
         num_groups: the number of groups, G.
         group_of: the group of each trained tensor, by its name.
-        shapes: the shapes of tensors.
-        names: the name in `shapes` of each trained tensor.
+        shapes: the shapes of tensors, by the same names.
     """
     elements = [0] * num_groups
     for name, group in group_of.items():
-        elements[group] += prod(shapes[names[name]])
+        elements[group] += prod(shapes[name])
     return elements
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from itertools import takewhile
 
 from twa_scale.errors import ConfigError
 
@@ -42,6 +43,14 @@ def some(names: Iterable[str], limit: int = 4) -> str:
 def and_more(labels: Sequence[str]) -> str:
     """Return the first label and the number of further labels, as text for messages."""
     return labels[0] + (f" and {len(labels) - 1} more" if len(labels) > 1 else "")
+
+
+def without_common_folders(labels: Sequence[str]) -> list[str]:
+    """Return paths without the folders that all of them begin with; a single path is only its name."""
+    parts = [label.split("/") for label in labels]
+    folders = zip(*(names[:-1] for names in parts), strict=False)
+    shared = sum(1 for _ in takewhile(lambda at: len(set(at)) == 1, folders))
+    return ["/".join(names[shared:]) or label for names, label in zip(parts, labels, strict=True)]
 
 
 def matches_any(name: str, patterns: Sequence[str]) -> bool:

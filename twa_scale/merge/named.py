@@ -222,6 +222,7 @@ def export_run(
         step=state.exported_step,
         config=twa.config.model_dump(mode="json"),
         groups=list(twa.groups),
+        elements=twa.elements,
         coefficients=twa.coefficients.tolist(),
         dtype=dtype,
         **rows_provenance(twa.rows is not None),

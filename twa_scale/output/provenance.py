@@ -10,6 +10,7 @@ import torch
 
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.output.formats.format import OutputFormat
+from twa_scale.output.model_card import with_card
 from twa_scale.version import __version__
 
 PROVENANCE = "twa_scale.json"
@@ -57,11 +58,12 @@ def writing_options(
     """
     if form.of_last:
         carried = replace(carried, wider=None)
+    files = carried.files_for(dtype)
     return {
         "form": form,
         "max_shard_size": carried.shard_size(max_shard_size),
         "base": carried.base,
-        **with_provenance(origin, carried.files_for(dtype), carried.metadata),
+        **with_provenance(origin, with_card(files, origin) if form.name == "hf" else files, carried.metadata),
     }
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from twa_scale.base.names import without_common_folders
 from twa_scale.output.publish import replace_file
 
 Array = npt.NDArray[Any]
@@ -219,10 +219,7 @@ def _name_ticks(axes: Axes, side: str, labels: Sequence[str]) -> None:
 
 def _short(labels: Sequence[str], longest: int = 44) -> Iterator[str]:
     """Yield labels without their common folders; long ones are shortened in the middle."""
-    folders = [label.split("/")[:-1] for label in labels]
-    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
-    for label in labels:
-        name = "/".join(label.split("/")[shared if len(labels) > 1 else -1 :])
+    for name in without_common_folders(labels):
         yield name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from twa_scale.average.measures import elements_of_groups
 from twa_scale.candidates.conversion import Conversion, made_of_state, row_major
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.segments import Segment
@@ -156,6 +157,13 @@ class AverageState(_Saved):
             if name not in self.fingerprint.shapes:
                 raise ValueError(f"group_of: {name!r} is none of the tensors of the fingerprint")
         return self
+
+    @property
+    def elements(self) -> list[int]:
+        """The number of elements of each group; tied tensors count once."""
+        again = {name for names in self.tied for name in names[1:]}
+        group_of = {name: group for name, group in self.group_of.items() if name not in again}
+        return elements_of_groups(len(self.groups), group_of, self.fingerprint.shapes)
 
     def row_weights(self, name: str) -> torch.Tensor:
         """Return the averaging coefficients of each row of a tensor, (n, rows), float64.

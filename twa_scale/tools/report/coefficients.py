@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 
 import torch
 
 from twa_scale.average.measures import effective_candidates, mean_coefficients
+from twa_scale.base.names import without_common_folders
 from twa_scale.candidates.steps import step_of
 
 OUTSIDE = "outside of blocks"
@@ -53,9 +53,7 @@ class Coefficients:
     @cached_property
     def names(self) -> list[str]:
         """The names of the candidates without the folders that all have."""
-        parts = [Path(label).parts for label in self.labels]
-        shared = sum(1 for _ in takewhile(lambda at: len(set(at)) == 1, zip(*(p[:-1] for p in parts), strict=False)))
-        return ["/".join(p[shared:]) or label for p, label in zip(parts, self.labels, strict=True)]
+        return without_common_folders(self.labels)
 
     @cached_property
     def steps(self) -> list[int | None]:

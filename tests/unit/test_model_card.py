@@ -1,0 +1,119 @@
+"""README.md of outputs: what the hub reads, and what becomes of a candidate's own card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from twa_scale.merge import average_fixed
+from twa_scale.output.model_card import with_card
+from twa_scale.output.provenance import provenance
+
+huggingface_hub = pytest.importorskip("huggingface_hub")
+LLAMA = {"architectures": ["LlamaForCausalLM"], "_name_or_path": "acme/tiny-llama", "dtype": "float32"}
+CARD = "---\nlicense: mit  # ours\ntags:\n- chat\n---\n\n# My model\n\nText.\n"
+
+
+def origin(*candidates: str, **more: Any) -> dict[str, Any]:
+    return provenance("an average with fixed weights", candidates or ["runs/a/x-1", "runs/a/x-2"], **more)
+
+
+def card_of(files: dict[str, bytes], of: dict[str, Any]) -> Any:
+    """The card as the library of the hub reads it."""
+    card = huggingface_hub.ModelCard(with_card(files, of)["README.md"].decode())
+    assert isinstance(card.data, huggingface_hub.ModelCardData)
+    return card
+
+
+def config(**changes: Any) -> dict[str, bytes]:
+    return {"config.json": json.dumps(LLAMA | changes).encode()}
+
+
+def test_a_new_card() -> None:
+    card = card_of(config(), origin(weights=[1.25, -0.25]))
+    assert card.data.base_model == "acme/tiny-llama" and card.data.library_name == "transformers"
+    assert "merge" in card.data.tags
+    assert "| <code>x-1</code> | 1.25 |" in card.text and "| <code>x-2</code> | -0.25 |" in card.text
+    assert "twa-scale average x-1:1.25 \\\n  x-2:-0.25" in card.text
+
+
+def test_coefficients_of_groups_are_summed_up() -> None:
+    settings = {"groups": "tensor", "basis": "normalized", "center": "mean"}
+    of = origin(config=settings, groups=["a", "b"], elements=[3, 1], coefficients=[[0.5, 1.5], [0.5, -0.5]], step=7)
+    text = card_of(config(), of).text
+    assert "| <code>x-1</code> | 0.75 | 0.5 | 1.5 |" in text and "2 groups of tensors, of step 7" in text
+    assert "twa-scale export RUN" in text and "twa-scale average" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("acme/tiny-llama", True), ("/home/me/llama", False), ("llama", False), ("..", False), ("a/b/c", False),
+     ("here/base", False), ("a/b--c", False), (3, False), ("../b/c", False)],
+)  # fmt: skip
+def test_only_names_on_the_hub_are_base_models(
+    name: Any, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here/base").mkdir(parents=True)
+    found = card_of(config(_name_or_path=name), origin(weights=[0.5, 0.5])).data.base_model
+    assert found == (name if known else None)
+    if known:
+        huggingface_hub.utils.validate_repo_id(found)
+
+
+def test_candidates_from_the_hub_and_adapters() -> None:
+    cache = "/cache/hub/models--acme--{}/snapshots/0a1b"
+    data = card_of(config(), origin(cache.format("one"), cache.format("two"), weights=[0.5, 0.5])).data
+    assert data.base_model == ["acme/one", "acme/two"] and data.base_model_relation == "merge"
+    adapter = {"adapter_config.json": b'{"base_model_name_or_path": "acme/base"}'}
+    data = card_of(adapter, origin(weights=[0.5, 0.5])).data
+    assert data.base_model == "acme/base" and data.library_name == "peft"
+
+
+def test_names_are_text() -> None:
+    bad = "<script>`|[x](y)*_$-1"
+    text = card_of(config(), origin(f"a/{bad}", "a/b\n| c |", weights=[0.5, 0.5])).text
+    assert "<script>" not in text.split("```sh")[0] and "`|" not in text
+    assert sum(line.startswith("| ") for line in text.splitlines()) == 4  # head, rule and two candidates
+
+
+def test_the_card_of_a_candidate_is_kept() -> None:
+    files = {**config(), "README.md": CARD.encode()}
+    first = with_card(files, origin(weights=[0.5, 0.5]))
+    text = first["README.md"].decode()
+    assert text.startswith(CARD.rstrip()) and "those of the last checkpoint" in text
+    card = huggingface_hub.ModelCard(text)
+    assert card.data.license == "mit" and card.data.tags == ["chat"]
+    again = with_card(first, origin("z-1", weights=[1.0]))["README.md"].decode()  # an average of averages
+    assert again.startswith(CARD.rstrip()) and again.count("twa_scale: begin") == 1
+    assert "z-1" in again and "x-1" not in again
+
+
+def test_our_own_card_is_made_anew() -> None:
+    first = with_card(config(), origin(weights=[0.5, 0.5]))
+    again = huggingface_hub.ModelCard(with_card(first, origin("z-1", weights=[1.0]))["README.md"].decode())
+    assert again.data.base_model == "acme/tiny-llama" and "z-1" in again.text and "x-1" not in again.text
+    assert "# Average of 1 checkpoint\n" in again.text and "last checkpoint" not in again.text
+
+
+@pytest.mark.parametrize("files", [{}, {"README.md": b"mine"}, {"config.json": b"{", "README.md": b"\xff\xfe"}])
+def test_what_gets_no_card(files: dict[str, bytes]) -> None:
+    assert with_card(files, origin(weights=[0.5, 0.5])) == files
+
+
+@pytest.mark.parametrize("form", ["hf", "pt", "same"])
+def test_outputs_have_it_and_can_be_replaced(tmp_path: Path, form: str) -> None:
+    for i in (1, 2):
+        (tmp_path / f"step-{i}").mkdir()
+        (tmp_path / f"step-{i}/config.json").write_text(json.dumps(LLAMA))
+        save_file({"a": torch.full((2,), float(i))}, tmp_path / f"step-{i}/model.safetensors")
+    for _ in range(2):
+        average_fixed([str(tmp_path / "step-*")], tmp_path / "out", format=form, overwrite=True)
+    assert (tmp_path / "out/README.md").exists() == (form == "hf")
+    if form == "hf":
+        assert huggingface_hub.ModelCard.load(tmp_path / "out/README.md").data.base_model == "acme/tiny-llama"
+        files = json.loads((tmp_path / "out/twa_scale.json").read_text())["files"]
+        assert "README.md" in files

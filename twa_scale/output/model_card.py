@@ -1,0 +1,177 @@
+"""The model card of an output, README.md: what was averaged, as people and the Hugging Face hub read it."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from twa_scale.base.inputs import parse_json
+from twa_scale.base.names import without_common_folders
+
+CARD = "README.md"
+_MARKS = "<!-- twa_scale: begin -->", "<!-- twa_scale: end -->"
+_OWN = re.compile(rf"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}\n?", re.DOTALL)
+_WHOLLY_OWN = re.compile(rf"---\n(?:(?!---).)*- twa_scale\n---\s*{_OWN.pattern}\s*", re.DOTALL)
+"""A card of this program that nobody has changed. The metadata end with its last tag."""
+_LOADED = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
+"""Files whose presence makes a directory one that libraries load from the hub."""
+_BASE_KEYS = ("base_model_name_or_path", "_name_or_path")
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.))[\w][\w.-]*/[\w][\w.-]*[\w]")
+_IN_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+_MOST_ROWS = 200
+
+
+def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the small files of an output with its model card.
+
+    Only outputs that libraries load from the hub get one, which have a config.json, for example. A card that is carried
+    over from a candidate stays as it is, and gets a section between two markers; a section of an earlier average is
+    replaced. A card that is not UTF-8 stays without one.
+
+    Args:
+        files: the small files, by their path in the output.
+        origin: the `provenance` of the output.
+    """
+    if not any(name in files for name in _LOADED):
+        return dict(files)
+    try:
+        carried = files.get(CARD, b"").decode()
+    except UnicodeDecodeError:
+        return dict(files)
+    is_new = not carried.strip() or _WHOLLY_OWN.fullmatch(carried) is not None
+    own = f"{_MARKS[0]}\n{_section(origin, is_carried=not is_new)}\n{_MARKS[1]}\n"
+    if is_new:
+        metadata = yaml.safe_dump(_metadata(files, origin), sort_keys=False, allow_unicode=True)
+        text = f"---\n{metadata}---\n\n{own}"
+    elif _OWN.search(carried):
+        text = _OWN.sub(lambda _: own, carried, count=1)
+    else:
+        text = f"{carried.rstrip()}\n\n{own}"
+    return {**files, CARD: text.encode()}
+
+
+def _metadata(files: Mapping[str, bytes], origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a new card: the base model and the library, where they are known, and tags."""
+    found: dict[str, Any] = {}
+    merged = [_IN_CACHE.search(f"{label}/") for label in origin.get("candidates", ())]
+    if merged and all(merged):
+        found["base_model"] = list(dict.fromkeys(f"{match[1]}/{match[2]}" for match in merged if match))
+        found["base_model_relation"] = "merge"
+    elif base := _base_model(files):
+        found["base_model"] = base
+    if library := _library(files):
+        found["library_name"] = library
+    return {**found, "tags": ["merge", "weight-averaging", "twa_scale"]}
+
+
+def _base_model(files: Mapping[str, bytes]) -> str | None:
+    """Return the model on the hub that a configuration names. Names of local directories are left out."""
+    for config in (_config(files, "adapter_config.json"), _config(files, "config.json")):
+        for key in _BASE_KEYS:
+            name = config.get(key)
+            if isinstance(name, str) and len(name) <= 96 and _REPOSITORY.fullmatch(name) and not Path(name).exists():
+                return name
+    return None
+
+
+def _library(files: Mapping[str, bytes]) -> str | None:
+    config = _config(files, "config.json")
+    libraries = {
+        "peft": "adapter_config.json" in files,
+        "sentence-transformers": "modules.json" in files,
+        "diffusers": "model_index.json" in files or "_diffusers_version" in config,
+        "transformers": bool({"architectures", "transformers_version"} & set(config)),
+    }
+    return next((name for name, uses in libraries.items() if uses), None)
+
+
+def _config(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        config = parse_json(files.get(name, b"{}"))
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _section(origin: Mapping[str, Any], *, is_carried: bool) -> str:
+    """Return the text between the markers."""
+    candidates = origin.get("candidates", ())
+    names = without_common_folders(candidates)
+    coefficients = _coefficients(origin)
+    heading = "##" if is_carried else "#"
+    parts = [f"{heading} Average of {_count(len(candidates), 'checkpoint')}"]
+    if is_carried:
+        parts.append("Text and metadata outside of this section are those of the last checkpoint, not of the average.")
+    parts.append(
+        f"The weights are the sum of a · w over the checkpoints w below, with the coefficients a: {origin['wrote']}, "
+        f"made with twa_scale {origin['version']} ([arXiv 2205.13104](https://arxiv.org/abs/2205.13104)). "
+        f"{_method(origin)}".rstrip()
+    )
+    if coefficients:
+        parts.append(_table(names, coefficients, origin.get("elements")))
+    parts.append("`twa_scale.json` beside the weights has all coefficients and settings.")
+    if command := _command(names, coefficients, origin):
+        parts.append(f"An average with the same coefficients, in the folder of the checkpoints:\n\n{command}")
+    elif "config" in origin:
+        parts.append(
+            "If `twa-scale run` has trained the coefficients, `RUN` is the directory of this run:\n\n"
+            "```sh\ntwa-scale export RUN --out average\n```"
+        )
+    return "\n\n".join(parts)
+
+
+def _method(origin: Mapping[str, Any]) -> str:
+    config = origin.get("config")
+    if not isinstance(config, Mapping):
+        asked = origin.get("asked")
+        return "" if asked is None or isinstance(asked, list) else f"The weights are fixed: {_code(str(asked))}."
+    step = f", of step {origin['step']}" if "step" in origin else ""
+    settings = ", ".join(f"{key}: {_code(str(config.get(key)))}" for key in ("groups", "basis", "center"))
+    groups = _count(len(origin.get("groups", ())), "group")
+    return f"There is one coefficient for each checkpoint in {groups} of tensors{step} ({settings})."
+
+
+def _coefficients(origin: Mapping[str, Any]) -> list[list[float]]:
+    """Return the coefficients of each candidate, in each group."""
+    given = origin.get("coefficients")
+    found = given if given is not None else [[weight] for weight in origin.get("weights") or ()]
+    return found if len(found) == len(origin.get("candidates", ())) else []
+
+
+def _table(names: Sequence[str], coefficients: Sequence[Sequence[float]], elements: Sequence[int] | None) -> str:
+    several = len(coefficients[0]) > 1
+    columns = ["mean coefficient", "smallest", "largest"] if several else ["coefficient"]
+    lines = [f"| checkpoint | {' | '.join(columns)} |", "| --- |" + " --: |" * len(columns)]
+    shares = elements if elements and sum(elements) else [1] * len(coefficients[0])
+    for name, row in list(zip(names, coefficients, strict=True))[:_MOST_ROWS]:
+        mean = sum(a * share for a, share in zip(row, shares, strict=True)) / sum(shares)
+        numbers = [mean, min(row), max(row)] if several else [mean]
+        lines.append(f"| {_code(name)} | {' | '.join(f'{number:.6g}' for number in numbers)} |")
+    if len(names) > _MOST_ROWS:
+        lines.append(f"| and {len(names) - _MOST_ROWS} more |{' |' * len(columns)}")
+    return "\n".join(lines)
+
+
+def _command(names: Sequence[str], coefficients: Sequence[Sequence[float]], origin: Mapping[str, Any]) -> str | None:
+    """Return the command that makes the same average of the files, where there is one."""
+    plain = coefficients and len(coefficients[0]) == 1 and not {"rows", "rank"} & set(origin)
+    if not plain or any("\n" in name or "`" in name for name in names):
+        return None
+    words = [shlex.quote(f"{name}:{a!r}") for name, (a,) in zip(names, coefficients, strict=True)]
+    return "```sh\ntwa-scale average " + " \\\n  ".join([*words, "--out average"]) + "\n```"
+
+
+def _code(text: str) -> str:
+    """Return text that Markdown shows as it is, also in a table."""
+    shown = escape(" ".join(text.split()))
+    for mark in "|`*_[]$\\":
+        shown = shown.replace(mark, f"&#{ord(mark)};")
+    return f"<code>{shown}</code>"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
