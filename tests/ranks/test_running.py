@@ -26,7 +26,7 @@ from twa_scale.engines.zero import is_deepspeed
 from twa_scale.running import learning
 
 STEPS = 8
-EMA: dict[str, Any] = {"decays": [0.5, 0.9], "half_life": 0.3, "use_buffers": True}
+EMA: dict[str, Any] = {"decays": [0.5, 0.9], "half_life": 0.3, "bema": True, "use_buffers": True}
 WINDOW = {"every": 2, "keep": 3, "store": "dense32"}
 KEPT = [3, 5, 7]  # the weights of steps 4, 6 and 8
 CONFIG = {"groups": "block", "basis": "orthonormal", "optimizer": {"name": "sgd", "lr": 0.005}}
@@ -107,7 +107,7 @@ def follow(engine: str, directory: Path) -> dict[str, Any]:
     found["resumed"] = same_bits(averages.state_dict(), resumed.state_dict())
     found["steps"] = averages.snapshot_steps
     before = everything(model)
-    for name in (*AVERAGES, "ema:0.5", "ema:0.9", "ema:half-life:0.3"):
+    for name in (*AVERAGES, "ema:0.5", "ema:0.9", "ema:half-life:0.3", "bema"):
         with averages.weights({"0": 0, "explicit": AVERAGES["explicit"]}.get(name, name)):
             found[name] = everything(model)
     found["restored"] = same_bits(before, everything(model))
@@ -175,11 +175,23 @@ def averaged_by_half_life(engine: str, half_life: float) -> dict[str, Tensor]:
     return average
 
 
+def averaged_without_lag(engine: str) -> dict[str, Tensor]:
+    """BEMA with the default settings (arXiv 2508.00180)."""
+    first, *others = ({name: value.double() for name, value in state.items()} for state in training(engine))
+    average = corrected = first
+    for t, state in enumerate(others, 1):
+        beta, alpha = (10 + t) ** -0.5, (10 + t) ** -0.2
+        average = {name: (1 - beta) * average[name] + beta * value for name, value in state.items()}
+        corrected = {name: average[name] + alpha * (value - first[name]) for name, value in state.items()}
+    return corrected
+
+
 @pytest.mark.parametrize(("engine", "size"), ENGINES)
 def test_averages_are_those_of_whole_weights(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
     states = training(engine)
     wanted = {"ema:0.5": averaged_by_torch(engine, 0.5), "ema:0.9": averaged_by_torch(engine, 0.9)}
     wanted["ema:half-life:0.3"] = averaged_by_half_life(engine, 0.3)
+    wanted["bema"] = averaged_without_lag(engine)
     for name, weights in AVERAGES.items():
         kept = [states[i] for i in KEPT]
         wanted[name] = {

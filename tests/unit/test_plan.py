@@ -1,6 +1,7 @@
 """Plans of a Hugging Face model: activations, bytes of each store, and which store fits."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,51 @@ def test_a_cgroup_limits_the_memory_of_a_machine(
         file.write_text(text + "\n")
     assert machine_memory(tmp_path) == (limit or machine_memory(tmp_path / "nowhere"))
     assert 0 < free_memory() <= machine_memory()
+
+
+AVERAGES = {
+    "ema": {"decays": [0.9, 0.99], "bema": True, "use_buffers": True},
+    "window": {"every": 1, "keep": 5, "store": "packed2"},
+}
+
+
+def test_running_averages_are_planned_before_there_are_candidates(tmp_path: Path) -> None:
+    """What the averages of the same model hold, in use; half of it on each of two ranks."""
+    from tests.commands.material import TEXT
+
+    config = tmp_path / "run.json"
+    config.write_text(
+        json.dumps({"candidates": "none/*", "task": TEXT, "output": "out", "steps": 1, "engine": "fsdp2"})
+    )
+
+    def planned(*words: str) -> Any:
+        said = CliRunner().invoke(app, ["plan", str(config), "--averages", json.dumps(AVERAGES), "--json", *words])
+        assert said.exit_code == 0, said.exception
+        return json.loads(said.output)
+
+    alone = planned("engine=plain")
+    model = build_task(validated(RunConfig, json.loads(config.read_text())).task).model()
+    averages = twa_scale.RunningAverages(model, **AVERAGES)  # type: ignore[arg-type]
+    averages.step()
+    *held, copy = alone["averages"].values()
+    assert sum(held) == averages.nbytes and alone["sum"] == sum(held) + copy
+    with averages.weights("mean"):
+        assert alone["sum"] == averages.nbytes
+    assert 0.5 * alone["sum"] <= planned("--ranks", "2")["sum"] < 0.52 * alone["sum"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{emma: 0.9}", "unknown key 'emma'.*'ema'"),
+        ("{}", "--averages: give ema"),
+        ("3", "--averages: 3; give settings"),
+        ("{ema: [", "--averages: is not valid YAML"),
+        ("{window: {every: 1}}", "keep"),
+    ],
+)
+def test_averages_that_cannot_be(tmp_path: Path, text: str, words: str) -> None:
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps({"candidates": "none/*", "task": {"name": "causal_lm"}, "output": "out", "steps": 1}))
+    said = CliRunner().invoke(app, ["plan", str(config), "--averages", text])
+    assert isinstance(said.exception, ConfigError) and re.search(words, str(said.exception)), said.exception

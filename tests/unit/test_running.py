@@ -106,6 +106,48 @@ def test_half_lives_forget_in_proportion_to_the_age() -> None:
     torch.testing.assert_close(shown(averages, model, "ema:half-life:0.1"), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("every", "start"), [(1, 0), (3, 4)])
+@pytest.mark.parametrize("options", [True, {"ema_power": 0.7, "bias_power": 0.3, "lag": 2.0, "multiplier": 0.5}])
+def test_bema_is_that_of_the_paper(every: int, start: int, options: Any) -> None:
+    """Algorithm 1 of arXiv 2508.00180 in float64, with the burn-in until the first update; buckets of bfloat16, too."""
+    settings = {"decays": 0.9, "bema": options, "update_every": every, "start_step": start}
+    given = {"ema_power": 0.5, "bias_power": 0.2, "lag": 10.0, "multiplier": 1.0}
+    given |= {} if options is True else options
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
+        averages, model, seen = followed(13, dtype, ema=settings)
+        first = ema = bema = seen[max(start, 1) - 1]
+        for step, weights in list(enumerate(seen, 1))[max(start, 1) :]:
+            if (step - start) % every:
+                continue
+            t = step - max(start, 1)
+            base = given["lag"] + given["multiplier"] * t
+            beta, alpha = base ** -given["ema_power"], base ** -given["bias_power"]
+            ema = (1 - beta) * ema + beta * weights
+            bema = ema + alpha * (weights - first)
+        torch.testing.assert_close(shown(averages, model, "bema"), bema, rtol=tolerance, atol=tolerance)
+        assert averages.names == ["last", "ema", "bema"]
+        assert averages.nbytes == (4 if dtype == torch.bfloat16 else 8) * 51 * 70 * (1 + 3)
+
+
+def test_bema_continues_with_the_same_bits() -> None:
+    averages, model, _ = followed(5, ema={"bema": True})
+    assert averages.names == ["last", "bema"] and not torch.equal(shown(averages, model, "bema"), model.weight.double())
+    resumed = twa_scale.RunningAverages(model, ema={"bema": True})
+    resumed.load_state_dict(averages.state_dict())
+    for one in (averages, resumed):
+        torch.manual_seed(5)
+        before = model.weight.detach().clone()
+        move(model)
+        one.step()
+        with torch.no_grad():
+            model.weight.copy_(before)
+    assert torch.equal(shown(averages, model, "bema"), shown(resumed, model, "bema"))
+    with pytest.raises(ConfigError, match=r"ema:0\.9.* is not kept; this object keeps bema"):
+        averages.has("ema:0.9")
+    with pytest.raises(ConfigError, match="'ema' is not kept"):
+        averages.has("ema")
+
+
 @pytest.mark.parametrize("half_life", [0.05, 0.3, 0.9])
 def test_half_of_the_weight_lies_on_the_last_part_of_the_updates(half_life: float) -> None:
     settings, total = EmaSettings(half_life=[half_life]), 1000
@@ -149,6 +191,9 @@ def test_training_goes_on_after_learning() -> None:
         ({"ema": {"decay": 0.9, "decays": [0.9]}}, "the same setting"),
         ({"ema": [0.9, 0.9]}, "given once"),
         ({"ema": {"half_live": 0.1}}, "half_life"),
+        ({"ema": {"bema": False}}, "or bema, as True"),
+        ({"ema": {"bema": {"lag": 0.5}}}, r"bema\.lag: .*greater than or equal to 1"),
+        ({"ema": {"bema": {"bias_powr": 0.5}}}, "bias_power"),
         ({"window": {"every": 5}}, "keep"),
         ({"window": {"every": 5, "keep": 1}}, "keep"),
         ({"window": 5}, "window: 5"),

@@ -45,7 +45,8 @@ class RunningAverages:
     Args:
         model: as for `attach`; make this after the model has been wrapped or sharded.
         ema: decays, as `[0.99, 0.999]`, or settings: `decays`, `half_life` (of the average, as a fraction of the
-            updates so far), `update_every` and `start_step` (in steps), `bias_correction`, `use_buffers`.
+            updates so far), `bema` (True, or its settings), `update_every` and `start_step` (in steps),
+            `bias_correction`, `use_buffers`.
         window: settings: `every` (steps between two snapshots), `keep` (how many), `store` ("packed1" to "packed8",
             "dense16", "dense32": how the difference of two is held), `start_step`.
         device: "auto" holds the averages beside the weights; "cpu" in the host's memory, page-locked for a GPU: a step
@@ -171,8 +172,8 @@ class RunningAverages:
 
         Args:
             which: "last", the weights that training has reached; "ema", or "ema:0.999", "ema:half-life:0.05" of
-                several; of the snapshots "mean", "linear", "minus-sqrt", "lawa:8" (the mean of at most the last 8), an
-                index, n coefficients of any sum, or "window:NAME" with a name that the setting `center` takes.
+                several; "bema"; of the snapshots "mean", "linear", "minus-sqrt", "lawa:8" (the mean of at most the last
+                8), an index, n coefficients of any sum, or "window:NAME" with a name that the setting `center` takes.
 
         Raises:
             ConfigError: a name that is unknown or not kept.

@@ -51,7 +51,7 @@ def state_of(engine: Engine, step: int, ema: Ema | None, window: Window | None, 
         state["ema_updates"] = torch.tensor(ema.updates)
         state["ema"] = {
             name: {"weights": _by_key(engine, average), "buffers": dict(buffers)}
-            for name, average, buffers in zip(ema.names, ema.averages, ema.buffers, strict=True)
+            for name, average, buffers in zip(ema.held, ema.averages, ema.buffers, strict=True)
         }
     if window:
         state["window"] = _window_state(engine, window)

@@ -18,6 +18,7 @@ class Ema:
     The first update copies the weights; each later one is `average = d * average + (1 - d) * weights`, which with a
     constant decay d is what torch.optim.swa_utils computes. With a half-life of h, a fraction of the updates so far,
     d = (1 - 1/t)^p at update t, with (1 - h)^p = 1/2: half of the average's weight lies on the last h t updates.
+    BEMA is held with its exponential average and the first weights: see `BemaSettings`.
 
     Args:
         settings: decays and when to update.
@@ -35,15 +36,19 @@ class Ema:
     ) -> None:
         self.settings = settings
         self.names = tuple(settings.names())
+        self.held = settings.held()
+        """The names of `averages`: those of `names` come first."""
         self.updates = 0
         self.averages: list[dict[Span, torch.Tensor]] = [
-            {span: allocate(len(span), wide(values)) for span, values in live.items()} for _ in self.names
+            {span: allocate(len(span), wide(values)) for span, values in live.items()} for _ in self.held
         ]
         """By average: float32, or float64 where the weights are."""
         held: Mapping[str, torch.Tensor] = buffers if settings.use_buffers else {}
         self.buffers: list[dict[str, torch.Tensor]] = [
             {name: allocate(buffer.numel(), buffer.dtype).view(buffer.shape) for name, buffer in held.items()}
-            for _ in self.names
+            if average in self.names
+            else {}
+            for average in self.held
         ]
         """By average, in the type of the model's."""
 
@@ -61,9 +66,16 @@ class Ema:
         for pieces in _buckets(live, self.averages[0]):
             targets = [[average[span][cut] for span, cut in pieces] for average in self.averages]
             values = _alike([live[span][cut] for span, cut in pieces], targets[0])
+            if self.settings.bema:
+                *targets, corrected, inside, first = targets
+                targets.append(inside)
             for gain, target in zip(gains, targets, strict=True):
                 _move(target, values, gain)
-        for gain, averages in zip(gains, self.buffers, strict=True):
+            if self.settings.bema:
+                if updates == 1:
+                    torch._foreach_copy_(first, values)
+                _correct(corrected, inside, first, values, self.settings.alpha(updates))
+        for gain, averages in zip(gains, self.buffers, strict=False):
             for name, average in averages.items():
                 _move([average], [buffers[name].to(average)], gain if average.is_floating_point() else 1.0)
         self.updates = updates
@@ -137,3 +149,17 @@ def _move(averages: list[torch.Tensor], values: list[torch.Tensor], gain: float)
         torch._foreach_lerp_(averages, values, gain)
     else:
         torch._foreach_copy_(averages, values)
+
+
+def _correct(
+    corrected: list[torch.Tensor],
+    average: list[torch.Tensor],
+    first: list[torch.Tensor],
+    values: list[torch.Tensor],
+    alpha: float,
+) -> None:
+    """Write average + alpha (values - first) into `corrected`; all of the same types."""
+    torch._foreach_copy_(corrected, values)
+    torch._foreach_sub_(corrected, first)
+    torch._foreach_mul_(corrected, alpha)
+    torch._foreach_add_(corrected, average)

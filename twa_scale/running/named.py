@@ -8,6 +8,7 @@ from twa_scale.average.coefficients import Which, averaging_coefficients
 from twa_scale.config import parse_center
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.running.ema import Ema
+from twa_scale.running.settings import BEMA
 from twa_scale.running.window import Window
 
 NOW = ("last", "trained")
@@ -21,7 +22,9 @@ def names(ema: Ema | None, window: Window | None) -> list[str]:
     """Return the averages that can be shown now, beside indices and coefficients."""
     found = [NOW[0]]
     if ema and ema.updates:
-        found += ["ema"] if len(ema.names) == 1 else ema.names
+        plain = [name for name in ema.names if name != BEMA]
+        found += ["ema"] if len(plain) == 1 else plain
+        found += [BEMA] if BEMA in ema.names else []
     return found + (list(_FIXED) if window and window.count else [])
 
 
@@ -37,7 +40,7 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
         return None
     n, count = window.count if window else 0, len(ema.names) if ema else 0
     factors = torch.zeros(n + count, dtype=torch.float64)
-    if text is not None and text.partition(":")[0] == "ema":
+    if text is not None and text.partition(":")[0] in ("ema", BEMA):
         factors[n + _ema(text, ema)] = 1
         return factors
     over = which if text is None else _checked(text.removeprefix("window:"), window)
@@ -49,12 +52,15 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
 
 def _ema(text: str, ema: Ema | None) -> int:
     if ema is None:
-        raise ConfigError(f"weights: {text!r}; make RunningAverages with ema=[0.999], say.")
+        example = "{'bema': True}" if text == BEMA else "[0.999]"
+        raise ConfigError(f"weights: {text!r}; make RunningAverages with ema={example}, say.")
     kept = f"this object keeps {', '.join(ema.names)}; window:{text} would be the one over the snapshots"
     names = list(ema.names)
-    if text == "ema" and len(names) > 1:
+    plain = [name for name in names if name != BEMA]
+    if text == "ema" and len(plain) > 1:
         raise ConfigError(f"weights: 'ema' is one of several; {kept}.")
-    found = names[0] if text == "ema" else next((name for name in names if _same(name, text)), None)
+    text = plain[0] if text == "ema" and plain else text
+    found = next((name for name in names if _same(name, text)), None)
     if found is None:
         raise ConfigError(f"weights: {text!r} is not kept; {kept}.")
     if not ema.updates:
@@ -64,6 +70,8 @@ def _ema(text: str, ema: Ema | None) -> int:
 
 
 def _same(name: str, text: str) -> bool:
+    if name == text:
+        return True
     kind, _, number = name.rpartition(":")
     other, _, value = text.rpartition(":")
     try:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import log, log1p
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from twa_scale.config import validated
 from twa_scale.config.section import Count, Integer, Section
@@ -14,12 +14,43 @@ Decay = Annotated[float, Field(gt=0, lt=1)]
 HalfLife = Annotated[float, Field(gt=0, lt=1)]
 
 
+BEMA = "bema"
+"""What `weights` calls the bias-corrected average."""
+OF_BEMA = (f"{BEMA}-ema", f"{BEMA}-first")
+"""What is held for it, beside it: the exponential average, and the weights of the first update."""
+
+
+class BemaSettings(Section):
+    """The bias-corrected average BEMA (arXiv 2508.00180, Algorithm 1), t steps after the first update.
+
+    EMA = (1 - beta) EMA + beta w and BEMA = EMA + alpha (w - w_0), with w_0 the weights of the first update.
+    """
+
+    ema_power: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="beta = (lag + multiplier t)^-ema_power; the paper's kappa."
+    )
+    bias_power: PositiveFloat = Field(0.2, description="alpha = (lag + multiplier t)^-bias_power; the paper's eta.")
+    lag: Annotated[float, Field(ge=1)] = Field(10.0, description="The paper's rho.")
+    multiplier: PositiveFloat = Field(1.0, description="The paper's gamma.")
+
+    def alpha(self, steps: int) -> float:
+        """Return the factor of the correction, `steps` steps after the first update."""
+        return float((self.lag + self.multiplier * steps) ** -self.bias_power)
+
+    def beta(self, steps: int) -> float:
+        """Return the weight of the present weights in the exponential average."""
+        return float((self.lag + self.multiplier * steps) ** -self.ema_power)
+
+
 class EmaSettings(Section):
     """Exponential moving averages of the weights."""
 
     decays: list[Decay] = Field([], description="Decay of each update.")
     half_life: list[HalfLife] = Field(
         [], description="Fractions of the updates so far: half of the average's weight lies on the last ones of these."
+    )
+    bema: BemaSettings | None = Field(
+        None, description="Also keep the bias-corrected average; `True` for its defaults."
     )
     update_every: Count = Field(1, description="Steps between two updates.")
     start_step: Annotated[Integer, Field(ge=0)] = Field(0, description="First step that may be an update.")
@@ -38,13 +69,15 @@ class EmaSettings(Section):
         renamed = {("decays" if key == "decay" else key): value for key, value in data.items()}
         if len(renamed) < len(data):
             raise ValueError("decay and decays are the same setting; give one of them")
+        if isinstance(renamed.get("bema"), bool):
+            renamed["bema"] = {} if renamed["bema"] else None
         lists = ("decays", "half_life")
         return {k: [v] if k in lists and isinstance(v, int | float) else v for k, v in renamed.items()}
 
     @model_validator(mode="after")
     def _some(self) -> "EmaSettings":
-        if not self.decays and not self.half_life:
-            raise ValueError("give decays, as [0.999], or half_life, as 0.05")
+        if not self.decays and not self.half_life and not self.bema:
+            raise ValueError("give decays, as [0.999], half_life, as 0.05, or bema, as True")
         if len(set(self.names())) < len(list(self.names())):
             raise ValueError("each decay and each half_life may be given once")
         return self
@@ -53,11 +86,28 @@ class EmaSettings(Section):
         """Yield what `weights` calls each average."""
         yield from (f"ema:{decay!r}" for decay in self.decays)
         yield from (f"ema:half-life:{half_life!r}" for half_life in self.half_life)
+        if self.bema:
+            yield BEMA
+
+    def held(self) -> tuple[str, ...]:
+        """Return the names of all averages of which this rank holds its part: of `names`, and what BEMA needs."""
+        return (*self.names(), *(OF_BEMA if self.bema else ()))
+
+    def alpha(self, updates: int) -> float:
+        """Return the factor of BEMA's correction at its update number `updates`."""
+        assert self.bema
+        return self.bema.alpha((updates - 1) * self.update_every)
 
     def decay(self, index: int, updates: int) -> float:
-        """Return what the average `index`, in the order of `names`, is multiplied by at its update number `updates`."""
+        """Return what the average `index`, in the order of `names`, is multiplied by at its update number `updates`.
+
+        Of BEMA, that is the exponential average inside it.
+        """
         if updates == 1:
             return 0.0
+        if index == len(self.decays) + len(self.half_life):
+            assert self.bema
+            return 1 - self.bema.beta((updates - 1) * self.update_every)
         if index >= len(self.decays):
             return float((1 - 1 / updates) ** (log(0.5) / log1p(-self.half_life[index - len(self.decays)])))
         decay = self.decays[index]

@@ -60,11 +60,11 @@ class Window:
         """Squared norm, on this rank, of what each row's snapshot is off by; last, the base's."""
         self.buffers = {
             name: torch.zeros(
-                (settings.keep if _is_kept_for_each(buffer) else 1, *buffer.shape),
-                dtype=buffer.dtype,
-                device="cpu" if store_device == "cpu" else buffer.device,
+                (count, *buffers[name].shape),
+                dtype=buffers[name].dtype,
+                device="cpu" if store_device == "cpu" else buffers[name].device,
             )
-            for name, buffer in buffers.items()
+            for name, count in kept_buffers(buffers, settings.keep).items()
         }
         """By name: of the snapshots, in a ring, or of the last one; see `buffer`."""
         self.taken = 0
@@ -208,3 +208,8 @@ class Window:
 def _is_kept_for_each(buffer: torch.Tensor) -> bool:
     """Whether each snapshot has a buffer of its own: statistics and counters, not masks and tables of positions."""
     return buffer.is_floating_point() or buffer.numel() == 1
+
+
+def kept_buffers(buffers: Mapping[str, torch.Tensor], keep: int) -> dict[str, int]:
+    """Return how many of each buffer a window of `keep` snapshots holds."""
+    return {name: keep if _is_kept_for_each(buffer) else 1 for name, buffer in buffers.items()}

@@ -1,6 +1,7 @@
 """The output of `twa-scale plan`: tables or JSON."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from rich.console import Group
@@ -30,6 +31,16 @@ def plan_tables(plan: Plan, choices: Choices) -> Group:
     """Return tables of the plan and of all stores, and a line that says which store fits."""
     verdict = Text(choices.verdict, "" if choices.own.fits else "bold red")
     return Group(_plan_table(plan), _stores_table(choices), verdict)
+
+
+def averages_table(found: Mapping[str, int], ranks: int) -> Table:
+    """Return a table of the memory of running averages, by description."""
+    table = Table(title=f"running averages in training, {ranks} {'rank' if ranks == 1 else 'ranks'}")
+    table.add_column("per rank, beside the weights")
+    table.add_column("bytes", justify="right")
+    for name, nbytes in {**found, "sum": sum(found.values())}.items():
+        table.add_row(name, human_bytes(nbytes))
+    return table
 
 
 def _stores_table(choices: Choices) -> Table:
