@@ -1,5 +1,6 @@
 """What Triton compiles the GPU kernels to, for processors that this machine does not have."""
 
+from itertools import product
 from typing import Literal
 
 import pytest
@@ -8,6 +9,7 @@ from packaging.version import Version
 from triton.compiler import ASTSource
 
 from tests.gpu_code import STORES, TARGETS, WARP, Kernel
+from tests.grid import grid
 from twa_scale.kernels.triton import segmented
 
 pytestmark = pytest.mark.skipif(
@@ -34,19 +36,15 @@ def test_4_bits_on_hopper(operation: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "operation", "store"), grid(product(TARGETS, OPERATIONS, STORES)))
 def test_every_store_on_every_target(target: str, operation: str, store: str) -> None:
     check(Kernel(operation, store, target))
     assert Kernel(operation, store, target, full=False).spilled == 0
 
 
-@pytest.mark.parametrize("segments", ["whole", "split"])
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx90a"])
 @pytest.mark.parametrize(
-    "store", [pytest.param(store, marks=[] if store == "packed4" else pytest.mark.slow) for store in STORES]
+    ("store", "target", "operation", "segments"),
+    grid(product(STORES, ["sm_80", "sm_90", "gfx90a"], OPERATIONS, ["whole", "split"])),
 )
 def test_segments(store: str, target: str, operation: str, segments: Literal["whole", "split"]) -> None:
     kernel = Kernel(operation, store, target, segments=segments)
