@@ -25,18 +25,16 @@ from twa_scale.kernels.numba.shared_tiles import assign_lanes, combine_rests, di
 from twa_scale.kernels.packed_rows import BLOCKS, RUN
 
 ONE, SIXTEEN, CHUNK = U(1), U(LANES), U(WIDE)
-_BLOCKS = tuple(BLOCKS.get(bits, 0) for bits in range(9))
 _LARGE = U(1 << 18)  # elements, from which the output does not stay in a cache until it is read
 
 
-@inlined
-def sizes(bits: Any) -> Any:
+def sizes(bits: int) -> tuple[Any, Any]:
     """Return the number of elements of a block, and of fields of a word."""
-    return U(_BLOCKS[bits]), U(16 // bits)
+    return U(BLOCKS[bits]), U(16 // bits)
 
 
 @inlined
-def extent(shape: Any, bits: Any, t: Any) -> Any:
+def extent(shape: Any, block: Any, fields: Any, t: Any) -> Any:
     """Return the extent of tile `t`.
 
     Returns:
@@ -44,7 +42,6 @@ def extent(shape: Any, bits: Any, t: Any) -> Any:
         the first index of its words and of its scales.
     """
     n, m, lead = shape
-    block, fields = sizes(bits)
     tile = block * fields
     used = min(tile, lead + m - t * tile)
     blocks = (used + block - ONE) // block
@@ -70,131 +67,132 @@ def _padded(source: Any, first: Any, n: Any, width: Any, target: Any, pitch: Any
 
 
 @inlined
-def _project(bits: Any, many: Any, rows: Any, gradient: Any, segments: Any, start: int, stop: int, total: Any) -> None:
-    words, scales, shape = rows
-    n, _, lead = shape
-    length, front = segments
-    block, fields = sizes(bits)
-    tile, chunks, size = block * fields, _chunks(n, fields), n * SIXTEEN
-    factors, lanes = np.empty(chunks * SIXTEEN, np.float32), np.zeros((fields if many else ONE) * size, np.float32)
-    own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
-    right, integers, units = np.empty(tile, np.float32), np.empty(tile, np.int16), np.empty(SIXTEEN, np.float32)
-    owners, places, rests = _places(fields, tile if many else ONE)
-    # The end of the segment is counted from the start of the first block, as tiles are.
-    segment, end = U(0), max(U(start) * tile, lead) + length - front
-    for t in range(U(start), U(stop)):
-        skip, used, width, blocks, word, scale = extent(shape, bits, t)
-        at, apart, different = t * tile, False, ONE
-        if many:
-            if end <= at + skip:
-                segment, end = segment + ONE, end + length
-            apart = end < at + used
-        owners[0] = segment
-        if not apart and skip == U(0) and used == tile:
-            quantize_gradient(bits, integers, units, gradient, at - lead)
-        else:
-            right[:] = FLOAT0
-            for j in range(skip, used):
-                right[j] = widen(gradient[at + j - lead])
-            if many and apart:
-                segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
-                end += at
-                place = width, blocks, word, scale
-                project_rests((words, scales, n), bits, block, place, rests, count, right, total)
-                different = assign_lanes(owners, blocks, size, places)
-            quantize_gradient(bits, integers, units, right, U(0))
-        if blocks < fields:
-            own[:] = np.uint16(0)
-        _padded(scales, scale, n, blocks, own, fields)
-        codes = words
-        if width < block:
-            _padded(words, word, n, width, padded, block)
-            codes, word = padded, U(0)
-        if many and apart:
-            add_dots_apart(bits, lanes, codes, word, n, own, factors, chunks, integers, units, places)
-        else:
-            add_dots(bits, lanes, codes, word, n, own, factors, chunks, integers, units)
-        if (t + ONE) % U(RUN) == U(0) or t + ONE == U(stop) or (many and end <= at + tile) or apart:
-            for q in range(different):
-                for i in range(n):
-                    row = FLOAT0
-                    for j in range(q * size + i * SIXTEEN, q * size + (i + ONE) * SIXTEEN):
-                        row += lanes[j]
-                    total[owners[q] * n + i] += row
-            lanes[: different * size] = FLOAT0
-
-
-@inlined
-def _combine(
-    bits: Any,
-    many: Any,
-    rows: Any,
-    weights: Any,
-    segments: Any,
-    base: Any,
-    center: Any,
-    out: Any,
-    start: int,
-    stop: int,
-) -> None:
-    words, scales, shape = rows
-    n, m, lead = shape
-    length, front = segments
-    block, fields = sizes(bits)
-    tile, chunks = block * fields, _chunks(n, fields)
-    factors, total = np.empty(chunks * SIXTEEN, np.float32), np.empty(tile, np.float32)
-    own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
-    pairs, firsts = np.empty(chunks * SIXTEEN // U(2), np.int32), np.empty(SIXTEEN, np.int32)
-    units, each = np.empty(SIXTEEN, np.float32), np.zeros(chunks * SIXTEEN, np.float32)
-    owners, _, rests = _places(fields, tile if many else ONE)
-    segment, end = U(0), max(U(start) * tile, lead) + length - front
-    owners[:] = segment
-    new = True  # whether the weights of this tile differ from those of the tile before
-    for t in range(U(start), U(stop)):
-        skip, used, width, blocks, word, scale = extent(shape, bits, t)
-        at, count, apart = t * tile, U(0), False
-        if many:
-            if end <= at + skip:
-                segment, end, new = segment + ONE, end + length, True
-            apart = end < at + used
-            if new:
-                owners[:] = segment
-            if apart:
-                segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
-                end += at
-        if new or apart:
-            for i in range(n):
-                for k in range(fields):
-                    each[i * fields + k] = weights[owners[k] * n + i]
-            new = apart
-        if used < tile:
-            own[:] = np.uint16(0)
-        _padded(scales, scale, n, blocks, own, fields)
-        quantize_factors(bits, pairs, firsts, units, factors, own, each, chunks)
-        codes, first = words, word
-        if width < block:
-            _padded(words, word, n, width, padded, block)
-            codes, first = padded, U(0)
-        sum_rows(bits, total, codes, first, n, pairs, firsts, units)
-        if many and count > U(0):
-            place = width, blocks, word, scale
-            combine_rests((words, scales, n), bits, block, place, rests, count, weights, total)
-        if (
-            m >= _LARGE
-            and used == tile
-            and skip == U(0)
-            and store_past_caches(out, at - lead, center, base, total, tile)
-        ):
-            continue
-        for j in range(skip, used):
-            out[at + j - lead] = narrow(out, center * base[at + j - lead] + total[j])
-    store_fence()
-
-
-@inlined
 def _places(fields: Any, tile: Any) -> Any:
     """Return uninitialized arrays for the segments and the lanes of blocks, and for the rests of a tile."""
     return np.empty(fields, U), np.empty(fields, U), (np.empty(tile, U), np.empty(tile, U), np.empty(tile, U))
+
+
+def _project_loop(bits: int, many: bool) -> Callable[..., None]:
+    """Return the loop that adds <row_i, gradient> to `total`, float64."""
+    block, fields = sizes(bits)
+
+    @partial(compiled, variant=bits + 16 * many)
+    def project(rows: Any, gradient: Any, segments: Any, start: int, stop: int, total: Any) -> None:
+        words, scales, shape = rows
+        n, _, lead = shape
+        length, front = segments
+        tile, chunks, size = block * fields, _chunks(n, fields), n * SIXTEEN
+        factors, lanes = np.empty(chunks * SIXTEEN, np.float32), np.zeros((fields if many else ONE) * size, np.float32)
+        own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
+        right, integers, units = np.empty(tile, np.float32), np.empty(tile, np.int16), np.empty(SIXTEEN, np.float32)
+        owners, places, rests = _places(fields, tile if many else ONE)
+        # The end of the segment is counted from the start of the first block, as tiles are.
+        segment, end = U(0), max(U(start) * tile, lead) + length - front
+        for t in range(U(start), U(stop)):
+            skip, used, width, blocks, word, scale = extent(shape, block, fields, t)
+            at, apart, different = t * tile, False, ONE
+            if many:
+                if end <= at + skip:
+                    segment, end = segment + ONE, end + length
+                apart = end < at + used
+            owners[0] = segment
+            if not apart and skip == U(0) and used == tile:
+                quantize_gradient(bits, integers, units, gradient, at - lead)
+            else:
+                right[:] = FLOAT0
+                for j in range(skip, used):
+                    right[j] = widen(gradient[at + j - lead])
+                if many and apart:
+                    segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
+                    end += at
+                    place = width, blocks, word, scale
+                    project_rests((words, scales, n), bits, block, place, rests, count, right, total)
+                    different = assign_lanes(owners, blocks, size, places)
+                quantize_gradient(bits, integers, units, right, U(0))
+            if blocks < fields:
+                own[:] = np.uint16(0)
+            _padded(scales, scale, n, blocks, own, fields)
+            codes = words
+            if width < block:
+                _padded(words, word, n, width, padded, block)
+                codes, word = padded, U(0)
+            if many and apart:
+                add_dots_apart(bits, lanes, codes, word, n, own, factors, chunks, integers, units, places)
+            else:
+                add_dots(bits, lanes, codes, word, n, own, factors, chunks, integers, units)
+            if (t + ONE) % U(RUN) == U(0) or t + ONE == U(stop) or (many and end <= at + tile) or apart:
+                for q in range(different):
+                    for i in range(n):
+                        row = FLOAT0
+                        for j in range(q * size + i * SIXTEEN, q * size + (i + ONE) * SIXTEEN):
+                            row += lanes[j]
+                        total[owners[q] * n + i] += row
+                lanes[: different * size] = FLOAT0
+
+    return project
+
+
+def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
+    """Return the loop that writes center * base + sum_i weights_i row_i."""
+    block, fields = sizes(bits)
+
+    @partial(compiled, variant=bits + 16 * many)
+    def combine(
+        rows: Any, weights: Any, segments: Any, base: Any, center: Any, out: Any, start: int, stop: int
+    ) -> None:
+        words, scales, shape = rows
+        n, m, lead = shape
+        length, front = segments
+        tile, chunks = block * fields, _chunks(n, fields)
+        factors, total = np.empty(chunks * SIXTEEN, np.float32), np.empty(tile, np.float32)
+        own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
+        pairs, firsts = np.empty(chunks * SIXTEEN // U(2), np.int32), np.empty(SIXTEEN, np.int32)
+        units, each = np.empty(SIXTEEN, np.float32), np.zeros(chunks * SIXTEEN, np.float32)
+        owners, _, rests = _places(fields, tile if many else ONE)
+        segment, end = U(0), max(U(start) * tile, lead) + length - front
+        owners[:] = segment
+        new = True  # whether the weights of this tile differ from those of the tile before
+        for t in range(U(start), U(stop)):
+            skip, used, width, blocks, word, scale = extent(shape, block, fields, t)
+            at, count, apart = t * tile, U(0), False
+            if many:
+                if end <= at + skip:
+                    segment, end, new = segment + ONE, end + length, True
+                apart = end < at + used
+                if new:
+                    owners[:] = segment
+                if apart:
+                    segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
+                    end += at
+            if new or apart:
+                for i in range(n):
+                    for k in range(fields):
+                        each[i * fields + k] = weights[owners[k] * n + i]
+                new = apart
+            if used < tile:
+                own[:] = np.uint16(0)
+            _padded(scales, scale, n, blocks, own, fields)
+            quantize_factors(bits, pairs, firsts, units, factors, own, each, chunks)
+            codes, first = words, word
+            if width < block:
+                _padded(words, word, n, width, padded, block)
+                codes, first = padded, U(0)
+            sum_rows(bits, total, codes, first, n, pairs, firsts, units)
+            if many and count > U(0):
+                place = width, blocks, word, scale
+                combine_rests((words, scales, n), bits, block, place, rests, count, weights, total)
+            if (
+                m >= _LARGE
+                and used == tile
+                and skip == U(0)
+                and store_past_caches(out, at - lead, center, base, total, tile)
+            ):
+                continue
+            for j in range(skip, used):
+                out[at + j - lead] = narrow(out, center * base[at + j - lead] + total[j])
+        store_fence()
+
+    return combine
 
 
 class Loops(NamedTuple):
@@ -218,16 +216,4 @@ def packed_loops(bits: int, many: bool) -> Loops:
         bits: the number of bits of a code.
         many: whether there may be several segments. The code for them is compiled only when it is needed.
     """
-    variant = bits + 16 * many
-
-    @partial(compiled, variant=variant)
-    def project(rows: Any, gradient: Any, segments: Any, start: int, stop: int, total: Any) -> None:
-        _project(bits, many, rows, gradient, segments, start, stop, total)
-
-    @partial(compiled, variant=variant)
-    def combine(
-        rows: Any, weights: Any, segments: Any, base: Any, center: Any, out: Any, start: int, stop: int
-    ) -> None:
-        _combine(bits, many, rows, weights, segments, base, center, out, start, stop)
-
-    return Loops(project, combine)
+    return Loops(_project_loop(bits, many), _combine_loop(bits, many))

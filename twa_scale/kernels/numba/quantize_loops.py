@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from twa_scale.kernels.numba.intrinsics import FLOAT, FLOATS, FUSED, HALF, INTS, LANES, Join, splat
-from twa_scale.kernels.numba.loops import FLOAT0, U, inlined
+from twa_scale.kernels.numba.loops import FLOAT0, OPTIONS, U, inlined
 from twa_scale.kernels.numba.packed_loops import ONE, SIXTEEN, extent, sizes
 from twa_scale.kernels.numba.packed_vectors import TileEmitter, tile_intrinsic
 from twa_scale.kernels.packed_rows import zero_of
@@ -20,14 +20,13 @@ Part = Callable[[Any, int], Any]
 """A function of a block k, an index at run time, and an element c, that returns 16 consecutive elements from c on."""
 
 
-@inlined
 def quantize(
     bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, coding_order: Any, count: Any, errors: Any
 ) -> None:
     """Quantize the first `count` columns of n rows of `deltas`, and replace them by the rounded values.
 
     Args:
-        bits: the number of bits of a code.
+        bits: the number of bits of a code, a constant.
         rows: packed rows as in packed_loops.py.
         at: the column of `rows`, counted from the start of the first block, to which the first column goes. It is the
             start of a block or of the rows.
@@ -37,64 +36,77 @@ def quantize(
         count: the number of columns.
         errors: (n,), float64, to which the squared norms of the rounding errors are added.
     """
-    words, scales, _ = rows
-    order, before = coding_order
-    n = U(len(order))
-    block, fields = sizes(bits)
-    capacity = SIXTEEN * block
-    packed, padded, block_errors = (
-        np.empty(capacity // fields, np.int16),
-        np.empty(capacity, np.float32),
-        np.empty(SIXTEEN, np.float32),
-    )
-    row_scales, present = np.empty(SIXTEEN, np.uint16), np.empty(SIXTEEN, np.float32)
-    done, end, tile = U(0), count, at // (block * fields)
-    low = at - tile * block * fields
-    while done < end:  # The loop over rows is inside, because the rows of a tile are next to each other.
-        high = min(capacity, low + end - done)
-        size = high - low
-        for k in range(SIXTEEN):
-            present[k] = max(ONE, _inside(high, k, block) - _inside(low, k, block))
-        for p in range(n):
-            i, error = order[p], 0.0
-            source, base = i * stride + done, before[p] * stride + done
-            if before[p] != n:
-                for j in range(size):
-                    deltas[source + j] -= deltas[base + j]
-            if size == capacity:
-                first = tile * n + i
-                quantize_blocks(
-                    bits, words, scales, block_errors, present, deltas, source, first * block, first * fields, n
-                )
-                for j in range(SIXTEEN):
-                    error += np.float64(block_errors[j])
-            else:
-                padded[:] = FLOAT0
-                for j in range(size):
-                    padded[low + j] = deltas[source + j]
-                quantize_blocks(bits, packed, row_scales, block_errors, present, padded, U(0), U(0), U(0), ONE)
-                for j in range(size):
-                    difference = np.float64(deltas[source + j] - padded[low + j])
-                    error += difference * difference
-                    deltas[source + j] = padded[low + j]
-                _clear_absent(bits, packed, low, high)
-                _place(bits, rows, tile, i, packed, row_scales, low, high)
-            if before[p] != n:
-                for j in range(size):
-                    deltas[source + j] += deltas[base + j]
-            errors[i] += error
-        done += size
-        tile += SIXTEEN // fields
-        low = U(0)
+
+
+@overload(quantize, strict=False, prefer_literal=True, jit_options=OPTIONS)  # type: ignore[untyped-decorator]
+def _quantize(
+    bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, coding_order: Any, count: Any, errors: Any
+) -> Any:
+    block, fields = sizes(bits.literal_value)
+
+    def columns(
+        bits: Any, rows: Any, at: Any, deltas: Any, stride: Any, coding_order: Any, count: Any, errors: Any
+    ) -> None:
+        words, scales, _ = rows
+        order, before = coding_order
+        n = U(len(order))
+        capacity = SIXTEEN * block
+        packed, padded, block_errors = (
+            np.empty(capacity // fields, np.int16),
+            np.empty(capacity, np.float32),
+            np.empty(SIXTEEN, np.float32),
+        )
+        row_scales, present = np.empty(SIXTEEN, np.uint16), np.empty(SIXTEEN, np.float32)
+        done, end, tile = U(0), count, at // (block * fields)
+        low = at - tile * block * fields
+        while done < end:  # The loop over rows is inside, because the rows of a tile are next to each other.
+            high = min(capacity, low + end - done)
+            size = high - low
+            for k in range(SIXTEEN):
+                present[k] = max(ONE, _inside(high, k, block) - _inside(low, k, block))
+            for p in range(n):
+                i, error = order[p], 0.0
+                source, base = i * stride + done, before[p] * stride + done
+                if before[p] != n:
+                    for j in range(size):
+                        deltas[source + j] -= deltas[base + j]
+                if size == capacity:
+                    first = tile * n + i
+                    quantize_blocks(
+                        bits, words, scales, block_errors, present, deltas, source, first * block, first * fields, n
+                    )
+                    for j in range(SIXTEEN):
+                        error += np.float64(block_errors[j])
+                else:
+                    padded[:] = FLOAT0
+                    for j in range(size):
+                        padded[low + j] = deltas[source + j]
+                    quantize_blocks(bits, packed, row_scales, block_errors, present, padded, U(0), U(0), U(0), ONE)
+                    for j in range(size):
+                        difference = np.float64(deltas[source + j] - padded[low + j])
+                        error += difference * difference
+                        deltas[source + j] = padded[low + j]
+                    _clear_absent(bits, block, fields, packed, low, high)
+                    _place(block, fields, rows, tile, i, packed, row_scales, low, high)
+                if before[p] != n:
+                    for j in range(size):
+                        deltas[source + j] += deltas[base + j]
+                errors[i] += error
+            done += size
+            tile += SIXTEEN // fields
+            low = U(0)
+
+    return columns
 
 
 @inlined
-def _place(bits: Any, rows: Any, tile: Any, i: Any, packed: Any, row_scales: Any, low: Any, high: Any) -> None:
+def _place(
+    block: Any, fields: Any, rows: Any, tile: Any, i: Any, packed: Any, row_scales: Any, low: Any, high: Any
+) -> None:
     """Write the words and scales of row i for columns [low, high) of some tiles."""
     words, scales, shape = rows
-    block, fields = sizes(bits)
     for t in range((high + fields * block - ONE) // (fields * block)):
-        _, _, width, blocks, word, scale = extent(shape, bits, tile + t)
+        _, _, width, blocks, word, scale = extent(shape, block, fields, tile + t)
         for j in range(width):
             words[word + i * width + j] |= packed[t * block + j]
         first, last = _inside(low, t, block * fields), _inside(high, t, block * fields)
@@ -109,9 +121,8 @@ def _inside(place: Any, k: Any, size: Any) -> Any:
 
 
 @inlined
-def _clear_absent(bits: Any, packed: Any, low: Any, high: Any) -> None:
+def _clear_absent(bits: Any, block: Any, fields: Any, packed: Any, low: Any, high: Any) -> None:
     """Clear the codes of elements outside [low, high)."""
-    block, fields = sizes(bits)
     for k in range(SIXTEEN):
         to, code = k // fields * block, np.int16(1 << (bits - 1) << k % fields * bits)
         for j in range(_inside(low, k, block)):
