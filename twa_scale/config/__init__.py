@@ -8,7 +8,7 @@ from twa_scale.config.center import (
     parse_center,
 )
 from twa_scale.config.deepspeed_block import BLOCK, block_settings
-from twa_scale.config.load import dump, load_config, validated
+from twa_scale.config.load import dump, flattened, load_config, validated
 from twa_scale.config.optimizers import OptimizerConfig
 from twa_scale.config.recipes import RecipeName, recipe_line
 from twa_scale.config.schema import TIMEOUT, RunConfig, ScheduleConfig, TaskConfig, TwaConfig
@@ -33,6 +33,7 @@ __all__ = [
     "candidate_index",
     "center_weights",
     "dump",
+    "flattened",
     "load_config",
     "of_sum_one",
     "parse_center",

@@ -1,7 +1,7 @@
 """Load and validate a configuration from files and overrides."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,6 +100,15 @@ def _origin(location: tuple[str | int, ...], where: str, overrides: Sequence[str
         if shorter and keys[:shorter] == path[:shorter]:
             return f"override {brief(override)}"
     return f"{where} with {', '.join(map(brief, overrides))}" if overrides and not path else where
+
+
+def flattened(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a configuration as `section.key` and value."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def dump(config: BaseModel) -> str:

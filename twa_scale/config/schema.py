@@ -10,7 +10,7 @@ from twa_scale.config.center import Center, check_index, of_sum_one, parse_cente
 from twa_scale.config.kinds import BasisName, EngineName, PackedDeltas, StoreName, store_kind
 from twa_scale.config.optimizers import RATES, OptimizerConfig
 from twa_scale.config.recipes import RecipeName, filled
-from twa_scale.config.section import Count, Directory, Integer, Section
+from twa_scale.config.section import Count, Directory, Integer, Loggers, Section
 from twa_scale.config.select import SelectConfig
 
 TIMEOUT = 600.0
@@ -348,6 +348,9 @@ class RunConfig(TwaConfig):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the run.")
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = Field(0, description="Seed of the data order and of dropout.")
     log_every: Count = Field(1, description="Steps between two lines of metrics.jsonl.")
+    report_to: Loggers = Field(
+        ["tensorboard"], description="What else gets the metrics: `tensorboard`, `csv`, `wandb`, `mlflow`; `[]`: none."
+    )
     evaluate_every: Count | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
     evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")
     evaluate_batches: Count | None = Field(None, description="Batches per evaluation; by default, the whole split.")

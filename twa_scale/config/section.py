@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 
 from twa_scale.base.paths import path_of
 from twa_scale.config.explain import explain
+from twa_scale.config.kinds import LoggerName
 from twa_scale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ else:
 def _whole(value: Any) -> Any:
     """Convert a whole float to an integer: YAML reads `1e3` as a float."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _listed(value: Any) -> Any:
+    """Return a single name as a list."""
+    return [value] if isinstance(value, str) else value
 
 
 def _directory(value: Any) -> Any:
@@ -33,6 +39,7 @@ def _directory(value: Any) -> Any:
 Directory = Annotated[str, BeforeValidator(_directory)]
 Integer = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[PositiveInt, BeforeValidator(_whole)]
+Loggers = Annotated[list[LoggerName], BeforeValidator(_listed)]
 
 
 class _Constructed(ModelMetaclass):

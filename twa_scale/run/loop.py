@@ -12,7 +12,7 @@ from twa_scale.config import RunConfig, dump, recipe_line
 from twa_scale.output import DirectoryLock
 from twa_scale.output.publish import check_target, output_errors, replace_file
 from twa_scale.output.temporary import remove_leftovers
-from twa_scale.ranks import World
+from twa_scale.ranks import Group, World
 from twa_scale.run import comparison
 from twa_scale.run.attached import AttachedRun
 from twa_scale.run.best_start import start_at_best
@@ -28,6 +28,7 @@ from twa_scale.run.resume import (
     forget_state,
     with_known_lr,
 )
+from twa_scale.run.services import Services, require_packages
 from twa_scale.run.stopping import Stop, Stopped
 
 
@@ -70,8 +71,11 @@ class Run(AttachedRun):
         stop: Stop | None = None,
         lock: DirectoryLock | None = None,
     ) -> None:
+        with Group.world().agree():
+            require_packages(config.report_to)
         super().__init__(config, world, device, report, stop)
         self.lock = lock or DirectoryLock(self.output)
+        self.services = Services(self.report.say)
 
     def train(self) -> dict[str, Any]:
         """Attach, continue from a saved state to the last step, then evaluate, export and return the summary.
@@ -81,12 +85,18 @@ class Run(AttachedRun):
         summary, state = self._found()
         if summary is not None:
             return summary
-        self._attach(state)
-        if line := recipe_line(self.config):
-            self.report.say(line)
-        if caveat := comparison.caveat(self.config):
-            self.report.say(caveat)
-        return self._train()
+        with self.group.agree():
+            if self.group.rank == 0:
+                self.services.begin(self.config, resumed=state is not None)
+        try:
+            self._attach(state)
+            if line := recipe_line(self.config):
+                self.report.say(line)
+            if caveat := comparison.caveat(self.config):
+                self.report.say(caveat)
+            return self._train()
+        finally:
+            self.services.close(finished=False)  # a run that has finished has closed them
 
     def _found(self) -> tuple[dict[str, Any] | None, RunState | None]:
         """Return the summary of a finished run, else the state to continue from. Collective.
@@ -124,7 +134,14 @@ class Run(AttachedRun):
         with self.group.agree():
             if self.group.rank == 0:
                 replace_file(self.output / "config.json", dump(self.config).encode())
-            self.records = Records(self.output, active=self.group.rank == 0, step=self.step, say=self.report.say)
+            self.records = Records(
+                self.output,
+                active=self.group.rank == 0,
+                step=self.step,
+                say=self.report.say,
+                report_to=config.report_to,
+                services=self.services,
+            )
 
     def _train(self) -> dict[str, Any]:
         config = self.config
@@ -190,7 +207,7 @@ class Run(AttachedRun):
     def _leave(self) -> NoReturn:
         """Save the state and raise Stopped on all ranks. Collective."""
         self._save()
-        self.records.close()
+        self.records.close(finished=False)
         self.twa.close()
         self.lock.release()
         text = f"stopped early at step {self.step} of {self.num_steps}, state saved in {self.output / STATE}"

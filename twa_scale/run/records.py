@@ -1,10 +1,10 @@
-"""The metrics of a run, as JSON lines and as TensorBoard events. Rank 0 only."""
+"""The metrics of a run: as JSON lines, and in what else it reports to. Rank 0 only."""
 
 import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,31 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from twa_scale.config.kinds import LoggerName
 from twa_scale.output import AppendedFile
 from twa_scale.output.publish import output_errors
+from twa_scale.run.csv_file import CsvFile
+from twa_scale.run.services import Services
 
 METRICS = "metrics.jsonl"
 
 
 class Records:
-    """A writer of metrics.jsonl and a TensorBoard event file; on other ranks it does nothing.
+    """A writer of metrics.jsonl, and of what `report_to` names; on other ranks it does nothing.
 
     A full disk does not stop a run: see `AppendedFile`. The writer of TensorBoard would raise in a thread.
     """
 
-    def __init__(self, directory: Path, *, active: bool, step: int, say: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        active: bool,
+        step: int,
+        say: Callable[[str], object],
+        report_to: Sequence[LoggerName] = ("tensorboard",),
+        services: Services | None = None,
+    ) -> None:
         """Open the records of a run that continues at `step`. Lines that the run will write again are removed.
 
         Args:
@@ -33,11 +45,16 @@ class Records:
             active: whether this rank writes.
             step: the number of steps that are done.
             say: called with one line of text.
+            report_to: which files are written beside metrics.jsonl.
+            services: those that have begun; each line is sent to them.
 
         Raises:
             OutputError: the files cannot be created; an older metrics.jsonl is unchanged.
         """
-        self._files: tuple[AppendedFile, AppendedFile] | None = None
+        self._metrics: AppendedFile | None = None
+        self._board: AppendedFile | None = None
+        self._table: CsvFile | None = None
+        self._services = services
         if not active:
             return
         known, damaged = _read(directory) if step else ([], 0)
@@ -45,26 +62,39 @@ class Records:
             say(f"{directory / METRICS}: {damaged} damaged lines were removed.")
         kept = [line for line in known if line["step"] < step or (line["step"] == step and "lr" in line)]
         lines = "".join(json.dumps(line) + "\n" for line in kept)
-        self._files = (
-            AppendedFile(directory / METRICS, lines.encode(), say),
-            AppendedFile(directory / "tensorboard" / _event_file(), _opening(step), say),
-        )
-        for line in kept:
-            if line["step"] == step:  # the session log hides earlier events of this step
-                self._files[1].write(_scalars(line))
+        self._metrics = AppendedFile(directory / METRICS, lines.encode(), say)
+        if "csv" in report_to:
+            self._table = CsvFile(directory, lambda: read_records(directory), say)
+        if "tensorboard" in report_to:
+            self._board = AppendedFile(directory / "tensorboard" / _event_file(), _opening(step), say)
+            for line in kept:
+                if line["step"] == step:  # the session log hides earlier events of this step
+                    self._board.write(_scalars(line))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write one line."""
-        if self._files is None:
+        if self._metrics is None:
             return
-        metrics, board = self._files
-        metrics.write((json.dumps({"step": step, **values}) + "\n").encode())
-        board.write(_scalars({"step": step, **values}))
+        line = {"step": step, **values}
+        self._metrics.write((json.dumps(line) + "\n").encode())
+        if self._table:
+            self._table.write(line)
+        if self._board:
+            self._board.write(_scalars(line))
+        if self._services:
+            self._services.write(line)
 
-    def close(self) -> None:
-        """Close the files, after a last attempt to write lines that a full disk has delayed."""
-        for file in self._files or ():
-            file.close()
+    def close(self, *, finished: bool = True) -> None:
+        """Close the files, after a last attempt to write lines that a full disk has delayed, and end the services.
+
+        Args:
+            finished: whether the run has come to its end.
+        """
+        for file in (self._metrics, self._table, self._board):
+            if file:
+                file.close()
+        if self._services:
+            self._services.close(finished=finished)
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:

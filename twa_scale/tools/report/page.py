@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from twa_scale.config import RunConfig
+from twa_scale.config import RunConfig, flattened
 from twa_scale.run import comparison
 from twa_scale.run.results import COEFFICIENTS, DISTANCE, EFFECTIVE
 from twa_scale.tools.report.coefficient_section import coefficient_section, mean_distance, size_text
@@ -227,8 +227,8 @@ def _is_compared(material: Material) -> bool:
 def _configuration(material: Material) -> Html | None:
     if not material.config:
         return None
-    defaults = dict(_flat(_defaults(RunConfig)))
-    given = dict(_flat(material.config))
+    defaults = dict(flattened(_defaults(RunConfig)))
+    given = dict(flattened(material.config))
     changed: list[list[Content]] = [
         [key, dumped(value), dumped(defaults[key]) if key in defaults else ""]
         for key, value in given.items()
@@ -254,15 +254,6 @@ def _defaults(model: type[BaseModel]) -> dict[str, Any]:
             value = field.get_default(call_default_factory=True)
             found[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     return found
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield settings as `section.key` and value."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def _provenance(material: Material) -> Html:

@@ -1,0 +1,200 @@
+"""Services that a run reports to: Weights & Biases and MLflow. Rank 0 only."""
+
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import assert_never
+
+from twa_scale.base.inputs import parse_json, read_bounded
+from twa_scale.config import RunConfig, flattened
+from twa_scale.config.kinds import LoggerName, ServiceName
+from twa_scale.errors import ConfigError, StateError
+from twa_scale.output.publish import replace_file
+
+PROJECT = "twa_scale"
+"""The project of Weights & Biases and the experiment of MLflow, unless the environment names another."""
+IDS = "loggers.json"
+"""The file with the ids of the runs in services, with which a run continues them."""
+_HINTS: dict[ServiceName, str] = {
+    "wandb": "`wandb login`, or WANDB_MODE=offline",
+    "mlflow": "MLFLOW_TRACKING_URI",
+}
+_MOST_PARAMS, _LONGEST_PARAM = 100, 500  # of one request to MLflow, and of the value of a parameter
+
+
+class Service(ABC):
+    """One run in a service. Each package raises errors of its own."""
+
+    id: str
+    """With which the service continues the run."""
+
+    @abstractmethod
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Send the metrics of one step."""
+
+    @abstractmethod
+    def close(self, *, finished: bool) -> None:
+        """End the run; one that is not finished may be continued."""
+
+
+class Services:
+    """The services of a run. One that fails while the run goes on is reported and left out.
+
+    Args:
+        say: called with one line of text.
+    """
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._open: dict[ServiceName, Service] = {}
+
+    def begin(self, config: RunConfig, *, resumed: bool) -> None:
+        """Begin the runs of `report_to`, or continue them. This comes before long work, since it may be refused.
+
+        Args:
+            config: the settings. The output directory exists.
+            resumed: whether the run continues.
+
+        Raises:
+            ConfigError: a service refuses it; none is open then.
+        """
+        directory = Path(config.output)
+        known = _ids(directory) if resumed else {}
+        for name in dict.fromkeys(config.report_to):
+            if name == "tensorboard" or name == "csv":
+                continue
+            try:
+                self._open[name] = _begun(name, config, known.get(name))
+            except Exception as error:
+                self.close(finished=False)
+                raise ConfigError(
+                    f"report_to: {name} could not begin a run: {error or type(error).__name__}. Check its settings in "
+                    f"the environment ({_HINTS[name]}), or leave {name} out of report_to."
+                ) from error
+        if self._open:
+            ids = {name: service.id for name, service in self._open.items()}
+            replace_file(directory / IDS, (json.dumps({**known, **ids}) + "\n").encode())
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Send the step and the metrics of one line."""
+        for name, service in list(self._open.items()):
+            try:
+                service.write(line)
+            except Exception as error:
+                del self._open[name]
+                self._say(
+                    f"report_to: {name} failed at step {line['step']}: {error or type(error).__name__}. The run "
+                    "continues without it; metrics.jsonl has all metrics."
+                )
+
+    def close(self, *, finished: bool) -> None:
+        """End the runs. A second call does nothing."""
+        while self._open:
+            name, service = self._open.popitem()
+            try:
+                service.close(finished=finished)
+            except Exception as error:
+                self._say(f"report_to: {name} could not end its run: {error or type(error).__name__}.")
+
+
+def require_packages(names: Sequence[LoggerName]) -> None:
+    """Check that the packages of services are installed.
+
+    Raises:
+        ConfigError: names one that is missing.
+    """
+    for name in names:
+        # A folder of this name, such as the one that wandb writes into the working directory, has no origin.
+        if name in _HINTS and ((spec := find_spec(name)) is None or spec.origin is None):
+            raise ConfigError(
+                f"report_to: the package {name} is not installed. Install it (pip install {name}), or leave {name} "
+                "out of report_to."
+            )
+
+
+def _begun(name: ServiceName, config: RunConfig, known: str | None) -> Service:
+    match name:
+        case "wandb":
+            return _Wandb(config, known)
+        case "mlflow":
+            return _Mlflow(config, known)
+        case _:
+            assert_never(name)
+
+
+class _Wandb(Service):
+    """A run of Weights & Biases. Its axis is a metric `step`, so that a resumed run may repeat steps."""
+
+    def __init__(self, config: RunConfig, known: str | None) -> None:
+        import wandb
+
+        output = Path(config.output)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=os.environ.get("WANDB_NAME", output.resolve().name),
+            dir=str(output),
+            id=known or os.environ.get("WANDB_RUN_ID"),
+            resume="allow",
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(console="off"),
+        )
+        self.id = str(self._run.id)
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._run.log(dict(line))
+
+    def close(self, *, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+class _Mlflow(Service):
+    """A run of MLflow. Its client leaves the active run of the process, if there is one, alone."""
+
+    def __init__(self, config: RunConfig, known: str | None) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        if known is not None:
+            self.id = known
+            self._client.set_terminated(known, "RUNNING")
+            return
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self.id = str(self._client.create_run(number, run_name=Path(config.output).resolve().name).info.run_id)
+        self._log_settings(config)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        now, step = int(time.time() * 1000), line["step"]
+        metrics = [Metric(key, float(value), now, step) for key, value in line.items() if key != "step"]
+        self._client.log_batch(self.id, metrics=metrics)
+
+    def close(self, *, finished: bool) -> None:
+        self._client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
+
+    def _log_settings(self, config: RunConfig) -> None:
+        from mlflow.entities import Param
+
+        settings = list(flattened(config.model_dump(mode="json")))
+        for start in range(0, len(settings), _MOST_PARAMS):
+            part = settings[start : start + _MOST_PARAMS]
+            self._client.log_batch(self.id, params=[Param(key, str(value)[:_LONGEST_PARAM]) for key, value in part])
+
+
+def _ids(directory: Path) -> dict[str, str]:
+    """Return the ids of earlier runs; none if the file is missing or damaged, so that the runs begin anew."""
+    try:
+        ids = parse_json(read_bounded(directory / IDS, 1 << 16, StateError))
+    except (StateError, ValueError):
+        return {}
+    return {str(name): str(known) for name, known in ids.items()} if isinstance(ids, dict) else {}
