@@ -12,10 +12,12 @@ from typing import Any, TextIO
 from twa_scale.base.inputs import open_regular, parse_json
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import arrow
+from twa_scale.run.tasks.json_arrays import array_items
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LINES = (".jsonl", ".ndjson", ".json")
 _GZIP = ".gz"
+_START = 1024  # characters of a .json file that tell an array from lines
 FORMATS = (*_DELIMITERS, *_LINES, *(ending + _GZIP for ending in (*_DELIMITERS, *_LINES)), *arrow.SUFFIXES)
 """The endings of the names of files that are read as tables."""
 
@@ -97,9 +99,24 @@ def _dicts(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 )
             yield place, row
         return
+    start = file.read(_START) if ending == ".json" else ""
+    if start.lstrip().startswith("["):
+        yield from _of_array(file, start, path)
+        return
+    file.seek(0)
     for number, line in enumerate(file, 1):
         if line.strip():
             yield f"{path}, line {number}", _json_object(line, f"{path}, line {number}")
+
+
+def _of_array(file: TextIO, start: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    place = f"{path}, item 1"
+    try:
+        for number, item in enumerate(array_items(file, start), 1):
+            yield place, _json_object(item, place)
+            place = f"{path}, item {number + 1}"
+    except ValueError as error:
+        raise ConfigError(f"{place}: is not JSON: {error}. Write an array of objects.") from error
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
