@@ -1,5 +1,7 @@
 """Metrics over a split, summed over batches and ranks."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -32,12 +34,26 @@ def evaluate(
     training = model.training
     model.eval()
     totals = Totals(device)
+    collect: Any = getattr(task, "collect", None)
+    kept: list[Any] = []
     try:
         for batch, counts in batches.in_order(limit):
-            totals.add(task.metrics(model, {key: value.to(device) for key, value in batch.items()}), counts)
+            batch = {key: value.to(device) for key, value in batch.items()}
+            metrics, items = collect(model, batch) if collect else (task.metrics(model, batch), [])
+            totals.add(metrics, counts)
+            kept += items if counts else []
     finally:
         model.train(training)
-    return totals.means(group)
+    means = totals.means(group)
+    return means | _summary(task, kept, group) if collect else means
+
+
+def _summary(task: Any, kept: list[Any], group: Group) -> dict[str, float]:
+    """Return the values that a task computes of the items of all ranks."""
+    items = [item for of_rank in group.gather(kept) for item in of_rank]
+    with group.agree():
+        summary: dict[str, float] = task.summarize(items)
+    return summary
 
 
 class Totals:

@@ -9,12 +9,14 @@ from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.causal_lm import CausalLM, CausalLMOptions
 from twa_scale.run.tasks.image_classification import ImageClassification, ImageClassificationOptions
 from twa_scale.run.tasks.import_path import call, import_function
+from twa_scale.run.tasks.object_detection import ObjectDetection, ObjectDetectionOptions
 from twa_scale.run.tasks.sequence_classification import SequenceClassification, SequenceClassificationOptions
 from twa_scale.run.tasks.task import Task
 
 SHIPPED: dict[str, tuple[Callable[[Any], Task], type[Section]]] = {
     "causal_lm": (CausalLM, CausalLMOptions),
     "image_classification": (ImageClassification, ImageClassificationOptions),
+    "object_detection": (ObjectDetection, ObjectDetectionOptions),
     "sequence_classification": (SequenceClassification, SequenceClassificationOptions),
 }
 """The class and the options of each task, by name."""

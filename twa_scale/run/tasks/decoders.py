@@ -1,12 +1,15 @@
 """How an encoded image becomes the tensor of an example."""
 
+import os
 from importlib import import_module
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from twa_scale.base.inputs import open_regular
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
 
@@ -30,25 +33,42 @@ class Square:
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
+class Stretched:
+    """Resizes an image to a square, without keeping its shape: float32 (3, size, size) from 0 to 1."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __call__(self, image: Any, place: str) -> Tensor:
+        """Return the pixels."""
+        square = image.resize((self._size, self._size), pillow("PIL.Image").Resampling.BILINEAR)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+
+
 class Processor:
     """The image processor of a Hugging Face directory, without data augmentation: float32 (C, H, W).
 
     It is the one that works on PIL images, so that results do not depend on whether torchvision is installed.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, size: dict[str, int] | None = None) -> None:
         """Load the processor.
+
+        Args:
+            directory: the model directory.
+            size: replaces the size of the processor; images are not padded then.
 
         Raises:
             ConfigError: the directory has none, or it cannot be used.
         """
         pillow("PIL.Image")
         self._processor = huggingface.load_image_processor(directory)
+        self._options = {} if size is None else {"size": size, "do_pad": False}
         self._shape: tuple[int, ...] | None = None
 
     def __call__(self, image: Any, place: str) -> Tensor:
         """Return the pixel values."""
-        values = np.asarray(self._processor(image, return_tensors="np")["pixel_values"][0], np.float32)
+        values = np.asarray(self._processor(image, return_tensors="np", **self._options)["pixel_values"][0], np.float32)
         self._shape = self._shape or values.shape
         if values.shape != self._shape:
             raise ConfigError(
@@ -56,6 +76,33 @@ class Processor:
                 "`crop_size` or a fixed `size` in preprocessor_config.json, or task.image_size, task.mean and task.std."
             )
         return torch.from_numpy(values)
+
+    def detections(self, outputs: Any, sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Return `scores`, `labels` and `boxes` (left, top, right, bottom in pixels) that a detection model has found.
+
+        Args:
+            outputs: the outputs of the model.
+            sizes: int64 (B, 2), height and width of each image.
+        """
+        found: list[dict[str, Tensor]] = self._processor.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=sizes
+        )
+        return found
+
+
+def open_image(path: Path) -> Any:
+    """Return the PIL image of a file, in RGB.
+
+    Raises:
+        ConfigError: the file cannot be read or decoded.
+    """
+    try:
+        with os.fdopen(open_regular(path, ConfigError), "rb") as file, pillow("PIL.Image").open(file) as image:
+            return image.convert("RGB")
+    except ConfigError:
+        raise
+    except Exception as error:  # for damaged images, decoders raise many kinds of exceptions
+        raise ConfigError(f"{path}: cannot be read as an image: {error}. Repair or remove it.") from error
 
 
 def decode(file: IO[bytes], decoder: Decoder, place: str) -> Tensor:

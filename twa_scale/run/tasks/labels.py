@@ -77,6 +77,11 @@ def require_number(label: Any, place: str) -> None:
         raise ConfigError(f"{place}: {brief(label)} is not a finite number, which regression needs as a label.")
 
 
+def default_names(known: Mapping[str, int]) -> bool:
+    """Return whether the classes of a model have no names but those that transformers gives them."""
+    return all(_DEFAULT.fullmatch(name) for name in known)
+
+
 def _refuse_new_labels(labels: Mapping[str, list[Label]]) -> None:
     """Refuse labels that are not in the training data: they are typing errors, or classes new to the candidates."""
     trained = {str(label) for label in labels.get("train", [])}

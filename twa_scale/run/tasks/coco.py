@@ -1,0 +1,175 @@
+"""Annotations of objects in the format of COCO, and average precision."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twa_scale.base.inputs import brief, open_regular
+from twa_scale.base.names import some
+from twa_scale.errors import ConfigError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """An image and its objects."""
+
+    identity: int
+    file: Path
+    boxes: Array
+    """float64 (N, 4): left, top, width and height in pixels."""
+    categories: Array
+    """int64 (N,): the category of each box."""
+    areas: Array
+    """float64 (N,): the area of each object in pixels."""
+    crowd: Array
+    """bool (N,): whether a box holds a group of objects, which training ignores."""
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The objects that a model finds in an image, and those that are there."""
+
+    truth: Annotated
+    boxes: Array
+    """float64 (N, 4): left, top, width and height in pixels."""
+    categories: Array
+    scores: Array
+
+
+def read_annotations(path: Path, images: Path, where: str) -> tuple[list[Annotated], dict[int, str]]:
+    """Return the images of a COCO file in its order, and the name of each category.
+
+    Args:
+        path: the JSON file, with `images`, `annotations` and `categories`.
+        images: the folder of the images.
+        where: the setting in error messages.
+
+    Raises:
+        ConfigError: the file cannot be read, or an entry lacks a key or has a value of another kind.
+    """
+    try:
+        with os.fdopen(open_regular(path, ConfigError), encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: {path} cannot be read as JSON: {error}.") from error
+    parts = content if isinstance(content, dict) else {}
+    lacking = [key for key in ("images", "annotations", "categories") if not isinstance(parts.get(key), list)]
+    if lacking:
+        raise ConfigError(f"{where}: {path} has no list {some(lacking)}. Write it in the format of COCO (instances).")
+    names = {_entry(c, "id", int, path, "categories", i): str(c.get("name")) for i, c in enumerate(parts["categories"])}
+    objects: dict[int, list[dict[str, Any]]] = {}
+    for i, image in enumerate(parts["images"]):
+        objects[_entry(image, "id", int, path, "images", i)] = []
+    for i, found in enumerate(parts["annotations"]):
+        _check_object(found, objects, names, path, i)
+        objects[found["image_id"]].append(found)
+    annotated = [
+        _annotated(image["id"], images / _entry(image, "file_name", str, path, "images", i), objects[image["id"]])
+        for i, image in enumerate(parts["images"])
+    ]
+    if not annotated:
+        raise ConfigError(f"{where}: {path} has no images.")
+    if gone := next((image.file for image in annotated if not image.file.is_file()), None):
+        raise ConfigError(f"{where}: {gone}, which {path} names, does not exist. Set the folder `images`.")
+    return annotated, names
+
+
+def average_precision(found: Sequence[Detections]) -> dict[str, float]:
+    """Return the mean average precision over IoU 0.5 to 0.95 (`ap`) and that at 0.5 (`ap50`), as pycocotools has it.
+
+    Raises:
+        ConfigError: pycocotools is not installed, or no image has an object.
+    """
+    try:
+        coco, cocoeval = import_module("pycocotools.coco"), import_module("pycocotools.cocoeval")
+    except ImportError as error:
+        raise ConfigError(
+            f"task: the average precision needs pycocotools, but its import failed ({error}). Install it: "
+            "pip install twa-scale[detection]."
+        ) from error
+    unique = {detections.truth.identity: detections for detections in found}
+    ordered = [unique[identity] for identity in sorted(unique)]
+    truth, detected = _truth(ordered), _detected(ordered)
+    if not any(not annotation["iscrowd"] for annotation in truth["annotations"]):
+        raise ConfigError("task: none of the evaluated images has an object. Evaluate more of them.")
+    if not detected:
+        return {"ap": 0.0, "ap50": 0.0}
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = coco.COCO()
+        expected.dataset = truth
+        expected.createIndex()
+        evaluation = cocoeval.COCOeval(expected, expected.loadRes(detected), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {"ap": float(evaluation.stats[0]), "ap50": float(evaluation.stats[1])}
+
+
+def _truth(found: list[Detections]) -> dict[str, Any]:
+    annotations: list[dict[str, Any]] = []
+    for image in (detections.truth for detections in found):
+        for box, category, area, crowd in zip(image.boxes, image.categories, image.areas, image.crowd, strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image.identity,
+                    "category_id": int(category),
+                    "bbox": box.tolist(),
+                    "area": float(area),
+                    "iscrowd": int(crowd),
+                }
+            )
+    categories = sorted({a["category_id"] for a in annotations} | {int(c) for d in found for c in d.categories})
+    images = [{"id": detections.truth.identity} for detections in found]
+    return {"images": images, "annotations": annotations, "categories": [{"id": c} for c in categories]}
+
+
+def _detected(found: list[Detections]) -> list[dict[str, Any]]:
+    return [
+        {"image_id": d.truth.identity, "category_id": int(category), "bbox": box.tolist(), "score": float(score)}
+        for d in found
+        for box, category, score in zip(d.boxes, d.categories, d.scores, strict=True)
+    ]
+
+
+def _annotated(identity: int, file: Path, objects: list[dict[str, Any]]) -> Annotated:
+    boxes = np.array([found["bbox"] for found in objects], np.float64).reshape(-1, 4)
+    areas = [float(found.get("area", box[2] * box[3])) for found, box in zip(objects, boxes, strict=True)]
+    return Annotated(
+        identity,
+        file,
+        boxes,
+        np.array([found["category_id"] for found in objects], np.int64),
+        np.array(areas, np.float64),
+        np.array([bool(found.get("iscrowd", 0)) for found in objects], bool),
+    )
+
+
+def _check_object(found: Any, images: dict[int, Any], names: dict[int, str], path: Path, i: int) -> None:
+    image, category = (_entry(found, key, int, path, "annotations", i) for key in ("image_id", "category_id"))
+    box = _entry(found, "bbox", list, path, "annotations", i)
+    place = f"{path}, annotations[{i}]"
+    if len(box) != 4 or not all(isinstance(n, int | float) and np.isfinite(n) for n in box):
+        raise ConfigError(f"{place}: bbox {brief(box)} is not [left, top, width, height] in pixels.")
+    for key, value, known in (("image_id", image, images), ("category_id", category, names)):
+        if value not in known:
+            raise ConfigError(f"{place}: {key} {value} is not the id of an entry of `{key[:5].rstrip('_')}`.")
+
+
+def _entry(entry: Any, key: str, kind: type, path: Path, part: str, i: int) -> Any:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        what = {int: "an integer", str: "a text", list: "a list"}[kind]
+        raise ConfigError(f"{path}, {part}[{i}]: {key!r} is {brief(value)}. The format of COCO has {what} there.")
+    return value
