@@ -12,7 +12,9 @@ from twa_scale.config import load_config
 from twa_scale.config.schema import RunConfig
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "image_classification", "mine:make"])
+@pytest.mark.parametrize(
+    "task", ["causal_lm", "sequence_classification", "image_classification", "object_detection", "mine:make"]
+)
 def test_the_file_is_a_configuration(tmp_path: Path, task: str) -> None:
     file = tmp_path / "twa.yaml"
     options = ["--candidates", "a b/*: c", "--task", task, "--output", "out"]

@@ -11,6 +11,11 @@ _DATA: dict[str, dict[str, Any]] = {
     "causal_lm": {"text": ["data/*.txt"]},
     "sequence_classification": {"train": "data/train.csv", "validation": "data/validation.csv"},
     "image_classification": {"train": "data/train.npz", "validation": "data/validation.npz"},
+    "object_detection": {
+        "image_size": 640,
+        "train": {"images": "data/train", "annotations": "data/train.json"},
+        "validation": {"images": "data/validation", "annotations": "data/validation.json"},
+    },
 }
 
 
@@ -18,7 +23,10 @@ def init(
     config: Annotated[Path, typer.Argument(help="The file to write.")] = Path("twa.yaml"),
     candidates: Annotated[str, typer.Option(help="Glob of the candidates, in training order.")] = "checkpoints/step-*",
     task: Annotated[
-        str, typer.Option(help="`causal_lm`, `sequence_classification`, `image_classification`, or your own.")
+        str,
+        typer.Option(
+            help="`causal_lm`, `sequence_classification`, `image_classification`, `object_detection`, or your own."
+        ),
     ] = "causal_lm",
     model: Annotated[str, typer.Option(help="Hugging Face directory, or `package.module:function`.")] = "model",
     output: Annotated[str, typer.Option(help="Directory of the run.")] = "runs/twa",

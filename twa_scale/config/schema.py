@@ -301,8 +301,8 @@ class TaskConfig(Section):
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(
-        description="`causal_lm`, `sequence_classification`, `image_classification`, or `package.module:function` of a "
-        "function that takes the other keys and returns a Task."
+        description="`causal_lm`, `sequence_classification`, `image_classification`, `object_detection`, or "
+        "`package.module:function` of a function that takes the other keys and returns a Task."
     )
 
     @property
