@@ -160,6 +160,7 @@ class _OpenFiles:
 
 
 _OPEN_FILES = _OpenFiles()
+_MOST_COPIED = 1 << 24  # bytes that are copied at a time where the system cannot read into a buffer
 
 
 def _read_exactly(descriptor: int, buffer: memoryview, offset: int) -> str | None:
@@ -167,10 +168,19 @@ def _read_exactly(descriptor: int, buffer: memoryview, offset: int) -> str | Non
     done = 0
     while done < len(buffer):  # one call reads at most 2 GiB, and a network file system may return less
         try:
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            count = _read(descriptor, buffer[done:], offset + done)
         except OSError as error:
             return error.strerror
         if count == 0:
             return f"it ends at byte {offset + done}, {len(buffer) - done} bytes too early"
         done += count
     return None
+
+
+def _read(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read into the beginning of `buffer`, and return the number of bytes."""
+    if hasattr(os, "preadv"):  # not in every macOS
+        return os.preadv(descriptor, [buffer], offset)
+    content = os.pread(descriptor, min(len(buffer), _MOST_COPIED), offset)
+    buffer[: len(content)] = content
+    return len(content)
