@@ -25,15 +25,16 @@ from twa_scale.merge import streamed
 from twa_scale.output import BackgroundWrite
 from twa_scale.output.snapshots import Snapshots
 from twa_scale.ranks import exit_process
+from twa_scale.run import loop
 from twa_scale.run.loop import Run
 
 PHASES: dict[str, tuple[Any, str]] = {
     "attach": (Run, "_attach"),
-    "step": (Run, "_one_step"),
-    "evaluation": (Run, "_measure"),
+    "step": (Run, "take_step"),
+    "evaluation": (Run, "measure"),
     "state": (Run, "_save"),
     "export": (TrainableAverage, "export"),
-    "results": (Run, "_write_results"),
+    "results": (loop, "write_results"),
     "average": (streamed._Merger, "merge"),
     "export of a run": (streamed._Merger, "merge"),
     "snapshot": (Snapshots, "save"),

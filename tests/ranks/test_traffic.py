@@ -90,9 +90,9 @@ def step_of_a_run(data: dict[str, Any], store: str) -> list[Call]:
         world = World.from_environment()
     run = Run(validated(RunConfig, data), world, torch.device("cpu"), Report(active=False))
     run._attach(run._found()[1])
-    for _ in range(3):
+    for number in range(3):
         traffic.calls.clear()
-        run._one_step()
+        run.take_step(number, number)
     return list(traffic.calls)
 
 
