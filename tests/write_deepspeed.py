@@ -3,7 +3,6 @@
 Beside each lies what DeepSpeed's own zero_to_fp32 makes of it, completed by what only the module holds.
 """
 
-import multiprocessing
 import os
 import sys
 from argparse import Namespace
@@ -18,6 +17,7 @@ from deepspeed.utils import zero_to_fp32
 from torch import nn
 from torch.nn import functional as F
 
+from tests.forked_ranks import run_on_ranks
 from twa_scale.output.snapshots import Snapshots
 
 CASES = {
@@ -104,30 +104,19 @@ def without_a_stage(folder: Path) -> dict[str, torch.Tensor]:
     return zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(groups), groups, states, False)
 
 
-def run(rank: int, size: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), size), rank=rank, world_size=size)
+def save_all(size: int, directory: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of use to inference only, and minutes to compile
     deepspeed.init_distributed("gloo")
     for case in SIZES[size]:
         save(case, CASES[case], directory)
         dist.barrier()
-    dist.destroy_process_group()
 
 
 def main() -> None:
-    fork = multiprocessing.get_context("fork")  # importing DeepSpeed takes most of the time: do it once
     for size in SIZES:
         directory = Path(sys.argv[1]) / str(size)
         directory.mkdir(parents=True)
-        ranks = [fork.Process(target=run, args=(rank, size, directory)) for rank in range(size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-            if process.exitcode:
-                sys.exit(f"a rank of {size} ended with {process.exitcode}")
+        run_on_ranks(save_all, size, size, directory)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ def by_hand() -> dict[str, Any]:
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of the trainings."""
     directory = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.integrations.train_on_ranks", str(directory)]
+    command = [sys.executable, "-m", "tests.integrations.train_on_ranks", str(directory)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

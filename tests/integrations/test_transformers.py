@@ -15,25 +15,27 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import twa_scale
 from tests.integrations.examples import run_example
-from tests.integrations.train_transformers import DECAY, HALF, LEARN, STEPS, Texts, build, learned, train
+from tests.integrations.train_transformers import DECAY, HALF, LEARN, ON_RANKS, STEPS, Texts, build, learned, train
 from twa_scale import ConfigError, TwaError, TwaWarning
 from twa_scale.integrations.transformers import TwaCallback
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"plain": 1, "ddp": 2, "fsdp2": 2, "zero3": 2}
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a training, and its second half once more from the checkpoint, have left."""
-    kind, path = request.param, tmp_path_factory.mktemp(request.param)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={KINDS[kind]}"]
-    command = [sys.executable, *(torchrun if KINDS[kind] > 1 else [])]
-    command += ["-m", "tests.integrations.train_transformers", kind, str(path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **({"DS_ACCELERATOR": "cpu"} if kind.startswith("zero") else {})}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for each way to train, with what a training and its resumed second half have left."""
+    path = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, "-m", "tests.integrations.train_transformers", str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return path
+
+
+@pytest.fixture(params=["plain", *ON_RANKS])
+def directory(request: pytest.FixtureRequest, trained: Path) -> Path:
+    return trained / str(request.param)
 
 
 def averaged(directory: Path) -> dict[str, torch.Tensor]:

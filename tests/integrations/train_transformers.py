@@ -1,4 +1,4 @@
-"""Train with transformers' Trainer: `-m tests.integrations.train_transformers KIND DIRECTORY`."""
+"""Train with transformers' Trainer in all ways: `-m tests.integrations.train_transformers DIRECTORY`."""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import twa_scale
+from tests.forked_ranks import run_on_ranks
 from twa_scale.integrations.transformers import TwaCallback
 
+ON_RANKS = ("ddp", "fsdp2", "zero3")
 STEPS, HALF, DECAY = 6, 3, 0.5
 LEARN: dict[str, Any] = {"groups": "block", "optimizer": {"lr": 0.05}}
 
@@ -122,8 +124,8 @@ class FsdpAccelerator(Accelerator):
         self.state.fsdp_plugin = options["fsdp_plugin"]
 
 
-if __name__ == "__main__":
-    kind, directory = sys.argv[1], Path(sys.argv[2])
+def write(kind: str, directory: Path) -> None:
+    """Train, and train the second half once more from the checkpoint; leave all results in a directory."""
     if kind == "fsdp2":
         transformers.trainer.Accelerator = FsdpAccelerator
     trainer = train(kind, directory, learn=LEARN, learn_steps=3)
@@ -143,5 +145,9 @@ if __name__ == "__main__":
     train(kind, directory, str(directory / f"checkpoint-{HALF}"))
     if kind == "ddp":
         torch.save(learned(directory / "learned", ranks=2), directory / f"coefficients-{trainer.args.process_index}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    for kind in ON_RANKS:
+        run_on_ranks(write, 2, kind, Path(sys.argv[1]) / kind)
+    write("plain", Path(sys.argv[1]) / "plain")

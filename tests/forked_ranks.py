@@ -1,0 +1,47 @@
+"""Ranks that are forks of this process, which has imported what they need: imports take longer than small trainings."""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> None:
+    """Call `function(*arguments)` on `size` ranks of a gloo group that meets through a file, as torchrun starts them.
+
+    If a rank fails, the others are ended, and this program exits. Nothing before may start a thread.
+    """
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
+        store = str(Path(directory) / "store")
+        ranks = [fork.Process(target=_run, args=(rank, size, store, function, arguments)) for rank in range(size)]
+        for process in ranks:
+            process.start()
+        running = {process.sentinel: process for process in ranks}
+        while running:
+            for ended in wait([*running]):
+                process = running.pop(ended)  # type: ignore[index]
+                process.join()
+                if process.exitcode:
+                    for other in running.values():
+                        other.kill()
+                    sys.exit(
+                        f"{process.name} of {size} in {function.__name__}{arguments} ended with {process.exitcode}"
+                    )
+
+
+def _run(rank: int, size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {key: str(value) for key, value in place.items()} | {"TORCHELASTIC_RUN_ID": "forked"}
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    function(*arguments)
+    if dist.is_initialized():
+        dist.destroy_process_group()
