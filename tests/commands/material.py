@@ -3,6 +3,7 @@
 import os
 import sysconfig
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from tests.digits import load_digits
 from twa_scale import Snapshots
 from twa_scale.average.state import load_state
 from twa_scale.config import RunConfig, TaskConfig, validated
-from twa_scale.run import run
+from twa_scale.run import results, run
 from twa_scale.run.tasks import Task, build_task, stack
 from twa_scale.run.tasks.task import SPLITS
 
@@ -149,9 +150,13 @@ def settings(candidates: str, task: Mapping[str, Any], output: Path, **changes: 
     } | changes
 
 
-def run_here(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`twa-scale run`, without the shell: on one rank, or on this rank of a pool."""
-    return as_launched(lambda: run(validated(RunConfig, dict(data))))
+def run_here(data: Mapping[str, Any], pictures: bool = False) -> dict[str, Any]:
+    """`twa-scale run`, without the shell: on one rank, or on this rank of a pool.
+
+    Drawing takes most of the time of so small a run, so pictures are left out unless a test looks at them.
+    """
+    with nullcontext() if pictures else patch.object(results, "_draw_pictures"):
+        return as_launched(lambda: run(validated(RunConfig, dict(data))))
 
 
 def as_launched(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:

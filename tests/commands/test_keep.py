@@ -80,7 +80,7 @@ def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Pa
     """The export from coefficients alone has the weights of the run; a run that is continued has them, too."""
     more = {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.05, "row_lr": 0.05}, "keep": keep}
     config = settings(scores.candidates, scores.task, tmp_path / "whole", **more, steps=4, evaluate_every=1)
-    run_here(config)
+    run_here(config, pictures=True)
     exported = load(tmp_path / "whole" / "average")
     state = load_state(tmp_path / "whole").exported
     assert state.rows is not None and any(bool(value.any()) for value in state.rows.values.values())

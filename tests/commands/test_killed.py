@@ -37,7 +37,7 @@ def run_until(data: dict[str, Any], number: int, counted: str) -> None:
 
     sys.addaudithook(watch)
     torch.set_num_threads(1)
-    run_here(data)
+    run_here(data, pictures=True)
     Path(counted).write_text(str(seen))
 
 

@@ -38,7 +38,7 @@ def ended(text: Brought, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (output / ".average.tmp-0a1b2c3d").mkdir(parents=True)  # of one that was killed
     with (output / ".average.tmp-0a1b2c3d.lock").open("wb") as lock:
         lock.write(temporary._host(lock.fileno()))
-    run_here(settings(text.candidates, text.task, output, steps=6, evaluate_every=2))
+    run_here(settings(text.candidates, text.task, output, steps=6, evaluate_every=2), pictures=True)
     return output
 
 

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -53,8 +54,12 @@ class Clock:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
 
+@cache
 def read_bandwidth(device: torch.device, nbytes: int = 1 << 28) -> float:
-    """Measure the bandwidth of reading memory, in bytes per second: the best of five sums over `nbytes` of float32."""
+    """Measure the bandwidth of reading memory, in bytes per second: the best of five sums over `nbytes` of float32.
+
+    A process measures it once for each device.
+    """
     data = torch.ones(nbytes // 4, device=device)
     clock = Clock(device)
     data.sum()

@@ -87,6 +87,11 @@ def write_results(
         summary: the content of summary.json.
         rows: the norms of the corrections of rows, by tensor.
     """
+    _draw_pictures(output, twa, rows)
+    replace_file(output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _draw_pictures(output: Path, twa: TrainableAverage, rows: Mapping[str, npt.NDArray[Any]]) -> None:
     # Imported here, on one rank only: matplotlib is slow to import.
     from twa_scale.run.plots import plot_rows, plot_training
 
@@ -99,4 +104,3 @@ def write_results(
     )
     if rows:
         plot_rows(output / "rows.png", rows)
-    replace_file(output / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
