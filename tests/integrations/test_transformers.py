@@ -1,5 +1,6 @@
 """Averages in transformers' own Trainer, in one process and on two ranks. One test runs the example of trainers.md."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -17,7 +19,9 @@ import twa_scale
 from tests.integrations.examples import run_example
 from tests.integrations.train_transformers import DECAY, HALF, LEARN, ON_RANKS, STEPS, Texts, build, learned, train
 from twa_scale import ConfigError, TwaError, TwaWarning
+from twa_scale.average.measures import effective_candidates, mean_coefficients
 from twa_scale.integrations.transformers import TwaCallback
+from twa_scale.tools.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,6 +152,19 @@ def test_an_error_in_a_training_leaves_evaluations_of_the_trained_weights(tmp_pa
 
 
 @pytest.mark.slow
+def test_further_averages_are_evaluated_with_prefixes_of_their_own(tmp_path: Path) -> None:
+    window = {"every": 1, "keep": 2, "start_step": HALF + 1}
+    callback = TwaCallback(ema=[0.9], window=window, evaluate_also=["last", "mean"], save=False)
+    trainer = trainer_with(tmp_path, callback, eval_strategy="steps", eval_steps=HALF, save_strategy="no")
+    trainer.train()
+    logged = [key for entry in trainer.state.log_history for key in entry if key.endswith("_loss")]
+    assert logged == ["eval_loss", "eval_last_loss", "eval_loss", "eval_last_loss", "eval_mean_loss", "train_loss"]
+    history = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    assert history["eval_last_loss"] == pytest.approx(loss_of(trainer.model), abs=1e-5)
+    assert len({history[key] for key in ("eval_loss", "eval_last_loss", "eval_mean_loss")}) == 3
+
+
+@pytest.mark.slow
 def test_evaluations_wait_for_as_many_snapshots_as_coefficients(tmp_path: Path) -> None:
     callback = TwaCallback(window={"every": 2, "keep": 2}, evaluate_with=[0.0, 1.0], save=False)
     trainer_with(tmp_path, callback, eval_strategy="steps", eval_steps=1, save_strategy="no").train()
@@ -231,9 +248,17 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), **options)
     names = {"Trainer": Trainer, "args": args, "model": build(0), "train": Texts(), "validation": Texts()}
     run_example("transformers", names)
-    logged = [entry["twa_step"] for entry in names["trainer"].state.log_history if "twa_step" in entry]
-    assert logged == [2]  # each third step, which is half of the training, and the last
+    (logged,) = [entry for entry in names["trainer"].state.log_history if "twa_step" in entry]
+    assert logged["twa_step"] == 2  # each third step, which is half of the training, and the last
     AutoModelForCausalLM.from_pretrained(tmp_path / "average")
+    origin = json.loads((tmp_path / "average/twa_scale.json").read_text())
+    a = torch.tensor(origin["coefficients"], dtype=torch.float64)
+    assert [logged[f"twa_coefficients/{i}"] for i in range(len(a))] == mean_coefficients(a, origin["elements"]).tolist()
+    assert logged["twa_effective_candidates"] == effective_candidates(a, origin["elements"])
+    assert logged["twa_distance"] > 0
+    card = ModelCard.load(tmp_path / "average/README.md")
+    assert card.data.library_name == "transformers" and "the snapshot of step" in card.text
+    assert "the snapshot of step" in write_report(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(
@@ -242,6 +267,7 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
         ({}, "give ema="),
         ({"ema": [0.9], "learn": {}, "learn_steps": 3}, "learn needs window"),
         ({"ema": [0.9], "learn_steps": 3}, "together"),
+        ({"ema": [0.9], "evaluate_also": "last"}, "evaluate_also"),
         ({"window": {"every": 1, "keep": 2}, "learn": {"group": "block"}, "learn_steps": 3}, "groups"),
     ],
 )

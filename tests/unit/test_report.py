@@ -152,10 +152,13 @@ def test_what_a_trainer_has_logged(tmp_path: Path) -> None:
     for step in (9, 10):
         history = [{"step": s, "loss": s / 2, "learning_rate": 0.1} for s in range(1, step)]
         history += [{"step": step, "eval_loss": 0.5, "epoch": 1.0}]
+        learned = {"twa_loss": 0.5, "twa_distance": 0.25, "twa_coefficients/0": 1.0}
+        history += [{"step": step, "twa_step": i, **learned} for i in (1, 2, 3)]
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({"log_history": history}))
     page = Page(write_report(tmp_path))
     assert "eval/loss" in page.words and "step 10" in page.words and "Learning rate" in page.words
+    assert "Loss while the coefficients are learned" in page.words and "coefficients/0" not in page.words
 
 
 def test_effective_candidates() -> None:

@@ -16,7 +16,7 @@ from twa_scale.average.coefficients import Which, averaging_coefficients
 from twa_scale.average.export import export
 from twa_scale.average.gradients import Gradients, clipping
 from twa_scale.average.layout import Layout
-from twa_scale.average.measures import effective_candidates, elements_of_groups
+from twa_scale.average.measures import described, effective_candidates, elements_of_groups
 from twa_scale.average.optimizer import make_optimizer
 from twa_scale.average.overflow import WeightLimits
 from twa_scale.average.remembered import remembered
@@ -150,6 +150,10 @@ class TrainableAverage:
     def candidate_distances(self) -> list[float]:
         """The distance of each candidate from the center: the norm of its delta over all trained elements."""
         return self._basis.gram.diagonal(dim1=1, dim2=2).sum(0)[:-1].clamp(min=0).sqrt().tolist()
+
+    def described(self) -> dict[str, float]:
+        """Return values to log: see `measures.described`."""
+        return described(self.coefficients, self.elements)
 
     @while_open
     def distance(self) -> float:
@@ -348,16 +352,7 @@ class TrainableAverage:
         the last candidate, with the state of its training). See `export.export` for the other arguments and errors.
         """
         self.settle()
-        origin = provenance(
-            "the live weights of an average",
-            self.fingerprint.labels,
-            config=self._form.settings(),
-            groups=list(self.layout.groups),
-            elements=self.elements,
-            coefficients=(self.coefficients if self._swapped.now is None else self._swapped.now).tolist(),
-            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-            **rows_provenance(self._swapped.now is None and self._rows is not None),
-        )
+        written_as = None if dtype is None else str(dtype).removeprefix("torch.")
         export(
             self._engine,
             self.pods,
@@ -369,8 +364,27 @@ class TrainableAverage:
             max_shard_size=max_shard_size,
             form=format,
             overwrite=overwrite,
-            provenance=origin,
+            provenance=self.origin(dtype=written_as),
             progress=progress,
+        )
+
+    def origin(self, wrote: str = "the live weights of an average", **more: object) -> dict[str, Any]:
+        """Return the provenance of the current weights, as in twa_scale.json of an export.
+
+        Args:
+            wrote: what is written.
+            more: further entries.
+        """
+        shown = self._swapped.now
+        return provenance(
+            wrote,
+            self.fingerprint.labels,
+            config=self._form.settings(),
+            groups=list(self.layout.groups),
+            elements=self.elements,
+            coefficients=(self.coefficients if shown is None else shown).tolist(),
+            **more,
+            **rows_provenance(shown is None and self._rows is not None),
         )
 
     @while_open

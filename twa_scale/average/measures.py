@@ -5,6 +5,10 @@ from math import prod
 
 import torch
 
+COEFFICIENTS = "coefficients/"
+"""The prefix of the mean averaging coefficient of each candidate, among the values of `described`."""
+EFFECTIVE, DISTANCE = "effective_candidates", "distance"
+
 
 def elements_of_groups(num_groups: int, group_of: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> list[int]:
     """Return the number of elements of each group.
@@ -48,6 +52,19 @@ def effective_candidates(a: torch.Tensor, elements: Sequence[int]) -> float:
     # A group of no elements, 0 * inf, has no part in the mean.
     mean = float(torch.nan_to_num(noise * _shares(elements), nan=0.0, posinf=torch.inf).sum())
     return 1 / mean if mean else 0.0
+
+
+def described(a: torch.Tensor, elements: Sequence[int]) -> dict[str, float]:
+    """Return values to log: the effective number of candidates, and the mean coefficient of each over the elements.
+
+    Args:
+        a: the averaging coefficients, (n, G).
+        elements: the number of elements of each group.
+    """
+    means = mean_coefficients(a, elements).tolist()
+    digits = len(str(len(means) - 1))
+    named = {f"{COEFFICIENTS}{i:0{digits}}": mean for i, mean in enumerate(means)}
+    return {EFFECTIVE: effective_candidates(a, elements), **named}
 
 
 def _shares(elements: Sequence[int]) -> torch.Tensor:

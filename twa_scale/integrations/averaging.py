@@ -8,6 +8,7 @@ import torch
 
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
+from twa_scale.average.measures import DISTANCE
 from twa_scale.base.notices import notice
 from twa_scale.config import TwaConfig, validated
 from twa_scale.errors import ConfigError, TwaError
@@ -98,7 +99,7 @@ class Averaging:
             accumulate: batches of a step.
             scaler: the scaler of the loss.
             log_every: steps between two calls of `log`; the last step is logged, too.
-            log: is given the loss, the step and the learning rate.
+            log: is given the loss, the step, the learning rate, and what describes the coefficients.
 
         Raises:
             TwaError: on every rank; the batches of a rank have ended.
@@ -127,7 +128,9 @@ class Averaging:
                 if scaler:
                     scaler.update()
             if step == self._learn_steps or step % max(log_every, 1) == 0:
-                log({"twa_loss": total, "twa_step": step, "twa_lr": twa.optimizer.param_groups[0]["lr"]})
+                values = {"twa_loss": total, "twa_step": step, "twa_lr": twa.optimizer.param_groups[0]["lr"]}
+                of_average = {**twa.described(), DISTANCE: twa.distance()}
+                log(values | {f"twa_{name}": value for name, value in of_average.items()})
 
 
 def repeated(batches: Iterable[Any], set_epoch: Callable[[int], None]) -> Iterator[Any]:

@@ -1,16 +1,18 @@
 """Averages in the Trainer of transformers, and in those that are made from it, as TRL's are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import Trainer, TrainerCallback
 
 from twa_scale.average.average import TrainableAverage
+from twa_scale.average.coefficients import Which
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.integrations.averaging import Averaging, repeated
 from twa_scale.integrations.calls import running_calls
+from twa_scale.output.beside import write_beside
 
 AVERAGE = "average"
 """The directory of an average, in a checkpoint and in the output directory."""
@@ -24,8 +26,20 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
     reads. When training ends, `output_dir/average` is the average: with `learn`, of the snapshots with learned
     coefficients; of the best checkpoint with `load_best_model_at_end`. The Trainer keeps the trained weights.
 
-    The arguments are those of `Averaging`.
+    Args:
+        evaluate_also: further averages, each of which is evaluated after `evaluate_with`, once there is one, with the
+            prefix `eval_NAME`; "last" are the trained weights. A colon in a name becomes a hyphen.
+        settings: the arguments of `Averaging`.
+
+    Raises:
+        ConfigError: names the setting.
     """
+
+    def __init__(self, *, evaluate_also: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(**settings)
+        if isinstance(evaluate_also, str) or not all(isinstance(name, str) for name in evaluate_also):
+            raise ConfigError(f"evaluate_also: {evaluate_also!r}; give a list of names, such as ['last', 'mean'].")
+        self._also = list(evaluate_also)
 
     _trainer: Any = None
     _evaluate: Callable[..., dict[str, float]] | None = None
@@ -48,6 +62,8 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
+        for name in self._also:
+            averages.has(name)  # an error now, where a name is wrong
         if checkpoint is not None and not averages.load_state(checkpoint) and state.is_world_process_zero:
             notice(
                 f"{checkpoint}: has no averages; they begin anew at step {state.global_step}. If the training was "
@@ -89,18 +105,40 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         evaluate = self._evaluate = getattr(trainer.evaluate, "_of_trainer", trainer.evaluate)
 
         def with_average(*args: Any, **kwargs: Any) -> Any:
-            assert self.averages is not None
-            if self._showing or not _is_training(trainer) or not self.averages.has(self._which):
+            if self._showing or not _is_training(trainer):
                 return evaluate(*args, **kwargs)
             self._showing = True  # evaluations of several data sets call this again
             try:
-                with self.averages.weights(self._which):
-                    return evaluate(*args, **kwargs)
+                metrics = self._evaluated(evaluate, self._which, *args, **kwargs)
+                self._evaluate_also(evaluate, *args, **kwargs)
+                return metrics
             finally:
                 self._showing = False
 
         with_average._of_trainer = evaluate  # type: ignore[attr-defined]  # an error leaves the wrapper in the Trainer
         trainer.evaluate = with_average
+
+    def _evaluated(self, evaluate: Callable[..., Any], which: Which, *args: Any, **kwargs: Any) -> Any:
+        """Return what the Trainer makes of an average; of the trained weights where there is none yet."""
+        assert self.averages is not None
+        if not self.averages.has(which):
+            return evaluate(*args, **kwargs)
+        with self.averages.weights(which):
+            return evaluate(*args, **kwargs)
+
+    def _evaluate_also(
+        self,
+        evaluate: Callable[..., Any],
+        eval_dataset: Any = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> None:
+        """Let the Trainer evaluate and log further averages, each with a prefix of its own."""
+        assert self.averages is not None
+        for name in self._also:
+            if self.averages.has(name):
+                prefix = f"{metric_key_prefix}_{name.replace(':', '-')}"
+                self._evaluated(evaluate, name, eval_dataset, ignore_keys, prefix)
 
     def _unwrap_evaluate(self) -> None:
         self._trainer.evaluate = self._evaluate
@@ -130,6 +168,9 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         with self.averages.learning(self._learn) as twa:
             self._steps(twa, batches)
             self._save_model(directory)
+            with twa.pods.agree():
+                if trainer.args.should_save:
+                    write_beside(directory, twa.origin("the learned average of a window of snapshots"))
             if trainer.eval_dataset is not None:
                 self._evaluate(metric_key_prefix="eval_average")
 

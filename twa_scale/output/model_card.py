@@ -17,7 +17,7 @@ _MARKS = "<!-- twa_scale: begin -->", "<!-- twa_scale: end -->"
 _OWN = re.compile(rf"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}\n?", re.DOTALL)
 _WHOLLY_OWN = re.compile(rf"---\n(?:(?!---).)*- twa_scale\n---\s*{_OWN.pattern}\s*", re.DOTALL)
 """A card of this program that nobody has changed. The metadata end with its last tag."""
-_LOADED = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
+LOADED = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
 """Files whose presence makes a directory one that libraries load from the hub."""
 _BASE_KEYS = ("base_model_name_or_path", "_name_or_path")
 _REPOSITORY = re.compile(r"(?!.*(--|\.\.))[\w][\w.-]*/[\w][\w.-]*[\w]")
@@ -36,7 +36,7 @@ def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any]) -> dict[str
         files: the small files, by their path in the output.
         origin: the `provenance` of the output.
     """
-    if not any(name in files for name in _LOADED):
+    if not any(name in files for name in LOADED):
         return dict(files)
     try:
         carried = files.get(CARD, b"").decode()

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from twa_scale.average.measures import DISTANCE
 from twa_scale.average.state import STATE, RateState, RunState, save_state
 from twa_scale.base.process_memory import return_freed_memory
 from twa_scale.config import RunConfig, dump, recipe_line
@@ -19,7 +20,7 @@ from twa_scale.run.best_start import start_at_best
 from twa_scale.run.progress import Report
 from twa_scale.run.rate_search import InterruptedSearch, search_rate
 from twa_scale.run.records import Records
-from twa_scale.run.results import DISTANCE, are_due, coefficient_values, costs, of_average, write_results
+from twa_scale.run.results import are_due, costs, of_average, write_results
 from twa_scale.run.resume import (
     AVERAGE,
     course,
@@ -159,7 +160,7 @@ class Run(AttachedRun):
                 advance(values)
                 if self.step % config.log_every == 0 or self.step == self.num_steps:
                     due = are_due(self.step, self.num_steps, config.log_every)
-                    self.records.write(self.step, values | (coefficient_values(self.twa) if due else {}))
+                    self.records.write(self.step, values | (self.twa.described() if due else {}))
                 if self.stopping:
                     self._leave()
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
@@ -193,7 +194,7 @@ class Run(AttachedRun):
         """Evaluate the average of this step on held-out data, record the metrics, and keep it if it is the best."""
         metrics = self.measure()
         values = comparison.with_split(self.config.evaluate_split, metrics)
-        self.records.write(self.step, {**values, DISTANCE: self.twa.distance(), **coefficient_values(self.twa)})
+        self.records.write(self.step, {**values, DISTANCE: self.twa.distance(), **self.twa.described()})
         self.report.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.kept.update(self.step, metrics, self.twa)
         return metrics

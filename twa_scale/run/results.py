@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.measures import mean_coefficients
+from twa_scale.average.measures import DISTANCE, EFFECTIVE
 from twa_scale.base.clock import read_bandwidth
 from twa_scale.base.process_memory import peak_resident
 from twa_scale.output.publish import replace_file
@@ -19,20 +19,7 @@ from twa_scale.run.records import read_records
 from twa_scale.run.resume import SUMMARY
 from twa_scale.version import __version__
 
-COEFFICIENTS = "coefficients/"
-"""The prefix, in records, of the mean averaging coefficient of each candidate."""
-EFFECTIVE, DISTANCE = "effective_candidates", "distance"
 _RECORDED = 100  # times in a run that the coefficients are recorded beside the loss
-
-
-def coefficient_values(twa: TrainableAverage) -> dict[str, float]:
-    """Return the effective number of candidates, and the mean coefficient of each candidate over the elements."""
-    means = mean_coefficients(twa.coefficients, twa.elements).tolist()
-    digits = len(str(len(means) - 1))
-    return {
-        EFFECTIVE: twa.effective_candidates,
-        **{f"{COEFFICIENTS}{i:0{digits}}": mean for i, mean in enumerate(means)},
-    }
 
 
 def are_due(step: int, num_steps: int, log_every: int) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from twa_scale.run.results import COEFFICIENTS
+from twa_scale.average.measures import COEFFICIENTS
 from twa_scale.tools.report.coefficients import OUTSIDE, Coefficients, merged
 from twa_scale.tools.report.elements import Content, Html, el, joined, table
 from twa_scale.tools.report.heat import heat_map, most_columns

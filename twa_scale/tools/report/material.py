@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from twa_scale.average.measures import COEFFICIENTS, DISTANCE, EFFECTIVE
 from twa_scale.average.state import PREVIOUS, STATE, AverageState, RunState, load_state
 from twa_scale.base.inputs import MAX_JSON, parse_json, read_bounded
 from twa_scale.base.notices import notice
@@ -210,12 +211,20 @@ def _numbers(entry: Any) -> dict[str, Any] | None:
     """Return the numbers of one line of a Trainer's log, with the names that records of a run have."""
     if not isinstance(entry, dict) or type(entry.get("step")) is not int:
         return None
-    names = {"learning_rate": "lr"}
     numbers = {key: value for key, value in entry.items() if type(value) in (int, float) and key != "epoch"}
-    return {
-        f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else names.get(key, key): value
-        for key, value in numbers.items()
-    }
+    if type(learning := numbers.get("twa_step")) is int:  # all steps of learning are logged at the last one of training
+        numbers["step"] = learning
+    return {_name(key): value for key, value in numbers.items()}
+
+
+def _name(key: str) -> str:
+    """Return the name that a run has for a number in a Trainer's log."""
+    if key.startswith("eval_"):
+        return f"eval/{key.removeprefix('eval_')}"
+    of_average = key.removeprefix("twa_")
+    if of_average in (EFFECTIVE, DISTANCE) or of_average.startswith(COEFFICIENTS):
+        return of_average
+    return "lr" if key == "learning_rate" else key
 
 
 def _origin(directory: Path) -> Origin | None:

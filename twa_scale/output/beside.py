@@ -1,0 +1,27 @@
+"""The provenance and the model card of weights that another library has written."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twa_scale.output.model_card import CARD, LOADED, with_card
+from twa_scale.output.provenance import PROVENANCE
+from twa_scale.output.publish import output_errors, replace_file
+
+
+def write_beside(directory: Path, origin: Mapping[str, Any]) -> None:
+    """Write twa_scale.json and README.md beside weights. On one rank.
+
+    Args:
+        directory: of the weights. Files of its own, such as config.json and its card, are read.
+        origin: the `provenance`.
+
+    Raises:
+        OutputError: a file cannot be read or written.
+    """
+    with output_errors(directory):
+        small = {name: (directory / name).read_bytes() for name in (*LOADED, CARD) if (directory / name).is_file()}
+    replace_file(directory / PROVENANCE, (json.dumps(origin, indent=2) + "\n").encode())
+    if (card := with_card(small, origin).get(CARD)) is not None:
+        replace_file(directory / CARD, card)
