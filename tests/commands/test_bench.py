@@ -25,6 +25,13 @@ from twa_scale.tools.planning import make_plan
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each operation measured once."""
+    monkeypatch.setattr(timing, "_MIN_CALLS", 1)
+    monkeypatch.setattr(timing, "_MIN_SECONDS", 0.0)
+
+
 def test_json_counts_every_byte() -> None:
     threads = torch.get_num_threads()
     n, m = 3, 20_000
@@ -78,7 +85,7 @@ def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
 
 def measure_on_a_rank() -> int:
     """Measure on two ranks with different numbers of calls."""
-    with patch.multiple(timing, _MIN_CALLS=2 + 30 * dist.get_rank(), _MIN_SECONDS=0.0):
+    with patch.multiple(timing, _MIN_CALLS=2 + 3 * dist.get_rank(), _MIN_SECONDS=0.0):
         return run_bench(["packed4"], 1000, 2, None, "torch", CPU).elements
 
 
@@ -87,10 +94,8 @@ def test_all_ranks_make_equally_many_calls(ranks: Pool) -> None:
 
 
 @pytest.fixture
-def config(text: Brought, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the configuration of a run, with a bench that makes few calls."""
-    monkeypatch.setattr(timing, "_MIN_CALLS", 1)
-    monkeypatch.setattr(timing, "_MIN_SECONDS", 0.0)
+def config(text: Brought, tmp_path: Path) -> Path:
+    """Return the configuration of a run."""
     path = tmp_path / "run.json"
     path.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out", store="packed8")))
     return path
