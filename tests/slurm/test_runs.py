@@ -50,15 +50,12 @@ def whole(slurm: Cluster, scores: Brought, tmp_path_factory: pytest.TempPathFact
 
     def output(engine: str) -> Path:
         if not (directory / engine).exists():
-            said = directory / f"{engine}.log"
-            command = ("sbatch", "--wait", "--parsable", "--output", said, SCRIPT)
-            try:
-                config = write_config(scores, directory, engine)
-                number = slurm.call(*command, config, cwd=ROOT, timeout=300, **with_python(slurm))
-            except AssertionError as error:
-                raise AssertionError(f"{error}\n{said.read_text()}") from None
-            job = slurm.job(number)
-            assert job["NodeList"] == "n[1-2]" and job["NumTasks"] == "2"
+            config, said = write_config(scores, directory, engine), directory / f"{engine}.log"
+            command = ("sbatch", "--parsable", "--output", said, SCRIPT, config)  # `--wait` looks every 32 seconds
+            job = Job(slurm, slurm.call(*command, cwd=ROOT, **with_python(slurm)), said)
+            facts = job.wait(timeout=300)
+            assert facts["JobState"] == "COMPLETED", job.said()
+            assert facts["NodeList"] == "n[1-2]" and facts["NumTasks"] == "2"
         return directory / engine
 
     return output
