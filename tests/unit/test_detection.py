@@ -96,6 +96,7 @@ def test_examples_and_losses_are_those_of_transformers(tmp_path: Path, kind: str
     network = task.model().eval()
     outputs = network(pixel_values=batch["images"], labels=labels)
     assert task.loss(network, batch).item() == pytest.approx(outputs.loss.item(), rel=1e-5)
+    assert task.terms(stack([data[2]])) == 0
     total, count = task.metrics(network, batch)["loss"]
     assert count == 3 and total.item() == pytest.approx(3 * outputs.loss.item(), rel=1e-5)
 

@@ -1,5 +1,6 @@
 """The part of each micro-batch in the mean loss of a global batch."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -37,4 +38,4 @@ def with_divisors(
     terms = [number, *(terms_of(batch) for batch in rest)]
     total = group.sum_(torch.tensor(float(sum(terms)), dtype=torch.float64, device=device)).item()
     for batch, count in zip([first, *rest], terms, strict=True):
-        yield batch, max(total, 1.0) / (max(count, 1) * group.size)
+        yield batch, max(total, 1.0) / (count * group.size) if count else math.inf

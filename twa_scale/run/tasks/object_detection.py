@@ -116,8 +116,8 @@ class ObjectDetection:
         return self._outputs(model, batch).loss  # type: ignore[no-any-return]
 
     def terms(self, batch: Batch) -> int:
-        """Return the number of objects, at least 1."""
-        return max(int((batch["classes"] >= 0).sum()), 1)
+        """Return the number of objects, by which the model divides the losses of boxes."""
+        return int((batch["classes"] >= 0).sum())
 
     def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
         """Return the sum over the objects of `loss`."""
