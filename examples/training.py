@@ -14,7 +14,7 @@ from twa_scale.run.tasks import build_task
 
 
 class Training:
-    """A model, its optimizer and its data: what one optimizer step needs.
+    """A model, its optimizer and its data: what one optimizer step needs. Gradients are clipped to `max_norm`.
 
     Args:
         config: gives the task, the engine, the batch size and the seed.
@@ -22,6 +22,8 @@ class Training:
         steps: the length of the run, of which the first 5 % are the warmup.
         lr: the rate after the warmup.
     """
+
+    max_norm = 1.0
 
     def __init__(self, config: RunConfig, world: World, steps: int, lr: float) -> None:
         self.task = build_task(config.task)
@@ -44,7 +46,7 @@ class Training:
         (batch,) = self.batches.training(step)
         loss = self.task.loss(self.model, batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()

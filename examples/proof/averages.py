@@ -22,6 +22,7 @@ def attached(model: nn.Module, candidates: Candidates, **config: Any) -> Iterato
     """Attach an average for a `with` block; the model keeps the weights of its end."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "candidates: .* are taken", twa_scale.TwaWarning)  # as was asked
+        warnings.filterwarnings("ignore", "copied, not averaged", twa_scale.TwaWarning)  # counters of BatchNorm
         average = twa_scale.attach(model, candidates, config)
     with closing(average):
         yield average

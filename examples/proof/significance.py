@@ -18,10 +18,16 @@ class Difference:
     """Infinite for one seed."""
     num_seeds: int
 
-    def verdict(self, higher_is_better: bool) -> str:
-        """Return what the interval shows, in bold if the first method is worse."""
+    def verdict(self, higher_is_better: bool, margin: float = 0.0) -> str:
+        """Return what the interval shows, in bold if the first method is worse.
+
+        With a margin, it has to show that the first method is worse by less than this, or better.
+        """
         if self.num_seeds < 2:
             return "one seed: no interval"
+        if margin:
+            better = self.mean if higher_is_better else -self.mean
+            return "worse by less than the margin" if better - self.half > -margin else "**margin not shown**"
         if abs(self.mean) <= self.half:
             return "no difference shown"
         shown = "higher" if self.mean > 0 else "lower"

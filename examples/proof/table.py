@@ -49,6 +49,8 @@ def tables(out: Path, settings: dict[str, Any], wanted: Sequence[int] | None = N
     for table in settings["tables"]:
         names = table.get("methods", list(settings["methods"]))
         parts.append(methods_table(rows, names, table["reference"], split, compared))
+    if "spreads" in settings:
+        parts.append(spreads_table(rows, settings["spreads"], split, compared))
     parts.append(claims_table(rows, settings["claims"], split, compared))
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
@@ -56,18 +58,19 @@ def tables(out: Path, settings: dict[str, Any], wanted: Sequence[int] | None = N
 def read(rows: Rows, settings: dict[str, Any], split: str) -> dict[str, Row]:
     """Return the rows of a seed by method, with its metrics on `split`, or none if a part is missing.
 
-    `share` is the time of a method as a fraction of that of the parts `before`, which methods start from.
+    `share` is the time of a method as a fraction of that of the parts `before`, which methods of its table start from.
     """
     names = {name: slug(name) for name in settings["methods"]}
     prefix = "test/" if split == "test" else ""
     if any(prefix + part not in rows for part in names.values()):
         return {}
-    seconds = sum(rows[part]["seconds"] for part in settings["before"])
     found = {}
-    for name, part in names.items():
-        row = rows[part]
-        metrics = rows[f"test/{part}"] if split == "test" else row["validation"]
-        found[name] = {**row, **metrics, "share": row["seconds"] / seconds}
+    for table in settings["tables"]:
+        seconds = sum(rows[part]["seconds"] for part in table.get("before", settings["before"]))
+        for name in table.get("methods", names):
+            row = rows[names[name]]
+            metrics = rows[f"test/{names[name]}"] if split == "test" else row["validation"]
+            found[name] = {**row, **metrics, "share": row["seconds"] / seconds}
     return found
 
 
@@ -88,12 +91,36 @@ def methods_table(seeds: Seeds, names: Sequence[str], reference: str, split: str
 def claims_table(seeds: Seeds, claims: Sequence[Sequence[str]], split: str, compared: Metric) -> list[str]:
     """Return a table of the pairs that were to be compared."""
     lines = [f"| method | against | difference in {split} {compared.name} | shown |", "| --- | --- | ---: | --- |"]
-    for ours, theirs in claims:
-        lines.append(f"| {ours} | {theirs} | {' | '.join(between(seeds, ours, theirs, compared))} |")
+    for ours, theirs, *margin in claims:
+        against = theirs + "".join(f", margin {compared.of(limit)}" for limit in margin)
+        lines.append(f"| {ours} | {against} | {' | '.join(between(seeds, ours, theirs, compared, *margin))} |")
     return lines
 
 
-def between(seeds: Seeds, ours: str, theirs: str, compared: Metric) -> tuple[str, str]:
+def between(seeds: Seeds, ours: str, theirs: str, compared: Metric, margin: float = 0.0) -> tuple[str, str]:
     """Return the difference of two methods, and what it shows."""
     found = difference(*([rows[name][compared.name] for rows in seeds] for name in (ours, theirs)))
-    return found.shown(compared.unit, compared.digits), found.verdict(compared.higher_is_better)
+    return found.shown(compared.unit, compared.digits), found.verdict(compared.higher_is_better, margin)
+
+
+def spreads_table(seeds: Seeds, spreads: dict[str, Any], split: str, compared: Metric) -> list[str]:
+    """Return a table of the largest minus the smallest value over several settings of a method.
+
+    Args:
+        seeds: the rows of each seed.
+        spreads: for each of `methods`, the names of its rows; and the `reference`, of which half is compared.
+        split: of the values.
+        compared: what is taken from the rows.
+    """
+    values = {
+        method: [max(found) - min(found) for found in ([rows[name][compared.name] for name in names] for rows in seeds)]
+        for method, names in spreads["methods"].items()
+    }
+    half = [value / 2 for value in values[spreads["reference"]]]
+    lines = [f"| method | spread of {split} {compared.name} | minus half of that of {spreads['reference']} | shown |"]
+    lines.append("| --- | ---: | ---: | --- |")
+    for method, found in values.items():
+        against = difference(found, half)
+        cells = compared.of(mean(found)), against.shown(compared.unit, compared.digits), against.verdict(False)
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines

@@ -19,14 +19,8 @@ from twa_scale.run.tasks import Task
 
 Settings = dict[str, Any]
 
-NOT_OF_ONE_PART = (
-    "seeds",
-    "before",
-    "methods",
-    "tables",
-    "claims",
-    "compared",
-)  # the row of a part depends on none of these
+# The row of a part depends on none of these.
+NOT_OF_ONE_PART = ("seeds", "before", "methods", "tables", "claims", "spreads", "compared")
 
 
 class Work(ABC):

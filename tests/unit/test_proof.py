@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,9 +22,9 @@ from torch import nn
 from examples.once import make_once
 from examples.proof import run
 from examples.proof.cost import Cost, measured
+from examples.proof.images.clothes import Clothes
 from examples.proof.images.network import shifted
-from examples.proof.images.task import Images
-from examples.proof.images.task import branch as images_branch
+from examples.proof.images.task import Images, leaves
 from examples.proof.images.training import step_schedule
 from examples.proof.language.task import Language
 from examples.proof.language.texts import PIECE, write_texts
@@ -38,6 +39,7 @@ from examples.proof.work import read_settings
 from examples.training import Training
 from twa_scale.candidates.steps import chosen
 from twa_scale.config.select import SelectConfig
+from twa_scale.run.tasks.task import stack
 
 PROOF = Path(__file__).resolve().parents[2] / "examples/proof"
 
@@ -163,14 +165,16 @@ def test_methods_of_images_have_what_they_start_from(size: str, tmp_path: Path) 
     for name, method in settings["methods"].items():
         assert method.get("start", "last") in ["last", *before], name
         if method["how"] == "schedule":
-            first = images_branch(trunk["steps"], method["steps"])
+            first = leaves(trunk["steps"], method["steps"])
             assert first in (*work.trunk.settings["branches"], trunk["steps"])
             assert step_schedule((first - 1) / (trunk["steps"] + method["steps"])) == 1.0
         if method["how"] == "twa":
             assert work.config(name, method).candidates == work.candidates(method)
+        most = settings["tails" if "tail" in method else "trunk"]["candidates"]
+        assert all(n <= most for n in method.get("last", [])), name
         before.append(name)
     assert settings["methods"]["full run"]["steps"] == full - trunk["steps"]
-    assert all(name in before for claim in settings["claims"] for name in claim)
+    assert all(name in before for claim in settings["claims"] for name in claim[:2])
     assert all(name in before for table in settings["tables"] for name in [*table["methods"], table["reference"]])
 
 
@@ -187,6 +191,45 @@ def test_shifted_images_are_windows_of_the_padded_ones() -> None:
         (key,) = [key for key, window in windows.items() if torch.equal(window, after)]
         found.add(key)
     assert len(found) > 9
+
+
+def test_images_are_augmented_only_in_training(tmp_path: Path) -> None:
+    images = torch.randint(256, (6, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "train.npz", images=images.numpy(), labels=torch.arange(6).numpy())
+    task = Clothes({"train": str(tmp_path / "train.npz")}, {"width": 4, "blocks": 1})
+    model, batch = task.model(), stack([task.dataset("train")[i] for i in range(6)])
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for mode in (True, False):
+        task.loss(model.train(mode), batch).backward()
+    task.metrics(model, batch)
+    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
+    assert torch.allclose(seen[1] * 0.353 + 0.286, images / 255, atol=1e-6)
+
+
+def test_a_margin_is_shown_when_the_whole_interval_is_within_it() -> None:
+    ours, theirs = [0.90, 0.91, 0.92], [0.9001, 0.9101, 0.9201]
+    found = difference(ours, theirs)
+    assert found.verdict(True, 0.003) == "worse by less than the margin"
+    assert found.verdict(True, 0.00005) == "**margin not shown**"
+    assert difference(theirs, ours).verdict(True, 0.00005) == "worse by less than the margin"
+    assert difference([0.90, 0.95, 0.92], theirs).verdict(True, 0.003) == "**margin not shown**"
+
+
+def test_spreads_over_settings_are_compared_with_half_of_the_reference(tmp_path: Path) -> None:
+    names = {method: [f"{method} {rate}" for rate in (1, 2)] for method in ("SWA", "TWA")}
+    settings: dict[str, Any] = {"seeds": [0, 1], "before": [], "methods": {n: {} for of in names.values() for n in of}}
+    settings |= {"tables": [{"reference": "SWA 1", "before": ["trunk"]}], "claims": [], "compared": "accuracy"}
+    settings |= {"spreads": {"reference": "SWA", "methods": names}}
+    for seed in settings["seeds"]:
+        rows = Rows(tmp_path / f"seed-{seed}")
+        rows["trunk"] = {"seconds": 100.0}
+        for name, accuracy in {"SWA 1": 0.90, "SWA 2": 0.94, "TWA 1": 0.95, "TWA 2": 0.945}.items():
+            rows[slug(name)] = {"steps": 1.0, "evaluations": 3.0, "seconds": 10.0}
+            rows[f"test/{slug(name)}"] = {"loss": 1.0, "accuracy": accuracy + 0.01 * seed}
+    written = tables(tmp_path, settings)
+    assert "| TWA | 0.50 | -1.50 ± 0.00 | lower |" in written
+    assert "| SWA | 4.00 | +2.00 ± 0.00 | **higher** |" in written
 
 
 def test_accuracies_are_compared_in_percent_and_higher_is_better(tmp_path: Path) -> None:

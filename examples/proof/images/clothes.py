@@ -1,34 +1,48 @@
-"""The task of a run on Fashion-MNIST: like `image_classification`, with augmentation while weights are trained."""
+"""The task of a run on Fashion-MNIST: images are flipped and shifted while weights or coefficients are trained."""
 
+from functools import cache
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
 
 from examples.proof.images.network import ResNet, shifted
-from twa_scale.run.tasks import Batch
-from twa_scale.run.tasks.classification import cross_entropy
-from twa_scale.run.tasks.image_classification import ImageClassification, ImageClassificationOptions
+from twa_scale.run.tasks import Batch, Examples, Metrics
+from twa_scale.run.tasks.classification import TensorExamples, classification_metrics, cross_entropy
+from twa_scale.run.tasks.images import read_npz
 
 MEAN, STD = 0.286, 0.353  # of the pixels of the training set
 
 
-class Clothes(ImageClassification):
-    """Cross-entropy and accuracy of images that are flipped and shifted in training."""
+class Clothes:
+    """Cross-entropy and accuracy of a residual network.
+
+    Args:
+        data: an .npz file for each split, with `images`, uint8 (N, 1, 28, 28), and `labels`, int64 (N,).
+        network: the arguments of `ResNet`.
+    """
+
+    def __init__(self, data: dict[str, str], network: dict[str, int]) -> None:
+        self._data = data
+        self._network = network
+        self.dataset = cache(self._read)
+
+    def model(self) -> nn.Module:
+        return ResNet(**self._network)
+
+    def _read(self, split: str) -> Examples:
+        images, labels = read_npz(Path(self._data[split]), "", f"task.data.{split}")
+        return TensorExamples({"images": images, "labels": labels})
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy per image, in nats. A model in evaluation mode gets the images as they are."""
         images = self.inputs(batch)
         return cross_entropy(model(shifted(images, 2) if model.training else images), batch["labels"])
 
+    def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
+        """Return sums over the images of `loss` (nats) and `accuracy`."""
+        return classification_metrics(model(self.inputs(batch)), batch["labels"])
+
     def inputs(self, batch: Batch) -> Tensor:
         """Return what the model gets of a batch in evaluation mode, float32 (B, 1, 28, 28)."""
-        return self._values(batch)
-
-
-def clothes(data: dict[str, str], network: dict[str, int]) -> Clothes:
-    """Return the task for `task.name`: the files of `data` by split, and the arguments of the network."""
-    options = {"model": f"{__name__}:resnet", "model_options": network, "mean": [MEAN], "std": [STD], **data}
-    return Clothes(ImageClassificationOptions.model_validate(options))
-
-
-def resnet(width: int, blocks: int) -> nn.Module:
-    """Return the model of a run."""
-    return ResNet(width, blocks)
+        return (batch["images"].to(torch.float32) / 255 - MEAN) / STD

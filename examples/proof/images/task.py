@@ -1,6 +1,7 @@
 """An image classifier of one seed: the head of its training, and its tail at several rates."""
 
 import math
+import shutil
 from functools import cached_property, partial
 from itertools import islice, product
 from pathlib import Path
@@ -37,7 +38,7 @@ class Images(TrunkWork):
     def __init__(self, out: Path, seed: int, settings: Settings, packages: Path) -> None:
         steps = settings["trunk"]["steps"]
         runs = [method for method in settings["methods"].values() if method["how"] == "schedule"]
-        super().__init__(out, seed, settings, {branch(steps, method["steps"]) for method in runs})
+        super().__init__(out, seed, settings, {leaves(steps, method["steps"]) for method in runs})
         self.packages = packages
 
     @staticmethod
@@ -47,20 +48,22 @@ class Images(TrunkWork):
         rates, shrink = settings["tails"]["rates"], settings.get("shrink", 1)
         head, tail = settings.pop("head"), settings.pop("tail")
         methods = head | {tail_name(name, rate): {**tail[name], "tail": rate} for rate, name in product(rates, tail)}
-        most = settings["trunk"]["candidates"]
         methods["full run"]["steps"] = (settings["full"] - settings["trunk"]["steps"]) * shrink
         for method in methods.values():
             if "steps" in method:
                 method["steps"] = math.ceil(method["steps"] / shrink)
             if "last" in method:
+                most = settings["tails" if "tail" in method else "trunk"]["candidates"]
                 method["last"] = sorted({max(2, round(n * most / 30)) for n in method["last"]})
         settings["methods"] = methods
         claims = settings.pop("tail_claims")
         settings["claims"] += [[tail_name(name, rate) for name in pair] for rate, pair in product(rates, claims)]
-        settings["tables"] = [
-            {"reference": "full run", "methods": list(head)},
-            *({"reference": tail_name("SWA", r), "methods": [tail_name(name, r) for name in tail]} for r in rates),
-        ]
+        settings["tables"] = [{"reference": "full run", "methods": list(head)}]
+        for rate in rates:
+            names, before = [tail_name(name, rate) for name in tail], ["trunk", "three-quarters", f"tail-{rate}"]
+            settings["tables"].append({"reference": tail_name("SWA", rate), "methods": names, "before": before})
+        over_rates = {name: [tail_name(name, rate) for rate in rates] for name in tail}
+        settings["spreads"] = {"reference": "SWA", "methods": over_rates}
         return settings
 
     def check_inputs(self) -> None:
@@ -87,17 +90,24 @@ class Images(TrunkWork):
         return cost.row()
 
     def tail(self, rate: float) -> Row:
-        """Train on at a constant rate, and leave candidates."""
-        tails, start = self.settings["tails"], 3 * self.settings["full"] // 4
+        """Train on at a constant rate and leave candidates; then go on for `longer` steps and leave more of them."""
+        tails, full = self.settings["tails"], self.settings["full"]
         self.training.restore(load(self.directory / "three-quarters.pt"))
-        window = {"every": tails["every"], "keep": tails["candidates"], "store": "dense32"}
-        averages = RunningAverages(self.model, window=window)
-        with measured(type(self.model), self.settings["batch_size"]) as cost:
-            for step in range(start, self.settings["full"]):
-                self.training.update(step, rate)
-                averages.step()
-        averages.save(self.directory / f"tail-{rate}")
-        return cost.row()
+        keep = tails["candidates"] + tails["longer"] // tails["every"]
+        averages = RunningAverages(self.model, window={"every": tails["every"], "keep": keep, "store": "dense32"})
+        costs = []
+        for name, first, last in (
+            (f"tail-{rate}", 3 * full // 4, full),
+            (f"tail-{rate}-longer", full, full + tails["longer"]),
+        ):
+            with measured(type(self.model), self.settings["batch_size"]) as cost:
+                for step in range(first, last):
+                    self.training.update(step, rate)
+                    averages.step()
+            shutil.rmtree(self.directory / name, ignore_errors=True)  # of a process that was killed here
+            averages.save(self.directory / name)
+            costs.append(cost.row())
+        return {**costs[0], "longer": costs[1]}
 
     def follow(self, start: int, stop: int, total: int) -> None:
         """Take the steps from `start` to `stop` of a training of `total` steps."""
@@ -112,7 +122,7 @@ class Images(TrunkWork):
     def scheduled(self, extra: int) -> str:
         """Make a training of the steps of the trunk and `extra`, with the schedule of the full run."""
         steps = self.settings["trunk"]["steps"]
-        start = branch(steps, extra)
+        start = leaves(steps, extra)
         self.training.restore(load(self.trunk.state(start)))
         self.follow(start, steps + extra, steps + extra)
         return f"from step {start}"
@@ -120,6 +130,8 @@ class Images(TrunkWork):
     def cost(self, method: Settings, cost: Cost) -> Cost:
         if method["how"] == "schedule":  # its other steps take the place of steps of the trunk
             return Cost(method["steps"], cost.evaluations, cost.seconds * method["steps"] / cost.steps)
+        if method.get("longer"):
+            cost += Cost(**self.rows[f"tail-{method['tail']}"]["longer"])
         return super().cost(method, cost)
 
     def score(self) -> float:
@@ -135,7 +147,7 @@ class Images(TrunkWork):
 
     def candidates(self, method: Settings) -> str:
         if "tail" in method:
-            return f"{self.directory}/tail-{method['tail']}/step-*"
+            return f"{self.directory}/tail-{method['tail']}{'-longer' if method.get('longer') else ''}/step-*"
         return super().candidates(method)
 
     @cached_property
@@ -146,7 +158,7 @@ class Images(TrunkWork):
         return SgdTraining(self.config(), World.from_environment(), trunk["steps"], trunk["lr"])
 
 
-def branch(steps: int, extra: int) -> int:
+def leaves(steps: int, extra: int) -> int:
     """Return the step at which a training of `steps` + `extra` leaves a trunk of `steps`, as its rate falls."""
     return min(steps, (steps + extra) // 2)
 

@@ -1,4 +1,6 @@
-"""Training of the network: SGD as in the paper, with augmentation that a resumed training repeats."""
+"""Training of the network with SGD, and with augmentation that a resumed training repeats."""
+
+import math
 
 import torch
 
@@ -6,7 +8,9 @@ from examples.training import Training
 
 
 class SgdTraining(Training):
-    """Training with momentum 0.9 and a weight decay of 5e-4."""
+    """Training with Nesterov's momentum of 0.9 and a weight decay of 5e-4; gradients are not clipped."""
+
+    max_norm = math.inf
 
     def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
