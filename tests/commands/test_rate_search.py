@@ -11,10 +11,11 @@ from torch import nn
 
 import twa_scale
 from tests.commands.conftest import Brought
-from tests.commands.material import run_here, settings, state_of
+from tests.commands.material import Scores, run_here, settings, state_of
 from tests.commands.test_stopping import run_with_handlers
 from tests.pool import Pool
 from tests.ranks import cases
+from twa_scale.average.state import load_state
 from twa_scale.run.rate_search import position, trial_steps
 
 ROWS = {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.03, "betas": [0.5, 0.9]}}
@@ -162,6 +163,35 @@ def test_a_signal_during_the_search(scores: Brought, tmp_path: Path) -> None:
     run_with_handlers(auto(Brought({**task, "method": "loss", "call": 16}, scores.candidates), tmp_path))
     state = state_of(tmp_path)
     assert state["step"] == 1 and state["rate"]
+
+
+class Falling(Scores):
+    """The first evaluations are better: of three trials the last, then step 0 and the end of the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._evaluations = [3.0, 2.0, 1.0, 4.0, 5.0]
+
+    def metrics(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, int]]:
+        return {"loss": (torch.tensor(self._evaluations.pop(0)), 1)}
+
+
+def test_where_a_trial_ends_is_exported_if_it_is_the_best(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    """A run of as many steps as a trial ends there, too."""
+    config = tmp_path / "run.json"
+    task = Brought({"name": f"{__name__}:Falling"}, scores.candidates)
+    changes = {"steps": 5, "start": "center", "evaluate_batches": 1, "compare": False}
+    config.write_text(json.dumps(auto(task, tmp_path / "out", **changes)))
+    said = shell("run", config)
+    assert "exported: the trial of optimizer.lr 0.09, the lowest" in said.err, said.err
+    assert "exported, the trial of optimizer.lr 0.09" in said.err
+    state = load_state(tmp_path / "out")
+    assert state.kept and state.kept.trial_lr == pytest.approx(0.09)
+    assert torch.equal(state.kept.x, state.twa.x) and state.twa.rows
+    assert all(torch.equal(state.kept.row_values[name], y) for name, y in state.twa.rows.values.items())
+    assert ended(tmp_path / "out")["evaluation"] == {"validation/loss": 1.0}
+    merged = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
+    assert "coefficients of the trial of optimizer.lr 0.09, the best of the evaluations" in merged.out, merged
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def export_run(
         verify=fingerprint.require_checksums,
     )
     last = "" if state.exported_step == state.step else f", the best of the evaluations (the last is step {state.step})"
-    return len(opened), f"step {state.exported_step}{last}"
+    return len(opened), f"{state.exported_name}{last}"
 
 
 def _products(candidates: Sequence[Candidate], rank: int | None) -> dict[str, object]:

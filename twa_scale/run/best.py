@@ -58,8 +58,13 @@ class BestAverage:
             return isfinite(left) and not isfinite(right)
         return left > right if self.higher else left < right
 
-    def update(self, step: int, metrics: dict[str, float], average: TrainableAverage) -> None:
-        """Store the coefficients of `average`, evaluated at `step`, if they are the best so far."""
+    def update(
+        self, step: int, metrics: dict[str, float], average: TrainableAverage, trial_lr: float | None = None
+    ) -> None:
+        """Store the coefficients of `average`, evaluated at `step`, if they are the best so far.
+
+        `trial_lr` is the rate of a trial before the first step.
+        """
         if not isfinite(self.value(metrics)) or (self.best and not self.better(metrics, self.best.metrics)):
             return
         state: dict[str, Any] = average.state_dict()
@@ -71,4 +76,5 @@ class BestAverage:
             coefficients=state["coefficients"],
             row_values=state["rows"]["values"] if state["rows"] else {},
             buffers=state["buffers"],
+            trial_lr=trial_lr,
         )

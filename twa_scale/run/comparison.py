@@ -47,7 +47,7 @@ def exported_as(kept: BestAverage, split: str, keep: str, step: int) -> str:
         return f"exported: step {step}, the last: no evaluation had a finite {name}"
     which = "the highest" if kept.higher else "the lowest"
     last = "the last, and " if kept.best.step == step else ""
-    return f"exported: step {kept.best.step}, {last}{which} {name} of the evaluations (keep: best)"
+    return f"exported: {kept.best.name}, {last}{which} {name} of the evaluations (keep: best)"
 
 
 def with_split(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -57,8 +57,9 @@ def with_split(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """Return the rows of the comparison table: a label, with the step if there is one, and the metrics."""
-    steps = {TRAINED: summary["steps"], EXPORTED: summary["exported_step"]}
+    exported = summary.get("exported_from") or f"step {summary['exported_step']}"
+    steps = {TRAINED: f"step {summary['steps']}", EXPORTED: exported}
     return [
-        (f"{name}, step {steps[name]}" if name in steps else name, metrics)
+        (f"{name}, {steps[name]}" if name in steps else name, metrics)
         for name, metrics in summary["comparison"].items()
     ]

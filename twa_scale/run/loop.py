@@ -269,6 +269,7 @@ class Run(AttachedRun):
             "evaluation": comparison.with_split(split, measured[comparison.EXPORTED]),
             "rate": self.rate and self.rate.model_dump(),
             "exported_step": best.step if best and keep == "best" else self.step,
+            "exported_from": best.name if best and keep == "best" else f"step {self.step}",
             "exported_as": comparison.exported_as(self.kept, split, keep, self.step),
             "comparison": {name: comparison.with_split(split, metrics) for name, metrics in measured.items()},
             "verdict": comparison.verdict(self.kept, split, measured) if self.config.compare else None,

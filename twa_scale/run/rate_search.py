@@ -31,7 +31,8 @@ def position(step: int, count: int, num_steps: int) -> int:
 def search_rate(run: AttachedRun) -> RateState:
     """Try a third of the usual rate, the rate, and three times it, and set the best. Collective.
 
-    The trials have the same start and the same batches, those of the first steps of the run.
+    The trials have the same start and the same batches, those of the first steps of the run. Where a trial ends is one
+    of the evaluations of the run, whose best is kept.
 
     Args:
         run: attached with the usual rate, before its first step.
@@ -48,7 +49,12 @@ def search_rate(run: AttachedRun) -> RateState:
             if run.stopping:
                 raise InterruptedSearch
 
-    chosen = choose_rate(run.twa, train, lambda: run.kept.value(run.measure()), higher_is_better=run.kept.higher)
+    def score() -> float:
+        metrics = run.measure()
+        run.kept.update(0, metrics, run.twa, trial_lr=run.twa.config.lr)
+        return run.kept.value(metrics)
+
+    chosen = choose_rate(run.twa, train, score, higher_is_better=run.kept.higher)
     run.reset_clocks()
     values = [trial.score if isfinite(trial.score) else None for trial in chosen.tried]
     found = RateState(

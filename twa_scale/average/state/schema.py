@@ -190,6 +190,13 @@ class KeptState(_Saved):
     row_values: dict[str, Tensor] = {}
     """The corrections of rows, y."""
     buffers: dict[str, Tensor]
+    trial_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The rate of the trial that ended here, before step 0 (`optimizer.lr: auto`); None for a step of the run."""
+
+    @property
+    def name(self) -> str:
+        """Where the coefficients come from: "step 4"."""
+        return f"step {self.step}" if self.trial_lr is None else f"the trial of optimizer.lr {self.trial_lr:g}"
 
     @model_validator(mode="after")
     def _fits(self) -> "KeptState":
@@ -247,6 +254,11 @@ class RunState(_Saved):
     def exported_step(self) -> int:
         """The step of the coefficients that the run exports."""
         return self.kept.step if self.kept and self.keep == "best" else self.step
+
+    @property
+    def exported_name(self) -> str:
+        """Where the coefficients that the run exports come from: "step 4"."""
+        return self.kept.name if self.kept and self.keep == "best" else f"step {self.step}"
 
     @property
     def exported(self) -> AverageState:

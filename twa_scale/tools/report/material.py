@@ -44,6 +44,7 @@ class Summary(_Read):
     steps: int
     ranks: int = 1
     exported_step: int
+    exported_from: str = ""
     exported_as: str = ""
     verdict: str | None = None
     comparison: dict[str, dict[str, float]] = Field(min_length=1)
@@ -171,7 +172,7 @@ def _of_run(directory: Path) -> Material:
 
 def _which(state: RunState) -> str:
     best = "the best of the evaluations" if state.exported_step != state.step or state.keep == "best" else "the last"
-    return f"step {state.exported_step}, {best}{'' if state.finished else ' so far'}"
+    return f"{state.exported_name}, {best}{'' if state.finished else ' so far'}"
 
 
 def _coefficients_of_state(state: AverageState) -> Coefficients:
