@@ -148,6 +148,22 @@ def test_an_exported_average(tmp_path: Path) -> None:
     assert "a/x-1:1.25" in page.words and "a/y-2:-0.25" in page.words and "1 of 2 coefficients" in page.words
 
 
+def test_averages_of_a_search(run: Path, tmp_path: Path) -> None:
+    tried = [{"label": "ema:0.9", "score": 0.75}, {"label": "lawa:4", "score": 0.5}, {"label": "lawa:1", "score": 0.25}]
+    summary = {"metric": "validation/accuracy", "num_candidates": 4, "tried": tried}
+    for place in (run / "search", tmp_path / "alone/search"):
+        (place / "average").mkdir(parents=True)
+        (place / "summary.json").write_text(json.dumps(summary))
+        origin = {"candidates": ["a-1", "a-2"], "weights": [0.25, 0.75]}
+        (place / "average/twa_scale.json").write_text(json.dumps(origin))
+    for place in (run, tmp_path / "alone", tmp_path / "alone/search"):
+        words = " ".join(Page(write_report(place)).words.split())
+        assert "validation/accuracy ema:0.9 0.75 mean of all 0.5 last candidate 0.25" in words
+    (run / "search/summary.json").write_text(json.dumps({**summary, "tried": [1]}))
+    with pytest.raises(StateError, match=r"search/summary\.json: tried\.0"):
+        write_report(run)
+
+
 def test_what_a_trainer_has_logged(tmp_path: Path) -> None:
     for step in (9, 10):
         history = [{"step": s, "loss": s / 2, "learning_rate": 0.1} for s in range(1, step)]

@@ -74,7 +74,7 @@ class Services:
             except Exception as error:
                 self.close(finished=False)
                 raise ConfigError(
-                    f"report_to: {name} could not begin a run: {error or type(error).__name__}. Check its settings in "
+                    f"report_to: {name} could not begin a run: {_said(error)}. Check its settings in "
                     f"the environment ({_HINTS[name]}), or leave {name} out of report_to."
                 ) from error
         if self._open:
@@ -89,7 +89,7 @@ class Services:
             except Exception as error:
                 del self._open[name]
                 self._say(
-                    f"report_to: {name} failed at step {line['step']}: {error or type(error).__name__}. The run "
+                    f"report_to: {name} failed at step {line['step']}: {_said(error)}. The run "
                     "continues without it; metrics.jsonl has all metrics."
                 )
 
@@ -100,7 +100,12 @@ class Services:
             try:
                 service.close(finished=finished)
             except Exception as error:
-                self._say(f"report_to: {name} could not end its run: {error or type(error).__name__}.")
+                self._say(f"report_to: {name} could not end its run: {_said(error)}.")
+
+
+def _said(error: Exception) -> str:
+    """Return the message of an error of a package on one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def require_packages(names: Sequence[LoggerName]) -> None:

@@ -19,6 +19,7 @@ from twa_scale.output.lock import LOCK, owner_of
 from twa_scale.output.provenance import PROVENANCE
 from twa_scale.run.records import METRICS, read_records
 from twa_scale.run.resume import AVERAGE, SUMMARY
+from twa_scale.run.search import DIRECTORY as SEARCH
 from twa_scale.tools.report.coefficients import Coefficients, Tensor
 
 CONFIG, TRAINER_STATE = "config.json", "trainer_state.json"
@@ -85,6 +86,22 @@ class Origin(_Read):
         return self
 
 
+class Tried(_Read):
+    """An average that a search has tried."""
+
+    label: str
+    score: float
+
+
+class Search(_Read):
+    """summary.json of `twa-scale search`."""
+
+    metric: str
+    num_candidates: int
+    tried: list[Tried]
+    """Best first."""
+
+
 @dataclass(frozen=True)
 class Material:
     """All that is known of a run. What its files do not hold is None or empty."""
@@ -105,6 +122,8 @@ class Material:
     origin: Origin | None = None
     paths: Sequence[str] = ()
     """Where the candidates were."""
+    search: Search | None = None
+    """That of the directory, or in that of a run."""
     is_run: bool = False
     """Whether it is the directory of `twa-scale run`."""
 
@@ -119,6 +138,8 @@ def read(directory: Path) -> Material:
         raise StateError(f"{directory}: there is no such directory; give the output directory of a run.")
     if any((directory / name).exists() for name in (STATE, PREVIOUS, METRICS, LOCK)):
         return _of_run(directory)
+    if (directory / SEARCH / SUMMARY).exists():
+        return read(directory / SEARCH)
     origin = _origin(directory) or _origin(directory / AVERAGE)
     logged = _trainer_records(directory)
     if origin is None and not logged:
@@ -137,6 +158,7 @@ def read(directory: Path) -> Material:
         config=(origin and origin.config) or {},
         origin=origin,
         paths=origin.candidates if origin else (),
+        search=_search(directory),
     )
 
 
@@ -166,8 +188,15 @@ def _of_run(directory: Path) -> Material:
         config=config,
         origin=_origin(directory / AVERAGE) if summary else None,
         paths=state.candidates if state else (),
+        search=_search(directory / SEARCH),
         is_run=True,
     )
+
+
+def _search(directory: Path) -> Search | None:
+    path = directory / SUMMARY
+    content = _json(path)
+    return _parsed(Search, path) if content and "tried" in content else None
 
 
 def _which(state: RunState) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from twa_scale.average.measures import COEFFICIENTS, DISTANCE, EFFECTIVE
 from twa_scale.config import RunConfig, flattened
 from twa_scale.run import comparison
+from twa_scale.run.search import rows as rows_of_search
 from twa_scale.tools.report.coefficient_section import coefficient_section, mean_distance, size_text
 from twa_scale.tools.report.curves import Curve, Level, chart
 from twa_scale.tools.report.elements import Content, Html, el, joined, table
@@ -32,6 +33,7 @@ def page(material: Material) -> str:
         _header(material, name),
         _tiles(material),
         _methods(material),
+        _searched(material),
         _curves(material),
         coefficient_section(material),
         _cost(material),
@@ -101,6 +103,17 @@ def _methods(material: Material) -> Html | None:
         el("h2", "Methods on held-out data"),
         table(["weights", *names], cells, marked=len(rows) - 1),
         el("p", f"{exported[0].upper()}{exported[1:]}.", class_="note") if exported else None,
+    )
+
+
+def _searched(material: Material) -> Html | None:
+    search = material.search
+    if search is None or not search.tried:
+        return None
+    cells: list[list[Content]] = [[label, f"{score:.6g}"] for label, score in rows_of_search(search.model_dump())]
+    return joined(
+        el("h2", f"Averages of a search: {len(search.tried)}, best first"),
+        table(["average", search.metric], cells, marked=0),
     )
 
 
