@@ -8,7 +8,7 @@ from twa_scale.tools.report.elements import Html, el, joined
 
 Point = tuple[float, float]
 _WIDTH, _HEIGHT = 480, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 12, 40
 _MOST = 240  # points of a curve; more are summed up as a mean and a range
 _MARKED = 40  # points up to which each has a mark
 
