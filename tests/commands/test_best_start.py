@@ -9,11 +9,14 @@ from torch import nn
 
 import twa_scale
 from tests.commands.conftest import Brought
-from tests.commands.material import run_here, settings
+from tests.commands.material import as_launched, run_here, settings
 from tests.commands.test_keep import candidates, measured_by_hand, records
 from tests.pool import Pool
-from twa_scale.config import center_weights, parse_center
+from twa_scale.config import RunConfig, center_weights, parse_center, validated
+from twa_scale.ranks import World
 from twa_scale.run.best_start import averages
+from twa_scale.run.loop import Run
+from twa_scale.run.progress import Report
 
 
 def test_averages_are_few_and_differ() -> None:
@@ -38,6 +41,36 @@ def test_the_best_is_taken(ranks: Pool, scores: Brought, tmp_path: Path, engine:
         losses[name] = measured_by_hand(scores, mixed)
     assert records(tmp_path)[0] == pytest.approx(min(losses.values()), rel=1e-5)
     assert min(losses.values()) < losses["center"] - 1e-3
+
+
+class Beginning(Report):
+    """Reads what a run has timed before its first step."""
+
+    run: Run
+    timed: dict[str, float] | None = None
+
+    def steps(self, description: str, total: int, done: int) -> Any:
+        self.timed = self.run.twa.clock.read()
+        return super().steps(description, total, done)
+
+
+@pytest.mark.parametrize("changes", [{"start": "best"}, {"steps": 6}])
+def test_the_cost_of_a_step_has_no_other_work(scores: Brought, tmp_path: Path, changes: dict[str, Any]) -> None:
+    data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=1, compare=False)
+    if "steps" in changes:
+        run_here(data)  # a run that is continued loads a state, and writes its weights
+    report = Beginning(active=False)
+
+    def train() -> dict[str, Any]:
+        config, world = validated(RunConfig, data | changes), World.from_environment()
+        device = world.device(config.device)
+        with world.joined(device, config.output, config.timeout):
+            report.run = Run(config, world, device, report)
+            report.run.report = report
+            return report.run.train()
+
+    as_launched(train)
+    assert report.timed == {}
 
 
 def states(n: int) -> list[dict[str, torch.Tensor]]:

@@ -15,7 +15,9 @@ from tests.commands.material import Scores, run_here, settings, state_of
 from tests.commands.test_stopping import run_with_handlers
 from tests.pool import Pool
 from tests.ranks import cases
+from tests.ranks.test_running import same_bits
 from twa_scale.average.state import load_state
+from twa_scale.base.notices import TwaWarning
 from twa_scale.run.rate_search import position, trial_steps
 
 ROWS = {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.03, "betas": [0.5, 0.9]}}
@@ -61,17 +63,17 @@ def test_each_trial_is_a_training_from_the_same_start(ranks: Pool, engine: str, 
         *finite, diverged = chosen.tried
         assert [trial.score for trial in finite] == expected and not diverged.score < float("inf")
         assert chosen.best == min(finite, key=lambda trial: trial.score) and same_buffers
-        assert str(state) == str(states[finite.index(chosen.best)])  # coefficients, rows, moments and the rate
+        assert same_bits(state, states[finite.index(chosen.best)])  # coefficients, rows, moments and the rate
         assert state["config"]["optimizer"]["lr"] == state["optimizer"]["param_groups"][0]["lr"] == chosen.best.lr
 
 
-def small(lr: float = 0.1) -> tuple[nn.Linear, Any]:
+def small(lr: float = 0.1, **config: Any) -> tuple[nn.Linear, Any]:
     states = []
     for seed in range(3):
         torch.manual_seed(seed)
         states.append(nn.Linear(3, 2).state_dict())
     model = nn.Linear(3, 2)
-    return model, twa_scale.attach(model, states, {"optimizer": {"name": "sgd", "lr": lr}})
+    return model, twa_scale.attach(model, states, {"optimizer": {"name": "sgd", "lr": lr}} | config)
 
 
 def test_the_usual_rates_are_around_the_present_one_and_higher_can_be_better() -> None:
@@ -80,6 +82,23 @@ def test_the_usual_rates_are_around_the_present_one_and_higher_can_be_better() -
     assert [trial.lr for trial in found.tried] == [trial.score for trial in found.tried]
     assert [trial.lr for trial in found.tried] == pytest.approx([0.1 / 3, 0.1, 0.3])
     assert found.best.lr == twa.config.lr == twa.optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("groups", ["global", "tensor+row"])
+def test_the_script_that_saved_a_chosen_rate_continues_with_it(groups: str) -> None:
+    model, twa = small(groups=groups)
+    twa.set_lr(0.3)
+    one(model, twa)
+    state = twa.state_dict()
+    model, twa = small(groups=groups)
+    with pytest.warns(TwaWarning, match="0.3, that of the loaded state"):
+        twa.load_state_dict(state)
+    assert same_bits(twa.state_dict(), state)
+    assert twa.config.lr == twa.optimizer.param_groups[0]["lr"] == 0.3
+    assert [group["lr"] for group in twa.optimizer.param_groups[1:]] in ([], [0.03])
+    state["config"]["optimizer"]["momentum"] = 0.5
+    with pytest.raises(twa_scale.StateError, match="optimizer: the state was trained with"):
+        twa.load_state_dict(state)
 
 
 @pytest.mark.parametrize("rates", [[], [0.0], [-1.0], [float("inf")], ["fast"]])
@@ -133,7 +152,7 @@ def test_a_run_trains_with_the_best_rate(
     given = {"optimizer": {"lr": rate["lr"]}}
     ranks(run_here, size, data=auto(scores, tmp_path / "given", engine=engine, pods=pods, **given))
     one, other = (state_of(tmp_path / name)["twa"] for name in ("auto", "given"))
-    assert str(one) == str(other)
+    assert same_bits(one, other)
     provenance = json.loads((tmp_path / "auto/average/twa_scale.json").read_text())
     assert provenance["config"]["optimizer"]["lr"] == rate["lr"]
 

@@ -156,6 +156,18 @@ def test_scores_must_be_numbers() -> None:
     assert found.best.score == 1.0
 
 
+@pytest.mark.parametrize("center", ["mean", "last"])
+def test_the_best_average_is_set_exactly_or_the_basis_is_refused(center: str) -> None:
+    """`pca` has the nearest weights in the space of its components."""
+    _, twa = make(basis="pca", num_components=2, center=center)
+    with pytest.raises(twa_scale.ConfigError, match="basis 'pca' of 2 components does not reach"):
+        twa_scale.search(twa, lambda: 0.0)
+    for basis in ("pca", "orthonormal", "normalized"):
+        model, twa = make(basis=basis, center=center)
+        found = twa_scale.search(twa, lambda model=model: distance(model, mean_of(1)), higher_is_better=False)
+        assert distance(model, mean_of(1)) == pytest.approx(found.best.score, rel=1e-4)
+
+
 def test_the_simplex_and_many_groups_are_refused() -> None:
     _, twa = make(basis="simplex")
     with pytest.raises(twa_scale.ConfigError, match="basis"):

@@ -27,6 +27,7 @@ from twa_scale.average.swap import SwappedWeights
 from twa_scale.average.weights import Weights
 from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
+from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.carry_over import CarriedFiles
@@ -388,13 +389,18 @@ class TrainableAverage:
         )
 
     @while_open
-    def can_start_from(self, which: Which) -> bool:
+    def can_start_from(self, which: Which, *, exactly: bool = False) -> bool:
         """Return whether `start_from(which)` is possible: `simplex` needs a positive coefficient for every candidate.
+
+        Args:
+            which: as for `start_from`.
+            exactly: ask for the average itself, not for the nearest point of the subspace of `pca`.
 
         Raises:
             ConfigError: as `weights` does.
         """
-        return self._basis.reaches(self._chosen(which))
+        a = self._chosen(which)
+        return self._basis.holds(a) if exactly else self._basis.reaches(a)
 
     @while_open
     def start_from(self, which: Which) -> None:
@@ -462,6 +468,8 @@ class TrainableAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`. Collective.
 
+        The learning rate is that of the state, as for optimizers of torch: `choose_rate` or `set_lr` may have set it.
+
         Raises:
             StateError: a field is missing or has another type or shape, the candidates are other ones, or a setting
                 that the coefficients depend on differs; raised on every rank. The average is unchanged.
@@ -474,10 +482,14 @@ class TrainableAverage:
         require_same_state(self.pods, saved)
         self._written.set(saved.x, None if rows is None else rows["values"])
         self.optimizer.load_inside(saved.optimizer, rows)
+        attached, loaded = self.config.lr, saved.config.lr
+        self.config = self._form.config = self.config.with_lr(loaded)
         self.zero_grad()
         live = self._engine.buffers()
         for name, value in saved.buffers.items():
             live[name].copy_(value)
+        if loaded != attached and self.pods.rank == 0:
+            notice(f"optimizer.lr is {loaded:g}, that of the loaded state; before, it was {attached:g}.")
 
     def close(self) -> None:
         """Remove the hooks from the model and release the store and the candidates; the model keeps its weights.

@@ -13,6 +13,9 @@ from typing_extensions import Self
 
 from twa_scale.config import TwaConfig
 
+_EXACT = 1e-6  # squared norm of an error, relative to that of the sum of deltas
+_ROUNDED = 4e-12  # and to that of the center: bases drop directions that are rounding errors of float32 weights
+
 
 class Gram:
     """Inner products of deltas and center per group, in float64: (G, n + 1, n + 1).
@@ -77,6 +80,23 @@ class Basis(ABC):
         """Return whether training can start at sum_i a_i w_i, for a (n, G)."""
         del a
         return True
+
+    def holds(self, a: torch.Tensor) -> bool:
+        """Return whether the weights of `locate(a)` are sum_i a_i w_i up to rounding, for a (n, G).
+
+        A basis that does not reach all directions of the candidates, such as `pca` with few components, has the
+        nearest weights instead.
+        """
+        if not self.reaches(a):
+            return False
+        target = self.weights_of(a)
+        deltas = torch.cat([target[:-1], torch.zeros_like(target[-1:])])
+        error, size = self._squared(self.expand(self.locate(a)) - target), self._squared(deltas)
+        return bool((error <= _EXACT * size + _ROUNDED * self.gram[:, -1, -1]).all())
+
+    def _squared(self, u: torch.Tensor) -> torch.Tensor:
+        """Return the squared norms (G,) of u_c c + sum_i u_i delta_i, for u (n + 1, G)."""
+        return torch.einsum("ig,gij,jg->g", u, self.gram, u)
 
     @abstractmethod
     def locate(self, a: torch.Tensor) -> torch.Tensor:

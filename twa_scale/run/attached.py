@@ -81,7 +81,6 @@ class AttachedRun:
         if self.twa.rounding:
             self.report.say(str(self.twa.rounding))
         self.clock = Clock(self.device)
-        self.reset_clocks()  # attach is not a part of a step
 
     def reset_clocks(self) -> None:
         """Leave out of the cost of a step what has been measured until now."""

@@ -152,6 +152,7 @@ class Run(AttachedRun):
         if self.step == 0 or self._evaluation_is_due():
             self._evaluate()
             self._leave_if_asked()
+        self.reset_clocks()  # the start, trials of rates and a loaded state also write weights
         with self.report.steps("training coefficients", self.num_steps, self.step) as advance:
             while self.step < self.num_steps:
                 values = self.take_step(self.step, self.step)

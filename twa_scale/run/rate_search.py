@@ -55,7 +55,6 @@ def search_rate(run: AttachedRun) -> RateState:
         return run.kept.value(metrics)
 
     chosen = choose_rate(run.twa, train, score, higher_is_better=run.kept.higher)
-    run.reset_clocks()
     values = [trial.score if isfinite(trial.score) else None for trial in chosen.tried]
     found = RateState(
         lr=chosen.best.lr,

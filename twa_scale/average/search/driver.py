@@ -133,11 +133,23 @@ def _check(average: TrainableAverage, method: Method, budget: int, constraint: C
     for name, number, least in (("budget", budget, 1), ("seed", seed, 0)):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise ConfigError(f"search: {name} is {number!r}; give an integer of at least {least}.")
+    basis = average.config.basis
     if not average.can_start_from("last"):
         raise ConfigError(
-            f"search: basis {average.config.basis!r} cannot hold averages that leave candidates out. Attach with "
+            f"search: basis {basis!r} cannot hold averages that leave candidates out. Attach with "
             "basis: normalized; constraint='simplex' keeps the coefficients of `cma` positive."
         )
+    if not average.can_start_from(_uneven(average.num_candidates), exactly=True):
+        raise ConfigError(
+            f"search: basis {basis!r} of {average.config.num_components or 'all'} components does not reach all "
+            "averages of the candidates, so another average than the best would be set. Attach with basis: normalized."
+        )
+
+
+def _uneven(n: int) -> torch.Tensor:
+    """Return coefficients of sum 1 that differ in all directions: a linear basis that holds their average holds all."""
+    parts = 1 + (torch.arange(n, dtype=torch.float64) * 0.6180339887) % 1
+    return parts / parts.sum()
 
 
 def _next(source: Proposals, kept: Record | None, loss: float | None) -> tuple[Proposal | None, float | None]:

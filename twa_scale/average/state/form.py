@@ -97,7 +97,8 @@ class StateForm:
         """
         saved = checked(AverageState, state, "state")
         self._fingerprint.require(saved.fingerprint.build())
-        require_same_settings(self.settings(), saved.config.model_dump(mode="json"))
+        now = self.config.with_lr(saved.config.lr)  # which the average takes over
+        require_same_settings(now.model_dump(mode="json"), saved.config.model_dump(mode="json"))
         given, shape = saved.x.to(x), tuple(x.shape)
         if tuple(given.shape) != shape or list(self._layout.groups) != saved.groups:
             raise StateError(f"the state has {tuple(given.shape)} coefficients, this run {shape}: other groups.")
