@@ -212,6 +212,9 @@ USES: dict[str, Callable[[TrainableAverage], object]] = {
     "can_start_from": lambda twa: twa.can_start_from("last"),
     "row_corrections": lambda twa: twa.row_corrections(),
     "start_from": lambda twa: twa.start_from("last"),
+    "set_lr": lambda twa: twa.set_lr(0.1),
+    "remember": lambda twa: twa.remember(),
+    "distance": lambda twa: twa.distance(),
 }
 
 
@@ -221,7 +224,7 @@ def test_a_closed_average_says_so() -> None:
     twa.close()
     twa.close()
     methods = {name for name, value in vars(TrainableAverage).items() if callable(value) and not name.startswith("_")}
-    assert methods - {"close"} <= USES.keys()
+    assert methods - {"close", "described"} <= USES.keys()  # what is described are the coefficients, which stay
     for name, use in USES.items():
         with pytest.raises(TwaError, match=rf"^{name.removeprefix('optimizer.')}: .* is closed"):
             use(twa)
