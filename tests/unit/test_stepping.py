@@ -224,7 +224,7 @@ def test_a_closed_average_says_so() -> None:
     twa.close()
     twa.close()
     methods = {name for name, value in vars(TrainableAverage).items() if callable(value) and not name.startswith("_")}
-    assert methods - {"close", "described"} <= USES.keys()  # what is described are the coefficients, which stay
+    assert methods - {"close", "described", "origin"} <= USES.keys()  # these tell of the coefficients, which stay
     for name, use in USES.items():
         with pytest.raises(TwaError, match=rf"^{name.removeprefix('optimizer.')}: .* is closed"):
             use(twa)
