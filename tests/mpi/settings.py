@@ -2,7 +2,7 @@
 
 from typing import Any
 
-STEPS, BATCH = 8, 12
+STEPS, BATCH = 4, 12
 PODS = "pods"
 CONFIGS: dict[str, dict[str, Any]] = {
     "block": {"groups": "block", "optimizer": {"name": "adamw", "lr": 0.03}},

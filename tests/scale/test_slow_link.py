@@ -22,7 +22,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The comparison of examples/pods, with few steps."""
     before = namespaces()
     out = tmp_path_factory.mktemp("slow-link") / "results.json"
-    subprocess.run([sys.executable, str(PROGRAM), "--steps=4", f"--json={out}"], check=True)
+    subprocess.run([sys.executable, str(PROGRAM), "--steps=3", f"--json={out}"], check=True)
     assert namespaces() == before, "a namespace was left behind"
     found: dict[str, Any] = json.loads(out.read_text())
     return found
