@@ -40,6 +40,8 @@ ANSWERS = "{{ m.role[0] }}:{% generation %}{{ m.content }};{% endgeneration %}"
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
+SYSTEM = "{% if messages[0].role != 'system' %}s:be kind;{% endif %}" + TEMPLATE
+THOUGHTS = TEMPLATE.replace("m.content", "('<>' if loop.last and m.role == 'assistant' else '') + m.content")
 MARKED = (
     f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{ANSWERS}{{% else %}}u:{{{{ m.content }}}};{{% endif %}}"
     "{% endfor %}"
@@ -148,7 +150,7 @@ def test_lists_of_every_type(tmp_path: Path, type_: str) -> None:
         assert tokens_of(data) == [[4, 5, 6], [7, 8, 9]] and predicted_of(data) == [[5, 6], [8, 9]]
 
 
-@pytest.mark.parametrize("name", ["saved", "data.parquet"])
+@pytest.mark.parametrize("name", WRITERS)
 def test_masks_and_labels_of_tokenized_records(tmp_path: Path, name: str) -> None:
     table = {
         "input_ids": [[1, 2, 3, 0], [4, 5, 6, 7]],
@@ -312,6 +314,35 @@ def test_answers_of_chats_are_predicted(
     assert decoder(task.dataset("train")[1]["tokens"].tolist()).startswith("u:ab;a:cd;")
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, SYSTEM, MARKED])
+def test_what_stands_before_a_first_answer_is_not_predicted(
+    tmp_path: Path, model: Callable[[str | None], str], template: str
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"messages": [CHAT[1:]]})
+    task = causal_lm(model=model(template), chat={"train": str(path)}, context=40)
+    assert [build_decoder(task)(labels) for labels in predicted_of(task.dataset("train"))] == ["cd;fgh;"]
+
+
+def test_answers_that_change_when_messages_follow_are_not_predicted(
+    tmp_path: Path, model: Callable[[str | None], str]
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"messages": [CHAT, CHAT[:2]]})
+    task = causal_lm(model=model(THOUGHTS), chat={"train": str(path)}, context=40)
+    with pytest.warns(TwaWarning, match=r"task\.chat: 1 answers are not predicted.*Put \{% generation %\}"):
+        data = task.dataset("train")
+    assert [build_decoder(task)(labels) for labels in predicted_of(data)] == ["<>fgh;", "<>cd;"]
+
+
+def test_chats_without_a_predicted_token(tmp_path: Path, model: Callable[[str | None], str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"messages": []})
+    task = causal_lm(model=model(TEMPLATE), chat={"train": str(path)}, context=3)
+    with pytest.raises(ConfigError, match=r"task\.chat: the files hold no chats"):
+        task.dataset("train")
+    write_jsonl(path, {"messages": [CHAT]})
+    with pytest.raises(ConfigError, match="none of 1 chats has a predicted token in its first 4 tokens"):
+        task.dataset("train")
+
+
 def build_decoder(task: Task) -> Callable[[list[int]], str]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(task._directory)  # type: ignore[attr-defined]
     return lambda tokens: tokenizer.decode(tokens).replace("<e>", "")
@@ -468,6 +499,67 @@ def test_token_records_that_cannot_be_used(tmp_path: Path, table: dict[str, list
     path = write_parquet(tmp_path / "a.parquet", table)
     with pytest.raises(ConfigError, match=rf"a\.parquet.*{said}"):
         causal_lm(tokens={"train": str(path)}, context=1).dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([{"input_ids": [1, 1 << 70]}], "line 1: .* is not a list of 64-bit integers. Set task.tokens_key to the"),
+        ([{"input_ids": [1, 2.0]}], "line 1: .* is not a list of 64-bit integers"),
+        ([{"input_ids": [1], "labels": ["a"]}], "line 1: .* is not a list of 64-bit integers. Correct the values of"),
+        ([{"input_ids": [1], "labels": [1, 1]}], "line 1: has 1 tokens and 2 values in column 'labels'"),
+        ([{"input_ids": [1], "labels": [1]}, {"input_ids": [2]}], "line 2: has the lists 'input_ids', but the first"),
+    ],
+)
+def test_token_records_in_lines_that_cannot_be_used(
+    tmp_path: Path, records: list[dict[str, list[Any]]], said: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(ConfigError, match=rf"a\.jsonl, {said}"):
+        causal_lm(tokens={"train": str(tmp_path / "a.jsonl")}, context=1).dataset("train")
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+def test_texts_that_are_not_utf8(tmp_path: Path, suffix: str) -> None:
+    offsets = pa.py_buffer(np.array([0, 3], np.int32))
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"a\xffb")])})
+    path = str(tmp_path / f"a{suffix}")
+    (pyarrow.parquet.write_table if suffix == ".parquet" else pyarrow.feather.write_feather)(table, path)
+    with pytest.raises(ConfigError, match=rf"a{suffix}: cannot be read.*UTF8"):
+        causal_lm(text={"train": path}, context=1).dataset("train")
+
+
+@pytest.mark.parametrize(("column", "setting"), [("text", "text"), ("input_ids", "tokens")])
+@pytest.mark.parametrize(("at", "offset"), [(8, 4000), (4, -5), (2, 40)])
+def test_offsets_outside_the_values(tmp_path: Path, column: str, setting: str, at: int, offset: int) -> None:
+    """pyarrow does not check offsets when it reads a file, and reads memory of others with them."""
+    table = pa.table({column: ["abcd"] * 8 if column == "text" else [[1, 2, 3, 4]] * 8})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    raw = sink.getvalue().to_pybytes()
+    offsets = np.arange(0, 36, 4, dtype="<i4")
+    assert raw.count(offsets.tobytes()) == 1
+    wrong = offsets.copy()
+    wrong[at] = offset
+    (tmp_path / "a.arrow").write_bytes(raw.replace(offsets.tobytes(), wrong.tobytes()))
+    with pytest.raises(ConfigError, match=r"a\.arrow: cannot be read as a \.arrow file: .*[Oo]ffset"):
+        causal_lm(**{setting: {"train": str(tmp_path / "a.arrow")}}, context=1).dataset("train")
+
+
+def test_columns_whose_names_are_not_utf8(tmp_path: Path) -> None:
+    path = save_to_disk(tmp_path / "saved", {"text": ["some", "more"]}) / "data-00000-of-00002.arrow"
+    path.write_bytes(path.read_bytes().replace(b"text", b"te\xfft"))
+    with pytest.raises(ConfigError, match=r"\.arrow: cannot be read.*utf-8"):
+        causal_lm(text={"train": str(path)}).dataset("train")
+
+
+def test_compressed_lines_that_are_damaged_inside(tmp_path: Path) -> None:
+    raw = bytearray(gzip.compress(json.dumps({"text": "hello" * 1000}).encode()))
+    raw[20] ^= 0xFF
+    (tmp_path / "a.jsonl.gz").write_bytes(raw)
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz cannot be read"):
+        causal_lm(text={"train": str(tmp_path)}).dataset("train")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz"])

@@ -27,7 +27,9 @@ def test_items_are_those_of_the_array(
 
 
 @pytest.mark.parametrize("chunk", [1, 1000])
-@pytest.mark.parametrize("text", ['[{"a": 1}', '[{"a": 1} {"a": 2}]', '[{"a": 1},', '[{"a": }]', "[12", '[,{"a": 1}]'])
+@pytest.mark.parametrize(
+    "text", ['[{"a": 1}', '[{"a": 1} {"a": 2}]', '[{"a": 1},', '[{"a": }]', "[12", '[,{"a": 1}]', "[" * 100_000]
+)
 def test_damaged_arrays(monkeypatch: pytest.MonkeyPatch, chunk: int, text: str) -> None:
     monkeypatch.setattr(json_arrays, "_CHUNK", chunk)
     with pytest.raises(ValueError):

@@ -12,6 +12,28 @@ from twa_scale.run.shares import with_divisors
 from twa_scale.run.tasks import Batch
 
 
+class Numbered:
+    """A task whose batches are their numbers of terms."""
+
+    def terms(self, batch: Any) -> int | None:
+        number: int | None = batch
+        return number
+
+
+def divisors_of_ranks(terms: list[list[int | None]]) -> list[float]:
+    group = Group.world()
+    batches: Any = terms[group.rank]
+    task: Any = Numbered()
+    return [divisor for _, divisor in with_divisors(batches, task, 2, group, torch.device("cpu"))]
+
+
+@pytest.mark.parametrize("unknown", [(0, 0), (0, 1), (1, 1)])
+def test_batches_count_equally_if_one_has_no_number(ranks: Pool, unknown: tuple[int, int]) -> None:
+    terms: list[list[int | None]] = [[3, 4], [5, 6]]
+    terms[unknown[0]][unknown[1]] = None
+    assert ranks(divisors_of_ranks, 2, terms=terms) == [[2, 2], [2, 2]]
+
+
 class Summed:
     """A task whose loss is the mean of numbers, of which a batch has some."""
 

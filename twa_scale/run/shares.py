@@ -17,7 +17,8 @@ def with_divisors(
 
     The sum of the divided losses, averaged over the ranks, is the mean over all terms of the global batch, so it does
     not depend on the number of ranks and micro-batches. The ranks exchange their numbers of terms only if the task has
-    a method `terms` that returns a number.
+    a method `terms`. Where it returns None for a micro-batch of any rank, all micro-batches of that global batch count
+    equally.
 
     Args:
         batches: the micro-batches of this rank, on any device.
@@ -27,15 +28,16 @@ def with_divisors(
         device: the device of the model.
     """
     terms_of: Any = getattr(task, "terms", None)
-    iterator = iter(batches)
-    first = next(iterator)
-    number = None if terms_of is None else terms_of(first)
-    if number is None:
-        yield first, num_micro
-        yield from ((batch, num_micro) for batch in iterator)
+    if terms_of is None:
+        yield from ((batch, num_micro) for batch in batches)
         return
-    rest = list(iterator)
-    terms = [number, *(terms_of(batch) for batch in rest)]
-    total = group.sum_(torch.tensor(float(sum(terms)), dtype=torch.float64, device=device)).item()
-    for batch, count in zip([first, *rest], terms, strict=True):
-        yield batch, max(total, 1.0) / (count * group.size) if count else math.inf
+    all_batches = list(batches)
+    terms = [terms_of(batch) for batch in all_batches]
+    known = [number for number in terms if number is not None]
+    counted = torch.tensor([sum(known), len(terms) - len(known)], dtype=torch.float64, device=device)
+    total, num_unknown = group.sum_(counted).tolist()
+    for batch, count in zip(all_batches, terms, strict=True):
+        if num_unknown:
+            yield batch, num_micro
+        else:
+            yield batch, max(total, 1.0) / (count * group.size) if count else math.inf

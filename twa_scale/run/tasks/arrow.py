@@ -32,7 +32,8 @@ def rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, list[Any
 def batches(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
     """Yield pyarrow.RecordBatch objects with these columns, in the order of the file.
 
-    Those of Arrow files are views of the mapped file; those of parquet files are decoded, 256 rows at a time.
+    Those of Arrow files are views of the mapped file; those of parquet files are decoded, 256 rows at a time. Their
+    offsets and texts are checked, because those of a damaged file would end the process.
 
     Args:
         path: a parquet or Arrow file.
@@ -45,12 +46,16 @@ def batches(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
         if path.suffix.lower() == PARQUET:
             file = open_parquet(path)
             require_columns(path, file.schema_arrow.names, columns)
-            yield from file.iter_batches(_ROWS, columns=list(columns.values()))
+            for batch in file.iter_batches(_ROWS, columns=list(columns.values())):
+                batch.validate(full=True)
+                yield batch
         else:
             reader, found = _arrow(path)
             require_columns(path, reader.schema.names, columns)
             for batch in found:
-                yield batch.select(list(columns.values()))
+                selected = batch.select(list(columns.values()))
+                selected.validate(full=True)
+                yield selected
 
 
 def has_lists(path: Path, column: str) -> bool:
@@ -60,9 +65,7 @@ def has_lists(path: Path, column: str) -> bool:
         return column in schema.names and _is_list(schema.field(column).type)
 
 
-def integer_lists(
-    column: Any, path: Path, row: int, name: str, setting: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def integer_lists(column: Any, path: Path, row: int, name: str, fix: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return the integers of a column of lists, one list after the other, and the N + 1 bounds of its N lists.
 
     Both are views of the column, if it is not a list of fixed size.
@@ -72,16 +75,14 @@ def integer_lists(
         path: its file, for error messages.
         row: the number of rows of the file before it.
         name: the name of the column.
-        setting: the setting that names it.
+        fix: what to do if the column does not hold lists of integers, for error messages.
 
     Raises:
         ConfigError: the column does not hold lists of integers, or a value is missing.
     """
     types = pyarrow("pyarrow.types")
     if not _is_list(column.type) or not types.is_integer(column.type.value_type):
-        raise ConfigError(
-            f"{path}: the column {name!r} holds {column.type}, not lists of integers. Set {setting} to their column."
-        )
+        raise ConfigError(f"{path}: the column {name!r} holds {column.type}, not lists of integers. {fix}")
     values = column.flatten()
     if column.null_count or values.null_count:
         empty = next(i for i, value in enumerate(column.to_pylist()) if value is None or None in value)
@@ -137,7 +138,7 @@ def pyarrow(module: str = "pyarrow") -> Any:
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Replace errors of pyarrow in a `with` block by a ConfigError that names the file."""
-    errors = (OSError, pyarrow().ArrowException)
+    errors = (OSError, ValueError, pyarrow().ArrowException)  # UnicodeDecodeError for names of columns
     try:
         yield
     except errors as error:

@@ -37,7 +37,9 @@ class _Parquet:
 
     def piece(self, i: int) -> Any:
         with arrow.named_errors(self._path):
-            return self._file.read_row_group(i, columns=[self._column]).column(0)
+            piece = self._file.read_row_group(i, columns=[self._column]).column(0)
+            piece.validate(full=True)
+            return piece
 
 
 class _Mapped:

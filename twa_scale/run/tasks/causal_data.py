@@ -13,7 +13,7 @@ from twa_scale.base.notices import notice
 from twa_scale.config import Section
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
-from twa_scale.run.tasks.chat import ChatEncoder
+from twa_scale.run.tasks.chat import MARK, ChatEncoder
 from twa_scale.run.tasks.data_files import Fractions, SplitFiles, require_text, split_files
 from twa_scale.run.tasks.tables import FORMATS, is_table, rows
 from twa_scale.run.tasks.token_records import record_tokens
@@ -151,8 +151,18 @@ class SourceReader:
                 unanswered += 1
             else:
                 spool.add(place, tokens, hidden)
+        if not total:
+            raise ConfigError(f"{self.key}: the files hold no chats. Give files with records.")
         if total == unanswered:
-            raise ConfigError(f"{self.key}: none of {total} chats has an answer in its first {longest} tokens.")
+            within = f" in its first {longest} tokens" if longest else ""
+            raise ConfigError(
+                f"{self.key}: none of {total} chats has a predicted token{within}. Set a longer task.context."
+            )
+        if encoder.num_not_found:
+            notice(
+                f"{self.key}: {encoder.num_not_found} answers are not predicted, because the chat template renders "
+                f"them otherwise when messages follow, as it does with thoughts. {MARK} to predict them."
+            )
         if truncated:
             notice(
                 f"{self.key}: {truncated} of {total} chats are longer than the context and are truncated; {unanswered} "

@@ -1,6 +1,7 @@
 """The task `causal_lm`: next-token prediction on bytes or tokens."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -118,6 +119,7 @@ class CausalLM:
             for key, source in (named or {"task": options}).items()
         ]
         self._datasets: dict[str, Examples] = {}
+        self._has_labels = False
 
     def model(self) -> nn.Module:
         """Return the byte-level GPT or the Hugging Face model, randomly initialized."""
@@ -149,16 +151,19 @@ class CausalLM:
     def metrics(self, model: nn.Module, batch: Batch) -> Metrics:
         """Return sums over predicted tokens of `loss` (nats) and, if tokens are bytes, `bits_per_byte`."""
         total = self._cross_entropy(model, batch, "sum")
-        terms = self.terms(batch)
-        count = batch["tokens"][:, 1:].numel() if terms is None else terms
+        count = _num_predicted(batch)
         metrics = {"loss": (total, count)}
         if self._config is None:
             metrics["bits_per_byte"] = (total / math.log(2), count)
         return metrics
 
-    def terms(self, batch: Batch) -> int | None:
-        """Return the number of predicted tokens, or None if all tokens are predicted in all batches."""
-        return int((batch["labels"] != IGNORED).sum()) if "labels" in batch else None
+    @property
+    def terms(self) -> Callable[[Batch], int] | None:
+        """Return a function that counts predicted tokens, or None if all tokens of the data are predicted.
+
+        Then the ranks do not have to exchange their numbers.
+        """
+        return _num_predicted if self._has_labels else None
 
     def _cross_entropy(self, model: nn.Module, batch: Batch, reduction: str) -> Tensor:
         inputs, targets = batch["tokens"][:, :-1], batch.get("labels", batch["tokens"][:, 1:])
@@ -182,6 +187,7 @@ class CausalLM:
         longest = length if self._documents == "padded" else None
         read = [Concatenation(self._readers[i].sequences(split, longest), self._vocabulary) for i in used]
         labels = self._documents != "joined" or any(tokens.has_hidden for tokens in read)
+        self._has_labels |= labels
         found: list[Examples] = []
         for i, tokens in zip(used, read, strict=True):
             where = f"{self._readers[i].key}, split {split!r}"
@@ -191,6 +197,10 @@ class CausalLM:
                 starts = tokens.starts(where) if self._documents == "packed" else None
                 found.append(Windows(tokens, length, where, labels=labels, starts=starts))
         return found[0] if len(found) == 1 else Mixture(found, [self._weights[i] for i in used], "task.sources")
+
+
+def _num_predicted(batch: Batch) -> int:
+    return int((batch["labels"] != IGNORED).sum()) if "labels" in batch else batch["tokens"][:, 1:].numel()
 
 
 def _documents(options: CausalLMOptions) -> Documents:

@@ -11,6 +11,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.tokens import Array
 
 ANSWERS = "assistant"
+MARK = "Put {% generation %} around the answers in the template"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -19,6 +20,8 @@ class ChatEncoder:
 
     The answers are the messages of the role `assistant`. Their tokens are those that the template marks with
     `{% generation %}`, and otherwise the tokens that a message adds to the chat before it with its generation prompt.
+    Where the template renders an answer otherwise when messages follow it, as templates of models that think do, its
+    tokens are not predicted, and `num_not_found` counts it.
     """
 
     def __init__(self, tokenizer: Any, directory: str) -> None:
@@ -28,6 +31,7 @@ class ChatEncoder:
             ConfigError: it has none.
         """
         self._tokenizer = tokenizer
+        self.num_not_found = 0
         try:
             template = tokenizer.get_chat_template()
         except (ValueError, AttributeError) as error:
@@ -56,28 +60,35 @@ class ChatEncoder:
         else:
             tokens, hidden = self._by_prefixes(chat, place)
         if hidden.all():
-            raise ConfigError(
-                f"{place}: the chat template marks no token as an answer. Put {{% generation %}} around the answers in "
-                "the template, or remove its markers."
-            )
+            raise ConfigError(f"{place}: the chat template marks no token as an answer. {MARK}, or remove its markers.")
         return tokens, hidden
 
     def _by_prefixes(self, chat: list[dict[str, Any]], place: str) -> tuple[Array, Array]:
         tokens = self._tokens(chat, place)
         hidden = np.ones(len(tokens), bool)
+        not_found: list[int] = []
         for i, message in enumerate(chat):
             if message["role"] != ANSWERS:
                 continue
-            before = self._tokens(chat[:i], place, add_generation_prompt=True) if i else tokens[:0]
+            before = self._tokens(chat[:i], place, add_generation_prompt=True) if i else self._start(message, place)
             after = self._tokens(chat[: i + 1], place)
-            if not (_begins(after, before) and _begins(tokens, after)):
-                raise ConfigError(
-                    f"{place}: the tokens of message {i + 1} cannot be found, because the chat template renders a chat "
-                    "otherwise when messages follow. Put {% generation %} around the answers in the template, or write "
-                    "one record for each answer, which ends with it."
-                )
-            hidden[len(before) : len(after)] = False
+            if _begins(after, before) and _begins(tokens, after):
+                hidden[len(before) : len(after)] = False
+            else:
+                not_found.append(i + 1)
+        if not_found and hidden.all():
+            raise ConfigError(
+                f"{place}: the tokens of message {not_found[0]} cannot be found, because the chat template renders a "
+                f"chat otherwise when messages follow. {MARK}, or write one record for each answer, which ends with it."
+            )
+        self.num_not_found += len(not_found)
         return tokens, hidden
+
+    def _start(self, answer: dict[str, Any], place: str) -> Array:
+        """Return the tokens in front of an answer that begins a chat: those that do not depend on its content."""
+        one, other = (self._tokens([{"role": answer["role"], "content": text}], place) for text in ("a", "b"))
+        size = min(len(one), len(other))
+        return one[: int(np.append(one[:size] != other[:size], True).argmax())]
 
     def _tokens(self, chat: list[dict[str, Any]], place: str, **options: Any) -> Array:
         return np.asarray(self._render(chat, place, return_dict=False, **options), np.int64)

@@ -34,6 +34,8 @@ def array_items(file: TextIO, text: str) -> Iterator[str]:
         reason = "the array does not end"
         try:
             end = _DECODER.raw_decode(text, first)[1]
+        except RecursionError as error:
+            raise ValueError("it is nested too deep") from error
         except ValueError as error:
             end, reason = len(text), str(error)
         if end < len(text):

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,13 +42,34 @@ def rows(path: Path, columns: Mapping[str, str], where: str) -> Iterator[Row]:
     Raises:
         ConfigError: the file is missing, malformed or of another format, or a row lacks a column.
     """
-    require_table(path, where)
-    found = arrow.rows(path, columns) if path.suffix.lower() in arrow.SUFFIXES else _of_text(path, columns, where)
+    if path.suffix.lower() in arrow.SUFFIXES:
+        require_table(path, where)
+        found = arrow.rows(path, columns)
+    else:
+        found = _columns(records(path, where), columns)
     for place, values in found:
         for column, value in zip(columns.values(), values, strict=True):
             if value is None:
                 raise ConfigError(f"{place}: has no value in column {column!r}. Fill it in, or remove the record.")
         yield place, values
+
+
+def records(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, values by column) of the rows of a CSV, TSV, JSONL or JSON file in order.
+
+    Args:
+        path: the file.
+        where: the setting in error messages.
+
+    Raises:
+        ConfigError: the file is missing, malformed or of another format.
+    """
+    require_table(path, where)
+    try:
+        with _open_text(path) as file:
+            yield from _dicts(file, path)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
 
 
 def require_table(path: Path, where: str) -> None:
@@ -67,14 +89,10 @@ def require_table(path: Path, where: str) -> None:
         raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
 
 
-def _of_text(path: Path, columns: Mapping[str, str], where: str) -> Iterator[Row]:
-    try:
-        with _open_text(path) as file:
-            for place, row in _dicts(file, path):
-                arrow.require_columns(place, [key for key in row if key], columns)
-                yield place, [row[column] for column in columns.values()]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
+def _columns(found: Iterator[tuple[str, dict[str, Any]]], columns: Mapping[str, str]) -> Iterator[Row]:
+    for place, row in found:
+        arrow.require_columns(place, [key for key in row if key], columns)
+        yield place, [row[column] for column in columns.values()]
 
 
 @contextmanager

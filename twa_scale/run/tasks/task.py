@@ -41,7 +41,8 @@ class Task(Protocol):
     Five attributes are optional. `main_metric` (default: "loss") is the name of the metric that selects the best
     evaluation of a run. `higher_is_better` (default: False) tells whether its highest value is the best. The method
     `terms(batch)` returns the number of terms of which `loss` is the mean, such as predicted tokens, so that batches
-    with more terms count more; without it, or if it returns None, all examples count equally.
+    with more terms count more. Without it, if it is None, or if it returns None for a part of a global batch, all
+    examples count equally.
 
     The methods `collect(model, batch)` and `summarize(items)` are for values that are not means, such as an average
     precision. `collect` returns the metrics and a list of items; `summarize` gets the items of all batches and ranks,

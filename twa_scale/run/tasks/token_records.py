@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from twa_scale.base.inputs import brief
+from twa_scale.base.inputs import brief, integers
+from twa_scale.base.names import some
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import arrow, tables
 from twa_scale.run.tasks.tokens import IGNORED, Array, Spool, TokenArray, Tokens
@@ -15,7 +16,7 @@ _MASK, _LABELS = "attention_mask", "labels"
 def record_tokens(path: Path, column: str, setting: str, where: str, vocabulary: int) -> list[Tokens]:
     """Return the tokens of a file whose records have a list of tokens. Each record is a document.
 
-    Where records of parquet and Arrow files also have lists `attention_mask` and `labels`, tokens with mask 0 are left
+    Where records also have lists `attention_mask` and `labels`, tokens with mask 0 are left
     out, and those with label -100 are not predicted.
 
     Args:
@@ -32,25 +33,47 @@ def record_tokens(path: Path, column: str, setting: str, where: str, vocabulary:
         ConfigError: a file cannot be read, or a record cannot be used.
     """
     is_arrow = path.suffix.lower() in arrow.SUFFIXES
-    lists = [name for name in (_MASK, _LABELS) if is_arrow and name != column and arrow.has_lists(path, name)]
+    others = [name for name in (_MASK, _LABELS) if name != column]
+    lists = [name for name in others if is_arrow and arrow.has_lists(path, name)]
     if is_arrow and not lists and path.suffix.lower() != arrow.PARQUET:
         return _views(path, column, setting)
     spool = Spool(str(path), vocabulary)
     if is_arrow:
         _add_rows(path, {setting: column, **{name: name for name in lists}}, spool)
     else:
-        _add_lists(path, {setting: column}, where, spool)
+        _add_lists(path, {setting: column}, others, where, spool)
     spool.finish()
     return [spool]
 
 
-def _add_lists(path: Path, columns: dict[str, str], where: str, spool: Spool) -> None:
-    for place, (value,) in tables.rows(path, columns, where):
-        if not isinstance(value, list) or not all(type(token) is int for token in value):
+def _add_lists(path: Path, columns: dict[str, str], others: list[str], where: str, spool: Spool) -> None:
+    ((setting, column),) = columns.items()
+    of_first: list[str] | None = None
+    for place, record in tables.records(path, where):
+        arrow.require_columns(place, list(record), columns)
+        lists = [name for name in others if isinstance(record.get(name), list)]
+        of_first = lists if of_first is None else of_first
+        if lists != of_first:
             raise ConfigError(
-                f"{place}: {brief(value)} is not a list of tokens. Set {next(iter(columns))} to their column."
+                f"{place}: has the lists {some([column, *lists])}, but the first record has {some([column, *of_first])}"
+                ". Give all records the same lists."
             )
-        spool.add(place, np.array(value, np.int64))
+        wanted = {setting: column, **{name: name for name in lists}}
+        values = {name: _integers(record[name], place, _fix(setting, name)) for setting, name in wanted.items()}
+        spool.add(place, *_used(values, place))
+
+
+def _integers(value: object, place: str, fix: str) -> Array:
+    try:
+        return np.array(integers(value), np.int64)
+    except ValueError:
+        raise ConfigError(f"{place}: {brief(value)} is not a list of 64-bit integers. {fix}") from None
+
+
+def _fix(setting: str, column: str) -> str:
+    if setting == column:  # attention_mask or labels
+        return f"Correct the values of {column!r}, or remove them."
+    return f"Set {setting} to the column of the tokens."
 
 
 def _views(path: Path, column: str, setting: str) -> list[Tokens]:
@@ -58,7 +81,7 @@ def _views(path: Path, column: str, setting: str) -> list[Tokens]:
     found: list[Tokens] = []
     row = 0
     for batch in arrow.batches(path, {setting: column}):
-        tokens, offsets = arrow.integer_lists(batch.column(0), path, row, column, setting)
+        tokens, offsets = arrow.integer_lists(batch.column(0), path, row, column, _fix(setting, column))
         starts = np.unique(offsets[:-1])  # without empty documents
         where = f"{path}, rows {row + 1} to {row + batch.num_rows}"
         found.append(TokenArray(tokens, where, starts[starts < len(tokens)].astype(np.int64)))
@@ -70,7 +93,7 @@ def _add_rows(path: Path, columns: dict[str, str], spool: Spool) -> None:
     row = 0
     for batch in arrow.batches(path, columns):
         lists = {
-            name: arrow.integer_lists(batch.column(i), path, row, name, setting)
+            name: arrow.integer_lists(batch.column(i), path, row, name, _fix(setting, name))
             for i, (setting, name) in enumerate(columns.items())
         }
         for i in range(batch.num_rows):
