@@ -17,7 +17,7 @@ from twa_scale.average.state import load_state
 from twa_scale.config import RunConfig, TaskConfig, validated
 from twa_scale.errors import ConfigError
 from twa_scale.run.best import BestAverage
-from twa_scale.run.comparison import caveat
+from twa_scale.run.comparison import caveat, evaluated_on
 from twa_scale.run.tasks import build_task, stack
 
 WILD = {"optimizer": {"name": "adamw", "lr": 50.0}, "schedule": {"name": "constant", "warmup": 0}, "evaluate_every": 2}
@@ -163,6 +163,25 @@ def test_verdict_and_compare_false(scores: Brought, tmp_path: Path) -> None:
     run_here(settings(scores.candidates, scores.task, tmp_path / "two", compare=False))
     summary = summary_of(tmp_path / "two")
     assert list(summary["comparison"]) == ["trained", "exported"] and summary["verdict"] is None
+
+
+def test_comparison_with_the_best_of_all_candidates(scores: Brought, tmp_path: Path) -> None:
+    data = settings(scores.candidates, scores.task, tmp_path, evaluate_batches=None, compare="candidates")
+    run_here(data)
+    summary = summary_of(tmp_path)
+    found = {name: values["validation/loss"] for name, values in summary["comparison"].items()}
+    losses = [measured_by_hand(scores, state) for state in candidates(scores)]
+    assert found["best candidate"] == pytest.approx(min(losses), rel=1e-5)
+    assert found["last candidate"] == pytest.approx(losses[-1], rel=1e-5)
+    better = "is better" if found["exported"] < min(losses) else "is WORSE"
+    assert f"{better} than the best candidate: " in summary["verdict"]
+
+
+@pytest.mark.parametrize(("split", "said"), [("validation", ", on which"), ("train", None)])
+def test_the_title_of_the_comparison_says_what_it_is_on(split: str, said: str | None) -> None:
+    found = evaluated_on(config(split=split))
+    assert found.startswith("Evaluation on the validation split") and (said or "split") in found
+    assert (", on which the coefficients were trained" in found) == bool(said)
 
 
 def test_changed_evaluation_data_discards_best_average(scores: Brought, tmp_path: Path, shell: Any) -> None:

@@ -47,8 +47,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "split": "validation",
         "epochs": 3.0,
         "batch_size": 32,
-        "start": "best",
+        "start": "center",
         "keep": "best",
+        "compare": "candidates",
     },
 }
 

@@ -354,10 +354,10 @@ class RunConfig(TwaConfig):
     evaluate_every: Count | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
     evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")
     evaluate_batches: Count | None = Field(None, description="Batches per evaluation; by default, the whole split.")
-    compare: bool = Field(
+    compare: bool | Literal["candidates"] = Field(
         True,
         description="Also evaluate the last candidate and the center at the end of the run: two more evaluations, "
-        "forward passes only.",
+        "forward passes only. `candidates`: every candidate, so that the average is compared with the best one.",
     )
     keep: Literal["best", "last"] = Field(
         "best",

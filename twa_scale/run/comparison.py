@@ -6,23 +6,36 @@ from typing import Any
 from twa_scale.config import RunConfig
 from twa_scale.run.best import BestAverage
 
-LAST, CENTER, TRAINED, EXPORTED = "last candidate", "center", "trained", "exported"
+BEST, LAST = "best candidate", "last candidate"
+CENTER, TRAINED, EXPORTED = "center", "trained", "exported"
 Measured = dict[str, dict[str, float]]
 
 
+def single(measured: Mapping[str, Any]) -> str:
+    """Return the candidate that the average is compared with: the best one if all were evaluated, else the last."""
+    return BEST if BEST in measured else LAST
+
+
 def verdict(kept: BestAverage, split: str, measured: Measured) -> str:
-    """Return a sentence that says whether the exported average is better than the last candidate."""
-    ours, theirs = measured[EXPORTED], measured[LAST]
+    """Return a sentence that says whether the exported average is better than the best candidate, or the last one."""
+    other = single(measured)
+    ours, theirs = measured[EXPORTED], measured[other]
     name = f"{split}/{kept.metric}"
     numbers = f"{name} {kept.value(ours):.6g} against {kept.value(theirs):.6g}"
     if kept.better(ours, theirs):
-        return f"The average is better than the last candidate: {numbers}."
+        return f"The average is better than the {other}: {numbers}."
     if kept.better(theirs, ours):
         return (
-            f"The average is WORSE than the last candidate: {numbers}. Use the last candidate, or train with "
-            "another rate, center or set of candidates."
+            f"The average is WORSE than the {other}: {numbers}. Use that candidate, or train with another rate, center "
+            "or set of candidates."
         )
-    return f"The average is not better than the last candidate: {numbers}."
+    return f"The average is not better than the {other}: {numbers}."
+
+
+def evaluated_on(config: RunConfig) -> str:
+    """Return what the evaluations were on, as a title."""
+    trained = ", on which the coefficients were trained" if config.evaluate_split == config.split else ""
+    return f"Evaluation on the {config.evaluate_split} split{trained}"
 
 
 def caveat(config: RunConfig) -> str | None:

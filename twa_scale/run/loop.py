@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from twa_scale.average.coefficients import Which
 from twa_scale.average.measures import DISTANCE
 from twa_scale.average.state import STATE, RateState, RunState, save_state
 from twa_scale.base.process_memory import return_freed_memory
@@ -239,15 +240,28 @@ class Run(AttachedRun):
         return summary
 
     def _compare(self) -> comparison.Measured:
-        """Return the metrics of the last candidate and the center. Collective."""
+        """Return the metrics of the last candidate and the center, or of the best candidate. Collective."""
         if not self.config.compare:
             return {}
-        self.report.say("comparing with the last candidate and the center: 2 more evaluations (compare: false: none)")
-        measured = {}
-        for name, which in ((comparison.LAST, "last"), (comparison.CENTER, "center")):
-            with self.twa.weights(which):
-                measured[name] = self.measure()
+        n = self.twa.num_candidates
+        alone = range(n) if self.config.compare == "candidates" else range(n - 1, n)
+        what = "every candidate" if len(alone) == n else "the last candidate"
+        self.report.say(
+            f"comparing with {what} and the center: {len(alone) + 1} more evaluations (compare: false: none)"
+        )
+        found = {which: self._measure_shown(which) for which in (*alone, "center")}
+        measured = {comparison.LAST: found[n - 1], comparison.CENTER: found["center"]}
+        if len(alone) == n:
+            best = alone[0]
+            for i in alone:
+                best = i if self.kept.better(found[i], found[best]) else best
+            self.report.say(f"the best candidate is {self.twa.fingerprint.labels[best]}")
+            measured = {comparison.BEST: found[best], **measured}
         return measured
+
+    def _measure_shown(self, which: Which) -> dict[str, float]:
+        with self.twa.weights(which):
+            return self.measure()
 
     def _take_kept(self, trained: dict[str, float]) -> dict[str, float]:
         """Load the average to export into the model, and return its metrics. Collective."""
@@ -273,6 +287,7 @@ class Run(AttachedRun):
             "exported_from": best.name if best and keep == "best" else f"step {self.step}",
             "exported_as": comparison.exported_as(self.kept, split, keep, self.step),
             "comparison": {name: comparison.with_split(split, metrics) for name, metrics in measured.items()},
+            "evaluated_on": comparison.evaluated_on(self.config),
             "verdict": comparison.verdict(self.kept, split, measured) if self.config.compare else None,
             **of_average(self.twa),
         }

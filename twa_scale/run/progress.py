@@ -54,11 +54,11 @@ class Report:
 
     def finish(self, output: Path, summary: dict[str, Any]) -> None:
         """Print the comparison, the cost of a step, and the paths of the results."""
-        self._console.print(_cost_table(summary))
         self._console.print(_comparison_table(summary))
         for text in (summary["exported_as"], summary["verdict"]):
             if text:
                 self.say(text)
+        self._console.print(_cost_table(summary))
         steps = summary["steps"]
         self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")
 
@@ -69,7 +69,7 @@ class Report:
 
 
 def _comparison_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="Held-out data")
+    table = Table(title=summary["evaluated_on"])
     measured = comparison.rows(summary)
     names = list(measured[-1][1])
     for column in ("weights", *names):

@@ -73,11 +73,12 @@ def _figures(material: Material) -> Iterator[tuple[str, str]]:
     """Yield the numbers that matter most, and what each is."""
     summary, found = material.summary, material.coefficients
     if summary:
-        exported, last = (summary.comparison.get(k, {}) for k in (comparison.EXPORTED, comparison.LAST))
+        single = comparison.single(summary.comparison)
+        exported, other = (summary.comparison.get(k, {}) for k in (comparison.EXPORTED, single))
         for key in list(exported)[:1]:
             yield f"{exported[key]:.5g}", f"{key} of the average"
-            if key in last:
-                yield f"{last[key]:.5g}", f"{key} of the last candidate"
+            if key in other:
+                yield f"{other[key]:.5g}", f"{key} of the {single}"
     if found:
         yield f"{found.effective:.2f} of {len(found.labels)}", "effective candidates"
     if summary and summary.distance is not None:
@@ -189,7 +190,7 @@ def _levels(compared: Mapping[str, Mapping[str, float]], keys: list[str]) -> lis
     return [
         Level(name, compared[name][key], color)
         for key in keys[:1]
-        for name, color in ((comparison.LAST, 3), (comparison.CENTER, 0))
+        for name, color in ((comparison.single(compared), 3), (comparison.CENTER, 0))
         if key in compared.get(name, {})
     ]
 
