@@ -3,8 +3,10 @@
 import gzip
 import importlib.util
 import json
+import tracemalloc
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -62,10 +64,10 @@ def predicted_of(examples: Examples) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], str]:
-    """Makes a model directory whose tokens are bytes + 1, with this chat template; 0 ends a text."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Makes a model directory whose tokens are bytes + 1, with this chat template; 0 ends a text, and may begin it."""
 
-    def make(template: str | None) -> str:
+    def make(template: str | None, begins: bool = False) -> str:
         directory = tmp_path_factory.mktemp("model")
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         tokenizer = Tokenizer(
@@ -73,7 +75,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], st
         )
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", chat_template=template)
+        if begins:
+            tokenizer.post_processor = processors.TemplateProcessing(single="<e> $A", special_tokens=[("<e>", 0)])
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<e>", eos_token="<e>", chat_template=template
+        )
         fast.save_pretrained(directory)
         (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
         return str(directory)
@@ -164,6 +170,12 @@ def test_masks_and_labels_of_tokenized_records(tmp_path: Path, name: str) -> Non
     assert predicted_of(data) == [[2, 3], [6, 7]]
 
 
+def test_long_texts_in_csv_files(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f'text\n"{"a" * 200_000}"\n')
+    data = causal_lm(text={"train": str(tmp_path)}, text_key="text", context=99).dataset("train")
+    assert len(data) == 2000
+
+
 def test_splits_of_a_saved_dataset_dict(tmp_path: Path) -> None:
     tables = {"train": ["a" * 9], "test": ["b" * 9], "dev": ["c" * 9], "extra": ["d"]}
     saved = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": rows}) for name, rows in tables.items()})
@@ -197,6 +209,14 @@ def test_texts_are_tokenized_with_their_ends(tmp_path: Path, model: Callable[[st
     tokens = tokens_of(data)[0]
     assert [i for i, token in enumerate(tokens) if token == 0] == [2, 4, 7]
     assert data[0]["labels"].tolist() == [*tokens[1:3], -100, tokens[4], -100, *tokens[6:]]
+
+
+def test_texts_begin_as_the_tokenizer_begins_them(tmp_path: Path, model: Callable[..., str]) -> None:
+    write_jsonl(tmp_path / "a.jsonl", {"text": ["ab", "c"]})
+    options = {"text": {"train": str(tmp_path)}, "context": 3, "documents": "padded"}
+    data = causal_lm(model=model(None, begins=True), **options).dataset("train")
+    a, b, c = (data[i]["tokens"][j].item() for i, j in ((0, 1), (0, 2), (1, 1)))
+    assert tokens_of(data) == [[0, a, b, 0], [0, c, 0, 0]] and predicted_of(data) == [[a, b, 0], [c, 0]]
 
 
 # Token files
@@ -253,6 +273,10 @@ def test_files_of_megatron(tmp_path: Path, dtype: str, code: int | None) -> None
         (lambda idx, data: (idx, data[:-4]), r"c\.idx: has 12 tokens of type int32, but its \.bin file has 44 bytes"),
         (lambda idx, data: (idx[:-8] + bytes(8), data), "boundaries of documents do not fit its 4 sequences"),
         (lambda idx, data: (idx[:50] + b"\x04" + idx[51:], data), "do not lie one after the other"),
+        (
+            lambda idx, data: (idx[:34] + np.array([12, -9], "<i4").tobytes() + idx[42:], data),
+            "a sequence of -9 tokens",
+        ),
     ],
 )
 def test_damaged_files_of_megatron(
@@ -280,6 +304,7 @@ def test_files_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str) ->
     assert tokens_of(causal_lm(**options).dataset("train")) == [tokens[:4], tokens[4:]]
     packed = causal_lm(**options, documents="packed", document_end=7).dataset("train")
     assert predicted_of(packed) == [[2, 7], [4, 5, 6]]  # the tokens after a 7 begin documents
+    assert tokens_of(causal_lm(**options, token_dtype="uint8").dataset("train")) == [tokens[:4], tokens[4:]]
     write_llm_c(tmp_path / "a.bin", tokens, magic, 3, dtype)
     with pytest.raises(
         ConfigError, match=rf"a\.bin: begins like a file of llm\.c, version 3 .*Version {version} needs"
@@ -297,6 +322,11 @@ def test_documents_of_plain_tokens_need_their_end(tmp_path: Path) -> None:
             causal_lm(**options, documents=documents).dataset("train")
     data = causal_lm(**options, documents="padded", document_end=9).dataset("train")
     assert predicted_of(data) == [[2, 9], [9]]
+    with pytest.raises(ConfigError, match=r"task\.document_end: the token 8 does not occur in .*a\.npy"):
+        causal_lm(**options, documents="padded", document_end=8).dataset("train")
+    np.save(tmp_path / "a.npy", np.array([1, 2, 9]))
+    data = causal_lm(**options, documents="padded", document_end=9).dataset("train")
+    assert predicted_of(data) == [[2, 9]]
 
 
 # Chats
@@ -419,6 +449,9 @@ def test_sources_have_the_proportions_of_their_weights(tmp_path: Path) -> None:
     letters = "".join(chr(tokens[0]) for tokens in tokens_of(data))
     assert [letters.count(letter) for letter in "abc"] == [60, 30, 10]
     assert [letters[:50].count(letter) for letter in "abc"] == [30, 15, 5]
+    evaluated = make_batches(data, "train", 100, None, 0, 1, 0).in_order()
+    once = "".join(chr(row[0]) for batch, _ in evaluated for row in batch["tokens"])
+    assert [once.count(letter) for letter in "abc"] == [60, 30, 5] and set(once[:20]) == set("abc")
     everything = [tokens_of(make_order(data, rank, size)) for size in (1, 2) for rank in range(size)]
     assert everything[0] == everything[1] + everything[2]
 
@@ -444,11 +477,31 @@ def test_sources_of_one_kind_each_and_labels_for_all(tmp_path: Path) -> None:
         ({"sources": [{"text": "a"}], "text": "b"}, "exactly one of"),
         ({"sources": [{"text": "stdlib"}, {"chat": "b.jsonl"}]}, r"task\.documents: is not set"),
         ({"chat": "a.jsonl"}, r"a\.jsonl.*matches no file"),
+        ({"text": "a.txt", "document_end": 8}, "`document_end` is for `tokens` and has no effect on `text`; remove it"),
+        ({"sources": [{"tokens": "a.npy", "messages_key": "m"}]}, "`messages_key` is for `chat` and has no effect on"),
     ],
 )
 def test_sources_that_cannot_be_used(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         causal_lm(**options)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (5, 5), (7, 3, 1), (1, 40, 13, 40)])
+def test_the_order_of_a_mixture_is_that_of_the_places(sizes: tuple[int, ...]) -> None:
+    mixture = Mixture([range(n) for n in sizes], sizes, "task.sources")  # type: ignore[misc]
+    places = [(Fraction(2 * j + 1, 2 * n), i, j) for i, n in enumerate(sizes) for j in range(n)]
+    assert [mixture._find(k) for k in range(len(mixture))] == [(i, j) for _, i, j in sorted(places)]
+
+
+def test_the_order_of_a_mixture_needs_no_memory() -> None:
+    sources: Any = [range(10), range(200_000)]
+    tracemalloc.start()
+    with pytest.warns(TwaWarning, match="reads its sources"):
+        mixture = Mixture(sources, [0.99, 0.01], "task.sources")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(mixture) == 20_000_000 and peak < 1 << 20
+    assert [mixture._find(i)[0] for i in range(100)].count(1) == 1
 
 
 def test_an_epoch_of_too_many_examples_is_refused() -> None:

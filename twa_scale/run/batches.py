@@ -41,7 +41,7 @@ class Batches:
         share = self.batch_size // self.size
         start = position * self.batch_size + self.rank * share
         for first in range(start, start + share, self.micro_batch_size):
-            yield self._stack(order[first : first + self.micro_batch_size].tolist())
+            yield stack([self.examples[i] for i in order[first : first + self.micro_batch_size].tolist()])
 
     def in_order(self, limit: int | None = None) -> Iterator[tuple[Batch, bool]]:
         """Yield each example once over all ranks, as (batch, counts).
@@ -52,15 +52,13 @@ class Batches:
         Args:
             limit: the largest number of batches of a rank.
         """
+        examples: Examples = getattr(self.examples, "once", self.examples)
         share = self.micro_batch_size
-        starts = range(0, len(self.examples), share * self.size)
+        starts = range(0, len(examples), share * self.size)
         for start in starts[:limit]:
             first = start + self.rank * share
-            indices = list(range(first, min(first + share, len(self.examples))))
-            yield self._stack(indices or [0]), bool(indices)
-
-    def _stack(self, indices: list[int]) -> Batch:
-        return stack([self.examples[i] for i in indices])
+            indices = list(range(first, min(first + share, len(examples))))
+            yield stack([examples[i] for i in indices or [0]]), bool(indices)
 
 
 @lru_cache(maxsize=2)

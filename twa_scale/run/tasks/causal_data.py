@@ -1,7 +1,7 @@
 """The data of the task `causal_lm`: settings of a source, and its tokens."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,11 @@ from twa_scale.run.tasks.tokens import Array, Dtype, Spool, TokenFile, Tokens
 Documents = Literal["joined", "packed", "padded"]
 _KINDS = ("text", "tokens", "chat")
 _PLAIN = (".csv", ".tsv", ".json")  # tables that are plain text unless `text_key` is set
+_KIND_OF = {  # the kind of data for which a setting is
+    "text_key": "text",
+    **dict.fromkeys(("tokens_key", "token_dtype", "document_end"), "tokens"),
+    "messages_key": "chat",
+}
 _BATCH = 256  # texts that are tokenized at a time
 
 
@@ -66,6 +71,14 @@ class Source(Section):
         default_factory=Fractions, description="Fraction of the files in each split, if one list is divided."
     )
     split_seed: int = Field(0, description="Seed of that division. Use the same for candidates and average.")
+
+    @model_validator(mode="after")
+    def _settings_of_the_kind(self) -> "Source":
+        for name, kind in _KIND_OF.items():
+            unset = getattr(self, name) == type(self).model_fields[name].default
+            if self.kinds and kind not in self.kinds and not unset:
+                raise ValueError(f"`{name}` is for `{kind}` and has no effect on `{self.kinds[0]}`; remove it")
+        return self
 
     @property
     def kinds(self) -> list[str]:
@@ -123,7 +136,7 @@ class SourceReader:
         """
         paths = self.files[split]
         if self._kind == "tokens":
-            return [tokens for path in paths for tokens in self._of_tokens(path)]
+            return self._divided([tokens for path in paths for tokens in self._of_tokens(path)])
         if self._kind == "text":
             for path in paths:
                 if not self._holds_records(path):
@@ -195,9 +208,24 @@ class SourceReader:
         if is_table(path):
             setting, column = f"{self._section}.tokens_key", self._source.tokens_key
             return record_tokens(path, column, setting, self.key, self._vocabulary)
-        file = self._token_file(path)
+        return [self._token_file(path)]
+
+    def _divided(self, sequences: list[Tokens]) -> list[Tokens]:
+        """Return sequences with those divided at `document_end` that do not know their documents."""
         end = self._source.document_end
-        return [file if end is None or file.starts is not None else file.divided_after(end)]
+        if end is None:
+            return sequences
+        divided = {
+            i: file.divided_after(end)
+            for i, file in enumerate(sequences)
+            if isinstance(file, TokenFile) and file.starts is None
+        }
+        if divided and not any(map(TokenFile.has_ends, divided.values(), repeat(end))):
+            raise ConfigError(
+                f"{self._section}.document_end: the token {end} does not occur in {next(iter(divided.values())).path}. "
+                "Set it to the end-of-text token of the tokenizer that wrote the files."
+            )
+        return [divided.get(i, file) for i, file in enumerate(sequences)]
 
     def _token_file(self, path: Path) -> TokenFile:
         if path.suffix.lower() == ".npy":
@@ -208,7 +236,7 @@ class SourceReader:
                 f"{path}: is not a file of tokens, .npy or .bin. Give text files as task.text, or set "
                 "task.token_dtype: uint8 if the bytes of the file are the tokens."
             )
-        if dtype != "uint8" and (file := TokenFile.open_with_header(path)):
+        if path.suffix.lower() == ".bin" and (file := TokenFile.open_with_header(path)):
             return file
         if dtype is None and self._vocabulary > 1 << 16:
             raise ConfigError(
@@ -228,9 +256,15 @@ def _read(path: Path) -> str:
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[Array]:
-    """Return the tokens of each text and its end: the end-of-text token of the tokenizer, or a line feed of bytes."""
+    """Return the tokens of each text and its end: the end-of-text token of the tokenizer, or a line feed of bytes.
+
+    A text begins with the token for that, where the tokenizer puts it there itself, as those of Llama and Gemma do.
+    """
     if tokenizer is None:
         return [np.frombuffer(text.encode() + b"\n", np.uint8) for text in texts]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if tokenizer("")["input_ids"][:1] != begin:
+        begin = []
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [np.array(tokens + end, np.int64) for tokens in encoded]
+    return [np.array(begin + tokens + end, np.int64) for tokens in encoded]

@@ -1,15 +1,14 @@
 """Examples of several sources in the proportions of their weights."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import ceil
-
-import numpy as np
 
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.task import Batch, Examples
 
-_MAX = 1 << 31  # examples of an epoch: their order is in memory
+_MAX = 1 << 28  # examples of an epoch: the training loop has their order in memory, 8 bytes for each
 
 
 class Mixture:
@@ -17,7 +16,8 @@ class Mixture:
 
     An epoch has each example at least once. It ends when the source that is longest for its weight has been read once;
     the others are read several times, in their order. So any part of the order has the proportions of the weights, and
-    the order depends on nothing but the lengths and the weights.
+    the order depends on nothing but the lengths and the weights. The j-th of the n examples of a source is at the place
+    (j + 1/2) / n of the epoch, which is computed on access, so that the order needs no memory.
     """
 
     def __init__(self, sources: Sequence[Examples], weights: Sequence[float], key: str) -> None:
@@ -29,28 +29,51 @@ class Mixture:
             key: the setting in messages.
 
         Raises:
-            ConfigError: an epoch would have more than 2^31 examples.
+            ConfigError: an epoch would have more than 2^28 examples.
         """
         self._sources = sources
-        shares = np.array(weights, np.float64) / sum(weights)
+        shares = [weight / sum(weights) for weight in weights]
         longest = max(len(source) / share for source, share in zip(sources, shares, strict=True))
         if longest >= _MAX:
             raise ConfigError(f"{key}: an epoch with these weights has {longest:.0f} examples. Give larger weights.")
-        numbers = [max(ceil(longest * share - 1e-6), len(s)) for s, share in zip(sources, shares, strict=True)]
-        # The j-th of n examples of a source is at the place (j + 1/2) / n of the epoch.
-        places = np.concatenate([(np.arange(n) + 0.5) / n for n in numbers])
-        order = np.argsort(places, kind="stable")
-        self._source = np.repeat(np.arange(len(sources), dtype=np.int32), numbers)[order]
-        self._index = np.concatenate([np.arange(n) % len(s) for n, s in zip(numbers, sources, strict=True)])[order]
-        repeats = [n / len(source) for n, source in zip(numbers, sources, strict=True)]
+        self._numbers = [max(ceil(longest * share - 1e-6), len(s)) for s, share in zip(sources, shares, strict=True)]
+        self._count = sum(self._numbers)
+        repeats = [n / len(source) for n, source in zip(self._numbers, sources, strict=True)]
         if max(repeats) > 1:
             times = ", ".join(f"{repeat:.3g}" for repeat in repeats)
             notice(f"{key}: with these weights an epoch reads its sources {times} times.")
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._count
+
+    @cached_property
+    def once(self) -> "Mixture":
+        """The same examples for an evaluation, each once."""
+        return Mixture(self._sources, [len(source) for source in self._sources], "")
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return self._sources[int(self._source[index])][int(self._index[index])]
+        source, j = self._find(index)
+        return self._sources[source][j % len(self._sources[source])]
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Return the source at a position of the epoch, and the number of its example."""
+        for i, number in enumerate(self._numbers):
+            j = index * number // self._count
+            while j + 1 < number and self._position(i, j) < index:
+                j += 1
+            while j and self._position(i, j) > index:
+                j -= 1
+            if self._position(i, j) == index:
+                return i, j
+        raise AssertionError(f"no example has the position {index} of {self._numbers}")
+
+    def _position(self, i: int, j: int) -> int:
+        """Return the number of examples that come before the j-th of source i; of equal places, the first source's."""
+        before = 0
+        for k, number in enumerate(self._numbers):
+            # The l-th of source k comes before if (2l + 1) / number < (2j + 1) / numbers[i].
+            place = (2 * j + 1) * number - (k >= i)
+            before += (place // self._numbers[i] + 1) // 2
+        return before

@@ -112,7 +112,11 @@ class ObjectDetection:
         return DetectionExamples(images, SPLITS.index(split), self._class_of, self._decoder)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of the model, which is divided by the number of objects of the batch."""
+        """Return the loss of the model.
+
+        Its losses of boxes are divided by the number of objects of the batch. That of classes may be a mean over other
+        terms, as in DETR and YOLOS: over all queries, by weight.
+        """
         return self._outputs(model, batch).loss  # type: ignore[no-any-return]
 
     def terms(self, batch: Batch) -> int:

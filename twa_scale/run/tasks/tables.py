@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from twa_scale.base.inputs import open_regular, parse_json
+from twa_scale.base.inputs import MAX_JSON, open_regular, parse_json
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import arrow
 from twa_scale.run.tasks.json_arrays import array_items
@@ -105,6 +105,8 @@ def _open_text(path: Path) -> Iterator[TextIO]:
 def _dicts(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     ending = Path(path.name.lower().removesuffix(_GZIP)).suffix
     if delimiter := _DELIMITERS.get(ending):
+        # Of the whole process; by default 131072 characters, which texts exceed.
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_JSON))
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         names = reader.fieldnames or ()
         if twice := next((name for name in names if names.count(name) > 1), None):

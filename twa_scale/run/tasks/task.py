@@ -19,7 +19,8 @@ class Examples(Protocol):
     """The examples of one split, read on access and in a fixed order. The training loop shuffles them.
 
     The attribute `stretches` is optional: the numbers of consecutive examples that are best read together, such as
-    those of a compressed block. The loop then shuffles the stretches and the examples in each.
+    those of a compressed block. The loop then shuffles the stretches and the examples in each. The attribute `once` is
+    optional, for examples that repeat some: the same examples, each once. Evaluations use it.
     """
 
     def __len__(self) -> int:

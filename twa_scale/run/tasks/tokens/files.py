@@ -113,6 +113,11 @@ class TokenFile(NothingHidden):
         starts = np.concatenate(found)
         return replace(self, starts=starts[starts < self.count])
 
+    def has_ends(self, end: int) -> bool:
+        """Return whether a document of this file, divided after the token `end`, ends with it."""
+        several = self.starts is not None and len(self.starts) > 1
+        return several or (self.count > 0 and int(self.read(self.count - 1, self.count)[0]) == end)
+
     @property
     def where(self) -> str:
         """Return the path."""

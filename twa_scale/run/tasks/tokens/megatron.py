@@ -67,6 +67,8 @@ def read_index(index: Path, size: int) -> tuple["np.dtype[Any]", Array]:
     lengths = np.memmap(index, "<i4", "r", len(start), (sequences,)) if sequences else np.zeros(0, np.int32)
     pointers = np.memmap(index, "<i8", "r", len(start) + 4 * sequences, (sequences,)) if sequences else lengths
     ends = np.memmap(index, "<i8", "r", len(start) + 12 * sequences, (boundaries,)) if boundaries else lengths
+    if (lengths < 0).any():
+        raise ConfigError(f"{index}: has a sequence of {lengths.min()} tokens. {_FIX}")
     dtype = _dtype(index, _DTYPES[code], int(lengths.sum(dtype=np.int64)), size)
     firsts = np.append(np.asarray(pointers), size)
     if boundaries == 0 or ends[0] or ends[-1] != sequences or (np.diff(ends) < 0).any():
