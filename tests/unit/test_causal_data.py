@@ -468,6 +468,15 @@ def test_sources_of_one_kind_each_and_labels_for_all(tmp_path: Path) -> None:
     assert predicted_of(causal_lm(sources=sources, context=2).dataset("train")) == [[3], [5, 6]]
 
 
+def test_files_that_splits_of_different_sources_share_are_reported(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "a.txt")
+    sources = [{"text": {"train": str(tmp_path / "[ab].txt")}}, {"text": {"validation": str(tmp_path / "c.txt")}}]
+    with pytest.warns(TwaWarning, match=r"task\.sources\[1\]\.text: .*c\.txt' of split 'validation' is .*a\.txt' of"):
+        causal_lm(sources=sources)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -580,6 +589,15 @@ def test_texts_that_are_not_utf8(tmp_path: Path, suffix: str) -> None:
     (pyarrow.parquet.write_table if suffix == ".parquet" else pyarrow.feather.write_feather)(table, path)
     with pytest.raises(ConfigError, match=rf"a{suffix}: cannot be read.*UTF8"):
         causal_lm(text={"train": path}, context=1).dataset("train")
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+def test_values_that_python_cannot_express(tmp_path: Path, suffix: str) -> None:
+    table = pa.table({"text": pa.array([1 << 50], pa.timestamp("ms"))})
+    path = str(tmp_path / f"a{suffix}")
+    (pyarrow.parquet.write_table if suffix == ".parquet" else pyarrow.feather.write_feather)(table, path)
+    with pytest.raises(ConfigError, match=rf"a{suffix}: cannot be read"):
+        causal_lm(text={"train": path}).dataset("train")
 
 
 @pytest.mark.parametrize(("column", "setting"), [("text", "text"), ("input_ids", "tokens")])

@@ -24,7 +24,9 @@ def rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, list[Any
     """Yield (place, values of the columns) of each row. See `tables.rows`."""
     number = 0
     for batch in batches(path, columns):
-        for values in zip(*(batch.column(i).to_pylist() for i in range(len(columns))), strict=True):
+        with named_errors(path):  # of values that Python cannot express, such as the year 30000
+            of_columns = [batch.column(i).to_pylist() for i in range(len(columns))]
+        for values in zip(*of_columns, strict=True):
             number += 1
             yield f"{path}, row {number}", list(values)
 
@@ -138,7 +140,7 @@ def pyarrow(module: str = "pyarrow") -> Any:
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Replace errors of pyarrow in a `with` block by a ConfigError that names the file."""
-    errors = (OSError, ValueError, pyarrow().ArrowException)  # UnicodeDecodeError for names of columns
+    errors = (OSError, ValueError, OverflowError, pyarrow().ArrowException)  # UnicodeDecodeError for names of columns
     try:
         yield
     except errors as error:

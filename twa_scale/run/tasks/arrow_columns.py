@@ -95,7 +95,8 @@ class Column:
         number = bisect_right(self._ends, index)
         path, file, i, first = self._places[number]
         row = index - (self._ends[number] - file.sizes[i])
-        return f"{path}, row {first + row + 1}", self._piece(number, file, i)[row].as_py()
+        with arrow.named_errors(path):
+            return f"{path}, row {first + row + 1}", self._piece(number, file, i)[row].as_py()
 
     def _piece(self, number: int, file: _File, i: int) -> Any:
         if not self._costs[number]:

@@ -15,6 +15,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
 from twa_scale.run.tasks.byte_gpt import VOCABULARY, ByteGPT
 from twa_scale.run.tasks.causal_data import Documents, Source, SourceReader, WeightedSource
+from twa_scale.run.tasks.data_files import report_shared_files
 from twa_scale.run.tasks.mixture import Mixture
 from twa_scale.run.tasks.task import SPLITS, Batch, Examples, Metrics
 from twa_scale.run.tasks.tokens import IGNORED, Concatenation, Pieces, Windows
@@ -118,6 +119,7 @@ class CausalLM:
             SourceReader(source, key, self._directory, vocabulary)
             for key, source in (named or {"task": options}).items()
         ]
+        report_shared_files({reader.key: reader.files for reader in self._readers})
         self._datasets: dict[str, Examples] = {}
         self._has_labels = False
 

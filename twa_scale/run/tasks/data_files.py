@@ -3,6 +3,7 @@
 import hashlib
 import sysconfig
 from collections import defaultdict
+from collections.abc import Mapping
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,24 +92,31 @@ def split_files(
         if splits_on_disk := len(files.all) == 1 and saved_splits(path_of(files.all[0], ConfigError), key):
             files = SplitFiles.model_validate(splits_on_disk)
         if not files.all:
-            found = {s: [path for path, _ in _find(getattr(files, s), suffixes, f"{key}.{s}")] for s in SPLITS}
-            _report_shared_files(found, key)
-            return found
+            return {s: [path for path, _ in _find(getattr(files, s), suffixes, f"{key}.{s}")] for s in SPLITS}
         splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
         for path, name in _find(files.all, suffixes, key):
             splits[_split_of(name, fractions, seed)].append(path)
         return splits
 
 
-def _report_shared_files(splits: dict[str, list[Path]], key: str) -> None:
-    """Report a file that is in two splits, even under different paths."""
+def report_shared_files(sources: Mapping[str, Mapping[str, list[Path]]]) -> None:
+    """Report a file that is in two splits, even under different paths or in different sources.
+
+    Args:
+        sources: for the setting of each source, the files of each split.
+
+    Raises:
+        ConfigError: a file is no longer there.
+    """
     first: dict[tuple[int, ...], tuple[str, Path]] = {}
-    for split, paths in splits.items():
-        for path in paths:
-            other, where = first.setdefault(identity(path), (split, path))
-            if other != split:
-                notice(f"{key}: {str(path)!r} of split {split!r} is {str(where)!r} of split {other!r}.")
-                return
+    for key, splits in sources.items():
+        for split, paths in splits.items():
+            for path in paths:
+                with named_errors(ConfigError, READABLE):
+                    other, where = first.setdefault(identity(path), (split, path))
+                if other != split:
+                    notice(f"{key}: {str(path)!r} of split {split!r} is {str(where)!r} of split {other!r}.")
+                    return
 
 
 def require_text(path: Path) -> None:
