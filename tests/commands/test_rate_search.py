@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -77,8 +78,8 @@ def small(lr: float = 0.1, **config: Any) -> tuple[nn.Linear, Any]:
 
 
 def test_the_usual_rates_are_around_the_present_one_and_higher_can_be_better() -> None:
-    _, twa = small()
-    found = twa_scale.choose_rate(twa, lambda: None, lambda: twa.config.lr, higher_is_better=True)
+    model, twa = small()
+    found = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: twa.config.lr, higher_is_better=True)
     assert [trial.lr for trial in found.tried] == [trial.score for trial in found.tried]
     assert [trial.lr for trial in found.tried] == pytest.approx([0.1 / 3, 0.1, 0.3])
     assert found.best.lr == twa.config.lr == twa.optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
@@ -99,6 +100,63 @@ def test_the_script_that_saved_a_chosen_rate_continues_with_it(groups: str) -> N
     state["config"]["optimizer"]["momentum"] = 0.5
     with pytest.raises(twa_scale.StateError, match="optimizer: the state was trained with"):
         twa.load_state_dict(state)
+
+
+def test_of_equal_scores_the_present_rate_is_taken() -> None:
+    model, twa = small(0.2)
+    with pytest.warns(TwaWarning, match="0.1, 0.2, 0.4 have the same score, 1: 0.2 is taken"):
+        found = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: 1.0, [0.1, 0.2, 0.4])
+    assert found.best.lr == twa.config.lr == 0.2
+
+
+def test_trials_without_a_step_and_errors_leave_the_average_as_it_was() -> None:
+    model, twa = small()
+    one(model, twa)
+    before = twa.state_dict()
+
+    def fails() -> None:
+        one(model, twa)
+        raise ValueError("no more data")
+
+    with pytest.raises(twa_scale.ConfigError, match="no step of `train` changed"):
+        twa_scale.choose_rate(twa, lambda: None, lambda: 1.0)
+    with pytest.raises(ValueError, match="no more data"):
+        twa_scale.choose_rate(twa, fails, lambda: 1.0)
+    with pytest.raises(twa_scale.ConfigError, match="return a number"):
+        twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: None)  # type: ignore[arg-type, return-value]
+    assert same_bits(twa.state_dict(), before) and twa.config.lr == 0.1
+
+
+def test_schedulers_of_a_trial_end_with_it_and_others_are_refused() -> None:
+    model, twa = small()
+
+    def train() -> None:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(twa.optimizer, lambda step: 1 / (1 + step))
+        one(model, twa)
+        scheduler.step()
+        rates.append(twa.optimizer.param_groups[0]["lr"])
+
+    rates: list[float] = []
+    twa_scale.choose_rate(twa, train, lambda: rates[-1], [0.2, 0.4])
+    assert rates == [0.1, 0.2] and twa.optimizer.param_groups[0]["lr"] == 0.2
+    torch.optim.lr_scheduler.LambdaLR(twa.optimizer, lambda step: 1 / (2 + step))
+    back = twa.remember()
+    twa.set_lr(0.5)
+    assert twa.optimizer.param_groups[0]["initial_lr"] == 0.5
+    back()
+    group = twa.optimizer.param_groups[0]
+    assert (twa.config.lr, group["initial_lr"], group["lr"]) == (0.2, 0.2, 0.1)
+    with pytest.raises(twa_scale.ConfigError, match="has a scheduler"):
+        twa_scale.choose_rate(twa, train, lambda: 0.0)
+
+
+@pytest.mark.parametrize("lr", [0, -1.0, float("nan"), float("inf"), True, "0.1", None])
+def test_rates_that_are_no_positive_numbers(lr: Any) -> None:
+    _, twa = small()
+    with pytest.raises(twa_scale.ConfigError, match="set_lr: the learning rate is"):
+        twa.set_lr(lr)
+    twa.set_lr(np.float32(0.5))
+    assert type(twa.config.lr) is float and json.dumps(twa.state_dict()["config"])
 
 
 @pytest.mark.parametrize("rates", [[], [0.0], [-1.0], [float("inf")], ["fast"]])
@@ -235,10 +293,40 @@ def test_attach_has_no_held_out_data() -> None:
 
 
 def scored_by_rank() -> str:
-    _, twa = small()
+    model, twa = small()
     with pytest.raises(twa_scale.ConfigError, match="choose_rate: the score is") as refused:
-        twa_scale.choose_rate(twa, lambda: None, lambda: float(dist.get_rank()))
+        twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: float(dist.get_rank()))
     return str(refused.value)
+
+
+def failing_on_a_rank() -> tuple[list[float], bool]:
+    """A rank alone sees that the second trial diverges; another alone has an error in the score of the last."""
+    model, twa = small()
+    before = twa.state_dict()
+
+    def train() -> None:
+        one(model, twa)
+        if twa.config.lr == 0.1 and dist.get_rank() == 1:
+            raise twa_scale.NotFiniteError("the loss is not finite")
+
+    def score() -> float:
+        total = torch.tensor(twa.config.lr, dtype=torch.float64)
+        dist.all_reduce(total)
+        if twa.config.lr == 0.3 and dist.get_rank() == 0:
+            raise ValueError("the file of the scores is full")
+        return float(total)
+
+    scores = [trial.score for trial in twa_scale.choose_rate(twa, train, score, [0.2, 0.1]).tried]
+    with pytest.raises((ValueError, RuntimeError), match="scores is full"):
+        twa_scale.choose_rate(twa, train, score, [0.2, 0.3])
+    twa.set_lr(0.1)
+    return scores, same_bits(twa.state_dict(), before)
+
+
+def test_errors_that_one_rank_sees(ranks: Pool) -> None:
+    """They are those of all ranks, and leave the average as it was."""
+    for (finite, diverged), same in ranks(failing_on_a_rank, 2):
+        assert finite == 0.4 and diverged != diverged and same
 
 
 def test_a_score_that_differs_between_ranks(ranks: Pool) -> None:

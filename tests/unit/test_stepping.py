@@ -214,6 +214,7 @@ USES: dict[str, Callable[[TrainableAverage], object]] = {
     "start_from": lambda twa: twa.start_from("last"),
     "set_lr": lambda twa: twa.set_lr(0.1),
     "remember": lambda twa: twa.remember(),
+    "together": lambda twa: twa.together(None),
     "distance": lambda twa: twa.distance(),
 }
 

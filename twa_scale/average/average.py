@@ -17,7 +17,7 @@ from twa_scale.average.export import export
 from twa_scale.average.gradients import Gradients, clipping
 from twa_scale.average.layout import Layout
 from twa_scale.average.measures import described, effective_candidates, elements_of_groups
-from twa_scale.average.optimizer import make_optimizer
+from twa_scale.average.optimizer import checked_lr, make_optimizer
 from twa_scale.average.overflow import WeightLimits
 from twa_scale.average.remembered import remembered
 from twa_scale.average.rows import RowCorrections
@@ -92,6 +92,8 @@ class TrainableAverage:
         inside = make_optimizer(config, self._x)
         self.optimizer = AverageOptimizer(inside, rows, self, self._take_step)
         """A torch optimizer for schedulers and trainers; its step is `step`."""
+        self.updates = 0
+        """The number of steps since `attach` that have changed the coefficients; scaled gradients may overflow."""
         self.closed = self._moved = self._in_step = self._accumulating = False
         self._swapped = SwappedWeights(engine, pods, lambda: self._written.write(), self._gradients.spoil)
         self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=config.combine == "forward")
@@ -270,6 +272,7 @@ class TrainableAverage:
         self._gradients.clear()
         self._written.confirm(before)
         self._moved = finite
+        self.updates += finite
 
     @while_open
     def as_optimizer(self) -> AverageOptimizer:
@@ -427,11 +430,15 @@ class TrainableAverage:
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the coefficients; states and exports name it. Not collective: same on every rank.
 
-        Corrections of rows have a tenth of it, or `optimizer.row_lr`.
+        Corrections of rows have a tenth of it, or `optimizer.row_lr`. Make a scheduler afterwards: most have their own
+        copy of the rate.
+
+        Raises:
+            ConfigError: `lr` is not a positive, finite number.
         """
-        self.config = self._form.config = self.config.with_lr(lr)
+        self.config = self._form.config = self.config.with_lr(checked_lr(lr, "set_lr"))
         for group, rate in zip(self.optimizer.param_groups, (self.config.lr, self.config.row_lr), strict=False):
-            group["lr"] = rate
+            group |= {key: rate for key in ("lr", "initial_lr") if key in group}  # of earlier schedulers
 
     @while_open
     def remember(self) -> Callable[[], None]:
@@ -442,14 +449,27 @@ class TrainableAverage:
         """
         if self._swapped:
             raise TwaError("remember() inside weights(): leave it first.")
-        restore, lr = remembered(self._engine, self._written, self.optimizer), self.config.lr
+        restore, config = remembered(self._engine, self._written, self.optimizer), self.config
+        names = [set(group) for group in self.optimizer.param_groups]
 
         def back() -> None:
             restore()
-            self.set_lr(lr)
+            self.config = self._form.config = config
+            for group, known in zip(self.optimizer.param_groups, names, strict=True):
+                for added in group.keys() - known:  # by schedulers
+                    del group[added]
             self.zero_grad()
 
         return back
+
+    @while_open
+    def together(self, failure: BaseException | None) -> BaseException | None:
+        """Return the error with which this rank or another has left collective code of the user. Collective.
+
+        Raises:
+            BaseException: `failure`, if another rank may still wait in a collective of that code.
+        """
+        return self._swapped.together(failure)
 
     @while_open
     def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from math import isfinite
+from math import inf, isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter, lr: float | None = None) 
         return kind([x], lr=config.lr if lr is None else lr, **settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {settings.name} refuses these options: {error}.") from error
+
+
+def checked_lr(lr: Any, where: str) -> float:
+    """Return a learning rate as a float.
+
+    Raises:
+        ConfigError: it is not a positive, finite number.
+    """
+    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < float(lr) < inf:
+        raise ConfigError(f"{where}: the learning rate is {lr!r}; give a positive number.")
+    return float(lr)
 
 
 def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, log
+from typing import Any
 
 from twa_scale.average.average import TrainableAverage
+from twa_scale.average.optimizer import checked_lr
 from twa_scale.average.score import agreed_score
+from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, NotFiniteError
 from twa_scale.ranks import require_same_settings
 
@@ -37,9 +40,11 @@ def choose_rate(
 ) -> ChosenRate:
     """Train with each of several learning rates, and set `average` to the one with the best score. Collective.
 
-    Each trial starts from the present coefficients, moments and buffers, which are restored at the end: what the trials
-    reach is dropped. `average` has the rate of the trial while `train` and `score` run
-    (`average.config.lr`, and `lr` of the parameter groups of its optimizer).
+    Each trial starts from the present coefficients, moments and buffers of the module's state dict, which are restored
+    at the end, also after an error: what the trials reach is dropped. `average` has the rate of the trial while `train`
+    and `score` run (`average.config.lr`, and `lr` of the parameter groups of its optimizer). Make a scheduler of the
+    whole training afterwards; `train` may make one for each trial. Of rates with the same score, the one nearest to
+    the present rate is taken, and a `TwaWarning` says so.
 
     Args:
         average: an average from `attach`.
@@ -49,33 +54,84 @@ def choose_rate(
         higher_is_better: False for a loss.
 
     Raises:
-        ConfigError: `rates` are not positive numbers, or a score is not a number or differs between ranks; on every
-            rank.
-        NotFiniteError: training has diverged with each of the rates. The average is as it was.
+        ConfigError: `rates` are not positive numbers, a scheduler is at work, no step of `train` has changed the
+            coefficients, or a score is not a number or differs between ranks; on every rank.
+        NotFiniteError: training has diverged with each of the rates.
+        Exception: an error of `train` or `score`; on every rank.
     """
     lr = average.config.lr
-    chosen = [lr / 3, lr, 3 * lr] if rates is None else list(rates)
-    require_same_settings(average.pods, {"rates": chosen, "higher_is_better": higher_is_better})
     with average.pods.agree():
-        if not chosen or not all(isinstance(lr, int | float) and isfinite(lr) and lr > 0 for lr in chosen):
-            raise ConfigError(f"choose_rate: rates are {chosen!r}; give one or more positive numbers.")
+        chosen = [lr / 3, lr, 3 * lr] if rates is None else [checked_lr(one, "choose_rate: rates") for one in rates]
+        if not chosen:
+            raise ConfigError("choose_rate: rates are empty; give one or more positive numbers.")
+        if any("initial_lr" in group for group in average.optimizer.param_groups):
+            raise ConfigError(
+                "choose_rate: the optimizer has a scheduler, whose rates would replace those of the trials. Make it "
+                "after choose_rate; `train` may make one for each trial."
+            )
+    require_same_settings(average.pods, {"rates": chosen, "higher_is_better": higher_is_better})
     back = average.remember()
-    tried = []
-    for lr in chosen:
-        average.set_lr(lr)
-        try:
-            train()
-            value = agreed_score(average.pods, score(), "choose_rate")
-        except NotFiniteError:  # on every rank
-            value = float("nan")
-        back()
-        tried.append(TriedRate(lr, value))
+    tried = [TriedRate(one, _score_of(average, one, train, score, back)) for one in chosen]
     finite = [trial for trial in tried if isfinite(trial.score)]
     if not finite:
         raise NotFiniteError(
             f"training diverges with each of the rates {', '.join(f'{lr:g}' for lr in chosen)}: look at the data and "
             "the loss, or give lower rates."
         )
-    best = (max if higher_is_better else min)(finite, key=lambda trial: trial.score)
+    highest = (max if higher_is_better else min)(trial.score for trial in finite)
+    equal = [trial for trial in finite if trial.score == highest]
+    best = min(equal, key=lambda trial: abs(log(trial.lr / lr)))
     average.set_lr(best.lr)
+    if len(equal) > 1 and average.pods.rank == 0:
+        notice(
+            f"the learning rates {', '.join(f'{trial.lr:g}' for trial in equal)} have the same score, {highest:g}: "
+            f"{best.lr:g} is taken. Take more steps with each, or a score of more data, to tell them apart."
+        )
     return ChosenRate(tried, best)
+
+
+def _score_of(
+    average: TrainableAverage,
+    lr: float,
+    train: Callable[[], object],
+    score: Callable[[], float],
+    back: Callable[[], None],
+) -> float:
+    """Return the score of a trial, or NaN if it diverges, and go back. Collective.
+
+    Raises:
+        Exception: an error of `train` or `score` on any rank. If other ranks may wait in a collective, this rank does
+            not go back.
+    """
+    average.set_lr(lr)
+    before = average.updates
+
+    def train_some() -> None:
+        train()
+        if average.updates == before:
+            raise ConfigError(
+                f"choose_rate: no step of `train` changed the coefficients, with the learning rate {lr:g}: take more "
+                "steps. With a loss scale, the first ones may overflow."
+            )
+
+    value: Any = None
+    for call in (train_some, score):
+        failure: BaseException | None = None
+        try:
+            value = call()
+        except BaseException as error:
+            failure = error
+        failure = average.together(failure)
+        if failure is not None:
+            diverged = all(average.pods.gather(isinstance(failure, NotFiniteError)))
+            back()
+            if diverged:
+                return float("nan")
+            raise failure
+    try:
+        found = agreed_score(average.pods, value, "choose_rate")
+    except ConfigError:
+        back()
+        raise
+    back()
+    return found

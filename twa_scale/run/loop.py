@@ -179,11 +179,9 @@ class Run(AttachedRun):
             self._leave_if_asked()
         if self.config.optimizer.lr != "auto":
             return
-        back = self.twa.remember()
         try:
             self.rate = search_rate(self)
         except InterruptedSearch:
-            back()
             self._leave()
         if self.config.checkpoint_every:
             self._save()  # so that a run that is killed does not search again

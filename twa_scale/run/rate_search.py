@@ -11,7 +11,7 @@ _LEAST, _MOST = 5, 20
 
 
 class InterruptedSearch(Exception):
-    """A rank has received a signal during the search; raised on all ranks. The average is in the middle of a trial."""
+    """A rank has received a signal during the search; raised on all ranks. The average is as before it."""
 
 
 def trial_steps(num_steps: int) -> int:
@@ -42,8 +42,10 @@ def search_rate(run: AttachedRun) -> RateState:
         NotFiniteError: training diverges with each of the rates.
     """
     start, count = time.perf_counter(), trial_steps(run.num_steps)
+    metric = f"{run.config.evaluate_split}/{run.kept.metric}"
 
     def train() -> None:
+        run.report.say(f"optimizer.lr: {count} steps with {run.twa.config.lr:g}")
         for step in range(count):
             run.take_step(step, position(step, count, run.num_steps))
             if run.stopping:
@@ -52,14 +54,16 @@ def search_rate(run: AttachedRun) -> RateState:
     def score() -> float:
         metrics = run.measure()
         run.kept.update(0, metrics, run.twa, trial_lr=run.twa.config.lr)
-        return run.kept.value(metrics)
+        value = run.kept.value(metrics)
+        run.report.say(f"optimizer.lr: {run.twa.config.lr:g} reaches {metric} {value:.4f}")
+        return value
 
     chosen = choose_rate(run.twa, train, score, higher_is_better=run.kept.higher)
     values = [trial.score if isfinite(trial.score) else None for trial in chosen.tried]
     found = RateState(
         lr=chosen.best.lr,
         tried=[trial.lr for trial in chosen.tried],
-        metric=f"{run.config.evaluate_split}/{run.kept.metric}",
+        metric=metric,
         values=values,
         steps=count,
         seconds=time.perf_counter() - start,
