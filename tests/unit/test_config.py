@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,30 @@ def test_a_config_is_frozen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"groups": "blok"}, "groups: .*'tensor[+]row' or a valid list [(]got 'blok'[)]; did you mean 'block'[?]"),
+        ({"groups": 3}, "groups: Input should be 'global', .*'tensor[+]row' or a valid list [(]got 3[)]"),
+        ({"groups": ["a", 1]}, "groups[.]1: Input should be a valid string [(]got 1[)]"),
+        ({"start": "bset"}, "start: .* or a valid integer [(]got 'bset'[)]; did you mean 'best'[?]"),
+        ({"buffers": "averag"}, "buffers: .* or a valid integer [(]got 'averag'[)]; did you mean 'average'[?]"),
+        ({"optimizer": {"lr": "atuo"}}, "optimizer[.]lr: .*number or 'auto' [(]got 'atuo'[)]; did you mean 'auto'[?]"),
+        ({"optimizer": {"lr": -1}}, "optimizer[.]lr: Input should be greater than 0 or 'auto' [(]got -1[)]"),
+        ({"center": {}}, "center: Input should be a valid string or a valid integer or a valid list [(]got {}[)]"),
+    ],
+)
+def test_a_value_of_no_branch_of_a_union_is_one_message(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validated(TwaConfig, settings)
+    assert re.fullmatch(f"config: {said}", str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: TwaConfig(basis="pcaa"), r"TwaConfig: basis: .*'pca'.*got 'pcaa'"),  # type: ignore[arg-type]
+        (lambda: TwaConfig(basis="pcaa"), r"; did you mean 'pca'\?$"),  # type: ignore[arg-type]
+        (lambda: TwaConfig(center="meen"), r"; did you mean 'mean'\?$"),
         (lambda: TwaConfig(gruops="block"), "TwaConfig: unknown key 'gruops'; did you mean 'groups'"),  # type: ignore[call-arg]
         (lambda: TwaConfig(optimizer={"lr": -1}), r"TwaConfig: optimizer\.lr: .*greater than 0"),  # type: ignore[arg-type]
         (lambda: TwaConfig(num_components=2), "TwaConfig: num_components is for basis 'pca'"),

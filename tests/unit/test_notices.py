@@ -8,12 +8,22 @@ import torch
 
 import twa_scale
 from twa_scale import TwaWarning
+from twa_scale.base.notices import notice
 
 
 def test_notice_is_attributed_to_the_caller() -> None:
     model, states = torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2).state_dict()] * 2
     with pytest.warns(TwaWarning, match="same checksum") as caught:
         twa_scale.attach(model, states)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_notice_is_attributed_to_the_caller_of_a_trainer() -> None:
+    """Its lines lie between: a user calls `trainer.train()`, which calls callbacks."""
+    trainer = {"__name__": "transformers.trainer_callback", "notice": notice}
+    exec(compile("def train(): notice('a')", "trainer_callback.py", "exec"), trainer)
+    with pytest.warns(TwaWarning) as caught:
+        trainer["train"]()  # type: ignore[operator]
     assert [warning.filename for warning in caught] == [__file__]
 
 

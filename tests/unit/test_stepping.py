@@ -265,3 +265,19 @@ def test_outputs_that_are_no_paths(out: Any) -> None:
 def test_a_replica_group_that_is_none() -> None:
     with pytest.raises(EngineError, match="replica_group: is a int"):
         twa_scale.attach(models.build(), models.candidates(), replica_group=5)  # type: ignore[arg-type]
+
+
+def test_an_average_says_what_it_is() -> None:
+    _, twa = attach(store="packed4")
+    expected = f"TrainableAverage(candidates={twa.num_candidates}, groups={len(twa.layout.groups)} ('block'), "
+    expected += "basis='normalized', store='packed4', engine=PlainEngine"
+    assert repr(twa) == expected + ")"
+    twa.close()
+    assert repr(twa) == expected + ", closed)"
+
+
+def test_unpacking_as_a_trainer_does_says_what_to_give() -> None:
+    _, twa = attach()
+    for given in (twa, twa.as_optimizer()):
+        with pytest.raises(TwaError, match=r"optimizers=\(twa\.as_optimizer\(\), None\)"):
+            _optimizer, _scheduler = given

@@ -1,5 +1,6 @@
 """What each kind of tensor becomes in an average: `attach` at the center and `average` agree to the bit."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,10 @@ def ours(caught: Any) -> list[str]:
     return [str(warning.message) for warning in caught if issubclass(warning.category, TwaWarning)]
 
 
+COUNTER = "norm.num_batches_tracked"
 COPIED = {
     *("old.weight_u", "old.weight_v", "new.parametrizations.weight.0._u", "new.parametrizations.weight.0._v"),
-    *("norm.num_batches_tracked", "flags", "table"),
+    *(COUNTER, "flags", "table"),
 }
 """By names alone; a model also knows that `scale` is a buffer, and `wide_running_mean` no statistic's name."""
 
@@ -90,7 +92,20 @@ def test_attach_and_average_give_the_same_bits(tmp_path: Path, weights: Any) -> 
             assert torch.equal(value, candidates[-1][name]), name
     said = ours(attached)
     assert said == ours(averaged) and len(said) == 1
-    assert f"from {paths[-1]}" in said[0] and "and 3 more" in said[0]
+    assert f"from {paths[-1]}" in said[0] and "and 2 more" in said[0] and "num_batches_tracked" not in said[0]
+
+
+def test_counters_of_batchnorm_are_copied_without_a_notice(tmp_path: Path) -> None:
+    candidates = states()
+    for state in candidates[1:]:
+        state.update({name: candidates[0][name] for name in {*COPIED, "scale", "wide_running_mean"} - {COUNTER}})
+    paths, model = save(tmp_path, candidates), Everything()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TwaWarning)
+        twa_scale.attach(model, paths).close()
+        average_fixed(paths, tmp_path / "merged", "mean")
+    assert torch.equal(model.state_dict()[COUNTER], candidates[-1][COUNTER])
+    assert torch.equal(load_file(tmp_path / "merged/model.safetensors")[COUNTER], candidates[-1][COUNTER])
 
 
 def test_statistics_are_averaged_and_other_buffers_are_those_of_one_candidate(tmp_path: Path) -> None:

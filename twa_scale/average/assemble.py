@@ -93,8 +93,8 @@ def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, fill
                 f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "
                 f"the wrapper's own averaging of gradients is wasted. Attach to the {wrapper}."
             )
-        if copied:
-            notice(copied_notice(copied, found.labels))
+        if text := copied_notice(copied, found.labels):
+            notice(text)
 
 
 def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:

@@ -22,11 +22,12 @@ from twa_scale.average.overflow import WeightLimits
 from twa_scale.average.remembered import remembered
 from twa_scale.average.rows import RowCorrections
 from twa_scale.average.state import StateForm, require_same_state
-from twa_scale.average.step_optimizer import AverageOptimizer, refuse_copies
+from twa_scale.average.step_optimizer import AverageOptimizer, refuse_copies, refuse_unpacking
 from twa_scale.average.swap import SwappedWeights
 from twa_scale.average.weights import Weights
 from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
+from twa_scale.base.inputs import brief
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
@@ -308,8 +309,10 @@ class TrainableAverage:
     def weights(self, which: Which) -> Iterator[None]:
         """Put other weights into the model in a `with` block, then restore weights and buffers. Collective.
 
-        Tensors that are not trained keep the value of the center, and buffers keep their value. Call
-        `recalibrate_batchnorm` inside the block if the model has BatchNorm layers.
+        Tensors that are not trained keep the value of the center, and buffers keep their value. In a model with
+        BatchNorm, running statistics are therefore not those of the weights that are shown, and a comparison favors
+        the average that they belong to: by default, the mean. Call `recalibrate_batchnorm` first in each block whose
+        results you compare, and before you evaluate the trained weights. The end of the block restores them.
 
         Args:
             which: "trained", "center", a value of the setting `center` ("mean", "ema:0.9", "last", the index of a
@@ -540,6 +543,19 @@ class TrainableAverage:
             self._gradients.require_no_fault(self.pods)
         finally:
             self._gradients.clear()
+
+    def __repr__(self) -> str:
+        parts = (
+            f"candidates={self.num_candidates}",
+            f"groups={len(self.layout.groups)} ({brief(self.config.groups)})",
+            f"basis={self.config.basis!r}",
+            f"store={self.config.store!r}",
+            f"engine={type(self._engine).__name__}",
+        )
+        return f"TrainableAverage({', '.join(parts)}{', closed' if self.closed else ''})"
+
+    def __iter__(self) -> NoReturn:
+        refuse_unpacking()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("a TrainableAverage")

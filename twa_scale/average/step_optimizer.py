@@ -170,8 +170,19 @@ class AverageOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    def __iter__(self) -> NoReturn:
+        refuse_unpacking()
+
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("the optimizer of an average")
+
+
+def refuse_unpacking() -> NoReturn:
+    """Raise the TwaError of an object that a trainer unpacks as the pair of an optimizer and a scheduler."""
+    raise TwaError(
+        "an average and its optimizer are not iterable. transformers' Trainer takes a pair of an optimizer and a "
+        "scheduler: Trainer(.., optimizers=(twa.as_optimizer(), None))."
+    )
 
 
 def refuse_copies(what: str) -> NoReturn:

@@ -10,6 +10,7 @@ Source = Sequence[float] | int
 """What a tensor is made of: the weights of the candidates, or the index of the one that it is copied from."""
 
 _STATISTIC = re.compile(r"(^|\.)(running|moving)_(mean|var|variance|std|avg|average)$")
+_COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
 _OF_PARAMETRIZATION = re.compile(r"^(?P<stem>(.*\.)?parametrizations\.[^.]+)\.\d+\._[uv]$")
 _OF_HOOK = re.compile(r"^(?P<stem>.*)_[uv]$")
 
@@ -57,16 +58,20 @@ def buffer_source(name: str, buffers: str | int, weights: Sequence[float]) -> So
     return weights if buffers == "average" else [1 / n] * n
 
 
-def copied_notice(copied: Mapping[str, int], labels: Sequence[str]) -> str:
-    """Return the line about tensors that were copied from one candidate although others differ.
+def copied_notice(copied: Mapping[str, int], labels: Sequence[str]) -> str | None:
+    """Return the line about tensors that were copied from one candidate although others differ, if there are any.
+
+    The batch counters of BatchNorm are left out: they differ in every training, and have no effect on outputs.
 
     Args:
         copied: the index of the candidate, by tensor.
         labels: of the candidates.
     """
     by_label: dict[str, list[str]] = {}
-    for name in sorted(copied):
+    for name in sorted(name for name in copied if not _COUNTER.search(name)):
         by_label.setdefault(labels[copied[name]], []).append(name)
+    if not by_label:
+        return None
     parts = [f"{some(names)} from {label}" for label, names in by_label.items()]
     return (
         f"copied, not averaged: {'; '.join(parts)}. The candidates differ in them, but they are integers, or buffers "

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from math import fsum, inf, isfinite
 
+from twa_scale.base.names import nearest
 from twa_scale.errors import ConfigError
 
 Center = str | int | list[float]
@@ -52,7 +53,7 @@ def _ema(name: str) -> tuple[str, float]:
         raise ValueError(
             f"{name!r} is not a center; use mean (or uniform), ema:DECAY or ema-torch:DECAY with 0 < DECAY < 1, "
             "lawa:K (the mean of the last K), linear, minus-sqrt, first, last, the index of a candidate, or one weight "
-            "per candidate"
+            f"per candidate{nearest(name, _NAMES)}"
         )
     return kind, value
 

@@ -1,6 +1,7 @@
 """One-line messages for invalid keys and values."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -8,28 +9,75 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from twa_scale.base.inputs import brief
+from twa_scale.base.names import nearest
 
 _BRANCHES = ("str", "int", "float")
+_SHOULD_BE = "Input should be "
+
+Location = tuple[str | int, ...]
 
 
-def explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
-    """Return the message of an error of pydantic: key, rule and value, or the nearest key for an unknown one."""
-    location: tuple[str | int, ...] = error["loc"]
-    # The location also has the branches of unions, such as `str` and `list[float]`.
-    parts = [part for part in location if isinstance(part, int) or (part.isidentifier() and part not in _BRANCHES)]
-    key = ".".join(map(str, parts))
+def explained(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> list[tuple[Location, str]]:
+    """Return location and message of each invalid key and value: key, rule, value, and the nearest known name.
+
+    Pydantic reports an error for each branch of a union, such as the names and the list of `groups`. They become one
+    message: of the branch whose type the value has if there is one, else of all that the value may be.
+    """
+    unions: dict[Location, list[Mapping[str, Any]]] = {}
+    for error in errors:
+        unions.setdefault(_key(error["loc"]), []).append(error)
+    said: dict[tuple[Location, str], None] = {}
+    for together in unions.values():
+        for error in _united(together):
+            said[error["loc"], _message(model, error)] = None
+    return list(said)
+
+
+def _is_branch(part: str | int) -> bool:
+    """Whether a part of a location is a branch of a union, such as `str` or `list[float]`, and not a key."""
+    return isinstance(part, str) and (not part.isidentifier() or part in _BRANCHES)
+
+
+def _key(location: Location) -> Location:
+    """Return the part of a location before the first branch of a union."""
+    for i, part in enumerate(location):
+        if _is_branch(part):
+            return location[:i]
+    return location
+
+
+def _united(errors: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the errors of the branches of one union as one error, unless some are of the branch that was meant."""
+    meant = [error for error in errors if not error["msg"].startswith(_SHOULD_BE) or _is_inside(error["loc"])]
+    if len(errors) == 1 or meant:
+        return meant or errors
+    rules = dict.fromkeys(error["msg"].removeprefix(_SHOULD_BE) for error in errors)
+    first = next((error for error in errors if error["type"] == "literal_error"), errors[0])
+    return [{**first, "msg": _SHOULD_BE + " or ".join(rules)}]
+
+
+def _is_inside(location: Location) -> bool:
+    """Whether the location is an item inside a branch: the value is a list, and one of its items is wrong."""
+    return len(_key(location)) < len(location) - 1
+
+
+def _message(model: type[BaseModel], error: Mapping[str, Any]) -> str:
+    location: Location = error["loc"]
+    key = ".".join(str(part) for part in location if not _is_branch(part))
     if error["type"] == "extra_forbidden":
         key = ".".join(map(str, location))
         known = _keys(model, location[:-1])
-        nearest = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(known))}"
+        close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {key!r}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] in ("missing", "value_error") else f" (got {brief(error['input'])})"
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        given += nearest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     return f"{key}: {message}{given}" if key else message
 
 
-def _keys(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+def _keys(model: type[BaseModel], location: Location) -> list[str]:
     for part in location:
         field = model.model_fields.get(str(part))
         if field is None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from twa_scale.base.inputs import MAX_DEPTH, brief, parse_json, read_bounded
 from twa_scale.config.deepspeed_block import BLOCK, unfolded
-from twa_scale.config.explain import explain
+from twa_scale.config.explain import explained
 from twa_scale.config.schema import RunConfig
 from twa_scale.config.section import Section
 from twa_scale.config.yaml_text import parse_yaml
@@ -79,9 +79,9 @@ def validated(
         return model.model_validate({} if data is None else data)
     except ValidationError as error:
         lines: dict[str, dict[str, None]] = {}
-        for found in error.errors():
-            said = explain(model, found) + ("" if found["loc"] else _hint(data))
-            lines.setdefault(_origin(found["loc"], where, overrides), {})[said] = None
+        for location, text in explained(model, error.errors()):
+            said = text + ("" if location else _hint(data))
+            lines.setdefault(_origin(location, where, overrides), {})[said] = None
         raise ConfigError("; ".join(f"{origin}: {'; '.join(said)}" for origin, said in lines.items())) from None
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from twa_scale.base.paths import path_of
-from twa_scale.config.explain import explain
+from twa_scale.config.explain import explained
 from twa_scale.config.kinds import LoggerName
 from twa_scale.errors import ConfigError
 
@@ -54,7 +54,7 @@ class _Constructed(ModelMetaclass):
         try:
             return super().__call__(**settings)
         except ValidationError as error:
-            said = dict.fromkeys(explain(cast("type[BaseModel]", cls), dict(found)) for found in error.errors())
+            said = dict.fromkeys(text for _, text in explained(cast("type[BaseModel]", cls), error.errors()))
             raise ConfigError(f"{cls.__name__}: {'; '.join(said)}") from None
 
 

@@ -118,8 +118,8 @@ def merge(
         if verify:
             verify(checksums)
     if group.rank == 0:
-        if copied:
-            notice(copied_notice(copied, [candidate.label for candidate in candidates]))
+        if text := copied_notice(copied, [candidate.label for candidate in candidates]):
+            notice(text)
         if dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
             notice(text)
     return checksums
