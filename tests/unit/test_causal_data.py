@@ -28,6 +28,8 @@ from twa_scale.errors import ConfigError
 from twa_scale.run.batches import make_batches
 from twa_scale.run.tasks import Batch, Examples, Task, build_task
 from twa_scale.run.tasks.mixture import Mixture
+from twa_scale.run.tasks.token_records import record_tokens
+from twa_scale.run.tasks.tokens import Spool
 
 BYTES = {"byte_gpt": {"n_layer": 1, "n_head": 1, "d_model": 8}}
 TEXTS = ["one", "", "zwölf", "three\nlines", "4" * 30]
@@ -154,6 +156,15 @@ def test_lists_of_every_type(tmp_path: Path, type_: str) -> None:
         options = {"tokens": {"train": path}, "context": 2, "documents": "packed"}
         data = causal_lm(**options).dataset("train")
         assert tokens_of(data) == [[4, 5, 6], [7, 8, 9]] and predicted_of(data) == [[5, 6], [8, 9]]
+
+
+@pytest.mark.parametrize("compression", ["uncompressed", "lz4", "zstd"])
+def test_compressed_tokens_are_not_kept_in_memory(tmp_path: Path, compression: str) -> None:
+    rows = [[i] * 200 for i in range(200)]
+    pyarrow.feather.write_feather(pa.table({"input_ids": rows}), tmp_path / "a.arrow", compression, chunksize=50)
+    parts = record_tokens(tmp_path / "a.arrow", "input_ids", "task.tokens_key", "task.tokens", 256)
+    assert [isinstance(part, Spool) for part in parts] == ([False] * 4 if compression == "uncompressed" else [True])
+    assert sum(part.count for part in parts) == 40_000 and parts[-1].read(0, parts[-1].count)[-1] == 199
 
 
 @pytest.mark.parametrize("name", WRITERS)

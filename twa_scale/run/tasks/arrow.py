@@ -67,6 +67,18 @@ def has_lists(path: Path, column: str) -> bool:
         return column in schema.names and _is_list(schema.field(column).type)
 
 
+def is_compressed(path: Path) -> bool:
+    """Return whether the first record batch of an Arrow file is no view of the mapped file, as it needs memory then."""
+    with named_errors(path):
+        mapped = _mapped(path)
+        whole = mapped.read_buffer()
+        mapped.seek(0)
+        first = next(_read(mapped)[1], None)
+        buffers = [buffer for column in (first.columns if first else ()) for buffer in column.buffers()]
+        inside = range(whole.address, whole.address + whole.size + 1)
+        return any(buffer.address not in inside for buffer in buffers if buffer is not None and buffer.size)
+
+
 def integer_lists(column: Any, path: Path, row: int, name: str, fix: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return the integers of a column of lists, one list after the other, and the N + 1 bounds of its N lists.
 
@@ -162,7 +174,11 @@ def open_parquet(path: Path) -> Any:
 
 def _arrow(path: Path) -> tuple[Any, Iterator[Any]]:
     """Return the reader of an Arrow file, which has a schema, and its record batches."""
-    ipc, mapped = pyarrow("pyarrow.ipc"), _mapped(path)
+    return _read(_mapped(path))
+
+
+def _read(mapped: Any) -> tuple[Any, Iterator[Any]]:
+    ipc = pyarrow("pyarrow.ipc")
     if mapped.read(len(_MAGIC_OF_FILES)) == _MAGIC_OF_FILES:
         reader = ipc.open_file(mapped)
         return reader, (reader.get_batch(i) for i in range(reader.num_record_batches))

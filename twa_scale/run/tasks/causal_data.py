@@ -89,7 +89,9 @@ class Source(Section):
 class WeightedSource(Source):
     """One of several sources: the keys of its data, as above, and its weight."""
 
-    weight: float = Field(1.0, gt=0, description="Weight of the source; weights need not sum to 1.")
+    weight: float = Field(
+        1.0, gt=0, description="Weight of the source in numbers of examples; weights need not sum to 1."
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> "WeightedSource":

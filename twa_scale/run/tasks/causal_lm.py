@@ -92,9 +92,9 @@ class CausalLMOptions(Source):
 class CausalLM:
     """Next-token cross-entropy on examples of `context` + 1 tokens.
 
-    Bytes, token files and Arrow files of tokens are read on access. Texts for a Hugging Face model, chats, and tokens
-    in other records are written to a temporary file of each process, with 4 bytes for each token, at the first access
-    to their split.
+    Bytes, token files and uncompressed Arrow files of tokens are read on access. Texts for a Hugging Face model, chats,
+    and tokens in other records are written to a temporary file of each process, with 4 bytes for each token, at the
+    first access to their split.
     """
 
     def __init__(self, options: CausalLMOptions) -> None:

@@ -27,7 +27,7 @@ def record_tokens(path: Path, column: str, setting: str, where: str, vocabulary:
         vocabulary: the size of the model's vocabulary.
 
     Returns:
-        Views of an Arrow file without these lists; otherwise, a Spool.
+        Views of an Arrow file without compression and these lists; otherwise, a Spool.
 
     Raises:
         ConfigError: a file cannot be read, or a record cannot be used.
@@ -35,7 +35,7 @@ def record_tokens(path: Path, column: str, setting: str, where: str, vocabulary:
     is_arrow = path.suffix.lower() in arrow.SUFFIXES
     others = [name for name in (_MASK, _LABELS) if name != column]
     lists = [name for name in others if is_arrow and arrow.has_lists(path, name)]
-    if is_arrow and not lists and path.suffix.lower() != arrow.PARQUET:
+    if is_arrow and not lists and path.suffix.lower() != arrow.PARQUET and not arrow.is_compressed(path):
         return _views(path, column, setting)
     spool = Spool(str(path), vocabulary)
     if is_arrow:
