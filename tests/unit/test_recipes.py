@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -14,6 +15,8 @@ from twa_scale.cli import app
 from twa_scale.config import OptimizerConfig, RecipeName, load_config, recipe_line, validated
 from twa_scale.config.optimizers import RATES
 from twa_scale.config.recipes import RECIPES
+from twa_scale.run.batches import Batches
+from twa_scale.run.comparison import caveat
 
 MINIMAL = {"candidates": "a/*", "task": {"name": "causal_lm"}, "output": "out"}
 PAGE = Path(__file__).parents[2] / "docs/how-to/settings.md"
@@ -52,10 +55,13 @@ def test_a_recipe_is_complete(name: str) -> None:
         ({"schedule": {"warmup": 0.5}}, {"schedule.warmup": 0.5, "schedule.name": "cosine"}),
         ({"recipe": "head", "steps": 5}, {"steps": 5, "epochs": None}),
         # The rate and the other options are those of SGD in these units.
-        ({"recipe": "head", "optimizer": {"name": "adamw"}}, {"lr": 0.03, "optimizer.momentum": None}),
+        ({"recipe": "head", "optimizer": {"name": "adamw", "lr": 0.03}}, {"lr": 0.03, "optimizer.momentum": None}),
         ({"recipe": "head", "optimizer": {"name": "SGD"}}, {"lr": 2.0, "optimizer.momentum": 0.9}),
         ({"recipe": "head", "units": "delta"}, {"lr": 0.03, "optimizer.name": "adamw"}),
         ({"recipe": "head", "schedule": {"name": "cosine"}}, {"schedule.milestones": [], "schedule.warmup": 0.2}),
+        ({"recipe": "head", "schedule": {"every": 7}}, {"schedule.every": 7, "schedule.milestones": []}),
+        ({"recipe": "head", "schedule": {"every": None}}, {"schedule.milestones": [0.5, 0.8]}),
+        ({"units": "weight", "optimizer": {"lr": 0.01}}, {"lr": 0.01}),
         ({"recipe": "soup", "split": "train"}, {"split": "train", "epochs": 3.0}),
     ],
 )
@@ -83,6 +89,9 @@ def test_attach_takes_what_is_not_of_a_run() -> None:
         ({"recipe": "tail", "optimizer": 3}, "optimizer: "),
         ({"recipe": "tail", "groups": None, "schedule": None}, "groups: .*schedule: "),
         ({"recipe": "tail", "groups": "tensor+row", "basis": "simplex"}, "basis is 'simplex'.*that of recipe 'tail'"),
+        ({"recipe": "head", "schedule": {"milestones": []}}, "schedule: .*milestones.*that of recipe 'head'"),
+        ({"recipe": "tail", "units": "weight"}, "recipe 'tail' has no learning rate for adamw with units weight"),
+        ({"recipe": "tail", "optimizer": {"name": "sgd"}}, "'tail' has no learning rate for sgd with units delta"),
         ({"recipe": "soup", "optimizer": {"lr": "auto"}}, "held-out.*that of recipe 'soup'"),
     ],
 )
@@ -131,3 +140,27 @@ def test_the_page_has_the_values() -> None:
                 cell = yaml.safe_dump(wanted, default_flow_style=True).replace("\n...", "").strip()
                 full = f"{key}.{one}" if isinstance(value, dict) else one
                 assert re.search(rf"\| `{re.escape(full)}` \|.*`{re.escape(cell)}`", text), (name, full, cell)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"keep": "best"}, "keep: best chooses .* give keep: last"),
+        ({"keep": "last", "start": "best"}, "^start: best chooses by the test split"),
+        ({"keep": "last", "optimizer": {"lr": "auto"}}, "^optimizer.lr: auto chooses by the test split"),
+        ({"recipe": "tail", "steps": 1}, "^keep: best, start: best choose by the test split"),
+    ],
+)
+def test_choices_by_the_test_split_are_said(settings: dict[str, Any], words: str) -> None:
+    assert re.search(words, caveat(made(**{"steps": 1, "evaluate_split": "test", **settings})) or "")
+    assert caveat(made(**{"steps": 1, **settings})) is None
+
+
+def test_evaluated_examples_do_not_depend_on_ranks_and_micro_batches() -> None:
+    for size, micro in ((1, 12), (1, 3), (2, 3), (4, 1)):
+        seen = []
+        for rank in range(size):
+            examples: Any = [{"i": torch.tensor(i)} for i in range(50)]
+            for batch, counts in Batches(examples, 12, micro, rank, size, 0).in_order(2):
+                seen += batch["i"].tolist() if counts else []
+        assert sorted(seen) == list(range(24)), (size, micro)

@@ -37,9 +37,6 @@ def run(
     """
     from twa_scale.config import load_config
     from twa_scale.config.template import resolved
-    from twa_scale.run import run as run_training
-    from twa_scale.run.progress import Report
-    from twa_scale.run.stopping import STOPPED, Stopped
 
     if deepspeed_config is not None:  # all positional arguments are overrides
         config, overrides = deepspeed_config, [*([] if config is None else [str(config)]), *(overrides or [])]
@@ -49,6 +46,10 @@ def run(
     if print_config:
         typer.echo(resolved(settings), nl=False)
         return
+    from twa_scale.run import run as run_training  # imports torch, which --print-config does not need
+    from twa_scale.run.progress import Report
+    from twa_scale.run.stopping import STOPPED, Stopped
+
     try:
         run_training(settings, Report())
     except Stopped:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from twa_scale.base.inputs import MAX_DEPTH, brief, parse_json, read_bounded
 from twa_scale.config.deepspeed_block import BLOCK, unfolded
 from twa_scale.config.explain import explained
+from twa_scale.config.recipes import RECIPES
 from twa_scale.config.schema import RunConfig
 from twa_scale.config.section import Section
 from twa_scale.config.yaml_text import parse_yaml
@@ -80,14 +81,17 @@ def validated(
     except ValidationError as error:
         lines: dict[str, dict[str, None]] = {}
         for location, text in explained(model, error.errors()):
-            said = text + ("" if location else _hint(data))
+            said = text + _hint(data, location)
             lines.setdefault(_origin(location, where, overrides), {})[said] = None
         raise ConfigError("; ".join(f"{origin}: {'; '.join(said)}" for origin, said in lines.items())) from None
 
 
-def _hint(data: Any) -> str:
+def _hint(data: Any, location: Sequence[str | int]) -> str:
     """Return what to add to an error of several settings, some of which may be those of a recipe."""
     recipe = data.get("recipe") if isinstance(data, dict) else None
+    section = RECIPES.get(str(recipe), {}).get(str(location[0])) if len(location) == 1 else None
+    if location and not isinstance(section, dict):
+        return ""
     return f" (what is not given is that of recipe {recipe!r})" if recipe else ""
 
 

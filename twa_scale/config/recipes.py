@@ -59,7 +59,12 @@ _FITS = {
     "schedule": ("schedule.name",),
 }
 """Settings that a recipe gives only with its own values of others: of the same kind, or that they are made for."""
-_ONE_OF = {"steps": "epochs", "epochs": "steps"}
+_ONE_OF = {
+    "steps": "epochs",
+    "epochs": "steps",
+    "schedule.milestones": "schedule.every",
+    "schedule.every": "schedule.milestones",
+}
 
 
 def filled(data: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -78,7 +83,8 @@ def filled(data: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
             if key not in data or (key in _ONE_OF and data[key] is None):
                 found[key] = value
         elif (section := _given(data.get(key, {}))) is not None:
-            found[key] = {**value, **section}
+            left = {name: one for name, one in value.items() if _value(data, _ONE_OF.get(f"{key}.{name}", "")) is None}
+            found[key] = {**left, **section}
     return found
 
 

@@ -248,6 +248,16 @@ class TwaConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _recipes_have_a_rate(self) -> "TwaConfig":
+        key = (self.optimizer.name.lower(), self.units)
+        if self.recipe is not None and "lr" not in self.optimizer.model_fields_set and key not in RATES:
+            raise ValueError(
+                f"optimizer.lr: recipe {self.recipe!r} has no learning rate for {key[0]} with units {key[1]}; give a "
+                "number, or leave out optimizer.name and units"
+            )
+        return self
+
     @property
     def lr(self) -> float:
         """The learning rate of the coefficients; with `auto`, the usual rate of the optimizer."""
@@ -353,7 +363,9 @@ class RunConfig(TwaConfig):
     )
     evaluate_every: Count | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
     evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")
-    evaluate_batches: Count | None = Field(None, description="Batches per evaluation; by default, the whole split.")
+    evaluate_batches: Count | None = Field(
+        None, description="Batches of `batch_size` examples per evaluation; by default, the whole split."
+    )
     compare: bool | Literal["candidates"] = Field(
         True,
         description="Also evaluate the last candidate and the center at the end of the run: two more evaluations, "

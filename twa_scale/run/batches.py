@@ -50,12 +50,12 @@ class Batches:
         left gets the first one again, with `counts` False.
 
         Args:
-            limit: the largest number of batches of a rank.
+            limit: the largest number of global batches, so that the examples do not depend on the number of ranks.
         """
         examples: Examples = getattr(self.examples, "once", self.examples)
         share = self.micro_batch_size
         starts = range(0, len(examples), share * self.size)
-        for start in starts[:limit]:
+        for start in starts[: limit and limit * self.num_micro]:
             first = start + self.rank * share
             indices = list(range(first, min(first + share, len(examples))))
             yield stack([examples[i] for i in indices or [0]]), bool(indices)

@@ -43,12 +43,17 @@ def caveat(config: RunConfig) -> str | None:
     split = config.evaluate_split
     if split == config.split:
         return f"evaluate_split is {split!r}, the training split: the evaluations are not on held-out data"
-    if split == "test" and config.keep == "best":
-        return (
-            "keep: best chooses by the test split, so results on it are biased: give keep: last, or "
-            "evaluate_split: validation"
-        )
-    return None
+    choosing = {"keep: best": config.keep == "best", "start: best": config.start == "best"}
+    choosing["optimizer.lr: auto"] = config.optimizer.lr == "auto"
+    named = [name for name, does in choosing.items() if does]
+    if split != "test" or not named:
+        return None
+    if named == ["keep: best"]:
+        fix = "give keep: last, or evaluate_split: validation"
+    else:
+        fix = "give evaluate_split: validation"
+    verb = "choose" if len(named) > 1 else "chooses"
+    return f"{', '.join(named)} {verb} by the test split, so results on it are biased: {fix}"
 
 
 def exported_as(kept: BestAverage, split: str, keep: str, step: int) -> str:

@@ -26,7 +26,7 @@ def evaluate(
         batches: the batches of this rank.
         group: all ranks.
         device: the device of the model.
-        limit: the largest number of batches of a rank.
+        limit: the largest number of global batches.
 
     Raises:
         ConfigError: a metric counts no example, or is not a sum and a count; on every rank.

@@ -58,7 +58,9 @@ def search_rate(run: AttachedRun) -> RateState:
         run.report.say(f"optimizer.lr: {run.twa.config.lr:g} reaches {metric} {value:.4f}")
         return value
 
-    chosen = choose_rate(run.twa, train, score, higher_is_better=run.kept.higher)
+    usual = run.config.lr  # not the rate of a state that was saved before the first step
+    rates = [usual / 3, usual, 3 * usual]
+    chosen = choose_rate(run.twa, train, score, rates, higher_is_better=run.kept.higher)
     values = [trial.score if isfinite(trial.score) else None for trial in chosen.tried]
     found = RateState(
         lr=chosen.best.lr,
