@@ -156,6 +156,14 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "average.ckpt").exists()
 
 
+@pytest.mark.slow
+def test_a_window_that_is_too_long_for_the_training_is_reported_at_its_start(tmp_path: Path) -> None:
+    callback = TwaCallback(ema=[DECAY], window={"every": STEPS + 1, "keep": 2})
+    with pytest.warns(TwaWarning, match=f"ends at step {STEPS}.*has 0 snapshots.*no average of it") as caught:
+        trainer_with("automatic", tmp_path, callback).fit(Module(), data())
+    assert [warning.filename for warning in caught if warning.category is TwaWarning] == [__file__]
+
+
 def test_what_a_trainer_must_not_have_is_refused(tmp_path: Path) -> None:
     """Another callback that averages, one of another trainer, learning without a loss, and two of ours."""
     averaging = TwaCallback(ema=[DECAY])

@@ -211,16 +211,25 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_best_checkpoint_without_averages_is_reported(tmp_path: Path) -> None:
+def test_a_trainer_reports_what_a_user_may_not_expect(tmp_path: Path) -> None:
+    """A short window and the weights of the best checkpoint at the start; at the end, one without averages."""
+
     class Forget(TrainerCallback):  # type: ignore[misc]
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             for path in tmp_path.glob("checkpoint-*/averages-*"):
                 path.unlink()
 
     every = {"eval_strategy": "steps", "eval_steps": HALF, "save_steps": HALF, "load_best_model_at_end": True}
-    trainer = trainer_with(tmp_path, TwaCallback(ema=[0.9]), Forget(), **every)
-    with pytest.warns(TwaWarning, match="not of the best checkpoint"):
+    callback = TwaCallback(ema=[0.9], window={"every": STEPS, "keep": 2}, learn=LEARN, learn_steps=2)
+    trainer = trainer_with(tmp_path, callback, Forget(), **every)
+    with pytest.warns(TwaWarning) as caught:
         trainer.train()
+    said = [str(warning.message) for warning in caught if warning.category is TwaWarning]
+    assert {warning.filename for warning in caught if warning.category is TwaWarning} == {__file__}
+    assert len(said) == 4 and "nothing is learned" in said[3]
+    assert f"ends at step {STEPS}" in said[0] and "has 1 snapshots" in said[0] and "nothing will be learned" in said[0]
+    assert "the average 'ema:0.9'" in said[1] and "best_model_checkpoint + '/average'" in said[1]
+    assert "not of the best checkpoint" in said[2]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import twa_scale
 from twa_scale import ConfigError, EngineError, StateError, TwaError, TwaWarning
 from twa_scale.running import learning, window
-from twa_scale.running.settings import EmaSettings
+from twa_scale.running.settings import EmaSettings, WindowSettings, is_due
 
 STORES = {"dense32": 1e-5, "dense16": 0.01, "packed8": 0.02, "packed4": 0.2, "packed2": 0.6, "packed1": 0.9}
 KEEP = 4
@@ -595,3 +595,10 @@ def test_a_state_file_is_complete_or_not_there(tmp_path: Any, monkeypatch: Any) 
     with pytest.raises(twa_scale.OutputError, match="No space"):
         averages.save_state(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == content
+
+
+@pytest.mark.parametrize(("every", "start"), [(1, 0), (3, 0), (3, 1), (3, 3), (4, 9), (20, 0), (5, 12)])
+def test_a_window_counts_the_snapshots_of_a_training(every: int, start: int) -> None:
+    window = WindowSettings(every=every, keep=2, start_step=start)
+    for steps in range(15):
+        assert window.taken_by(steps) == sum(is_due(step, every, start) for step in range(1, steps + 1))

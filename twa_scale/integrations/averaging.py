@@ -66,6 +66,28 @@ class Averaging:
         self.averages = averages
         return averages
 
+    def _check_window(self, remaining: int) -> None:
+        """Report a window that has too few snapshots when training ends, at its start. Call it on one rank.
+
+        Args:
+            remaining: steps of the optimizer until training ends.
+        """
+        assert self.averages is not None
+        if self._window is None:
+            return
+        steps = self.averages.num_steps + remaining
+        found = self._window.taken_by(steps)
+        if found < (1 if self._learn is None else 2):
+            lost = (
+                "there will be no average of it"
+                if self._learn is None
+                else "learning needs two: nothing will be learned"
+            )
+            notice(
+                f"TwaCallback: training ends at step {steps}, when the window has {found} snapshots of "
+                f"{{'every': {self._window.every}}}, and {lost}. Make `every` or `start_step` smaller."
+            )
+
     def _can_learn(self, steps: int) -> bool:
         """Return whether the window has enough snapshots after so many steps, and report it where it has not."""
         assert self.averages is not None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from inspect import signature
+from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,6 +83,9 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
             notice(f"TwaCallback: there are no averages to go on from; they begin anew at step {trainer.global_step}.")
         self._counts = count_steps(averages.step, trainer.optimizers)
         self._is_training = True
+        total = trainer.estimated_stepping_batches  # of each rank, since it may set up data
+        if trainer.is_global_zero and pl_module.automatic_optimization and total < inf and not trainer.fast_dev_run:
+            self._check_window(int(total) - trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Count a step where the optimizers do not: DeepSpeed has a count of its own."""

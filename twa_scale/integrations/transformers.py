@@ -24,7 +24,8 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
     Evaluations are of the average `evaluate_with`, so that the best checkpoint is the one with the best average. Each
     checkpoint gets the state of the averages, from which training resumes, and `average/`, which `from_pretrained`
     reads. When training ends, `output_dir/average` is the average: with `learn`, of the snapshots with learned
-    coefficients; of the best checkpoint with `load_best_model_at_end`. The Trainer keeps the trained weights.
+    coefficients; of the best checkpoint with `load_best_model_at_end`. The Trainer keeps the trained weights; with
+    `load_best_model_at_end` those of the best checkpoint, which is reported when training begins.
 
     Args:
         evaluate_also: further averages, each of which is evaluated after `evaluate_with`, once there is one, with the
@@ -70,6 +71,26 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
                 "killed while it wrote this checkpoint, resume from an earlier one."
             )
         self._wrap_evaluate()
+        if state.is_world_process_zero:
+            self._check_window(state.max_steps - state.global_step)
+            self._check_best(args)
+
+    def _check_best(self, args: Any) -> None:
+        """Report that the Trainer loads other weights than those whose score has chosen the best checkpoint."""
+        of_last = isinstance(self._which, str) and self._which == "last"
+        metric = (args.metric_for_best_model or "").removeprefix("eval_")
+        if not args.load_best_model_at_end or of_last or ("last" in self._also and metric.startswith("last_")):
+            return
+        if self._save:
+            where = f"trainer.state.best_model_checkpoint + '/{AVERAGE}'"
+        elif self._learn is None:
+            where = f"{Path(args.output_dir) / AVERAGE}, which is written when training ends"
+        else:
+            where = "the checkpoint, which has it with TwaCallback(save=True)"
+        notice(
+            "TwaCallback: load_best_model_at_end=True chooses a checkpoint by the score of the average "
+            f"{self._which!r}, but loads its trained weights into the model. Load the average from {where}."
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step of the optimizer, unless Accelerate knows that the loss scaler has skipped it."""

@@ -126,6 +126,11 @@ class WindowSettings(Section):
     )
     start_step: Annotated[Integer, Field(ge=0)] = Field(0, description="First step that may be a snapshot.")
 
+    def taken_by(self, step: int) -> int:
+        """Return how many snapshots have been taken after `step`, including those that were dropped since."""
+        first = self.start_step or self.every
+        return 0 if step < first else (step - first) // self.every + 1
+
 
 Ema = EmaSettings | Mapping[str, Any] | Sequence[float] | float
 Window = WindowSettings | Mapping[str, Any]
