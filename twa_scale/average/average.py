@@ -16,7 +16,8 @@ from twa_scale.average.coefficients import Which, averaging_coefficients
 from twa_scale.average.export import export
 from twa_scale.average.gradients import Gradients, clipping
 from twa_scale.average.layout import Layout
-from twa_scale.average.measures import described, effective_candidates, elements_of_groups
+from twa_scale.average.measures import elements_of_groups
+from twa_scale.average.observed import Observed
 from twa_scale.average.optimizer import checked_lr, make_optimizer
 from twa_scale.average.overflow import WeightLimits
 from twa_scale.average.remembered import remembered
@@ -27,25 +28,22 @@ from twa_scale.average.swap import SwappedWeights
 from twa_scale.average.weights import Weights
 from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
-from twa_scale.base.inputs import brief
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.conversion import conversions
 from twa_scale.candidates.fingerprint import Fingerprint
-from twa_scale.candidates.read_ahead import Progress, job_bytes
+from twa_scale.candidates.read_ahead import Progress
 from twa_scale.candidates.rounding import Rounding
 from twa_scale.config import TwaConfig
-from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine
 from twa_scale.errors import ConfigError, NotFiniteError, RankError, TwaError
-from twa_scale.output.provenance import provenance, rows_provenance
 from twa_scale.ranks import Pods, Reduction
-from twa_scale.store import Store, step_cost, update_bytes
+from twa_scale.store import Store
 
 
-class TrainableAverage:
+class TrainableAverage(Observed):
     """A model whose weights are an average of candidates with trained coefficients. Made by `attach`.
 
     A backward pass adds up the inner products s of deltas and gradient, span by span. `step` sums s over the ranks,
@@ -116,48 +114,9 @@ class TrainableAverage:
         self._weights.watch()
 
     @property
-    def num_candidates(self) -> int:
-        """The number of candidates, n."""
-        return len(self._candidates)
-
-    @property
     def lost(self) -> str:
         """Why the average can no longer be used; empty as long as it can."""
         return self._swapped.lost
-
-    @property
-    def coefficients(self) -> torch.Tensor:
-        """The averaging coefficients a, (n, G) float64: w_g = sum_i a[i, g] w_i. In centered bases they sum to 1.
-
-        With `groups: tensor+row` they do not include the corrections of single rows.
-        """
-        return self._form.averaging(self._x)
-
-    @while_open
-    def row_corrections(self) -> dict[str, torch.Tensor]:
-        """Return the corrections of the averaging coefficients of each row, (n, rows) float64 by tensor. Collective.
-
-        With `groups: tensor+row`, row r of tensor t is the sum of `(a[i, g] + row_corrections()[t][i, r]) * w_i` over
-        i, where g is the group of t. Other groups have none.
-        """
-        return {} if self._rows is None else self._rows.averaging(self.layout.group_of)
-
-    @property
-    def effective_candidates(self) -> float:
-        """The number of candidates whose uniform mean reduces independent noise of the candidates as much.
-
-        It is 1 / sum_i a_i^2 for coefficients of sum 1: see `measures.effective_candidates`.
-        """
-        return effective_candidates(self.coefficients, self.elements)
-
-    @property
-    def candidate_distances(self) -> list[float]:
-        """The distance of each candidate from the center: the norm of its delta over all trained elements."""
-        return self._basis.gram.diagonal(dim1=1, dim2=2).sum(0)[:-1].clamp(min=0).sqrt().tolist()
-
-    def described(self) -> dict[str, float]:
-        """Return values to log: see `measures.described`."""
-        return described(self.coefficients, self.elements)
 
     @while_open
     def distance(self) -> float:
@@ -169,36 +128,6 @@ class TrainableAverage:
         with self.pods.agree():
             mine = self._weights.squared_distance(self._written.current) * self.pods.share
         return sqrt(float(self.pods.sum_(mine)))
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the candidates that this rank has read."""
-        return sum(candidate.bytes_read for candidate in self._candidates)
-
-    @property
-    def store_bytes(self) -> int:
-        """Bytes of deltas and center that this rank holds."""
-        return self._store.nbytes
-
-    @while_open
-    def cost(self, steps: int) -> dict[str, dict[str, float]]:
-        """Return the mean seconds of each part of a step since the last call, and the bytes of memory it moves.
-
-        `project` reads the deltas and the gradient. `combine` reads the deltas and the center and writes the weights.
-        `publish` makes the weights visible to the engine. `seconds_in_backward` is the time of `project` in backward
-        hooks; `seconds_in_forward` is the time that forward passes wait for `combine` with `combine: forward`.
-
-        Args:
-            steps: the number of steps since the last call.
-        """
-        elements = sum(len(span) for span in self._spans)
-        weights = sum(self._engine.live(span).nbytes for span in self._spans)
-        mapped = 0
-        if isinstance(store_kind(self.config.store), MappedFiles):  # reads candidate files instead of deltas
-            indices = range(self.num_candidates)
-            mapped = job_bytes(self._candidates, [(self.layout.sourced(span), indices) for span in self._spans])
-        nbytes = update_bytes(self._store.nbytes, elements, mapped=mapped, weights=weights)
-        return step_cost(self.clock.read(), nbytes, steps)
 
     @while_open
     def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
@@ -375,25 +304,6 @@ class TrainableAverage:
             progress=progress,
         )
 
-    def origin(self, wrote: str = "the live weights of an average", **more: object) -> dict[str, Any]:
-        """Return the provenance of the current weights, as in twa_scale.json of an export.
-
-        Args:
-            wrote: what is written.
-            more: further entries.
-        """
-        shown = self._swapped.now
-        return provenance(
-            wrote,
-            self.fingerprint.labels,
-            config=self._form.settings(),
-            groups=list(self.layout.groups),
-            elements=self.elements,
-            coefficients=(self.coefficients if shown is None else shown).tolist(),
-            **more,
-            **rows_provenance(shown is None and self._rows is not None),
-        )
-
     @while_open
     def can_start_from(self, which: Which, *, exactly: bool = False) -> bool:
         """Return whether `start_from(which)` is possible: `simplex` needs a positive coefficient for every candidate.
@@ -543,16 +453,6 @@ class TrainableAverage:
             self._gradients.require_no_fault(self.pods)
         finally:
             self._gradients.clear()
-
-    def __repr__(self) -> str:
-        parts = (
-            f"candidates={self.num_candidates}",
-            f"groups={len(self.layout.groups)} ({brief(self.config.groups)})",
-            f"basis={self.config.basis!r}",
-            f"store={self.config.store!r}",
-            f"engine={type(self._engine).__name__}",
-        )
-        return f"TrainableAverage({', '.join(parts)}{', closed' if self.closed else ''})"
 
     def __iter__(self) -> NoReturn:
         refuse_unpacking()

@@ -1,0 +1,144 @@
+"""What an average says about itself: its coefficients, measures of them, costs, and where it comes from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from twa_scale.average.basis import Basis
+from twa_scale.average.closing import while_open
+from twa_scale.average.layout import Layout
+from twa_scale.average.measures import described, effective_candidates
+from twa_scale.average.rows import RowCorrections
+from twa_scale.average.state import StateForm
+from twa_scale.average.swap import SwappedWeights
+from twa_scale.base.clock import Clock
+from twa_scale.base.inputs import brief
+from twa_scale.base.spans import Span
+from twa_scale.candidates import Candidate
+from twa_scale.candidates.fingerprint import Fingerprint
+from twa_scale.candidates.read_ahead import job_bytes
+from twa_scale.config import TwaConfig
+from twa_scale.config.kinds import MappedFiles, store_kind
+from twa_scale.engines import Engine
+from twa_scale.output.provenance import provenance, rows_provenance
+from twa_scale.store import Store, step_cost, update_bytes
+
+
+class Observed:
+    """The part of a `TrainableAverage` that changes nothing. The attributes are those of the average."""
+
+    config: TwaConfig
+    layout: Layout
+    fingerprint: Fingerprint
+    clock: Clock
+    elements: list[int]
+    closed: bool
+    _engine: Engine
+    _store: Store
+    _basis: Basis
+    _rows: RowCorrections | None
+    _candidates: Sequence[Candidate]
+    _form: StateForm
+    _spans: Mapping[Span, int]
+    _x: nn.Parameter
+    _swapped: SwappedWeights
+
+    @property
+    def num_candidates(self) -> int:
+        """The number of candidates, n."""
+        return len(self._candidates)
+
+    @property
+    def coefficients(self) -> torch.Tensor:
+        """The averaging coefficients a, (n, G) float64: w_g = sum_i a[i, g] w_i. In centered bases they sum to 1.
+
+        With `groups: tensor+row` they do not include the corrections of single rows.
+        """
+        return self._form.averaging(self._x)
+
+    @while_open
+    def row_corrections(self) -> dict[str, torch.Tensor]:
+        """Return the corrections of the averaging coefficients of each row, (n, rows) float64 by tensor. Collective.
+
+        With `groups: tensor+row`, row r of tensor t is the sum of `(a[i, g] + row_corrections()[t][i, r]) * w_i` over
+        i, where g is the group of t. Other groups have none.
+        """
+        return {} if self._rows is None else self._rows.averaging(self.layout.group_of)
+
+    @property
+    def effective_candidates(self) -> float:
+        """The number of candidates whose uniform mean reduces independent noise of the candidates as much.
+
+        It is 1 / sum_i a_i^2 for coefficients of sum 1: see `measures.effective_candidates`.
+        """
+        return effective_candidates(self.coefficients, self.elements)
+
+    @property
+    def candidate_distances(self) -> list[float]:
+        """The distance of each candidate from the center: the norm of its delta over all trained elements."""
+        return self._basis.gram.diagonal(dim1=1, dim2=2).sum(0)[:-1].clamp(min=0).sqrt().tolist()
+
+    def described(self) -> dict[str, float]:
+        """Return values to log: see `measures.described`."""
+        return described(self.coefficients, self.elements)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the candidates that this rank has read."""
+        return sum(candidate.bytes_read for candidate in self._candidates)
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes of deltas and center that this rank holds."""
+        return self._store.nbytes
+
+    @while_open
+    def cost(self, steps: int) -> dict[str, dict[str, float]]:
+        """Return the mean seconds of each part of a step since the last call, and the bytes of memory it moves.
+
+        `project` reads the deltas and the gradient. `combine` reads the deltas and the center and writes the weights.
+        `publish` makes the weights visible to the engine. `seconds_in_backward` is the time of `project` in backward
+        hooks; `seconds_in_forward` is the time that forward passes wait for `combine` with `combine: forward`.
+
+        Args:
+            steps: the number of steps since the last call.
+        """
+        elements = sum(len(span) for span in self._spans)
+        weights = sum(self._engine.live(span).nbytes for span in self._spans)
+        mapped = 0
+        if isinstance(store_kind(self.config.store), MappedFiles):  # reads candidate files instead of deltas
+            indices = range(self.num_candidates)
+            mapped = job_bytes(self._candidates, [(self.layout.sourced(span), indices) for span in self._spans])
+        nbytes = update_bytes(self._store.nbytes, elements, mapped=mapped, weights=weights)
+        return step_cost(self.clock.read(), nbytes, steps)
+
+    def origin(self, wrote: str = "the live weights of an average", **more: object) -> dict[str, Any]:
+        """Return the provenance of the current weights, as in twa_scale.json of an export.
+
+        Args:
+            wrote: what is written.
+            more: further entries.
+        """
+        shown = self._swapped.now
+        return provenance(
+            wrote,
+            self.fingerprint.labels,
+            config=self._form.settings(),
+            groups=list(self.layout.groups),
+            elements=self.elements,
+            coefficients=(self.coefficients if shown is None else shown).tolist(),
+            **more,
+            **rows_provenance(shown is None and self._rows is not None),
+        )
+
+    def __repr__(self) -> str:
+        parts = (
+            f"candidates={self.num_candidates}",
+            f"groups={len(self.layout.groups)} ({brief(self.config.groups)})",
+            f"basis={self.config.basis!r}",
+            f"store={self.config.store!r}",
+            f"engine={type(self._engine).__name__}",
+        )
+        return f"TrainableAverage({', '.join(parts)}{', closed' if self.closed else ''})"
