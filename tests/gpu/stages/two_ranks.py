@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from tests.gpu.stages.setup import Row, Setup
 from tests.gpu.stages.sharded import compared, reference
+from twa_scale.ranks import exit_process
 
 RANKS = 2
 TIMEOUT = timedelta(seconds=30)
@@ -49,6 +50,7 @@ def rank_of(rank: int, device_name: str, folder_name: str) -> None:
             file.write(json.dumps(asdict(row)) + "\n")
             file.flush()
     dist.destroy_process_group()
+    exit_process(0)  # threads of gloo may abort an interpreter that is finalized
 
 
 def connected(rank: int, device: torch.device, folder: Path) -> tuple[str, str]:
