@@ -96,7 +96,7 @@ class Training(Work):
         return settings(self.candidates, WIDE, directory, **usual | self.changes)
 
     def do(self, directory: Path) -> None:
-        run_here(self.settings(directory))
+        run_here(self.settings(directory), pictures=True)
 
     def found(self, directory: Path) -> OnDisk:
         has_state = any((directory / name).exists() for name in (STATE, PREVIOUS))
