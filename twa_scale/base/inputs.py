@@ -96,6 +96,21 @@ def parse_json(raw: bytes | bytearray) -> Any:
     return value
 
 
+def read_json_mapping(path: Path, error: type[TwaError], fix: str) -> dict[str, Any]:
+    """Return the content of a JSON file that holds values by name.
+
+    Raises:
+        TwaError: of type `error`, with `fix` as its last sentence: the file cannot be read, or holds something else.
+    """
+    try:
+        content = parse_json(read_bounded(path, MAX_JSON, error))
+    except ValueError as problem:
+        raise error(f"{path}: is not valid JSON: {problem}. {fix}") from problem
+    if not isinstance(content, dict):
+        raise error(f"{path}: holds {type(content).__name__}, not a mapping of keys to values. {fix}")
+    return content
+
+
 @contextmanager
 def named_errors(error: type[TwaError] = CandidateError, fix: str = "") -> Iterator[None]:
     """Replace an OSError of a `with` block by a TwaError of type `error` that names the path, the reason and `fix`."""

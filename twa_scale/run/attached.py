@@ -19,6 +19,7 @@ from twa_scale.output import parse_size
 from twa_scale.ranks import Group, World, require_same_settings, set_collective_timeout
 from twa_scale.run.batches import Batches, make_batches
 from twa_scale.run.best import BestAverage
+from twa_scale.run.best_start import start_at_best
 from twa_scale.run.engines import pod_mesh, run_engine
 from twa_scale.run.evaluate import evaluate
 from twa_scale.run.progress import Report
@@ -65,7 +66,8 @@ class AttachedRun:
             self.kept = BestAverage(self.task, config)
 
     def attach(self, config: RunConfig) -> None:
-        """Build the model and read the candidates, with settings that `twa_scale.attach` takes. Collective."""
+        """Build the model and read the candidates. Collective. With `start: best`, call `start_at_best` afterwards."""
+        config = config.model_copy(update={"start": "center"}) if config.start == "best" else config
         self.engine = run_engine(config, self.world)
         mesh = pod_mesh(config, self.world, self.device)
         with self.group.agree():  # separate from the checks above: the constructor of DDP is collective
@@ -81,6 +83,15 @@ class AttachedRun:
         if self.twa.rounding:
             self.report.say(str(self.twa.rounding))
         self.clock = Clock(self.device)
+
+    def start_at_best(self) -> None:
+        """Evaluate the averages that need no training, and start at the best one. Collective."""
+        start_at_best(self.twa, self.kept, self.measure, self.report.say)
+
+    def asked_to_stop(self) -> bool:
+        """Return whether a rank has received a signal. Collective."""
+        asked = torch.tensor(float(self.stop.asked), device=self.device)
+        return self.twa.pods.sum_(asked).item() > 0
 
     def reset_clocks(self) -> None:
         """Leave out of the cost of a step what has been measured until now."""

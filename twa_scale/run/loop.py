@@ -17,7 +17,6 @@ from twa_scale.output.temporary import remove_leftovers
 from twa_scale.ranks import Group, World
 from twa_scale.run import comparison
 from twa_scale.run.attached import AttachedRun
-from twa_scale.run.best_start import start_at_best
 from twa_scale.run.progress import Report
 from twa_scale.run.rate_search import InterruptedSearch, search_rate
 from twa_scale.run.records import Records
@@ -129,7 +128,7 @@ class Run(AttachedRun):
 
     def _attach(self, state: RunState | None) -> None:
         config = with_known_lr(self.config, state)
-        self.attach(config.model_copy(update={"start": "center"}) if config.start == "best" else config)
+        self.attach(config)
         self.step = self._steps_here = 0
         self.rate: RateState | None = None
         self._resume(state)
@@ -175,7 +174,7 @@ class Run(AttachedRun):
     def _choose_start(self) -> None:
         """Choose what the settings leave to held-out data: the start, and the learning rate. Collective."""
         if self.config.start == "best":
-            start_at_best(self.twa, self.kept, self.measure, self.report.say)
+            self.start_at_best()
             self._leave_if_asked()
         if self.config.optimizer.lr != "auto":
             return
@@ -201,8 +200,7 @@ class Run(AttachedRun):
 
     def _leave_if_asked(self) -> None:
         """Stop on all ranks if a rank has received a signal since the last step. Collective."""
-        asked = torch.tensor(float(self.stop.asked), device=self.device)
-        if self.twa.pods.sum_(asked).item() > 0:
+        if self.asked_to_stop():
             self._leave()
 
     def _leave(self) -> NoReturn:

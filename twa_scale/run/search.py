@@ -9,8 +9,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from twa_scale.average.search import Evaluation, search
 from twa_scale.average.search.methods import Constraint, Method
 from twa_scale.base.names import nearest
@@ -21,7 +19,6 @@ from twa_scale.output.publish import check_target, output_errors, replace_file
 from twa_scale.output.temporary import remove_leftovers
 from twa_scale.ranks import World, require_same_settings
 from twa_scale.run.attached import AttachedRun
-from twa_scale.run.best_start import start_at_best
 from twa_scale.run.progress import Report
 from twa_scale.run.resume import AVERAGE, SUMMARY, with_known_lr
 from twa_scale.run.stopping import Stop, Stopped
@@ -93,12 +90,11 @@ class _Search:
         with run.group.agree():
             if run.group.rank == 0:
                 self._prepare()
-        start_later = {"start": "center"} if config.start == "best" else {}
-        run.attach(with_known_lr(config, None).model_copy(update=start_later))
+        run.attach(with_known_lr(config, None))
         if config.evaluate_split == "test":
             run.report.say("the search chooses by the test split, so its results on it are biased")
         if config.start == "best":
-            start_at_best(run.twa, run.kept, run.measure, run.report.say)
+            run.start_at_best()
         start = time.perf_counter()
         for method in self._methods:
             self._search(method)
@@ -163,8 +159,7 @@ class _Search:
             self._best = evaluation
             text = f"{evaluation.label}: {self._name} {evaluation.score:.6g}, the best so far"
             run.report.say(f"{len(self._tried)}: {text}")
-        asked = torch.tensor(float(run.stop.asked), device=run.device)
-        if run.twa.pods.sum_(asked).item() > 0:
+        if run.asked_to_stop():
             text = f"stopped early after {len(self._tried)} averages, their scores are in {self._record}"
             run.report.say(f"{text}; the same command continues")
             raise Stopped(text)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from twa_scale.base.inputs import open_regular, parse_json, text
 from twa_scale.base.names import nearest
 from twa_scale.errors import ConfigError
+from twa_scale.run.tasks.packages import needed
 
 PARQUET = ".parquet"
 SUFFIXES = (PARQUET, ".arrow")
@@ -63,7 +63,7 @@ def batches(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
 def has_lists(path: Path, column: str) -> bool:
     """Return whether a parquet or Arrow file has a column of this name that holds lists."""
     with named_errors(path):
-        schema = open_parquet(path).schema_arrow if path.suffix.lower() == PARQUET else _arrow(path)[0].schema
+        schema = _schema(path)
         return column in schema.names and _is_list(schema.field(column).type)
 
 
@@ -112,7 +112,7 @@ def integer_lists(column: Any, path: Path, row: int, name: str, fix: str) -> tup
 def class_names(path: Path, column: str) -> list[str]:
     """Return the names of the classes of a `ClassLabel` in a file of the library `datasets`, or an empty list."""
     with named_errors(path):
-        schema = open_parquet(path).schema_arrow if path.suffix.lower() == PARQUET else _arrow(path)[0].schema
+        schema = _schema(path)
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return [text(name) for name in features[column]["names"]]
@@ -140,13 +140,7 @@ def pyarrow(module: str = "pyarrow") -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"task: parquet and Arrow files need the package pyarrow, but its import failed ({error}). Install it: "
-            "pip install twa-scale[data]."
-        ) from error
+    return needed(module, "task: parquet and Arrow files need the package pyarrow", "twa-scale[data]")
 
 
 @contextmanager
@@ -170,6 +164,10 @@ def _mapped(path: Path) -> Any:
 def open_parquet(path: Path) -> Any:
     """Return a pyarrow.parquet.ParquetFile of a mapped file."""
     return pyarrow("pyarrow.parquet").ParquetFile(_mapped(path))
+
+
+def _schema(path: Path) -> Any:
+    return open_parquet(path).schema_arrow if path.suffix.lower() == PARQUET else _arrow(path)[0].schema
 
 
 def _arrow(path: Path) -> tuple[Any, Iterator[Any]]:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from twa_scale.base.inputs import brief, open_regular
 from twa_scale.base.names import some
 from twa_scale.errors import ConfigError
+from twa_scale.run.tasks.packages import needed
 
 Array = npt.NDArray[Any]
 
@@ -91,13 +91,10 @@ def average_precision(found: Sequence[Detections]) -> dict[str, float]:
     Raises:
         ConfigError: pycocotools is not installed, or no image has an object.
     """
-    try:
-        coco, cocoeval = import_module("pycocotools.coco"), import_module("pycocotools.cocoeval")
-    except ImportError as error:
-        raise ConfigError(
-            f"task: the average precision needs pycocotools, but its import failed ({error}). Install it: "
-            "pip install twa-scale[detection]."
-        ) from error
+    coco, cocoeval = (
+        needed(f"pycocotools.{name}", "task: the average precision needs pycocotools", "twa-scale[detection]")
+        for name in ("coco", "cocoeval")
+    )
     unique = {detections.truth.identity: detections for detections in found}
     ordered = [unique[identity] for identity in sorted(unique)]
     truth, detected = _truth(ordered), _detected(ordered)

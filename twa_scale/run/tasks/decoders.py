@@ -1,7 +1,8 @@
 """How an encoded image becomes the tensor of an example."""
 
 import os
-from importlib import import_module
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from twa_scale.base.inputs import open_regular
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
+from twa_scale.run.tasks.packages import needed
 
 
 class Decoder(Protocol):
@@ -96,13 +98,12 @@ def open_image(path: Path) -> Any:
     Raises:
         ConfigError: the file cannot be read or decoded.
     """
-    try:
-        with os.fdopen(open_regular(path, ConfigError), "rb") as file, pillow("PIL.Image").open(file) as image:
-            return image.convert("RGB")
-    except ConfigError:
-        raise
-    except Exception as error:  # for damaged images, decoders raise many kinds of exceptions
-        raise ConfigError(f"{path}: cannot be read as an image: {error}. Repair or remove it.") from error
+    with (
+        _named_errors(path),
+        os.fdopen(open_regular(path, ConfigError), "rb") as file,
+        pillow("PIL.Image").open(file) as image,
+    ):
+        return image.convert("RGB")
 
 
 def decode(file: IO[bytes], decoder: Decoder, place: str) -> Tensor:
@@ -111,9 +112,14 @@ def decode(file: IO[bytes], decoder: Decoder, place: str) -> Tensor:
     Raises:
         ConfigError: it cannot be decoded.
     """
+    with _named_errors(place), pillow("PIL.Image").open(file) as image:
+        return decoder(image.convert("RGB"), place)
+
+
+@contextmanager
+def _named_errors(place: str | Path) -> Iterator[None]:
     try:
-        with pillow("PIL.Image").open(file) as image:
-            return decoder(image.convert("RGB"), place)
+        yield
     except ConfigError:
         raise
     except Exception as error:  # for damaged images, decoders raise many kinds of exceptions
@@ -126,9 +132,4 @@ def pillow(module: str) -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"task: images need Pillow, but its import failed ({error}). Install it: pip install twa-scale[data]."
-        ) from error
+    return needed(module, "task: images need Pillow", "twa-scale[data]")

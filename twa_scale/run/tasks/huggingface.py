@@ -1,6 +1,5 @@
 """Models and tokenizers from Hugging Face directories on disk. Nothing is downloaded."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from twa_scale.base.inputs import named_errors
 from twa_scale.base.paths import path_of
 from twa_scale.errors import ConfigError
+from twa_scale.run.tasks.packages import needed
 
 
 def load_config(directory: str) -> Any:
@@ -99,10 +99,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _transformers() -> Any:
-    try:
-        return import_module("transformers")
-    except ImportError as error:
-        raise ConfigError(
-            "task.model: a Hugging Face directory needs the package transformers, but its import failed "
-            f"({error}). Install it: pip install transformers."
-        ) from error
+    return needed("transformers", "task.model: a Hugging Face directory needs the package transformers", "transformers")

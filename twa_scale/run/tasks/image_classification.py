@@ -21,7 +21,7 @@ from twa_scale.run.tasks.data_files import Paths
 from twa_scale.run.tasks.decoders import Decoder, Processor, Square
 from twa_scale.run.tasks.image_data import SplitData, data_of_splits, table_labels
 from twa_scale.run.tasks.images import ImageFolder, ImageTable, ProcessedArrays, class_names, read_npz
-from twa_scale.run.tasks.import_path import call, import_function
+from twa_scale.run.tasks.import_path import import_function, model_from
 from twa_scale.run.tasks.labels import Label, numbering
 from twa_scale.run.tasks.task import SPLITS, Batch, Examples, Metrics
 
@@ -110,12 +110,7 @@ class ImageClassification:
         if self._config:
             return huggingface.build_model("AutoModelForImageClassification", self._config)
         assert self._function is not None
-        model = call(self._function, self._options.model_options, "task.model_options", self._options.model)
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"task.model: {self._options.model!r} returned {type(model).__name__}, not a torch.nn.Module."
-            )
-        return model
+        return model_from(self._function, self._options.model_options, self._options.model)
 
     def dataset(self, split: str) -> Examples:
         """Return examples {"images": pixel values of the image processor, or stored values, "labels": int64 scalar}."""

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+
 from twa_scale.base.names import nearest
 from twa_scale.errors import ConfigError
 
@@ -52,3 +54,15 @@ def call(function: Callable[..., Any], options: dict[str, Any], key: str, path: 
         known = f"It accepts {', '.join(valid)}." if valid else "It accepts no options."
         raise ConfigError(f"{key}: {path!r} cannot be called with these options: {error}{hint} {known}") from error
     return function(**options)
+
+
+def model_from(function: Callable[..., Any], options: dict[str, Any], path: str) -> nn.Module:
+    """Return the model of the function that `task.model` names by `path`.
+
+    Raises:
+        ConfigError: the function does not accept `task.model_options`, or does not return a module.
+    """
+    model = call(function, options, "task.model_options", path)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"task.model: {path!r} returned {type(model).__name__}, not a torch.nn.Module.")
+    return model

@@ -15,7 +15,7 @@ from twa_scale.run.tasks import huggingface
 from twa_scale.run.tasks.classification import require_split
 from twa_scale.run.tasks.coco import Annotated, Detections, average_precision, read_annotations
 from twa_scale.run.tasks.decoders import Decoder, Processor, Stretched, open_image
-from twa_scale.run.tasks.import_path import call, import_function
+from twa_scale.run.tasks.import_path import import_function, model_from
 from twa_scale.run.tasks.labels import default_names
 from twa_scale.run.tasks.task import SPLITS, Batch, Metrics
 
@@ -99,12 +99,7 @@ class ObjectDetection:
         if self._config:
             return huggingface.build_model("AutoModelForObjectDetection", self._config)
         assert self._function is not None
-        model = call(self._function, self._options.model_options, "task.model_options", self._options.model)
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"task.model: {self._options.model!r} returned {type(model).__name__}, not a torch.nn.Module."
-            )
-        return model
+        return model_from(self._function, self._options.model_options, self._options.model)
 
     def dataset(self, split: str) -> "DetectionExamples":
         """Return the examples of a split. See `DetectionExamples`."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from twa_scale.base.inputs import MAX_JSON, parse_json, read_bounded
+from twa_scale.base.inputs import read_json_mapping
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError
@@ -75,10 +75,4 @@ def used_files(folder: Path, files: list[Path]) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(read_bounded(path, MAX_JSON, ConfigError))
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON: {error}. Save the dataset again.") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds {type(value).__name__}, not an object. Save the dataset again.")
-    return value
+    return read_json_mapping(path, ConfigError, "Save the dataset again.")

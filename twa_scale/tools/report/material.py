@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from twa_scale.average.measures import COEFFICIENTS, DISTANCE, EFFECTIVE
 from twa_scale.average.state import PREVIOUS, STATE, AverageState, RunState, load_state
-from twa_scale.base.inputs import MAX_JSON, parse_json, read_bounded
+from twa_scale.base.inputs import read_json_mapping
 from twa_scale.base.notices import notice
 from twa_scale.candidates.steps import step_of
 from twa_scale.errors import StateError
@@ -77,13 +77,18 @@ class Origin(_Read):
 
     @model_validator(mode="after")
     def _fits(self) -> "Origin":
-        given = self.coefficients if self.coefficients is not None else [[w] for w in self.weights or ()]
+        given = self.by_candidate
         groups = len(self.groups) if self.coefficients is not None else 1
         if given and (len(given) != len(self.candidates) or any(len(row) != groups for row in given)):
             raise ValueError("there is not one coefficient for each candidate and group")
         if self.elements is not None and len(self.elements) != len(self.groups):
             raise ValueError("elements: there is not one number for each group")
         return self
+
+    @property
+    def by_candidate(self) -> list[list[float]]:
+        """The coefficients of each candidate, by group; empty if they are unknown."""
+        return self.coefficients if self.coefficients is not None else [[w] for w in self.weights or ()]
 
 
 class Tried(_Read):
@@ -216,7 +221,7 @@ def _coefficients_of_state(state: AverageState) -> Coefficients:
 
 
 def _coefficients_of_origin(origin: Origin) -> Coefficients | None:
-    given = origin.coefficients if origin.coefficients is not None else [[w] for w in origin.weights or ()]
+    given = origin.by_candidate
     if not given:
         return None
     groups = origin.groups if origin.coefficients is not None else ["all tensors"]
@@ -280,15 +285,7 @@ def _parsed(model: type[M], path: Path) -> M | None:
 
 def _json(path: Path) -> dict[str, Any] | None:
     """Return the content of a JSON file; None if there is no such file."""
-    if not path.exists():
-        return None
-    try:
-        content = parse_json(read_bounded(path, MAX_JSON, StateError))
-    except ValueError as error:
-        raise StateError(f"{path}: is not valid JSON: {error}. {_FIX}") from None
-    if not isinstance(content, dict):
-        raise StateError(f"{path}: holds {type(content).__name__}, not a mapping of keys to values. {_FIX}")
-    return content
+    return read_json_mapping(path, StateError, _FIX) if path.exists() else None
 
 
 def dumped(value: Any) -> str:

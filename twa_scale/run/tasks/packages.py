@@ -1,0 +1,23 @@
+"""Packages that only some data and models need."""
+
+from importlib import import_module
+from typing import Any
+
+from twa_scale.errors import ConfigError
+
+
+def needed(module: str, use: str, install: str) -> Any:
+    """Return a module of a package that may be missing.
+
+    Args:
+        module: its import path.
+        use: the setting, and what needs the package, for the error message.
+        install: what `pip install` has to be given.
+
+    Raises:
+        ConfigError: the import failed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{use}, but its import failed ({error}). Install it: pip install {install}.") from error
