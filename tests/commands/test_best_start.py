@@ -20,11 +20,12 @@ from twa_scale.run.progress import Report
 
 
 def test_averages_are_few_and_differ() -> None:
-    assert averages(1) == ["center", "last"]
-    assert averages(9) == [
+    assert averages(1, "mean") == ["center"]
+    assert averages(9, "first") == [
         "center", "last", "mean", "lawa:2", "lawa:4", "lawa:8", "ema:0.8", "ema:0.9", "ema:0.95", "minus-sqrt",
     ]  # fmt: skip
-    assert "lawa:8" not in averages(8)  # the mean
+    assert "lawa:8" not in averages(8, "first")  # the mean
+    assert averages(3, "mean") == [name for name in averages(3, "first") if name != "mean"]
 
 
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2)])
@@ -35,7 +36,7 @@ def test_the_best_is_taken(ranks: Pool, scores: Brought, tmp_path: Path, engine:
     ranks(run_here, size, data=data)
     held = candidates(scores)
     losses = {}
-    for name in averages(len(held)):
+    for name in averages(len(held), "first"):
         weights = center_weights(parse_center("first" if name == "center" else name), len(held))
         mixed = {key: sum(b * c[key].double() for b, c in zip(weights, held, strict=True)) for key in held[0]}
         losses[name] = measured_by_hand(scores, mixed)

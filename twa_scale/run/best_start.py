@@ -3,15 +3,18 @@
 from collections.abc import Callable
 
 from twa_scale.average.average import TrainableAverage
+from twa_scale.config import Center, center_weights
 from twa_scale.run.best import BestAverage
 
 _EMA = ("ema:0.8", "ema:0.9", "ema:0.95")
 
 
-def averages(n: int) -> list[str]:
-    """Return the names of the averages of n candidates to evaluate, without duplicates."""
+def averages(n: int, center: Center) -> list[str]:
+    """Return the names of the averages of n candidates to evaluate, without those that equal `center`."""
     windows = [f"lawa:{2**i}" for i in range(1, n.bit_length()) if 2**i < n]
-    return ["center", "last", *(["mean", *windows, *_EMA, "minus-sqrt"] if n > 1 else [])]
+    others = ["last", *(["mean", *windows, *_EMA, "minus-sqrt"] if n > 1 else [])]
+    known = center_weights(center, n)
+    return ["center", *(name for name in others if center_weights(name, n) != known)]
 
 
 def start_at_best(
@@ -30,7 +33,8 @@ def start_at_best(
         measure: returns the metrics of the current weights.
         say: called with one line for each average.
     """
-    names = [name for name in averages(average.num_candidates) if average.can_start_from(name)]
+    names = averages(average.num_candidates, average.config.center)
+    names = [name for name in names if average.can_start_from(name)]
     best, of_best = "", dict[str, float]()
     for name in names:
         with average.weights(name):
