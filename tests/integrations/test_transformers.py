@@ -128,11 +128,13 @@ class Fail(TrainerCallback):  # type: ignore[misc]
             raise RuntimeError("after two steps")
 
 
-def trainer_with(directory: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
+def trainer_with(
+    directory: Path, *callbacks: TrainerCallback, trainer: type[Trainer] = Trainer, **options: Any
+) -> Trainer:
     args = TrainingArguments(
         str(directory), max_steps=STEPS, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, **options
     )
-    return Trainer(model=build(0), args=args, train_dataset=Texts(), eval_dataset=Texts(), callbacks=list(callbacks))
+    return trainer(model=build(0), args=args, train_dataset=Texts(), eval_dataset=Texts(), callbacks=list(callbacks))
 
 
 @pytest.mark.slow
@@ -162,6 +164,46 @@ def test_further_averages_are_evaluated_with_prefixes_of_their_own(tmp_path: Pat
     history = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     assert history["eval_last_loss"] == pytest.approx(loss_of(trainer.model), abs=1e-5)
     assert len({history[key] for key in ("eval_loss", "eval_last_loss", "eval_mean_loss")}) == 3
+
+
+class Adding(Trainer):  # type: ignore[misc]
+    """Adds a metric to all that it logs, as the trainers of TRL do."""
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        logs["own" if self.model.training else "eval_own"] = 1.0
+        super().log(logs, *args)
+
+
+class Logged(TrainerCallback):  # type: ignore[misc]
+    """Keeps the names that loggers are given."""
+
+    def __init__(self) -> None:
+        self.names: list[set[str]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.names.append({name for name in logs if name.endswith("own")})
+
+
+@pytest.mark.slow
+def test_metrics_that_a_trainer_adds_have_the_prefix_of_their_average(tmp_path: Path) -> None:
+    logged = Logged()
+    window = {"every": 1, "keep": 2, "start_step": 2}
+    averaging = TwaCallback(window=window, evaluate_also=["last"], learn=LEARN, learn_steps=1, save=False)
+    every = {"eval_strategy": "steps", "eval_steps": STEPS, "save_strategy": "no", "logging_steps": STEPS}
+    trainer = trainer_with(tmp_path, logged, averaging, trainer=Adding, **every)
+    trainer.train()
+    wanted = [
+        "own",
+        "eval_own",
+        "eval_last_own",
+        "eval_own",
+        "twa_own",
+        "eval_average_own",
+    ]  # the fourth by its own mode
+    assert logged.names == [{name} for name in wanted]
+    assert [name for entry in trainer.state.log_history for name in entry if name.endswith("own")] == wanted
+    trainer.evaluate()
+    assert logged.names[-1] == {"eval_own"}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.integrations.averaging import Averaging, repeated
 from twa_scale.integrations.calls import running_calls
+from twa_scale.integrations.logged_names import added_metrics_as
 from twa_scale.output.beside import write_beside
 
 AVERAGE = "average"
@@ -159,7 +160,8 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         for name in self._also:
             if self.averages.has(name):
                 prefix = f"{metric_key_prefix}_{name.replace(':', '-')}"
-                self._evaluated(evaluate, name, eval_dataset, ignore_keys, prefix)
+                with added_metrics_as(self._trainer, prefix):
+                    self._evaluated(evaluate, name, eval_dataset, ignore_keys, prefix)
 
     def _unwrap_evaluate(self) -> None:
         self._trainer.evaluate = self._evaluate
@@ -193,7 +195,8 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
                 if trainer.args.should_save:
                     write_beside(directory, twa.origin("the learned average of a window of snapshots"))
             if trainer.eval_dataset is not None:
-                self._evaluate(metric_key_prefix="eval_average")
+                with added_metrics_as(trainer, "eval_average"):
+                    self._evaluate(metric_key_prefix="eval_average")
 
     def _steps(self, twa: TrainableAverage, batches: Any) -> None:
         trainer, args = self._trainer, self._trainer.args
@@ -205,16 +208,17 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
             with trainer.compute_loss_context_manager():
                 return trainer.compute_loss(model, inputs)
 
-        self._train_coefficients(
-            twa,
-            model,
-            repeated(batches, getattr(batches, "set_epoch", lambda _: None)),
-            loss,
-            accumulate=args.gradient_accumulation_steps,
-            scaler=getattr(trainer.accelerator, "scaler", None),
-            log_every=int(trainer.state.logging_steps),  # of the arguments it may be a fraction of the steps
-            log=trainer.log,
-        )
+        with added_metrics_as(trainer, "twa"):
+            self._train_coefficients(
+                twa,
+                model,
+                repeated(batches, getattr(batches, "set_epoch", lambda _: None)),
+                loss,
+                accumulate=args.gradient_accumulation_steps,
+                scaler=getattr(trainer.accelerator, "scaler", None),
+                log_every=int(trainer.state.logging_steps),  # of the arguments it may be a fraction of the steps
+                log=trainer.log,
+            )
 
 
 def _caller() -> tuple[Any, str | None]:

@@ -1,0 +1,39 @@
+"""The names of metrics that a class of Trainer adds to what it logs, as TRL's do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_OF_EVERY_TRAINER = {"epoch", "num_input_tokens_seen"}
+
+
+@contextmanager
+def added_metrics_as(trainer: Any, prefix: str) -> Iterator[None]:
+    """Log what the class of the trainer adds to metrics as `PREFIX_NAME` within a `with` block.
+
+    TRL's trainers add metrics in `log`, under the same names for every prefix of an evaluation. Those of one average
+    would take the place of those of another.
+
+    Args:
+        trainer: a Trainer of transformers.
+        prefix: takes the place of a prefix "eval".
+    """
+    log, on_log = trainer.log, trainer.callback_handler.on_log
+    given: set[str] = set()
+
+    def remember(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        given.update(logs)
+        log(logs, *args, **kwargs)
+        given.clear()
+
+    def rename(args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> Any:
+        for name in logs.keys() - given - _OF_EVERY_TRAINER:
+            for entry in (logs, state.log_history[-1]):
+                entry[f"{prefix}_{name.removeprefix('eval_')}"] = entry.pop(name)
+        return on_log(args, state, control, logs, **kwargs)
+
+    trainer.log, trainer.callback_handler.on_log = remember, rename
+    try:
+        yield
+    finally:
+        trainer.log, trainer.callback_handler.on_log = log, on_log
