@@ -91,26 +91,37 @@ def test_candidates_are_read_as_from_pretrained_reads_them_and_it_reads_the_expo
         assert not wrong, wrong
 
 
-def test_a_run_is_exported_in_the_form_of_its_candidates(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("groups", "group"),
+    [("tensor", "model.layers.1.mlp.experts.gate_up_proj"), ("expert", "model.layers.1.mlp.experts.1")],
+)
+@pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")
+def test_a_run_is_exported_in_the_form_of_its_candidates(groups: str, group: str, tmp_path: Path) -> None:
     (architecture,) = (one for one in ARCHITECTURES if one.model == "MixtralForCausalLM")
     with quiet():
         paths = [tmp_path / f"step-{i}" for i in range(2)]
         for i, path in enumerate(paths):
             built(architecture, i).save_pretrained(path)
         model = built(architecture, 2)
-        average = twa_scale.attach(model, paths, {"groups": "tensor"})
-        assert "model.layers.1.mlp.experts.gate_up_proj" in average.layout.groups
+        average = twa_scale.attach(model, paths, {"groups": groups})
+        assert group in average.layout.groups
         model(torch.arange(8).view(1, 8), labels=torch.arange(8).view(1, 8)).loss.backward()
         average.step()
         average.export(tmp_path / "out")
         save_run(average, paths, tmp_path / "run")
         export_run(tmp_path / "run", tmp_path / "exact")
-    exported, exact, stored = (
-        load_file(path / "model.safetensors") for path in (tmp_path / "out", tmp_path / "exact", paths[0])
+    exported, exact, *stored = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "out", tmp_path / "exact", *paths)
     )
-    assert exported.keys() == exact.keys() == stored.keys()
+    assert exported.keys() == exact.keys() == stored[0].keys()
     for name, value in exact.items():
         torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-6)
+    if groups == "expert":
+        for i in range(2):
+            name = f"model.layers.1.block_sparse_moe.experts.{i}.w2.weight"
+            a = average.coefficients[:, average.layout.groups.index(f"model.layers.1.mlp.experts.{i}")].float()
+            torch.testing.assert_close(exact[name], a[0] * stored[0][name] + a[1] * stored[1][name])
+            assert abs(float(a[0]) - 0.5) > 1e-3
 
 
 class Doubled(transformers.LlamaForCausalLM):  # type: ignore[misc]

@@ -7,6 +7,7 @@ import torch
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.bases import make_basis
 from twa_scale.average.basis import Basis
+from twa_scale.average.grouping import experts_line
 from twa_scale.average.layout import Layout
 from twa_scale.average.load_candidates import LoadedCandidates, fingerprint, write_rest
 from twa_scale.average.rows import make_rows
@@ -62,7 +63,7 @@ def assemble(
     with pods.agree():
         _require_equal_ties(layout, found)
     write_rest(engine, layout, filled)
-    _report(engine, pods, layout, found, filled)
+    _report(config, engine, pods, layout, found, filled)
     basis = _basis(pods, config, gram.cpu(), weights)  # small mathematics: a GPU would only wait for it
     rows = make_rows(config, engine, pods, reduction, layout, basis, store.coding)
     return TrainableAverage(
@@ -70,7 +71,9 @@ def assemble(
     )
 
 
-def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, filled: LoadedCandidates) -> None:
+def _report(
+    config: TwaConfig, engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, filled: LoadedCandidates
+) -> None:
     """Say on one rank what a user may not have meant. Collective: a warning may be an error."""
     copied = {name: i for differing in engine.shard_group.gather(filled.differing) for name, i in differing.items()}
     with pods.agree():
@@ -88,6 +91,8 @@ def _report(engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, fill
                 f"the base model keeps its {len(layout.base)} tensors ({some(layout.base, 2)}): candidates and exports "
                 "are adapters."
             )
+        if config.groups == "expert":
+            notice(experts_line(layout.groups, layout.group_of, layout.experts))
         if wrapper := enclosing_wrapper(engine):
             notice(
                 f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "

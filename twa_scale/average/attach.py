@@ -24,9 +24,10 @@ from twa_scale.candidates.rounding import choose_coding
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine, choose_engine
-from twa_scale.engines.complex_weights import complex_tensor_names
 from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting
 from twa_scale.engines.model_checks import require_device, require_materialized
+from twa_scale.engines.split_spans import SplitEngine
+from twa_scale.engines.stacked_experts import StackedExperts, stacked_experts
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Coding
 from twa_scale.ranks import Pods, Reduction, require_same_settings
@@ -72,6 +73,8 @@ def attach(
         engine.check()
         candidates, config = _candidates_and_config(engine, candidates, config)
         require_trainable(config, engine, pods)
+        stacked = experts_of(engine, config)
+        engine = SplitEngine(engine, {name: one.number for name, one in stacked.items()}) if stacked else engine
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
     with ExitStack() as undo:  # after an error, nothing stays open, and the caller can try again
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
@@ -81,7 +84,7 @@ def attach(
             undo.callback(candidate.close)
         with pods.agree():
             carried = carried_files(opened, files=pods.rank == 0, code=config.carry_code)
-            layout = matched(engine, opened, config, adapter)
+            layout = matched(engine, opened, config, adapter, stacked)
             weights = center_weights(config.center, len(opened))
             check_settings(config, weights)
         sources = [layout.source(name) for name in layout.group_of]
@@ -143,10 +146,19 @@ def _wanted(engine: Engine, config: TwaConfig, adapter: LiveAdapter | None) -> W
     return wanted_of(engine.parameters, engine.buffers(), config, engine.module, adapter)
 
 
+def experts_of(engine: Engine, config: TwaConfig) -> dict[str, StackedExperts]:
+    """Return the tensors of the model that stack experts, if these have groups of their own."""
+    return stacked_experts(engine.module, engine.parameters) if config.groups == "expert" else {}
+
+
 def matched(
-    engine: Engine, candidates: Sequence[Candidate], config: TwaConfig, adapter: LiveAdapter | None = None
+    engine: Engine,
+    candidates: Sequence[Candidate],
+    config: TwaConfig,
+    adapter: LiveAdapter | None = None,
+    stacked: Mapping[str, StackedExperts] | None = None,
 ) -> Layout:
-    """Find the tensors of the model in the candidates.
+    """Find the tensors of the model in the candidates. The arguments are those of `match`.
 
     Raises:
         CandidateError, ConfigError: as `match` and `require_same_kinds` do.
@@ -154,10 +166,10 @@ def matched(
     first, buffers = candidates[0], engine.buffers()
     if adapter:
         require_fitting(adapter, candidates)
-    layout = match(engine.parameters, buffers, candidates, config, adapter)
+    layout = match(engine.parameters, buffers, candidates, config, adapter, stacked)
     types = {name: buffer.dtype for name, buffer in buffers.items()}
     types |= {name: info.dtype for name, info in engine.parameters.items()}
-    require_same_kinds(layout, types, complex_tensor_names(engine), first, complex_in_files(first))
+    require_same_kinds(layout, types, engine.complex_names, first, complex_in_files(first))
     return layout
 
 

@@ -79,10 +79,10 @@ class TrainableAverage(Observed):
         self._candidates = candidates
         self._carried = carried
         self._form = StateForm(config, layout, basis, fingerprint, conversions(candidates))
-        group_of = {layout.source(name): group for name, group in layout.group_of.items()}
-        self.elements = elements_of_groups(len(layout.groups), group_of, fingerprint.shapes)
+        groups_of = {layout.source(name): layout.groups_of(name) for name in layout.group_of}
+        self.elements = elements_of_groups(len(layout.groups), groups_of, fingerprint.shapes)
         """The number of elements of each group."""
-        self._spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
+        self._spans = {span: layout.group(span) for span in engine.spans() if span.name in layout.group_of}
         self._x = nn.Parameter(self._located(config.start))
         self.clock = Clock(engine.device)
         sums = torch.zeros(store.coding.num_rows + 1, len(layout.groups), dtype=torch.float64, device=engine.device)

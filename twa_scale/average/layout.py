@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from twa_scale.base.names import group_names, matches_any, nearest, selected, some, without_wrappers
+from twa_scale.average.grouping import Experts, grouped
+from twa_scale.base.names import matches_any, nearest, selected, some, without_wrappers
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate, Wanted
 from twa_scale.candidates.adapters import adapter_config, summed
@@ -18,6 +19,7 @@ from twa_scale.config import TwaConfig
 from twa_scale.engines import ParameterInfo
 from twa_scale.engines.live_adapter import LiveAdapter
 from twa_scale.engines.module_names import named_modules
+from twa_scale.engines.stacked_experts import StackedExperts
 from twa_scale.errors import CandidateError, ConfigError
 
 
@@ -28,7 +30,9 @@ class Layout:
     groups: tuple[str, ...]
     """Names of the groups; the order is that of the columns of the coefficients."""
     group_of: dict[str, int]
-    """Group of each trained tensor, by the model's name."""
+    """Group of each trained tensor, by the model's name; see `Grouping`."""
+    experts: dict[str, Experts]
+    """Groups of the experts in the tensors that stack them, with `groups: expert`."""
     fixed: tuple[str, ...]
     """Parameters that stay at the center: frozen, or left out by `include` and `exclude`."""
     summed: frozenset[str]
@@ -47,6 +51,16 @@ class Layout:
     def source(self, name: str) -> str:
         """Return the name under which a tensor is read."""
         return self.held_as[name][0]
+
+    def group(self, span: Span) -> int:
+        """Return the group of a trained span; with `groups: expert`, spans do not cross experts (`SplitEngine`)."""
+        experts = self.experts.get(span.name)
+        return self.group_of[span.name] if experts is None else experts.group(span)
+
+    def groups_of(self, name: str) -> tuple[int, ...]:
+        """Return the groups of the equal parts of a trained tensor: one, unless it stacks experts."""
+        experts = self.experts.get(name)
+        return (self.group_of[name],) if experts is None else experts.groups
 
     def read(self, spans: Iterable[Span]) -> list[Span]:
         """Return the spans of tensors that candidates hold."""
@@ -108,6 +122,7 @@ def match(
     candidates: Sequence[Candidate],
     config: TwaConfig,
     adapter: LiveAdapter | None = None,
+    stacked: Mapping[str, StackedExperts] | None = None,
 ) -> Layout:
     """Find every tensor of the model in the candidates, which are known to be alike.
 
@@ -117,6 +132,7 @@ def match(
         candidates: what is averaged.
         config: which tensors are left out, and what is made of those that are missing.
         adapter: what the model trains, if it has adapters: their names in files, and what may be missing.
+        stacked: the tensors of the model that stack experts, for `groups: expert`.
 
     Raises:
         CandidateError: a tensor that is missing, left over or of another shape.
@@ -151,12 +167,13 @@ def match(
             "exclude leave none of them. Widen the patterns, or set requires_grad"
             f"{' (PeftModel.from_pretrained(.., is_trainable=True))' if adapter else ''}."
         )
-    by_group = group_names(trained, config.groups)
-    groups = tuple(dict.fromkeys(by_group.values()))
+    shapes = {name: info.shape for name, info in parameters.items()}
+    grouping = grouped(trained, config.groups, shapes, stacked or {})
     return Layout(
-        groups=groups,
-        group_of={name: groups.index(group) for name, group in by_group.items()},
-        fixed=tuple(name for name in held_as if name not in by_group),
+        groups=grouping.groups,
+        group_of=grouping.group_of,
+        experts=grouping.experts,
+        fixed=tuple(name for name in held_as if name not in grouping.group_of),
         summed=all_summed,
         kept=tuple(kept),
         base=tuple(base),

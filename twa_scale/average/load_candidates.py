@@ -128,7 +128,7 @@ def _read_spans(
     copied: dict[Span, int] = {}
     for read, span in live.items():
         if span.name in layout.group_of:
-            products = gram.of(layout.group_of[span.name])
+            products = gram.of(layout.group(span))
             targets[read] = replace(store.reserve(span), products=products, errors=errors)
         elif span.name in layout.summed:
             sums.append(read)

@@ -10,17 +10,20 @@ COEFFICIENTS = "coefficients/"
 EFFECTIVE, DISTANCE = "effective_candidates", "distance"
 
 
-def elements_of_groups(num_groups: int, group_of: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> list[int]:
+def elements_of_groups(
+    num_groups: int, groups_of: Mapping[str, Sequence[int]], shapes: Mapping[str, Sequence[int]]
+) -> list[int]:
     """Return the number of elements of each group.
 
     Args:
         num_groups: the number of groups, G.
-        group_of: the group of each trained tensor, by its name.
+        groups_of: the groups of the equal parts of each trained tensor, by its name: one for most tensors.
         shapes: the shapes of tensors, by the same names.
     """
     elements = [0] * num_groups
-    for name, group in group_of.items():
-        elements[group] += prod(shapes[name])
+    for name, groups in groups_of.items():
+        for group in groups:
+            elements[group] += prod(shapes[name]) // len(groups)
     return elements
 
 

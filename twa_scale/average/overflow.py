@@ -51,8 +51,9 @@ class WeightLimits:
         self._rows = rows
         self._group = group
         limits = torch.full((len(layout.groups),), torch.finfo(torch.float32).max, dtype=torch.float64)
-        for name, column in layout.group_of.items():
-            limits[column] = min(float(limits[column]), torch.finfo(engine.parameters[name].dtype).max)
+        for name in layout.group_of:
+            columns = list(layout.groups_of(name))
+            limits[columns] = limits[columns].clamp(max=torch.finfo(engine.parameters[name].dtype).max)
         self._limits = limits
         self._norms = basis.gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().T.cpu() * _STRETCH
         self._read_at = torch.zeros_like(self._norms)
@@ -96,7 +97,7 @@ class WeightLimits:
         largest = torch.zeros_like(self._largest)
         with self._group.agree():
             for span in spans:
-                column = self._layout.group_of[span.name]
+                column = self._layout.group(span)
                 largest[column] = max(float(largest[column]), self._part(span))
         self._largest = torch.stack(self._group.gather(largest)).amax(0)
         self._read_at, self._rows_read_at = self._asked_at

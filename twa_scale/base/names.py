@@ -75,8 +75,9 @@ def group_names(names: Sequence[str], groups: str | Sequence[str]) -> dict[str, 
     Args:
         names: the tensor names.
         groups: the setting of TwaConfig. `block` takes the path up to the first number ("layers.3"), or the top module
-            of a tensor outside of blocks. In a list of regular expressions the first match is used, and tensors without
-            a match form the group "rest". `tensor+row` has the groups of `tensor`.
+            of a tensor outside of blocks. `expert` takes the path of an expert with its number ("layers.3.experts.7"),
+            and for other tensors that of the block. In a list of regular expressions the first match is used, and
+            tensors without a match form the group "rest". `tensor+row` has the groups of `tensor`.
 
     Raises:
         ConfigError: a pattern matches no tensor.
@@ -88,6 +89,8 @@ def group_names(names: Sequence[str], groups: str | Sequence[str]) -> dict[str, 
         return {name: name for name in names}
     if groups == "block":
         return {name: _block(name) for name in names}
+    if groups == "expert":
+        return {name: expert_of(name) or _block(name) for name in names}
     assert not isinstance(groups, str)
     refuse_unused("groups", groups, names)
     return {name: next((p for p in groups if re.search(p, name)), REST) for name in names}
@@ -99,6 +102,26 @@ def _block(name: str) -> str:
         if part.isdigit():
             return ".".join(parts[: depth + 1])
     return parts[0]
+
+
+def experts_path(name: str) -> tuple[str | None, str | None]:
+    """Return the path of the experts in a name, "layers.3.experts", and the number that follows it; None if missing.
+
+    Shared experts, which see every token, are none of them.
+    """
+    parts = name.split(".")
+    for depth, part in enumerate(parts, 1):
+        if "expert" in part and "shared" not in part:
+            number = parts[depth] if depth < len(parts) and parts[depth].isdigit() else None
+            if number is not None or "experts" in part:
+                return ".".join(parts[:depth]), number
+    return None, None
+
+
+def expert_of(name: str) -> str | None:
+    """Return the path of the expert that a tensor belongs to, "layers.3.experts.7", or None if there is none."""
+    path, number = experts_path(name)
+    return None if number is None else f"{path}.{number}"
 
 
 def refuse_unused(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:

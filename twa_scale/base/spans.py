@@ -64,6 +64,26 @@ class Span:
         first, last = (self.start + i // self.run * self.stride for i in (start, stop - self.run))
         return Span(self.name, first, last + self.run, self.run, self.stride)
 
+    def cuts(self, size: int) -> Iterator[tuple[int, "Span"]]:
+        """Yield the part of this span in each part of `size` elements of the tensor, with its offset in this span.
+
+        Parts without elements are left out; of an empty span, the span itself is yielded. Runs of a strided span must
+        not cross a multiple of `size`.
+        """
+        if not len(self):
+            yield 0, self
+            return
+        for part in range(self.start // size, -(-self.stop // size)):
+            start, stop = (self._before(bound) for bound in (part * size, (part + 1) * size))
+            if start < stop:
+                yield start, self.part(start, stop)
+
+    def _before(self, position: int) -> int:
+        """Return the number of elements of this span before a position in the flattening that is in no run."""
+        if not self.run:
+            return min(max(position, self.start), self.stop) - self.start
+        return min(max(-(-(position - self.start) // self.stride), 0), self._count()) * self.run
+
 
 def block(name: str, shape: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...]) -> Span:
     """Return the span of a box of a tensor.

@@ -32,11 +32,13 @@ class TwaConfig(Section):
         "of the candidates (TWA, ICLR 2023), or leading `pca` directions (DLDR). `simplex` trains softmax weights of "
         "the candidates (learned soup).",
     )
-    groups: Literal["global", "block", "tensor", "block+row", "tensor+row"] | list[str] = Field(
+    groups: Literal["global", "block", "tensor", "expert", "block+row", "tensor+row"] | list[str] = Field(
         "global",
         description="Tensors that share one coefficient per candidate: all (`global`), those of a `block`, each "
         "`tensor`, or one group per regular expression of a list. The first expression found in a name counts; "
-        "tensors that match none share a group. Names are those of the model. With `block+row` and `tensor+row`, each "
+        "tensors that match none share a group. Names are those of the model. `expert` has one coefficient for each "
+        "expert of a mixture of experts, also where the model stacks experts in one tensor; other tensors have that of "
+        "their block. With `block+row` and `tensor+row`, each "
         "row of a matrix (output channel of a convolution, row of an embedding) has a correction of its own, which is "
         "trained at `optimizer.row_lr`; for the bases `normalized` and `pca`.",
     )

@@ -100,6 +100,8 @@ class Engine(metaclass=_CheckedMeta):
     """Set before `check`. If True, training continues with the model's own optimizer, which may hold state."""
     averages_replicas: bool = False
     """Whether the gradients passed to the callback are already means over `replica_group`."""
+    complex_names: frozenset[str] = frozenset()
+    """The complex parameters and buffers of the model, which are presented as their real views."""
 
     def settings(self) -> Mapping[str, Any]:
         """Return the settings of the average that came with the model, for example in DeepSpeed's JSON."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from twa_scale.engines.engine import Engine
 from twa_scale.engines.plain import PlainEngine
+from twa_scale.engines.view import underlying
 from twa_scale.errors import EngineError
 
 
@@ -53,6 +54,7 @@ def enclosing_wrapper(engine: Engine) -> str | None:
 
     The function searches all objects of this process.
     """
+    engine = underlying(engine)
     if not isinstance(engine, PlainEngine) or engine.replica_group.size == 1:
         return None
     for instance in gc.get_objects():

@@ -213,6 +213,7 @@ def export_run(
             return list(coefficients[twa.group_of[name]])
         return buffer_source(name, twa.config.buffers, center) if name in buffers else center
 
+    part_weights = {name: [list(coefficients[group]) for group in groups] for name, groups in twa.experts.items()}
     row_weights = {name: partial(twa.row_weights, name) for name in twa.rows.names} if twa.rows else {}
     with group.agree():
         carried = carried_files(opened, files=group.rank == 0, code=carry_code or twa.config.carry_code)
@@ -233,6 +234,7 @@ def export_run(
         source,
         group,
         row_weights=row_weights,
+        part_weights=part_weights,
         carried=carried,
         origin=origin,
         max_shard_size=max_shard_size,

@@ -39,6 +39,10 @@ RowWeights = Mapping[str, Callable[[], torch.Tensor]]
 """For tensors whose rows have weights of their own, a function that returns them: (n, rows), float64, of sum 1."""
 
 
+PartWeights = Mapping[str, Sequence[Sequence[float]]]
+"""For tensors whose equal parts along the first dimension have weights of their own, the weights a_1..a_n of each."""
+
+
 def merge(
     candidates: Sequence[Candidate],
     out: str | Path,
@@ -46,6 +50,7 @@ def merge(
     group: Group,
     *,
     row_weights: RowWeights | None = None,
+    part_weights: PartWeights | None = None,
     carried: CarriedFiles | None = None,
     origin: Mapping[str, Any] | None = None,
     max_shard_size: str | int = "5GB",
@@ -74,6 +79,7 @@ def merge(
         group: the ranks that share the work.
         row_weights: the weights of each row, for tensors that have them. They replace `weights`, and r is then the
             first candidate.
+        part_weights: the weights of each part of tensors that stack experts. They replace `weights`.
         carried: the properties of the candidates that the result keeps. The small files of the first rank are used.
         origin: the provenance of the result (`provenance`); by default only the candidates.
         max_shard_size: the largest number of bytes of tensor data in a file; see `CarriedFiles.shard_size`.
@@ -108,10 +114,11 @@ def merge(
     options = writing_options(carried, origin, dtype, max_shard_size, chosen)
     with writing(out, stored.specs, group, overwrite=overwrite, **options) as writer:
         kernels = choose_kernels("auto", torch.device("cpu"))
-        merger = _Merger(candidates, cache(weights), row_weights or {}, replace, stored, writer, kernels)
+        parts = part_weights or {}
+        merger = _Merger(candidates, cache(weights), row_weights or {}, parts, replace, stored, writer, kernels)
         with group.agree():
             merger.require_one_sum(writer.shared)
-            merger.merge(_share(tensors, stored, group, units or {}), progress)
+            merger.merge(_share(_cut(tensors, parts), stored, group, units or {}), progress)
         checksums = _total(group.gather(merger.checksums))
         _require_equal(candidates, writer.shared, checksums)
         copied = {name: i for found in group.gather(merger.differing) for name, i in found.items()}
@@ -153,6 +160,15 @@ def _check_replace(shapes: Mapping[str, tuple[int, ...]], replace: Mapping[str, 
             )
 
 
+def _cut(tensors: Sequence[Span], parts: PartWeights) -> list[Span]:
+    """Return the tensors, cut into parts where these have weights of their own."""
+    found = []
+    for tensor in tensors:
+        count = len(parts.get(tensor.name, ())) or 1
+        found += [span for _, span in tensor.cuts(max(1, len(tensor) // count))]
+    return found
+
+
 def _share(tensors: Sequence[Span], form: StoredForm, group: Group, units: Mapping[str, str]) -> list[Span]:
     """Return this rank's part of the chunks. Parts are equal and consecutive, so that files are read in order."""
     total = sum(map(form.nbytes, tensors))
@@ -176,6 +192,7 @@ class _Merger:
     candidates: Sequence[Candidate]
     weights: Weights
     row_weights: RowWeights
+    part_weights: PartWeights
     replace: Mapping[str, torch.Tensor]
     form: StoredForm
     writer: Writer
@@ -197,7 +214,7 @@ class _Merger:
                 streamed.append((piece, self._read_from(piece.name)))
         reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
         for part in reader.parts(streamed):
-            source = self._source(part.span.name)
+            source = self._source(part.span)
             if part.span.name in self.summed:
                 values, masks = self._summed(part), False
             elif isinstance(source, int):
@@ -233,24 +250,38 @@ class _Merger:
                 return False
             if first in given and not torch.equal(given[first], given[second]):
                 return False
-        return self._source(first) == self._source(second)
+        return self._sources(first) == self._sources(second)
 
     def _write(self, span: Span, values: torch.Tensor, *, allow_infinite: bool = False) -> None:
         for stored, part in self.form.spans(span, values):
             self.writer.write(stored, part, allow_infinite=allow_infinite)
 
-    def _source(self, name: str) -> Source:
+    def _source(self, span: Span) -> Source:
+        """Return the weights of the part of its tensor that a span is inside of."""
+        sources = self._sources(span.name)
+        if len(sources) == 1:
+            return sources[0]
+        return sources[span.start * len(sources) // prod(self.candidates[-1].shape(span.name))]
+
+    def _sources(self, name: str) -> Sequence[Source]:
+        """Return the weights of the equal parts of a tensor: one, unless parts have weights of their own."""
         if not self.candidates[-1].dtype(name).is_floating_point:
-            return len(self.candidates) - 1
-        return self.weights(name)
+            return [len(self.candidates) - 1]
+        return self.part_weights.get(name) or [self.weights(name)]
 
     def _read_from(self, name: str) -> list[int]:
         """Return the indices of the candidates to read: those of nonzero weight, or all for a copied tensor."""
-        a = self._source(name)
-        if isinstance(a, int) or name in self.summed or name in self.row_weights:
-            return list(range(len(self.candidates)))
-        assert len(a) == len(self.candidates)
-        return [i for i, weight in enumerate(a) if weight != 0] or [0]
+        sources = self._sources(name)  # the whole tensor is read, or checksums are not those of the tensor
+        everyone = list(range(len(self.candidates)))
+        if name in self.summed or name in self.row_weights:
+            return everyone
+        used: set[int] = set()
+        for a in sources:
+            if isinstance(a, int):
+                return everyone
+            assert len(a) == len(self.candidates)
+            used |= {i for i in everyone if a[i] != 0}
+        return sorted(used) or [0]
 
     def _copied(self, part: Part, which: int) -> torch.Tensor:
         self._add(part, self.kernels.checksums(part.sources))

@@ -6,7 +6,6 @@ from twa_scale.base.notices import notice
 from twa_scale.candidates.traced import Traced
 from twa_scale.candidates.transformers_rules import transformers_rules
 from twa_scale.engines import Engine
-from twa_scale.engines.complex_weights import complex_tensor_names
 from twa_scale.engines.module_names import named_modules
 from twa_scale.output.stored_form import StoredForm, Tensor, form_of_model
 
@@ -18,7 +17,7 @@ def snapshot_form(engine: Engine, dtype: torch.dtype | None) -> StoredForm:
         engine: the engine of the model.
         dtype: the type of floating point tensors in the files; None for their type in the model.
     """
-    pairs = complex_tensor_names(engine)
+    pairs = engine.complex_names
     held = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
     held |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
     tensors = {name: Tensor(shape, own, name in pairs) for name, (shape, own) in held.items()}

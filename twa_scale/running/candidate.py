@@ -9,7 +9,6 @@ from twa_scale.candidates import Candidate
 from twa_scale.candidates.complex_tensors import in_pairs
 from twa_scale.candidates.conversion import Conversion, Made
 from twa_scale.engines import Engine
-from twa_scale.engines.complex_weights import complex_tensor_names
 from twa_scale.output.snapshot_form import snapshot_form
 from twa_scale.output.stored_form import StoredForm
 
@@ -24,7 +23,7 @@ class SnapshotCandidate:
     def __init__(self, engine: Engine, step: int, form: StoredForm) -> None:
         self.label = f"the snapshot of step {step}"
         self.metadata: dict[str, str] = {}
-        pairs = complex_tensor_names(engine)
+        pairs = engine.complex_names
         tensors = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
         tensors |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
         self._tensors = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from twa_scale.average.assemble import assemble
-from twa_scale.average.attach import matched, require_trainable
+from twa_scale.average.attach import experts_of, matched, require_trainable
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.bases import basis_class
 from twa_scale.average.basis import Gram
@@ -129,6 +129,11 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         engine.check()
         require_trainable(config, engine, pods)
         candidates = snapshot_candidates(engine, window.steps)
+        if experts_of(engine, config):
+            raise ConfigError(
+                "groups: 'expert' asked for, but this model stacks experts in one tensor, of which a window holds no "
+                "parts. Save the snapshots with Snapshots and attach to them, or use groups tensor or block."
+            )
         layout = matched(engine, candidates, config)
         weights = center_weights(config.center, len(candidates))
         check_settings(config, weights)

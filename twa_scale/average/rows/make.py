@@ -9,7 +9,6 @@ from twa_scale.average.rows.shapes import row_lengths
 from twa_scale.average.rows.slots import RowSlots
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine
-from twa_scale.engines.complex_weights import complex_tensor_names
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import RowMap
 from twa_scale.ranks import Pods, Reduction
@@ -25,11 +24,11 @@ def make_rows(
     """
     if not config.has_rows:
         return None
-    without = complex_tensor_names(engine)  # held as pairs of real numbers
+    without = engine.complex_names  # held as pairs of real numbers
     lengths = row_lengths(
         engine.module, {name: engine.parameters[name].shape for name in layout.group_of if name not in without}
     )
-    spans = {span: layout.group_of[span.name] for span in engine.spans() if span.name in layout.group_of}
+    spans = {span: layout.group(span) for span in engine.spans() if span.name in layout.group_of}
     with pods.agree():
         if not lengths:
             raise ConfigError(

@@ -170,5 +170,8 @@ def _measured(average: TrainableAverage, score: Callable[[], float], coefficient
 def _digest(average: TrainableAverage) -> str:
     """Return a digest of the candidates and the groups, which the scores depend on."""
     found = sha256(average.fingerprint.checksums.cpu().numpy().tobytes())
-    found.update(repr(list(average.layout.group_of.items())).encode())
+    layout = average.layout
+    found.update(repr(list(layout.group_of.items())).encode())
+    if layout.experts:
+        found.update(repr([(name, layout.groups_of(name)) for name in layout.experts]).encode())
     return found.hexdigest()

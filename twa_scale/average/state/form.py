@@ -72,6 +72,7 @@ class StateForm:
             "config": self.settings(),
             "groups": list(layout.groups),
             "group_of": {a: group for n, group in layout.group_of.items() for a in layout.held_as[n]},
+            "experts": {a: list(one.groups) for n, one in layout.experts.items() for a in layout.held_as[n]},
             "buffer_names": {name: layout.source(name) for name in layout.buffers},
             "tied": [list(names) for names in layout.held_as.values() if len(names) > 1],
             "x": x.detach().cpu().clone(),

@@ -1,6 +1,6 @@
 """The schema of a saved state. Type, shape and finiteness of every field are checked before it is used."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -126,6 +126,8 @@ class AverageState(_Saved):
     config: TwaConfig
     groups: Annotated[Names, Field(min_length=1)]
     group_of: dict[str, Count]
+    experts: dict[str, Annotated[list[Count], Field(min_length=1)]] = {}
+    """The groups of the experts that are stacked in a tensor, with `groups: expert`."""
     buffer_names: dict[str, str]
     """The name in the candidates, by the name in the model."""
     tied: list[Names] = []
@@ -156,14 +158,22 @@ class AverageState(_Saved):
                 raise ValueError(f"group_of: {name!r} is in group {group}, and there are {num_groups}")
             if name not in self.fingerprint.shapes:
                 raise ValueError(f"group_of: {name!r} is none of the tensors of the fingerprint")
+        for name, groups in self.experts.items():
+            shape = self.fingerprint.shapes.get(name, ())
+            if name not in self.group_of or max(groups) >= num_groups or not shape or shape[0] % len(groups):
+                raise ValueError(f"experts: {name!r} has {len(groups)} that do not fit its shape or the groups")
         return self
+
+    def groups_of(self, name: str) -> Sequence[int]:
+        """Return the groups of the equal parts of a trained tensor: one, unless it stacks experts."""
+        return self.experts.get(name) or (self.group_of[name],)
 
     @property
     def elements(self) -> list[int]:
         """The number of elements of each group; tied tensors count once."""
         again = {name for names in self.tied for name in names[1:]}
-        group_of = {name: group for name, group in self.group_of.items() if name not in again}
-        return elements_of_groups(len(self.groups), group_of, self.fingerprint.shapes)
+        groups_of = {name: self.groups_of(name) for name in self.group_of if name not in again}
+        return elements_of_groups(len(self.groups), groups_of, self.fingerprint.shapes)
 
     def row_weights(self, name: str) -> torch.Tensor:
         """Return the averaging coefficients of each row of a tensor, (n, rows), float64.

@@ -21,6 +21,7 @@ from twa_scale.engines import ParameterInfo
 from twa_scale.engines.complex_weights import real_parameter_infos, real_view
 from twa_scale.engines.live_adapter import live_adapter
 from twa_scale.engines.parameters import named_parameters, persistent_buffers
+from twa_scale.engines.stacked_experts import stacked_experts
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, choose_kernels
 from twa_scale.ranks import World
@@ -103,7 +104,8 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     adapter = live_adapter(model)
     wanted = wanted_of(parameters, buffers, config, model, adapter)
     candidates = open_candidates(config.candidates, wanted=wanted, select=config.select)
-    layout = match(parameters, buffers, candidates, config, adapter)
+    stacked = stacked_experts(model, parameters) if config.groups == "expert" else {}
+    layout = match(parameters, buffers, candidates, config, adapter, stacked)
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
     n = len(candidates)
     owned = {name: engine.owned_elements(info) for name, info in parameters.items()}
@@ -113,9 +115,10 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     elements = sum(prod(parameters[name].shape) for name in layout.group_of)
     itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in read for candidate in candidates)
     streaming = {"streaming": scratch_bytes(n, max(read.values()), itemsize, config.read_chunk)}
-    store = {f"store ({config.store})": store_bytes(config.store, n, local.values())}
+    sizes = _span_sizes(layout, local)
+    store = {f"store ({config.store})": store_bytes(config.store, n, sizes)}
     offloaded = device == "cuda" and config.store_device == "cpu"
-    store_on_device = {"buffers of the store": staging_bytes(config.store, n, local.values())} if offloaded else store
+    store_on_device = {"buffers of the store": staging_bytes(config.store, n, sizes)} if offloaded else store
     rows = rows_of_plan(config, model, parameters, local, n)
     numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
     between = {**numbers, "corrections of rows, from every rank": rows.gradient} if config.pods > 1 else {}
@@ -150,6 +153,15 @@ def _summed(engine: RunEngine, numbers: dict[str, int]) -> dict[str, int]:
     """Return the bytes that a rank sends inside its pod for the small sums over all ranks."""
     pods = engine.config.pods > 1  # the first rank of a pod then sends the sum over pods to the others
     return {name: engine.all_reduced(size) + (engine.gathered(size) if pods else 0) for name, size in numbers.items()}
+
+
+def _span_sizes(layout: Layout, local: dict[str, int]) -> list[int]:
+    """Return the sizes of the spans of a rank that holds the first elements of each tensor; experts are apart."""
+    spans = []
+    for name, size in local.items():
+        experts = layout.experts.get(name)
+        spans += [span for _, span in Span(name, 0, size).cuts(max(1, experts.size if experts else size))]
+    return [len(span) for span in spans]
 
 
 def _jobs(

@@ -212,11 +212,13 @@ def _which(state: RunState) -> str:
 def _coefficients_of_state(state: AverageState) -> Coefficients:
     again = {name for names in state.tied for name in names[1:]}
     shapes = state.fingerprint.shapes
-    tensors = [
-        Tensor(name, group, int(torch.Size(shapes[name]).numel()))
-        for name, group in state.group_of.items()
-        if name not in again
-    ]
+    tensors = []
+    for name in state.group_of:
+        groups = () if name in again else state.groups_of(name)
+        size = int(torch.Size(shapes[name]).numel()) // max(1, len(groups))
+        for i, group in enumerate(groups):
+            path, _, last = name.rpartition(".")
+            tensors.append(Tensor(f"{path}.{i}.{last}" if name in state.experts else name, group, size))
     return Coefficients(state.fingerprint.labels, state.groups, state.coefficients, tensors)
 
 

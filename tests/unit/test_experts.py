@@ -1,0 +1,143 @@
+"""`groups: expert`: which tensors stack experts, what is said and refused, and what reads the groups afterwards."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import twa_scale
+from tests.ranks.test_experts import EXPERTS, Apart, Mixture, states
+from tests.states import save_run
+from twa_scale import ConfigError, StateError
+from twa_scale.base.names import group_names
+from twa_scale.engines.parameters import named_parameters
+from twa_scale.engines.stacked_experts import stacked_experts
+from twa_scale.tools.report.material import read
+
+pytestmark = pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")
+E = EXPERTS
+
+
+class Holder(nn.Module):
+    """Tensors of these shapes, and what else is given as attributes."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], **attributes: Any) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def inside(*names: str, holder: nn.Module) -> nn.Module:
+    for name in reversed(names):
+        outer = nn.Module()
+        outer.add_module(name, holder)
+        holder = outer
+    return holder
+
+
+DEEP = {"up": (E, 5, 3), "bias": (E, 5), "scale": (5,)}
+CASES = {
+    "in experts": (inside("mlp", "experts", holder=Holder(DEEP)), {"mlp.experts.up", "mlp.experts.bias"}),
+    "by attribute": (
+        inside("mlp", "input_linear", holder=Holder({"weight": (E, 5, 3)}, num_experts=E)),
+        {"mlp.input_linear.weight"},
+    ),
+    "rows of all experts": (
+        inside("ffn", "experts", "mlp", holder=Holder({"w1": (E * 5, 3)}, moe_num_experts=E)),
+        {"ffn.experts.mlp.w1"},
+    ),
+    "router": (inside("mlp", "gate", holder=Holder({"weight": (E, 3)}, num_experts=E)), set()),
+    "shared": (inside("mlp", "shared_experts", holder=Holder(DEEP)), set()),
+    "convolution": (inside("mlp", "experts", "conv", holder=nn.Conv1d(E, E, 3)), set()),
+    "apart": (inside("mlp", "experts", holder=Apart()), set()),
+    "another number": (inside("mlp", "experts", holder=Holder({"up": (3, 5, 3)}, num_experts=E)), set()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_that_stack_experts_are_found(case: str) -> None:
+    model, wanted = CASES[case]
+    found = stacked_experts(model, named_parameters(model)[1])
+    assert found.keys() == wanted
+    assert all(one.number == E and one.path.endswith("experts") for one in found.values())
+
+
+def test_names_give_the_expert_or_else_the_block() -> None:
+    names = ["h.0.attn.w", "h.0.moe.experts.11.w", "h.0.moe.shared_experts.0.w", "h.1.local_experts.2.up.w", "head.w"]
+    assert list(group_names(names, "expert").values()) == [
+        "h.0", "h.0.moe.experts.11", "h.0", "h.1.local_experts.2", "head"
+    ]  # fmt: skip
+
+
+def test_a_line_says_what_has_coefficients_of_its_own() -> None:
+    text = (
+        r"groups: expert: 8 experts in 2 layers \('blocks.0.experts', 'blocks.1.experts'\) have coefficients of their "
+        r"own; the other 6 tensors \('blocks.0.router.weight', .* have the coefficients of their block"
+    )
+    with pytest.warns(UserWarning, match=text):
+        twa_scale.attach(Mixture(), states(), {"groups": "expert"})
+
+
+def test_a_model_without_trained_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"groups: 'expert' asked for, but none of the 2 trained tensors .*'weight'"):
+        twa_scale.attach(nn.Linear(2, 2), [nn.Linear(2, 2).state_dict()] * 2, {"groups": "expert"})
+    with pytest.raises(ConfigError, match="none of the 2 trained tensors"):
+        twa_scale.attach(Mixture(), states(), {"groups": "expert", "include": ["head"]})
+
+
+def trained(groups: str = "expert") -> tuple[nn.Module, twa_scale.TrainableAverage]:
+    model = Mixture()
+    twa = twa_scale.attach(model, states(), {"groups": groups, "optimizer": {"name": "sgd", "lr": 0.1}})
+    model(torch.ones(2, 3)).sum().backward()
+    twa.step()
+    return model, twa
+
+
+def test_elements_of_groups_and_a_state_are_those_of_experts() -> None:
+    model, twa = trained()
+    assert sum(twa.elements) == sum(p.numel() for p in model.parameters())
+    sizes = dict(zip(twa.layout.groups, twa.elements, strict=True))
+    assert sizes["blocks.0.experts.2"] == sizes["blocks.1.experts.2"] == 3 * 5 * 2 + 5
+    state, before = twa.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
+    assert state["experts"]["blocks.0.experts.bias"] == [
+        twa.layout.groups.index(f"blocks.0.experts.{i}") for i in range(E)
+    ]
+    twa.start_from("center")
+    twa.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    state["experts"]["blocks.0.experts.bias"] = [0, 1, 2]
+    with pytest.raises(StateError, match=r"experts: 'blocks.0.experts.bias' has 3 that do not fit"):
+        twa.load_state_dict(state)
+    _, other = trained("tensor")
+    with pytest.raises(StateError):
+        other.load_state_dict(twa.state_dict())
+
+
+def test_the_report_has_a_tensor_for_each_expert(tmp_path: Path) -> None:
+    paths = [tmp_path / f"step-{i}.pt" for i in range(3)]
+    for path, state in zip(paths, states(), strict=True):
+        torch.save(state, path)
+    twa = twa_scale.attach(Mixture(), paths, {"groups": "expert"})
+    save_run(twa, paths, tmp_path)
+    found = read(tmp_path).coefficients
+    assert found is not None
+    assert found.elements == twa.elements
+    names = {tensor.name: found.groups[tensor.group] for tensor in found.tensors}
+    assert (
+        names["blocks.0.experts.3.up"] == "blocks.0.experts.3"
+        and names["blocks.1.experts.3.up"] == "blocks.1.experts.3"
+    )
+    assert found.places["blocks.0.experts.3.up"] == found.places["blocks.0.experts.2.up"]
+
+
+def test_a_window_has_no_parts_of_tensors() -> None:
+    model = Mixture()
+    averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 2})
+    for _ in range(2):
+        averages.step()
+    with pytest.raises(ConfigError, match="stacks experts in one tensor, of which a window holds no parts"):
+        averages.learn({"groups": "expert"})

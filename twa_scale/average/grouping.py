@@ -1,0 +1,94 @@
+"""Which group each tensor is in, and with `groups: expert` each part of a tensor that stacks experts."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from twa_scale.base.names import expert_of, group_names, some
+from twa_scale.base.spans import Span
+from twa_scale.engines.stacked_experts import StackedExperts
+from twa_scale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The groups of the experts that are stacked in a tensor: equal parts along its first dimension."""
+
+    size: int
+    """The number of elements of an expert in the tensor."""
+    groups: tuple[int, ...]
+    """The group of each expert."""
+
+    def group(self, span: Span) -> int:
+        """Return the group of a span that is inside one expert; of an empty span, any group."""
+        return self.groups[min(span.start // self.size, len(self.groups) - 1)] if self.size else self.groups[0]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The groups of the trained tensors."""
+
+    groups: tuple[str, ...]
+    """Their names; the order is that of the columns of the coefficients."""
+    group_of: dict[str, int]
+    """The group of each tensor; of one that stacks experts, the group of the first of them."""
+    experts: dict[str, Experts]
+    """For the tensors that stack experts with groups of their own, these groups."""
+
+
+def grouped(
+    trained: Sequence[str],
+    groups: str | Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    stacked: Mapping[str, StackedExperts],
+) -> Grouping:
+    """Divide the trained tensors into groups.
+
+    Args:
+        trained: the names of the tensors, in the order of the model.
+        groups: the setting.
+        shapes: the shapes of tensors of the model.
+        stacked: for `groups: expert`, the tensors of the model that stack experts.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or `expert` for a model without trained experts.
+    """
+    names = group_names(trained, groups)
+    if groups == "expert" and not any(name in stacked or expert_of(name) for name in trained):
+        raise ConfigError(
+            f"groups: 'expert' asked for, but none of the {len(trained)} trained tensors belongs to an expert: they "
+            "are neither in modules such as `experts.0`, nor stacked as (experts, ..) in a module such as `experts`. "
+            f"Names look like {some(trained)}. Use block or tensor, or regular expressions."
+        )
+    of_expert = {
+        name: [f"{stacked[name].path}.{i}" for i in range(stacked[name].number)] if name in stacked else [names[name]]
+        for name in trained
+    }
+    index = {group: i for i, group in enumerate(dict.fromkeys(g for held in of_expert.values() for g in held))}
+    return Grouping(
+        groups=tuple(index),
+        group_of={name: index[held[0]] for name, held in of_expert.items()},
+        experts={
+            name: Experts(prod(shapes[name]) // len(held), tuple(index[group] for group in held))
+            for name, held in of_expert.items()
+            if name in stacked
+        },
+    )
+
+
+def experts_line(groups: Sequence[str], trained: Collection[str], stacked: Collection[str]) -> str:
+    """Return the line that says which tensors have a coefficient for each expert.
+
+    Args:
+        groups: the names of the groups.
+        trained: the names of the trained tensors.
+        stacked: those of them that stack experts.
+    """
+    experts = [group for group in groups if expert_of(f"{group}.")]
+    layers = dict.fromkeys(group.rpartition(".")[0] for group in experts)
+    others = [name for name in trained if name not in stacked and not expert_of(name)]
+    rest = f"the other {len(others)} tensors ({some(others, 2)}) have the coefficients of their block"
+    return (
+        f"groups: expert: {len(experts)} experts in {len(layers)} layers ({some(layers, 2)}) have coefficients of "
+        f"their own; {rest if others else 'there are no other trained tensors'}."
+    )
