@@ -1,12 +1,15 @@
 """Run by the tests as `python -m tests.write_deepspeed DIRECTORY`: real DeepSpeed checkpoints of 1, 2 and 3 ranks.
 
+Where Lightning is installed, its Trainer writes some as well.
 Beside each lies what DeepSpeed's own zero_to_fp32 makes of it, completed by what only the module holds.
 """
 
+import importlib.util
 import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -20,6 +23,11 @@ from torch.nn import functional as F
 from tests.forked_ranks import run_on_ranks
 from twa_scale.output.snapshots import Snapshots
 
+if WITH_LIGHTNING := importlib.util.find_spec("lightning") is not None:
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 CASES = {
     "0-fp32": {"zero_optimization": {"stage": 0}},
     "0-bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
@@ -112,11 +120,63 @@ def save_all(size: int, directory: Path) -> None:
         dist.barrier()
 
 
+def save_with_lightning(stage: int, directory: Path) -> None:
+    """Train two epochs of two steps. Lightning's strategy asks for GPUs; what it writes does not depend on them."""
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+
+        def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+    class OnCPU(DeepSpeedStrategy):
+        def setup_environment(self) -> None:
+            super(DDPStrategy, self).setup_environment()
+
+        def setup_distributed(self) -> None:
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+        def _get_process_group_backend(self) -> str:
+            return "gloo"
+
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device("cpu", 0)
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.manual_seed(dist.get_rank())
+    config: dict[str, Any] = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 2}
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=2,
+        strategy=OnCPU(
+            config={**config, "zero_allow_untested_optimizer": True}, cluster_environment=TorchElasticEnvironment()
+        ),
+        callbacks=[ModelCheckpoint(directory, save_top_k=-1, every_n_epochs=1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 3)), batch_size=2))
+    if not dist.get_rank():
+        for path in directory.glob("*.ckpt"):
+            torch.save(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(path)), f"{path}.expected")
+
+
 def main() -> None:
     for size in SIZES:
         directory = Path(sys.argv[1]) / str(size)
         directory.mkdir(parents=True)
         run_on_ranks(save_all, size, size, directory)
+    for stage in (2, 3) if WITH_LIGHTNING else ():
+        run_on_ranks(save_with_lightning, 2, stage, Path(sys.argv[1]) / f"lightning-{stage}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import twa_scale
 from tests.slices import opened, read, refused
 from twa_scale.candidates import open_candidates
 from twa_scale.candidates.side_files import side_files
@@ -85,6 +87,25 @@ def test_asynchronous_snapshots_of_a_step_hold_what_its_checkpoint_does(written:
         n = torch.Size(snapshot.shape(name)).numel()
         found, wanted = read(snapshot, name, 0, n), read(checkpoint, name, 0, n)
         assert torch.equal(found, wanted.to(found.dtype)), name
+
+
+@pytest.mark.parametrize("pattern", ["*.ckpt", "*.ckpt/checkpoint"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_directories_of_lightning_are_read_and_the_prefix_of_the_module_is_found(
+    written: Path, stage: int, pattern: str
+) -> None:
+    pytest.importorskip("lightning")
+    folder = written / f"lightning-{stage}"
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+    with pytest.warns(UserWarning, match=r"names have the prefix 'net\.' before those of the model: taken off"):
+        average = twa_scale.attach(net, str(folder / pattern), {"center": "last"})
+    labels = [str(Path(label).relative_to(folder)) for label in average.fingerprint.labels]
+    assert labels == [pattern.replace("*", f"epoch={i}-step={2 * (i + 1)}") for i in range(2)]
+    wanted = torch.load(folder / "epoch=1-step=4.ckpt.expected")
+    assert all(torch.equal(value, wanted[f"net.{name}"]) for name, value in net.state_dict().items())
+    first = torch.load(folder / "epoch=0-step=2.ckpt.expected")
+    assert not torch.equal(first["net.0.weight"], wanted["net.0.weight"])
+    average.close()
 
 
 def test_accepted_paths(written: Path, tmp_path: Path) -> None:
