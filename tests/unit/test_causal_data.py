@@ -427,6 +427,76 @@ def test_chats_that_cannot_be_used(
 # Loss
 
 
+def test_variables_of_the_chat_template(tmp_path: Path, model: Callable[[str | None], str]) -> None:
+    path = write_jsonl(tmp_path / "chat.jsonl", {"messages": [CHAT[:2]]})
+    options = {"model": model("{% if not think %}!{% endif %}" + TEMPLATE), "chat": {"train": str(path)}, "context": 20}
+    for variables, begins in (({}, "!u:ab;"), ({"think": True}, "u:ab;")):
+        task = causal_lm(**options, chat_template_kwargs=variables)
+        assert build_decoder(task)(tokens_of(task.dataset("train"))[0]).startswith(begins)
+    for name, said in (("thinks", r"does not use 'thinks'; did you mean 'think'"), ("tokenize", "is set by the task")):
+        with pytest.raises(ConfigError, match=rf"task\.chat_template_kwargs: .*{said}"):
+            causal_lm(**options, chat_template_kwargs={name: True}).dataset("train")
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 48, "use_cache": False}
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Callable[..., Task]:
+    """Makes a task with documents of 1 to 12 tokens in windows of 12, for a small model of this kind."""
+
+    def make(**config: Any) -> Task:
+        (tmp_path / "config.json").write_text(json.dumps({**SIZES, **config}))
+        path = write_parquet(tmp_path / "train.parquet", {"input_ids": [[1, 2, 3, 4, 5], [6], [7, 8, 9], ROWS[3]]})
+        options: dict[str, Any] = {"tokens": {"train": str(path)}, "context": 11, "documents": "packed"}
+        return causal_lm(model=str(tmp_path), isolate_documents=True, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_isolated_documents_have_the_loss_that_they_have_alone(packed: Callable[..., Task], attention: str) -> None:
+    task = packed(model_type="llama", intermediate_size=32)
+    batch = {key: value[None] for key, value in task.dataset("train")[0].items()}
+    assert batch["positions"].tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 0, 1]]
+    torch.manual_seed(0)
+    net: Any = task.model().train()
+    net.set_attn_implementation(attention)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(5.0)  # so that what a token sees matters
+        found = task.loss(net, batch)
+        alone = [
+            torch.nn.functional.cross_entropy(
+                net(torch.tensor([ids[:-1]])).logits[0], torch.tensor(ids[1:]), reduction="sum"
+            )
+            for ids in ([1, 2, 3, 4, 5], [7, 8, 9], [10, 11, 12])
+        ]
+        joined = task.loss(net, {key: value for key, value in batch.items() if key != "positions"})
+    assert net.training and net.model.layers[0].training
+    torch.testing.assert_close(found, sum(alone) / 8)
+    assert abs(float(joined - found)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "mamba", "state_size": 4}, "MambaForCausalLM takes no `position_ids`"),
+        (
+            {"model_type": "jamba", "intermediate_size": 32, "num_key_value_heads": 2, "mamba_d_state": 4}
+            | {"mamba_dt_rank": 4, "num_experts": 2},
+            "JambaForCausalLM lets tokens see the document before their own",
+        ),
+    ],
+)
+def test_models_that_do_not_isolate_documents_are_refused(
+    packed: Callable[..., Task], config: dict[str, Any], said: str
+) -> None:
+    task = packed(**config)
+    with pytest.raises(ConfigError, match=rf"task\.isolate_documents: {said}.*documents: padded"):
+        task.loss(task.model(), {key: value[None] for key, value in task.dataset("train")[0].items()})
+
+
 def test_loss_is_the_mean_over_predicted_tokens(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"input_ids": [[1, 2, 3], [4, 5, 6, 7, 8]]})
     task = causal_lm(tokens={"train": str(path)}, context=4, documents="padded")
@@ -498,6 +568,12 @@ def test_files_that_splits_of_different_sources_share_are_reported(tmp_path: Pat
         ({"sources": [{"text": "stdlib"}, {"chat": "b.jsonl"}]}, r"task\.documents: is not set"),
         ({"chat": "a.jsonl"}, r"a\.jsonl.*matches no file"),
         ({"text": "a.txt", "document_end": 8}, "`document_end` is for `tokens` and has no effect on `text`; remove it"),
+        ({"tokens": "a.npy", "isolate_documents": True}, "`isolate_documents` is for `documents: packed`"),
+        (
+            {"tokens": "a.npy", "documents": "packed", "isolate_documents": True},
+            "`isolate_documents` is for a Hugging Face model",
+        ),
+        ({"tokens": "a.npy", "chat_template_kwargs": {"a": 1}}, "`chat_template_kwargs` is for `chat`"),
         ({"sources": [{"tokens": "a.npy", "messages_key": "m"}]}, "`messages_key` is for `chat` and has no effect on"),
     ],
 )

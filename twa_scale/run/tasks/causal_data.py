@@ -25,7 +25,7 @@ _PLAIN = (".csv", ".tsv", ".json")  # tables that are plain text unless `text_ke
 _KIND_OF = {  # the kind of data for which a setting is
     "text_key": "text",
     **dict.fromkeys(("tokens_key", "token_dtype", "document_end"), "tokens"),
-    "messages_key": "chat",
+    **dict.fromkeys(("messages_key", "chat_template_kwargs"), "chat"),
 }
 _BATCH = 256  # texts that are tokenized at a time
 
@@ -57,6 +57,11 @@ class Source(Section):
     )
     tokens_key: str = Field("input_ids", description="Column of the tokens in records.")
     messages_key: str = Field("messages", description="Column of the messages in records.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description="Variables of the chat template beside the messages, such as `{enable_thinking: false}`. The "
+        "template must use each of them.",
+    )
     token_dtype: Dtype | None = Field(
         None,
         description="Dtype of the tokens in `.bin` files without header and index. The default is `uint16`. The "
@@ -155,7 +160,12 @@ class SourceReader:
 
     def _add_chats(self, paths: Sequence[Path], spool: Spool, longest: int | None) -> None:
         assert self._directory is not None
-        encoder = ChatEncoder(huggingface.load_tokenizer(self._directory), self._directory)
+        encoder = ChatEncoder(
+            huggingface.load_tokenizer(self._directory),
+            self._directory,
+            self._source.chat_template_kwargs,
+            f"{self._section}.chat_template_kwargs",
+        )
         truncated = unanswered = total = 0
         for place, (messages,) in self._rows(paths, "messages_key", self._source.messages_key):
             tokens, hidden = encoder.encode(messages, place)

@@ -16,6 +16,7 @@ from twa_scale.run.tasks import huggingface
 from twa_scale.run.tasks.byte_gpt import VOCABULARY, ByteGPT
 from twa_scale.run.tasks.causal_data import Documents, Source, SourceReader, WeightedSource
 from twa_scale.run.tasks.data_files import report_shared_files
+from twa_scale.run.tasks.isolation import require_isolation, require_positions
 from twa_scale.run.tasks.mixture import Mixture
 from twa_scale.run.tasks.task import SPLITS, Batch, Examples, Metrics
 from twa_scale.run.tasks.tokens import IGNORED, Concatenation, Pieces, Windows
@@ -70,6 +71,12 @@ class CausalLMOptions(Source):
         "predicted. `padded`: each example is from one document, long ones are cut and short ones are padded (default "
         "for chats, which are truncated instead).",
     )
+    isolate_documents: bool = Field(
+        False,
+        description="With `documents: packed` and a Hugging Face model: tokens attend to their own document only, and "
+        "positions start at 0 in each document (also called intra-document or block-diagonal attention). The first "
+        "batch checks that the model does so; models with recurrent layers do not.",
+    )
     sources: list[WeightedSource] = Field(
         [], description="Several sources with their weights: `[{text: ..., weight: 0.7}, {tokens: ..., weight: 0.3}]`."
     )
@@ -83,6 +90,13 @@ class CausalLMOptions(Source):
     def _one_kind_of_data(self) -> "CausalLMOptions":
         if len(self.kinds) + bool(self.sources) != 1:
             raise ValueError("give exactly one of `text`, `tokens`, `chat` and `sources`")
+        if self.isolate_documents and self.documents != "packed":
+            raise ValueError(
+                f"`isolate_documents` is for `documents: packed`; documents is {self.documents!r}. With `joined` it is "
+                "not known where documents begin, and with `padded` each example is from one document"
+            )
+        if self.isolate_documents and self.model.directory is None:
+            raise ValueError("`isolate_documents` is for a Hugging Face model; `byte_gpt` has no positions to set")
         beside = sorted(self.model_fields_set & set(Source.model_fields))
         if self.sources and beside:
             raise ValueError(f"`{beside[0]}` has no effect beside `sources`; give it in the sources")
@@ -121,13 +135,16 @@ class CausalLM:
         ]
         report_shared_files({reader.key: reader.files for reader in self._readers})
         self._datasets: dict[str, Examples] = {}
-        self._has_labels = False
+        self._has_labels = self._is_isolated = False
 
     def model(self) -> nn.Module:
         """Return the byte-level GPT or the Hugging Face model, randomly initialized."""
         recompute = self._options.recompute_activations
         if self._config:
-            return huggingface.build_model("AutoModelForCausalLM", self._config, recompute=recompute)
+            model = huggingface.build_model("AutoModelForCausalLM", self._config, recompute=recompute)
+            if self._options.isolate_documents:
+                require_positions(model)
+            return model
         sizes = self._options.model.byte_gpt
         assert sizes is not None
         return ByteGPT(context=self._options.context, **sizes.model_dump(), recompute=recompute)
@@ -136,7 +153,8 @@ class CausalLM:
         """Return the examples of a split: {"tokens": int64 (context + 1,)}.
 
         Where not all tokens are predicted, they also have "labels": int64 (context,), the tokens after the first, with
-        -100 for those that are not.
+        -100 for those that are not. With `isolate_documents` they have "positions": int64 (context,), the position of
+        each token but the last in its document.
         """
         if split not in SPLITS:
             raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS) or '.'}")
@@ -169,10 +187,20 @@ class CausalLM:
 
     def _cross_entropy(self, model: nn.Module, batch: Batch, reduction: str) -> Tensor:
         inputs, targets = batch["tokens"][:, :-1], batch.get("labels", batch["tokens"][:, 1:])
-        logits = model(input_ids=inputs, use_cache=False).logits if self._config else model(inputs)
+        logits = self._logits(model, inputs, batch.get("positions"))
         return F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=IGNORED
         )
+
+    def _logits(self, model: nn.Module, inputs: Tensor, positions: Tensor | None) -> Tensor:
+        if self._config is None:
+            return model(inputs)  # type: ignore[no-any-return]
+        if positions is None:
+            return model(input_ids=inputs, use_cache=False).logits  # type: ignore[no-any-return]
+        if not (self._is_isolated or inputs.is_meta):
+            require_isolation(model, self._vocabulary, inputs.device)
+            self._is_isolated = True
+        return model(input_ids=inputs, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _examples(self, split: str) -> Examples:
         used = [i for i, reader in enumerate(self._readers) if reader.files[split]]
@@ -197,7 +225,8 @@ class CausalLM:
                 found.append(Pieces(tokens, length, where))
             else:
                 starts = tokens.starts(where) if self._documents == "packed" else None
-                found.append(Windows(tokens, length, where, labels=labels, starts=starts))
+                positions = self._options.isolate_documents
+                found.append(Windows(tokens, length, where, labels=labels, starts=starts, positions=positions))
         return found[0] if len(found) == 1 else Mixture(found, [self._weights[i] for i in used], "task.sources")
 
 

@@ -1,17 +1,35 @@
 """Chats as tokens, of which only the answers are predicted."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from twa_scale.base.inputs import brief
-from twa_scale.base.names import some
+from twa_scale.base.names import nearest, some
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.tokens import Array
 
 ANSWERS = "assistant"
 MARK = "Put {% generation %} around the answers in the template"
+_OWN = {
+    "messages",
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
+"""What `apply_chat_template` or the task sets."""
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -24,13 +42,26 @@ class ChatEncoder:
     tokens are not predicted, and `num_not_found` counts it.
     """
 
-    def __init__(self, tokenizer: Any, directory: str) -> None:
-        """Check that the tokenizer has a chat template.
+    def __init__(
+        self,
+        tokenizer: Any,
+        directory: str,
+        variables: Mapping[str, Any] | None = None,
+        key: str = "task.chat_template_kwargs",
+    ) -> None:
+        """Check that the tokenizer has a chat template, which uses the variables.
+
+        Args:
+            tokenizer: a tokenizer of transformers.
+            directory: that of the model, for messages.
+            variables: values of variables of the template, beside the messages.
+            key: the setting of the variables, for messages.
 
         Raises:
-            ConfigError: it has none.
+            ConfigError: it has no template, or this uses another variable than those given.
         """
         self._tokenizer = tokenizer
+        self._variables = dict(variables or {})
         self.num_not_found = 0
         try:
             template = tokenizer.get_chat_template()
@@ -39,6 +70,7 @@ class ChatEncoder:
                 f"task.chat: the tokenizer of {directory!r} has no chat template. Copy chat_template.jinja or "
                 "tokenizer_config.json of a chat model with this tokenizer into the directory."
             ) from error
+        _require_used(self._variables, template, key)
         self._marked = bool(_MARKED.search(template)) and bool(tokenizer.is_fast)
 
     def encode(self, messages: Any, place: str) -> tuple[Array, Array]:
@@ -95,12 +127,36 @@ class ChatEncoder:
 
     def _render(self, chat: list[dict[str, Any]], place: str, **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(chat, tokenize=True, **options)
+            return self._tokenizer.apply_chat_template(chat, tokenize=True, **self._variables, **options)
         except Exception as error:  # a template may raise anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise ConfigError(
                 f"{place}: the chat template cannot render the chat: {reason}. Change the messages or the template."
             ) from error
+
+
+def _require_used(variables: Mapping[str, Any], template: str, key: str) -> None:
+    """Refuse variables that a chat template does not use, or that the task sets itself."""
+    used = _variables_of(template) - _OWN if variables else set()
+    for name in variables:
+        if name in _OWN:
+            raise ConfigError(f"{key}: {name!r} is set by the task; give variables of the chat template only.")
+        if name not in used:
+            raise ConfigError(
+                f"{key}: the chat template does not use {name!r}{nearest(name, used) or '.'} A variable that has no "
+                "effect is not accepted; the template is in chat_template.jinja or tokenizer_config.json."
+            )
+
+
+def _variables_of(template: str) -> set[str]:
+    """Return the names that a template takes from outside."""
+    from jinja2 import Environment, TemplateSyntaxError, meta  # that of apply_chat_template
+
+    plain = _GENERATION.sub("", template)  # a tag of transformers
+    try:
+        return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+    except TemplateSyntaxError:  # with tags of a later transformers
+        return set(re.findall(r"[A-Za-z_]\w*", template))
 
 
 def _begins(tokens: Array, prefix: Array) -> bool:

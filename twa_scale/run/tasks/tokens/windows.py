@@ -16,10 +16,20 @@ class Windows:
     """Examples {"tokens": int64 (length,)}: disjoint windows over a concatenation.
 
     With labels they also have "labels": int64 (length - 1,), the tokens after the first; IGNORED are those that are not
-    predicted.
+    predicted. With positions they also have "positions": int64 (length - 1,), the position of each token but the last
+    in the part of its document that is in the window.
     """
 
-    def __init__(self, tokens: Concatenation, length: int, key: str, *, labels: bool, starts: Array | None) -> None:
+    def __init__(
+        self,
+        tokens: Concatenation,
+        length: int,
+        key: str,
+        *,
+        labels: bool,
+        starts: Array | None,
+        positions: bool = False,
+    ) -> None:
         """Divide the tokens into windows, and check some of them. An incomplete last window is dropped.
 
         Args:
@@ -28,11 +38,13 @@ class Windows:
             key: the setting in error messages.
             labels: whether the examples have labels.
             starts: the positions of the first tokens of documents, which are not predicted, or None to predict them.
+            positions: whether the examples have positions, for which `starts` and labels are needed.
 
         Raises:
             ConfigError: there are fewer tokens than one window, or tokens outside the vocabulary.
         """
         self._tokens, self._length, self._labels, self._starts = tokens, length, labels, starts
+        self._positions = positions
         if tokens.count < length:
             raise ConfigError(
                 f"{key}: {tokens.num_files} files with {tokens.count} tokens, fewer than one window of context + 1 = "
@@ -51,10 +63,14 @@ class Windows:
         if not self._labels:
             return {"tokens": torch.from_numpy(tokens)}
         labels = _labels(self._tokens, tokens, start)
+        example = {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
         if self._starts is not None:
             first, last = np.searchsorted(self._starts, (start + 1, stop))
-            labels[self._starts[first:last] - start - 1] = IGNORED
-        return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+            inside = self._starts[first:last] - start
+            labels[inside - 1] = IGNORED
+            if self._positions:
+                example["positions"] = torch.from_numpy(_positions(inside, self._length - 1))
+        return example
 
 
 class Pieces:
@@ -99,6 +115,14 @@ class Pieces:
         tokens[:size] = self._tokens.read(start, stop)
         labels[: size - 1] = _labels(self._tokens, tokens[:size], start)
         return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+
+
+def _positions(starts: Array, length: int) -> Array:
+    """Return the position of each token in its document, for documents that begin at 0 and at `starts`."""
+    begins = np.zeros(length, np.int64)
+    inside = starts[starts < length]
+    begins[inside] = inside
+    return np.arange(length) - np.maximum.accumulate(begins)
 
 
 def _labels(all_tokens: Concatenation, tokens: Array, start: int) -> Array:

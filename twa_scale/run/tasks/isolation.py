@@ -1,0 +1,70 @@
+"""Attention inside single documents of a window: `isolate_documents` of the task `causal_lm`.
+
+Models of transformers mask attention between sequences when the positions of tokens start again at 0 and there is no
+attention mask. Models with recurrent layers, or without positions, do not, so the model itself is asked.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+
+from twa_scale.errors import ConfigError
+
+_HALF = 4  # tokens of each of the two documents of the check
+_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
+_LOW_PRECISION = 1e-2
+"""Relative to the largest logit. The rows of a batch go through the same kernels, so isolated ones are nearly equal."""
+_KEY = "task.isolate_documents"
+_WAY_OUT = "Leave it out, or use `documents: padded`, where each example is from one document."
+
+
+def require_positions(model: nn.Module) -> None:
+    """Check that a model takes the positions of tokens.
+
+    Raises:
+        ConfigError: its forward pass has no `position_ids`.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"{_KEY}: {type(model).__name__} takes no `position_ids`, by which models of transformers know where "
+            f"documents begin. {_WAY_OUT}"
+        )
+
+
+@torch.no_grad()
+def require_isolation(model: nn.Module, vocabulary: int, device: torch.device) -> None:
+    """Check that no token of a document sees the document before it. One forward pass of 2 x 8 tokens.
+
+    Two rows have different first documents and the same second one, whose logits must be equal. Collective for
+    sharded models.
+
+    Args:
+        model: in any wrapper; it takes `input_ids` and `position_ids`.
+        vocabulary: the size of the vocabulary.
+        device: of the tokens.
+
+    Raises:
+        ConfigError: the logits differ.
+    """
+    first = torch.arange(2 * _HALF).view(2, _HALF)
+    second = torch.arange(_HALF).expand(2, _HALF) + 1
+    tokens = (torch.cat([first, second], 1) % vocabulary).to(device)
+    positions = torch.arange(_HALF).repeat(2).expand(2, -1).to(device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # dropout would differ between rows
+    try:
+        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, _HALF:]
+    finally:
+        for module in training:
+            module.training = True
+    one, other = logits.float()
+    tolerance = _TOLERANCES.get(logits.dtype, _LOW_PRECISION)
+    if torch.is_autocast_enabled(device.type):
+        tolerance = _LOW_PRECISION
+    if float((one - other).abs().max()) > tolerance * float(one.abs().max()):
+        raise ConfigError(
+            f"{_KEY}: {type(model).__name__} lets tokens see the document before their own, although positions start "
+            "again where a document begins: it has recurrent layers, for example, or an attention that needs a mask. "
+            f"{_WAY_OUT}"
+        )
