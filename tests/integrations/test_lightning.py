@@ -1,6 +1,7 @@
 """Averages in Lightning's own Trainer, in one process. One test runs the example of trainers.md."""
 
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,79 @@ def test_coefficients_are_learned_when_training_ends(tmp_path: Path, by_hand: di
     trainer.fit_loop.epoch_loop.max_steps = STEPS + 2
     trainer.fit(module, data(), data())
     assert callback.averages.num_steps == STEPS + 2  # a second fit goes on
+
+
+class Logged(pl.loggers.Logger):
+    """Keeps what is logged."""
+
+    name, version = "logged", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[dict[str, float]] = []
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.entries.append(metrics)
+
+
+class Monitor(pl.Callback):
+    """Keeps the metrics of each validation, as a ModelCheckpoint finds them."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            metrics = trainer.callback_metrics.items()
+            self.found.append({key: float(value) for key, value in metrics if key.endswith("val_loss")})
+
+
+@pytest.mark.slow
+def test_further_averages_are_validated_with_prefixes_of_their_own(tmp_path: Path, by_hand: dict[str, Any]) -> None:
+    """Callbacks see one validation, whose metrics have all averages; the training is the same without them."""
+    window = {**WINDOW, "start_step": HALF + 1}
+    averaging = TwaCallback(
+        ema=[DECAY], window=window, evaluate_also=["last", "mean", f"ema:{DECAY}"], learn=LEARN, learn_steps=3
+    )
+    monitor, logged, module = Monitor(), Logged(), Module()
+    trainer = trainer_with("automatic", tmp_path, averaging, monitor)
+    trainer.loggers = [logged]
+    trainer.fit(module, data(), data())
+    require_equal(weights_of(module.net), by_hand["trained"])
+    ema = f"ema-{DECAY}_val_loss"
+    assert [set(found) for found in monitor.found] == [
+        {"val_loss", "last_val_loss", ema},
+        {"val_loss", "last_val_loss", ema, "mean_val_loss"},
+    ]
+    found = monitor.found[-1]
+    assert found["last_val_loss"] == pytest.approx(loss_with(by_hand["trained"]))
+    assert found["val_loss"] == found[ema] == pytest.approx(by_hand["val_loss"])
+    learned = weights_of(Module.load_from_checkpoint(averaging.average_path).net)
+    assert float(trainer.callback_metrics["average_val_loss"]) == pytest.approx(loss_with(learned))
+    names = [key for entry in logged.entries for key in entry if key.endswith("val_loss")]
+    assert names == [
+        "last_val_loss",
+        ema,
+        "val_loss",
+        "last_val_loss",
+        "mean_val_loss",
+        ema,
+        "val_loss",
+        "average_val_loss",
+    ]
+    trainer.validate(module, data(), verbose=False)
+    assert "last_val_loss" not in trainer.callback_metrics
+
+
+def loss_with(weights: Weights) -> float:
+    """The loss of these weights in a validation."""
+    net = network()
+    net.load_state_dict(weights)
+    with torch.no_grad():
+        return float(sum(loss_of(net, batch[0]) for batch in islice(data(), 2)) / 2)
 
 
 @pytest.mark.slow

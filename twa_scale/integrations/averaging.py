@@ -1,6 +1,6 @@
 """What the callbacks of all trainers share: their settings, the averages, and the learning of coefficients."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -25,6 +25,8 @@ class Averaging:
         device: as for `RunningAverages`.
         evaluate_with: what evaluations show, as `RunningAverages.weights` takes it; "auto" is the first exponential
             average, or the mean of the window where there is none; "last" the trained weights.
+        evaluate_also: further averages, each of which is evaluated too, once there is one, with a prefix of its own:
+            the name, with a hyphen for each colon.
         learn: settings of the trainable average over the window, as for `attach`: learned when training ends.
         learn_steps: its steps, each on as many batches as a step of the optimizer.
         save: save the average with each checkpoint.
@@ -40,6 +42,7 @@ class Averaging:
         window: Window | None = None,
         device: str = "auto",
         evaluate_with: Which = "auto",
+        evaluate_also: Sequence[str] = (),
         learn: TwaConfig | Mapping[str, Any] | None = None,
         learn_steps: int = 0,
         save: bool = True,
@@ -55,6 +58,9 @@ class Averaging:
         self._learn_steps = learn_steps
         default = next(iter(self._ema.names())) if self._ema else "mean"
         self._which: Which = default if isinstance(evaluate_with, str) and evaluate_with == "auto" else evaluate_with
+        if isinstance(evaluate_also, str) or not all(isinstance(name, str) for name in evaluate_also):
+            raise ConfigError(f"evaluate_also: {evaluate_also!r}; give a list of names, such as ['last', 'mean'].")
+        self._also = list(evaluate_also)
         self._save = save
         self.averages: RunningAverages | None = None
         """Made when training begins."""
@@ -62,9 +68,17 @@ class Averaging:
     def _make(self, model: Any) -> RunningAverages:
         """Make the averages of a model as the trainer has wrapped it. Collective."""
         averages = RunningAverages(model, ema=self._ema, window=self._window, device=self._device)
-        averages.has(self._which)  # a name that is wrong is an error now, not at the first evaluation
+        for which in (self._which, *self._also):
+            averages.has(which)  # a name that is wrong is an error now, not at the first evaluation
         self.averages = averages
         return averages
+
+    def _further(self) -> Iterator[tuple[str, str]]:
+        """Yield the further averages that can be evaluated now, each with its prefix."""
+        assert self.averages is not None
+        for name in self._also:
+            if self.averages.has(name):
+                yield name, name.replace(":", "-")
 
     def _check_window(self, remaining: int) -> None:
         """Report a window that has too few snapshots when training ends, at its start. Call it on one rank.

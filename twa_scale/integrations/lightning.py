@@ -17,11 +17,13 @@ except ImportError:  # the same classes, as packages of their own
     from lightning_fabric.utilities.data import _set_sampler_epoch
     from pytorch_lightning import Callback
 
+from twa_scale.average.coefficients import Which
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, StateError, TwaError
 from twa_scale.integrations.averaging import Averaging, repeated
 from twa_scale.integrations.counting import count_steps
 from twa_scale.integrations.lightning_checkpoint import FILE, copied, directory_for_average, directory_of, states_of_all
+from twa_scale.integrations.lightning_validation import validate_once_more
 from twa_scale.running import RunningAverages
 
 KEY = "twa_scale"
@@ -36,12 +38,16 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
     and the average. When training ends, `average_path` is a checkpoint of the average, which `load_from_checkpoint`
     reads: with `learn`, of the snapshots with learned coefficients. The model keeps the trained weights.
 
-    The arguments are those of `Averaging`. Each step of an optimizer counts, as in Trainer's `global_step`.
+    The arguments are those of `Averaging`. Metrics of the averages `evaluate_also`, which are evaluated before
+    `evaluate_with`, begin with `NAME_`, and those of the learned average with `average_`. Each step of an optimizer
+    counts, as in Trainer's `global_step`.
     """
 
     _trainer: Any = None
     _resumed: Any = None
     _shown: AbstractContextManager[None] | None = None
+    _validates: Which | None = None
+    _validate: Callable[[], Any] | None = None
     _is_training = False
     _counts: Sequence[RemovableHandle] = ()
     average_path: Path | None = None
@@ -83,6 +89,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
             notice(f"TwaCallback: there are no averages to go on from; they begin anew at step {trainer.global_step}.")
         self._counts = count_steps(averages.step, trainer.optimizers)
         self._is_training = True
+        self._wrap_validation()
         total = trainer.estimated_stepping_batches  # of each rank, since it may set up data
         if trainer.is_global_zero and pl_module.automatic_optimization and total < inf and not trainer.fast_dev_run:
             self._check_window(int(total) - trainer.global_step)
@@ -96,11 +103,11 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
     @torch.inference_mode(False)
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Show the average in the validations of a training."""
-        if not self._is_training or trainer.sanity_checking:
+        if not self._is_training or trainer.sanity_checking or self._validates is None:
             return
         assert self.averages is not None
-        if self.averages.has(self._which):
-            self._shown = self.averages.weights(self._which)
+        if self.averages.has(self._validates):
+            self._shown = self.averages.weights(self._validates)
             self._shown.__enter__()
 
     @torch.inference_mode(False)
@@ -109,6 +116,36 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         shown, self._shown = self._shown, None
         if shown is not None:
             shown.__exit__(None, None, None)
+
+    def _wrap_validation(self) -> None:
+        """Validate further averages before the Trainer validates: callbacks that monitor a metric have all of them."""
+        loop = self._trainer.fit_loop.epoch_loop.val_loop
+        validate = self._validate = getattr(loop.run, "_of_trainer", loop.run)
+        self._validates = self._which
+
+        def with_further() -> Any:
+            if self._is_training and not self._trainer.sanity_checking:
+                found: dict[str, Any] = {}
+                for name, label in self._further():
+                    found |= self._validated(name, label)
+                self._trainer.callback_metrics.update(found)
+            return validate()
+
+        with_further._of_trainer = validate  # type: ignore[attr-defined]  # an error leaves the wrapper in the loop
+        loop.run = with_further
+
+    def _unwrap_validation(self) -> None:
+        if self._validate is not None:
+            self._trainer.fit_loop.epoch_loop.val_loop.run = self._validate
+
+    def _validated(self, which: Which | None, label: str) -> dict[str, Any]:
+        """Return the metrics of one average, or of what the model holds, with its prefix."""
+        assert self._validate is not None
+        self._validates, before = which, self._validates
+        try:
+            return validate_once_more(self._trainer, self, self._validate, label)
+        finally:
+            self._validates = before
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps, with which Lightning reports a resumed training that lacks this callback."""
@@ -158,6 +195,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         averages = self.averages
         assert averages is not None
         self._stop_counting()
+        self._unwrap_validation()
         if trainer.fast_dev_run:  # writes nothing
             return
         path = directory_for_average(trainer) / FILE
@@ -165,18 +203,21 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
             with averages.weights(self._which):
                 self._save_average(path)
         elif self._learn is not None and self._can_learn(trainer.global_step):
-            with averages.learning(self._learn) as twa, _not_logging(pl_module):
-                self._train_coefficients(
-                    twa,
-                    trainer.strategy.model,
-                    enumerate(_batches(trainer)),
-                    _loss(trainer, pl_module),
-                    accumulate=trainer.accumulate_grad_batches,
-                    scaler=getattr(trainer.precision_plugin, "scaler", None),
-                    log_every=trainer.log_every_n_steps,
-                    log=self._log,
-                )
+            with averages.learning(self._learn) as twa:
+                with _not_logging(pl_module):
+                    self._train_coefficients(
+                        twa,
+                        trainer.strategy.model,
+                        enumerate(_batches(trainer)),
+                        _loss(trainer, pl_module),
+                        accumulate=trainer.accumulate_grad_batches,
+                        scaler=getattr(trainer.precision_plugin, "scaler", None),
+                        log_every=trainer.log_every_n_steps,
+                        log=self._log,
+                    )
                 self._save_average(path)
+                if trainer.enable_validation:
+                    trainer.callback_metrics.update(self._validated(None, "average"))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the trained weights back, and count no more steps.
@@ -193,6 +234,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let later validations and checkpoints be of the trained weights only."""
         self._is_training = False
+        self._unwrap_validation()
 
     def _stop_counting(self) -> None:
         for handle in self._counts:

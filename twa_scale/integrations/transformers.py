@@ -1,6 +1,6 @@
 """Averages in the Trainer of transformers, and in those that are made from it, as TRL's are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,20 +28,8 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
     coefficients; of the best checkpoint with `load_best_model_at_end`. The Trainer keeps the trained weights; with
     `load_best_model_at_end` those of the best checkpoint, which is reported when training begins.
 
-    Args:
-        evaluate_also: further averages, each of which is evaluated after `evaluate_with`, once there is one, with the
-            prefix `eval_NAME`; "last" are the trained weights. A colon in a name becomes a hyphen.
-        settings: the arguments of `Averaging`.
-
-    Raises:
-        ConfigError: names the setting.
+    The arguments are those of `Averaging`. Metrics of the averages `evaluate_also` begin with `eval_NAME`.
     """
-
-    def __init__(self, *, evaluate_also: Sequence[str] = (), **settings: Any) -> None:
-        super().__init__(**settings)
-        if isinstance(evaluate_also, str) or not all(isinstance(name, str) for name in evaluate_also):
-            raise ConfigError(f"evaluate_also: {evaluate_also!r}; give a list of names, such as ['last', 'mean'].")
-        self._also = list(evaluate_also)
 
     _trainer: Any = None
     _evaluate: Callable[..., dict[str, float]] | None = None
@@ -64,8 +52,6 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
-        for name in self._also:
-            averages.has(name)  # an error now, where a name is wrong
         if checkpoint is not None and not averages.load_state(checkpoint) and state.is_world_process_zero:
             notice(
                 f"{checkpoint}: has no averages; they begin anew at step {state.global_step}. If the training was "
@@ -156,12 +142,10 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> None:
         """Let the Trainer evaluate and log further averages, each with a prefix of its own."""
-        assert self.averages is not None
-        for name in self._also:
-            if self.averages.has(name):
-                prefix = f"{metric_key_prefix}_{name.replace(':', '-')}"
-                with added_metrics_as(self._trainer, prefix):
-                    self._evaluated(evaluate, name, eval_dataset, ignore_keys, prefix)
+        for name, label in self._further():
+            prefix = f"{metric_key_prefix}_{label}"
+            with added_metrics_as(self._trainer, prefix):
+                self._evaluated(evaluate, name, eval_dataset, ignore_keys, prefix)
 
     def _unwrap_evaluate(self) -> None:
         self._trainer.evaluate = self._evaluate

@@ -1,0 +1,64 @@
+"""Further validations in Lightning's Trainer: the same loop once more, with names of metrics of their own."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+try:
+    from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+    from lightning.pytorch.utilities.seed import isolate_rng
+except ImportError:  # the same classes, as packages of their own
+    from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+    from pytorch_lightning.utilities.seed import isolate_rng
+
+_OF_EVERY_VALIDATION = {"step", "epoch"}
+
+
+class _Prefixed(_LoggerConnector):  # type: ignore[misc]
+    """Gives loggers the metrics of a validation with a prefix, and holds them apart from the Trainer's own."""
+
+    def __init__(self, trainer: Any, prefix: str) -> None:
+        super().__init__(trainer)
+        self._prefix = prefix
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        super().log_metrics(self.named(metrics), step)
+
+    def named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name if name in _OF_EVERY_VALIDATION else f"{self._prefix}_{name}": value for name, value in metrics.items()
+        }
+
+
+def validate_once_more(
+    trainer: Any, callback: Any, validate: Callable[[], Any], prefix: str
+) -> dict[str, torch.Tensor]:
+    """Run the validation of `fit` again, and return its metrics as `PREFIX_NAME`, which loggers get, too. Collective.
+
+    Of all callbacks only `callback` is told of it, so that none saves a checkpoint or stops the training for it. The
+    random states and the Trainer's own metrics are afterwards what they were.
+    """
+    own = _Prefixed(trainer, prefix)
+    with _as_before(trainer), isolate_rng(include_cuda=torch.cuda.is_available()):
+        trainer.callbacks, trainer._logger_connector = [callback], own
+        trainer.validating = True
+        validate()
+        return own.named(dict(own.callback_metrics))
+
+
+@contextmanager
+def _as_before(trainer: Any) -> Iterator[None]:
+    """Give the Trainer back what a validation changes."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    held = trainer.callbacks, trainer._logger_connector, trainer.state.stage, loop.verbose
+    restarting, progress = loop.restarting, deepcopy(loop.batch_progress.state_dict())
+    loop.restarting, loop.verbose = False, False  # a resumed loop would go on at its end
+    try:
+        yield
+    finally:
+        trainer.callbacks, trainer._logger_connector, trainer.state.stage, loop.verbose = held
+        loop.batch_progress.load_state_dict(progress)
+        loop.restarting = restarting
