@@ -17,8 +17,10 @@ from torch import nn
 import twa_scale
 from tests.slices import opened, read, refused
 from twa_scale.candidates import open_candidates
+from twa_scale.candidates.formats.deepspeed import places_in_deepspeed
 from twa_scale.candidates.side_files import side_files
-from twa_scale.errors import CandidateError
+from twa_scale.errors import CandidateError, OutputError
+from twa_scale.merge import average_fixed
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
@@ -106,6 +108,46 @@ def test_directories_of_lightning_are_read_and_the_prefix_of_the_module_is_found
     first = torch.load(folder / "epoch=0-step=2.ckpt.expected")
     assert not torch.equal(first["net.0.weight"], wanted["net.0.weight"])
     average.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ("1/0-fp32", "2/0-fp32"),
+        ("1/1-bf16", "2/1-bf16"),
+        ("2/1-bf16-own", "3/1-bf16-own"),
+        ("1/2-fp32", "2/2-fp32"),
+        ("1/3-fp32", "3/3-fp32"),
+        ("2/3-bf16", "2/3-bf16/global_step1"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:--format same:UserWarning")
+def test_the_same_form_has_the_average_in_every_place(written: Path, first: str, last: str, tmp_path: Path) -> None:
+    """Candidates of another number of ranks; the output has the files of the last one."""
+    average_fixed([str(written / first), str(written / last)], tmp_path / "out", format="same")
+    found = opened(tmp_path / "out")
+    states = [torch.load(written / f"{case.removesuffix('/global_step1')}.pt") for case in (first, last)]
+    for name, places in places_in_deepspeed(tmp_path / "out").items():
+        wanted = sum(state[name].double() / 2 for state in states)
+        if not states[1][name].is_floating_point() or name == "mean":
+            wanted = states[1][name]
+        values = read(found, name, 0, wanted.numel())
+        torch.testing.assert_close(
+            values.double(),
+            wanted.reshape(-1).double(),
+            rtol=1e-6 if values.dtype == torch.float32 else 1e-2,
+            atol=1e-6,
+        )
+        for place in places:
+            copy = torch.empty(wanted.numel(), dtype=place.dtype)
+            place.read(0, copy, name)
+            assert torch.equal(copy, values.to(place.dtype)), name
+
+
+def test_optimizers_without_zero_that_have_their_own_copy_are_refused(written: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"model_states\.pt holds '.*fp32.*', the optimizer's copy of weights"):
+        average_fixed([str(written / "2/0-bf16")] * 2, tmp_path / "out", format="same")
+    assert not (tmp_path / "out").exists()
 
 
 def test_accepted_paths(written: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from twa_scale.base.inputs import brief, integers, read_bounded, text
 from twa_scale.base.names import some
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Origin
-from twa_scale.candidates.formats.stored_tensors import ReadableTensor, Stored, StoredCandidate
+from twa_scale.candidates.formats.placement import Placeable
+from twa_scale.candidates.formats.stored_tensors import ConcatenatedTensor, Stored, StoredCandidate
 from twa_scale.candidates.formats.torch_archive import Archive, dense_tensors
 from twa_scale.candidates.formats.zero_partitions import split_fragments, split_groups, split_parameters
 from twa_scale.errors import CandidateError
@@ -24,6 +25,7 @@ _UNSUPPORTED = {
 }
 _UNIVERSAL = "zero"  # the folder that ds_to_universal.py creates in its output
 _LONGEST_TAG = 4096  # bytes, the limit of a path
+_ORIGIN = Origin("a checkpoint of DeepSpeed", "deepspeed")
 _CONVERT = "Convert it to safetensors with DeepSpeed's own tools, and give those files."
 
 
@@ -45,7 +47,7 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
     folder = tagged_folder(directory)
     files = _Files(folder)
     try:
-        return StoredCandidate(_tensors(files), files, str(directory), directory, Origin("a checkpoint of DeepSpeed"))
+        return StoredCandidate(_tensors(files), files, str(directory), directory, _ORIGIN)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         files.close()
         raise CandidateError(
@@ -55,6 +57,39 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
     except BaseException:
         files.close()
         raise
+
+
+def files_in_deepspeed(directory: Path) -> list[Path]:
+    """Return the files of a checkpoint: those of its folder, and the file `latest` beside that."""
+    folder = tagged_folder(directory)
+    beside = [] if folder == directory else [directory / "latest"]
+    return [*beside, *sorted(path for path in folder.iterdir() if path.is_file())]
+
+
+def has_partitions(directory: Path) -> bool:
+    """Return whether the weights are in partitions of the optimizer, as with ZeRO-1, 2 and 3."""
+    return any(_OPTIMIZER.fullmatch(path.name) for path in files_in_deepspeed(directory))
+
+
+def places_in_deepspeed(directory: Path) -> dict[str, list[Placeable]]:
+    """Return all tensors that hold each weight of a checkpoint, by name.
+
+    The first is the one that candidates read. With ZeRO-1 and 2, trained parameters are also in the model's file, in
+    the dtype of the model; with ZeRO-3, buffers are in the model's file of every rank.
+    """
+    files = _Files(tagged_folder(directory))
+    try:
+        tensors = _tensors(files)
+        places: dict[str, list[Placeable]] = {name: [tensor] for name, tensor in tensors.items()}
+        for rank in files.model:
+            path, state = _model_state(files, rank)
+            for name, copy in dense_tensors(state["module"], path, _CONVERT).items():
+                # With ZeRO-3, the parameters of the model's files are empty.
+                if name in tensors and copy is not tensors[name] and copy.shape == tensors[name].shape:
+                    places[name].append(copy)
+    finally:
+        files.close()  # a read opens them again
+    return places
 
 
 def tagged_folder(directory: Path) -> Path:
@@ -131,7 +166,7 @@ class _Files:
             file.close()
 
 
-def _tensors(files: _Files) -> dict[str, ReadableTensor]:
+def _tensors(files: _Files) -> dict[str, Stored | ConcatenatedTensor]:
     optimizer = _optimizer_state(files, 0) if files.optimizer else {}
     stage = int(optimizer.get("zero_stage", 1)) if optimizer else 0
     path, model = _model_state(files, 0 if stage == 3 or (not optimizer and None not in files.model) else None)
@@ -144,10 +179,11 @@ def _tensors(files: _Files) -> dict[str, ReadableTensor]:
                 f"{files.folder}: was saved with ZeRO, but has no *_optim_states.pt, which hold the weights. Copy the "
                 "whole folder again."
             )
-        return dict(dense_tensors(model["module"], path, _CONVERT))
+        return {**dense_tensors(model["module"], path, _CONVERT)}
     if not isinstance(shapes, list):
         raise CandidateError(f"{path}: has no list 'param_shapes'; it is from another save. Copy the folder again.")
     world = _world(files, optimizer)
+    tensors: dict[str, Stored | ConcatenatedTensor]
     if stage == 3:
         tensors = _of_stage_3(files, model, path, world)
     else:
@@ -163,7 +199,9 @@ def _tensors(files: _Files) -> dict[str, ReadableTensor]:
     return tensors
 
 
-def _of_stage_3(files: _Files, model: Mapping[str, Any], path: Path, world: int) -> dict[str, ReadableTensor]:
+def _of_stage_3(
+    files: _Files, model: Mapping[str, Any], path: Path, world: int
+) -> dict[str, Stored | ConcatenatedTensor]:
     """Return the tensors of a ZeRO-3 checkpoint. In the model file, parameters are empty and buffers are whole."""
     buffers = {text(name) for name in model.get("buffer_names") or ()}
     shapes = {name: shape for group in model["param_shapes"] for name, shape in _shapes(group).items()}

@@ -14,7 +14,7 @@ class Origin:
 
     what: str
     """The format, for messages."""
-    written_as: Literal["hf", "pt", "dcp"] | None = None
+    written_as: Literal["hf", "pt", "dcp", "deepspeed"] | None = None
     """The format of an output that has this form; None if no output has."""
     keys: Mapping[Path, Mapping[str, Keys]] = field(default_factory=dict)
     """For each file of torch.save, or for the folder of DCP: the path of keys of each tensor, by its stored name."""

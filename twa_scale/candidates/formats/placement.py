@@ -1,13 +1,17 @@
 """Where elements of stored tensors are in files, for outputs that write into files of these formats."""
 
 from collections.abc import Iterator
+from math import prod
 from typing import NamedTuple
 
 import torch
 
 from twa_scale.candidates.formats.boxes import BoxTensor, scatter
-from twa_scale.candidates.formats.stored_tensors import Record, Stored
+from twa_scale.candidates.formats.stored_tensors import ConcatenatedTensor, Record, Stored
 from twa_scale.errors import CandidateError
+
+Placeable = Stored | BoxTensor | ConcatenatedTensor
+"""A tensor in files whose elements have places that can be written."""
 
 
 class Placed(NamedTuple):
@@ -20,13 +24,19 @@ class Placed(NamedTuple):
     """The elements, 1-D and contiguous."""
 
 
-def storages(tensor: Stored | BoxTensor, what: str) -> list[Stored]:
+def storages(tensor: Placeable, what: str) -> list[Stored]:
     """Return the tensors in files that make up a tensor.
 
     Raises:
         CandidateError: elements share their place in a file, as those of expanded tensors do.
     """
-    held = [tensor] if isinstance(tensor, Stored) else [tensor.stored(box) for box in tensor.boxes()]
+    match tensor:
+        case Stored():
+            held = [tensor]
+        case ConcatenatedTensor():
+            held = [_vector(*part, what) for part in tensor.ranges(0, prod(tensor.shape))]
+        case _:
+            held = [tensor.stored(box) for box in tensor.boxes()]
     for stored in held:
         if not _apart(stored):
             raise CandidateError(
@@ -37,7 +47,16 @@ def storages(tensor: Stored | BoxTensor, what: str) -> list[Stored]:
     return held
 
 
-def placed(tensor: Stored | BoxTensor, start: int, values: torch.Tensor) -> Iterator[Placed]:
+def _vector(part: Stored, first: int, count: int, what: str) -> Stored:
+    if not part.row_major():
+        raise CandidateError(
+            f"{part.record.file.path}: {what} is in a partition with the strides {part.stride}, which is no "
+            "vector, and cannot be written there. Copy the checkpoint again, or choose another --format (format=)."
+        )
+    return part.vector(first, count)
+
+
+def placed(tensor: Placeable, start: int, values: torch.Tensor) -> Iterator[Placed]:
     """Yield where the elements of a range are in files.
 
     Args:
@@ -47,6 +66,12 @@ def placed(tensor: Stored | BoxTensor, start: int, values: torch.Tensor) -> Iter
     """
     if isinstance(tensor, Stored):
         yield from _in_stored(tensor, start, values)
+        return
+    if isinstance(tensor, ConcatenatedTensor):
+        done = 0
+        for stored, begin, size in tensor.ranges(start, start + len(values)):
+            yield from _in_stored(stored, begin, values[done : done + size])
+            done += size
         return
     for box, first, count in tensor.within(start, start + len(values)):
         part = values

@@ -121,6 +121,10 @@ class Stored:
         itemsize = self.dtype.itemsize
         return self.record.begin + self.first * itemsize, self.record.begin + (last + 1) * itemsize
 
+    def vector(self, first: int, count: int) -> "Stored":
+        """Return elements [first, first + count) of a row-major tensor, as a vector."""
+        return Stored(self.record, self.first + first, (count,), (1,))
+
     @property
     def memory_key(self) -> object:
         """A value that identifies the bytes in the file and their interpretation."""

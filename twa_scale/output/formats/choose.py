@@ -11,17 +11,20 @@ from twa_scale.candidates.adapters import ranks_of
 from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.candidates.directory import INDEX, is_torch
 from twa_scale.candidates.formats.dcp import files_in_dcp
+from twa_scale.candidates.formats.deepspeed import files_in_deepspeed, has_partitions
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Origin, origin_of
 from twa_scale.candidates.formats.safetensors import Entry, read_header
 from twa_scale.candidates.formats.sharded import weight_map
+from twa_scale.candidates.formats.torch_file import shapes_in
 from twa_scale.candidates.steps import step_of
 from twa_scale.errors import ConfigError, OutputError
 from twa_scale.output.formats.dcp import DcpFormat
 from twa_scale.output.formats.format import OutputFormat
-from twa_scale.output.formats.other_copies import check_other_copies
+from twa_scale.output.formats.other_copies import check_other_copies, require_no_master
 from twa_scale.output.formats.safetensors import SafetensorsFormat, SameSafetensorsFormat
 from twa_scale.output.formats.same import SameFormat
+from twa_scale.output.formats.same_deepspeed import SameDeepSpeedFormat
 from twa_scale.output.formats.state_files import state_files
 from twa_scale.output.formats.torch_file import TorchFormat
 
@@ -66,6 +69,8 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
             f"{last.label}: the average of products has other factors than the adapter, and the state of the training, "
             "which --format same (format='same') keeps, does not fit them. Choose hf, dcp or pt, or --space factors."
         )
+    if origin.written_as == "deepspeed":
+        return _same_deepspeed(last, root, carried, tell)
     files = _weight_files(last, origin)
     is_directory = Path(last.label).is_dir()
     beside = state_files(root, files, tell, code=carried.code) if is_directory else []
@@ -76,6 +81,15 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
     if (index := _index(last)) and origin.written_as == "pt":
         beside.append((index.name, index))
     return SameFormat(origin, root, beside)
+
+
+def _same_deepspeed(last: Candidate, root: Path, carried: CarriedFiles, tell: Callable[[str], None]) -> OutputFormat:
+    files = files_in_deepspeed(root)
+    beside = state_files(root, files, tell, code=carried.code, of_deepspeed=True)
+    check_other_copies(last, origin_of(last), beside, tell)
+    if not has_partitions(root):  # the optimizer is in the files of the model
+        require_no_master(last.label, {str(path): shapes_in(path) for path in files if path.suffix == ".pt"})
+    return SameDeepSpeedFormat(root, beside)
 
 
 def _root(last: Candidate, origin: Origin) -> Path:

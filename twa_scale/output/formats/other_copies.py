@@ -17,7 +17,7 @@ from twa_scale.errors import CandidateError, OutputError
 
 Shape = tuple[int, ...]
 _MASTER = re.compile(
-    r"fp32_from_fp16\w*|fp32_from_float16\w*|fp32_params?|fp32_groups_flat\w*|fp32_flat_groups|master_(weight|param)s?|"
+    r"fp32_from_fp16\w*|fp32_from_float16\w*|fp32_params?|fp32_groups\w*|fp32_flat_groups|master_(weight|param)s?|"
     r"single_partition_of_fp32_groups"
 )
 _SLOW = re.compile(r"slow_(buffer|params?|weights?)")
@@ -45,7 +45,7 @@ def check_other_copies(
             raise OutputError(_held_again(label, name))
     found = {str(path): _shapes(path) for path in origin.keys}
     others, unread = _read(beside)
-    _require_no_master(label, {**found, **others})
+    require_no_master(label, {**found, **others})
     weights = {name: last.shape(name) for name in last.names()}
     copies = {name: held for name, shapes in others.items() if (held := _held(weights, shapes))}
     if 2 * len(set().union(*copies.values())) >= max(1, len(weights)):
@@ -68,7 +68,16 @@ def check_other_copies(
         )
 
 
-def _require_no_master(label: str, files: Mapping[str, Mapping[Keys, Shape]]) -> None:
+def require_no_master(label: str, files: Mapping[str, Mapping[Keys, Shape]]) -> None:
+    """Check that no optimizer has its own copy of weights.
+
+    Args:
+        label: the candidate.
+        files: the shapes of the tensors of each file, by their paths of keys.
+
+    Raises:
+        OutputError: names the file and the copy.
+    """
     for name, shapes in files.items():
         if master := next((".".join(keys) for keys in shapes if _has(_MASTER, keys)), None):
             raise OutputError(

@@ -10,7 +10,7 @@ import torch
 from twa_scale.candidates.formats.boxes import BoxTensor
 from twa_scale.candidates.formats.dcp import tensors_in_dcp
 from twa_scale.candidates.formats.origin import Keys
-from twa_scale.candidates.formats.placement import placed, storages
+from twa_scale.candidates.formats.placement import Placeable, placed, storages
 from twa_scale.candidates.formats.stored_tensors import Record, Stored
 from twa_scale.candidates.formats.torch_file import tensors_in
 from twa_scale.errors import OutputError
@@ -35,10 +35,15 @@ class PlacedFiles(WeightFiles):
             raise OutputError(f"tensor {wrong!r}: is complex; only --format hf (format='hf') writes complex tensors.")
         self._specs = specs
         self._keys = keys
-        self._tensors: dict[str, Stored | BoxTensor] = {}
+        self._places: Mapping[str, Sequence[Placeable]] = {}
         self._records: list[Record] = []
         self._shared: list[tuple[str, str]] = []
         self._directory = Path()
+
+    def places(self, directory: Path) -> Mapping[str, Sequence[Placeable]]:
+        """Return the tensors in the files that hold each weight; further ones than the first may have other dtypes."""
+        found = read_tensors({directory / path: held for path, held in self._keys.items()})
+        return {name: [tensor] for name, tensor in found.items()}
 
     @property
     def shared(self) -> Sequence[tuple[str, str]]:
@@ -48,15 +53,17 @@ class PlacedFiles(WeightFiles):
     def open(self, directory: Path) -> Place:
         """Find the places of the tensors, before any rank changes the files."""
         self._directory = directory
-        self._tensors = read_tensors({directory / path: held for path, held in self._keys.items()})
+        self._places = self.places(directory)
         records: dict[tuple[str, int], Record] = {}
         first: dict[tuple[str, int, int], str] = {}
+        shared: dict[tuple[str, str], None] = {}
         for spec in self._specs:
-            for stored in checked(self._tensors[spec.name], spec):
+            for stored in self._storages(spec):
                 place = stored.record.file.path, stored.record.begin
                 records.setdefault(place, stored.record)
                 if stored.numel and (other := first.setdefault((*place, stored.first), spec.name)) != spec.name:
-                    self._shared.append((other, spec.name))
+                    shared[other, spec.name] = None
+        self._shared = list(shared)
         self._records = list(records.values())
         self._fields = [record.crc_fields() for record in self._records]
         paths = {record.file.path for record in self._records}
@@ -68,10 +75,14 @@ class PlacedFiles(WeightFiles):
         return self._place
 
     def _place(self, name: str, start: int, values: torch.Tensor) -> Iterator[Run]:
-        for record, first, part in placed(self._tensors[name], start, values):
-            yield Run(
-                self._names[record.file.path], record.begin + first * part.itemsize, part.view(torch.uint8).numpy().data
-            )
+        for tensor in self._places[name]:
+            for record, first, part in placed(tensor, start, _as(tensor.dtype, values, name)):
+                data = part.view(torch.uint8).numpy().data
+                yield Run(self._names[record.file.path], record.begin + first * part.itemsize, data)
+
+    def _storages(self, spec: TensorSpec) -> list[Stored]:
+        first, *copies = self._places[spec.name]
+        return checked(first, spec) + [part for copy in copies for part in storages(copy, f"tensor {spec.name!r}")]
 
     def checksums(self, rank: int, size: int) -> Mapping[int, int]:
         """Return the CRC-32 of some records, by their number."""
@@ -91,6 +102,23 @@ class PlacedFiles(WeightFiles):
         for name in self.names:
             with (self._directory / name).open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def _as(dtype: torch.dtype, values: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the values in the dtype of a copy of the weights.
+
+    Raises:
+        OutputError: one is too large for it.
+    """
+    if dtype == values.dtype:
+        return values
+    copied = values.to(dtype)
+    if dtype.is_floating_point and not bool(torch.isfinite(copied).all()):
+        raise OutputError(
+            f"tensor {name!r}: has values that {dtype}, in which the last candidate also holds it, cannot express. "
+            "Choose --format hf, dcp or pt (format=)."
+        )
+    return copied
 
 
 def read_tensors(keys: Located) -> dict[str, Stored | BoxTensor]:
@@ -114,7 +142,7 @@ def differs(spec: TensorSpec, dtype: torch.dtype, shape: tuple[int, ...]) -> str
     )
 
 
-def checked(tensor: Stored | BoxTensor, spec: TensorSpec) -> list[Stored]:
+def checked(tensor: Placeable, spec: TensorSpec) -> list[Stored]:
     """Return the tensors in files that make up a tensor.
 
     Raises:

@@ -16,7 +16,12 @@ _LOADED = {name for order in LOADERS.values() for name in order}
 
 
 def state_files(
-    root: Path, weights: Collection[Path], tell: Callable[[str], None], *, code: bool = False
+    root: Path,
+    weights: Collection[Path],
+    tell: Callable[[str], None],
+    *,
+    code: bool = False,
+    of_deepspeed: bool = False,
 ) -> list[tuple[str, Path]]:
     """Return the files of a directory that an output copies unchanged, by their path in it.
 
@@ -28,14 +33,17 @@ def state_files(
         weights: the files of its weights.
         tell: called with one line for each reason why files are left out.
         code: whether code is copied too.
+        of_deepspeed: whether the weights are those of a checkpoint of DeepSpeed.
 
     Raises:
-        OutputError: the state of DeepSpeed is there, which holds the weights too.
+        OutputError: a checkpoint of DeepSpeed is beside the weights, and holds them too.
     """
-    if is_deepspeed(root):
+    if is_deepspeed(root) and not of_deepspeed:
         raise OutputError(
             f"{root}: holds a checkpoint of DeepSpeed, from which training would resume with the weights in it, and "
-            "not with the average. Choose --format hf (format='hf'), and load the average with from_pretrained."
+            "not with the average. Average the folders that `latest` names in each directory with --format same "
+            "(format='same'), and put the result in its place in a copy of the last one; or choose --format hf "
+            "(format='hf'), and load the average with from_pretrained."
         )
     found = _Found(root, {path.resolve() for path in weights}, code)
     files = [(str(path.relative_to(root)), path) for path in found.files(root)]
@@ -49,6 +57,7 @@ class _Found:
         self._root = root
         self._weights = weights
         self._code = code
+        self._with_weights = {path.parent for path in weights}
         self._names = {path.name for path in weights}
         self._inside = root_of_links(root.resolve())
         self.left_out: dict[str, list[str]] = {}
@@ -62,6 +71,8 @@ class _Found:
                 yield path
 
     def _enter(self, folder: Path) -> bool:
+        if folder.resolve() in self._with_weights:
+            return True
         if folder.is_symlink():
             return self._leave_out(folder, "a link to a folder")
         if says_step(folder):

@@ -1,0 +1,78 @@
+"""The files of the last candidate of DeepSpeed, in which only the numbers of its weights are replaced."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from twa_scale.candidates.formats.deepspeed import files_in_deepspeed, places_in_deepspeed
+from twa_scale.candidates.formats.placement import Placeable
+from twa_scale.errors import OutputError
+from twa_scale.output.file_layout import TensorSpec
+from twa_scale.output.formats.copying import Copy, version_of
+from twa_scale.output.formats.format import OutputFormat, WeightFiles
+from twa_scale.output.formats.placed_files import PlacedFiles
+
+
+class SameDeepSpeedFormat(OutputFormat):
+    """A copy of a checkpoint of DeepSpeed with other numbers in the weights.
+
+    They are replaced in the partitions of the optimizer, which DeepSpeed restores the weights from, and in the
+    files of the model. The moments of the optimizer, counters and what a script has added keep their bits.
+
+    Args:
+        root: the directory of the last candidate.
+        beside: the other files to copy.
+    """
+
+    name = "same"
+    of_last = True
+
+    def __init__(self, root: Path, beside: Sequence[tuple[str, Path]]) -> None:
+        self._root = root
+        self.beside = beside
+
+    def files(
+        self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None
+    ) -> WeightFiles:
+        """Return the same files as those of the last candidate.
+
+        Raises:
+            OutputError: a tensor is complex.
+        """
+        return _DeepSpeedFiles(specs, self._root)
+
+
+class _DeepSpeedFiles(PlacedFiles):
+    def __init__(self, specs: Sequence[TensorSpec], root: Path) -> None:
+        super().__init__(specs, {})
+        self._root = root
+        self._sources = files_in_deepspeed(root)
+        self._copies: list[Copy] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self._sources)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [str(path.relative_to(self._root)) for path in self._sources]
+
+    @property
+    def copies(self) -> Sequence[Copy]:
+        return self._copies
+
+    def create(self, directory: Path) -> None:
+        """Find out what to copy."""
+        self._copies = [
+            Copy(name, source, version_of(source.stat()))
+            for source, name in zip(self._sources, self.names, strict=True)
+        ]
+
+    def places(self, directory: Path) -> Mapping[str, Sequence[Placeable]]:
+        """Return the tensors that hold each weight."""
+        found = places_in_deepspeed(directory)
+        if absent := next((spec.name for spec in self._specs if spec.name not in found), None):
+            raise OutputError(
+                f"{self._root}: tensor {absent!r} is not in the files of the last candidate under this name, and "
+                "--format same (format='same') keeps them. Choose hf, dcp or pt."
+            )
+        return found
