@@ -70,6 +70,18 @@ def test_coefficients_are_learned_when_training_ends(tmp_path: Path, by_hand: di
     assert callback.averages.num_steps == STEPS + 2  # a second fit goes on
 
 
+@pytest.mark.slow
+def test_a_training_that_was_killed_after_its_last_checkpoint_ends_when_it_resumes(tmp_path: Path) -> None:
+    """Lightning's own loop does nothing then."""
+    _, _, first, _ = fit("automatic", tmp_path, learn=LEARN, learn_steps=3)
+    assert first.average_path is not None
+    learned = torch.load(first.average_path, weights_only=True)["state_dict"]
+    first.average_path.unlink()
+    _, _, second, _ = fit("automatic", tmp_path, tmp_path / f"step={STEPS}.ckpt", learn=LEARN, learn_steps=3)
+    assert second.averages is not None and second.averages.num_steps == STEPS
+    assert same(torch.load(second.average_path, weights_only=True)["state_dict"], learned)
+
+
 class Logged(pl.loggers.Logger):
     """Keeps what is logged."""
 

@@ -48,6 +48,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
     _shown: AbstractContextManager[None] | None = None
     _validates: Which | None = None
     _validate: Callable[[], Any] | None = None
+    _has_begun = False
     _is_training = False
     _counts: Sequence[RemovableHandle] = ()
     average_path: Path | None = None
@@ -71,8 +72,11 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                     f"TwaCallback: {type(callback).__name__} also writes averages into the model, so that neither "
                     "would show its own; give one of the two."
                 )
-        if self._learn is None:
-            return
+        if self._learn is not None:
+            self._require_loss(pl_module)
+        self._wrap_fit(trainer, pl_module)
+
+    def _require_loss(self, pl_module: Any) -> None:
         if not pl_module.automatic_optimization or "dataloader_iter" in signature(pl_module.training_step).parameters:
             raise ConfigError(
                 "TwaCallback: learn needs a training_step that returns the loss of a batch. With manual optimization, "
@@ -80,8 +84,25 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                 "callback.averages.learn(..) in a loop of your own."
             )
 
+    def _wrap_fit(self, trainer: Any, pl_module: Any) -> None:
+        """End a training that resumes from the checkpoint of its last step: Lightning's loop does nothing then."""
+        loop = trainer.fit_loop
+        fit = getattr(loop.run, "_of_trainer", loop.run)
+
+        def fit_and_end() -> None:
+            self._has_begun = False
+            fit()
+            resumed = self._resumed is not None or (trainer.ckpt_path and Path(trainer.ckpt_path).is_dir())
+            if resumed and not self._has_begun and trainer.limit_train_batches:
+                self.on_train_start(trainer, pl_module)
+                self.on_train_end(trainer, pl_module)
+
+        fit_and_end._of_trainer = fit  # type: ignore[attr-defined]  # for the next `fit`
+        loop.run = fit_and_end
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the averages of the model as the strategy has wrapped it; on resume, go on from the checkpoint's."""
+        self._has_begun = True
         before = self.averages if trainer is self._trainer else None
         self._trainer = trainer
         averages = self._make(trainer.strategy.model)
@@ -267,10 +288,11 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
 def _batches(trainer: Any) -> Iterator[Any]:
     """Return the batches of the epochs after those of the training."""
     loader = trainer.fit_loop._combined_loader
+    begun = trainer.fit_loop.epoch_progress.current.started  # in a checkpoint, too, that is written within an epoch
 
     def set_epoch(epoch: int) -> None:
         for one in loader.flattened:
-            _set_sampler_epoch(one, trainer.current_epoch + epoch)
+            _set_sampler_epoch(one, begun + epoch)
 
     return repeated(loader, set_epoch)
 

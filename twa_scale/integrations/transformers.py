@@ -90,9 +90,9 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         assert self.averages is not None
         trial = getattr(self._trainer, "_trial", None)
         directory = Path(self._trainer._get_output_dir(trial=trial)) / f"checkpoint-{state.global_step}"
-        self.averages.save_state(directory)
         if self._save:
             self._write(directory / AVERAGE)
+        self.averages.save_state(directory)  # last: a checkpoint that has it is whole
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the average, learned if it shall be, and let the Trainer evaluate its own weights again."""
