@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from twa_scale.config import load_config
 from twa_scale.ranks import Group, World, exit_process
 from twa_scale.run.batches import make_batches
 from twa_scale.run.evaluate import evaluate
-from twa_scale.run.tasks import build_task
+from twa_scale.run.tasks import Task, build_task
 
 
 def main() -> None:
@@ -28,16 +29,20 @@ def main() -> None:
     task = build_task(config.task)
     world = World.from_environment()
     with world.joined(torch.device("cpu")):
-        group = Group.world()
-        examples = task.dataset(arguments.split)
-        batches = make_batches(examples, arguments.split, 64, None, group.rank, group.size, 0)
         model = task.model()
         results = {}
         for directory in arguments.weights:
             model.load_state_dict(load_file(directory / "model.safetensors"))
-            results[str(directory)] = evaluate(task, model, batches, group, torch.device("cpu"), arguments.batches)
-        if group.rank == 0:
+            results[str(directory)] = evaluated(task, model, arguments.split, arguments.batches)
+        if world.rank == 0:
             arguments.result.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def evaluated(task: Task, model: nn.Module, split: str, batches: int | None) -> dict[str, float]:
+    """Return the metrics of the weights in the model on the first `batches` of a split for each rank. Collective."""
+    group = Group.world()
+    data = make_batches(task.dataset(split), split, 64, None, group.rank, group.size, 0)
+    return evaluate(task, model, data, group, torch.device("cpu"), batches)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,17 @@ class Training:
         """Take optimizer step `step` (from 0) with the rate times `factor`; return this rank's loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor * min(1.0, (step + 1) / self.warmup)
-        (batch,) = self.batches.training(step)
-        loss = self.task.loss(self.model, batch)
-        loss.backward()
+        loss = self.backward(step)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss
+
+    def backward(self, step: int) -> float:
+        """Compute the gradients on the batch of a step; return this rank's loss."""
+        (batch,) = self.batches.training(step)
+        loss = self.task.loss(self.model, batch)
+        loss.backward()
         return loss.item()
 
     def decay(self, start: int, stop: int, factor: float = 1.0) -> None:

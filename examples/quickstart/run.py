@@ -1,4 +1,4 @@
-"""The whole story on real text: train a small GPT under FSDP2, learn how to average its candidates, compare.
+"""The whole story on real text: train a small GPT under FSDP2, learn how to average its weights, train on, compare.
 
 `make quickstart` runs this. Everything is written below runs/quickstart; `--seed` repeats it with other data orders.
 """
@@ -17,14 +17,9 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "quickstart.yaml"
-STEPS, TWA_STEPS = 800, 20
-CANDIDATES, EVERY = 10, 10
+KEEP, EVERY = 20, 10
 RANKS = 2
-RUNS = {
-    "twa-train": ("on training data", ["split=train"]),
-    "twa-validation": ("on validation data", ["split=validation"]),
-    "twa-packed4": ("on training data, from deltas of 4 bits", ["split=train", "store=packed4"]),
-}
+RUN = "twa-packed4"
 
 console = Console()
 
@@ -34,46 +29,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=600, help="steps of training at a constant rate")
+    parser.add_argument("--extra", type=int, default=30, help="steps of TWA, and of the annealing after it")
+    parser.add_argument("--batches", type=int, default=20, help="batches of each evaluation on a rank")
     arguments = parser.parse_args()
+    out, seed, batches = arguments.out, f"seed={arguments.seed}", arguments.batches
     start = time.perf_counter()
-    out: Path = arguments.out
-    for stale in ("candidates", "baselines", *RUNS):
+    for stale in ("candidates", "methods", RUN):
         shutil.rmtree(out / stale, ignore_errors=True)
-    seed = f"seed={arguments.seed}"
-    stage(f"1/6  training a byte-level GPT with FSDP2 on {RANKS} ranks, on the sources of Python's own library")
+    out.mkdir(parents=True, exist_ok=True)
+    stage(f"1/3  training a byte-level GPT with FSDP2 on {RANKS} ranks, and averaging its weights from memory")
     torchrun(
-        HERE / "pretrain.py", CONFIG, seed, f"--out={out}", f"--steps={STEPS}", f"--budget={STEPS + TWA_STEPS}",
-        f"--candidates={CANDIDATES}", f"--every={EVERY}",
+        HERE / "train.py", CONFIG, seed, f"--out={out}", f"--steps={arguments.steps}", f"--extra={arguments.extra}",
+        f"--keep={KEEP}", f"--every={EVERY}", f"--batches={batches}",
     )  # fmt: skip
-    candidates = f"candidates={out}/candidates/step-*"
-    for number, (name, (what, settings)) in enumerate(RUNS.items(), 2):
-        stage(f"{number}/6  learning the coefficients of {CANDIDATES} candidates {what}")
-        torchrun("-m", "twa_scale", "run", CONFIG, candidates, f"output={out / name}", *settings, seed)
-    stage("5/6  the uniform average, streamed from the same candidates")
-    twa_scale("inspect", f"{out}/candidates/step-*", "--plot", out / "cosines.png")
-    twa_scale("average", f"{out}/candidates/step-*", "--out", out / "baselines/uniform")
-    stage("6/6  comparing on test files that nothing has seen")
-    results = compare(out)
-    table(out, results)
+    stage("2/3  the same from candidate files and a configuration, with deltas in 4 bits")
+    own = [f"candidates={out}/candidates/step-*", f"output={out / RUN}", seed]
+    torchrun("-m", "twa_scale", "run", CONFIG, *own, f"steps={arguments.extra}", f"evaluate_batches={batches}")
+    stage("3/3  comparing on test files that were not used before")
+    table(out, compare(out, arguments.steps, arguments.extra, batches))
     console.print(f"[dim]{time.perf_counter() - start:.0f} s in all[/]")
 
 
-def compare(out: Path) -> list[dict[str, object]]:
-    """Choose the EMA on validation data, then evaluate every method once on the test split."""
-    emas = sorted((out / "baselines").glob("ema-*"))
-    on_validation = evaluate(out, "validation", emas)
-    ema = min(emas, key=lambda path: on_validation[str(path)]["loss"])
-    last = max((out / "candidates").iterdir())
+def compare(out: Path, steps: int, extra: int, batches: int) -> list[dict[str, object]]:
+    """Evaluate every method once on the test split."""
     methods = {
-        "last candidate": (last, STEPS),
-        "uniform average": (out / "baselines/uniform", STEPS),
-        f"EMA (decay {ema.name.removeprefix('ema-')})": (ema, STEPS),
-        "decayed run": (out / "baselines/decayed", STEPS + TWA_STEPS),
-        "TWA-t": (out / "twa-train/average", STEPS + TWA_STEPS),
-        "TWA-v": (out / "twa-validation/average", STEPS + TWA_STEPS),
-        "TWA-t, packed4": (out / "twa-packed4/average", STEPS + TWA_STEPS),
+        "last weights": (out / "methods/last", steps),
+        "uniform average": (out / "methods/uniform", steps),
+        "EMA, best of four": (out / "methods/ema", steps),
+        "TWA": (out / "methods/twa", steps + extra),
+        "TWA, 4 bits, from files": (out / RUN / "average", steps + extra),
+        "annealed": (out / "methods/annealed", steps + 2 * extra),
+        "decayed run": (out / "methods/decayed", steps + 2 * extra),
+        "TWA, then annealed": (out / "methods/twa-annealed", steps + 2 * extra),
     }
-    metrics = evaluate(out, "test", [path for path, _ in methods.values()])
+    metrics = evaluate(out, "test", [path for path, _ in methods.values()], 2 * batches)
     rows = [{"method": name, "steps": steps, **metrics[str(path)]} for name, (path, steps) in methods.items()]
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     return rows
@@ -87,25 +77,14 @@ def table(out: Path, rows: list[dict[str, object]]) -> None:
     for row in rows:
         result.add_row(row["method"], str(row["steps"]), f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}")
     console.print(result)
-    console.print(
-        f"TWA's {TWA_STEPS} steps train {CANDIDATES} coefficients per tensor; its average is in "
-        f"{out}/twa-train/average,\n"
-        f"its picture in {out}/twa-train/coefficients.png. The decayed run had the steps of training and TWA together."
-    )
+    console.print(f"The learned average is in {out}/methods/twa, its picture in\n{out}/{RUN}/coefficients.png.")
 
 
-def evaluate(out: Path, split: str, paths: list[Path]) -> dict[str, dict[str, float]]:
+def evaluate(out: Path, split: str, paths: list[Path], batches: int) -> dict[str, dict[str, float]]:
     """Return the metrics of each set of weights, by the name of its directory."""
     result = out / f"{split}.json"
-    torchrun(
-        HERE.parent / "evaluate.py",
-        CONFIG,
-        f"--split={split}",
-        f"--result={result}",
-        "--batches=40",
-        "--weights",
-        *paths,
-    )
+    options = [f"--split={split}", f"--result={result}", f"--batches={batches}", "--weights"]
+    torchrun(HERE.parent / "evaluate.py", CONFIG, *options, *paths)
     return json.loads(result.read_text())
 
 
@@ -119,11 +98,6 @@ def torchrun(*arguments: object) -> None:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     subprocess.run([*command, *map(str, arguments)], check=True, env=environment)
-
-
-def twa_scale(*arguments: object) -> None:
-    """Run the command line in one process."""
-    subprocess.run([sys.executable, "-m", "twa_scale", *map(str, arguments)], check=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+from run import RUN
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results
@@ -22,16 +25,17 @@ Machine: {machine}{remark}. Date: {date}.
 ## Which average is best
 
 A byte-level GPT of {parameters:,} parameters is trained for {steps} steps on the sources of Python's own library at a
-constant rate. Its last {candidates} candidates, {every} steps apart, are averaged. Losses are on test files that
-were not used before. Chosen on validation files were the decay of the EMA, and which of steps 0, 10 and 20 of TWA is
-exported.
+constant rate. Averages are made of its last {keep} candidates, {every} steps apart, and TWA has {extra} steps. Losses
+are on test files that were not used before. Chosen on validation files were the decay of the EMA and the average that
+TWA starts from.
 
 {quality}
 
 `optimizer steps` counts every forward and backward pass over a batch of 32 sequences that a method needs, including
-those of the run that made the candidates. The decayed run branches off at 80 % of its steps and ends with the same
-number as training and TWA together; in a real project the branch is an additional cost, unless its end was known
-before. Evaluations on validation files, and the choice of the EMA's decay on them, are not counted.
+those of the run that made the candidates. `annealed` trains on from the last weights with a rate that falls linearly to
+zero, `TWA, then annealed` from the learned average with a tenth of the rate. The decayed run branches off at 80 % of
+its steps; in a real project the branch is an additional cost, unless its end was known before. Evaluations on
+validation files are not counted.
 
 {reading}
 
@@ -42,7 +46,7 @@ overhead of a call outweighs the bytes; the model is small so that the example t
 
 {cost}
 
-Reading {candidates} candidates took {read:.1f} MB per rank: each byte by one rank, once.
+Deltas have 4 bits. Reading {keep} candidates took {read:.1f} MB per rank: each byte by one rank, once.
 """
 
 
@@ -66,8 +70,8 @@ def main() -> None:
 def page(seeds: list[int], outs: list[Path], remark: str) -> str:
     """Return docs/results.md."""
     rows = [json.loads((out / "results.json").read_text()) for out in outs]
-    facts = json.loads((outs[0] / "pretrain.json").read_text())
-    summaries = [json.loads((out / "twa-train" / "summary.json").read_text()) for out in outs]
+    facts = json.loads((outs[0] / "training.json").read_text())
+    summaries = [json.loads((out / RUN / "summary.json").read_text()) for out in outs]
     return HEAD.format(
         seeds=", ".join(map(str, seeds)),
         machine=machine(),
@@ -77,7 +81,7 @@ def page(seeds: list[int], outs: list[Path], remark: str) -> str:
         reading=reading(rows),
         cost=cost(summaries),
         read=summaries[0]["bytes_read_per_rank"][0] / 1e6,
-        **{key: facts[key] for key in ("parameters", "steps", "candidates", "every")},
+        **{key: facts[key] for key in ("parameters", "steps", "extra", "keep", "every")},
     )
 
 
@@ -89,25 +93,27 @@ def quality(rows: list[list[dict[str, float]]]) -> str:
     ]
     for method in zip(*rows, strict=True):
         losses = [row["loss"] for row in method]
-        gains = [row["loss"] - run[1]["loss"] for row, run in zip(method, rows, strict=True)]
-        name = method[0]["method"].split(" (")[0]
-        lines.append(f"| {name} | {method[0]['steps']} | {spread(losses, '.4f')} | {spread(gains, '+.4f')} |")
+        gains = [row["loss"] - loss_of(run, "uniform average") for row, run in zip(method, rows, strict=True)]
+        lines.append(
+            f"| {method[0]['method']} | {method[0]['steps']} | {spread(losses, '.4f')} | {spread(gains, '+.4f')} |"
+        )
     return "\n".join(lines)
 
 
 def reading(rows: list[list[dict[str, float]]]) -> str:
     """Say in words who won, seed by seed, so that no sentence can outlive its numbers."""
-    by_name = {row["method"].split(" (")[0]: i for i, row in enumerate(rows[0])}
-    twa, sentences = by_name["TWA-t"], []
-    for other in ("the uniform average", "the EMA", "the decayed run", "TWA-v"):
-        wins = sum(run[twa]["loss"] < run[by_name[other.removeprefix("the ")]]["loss"] for run in rows)
-        sentences.append(f"in {wins} than {other}")
-    exact, packed = ([run[by_name[name]]["loss"] for run in rows] for name in ("TWA-t", "TWA-t, packed4"))
-    apart = max(abs(a - b) for a, b in zip(exact, packed, strict=True))
-    return (
-        f"Of {len(rows)} seeds, TWA-t had a lower test loss {', '.join(sentences)}. Deltas of 4 bits "
-        f"moved its loss by at most {apart:.4f}; its own seeds differ by {max(exact) - min(exact):.4f}."
-    )
+    pairs = {"TWA": ("uniform average", "EMA, best of four"), "TWA, then annealed": ("annealed", "decayed run")}
+    sentences = []
+    for ours, others in pairs.items():
+        won = {other: sum(loss_of(run, ours) < loss_of(run, other) for run in rows) for other in others}
+        counts = " and ".join(f"than `{other}` in {count}" for other, count in won.items())
+        sentences.append(f"`{ours}` had a lower test loss {counts}")
+    return f"Of {len(rows)} seeds, {'; '.join(sentences)}."
+
+
+def loss_of(run: list[dict[str, float]], method: str) -> float:
+    """Return the test loss of a method."""
+    return next(row["loss"] for row in run if row["method"] == method)
 
 
 def cost(summaries: list[dict]) -> str:
