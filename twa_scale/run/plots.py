@@ -71,13 +71,14 @@ def plot_training(
     """
     n, num_groups = coefficients.shape
     wide = num_groups > 12
+    rows = min(n, MOST_LABELS)
     with rc_context(STYLE):
         if wide:
             width = max(9.0, 3 + 0.19 * min(num_groups, 90))
-            figure = Figure(figsize=(width, 5.4 + 0.26 * n), layout="constrained")
-            top, bottom = figure.subplots(2, 1, height_ratios=(0.26 * n + 1.6, 3.2))
+            figure = Figure(figsize=(width, 5.4 + 0.26 * rows), layout="constrained")
+            top, bottom = figure.subplots(2, 1, height_ratios=(0.26 * rows + 1.6, 3.2))
         else:
-            figure = Figure(figsize=(9.2 + 0.42 * num_groups, max(3.8, 1.8 + 0.28 * n)), layout="constrained")
+            figure = Figure(figsize=(9.2 + 0.42 * num_groups, max(3.8, 1.8 + 0.28 * rows)), layout="constrained")
             top, bottom = figure.subplots(1, 2, width_ratios=(3.4 + 0.42 * num_groups, 5.2))
         figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2)  # type: ignore[union-attr, call-arg]
         if num_groups == 1:

@@ -1,7 +1,6 @@
 """Files that are read during the whole run, with a limit on the number of open descriptors."""
 
 import errno
-import mmap
 import os
 import resource
 import threading
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from twa_scale.base.inputs import open_regular
 from twa_scale.base.paths import identity_of
@@ -28,7 +29,7 @@ class File:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._identity: tuple[int, ...] | None = None
-        self._map: mmap.mmap | None = None
+        self._map: torch.Tensor | None = None
         with _OPEN_FILES.descriptor(self) as descriptor:
             self.size = os.fstat(descriptor).st_size
 
@@ -70,12 +71,22 @@ class File:
         with _OPEN_FILES.descriptor(self) as descriptor:
             yield descriptor
 
-    def map(self) -> mmap.mmap:
-        """Return a private mapping of the whole file. It is copy-on-write because torch requires writable buffers."""
+    def mapped(self, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return `count` elements that begin at `offset`, a multiple of their size, as a view of the mapped file.
+
+        The mapping is private, so that nothing is written to the file, and needs no open descriptor.
+
+        Raises:
+            OSError: the system refuses the mapping.
+        """
         if self._map is None:
             with self.descriptor() as descriptor:
-                self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-        return self._map
+                path = f"/dev/fd/{descriptor}"  # the file that was opened, whatever has its name now
+                try:
+                    self._map = torch.from_file(path, shared=False, size=self.size, dtype=torch.uint8)
+                except RuntimeError as error:
+                    raise OSError(str(error)) from None
+        return self._map[offset : offset + count * dtype.itemsize].view(dtype)
 
     def close(self) -> None:
         """Close the file. A later read opens it again; mapped tensors remain valid."""

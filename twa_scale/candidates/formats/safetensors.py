@@ -87,7 +87,7 @@ class SafetensorsCandidate:
         entry = self._entries[name]
         if entry.offset % entry.dtype.itemsize or not prod(entry.shape):
             return None if prod(entry.shape) else torch.empty(0, dtype=entry.dtype)
-        return torch.frombuffer(self._file.map(), dtype=entry.dtype, count=prod(entry.shape), offset=entry.offset)
+        return self._file.mapped(entry.offset, prod(entry.shape), entry.dtype)
 
     def close(self) -> None:
         """Close the file. Mapped tensors remain valid."""

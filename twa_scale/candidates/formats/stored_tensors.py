@@ -137,7 +137,7 @@ class Stored:
             return torch.empty(0, dtype=self.dtype)
         if begin % self.dtype.itemsize or not self.row_major():
             return None
-        return torch.frombuffer(self.record.file.map(), dtype=self.dtype, count=self.numel, offset=begin)
+        return self.record.file.mapped(begin, self.numel, self.dtype)
 
     def row_major(self) -> bool:
         """Return whether the elements follow each other in the file in row-major order."""
