@@ -17,7 +17,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "quickstart.yaml"
-KEEP, EVERY = 20, 10
+KEEP, EVERY = 20, 5
 RANKS = 2
 RUN = "twa-packed4"
 
@@ -83,8 +83,8 @@ def table(out: Path, rows: list[dict[str, object]]) -> None:
 def evaluate(out: Path, split: str, paths: list[Path], batches: int) -> dict[str, dict[str, float]]:
     """Return the metrics of each set of weights, by the name of its directory."""
     result = out / f"{split}.json"
-    options = [f"--split={split}", f"--result={result}", f"--batches={batches}", "--weights"]
-    torchrun(HERE.parent / "evaluate.py", CONFIG, *options, *paths)
+    options = [f"--split={split}", f"--batches={batches}", f"--out={result}", *(f"--weights={path}" for path in paths)]
+    torchrun("-m", "twa_scale", "evaluate", CONFIG, *options)
     return json.loads(result.read_text())
 
 

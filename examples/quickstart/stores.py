@@ -23,7 +23,7 @@ from twa_scale.config import load_config
 from twa_scale.run.tasks import build_task
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import CONFIG, HERE, torchrun
+from run import CONFIG, torchrun
 
 BITS, CODINGS = (8, 4, 2, 1), ("center", "increments")
 STORES = {f"packed{bits}, {coding}": (f"packed{bits}", coding) for bits, coding in product(BITS, CODINGS)}
@@ -70,9 +70,8 @@ def trained(run: Path) -> dict[str, float]:
             torchrun("-m", "twa_scale", "run", CONFIG, candidates, f"output={output}", *settings)
     result = run / "stores/test.json"
     if not result.exists():
-        weights = [output / "average" for output in outputs.values()]
-        options = ["--split=test", f"--result={result}", "--batches=40", "--weights"]
-        torchrun(HERE.parent / "evaluate.py", CONFIG, *options, *weights)
+        weights = [f"--weights={output}/average" for output in outputs.values()]
+        torchrun("-m", "twa_scale", "evaluate", CONFIG, "--split=test", "--batches=40", f"--out={result}", *weights)
     losses = json.loads(result.read_text())
     return {name: losses[str(output / "average")]["loss"] for name, output in outputs.items()}
 

@@ -1,4 +1,4 @@
-"""Train the small byte-level GPT under FSDP2, average its weights on the way, and learn the coefficients of the average.
+"""Train the small byte-level GPT under FSDP2, average its weights on the way, and learn the averaging coefficients.
 
 Start it with torchrun. `train_and_average` is what a user of the package writes; the rest are other methods of the same
 number of steps, which see the same batches. The weights of each method are written to a directory of its own.
@@ -20,10 +20,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from twa_scale import RunningAverages, Snapshots
 from twa_scale.config import load_config
-from twa_scale.ranks import World, exit_process
+from twa_scale.ranks import Group, World, exit_process
+from twa_scale.run.batches import make_batches
+from twa_scale.run.evaluate import evaluate
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from examples.evaluate import evaluated
 from examples.training import Training
 
 EMA = [0.9, 0.95, 0.98, 0.99]
@@ -85,7 +86,7 @@ class Quickstart:
         self.write("last")
         averages.save(arguments.out / "candidates")  # only for `twa-scale run`, which starts from files
 
-        scores = averages.compare(self.score)
+        scores = averages.compare(self.score, [*averages.names, "lawa:4", "lawa:8"])
         self.console.print(f"validation loss of the averages:\n{scores}", highlight=False)
         ema = min((name for name in scores if name.startswith("ema")), key=scores.__getitem__)
         for name, method in ((ema, "ema"), ("mean", "uniform")):
@@ -129,7 +130,9 @@ class Quickstart:
 
     def score(self, model: torch.nn.Module) -> float:
         """Return the loss on the validation split."""
-        return evaluated(self.training.task, model, "validation", self.arguments.batches)["loss"]
+        group, task = Group.world(), self.training.task
+        batches = make_batches(task.dataset("validation"), "validation", 32, None, group.rank, group.size, 0)
+        return evaluate(task, model, batches, group, torch.device("cpu"), self.arguments.batches)["loss"]
 
     def write(self, method: str) -> None:
         """Write the weights in the model to the directory of a method."""

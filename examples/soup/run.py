@@ -95,16 +95,8 @@ def evaluate(
     """Return the metrics of each directory."""
     result = out / f"{split}.json"
     limit = [f"--batches={batches}"] if batches else []
-    python(
-        HERE.parent / "evaluate.py",
-        CONFIG,
-        *settings,
-        f"--split={split}",
-        f"--result={result}",
-        *limit,
-        "--weights",
-        *paths,
-    )
+    weights = [f"--weights={path}" for path in paths]
+    python("-m", "twa_scale", "evaluate", CONFIG, *settings, f"--split={split}", f"--out={result}", *limit, *weights)
     return json.loads(result.read_text())
 
 

@@ -1,6 +1,5 @@
 """256 candidate files: few are open at a time, and everything that reads candidates takes them."""
 
-import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ def few_open_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let this process open 40 more files than it has now, of which candidates take a part as in a new process."""
     monkeypatch.setattr(file_handles._OPEN_FILES, "_limit", 10)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (sum(1 for _ in Path("/proc/self/fd").iterdir()) + 40, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

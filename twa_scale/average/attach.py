@@ -64,6 +64,19 @@ def attach(
     Raises:
         ConfigError, CandidateError, EngineError: on every rank, also when only one of them finds the error.
     """
+    return attach_at_least(2, model, candidates, config, replica_group=replica_group, progress=progress)
+
+
+def attach_at_least(
+    minimum: int,
+    model: nn.Module | Engine,
+    candidates: Candidates | None,
+    config: TwaConfig | dict[str, Any] | None,
+    *,
+    replica_group: dist.ProcessGroup | None = None,
+    progress: Progress | None = None,
+) -> TrainableAverage:
+    """Attach as `attach`, with another smallest number of candidates. The average of one is its weights."""
     engine = choose_engine(model, replica_group)
     pods = Pods(engine.shard_group, engine.replica_group)
     with pods.agree():
@@ -79,7 +92,7 @@ def attach(
     with ExitStack() as undo:  # after an error, nothing stays open, and the caller can try again
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
-        opened = open_together(candidates, pods, 2, _wanted(engine, config, adapter), config.select)
+        opened = open_together(candidates, pods, minimum, _wanted(engine, config, adapter), config.select)
         for candidate in opened:
             undo.callback(candidate.close)
         with pods.agree():

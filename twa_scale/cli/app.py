@@ -6,6 +6,7 @@ import typer
 
 from twa_scale.cli.average import average
 from twa_scale.cli.bench import bench
+from twa_scale.cli.evaluate import evaluate
 from twa_scale.cli.export import export
 from twa_scale.cli.init import init
 from twa_scale.cli.inspect import inspect
@@ -42,5 +43,5 @@ def callback(
     del version, local_rank  # --version has a callback; DeepSpeed's launcher passes --local_rank to every script
 
 
-for command in (init, run, search, launch, plan, report, inspect, bench, average, export):
+for command in (init, run, evaluate, search, launch, plan, report, inspect, bench, average, export):
     app.command()(command)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from twa_scale.average.attach import attach
+from twa_scale.average.attach import attach_at_least
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.batchnorm import batchnorm_layers
 from twa_scale.average.optimizer import check_optimizer
@@ -67,17 +67,26 @@ class AttachedRun:
 
     def attach(self, config: RunConfig) -> None:
         """Build the model and read the candidates. Collective. With `start: best`, call `start_at_best` afterwards."""
-        config = config.model_copy(update={"start": "center"}) if config.start == "best" else config
+        self.build(config)
+        self.read(config)
+
+    def build(self, config: RunConfig) -> None:
+        """Build the model. Collective."""
         self.engine = run_engine(config, self.world)
-        mesh = pod_mesh(config, self.world, self.device)
+        self._mesh = pod_mesh(config, self.world, self.device)
+        ranks = self._mesh and self._mesh["ranks"]
         with self.group.agree():  # separate from the checks above: the constructor of DDP is collective
-            self.model: nn.Module = self.engine.build(self.task, self.world, self.device, mesh and mesh["ranks"])
+            self.model: nn.Module = self.engine.build(self.task, self.world, self.device, ranks)
         set_collective_timeout(config.timeout)
+
+    def read(self, config: RunConfig, minimum: int = 2) -> None:
+        """Read the candidates, of which there have to be at least `minimum`. Collective."""
+        config = config.model_copy(update={"start": "center"}) if config.start == "best" else config
+        replicas = None if self._mesh is None else self._mesh.get_group("pods")
         start = time.perf_counter()
         with self.report.bytes("reading candidates") as progress:
-            replicas = None if mesh is None else mesh.get_group("pods")
-            self.twa: TrainableAverage = attach(
-                self.model, config.candidates, config, replica_group=replicas, progress=progress
+            self.twa: TrainableAverage = attach_at_least(
+                minimum, self.model, config.candidates, config, replica_group=replicas, progress=progress
             )
         self.attach_seconds = time.perf_counter() - start
         if self.twa.rounding:
@@ -130,10 +139,11 @@ class AttachedRun:
         self.stopping = asked > 0
         return {"loss": loss_sum / self.group.size, "lr": rate, "seconds": time.perf_counter() - start}
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, *, recalibrate: bool = True) -> dict[str, float]:
         """Return the metrics of the current weights, after recalibration of BatchNorm statistics. Collective."""
         self.twa.settle()  # the time of waiting for weights is measured in training steps only
-        self.recalibrate()
+        if recalibrate:
+            self.recalibrate()
         with self.engine.autocast(self.device):
             limit = self.config.evaluate_batches
             return evaluate(self.task, self.model, self.held_out, self.group, self.device, limit)

@@ -1,0 +1,76 @@
+"""`twa-scale evaluate`: weights in files are evaluated with the model and the data of a configuration."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.commands.conftest import Brought
+from tests.commands.material import as_launched, load, run_here, settings
+from tests.commands.test_keep import candidates, measured_by_hand
+from tests.pool import Pool
+from twa_scale.config import RunConfig, validated
+from twa_scale.run.evaluation import evaluate_weights
+
+
+def test_the_weights_of_a_run(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    """Without names they are the last candidate and the exported average, on the whole split."""
+    data = settings(scores.candidates, scores.task, tmp_path / "out", evaluate_batches=1)
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(data))
+    early = shell("evaluate", config)
+    assert early.code == 2 and "no finished run" in early.err and "twa-scale run" in early.err
+    run_here(data)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    said = shell("evaluate", config, "--split", "validation", "-o", tmp_path / "found.json")
+    assert said.code == 0, said.err
+    measured = json.loads((tmp_path / "found.json").read_text())
+    assert [Path(path).name for path in measured] == ["step-00000040", "average"]
+    last, average = (metrics["loss"] for metrics in measured.values())
+    assert last == pytest.approx(measured_by_hand(scores, candidates(scores)[-1]), rel=1e-5)
+    assert average == pytest.approx(measured_by_hand(scores, load(tmp_path / "out/average")), rel=1e-5)
+    assert f"{average:.6g}" in said.out and "validation" in said.out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
+def evaluate_here(data: dict[str, Any], weights: list[str], recalibrate: bool = False) -> dict[str, Any]:
+    config = validated(RunConfig, data | {"evaluate_split": "validation", "evaluate_batches": None})
+    return as_launched(lambda: evaluate_weights(config, weights, recalibrate=recalibrate))
+
+
+def test_ranks_read_their_parts_of_files_of_several_formats(ranks: Pool, scores: Brought, tmp_path: Path) -> None:
+    torch.save(candidates(scores)[0], tmp_path / "first.pt")
+    data = settings("nothing/*", scores.task, tmp_path / "out", engine="fsdp2", select={"last": 1})
+    found, other = ranks(evaluate_here, 2, data=data, weights=[str(tmp_path / "first.pt"), scores.candidates])
+    assert found == other and len(found) == 4
+    for metrics, state in zip(found.values(), [candidates(scores)[0], *candidates(scores)], strict=True):
+        assert metrics["loss"] == pytest.approx(measured_by_hand(scores, state), rel=1e-5)
+
+
+def test_batchnorm_statistics(digits: Brought, tmp_path: Path) -> None:
+    """They are those of the file, unless they are to be computed anew."""
+    stale = {name: value + 1 if "running" in name else value for name, value in candidates(digits)[-1].items()}
+    save_file(stale, tmp_path / "stale.safetensors")
+    data, weights = settings(digits.candidates, digits.task, tmp_path / "out"), [str(tmp_path / "stale.safetensors")]
+    (stored,), (anew,) = (evaluate_here(data, weights, anew).values() for anew in (False, True))
+    assert stored["loss"] == pytest.approx(measured_by_hand(digits, stale), rel=1e-4)
+    assert anew["loss"] < 0.9 * stored["loss"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--split", "validation", "--weights", "nowhere"], "nowhere"),
+        (["--split", "tests"], "'tests' is not one of"),
+        (["--batches", "0"], "--batches"),
+        (["evaluate_every=x"], "evaluate_every"),
+    ],
+)
+def test_what_is_refused(text: Brought, tmp_path: Path, shell: Any, words: list[str], named: str) -> None:
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out")))
+    said = shell("evaluate", config, *words)
+    assert said.code in (1, 2) and named in said.err and "Traceback" not in said.err

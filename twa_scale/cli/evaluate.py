@@ -1,0 +1,70 @@
+"""`twa-scale evaluate`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from twa_scale.cli.options import Overrides
+
+
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="The configuration of `run`.")],
+    overrides: Overrides = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File, directory or pattern of weights, in any format of candidates. Can be repeated. Default: the "
+            "last candidate and the average of the finished run.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="`train`, `validation` or `test`.")] = "test",
+    batches: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of batches. Default: the whole split.")
+    ] = None,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Compute BatchNorm statistics anew from training data, as runs do.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the metrics to this JSON file.")] = None,
+) -> None:
+    """Evaluate weights in files on a split, with the model and the data of CONFIG.
+
+    Run it in one process, or on every rank of a launcher:
+
+        twa-scale evaluate configs/my-run.yaml
+
+        torchrun --nproc-per-node 8 -m twa_scale evaluate configs/my-run.yaml --weights 'runs/a/step-*' -o test.json
+
+    Each rank reads its own part of the weights. Do this once, at the end: what is chosen by the test split is biased.
+    """
+    from twa_scale.cli.shared import rendered
+    from twa_scale.config import load_config
+    from twa_scale.output.publish import replace_file
+    from twa_scale.ranks import World
+    from twa_scale.run.evaluation import evaluate_weights
+    from twa_scale.run.progress import Report
+
+    settings = load_config(
+        config, [*(overrides or []), f"evaluate_split={split}", f"evaluate_batches={batches or 'null'}"]
+    )
+    rank = World.from_environment().rank  # of the launcher, while it is there
+    measured = evaluate_weights(settings, weights or (), Report(), recalibrate=recalibrate)
+    if rank == 0:
+        typer.echo(rendered(_table(measured, split)))
+        if out:
+            replace_file(out, (json.dumps(measured, indent=2) + "\n").encode())
+
+
+def _table(measured: dict[str, dict[str, float]], split: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"Metrics on the {split} split")
+    table.add_column("weights", overflow="fold")
+    names = dict.fromkeys(name for metrics in measured.values() for name in metrics)
+    for name in names:
+        table.add_column(name, justify="right")
+    for path, metrics in measured.items():
+        table.add_row(path, *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names))
+    return table
