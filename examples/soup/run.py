@@ -54,7 +54,7 @@ def main() -> None:
             f"--steps={arguments.steps}", f"--out={out}/finetune/run-{i}",
         )  # fmt: skip
     ingredients = sorted((out / "finetune").iterdir())
-    python("-m", "twa_scale", "run", CONFIG, *settings, f"task.model={ingredients[0]}")
+    python("-m", "twa_scale", "run", CONFIG, *settings, f"task.model={ingredients[0]}", "compare=false")
     average(ingredients, out / "baselines/uniform")
     on_validation = evaluate(out, settings, "validation", arguments.batches, ingredients)
     ranked = sorted(ingredients, key=lambda path: on_validation[str(path)]["loss"])
