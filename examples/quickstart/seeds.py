@@ -33,7 +33,7 @@ TWA starts from.
 
 `optimizer steps` counts every forward and backward pass over a batch of 32 sequences that a method needs, including
 those of the run that made the candidates. `annealed` trains on from the last weights with a rate that falls linearly to
-zero, `TWA, then annealed` from the learned average with a tenth of the rate. The decayed run branches off at 80 % of
+zero, `TWA, then annealed` from the learned average with half of the rate. The decayed run branches off at 80 % of
 its steps; in a real project the branch is an additional cost, unless its end was known before. Evaluations on
 validation files are not counted.
 

@@ -105,7 +105,7 @@ class Quickstart:
             self.write("twa")
             learned = self.training.state()["model"]
         model.load_state_dict(learned)
-        self.training.decay(arguments.steps + arguments.extra, self.end, 0.1)
+        self.training.decay(arguments.steps + arguments.extra, self.end, 0.5)
         self.write("twa-annealed")
 
     def constant_rate(self, averages: RunningAverages) -> None:
