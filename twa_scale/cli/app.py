@@ -43,5 +43,6 @@ def callback(
     del version, local_rank  # --version has a callback; DeepSpeed's launcher passes --local_rank to every script
 
 
-for command in (init, run, evaluate, search, launch, plan, report, inspect, bench, average, export):
+COMMANDS = (init, run, evaluate, search, launch, plan, report, inspect, bench, average, export)
+for command in COMMANDS:
     app.command()(command)
