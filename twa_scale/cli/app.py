@@ -43,6 +43,17 @@ def callback(
     del version, local_rank  # --version has a callback; DeepSpeed's launcher passes --local_rank to every script
 
 
-COMMANDS = (init, run, evaluate, search, launch, plan, report, inspect, bench, average, export)
-for command in COMMANDS:
+for command in (
+    init,
+    run,
+    evaluate,
+    search,
+    launch,
+    plan,
+    report,
+    inspect,
+    bench,
+    average,
+    export,
+):
     app.command()(command)
