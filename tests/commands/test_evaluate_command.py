@@ -61,6 +61,45 @@ def test_batchnorm_statistics(digits: Brought, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "settings_of_averages",
+    [
+        {"store": "packed4", "coding": "increments", "split": "nothing"},
+        {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": "auto", "row_lr": 0.01}},
+        {"buffers": 2, "center": "lawa:2", "basis": "pca", "num_components": 1, "start": "best"},
+        {"recipe": "soup", "groups": ["0"], "split": "train"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_of_averages_change_nothing(
+    digits: Brought, tmp_path: Path, settings_of_averages: dict[str, Any]
+) -> None:
+    data = settings(digits.candidates, digits.task, tmp_path / "out") | settings_of_averages
+    (found,) = evaluate_here(data, [f"{Path(digits.candidates).parent}/step-00000040"]).values()
+    assert found["loss"] == pytest.approx(measured_by_hand(digits, candidates(digits)[-1]), rel=1e-4)
+
+
+def test_a_tensor_that_a_file_lacks_is_not_that_of_the_file_before(scores: Brought, tmp_path: Path) -> None:
+    whole = candidates(scores)[-1]
+    save_file(whole, tmp_path / "a.safetensors")
+    save_file({name: value for name, value in whole.items() if name != "0.bias"}, tmp_path / "b.safetensors")
+    data = settings("nothing/*", scores.task, tmp_path / "out", missing="keep")
+    torch.manual_seed(7)
+    a, b = evaluate_here(data, [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]).values()
+    assert a["loss"] == pytest.approx(measured_by_hand(scores, whole), rel=1e-5)
+    assert abs(a["loss"] - b["loss"]) > 1e-4
+
+
+def test_paths_are_shown_as_they_are(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    folder = tmp_path / "[lr=1e-4]" / "[/b]"
+    folder.mkdir(parents=True)
+    save_file(candidates(scores)[-1], folder / "x.safetensors")
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(settings(scores.candidates, scores.task, tmp_path / "out")))
+    said = shell("evaluate", config, "--split", "validation", "--weights", folder / "x.safetensors")
+    assert said.code == 0 and "[lr=1e-4]/[/b]/x" in "".join(said.out.split())
+
+
+@pytest.mark.parametrize(
     ("words", "named"),
     [
         (["--split", "validation", "--weights", "nowhere"], "nowhere"),

@@ -1,6 +1,7 @@
 """`twa-scale evaluate`."""
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,19 +53,25 @@ def evaluate(
     rank = World.from_environment().rank  # of the launcher, while it is there
     measured = evaluate_weights(settings, weights or (), Report(), recalibrate=recalibrate)
     if rank == 0:
-        typer.echo(rendered(_table(measured, split)))
         if out:
-            replace_file(out, (json.dumps(measured, indent=2) + "\n").encode())
+            replace_file(out, (json.dumps(_finite(measured), indent=2) + "\n").encode())
+        typer.echo(rendered(_table(measured, split)))
+
+
+def _finite(measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Return the metrics with None for what is not finite, which JSON does not have."""
+    return {path: {k: v if isfinite(v) else None for k, v in metrics.items()} for path, metrics in measured.items()}
 
 
 def _table(measured: dict[str, dict[str, float]], split: str) -> Any:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"Metrics on the {split} split")
     table.add_column("weights", overflow="fold")
     names = dict.fromkeys(name for metrics in measured.values() for name in metrics)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for path, metrics in measured.items():
-        table.add_row(path, *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names))
+        table.add_row(escape(path), *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names))
     return table

@@ -2,7 +2,7 @@
 
 import random
 import time
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from twa_scale.base.clock import Clock
 from twa_scale.config import RunConfig
 from twa_scale.output import parse_size
 from twa_scale.ranks import Group, World, require_same_settings, set_collective_timeout
-from twa_scale.run.batches import Batches, make_batches
+from twa_scale.run.batches import Batches, cut, make_batches
 from twa_scale.run.best import BestAverage
 from twa_scale.run.best_start import start_at_best
 from twa_scale.run.engines import pod_mesh, run_engine
@@ -38,13 +38,21 @@ class AttachedRun:
         device: the device of this rank.
         report: the console output.
         stop: whether this process has received a signal.
+        trains: whether to use training data, for steps or for BatchNorm statistics.
 
     Raises:
         ConfigError: settings or data are invalid; on every rank.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, device: torch.device, report: Report, stop: Stop | None = None
+        self,
+        config: RunConfig,
+        world: World,
+        device: torch.device,
+        report: Report,
+        stop: Stop | None = None,
+        *,
+        trains: bool = True,
     ) -> None:
         self.config = config
         self.world = world
@@ -59,30 +67,36 @@ class AttachedRun:
         with self.group.agree():
             check_optimizer(config)
             self.task: Task = build_task(config.task)
-            self.training = self._batches()
-            self.held_out = replace(self.training, examples=self.task.dataset(config.evaluate_split))
-            self.num_steps = config.steps or max(1, round(float(config.epochs or 0) * self.training.per_epoch))
+            if trains:
+                per_epoch = self.training.per_epoch
+                self.num_steps = config.steps or max(1, round(float(config.epochs or 0) * per_epoch))
+            micro, _ = cut(config.batch_size, config.micro_batch_size, self.group.size)
+            held_out, rank_and_size = self.task.dataset(config.evaluate_split), (self.group.rank, self.group.size)
+            self.held_out = Batches(held_out, config.batch_size, micro, *rank_and_size, config.seed)
             parse_size(config.max_shard_size)
             self.kept = BestAverage(self.task, config)
 
-    def attach(self, config: RunConfig) -> None:
-        """Build the model and read the candidates. Collective. With `start: best`, call `start_at_best` afterwards."""
-        self.build(config)
-        self.read(config)
+    @cached_property
+    def training(self) -> Batches:
+        """The batches of the training split."""
+        config, group = self.config, self.group
+        examples = self.task.dataset(config.split)
+        return make_batches(
+            examples, config.split, config.batch_size, config.micro_batch_size, group.rank, group.size, config.seed
+        )
 
-    def build(self, config: RunConfig) -> None:
-        """Build the model. Collective."""
-        self.engine = run_engine(config, self.world)
-        self._mesh = pod_mesh(config, self.world, self.device)
-        ranks = self._mesh and self._mesh["ranks"]
-        with self.group.agree():  # separate from the checks above: the constructor of DDP is collective
-            self.model: nn.Module = self.engine.build(self.task, self.world, self.device, ranks)
-        set_collective_timeout(config.timeout)
+    def attach(self, config: RunConfig, minimum: int = 2) -> None:
+        """Build the model and read the candidates, at least `minimum`. Collective.
 
-    def read(self, config: RunConfig, minimum: int = 2) -> None:
-        """Read the candidates, of which there have to be at least `minimum`. Collective."""
+        With `start: best`, call `start_at_best` afterwards.
+        """
         config = config.model_copy(update={"start": "center"}) if config.start == "best" else config
-        replicas = None if self._mesh is None else self._mesh.get_group("pods")
+        self.engine = run_engine(config, self.world)
+        mesh = pod_mesh(config, self.world, self.device)
+        with self.group.agree():  # separate from the checks above: the constructor of DDP is collective
+            self.model: nn.Module = self.engine.build(self.task, self.world, self.device, mesh and mesh["ranks"])
+        set_collective_timeout(config.timeout)
+        replicas = None if mesh is None else mesh.get_group("pods")
         start = time.perf_counter()
         with self.report.bytes("reading candidates") as progress:
             self.twa: TrainableAverage = attach_at_least(
@@ -164,10 +178,3 @@ class AttachedRun:
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-
-    def _batches(self) -> Batches:
-        config, group = self.config, self.group
-        examples = self.task.dataset(config.split)
-        return make_batches(
-            examples, config.split, config.batch_size, config.micro_batch_size, group.rank, group.size, config.seed
-        )

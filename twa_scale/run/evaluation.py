@@ -1,18 +1,25 @@
 """`twa-scale evaluate`: the metrics of weights in files."""
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
 from twa_scale.average.state import STATE, load_state
 from twa_scale.candidates.expand import expand
-from twa_scale.config import RunConfig, SelectConfig
+from twa_scale.config import RunConfig, TwaConfig
 from twa_scale.errors import ConfigError
 from twa_scale.ranks import World
 from twa_scale.run.attached import AttachedRun
 from twa_scale.run.progress import Report
-from twa_scale.run.resume import AVERAGE, with_known_lr
+from twa_scale.run.resume import AVERAGE
 
 Measured = dict[str, dict[str, float]]
+
+# Settings of a run that say how the tensors of a file become those of the model. Others are about averages.
+_OF_READING = {
+    "kernels", "read_chunk", "reads_in_flight", "include", "exclude", "ignore", "missing", "space", "weights_key",
+    "rename", "prefix",
+}  # fmt: skip
 
 
 def evaluate_weights(
@@ -36,26 +43,29 @@ def evaluate_weights(
     world = World.from_environment()
     device = world.device(config.device)
     with world.joined(device, config.output, config.timeout):
-        run = AttachedRun(config, world, device, report or Report(active=False))
+        run = AttachedRun(config, world, device, report or Report(active=False), trains=recalibrate)
         paths: list[str] = []
         with run.group.agree():
             if run.group.rank == 0:
                 paths = _expanded(weights) if weights else _of_run(config)
-        paths = run.group.broadcast(paths)
-        run.build(config)
-        return {path: _measured(run, path, recalibrate) for path in paths}
+        return {path: _measured(run, path, recalibrate) for path in run.group.broadcast(paths)}
 
 
 def _measured(run: AttachedRun, path: str, recalibrate: bool) -> dict[str, float]:
-    """Read the weights as the only candidate of an average, so that each rank reads its own part of any format."""
-    plain = {"basis": "normalized", "groups": "global", "center": "mean", "start": "center", "store": "dense16"}
-    update = {**plain, "candidates": [path], "select": SelectConfig(), "num_components": None}
-    run.read(with_known_lr(run.config.model_copy(update=update), None), minimum=1)
-    if (count := run.twa.num_candidates) != 1:
-        raise ConfigError(f"{path}: holds {count} candidates. Give the path of each, or a pattern that matches them.")
+    """Read the weights as the only candidate of an average, so that each rank reads its own part of any format.
+
+    Each set of weights gets a new model: tensors that a file lacks keep the values of the model, not those of another.
+    """
+    usual = TwaConfig(store="dense16", buffers="last")
+    update = {name: getattr(usual, name) for name in TwaConfig.model_fields if name not in _OF_READING}
+    if Path(path) == Path(run.config.output) / AVERAGE:  # the run has written it, with one set of weights
+        update["weights_key"] = None
+    run.attach(run.config.model_copy(update={**update, "candidates": [path]}), minimum=1)
     metrics = run.measure(recalibrate=recalibrate)
     run.report.say(f"{path}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
     run.twa.close()
+    del run.twa, run.model  # before the next model is built
+    gc.collect()
     return metrics
 
 
@@ -77,4 +87,6 @@ def _of_run(config: RunConfig) -> list[str]:
         raise ConfigError(
             f"{output}: has no finished run. Name the weights to evaluate, or finish it with `twa-scale run`."
         )
-    return [state.candidates[-1], str(output / AVERAGE)]
+    average = str(output / AVERAGE)
+    # The model of averaged products has an adapter of the sum of all ranks, which no candidate has.
+    return [average] if config.space == "product" else [state.candidates[-1], average]
