@@ -14,10 +14,12 @@ from twa_scale import ConfigError, StateError
 from twa_scale.base.names import group_names
 from twa_scale.engines.parameters import named_parameters
 from twa_scale.engines.stacked_experts import stacked_experts
+from twa_scale.integrations.averaging import Averaging
 from twa_scale.tools.report.material import read
 
 pytestmark = pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")
 E = EXPERTS
+NO_PARTS = "stacks experts in one tensor, of which a window holds no parts"
 
 
 class Holder(nn.Module):
@@ -50,6 +52,10 @@ CASES = {
         inside("ffn", "experts", "mlp", holder=Holder({"w1": (E * 5, 3)}, moe_num_experts=E)),
         {"ffn.experts.mlp.w1"},
     ),
+    "router beside experts": (
+        inside("mlp", "experts", holder=Holder({"up": (E, 5, 3), "gate_up_bias": (E, 5), "router": (E, 3)})),
+        {"mlp.experts.up", "mlp.experts.gate_up_bias"},
+    ),
     "router": (inside("mlp", "gate", holder=Holder({"weight": (E, 3)}, num_experts=E)), set()),
     "shared": (inside("mlp", "shared_experts", holder=Holder(DEEP)), set()),
     "convolution": (inside("mlp", "experts", "conv", holder=nn.Conv1d(E, E, 3)), set()),
@@ -66,11 +72,31 @@ def test_tensors_that_stack_experts_are_found(case: str) -> None:
     assert all(one.number == E and one.path.endswith("experts") for one in found.values())
 
 
-def test_names_give_the_expert_or_else_the_block() -> None:
-    names = ["h.0.attn.w", "h.0.moe.experts.11.w", "h.0.moe.shared_experts.0.w", "h.1.local_experts.2.up.w", "head.w"]
-    assert list(group_names(names, "expert").values()) == [
-        "h.0", "h.0.moe.experts.11", "h.0", "h.1.local_experts.2", "head"
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("h.0.attn.w", "h.0"),
+        ("h.0.moe.experts.11.w", "h.0.moe.experts.11"),
+        ("h.0.moe.shared_experts.0.w", "h.0"),
+        ("h.1.local_experts.2.up.w", "h.1.local_experts.2"),
+        ("h.1.mlp.experts.local_experts.0.w", "h.1.mlp.experts.local_experts.0"),
+        ("h.1.deepspeed_moe.experts.deepspeed_experts.3.w", "h.1.deepspeed_moe.experts.deepspeed_experts.3"),
+        ("h.1.mlp.experts.shared_expert.0.w", "h.1"),
+        ("h.1.mlp.expert_gate.0.w", "h.1"),
+        ("h.1.expert_choice_router.0.w", "h.1"),
+        ("h.1.moe.expert_bias.0", "h.1"),
+        ("h.1.mlp.gate_experts.0.w", "h.1.mlp.gate_experts.0"),
+        ("head.w", "head"),
+    ],
+)
+def test_names_give_the_expert_or_else_the_block(name: str, group: str) -> None:
+    assert group_names([name], "expert") == {name: group}
+
+
+def test_tensors_that_disagree_about_the_number_of_experts_are_reported() -> None:
+    model = inside("mlp", "experts", holder=Holder({"w1": (4, 8, 16), "w2": (8, 4, 16)}))
+    with pytest.warns(twa_scale.TwaWarning, match=r"'mlp.experts.w2' beside stacked .* first size is 8, .* 4 experts"):
+        twa_scale.attach(model, [model.state_dict()] * 2, {"groups": "expert"})
 
 
 def test_a_line_says_what_has_coefficients_of_its_own() -> None:
@@ -139,5 +165,15 @@ def test_a_window_has_no_parts_of_tensors() -> None:
     averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 2})
     for _ in range(2):
         averages.step()
-    with pytest.raises(ConfigError, match="stacks experts in one tensor, of which a window holds no parts"):
+    with pytest.raises(ConfigError, match=NO_PARTS):
         averages.learn({"groups": "expert"})
+
+
+@pytest.mark.parametrize(
+    ("learn", "text"),
+    [({"groups": "expert"}, NO_PARTS), ({"optimizer": {"lr": "auto"}}, "lr: 'auto'"), ({"store": "mapped"}, "^store:")],
+)
+def test_a_callback_refuses_settings_of_learning_before_training(learn: dict[str, Any], text: str) -> None:
+    averaging = Averaging(window={"every": 1, "keep": 2}, learn=learn, learn_steps=1)
+    with pytest.raises(ConfigError, match=text):
+        averaging._make(Mixture())

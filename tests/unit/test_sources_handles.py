@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from twa_scale.candidates import Candidate, open_candidates
 from twa_scale.candidates.formats import file_handles
-from twa_scale.errors import CandidateError
+from twa_scale.candidates.mapped import mapped
+from twa_scale.errors import CandidateError, ConfigError
 
 
 def num_open() -> int:
@@ -92,3 +93,45 @@ def test_replaced_file_is_refused(tmp_path: Path, few: int) -> None:
     path.write_bytes(content)
     with pytest.raises(CandidateError, match=r"step-0\.safetensors: is not the file that it was"):
         value(candidates[0])
+
+
+def test_mapping_with_no_descriptor_left(tmp_path: Path, few: int) -> None:
+    candidates = write(tmp_path, 4)
+    held = []
+    with pytest.raises(OSError):
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    assert [mapped(candidate, "w")[0] for candidate in candidates[:3]] == [0, 1, 2]  # unused files are closed
+    for candidate in candidates[:3]:
+        candidate.close()
+    assert value(candidates[3]) == 3  # its file is open, and mapping needs a second descriptor
+    with pytest.raises(OSError):
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    with pytest.raises(CandidateError, match="ulimit -n"):
+        mapped(candidates[3], "w")
+    for handle in held:
+        os.close(handle)
+    assert mapped(candidates[3], "w")[0] == 3
+
+
+@pytest.mark.parametrize(("size", "reason"), [(20, "has 20 now"), (None, "has been written since it was opened")])
+def test_file_that_changed_before_it_was_mapped_is_refused(tmp_path: Path, size: int | None, reason: str) -> None:
+    candidate = write(tmp_path, 2)[0]
+    with (path := tmp_path / "step-0.safetensors").open("r+b") as file:
+        file.truncate(path.stat().st_size if size is None else size)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(CandidateError, match=rf"step-0\.safetensors: cannot be mapped: .*{reason}.* must not change"):
+        mapped(candidate, "w")
+
+
+def test_mapping_beyond_the_memory_of_the_process(tmp_path: Path) -> None:
+    candidate = write(tmp_path, 2)[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be mapped \(Cannot allocate memory\): it has more bytes"):
+            mapped(candidate, "w")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

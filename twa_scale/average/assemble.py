@@ -7,7 +7,7 @@ import torch
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.bases import make_basis
 from twa_scale.average.basis import Basis
-from twa_scale.average.grouping import experts_line
+from twa_scale.average.grouping import experts_line, unequal_line
 from twa_scale.average.layout import Layout
 from twa_scale.average.load_candidates import LoadedCandidates, fingerprint, write_rest
 from twa_scale.average.rows import make_rows
@@ -93,6 +93,9 @@ def _report(
             )
         if config.groups == "expert":
             notice(experts_line(layout.groups, layout.group_of, layout.experts))
+            shapes = {name: engine.parameters[name].shape for name in layout.group_of}
+            if text := unequal_line(shapes, layout.experts):
+                notice(text)
         if wrapper := enclosing_wrapper(engine):
             notice(
                 f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "

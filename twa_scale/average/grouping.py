@@ -92,3 +92,26 @@ def experts_line(groups: Sequence[str], trained: Collection[str], stacked: Colle
         f"groups: expert: {len(experts)} experts in {len(layers)} layers ({some(layers, 2)}) have coefficients of "
         f"their own; {rest if others else 'there are no other trained tensors'}."
     )
+
+
+def unequal_line(shapes: Mapping[str, tuple[int, ...]], experts: Mapping[str, Experts]) -> str | None:
+    """Return the line about tensors that are not stacked, although a tensor beside them is, or None without any.
+
+    Args:
+        shapes: the shapes of the trained tensors.
+        experts: those of them that stack experts.
+    """
+    counts = {name.rpartition(".")[0]: len(held.groups) for name, held in experts.items()}
+    others = {
+        name: (shape[0], counts[owner])
+        for name, shape in shapes.items()
+        if len(shape) > 2 and name not in experts and (owner := name.rpartition(".")[0]) in counts
+    }
+    if not others:
+        return None
+    size, count = next(iter(others.values()))
+    return (
+        f"groups: expert: {some(others)} beside stacked experts have the coefficients of their block: the first size "
+        f"is {size}, and other tensors of the module stack {count} experts. If {count} is not the number of experts, "
+        "give the module the attribute `num_experts`."
+    )

@@ -10,6 +10,9 @@ from twa_scale.errors import ConfigError
 # Attributes of wrappers that torch and fairscale insert into a path. No model has attributes of these names.
 _INNER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
 _OUTER = "module."
+# The part of a name that is a router, not the gate projection of an expert ("gate_up_proj").
+_ROUTER = re.compile(r"router|routing|gating|gates?(_weight)?$")
+_BIAS = re.compile(r"bias(es)?$")
 
 REST = "rest"
 
@@ -107,15 +110,24 @@ def _block(name: str) -> str:
 def experts_path(name: str) -> tuple[str | None, str | None]:
     """Return the path of the experts in a name, "layers.3.experts", and the number that follows it; None if missing.
 
-    Shared experts, which see every token, are none of them.
+    Of several parts of a name, the first with a number counts: "experts.deepspeed_experts.0". Shared experts, which see
+    every token, are none of them, nor are routers ("expert_gate") and their biases ("expert_bias").
     """
-    parts = name.split(".")
+    parts, found = name.split("."), None
     for depth, part in enumerate(parts, 1):
-        if "expert" in part and "shared" not in part:
-            number = parts[depth] if depth < len(parts) and parts[depth].isdigit() else None
-            if number is not None or "experts" in part:
-                return ".".join(parts[:depth]), number
-    return None, None
+        if "expert" not in part or "shared" in part or is_router(part) or _BIAS.search(part):
+            continue
+        path = ".".join(parts[:depth])
+        if depth < len(parts) and parts[depth].isdigit():
+            return path, parts[depth]
+        if found is None and "experts" in part:
+            found = path
+    return found, None
+
+
+def is_router(part: str) -> bool:
+    """Return whether a part of a name is that of a router: "gate", "expert_choice_router"."""
+    return _ROUTER.search(part) is not None
 
 
 def expert_of(name: str) -> str | None:

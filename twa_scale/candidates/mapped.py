@@ -1,5 +1,6 @@
 """Candidates whose tensors can be seen where they lie, without reading: safetensors files and memory."""
 
+import errno
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
@@ -51,14 +52,16 @@ def mapped(candidate: Candidate, name: str) -> torch.Tensor:
     """Return a view of a whole tensor of a candidate, flattened.
 
     Raises:
-        ConfigError: a candidate that can only be read.
+        ConfigError: a candidate that can only be read, or that the system does not map.
+        CandidateError: a file that was changed since it was opened.
     """
     try:
         view = candidate.mapped(name) if isinstance(candidate, Mappable) else None
-    except OSError as error:  # the system counts what could be written to, and nothing is
+    except OSError as error:
+        full = error.errno == errno.ENOMEM  # the system counts what could be written to, and nothing is
+        why = ": it has more bytes than this machine would give one process" if full else ""
         raise ConfigError(
-            f"store: {candidate.label} cannot be mapped ({error}): it has more bytes than this machine would give one "
-            "process. Use packed8 or packed4."
+            f"store: {candidate.label} cannot be mapped ({error.strerror or error}){why}. Use packed8 or packed4."
         ) from None
     if view is None:
         raise ConfigError(

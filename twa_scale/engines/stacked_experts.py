@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from twa_scale.base.names import experts_path
+from twa_scale.base.names import experts_path, is_router
 from twa_scale.engines.engine import ParameterInfo
 from twa_scale.engines.module_names import named_modules
 
@@ -26,8 +26,8 @@ def stacked_experts(module: nn.Module, parameters: Mapping[str, ParameterInfo]) 
 
     A module stacks experts if it holds a tensor of three or more dimensions, whose first size is the number of experts
     that the module has as an attribute (`num_experts`), or that is inside `experts` in the path of the module. Other
-    tensors of the module with the same first size, such as biases, are stacked too. A matrix inside `experts` may
-    hold the rows of all experts one after the other, as in DBRX. Shared experts are not stacked ones.
+    tensors of the module with the same first size, such as biases, are stacked too, but for routers. A matrix inside
+    `experts` may hold the rows of all experts one after the other, as in DBRX. Shared experts are not stacked ones.
 
     Args:
         module: the model, or what wraps it.
@@ -53,7 +53,11 @@ def _stacked_in(owner: str, shapes: Mapping[str, tuple[int, ...]], declared: int
     deep = [shape[0] for shape in shapes.values() if len(shape) > 2 and declared in (None, shape[0])]
     if deep:
         count = deep[0]
-        stacked = [name for name, shape in shapes.items() if shape and shape[0] == count]
+        stacked = [
+            name
+            for name, shape in shapes.items()
+            if shape and shape[0] == count and not (len(shape) < 3 and is_router(name.rpartition(".")[2]))
+        ]
     elif path is not None and declared:
         count = declared
         stacked = [name for name, shape in shapes.items() if len(shape) == 2 and _holds_rows_of(count, shape[0])]

@@ -66,8 +66,14 @@ class Averaging:
         """Made when training begins."""
 
     def _make(self, model: Any) -> RunningAverages:
-        """Make the averages of a model as the trainer has wrapped it. Collective."""
+        """Make the averages of a model as the trainer has wrapped it. Collective.
+
+        Raises:
+            ConfigError, EngineError: on every rank; also settings that `learn` would refuse when training ends.
+        """
         averages = RunningAverages(model, ema=self._ema, window=self._window, device=self._device)
+        if self._learn is not None:
+            averages.check_learn(self._learn)
         for which in (self._which, *self._also):
             averages.has(which)  # a name that is wrong is an error now, not at the first evaluation
         self.averages = averages

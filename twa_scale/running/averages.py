@@ -23,7 +23,7 @@ from twa_scale.ranks import Pods, require_same_settings
 from twa_scale.running import checkpoint, saving, state_file
 from twa_scale.running.ema import Ema
 from twa_scale.running.intact import Intact
-from twa_scale.running.learning import carried_files, learn, require_snapshots, settings_for
+from twa_scale.running.learning import carried_files, learn, require_learnable, require_snapshots, settings_for
 from twa_scale.running.named import mixture, names
 from twa_scale.running.parameters import Parameters
 from twa_scale.running.repeats import Repeats
@@ -214,6 +214,17 @@ class RunningAverages:
             with self.weights(one):
                 scores.add(str(one), float(score(self._engine.module)))
         return scores
+
+    def check_learn(self, config: TwaConfig | Mapping[str, Any] | None = None) -> None:
+        """Refuse, before training, settings that `learn` refuses whatever the snapshots are. Collective.
+
+        Raises:
+            ConfigError, EngineError, TwaError: on every rank.
+        """
+        with self._pods.agree():
+            if self._window is None:
+                raise ConfigError("learn() needs window={'every': .., 'keep': ..}, whose snapshots it averages.")
+            require_learnable(settings_for(self._window, config, self._device), self._engine, self._pods)
 
     def learn(
         self, config: TwaConfig | Mapping[str, Any] | None = None, *, files: Files | None = None

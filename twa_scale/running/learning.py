@@ -111,6 +111,20 @@ def settings_for(window: Window, config: TwaConfig | Mapping[str, Any] | None, s
     )
 
 
+def require_learnable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
+    """Refuse settings with which nothing can be learned from the snapshots of this model.
+
+    Raises:
+        ConfigError, EngineError: names the setting.
+    """
+    require_trainable(config, engine, pods)
+    if experts_of(engine, config):
+        raise ConfigError(
+            "groups: 'expert' asked for, but this model stacks experts in one tensor, of which a window holds no "
+            "parts. Save the snapshots with Snapshots and attach to them, or use groups tensor or block."
+        )
+
+
 def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried: CarriedFiles) -> TrainableAverage:
     """Return a trainable average of the snapshots, whose first weights are in the model. Collective.
 
@@ -127,13 +141,8 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
     with pods.agree():
         engine.keeps_optimizer = True
         engine.check()
-        require_trainable(config, engine, pods)
+        require_learnable(config, engine, pods)
         candidates = snapshot_candidates(engine, window.steps)
-        if experts_of(engine, config):
-            raise ConfigError(
-                "groups: 'expert' asked for, but this model stacks experts in one tensor, of which a window holds no "
-                "parts. Save the snapshots with Snapshots and attach to them, or use groups tensor or block."
-            )
         layout = matched(engine, candidates, config)
         weights = center_weights(config.center, len(candidates))
         check_settings(config, weights)

@@ -2,13 +2,15 @@
 
 import errno
 import os
+import re
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,7 +18,10 @@ from twa_scale.base.inputs import open_regular
 from twa_scale.base.paths import identity_of
 from twa_scale.errors import CandidateError
 
+T = TypeVar("T")
+
 _RULE = "candidates must not change until the run has ended."
+_NONE_LEFT = (errno.EMFILE, errno.ENFILE)  # no descriptor is left for this process, or for any
 
 
 class File:
@@ -53,17 +58,9 @@ class File:
         if not len(buffer):
             return
         with self.descriptor() as descriptor:
-            problem = _read_exactly(descriptor, buffer, offset)
-            found = os.fstat(descriptor)
-            if not problem and found.st_size != self.size:
-                problem = f"the file had {self.size} bytes when it was opened and has {found.st_size} now"
-            elif not problem and identity_of(found) != self._identity:
-                problem = "the file has been written since it was opened"
+            problem = _read_exactly(descriptor, buffer, offset) or self._change(descriptor)
         if problem:
-            raise CandidateError(
-                f"{self.path}: {what} cannot be read: {problem}. The file was changed or removed while it was in "
-                f"use, or its disk fails; {_RULE}"
-            )
+            raise self._error(f"{what} cannot be read", problem)
 
     @contextmanager
     def descriptor(self) -> Iterator[int]:
@@ -77,16 +74,31 @@ class File:
         The mapping is private, so that nothing is written to the file, and needs no open descriptor.
 
         Raises:
+            CandidateError: the file was changed since it was opened, or this process may not open another.
             OSError: the system refuses the mapping.
         """
         if self._map is None:
             with self.descriptor() as descriptor:
-                path = f"/dev/fd/{descriptor}"  # the file that was opened, whatever has its name now
                 try:
-                    self._map = torch.from_file(path, shared=False, size=self.size, dtype=torch.uint8)
-                except RuntimeError as error:
-                    raise OSError(str(error)) from None
+                    found = _OPEN_FILES.retried(self, lambda: _map(descriptor, self.size))
+                finally:  # a change is also the reason for an error
+                    if problem := self._change(descriptor):
+                        raise self._error("cannot be mapped", problem)
+                self._map = found
         return self._map[offset : offset + count * dtype.itemsize].view(dtype)
+
+    def _change(self, descriptor: int) -> str | None:
+        """Return how the file differs from the one that was opened first, or None if it does not."""
+        found = os.fstat(descriptor)
+        if found.st_size != self.size:
+            return f"the file had {self.size} bytes when it was opened and has {found.st_size} now"
+        return None if identity_of(found) == self._identity else "the file has been written since it was opened"
+
+    def _error(self, what: str, problem: str) -> CandidateError:
+        return CandidateError(
+            f"{self.path}: {what}: {problem}. The file was changed or removed while it was in use, or its disk fails; "
+            f"{_RULE}"
+        )
 
     def close(self) -> None:
         """Close the file. A later read opens it again; mapped tensors remain valid."""
@@ -98,7 +110,7 @@ class File:
         try:
             descriptor = open_regular(self.path)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in _NONE_LEFT:
                 raise
             before = f", which could be read before; {_RULE}" if self._identity else "."
             raise CandidateError(f"{self.path}: cannot be opened: {error.strerror}{before}") from error
@@ -123,7 +135,7 @@ class _OpenFiles:
     def __init__(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = 512 if soft == resource.RLIM_INFINITY else max(8, min(512, soft // 4))
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `_add` calls `retried`
         self._open: OrderedDict[File, _OpenFile] = OrderedDict()
 
     @contextmanager
@@ -149,18 +161,30 @@ class _OpenFiles:
 
     def _add(self, file: File) -> _OpenFile:
         self._close_idle(self._limit - 1)
-        try:
-            descriptor = file.open()
-        except OSError:  # other code in this process has used up the system's limit
-            self._close_idle(0)
+        self._open[file] = _OpenFile(self.retried(file, file.open))
+        return self._open[file]
+
+    def retried(self, file: File, opened: Callable[[], T]) -> T:
+        """Return `opened()`, which opens `file`; where no descriptor is left, unused files are closed before.
+
+        Raises:
+            CandidateError: there is none left after that either.
+        """
+        with self._lock:
             try:
-                descriptor = file.open()
+                return opened()
             except OSError as error:
+                if error.errno not in _NONE_LEFT:
+                    raise
+            self._close_idle(0)  # other code in this process has used up the system's limit
+            try:
+                return opened()
+            except OSError as error:
+                if error.errno not in _NONE_LEFT:
+                    raise
                 raise CandidateError(
                     f"{file.path}: cannot be opened: {error.strerror}. Raise the limit with `ulimit -n`."
                 ) from error
-        self._open[file] = _OpenFile(descriptor)
-        return self._open[file]
 
     def _close_idle(self, keep: int) -> None:
         """Close unused files, least recently used first, until at most `keep` are open."""
@@ -172,6 +196,20 @@ class _OpenFiles:
 
 _OPEN_FILES = _OpenFiles()
 _MOST_COPIED = 1 << 24  # bytes that are copied at a time where the system cannot read into a buffer
+
+
+def _map(descriptor: int, size: int) -> torch.Tensor:
+    """Map the first `size` bytes of an open file.
+
+    Raises:
+        OSError: the system refuses; with the number that torch has put into its message, if there is one.
+    """
+    try:  # the file that was opened, whatever has its name now
+        return torch.from_file(f"/dev/fd/{descriptor}", shared=False, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        text = str(error)
+        number = re.search(r": [^:]+ \((\d+)\)", text)
+        raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(text)) from None
 
 
 def _read_exactly(descriptor: int, buffer: memoryview, offset: int) -> str | None:
