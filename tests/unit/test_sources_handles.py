@@ -1,5 +1,6 @@
 """Open files are few, whatever the number of candidates, and a file that changed is found out."""
 
+import json
 import os
 import resource
 from collections.abc import Iterator
@@ -126,10 +127,16 @@ def test_file_that_changed_before_it_was_mapped_is_refused(tmp_path: Path, size:
 
 
 def test_mapping_beyond_the_memory_of_the_process(tmp_path: Path) -> None:
-    candidate = write(tmp_path, 2)[0]
+    size, room = 1 << 30, 1 << 28  # of sparse files; what else the process allocates fits into the room
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    for i in range(2):
+        path = tmp_path / f"step-{i}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(path, 8 + len(header) + size)
+    candidate = open_candidates(str(tmp_path / "step-*"))[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, hard))
     try:
         with pytest.raises(ConfigError, match=r"cannot be mapped \(Cannot allocate memory\): it has more bytes"):
             mapped(candidate, "w")
