@@ -150,6 +150,64 @@ def test_optimizers_without_zero_that_have_their_own_copy_are_refused(written: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:--format same:UserWarning")
+def test_frozen_parameters_are_replaced_where_deepspeed_loads_them_from(
+    copied: Callable[[str], Path], written: Path, tmp_path: Path
+) -> None:
+    folder = copied("2/2-fp32")
+
+    def apart(content: dict[str, Any]) -> None:
+        """On a GPU, what DeepSpeed moves to the CPU is a copy."""
+        content["frozen_param_fragments"] = {
+            name: value.clone() for name, value in content["frozen_param_fragments"].items()
+        }
+
+    changed(folder / "mp_rank_00_model_states.pt", apart)
+    average_fixed([str(written / "2/1-fp32"), str(folder.parent)], tmp_path / "out", format="same")
+    before, after = (
+        torch.load(root / "global_step1/mp_rank_00_model_states.pt", weights_only=False)
+        for root in (folder.parent, tmp_path / "out")
+    )
+    assert {*after["frozen_param_fragments"]} == {"gain", "still.weight"}
+    for name, value in after["frozen_param_fragments"].items():
+        assert torch.equal(value, after["module"][name]) and not torch.equal(value, before["module"][name])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_last_candidate_that_was_saved_again_is_refused(written: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    shutil.copytree(written / "lightning-2", tmp_path / "runs")
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+    average = twa_scale.attach(net, str(tmp_path / "runs/*.ckpt"), {"center": "last"})
+    changed(next(tmp_path.glob("runs/epoch=1*/checkpoint/*optim_states.pt")), lambda content: content)
+    with pytest.raises(OutputError, match=r"optim_states\.pt: has changed since it was opened"):
+        average.export(tmp_path / "out", format="same")
+    average.close()
+
+
+@pytest.mark.parametrize("case", ["2/2-bf16", "2/3-fp32"])
+def test_weights_that_the_optimizer_keeps_for_itself_are_said(
+    copied: Callable[[str], Path], case: str, tmp_path: Path
+) -> None:
+    folder = copied(case)
+
+    def slow(content: dict[str, Any]) -> None:
+        content["optimizer_state_dict"]["slow_buffer"] = torch.ones(2)
+
+    changed(min(folder.glob("*optim_states.pt")), slow)
+    with pytest.warns(UserWarning, match=r"'optimizer_state_dict\.slow_buffer' are weights that the optimizer keeps"):
+        average_fixed([str(folder.parent)], tmp_path / "out", format="same")
+
+
+def test_a_file_in_the_folder_of_the_tag_that_holds_the_weights_is_refused(
+    copied: Callable[[str], Path], written: Path, tmp_path: Path
+) -> None:
+    folder = copied("2/2-fp32")
+    shutil.copy(written / "2/2-fp32.pt", folder / "model.pt")
+    with pytest.raises(OutputError, match=r"'global_step1/model\.pt' holds the weights too"):
+        average_fixed([str(folder.parent)], tmp_path / "out", format="same")
+
+
 def test_accepted_paths(written: Path, tmp_path: Path) -> None:
     parent = written / "2/3-fp32"
     assert opened(parent).names() == opened(parent / "global_step1").names()

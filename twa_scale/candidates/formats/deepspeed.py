@@ -9,11 +9,13 @@ from typing import Any
 
 from twa_scale.base.inputs import brief, integers, read_bounded, text
 from twa_scale.base.names import some
+from twa_scale.base.paths import identity
 from twa_scale.candidates.formats.file_handles import File
-from twa_scale.candidates.formats.origin import Origin
+from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.placement import Placeable
 from twa_scale.candidates.formats.stored_tensors import ConcatenatedTensor, Stored, StoredCandidate
 from twa_scale.candidates.formats.torch_archive import Archive, dense_tensors
+from twa_scale.candidates.formats.torch_file import shapes_in
 from twa_scale.candidates.formats.zero_partitions import split_fragments, split_groups, split_parameters
 from twa_scale.errors import CandidateError
 
@@ -25,7 +27,8 @@ _UNSUPPORTED = {
 }
 _UNIVERSAL = "zero"  # the folder that ds_to_universal.py creates in its output
 _LONGEST_TAG = 4096  # bytes, the limit of a path
-_ORIGIN = Origin("a checkpoint of DeepSpeed", "deepspeed")
+_STATE = "optimizer_state_dict"
+_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # of ZeRO-1 and 2, and of ZeRO-3
 _CONVERT = "Convert it to safetensors with DeepSpeed's own tools, and give those files."
 
 
@@ -45,9 +48,11 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
             supported.
     """
     folder = tagged_folder(directory)
+    versions = {path: identity(path)[2:] for path in files_in_deepspeed(directory)}
+    origin = Origin("a checkpoint of DeepSpeed", "deepspeed", versions=versions)
     files = _Files(folder)
     try:
-        return StoredCandidate(_tensors(files), files, str(directory), directory, _ORIGIN)
+        return StoredCandidate(_tensors(files), files, str(directory), directory, origin)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         files.close()
         raise CandidateError(
@@ -66,27 +71,42 @@ def files_in_deepspeed(directory: Path) -> list[Path]:
     return [*beside, *sorted(path for path in folder.iterdir() if path.is_file())]
 
 
-def has_partitions(directory: Path) -> bool:
-    """Return whether the weights are in partitions of the optimizer, as with ZeRO-1, 2 and 3."""
-    return any(_OPTIMIZER.fullmatch(path.name) for path in files_in_deepspeed(directory))
+def shapes_in_deepspeed(directory: Path) -> dict[Path, dict[Keys, tuple[int, ...]]]:
+    """Return the shapes of the tensors in each file of the model and the optimizer, by their paths of keys.
+
+    The partitions that hold the weights are left out.
+
+    Raises:
+        CandidateError: a file cannot be read.
+    """
+    files = _Files(tagged_folder(directory))
+    partitions = {(_STATE, key) for key in _PARTITIONS}
+    paths = [files.folder / name for name in (*files.model.values(), *files.optimizer.values())]
+    return {
+        path: {keys: shape for keys, shape in shapes_in(path).items() if keys[:2] not in partitions} for path in paths
+    }
 
 
 def places_in_deepspeed(directory: Path) -> dict[str, list[Placeable]]:
     """Return all tensors that hold each weight of a checkpoint, by name.
 
     The first is the one that candidates read. With ZeRO-1 and 2, trained parameters are also in the model's file, in
-    the dtype of the model; with ZeRO-3, buffers are in the model's file of every rank.
+    the dtype of the model, and that of ZeRO-2 holds frozen parameters twice; with ZeRO-3, buffers are in the model's
+    file of every rank.
     """
     files = _Files(tagged_folder(directory))
     try:
         tensors = _tensors(files)
         places: dict[str, list[Placeable]] = {name: [tensor] for name, tensor in tensors.items()}
+        in_parts = _stage(_optimizer_state(files, 0) if files.optimizer else {}) == 3
         for rank in files.model:
             path, state = _model_state(files, rank)
-            for name, copy in dense_tensors(state["module"], path, _CONVERT).items():
-                # With ZeRO-3, the parameters of the model's files are empty.
-                if name in tensors and copy is not tensors[name] and copy.shape == tensors[name].shape:
-                    places[name].append(copy)
+            # With ZeRO-3, parameters are empty in `module`, and the parts of frozen ones are the tensors themselves.
+            # Otherwise, DeepSpeed loads frozen parameters from the whole ones beside `module`.
+            for held in (state["module"], {} if in_parts else _fragments(path, state)):
+                for name, copy in dense_tensors(held, path, _CONVERT).items():
+                    if name in tensors and copy.shape == tensors[name].shape and _is_further(copy, places[name]):
+                        places[name].append(copy)
     finally:
         files.close()  # a read opens them again
     return places
@@ -168,7 +188,7 @@ class _Files:
 
 def _tensors(files: _Files) -> dict[str, Stored | ConcatenatedTensor]:
     optimizer = _optimizer_state(files, 0) if files.optimizer else {}
-    stage = int(optimizer.get("zero_stage", 1)) if optimizer else 0
+    stage = _stage(optimizer)
     path, model = _model_state(files, 0 if stage == 3 or (not optimizer and None not in files.model) else None)
     shapes = model.get("param_shapes")
     tied = {text(name): text(source) for name, source in (model.get("shared_params") or {}).items()}
@@ -190,7 +210,7 @@ def _tensors(files: _Files) -> dict[str, Stored | ConcatenatedTensor]:
         # The model file holds all tensors in the dtype of the model. Frozen parameters and buffers are only there; the
         # optimizer files have the others at higher precision.
         paddings = [_sizes(group) for group in optimizer.get("param_alignment_paddings") or ()]
-        partitions = _partitions(files, "single_partition_of_fp32_groups")
+        partitions = _partitions(files, _PARTITIONS[0])
         trained = split_groups([_shapes(group) for group in shapes], paddings, partitions, world, files.label)
         tensors = {**dense_tensors(model["module"], path, _CONVERT), **trained}
     for name, source in tied.items():
@@ -209,9 +229,7 @@ def _of_stage_3(
 
     def fragments(rank: int) -> Mapping[str, Stored]:
         held_in, state = _model_state(files, rank)
-        held = state.get("frozen_param_fragments") or {}
-        if not isinstance(held, dict):
-            raise CandidateError(f"{held_in}: its 'frozen_param_fragments' is not a dict. Copy the checkpoint again.")
+        held = _fragments(held_in, state)
         for name, shape in frozen.items():
             stored, part = held.get(name), -(-prod(shape) // world)
             if not isinstance(stored, Stored) or stored.numel < min(part, prod(shape) - rank * part):
@@ -224,8 +242,22 @@ def _of_stage_3(
     return {
         **dense_tensors({name: value for name, value in model["module"].items() if name in buffers}, path, _CONVERT),
         **split_fragments(frozen, fragments, world),
-        **split_parameters(shapes, _partitions(files, "fp32_flat_groups"), world, files.label),
+        **split_parameters(shapes, _partitions(files, _PARTITIONS[1]), world, files.label),
     }
+
+
+def _fragments(path: Path, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the frozen parameters of the file of a model: parts of them with ZeRO-3, else whole ones."""
+    held = state.get("frozen_param_fragments") or {}
+    if not isinstance(held, dict):
+        raise CandidateError(f"{path}: its 'frozen_param_fragments' is not a dict. Copy the checkpoint again.")
+    return held
+
+
+def _is_further(copy: Stored, places: Sequence[Placeable]) -> bool:
+    """Return whether the bytes of a tensor are none of these places."""
+    stored = [place for place in places if isinstance(place, Stored)]
+    return (copy.record.file, copy.memory_key) not in [(place.record.file, place.memory_key) for place in stored]
 
 
 def _shapes(group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -237,6 +269,11 @@ def _sizes(value: Any) -> tuple[int, ...]:
     if min(sizes, default=0) < 0:
         raise ValueError(f"{brief(sizes)} has a negative number")
     return sizes
+
+
+def _stage(optimizer: Mapping[str, Any]) -> int:
+    """Return the stage of ZeRO, 0 without ZeRO."""
+    return int(optimizer.get("zero_stage", 1)) if optimizer else 0
 
 
 def _world(files: _Files, optimizer: Mapping[str, Any]) -> int:
@@ -279,11 +316,10 @@ def _partitions(files: _Files, key: str) -> Any:
 def _optimizer_state(files: _Files, rank: int) -> Mapping[str, Any]:
     if rank not in files.optimizer:
         raise CandidateError(f"{files.folder}: has no *_optim_states.pt of rank {rank}. Copy the folder again.")
-    state = files.content(files.optimizer[rank]).get("optimizer_state_dict")
+    state = files.content(files.optimizer[rank]).get(_STATE)
     if not isinstance(state, dict):
         raise CandidateError(
-            f"{files.folder / files.optimizer[rank]}: has no dict 'optimizer_state_dict', as files of DeepSpeed do. "
-            "Copy it again."
+            f"{files.folder / files.optimizer[rank]}: has no dict {_STATE!r}, as files of DeepSpeed do. Copy it again."
         )
     return state
 

@@ -11,17 +11,16 @@ from twa_scale.candidates.adapters import ranks_of
 from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.candidates.directory import INDEX, is_torch
 from twa_scale.candidates.formats.dcp import files_in_dcp
-from twa_scale.candidates.formats.deepspeed import files_in_deepspeed, has_partitions
+from twa_scale.candidates.formats.deepspeed import files_in_deepspeed, shapes_in_deepspeed
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Origin, origin_of
 from twa_scale.candidates.formats.safetensors import Entry, read_header
 from twa_scale.candidates.formats.sharded import weight_map
-from twa_scale.candidates.formats.torch_file import shapes_in
 from twa_scale.candidates.steps import step_of
 from twa_scale.errors import ConfigError, OutputError
 from twa_scale.output.formats.dcp import DcpFormat
 from twa_scale.output.formats.format import OutputFormat
-from twa_scale.output.formats.other_copies import check_other_copies, require_no_master
+from twa_scale.output.formats.other_copies import check_other_copies, stored_shapes
 from twa_scale.output.formats.safetensors import SafetensorsFormat, SameSafetensorsFormat
 from twa_scale.output.formats.same import SameFormat
 from twa_scale.output.formats.same_deepspeed import SameDeepSpeedFormat
@@ -70,11 +69,11 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
             "which --format same (format='same') keeps, does not fit them. Choose hf, dcp or pt, or --space factors."
         )
     if origin.written_as == "deepspeed":
-        return _same_deepspeed(last, root, carried, tell)
+        return _same_deepspeed(last, origin, root, carried, tell)
     files = _weight_files(last, origin)
     is_directory = Path(last.label).is_dir()
     beside = state_files(root, files, tell, code=carried.code) if is_directory else []
-    check_other_copies(last, origin, beside, tell)
+    check_other_copies(last, origin, {path: stored_shapes(path) for path in origin.keys}, beside, tell)
     if origin.written_as == "hf":
         index = _index(last)
         return SameSafetensorsFormat(_entries(files), None if index else last.file_name, beside)
@@ -83,13 +82,15 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
     return SameFormat(origin, root, beside)
 
 
-def _same_deepspeed(last: Candidate, root: Path, carried: CarriedFiles, tell: Callable[[str], None]) -> OutputFormat:
+def _same_deepspeed(
+    last: Candidate, origin: Origin, root: Path, carried: CarriedFiles, tell: Callable[[str], None]
+) -> OutputFormat:
     files = files_in_deepspeed(root)
     beside = state_files(root, files, tell, code=carried.code, of_deepspeed=True)
-    check_other_copies(last, origin_of(last), beside, tell)
-    if not has_partitions(root):  # the optimizer is in the files of the model
-        require_no_master(last.label, {str(path): shapes_in(path) for path in files if path.suffix == ".pt"})
-    return SameDeepSpeedFormat(root, beside)
+    own = shapes_in_deepspeed(root)
+    added = [(str(path.relative_to(root)), path) for path in files if path not in own]  # to the folder, by a script
+    check_other_copies(last, origin, own, [*beside, *added], tell)
+    return SameDeepSpeedFormat(origin, root, beside)
 
 
 def _root(last: Candidate, origin: Origin) -> Path:

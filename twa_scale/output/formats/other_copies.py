@@ -26,26 +26,31 @@ _WAY_OUT = "Choose --format hf, dcp or pt (format=), and start with a new optimi
 
 
 def check_other_copies(
-    last: Candidate, origin: Origin, beside: Sequence[tuple[str, Path]], tell: Callable[[str], None]
+    last: Candidate,
+    origin: Origin,
+    own: Mapping[Path, Mapping[Keys, Shape]],
+    beside: Sequence[tuple[str, Path]],
+    tell: Callable[[str], None],
 ) -> None:
     """Check that training which resumes from copies of these files has no weights but those that are replaced.
 
     Args:
         last: the candidate.
         origin: where its files hold the weights that are replaced.
+        own: the shapes of the tensors in its files, by their paths of keys.
         beside: the files that are copied unchanged, by their path in the directory.
         tell: called with one line for each thing that a user may not expect.
 
     Raises:
         OutputError: a file beside them holds the weights too, or an optimizer has its own copy of them.
     """
-    label, own = last.label, {path.name for path in origin.keys}
+    label, weight_files = last.label, {path.name for path in origin.keys}
     for name, path in beside:
-        if is_rank_file(path) or (is_of_fsdp(outer := Path(name).parts[0]) and outer not in own):
+        if is_rank_file(path) or (is_of_fsdp(outer := Path(name).parts[0]) and outer not in weight_files):
             raise OutputError(_held_again(label, name))
-    found = {str(path): _shapes(path) for path in origin.keys}
+    found = {str(path): shapes for path, shapes in own.items()}
     others, unread = _read(beside)
-    require_no_master(label, {**found, **others})
+    _require_no_master(label, {**found, **others})
     weights = {name: last.shape(name) for name in last.names()}
     copies = {name: held for name, shapes in others.items() if (held := _held(weights, shapes))}
     if 2 * len(set().union(*copies.values())) >= max(1, len(weights)):
@@ -56,7 +61,7 @@ def check_other_copies(
             f"candidate. Set `weights_key: {OF_LIGHTNING}` (--weights-key) to average that."
         )
     every = [keys for shapes in (*found.values(), *others.values()) for keys in shapes]
-    if slow := sorted(".".join(keys) for keys in every if _is_slow(keys)):
+    if slow := sorted({".".join(keys) for keys in every if _is_slow(keys)}):
         tell(
             f"{label}: {some(slow)} are weights that the optimizer keeps for itself (Lookahead, schedule-free). They "
             f"stay those of the last candidate, and training goes on from both. {_WAY_OUT}, if that is not meant."
@@ -68,7 +73,7 @@ def check_other_copies(
         )
 
 
-def require_no_master(label: str, files: Mapping[str, Mapping[Keys, Shape]]) -> None:
+def _require_no_master(label: str, files: Mapping[str, Mapping[Keys, Shape]]) -> None:
     """Check that no optimizer has its own copy of weights.
 
     Args:
@@ -104,13 +109,14 @@ def _read(beside: Sequence[tuple[str, Path]]) -> tuple[dict[str, Mapping[Keys, S
                 unread.append(name)
             continue
         try:
-            shapes[name] = _shapes(path.parent if folder else path)
+            shapes[name] = stored_shapes(path.parent if folder else path)
         except CandidateError:
             unread.append(name)
     return shapes, unread
 
 
-def _shapes(path: Path) -> Mapping[Keys, Shape]:
+def stored_shapes(path: Path) -> Mapping[Keys, Shape]:
+    """Return the shapes of the tensors in a file of torch.save or a folder of DCP, by their paths of keys."""
     return shapes_in_dcp(path) if path.is_dir() else shapes_in(path)
 
 

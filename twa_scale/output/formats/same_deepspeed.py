@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from twa_scale.candidates.formats.deepspeed import files_in_deepspeed, places_in_deepspeed
+from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.formats.placement import Placeable
 from twa_scale.errors import OutputError
 from twa_scale.output.file_layout import TensorSpec
@@ -19,14 +20,16 @@ class SameDeepSpeedFormat(OutputFormat):
     files of the model. The moments of the optimizer, counters and what a script has added keep their bits.
 
     Args:
-        root: the directory of the last candidate.
+        origin: the format of the last candidate, and the versions of its files.
+        root: its directory.
         beside: the other files to copy.
     """
 
     name = "same"
     of_last = True
 
-    def __init__(self, root: Path, beside: Sequence[tuple[str, Path]]) -> None:
+    def __init__(self, origin: Origin, root: Path, beside: Sequence[tuple[str, Path]]) -> None:
+        self._origin = origin
         self._root = root
         self.beside = beside
 
@@ -38,12 +41,13 @@ class SameDeepSpeedFormat(OutputFormat):
         Raises:
             OutputError: a tensor is complex.
         """
-        return _DeepSpeedFiles(specs, self._root)
+        return _DeepSpeedFiles(specs, self._origin, self._root)
 
 
 class _DeepSpeedFiles(PlacedFiles):
-    def __init__(self, specs: Sequence[TensorSpec], root: Path) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], origin: Origin, root: Path) -> None:
         super().__init__(specs, {})
+        self._versions = origin.versions
         self._root = root
         self._sources = files_in_deepspeed(root)
         self._copies: list[Copy] = []
@@ -63,7 +67,7 @@ class _DeepSpeedFiles(PlacedFiles):
     def create(self, directory: Path) -> None:
         """Find out what to copy."""
         self._copies = [
-            Copy(name, source, version_of(source.stat()))
+            Copy(name, source, self._versions.get(source, version_of(source.stat())))
             for source, name in zip(self._sources, self.names, strict=True)
         ]
 
