@@ -105,6 +105,8 @@ def test_paths_are_shown_as_they_are(scores: Brought, tmp_path: Path, shell: Any
         (["--split", "validation", "--weights", "nowhere"], "nowhere"),
         (["--split", "tests"], "'tests' is not one of"),
         (["--batches", "0"], "--batches"),
+        (["evaluate_split=validation"], "--split"),
+        (["evaluate_batches=3"], "--batches"),
         (["evaluate_every=x"], "evaluate_every"),
     ],
 )
@@ -112,4 +114,28 @@ def test_what_is_refused(text: Brought, tmp_path: Path, shell: Any, words: list[
     config = tmp_path / "run.json"
     config.write_text(json.dumps(settings(text.candidates, text.task, tmp_path / "out")))
     said = shell("evaluate", config, *words)
-    assert said.code in (1, 2) and named in said.err and "Traceback" not in said.err
+    assert said.code == 2 and named in said.err and "Traceback" not in said.err
+
+
+def test_files_that_are_no_metrics_are_not_replaced(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    config, weights, out = tmp_path / "run.json", tmp_path / "w.pt", tmp_path / "found.json"
+    config.write_text(json.dumps(settings(scores.candidates, scores.task, tmp_path / "out")))
+    torch.save(candidates(scores)[0], weights)
+    words = ("evaluate", config, "--split", "validation", "--batches", 1, "--weights", weights, "-o")
+    for kept in (weights, config, tmp_path):
+        before = kept.read_bytes() if kept.is_file() else b""
+        said = shell(*words, kept)
+        assert said.code == 2 and str(kept) in said.err and (kept.is_dir() or "--out" in said.err)
+        assert not before or kept.read_bytes() == before
+    assert shell(*words, out).code == 0
+    first = json.loads(out.read_text())
+    said = shell(*words, out, "--weights", tmp_path / "out")  # the second is none
+    assert said.code == 2
+    assert shell(*words, out).code == 0 and json.loads(out.read_text()) == first
+
+
+def test_a_split_that_a_task_does_not_know(scores: Brought, tmp_path: Path, shell: Any) -> None:
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(settings(scores.candidates, scores.task, tmp_path / "out")))
+    said = shell("evaluate", config, "--split", "tset")
+    assert said.code == 2 and "did you mean 'test'?" in said.err

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from twa_scale.cli.options import Overrides
+from twa_scale.errors import ConfigError
 
 
 def evaluate(
@@ -47,15 +48,39 @@ def evaluate(
     from twa_scale.run.evaluation import evaluate_weights
     from twa_scale.run.progress import Report
 
-    settings = load_config(
-        config, [*(overrides or []), f"evaluate_split={split}", f"evaluate_batches={batches or 'null'}"]
-    )
+    for key in ("evaluate_split", "evaluate_batches"):
+        if any(override.partition("=")[0].strip() == key for override in overrides or []):
+            raise ConfigError(f"{key}: has no effect on this command. Give --{key.removeprefix('evaluate_')}.")
+    settings = load_config(config, overrides)
+    settings = settings.model_copy(update={"evaluate_split": split, "evaluate_batches": batches})
+    if out:
+        _check_out(out)
     rank = World.from_environment().rank  # of the launcher, while it is there
-    measured = evaluate_weights(settings, weights or (), Report(), recalibrate=recalibrate)
-    if rank == 0:
-        if out:
+
+    def write(measured: dict[str, dict[str, float]]) -> None:
+        if rank == 0 and out:
             replace_file(out, (json.dumps(_finite(measured), indent=2) + "\n").encode())
+
+    measured = evaluate_weights(settings, weights or (), Report(), recalibrate=recalibrate, found=write)
+    if rank == 0:
         typer.echo(rendered(_table(measured, split)))
+
+
+def _check_out(out: Path) -> None:
+    """Refuse to replace anything but metrics of an earlier command.
+
+    Raises:
+        ConfigError: names the file.
+    """
+    from twa_scale.base.inputs import read_json_mapping
+
+    if not out.exists():
+        return
+    fix = "It would be replaced: give another --out."
+    content = read_json_mapping(out, ConfigError, fix)
+    rows = [list(row.values()) for row in content.values() if isinstance(row, dict)]
+    if len(rows) != len(content) or not all(isinstance(x, float | int | None) for row in rows for x in row):
+        raise ConfigError(f"{out}: holds something else than metrics. {fix}")
 
 
 def _finite(measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:

@@ -14,7 +14,9 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.batchnorm import batchnorm_layers
 from twa_scale.average.optimizer import check_optimizer
 from twa_scale.base.clock import Clock
+from twa_scale.base.names import nearest
 from twa_scale.config import RunConfig
+from twa_scale.errors import ConfigError, TwaError
 from twa_scale.output import parse_size
 from twa_scale.ranks import Group, World, require_same_settings, set_collective_timeout
 from twa_scale.run.batches import Batches, cut, make_batches
@@ -26,7 +28,7 @@ from twa_scale.run.progress import Report
 from twa_scale.run.schedule import set_rates
 from twa_scale.run.shares import with_divisors
 from twa_scale.run.stopping import Stop
-from twa_scale.run.tasks import Task, build_task
+from twa_scale.run.tasks import SPLITS, Examples, Task, build_task
 
 
 class AttachedRun:
@@ -71,7 +73,7 @@ class AttachedRun:
                 per_epoch = self.training.per_epoch
                 self.num_steps = config.steps or max(1, round(float(config.epochs or 0) * per_epoch))
             micro, _ = cut(config.batch_size, config.micro_batch_size, self.group.size)
-            held_out, rank_and_size = self.task.dataset(config.evaluate_split), (self.group.rank, self.group.size)
+            held_out, rank_and_size = self._examples(config.evaluate_split), (self.group.rank, self.group.size)
             self.held_out = Batches(held_out, config.batch_size, micro, *rank_and_size, config.seed)
             parse_size(config.max_shard_size)
             self.kept = BestAverage(self.task, config)
@@ -80,10 +82,31 @@ class AttachedRun:
     def training(self) -> Batches:
         """The batches of the training split."""
         config, group = self.config, self.group
-        examples = self.task.dataset(config.split)
         return make_batches(
-            examples, config.split, config.batch_size, config.micro_batch_size, group.rank, group.size, config.seed
+            self._examples(config.split),
+            config.split,
+            config.batch_size,
+            config.micro_batch_size,
+            group.rank,
+            group.size,
+            config.seed,
         )
+
+    def _examples(self, split: str) -> Examples:
+        """Return the examples of a split.
+
+        Raises:
+            ConfigError: the split is none of the usual ones, and the task does not know it.
+        """
+        try:
+            return self.task.dataset(split)
+        except (KeyError, ValueError) as error:
+            if split in SPLITS or isinstance(error, TwaError):
+                raise
+            hint = nearest(split, SPLITS) or "."
+            raise ConfigError(
+                f"split {split!r}: dataset() of the task raised {type(error).__name__}: {error}{hint}"
+            ) from error
 
     def attach(self, config: RunConfig, minimum: int = 2) -> None:
         """Build the model and read the candidates, at least `minimum`. Collective.

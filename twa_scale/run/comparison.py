@@ -17,7 +17,15 @@ def single(measured: Mapping[str, Any]) -> str:
 
 
 def verdict(kept: BestAverage, split: str, measured: Measured) -> str:
-    """Return a sentence that says whether the exported average is better than the best candidate, or the last one."""
+    """Return what the exported average is better than: the best candidate, or the last one, and the center."""
+    found, center = _against_candidate(kept, split, measured), measured.get(CENTER)
+    if center is None or kept.better(measured[EXPORTED], center):
+        return found
+    than = "WORSE than" if kept.better(center, measured[EXPORTED]) else "not better than"
+    return f"{found} It is {than} the center, which needs no training: {kept.value(center):.6g}."
+
+
+def _against_candidate(kept: BestAverage, split: str, measured: Measured) -> str:
     other = single(measured)
     ours, theirs = measured[EXPORTED], measured[other]
     name = f"{split}/{kept.metric}"

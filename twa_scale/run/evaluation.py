@@ -1,7 +1,7 @@
 """`twa-scale evaluate`: the metrics of weights in files."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from twa_scale.average.state import STATE, load_state
@@ -23,7 +23,12 @@ _OF_READING = {
 
 
 def evaluate_weights(
-    config: RunConfig, weights: Sequence[str] = (), report: Report | None = None, *, recalibrate: bool = False
+    config: RunConfig,
+    weights: Sequence[str] = (),
+    report: Report | None = None,
+    *,
+    recalibrate: bool = False,
+    found: Callable[[Measured], object] = lambda _: None,
 ) -> Measured:
     """Evaluate weights in files on `evaluate_split`, one after another, on all ranks of the launcher. Collective.
 
@@ -33,6 +38,7 @@ def evaluate_weights(
             run has exported.
         report: the console output; by default, none.
         recalibrate: compute the BatchNorm statistics of each anew from training data, as runs do.
+        found: called after each evaluation, on every rank, with the metrics so far.
 
     Returns:
         The metrics of the task by path.
@@ -48,7 +54,12 @@ def evaluate_weights(
         with run.group.agree():
             if run.group.rank == 0:
                 paths = _expanded(weights) if weights else _of_run(config)
-        return {path: _measured(run, path, recalibrate) for path in run.group.broadcast(paths)}
+        measured: Measured = {}
+        for path in run.group.broadcast(paths):
+            measured[path] = _measured(run, path, recalibrate)
+            with run.group.agree():
+                found(measured)
+        return measured
 
 
 def _measured(run: AttachedRun, path: str, recalibrate: bool) -> dict[str, float]:
@@ -87,6 +98,6 @@ def _of_run(config: RunConfig) -> list[str]:
         raise ConfigError(
             f"{output}: has no finished run. Name the weights to evaluate, or finish it with `twa-scale run`."
         )
-    average = str(output / AVERAGE)
+    (average,) = _expanded([str(output / AVERAGE)])
     # The model of averaged products has an adapter of the sum of all ranks, which no candidate has.
     return [average] if config.space == "product" else [state.candidates[-1], average]
