@@ -21,8 +21,8 @@ def verdict(kept: BestAverage, split: str, measured: Measured) -> str:
     found, center = _against_candidate(kept, split, measured), measured.get(CENTER)
     if center is None or kept.better(measured[EXPORTED], center):
         return found
-    than = "WORSE than" if kept.better(center, measured[EXPORTED]) else "not better than"
-    return f"{found} It is {than} the center, which needs no training: {kept.value(center):.6g}."
+    how = "better" if kept.better(center, measured[EXPORTED]) else "as good"
+    return f"{found} The center, which needs no training, is {how}: {kept.value(center):.6g}."
 
 
 def _against_candidate(kept: BestAverage, split: str, measured: Measured) -> str:
