@@ -9,9 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from run import RUN
-
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results
@@ -39,14 +36,7 @@ validation files are not counted.
 
 {reading}
 
-## What a step costs
-
-Rank 0 of two FSDP2 ranks on CPU, one thread each: seconds of a step, and bytes moved in memory. At this size the
-overhead of a call outweighs the bytes; the model is small so that the example takes minutes.
-
-{cost}
-
-Deltas have 4 bits. Reading {keep} candidates took {read:.1f} MB per rank: each byte by one rank, once.
+[Performance](performance.md) has what a step costs.
 """
 
 
@@ -71,7 +61,6 @@ def page(seeds: list[int], outs: list[Path], remark: str) -> str:
     """Return docs/results.md."""
     rows = [json.loads((out / "results.json").read_text()) for out in outs]
     facts = json.loads((outs[0] / "training.json").read_text())
-    summaries = [json.loads((out / RUN / "summary.json").read_text()) for out in outs]
     return HEAD.format(
         seeds=", ".join(map(str, seeds)),
         machine=machine(),
@@ -79,8 +68,6 @@ def page(seeds: list[int], outs: list[Path], remark: str) -> str:
         date=time.strftime("%Y-%m-%d"),
         quality=quality(rows),
         reading=reading(rows),
-        cost=cost(summaries),
-        read=summaries[0]["bytes_read_per_rank"][0] / 1e6,
         **{key: facts[key] for key in ("parameters", "steps", "extra", "keep", "every")},
     )
 
@@ -114,28 +101,6 @@ def reading(rows: list[list[dict[str, float]]]) -> str:
 def loss_of(run: list[dict[str, float]], method: str) -> float:
     """Return the test loss of a method."""
     return next(row["loss"] for row in run if row["method"] == method)
-
-
-def cost(summaries: list[dict]) -> str:
-    """Return the cost of a step as a Markdown table."""
-    lines = [
-        "| part | ms | MB | GB/s | of the read bandwidth measured in the same process |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    whole = [s["forward_backward_seconds"] * 1e3 for s in summaries]
-    lines.append(f"| forward + backward | {spread(whole, '.1f')} | | | |")
-    for part in summaries[0]["cost"]:
-        seconds = [s["cost"][part]["seconds"] for s in summaries]
-        nbytes = summaries[0]["cost"][part]["bytes"]
-        speeds = [nbytes / t for t in seconds]
-        shares = [100 * v / s["read_bandwidth"] for v, s in zip(speeds, summaries, strict=True)]
-        moved = (
-            f"{nbytes / 1e6:.1f} | {spread([v / 1e9 for v in speeds], '.1f')} | {spread(shares, '.0f')} %"
-            if nbytes
-            else "| |"
-        )
-        lines.append(f"| {part} | {spread([1e3 * t for t in seconds], '.2f')} | {moved} |")
-    return "\n".join(lines)
 
 
 def spread(values: list[float], form: str) -> str:
