@@ -19,7 +19,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
     subprocess.run(forked, check=True, cwd=ROOT)
     methods = {path.name: load_file(path / "model.safetensors") for path in (tmp_path / "methods").iterdir()}
     candidates = [load_file(path / "model.safetensors") for path in sorted((tmp_path / "candidates").iterdir())]
-    assert len(candidates) == 3
+    assert len(candidates) == 6
     for name, last in methods["last"].items():
         torch.testing.assert_close(last, candidates[-1][name], rtol=0, atol=0)
         mean = torch.stack([candidate[name].double() for candidate in candidates]).mean(0)
