@@ -46,15 +46,14 @@ def main() -> None:
         *(f"task.{split}={path}" for split, path in data.items()),
         f"candidates={out}/finetune/*", f"output={out}/twa", f"epochs={arguments.epochs}",
     ]  # fmt: skip
-    if arguments.batches:
-        settings.append(f"evaluate_batches={arguments.batches}")
     for i in range(arguments.ingredients):
         python(
             HERE / "finetune.py", CONFIG, *settings, f"--model={model}", f"--seed={i}", f"--lr={RATES[i % 3]}",
             f"--steps={arguments.steps}", f"--out={out}/finetune/run-{i}",
         )  # fmt: skip
     ingredients = sorted((out / "finetune").iterdir())
-    python("-m", "twa_scale", "run", CONFIG, *settings, f"task.model={ingredients[0]}", "compare=false")
+    own = [f"task.model={ingredients[0]}", f"evaluate_batches={arguments.batches or 'null'}", "compare=false"]
+    python("-m", "twa_scale", "run", CONFIG, *settings, *own)
     average(ingredients, out / "baselines/uniform")
     on_validation = evaluate(out, settings, "validation", arguments.batches, ingredients)
     ranked = sorted(ingredients, key=lambda path: on_validation[str(path)]["loss"])
