@@ -63,7 +63,9 @@ def compare(out: Path, steps: int, extra: int, batches: int) -> list[dict[str, o
         "decayed run": (out / "methods/decayed", steps + 2 * extra),
         "TWA, then annealed": (out / "methods/twa-annealed", steps + 2 * extra),
     }
-    metrics = evaluate(out, "test", [path for path, _ in methods.values()], 2 * batches)
+    result, weights = out / "test.json", [f"--weights={path}" for path, _ in methods.values()]
+    torchrun("-m", "twa_scale", "evaluate", CONFIG, f"--batches={2 * batches}", f"--out={result}", *weights)
+    metrics = json.loads(result.read_text())
     rows = [{"method": name, "steps": steps, **metrics[str(path)]} for name, (path, steps) in methods.items()]
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     return rows
@@ -78,14 +80,6 @@ def table(out: Path, rows: list[dict[str, object]]) -> None:
         result.add_row(row["method"], str(row["steps"]), f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}")
     console.print(result)
     console.print(f"The learned average is in {out}/methods/twa, its picture in\n{out}/{RUN}/coefficients.png.")
-
-
-def evaluate(out: Path, split: str, paths: list[Path], batches: int) -> dict[str, dict[str, float]]:
-    """Return the metrics of each set of weights, by the name of its directory."""
-    result = out / f"{split}.json"
-    options = [f"--split={split}", f"--batches={batches}", f"--out={result}", *(f"--weights={path}" for path in paths)]
-    torchrun("-m", "twa_scale", "evaluate", CONFIG, *options)
-    return json.loads(result.read_text())
 
 
 def stage(title: str) -> None:

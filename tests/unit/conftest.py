@@ -1,8 +1,29 @@
 """Fixtures of the unit tests."""
 
+import os
+import resource
+from collections.abc import Iterator
+
 import pytest
 
 from tests.sentences import SENTENCES
+from twa_scale.candidates.formats import file_handles
+
+
+def num_open() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Allow this process no more than 40 files beyond those that it has open; return what it has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = num_open()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 40, hard))
+    monkeypatch.setattr(file_handles, "_OPEN_FILES", file_handles._OpenFiles())
+    monkeypatch.setattr(file_handles._OPEN_FILES, "_limit", 8)
+    yield before
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

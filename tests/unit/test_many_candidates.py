@@ -1,7 +1,5 @@
 """256 candidate files: few are open at a time, and everything that reads candidates takes them."""
 
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import twa_scale
-from twa_scale.candidates.formats import file_handles
 from twa_scale.merge import average_fixed
 from twa_scale.tools.inspection import inspect
 
@@ -26,21 +23,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def few_open_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let this process open 40 more files than it has now, of which candidates take a part as in a new process."""
-    monkeypatch.setattr(file_handles._OPEN_FILES, "_limit", 10)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (sum(1 for _ in Path("/proc/self/fd").iterdir()) + 40, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def mean(files: Path) -> torch.Tensor:
     return torch.stack([load_file(path)["weight"].double() for path in files.iterdir()]).mean(0)
 
 
-@pytest.mark.usefixtures("few_open_files")
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize(("store", "groups"), [("dense32", "tensor"), ("packed1", "tensor+row"), ("mapped", "tensor")])
 def test_attach(files: Path, store: str, groups: str) -> None:
     model = nn.Linear(40, 8)
@@ -52,7 +39,7 @@ def test_attach(files: Path, store: str, groups: str) -> None:
     twa.close()
 
 
-@pytest.mark.usefixtures("few_open_files")
+@pytest.mark.usefixtures("few")
 def test_average_and_inspect(files: Path, tmp_path: Path) -> None:
     average_fixed([str(files / "step-*")], tmp_path / "out")
     written = load_file(tmp_path / "out/model.safetensors")["weight"].double()

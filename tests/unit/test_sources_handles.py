@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,32 +10,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.unit.conftest import num_open
 from twa_scale.candidates import Candidate, open_candidates
-from twa_scale.candidates.formats import file_handles
 from twa_scale.candidates.mapped import mapped
 from twa_scale.errors import CandidateError, ConfigError
-
-
-def num_open() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-
-
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Allow this process no more than 48 files beyond those that it has open; return what it has."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before = num_open()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 48, hard))
-    monkeypatch.setattr(file_handles, "_OPEN_FILES", file_handles._OpenFiles())
-    monkeypatch.setattr(file_handles._OPEN_FILES, "_limit", 8)
-    yield before
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def write(directory: Path, count: int) -> list[Candidate]:
     for i in range(count):
         save_file({"w": torch.full((5,), float(i))}, directory / f"step-{i}.safetensors")
     return open_candidates(str(directory / "step-*"))
+
+
+def take_all(held: list[int]) -> None:
+    """Open files until this process may not open another."""
+    with pytest.raises(OSError):
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
 
 
 def value(candidate: Candidate) -> float:
@@ -65,16 +55,12 @@ def test_threads_share_few_files(tmp_path: Path, few: int) -> None:
 
 def test_files_that_other_code_holds_open(tmp_path: Path, few: int) -> None:
     candidates = write(tmp_path, 12)
-    held = []
-    with pytest.raises(OSError):
-        while True:
-            held.append(os.open(os.devnull, os.O_RDONLY))
+    held: list[int] = []
+    take_all(held)
     assert [value(candidate) for candidate in candidates] == [float(i) for i in range(12)]
     for candidate in candidates:
         candidate.close()
-    with pytest.raises(OSError):
-        while True:
-            held.append(os.open(os.devnull, os.O_RDONLY))
+    take_all(held)
     with pytest.raises(CandidateError, match="ulimit -n"):
         value(candidates[0])
     for handle in held:
@@ -98,17 +84,13 @@ def test_replaced_file_is_refused(tmp_path: Path, few: int) -> None:
 
 def test_mapping_with_no_descriptor_left(tmp_path: Path, few: int) -> None:
     candidates = write(tmp_path, 4)
-    held = []
-    with pytest.raises(OSError):
-        while True:
-            held.append(os.open(os.devnull, os.O_RDONLY))
+    held: list[int] = []
+    take_all(held)
     assert [mapped(candidate, "w")[0] for candidate in candidates[:3]] == [0, 1, 2]  # unused files are closed
     for candidate in candidates[:3]:
         candidate.close()
     assert value(candidates[3]) == 3  # its file is open, and mapping needs a second descriptor
-    with pytest.raises(OSError):
-        while True:
-            held.append(os.open(os.devnull, os.O_RDONLY))
+    take_all(held)
     with pytest.raises(CandidateError, match="ulimit -n"):
         mapped(candidates[3], "w")
     for handle in held:

@@ -23,7 +23,7 @@ from twa_scale.candidates.read_ahead import Progress
 from twa_scale.candidates.rounding import choose_coding
 from twa_scale.config import TwaConfig, block_settings, center_weights, validated
 from twa_scale.config.kinds import MappedFiles, store_kind
-from twa_scale.engines import Engine, choose_engine
+from twa_scale.engines import Engine, ParameterInfo, choose_engine
 from twa_scale.engines.live_adapter import LiveAdapter, live_adapter, require_fitting
 from twa_scale.engines.model_checks import require_device, require_materialized
 from twa_scale.engines.split_spans import SplitEngine
@@ -86,7 +86,7 @@ def attach_at_least(
         engine.check()
         candidates, config = _candidates_and_config(engine, candidates, config)
         require_trainable(config, engine, pods)
-        stacked = experts_of(engine, config)
+        stacked = experts_of(engine.module, engine.parameters, config)
         engine = SplitEngine(engine, {name: one.number for name, one in stacked.items()}) if stacked else engine
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
     with ExitStack() as undo:  # after an error, nothing stays open, and the caller can try again
@@ -159,9 +159,11 @@ def _wanted(engine: Engine, config: TwaConfig, adapter: LiveAdapter | None) -> W
     return wanted_of(engine.parameters, engine.buffers(), config, engine.module, adapter)
 
 
-def experts_of(engine: Engine, config: TwaConfig) -> dict[str, StackedExperts]:
+def experts_of(
+    module: nn.Module, parameters: Mapping[str, ParameterInfo], config: TwaConfig
+) -> dict[str, StackedExperts]:
     """Return the tensors of the model that stack experts, if these have groups of their own."""
-    return stacked_experts(engine.module, engine.parameters) if config.groups == "expert" else {}
+    return stacked_experts(module, parameters) if config.groups == "expert" else {}
 
 
 def matched(

@@ -3,7 +3,7 @@
 import json
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -46,7 +46,7 @@ def evaluate(
     from twa_scale.output.publish import replace_file
     from twa_scale.ranks import World
     from twa_scale.run.evaluation import evaluate_weights
-    from twa_scale.run.progress import Report
+    from twa_scale.run.progress import Report, metrics_table
 
     for key in ("evaluate_split", "evaluate_batches"):
         if any(override.partition("=")[0].strip() == key for override in overrides or []):
@@ -63,7 +63,7 @@ def evaluate(
 
     measured = evaluate_weights(settings, weights or (), Report(), recalibrate=recalibrate, found=write)
     if rank == 0:
-        typer.echo(rendered(_table(measured, split)))
+        typer.echo(rendered(metrics_table(f"Metrics on the {split} split", list(measured.items()))))
 
 
 def _check_out(out: Path) -> None:
@@ -86,17 +86,3 @@ def _check_out(out: Path) -> None:
 def _finite(measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
     """Return the metrics with None for what is not finite, which JSON does not have."""
     return {path: {k: v if isfinite(v) else None for k, v in metrics.items()} for path, metrics in measured.items()}
-
-
-def _table(measured: dict[str, dict[str, float]], split: str) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"Metrics on the {split} split")
-    table.add_column("weights", overflow="fold")
-    names = dict.fromkeys(name for metrics in measured.values() for name in metrics)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for path, metrics in measured.items():
-        table.add_row(escape(path), *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names))
-    return table

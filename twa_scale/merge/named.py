@@ -188,7 +188,7 @@ def export_run(
     assert state is not None
     twa = state.exported
     known = {*twa.fingerprint.shapes, *twa.group_of}
-    others = {*twa.buffer_names.values(), *(name for names in twa.tied for name in names[1:])}
+    others = {*twa.buffer_names.values(), *twa.aliases}
     parameters = {name: tuple(shape) for name, shape in twa.fingerprint.shapes.items() if name not in others}
     wanted = Wanted(
         twa.config.weights_key,

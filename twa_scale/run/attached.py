@@ -72,9 +72,9 @@ class AttachedRun:
             if trains:
                 per_epoch = self.training.per_epoch
                 self.num_steps = config.steps or max(1, round(float(config.epochs or 0) * per_epoch))
+            held_out = self._examples(config.evaluate_split)  # may be less than a batch
             micro, _ = cut(config.batch_size, config.micro_batch_size, self.group.size)
-            held_out, rank_and_size = self._examples(config.evaluate_split), (self.group.rank, self.group.size)
-            self.held_out = Batches(held_out, config.batch_size, micro, *rank_and_size, config.seed)
+            self.held_out = Batches(held_out, config.batch_size, micro, self.group.rank, self.group.size, config.seed)
             parse_size(config.max_shard_size)
             self.kept = BestAverage(self.task, config)
 
@@ -82,14 +82,9 @@ class AttachedRun:
     def training(self) -> Batches:
         """The batches of the training split."""
         config, group = self.config, self.group
+        examples = self._examples(config.split)
         return make_batches(
-            self._examples(config.split),
-            config.split,
-            config.batch_size,
-            config.micro_batch_size,
-            group.rank,
-            group.size,
-            config.seed,
+            examples, config.split, config.batch_size, config.micro_batch_size, group.rank, group.size, config.seed
         )
 
     def _examples(self, split: str) -> Examples:

@@ -10,10 +10,9 @@ from twa_scale.config import RunConfig, TwaConfig
 from twa_scale.errors import ConfigError
 from twa_scale.ranks import World
 from twa_scale.run.attached import AttachedRun
+from twa_scale.run.comparison import Measured
 from twa_scale.run.progress import Report
 from twa_scale.run.resume import AVERAGE
-
-Measured = dict[str, dict[str, float]]
 
 # Settings of a run that say how the tensors of a file become those of the model. Others are about averages.
 _OF_READING = {

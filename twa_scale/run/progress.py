@@ -1,12 +1,13 @@
 """The console output of a run: progress bars and tables, on rank 0 only."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import rich.progress
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -54,7 +55,7 @@ class Report:
 
     def finish(self, output: Path, summary: dict[str, Any]) -> None:
         """Print the comparison, the cost of a step, and the paths of the results."""
-        self._console.print(_comparison_table(summary))
+        self._console.print(metrics_table(summary["evaluated_on"], comparison.rows(summary)))
         for text in (summary["exported_as"], summary["verdict"]):
             if text:
                 self.say(text)
@@ -68,14 +69,15 @@ class Report:
         return rich.progress.Progress(*columns, console=self._console, transient=True, disable=not visible)
 
 
-def _comparison_table(summary: dict[str, Any]) -> Table:
-    table = Table(title=summary["evaluated_on"])
-    measured = comparison.rows(summary)
-    names = list(measured[-1][1])
-    for column in ("weights", *names):
-        table.add_column(column, justify="left" if column == "weights" else "right")
-    for label, metrics in measured:
-        table.add_row(label, *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names))
+def metrics_table(title: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
+    """Return a table of the metrics of weights, which have labels."""
+    table = Table(title=title)
+    table.add_column("weights", overflow="fold")
+    names = dict.fromkeys(name for _, metrics in rows for name in metrics)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, metrics in rows:
+        table.add_row(escape(label), *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names))
     return table
 
 

@@ -118,7 +118,7 @@ def require_learnable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
         ConfigError, EngineError: names the setting.
     """
     require_trainable(config, engine, pods)
-    if experts_of(engine, config):
+    if experts_of(engine.module, engine.parameters, config):
         raise ConfigError(
             "groups: 'expert' asked for, but this model stacks experts in one tensor, of which a window holds no "
             "parts. Save the snapshots with Snapshots and attach to them, or use groups tensor or block."

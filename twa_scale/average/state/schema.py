@@ -169,10 +169,15 @@ class AverageState(_Saved):
         return self.experts.get(name) or (self.group_of[name],)
 
     @property
+    def aliases(self) -> set[str]:
+        """The names of tied tensors but for the first of each."""
+        return {name for names in self.tied for name in names[1:]}
+
+    @property
     def elements(self) -> list[int]:
         """The number of elements of each group; tied tensors count once."""
-        again = {name for names in self.tied for name in names[1:]}
-        groups_of = {name: self.groups_of(name) for name in self.group_of if name not in again}
+        aliases = self.aliases
+        groups_of = {name: self.groups_of(name) for name in self.group_of if name not in aliases}
         return elements_of_groups(len(self.groups), groups_of, self.fingerprint.shapes)
 
     def row_weights(self, name: str) -> torch.Tensor:

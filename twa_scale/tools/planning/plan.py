@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import nn
 
+from twa_scale.average.attach import experts_of
 from twa_scale.average.layout import Layout, alias_jobs, match, wanted_of
 from twa_scale.average.optimizer import make_optimizer
 from twa_scale.base.process_memory import resident
@@ -21,7 +22,6 @@ from twa_scale.engines import ParameterInfo
 from twa_scale.engines.complex_weights import real_parameter_infos, real_view
 from twa_scale.engines.live_adapter import live_adapter
 from twa_scale.engines.parameters import named_parameters, persistent_buffers
-from twa_scale.engines.stacked_experts import stacked_experts
 from twa_scale.errors import ConfigError
 from twa_scale.kernels import Dense, choose_kernels
 from twa_scale.ranks import World
@@ -104,8 +104,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     adapter = live_adapter(model)
     wanted = wanted_of(parameters, buffers, config, model, adapter)
     candidates = open_candidates(config.candidates, wanted=wanted, select=config.select)
-    stacked = stacked_experts(model, parameters) if config.groups == "expert" else {}
-    layout = match(parameters, buffers, candidates, config, adapter, stacked)
+    layout = match(parameters, buffers, candidates, config, adapter, experts_of(model, parameters, config))
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
     n = len(candidates)
     owned = {name: engine.owned_elements(info) for name, info in parameters.items()}

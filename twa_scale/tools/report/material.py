@@ -210,12 +210,11 @@ def _which(state: RunState) -> str:
 
 
 def _coefficients_of_state(state: AverageState) -> Coefficients:
-    again = {name for names in state.tied for name in names[1:]}
-    shapes = state.fingerprint.shapes
+    shapes, aliases = state.fingerprint.shapes, state.aliases
     tensors = []
-    for name in state.group_of:
-        groups = () if name in again else state.groups_of(name)
-        size = int(torch.Size(shapes[name]).numel()) // max(1, len(groups))
+    for name in (name for name in state.group_of if name not in aliases):
+        groups = state.groups_of(name)
+        size = int(torch.Size(shapes[name]).numel()) // len(groups)
         for i, group in enumerate(groups):
             path, _, last = name.rpartition(".")
             tensors.append(Tensor(f"{path}.{i}.{last}" if name in state.experts else name, group, size))
