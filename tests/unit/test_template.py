@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from twa_scale.cli import app
 from twa_scale.config import load_config
-from twa_scale.config.schema import RunConfig
+from twa_scale.config.run import RunConfig
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The configuration: one schema for Python, YAML files and the command line. It does not import torch."""
 
+from twa_scale.config.average import TwaConfig
 from twa_scale.config.center import (
     Center,
     candidate_index,
@@ -11,7 +12,8 @@ from twa_scale.config.deepspeed_block import BLOCK, block_settings
 from twa_scale.config.load import dump, flattened, load_config, validated
 from twa_scale.config.optimizers import OptimizerConfig
 from twa_scale.config.recipes import RecipeName, recipe_line
-from twa_scale.config.schema import TIMEOUT, RunConfig, ScheduleConfig, TaskConfig, TwaConfig
+from twa_scale.config.run import TIMEOUT, RunConfig, TaskConfig
+from twa_scale.config.schedule import ScheduleConfig
 from twa_scale.config.section import Count, Section
 from twa_scale.config.select import Order, SelectConfig
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from twa_scale.config.schema import RunConfig, TwaConfig
+from twa_scale.config.average import TwaConfig
+from twa_scale.config.run import RunConfig
 from twa_scale.errors import ConfigError
 
 BLOCK = "twa"

@@ -11,7 +11,7 @@ from twa_scale.base.inputs import MAX_DEPTH, brief, parse_json, read_bounded
 from twa_scale.config.deepspeed_block import BLOCK, unfolded
 from twa_scale.config.explain import explained
 from twa_scale.config.recipes import RECIPES
-from twa_scale.config.schema import RunConfig
+from twa_scale.config.run import RunConfig
 from twa_scale.config.section import Section
 from twa_scale.config.yaml_text import parse_yaml
 from twa_scale.errors import ConfigError

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from twa_scale.config.load import validated
 from twa_scale.config.recipes import settings_of_recipe
-from twa_scale.config.schema import RunConfig
+from twa_scale.config.run import RunConfig
 
 _HEAD = """\
 # A run of twa-scale: `twa-scale run THIS_FILE`. Keys that are commented out show their defaults.

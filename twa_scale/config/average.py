@@ -1,20 +1,17 @@
-"""The schema of the configuration: every key with its type, default and description."""
+"""The settings of an average, for `attach` and for runs: every key with its type, default and description."""
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 from typing_extensions import Self
 
 from twa_scale.config.center import Center, check_index, of_sum_one, parse_center
-from twa_scale.config.kinds import BasisName, EngineName, PackedDeltas, StoreName, store_kind
+from twa_scale.config.kinds import BasisName, PackedDeltas, StoreName, store_kind
 from twa_scale.config.optimizers import RATES, OptimizerConfig
 from twa_scale.config.recipes import RecipeName, filled
-from twa_scale.config.section import Count, Directory, Integer, Loggers, Section
+from twa_scale.config.section import Count, Integer, Section
 from twa_scale.config.select import SelectConfig
-
-TIMEOUT = 600.0
-"""Seconds that ranks wait for each other, at the rendezvous and in every collective."""
 
 
 class TwaConfig(Section):
@@ -279,138 +276,4 @@ class TwaConfig(Section):
     def _components_need_pca(self) -> "TwaConfig":
         if self.num_components is not None and self.basis != "pca":
             raise ValueError(f"num_components is for basis 'pca'; the basis is {self.basis!r}")
-        return self
-
-
-class ScheduleConfig(Section):
-    """The learning rate schedule of the coefficients: a warmup, then a shape."""
-
-    name: Literal["cosine", "linear", "step", "constant"] = Field("cosine", description="Shape after the warmup.")
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.2, description="Fraction of all steps in which the rate rises linearly."
-    )
-    final: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="`cosine`, `linear`: rate at the end, as a fraction of `lr`."
-    )
-    every: Count | None = Field(None, description="`step`: steps between two decays of the rate.")
-    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        [], description="`step`: fractions of the run after which the rate decays, instead of `every`: `[0.5, 0.75]`."
-    )
-    factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="`step`: factor of the rate at each decay.")
-
-    @model_validator(mode="after")
-    def _step_needs_decays(self) -> "ScheduleConfig":
-        if self.name == "step" and (self.every is None) == (not self.milestones):
-            raise ValueError(
-                "schedule 'step' needs `every` (steps between decays) or `milestones` (fractions of the run)"
-            )
-        return self
-
-
-class TaskConfig(Section):
-    """Model, data and loss: a built-in task, or `package.module:function`. Other keys are options of the task."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str = Field(
-        description="`causal_lm`, `sequence_classification`, `image_classification`, `object_detection`, or "
-        "`package.module:function` of a function that takes the other keys and returns a Task."
-    )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments of the task's constructor."""
-        return dict(self.model_extra or {})
-
-
-class RunConfig(TwaConfig):
-    """The configuration of `twa-scale run`."""
-
-    candidates: str | list[str] = Field(description="Glob or list of paths of the candidates, in training order.")
-    task: TaskConfig = Field(description="Model, data and loss.")
-    output: Directory = Field(description="Directory of the run: its state, metrics, plots and the exported average.")
-    engine: Literal["auto", EngineName] = Field(
-        "auto",
-        description="Sharding of the model: `auto` is FSDP2 with several ranks, `plain` with one; `zero1` to `zero3` "
-        "use DeepSpeed.",
-    )
-    deepspeed: dict[str, Any] | None = Field(
-        None, description="`zero1` to `zero3`: JSON configuration of DeepSpeed; the run sets batch sizes and stage."
-    )
-    pods: Count = Field(
-        1,
-        description="Divide the ranks into this many groups, in order, for slow links between them. Each group holds "
-        "the whole average with `engine`, and they exchange only coefficient gradients.",
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Number format of forward and backward passes."
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is the GPU of the rank if there is one.")
-    split: str = Field(
-        "train", description="Split that the coefficients are trained on: `train` (TWA-t), `validation` (TWA-v)."
-    )
-    steps: Count | None = Field(None, description="Coefficient updates; give this or `epochs`.")
-    epochs: PositiveFloat | None = Field(None, description="Passes over the split; give this or `steps`.")
-    batch_size: Count = Field(
-        32, description="Examples per update over all ranks, so that a run does not depend on the number of ranks."
-    )
-    micro_batch_size: Count | None = Field(
-        None, description="Examples per rank and backward pass; gradients are accumulated in coefficient space."
-    )
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the run.")
-    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = Field(0, description="Seed of the data order and of dropout.")
-    log_every: Count = Field(1, description="Steps between two lines of metrics.jsonl.")
-    report_to: Loggers = Field(
-        ["tensorboard"], description="What else gets the metrics: `tensorboard`, `csv`, `wandb`, `mlflow`; `[]`: none."
-    )
-    evaluate_every: Count | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
-    evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")
-    evaluate_batches: Count | None = Field(
-        None, description="Batches of `batch_size` examples per evaluation; by default, the whole split."
-    )
-    compare: bool | Literal["candidates"] = Field(
-        True,
-        description="Also evaluate the last candidate and the center at the end of the run: two more evaluations, "
-        "forward passes only. `candidates`: every candidate, so that the average is compared with the best one.",
-    )
-    keep: Literal["best", "last"] = Field(
-        "best",
-        description="Average to export: the `best` of all evaluations on `evaluate_split`, including step 0, by the "
-        "lowest `loss` or the main metric of the task; or that of the `last` step.",
-    )
-    checkpoint_every: Count | None = Field(50, description="Steps between two saves of the run state (kilobytes).")
-    recalibrate_batches: Count = Field(50, description="Batches for BatchNorm statistics, if the model has them.")
-    timeout: PositiveFloat = Field(
-        TIMEOUT,
-        description="Seconds that ranks wait for each other, at the rendezvous and in every collective. Then the run "
-        "ends with an error that names the missing rank.",
-    )
-    resume: bool = Field(True, description="Continue from the run state in `output` if there is one.")
-    max_shard_size: str = Field("5GB", description="Largest file of the exported average.")
-
-    @classmethod
-    def _of_recipes(cls) -> set[str]:
-        return set(cls.model_fields)
-
-    @field_validator("deepspeed")
-    @classmethod
-    def _mappings(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        for key in ("zero_optimization", "bf16", "fp16", "torch_autocast"):
-            if not isinstance((value or {}).get(key, {}), dict):
-                raise ValueError(f"{key!r} has to be a mapping of keys to values; leave it out, or give one")
-        return value
-
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> "RunConfig":
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of `steps` and `epochs`")
-        return self
-
-    @model_validator(mode="after")
-    def _auto_needs_held_out_data(self) -> "RunConfig":
-        if self.optimizer.lr == "auto" and self.evaluate_split == self.split:
-            raise ValueError(
-                f"optimizer.lr 'auto' compares rates on held-out data, and evaluate_split {self.evaluate_split!r} is "
-                "the split that the coefficients are trained on; give another one, or a number for optimizer.lr"
-            )
         return self
