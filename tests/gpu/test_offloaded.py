@@ -292,12 +292,12 @@ def test_the_host_waits_for_no_unit(nccl: None) -> None:
         twa.step()
 
     def late() -> Combine:
-        combine = twa._weights._combiner(twa._u)
+        combine = twa._weights._combiner(twa._written.current)
         busy(500)  # on the stream that will combine
         return combine
 
     torch.cuda.synchronize()
-    twa._weights._postponed.start(late)
+    twa._weights._deferred.start(late)
     model(x)
     assert not torch.cuda.current_stream().query(), "the forward pass has not waited, or the host has"
     twa.close()

@@ -1,4 +1,4 @@
-"""From what was read of the candidates to the average: fingerprint, basis, and what has to be said."""
+"""Make the average from loaded candidates: their fingerprint, the basis, and notices about them."""
 
 from collections.abc import Sequence
 
@@ -10,87 +10,55 @@ from twa_scale.average.basis import Basis
 from twa_scale.average.grouping import experts_line, unequal_line
 from twa_scale.average.layout import Layout
 from twa_scale.average.load_candidates import LoadedCandidates, fingerprint, write_rest
+from twa_scale.average.parts import Parts
 from twa_scale.average.rows import make_rows
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
-from twa_scale.candidates import Candidate
 from twa_scale.candidates.buffers import copied_notice
-from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.find import same_files
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.rounding import Rounding
 from twa_scale.config import TwaConfig
-from twa_scale.engines import Engine
 from twa_scale.engines.model_checks import enclosing_wrapper
 from twa_scale.errors import CandidateError
-from twa_scale.ranks import Pods, Reduction
+from twa_scale.ranks import Pods
 from twa_scale.store import Store, bits_of
 
 
-def assemble(
-    config: TwaConfig,
-    engine: Engine,
-    pods: Pods,
-    reduction: Reduction,
-    layout: Layout,
-    store: Store,
-    filled: LoadedCandidates,
-    candidates: Sequence[Candidate],
-    carried: CarriedFiles,
-    weights: Sequence[float],
-) -> TrainableAverage:
+def assemble(parts: Parts, loaded: LoadedCandidates, weights: Sequence[float]) -> TrainableAverage:
     """Return the average of candidates that are in the store, and write its first weights. Collective.
 
     Args:
-        config: its settings.
-        engine: the model.
-        pods: all ranks.
-        reduction: sums coefficient gradients over them.
-        layout: which tensors are trained.
-        store: holds the deltas.
-        filled: what was found on the way there.
-        candidates: give names, types and labels.
-        carried: what exports take over from them.
-        weights: of the center.
+        parts: the settings, the model, the ranks and the candidates.
+        loaded: what was computed while the candidates were read.
+        weights: of the center, n numbers.
 
     Raises:
         CandidateError, ConfigError: on every rank.
     """
-    found = fingerprint(engine, layout, candidates, filled)
+    config, engine, pods, layout, store = parts.config, parts.engine, parts.pods, parts.layout, parts.store
+    found = fingerprint(engine, layout, parts.candidates, loaded)
     found.require_same_in(pods)
-    gram = pods.sum_(filled.gram.mul_(pods.share))  # all pods have the same but for rounding, which would part them
-    rounding = _rounding(config, pods, store, filled.errors, gram)
+    gram = pods.sum_(loaded.gram.mul_(pods.share))  # pods have the same up to rounding, with which they would diverge
+    rounding = _rounding(config, pods, store, loaded.errors, gram)
     with pods.agree():
         _require_equal_ties(layout, found)
-    write_rest(engine, layout, filled)
-    _report(config, engine, pods, layout, found, filled)
-    basis = _basis(pods, config, gram.cpu(), weights)  # small mathematics: a GPU would only wait for it
-    rows = make_rows(config, engine, pods, reduction, layout, basis, store.coding)
-    return TrainableAverage(
-        config, engine, pods, reduction, layout, store, basis, rows, found, candidates, carried, rounding
-    )
+    write_rest(engine, layout, loaded)
+    _report(parts, found, loaded)
+    basis = _basis(pods, config, gram.cpu(), weights)  # small matrices, which a CPU handles faster than a GPU
+    rows = make_rows(config, engine, pods, parts.reduction, layout, basis, store.coding)
+    return TrainableAverage(parts, basis, rows, found, rounding)
 
 
-def _report(
-    config: TwaConfig, engine: Engine, pods: Pods, layout: Layout, found: Fingerprint, filled: LoadedCandidates
-) -> None:
-    """Say on one rank what a user may not have meant. Collective: a warning may be an error."""
-    copied = {name: i for differing in engine.shard_group.gather(filled.differing) for name, i in differing.items()}
+def _report(parts: Parts, found: Fingerprint, loaded: LoadedCandidates) -> None:
+    """Report on one rank what a user may not have meant. Collective: a warning may be an error."""
+    config, engine, pods, layout = parts.config, parts.engine, parts.pods, parts.layout
+    copied = {name: i for differing in engine.shard_group.gather(loaded.differing) for name, i in differing.items()}
     with pods.agree():
         if pods.rank != 0:
             return
         _warn_of_equals(layout, found)
-        if layout.kept:
-            notice(
-                f"{len(layout.kept)} tensors of the model ({some(layout.kept, 2)}) are in no candidate, and keep the "
-                "value that the model has (`missing`). Exports hold what the candidates hold, so they lack these "
-                "tensors, and from_pretrained of an export initializes them anew: copy them from this model."
-            )
-        if layout.base:
-            notice(
-                f"the base model keeps its {len(layout.base)} tensors ({some(layout.base, 2)}): candidates and exports "
-                "are adapters."
-            )
+        _report_fixed_tensors(layout)
         if config.groups == "expert":
             notice(experts_line(layout.groups, layout.group_of, layout.experts))
             shapes = {name: engine.parameters[name].shape for name in layout.group_of}
@@ -103,6 +71,20 @@ def _report(
             )
         if text := copied_notice(copied, found.labels):
             notice(text)
+
+
+def _report_fixed_tensors(layout: Layout) -> None:
+    if layout.kept:
+        notice(
+            f"{len(layout.kept)} tensors of the model ({some(layout.kept, 2)}) are in no candidate, and keep the "
+            "value that the model has (`missing`). Exports hold what the candidates hold, so they lack these "
+            "tensors, and from_pretrained of an export initializes them anew: copy them from this model."
+        )
+    if layout.base:
+        notice(
+            f"the base model keeps its {len(layout.base)} tensors ({some(layout.base, 2)}): candidates and exports "
+            "are adapters."
+        )
 
 
 def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:
@@ -136,14 +118,14 @@ def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
 
 
 def _rounding(config: TwaConfig, pods: Pods, store: Store, errors: torch.Tensor, gram: torch.Tensor) -> Rounding | None:
-    """Return what a packed store makes of the candidates. Collective.
+    """Return the rounding errors of a packed store, None for other stores. Collective.
 
     Args:
         config: names the store.
         pods: all ranks.
-        store: the one that was filled.
-        errors: of this rank.
-        gram: of all ranks.
+        store: holds the candidates.
+        errors: the squared norms of this rank's errors, (n,).
+        gram: the Gram matrices of all ranks, (G, n + 1, n + 1).
     """
     if bits_of(config.store) is None:
         return None
@@ -152,7 +134,7 @@ def _rounding(config: TwaConfig, pods: Pods, store: Store, errors: torch.Tensor,
 
 
 def _basis(pods: Pods, config: TwaConfig, gram: torch.Tensor, weights: Sequence[float]) -> Basis:
-    """Return the basis that the first rank has made: processors of another kind round otherwise."""
+    """Return the basis of the first rank on all ranks, because other processors may round differently. Collective."""
     basis = None
     with pods.agree():
         if pods.rank == 0:

@@ -15,6 +15,7 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.layout import Layout, match, require_same_kinds, wanted_of
 from twa_scale.average.load_candidates import load_candidates
 from twa_scale.average.optimizer import check_optimizer, check_settings
+from twa_scale.average.parts import Parts
 from twa_scale.candidates import Candidate, Wanted, open_together
 from twa_scale.candidates.carry_over import carried_files
 from twa_scale.candidates.complex_tensors import complex_in_files
@@ -106,7 +107,8 @@ def attach_at_least(
             store = _store(engine, layout, opened, config, coding)
             undo.callback(store.close)
             loaded = load_candidates(engine, layout, opened, weights, config, store, progress)
-        average = assemble(config, engine, pods, reduction, layout, store, loaded, opened, carried, weights)
+        parts = Parts(config, engine, pods, reduction, layout, store, opened, carried)
+        average = assemble(parts, loaded, weights)
         undo.pop_all()
     if average.rounding is not None and pods.rank == 0:
         logging.getLogger("twa_scale").info("%s", average.rounding)

@@ -1,8 +1,7 @@
-"""The average: gradients are projected onto the deltas, coefficients are trained, and weights are combined."""
+"""`TrainableAverage`, the average in a model: its steps, its weights and its state."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from math import sqrt
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,33 +13,27 @@ from twa_scale.average.basis import Basis
 from twa_scale.average.closing import while_open
 from twa_scale.average.coefficients import Which, averaging_coefficients
 from twa_scale.average.export import export
-from twa_scale.average.gradients import Gradients, clipping
-from twa_scale.average.layout import Layout
+from twa_scale.average.gradients import Gradients
 from twa_scale.average.measures import elements_of_groups
 from twa_scale.average.observed import Observed
 from twa_scale.average.optimizer import checked_lr, make_optimizer
 from twa_scale.average.overflow import WeightLimits
+from twa_scale.average.parts import Parts
 from twa_scale.average.remembered import remembered
 from twa_scale.average.rows import RowCorrections
 from twa_scale.average.state import StateForm, require_same_state
+from twa_scale.average.step import CoefficientStep
 from twa_scale.average.step_optimizer import AverageOptimizer, refuse_copies, refuse_unpacking
 from twa_scale.average.swap import SwappedWeights
 from twa_scale.average.weights import Weights
 from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
 from twa_scale.base.notices import notice
-from twa_scale.base.spans import Span
-from twa_scale.candidates import Candidate
-from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.candidates.conversion import conversions
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.candidates.rounding import Rounding
-from twa_scale.config import TwaConfig
-from twa_scale.engines import Engine
-from twa_scale.errors import ConfigError, NotFiniteError, RankError, TwaError
-from twa_scale.ranks import Pods, Reduction
-from twa_scale.store import Store
+from twa_scale.errors import ConfigError, TwaError
 
 
 class TrainableAverage(Observed):
@@ -52,33 +45,26 @@ class TrainableAverage(Observed):
 
     def __init__(
         self,
-        config: TwaConfig,
-        engine: Engine,
-        pods: Pods,
-        reduction: Reduction,
-        layout: Layout,
-        store: Store,
+        parts: Parts,
         basis: Basis,
         rows: RowCorrections | None,
         fingerprint: Fingerprint,
-        candidates: Sequence[Candidate],
-        carried: CarriedFiles,
         rounding: Rounding | None,
     ) -> None:
-        self.config = config
+        config, engine, pods, layout, store = parts.config, parts.engine, parts.pods, parts.layout, parts.store
         self.rounding = rounding
         """The rounding errors of a packed store, of candidates and averages; None for other stores."""
         self.layout = layout
         self.fingerprint = fingerprint
         self.pods = pods
-        self._reduction = reduction
+        self._reduction = parts.reduction
         self._engine = engine
         self._store = store
         self._basis = basis
         self._rows = rows
-        self._candidates = candidates
-        self._carried = carried
-        self._form = StateForm(config, layout, basis, fingerprint, conversions(candidates))
+        self._candidates = parts.candidates
+        self._carried = parts.carried
+        self._form = StateForm(config, layout, basis, fingerprint, conversions(parts.candidates))
         groups_of = {layout.source(name): layout.groups_of(name) for name in layout.group_of}
         self.elements = elements_of_groups(len(layout.groups), groups_of, fingerprint.shapes)
         """The number of elements of each group."""
@@ -87,30 +73,22 @@ class TrainableAverage(Observed):
         self.clock = Clock(engine.device)
         sums = torch.zeros(store.coding.num_rows + 1, len(layout.groups), dtype=torch.float64, device=engine.device)
         clips = config.max_weight_grad_norm is not None
-        self._gradients = Gradients(store, self._spans, rows, sums, self.clock, basis.needs_center, with_norm=clips)
-        inside = make_optimizer(config, self._x)
-        self.optimizer = AverageOptimizer(inside, rows, self, self._take_step)
+        gradients = Gradients(store, self._spans, rows, sums, self.clock, basis.needs_center, with_norm=clips)
+        self.optimizer = AverageOptimizer(make_optimizer(config, self._x), rows, self, self._take_step)
         """A torch optimizer for schedulers and trainers; its step is `step`."""
-        self.updates = 0
-        """The number of steps since `attach` that have changed the coefficients; scaled gradients may overflow."""
-        self.closed = self._moved = self._in_step = self._accumulating = False
-        self._swapped = SwappedWeights(engine, pods, lambda: self._written.write(), self._gradients.spoil)
-        self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=config.combine == "forward")
+        self.closed = self._moved = False
+        self._swapped = SwappedWeights(engine, pods, lambda: self._written.write(), gradients.spoil)
+        postpone = config.combine == "forward"
+        self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=postpone)
         limits = WeightLimits(engine, self._weights, layout, basis, rows, pods)
         self._written = WrittenCoefficients(
-            self._x,
-            rows,
-            basis,
-            self._weights,
-            limits,
-            self._swapped,
-            self._spans,
-            postpone=config.combine == "forward",
+            self._x, rows, basis, self._weights, limits, self._swapped, self._spans, postpone=postpone
         )
+        self._step = CoefficientStep(parts, gradients, self._written, self._weights, self.optimizer, self.clock)
         self._written.write_first()
         engine.forget()
         engine.keeps_gradients = clips
-        engine.watch(self._project)
+        engine.watch(self._step.project)
         self._weights.watch()
 
     @property
@@ -118,16 +96,10 @@ class TrainableAverage(Observed):
         """Why the average can no longer be used; empty as long as it can."""
         return self._swapped.lost
 
-    @while_open
-    def distance(self) -> float:
-        """Return the distance of the current weights from the center: a norm over all trained elements. Collective.
-
-        It reads the store once, and needs float32 memory for the largest span of this rank.
-        """
-        self.settle()
-        with self.pods.agree():
-            mine = self._weights.squared_distance(self._written.current) * self.pods.share
-        return sqrt(float(self.pods.sum_(mine)))
+    @property
+    def updates(self) -> int:
+        """The number of steps since `attach` that have changed the coefficients; scaled gradients may overflow."""
+        return self._step.count
 
     @while_open
     def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
@@ -158,51 +130,7 @@ class TrainableAverage(Observed):
         self._moved = False
         if self._swapped:
             raise TwaError("step() inside weights(): the gradient is not that of the trained weights; leave it first.")
-        self._accumulating = not self._engine.boundary()
-        if self._accumulating:
-            return
-        self._in_step = True
-        try:
-            self._engine.drain()
-            self._weights.check()
-        except RankError:
-            raise
-        except Exception as error:
-            self._gradients.spoil(error)
-        finally:
-            self._in_step = False
-        with self.clock.part("reduce"):
-            products, norm = self._gradients.reduced(self._reduction)  # small tensors on the CPU from here on
-        self._gradients.require_any(products, self.pods)
-        if scaler and not scaler.is_enabled():
-            scaler = None  # a disabled scaler does not check for overflow
-        engine_scale = self._engine.loss_scale
-        scale = engine_scale.value() if engine_scale else scaler.get_scale() if scaler else 1.0
-        clip = clipping(norm and norm / scale, self.config.max_weight_grad_norm)
-        products *= clip
-        finite = bool(torch.isfinite(products).all())
-        if not finite:
-            self._require_no_fault()
-        if engine_scale:
-            products /= scale
-            engine_scale.update(overflow=not finite)
-        if not finite and scaler is None:
-            self.zero_grad()
-            if engine_scale:
-                return
-            raise NotFiniteError(
-                "the gradient is not finite: look for a diverging loss or an overflow, then lower the rate."
-            )
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(self._basis.expand(self._x), self._x, products)
-        before = self._written.saved()
-        if self._rows is not None:
-            self._rows.reduce(clip / scale)
-        self.optimizer.update(gradient, scaler, self.config.max_grad_norm)
-        self._gradients.clear()
-        self._written.confirm(before)
-        self._moved = finite
-        self.updates += finite
+        self._moved = self._step.take(scaler)
 
     @while_open
     def as_optimizer(self) -> AverageOptimizer:
@@ -227,11 +155,7 @@ class TrainableAverage(Observed):
 
         It does nothing within a gradient accumulation of the engine.
         """
-        if self._accumulating:
-            return
-        self.optimizer.inside.zero_grad()
-        self._gradients.clear()
-        self._engine.forget()
+        self._step.clear()
 
     @while_open
     @contextmanager
@@ -349,7 +273,7 @@ class TrainableAverage(Observed):
         Raises:
             ConfigError: `lr` is not a positive, finite number.
         """
-        self.config = self._form.config = self.config.with_lr(checked_lr(lr, "set_lr"))
+        self._form.config = self.config.with_lr(checked_lr(lr, "set_lr"))
         for group, rate in zip(self.optimizer.param_groups, (self.config.lr, self.config.row_lr), strict=False):
             group |= {key: rate for key in ("lr", "initial_lr") if key in group}  # of earlier schedulers
 
@@ -363,14 +287,10 @@ class TrainableAverage(Observed):
         if self._swapped:
             raise TwaError("remember() inside weights(): leave it first.")
         restore, config = remembered(self._engine, self._written, self.optimizer), self.config
-        names = [set(group) for group in self.optimizer.param_groups]
 
         def back() -> None:
             restore()
-            self.config = self._form.config = config
-            for group, known in zip(self.optimizer.param_groups, names, strict=True):
-                for added in group.keys() - known:  # by schedulers
-                    del group[added]
+            self._form.config = config
             self.zero_grad()
 
         return back
@@ -416,7 +336,7 @@ class TrainableAverage(Observed):
         self._written.set(saved.x, None if rows is None else rows["values"])
         self.optimizer.load_inside(saved.optimizer, rows)
         attached, loaded = self.config.lr, saved.config.lr
-        self.config = self._form.config = self.config.with_lr(loaded)
+        self._form.config = self.config.with_lr(loaded)
         self.zero_grad()
         live = self._engine.buffers()
         for name, value in saved.buffers.items():
@@ -443,16 +363,6 @@ class TrainableAverage(Observed):
             self._store.close()
             for candidate in self._candidates:
                 candidate.close()
-
-    def _project(self, span: Span, gradient: torch.Tensor) -> None:
-        self._gradients.project(span, gradient, in_step=self._in_step)
-
-    def _require_no_fault(self) -> None:
-        """Raise an error of any rank on every rank, and clear the gradients. Collective."""
-        try:
-            self._gradients.require_no_fault(self.pods)
-        finally:
-            self._gradients.clear()
 
     def __iter__(self) -> NoReturn:
         refuse_unpacking()

@@ -1,6 +1,7 @@
 """What an average says about itself: its coefficients, measures of them, costs, and where it comes from."""
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from twa_scale.average.measures import described, effective_candidates
 from twa_scale.average.rows import RowCorrections
 from twa_scale.average.state import StateForm
 from twa_scale.average.swap import SwappedWeights
+from twa_scale.average.weights import Weights
+from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
 from twa_scale.base.inputs import brief
 from twa_scale.base.spans import Span
@@ -23,13 +26,14 @@ from twa_scale.config import TwaConfig
 from twa_scale.config.kinds import MappedFiles, store_kind
 from twa_scale.engines import Engine
 from twa_scale.output.provenance import provenance, rows_provenance
+from twa_scale.ranks import Pods
 from twa_scale.store import Store, step_cost, update_bytes
 
 
 class Observed:
     """The part of a `TrainableAverage` that changes nothing. The attributes are those of the average."""
 
-    config: TwaConfig
+    pods: Pods
     layout: Layout
     fingerprint: Fingerprint
     clock: Clock
@@ -44,6 +48,13 @@ class Observed:
     _spans: Mapping[Span, int]
     _x: nn.Parameter
     _swapped: SwappedWeights
+    _weights: Weights
+    _written: WrittenCoefficients
+
+    @property
+    def config(self) -> TwaConfig:
+        """The settings; `set_lr` and `load_state_dict` change the learning rate."""
+        return self._form.config
 
     @property
     def num_candidates(self) -> int:
@@ -79,6 +90,17 @@ class Observed:
     def candidate_distances(self) -> list[float]:
         """The distance of each candidate from the center: the norm of its delta over all trained elements."""
         return self._basis.gram.diagonal(dim1=1, dim2=2).sum(0)[:-1].clamp(min=0).sqrt().tolist()
+
+    @while_open
+    def distance(self) -> float:
+        """Return the distance of the current weights from the center: a norm over all trained elements. Collective.
+
+        It reads the store once, and needs float32 memory for the largest span of this rank.
+        """
+        self._weights.settle()
+        with self.pods.agree():
+            mine = self._weights.squared_distance(self._written.current) * self.pods.share
+        return sqrt(float(self.pods.sum_(mine)))
 
     def described(self) -> dict[str, float]:
         """Return values to log: see `measures.described`."""

@@ -16,6 +16,7 @@ def remembered(engine: Engine, written: WrittenCoefficients, optimizer: AverageO
     inside, rows = optimizer.inside_states()
     buffers = {name: buffer.clone() for name, buffer in engine.buffers().items()}
     counters = engine.counters()
+    keys = [set(group) for group in optimizer.param_groups]
 
     def restore() -> None:
         written.set(saved.x, saved.rows)
@@ -24,5 +25,8 @@ def remembered(engine: Engine, written: WrittenCoefficients, optimizer: AverageO
         for name, value in buffers.items():
             live[name].copy_(value)
         counters()
+        for group, known in zip(optimizer.param_groups, keys, strict=True):
+            for added in group.keys() - known:  # by schedulers
+                del group[added]
 
     return restore

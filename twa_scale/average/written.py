@@ -108,6 +108,12 @@ class WrittenCoefficients:
         shown = self._swapped.now
         return (self._basis.expand(self.x), self.rows) if shown is None else (self._basis.weights_of(shown), None)
 
+    def gradient(self, products: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of x, (k, G), for that of u: the inner products of deltas and gradient, (n + 1, G)."""
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self._basis.expand(self.x), self.x, products)
+        return gradient
+
     @torch.no_grad()
     def _restore(self, saved: Saved) -> None:
         self.x.copy_(saved.x)

@@ -15,6 +15,7 @@ from twa_scale.average.basis import Gram
 from twa_scale.average.layout import Layout
 from twa_scale.average.load_candidates import LoadedCandidates
 from twa_scale.average.optimizer import check_settings
+from twa_scale.average.parts import Parts
 from twa_scale.base.spans import Span
 from twa_scale.candidates.buffers import buffer_source
 from twa_scale.candidates.carry_over import BASE, CarriedFiles
@@ -156,7 +157,8 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
             filled = _measured(engine, layout, window, config, weights)
             _write_center(engine, layout, window, weights)
         filled.buffers.update(pods.broadcast(_buffers(engine, layout, window, config, weights)))
-        average = assemble(config, engine, pods, reduction, layout, store, filled, candidates, carried, weights)
+        parts = Parts(config, engine, pods, reduction, layout, store, candidates, carried)
+        average = assemble(parts, filled, weights)
         undo.pop_all()
     return average
 
