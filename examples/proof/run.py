@@ -17,7 +17,8 @@ from examples.proof.parts import check_rows, run_parts
 from examples.proof.table import tables
 from examples.proof.work import Settings, Work
 
-TASKS = {"language": "Language", "images": "Images", "soup": "Soup"}  # the class in the module `task` of the folder
+# The class in the module `task` of the folder.
+TASKS = {"language": "Language", "images": "Images", "vit": "Vit", "soup": "Soup"}
 
 
 @dataclass(frozen=True)

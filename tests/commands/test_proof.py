@@ -16,6 +16,7 @@ from examples.proof.parts import run_parts
 from examples.proof.run import Comparison, check
 from examples.proof.soup.task import Soup
 from examples.proof.table import tables
+from examples.proof.vit.task import Vit
 from examples.training import Training
 from twa_scale.ranks import World
 
@@ -25,6 +26,7 @@ PACKAGES = ROOT / "runs/proof/packages"
 ONCE: dict[str, tuple[Any, Path]] = {
     "language": (Language, PACKAGES),
     "images": (Images, PACKAGES),
+    "vit": (Vit, PACKAGES),
     "soup": (Soup, SENTENCES),
 }
 

@@ -6,29 +6,35 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from examples.proof.images.network import ResNet, shifted
+from examples.proof.images.network import shifted
 from twa_scale.run.tasks import Batch, Examples, Metrics
 from twa_scale.run.tasks.classification import TensorExamples, classification_metrics, cross_entropy
 from twa_scale.run.tasks.images import read_npz
+from twa_scale.run.tasks.import_path import import_function, model_from
 
 MEAN, STD = 0.286, 0.353  # of the pixels of the training set
 
 
 class Clothes:
-    """Cross-entropy and accuracy of a residual network.
+    """Cross-entropy and accuracy of a classifier.
 
     Args:
         data: an .npz file for each split, with `images`, uint8 (N, 1, 28, 28), and `labels`, int64 (N,).
-        network: the arguments of `ResNet`.
+        network: the arguments of the class of the network.
+        architecture: the import path of this class.
     """
 
-    def __init__(self, data: dict[str, str], network: dict[str, int]) -> None:
+    def __init__(
+        self, data: dict[str, str], network: dict[str, int], architecture: str = "examples.proof.images.network:ResNet"
+    ) -> None:
         self._data = data
         self._network = network
+        self._architecture = architecture
         self.dataset = cache(self._read)
 
     def model(self) -> nn.Module:
-        return ResNet(**self._network)
+        kind = import_function(self._architecture, "task.architecture")
+        return model_from(kind, self._network, self._architecture)
 
     def _read(self, split: str) -> Examples:
         images, labels = read_npz(Path(self._data[split]), "", f"task.data.{split}")

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 from examples.proof.cost import Cost, measured
 from examples.proof.files import load, save
 from examples.proof.images.data import PACKAGE, write_images
-from examples.proof.images.training import SgdTraining, step_schedule
+from examples.proof.images.training import ImageTraining, SgdTraining
 from examples.proof.packages import package_file
 from examples.proof.parts import Part, Row
 from examples.proof.trunk_work import TrunkWork
@@ -34,17 +34,18 @@ class Images(TrunkWork):
 
     part_bytes = 5_000_000
     folder = HERE
+    kind: type[ImageTraining] = SgdTraining
 
     def __init__(self, out: Path, seed: int, settings: Settings, packages: Path) -> None:
         steps = settings["trunk"]["steps"]
         runs = [method for method in settings["methods"].values() if method["how"] == "schedule"]
-        super().__init__(out, seed, settings, {leaves(steps, method["steps"]) for method in runs})
+        super().__init__(out, seed, settings, {self.kind.leaves(steps, method["steps"]) for method in runs})
         self.packages = packages
 
-    @staticmethod
-    def read(size: str) -> Settings:
+    @classmethod
+    def read(cls, size: str) -> Settings:
         """Return methods.yaml, with the methods of the tail once for each of its rates."""
-        settings = read_settings(HERE / "methods.yaml", size)
+        settings = read_settings(cls.folder / "methods.yaml", size)
         rates, shrink = settings["tails"]["rates"], settings.get("shrink", 1)
         head, tail = settings.pop("head"), settings.pop("tail")
         methods = head | {tail_name(name, rate): {**tail[name], "tail": rate} for rate, name in product(rates, tail)}
@@ -85,7 +86,7 @@ class Images(TrunkWork):
         steps, until = self.settings["trunk"]["steps"], 3 * self.settings["full"] // 4
         self.training.restore(load(self.trunk.state(steps)))
         with measured(type(self.model), self.settings["batch_size"]) as cost:
-            self.follow(steps, until, self.settings["full"])
+            self.training.follow(steps, until, self.settings["full"])
         save(self.training.state(), self.directory / "three-quarters.pt")
         return cost.row()
 
@@ -109,11 +110,6 @@ class Images(TrunkWork):
             costs.append(cost.row())
         return {**costs[0], "longer": costs[1]}
 
-    def follow(self, start: int, stop: int, total: int) -> None:
-        """Take the steps from `start` to `stop` of a training of `total` steps."""
-        for step in range(start, stop):
-            self.training.update(step, step_schedule(step / total))
-
     def make(self, name: str, method: Settings) -> str:
         chosen = self.scheduled(method["steps"]) if method["how"] == "schedule" else super().make(name, method)
         self.recalibrate()
@@ -122,9 +118,9 @@ class Images(TrunkWork):
     def scheduled(self, extra: int) -> str:
         """Make a training of the steps of the trunk and `extra`, with the schedule of the full run."""
         steps = self.settings["trunk"]["steps"]
-        start = leaves(steps, extra)
+        start = self.kind.leaves(steps, extra)
         self.training.restore(load(self.trunk.state(start)))
-        self.follow(start, steps + extra, steps + extra)
+        self.training.follow(start, steps + extra, steps + extra)
         return f"from step {start}"
 
     def cost(self, method: Settings, cost: Cost) -> Cost:
@@ -139,10 +135,10 @@ class Images(TrunkWork):
         return super().score()
 
     def recalibrate(self) -> None:
-        """Measure the BatchNorm statistics of the weights in the model anew."""
+        """Measure the BatchNorm statistics of the weights in the model anew, if it has any."""
         batches = self.training.batches
         chosen = (next(batches.training(step)) for step in range(batches.per_epoch))
-        inputs = (self.task.inputs(batch) for batch in islice(chosen, self.settings["recalibrate_batches"]))
+        inputs = (self.task.inputs(batch) for batch in islice(chosen, self.settings.get("recalibrate_batches", 0)))
         update_bn(inputs, self.model)
 
     def candidates(self, method: Settings) -> str:
@@ -151,16 +147,11 @@ class Images(TrunkWork):
         return super().candidates(method)
 
     @cached_property
-    def training(self) -> SgdTraining:
+    def training(self) -> ImageTraining:
         sizes = self.settings["images"]
         write_images(self.out / "data", sizes["train"], sizes["validation"], self.packages)
         trunk = self.settings["trunk"]
-        return SgdTraining(self.config(), World.from_environment(), trunk["steps"], trunk["lr"])
-
-
-def leaves(steps: int, extra: int) -> int:
-    """Return the step at which a training of `steps` + `extra` leaves a trunk of `steps`, as its rate falls."""
-    return min(steps, (steps + extra) // 2)
+        return self.kind(self.config(), World.from_environment(), trunk["steps"], trunk["lr"])
 
 
 def tail_name(method: str, rate: float) -> str:

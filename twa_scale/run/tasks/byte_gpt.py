@@ -11,11 +11,17 @@ VOCABULARY = 256
 
 
 class Block(nn.Module):
-    """A transformer block with pre-layer normalization (Xiong et al., arXiv 2002.04745)."""
+    """A transformer block with pre-layer normalization (Xiong et al., arXiv 2002.04745).
 
-    def __init__(self, d_model: int, n_head: int) -> None:
+    Args:
+        d_model: The width.
+        n_head: The number of attention heads; divides `d_model`.
+        causal: Whether a position attends only to itself and to those before it.
+    """
+
+    def __init__(self, d_model: int, n_head: int, causal: bool = True) -> None:
         super().__init__()
-        self.n_head = n_head
+        self.n_head, self.causal = n_head, causal
         self.attention_norm = nn.LayerNorm(d_model, bias=False)
         self.attention_in = nn.Linear(d_model, 3 * d_model, bias=False)
         self.attention_out = nn.Linear(d_model, d_model, bias=False)
@@ -32,7 +38,7 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         heads = self.attention_in(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=self.causal)
         out: Tensor = self.attention_out(mixed.transpose(1, 2).flatten(2))
         return out
 

@@ -1,0 +1,15 @@
+"""Training of the vision transformer with AdamW."""
+
+import math
+
+from examples.proof.images.training import ImageTraining
+
+
+class AdamWTraining(ImageTraining):
+    """Training with AdamW and clipped gradients. The rate is constant at first, then falls to zero as half a cosine."""
+
+    constant = 0.6
+
+    def schedule(self, progress: float) -> float:
+        falling = max(0.0, progress - self.constant) / (1 - self.constant)
+        return (1 + math.cos(math.pi * falling)) / 2
