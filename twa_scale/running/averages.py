@@ -23,6 +23,7 @@ from twa_scale.ranks import Pods, require_same_settings
 from twa_scale.running import checkpoint, saving, state_file
 from twa_scale.running.ema import Ema
 from twa_scale.running.intact import Intact
+from twa_scale.running.learned import Learned
 from twa_scale.running.learning import carried_files, learn, require_learnable, require_snapshots, settings_for
 from twa_scale.running.named import mixture, names
 from twa_scale.running.parameters import Parameters
@@ -90,11 +91,10 @@ class RunningAverages:
             if of_window is not None:
                 self._window = Window(of_window, live, own, self._engine.device, device)
         self._step = 0
-        self._counted = self._engine.steps_taken()
+        self._counted: int | None = self._engine.steps_taken()
         held_on = torch.device("cpu") if device == "cpu" else None
         self._showing = Showing(self._engine, self._pods, self._parameters, self._ema, self._window, held_on)
-        self._learned: TrainableAverage | None = None
-        self._restore_counters: Callable[[], None] = lambda: None
+        self._learned = Learned(self._engine, self._showing, self._recount)
         self._repeats = Repeats()
         self._intact = Intact()
         self._saved_versions: list[int] = []
@@ -251,20 +251,12 @@ class RunningAverages:
             carried = carried_files(files or {})
             window.require_finite()
             buffers = self._parameters.buffers()
-        self._showing.keep(buffers)
-        self._restore_counters = self._engine.counters()
-        failure: BaseException | None = None
-        try:
+
+        def make() -> TrainableAverage:
             engine = choose_engine(self._model, self._replica_group)
-            self._learned = learn(engine, self._pods, window, settings, carried)
-        except BaseException as error:
-            failure = error
-        failure = self._showing.together(failure)
-        if failure is not None:
-            self.restore()
-            raise failure
-        assert self._learned is not None
-        return self._learned
+            return learn(engine, self._pods, window, settings, carried)
+
+        return self._learned.start(make, buffers)
 
     @contextmanager
     def learning(
@@ -277,15 +269,8 @@ class RunningAverages:
             RankError: another rank has left the block by an error: nothing is restored.
         """
         twa = self.learn(config, files=files)
-        failure: BaseException | None = None
-        try:
+        with self._learned.restoring():
             yield twa
-        except BaseException as error:
-            failure = error
-        failure = self._showing.together(failure)
-        self.restore()
-        if failure is not None:
-            raise failure
 
     def restore(self) -> None:
         """Close the average that `learn` has made, and give the model its weights and buffers back. Collective.
@@ -296,16 +281,7 @@ class RunningAverages:
         Raises:
             TwaError: the ranks cannot restore the weights together any more.
         """
-        if self._showing or not self._showing.held:
-            return
-        if self.lost:
-            raise TwaError(self.lost)
-        if self._learned is not None and not self._learned.closed:
-            self._learned.close()
-        self._showing.give_back()
-        self._learned = None
-        self._restore_counters()
-        self._counted = self._engine.steps_taken()
+        self._learned.restore()
 
     def save(
         self,
@@ -374,7 +350,7 @@ class RunningAverages:
                 self._intact.overwritten()
             raise
         self._step = checkpoint.load(state, self._engine, self._ema, self._window)
-        self._counted = self._engine.steps_taken()
+        self._recount()
         self._intact.restored()
 
     def save_state(self, directory: str | Path) -> None:
@@ -407,8 +383,12 @@ class RunningAverages:
     def _state(self) -> dict[str, Any]:
         return checkpoint.state_of(self._engine, self._step, self._ema, self._window, self._intact.why_not)
 
+    def _recount(self) -> None:
+        """Continue from the number of steps that the library of the engine has counted, if it counts them."""
+        self._counted = self._engine.steps_taken()
+
     def _require_own_weights(self, what: str) -> None:
-        if self._learned is not None:
+        if self._learned:
             raise TwaError(f"{what}: the model holds the average that learn() has made; call restore() first.")
         if self._showing:
             raise TwaError(f"{what} inside weights(): the weights are not those that are trained; leave it first.")

@@ -1,0 +1,89 @@
+"""The trainable average of the snapshots in the model, until the model gets its weights back."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from twa_scale.average.average import TrainableAverage
+from twa_scale.engines import Engine
+from twa_scale.errors import TwaError
+from twa_scale.running.showing import Showing
+
+
+class Learned:
+    """Puts a trainable average into the model, and restores the trained weights, buffers and counters after it.
+
+    All methods are collective.
+
+    Args:
+        engine: holds the model.
+        showing: copies and restores the trained weights.
+        restored: called after they were restored.
+    """
+
+    def __init__(self, engine: Engine, showing: Showing, restored: Callable[[], None]) -> None:
+        self._engine = engine
+        self._showing = showing
+        self._restored = restored
+        self._average: TrainableAverage | None = None
+        self._restore_counters: Callable[[], None] = lambda: None
+
+    def __bool__(self) -> bool:
+        """Whether the average is in the model."""
+        return self._average is not None
+
+    def start(self, make: Callable[[], TrainableAverage], buffers: Mapping[str, torch.Tensor]) -> TrainableAverage:
+        """Return the average of `make()`, which writes its weights. After an error on any rank, all are restored.
+
+        Args:
+            make: its errors are raised on every rank.
+            buffers: those of the trained weights, which are restored with them.
+        """
+        self._showing.keep(buffers)
+        self._restore_counters = self._engine.counters()
+        failure: BaseException | None = None
+        try:
+            self._average = make()
+        except BaseException as error:
+            failure = error
+        failure = self._showing.together(failure)
+        if failure is not None:
+            self.restore()
+            raise failure
+        assert self._average is not None
+        return self._average
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Call `restore` at the end of a `with` block, also where an error leaves it.
+
+        Raises:
+            RankError: another rank has left the block by an error: nothing is restored.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+        failure = self._showing.together(failure)
+        self.restore()
+        if failure is not None:
+            raise failure
+
+    def restore(self) -> None:
+        """Close the average and restore the trained weights. Does nothing where there are none to restore.
+
+        Raises:
+            TwaError: the ranks cannot restore the weights together any more.
+        """
+        if self._showing or not self._showing.held:
+            return
+        if self._showing.lost:
+            raise TwaError(self._showing.lost)
+        if self._average is not None and not self._average.closed:
+            self._average.close()
+        self._showing.give_back()
+        self._average = None
+        self._restore_counters()
+        self._restored()
