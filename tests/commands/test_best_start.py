@@ -14,6 +14,7 @@ from tests.commands.test_keep import candidates, measured_by_hand, records
 from tests.pool import Pool
 from twa_scale.config import RunConfig, center_weights, parse_center, validated
 from twa_scale.ranks import World
+from twa_scale.run.attached import AttachedRun
 from twa_scale.run.best_start import averages
 from twa_scale.run.loop import Run
 from twa_scale.run.progress import Report
@@ -42,6 +43,42 @@ def test_the_best_is_taken(ranks: Pool, scores: Brought, tmp_path: Path, engine:
         losses[name] = measured_by_hand(scores, mixed)
     assert records(tmp_path)[0] == pytest.approx(min(losses.values()), rel=1e-5)
     assert min(losses.values()) < losses["center"] - 1e-3
+
+
+class Lines(Report):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        super().__init__(active=False)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_the_best_three_of_a_part_of_the_batches_are_evaluated_on_all(scores: Brought, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"center": "first", "evaluate_batches": 7, "start": "best", "batch_size": 4}
+    config = validated(RunConfig, settings(scores.candidates, scores.task, tmp_path, **changes))
+    report, parts, wholes = Lines(), dict[str, float](), dict[str, float]()
+
+    def start() -> dict[str, Any]:
+        world = World.from_environment()
+        with world.joined(world.device(config.device), config.output, config.timeout):
+            run = AttachedRun(config, world, world.device(config.device), report)
+            run.attach(config)
+            for name in averages(run.twa.num_candidates, "first"):
+                with run.twa.weights(name):
+                    parts[name], wholes[name] = run.measure(every=4)["loss"], run.measure()["loss"]
+            report.said.clear()
+            return {"said": run.start_at_best(), "found": run.measure()}
+
+    losses = as_launched(start)
+    finalists = sorted(parts, key=parts.__getitem__)[:3]
+    best = min(finalists, key=wholes.__getitem__)
+    assert losses["said"]["loss"] == wholes[best] == pytest.approx(losses["found"]["loss"], rel=1e-6)
+    assert report.said[0].startswith(f"center on 2 of 7 batches: loss {parts['center']:.4f}")
+    assert {line.partition(":")[0] for line in report.said[len(parts) : -1]} == set(finalists)
+    assert report.said[-1] == f"start: {best}, the best of {len(parts)} averages that need no training"
 
 
 class Beginning(Report):

@@ -197,8 +197,8 @@ class MetricsByRank:
 class NoBatches(Batches):
     """Batches that are empty on all ranks except for the first."""
 
-    def in_order(self, limit: int | None = None) -> Any:
-        return super().in_order(0 if self.rank else limit)
+    def in_order(self, limit: int | None = None, every: int = 1) -> Any:
+        return super().in_order(0 if self.rank else limit, every)
 
 
 class Numbers(list[dict[str, Tensor]]):

@@ -1,6 +1,7 @@
 """`recipe`: named settings, which those that are given override."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -156,11 +157,17 @@ def test_choices_by_the_test_split_are_said(settings: dict[str, Any], words: str
     assert caveat(made(**{"steps": 1, **settings})) is None
 
 
-def test_evaluated_examples_do_not_depend_on_ranks_and_micro_batches() -> None:
+@pytest.mark.parametrize(
+    ("limit", "every", "expected"),
+    [(2, 1, range(24)), (None, 2, [*range(12), *range(24, 36), 48, 49]), (4, 3, [*range(12), *range(36, 48)])],
+)
+def test_evaluated_examples_do_not_depend_on_ranks_and_micro_batches(
+    limit: int | None, every: int, expected: Iterable[int]
+) -> None:
     for size, micro in ((1, 12), (1, 3), (2, 3), (4, 1)):
         seen = []
         for rank in range(size):
             examples: Any = [{"i": torch.tensor(i)} for i in range(50)]
-            for batch, counts in Batches(examples, 12, micro, rank, size, 0).in_order(2):
+            for batch, counts in Batches(examples, 12, micro, rank, size, 0).in_order(limit, every):
                 seen += batch["i"].tolist() if counts else []
-        assert sorted(seen) == list(range(24)), (size, micro)
+        assert sorted(seen) == list(expected), (size, micro)

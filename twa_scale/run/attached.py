@@ -125,9 +125,14 @@ class AttachedRun:
             self.report.say(str(self.twa.rounding))
         self.clock = Clock(self.device)
 
-    def start_at_best(self) -> None:
-        """Evaluate the averages that need no training, and start at the best one. Collective."""
-        start_at_best(self.twa, self.kept, self.measure, self.report.say)
+    def start_at_best(self) -> dict[str, float]:
+        """Start at the best of the averages that need no training, and return its metrics. Collective."""
+        num_batches = self.held_out.num_in_order(self.config.evaluate_batches)
+
+        def measure(every: int) -> dict[str, float]:
+            return self.measure(every=every)
+
+        return start_at_best(self.twa, self.kept, measure, num_batches, self.report.say)
 
     def asked_to_stop(self) -> bool:
         """Return whether a rank has received a signal. Collective."""
@@ -171,14 +176,17 @@ class AttachedRun:
         self.stopping = asked > 0
         return {"loss": loss_sum / self.group.size, "lr": rate, "seconds": time.perf_counter() - start}
 
-    def measure(self, *, recalibrate: bool = True) -> dict[str, float]:
-        """Return the metrics of the current weights, after recalibration of BatchNorm statistics. Collective."""
+    def measure(self, *, recalibrate: bool = True, every: int = 1) -> dict[str, float]:
+        """Return the metrics of the current weights, after recalibration of BatchNorm statistics. Collective.
+
+        They are of each `every`-th batch of the evaluation.
+        """
         self.twa.settle()  # the time of waiting for weights is measured in training steps only
         if recalibrate:
             self.recalibrate()
         with self.engine.autocast(self.device):
             limit = self.config.evaluate_batches
-            return evaluate(self.task, self.model, self.held_out, self.group, self.device, limit)
+            return evaluate(self.task, self.model, self.held_out, self.group, self.device, limit, every)
 
     def recalibrate(self) -> None:
         """Compute the BatchNorm statistics of the current weights, if the model has them. Collective."""

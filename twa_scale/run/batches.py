@@ -43,7 +43,17 @@ class Batches:
         for first in range(start, start + share, self.micro_batch_size):
             yield stack([self.examples[i] for i in order[first : first + self.micro_batch_size].tolist()])
 
-    def in_order(self, limit: int | None = None) -> Iterator[tuple[Batch, bool]]:
+    @property
+    def _once(self) -> Examples:
+        """The examples, each once, without the repetitions of training."""
+        return getattr(self.examples, "once", self.examples)
+
+    def num_in_order(self, limit: int | None = None) -> int:
+        """Return the number of global batches of `in_order`. The last one may be smaller."""
+        whole = -(-len(self._once) // self.batch_size)
+        return whole if limit is None else min(limit, whole)
+
+    def in_order(self, limit: int | None = None, every: int = 1) -> Iterator[tuple[Batch, bool]]:
         """Yield each example once over all ranks, as (batch, counts).
 
         Every rank gets the same number of batches, since a forward pass may be collective. A rank without examples
@@ -51,11 +61,14 @@ class Batches:
 
         Args:
             limit: the largest number of global batches, so that the examples do not depend on the number of ranks.
+            every: of these, only each `every`-th global batch, beginning with the first one.
         """
-        examples: Examples = getattr(self.examples, "once", self.examples)
+        examples = self._once
         share = self.micro_batch_size
         starts = range(0, len(examples), share * self.size)
-        for start in starts[: limit and limit * self.num_micro]:
+        for i, start in enumerate(starts[: limit and limit * self.num_micro]):
+            if i // self.num_micro % every:
+                continue
             first = start + self.rank * share
             indices = list(range(first, min(first + share, len(examples))))
             yield stack([examples[i] for i in indices or [0]]), bool(indices)

@@ -8,6 +8,13 @@ from twa_scale.run.best import BestAverage
 
 _EMA = ("ema:0.8", "ema:0.9", "ema:0.95")
 
+# All averages are first evaluated on every fourth batch, and the best three of them on all batches. They see the same
+# batches, so that their differences vary less than their losses.
+SCREENED_BY = 4
+FINALISTS = 3
+
+Metrics = dict[str, float]
+
 
 def averages(n: int, center: Center) -> list[str]:
     """Return the names of the averages of n candidates to evaluate, without those that equal `center`."""
@@ -20,28 +27,40 @@ def averages(n: int, center: Center) -> list[str]:
 def start_at_best(
     average: TrainableAverage,
     kept: BestAverage,
-    measure: Callable[[], dict[str, float]],
+    measure: Callable[[int], Metrics],
+    num_batches: int,
     say: Callable[[str], None],
-) -> str:
-    """Evaluate the averages, start at the best one, and return its name. Collective.
+) -> Metrics:
+    """Evaluate the averages, start at the best one, and return its metrics on all batches. Collective.
 
     Averages that the basis cannot start from, such as the edges of the simplex, are skipped.
 
     Args:
         average: an average before its first step.
         kept: compares metrics.
-        measure: returns the metrics of the current weights.
-        say: called with one line for each average.
+        measure: returns the metrics of the current weights on each i-th held-out batch, given i.
+        num_batches: the number of held-out batches.
+        say: called with one line for each evaluation.
     """
+
+    def evaluated(names: list[str], every: int, part: str = "") -> list[tuple[str, Metrics]]:
+        """Return the averages and their metrics, the best first."""
+        found: list[tuple[str, Metrics]] = []
+        for name in names:
+            with average.weights(name):
+                metrics = measure(every)
+            say(f"{name}{part}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+            rank = sum(not kept.better(metrics, other) for _, other in found)
+            found.insert(rank, (name, metrics))
+        return found
+
     names = averages(average.num_candidates, average.config.center)
-    names = [name for name in names if average.can_start_from(name)]
-    best, of_best = "", dict[str, float]()
-    for name in names:
-        with average.weights(name):
-            metrics = measure()
-        say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
-        if not best or kept.better(metrics, of_best):
-            best, of_best = name, metrics
+    finalists = names = [name for name in names if average.can_start_from(name)]
+    if len(names) > FINALISTS and num_batches >= SCREENED_BY:
+        screened = -(-num_batches // SCREENED_BY)
+        ordered = evaluated(names, SCREENED_BY, f" on {screened} of {num_batches} batches")
+        finalists = [name for name, _ in ordered[:FINALISTS]]
+    best, metrics = evaluated(finalists, 1)[0]
     say(f"start: {best}, the best of {len(names)} averages that need no training")
     average.start_from(best)
-    return best
+    return metrics

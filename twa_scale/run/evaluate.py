@@ -13,7 +13,13 @@ from twa_scale.run.tasks import Metrics, Task
 
 @torch.no_grad()
 def evaluate(
-    task: Task, model: nn.Module, batches: Batches, group: Group, device: torch.device, limit: int | None = None
+    task: Task,
+    model: nn.Module,
+    batches: Batches,
+    group: Group,
+    device: torch.device,
+    limit: int | None = None,
+    every: int = 1,
 ) -> dict[str, float]:
     """Return the mean of every metric of the task over the examples of all ranks. Collective.
 
@@ -27,6 +33,7 @@ def evaluate(
         group: all ranks.
         device: the device of the model.
         limit: the largest number of global batches.
+        every: of these, only each `every`-th one.
 
     Raises:
         ConfigError: a metric counts no example, or is not a sum and a count; on every rank.
@@ -37,7 +44,7 @@ def evaluate(
     collect: Any = getattr(task, "collect", None)
     kept: list[Any] = []
     try:
-        for batch, counts in batches.in_order(limit):
+        for batch, counts in batches.in_order(limit, every):
             batch = {key: value.to(device) for key, value in batch.items()}
             metrics, items = collect(model, batch) if collect else (task.metrics(model, batch), [])
             totals.add(metrics, counts)

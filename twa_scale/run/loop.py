@@ -147,10 +147,9 @@ class Run(AttachedRun):
     def _train(self) -> dict[str, Any]:
         config = self.config
         self._leave_if_asked()  # a signal may have come while candidates were read
-        if self.step == 0 and self.rate is None:
-            self._choose_start()
+        at_start = self._choose_start() if self.step == 0 and self.rate is None else None
         if self.step == 0 or self._evaluation_is_due():
-            self._evaluate()
+            self._evaluate(at_start)
             self._leave_if_asked()
         self.reset_clocks()  # the start, trials of rates and a loaded state also write weights
         with self.report.steps("training coefficients", self.num_steps, self.step) as advance:
@@ -171,27 +170,39 @@ class Run(AttachedRun):
                     self._leave_if_asked()
         return self._finish()
 
-    def _choose_start(self) -> None:
-        """Choose what the settings leave to held-out data: the start, and the learning rate. Collective."""
+    def _choose_start(self) -> dict[str, float] | None:
+        """Choose what the settings leave to held-out data: the start, and the learning rate. Collective.
+
+        Returns:
+            The metrics of the start, if they are known.
+        """
+        metrics = None
         if self.config.start == "best":
-            self.start_at_best()
+            metrics = self.start_at_best()
             self._leave_if_asked()
-        if self.config.optimizer.lr != "auto":
-            return
-        try:
-            self.rate = search_rate(self)
-        except InterruptedSearch:
-            self._leave()
-        if self.config.checkpoint_every:
-            self._save()  # so that a run that is killed does not search again
+        if self.config.optimizer.lr == "auto":
+            try:
+                self.rate = search_rate(self)
+            except InterruptedSearch:
+                self._leave()
+            if self.config.checkpoint_every:
+                self._save()  # so that a run that is killed does not search again
+        return metrics
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.evaluate_every
         return every is not None and self.step % every == 0 and self.step < self.num_steps
 
-    def _evaluate(self) -> dict[str, float]:
-        """Evaluate the average of this step on held-out data, record the metrics, and keep it if it is the best."""
-        metrics = self.measure()
+    def _evaluate(self, known: dict[str, float] | None = None) -> dict[str, float]:
+        """Evaluate the average of this step on held-out data, record the metrics, and keep it if it is the best.
+
+        `known` are its metrics, if it has been evaluated already. Collective.
+        """
+        if known is None:
+            metrics = self.measure()
+        else:
+            metrics = known
+            self.recalibrate()
         values = comparison.with_split(self.config.evaluate_split, metrics)
         self.records.write(self.step, {**values, DISTANCE: self.twa.distance(), **self.twa.described()})
         self.report.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
