@@ -23,14 +23,15 @@ from twa_scale.base.notices import TwaWarning
 from twa_scale.candidates import open_candidates
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.errors import CandidateError, ConfigError, OutputError, TwaError
-from twa_scale.merge import average_fixed, export_run
-from twa_scale.merge.streamed import merge
+from twa_scale.merge import Combination, average_fixed, export_run, merge
 from twa_scale.output.formats import dcp as dcp_format
 from twa_scale.output.formats import torch_api
 from twa_scale.output.formats.choose import output_format
+from twa_scale.output.options import OutputOptions
 from twa_scale.ranks import Group
 
 State = dict[str, torch.Tensor]
+SAME = OutputOptions(form="same")
 
 
 def state(value: float) -> State:
@@ -526,10 +527,10 @@ def test_one_tensor_with_two_coefficients(here: Path) -> None:
     opened = open_candidates(["*.pt"])
     weights = {"embed": [0.5, 0.5], "head": [0.25, 0.75]}
     with pytest.raises(CandidateError, match=r"'embed' and 'head' are one tensor .* have different coefficients"):
-        merge(opened, "out", weights.__getitem__, Group.alone(), form="same")
+        merge(opened, "out", Combination(weights.__getitem__), Group.alone(), output=SAME)
     rows = {"head": lambda: torch.full((2, 3), 0.5, dtype=torch.float64)}
     with pytest.raises(CandidateError, match="have different coefficients"):
-        merge(opened, "out", lambda _: [0.5, 0.5], Group.alone(), row_weights=rows, form="same")
+        merge(opened, "out", Combination(lambda _: [0.5, 0.5], row_weights=rows), Group.alone(), output=SAME)
     assert not Path("out").exists()
 
 
@@ -539,7 +540,7 @@ def test_a_candidate_that_is_replaced_before_it_is_copied(candidates: list[str])
     write_ckpt(Path("new"), 4.0)
     Path("new").replace(candidates[-1])
     with pytest.raises(OutputError, match="has changed since it was opened"):
-        merge(opened, "out", lambda _: [1.0, 0.0], Group.alone(), form="same")
+        merge(opened, "out", Combination(lambda _: [1.0, 0.0]), Group.alone(), output=SAME)
     assert not Path("out").exists()
 
 

@@ -15,8 +15,9 @@ from twa_scale.candidates import open_candidates
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.errors import CandidateError, OutputError, StateError
 from twa_scale.kernels.torch.checksum import checksum
-from twa_scale.merge import Checksums, merge
+from twa_scale.merge import Checksums, Combination, merge
 from twa_scale.merge import streamed as merging
+from twa_scale.output.options import OutputOptions
 from twa_scale.ranks import Group
 
 Tensors = dict[str, torch.Tensor]
@@ -51,7 +52,7 @@ def work(pattern: str, out: Path, chunk: int, **options: Any) -> tuple[Checksums
     before, merging._CHUNK = merging._CHUNK, chunk
     candidates = open_candidates(pattern)
     try:
-        checksums = merge(candidates, out, by_name, Group.world(), **options)
+        checksums = merge(candidates, out, Combination(by_name), Group.world(), **options)
     finally:
         merging._CHUNK = before
     return checksums, [candidate.bytes_read for candidate in candidates]
@@ -66,7 +67,14 @@ def expected(states: Sequence[Tensors]) -> Tensors:
 @pytest.mark.parametrize("chunk", [16, 1 << 21])
 def test_equals_the_dense_sum_on_any_number_of_ranks(ranks: Pool, tmp_path: Path, size: int, chunk: int) -> None:
     states = [tensors(i) for i in range(3)]
-    results = ranks(work, size, pattern=save(tmp_path, states), out=tmp_path / "out", chunk=chunk, max_shard_size=900)
+    results = ranks(
+        work,
+        size,
+        pattern=save(tmp_path, states),
+        out=tmp_path / "out",
+        chunk=chunk,
+        output=OutputOptions(max_shard_size=900),
+    )
     found: Tensors = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
         found |= load_file(file)
@@ -99,13 +107,13 @@ def test_equal_elements_keep_their_bits(data: st.DataObject, tmp_path_factory: p
     state = {"w": torch.randn(100).to(dtype) * 7}
     states = [state] * n if kind != "one" else [{"w": state["w"] + i} for i in range(n)]
     out = tmp_path_factory.mktemp("merge") / "out"
-    merge(open_candidates(states), out, lambda _: a, Group.alone())
+    merge(open_candidates(states), out, Combination(lambda _: a), Group.alone())
     assert torch.equal(load_file(out / "model.safetensors")["w"], states[1]["w"])
 
 
 def test_candidates_of_weight_zero_are_not_read(tmp_path: Path) -> None:
     candidates = open_candidates([{"w": torch.ones(4)}, {"w": torch.full((4,), torch.nan)}])
-    checksums = merge(candidates, tmp_path / "out", lambda _: [1.0, 0.0], Group.alone())
+    checksums = merge(candidates, tmp_path / "out", Combination(lambda _: [1.0, 0.0]), Group.alone())
     assert candidates[1].bytes_read == 0 and list(checksums[0]) == ["w"] and checksums[1] == {}
 
 
@@ -115,10 +123,9 @@ def test_types_and_replacements(tmp_path: Path) -> None:
     merge(
         open_candidates(states),
         tmp_path / "out",
-        by_name,
+        Combination(by_name, values={"scalar": torch.tensor(9.0), "steps": torch.tensor(7)}),
         Group.alone(),
-        dtype=torch.float16,
-        replace={"scalar": torch.tensor(9.0), "steps": torch.tensor(7)},
+        output=OutputOptions(dtype=torch.float16),
         carried=CarriedFiles(files={"config.json": b"{}"}),
         progress=lambda nbytes, total: told.append((nbytes, total)),
     )
@@ -173,7 +180,8 @@ def test_verification_comes_before_publishing(ranks: Pool, tmp_path: Path, size:
 def test_result_that_overflows_the_dtype(tmp_path: Path) -> None:
     candidates = open_candidates([{"w": torch.full((2,), 70000.0)}] * 2)
     with pytest.raises(OutputError, match=r"'w'.*70000.*65504"):
-        merge(candidates, tmp_path / "out", lambda _: [0.5, 0.5], Group.alone(), dtype=torch.float16)
+        options = OutputOptions(dtype=torch.float16)
+        merge(candidates, tmp_path / "out", Combination(lambda _: [0.5, 0.5]), Group.alone(), output=options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,12 +189,12 @@ def test_replacements_must_fit(tmp_path: Path) -> None:
     candidates = open_candidates([tensors(0), tensors(1)])
     for name, said in (("bias", r"\(4,\)"), ("bais", "did you mean 'bias'")):
         with pytest.raises(CandidateError, match=said):
-            merge(candidates, tmp_path / "out", lambda _: 0, Group.alone(), replace={name: torch.ones(4)})
+            merge(candidates, tmp_path / "out", Combination(lambda _: 0, values={name: torch.ones(4)}), Group.alone())
 
 
 def test_output_must_not_be_a_candidate(tmp_path: Path) -> None:
     pattern = save(tmp_path, [tensors(i) for i in range(3)])
     for out in (tmp_path / "step-2", tmp_path):
         with pytest.raises(OutputError, match="holds the candidate"):
-            work(pattern, out, 16, overwrite=True)
+            work(pattern, out, 16, output=OutputOptions(overwrite=True))
     assert len(list(tmp_path.iterdir())) == 3

@@ -16,6 +16,7 @@ import twa_scale
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.merge import average_fixed
 from twa_scale.output.formats import SafetensorsFormat
+from twa_scale.output.options import OutputOptions
 from twa_scale.output.provenance import provenance, writing_options
 
 SMALL = {"a": torch.ones(4), "b": torch.ones(4)}
@@ -139,12 +140,13 @@ def test_provenance(tmp_path: Path) -> None:
 
 def test_long_provenance_is_shortened_in_headers() -> None:
     origin = provenance("something", ["a", "b"], coefficients=[0.5] * 100_000)
-    options = writing_options(CarriedFiles(), origin, None, "5GB", SafetensorsFormat())
+    options = writing_options(CarriedFiles(), origin, OutputOptions(), SafetensorsFormat())
     said = json.loads(options["metadata"]["twa_scale"])
     assert said == {**provenance("something", ["a", "b"]), "more": "twa_scale.json"}
     assert len(json.loads(options["files"]["twa_scale.json"])["coefficients"]) == 100_000
     origin = provenance("something", ["a" * 100_000])
-    assert len(writing_options(CarriedFiles(), origin, None, "5GB", SafetensorsFormat())["metadata"]["twa_scale"]) < 100
+    options = writing_options(CarriedFiles(), origin, OutputOptions(), SafetensorsFormat())
+    assert len(options["metadata"]["twa_scale"]) < 100
 
 
 def test_export_needs_no_candidates(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.candidates.rounding import Rounding
 from twa_scale.errors import ConfigError, TwaError
+from twa_scale.output.options import OutputOptions
 
 
 class TrainableAverage(Observed):
@@ -220,12 +221,9 @@ class TrainableAverage(Observed):
             self._candidates,
             self._carried,
             path,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            form=format,
-            overwrite=overwrite,
-            provenance=self.origin(dtype=written_as),
-            progress=progress,
+            OutputOptions(dtype=dtype, max_shard_size=max_shard_size, form=format, overwrite=overwrite),
+            self.origin(dtype=written_as),
+            progress,
         )
 
     @while_open

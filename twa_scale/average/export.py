@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from twa_scale.average.layout import Layout
 from twa_scale.base.notices import ignore_notice, notice
 from twa_scale.candidates import Candidate
@@ -17,6 +15,7 @@ from twa_scale.errors import OutputError
 from twa_scale.output import check_dtype, writing
 from twa_scale.output.formats.choose import output_format
 from twa_scale.output.live_weights import write_live
+from twa_scale.output.options import OutputOptions
 from twa_scale.output.provenance import writing_options
 from twa_scale.output.publish import check_inputs_outside
 from twa_scale.output.stored_form import StoredForm, form_of_candidates
@@ -30,11 +29,7 @@ def export(
     candidates: Sequence[Candidate],
     carried: CarriedFiles,
     out: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
-    form: str = "hf",
+    options: OutputOptions,
     provenance: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> None:
@@ -50,11 +45,7 @@ def export(
         candidates: the last one defines names and dtypes.
         carried: the other files of the last candidate; used on the first rank.
         out: a directory that is new, empty, or to be overwritten.
-        dtype: the dtype of all floating point tensors; by default, the widest of the candidates, with a notice if
-            they differ.
-        max_shard_size: the largest number of bytes of one file; see `CarriedFiles.shard_size`.
-        overwrite: whether to replace an earlier output.
-        form: the name of the format; see `output_format`.
+        options: dtype, format and sizes of the files.
         provenance: written as twa_scale.json and into the headers of the weight files.
         progress: called on every rank that writes, with the bytes just written and the total.
 
@@ -62,23 +53,23 @@ def export(
         OutputError: on every rank; `out` is unchanged.
     """
     with pods.agree():
-        check_dtype(dtype)
+        check_dtype(options.dtype)
     names = [name for held in layout.held_as.values() for name in held]
     with pods.agree():
-        chosen = output_format(form, candidates, carried, notice if pods.rank == 0 else ignore_notice)
-    stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, dtype)
-    options = writing_options(carried, provenance, dtype, max_shard_size, chosen)
+        chosen = output_format(options.form, candidates, carried, notice if pods.rank == 0 else ignore_notice)
+    stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, options.dtype)
+    arguments = writing_options(carried, provenance, options, chosen)
     group = engine.shard_group
     with pods.agree():
         if pods.number != 0:
             return
         with group.agree():
             check_inputs_outside(out, [candidate.label for candidate in candidates])
-        with writing(out, stored.specs, group, overwrite=overwrite, **options) as writer:
+        with writing(out, stored.specs, group, **arguments) as writer:
             with group.agree():
                 _require_one_tensor(writer.shared, layout, stored)
             write_live(writer, engine, layout.held_as, stored, progress)
-    if pods.rank == 0 and dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
+    if pods.rank == 0 and options.dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
         notice(text)
 
 

@@ -22,76 +22,56 @@ from twa_scale.errors import CandidateError
 from twa_scale.kernels import Kernels, Segments, Target, choose_kernels
 from twa_scale.kernels.torch.checksum import wrap
 from twa_scale.kernels.torch.deltas import reference_of
+from twa_scale.merge.combination import Combination, PartWeights
 from twa_scale.output import Writer, writing
 from twa_scale.output.formats.choose import output_format
+from twa_scale.output.options import OutputOptions
 from twa_scale.output.provenance import provenance, writing_options
 from twa_scale.output.publish import check_inputs_outside
 from twa_scale.output.stored_form import StoredForm, form_of_candidates
 from twa_scale.ranks import Group
 
+_DEFAULT = OutputOptions()
 _CHUNK = 1 << 21  # elements; the unit of work that is distributed over ranks
 
 Checksums = list[dict[str, int]]
 """For each candidate, the checksum of every tensor that was read from it, by name (see kernels.checksum)."""
-Weights = Callable[[str], Source]
-"""A function of a tensor name: the weights a_1..a_n of the candidates, or the index of the candidate to copy."""
-RowWeights = Mapping[str, Callable[[], torch.Tensor]]
-"""For tensors whose rows have weights of their own, a function that returns them: (n, rows), float64, of sum 1."""
-
-
-PartWeights = Mapping[str, Sequence[Sequence[float]]]
-"""For tensors whose equal parts along the first dimension have weights of their own, the weights a_1..a_n of each."""
 
 
 def merge(
     candidates: Sequence[Candidate],
     out: str | Path,
-    weights: Weights,
+    combination: Combination,
     group: Group,
     *,
-    row_weights: RowWeights | None = None,
-    part_weights: PartWeights | None = None,
+    output: OutputOptions = _DEFAULT,
     carried: CarriedFiles | None = None,
     origin: Mapping[str, Any] | None = None,
-    max_shard_size: str | int = "5GB",
-    dtype: torch.dtype | None = None,
     ignore: Sequence[str] = (),
-    replace: Mapping[str, torch.Tensor] | None = None,
-    overwrite: bool = False,
     progress: Progress | None = None,
     verify: Callable[[Checksums], None] | None = None,
-    units: Mapping[str, str] | None = None,
-    form: str = "hf",
 ) -> Checksums:
     """Write sum_i a_i w_i in a format, in chunks, so that no rank holds a whole tensor. Collective.
 
-    Each chunk is read by one rank and combined in float32 (float64 if a candidate has float64) as
-    r + sum_i a_i (w_i - r) + (sum_i a_i - 1) r, where r is the candidate of the largest weight. Elements that are equal
-    in all candidates therefore keep their bits, and with weights that sum to 1 the result has the same bits as the
-    center that `attach` computes on a CPU. Candidates of weight zero are not read. Tensors that are not floating point
-    are copied from the last candidate. Copied tensors are read from all candidates, and differences are reported. A
-    rank needs two buffers of 1 MB for each candidate (at most 64 MiB), and some megabytes for the result.
+    Each chunk is read by one rank and combined in float32 (float64 if a candidate has float64) as r + sum_i a_i (w_i -
+    r) + (sum_i a_i - 1) r, where r is the candidate of the largest weight. Elements that are equal in all candidates
+    therefore keep their bits, and with weights that sum to 1 the result has the same bits as the center that `attach`
+    computes on a CPU. For tensors with weights of rows, r is the first candidate. Candidates of weight zero are not
+    read. Tensors that are not floating point are copied from the last candidate. Copied tensors are read from all
+    candidates, and differences are reported. A rank needs two buffers of 1 MB for each candidate (at most 64 MiB), and
+    some megabytes for the result.
 
     Args:
         candidates: compatible candidates, as `open_candidates` returns them.
         out: the directory to write, on a file system that all ranks share.
-        weights: the weights of each tensor.
+        combination: the weights of each tensor.
         group: the ranks that share the work.
-        row_weights: the weights of each row, for tensors that have them. They replace `weights`, and r is then the
-            first candidate.
-        part_weights: the weights of each part of tensors that stack experts. They replace `weights`.
+        output: dtype, format and sizes of the files.
         carried: the properties of the candidates that the result keeps. The small files of the first rank are used.
         origin: the provenance of the result (`provenance`); by default only the candidates.
-        max_shard_size: the largest number of bytes of tensor data in a file; see `CarriedFiles.shard_size`.
-        dtype: the dtype of every floating point tensor in the result. By default each tensor has the widest dtype among
-            the candidates, and differences are reported.
         ignore: regular expressions of tensor names to leave out.
-        replace: values to write instead of tensors of the candidates; the same on every rank.
-        overwrite: whether an earlier output is replaced.
         progress: called with the number of bytes that this rank has read.
         verify: called on every rank with the checksums before the output is published. It may raise.
-        units: for some tensors, the name of a unit. One rank computes and writes all tensors of a unit.
-        form: the name of the format; see `output_format`.
 
     Returns:
         The checksums of all tensors that were read, on every rank.
@@ -100,25 +80,23 @@ def merge(
         CandidateError: a candidate holds NaN or Inf, or cannot be read.
         OutputError: see `writing`; or the result is too large for `dtype`.
     """
-    replace = replace or {}
     names = [name for name in candidates[-1].names() if not matches_any(name, ignore)]
     carried = carried or CarriedFiles()
     with group.agree():
-        chosen = output_format(form, candidates, carried, notice if group.rank == 0 else ignore_notice)
-    stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, dtype)
+        chosen = output_format(output.form, candidates, carried, notice if group.rank == 0 else ignore_notice)
+    stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, output.dtype)
     tensors = [whole(name, candidates[-1].shape(name)) for name in names]
     with group.agree():
-        _check_replace({name: candidates[-1].shape(name) for name in names}, replace)
+        _check_replace({name: candidates[-1].shape(name) for name in names}, combination.values)
         check_inputs_outside(out, [candidate.label for candidate in candidates])
     origin = origin or provenance("a weighted sum", [candidate.label for candidate in candidates])
-    options = writing_options(carried, origin, dtype, max_shard_size, chosen)
-    with writing(out, stored.specs, group, overwrite=overwrite, **options) as writer:
+    options = writing_options(carried, origin, output, chosen)
+    with writing(out, stored.specs, group, **options) as writer:
         kernels = choose_kernels("auto", torch.device("cpu"))
-        parts = part_weights or {}
-        merger = _Merger(candidates, cache(weights), row_weights or {}, parts, replace, stored, writer, kernels)
+        merger = _Merger(candidates, combination, stored, writer, kernels)
         with group.agree():
             merger.require_one_sum(writer.shared)
-            merger.merge(_share(_cut(tensors, parts), stored, group, units or {}), progress)
+            merger.merge(_share(_cut(tensors, combination.part_weights), stored, group, combination.units), progress)
         checksums = _total(group.gather(merger.checksums))
         _require_equal(candidates, writer.shared, checksums)
         copied = {name: i for found in group.gather(merger.differing) for name, i in found.items()}
@@ -127,7 +105,7 @@ def merge(
     if group.rank == 0:
         if text := copied_notice(copied, [candidate.label for candidate in candidates]):
             notice(text)
-        if dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
+        if output.dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
             notice(text)
     return checksums
 
@@ -190,16 +168,16 @@ class _Merger:
     """Combines pieces of tensors, and accumulates the checksums of the data that it reads."""
 
     candidates: Sequence[Candidate]
-    weights: Weights
-    row_weights: RowWeights
-    part_weights: PartWeights
-    replace: Mapping[str, torch.Tensor]
+    combination: Combination
     form: StoredForm
     writer: Writer
     kernels: Kernels
 
     def __post_init__(self) -> None:
         self.summed = summed(self.candidates[-1])
+        self.weights = cache(self.combination.weights)
+        self.row_weights = self.combination.row_weights
+        self.values = self.combination.values
         self.checksums: Checksums = [{} for _ in self.candidates]
         self.differing: dict[str, int] = {}
         self.of_rows = lru_cache(1)(lambda name: self.row_weights[name]())  # many parts of a tensor in a row
@@ -208,8 +186,8 @@ class _Merger:
         """Read, combine and write the pieces."""
         streamed: list[Job] = []
         for piece in pieces:
-            if piece.name in self.replace:
-                self._write(piece, self.replace[piece.name].reshape(-1)[piece.start : piece.stop])
+            if piece.name in self.values:
+                self._write(piece, self.values[piece.name].reshape(-1)[piece.start : piece.stop])
             else:
                 streamed.append((piece, self._read_from(piece.name)))
         reader = Reader(self.candidates, job_bytes(self.candidates, streamed), progress)
@@ -245,7 +223,7 @@ class _Merger:
 
     def _alike(self, first: str, second: str) -> bool:
         """Return whether two tensors are written with the same weights, weights of rows, or replacement."""
-        for given in (self.replace, {name: make() for name in (first, second) if (make := self.row_weights.get(name))}):
+        for given in (self.values, {name: make() for name in (first, second) if (make := self.row_weights.get(name))}):
             if (first in given) != (second in given):
                 return False
             if first in given and not torch.equal(given[first], given[second]):
@@ -267,7 +245,7 @@ class _Merger:
         """Return the weights of the equal parts of a tensor: one, unless parts have weights of their own."""
         if not self.candidates[-1].dtype(name).is_floating_point:
             return [len(self.candidates) - 1]
-        return self.part_weights.get(name) or [self.weights(name)]
+        return self.combination.part_weights.get(name) or [self.weights(name)]
 
     def _read_from(self, name: str) -> list[int]:
         """Return the indices of the candidates to read: those of nonzero weight, or all for a copied tensor."""

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.output.formats.format import OutputFormat
 from twa_scale.output.model_card import with_card
+from twa_scale.output.options import OutputOptions
 from twa_scale.version import __version__
 
 PROVENANCE = "twa_scale.json"
@@ -43,25 +42,25 @@ def rows_provenance(corrected: bool) -> dict[str, Any]:
 def writing_options(
     carried: CarriedFiles,
     origin: Mapping[str, Any],
-    dtype: torch.dtype | None,
-    max_shard_size: str | int,
+    options: OutputOptions,
     form: OutputFormat,
 ) -> dict[str, Any]:
-    """Return the keyword arguments of `writing` except for `overwrite`.
+    """Return the keyword arguments of `writing`.
 
     Args:
         carried: the files and metadata that are copied from the candidates.
         origin: the `provenance`.
-        dtype: the type to which floating point tensors are converted, if any.
-        max_shard_size: the maximum size of one file; ignored if the loaders of this format read only one file.
+        options: dtype, sizes and whether an earlier output is replaced. The size of one file is ignored if the loaders
+            of this format read only one.
         form: the format of the weight files.
     """
     if form.of_last:
         carried = replace(carried, wider=None)
-    files = carried.files_for(dtype)
+    files = carried.files_for(options.dtype)
     return {
         "form": form,
-        "max_shard_size": carried.shard_size(max_shard_size),
+        "overwrite": options.overwrite,
+        "max_shard_size": carried.shard_size(options.max_shard_size),
         "base": carried.base,
         **with_provenance(origin, with_card(files, origin) if form.name == "hf" else files, carried.metadata),
     }

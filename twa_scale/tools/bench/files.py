@@ -18,7 +18,7 @@ from twa_scale.candidates import open_candidates
 from twa_scale.candidates.mapped import mapped
 from twa_scale.candidates.streaming import Stream
 from twa_scale.config import TwaConfig, validated
-from twa_scale.merge import merge
+from twa_scale.merge import Combination, merge
 from twa_scale.output import TensorSpec, writing
 from twa_scale.ranks import Group
 from twa_scale.store import make_store
@@ -105,7 +105,7 @@ def _read_and_copy(paths: Sequence[Path], out: Path) -> None:
 
 def _merge(paths: Sequence[Path], out: Path) -> None:
     opened = open_candidates([str(path) for path in paths], minimum=1)
-    merge(opened, out, lambda _: [1 / len(opened)] * len(opened), Group.alone())
+    merge(opened, out, Combination(lambda _: [1 / len(opened)] * len(opened)), Group.alone())
     for candidate in opened:
         candidate.close()
 

@@ -1,17 +1,12 @@
-"""The merges of the commands `average` and `export`: fixed weights, and the trained coefficients of a run."""
+"""Averages with fixed weights, the merge of the command `average`."""
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from math import isfinite
 from pathlib import Path
 
-import torch
-
-from twa_scale.average.state import load_state
-from twa_scale.base.names import matches_any, nearest
 from twa_scale.base.notices import notice
-from twa_scale.candidates import Candidate, Wanted, asked_for, open_together
+from twa_scale.candidates import Candidate, asked_for, open_together
 from twa_scale.candidates.adapters import Truncated, ranks_of
 from twa_scale.candidates.buffers import Source, buffer_source, is_statistic, spectral_vectors
 from twa_scale.candidates.carry_over import carried_files
@@ -26,13 +21,13 @@ from twa_scale.config import (
     validated,
 )
 from twa_scale.errors import ConfigError
+from twa_scale.merge.combination import Combination
 from twa_scale.merge.low_rank import truncated, truncation_line
 from twa_scale.merge.streamed import merge
 from twa_scale.merge.ties import require_equal_ties
-from twa_scale.output.provenance import provenance, rows_provenance
+from twa_scale.output.options import OutputOptions, parse_dtype
+from twa_scale.output.provenance import provenance
 from twa_scale.ranks import Group, require_same_settings
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def average_fixed(
@@ -86,22 +81,16 @@ def average_fixed(
     with group.agree():
         paths, explicit = _split(candidates)
         wanted = asked_for(ignore, weights_key, space)
-        chosen = parse_dtype(dtype)
+        output = OutputOptions(
+            dtype=parse_dtype(dtype), max_shard_size=max_shard_size, form=format, overwrite=overwrite
+        )
+    select = select or SelectConfig()
     options = {"PATH:WEIGHT": explicit, "--weights": weights, "--normalize": normalize, "--buffers": buffers}
     options |= {"--space": space, "--rank": rank}
-    select = select or SelectConfig()
     options |= {f"--{key.replace('_', '-')}": value for key, value in select.model_dump().items()}
     require_same_settings(group, options)
-    if explicit is not None and select != SelectConfig():
-        raise ConfigError(
-            "PATH:WEIGHT: these candidates are chosen one by one; give the weights with --weights where --start-step, "
-            "--end-step, --every, --last or --order choose them."
-        )
-    if explicit is not None and weights is not None:
-        raise ConfigError(f"--weights {weights}: the candidates have weights as PATH:WEIGHT; give one or the other.")
-    given = explicit if explicit is not None else _parsed("mean" if weights is None else weights)
+    given = _given(explicit, weights, select)
     opened = open_together(paths, group, 1, wanted, select)
-    vectors = spectral_vectors(opened[-1].names())
     if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(
             f"{len(explicit)} weights for {len(opened)} candidates: each PATH:WEIGHT must match one candidate."
@@ -109,7 +98,8 @@ def average_fixed(
     if isinstance(given, list):
         given = _of_sum_one(given, normalize)
     fixed = center_weights(given, len(opened), "--weights")
-    option = _parsed_buffers(buffers, len(opened))
+    of_buffers = _parsed_buffers(buffers, len(opened))
+    vectors = spectral_vectors(opened[-1].names())
 
     low: Truncated | None = None
     with group.agree():
@@ -122,25 +112,21 @@ def average_fixed(
     def source(name: str) -> Source:
         if name in units:
             return [0.0] * (len(opened) - 1) + [1.0]
-        return buffer_source(name, option, fixed) if name in vectors or is_statistic(name) else fixed
+        return buffer_source(name, of_buffers, fixed) if name in vectors or is_statistic(name) else fixed
 
     labels = [candidate.label for candidate in opened]
     merge(
         opened,
         out,
-        source,
+        Combination(source, units=units),
         group,
+        output=output,
         carried=carried,
         origin=provenance(
             "an average with fixed weights", labels, weights=fixed, asked=given, dtype=dtype, **_products(opened, rank)
         ),
-        max_shard_size=max_shard_size,
-        dtype=chosen,
-        form=format,
-        overwrite=overwrite,
         progress=progress,
         verify=lambda checksums: require_equal_ties(opened, checksums),
-        units=units,
     )
     if low and rank:
         line = truncation_line(low, rank, group)
@@ -149,121 +135,27 @@ def average_fixed(
     return list(zip(labels, fixed, strict=True))
 
 
-def export_run(
-    run: str | Path,
-    out: str | Path,
-    *,
-    max_shard_size: str | int = "5GB",
-    dtype: str | None = None,
-    carry_code: bool = False,
-    format: str = "hf",
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> tuple[int, str]:
-    """Write sum_i a_i w_i with the coefficients that `run` exports, from its state and the candidates alone.
-
-    Args:
-        run: the output directory of the run.
-        out: the directory to write.
-        max_shard_size: see `merge`.
-        dtype: the name of the floating point type to write.
-        carry_code: whether code of the last candidate, such as *.py files, is copied with its other small files.
-        format: the format of the output: "hf" (safetensors), "pt", "dcp" or "same"; see docs/candidates.md.
-        overwrite: see `merge`.
-        progress: see `merge`.
-
-    Returns:
-        The number of candidates, and a description of the step of the coefficients.
+def _given(explicit: list[float] | None, weights: Center | None, select: SelectConfig) -> Center:
+    """Return the weights as they were given: with the paths, as `weights`, or neither.
 
     Raises:
-        StateError: the run has no state, or the candidates have changed since the run. Nothing is written.
-        CandidateError, OutputError: see `merge`.
+        ConfigError: weights were given twice, or with paths that `select` chooses from.
     """
-    group, state = Group.world(), None
-    with group.agree():
-        chosen = parse_dtype(dtype)
-        if group.rank == 0:
-            state = load_state(Path(run), notice)
-    state = group.broadcast(state)  # read by one rank, because a shared file system may show ranks different files
-    assert state is not None
-    twa = state.exported
-    known = {*twa.fingerprint.shapes, *twa.group_of}
-    others = {*twa.buffer_names.values(), *twa.aliases}
-    parameters = {name: tuple(shape) for name, shape in twa.fingerprint.shapes.items() if name not in others}
-    wanted = Wanted(
-        twa.config.weights_key,
-        twa.config.ignore,
-        known,
-        parameters,
-        twa.tied,
-        conversions=[conversion.build() for conversion in twa.conversions],
-        space=twa.config.space,
-    )
-    opened = open_together(state.candidates, group, wanted=wanted)
-    fingerprint = twa.fingerprint.build()
-    with group.agree():
-        names = [name for name in opened[-1].names() if not matches_any(name, twa.config.ignore)]
-        fingerprint.require_names(names, opened[-1].label)
-    coefficients = twa.coefficients.T.tolist()
-    center = [float(weight) for weight in twa.center_weights]
-    buffers = {*twa.buffer_names.values(), *spectral_vectors(opened[-1].names())}
-
-    def source(name: str) -> Source:
-        if name in twa.group_of:
-            return list(coefficients[twa.group_of[name]])
-        return buffer_source(name, twa.config.buffers, center) if name in buffers else center
-
-    part_weights = {name: [list(coefficients[group]) for group in groups] for name, groups in twa.experts.items()}
-    row_weights = {name: partial(twa.row_weights, name) for name in twa.rows.names} if twa.rows else {}
-    with group.agree():
-        carried = carried_files(opened, files=group.rank == 0, code=carry_code or twa.config.carry_code)
-    origin = provenance(
-        "the exact merge of a run",
-        [candidate.label for candidate in opened],
-        step=state.exported_step,
-        config=twa.config.model_dump(mode="json"),
-        groups=list(twa.groups),
-        elements=twa.elements,
-        coefficients=twa.coefficients.tolist(),
-        dtype=dtype,
-        **rows_provenance(twa.rows is not None),
-    )
-    merge(
-        opened,
-        out,
-        source,
-        group,
-        row_weights=row_weights,
-        part_weights=part_weights,
-        carried=carried,
-        origin=origin,
-        max_shard_size=max_shard_size,
-        dtype=chosen,
-        form=format,
-        ignore=twa.config.ignore,
-        replace={twa.buffer_names[n]: value for n, value in twa.buffers.items() if n in twa.buffer_names},
-        overwrite=overwrite,
-        progress=progress,
-        verify=fingerprint.require_checksums,
-    )
-    last = "" if state.exported_step == state.step else f", the best of the evaluations (the last is step {state.step})"
-    return len(opened), f"{state.exported_name}{last}"
+    if explicit is None:
+        return _parsed("mean" if weights is None else weights)
+    if select != SelectConfig():
+        raise ConfigError(
+            "PATH:WEIGHT: these candidates are chosen one by one; give the weights with --weights where --start-step, "
+            "--end-step, --every, --last or --order choose them."
+        )
+    if weights is not None:
+        raise ConfigError(f"--weights {weights}: the candidates have weights as PATH:WEIGHT; give one or the other.")
+    return explicit
 
 
 def _products(candidates: Sequence[Candidate], rank: int | None) -> dict[str, object]:
     """Return the provenance of averaged products of adapters."""
     return {"space": "product", "rank": rank} if ranks_of(candidates[-1]) else {}
-
-
-def parse_dtype(name: str | None) -> torch.dtype | None:
-    """Return the floating point type called `name`, or None if `name` is None.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
-    if name is not None and name not in _DTYPES:
-        raise ConfigError(f"dtype: {name!r} is not one of {', '.join(_DTYPES)}{nearest(name, _DTYPES) or '.'}")
-    return _DTYPES[name] if name else None
 
 
 def _parsed(weights: Center) -> Center:
