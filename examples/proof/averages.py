@@ -4,6 +4,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,39 @@ def attached(model: nn.Module, candidates: Candidates, **config: Any) -> Iterato
         yield average
 
 
-def greedy(model: nn.Module, candidates: Candidates, score: Callable[[], float]) -> str:
-    """Make the greedy soup: candidates are added in the order of their own losses while that of the average falls."""
-    with attached(model, candidates) as average:
-        found = twa_scale.search(average, score, "greedy", higher_is_better=False)
+def greedy(
+    model: nn.Module, candidates: Candidates, score: Callable[[], float], known: Sequence[float] = (), **config: Any
+) -> str:
+    """Make the greedy soup: candidates are added in the order of their own losses while that of the average falls.
+
+    Args:
+        model: the model, which gets the weights.
+        candidates: the candidates.
+        score: returns the loss of the weights in the model.
+        known: the losses of all candidates, in their order, if they have been evaluated before.
+        config: of the average.
+    """
+    scores = chain(known, iter(score, None))  # the search evaluates the candidates first, in their order
+    with attached(model, candidates, **config) as average:
+        found = twa_scale.search(average, lambda: next(scores), "greedy", higher_is_better=False)
     return f"{int((found.best.coefficients > 0).sum())} candidates"
 
 
 def trained(model: nn.Module, config: RunConfig) -> str:
-    """Train the coefficients as `twa-scale run` does."""
+    """Train the coefficients as `twa-scale run` does, and load the average into the model."""
+    with exported(config) as (average, chosen):
+        model.load_state_dict(load_file(average / "model.safetensors"))
+    return chosen
+
+
+@contextmanager
+def exported(config: RunConfig) -> Iterator[tuple[Path, str]]:
+    """Train the coefficients as `twa-scale run` does, for a `with` block.
+
+    Yields:
+        The directory of the average, which is removed at the end because `Work.row` keeps the weights, and its step.
+    """
     summary = run(config)
-    exported = Path(config.output) / "average"
-    model.load_state_dict(load_file(exported / "model.safetensors"))
-    shutil.rmtree(exported)  # `Work.row` keeps the weights of every method
-    return f"step {summary['exported_step']}"
+    average = Path(config.output) / "average"
+    yield average, f"step {summary['exported_step']}"
+    shutil.rmtree(average)

@@ -18,7 +18,7 @@ from examples.proof.table import tables
 from examples.proof.work import Settings, Work
 
 # The class in the module `task` of the folder.
-TASKS = {"language": "Language", "images": "Images", "vit": "Vit", "soup": "Soup"}
+TASKS = {"language": "Language", "images": "Images", "vit": "Vit", "soup": "Soup", "adapters": "Adapters"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--packages", type=Path, default=Path("runs/proof/packages"), help="Debian packages of texts and images"
     )
-    parser.add_argument("--sentences", type=Path, help="source archive of vaderSentiment 3.3.2, for `soup`")
+    parser.add_argument("--sentences", type=Path, help="source archive of vaderSentiment 3.3.2, for soups")
     parser.add_argument("--page", action="store_true", help=f"write the tables into {PAGE.name}")
     arguments = parser.parse_args()
     comparisons = {task: comparison(task, arguments) for task in arguments.task}
@@ -78,7 +78,7 @@ def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
     """Return what the arguments of the command ask of a task."""
     kind = getattr(import_module(f"examples.proof.{task}.task"), TASKS[task])  # Soup loads transformers
     settings = kind.read(arguments.size)
-    source = arguments.sentences if task == "soup" else arguments.packages
+    source = getattr(arguments, kind.source)
     seeds = settings["seeds"] if arguments.seeds is None else arguments.seeds
     return Comparison(kind, arguments.out / task, settings, source, seeds)
 

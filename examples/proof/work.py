@@ -34,6 +34,8 @@ class Work(ABC):
 
     part_bytes: int
     """What a part leaves on the disk, on average."""
+    source = "packages"
+    """The argument of the command that says where the data come from."""
 
     def __init__(self, out: Path, seed: int, settings: Settings) -> None:
         self.out, self.seed, self.settings = out, seed, settings
@@ -96,8 +98,8 @@ class Work(ABC):
             self._warm = True
         with measured(type(self.model), self.settings["batch_size"]) as cost:
             chosen = self.make(name, method)
-        save(self.model.state_dict(), self._weights(name))
-        return {"chosen": chosen, **self.cost(method, cost).row(), "validation": self.metrics("validation")}
+        self.keep(name)
+        return {"chosen": chosen, **self.cost(method, cost).row(), "validation": self.validated()}
 
     def cost(self, method: Settings, cost: Cost) -> Cost:
         """Return the cost of a method, of which `cost` was counted, with that of the method it starts from."""
@@ -108,8 +110,16 @@ class Work(ABC):
 
     def test(self, name: str) -> Row:
         """Evaluate the weights of a method on the test split."""
-        self.model.load_state_dict(self.weights_of(name))
+        self.restore(name)
         return self.metrics("test")
+
+    def keep(self, name: str) -> None:
+        """Write the weights in the model to a file, as those of a method."""
+        save(self.model.state_dict(), self._weights(name))
+
+    def restore(self, name: str) -> None:
+        """Put the weights that `keep` has written into the model."""
+        self.model.load_state_dict(self.weights_of(name))
 
     def weights_of(self, method: str) -> dict[str, torch.Tensor]:
         return load(self._weights(method))
@@ -118,9 +128,14 @@ class Work(ABC):
         """Return the loss of the model on the validation split."""
         return self.metrics("validation")["loss"]
 
-    def metrics(self, split: str) -> dict[str, float]:
+    def validated(self) -> dict[str, float]:
+        """Return the metrics of a method on validation data, which the tables of development seeds have."""
+        return self.metrics("validation")
+
+    def metrics(self, split: str, limit: int | None = None) -> dict[str, float]:
+        """Return the metrics of the model on a split, or on its first `limit` batches."""
         batches = make_batches(self.task.dataset(split), split, self.settings["batch_size"], None, 0, 1, 0)
-        limit = self.settings.get("evaluate_batches")
+        limit = limit or self.settings.get("evaluate_batches")
         return evaluate(self.task, self.model, batches, Group.world(), torch.device("cpu"), limit)
 
     def _recorded(self, name: str) -> Settings:

@@ -2,8 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from twa_scale.config import load_config
@@ -29,29 +31,55 @@ def main() -> None:
 
 
 def finetune(task: Task, pretrained: Path, seed: int, lr: float, steps: int, batch_size: int, out: Path) -> float:
-    """Train a classifier on batches of `train` in an order that the seed chooses, and save a Hugging Face directory.
+    """Train a classifier as `train` does, and save a Hugging Face directory. Return the loss of the last batch."""
+    model = classifier(pretrained)
+    loss = train(task, model, seed, lr, steps, batch_size)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False).save_pretrained(out)
+    return loss
+
+
+def classifier(pretrained: Path) -> Any:
+    """Return the pretrained model with a new head, which is the same at every call."""
+    torch.manual_seed(0)  # weights can be averaged when they begin at one place
+    return AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=2, trust_remote_code=False)
+
+
+def train(task: Task, model: nn.Module, seed: int, lr: float, steps: int, batch_size: int) -> float:
+    """Train the parameters of a model that need a gradient, with a one-cycle schedule.
+
+    The seed chooses the order of the examples of `train`, and dropout.
 
     Returns:
         The loss of the last batch.
     """
-    torch.manual_seed(0)  # one new head for all: weights can be averaged when they begin at one place
-    model = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=2, trust_remote_code=False)
     torch.manual_seed(seed)
-    examples = task.dataset("train")
-    order = torch.cat([torch.randperm(len(examples)) for _ in range(steps)]).tolist()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    examples: Any = task.dataset("train")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     model.train()
-    for step in range(steps):
-        batch = stack([examples[i] for i in order[step * batch_size : (step + 1) * batch_size]])
+    for indices in random_batches(torch.as_tensor(examples.token_counts), batch_size, steps):
+        batch = stack([examples[i] for i in indices.tolist()])
         optimizer.zero_grad()
         loss = task.loss(model, batch)
         loss.backward()
         optimizer.step()
         scheduler.step()
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False).save_pretrained(out)
     return loss.item()
+
+
+def random_batches(token_counts: Tensor, batch_size: int, steps: int) -> list[Tensor]:
+    """Return random batches of examples of similar length, so that little of a batch is padding.
+
+    Each epoch has another order. Of every eight batches in it, the examples are sorted by length.
+    """
+    found: list[Tensor] = []
+    while len(found) < steps:
+        for some in torch.randperm(len(token_counts)).split(8 * batch_size):
+            batches = some[token_counts[some].argsort()].split(batch_size)
+            found += [batches[i] for i in torch.randperm(len(batches)).tolist() if len(batches[i]) == batch_size]
+    return found[:steps]
 
 
 if __name__ == "__main__":

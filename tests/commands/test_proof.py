@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from examples.proof.adapters.task import Adapters
 from examples.proof.images.task import Images
 from examples.proof.language.task import Language
 from examples.proof.language.texts import write_texts
@@ -28,6 +29,7 @@ ONCE: dict[str, tuple[Any, Path]] = {
     "images": (Images, PACKAGES),
     "vit": (Vit, PACKAGES),
     "soup": (Soup, SENTENCES),
+    "adapters": (Adapters, SENTENCES),
 }
 
 
@@ -62,6 +64,15 @@ def test_missing_sentences_are_found_before_the_work(sentences: Path | None, tmp
     with pytest.raises(SystemExit, match=r"--sentences: .* is missing: `make proof` downloads it"):
         check(comparisons, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_development_seeds_of_soups_are_judged_by_validation_sentences_that_no_method_uses(tmp_path: Path) -> None:
+    files = {seed: Soup(tmp_path, seed, Soup.read("tiny"), SENTENCES).files for seed in (0, 100)}
+    assert files[0]["test"] == tmp_path / "data/test.csv"
+    assert files[100] == {**files[0], "test": tmp_path / "halves/judged-by.csv"}
+    used = {path.read_text().splitlines()[1] for path in files[0].values()}
+    assert len(used) == 3 and files[100]["test"].read_text().splitlines()[1] not in used
 
 
 class Interrupted(Training):

@@ -24,18 +24,20 @@ from examples.proof import run
 from examples.proof.cost import Cost, measured
 from examples.proof.images.clothes import Clothes
 from examples.proof.images.network import shifted
-from examples.proof.images.task import Images, leaves
-from examples.proof.images.training import step_schedule
+from examples.proof.images.task import Images
 from examples.proof.language.task import Language
 from examples.proof.language.texts import PIECE, write_texts
 from examples.proof.packages import members
 from examples.proof.page import updated
 from examples.proof.parts import Part, Row, Rows, check_rows, run_parts, slug
 from examples.proof.significance import difference
+from examples.proof.soup.halves import write_halves
+from examples.proof.soup.task import Soup
 from examples.proof.table import tables
 from examples.proof.trunk import Trunk
 from examples.proof.trunk_methods import branch, selection
 from examples.proof.work import read_settings
+from examples.soup.finetune import random_batches
 from examples.training import Training
 from twa_scale.candidates.steps import chosen
 from twa_scale.config.select import SelectConfig
@@ -158,6 +160,7 @@ def test_methods_can_be_made_from_what_is_there_before_them(size: str, tmp_path:
 def test_methods_of_images_have_what_they_start_from(size: str, tmp_path: Path) -> None:
     settings = Images.read(size)
     work = Images(tmp_path, 0, settings, tmp_path)
+    no_training: Any = None
     trunk, full = settings["trunk"], settings["full"]
     assert trunk["candidates"] * trunk["every"] <= trunk["steps"] == full // 2
     assert settings["tails"]["candidates"] * settings["tails"]["every"] <= full - 3 * full // 4
@@ -165,9 +168,9 @@ def test_methods_of_images_have_what_they_start_from(size: str, tmp_path: Path) 
     for name, method in settings["methods"].items():
         assert method.get("start", "last") in ["last", *before], name
         if method["how"] == "schedule":
-            first = leaves(trunk["steps"], method["steps"])
+            first = work.kind.leaves(trunk["steps"], method["steps"])
             assert first in (*work.trunk.settings["branches"], trunk["steps"])
-            assert step_schedule((first - 1) / (trunk["steps"] + method["steps"])) == 1.0
+            assert work.kind.schedule(no_training, (first - 1) / (trunk["steps"] + method["steps"])) == 1.0
         if method["how"] == "twa":
             assert work.config(name, method).candidates == work.candidates(method)
         most = settings["tails" if "tail" in method else "trunk"]["candidates"]
@@ -245,6 +248,40 @@ def test_accuracies_are_compared_in_percent_and_higher_is_better(tmp_path: Path)
     interval = 12.706 * 0.1
     assert f"| TWA | 60 | 9 | 10.0 % | 1.0000 | 91.10 | +1.10 ± {interval:.2f} |" in written
     assert f"| TWA | EMA | +1.10 ± {interval:.2f} | no difference shown |" in written
+
+
+def test_methods_pay_for_the_evaluations_of_single_fine_tunings_that_they_choose_by(tmp_path: Path) -> None:
+    work = Soup(tmp_path, 0, Soup.read("tiny"), None)
+    for name, loss in (("fine-tuning-00", 0.2), ("fine-tuning-01", 0.3), ("fine-tuning-02", 0.1)):
+        work.rows[name] = {"seconds": 9.0, "evaluation": Cost(0, 5, 1).row(), "validation": {"loss": loss}}
+    assert work.pool(0) == ["fine-tuning-02", "fine-tuning-00", "fine-tuning-01"]
+    assert work.pool(1) == ["fine-tuning-00", "fine-tuning-01"]
+    own = Cost(1, 2, 3)
+    for how, without, evaluations in (("best", 0, 15), ("greedy", 1, 10), ("uniform", 0, 0), ("twa", 0, 0)):
+        assert work.cost({"how": how, "without": without}, own) == own + Cost(0, evaluations, evaluations / 5), how
+
+
+def test_halves_of_the_validation_sentences_share_nothing(tmp_path: Path) -> None:
+    rows = [f'positive,"sentence {i}, with a comma"' for i in range(5)]
+    (tmp_path / "all.csv").write_text("\n".join(["label,text", *rows]) + "\n")
+    halves = [path.read_text().splitlines() for path in write_halves(tmp_path / "all.csv", tmp_path / "halves")]
+    assert halves == [["label,text", *rows[0::2]], ["label,text", *rows[1::2]]]
+
+
+def test_batches_of_fine_tunings_have_sentences_of_similar_length_in_a_random_order() -> None:
+    counts = torch.randint(5, 33, (640,), generator=torch.Generator().manual_seed(0))
+    made = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        made.append(random_batches(counts, 16, 45))
+    assert all(torch.equal(a, b) for a, b in zip(made[0], made[1], strict=True))
+    assert not torch.equal(torch.cat(made[0]), torch.cat(made[2]))
+    epoch = torch.cat(made[0][:40])
+    assert len(made[0]) == 45 and torch.equal(epoch.sort()[0], torch.arange(640))
+    padded = sum(16 * int(counts[batch].max()) for batch in made[0][:40])
+    assert counts.sum() <= padded < 1.12 * counts.sum()
+    lengths = torch.tensor([counts[batch].float().mean() for batch in made[0][:40]])
+    assert 0 < int((lengths.diff() > 0).sum()) < 39  # not from short to long
 
 
 def test_development_seeds_never_read_the_test_split(tmp_path: Path) -> None:

@@ -171,3 +171,25 @@ def test_evaluated_examples_do_not_depend_on_ranks_and_micro_batches(
             for batch, counts in Batches(examples, 12, micro, rank, size, 0).in_order(limit, every):
                 seen += batch["i"].tolist() if counts else []
         assert sorted(seen) == list(expected), (size, micro)
+
+
+class Counted(list[dict[str, torch.Tensor]]):
+    """Examples with numbers of tokens."""
+
+    token_counts = (3, 9, 1, 9, 5, 2, 8, 4)
+
+
+def test_evaluated_examples_of_similar_length_share_a_batch() -> None:
+    def batches(rank: int, size: int, limit: int | None = None, every: int = 1) -> list[tuple[list[int], bool]]:
+        examples = Counted({"i": torch.tensor(count)} for count in Counted.token_counts)
+        made = Batches(examples, 2 * size, 2, rank, size, 0).in_order(limit, every)
+        return [(batch["i"].tolist(), counts) for batch, counts in made]
+
+    assert [batch for batch, _ in batches(0, 1)] == [[9, 9], [8, 5], [4, 3], [2, 1]]
+    assert [batch for batch, _ in batches(0, 1, 2)] == [[9, 9], [3, 1]]  # of the first two batches in the given order
+    assert [batch for batch, _ in batches(0, 1, every=2)] == [[9, 5], [3, 2]]
+    assert [batches(rank, 3) for rank in range(3)] == [
+        [([9, 9], True), ([2, 1], True)],
+        [([8, 5], True), ([9], False)],
+        [([4, 3], True), ([9], False)],
+    ]

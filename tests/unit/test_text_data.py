@@ -46,6 +46,7 @@ def test_pairs_are_as_the_tokenizer_makes_them(bert: str, tmp_path: Path, name: 
     assert set(batch) == {"labels", *expected}
     for key, value in expected.items():
         assert torch.equal(batch[key], value), key
+    assert data.token_counts.tolist() == batch["attention_mask"].sum(1).tolist()  # type: ignore[attr-defined]
     assert batch["token_type_ids"].any() and batch["labels"].tolist() == [1, 0, 1]
     model = task.model().eval()
     assert task.loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)

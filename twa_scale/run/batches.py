@@ -59,19 +59,23 @@ class Batches:
         Every rank gets the same number of batches, since a forward pass may be collective. A rank without examples
         left gets the first one again, with `counts` False.
 
+        Examples that have `token_counts` come longest first, so that those of a batch have similar lengths and little
+        of it is padding. A lack of memory then shows at the first batch.
+
         Args:
             limit: the largest number of global batches, so that the examples do not depend on the number of ranks.
             every: of these, only each `every`-th global batch, beginning with the first one.
         """
         examples = self._once
+        starts = range(0, len(examples), self.batch_size)[: self.num_in_order(limit) : every]
+        order = [i for start in starts for i in range(start, min(start + self.batch_size, len(examples)))]
+        if (counts := getattr(examples, "token_counts", None)) is not None:
+            order.sort(key=lambda i: -counts[i])
         share = self.micro_batch_size
-        starts = range(0, len(examples), share * self.size)
-        for i, start in enumerate(starts[: limit and limit * self.num_micro]):
-            if i // self.num_micro % every:
-                continue
+        for start in range(0, len(order), share * self.size):
             first = start + self.rank * share
-            indices = list(range(first, min(first + share, len(examples))))
-            yield stack([examples[i] for i in indices or [0]]), bool(indices)
+            indices = order[first : first + share]
+            yield stack([examples[i] for i in indices or order[:1]]), bool(indices)
 
 
 @lru_cache(maxsize=2)

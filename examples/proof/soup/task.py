@@ -3,20 +3,20 @@
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
 
-from examples.proof.averages import attached, greedy, trained
-from examples.proof.cost import measured
+from examples.proof.averages import attached, exported, greedy
+from examples.proof.cost import Cost, measured
 from examples.proof.parts import Part, Row, slug
+from examples.proof.soup.halves import write_halves
 from examples.proof.work import Settings, Work, read_settings
 from examples.soup.finetune import finetune
 from examples.soup.material import unpack_model, write_splits
 from twa_scale.config import RunConfig, load_config
 from twa_scale.run.tasks import Task, build_task
-
-HERE = Path(__file__).parent
 
 
 class Soup(Work):
@@ -30,15 +30,18 @@ class Soup(Work):
     """
 
     part_bytes = 92_000_000  # one model
+    source = "sentences"
+    folder = Path(__file__).parent
+    """The directory of methods.yaml and config.yaml."""
 
     def __init__(self, out: Path, seed: int, settings: Settings, sentences: Path | None) -> None:
         super().__init__(out, seed, settings)
         self.sentences = sentences
 
-    @staticmethod
-    def read(size: str) -> Settings:
+    @classmethod
+    def read(cls, size: str) -> Settings:
         """Return methods.yaml, with each method once for every pool of fine-tunings."""
-        settings = read_settings(HERE / "methods.yaml", size)
+        settings = read_settings(cls.folder / "methods.yaml", size)
         settings["before"] = [f"fine-tuning-{i:02}" for i in range(settings["fine_tunings"]["number"])]
         pools = {number: pool_name(number) for number in settings.pop("without_best")}
         methods, reference = settings["methods"], settings.pop("reference")
@@ -57,76 +60,115 @@ class Soup(Work):
 
     def before(self) -> list[Part]:
         settings, names = self.recorded_before, enumerate(self.settings["before"])
-        return [Part(name, settings, partial(self.fine_tune, i, self._fine_tuning(name))) for i, name in names]
+        return [Part(name, settings, partial(self.fine_tuned, i, self._fine_tuning(name))) for i, name in names]
 
     def check_inputs(self) -> None:
         if self.sentences is None or not self.sentences.exists():
             raise SystemExit(f"--sentences: {self.sentences or 'the archive'} is missing: `make proof` downloads it")
 
-    def fine_tune(self, index: int, out: Path) -> Row:
-        """Make one fine-tuning, and return its cost and its validation loss, by which they are ranked."""
-        settings = self.settings["fine_tunings"]
+    def fine_tuned(self, index: int, out: Path) -> Row:
+        """Make one fine-tuning, and evaluate it. Return both costs, and the metrics by which they are ranked."""
+        settings, batch_size = self.settings["fine_tunings"], self.settings["batch_size"]
         rate = settings["rates"][index % len(settings["rates"])]
-        order = self.seed * 1000 + index
-        with measured(type(self.model), self.settings["batch_size"]) as cost:
-            finetune(self.task, self._pretrained, order, rate, settings["steps"], self.settings["batch_size"], out)
-        self._load(out)
-        return {"rate": rate, **cost.row(), "validation": self.validation()}
+        with measured(type(self.model), batch_size) as cost:
+            self.fine_tune(self.seed * 1000 + index, rate, settings["steps"], batch_size, out)
+        self.load(out)
+        with measured(type(self.model), batch_size) as evaluation:
+            metrics = self.metrics("validation")
+        return {"rate": rate, **cost.row(), "evaluation": evaluation.row(), "validation": metrics}
+
+    def fine_tune(self, seed: int, rate: float, steps: int, batch_size: int, out: Path) -> None:
+        """Fine-tune the pretrained model, and write the result."""
+        finetune(self.task, self.pretrained, seed, rate, steps, batch_size, out)
 
     def pool(self, without: int) -> list[str]:
-        """Return the fine-tunings without the best ones, the best of them first."""
-        ranked = sorted(self.settings["before"], key=lambda name: float(self.rows[name]["validation"]))
-        return [str(self._fine_tuning(name)) for name in ranked[without:]]
+        """Return the names of the fine-tunings without the best ones, the best of them first."""
+        return sorted(self.settings["before"], key=self._loss)[without:]
 
     def warm(self) -> None:
-        with attached(self.model, self.pool(0)[:2]):
-            self.validation()
+        two = self.pool(0)[:2]
+        of_average = self.prepare(two, {})
+        with attached(self.model, self._paths(two), **of_average):
+            self.metrics("validation", limit=1)
 
     def make(self, name: str, method: Settings) -> str:
         pool = self.pool(method["without"])
+        paths = self._paths(pool)
+        of_average = self.prepare(pool, method)
         match method["how"]:
             case "best":
-                self._load(Path(pool[0]))
-                return Path(pool[0]).name
+                self.load(self._fine_tuning(pool[0]))
+                return pool[0]
             case "uniform":
-                with attached(self.model, pool):
+                with attached(self.model, paths, **of_average):
                     return f"all {len(pool)}"
             case "greedy":
-                return greedy(self.model, pool, self.validation)
+                return greedy(self.model, paths, self.validation, [self._loss(name) for name in pool], **of_average)
             case "twa":
-                return trained(self.model, self.config(name, pool, method.get("settings")))
+                with exported(self.config(name, paths, method.get("settings", []))) as (average, chosen):
+                    self.load(average)
+                return chosen
             case other:
                 raise ValueError(f"{name}: how: {other} is unknown")
 
-    def config(self, name: str, pool: list[str], settings: list[str] | None = None) -> RunConfig:
+    def prepare(self, pool: list[str], method: Settings) -> dict[str, Any]:
+        """Make the model ready for an average of the fine-tunings of a pool, and return settings of the average."""
+        return {"store": "dense32"}
+
+    def cost(self, method: Settings, cost: Cost) -> Cost:
+        """Add the evaluations of single fine-tunings to the methods that choose by them. They are made once."""
+        if method["how"] in ("best", "greedy"):
+            evaluations = (Cost(**self.rows[name]["evaluation"]) for name in self.pool(method["without"]))
+            cost = sum(evaluations, cost)
+        return super().cost(method, cost)
+
+    def validated(self) -> Row:
+        """Development seeds are judged by validation sentences that no method has used, `test` of `files`."""
+        return {} if self.seed in self.settings["seeds"] else self.metrics("test")
+
+    def config(self, name: str, paths: list[str], settings: list[str]) -> RunConfig:
         """Return config.yaml with the paths and the seed of this run, and the settings of a method."""
-        own = [f"candidates=[{', '.join(pool)}]", f"output={self.directory}/runs/{slug(name)}", f"seed={self.seed}"]
+        own = [f"candidates=[{', '.join(paths)}]", f"output={self.directory}/runs/{slug(name)}", f"seed={self.seed}"]
         sizes = [f"batch_size={self.settings['batch_size']}", *self.settings.get("config", [])]
-        return load_config(HERE / "config.yaml", [*self._data, *own, *sizes, *(settings or [])])
+        return load_config(self.folder / "config.yaml", [*self._data, *own, *sizes, *settings])
+
+    def load(self, directory: Path) -> None:
+        """Put the weights of a fine-tuning, or of an average, into the model."""
+        self.model.load_state_dict(load_file(directory / "model.safetensors"))
 
     @cached_property
     def task(self) -> Task:
-        return build_task(load_config(HERE / "config.yaml", self._data).task)
+        return build_task(load_config(self.folder / "config.yaml", self._data).task)
 
     @cached_property
     def model(self) -> nn.Module:
         return self.task.model()
 
     @cached_property
-    def _pretrained(self) -> Path:
+    def pretrained(self) -> Path:
         return unpack_model(self.out / "pretrained")
 
     @cached_property
-    def _data(self) -> list[str]:
+    def files(self) -> dict[str, Path]:
+        """The data of each split. A development seed has no file of the test split."""
         assert self.sentences is not None, "check_inputs has refused it"
         splits = write_splits(self.sentences, self.out / "data")
-        return [f"task.model={self._pretrained}", *(f"task.{split}={path}" for split, path in splits.items())]
+        chosen_by, judged_by = write_halves(splits["validation"], self.out / "halves")
+        test = splits["test"] if self.seed in self.settings["seeds"] else judged_by
+        return {"train": splits["train"], "validation": chosen_by, "test": test}
+
+    @property
+    def _data(self) -> list[str]:
+        return [f"task.model={self.pretrained}", *(f"task.{split}={path}" for split, path in self.files.items())]
+
+    def _loss(self, name: str) -> float:
+        return float(self.rows[name]["validation"]["loss"])
+
+    def _paths(self, names: list[str]) -> list[str]:
+        return [str(self._fine_tuning(name)) for name in names]
 
     def _fine_tuning(self, name: str) -> Path:
         return self.directory / "fine-tunings" / name
-
-    def _load(self, directory: Path) -> None:
-        self.model.load_state_dict(load_file(directory / "model.safetensors"))
 
 
 def pool_name(without: int) -> str:

@@ -20,7 +20,9 @@ class Examples(Protocol):
 
     The attribute `stretches` is optional: the numbers of consecutive examples that are best read together, such as
     those of a compressed block. The loop then shuffles the stretches and the examples in each. The attribute `once` is
-    optional, for examples that repeat some: the same examples, each once. Evaluations use it.
+    optional, for examples that repeat some: the same examples, each once. Evaluations use it. The attribute
+    `token_counts` is optional: the number of tokens of each example. Evaluations then put examples of similar length
+    into a batch, so that a task which drops the padding of a batch computes less.
     """
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ class TextExamples:
     """Examples {"input_ids", "attention_mask": int64 (max_length,), "labels": scalar}.
 
     Examples of pairs also have "token_type_ids", if the tokenizer returns them. The tokens are in a temporary file.
+    `token_counts` are the numbers of tokens of the examples, int64 (N,).
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, max_length: int, labels: Tensor, where: str) -> None:
@@ -54,7 +55,8 @@ class TextExamples:
                 # The second text of a pair is stored as the hidden tokens of the file.
                 self._spool.add(place, tokens, None if types is None else np.array(types[i]) == 1)
         self._spool.finish()
-        self._starts = self._spool.starts
+        self._bounds = np.append(self._spool.starts, self._spool.count)
+        self.token_counts: Array = np.diff(self._bounds)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -62,8 +64,7 @@ class TextExamples:
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        start = int(self._starts[index])
-        stop = int(self._starts[index + 1]) if index + 1 < len(self) else self._spool.count
+        start, stop = map(int, self._bounds[index : index + 2])
         rows = {
             "input_ids": self._padded(self._spool.read(start, stop), self._tokenizer.pad_token_id),
             "attention_mask": self._padded(np.ones(stop - start), 0),

@@ -1,0 +1,24 @@
+"""The validation sentences in two halves: one to choose and to train coefficients by, one to judge settings by."""
+
+import csv
+from functools import partial
+from pathlib import Path
+
+from examples.once import make_once
+
+NAMES = ("chosen-by.csv", "judged-by.csv")
+
+
+def write_halves(validation: Path, directory: Path) -> tuple[Path, Path]:
+    """Write every other record of a CSV file to chosen-by.csv, and the others to judged-by.csv."""
+    make_once(directory, {"halves of": validation.name}, partial(_write, validation))
+    return directory / NAMES[0], directory / NAMES[1]
+
+
+def _write(validation: Path, into: Path) -> None:
+    with validation.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    into.mkdir()
+    for i, name in enumerate(NAMES):
+        with (into / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows[i::2]])
