@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from twa_scale.merge.named import average_fixed
-
 from examples.proof.adapters.classification import AdapterClassification
 from examples.proof.parts import slug
 from examples.proof.soup.task import Soup
 from examples.proof.work import Settings
 from examples.soup.finetune import train
 from twa_scale.config import RunConfig
+from twa_scale.merge import average_fixed
 
 
 class Adapters(Soup):
