@@ -5,6 +5,7 @@ from pathlib import Path
 
 from twa_scale.base.names import some
 from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard
+from twa_scale.candidates.formats.megatron import is_megatron, latest_iteration
 from twa_scale.candidates.formats.sharded import weight_map
 from twa_scale.errors import CandidateError
 
@@ -30,6 +31,7 @@ LOADERS = {
 
 _OF_FSDP = "pytorch_model_fsdp.bin"
 """The whole model that Accelerate writes under FSDP."""
+_OF_NEMO = "weights"
 _FSDP_FOLDER = re.compile(r"pytorch_model(_fsdp)?_\d+")
 _FSDP_RANK = re.compile(r"pytorch_model(_fsdp)?(_\d+)?_rank\d+\.bin")
 _FURTHER_MODEL = re.compile(r"(model|pytorch_model|pytorch_model_fsdp)_[1-9]\d*\.(safetensors|bin)")
@@ -77,12 +79,19 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def sharded_in(directory: Path) -> Path | None:
-    """Return the folder of torch.distributed.checkpoint that Accelerate and Trainer write into theirs under FSDP.
+    """Return the folder of torch.distributed.checkpoint that holds the weights of a directory.
+
+    Under FSDP, Accelerate and Trainer write one. NeMo writes the folder `weights`. Megatron-LM writes folders of
+    iterations, of which a file beside them names the last.
 
     Raises:
-        CandidateError: folders of several models, or files of single ranks.
+        CandidateError: folders of several models, files of single ranks, or a folder that is not there.
     """
     inside = sorted(directory.iterdir())
+    if is_megatron(directory / _OF_NEMO):
+        return directory / _OF_NEMO
+    if iteration := latest_iteration(directory):
+        return iteration
     folders = [path for path in inside if _FSDP_FOLDER.fullmatch(path.name) and path.is_dir()]
     if len(folders) > 1:
         raise CandidateError(

@@ -12,7 +12,7 @@ _MAX_DEPTH = 16
 _MAX_CONTAINERS = 1_000_000
 _STATE = re.compile(
     r"(optim|optims|opt|optimizer|optimizers)_states?(_dicts?)?"
-    r"|(max_)?exp_avg(_sq)?(_row|_col)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta|master_(weights|params)"
+    r"|(max_)?exp_avg(_sq)?(_row|_col)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta|master_(weights|params)|fp32_params?"
 )
 _OPTIMIZER = re.compile(r"optims?|optimizers?")  # also what somebody may call a module
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from twa_scale.base.paths import matching, path_of
 from twa_scale.candidates.directory import is_averaged, is_weights, plain_names
+from twa_scale.candidates.formats.megatron import TRACKER
 from twa_scale.errors import CandidateError
 
 _PART = re.compile(
@@ -16,6 +17,9 @@ _PART = re.compile(
     re.IGNORECASE,
 )
 """Matches the names of parts of one model, such as the files of the ranks of Llama and Megatron."""
+
+_MARKERS = (TRACKER, "latest", "latest_wandb_artifact_path.txt")
+"""Files of Megatron-LM and DeepSpeed that name the last of the folders beside them."""
 
 
 def expand(item: str | Path) -> tuple[list[Path], str | None]:
@@ -36,7 +40,7 @@ def expand(item: str | Path) -> tuple[list[Path], str | None]:
         raise CandidateError(f"{path}: is a broken link, or a loop of links. Copy the files that it should point to.")
     if not glob.has_magic(given):
         raise CandidateError(f"{path}: there is no such file or directory, seen from {Path.cwd()}.{_hint(given, path)}")
-    found = _matches(path)
+    found = _without_markers(_matches(path))
     if not found:
         raise CandidateError(
             f"candidates {given!r}: the pattern matches nothing, seen from {Path.cwd()}. It must match at "
@@ -57,6 +61,12 @@ def _matches(path: Path) -> list[Path]:
     below = len(root.parts)
     finished = [m for m in matches if not any(p.startswith(".") or ".tmp-" in p for p in m.parts[below:])]
     return sorted(finished, key=_natural)
+
+
+def _without_markers(found: Sequence[Path]) -> list[Path]:
+    """Leave out the files that name the last of several folders, where folders are matched too."""
+    folders = any(match.is_dir() for match in found)
+    return [match for match in found if not (folders and match.name in _MARKERS and match.is_file())]
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

@@ -20,6 +20,7 @@ from twa_scale.candidates.prefixes import (
     taken_off,
 )
 from twa_scale.candidates.segments import Segments
+from twa_scale.candidates.stacked import unstacked
 from twa_scale.candidates.traced import Traced
 from twa_scale.errors import CandidateError, ConfigError
 
@@ -108,11 +109,15 @@ def _named(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[
     tensors = _renamed(tensors, naming.rename, label)
     if naming.prefix:
         tensors, left_out = _without_prefix(tensors, naming.prefix, label)
+        tensors, apart = _unstacked(tensors, naming)
         loaded, lines = _loaded(tensors, naming, label)
+        lines += apart
         if left_out:
             lines.insert(0, f"tensors without the prefix {naming.prefix!r} are not read: {some(left_out)}.")
         return loaded, lines
+    tensors, apart = _unstacked(tensors, naming)
     loaded, lines = _loaded(tensors, naming, label)
+    lines += apart
     if naming.prefix is None and naming.parameters and not _complete(loaded, naming):
         inferred = _inferred(loaded, naming, label) or _inferred_and_loaded(tensors, naming, label)
         if inferred:
@@ -144,6 +149,21 @@ def _without_prefix(tensors: Tensors, prefix: str, label: str) -> tuple[Tensors,
     if not kept:
         raise ConfigError(f"prefix: no tensor of {label} has a name that begins with {prefix!r}; see {some(tensors)}.")
     return kept, [name for name in tensors if not name.startswith(prefix)]
+
+
+def _unstacked(tensors: Tensors, naming: Naming) -> tuple[Tensors, list[str]]:
+    """Take tensors apart that hold a tensor of all layers, or experts, and lack their numbers; say which."""
+    known = [name for names in naming.parameters for name in names] + list(naming.buffers)
+    apart = unstacked(tensors, known)
+    if not apart:
+        return tensors, []
+    kept = {name: tensor for name, tensor in tensors.items() if name not in apart}
+    made = {name: part for parts in apart.values() for name, part in parts.items()}
+    first, parts = next(iter(apart.items()))
+    return kept | made, [
+        f"stored tensors that hold those of all layers are taken apart ({some(list(apart))}): {first!r} is "
+        f"{some(list(parts), 2)}."
+    ]
 
 
 def _complete(tensors: Tensors, naming: Naming, before: str = "", less: int = 0) -> bool:

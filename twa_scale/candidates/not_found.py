@@ -8,6 +8,7 @@ from twa_scale.candidates.adapters import ADAPTER_CONFIG
 from twa_scale.candidates.directory import LOADERS, files_in, is_weights, sharded_in, weights_in
 from twa_scale.candidates.formats.dcp import METADATA
 from twa_scale.candidates.formats.deepspeed import is_deepspeed
+from twa_scale.candidates.formats.megatron import other_megatron_format
 from twa_scale.candidates.formats.rank_files import has_rank_files
 from twa_scale.errors import CandidateError
 
@@ -24,6 +25,8 @@ def refusal(directory: Path) -> CandidateError:
             "adapter: PEFT saves an adapter that is not called 'default' in a subdirectory of its name. Give "
             f"{str(adapters[0])!r}."
         )
+    if why := other_megatron_format(directory):
+        return CandidateError(f"{directory}: {why}")
     names = files_in(directory)
     files = [name for name in names if name.endswith(".safetensors")]
     several = f", but {len(files)} *.safetensors files without an index ({some(files)})" if files else ""

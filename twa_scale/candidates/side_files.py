@@ -14,6 +14,7 @@ import torch
 from twa_scale.base.inputs import open_regular, parse_json
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
+from twa_scale.candidates.formats.megatron import BACKEND, is_megatron
 from twa_scale.errors import CandidateError
 
 MAX_BYTES = 64 << 20
@@ -134,7 +135,7 @@ class _Found:
     def _wanted(self, name: str, own: str) -> bool:
         if own.startswith(".") or own in _OF_DEEPSPEED or _WEIGHTS.fullmatch(own):
             return False
-        if any(fnmatch(own, pattern) for pattern in _STATE):
+        if any(fnmatch(own, pattern) for pattern in _STATE) or (name == BACKEND and is_megatron(self.directory)):
             return False
         if is_code(own) and not self.code:
             self.left_out["code, which is copied with carry_code only"].append(name)

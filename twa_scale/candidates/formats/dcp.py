@@ -94,6 +94,15 @@ def shapes_in_dcp(directory: Path) -> dict[Keys, tuple[int, ...]]:
         raise CandidateError(f"{directory / METADATA}: cannot be read ({error}).") from error
 
 
+def entries_in_dcp(directory: Path) -> list[str]:
+    """Return the names of all entries of a checkpoint: tensors, and other objects.
+
+    Args:
+        directory: the folder with `.metadata`.
+    """
+    return [key for key in _metadata(directory / METADATA).state_dict_metadata if isinstance(key, str)]
+
+
 def _metadata_of(metadata: Any) -> dict[Keys, tuple[str, PickleStub]]:
     """Return the key and the metadata of each tensor, by its path of keys."""
     paths = metadata.planner_data or {}

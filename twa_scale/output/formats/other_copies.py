@@ -8,7 +8,8 @@ from twa_scale.base.names import some, without_wrappers
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.directory import is_averaged, is_of_fsdp, is_torch
 from twa_scale.candidates.entries import is_optimizer_entry
-from twa_scale.candidates.formats.dcp import METADATA, shapes_in_dcp
+from twa_scale.candidates.formats.dcp import METADATA, entries_in_dcp, shapes_in_dcp
+from twa_scale.candidates.formats.megatron import copies_of_weights, flat_buffer
 from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.rank_files import is_rank_file
 from twa_scale.candidates.formats.torch_file import shapes_in
@@ -113,6 +114,29 @@ def _read(beside: Sequence[tuple[str, Path]]) -> tuple[dict[str, Mapping[Keys, S
         except CandidateError:
             unread.append(name)
     return shapes, unread
+
+
+def without_copies(path: Path, weights: Mapping[str, Keys], shapes: Mapping[Keys, Shape]) -> Mapping[Keys, Shape]:
+    """Return the shapes of the tensors in a file, without the optimizer's copies of weights that `same` writes too.
+
+    Args:
+        path: a file of torch.save, or a folder of DCP.
+        weights: the paths of keys of the weights, by their names.
+        shapes: of all tensors in it.
+
+    Raises:
+        OutputError: the copies are in flat buffers of Megatron-LM's distributed optimizer.
+    """
+    if not path.is_dir():
+        return shapes
+    if buffer := flat_buffer(entries_in_dcp(path)):
+        raise OutputError(
+            f"{path}: holds {buffer!r}, a flat buffer with the distributed optimizer's copy of weights, from which "
+            "training would resume, and not from the average. Save checkpoints with "
+            f"--dist-ckpt-optim-fully-reshardable, which keeps this copy by name. {_WAY_OUT}."
+        )
+    written = {copy for copies in copies_of_weights(weights.values(), shapes).values() for copy in copies}
+    return {keys: shape for keys, shape in shapes.items() if keys not in written and keys not in weights.values()}
 
 
 def stored_shapes(path: Path) -> Mapping[Keys, Shape]:

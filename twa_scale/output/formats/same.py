@@ -7,14 +7,16 @@ from pathlib import Path
 
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
-from twa_scale.candidates.formats.dcp import files_in_dcp
+from twa_scale.candidates.formats.dcp import files_in_dcp, shapes_in_dcp, tensors_in_dcp
+from twa_scale.candidates.formats.megatron import copies_of_weights
 from twa_scale.candidates.formats.origin import Keys, Origin
+from twa_scale.candidates.formats.placement import Placeable
 from twa_scale.candidates.formats.torch_file import tensors_in
 from twa_scale.errors import OutputError
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.copying import Copy, version_of
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
-from twa_scale.output.formats.placed_files import PlacedFiles, checked, read_tensors
+from twa_scale.output.formats.placed_files import PlacedFiles
 
 Extent = tuple[int, int]
 """The first byte of a tensor in a file, and the one after its last."""
@@ -84,8 +86,8 @@ class _SameFiles(PlacedFiles):
     def create(self, directory: Path) -> None:
         """Find out what to copy."""
         versions = {path: self._versions.get(path, version_of(path.stat())) for path in self._sources}
-        tensors = read_tensors({self._root / path: held for path, held in self._keys.items()})
-        weights = [stored for spec in self._specs for stored in checked(tensors[spec.name], spec) if stored.numel]
+        self._places = self.places(self._root)
+        weights = [stored for spec in self._specs for stored in self._storages(spec) if stored.numel]
         written: dict[Path, list[Extent]] = {}
         replaced: dict[Path, list[Extent]] = {}
         views: dict[Path, set[tuple[Extent, object]]] = {}
@@ -105,6 +107,19 @@ class _SameFiles(PlacedFiles):
         for path, keys in self._keys.items():
             if (source := self._root / path) in written and source.is_file():
                 _tell_what_shares_storage(source, {*keys.values()}, written[source])
+
+    def places(self, directory: Path) -> Mapping[str, Sequence[Placeable]]:
+        """Return the tensors that hold each weight, and the copies that an optimizer in a folder of DCP has of it."""
+        found = {name: [*tensors] for name, tensors in super().places(directory).items()}
+        for path, held in self._keys.items():
+            folder = directory / path
+            if folder.is_dir():
+                copies = copies_of_weights(held.values(), shapes_in_dcp(folder))
+                for number in range(max(map(len, copies.values()), default=0)):
+                    further = {name: copies[keys][number] for name, keys in held.items() if number < len(copies[keys])}
+                    for name, tensor in tensors_in_dcp(folder, further).items():
+                        found[name].append(tensor)
+        return found
 
 
 def _require_apart(path: Path, views: Collection[tuple[Extent, object]]) -> None:

@@ -1,0 +1,21 @@
+"""Checkpoints that Megatron-core itself has written, and averages of them that it loads."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("megatron"), reason="megatron-core is not installed")
+def test_megatron_resumes_from_the_average(tmp_path: Path) -> None:
+    code = "import sys; from tests.integrations.train_megatron import main; main(sys.argv[1])"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

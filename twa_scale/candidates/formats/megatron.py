@@ -1,0 +1,95 @@
+"""Checkpoints of Megatron-LM and NeMo: torch.distributed.checkpoint with a common part beside it (`torch_dist`)."""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from twa_scale.base.inputs import read_bounded
+from twa_scale.candidates.formats.origin import Keys
+from twa_scale.errors import CandidateError
+
+COMMON = "common.pt"
+"""What is the same on all ranks: arguments, counters, the settings of the optimizer."""
+BACKEND = "metadata.json"
+"""Says in which format the tensors beside it are."""
+TRACKER = "latest_checkpointed_iteration.txt"
+"""The file beside the folders of iterations that names the last one."""
+_LONGEST = 64  # bytes of the tracker
+
+_COPY = re.compile(r"(chained_\d+\.)?optimizer\.state\.(fp32_param|param|master_param)\.(?P<weight>.+)")
+_BUFFER = re.compile(
+    r"(chained_\d+\.)?optimizer\.distributed\.(.+\.bucket_idx_\d+\.(param|master_param)|[^.]+\.param_state(/.*)?)"
+)
+
+
+def is_megatron(directory: Path) -> bool:
+    """Return whether a directory has the common part of a checkpoint of Megatron-LM."""
+    return (directory / COMMON).is_file() and (directory / BACKEND).is_file()
+
+
+def other_megatron_format(directory: Path) -> str | None:
+    """Return what is wrong with a checkpoint of Megatron-LM that is not in the format `torch_dist`; else None."""
+    fix = (
+        "Write it in the format torch_dist: load it in Megatron-LM with --ckpt-convert-format torch_dist "
+        "--ckpt-convert-save DIR."
+    )
+    if any(directory.glob("mp_rank_*/*model_*_rng.pt")) or any(directory.glob("mp_rank_*/model_rng.pt")):
+        return f"is a checkpoint of Megatron-LM in its format 'torch', with a file of each rank. {fix}"
+    if is_megatron(directory):
+        return (
+            "has the common part of a checkpoint of Megatron-LM, but no .metadata: the save was not finished, or the "
+            f"tensors are in another format, such as zarr. Leave this candidate out if the save failed. {fix}"
+        )
+    return None
+
+
+def latest_iteration(directory: Path) -> Path | None:
+    """Return the folder of the iteration that the tracker of a directory names; None where there is no tracker.
+
+    Raises:
+        CandidateError: the tracker names none, or the folder is not there.
+    """
+    tracker = directory / TRACKER
+    if not tracker.is_file():
+        return None
+    said = read_bounded(tracker, _LONGEST).decode(errors="replace").strip()
+    folder = directory / (f"iter_{int(said):07d}" if re.fullmatch(r"[0-9]{1,18}", said) else "release")
+    if not folder.is_dir() or (folder.name == "release" and said != "release"):
+        raise CandidateError(
+            f"{tracker}: names the iteration {said!r}, but there is no folder {folder.name!r} beside it. Copy that "
+            "folder too, or give the folder of the iteration that is meant."
+        )
+    return folder
+
+
+def copies_of_weights(weights: Collection[Keys], stored: Mapping[Keys, Sequence[int]]) -> dict[Keys, list[Keys]]:
+    """Return what else a checkpoint holds of each weight: the float32 copies of the optimizer, under its own key.
+
+    Where the copies are the weights that were chosen, the weights of the model are what else there is.
+
+    Args:
+        weights: the paths of keys of the weights.
+        stored: the shapes of all tensors, by their paths of keys.
+    """
+    alike: dict[str, list[Keys]] = defaultdict(list)
+    for keys in stored:
+        alike[_weight(keys)].append(keys)
+    return {
+        keys: [other for other in alike[_weight(keys)] if other != keys and stored[other] == stored[keys]]
+        for keys in weights
+    }
+
+
+def _weight(keys: Keys) -> str:
+    name = ".".join(keys)
+    found = _COPY.fullmatch(name)
+    return found["weight"] if found else name
+
+
+def flat_buffer(entries: Collection[str]) -> str | None:
+    """Return the entry of a checkpoint that is a part of the distributed optimizer's flat copy of the weights.
+
+    Such a part has neither the names nor the shapes of weights. None is returned where no entry is one.
+    """
+    return next((entry for entry in sorted(entries) if _BUFFER.fullmatch(entry)), None)

@@ -1,0 +1,53 @@
+"""Stored tensors that hold those of all layers, as Megatron-LM stacks them: one dimension more, one number less."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from itertools import combinations
+from math import prod
+from typing import Any
+
+from twa_scale.candidates.prefixes import Tensors
+
+_MOST_NUMBERS = 4  # in a name
+
+
+def unstacked(tensors: Tensors, known: Collection[str]) -> dict[str, Tensors]:
+    """Return what stored tensors hold under names of the model, by the stored name.
+
+    `layers.w` of shape (2, 3) holds `layers.0.w` and `layers.1.w`, of shape (3,), if the model has these two and no
+    other. Names of the model that are stored themselves are left out.
+
+    Args:
+        tensors: by their stored names.
+        known: the names of the model's parameters and buffers.
+    """
+    grids: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
+    for name in known:
+        if name not in tensors:
+            for stacked, index in _without_numbers(name):
+                if stacked in tensors:
+                    grids[stacked][index] = name
+    found: dict[str, Tensors] = {}
+    for stacked, names in grids.items():
+        tensor, dims = tensors[stacked], len(next(iter(names)))
+        sizes = tuple(tensor.shape[:dims])
+        alike = all(len(index) == dims and all(map(int.__lt__, index, sizes)) for index in names)
+        if alike and len(sizes) == dims and len(names) == prod(sizes):
+            found[stacked] = {name: _at(tensor, index) for index, name in names.items()}
+    return found
+
+
+def _without_numbers(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield a name without some of the numbers in it, and those numbers."""
+    parts = name.split(".")
+    places = [i for i, part in enumerate(parts) if part.isascii() and part.isdecimal()][:_MOST_NUMBERS]
+    for count in range(1, len(places) + 1):
+        for left_out in combinations(places, count):
+            rest = ".".join(part for i, part in enumerate(parts) if i not in left_out)
+            yield rest, tuple(int(parts[i]) for i in left_out)
+
+
+def _at(tensor: Any, index: tuple[int, ...]) -> Any:
+    for i in index:
+        tensor = tensor.select(0, i)
+    return tensor
