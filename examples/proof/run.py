@@ -18,7 +18,14 @@ from examples.proof.table import tables
 from examples.proof.work import Settings, Work
 
 # The class in the module `task` of the folder.
-TASKS = {"language": "Language", "images": "Images", "vit": "Vit", "soup": "Soup", "adapters": "Adapters"}
+TASKS = {
+    "language": "Language",
+    "images": "Images",
+    "vit": "Vit",
+    "detection": "Detection",
+    "soup": "Soup",
+    "adapters": "Adapters",
+}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,11 @@ class Metric:
         return f"{value / self.unit:.{self.digits}f}"
 
 
-METRICS = {"loss": Metric("loss", 1.0, 4, False), "accuracy": Metric("accuracy", 0.01, 2, True)}
+METRICS = {
+    "loss": Metric("loss", 1.0, 4, False),
+    "accuracy": Metric("accuracy", 0.01, 2, True),
+    "ap": Metric("ap", 0.01, 2, True),
+}
 
 
 def tables(out: Path, settings: dict[str, Any], wanted: Sequence[int] | None = None) -> str:

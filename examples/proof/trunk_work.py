@@ -1,5 +1,6 @@
 """The work on one seed of a task whose candidates come from one training run, the trunk."""
 
+import math
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,20 @@ class TrunkWork(Work):
         sizes = [f"batch_size={self.settings['batch_size']}", f"steps={steps}", f"evaluate_every={max(1, steps // 3)}"]
         overrides = [*self.data(), *own, f"seed={self.seed}", *sizes, *self.settings.get("config", [])]
         return load_config(self.folder / "config.yaml", [*overrides, *method.get("settings", [])])
+
+
+def resized(method: Settings, settings: Settings, candidates: int, part: str = "trunk") -> Settings:
+    """Return a method of a smaller size: its steps are divided, and its windows are the same parts of all candidates.
+
+    Args:
+        method: with the `steps` and the windows, `last`, of the full size.
+        settings: of the smaller size, with `shrink`, which divides the steps.
+        candidates: how many there are at the full size.
+        part: the settings with the number of `candidates` at the smaller size.
+    """
+    most, sizes = settings[part]["candidates"], {}
+    if "steps" in method:
+        sizes["steps"] = math.ceil(method["steps"] / settings.get("shrink", 1))
+    if "last" in method:
+        sizes["last"] = sorted({min(most, max(2, round(n * most / candidates))) for n in method["last"]})
+    return method | sizes

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from examples.proof.adapters.task import Adapters
+from examples.proof.detection.task import Detection
 from examples.proof.images.task import Images
 from examples.proof.language.task import Language
 from examples.proof.language.texts import write_texts
@@ -28,6 +29,7 @@ ONCE: dict[str, tuple[Any, Path]] = {
     "language": (Language, PACKAGES),
     "images": (Images, PACKAGES),
     "vit": (Vit, PACKAGES),
+    "detection": (Detection, PACKAGES),
     "soup": (Soup, SENTENCES),
     "adapters": (Adapters, SENTENCES),
 }

@@ -1,19 +1,28 @@
 """A small residual network with BatchNorm."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a path that a 1 x 1 convolution adapts where the shape changes."""
+    """Two 3 x 3 convolutions beside a path that a 1 x 1 convolution adapts where the shape changes.
 
-    def __init__(self, before: int, after: int, stride: int) -> None:
+    Args:
+        before: the number of channels of the input.
+        after: the number of channels of the output.
+        stride: of the first convolution.
+        norm: makes the normalization of a number of channels.
+    """
+
+    def __init__(self, before: int, after: int, stride: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(after)
+        self.norm1 = norm(after)
         self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(after)
+        self.norm2 = norm(after)
         same = stride == 1 and before == after
         self.path = nn.Identity() if same else nn.Conv2d(before, after, 1, stride, bias=False)
 

@@ -1,6 +1,5 @@
 """An image classifier of one seed: the head of its training, and its tail at several rates."""
 
-import math
 import shutil
 from functools import cached_property, partial
 from itertools import islice, product
@@ -14,7 +13,7 @@ from examples.proof.images.data import PACKAGE, write_images
 from examples.proof.images.training import ImageTraining, SgdTraining
 from examples.proof.packages import package_file
 from examples.proof.parts import Part, Row
-from examples.proof.trunk_work import TrunkWork
+from examples.proof.trunk_work import TrunkWork, resized
 from examples.proof.work import Settings, read_settings
 from twa_scale import RunningAverages
 from twa_scale.ranks import World
@@ -50,13 +49,10 @@ class Images(TrunkWork):
         head, tail = settings.pop("head"), settings.pop("tail")
         methods = head | {tail_name(name, rate): {**tail[name], "tail": rate} for rate, name in product(rates, tail)}
         methods["full run"]["steps"] = (settings["full"] - settings["trunk"]["steps"]) * shrink
-        for method in methods.values():
-            if "steps" in method:
-                method["steps"] = math.ceil(method["steps"] / shrink)
-            if "last" in method:
-                most = settings["tails" if "tail" in method else "trunk"]["candidates"]
-                method["last"] = sorted({max(2, round(n * most / 30)) for n in method["last"]})
-        settings["methods"] = methods
+        settings["methods"] = {
+            name: resized(method, settings, 30, "tails" if "tail" in method else "trunk")
+            for name, method in methods.items()
+        }
         claims = settings.pop("tail_claims")
         settings["claims"] += [[tail_name(name, rate) for name in pair] for rate, pair in product(rates, claims)]
         settings["tables"] = [{"reference": "full run", "methods": list(head)}]

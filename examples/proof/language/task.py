@@ -5,7 +5,7 @@ from pathlib import Path
 
 from examples.proof.language.texts import check_sources, write_texts
 from examples.proof.trunk_methods import branch
-from examples.proof.trunk_work import TrunkWork
+from examples.proof.trunk_work import TrunkWork, resized
 from examples.proof.work import Settings, read_settings
 from examples.training import Training
 from twa_scale.ranks import World
@@ -34,14 +34,9 @@ class Language(TrunkWork):
 
     @staticmethod
     def read(size: str) -> Settings:
-        """Return methods.yaml, with steps and windows of the methods divided as a smaller `size` says."""
+        """Return methods.yaml, with steps and windows of the methods as a smaller `size` says."""
         settings = read_settings(HERE / "methods.yaml", size)
-        most, shrink = settings["trunk"]["candidates"], settings.get("shrink", 1)
-        for method in settings["methods"].values():
-            if "steps" in method:
-                method["steps"] = round(method["steps"] / shrink)
-            if "last" in method:
-                method["last"] = sorted({min(most, max(2, round(n * most / 40))) for n in method["last"]})
+        settings["methods"] = {name: resized(one, settings, 40) for name, one in settings["methods"].items()}
         return settings
 
     def check_inputs(self) -> None:
