@@ -35,27 +35,37 @@ ONCE: dict[str, tuple[Any, Path]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ONCE)
-def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory of a command that ran all tasks, in one process, and what it printed."""
     assert SENTENCES.exists(), "the sentences are missing: `make test-slow` fetches them"
     assert any(PACKAGES.glob("dataset-fashion-mnist_*.deb")), "the images are missing: `make test-slow` fetches them"
-    command = [sys.executable, "-m", "examples.proof.run", f"--task={task}", "--size=tiny", "--seeds=0"]
-    command += [f"--out={tmp_path}", f"--sentences={SENTENCES}", f"--packages={PACKAGES}"]
-    said = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    out = tmp_path_factory.mktemp("proof")
+    command = [sys.executable, "-m", "examples.proof.run", "--task", *ONCE, "--size=tiny", "--seeds=0"]
+    command += [f"--out={out}", f"--sentences={SENTENCES}", f"--packages={PACKAGES}"]
+    return out, subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("proof")
+@pytest.mark.parametrize("task", ONCE)
+def test_every_method_runs_once_and_has_a_row_in_the_table(task: str, ran: tuple[Path, str]) -> None:
+    out, said = ran
     kind, source = ONCE[task]
     settings = kind.read("tiny")
+    written = tables(out / task, settings)
+    assert written in said
     for name, method in settings["methods"].items():
-        found = re.search(rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| [\d.]+ % \|.* [\d.]+ \|", said, re.MULTILINE)
+        row = rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| [\d.]+ % \|.* [\d.]+ \|"
+        found = re.search(row, written, re.MULTILINE)
         assert found, name
         if method["how"] in ("anneal", "decayed", "schedule") and "start" not in method:
             assert int(found[1]) == method["steps"] and int(found[2]) == settings.get("recalibrate_batches", 0), name
-    work = kind(tmp_path / task, 0, settings, source)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    work = kind(out / task, 0, settings, source)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
     run_parts(work.parts(), work.rows)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == before
-    assert tables(tmp_path / task, settings) in said
-    assert not list((tmp_path / task).glob("seed-0/runs/*/average"))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
+    assert not list((out / task).glob("seed-0/runs/*/average"))
 
 
 @pytest.mark.slow

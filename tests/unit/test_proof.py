@@ -22,6 +22,7 @@ from torch import nn
 from examples.once import make_once
 from examples.proof import run
 from examples.proof.cost import Cost, measured
+from examples.proof.detection.task import Detection
 from examples.proof.images.clothes import Clothes
 from examples.proof.images.network import shifted
 from examples.proof.images.task import Images
@@ -36,6 +37,7 @@ from examples.proof.soup.task import Soup
 from examples.proof.table import tables
 from examples.proof.trunk import Trunk
 from examples.proof.trunk_methods import branch, selection
+from examples.proof.vit.task import Vit
 from examples.proof.work import read_settings
 from examples.soup.finetune import random_batches
 from examples.training import Training
@@ -136,9 +138,12 @@ def test_tables_replace_those_of_the_page() -> None:
 
 
 @pytest.mark.parametrize("size", ["full", "small", "tiny"])
-def test_methods_can_be_made_from_what_is_there_before_them(size: str, tmp_path: Path) -> None:
-    settings = Language.read(size)
-    work = Language(tmp_path, 0, settings, tmp_path)
+@pytest.mark.parametrize("task", [Language, Detection])
+def test_methods_can_be_made_from_what_is_there_before_them(
+    task: type[Language | Detection], size: str, tmp_path: Path
+) -> None:
+    settings = task.read(size)
+    work = task(tmp_path, 0, settings, tmp_path)
     rows_of_a_method = 1 if size == "small" else 2
     num_parts = 1 + rows_of_a_method * len(settings["methods"])
     assert len({part.name for part in work.parts()}) == len(work.parts()) == num_parts
@@ -157,26 +162,27 @@ def test_methods_can_be_made_from_what_is_there_before_them(size: str, tmp_path:
 
 
 @pytest.mark.parametrize("size", ["full", "small", "tiny"])
-def test_methods_of_images_have_what_they_start_from(size: str, tmp_path: Path) -> None:
-    settings = Images.read(size)
-    work = Images(tmp_path, 0, settings, tmp_path)
-    no_training: Any = None
+@pytest.mark.parametrize("task", [Images, Vit])
+def test_methods_of_images_have_what_they_start_from(task: type[Images], size: str, tmp_path: Path) -> None:
+    settings = task.read(size)
+    work = task(tmp_path, 0, settings, tmp_path)
     trunk, full = settings["trunk"], settings["full"]
-    assert trunk["candidates"] * trunk["every"] <= trunk["steps"] == full // 2
+    assert trunk["candidates"] * trunk["every"] <= trunk["steps"] == int(task.kind.constant * full)
     assert settings["tails"]["candidates"] * settings["tails"]["every"] <= full - 3 * full // 4
     before: list[str] = []
     for name, method in settings["methods"].items():
         assert method.get("start", "last") in ["last", *before], name
         if method["how"] == "schedule":
-            first = work.kind.leaves(trunk["steps"], method["steps"])
+            first = task.kind.leaves(trunk["steps"], method["steps"])
             assert first in (*work.trunk.settings["branches"], trunk["steps"])
-            assert work.kind.schedule(no_training, (first - 1) / (trunk["steps"] + method["steps"])) == 1.0
+            assert task.kind.schedule((first - 1) / (trunk["steps"] + method["steps"])) == 1.0
         if method["how"] == "twa":
             assert work.config(name, method).candidates == work.candidates(method)
         most = settings["tails" if "tail" in method else "trunk"]["candidates"]
         assert all(n <= most for n in method.get("last", [])), name
         before.append(name)
     assert settings["methods"]["full run"]["steps"] == full - trunk["steps"]
+    assert task.kind.schedule(1 - 1 / full) < 0.05
     assert all(name in before for claim in settings["claims"] for name in claim[:2])
     assert all(name in before for table in settings["tables"] for name in [*table["methods"], table["reference"]])
 

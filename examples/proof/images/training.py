@@ -14,8 +14,9 @@ class ImageTraining(Training, ABC):
     constant: float
     """The fraction of a training that has the full rate."""
 
+    @classmethod
     @abstractmethod
-    def schedule(self, progress: float) -> float:
+    def schedule(cls, progress: float) -> float:
         """Return the factor of the rate after a fraction of a training; 1 until `constant`."""
 
     @classmethod
@@ -45,5 +46,6 @@ class SgdTraining(ImageTraining):
     def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    def schedule(self, progress: float) -> float:
+    @classmethod
+    def schedule(cls, progress: float) -> float:
         return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01

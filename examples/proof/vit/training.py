@@ -10,6 +10,7 @@ class AdamWTraining(ImageTraining):
 
     constant = 0.6
 
-    def schedule(self, progress: float) -> float:
-        falling = max(0.0, progress - self.constant) / (1 - self.constant)
+    @classmethod
+    def schedule(cls, progress: float) -> float:
+        falling = max(0.0, progress - cls.constant) / (1 - cls.constant)
         return (1 + math.cos(math.pi * falling)) / 2
