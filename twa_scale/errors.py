@@ -33,4 +33,4 @@ class NotFiniteError(TwaError):
 
 
 class RankError(TwaError):
-    """A rank that the others wait for in vain: it failed, is frozen or gone, or does something else."""
+    """A rank does not take part in a collective: it has failed, hangs, has ended, or runs other code."""

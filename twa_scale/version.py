@@ -1,3 +1,3 @@
-"""The version of this package, where modules can import it without the package's own door."""
+"""The version of this package, in a module that imports nothing."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Which group each tensor is in, and with `groups: expert` each part of a tensor that stacks experts."""
+"""Assign tensors to groups, and with `groups: expert` the parts of tensors that stack experts."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What an average says about itself: its coefficients, measures of them, costs, and where it comes from."""
+"""The read-only part of an average: its coefficients, measures of them, costs and provenance."""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt

@@ -1,4 +1,4 @@
-"""Return to an earlier moment of a training, from copies that each rank holds of its own part."""
+"""Save the coefficients, moments and buffers of a training in memory, and restore them."""
 
 from collections.abc import Callable
 

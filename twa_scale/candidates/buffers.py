@@ -1,4 +1,4 @@
-"""Tensors that are no weights, told by their names: a checkpoint does not say which of its tensors are buffers."""
+"""Recognize buffers by their names, because a checkpoint does not record which of its tensors are buffers."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a candidate has to offer."""
+"""The interface of a candidate."""
 
 from pathlib import Path
 from typing import Protocol

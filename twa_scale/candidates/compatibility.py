@@ -1,4 +1,4 @@
-"""Files beside the weights that say what these mean: candidates that differ in them may have no useful average."""
+"""Compare files such as config.json: candidates that differ in them may have no useful average."""
 
 import os
 from collections.abc import Collection, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Candidates with complex tensors: to what reads them, each is real and has one dimension more."""
+"""Candidates with complex tensors, which are presented as real tensors with one more dimension."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""How stored tensors become those of a model: under which names, and of which segments."""
+"""The conversion of stored tensors to those of a model: their names and the segments they consist of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Candidates whose tensors are made of stored ones: read by the ranges of each that a slice needs."""
+"""Candidates whose tensors consist of parts of stored ones. Only the parts that a slice needs are read."""
 
 from collections import Counter
 from collections.abc import Iterator

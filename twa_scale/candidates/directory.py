@@ -1,4 +1,4 @@
-"""Which file of a directory holds its weights: the one that the library reads which writes such directories."""
+"""Find the file of a directory that holds its weights, as the library does that wrote the directory."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Floating point types of tensors that candidates hold in several."""
+"""The dtypes of tensors that candidates hold in different floating point types."""
 
 from collections.abc import Iterable, Sequence
 from functools import reduce

@@ -1,4 +1,4 @@
-"""Lists of tensors without names, as classes for EMA keep them: named by the order of the model's parameters."""
+"""Lists of tensors without names, as EMA classes save them. Names come from the order of the model's parameters."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What the entries of a file are by their keys: tensors at any depth, and those that belong to an optimizer."""
+"""Classify the entries of a file by their keys: tensors at any depth, and those that belong to an optimizer."""
 
 import re
 from collections import defaultdict

@@ -26,7 +26,7 @@ from twa_scale.errors import CandidateError, ConfigError
 
 
 class LibraryRules(Protocol):
-    """What a library makes of stored tensors when it loads a model of one of its classes."""
+    """The conversion that a library applies to stored tensors when it loads a model of one of its classes."""
 
     def loaded(self, tensors: Mapping[str, Traced], label: str) -> tuple[Tensors, list[str]]:
         """Return the tensors by the model's names, others by their own, and the names of those it leaves out."""
@@ -37,11 +37,11 @@ class Naming:
     """How names of candidates become those of the model."""
 
     rename: Mapping[str, str] = field(default_factory=dict)
-    """Regular expressions and what takes their place, in this order."""
+    """Regular expressions and their replacements, applied in this order."""
     prefix: str | None = None
-    """What the names of the model have before them in candidates; found from the names when not given."""
+    """The prefix of the model's names in candidates; inferred from the names when not given."""
     library: LibraryRules | None = None
-    """Of the model's class."""
+    """The rules of the model's class."""
     parameters: Sequence[Collection[str]] = ()
     """The names of each parameter of the model; a tied one has several."""
     buffers: Collection[str] = ()
@@ -126,7 +126,7 @@ def _named(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[
 
 
 def _loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]]:
-    """Return what the model's library makes of tensors, where their names are not those of the model."""
+    """Return the tensors as the model's library converts them, if their names are not those of the model."""
     known = {name for names in naming.parameters for name in names} | set(naming.buffers)
     if naming.library is None or tensors.keys() <= known:
         return tensors, []
@@ -167,12 +167,12 @@ def _unstacked(tensors: Tensors, naming: Naming) -> tuple[Tensors, list[str]]:
 
 
 def _complete(tensors: Tensors, naming: Naming, before: str = "", less: int = 0) -> bool:
-    """Whether every parameter is there under one of its names, with `before` put before it and `less` letters cut."""
+    """Return whether every parameter is found by a name, after `less` letters are cut and `before` is prepended."""
     return all(any(before + name[less:] in tensors for name in names) for names in naming.parameters)
 
 
 def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]] | None:
-    """Take off, or put before, the one prefix with which every parameter is found; return None if there is none."""
+    """Remove or add the one prefix with which every parameter is found; return None if there is none."""
     known = [name for names in naming.parameters for name in names] + list(naming.buffers)
     plain, held = without_wrappers(known), set(without_wrappers(tensors).values())
     if all(any(plain[name] in held for name in names) for names in naming.parameters):
@@ -196,7 +196,7 @@ def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, li
 
 
 def _inferred_and_loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]] | None:
-    """Take off the prefix with which the model's library finds every parameter; return None if there is none."""
+    """Remove the prefix with which the model's library finds every parameter; return None if there is none."""
     if naming.library is None:
         return None
     known = {name for names in naming.parameters for name in names} | set(naming.buffers)

@@ -1,4 +1,4 @@
-"""Candidates whose tensors can be seen where they lie, without reading: safetensors files and memory."""
+"""Candidates whose tensors can be mapped into memory instead of read: safetensors files and state dicts."""
 
 import errno
 from bisect import bisect_left

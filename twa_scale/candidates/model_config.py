@@ -1,4 +1,4 @@
-"""What the config.json beside a candidate says of its weights."""
+"""Read the config.json of a candidate."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is said of a directory that is no candidate: what is missing, and what may have been meant."""
+"""The error message for a directory that is not a candidate: what is missing, and what may have been meant."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Names of tensors that have a prefix more, or less, than others."""
+"""Add prefixes to tensor names and remove them, and find the prefix that names have."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,9 +14,12 @@ def by_new_name(tensors: Mapping[str, Traced], new: Callable[[str], str], what: 
 
     Args:
         tensors: by their names.
-        new: makes the new name of a name.
-        what: makes new names, for messages.
-        fix: what a user can do about two that are the same.
+        new: returns the new name of a name.
+        what: the subject of the error message: the setting that changes names.
+        fix: the advice of the error message.
+
+    Raises:
+        CandidateError: two names become the same.
     """
     renamed: Tensors = {}
     old: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What candidates that present another candidate otherwise have in common."""
+"""The base class of candidates that present another candidate in another form."""
 
 from pathlib import Path
 from typing import Protocol, runtime_checkable

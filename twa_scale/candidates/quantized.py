@@ -1,4 +1,4 @@
-"""Quantized weights: codes beside scales, which cannot be averaged number by number."""
+"""Refuse quantized weights: codes with scales, which cannot be averaged element by element."""
 
 import re
 from collections import defaultdict
@@ -27,7 +27,7 @@ _WAY_OUT = (
 
 
 class _Method(NamedTuple):
-    """How a quantization calls its tensors: the ends of the name of one with codes, and of one that is beside it."""
+    """The tensor names of a quantization method: the last parts of the names of codes, and of a tensor next to them."""
 
     name: str
     codes: str
@@ -51,9 +51,9 @@ def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = (), known: Co
     """Refuse a candidate that holds quantized weights, or whose config.json says that it does.
 
     Args:
-        candidate: any.
+        candidate: the candidate to check.
         ignore: regular expressions of the tensors that are not read.
-        known: names of the model, whose own integers are no codes.
+        known: names of the model's tensors; integers among them are not codes.
 
     Raises:
         CandidateError: naming the quantization and a tensor.
@@ -74,7 +74,7 @@ def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = (), known: Co
 
 
 def _quantization(candidate: Candidate, name: str, beside: Mapping[str, Sequence[str]]) -> str | None:
-    """Return what says that a tensor holds codes; None for any other."""
+    """Return why a tensor is taken for codes, or None if it is not."""
     dtype = candidate.dtype(name)
     if dtype not in _FLOAT8 and dtype not in _INTEGERS:
         return None
@@ -98,7 +98,7 @@ def _quantization(candidate: Candidate, name: str, beside: Mapping[str, Sequence
 
 
 def _scales(name: str, stem: str) -> bool:
-    """Whether a tensor holds the scales of codes: by its name alone, or by one that goes on from theirs."""
+    """Return whether a name is that of scales: by itself, or because it begins with the name of the codes."""
     return bool(_SCALES_ALONE.fullmatch(name) or (name.startswith(stem) and _SCALES.search(name)))
 
 
@@ -110,6 +110,6 @@ def _by_module(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _below(beside: Mapping[str, Sequence[str]], name: str) -> Iterator[str]:
-    """Yield tensors whose names go on from this one's, as `weight.absmax` and `weight.quant_state.x` do."""
+    """Yield tensors whose names begin with this one, such as `weight.absmax` and `weight.quant_state.x`."""
     for module in (name, f"{name}.quant_state"):
         yield from beside.get(module, ())

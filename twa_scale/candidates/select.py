@@ -1,4 +1,4 @@
-"""Which tensors of opened files are those of the candidates: without what is no weight, and under every tied name."""
+"""Choose the tensors of opened files that are weights, with tied tensors under each of their names."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence

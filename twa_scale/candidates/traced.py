@@ -1,4 +1,4 @@
-"""Tensors without values that know of which elements of stored tensors they are made, whatever torch does to them.
+"""Tensors without values that record which elements of stored tensors torch operations put where.
 
 Code that converts checkpoints works on these as on tensors. What only moves elements (cat, stack, split, transpose,
 reshape, ..) is followed; anything else raises an error.

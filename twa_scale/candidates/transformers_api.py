@@ -1,4 +1,4 @@
-"""What is used of the code of transformers for checkpoints: it is not public, and checked before it is used."""
+"""The private API of transformers that is used for checkpoints. It is checked before it is used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The optimizer of the coefficients: its settings, and what torch.optim has, without importing torch."""
+"""The settings of the optimizer of the coefficients, and a list of the optimizers of torch, without importing it."""
 
 import math
 from collections.abc import Callable, Mapping

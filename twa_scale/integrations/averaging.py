@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers share: their settings, the averages, and the learning of coefficients."""
+"""Shared by the callbacks of all trainers: their settings, the averages, and the learning of coefficients."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
@@ -109,7 +109,7 @@ class Averaging:
             )
 
     def _can_learn(self, steps: int) -> bool:
-        """Return whether the window has enough snapshots after so many steps, and report it where it has not."""
+        """Return whether the window will have enough snapshots after this number of steps, and report if not."""
         assert self.averages is not None
         found = len(self.averages.snapshot_steps)
         if found < 2:
@@ -141,7 +141,7 @@ class Averaging:
             accumulate: batches of a step.
             scaler: the scaler of the loss.
             log_every: steps between two calls of `log`; the last step is logged, too.
-            log: is given the loss, the step, the learning rate, and what describes the coefficients.
+            log: called with the loss, the step, the learning rate, and measures of the coefficients.
 
         Raises:
             TwaError: on every rank; the batches of a rank have ended.
@@ -180,7 +180,7 @@ def repeated(batches: Iterable[Any], set_epoch: Callable[[int], None]) -> Iterat
 
     Args:
         batches: of an epoch.
-        set_epoch: is given the number of each epoch, from 0, before its batches.
+        set_epoch: called with the number of each epoch, from 0, before its batches.
     """
     for epoch in count():
         set_epoch(epoch)

@@ -1,4 +1,4 @@
-"""The calls that are running: trainers do not give their callbacks everything that they need."""
+"""The frames of the running calls, for values that trainers do not pass to their callbacks."""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Counts the steps of optimizers, whoever calls them."""
+"""Count the steps of optimizers, which trainers call."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 def count_steps(count: Callable[[], None], optimizers: Iterable[Any]) -> list[RemovableHandle]:
     """Call `count` after each step of these optimizers, until the handles are removed.
 
-    Trainers skip steps, within a gradient accumulation and after an overflow: the optimizer knows. No handle is
-    returned for what is not an optimizer of torch, as DeepSpeed's are, whose engine has a count of its own.
+    Trainers skip steps within a gradient accumulation and after an overflow, so only the optimizer has the count.
+    Optimizers that are not of torch get no handle: those of DeepSpeed, whose engine counts steps itself.
     """
 
     def stepped(*_: object) -> None:

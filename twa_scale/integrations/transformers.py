@@ -127,7 +127,7 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         trainer.evaluate = with_average
 
     def _evaluated(self, evaluate: Callable[..., Any], which: Which, *args: Any, **kwargs: Any) -> Any:
-        """Return what the Trainer makes of an average; of the trained weights where there is none yet."""
+        """Return the metrics of an average; those of the trained weights if the average has no update yet."""
         assert self.averages is not None
         if not self.averages.has(which):
             return evaluate(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The model card of an output, README.md: what was averaged, as people and the Hugging Face hub read it."""
+"""The model card of an output, README.md, which describes the average for readers and for the Hugging Face hub."""
 
 import re
 import shlex
@@ -28,9 +28,9 @@ _MOST_ROWS = 200
 def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the small files of an output with its model card.
 
-    Only outputs that libraries load from the hub get one, which have a config.json, for example. A card that is carried
-    over from a candidate stays as it is, and gets a section between two markers; a section of an earlier average is
-    replaced. A card that is not UTF-8 stays without one.
+    Only outputs that libraries can load from the hub get one, such as those with a config.json. A card that is copied
+    from a candidate gets a section between two markers, which replaces that of an earlier average; its other text is
+    unchanged. A card that is not UTF-8 is copied without a section.
 
     Args:
         files: the small files, by their path in the output.

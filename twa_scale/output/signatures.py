@@ -1,4 +1,4 @@
-"""Signatures of weight files and training state, which cannot say themselves that this program wrote them."""
+"""Signatures of files that cannot hold a provenance: weight files of other formats, and training state."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The form of a model's snapshots: that in which its library saves and loads it."""
+"""The form of a model's snapshots: the names and shapes with which its library saves and loads it."""
 
 import torch
 

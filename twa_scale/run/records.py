@@ -1,4 +1,4 @@
-"""The metrics of a run: as JSON lines, and in what else it reports to. Rank 0 only."""
+"""The metrics of a run, as JSON lines and for other loggers. Rank 0 only."""
 
 import json
 import os

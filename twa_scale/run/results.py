@@ -1,4 +1,4 @@
-"""What a run writes about its average: values in the records, the cost of a step, and the files at the end."""
+"""The results of a run: when coefficients are recorded, the cost of a step, and the files at the end."""
 
 import json
 from collections.abc import Mapping
@@ -48,7 +48,8 @@ def costs(
         group: all ranks.
         device: the device of the model.
         steps: the number of steps of this process.
-        forward_backward: the seconds of forward and backward passes of a step, with what the average does in them.
+        forward_backward: the seconds of forward and backward passes of a step, including `project` and `combine`
+            inside them.
     """
     cost = twa.cost(steps)
     within = cost["project"]["seconds_in_backward"] + cost["combine"]["seconds_in_forward"]

@@ -1,4 +1,4 @@
-"""Averages of a model's weights while it trains, on any engine, without gathering it."""
+"""Averages of the weights of a model while it trains, with any engine and without gathering the weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,7 +112,7 @@ class RunningAverages:
 
     @property
     def names(self) -> list[str]:
-        """Averages that `weights` can show now, beside indices of snapshots and coefficients."""
+        """Averages that `weights` can show now, in addition to indices of snapshots and coefficients."""
         return names(self._ema, self._window)
 
     @property
@@ -177,7 +177,8 @@ class RunningAverages:
 
         Raises:
             ConfigError: a name that is unknown or not kept.
-            TwaError: nothing to show yet; weights that are not finite; a backward pass inside the block.
+            TwaError: the average has no update or snapshot yet; its weights are not finite; a backward pass ran inside
+                the block.
             RankError: another rank has left the block by an error: nothing is restored.
         """
         if self._learned:
@@ -186,7 +187,7 @@ class RunningAverages:
             yield
 
     def has(self, which: Which) -> bool:
-        """Return whether there is anything of an average to show yet: an update, or a snapshot.
+        """Return whether an average can be shown yet: after its first update, or its first snapshot.
 
         Raises:
             ConfigError: a name that is unknown or not kept.
@@ -200,10 +201,10 @@ class RunningAverages:
         return True
 
     def compare(self, score: Callable[[nn.Module], float], which: Sequence[Which] | None = None) -> Scores:
-        """Return what `score` makes of averages, one after another. Collective.
+        """Return the scores of several averages, each shown in turn. Collective.
 
         Args:
-            score: is given the model with an average in it, and returns a number; every rank calls it.
+            score: called on every rank with the model, which then holds an average; returns a number.
             which: as for `weights`; `names` when not given.
 
         Returns:
@@ -232,7 +233,7 @@ class RunningAverages:
         """Put a trainable average of the snapshots into the model, as `attach` does of candidates. Collective.
 
         The window is its store. This rank keeps a copy of its weights, which `restore` gives back; until then training
-        does not go on.
+        cannot continue.
 
         Args:
             config: as for `attach`, without `store`, `store_device` and `coding`, which are the window's.

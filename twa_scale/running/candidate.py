@@ -1,4 +1,4 @@
-"""Snapshots of a window in the place of candidates: what has names, shapes and types, but no file to read."""
+"""The snapshots of a window as candidates, which have names, shapes and dtypes, but no files."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -17,7 +17,7 @@ from twa_scale.running.ema import Ema
 from twa_scale.running.window import Window
 
 VERSION = 1
-_NONE = -1  # in the place of a step or a row that is not there yet
+_NONE = -1  # fills the places of snapshots that have not been taken yet
 
 State = dict[str, Any]
 

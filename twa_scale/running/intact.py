@@ -1,4 +1,4 @@
-"""Whether averages can be used: not after an error in the middle of a write."""
+"""Records whether averages can be used: after an error in the middle of a write they cannot."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from twa_scale.base.notices import notice
 from twa_scale.errors import TwaError
 
-_INTERRUPTED = "an error has interrupted an update in step(), which has left a part of the averages as it was before."
+_INTERRUPTED = "an error has interrupted an update in step(), so that only a part of the averages was updated."
 _OVERWRITTEN = "a state that does not fit was read into them by torch.distributed.checkpoint."
 _FIX = "Load a state, or make RunningAverages anew."
 
 
 class Intact:
-    """Remembers why the averages of this rank cannot be used."""
+    """Records why the averages of this rank cannot be used, if they cannot."""
 
     def __init__(self) -> None:
         self.why_not = ""

@@ -70,7 +70,7 @@ def carried_files(files: Files) -> CarriedFiles:
     """Return what exports of the average put beside the weights.
 
     Raises:
-        OutputError: a name or a file that cannot be.
+        OutputError: a name or a content is not valid.
     """
     check_files(files, BASE)
     content = {name: value if isinstance(value, bytes) else Path(value).read_bytes() for name, value in files.items()}
@@ -130,7 +130,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
     """Return a trainable average of the snapshots, whose first weights are in the model. Collective.
 
     Args:
-        engine: the model, made anew, since the average takes its gradients.
+        engine: a new engine of the model, because the average takes its gradients.
         pods: all ranks.
         window: holds at least two snapshots.
         config: made by `settings_for`.
@@ -167,7 +167,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
 def _measured(
     engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float]
 ) -> LoadedCandidates:
-    """Return what a pass over candidates would have found: products of the deltas, errors and checksums."""
+    """Return the products of the deltas, errors and checksums, which a pass over candidates computes otherwise."""
     n, device = window.count, window.store.device
     gram = Gram(len(layout.groups), n, device, diagonal=basis_class(config.basis).norms_only)
     b = torch.tensor(weights, dtype=torch.float32, device=device)
@@ -191,7 +191,7 @@ def _measured(
 
 @torch.no_grad()
 def _write_center(engine: Engine, layout: Layout, window: Window, weights: Sequence[float]) -> None:
-    """Write what is not trained as it is at the center."""
+    """Write the tensors that are not trained, with the weights of the center."""
     spans = [span for span in window.spans if span.name not in layout.group_of]
     window.write(torch.tensor(weights, dtype=torch.float64), {span: engine.live(span) for span in spans})
 

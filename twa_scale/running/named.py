@@ -1,4 +1,4 @@
-"""Averages that people name: "ema", "ema:0.999", "mean", "lawa:8", .."""
+"""The averages that names such as "ema", "ema:0.999", "mean" and "lawa:8" stand for."""
 
 import re
 
@@ -14,12 +14,12 @@ from twa_scale.running.window import Window
 NOW = ("last", "trained")
 """The weights that training has reached."""
 _FIXED = ("mean", "minus-sqrt")
-"""Those of `names`; of evenly spaced snapshots, "linear" is "mean"."""
+"""The averages of snapshots in `names`. "linear" is left out: it is "mean" for evenly spaced snapshots."""
 _LAWA = re.compile(r"lawa:(\d+)")
 
 
 def names(ema: Ema | None, window: Window | None) -> list[str]:
-    """Return the averages that can be shown now, beside indices and coefficients."""
+    """Return the averages that can be shown now, in addition to indices and coefficients."""
     found = [NOW[0]]
     if ema and ema.updates:
         plain = [name for name in ema.names if name != BEMA]
@@ -33,7 +33,7 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
 
     Raises:
         ConfigError: a name that is unknown, or that this object does not keep; coefficients that are not n numbers.
-        TwaError: an average of which there is nothing yet, or of more snapshots than there are yet.
+        TwaError: an average without an update, or of more snapshots than have been taken yet.
     """
     text = re.sub(r"\s*:\s*", ":", which.strip().lower()) if isinstance(which, str) else None
     if text in NOW:
@@ -46,14 +46,14 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
     over = which if text is None else _checked(text.removeprefix("window:"), window)
     if window is None:
         raise ConfigError(f"weights: {which!r} is an average of snapshots; make RunningAverages with window={{..}}.")
-    factors[:n] = _of_so_many(over, n, window.settings.keep)
+    factors[:n] = _over_window(over, n, window.settings.keep)
     return factors
 
 
 def _ema(text: str, ema: Ema | None) -> int:
     if ema is None:
         example = "{'bema': True}" if text == BEMA else "[0.999]"
-        raise ConfigError(f"weights: {text!r}; make RunningAverages with ema={example}, say.")
+        raise ConfigError(f"weights: {text!r}; make RunningAverages with ema={example}, for example.")
     kept = f"this object keeps {', '.join(ema.names)}; window:{text} would be the one over the snapshots"
     names = list(ema.names)
     plain = [name for name in names if name != BEMA]
@@ -97,7 +97,7 @@ def _checked(name: str, window: Window | None) -> str:
     return name
 
 
-def _of_so_many(which: Which, n: int, keep: int) -> torch.Tensor:
+def _over_window(which: Which, n: int, keep: int) -> torch.Tensor:
     """Return the coefficients of n snapshots, (n,), float64, in a window that will hold `keep`.
 
     Raises:

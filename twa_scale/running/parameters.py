@@ -1,4 +1,4 @@
-"""The part of a model that is averaged: the memory of its weights and buffers, and what must not change in it."""
+"""The weights and buffers of a model that are averaged, and checks that they are not replaced."""
 
 import torch
 
@@ -18,7 +18,7 @@ class Parameters:
     Args:
         engine: holds the model.
         pods: all ranks.
-        device: "auto" or "cpu": where averages lie.
+        device: "auto" or "cpu": the device of the averages.
         with_buffers: whether the averages hold buffers, so that these must stay as they are.
 
     Raises:
@@ -62,7 +62,7 @@ class Parameters:
         return buffers
 
     def allocate(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return zeros where averages lie."""
+        """Return zeros on the device of the averages."""
         if self._in_host_memory:
             return self._pages.zeros(count, dtype=dtype, device=torch.device("cpu"))
         return torch.zeros(count, dtype=dtype, device=self._engine.device)

@@ -1,4 +1,4 @@
-"""Detects that `step()` is called more often than the optimizer's."""
+"""Detects calls of `step()` that no step of the optimizer preceded."""
 
 from collections.abc import Mapping
 
@@ -7,16 +7,16 @@ import torch
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 
-_ENOUGH = 8  # updates without a write before, which a loss scaler that skips its first steps does not reach
-_PART = 3  # one of so many updates is without a write
+_MIN_UNCHANGED = 8  # updates without a write before them; a loss scaler that skips its first steps causes fewer
+_UNCHANGED_OF = 3  # at least one of three updates is without a write
 _SAMPLE = 64  # elements of each tensor
 
 
 class Repeats:
-    """Reports once that weights are often the same at two updates one after the other.
+    """Reports once if the weights are often equal at two consecutive updates.
 
-    torch counts writes in a tensor's version. Some optimizers write without it, so that a comparison of values decides,
-    for which the host waits once for a GPU.
+    torch counts writes in the version of a tensor. Some optimizers do not increase it, so a comparison of values
+    decides, for which the host waits once for a GPU.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Repeats:
         self._decided = False
 
     def check(self, versions: Mapping[str, object], live: Mapping[Span, torch.Tensor], *, report: bool) -> None:
-        """Note an update, and report where the weights were often not written since the one before.
+        """Record an update, and report if the weights were often not written between updates.
 
         Args:
             versions: values that change when torch writes the weights; empty where the engine cannot say.
@@ -46,7 +46,7 @@ class Repeats:
                     f"averages.step(): the weights were not written before {self._same} of {self._updates} updates. "
                     "Call it once, after each step of the optimizer: not in every micro-batch, and not twice."
                 )
-        elif self._same >= _ENOUGH and self._same * _PART >= self._updates:
+        elif self._same >= _MIN_UNCHANGED and self._same * _UNCHANGED_OF >= self._updates:
             self._sample = _sample(live)
 
 

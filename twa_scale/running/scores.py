@@ -1,4 +1,4 @@
-"""What `compare` returns."""
+"""The scores of several averages, the result of `RunningAverages.compare`."""
 
 
 class Scores(dict[str, float]):

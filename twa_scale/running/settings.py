@@ -1,4 +1,4 @@
-"""What a user can set of running averages."""
+"""The settings of running averages."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import log, log1p

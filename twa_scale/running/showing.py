@@ -1,4 +1,4 @@
-"""Averages in the model in place of the trained weights, of which this rank then holds a copy."""
+"""Show averages in the model in place of the trained weights, of which this rank then holds a copy."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ _LOST = (
 
 
 class Showing:
-    """Shows averages, and keeps and gives back the trained weights. All methods are collective.
+    """Shows averages, and saves and restores the trained weights. All methods are collective.
 
     Args:
         engine: holds the model.

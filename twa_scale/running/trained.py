@@ -1,4 +1,4 @@
-"""A copy of the trained weights of this rank, for the time in which the model holds others."""
+"""A copy of the trained weights of this rank while the model holds other weights."""
 
 from collections.abc import Mapping
 

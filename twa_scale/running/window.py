@@ -1,4 +1,4 @@
-"""The last snapshots of this rank's weights: the oldest in float32, and what each later one adds to the one before."""
+"""The last snapshots of this rank's weights: the oldest in float32, and the difference of each to the one before."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -24,7 +24,7 @@ class Window:
     """Snapshots of the spans of a rank. Nothing here is collective.
 
     Snapshot k is the base plus the first k increments. An increment is the rounded difference of the weights to what
-    the store makes of the snapshot before, so errors do not add up. Increments lie in the rows of a store, which one
+    the store makes of the snapshot before, so errors do not add up. Increments are the rows of a store, which one
     pass reads, in a ring: dropping the oldest snapshot adds its successor's increment to the base and frees its row.
 
     Args:
@@ -85,7 +85,7 @@ class Window:
         return list(self._held)
 
     def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
-        """Return the rows and the base of a span, as they lie in memory."""
+        """Return the rows and the base of a span, without a copy."""
         rows, base = self._held[span]
         assert rows is not None and base is not None
         return rows, base

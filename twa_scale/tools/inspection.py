@@ -1,4 +1,4 @@
-"""What candidates hold and how they lie to each other, from one streamed pass; and what `inspect` prints of it."""
+"""The contents of candidates and their distances and angles, from one streamed pass; the output of `inspect`."""
 
 import json
 from collections import Counter

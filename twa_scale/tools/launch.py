@@ -1,4 +1,4 @@
-"""The command that starts `twa-scale run` on many ranks, as the scripts in launch/ have it."""
+"""The command that starts `twa-scale run` on many ranks, as in the scripts of launch/."""
 
 import os
 import shlex

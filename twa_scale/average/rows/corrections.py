@@ -32,9 +32,9 @@ def row_bytes(config: TwaConfig, n: int, rows: int) -> int:
 class RowCorrections:
     """A row r of a tensor in group g has the weights w_r = c_r + sum_i u[i] delta_i,r with u = T_g (x_g + y_r).
 
-    y starts at zero and is trained at a lower rate than x, so it corrects what the tensor has in common. Rows live on
-    the ranks that hold them. Only rows that a shard boundary cuts are exchanged within a shard group; the gradients of
-    all rows are averaged over replicas.
+    y starts at zero and is trained at a lower rate than x: x fits what the rows of a group have in common, and y the
+    single rows. Each rank keeps the y of the rows that it holds. Only rows that a shard boundary cuts are exchanged
+    within a shard group; the gradients of all rows are averaged over replicas.
 
     Args:
         config: the optimizer and the rate of the rows.

@@ -1,4 +1,4 @@
-"""What the adapter_config.json of PEFT says of an adapter: its kind, its ranks and its scalings."""
+"""Read the adapter_config.json of PEFT: the kind, the ranks and the scalings of an adapter."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""LoRA adapters as points of one space in which sums of their products are sums of tensors."""
+"""LoRA adapters with concatenated factors, so that averages of their products are averages of tensors."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from twa_scale.candidates.proxy import CandidateProxy
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the tensor of one adapter lies in the concatenation of all, along one dimension.
+    """The position of the tensor of one adapter in the concatenation of all, along one dimension.
 
     The row-major flattening of the concatenation has rows of `width` elements, of which [start, start + own) are those
     of the adapter; its other elements are zero.
@@ -43,7 +43,7 @@ class Concatenated(CandidateProxy):
 
     Args:
         candidate: one of the adapters, its B multiplied by its scaling.
-        places: where its factors lie, by tensor.
+        places: the positions of its factors, by tensor.
         ranks: R by module.
         own: the first of its ranks and the one after the last, by module.
         experts: how many matrices A and B of a module are stacked: one, but for experts that PEFT adapts as one tensor.
@@ -103,7 +103,7 @@ class Concatenated(CandidateProxy):
             begin = end
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor, flattened; None for a factor, which no file holds as it is here."""
+        """Return a view of a whole tensor, flattened; None for a factor, because no file holds the concatenation."""
         return None if name in self._places else super().mapped(name)
 
 
@@ -142,7 +142,7 @@ def concatenated(candidates: Sequence[Candidate], experts: Mapping[str, int]) ->
 def _places_of(
     candidate: Candidate, factors: Factors, start: int, own: int, total: int, experts: int
 ) -> dict[str, _Place]:
-    """Return where the factors lie: PEFT stacks A as (experts, r, in), and B as (out, r, experts)."""
+    """Return the positions of the factors. PEFT stacks A as (experts, r, in), and B as (out, r, experts)."""
     places = {}
     for name, dim, inner in ((factors.a, 0, prod(candidate.shape(factors.a)[1:])), (factors.b, 1, experts)):
         places[name] = _Place(dim, total * experts, start * inner, own * inner, total * inner)

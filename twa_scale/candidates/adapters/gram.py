@@ -1,4 +1,4 @@
-"""Inner products of the updates of adapters, from their factors alone: no update is ever a matrix."""
+"""Inner products of the updates of adapters, computed from their factors without the full matrices."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The factors of LoRA among the tensors of a candidate, told by their names."""
+"""Find the factors of LoRA among the tensors of a candidate, by their names."""
 
 import re
 from collections.abc import Iterable
@@ -22,11 +22,11 @@ class Factors:
     a: str
     b: str
     bias: str | None = None
-    """Of B (`lora_bias`): s times this is added to the output."""
+    """The bias of B (`lora_bias`): s times the bias is added to the output."""
 
 
 def factors_in(names: Iterable[str]) -> dict[str, Factors]:
-    """Return the factors of LoRA by module; other tensors, such as `modules_to_save`, are none."""
+    """Return the factors of LoRA by module. Other tensors, such as `modules_to_save`, are left out."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
         if match := _FACTOR.fullmatch(name):
@@ -40,7 +40,7 @@ def factors_in(names: Iterable[str]) -> dict[str, Factors]:
 
 
 def other_parts(names: Iterable[str], factors: Iterable[Factors]) -> list[str]:
-    """Return the tensors of LoRA that are neither A nor B: the magnitudes of DoRA, for one."""
+    """Return the tensors of LoRA that are neither A nor B, such as the magnitudes of DoRA."""
     known = {name for one in factors for name in (one.a, one.b, one.bias)}
     return [name for name in names if _OF_LORA.search(name) and name not in known]
 

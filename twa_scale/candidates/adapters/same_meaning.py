@@ -1,4 +1,4 @@
-"""Settings of adapters that decide what their tensors mean: adapters that differ in them have no average."""
+"""Refuse adapters whose settings give their tensors different meanings: they have no average."""
 
 from collections.abc import Sequence
 from typing import Any

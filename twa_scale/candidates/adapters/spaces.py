@@ -1,4 +1,4 @@
-"""In which space adapters are averaged: their factors one by one, or the products of their factors."""
+"""The space in which adapters are averaged: their factors separately, or the products of their factors."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""What the Triton kernels share: the sizes of programs, the launches for a span, and the decoding of codes."""
+"""Shared by the Triton kernels: the sizes of programs, the launches for a span, and the decoding of codes."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

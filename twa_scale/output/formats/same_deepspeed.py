@@ -1,4 +1,4 @@
-"""The files of the last candidate of DeepSpeed, in which only the numbers of its weights are replaced."""
+"""Copies of the files of the last candidate, a checkpoint of DeepSpeed, with replaced weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ from twa_scale.output.formats.placed_files import PlacedFiles
 
 
 class SameDeepSpeedFormat(OutputFormat):
-    """A copy of a checkpoint of DeepSpeed with other numbers in the weights.
+    """A copy of a checkpoint of DeepSpeed with other values of the weights.
 
-    They are replaced in the partitions of the optimizer, which DeepSpeed restores the weights from, and in the
-    files of the model. The moments of the optimizer, counters and what a script has added keep their bits.
+    The weights are replaced in the partitions of the optimizer, from which DeepSpeed restores them, and in the files of
+    the model. The moments of the optimizer, counters and entries that a script has added are unchanged.
 
     Args:
         origin: the format of the last candidate, and the versions of its files.
@@ -65,7 +65,7 @@ class _DeepSpeedFiles(PlacedFiles):
         return self._copies
 
     def create(self, directory: Path) -> None:
-        """Find out what to copy."""
+        """List the files to copy."""
         self._copies = [
             Copy(name, source, self._versions.get(source, version_of(source.stat())))
             for source, name in zip(self._sources, self.names, strict=True)

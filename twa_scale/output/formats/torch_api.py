@@ -1,4 +1,4 @@
-"""What is used of torch that is not public: it is checked before it is used."""
+"""The private API of torch that is used. It is checked before it is used."""
 
 from importlib import import_module
 from pathlib import Path

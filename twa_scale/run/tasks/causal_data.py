@@ -22,7 +22,7 @@ from twa_scale.run.tasks.tokens import Array, Dtype, Spool, TokenFile, Tokens
 Documents = Literal["joined", "packed", "padded"]
 _KINDS = ("text", "tokens", "chat")
 _PLAIN = (".csv", ".tsv", ".json")  # tables that are plain text unless `text_key` is set
-_KIND_OF = {  # the kind of data for which a setting is
+_KIND_OF = {  # the kind of data that a setting applies to
     "text_key": "text",
     **dict.fromkeys(("tokens_key", "token_dtype", "document_end"), "tokens"),
     **dict.fromkeys(("messages_key", "chat_template_kwargs"), "chat"),
@@ -59,7 +59,7 @@ class Source(Section):
     messages_key: str = Field("messages", description="Column of the messages in records.")
     chat_template_kwargs: dict[str, Any] = Field(
         {},
-        description="Variables of the chat template beside the messages, such as `{enable_thinking: false}`. The "
+        description="Further variables of the chat template, such as `{enable_thinking: false}`. The "
         "template must use each of them.",
     )
     token_dtype: Dtype | None = Field(
@@ -223,7 +223,7 @@ class SourceReader:
         return [self._token_file(path)]
 
     def _divided(self, sequences: list[Tokens]) -> list[Tokens]:
-        """Return sequences with those divided at `document_end` that do not know their documents."""
+        """Return the sequences. Files of tokens without known documents are divided after each `document_end`."""
         end = self._source.document_end
         if end is None:
             return sequences
@@ -270,7 +270,7 @@ def _read(path: Path) -> str:
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[Array]:
     """Return the tokens of each text and its end: the end-of-text token of the tokenizer, or a line feed of bytes.
 
-    A text begins with the token for that, where the tokenizer puts it there itself, as those of Llama and Gemma do.
+    If the tokenizer adds a beginning-of-text token itself, as those of Llama and Gemma do, each text begins with it.
     """
     if tokenizer is None:
         return [np.frombuffer(text.encode() + b"\n", np.uint8) for text in texts]

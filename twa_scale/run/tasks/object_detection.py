@@ -63,7 +63,7 @@ class ObjectDetection:
     higher_is_better = True
 
     def __init__(self, options: ObjectDetectionOptions) -> None:
-        """Read the annotations and the model's configuration. Images are read at their access.
+        """Read the annotations and the model's configuration. Images are read when they are accessed.
 
         Raises:
             ConfigError: a path, an annotation or the model cannot be used.

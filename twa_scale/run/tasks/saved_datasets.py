@@ -16,7 +16,7 @@ _SPLIT_OF = {**_NAMES, "test": "test"}
 def saved_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a saved dataset, in order, or an empty list for any other path.
 
-    Files beside them are results of `map` and `filter` that the library keeps.
+    Other files of the directory are cached results of `map` and `filter`.
 
     Raises:
         ConfigError: the folder holds several splits, or a file is missing.

@@ -177,7 +177,7 @@ def _size(path: str) -> str:
     found = Path(path)
     try:
         files = [found] if found.is_file() else [file for file in found.rglob("*") if file.is_file()]
-        return size_text(sum(file.stat().st_size for file in files)) if files else "no longer there"
+        return size_text(sum(file.stat().st_size for file in files)) if files else "deleted"
     except OSError:
         return "unknown"
 

@@ -1,4 +1,4 @@
-"""What a directory tells of a run: of `twa-scale run`, of an exported average, or of a trainer with our callback."""
+"""Read the directory of a run, of an exported average, or of a trainer with our callback."""
 
 import json
 from collections.abc import Sequence
