@@ -689,28 +689,35 @@ def test_transformers_missing(bert: str, monkeypatch: pytest.MonkeyPatch) -> Non
 # Code that comes with a model
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_of_a_model_directory_is_never_run(tmp_path: Path, file: str) -> None:
+def test_code_of_a_model_directory_is_never_run(tmp_path: Path) -> None:
     """With an answer for every prompt: what asks whether to run it must not be reached."""
-    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Any:\n    pass\n"
-    (tmp_path / "own.py").write_text(code)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "of-its-own", "vocab_size": 8}))
-    known = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {"tokenizer_class": "Own"}
-    auto_map = {"AutoConfig": "own.Any", "AutoModelForCausalLM": "own.Any", "AutoTokenizer": ["own.Any", None]}
-    (tmp_path / file).write_text(json.dumps({**known, "auto_map": auto_map}))
+    directories = []
+    for file in ("config.json", "tokenizer_config.json"):
+        directory = tmp_path / file
+        directory.mkdir()
+        (directory / "own.py").write_text(f"open({str(directory / 'ran')!r}, 'w')\nclass Any:\n    pass\n")
+        (directory / "config.json").write_text(json.dumps({"model_type": "of-its-own", "vocab_size": 8}))
+        known = json.loads((directory / file).read_text()) if file == "config.json" else {"tokenizer_class": "Own"}
+        auto_map = {"AutoConfig": "own.Any", "AutoModelForCausalLM": "own.Any", "AutoTokenizer": ["own.Any", None]}
+        (directory / file).write_text(json.dumps({**known, "auto_map": auto_map}))
+        directories.append(directory)
     program = """
-import subprocess
 import sys
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
-for loads in (huggingface.load_config, huggingface.load_tokenizer):
-    try:
-        loads(sys.argv[1])
-    except ConfigError as error:
-        print(error)
+for directory in sys.argv[1:]:
+    for loads in (huggingface.load_config, huggingface.load_tokenizer):
+        try:
+            loads(directory)
+        except ConfigError as error:
+            print(error)
+    print("end of a directory")
 """
-    command = [sys.executable, "-c", program, str(tmp_path)]
+    command = [sys.executable, "-c", program, *map(str, directories)]
     done = subprocess.run(command, input="y\n" * 100, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "ran").exists()
-    assert "needs Python code that comes with it" in done.stdout and "trust_remote_code" not in done.stdout
+    *said, rest = done.stdout.split("end of a directory\n")
+    assert rest == "" and "trust_remote_code" not in done.stdout
+    for directory, text in zip(directories, said, strict=True):
+        assert not (directory / "ran").exists()
+        assert "needs Python code that comes with it" in text

@@ -152,22 +152,15 @@ def match(
     kept = [name for name in kept if may_be_missing(name)]
     base = [name for name in kept if adapter and not adapter.holds(name)]
     kept = [name for name in kept if not adapter or adapter.holds(name)]
-    for name, info in parameters.items():
-        for alias in held_as.get(name, ()):
-            _check_shape(alias, info.shape, candidates[0])
-    for name in found_buffers:
-        _check_shape(found[name], tuple(buffers[name].shape), candidates[0])
+    shapes = {name: info.shape for name, info in parameters.items()}
+    wanted_shapes = {alias: shapes[name] for name, aliases in held_as.items() for alias in aliases}
+    wanted_shapes |= {found[name]: tuple(buffers[name].shape) for name in found_buffers}
+    _check_shapes(wanted_shapes, candidates[0])
     in_sum = summed(candidates[-1])
     all_summed = frozenset(name for name, (source, *_) in held_as.items() if source in in_sum)
     trainable = [name for name, info in parameters.items() if info.trainable and name in held_as]
     trained = selected([name for name in trainable if name not in all_summed], config.include, config.exclude)
-    if not trained:
-        raise ConfigError(
-            f"nothing to train: of {len(held_as)} parameters {len(trainable)} require a gradient, and include and "
-            "exclude leave none of them. Widen the patterns, or set requires_grad"
-            f"{' (PeftModel.from_pretrained(.., is_trainable=True))' if adapter else ''}."
-        )
-    shapes = {name: info.shape for name, info in parameters.items()}
+    _require_any(trained, len(trainable), len(held_as), has_adapter=adapter is not None)
     grouping = grouped(trained, config.groups, shapes, stacked or {})
     return Layout(
         groups=grouping.groups,
@@ -264,11 +257,21 @@ def _refuse_leftovers(leftover: list[str], known: list[str], first: Candidate, h
         )
 
 
-def _check_shape(name: str, shape: tuple[int, ...], first: Candidate) -> None:
-    if first.shape(name) != shape:
-        raise CandidateError(
-            f"{first.label}: tensor {name!r} has shape {first.shape(name)}, the model's is {shape}; candidates must "
-            "be of the same architecture as the model."
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], first: Candidate) -> None:
+    for name, shape in shapes.items():
+        if first.shape(name) != shape:
+            raise CandidateError(
+                f"{first.label}: tensor {name!r} has shape {first.shape(name)}, the model's is {shape}; candidates "
+                "must be of the same architecture as the model."
+            )
+
+
+def _require_any(trained: Sequence[str], num_trainable: int, num_parameters: int, *, has_adapter: bool) -> None:
+    if not trained:
+        raise ConfigError(
+            f"nothing to train: of {num_parameters} parameters {num_trainable} require a gradient, and include and "
+            "exclude leave none of them. Widen the patterns, or set requires_grad"
+            f"{' (PeftModel.from_pretrained(.., is_trainable=True))' if has_adapter else ''}."
         )
 
 

@@ -79,36 +79,28 @@ def search(
     require_same_settings(pods, {**arguments, "constraint": constraint, "record": str(record)})
     with pods.agree():
         _check(average, method, budget, constraint, seed)
-    corrected = any(bool(rows.any()) for rows in average.row_corrections().values())
-    with pods.agree():
-        if corrected:
-            raise ConfigError(
-                "search: the rows of this average have trained corrections, which a search would drop. Search before "
-                "training, or train with groups without '+row'."
-            )
+    _require_no_corrections(average)
     sign = -1.0 if higher_is_better else 1.0
     evaluations: list[Evaluation] = []
-    source: Proposals | None = None
-    kept: Record | None = None
-    with pods.agree():  # only one rank proposes: results may differ in rounding between ranks
+    proposer: _Proposer | None = None
+    with pods.agree():
         if pods.rank == 0:
             source = proposals(method, average.coefficients.cpu().numpy(), constraint, seed)
             kept = None if record is None else Record(Path(record), _digest(average), notice)
-    loss: float | None = None
-    with closing(kept) if kept else nullcontext():
+            proposer = _Proposer(source, kept, sign)
+    with closing(proposer) if proposer else nullcontext():
         while len(evaluations) < budget:
             found: tuple[Proposal | None, float | None] = (None, None)
             with pods.agree():
-                if source:
-                    found = _next(source, kept, loss)
+                if proposer:
+                    found = proposer.next()
             proposal, known = pods.broadcast(found)
             if proposal is None:
                 break
             a = torch.from_numpy(proposal.coefficients)
             value = _measured(average, score, a) if known is None else known
-            if kept and known is None:
-                kept.add(proposal.label, proposal.coefficients, value)
-            loss = sign * value
+            if proposer:
+                proposer.add(proposal, value, known=known is not None)
             evaluations.append(Evaluation(proposal.label, a, value))
             tried(evaluations[-1])
     finite = [evaluation for evaluation in evaluations if isfinite(evaluation.score)]
@@ -152,13 +144,49 @@ def _uneven(n: int) -> torch.Tensor:
     return parts / parts.sum()
 
 
-def _next(source: Proposals, kept: Record | None, loss: float | None) -> tuple[Proposal | None, float | None]:
-    """Return the next average, and its score if the record has it; (None, None) at the end."""
-    try:
-        proposal = next(source) if loss is None else source.send(loss)
-    except StopIteration:
-        return None, None
-    return proposal, kept.scores.get(digest_of(proposal.coefficients)) if kept else None
+class _Proposer:
+    """Proposes averages and records their scores. On one rank only, because methods may round differently on others.
+
+    Args:
+        source: the generator of the method.
+        record: the file of the scores.
+        sign: the factor from a score to the loss that the method minimizes.
+    """
+
+    def __init__(self, source: Proposals, record: Record | None, sign: float) -> None:
+        self._source = source
+        self._record = record
+        self._sign = sign
+        self._loss: float | None = None
+
+    def next(self) -> tuple[Proposal | None, float | None]:
+        """Return the next average, and its score if the record has it; (None, None) at the end."""
+        try:
+            proposal = next(self._source) if self._loss is None else self._source.send(self._loss)
+        except StopIteration:
+            return None, None
+        return proposal, self._record.scores.get(digest_of(proposal.coefficients)) if self._record else None
+
+    def add(self, proposal: Proposal, score: float, *, known: bool) -> None:
+        """Take the score of the last proposal; one that the record does not have is written."""
+        if self._record and not known:
+            self._record.add(proposal.label, proposal.coefficients, score)
+        self._loss = self._sign * score
+
+    def close(self) -> None:
+        """Close the record."""
+        if self._record:
+            self._record.close()
+
+
+def _require_no_corrections(average: TrainableAverage) -> None:
+    corrected = any(bool(rows.any()) for rows in average.row_corrections().values())
+    with average.pods.agree():
+        if corrected:
+            raise ConfigError(
+                "search: the rows of this average have trained corrections, which a search would drop. Search before "
+                "training, or train with groups without '+row'."
+            )
 
 
 def _measured(average: TrainableAverage, score: Callable[[], float], coefficients: torch.Tensor) -> float:

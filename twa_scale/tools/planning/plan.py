@@ -84,10 +84,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     Raises:
         TwaError: the errors that `run` raises before it reads the candidates.
     """
-    row = Dense.one(torch.ones(1))
-    # These load the compilers of the kernels and, with its first optimizer, of torch, which take memory.
-    choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)
-    make_optimizer(config, nn.Parameter(torch.zeros(1)))
+    _load_compilers(config)
     engine = run_engine(config, World(rank=0, size=ranks, local_rank=0))
     engine.load_libraries()
     task = build_task(config.task)
@@ -98,22 +95,14 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     with torch.device("meta"):
         model = task.model().to(torch.float32)
     runtime = resident()  # includes the imports of the task, and its data in memory
-    _, parameters = named_parameters(model)
-    parameters = real_parameter_infos(parameters)
-    buffers = {name: real_view(buffer) for name, buffer in persistent_buffers(model).items()}
-    adapter = live_adapter(model)
-    wanted = wanted_of(parameters, buffers, config, model, adapter)
-    candidates = open_candidates(config.candidates, wanted=wanted, select=config.select)
-    layout = match(parameters, buffers, candidates, config, adapter, experts_of(model, parameters, config))
+    tensors = _tensors_of(model, config)
+    parameters, layout, n = tensors.parameters, tensors.layout, len(tensors.candidates)
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
-    n = len(candidates)
     owned = {name: engine.owned_elements(info) for name, info in parameters.items()}
     read = {name: size for name, size in owned.items() if name in layout.held_as}
     local = {name: owned[name] for name in layout.group_of}
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
-    elements = sum(prod(parameters[name].shape) for name in layout.group_of)
-    itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in read for candidate in candidates)
-    streaming = {"streaming": scratch_bytes(n, max(read.values()), itemsize, config.read_chunk)}
+    streaming = {"streaming": _streaming_bytes(tensors, read, config.read_chunk)}
     sizes = _span_sizes(layout, local)
     store = {f"store ({config.store})": store_bytes(config.store, n, sizes)}
     offloaded = device == "cuda" and config.store_device == "cpu"
@@ -127,25 +116,60 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         store=config.store,
         num_candidates=n,
         num_groups=len(layout.groups),
-        trained_elements=elements,
+        trained_elements=sum(prod(parameters[name].shape) for name in layout.group_of),
         local_sizes=local,
-        mapped_bytes=_mapped_bytes(candidates, layout, local) if device == "cpu" else None,
+        mapped_bytes=_mapped_bytes(tensors, local) if device == "cpu" else None,
         memory={
             "python and libraries": runtime,
             "weights": engine.weight_bytes(parameters),
             **engine.partition_bytes(parameters),
-            "buffers": sum(prod(b.shape) * b.element_size() for b in buffers.values()),
+            "buffers": sum(prod(b.shape) * b.element_size() for b in tensors.buffers.values()),
             **store_on_device,
             **({"corrections of rows": rows.held} if rows.held else {}),
         },
         attach={} if offloaded else streaming,
         step={**activations, **engine.transient_bytes(model, parameters)},
         host={**store, **streaming} if offloaded else {},
-        bytes_read=job_bytes(candidates, _jobs(parameters, buffers, layout, read, candidates)),
+        bytes_read=job_bytes(tensors.candidates, _jobs(tensors, read)),
         wire={**_summed(engine, numbers), **engine.wire_bytes(model, parameters)},
         wire_between_pods={name: all_reduced(size, config.pods) for name, size in between.items() if size},
         notes=(*notes, *rows.notes),
     )
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """The tensors of a model, and the candidates in which they were found."""
+
+    parameters: dict[str, ParameterInfo]
+    buffers: dict[str, torch.Tensor]
+    candidates: Sequence[Candidate]
+    layout: Layout
+
+
+def _load_compilers(config: RunConfig) -> None:
+    """Load the compilers of the kernels, and that of torch with its first optimizer: a run needs their memory."""
+    row = Dense.one(torch.ones(1))
+    choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)
+    make_optimizer(config, nn.Parameter(torch.zeros(1)))
+
+
+def _tensors_of(model: nn.Module, config: RunConfig) -> _Tensors:
+    _, parameters = named_parameters(model)
+    parameters = real_parameter_infos(parameters)
+    buffers = {name: real_view(buffer) for name, buffer in persistent_buffers(model).items()}
+    adapter = live_adapter(model)
+    wanted = wanted_of(parameters, buffers, config, model, adapter)
+    candidates = open_candidates(config.candidates, wanted=wanted, select=config.select)
+    layout = match(parameters, buffers, candidates, config, adapter, experts_of(model, parameters, config))
+    return _Tensors(parameters, buffers, candidates, layout)
+
+
+def _streaming_bytes(tensors: _Tensors, read: dict[str, int], read_chunk: int) -> int:
+    """Return the bytes of the buffers with which attach reads; `read` are the elements of a rank, by tensor."""
+    candidates, layout = tensors.candidates, tensors.layout
+    itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in read for candidate in candidates)
+    return scratch_bytes(len(candidates), max(read.values()), itemsize, read_chunk)
 
 
 def _summed(engine: RunEngine, numbers: dict[str, int]) -> dict[str, int]:
@@ -163,21 +187,17 @@ def _span_sizes(layout: Layout, local: dict[str, int]) -> list[int]:
     return [len(span) for span in spans]
 
 
-def _jobs(
-    parameters: dict[str, ParameterInfo],
-    buffers: dict[str, torch.Tensor],
-    layout: Layout,
-    owned: dict[str, int],
-    candidates: Sequence[Candidate],
-) -> Iterator[Job]:
+def _jobs(tensors: _Tensors, owned: dict[str, int]) -> Iterator[Job]:
     """Yield the reads of attach on the first rank, which also reads the buffers."""
-    found = {**owned, **{name: buffers[name].numel() for name in layout.buffers}}
+    candidates, layout = tensors.candidates, tensors.layout
+    found = {**owned, **{name: tensors.buffers[name].numel() for name in layout.buffers}}
     for name, size in found.items():
         yield Span(layout.source(name), 0, size), range(len(candidates))
     yield from alias_jobs([Span(name, 0, size) for name, size in owned.items()], layout, candidates)
 
 
-def _mapped_bytes(candidates: Sequence[Candidate], layout: Layout, local: dict[str, int]) -> int | None:
+def _mapped_bytes(tensors: _Tensors, local: dict[str, int]) -> int | None:
+    candidates, layout = tensors.candidates, tensors.layout
     try:
         for name in local:
             for candidate in candidates:
