@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +23,9 @@ from tests.ranks.cases import Run
 from tests.ranks.test_batchnorm import ByKeyword, batches
 from tests.ranks.test_reading import save
 from twa_scale import CandidateError, ConfigError, EngineError, Snapshots, TwaError
+from twa_scale.average.rows.exchange import RowExchange
+from twa_scale.config.kinds import RowDtype
+from twa_scale.ranks import Group, Pods, Reduction
 
 LAYOUTS: dict[str, list[tuple[str, int]]] = {  # engine and ranks of every pod
     "2 x 2 fsdp2": [("fsdp2", 2)] * 2,
@@ -133,6 +136,60 @@ def attach_rows(layout: Layout) -> None:
 def test_rows_need_pods_of_equal_size(ranks: Pool) -> None:
     with pytest.raises(ConfigError, match="replica_group of each rank must hold its counterparts"):
         ranks(attach_rows, 3, layout=LAYOUTS["uneven"])
+
+
+def exchange_often(dtype: RowDtype, forget: bool) -> list[Tensor]:
+    """Return the sums over 50 steps of averaged gradients, of exact means, and of the absolute values of these."""
+    alone, world = Group.alone(), Group.world()
+    exchange = RowExchange(dtype, Reduction("auto", Pods(alone, world), alone, world))
+    sums = [torch.zeros(5, 7) for _ in range(3)]
+    for step in range(50):
+        torch.manual_seed(step)
+        of_ranks = (1 + torch.randn(world.size, 5, 7)) * 10.0 ** torch.arange(-3, 4)  # rows of different sizes
+        mine, mean = of_ranks[world.rank].clone(), of_ranks.mean(0)
+        exchange.average_(mine)
+        if forget:
+            exchange.forget()
+        for total, value in zip(sums, (mine, mean, mean.abs()), strict=True):
+            total += value
+    return sums
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 1e-4), ("int8", 1e-3)])
+def test_errors_of_rounded_gradients_do_not_add_up(ranks: Pool, dtype: RowDtype, error: float) -> None:
+    results = ranks(exchange_often, 3, dtype=dtype, forget=False)
+    total, exact, size = results[0]
+    assert all(torch.equal(one[0], total) for one in results)
+    found = ((total - exact).abs() / size).max()
+    assert found < error
+    if dtype != "float32":
+        total, exact, size = ranks(exchange_often, 3, dtype=dtype, forget=True)[0]
+        assert ((total - exact).abs() / size).max() > 3 * found
+
+
+def train_rounded(dtype: RowDtype) -> tuple[dict[str, Tensor], list[bool]]:
+    """Return the weights after steps of two pods, and whether a step has the same bits from a saved state."""
+    place = join(LAYOUTS["2 x 2 fsdp2"])
+    model, twa = attach(place, Run({**ROWS.config, "row_exchange": dtype}))
+    for step in range(ROWS.steps):
+        cases.one_step(model, twa, step)
+    weights, state = cases.gathered(model), twa.state_dict()
+    cases.one_step(model, twa, ROWS.steps)
+    trained = cases.gathered(model)
+    twa.load_state_dict(state)
+    cases.one_step(model, twa, ROWS.steps)
+    return weights, [torch.equal(value, trained[name]) for name, value in cases.gathered(model).items()]
+
+
+def test_rounded_gradients_of_rows_train_nearly_the_same(ranks: Pool) -> None:
+    exact, _ = ranks(train_rounded, 4, dtype="float32")[0]
+    for dtype, error in (("bfloat16", 1e-4), ("int8", 1e-3)):
+        results = ranks(train_rounded, 4, dtype=dtype)
+        for weights, same in results:
+            assert all(same)
+            assert all(torch.equal(value, results[0][0][name]) for name, value in weights.items())
+            found = [float((weights[name] - value).norm() / value.norm()) for name, value in exact.items()]
+            assert 0 < max(found) < error, dtype
 
 
 def leave(layout: Layout, directory: Path) -> dict[str, Any]:

@@ -96,16 +96,21 @@ def step_of_a_run(data: dict[str, Any], store: str) -> list[Call]:
     return list(traffic.calls)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
-def test_a_run_sends_what_plan_says(ranks: Pool, tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "rows"), [("fsdp2", None), ("ddp", None), ("fsdp2", "float32"), ("fsdp2", "int8")])
+def test_a_run_sends_what_plan_says(ranks: Pool, tmp_path: Path, engine: str, rows: str | None) -> None:
     task = {"name": "causal_lm", "model": {"byte_gpt": SIZES}, "context": CONTEXT}
     task["text"] = {"train": [__file__], "validation": [traffic.__file__]}
     candidates = train_candidates(task, tmp_path / "candidates", steps=3, every=1)
     data = settings(candidates, task, tmp_path / "run", engine=engine, pods=2, batch_size=8)
+    if rows:
+        data |= {"groups": "tensor+row", "row_exchange": rows}
     plan = make_plan(validated(RunConfig, data), 4)
     results = ranks(step_of_a_run, 4, data=data, store=str(tmp_path / "store"))
     for rank, calls in enumerate(results):
         outside = [call for call in calls if not call.stays_in(*PODS)]
         assert sum(call.sent for call in calls if call.stays_in(*PODS)) == sum(plan.wire.values())
-        assert sum(call.sent for call in outside) == (sum(plan.wire_between_pods.values()) if rank in (0, 2) else 0)
-    assert list(plan.wire_between_pods.values()) == [8 * (plan.num_candidates + 1) * plan.num_groups, 16]
+        between = dict(plan.wire_between_pods)
+        of_rows = between.pop("corrections of rows, from every rank", 0)
+        assert sum(call.sent for call in outside) == of_rows + (sum(between.values()) if rank in (0, 2) else 0)
+        assert list(between.values()) == [8 * (plan.num_candidates + 1) * plan.num_groups, 16, *[16] * bool(rows)]
+        assert bool(of_rows) == bool(rows)

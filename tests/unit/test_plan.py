@@ -132,6 +132,9 @@ def test_bytes_of_corrections_of_rows(tmp_path: Path) -> None:
     assert not plan.wire_between_pods
     pods = make_plan(config.model_copy(update={"engine": "plain", "pods": 2}), 2)
     assert pods.wire_between_pods["corrections of rows, from every rank"] == held
+    rounded = make_plan(config.model_copy(update={"engine": "plain", "pods": 2, "row_exchange": "bfloat16"}), 2)
+    assert rounded.wire_between_pods["corrections of rows, from every rank"] == held / 2
+    assert rounded.memory["corrections of rows"] == 6 * held
 
 
 def test_store_fits_exact_memory(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def test_states_that_do_not_fit_are_refused(damage: str) -> None:
         ({"groups": "tensor+row", "basis": "orthonormal"}, "is for the bases normalized and pca"),
         ({"groups": "tensor+row", "optimizer": {"name": "muon"}}, "computes with whole matrices"),
         ({"groups": "tensor", "optimizer": {"row_lr": 0.1}}, "optimizer.row_lr is for groups"),
+        ({"groups": "tensor", "row_exchange": "int8"}, "row_exchange is for groups"),
         ({"groups": "tensor+row", "include": ["norm"]}, "no trained tensor has more than one row"),
     ],
 )

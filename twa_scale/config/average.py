@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from typing_extensions import Self
 
 from twa_scale.config.center import Center, check_index, of_sum_one, parse_center
-from twa_scale.config.kinds import BasisName, PackedDeltas, StoreName, store_kind
+from twa_scale.config.kinds import BasisName, PackedDeltas, RowDtype, StoreName, store_kind
 from twa_scale.config.optimizers import RATES, OptimizerConfig
 from twa_scale.config.recipes import RecipeName, filled
 from twa_scale.config.section import Count, Integer, Section
@@ -96,6 +96,11 @@ class TwaConfig(Section):
         "auto",
         description="Library that sums the coefficient gradients over ranks: `auto` is the process group of the model, "
         "or MPI for ranks of `mpirun` without a process group.",
+    )
+    row_exchange: RowDtype = Field(
+        "float32",
+        description="Type of the gradients of corrections per row (`groups: tensor+row`) that pods exchange. With "
+        "`bfloat16` and `int8` they are rounded; what a rounding leaves out is added to the next gradient.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer of the coefficients.")
     max_grad_norm: PositiveFloat | None = Field(None, description="Clip the coefficient gradient to this norm.")
@@ -229,6 +234,8 @@ class TwaConfig(Section):
             )
         if not self.has_rows and self.optimizer.row_lr is not None:
             raise ValueError(f"optimizer.row_lr is for groups tensor+row and block+row; groups is {self.groups!r}")
+        if not self.has_rows and self.row_exchange != "float32":
+            raise ValueError(f"row_exchange is for groups tensor+row and block+row; groups is {self.groups!r}")
         return self
 
     @property

@@ -13,6 +13,9 @@ BasisName = Literal["normalized", "orthonormal", "pca", "simplex"]
 StoreName = Literal["dense32", "mapped", "dense16", "packed8", "packed4", "packed2", "packed1"]
 EngineName = Literal["plain", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
+RowDtype = Literal["float32", "bfloat16", "int8"]
+"""Types in which pods exchange the gradients of corrections per row."""
+
 ServiceName = Literal["wandb", "mlflow"]
 LoggerName = Literal["tensorboard", "csv", ServiceName]
 

@@ -59,6 +59,18 @@ class Reduction:
         """Average `values` over the replica group only, for pods of equal size. Collective."""
         return self._sum_(self._replicas, values).div_(self._replicas.size)
 
+    @property
+    def num_replicas(self) -> int:
+        """The number of ranks that hold the spans of this rank."""
+        return self._replicas.size
+
+    def gather_from_replicas(self, local: torch.Tensor) -> torch.Tensor:
+        """Return the 1-D tensor `local` of each rank of the replica group, (ranks, len(local)). Collective."""
+        there = local.to(self._device or local.device)
+        out = there.new_empty(self.num_replicas * len(there))
+        self._replicas.all_gather(out, there)
+        return out.view(self.num_replicas, -1).to(local.device)
+
     def _sum_(self, group: Group, values: torch.Tensor) -> torch.Tensor:
         if group.size == 1 or self._device is None or self._device.type == values.device.type:
             return group.sum_(values)

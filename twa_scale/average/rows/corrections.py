@@ -10,6 +10,7 @@ from torch import nn
 from twa_scale.average.bases import LinearBasis
 from twa_scale.average.basis import Basis
 from twa_scale.average.optimizer import check_state, make_optimizer
+from twa_scale.average.rows.exchange import RowExchange
 from twa_scale.average.rows.slots import Part, RowSlots
 from twa_scale.average.state.schema import RowsState
 from twa_scale.base.spans import Span
@@ -20,13 +21,20 @@ from twa_scale.ranks import Reduction
 
 
 def row_bytes(config: TwaConfig, n: int, rows: int) -> int:
-    """Return the bytes of `RowCorrections` for n candidates and rows of a rank: y, its gradient, moments and a copy."""
+    """Return the bytes of `RowCorrections` for n candidates and rows of a rank.
+
+    These are y, its gradient, a copy, the moments, and the errors of rounded gradients.
+    """
+    return 4 * (3 + row_moments(config) + (config.row_exchange != "float32")) * n * rows
+
+
+def row_moments(config: TwaConfig) -> int:
+    """Return the number of moments that the optimizer has for each correction."""
     trial = nn.Parameter(torch.zeros(1, 1))
     optimizer = make_optimizer(config, trial, config.row_lr)
     trial.grad = torch.ones_like(trial)
     optimizer.step()
-    moments = sum(isinstance(value, torch.Tensor) and value.dim() == 2 for value in optimizer.state[trial].values())
-    return 4 * (3 + moments) * n * rows
+    return sum(isinstance(value, torch.Tensor) and value.dim() == 2 for value in optimizer.state[trial].values())
 
 
 class RowCorrections:
@@ -58,6 +66,7 @@ class RowCorrections:
         self._config = config
         self._slots = slots
         self._reduction = reduction
+        self._exchange = RowExchange(config.row_exchange, reduction)
         self._basis = basis
         rows_of_u, k = basis.matrix.shape[1:]
         # Weights of the store's rows are an affine function of u; T and its linear part are one matrix for each group.
@@ -81,7 +90,7 @@ class RowCorrections:
 
     def reduce(self, factor: float) -> None:
         """Sum the gradient over ranks and multiply it by `factor`. Collective."""
-        self._slots.reduce_(self._gradient, self._reduction)
+        self._slots.reduce_(self._gradient, self._reduction, self._exchange)
         self.values.grad = self._gradient.mul_(factor)
 
     def squared_norm(self) -> float:
@@ -121,8 +130,11 @@ class RowCorrections:
         """Return y and the state of its optimizer for all rows, on the CPU of every rank. Collective.
 
         It does not depend on how rows are divided over ranks: tensors of columns become tensors (k, rows) by name.
-        `maps` are the matrices from y to the averaging coefficients, for exports without the model.
+        `maps` are the matrices from y to the averaging coefficients, for exports without the model. Errors of rounded
+        gradients are not part of it, and are left out from here on, so that a training that continues from the state
+        goes on as this one does.
         """
+        self._exchange.forget()
         inside = self.optimizer.state_dict()
         moments = {
             key: self._slots.whole(value) if self._is_of_columns(value) else deepcopy(value)
@@ -174,6 +186,7 @@ class RowCorrections:
     @torch.no_grad()
     def set(self, values: torch.Tensor | None) -> None:
         """Set y to `values`, (k, R), or to zero."""
+        self._exchange.forget()
         if values is None:
             self.values.zero_()
         else:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from twa_scale.average.rows.exchange import RowExchange
 from twa_scale.average.rows.shapes import rows_of
 from twa_scale.base.spans import Span
 from twa_scale.kernels import Segments
@@ -91,7 +92,7 @@ class RowSlots:
         self.owned = owned.to(self._device)
         """Whether a column counts in sums over all rows: of the columns of a row, one does. (R,), bool."""
 
-    def reduce_(self, values: torch.Tensor, reduction: Reduction) -> None:
+    def reduce_(self, values: torch.Tensor, reduction: Reduction, exchange: RowExchange) -> None:
         """Sum the values of each row over the shard group and average them over replicas, in place. Collective.
 
         All ranks that hold a row get the same bits: rows that are cut are summed at once over all ranks.
@@ -99,10 +100,11 @@ class RowSlots:
         Args:
             values: (k, R).
             reduction: sums over ranks.
+            exchange: averages over replicas. Its values for rows that are cut are not used.
         """
         cut = values.new_zeros(len(values), self._num_shared)
         cut.index_add_(1, self._own, values[:, self._columns])
-        reduction.average_over_replicas_(values)
+        exchange.average_(values)
         if self._num_shared:
             values[:, self._columns] = reduction.average_(cut)[:, self._own]
 

@@ -109,7 +109,9 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     store_on_device = {"buffers of the store": staging_bytes(config.store, n, sizes)} if offloaded else store
     rows = rows_of_plan(config, model, parameters, local, n)
     numbers = {"coefficient gradients (twa_scale)": 8 * (n + 1) * len(layout.groups), "loss (twa-scale run)": 16}
-    between = {**numbers, "corrections of rows, from every rank": rows.gradient} if config.pods > 1 else {}
+    if config.has_rows:
+        numbers["whether weights overflow"] = 16
+    between = {name: all_reduced(size, config.pods) for name, size in numbers.items()} if config.pods > 1 else {}
     return Plan(
         ranks=ranks,
         device=device,
@@ -128,11 +130,15 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             **({"corrections of rows": rows.held} if rows.held else {}),
         },
         attach={} if offloaded else streaming,
-        step={**activations, **engine.transient_bytes(model, parameters)},
+        step={
+            **activations,
+            **engine.transient_bytes(model, parameters),
+            **({"gradients of rows of all pods": rows.gathered} if rows.gathered else {}),
+        },
         host={**store, **streaming} if offloaded else {},
         bytes_read=job_bytes(tensors.candidates, _jobs(tensors, read)),
         wire={**_summed(engine, numbers), **engine.wire_bytes(model, parameters)},
-        wire_between_pods={name: all_reduced(size, config.pods) for name, size in between.items() if size},
+        wire_between_pods={**between, **({"corrections of rows, from every rank": rows.sent} if rows.sent else {})},
         notes=(*notes, *rows.notes),
     )
 

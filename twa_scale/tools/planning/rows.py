@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from twa_scale.average.rows import row_bytes, row_lengths
+from twa_scale.average.rows import exchanged_bytes, row_bytes, row_lengths, row_moments
 from twa_scale.config import RunConfig
 from twa_scale.engines import ParameterInfo
+from twa_scale.run.engines.run_engine import all_reduced
 
 
 class RowBytes(NamedTuple):
@@ -15,8 +16,10 @@ class RowBytes(NamedTuple):
 
     held: int
     """All that a rank holds of them during the run."""
-    gradient: int
-    """The gradient of the corrections of a rank."""
+    sent: int
+    """What a rank sends to other pods in a step."""
+    gathered: int
+    """The rounded gradients of all pods, which a rank holds in a step."""
     state: int
     """The corrections of all rows and their moments, which each rank holds while a state is saved."""
 
@@ -39,10 +42,17 @@ def rows_of_plan(
         n: the number of candidates.
     """
     if not config.has_rows:
-        return RowBytes(0, 0, 0)
+        return RowBytes(0, 0, 0, 0)
     complex_names = {name for name, p in model.named_parameters() if p.is_complex()}
     shapes = {name: parameters[name].shape for name in local if name not in complex_names}
     lengths = row_lengths(model, shapes)
     count = sum(-(-local[name] // length) for name, length in lengths.items())
     of_all = sum(prod(shapes[name]) // length for name, length in lengths.items())
-    return RowBytes(row_bytes(config, n, count), 4 * n * count, row_bytes(config, n, of_all) - 2 * 4 * n * of_all)
+    exchanged = exchanged_bytes(config.row_exchange, n, count) if config.pods > 1 else 0
+    gathers = config.row_exchange != "float32"
+    return RowBytes(
+        held=row_bytes(config, n, count),
+        sent=(config.pods - 1) * exchanged if gathers else all_reduced(exchanged, config.pods),
+        gathered=config.pods * exchanged if gathers else 0,
+        state=(1 + row_moments(config)) * 4 * n * of_all,
+    )
