@@ -104,7 +104,7 @@ def test_many_spans_share_two_buffers(name: Any) -> None:
     for _ in range(2):
         for span in spans:
             check(*stores, span, n, True)
-    held = stores[1].device_bytes
+    held = stores[1]._staging.nbytes
     assert held <= 2 * (buffer + 3 * 256) < stores[1].nbytes
     stores[1].close()
     assert stores[1].nbytes == 0
@@ -113,7 +113,7 @@ def test_many_spans_share_two_buffers(name: Any) -> None:
 def test_buffers_are_no_larger_than_what_visits_them() -> None:
     store = offloaded(TwaConfig(), 2, 1 << 26)
     fill(store, Span("w", 0, 1000), torch.randn(2, 1000))
-    assert store.device_bytes == 2 * (8192 + 4096)
+    assert store._staging.nbytes == 2 * (8192 + 4096)
 
 
 def test_what_is_lent_stays_until_the_buffer_is_lent_again() -> None:
@@ -171,4 +171,4 @@ def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name:
     monkeypatch.setattr(import_module("twa_scale.average.attach"), "make_store", make)
     for one, other in zip(train(), want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    assert len(made) == 1 and made[0].device_bytes > 0
+    assert len(made) == 1 and made[0]._staging.nbytes > 0

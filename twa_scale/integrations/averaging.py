@@ -146,33 +146,54 @@ class Averaging:
         Raises:
             TwaError: on every rank; the batches of a rank have ended.
         """
-        deepspeed = hasattr(model, "set_gradient_accumulation_boundary")
         for step in range(1, self._learn_steps + 1):
-            total = 0.0
             held = list(islice(batches, accumulate))
             with twa.pods.agree():  # ranks may hold different numbers of batches
                 _require_all(held, accumulate)
-            for i, batch in enumerate(held):
-                if deepspeed:  # trainers may have set another end of the accumulation; restoring the weights undoes it
-                    model.set_gradient_accumulation_boundary(i == accumulate - 1)
-                value = loss(batch)
-                total += float(value.detach()) / accumulate
-                if deepspeed:  # divides by itself, and counts micro-batches in each step
-                    model.backward(value)
-                    twa.step()
-                    twa.zero_grad()
-                else:
-                    scaled = value / accumulate
-                    (scaler.scale(scaled) if scaler else scaled).backward()
-            if not deepspeed:
-                twa.step(scaler)
-                twa.zero_grad()
-                if scaler:
-                    scaler.update()
+            if hasattr(model, "set_gradient_accumulation_boundary"):
+                total = _deepspeed_step(twa, model, held, loss)
+            else:
+                total = _step(twa, held, loss, scaler)
             if step == self._learn_steps or step % max(log_every, 1) == 0:
                 values = {"twa_loss": total, "twa_step": step, "twa_lr": twa.optimizer.param_groups[0]["lr"]}
                 of_average = {**twa.described(), DISTANCE: twa.distance()}
                 log(values | {f"twa_{name}": value for name, value in of_average.items()})
+
+
+def _step(
+    twa: TrainableAverage,
+    batches: Sequence[Any],
+    loss: Callable[[Any], torch.Tensor],
+    scaler: torch.amp.GradScaler | None,
+) -> float:
+    """Take a step with the mean of the losses of some batches, and return it. Collective."""
+    total = 0.0
+    for batch in batches:
+        value = loss(batch)
+        total += float(value.detach()) / len(batches)
+        scaled = value / len(batches)
+        (scaler.scale(scaled) if scaler else scaled).backward()
+    twa.step(scaler)
+    twa.zero_grad()
+    if scaler:
+        scaler.update()
+    return total
+
+
+def _deepspeed_step(
+    twa: TrainableAverage, model: Any, batches: Sequence[Any], loss: Callable[[Any], torch.Tensor]
+) -> float:
+    """Take a step as `_step` does with DeepSpeed's engine, which divides the losses and counts micro-batches itself."""
+    total = 0.0
+    for i, batch in enumerate(batches):
+        # Trainers may have set another end of the accumulation. It is restored with the trained weights.
+        model.set_gradient_accumulation_boundary(i == len(batches) - 1)
+        value = loss(batch)
+        total += float(value.detach()) / len(batches)
+        model.backward(value)
+        twa.step()
+        twa.zero_grad()
+    return total
 
 
 def repeated(batches: Iterable[Any], set_epoch: Callable[[int], None]) -> Iterator[Any]:

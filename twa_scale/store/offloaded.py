@@ -45,11 +45,6 @@ class OffloadedStore:
         """Bytes of the deltas and the center in host memory."""
         return self._inner.nbytes
 
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of the buffers on the device."""
-        return self._staging.nbytes
-
     def reserve(self, span: Span) -> Target:
         """Allocate a span."""
         target = self._inner.reserve(span)

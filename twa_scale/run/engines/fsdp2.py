@@ -15,9 +15,8 @@ from twa_scale.base.spans import share
 from twa_scale.engines import ParameterInfo
 from twa_scale.errors import ConfigError
 from twa_scale.ranks import World
-from twa_scale.run.engines.blocks import blocks_of
 from twa_scale.run.engines.own_values import keeps_values
-from twa_scale.run.engines.run_engine import ELEMENT, Parameters, RunEngine, total
+from twa_scale.run.engines.run_engine import ELEMENT, Parameters, RunEngine, blocks_of, total
 from twa_scale.run.tasks import Task
 
 

@@ -125,3 +125,12 @@ def largest(parameters: Parameters) -> int:
 def equal_part(info: ParameterInfo, ranks: int) -> int:
     """Return the number of elements of the first rank when a flattened parameter is divided equally."""
     return share(prod(info.shape), 0, ranks)[1]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules to shard as units: the items of every ModuleList whose items have the same class."""
+    blocks: list[nn.Module] = []
+    for child in model.modules():
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(item) for item in child}) == 1:
+            blocks += [item for item in child if any(True for _ in item.parameters())]
+    return blocks
