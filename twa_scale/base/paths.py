@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
 
+from twa_scale.base.urls import is_url
 from twa_scale.errors import CandidateError, TwaError
 
 _NO_DATA = "lost+found"  # a directory of file systems that only root may read
@@ -20,6 +21,11 @@ def path_of(given: str | Path, error: type[TwaError] = CandidateError) -> Path:
     text = str(given)
     if not text.strip() or "\0" in text:
         raise error(f"{text!r} is no path. Is a variable of the shell empty?")
+    if is_url(text):
+        raise error(
+            f"{text}: is a URL, and a path of this machine is needed here: only candidates are read from URLs. For an "
+            "output, give a directory, and upload it when it is complete."
+        )
     try:
         return Path(text).expanduser()
     except RuntimeError as problem:

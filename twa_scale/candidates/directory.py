@@ -2,12 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import TypeVar
 
 from twa_scale.base.names import some
+from twa_scale.base.urls import Url
 from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard
 from twa_scale.candidates.formats.megatron import is_megatron, latest_iteration
 from twa_scale.candidates.formats.sharded import weight_map
 from twa_scale.errors import CandidateError
+
+AnyPath = TypeVar("AnyPath", Path, Url)
 
 INDEX = ".index.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".pth.tar", ".bin", ".ckpt")
@@ -51,7 +55,7 @@ _METRIC = re.compile(
 )
 
 
-def weights_in(directory: Path) -> Path | None:
+def weights_in(directory: AnyPath) -> AnyPath | None:
     """Return the file or index that holds the weights of a directory; None where nothing says which it is.
 
     Raises:
@@ -113,7 +117,7 @@ def is_of_fsdp(name: str) -> bool:
     return name == _OF_FSDP or bool(_FSDP_FOLDER.fullmatch(name) or _FSDP_RANK.fullmatch(name))
 
 
-def left_aside(directory: Path, chosen: Path) -> list[str]:
+def left_aside(directory: Path | Url, chosen: Path | Url) -> list[str]:
     """Return the files beside the weights of a directory that a user may mean instead.
 
     Left out are those that nobody means who names the directory: the same weights as torch files, and those of another
@@ -171,7 +175,7 @@ def plain_names(name: str) -> tuple[str, ...]:
     return (plain, plain + INDEX) if match else ()
 
 
-def files_in(directory: Path) -> list[str]:
+def files_in(directory: Path | Url) -> list[str]:
     """Return the names of the regular files of a directory that are not hidden."""
     return sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
 

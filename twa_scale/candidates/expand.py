@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twa_scale.base.paths import matching, path_of
-from twa_scale.candidates.directory import is_averaged, is_weights, plain_names
+from twa_scale.base.urls import Url, is_url, local_path
+from twa_scale.candidates.directory import AnyPath, is_averaged, is_weights, plain_names
 from twa_scale.candidates.formats.megatron import TRACKER
 from twa_scale.errors import CandidateError
 
@@ -22,7 +23,7 @@ _MARKERS = (TRACKER, "latest", "latest_wandb_artifact_path.txt")
 """Files of Megatron-LM and DeepSpeed that name the last of the folders beside them."""
 
 
-def expand(item: str | Path) -> tuple[list[Path], str | None]:
+def expand(item: str | Path) -> tuple[Sequence[Path | Url], str | None]:
     """Return the path and None, or the paths that match it as a glob, and the glob.
 
     The longest prefix of folders that exist is not a part of the pattern, even with special characters in its names.
@@ -33,7 +34,10 @@ def expand(item: str | Path) -> tuple[list[Path], str | None]:
         OSError: the system refuses the path.
     """
     given = str(item)
-    path = path_of(given)
+    local = local_path(given)
+    if local is None and is_url(given):
+        return _expanded(Url(given))
+    path = local or path_of(given)
     if path.exists():
         return [path], None
     if path.is_symlink():
@@ -55,6 +59,23 @@ def expand(item: str | Path) -> tuple[list[Path], str | None]:
     return found, given
 
 
+def _expanded(url: Url) -> tuple[list[Url], str | None]:
+    """Return what a URL names, or what it matches as a pattern."""
+    if not url.is_pattern():
+        return [url], None
+    found = [match for match in url.matches() if not match.name.startswith(".") and ".tmp-" not in match.name]
+    found = _without_markers(sorted(found, key=_natural))
+    if not found:
+        raise CandidateError(
+            f"candidates {str(url)!r}: the pattern matches nothing. It must match at least one file or directory of "
+            "weights."
+        )
+    _refuse_strange(str(url), found)
+    if why := versions_or_parts(found):
+        raise CandidateError(f"candidates {str(url)!r}: the pattern matches {why} Narrow it, or give a list of URLs.")
+    return found, url.url
+
+
 def _matches(path: Path) -> list[Path]:
     root, matches = matching(path)
     # Unfinished outputs have a hidden name, or, from earlier versions, one that ends in .tmp-*.
@@ -63,19 +84,19 @@ def _matches(path: Path) -> list[Path]:
     return sorted(finished, key=_natural)
 
 
-def _without_markers(found: Sequence[Path]) -> list[Path]:
+def _without_markers(found: Sequence[AnyPath]) -> list[AnyPath]:
     """Leave out the files that name the last of several folders, where folders are matched too."""
     folders = any(match.is_dir() for match in found)
     return [match for match in found if not (folders and match.name in _MARKERS and match.is_file())]
 
 
-def _natural(path: Path) -> list[tuple[int, int, str]]:
+def _natural(path: Path | Url) -> list[tuple[int, int, str]]:
     """Return a sort key: numbers by value, other characters as text; separators first, to keep folders together."""
     pieces = re.split(r"(\d+)", str(path).replace("/", "\0"))
     return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece]
 
 
-def _refuse_strange(pattern: str, found: Sequence[Path]) -> None:
+def _refuse_strange(pattern: str, found: Sequence[Path | Url]) -> None:
     if broken := next((match for match in found if not match.exists()), None):
         raise CandidateError(
             f"candidates {pattern!r}: the pattern matches {str(broken)!r}, a broken link, or a loop of links. "
@@ -88,13 +109,13 @@ def _refuse_strange(pattern: str, found: Sequence[Path]) -> None:
         )
 
 
-def versions_or_parts(paths: Sequence[Path]) -> str | None:
+def versions_or_parts(paths: Sequence[Path | Url]) -> str | None:
     """Return a description of two paths whose names are those of versions or parts of one model, else None.
 
     Versions are raw and averaged weights, or two precisions.
     """
-    parts: dict[str, dict[int, Path]] = defaultdict(dict)
-    by_parent: dict[Path, list[str]] = defaultdict(list)
+    parts: dict[str, dict[int, Path | Url]] = defaultdict(dict)
+    by_parent: dict[Path | Url, list[str]] = defaultdict(list)
     for path in paths:
         by_parent[path.parent].append(path.name)
         for match in _PART.finditer(str(path)):
@@ -124,8 +145,6 @@ def _hint(given: str, path: Path) -> str:
     aside = next(path.parent.glob(f".{glob.escape(path.name)}.old-????????"), None) if path.name else None
     if aside:
         return f" A writer that was killed has moved it to {str(aside)!r}: rename that."
-    if "://" in given:
-        return " Candidates are files of this machine: download them, and give their paths."
     if re.search(r"\{.*\}", given):
         return " Braces are expanded by the shell only, and only outside of quotes: give the paths one by one."
     if "," in given and all(Path(part).exists() for part in given.split(",")):

@@ -12,7 +12,8 @@ from twa_scale.base.inputs import named_errors
 from twa_scale.base.names import and_more, some
 from twa_scale.base.notices import notice
 from twa_scale.base.paths import identity, num_links
-from twa_scale.candidates.directory import INDEX, left_aside, sharded_in, weights_in
+from twa_scale.base.urls import Url
+from twa_scale.candidates.directory import INDEX, is_weights, left_aside, sharded_in, weights_in
 from twa_scale.candidates.expand import expand, versions_or_parts
 from twa_scale.candidates.formats.deepspeed import is_deepspeed, tagged_folder
 from twa_scale.candidates.formats.sharded import weight_map
@@ -20,13 +21,13 @@ from twa_scale.candidates.steps import chosen, is_copy, step_of
 from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError
 
-Source = Path | Mapping[str, torch.Tensor]
+Source = Path | Url | Mapping[str, torch.Tensor]
 """A candidate before it is opened."""
 Spec = str | Path | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
 Tell = Callable[[str], None]
 """A function that is called with each line for the user."""
 
-_Files = frozenset[tuple[int, int, int, int]]
+_Files = frozenset[tuple[object, ...]]
 """The identity of the files of a candidate, independent of their paths."""
 
 
@@ -61,13 +62,14 @@ def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: Sele
         for item in items:
             paths, pattern = ([item], None) if isinstance(item, Mapping) else expand(item)
             named += [_Named(path, pattern) for path in paths]
-        if why := versions_or_parts([one.source for one in named if isinstance(one.source, Path) and not one.pattern]):
+        by_name = [one.source for one in named if isinstance(one.source, Path | Url) and not one.pattern]
+        if why := versions_or_parts(by_name):
             tell(f"candidates: {why} They are averaged as they were named.")
         named = _without_copies(_without_repeated_matches(named, tell), tell)
         sources = chosen([one.source for one in named], select or SelectConfig(), tell)
         if len(sources) < minimum:
             raise CandidateError(_too_few(items, sources, minimum))
-        _tell_what_is_left_aside([source for source in sources if isinstance(source, Path)], tell)
+        _tell_what_is_left_aside([source for source in sources if isinstance(source, Path | Url)], tell)
         return sources
 
 
@@ -93,7 +95,7 @@ def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[_Name
     """Remove repeated matches of globs, and report them and items that are named twice."""
     places: dict[_Files, list[int]] = defaultdict(list)
     for i, one in enumerate(named):
-        if isinstance(one.source, Path):
+        if isinstance(one.source, Path | Url):
             places[files_of(one.source)].append(i)
     left_out: dict[int, int] = {}  # index of a repetition -> index of the source that is kept
     for same in places.values():
@@ -114,7 +116,7 @@ def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[_Name
 
 def _without_copies(named: Sequence[_Named], tell: Tell) -> list[_Named]:
     """Leave out what by its name is a copy of one of several steps that a pattern matches too; report that."""
-    matched = [one.source for one in named if one.pattern and isinstance(one.source, Path)]
+    matched = [one.source for one in named if one.pattern and isinstance(one.source, Path | Url)]
     steps = Counter(path.parent for path in matched if step_of(path, parents=0) is not None)
     copies = [path for path in matched if steps[path.parent] > 1 and is_copy(path)]
     if copies:
@@ -133,12 +135,14 @@ def same_files(first: str, second: str) -> bool:
         return False
 
 
-def files_of(path: Path) -> _Files:
+def files_of(path: Path | Url) -> _Files:
     """Return the identity of the files of a candidate, which is the same for every path of them.
 
     Raises:
         CandidateError: it is ambiguous which files of a directory are the candidate.
     """
+    if isinstance(path, Url):
+        return frozenset([(path.url.rstrip("/"),)])
     if path.is_dir():
         path = weights_in(path) or (tagged_folder(path) if is_deepspeed(path) else sharded_in(path) or path)
     if path.is_dir():
@@ -149,10 +153,10 @@ def files_of(path: Path) -> _Files:
     return frozenset([identity(path)])
 
 
-def _tell_what_is_left_aside(paths: Sequence[Path], tell: Tell) -> None:
+def _tell_what_is_left_aside(paths: Sequence[Path | Url], tell: Tell) -> None:
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path in paths:
-        chosen = weights_in(path) if path.is_dir() else None
+        chosen = _weights_in(path)
         if chosen and (others := left_aside(path, chosen)):
             found[chosen.name, some(others)].append(str(path))
     for (chosen_name, other_names), directories in found.items():
@@ -162,10 +166,16 @@ def _tell_what_is_left_aside(paths: Sequence[Path], tell: Tell) -> None:
         )
 
 
+def _weights_in(path: Path | Url) -> Path | Url | None:
+    if isinstance(path, Url):
+        return None if is_weights(path.name) else weights_in(path)
+    return weights_in(path) if path.is_dir() else None
+
+
 def _too_few(items: Sequence[object], sources: Sequence[object], minimum: int) -> str:
     if not items:
         return f"candidates: the list is empty; give {minimum} or more paths, globs or state dicts."
-    only = f" ({sources[0]})" if isinstance(sources[0], Path) else ""
+    only = f" ({sources[0]})" if isinstance(sources[0], Path | Url) else ""
     return (
         f"candidates: found {len(sources)}{only}, but an average needs at least {minimum}. Widen the "
         f"pattern, or save candidates more often while training (twa_scale.Snapshots)."

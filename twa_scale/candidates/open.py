@@ -5,6 +5,7 @@ from pathlib import Path
 
 from twa_scale.base.inputs import named_errors
 from twa_scale.base.notices import notice
+from twa_scale.base.urls import Url
 from twa_scale.candidates.adapters import in_space
 from twa_scale.candidates.alike import check_alike
 from twa_scale.candidates.candidate import Candidate
@@ -20,6 +21,7 @@ from twa_scale.candidates.formats.sharded import ShardedCandidate
 from twa_scale.candidates.formats.state_dict import MemoryCandidate
 from twa_scale.candidates.formats.torch_file import TorchFileCandidate
 from twa_scale.candidates.not_found import refusal
+from twa_scale.candidates.remote import open_url
 from twa_scale.candidates.select import ALL, Wanted, select
 from twa_scale.candidates.view import View
 from twa_scale.candidates.weights_key import WeightsKey
@@ -108,6 +110,8 @@ class _Opener:
         """Open a path, or the state dict of this number in the list."""
         if isinstance(source, Mapping):
             return MemoryCandidate(source, f"state dict {number}", None, self.keys)
+        if isinstance(source, Url):
+            return open_url(source, self._file)
         if source.is_dir():
             return self._directory(source)
         if is_rank_shard(source) or is_rank_file(source):
@@ -137,10 +141,10 @@ class _Opener:
             return self._under_key(open_dcp_safetensors(files, directory))
         raise refusal(directory)
 
-    def _file(self, path: Path, directory: Path | None, label: str) -> Candidate:
+    def _file(self, path: Path | Url, directory: Path | None, label: str) -> Candidate:
         if path.name.endswith(INDEX):
             return self._under_key(ShardedCandidate(path, _open_part, label))
-        if is_torch(path.name):
+        if isinstance(path, Path) and is_torch(path.name):
             return TorchFileCandidate(path, directory, label, self.keys)
         return self._under_key(_safetensors(path, directory, label))
 
@@ -156,12 +160,14 @@ class _Opener:
             raise
 
 
-def _open_part(path: Path) -> Candidate:
+def _open_part(path: Path | Url) -> Candidate:
     """Open a file of an index."""
-    return TorchFileCandidate(path) if is_torch(path.name) else _safetensors(path, None, str(path))
+    if isinstance(path, Path) and is_torch(path.name):
+        return TorchFileCandidate(path)
+    return _safetensors(path, None, str(path))
 
 
-def _safetensors(path: Path, directory: Path | None, label: str) -> Candidate:
+def _safetensors(path: Path | Url, directory: Path | None, label: str) -> Candidate:
     if path.suffix.lower() == ".safetensors":
         return SafetensorsCandidate(path, directory, label)
     raise CandidateError(

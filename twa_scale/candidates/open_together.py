@@ -10,6 +10,7 @@ import torch
 
 from twa_scale.base.notices import ignore_notice, notice
 from twa_scale.base.paths import path_of
+from twa_scale.base.urls import is_url
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.find import Source, Spec, find_sources, spec_items
 from twa_scale.candidates.open import open_sources
@@ -79,7 +80,9 @@ def _resolved(spec: Spec, group: Group, minimum: int, select: SelectConfig | Non
 
 def _given(item: object) -> str:
     """Return a name of an item that ranks can compare: ranks may have different working directories."""
-    return str(path_of(item).absolute()) if isinstance(item, str | Path) else "a state dict"
+    if not isinstance(item, str | Path):
+        return "a state dict"
+    return str(item) if is_url(item) else str(path_of(item).absolute())
 
 
 def _require_same(candidates: Sequence[Candidate], group: Group) -> None:

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import torch
 
 from twa_scale.base.spans import Span
+from twa_scale.base.urls import is_url
 from twa_scale.candidates import Candidate
 from twa_scale.kernels import Sources
 from twa_scale.kernels.packed_rows import BLOCKS
 
 READ_CHUNK = 1 << 20
 READS_IN_FLIGHT = 8
+_REMOTE_CHUNK = 8 << 20  # of candidates at URLs, where each request waits for a network
 _READ_BYTES = 64 << 20  # bytes of all candidates in one buffer
 LINE = 64  # bytes of a cache line; rows are padded to it, since strides of a power of two collide in the cache
 _BLOCK = max(BLOCKS.values())  # elements; spans are divided at multiples of it, so that blocks of a store stay whole
@@ -91,7 +93,7 @@ class Reader:
         candidates: checked to have the same tensors.
         total: the number of bytes of all jobs, for `progress`.
         progress: called in the thread that uses the parts.
-        read_chunk: the largest number of bytes of one read; less for many candidates.
+        read_chunk: the largest number of bytes of one read; less for many candidates, more for those at URLs.
         reads_in_flight: the largest number of candidates to read at the same time.
     """
 
@@ -107,6 +109,8 @@ class Reader:
         self._candidates = candidates
         self._total = total
         self._progress = progress or (lambda *_: None)
+        if any(is_url(candidate.label) for candidate in candidates):
+            read_chunk = max(read_chunk, _REMOTE_CHUNK)
         self._read_bytes = at_once(len(candidates), read_chunk)
         self._in_flight = reads_in_flight
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2

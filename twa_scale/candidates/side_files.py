@@ -133,9 +133,7 @@ class _Found:
             self._total += len(content)
 
     def _wanted(self, name: str, own: str) -> bool:
-        if own.startswith(".") or own in _OF_DEEPSPEED or _WEIGHTS.fullmatch(own):
-            return False
-        if any(fnmatch(own, pattern) for pattern in _STATE) or (name == BACKEND and is_megatron(self.directory)):
+        if not may_be_carried(own) or (name == BACKEND and is_megatron(self.directory)):
             return False
         if is_code(own) and not self.code:
             self.left_out["code, which is copied with carry_code only"].append(name)
@@ -163,6 +161,13 @@ class _Found:
             if any(_WEIGHTS.fullmatch(name) for name in files):
                 return True
         return False
+
+
+def may_be_carried(name: str) -> bool:
+    """Return whether a file is neither hidden, nor weights, nor the state of a training, by its name."""
+    if name.startswith(".") or name in _OF_DEEPSPEED or _WEIGHTS.fullmatch(name):
+        return False
+    return not any(fnmatch(name, pattern) for pattern in _STATE)
 
 
 def is_code(name: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from twa_scale.base.names import some
+from twa_scale.base.urls import Url
 from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError, ConfigError
 
@@ -24,7 +25,7 @@ _BARE = re.compile(rf"(?<![A-Za-z0-9.]){_NUMBER}")
 _COPY = re.compile(r"(.*[-_.])?(best|last|latest)([-_.]v?\d+)?(\.[a-z.]+)?", re.IGNORECASE)
 
 
-def step_of(path: Path, parents: int = 3) -> int | None:
+def step_of(path: Path | Url, parents: int = 3) -> int | None:
     """Return the step in the name of a file or directory, or of the nearest directory above that names one.
 
     Names are `step-100`, `checkpoint-500`, `global_step40`, `epoch=3-step=900.ckpt`, `iter_0001000` and the like; or a
@@ -34,7 +35,8 @@ def step_of(path: Path, parents: int = 3) -> int | None:
         path: the file or directory.
         parents: how many directories above it may name the step, as in global_step_100/actor/model.
     """
-    names = [path.name, *(parent.name for parent in list(path.parents)[:parents])]
+    above: Sequence[Path | Url] = path.parents
+    names = [path.name, *(parent.name for parent in list(above)[:parents])]
     for name in names:
         for pattern in _KEYED:
             if found := pattern.search(name):
@@ -45,12 +47,12 @@ def step_of(path: Path, parents: int = 3) -> int | None:
     return None
 
 
-def is_copy(path: Path) -> bool:
+def is_copy(path: Path | Url) -> bool:
     """Return whether a copy of a step has this name: directories such as `checkpoint-best`, Lightning's `last.ckpt`."""
     return (path.is_dir() or path.suffix == ".ckpt") and _COPY.fullmatch(path.name) is not None and not says_step(path)
 
 
-def says_step(path: Path) -> bool:
+def says_step(path: Path | Url) -> bool:
     """Return whether a name has a number of a step after a word for it, such as `step` or `checkpoint`."""
     return any(pattern.search(path.name) for pattern in _KEYED)
 
@@ -87,9 +89,9 @@ def chosen(sources: Sequence[T], select: SelectConfig, tell: Callable[[str], Non
 def _in_range(sources: Sequence[T], select: SelectConfig) -> list[T]:
     steps = []
     for source in sources:
-        step = step_of(source) if isinstance(source, Path) else None
+        step = step_of(source) if isinstance(source, Path | Url) else None
         if step is None:
-            which = repr(str(source)) if isinstance(source, Path) else "a state dict"
+            which = repr(str(source)) if isinstance(source, Path | Url) else "a state dict"
             raise CandidateError(
                 f"candidates: {which} has no step in its name, by which start_step, end_step and every choose. Names "
                 "are such as 'step-100', 'checkpoint-500' or 'epoch=3-step=900.ckpt'. Narrow the pattern, or choose "
@@ -135,7 +137,7 @@ def _described(select: SelectConfig) -> str:
 
 
 def _listed(taken: Sequence[object]) -> str:
-    paths = [source for source in taken if isinstance(source, Path)]
+    paths = [source for source in taken if isinstance(source, Path | Url)]
     if len(paths) < len(taken):
         return f"{len(taken)} state dicts" if not paths else "paths and state dicts"
     labels = [str(path) for path in paths]

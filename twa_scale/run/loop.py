@@ -10,6 +10,7 @@ from twa_scale.average.coefficients import Which
 from twa_scale.average.measures import DISTANCE
 from twa_scale.average.state import STATE, RateState, RunState, save_state
 from twa_scale.base.process_memory import return_freed_memory
+from twa_scale.base.urls import absolute
 from twa_scale.config import RunConfig, dump, recipe_line
 from twa_scale.output import DirectoryLock
 from twa_scale.output.publish import check_target, output_errors, replace_file
@@ -315,7 +316,7 @@ class Run(AttachedRun):
             "step": self.step,
             "finished": False,
             "course": course(self.config, self.num_steps),
-            "candidates": [str(Path(label).resolve()) for label in self.twa.fingerprint.labels],
+            "candidates": [absolute(label) for label in self.twa.fingerprint.labels],
         }
         with self.group.agree():
             if self.group.rank == 0:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from twa_scale.average.state import PREVIOUS, STATE, RunState, load_state, require_same_settings
+from twa_scale.base.urls import absolute
 from twa_scale.candidates.find import find_sources
 from twa_scale.config import RunConfig
 from twa_scale.errors import CandidateError, StateError
@@ -85,4 +86,4 @@ def _same_candidates(config: RunConfig, state: RunState) -> bool:
         sources = find_sources(config.candidates, 1, lambda _: None, config.select)
     except CandidateError:
         return not any(Path(path).exists() for path in state.candidates)
-    return [str(Path(str(source)).resolve()) for source in sources] == state.candidates
+    return [absolute(str(source)) for source in sources] == state.candidates

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from twa_scale.base.inputs import MAX_JSON, brief, parse_json
+from twa_scale.base.urls import Url
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Origin
+from twa_scale.candidates.formats.remote_file import RemoteFile
 from twa_scale.candidates.wrapper_names import unwrapped
 from twa_scale.errors import CandidateError
 
@@ -47,13 +49,14 @@ class Entry:
 class SafetensorsCandidate:
     """A candidate in one .safetensors file. A read transfers only the bytes of its slice."""
 
-    def __init__(self, path: Path, directory: Path | None = None, label: str | None = None) -> None:
+    def __init__(self, path: Path | Url, directory: Path | None = None, label: str | None = None) -> None:
         self.label = label or str(path)
-        self.origin = Origin("a safetensors file", "hf")
+        is_remote = isinstance(path, Url)
+        self.origin = Origin("a safetensors file at a URL") if is_remote else Origin("a safetensors file", "hf")
         self.directory = directory
         self.file_name: str | None = path.name
         self.bytes_read = 0
-        self._file = File(path)
+        self._file = RemoteFile(path) if isinstance(path, Url) else File(path)
         try:
             entries, self.metadata = read_header(self._file)
             self.stored_names = unwrapped(entries, str(path))
@@ -83,7 +86,12 @@ class SafetensorsCandidate:
         self.bytes_read += out.nbytes
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a flat view of a whole tensor in the mapped file, or None if the tensor is not aligned."""
+        """Return a flat view of a whole tensor in the mapped file.
+
+        Return None if the tensor is not aligned, or the file is one of another machine.
+        """
+        if isinstance(self._file, RemoteFile):
+            return None
         entry = self._entries[name]
         if entry.offset % entry.dtype.itemsize or not prod(entry.shape):
             return None if prod(entry.shape) else torch.empty(0, dtype=entry.dtype)
@@ -94,7 +102,7 @@ class SafetensorsCandidate:
         self._file.close()
 
 
-def read_header(file: File) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(file: File | RemoteFile) -> tuple[dict[str, Entry], dict[str, str]]:
     """Parse the header, and check it against the size of the file.
 
     Returns:

@@ -7,6 +7,7 @@ import torch
 
 from twa_scale.base.inputs import MAX_JSON, brief, parse_json, read_bounded
 from twa_scale.base.names import nearest, some
+from twa_scale.base.urls import Url
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.formats.origin import Origin, origin_of
 from twa_scale.candidates.mapped import Mappable
@@ -26,9 +27,9 @@ class ShardedCandidate:
         CandidateError: the index is not valid, or a file does not match it.
     """
 
-    def __init__(self, index: Path, open_file: Callable[[Path], Candidate], label: str) -> None:
+    def __init__(self, index: Path | Url, open_file: Callable[[Path | Url], Candidate], label: str) -> None:
         self.label = label
-        self.directory: Path | None = index.parent
+        self.directory: Path | None = index.parent if isinstance(index, Path) else None
         self.file_name: str | None = index.name
         self.bytes_read = 0
         file_of = weight_map(index)
@@ -61,7 +62,7 @@ class ShardedCandidate:
             self.close()
             raise
 
-    def _locate(self, raw: str, file: str, names: Mapping[str, str], index: Path) -> tuple[Candidate, str]:
+    def _locate(self, raw: str, file: str, names: Mapping[str, str], index: Path | Url) -> tuple[Candidate, str]:
         """Return the part that holds a tensor, and the name of the tensor in that part."""
         if raw not in names:
             raise CandidateError(
@@ -102,7 +103,7 @@ class ShardedCandidate:
             part.close()
 
 
-def _refuse_unlisted(index: Path, file: str, held: Iterable[str], file_of: Mapping[str, str]) -> None:
+def _refuse_unlisted(index: Path | Url, file: str, held: Iterable[str], file_of: Mapping[str, str]) -> None:
     """Check that the index lists all tensors of a file. Loaders differ in what they do with unlisted tensors."""
     for raw in held:
         if file_of.get(raw) != file:
@@ -113,14 +114,18 @@ def _refuse_unlisted(index: Path, file: str, held: Iterable[str], file_of: Mappi
             )
 
 
-def weight_map(index: Path) -> dict[str, str]:
+def _content(index: Path | Url) -> bytes:
+    return index.read_bounded(MAX_JSON) if isinstance(index, Url) else read_bounded(index, MAX_JSON)
+
+
+def weight_map(index: Path | Url) -> dict[str, str]:
     """Return the file name of each tensor in an index.
 
     Raises:
         CandidateError: the file is not an index, or it names files outside its directory.
     """
     try:
-        weight_map = parse_json(read_bounded(index, MAX_JSON))["weight_map"]
+        weight_map = parse_json(_content(index))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise CandidateError(
             f"{index}: is not a Hugging Face index, which is JSON with a 'weight_map' "

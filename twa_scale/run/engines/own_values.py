@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from twa_scale.base.notices import ignore_notice
+from twa_scale.base.urls import Url
 from twa_scale.candidates.adapters import ADAPTER_CONFIG
 from twa_scale.candidates.find import find_sources
 from twa_scale.config import RunConfig
@@ -26,7 +27,7 @@ def candidates_leave_values(config: RunConfig) -> bool:
     with group.agree():
         if group.rank == 0:
             paths = find_sources(config.candidates, 1, ignore_notice, config.select)
-            found = any(isinstance(path, Path) and (path / ADAPTER_CONFIG).is_file() for path in paths)
+            found = any(isinstance(path, Path | Url) and (path / ADAPTER_CONFIG).is_file() for path in paths)
     return group.broadcast(found)
 
 

@@ -1,0 +1,238 @@
+"""Files that are named by a URL, on object stores and other file systems of fsspec."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from glob import has_magic
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+from twa_scale.errors import CandidateError, TwaError
+
+_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
+_PASSWORD = re.compile(r"://[^/@]*@")
+_OF_FILES = ("file", "local")
+_WEB = ("http", "https")
+# What file systems say of a file beside its size, of which one at least is another when the file is written again.
+_VERSIONS = (
+    *("ETag", "etag", "e_tag", "md5Hash", "content_md5", "Content-MD5", "Digest", "generation", "VersionId"),
+    *("version_id", "LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified", "created"),
+)
+
+Identity = tuple[int, tuple[str, ...]]
+"""The size of a file in bytes, and what says that it was written again."""
+
+
+def is_url(given: object) -> bool:
+    """Return whether text is a URL, such as `s3://bucket/run`; `file://` counts as one."""
+    return _URL.match(str(given)) is not None
+
+
+def local_path(url: str) -> Path | None:
+    """Return the path of a URL such as `file:///run`; None for other URLs."""
+    found = _URL.match(url)
+    return Path(url[found.end() :]) if found and found["scheme"].lower() in _OF_FILES else None
+
+
+def absolute(label: str) -> str:
+    """Return a path without links and `..`, or a URL as it is."""
+    return label if is_url(label) else str(Path(label).resolve())
+
+
+@dataclass(frozen=True)
+class Url:
+    """A file or directory that a URL names, with the names of what a path offers.
+
+    The file system of fsspec finds credentials where its own library looks for them. Its lists of directories are never
+    kept, so that a directory is seen as it is.
+    """
+
+    url: str
+    kind: str = field(default="", compare=False)
+    """`file` or `directory`, where a list has said it."""
+
+    def __str__(self) -> str:
+        """Return the URL without a password, and without the query of a web server, which may be signed."""
+        shown = self.url.partition("?")[0] if self._is_web else self.url
+        return _PASSWORD.sub("://", shown)
+
+    def __truediv__(self, name: str) -> "Url":
+        return Url(f"{self.url.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part, without what asks a web server for something."""
+        path = urlsplit(self.url).path if self._is_web else self.url
+        return path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the name."""
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> "Url":
+        """The directory that holds it."""
+        return Url(self.url.rstrip("/").rpartition("/")[0])
+
+    @property
+    def parents(self) -> Sequence["Url"]:
+        """The directories above it, the nearest first."""
+        above = [self.parent]
+        while above[-1].url.rstrip("/").partition("://")[2].count("/"):
+            above.append(above[-1].parent)
+        return above
+
+    @property
+    def _is_web(self) -> bool:
+        return self.url.lower().startswith(tuple(f"{scheme}://" for scheme in _WEB))
+
+    def is_file(self) -> bool:
+        """Return whether it is there, and a file."""
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        """Return whether it is there, and a directory."""
+        return self._kind() == "directory"
+
+    def exists(self) -> bool:
+        """Return whether it is there."""
+        return bool(self._kind())
+
+    def is_symlink(self) -> bool:
+        """Return False: there are no links."""
+        return False
+
+    def _kind(self) -> str:
+        if self.kind:
+            return self.kind
+        try:
+            return str(self._info()["type"])
+        except FileNotFoundError:
+            return ""
+
+    def iterdir(self) -> Iterator["Url"]:
+        """Yield what the directory holds.
+
+        Raises:
+            CandidateError: it cannot be listed.
+        """
+        with self.errors():
+            fs, path = self._opened()
+            found = fs.ls(path, detail=True)
+        for held in found:
+            if held["name"].rstrip("/") != path.rstrip("/"):  # object stores list a directory that was made as one
+                yield self._of(fs, held["name"], held)
+
+    def matches(self) -> list["Url"]:
+        """Return what the URL matches as a pattern.
+
+        Raises:
+            CandidateError: the file system cannot be read.
+        """
+        with self.errors():
+            fs, path = self._opened()
+            found: dict[str, Any] = fs.glob(path, detail=True)
+        return [self._of(fs, name, held) for name, held in found.items()]
+
+    def is_pattern(self) -> bool:
+        """Return whether it has the special characters of a pattern; `?` begins a query where it is of the web."""
+        return has_magic(self.url.replace("?", "") if self._is_web else self.url)
+
+    def identity(self) -> Identity:
+        """Return what tells whether the file was written again.
+
+        Raises:
+            CandidateError: it is not there, or its size is not known.
+        """
+        with self.errors():
+            info = self._info()
+        if not isinstance(info.get("size"), int) or info.get("partial") is False:
+            raise CandidateError(
+                f"{self}: the server does not say how large it is, or does not send parts of it, so it cannot be read "
+                "by slices. Download it, and give its path."
+            )
+        return info["size"], tuple(str(info[key]) for key in _VERSIONS if info.get(key) is not None)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes of a range, or fewer if the file ends before it.
+
+        Raises:
+            CandidateError: it cannot be read.
+        """
+        with self.errors():
+            fs, path = self._opened()
+            content: bytes = fs.cat_file(path, start=start, end=stop)
+        return content
+
+    def read_bounded(self, limit: int) -> bytes:
+        """Return the content of a file of at most `limit` bytes.
+
+        Raises:
+            CandidateError: it cannot be read, or is larger.
+        """
+        size, _ = self.identity()
+        if size > limit:
+            raise CandidateError(f"{self}: is larger than {limit} bytes, the maximum for such a file.")
+        return self.read(0, size) if size else b""
+
+    def _opened(self) -> tuple[Any, str]:
+        """Return the file system, and the path in it."""
+        fs, path = fsspec.core.url_to_fs(self.url)
+        fs.invalidate_cache()
+        return fs, path
+
+    def _info(self) -> dict[str, Any]:
+        with self.errors(FileNotFoundError):
+            fs, path = self._opened()
+            info: dict[str, Any] = fs.info(path)
+        return info
+
+    def _of(self, fs: Any, name: str, info: dict[str, Any]) -> "Url":
+        url = name if is_url(name) else f"{self.url.partition('://')[0]}://{name.lstrip('/')}"
+        return Url(url.rstrip("/"), "" if self._is_web else str(info["type"]))
+
+    @contextmanager
+    def errors(self, *but: type[Exception]) -> Iterator[None]:
+        """Replace errors of a `with` block, but for some types, by a CandidateError that names the URL."""
+        try:
+            yield
+        except TwaError:
+            raise
+        except but:
+            raise
+        except (ImportError, ValueError) as error:
+            scheme = self.url.partition("://")[0].lower()
+            package = _PACKAGES.get(scheme)
+            if package is None and scheme in fsspec.available_protocols():
+                raise self._error(error) from error
+            fix = f"Install `{package}`" if package else "Give a URL of a file system that fsspec knows"
+            raise CandidateError(
+                f"{self}: {error}. {fix}, or download the candidates, and give their paths."
+            ) from error
+        except Exception as error:  # each library has errors of its own
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> CandidateError:
+        match error:
+            case FileNotFoundError():
+                why = "there is no such file, directory or bucket"
+            case PermissionError():
+                why = "the storage refuses access. Check the credentials of this process, and the rights that they give"
+            case _:
+                why = f"cannot be read: {type(error).__name__}"
+        said = " ".join(str(error).replace(self.url, str(self)).split())[:300]
+        return CandidateError(f"{self}: {why}{f' ({said})' if said else ''}.")
