@@ -66,8 +66,8 @@ class Layout:
         """Return the spans of tensors that candidates hold."""
         return [span for span in spans if span.name in self.held_as]
 
-    def sourced(self, span: Span) -> Span:
-        """Return the span under the name under which it is read."""
+    def in_candidates(self, span: Span) -> Span:
+        """Return the span with the name of its tensor in the candidates."""
         return replace(span, name=self.source(span.name))
 
 

@@ -100,7 +100,7 @@ def write_rest(engine: Engine, layout: Layout, loaded: LoadedCandidates) -> None
 
 
 def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidate]) -> int:
-    spans = [layout.sourced(span) for span in layout.read(engine.spans())]
+    spans = [layout.in_candidates(span) for span in layout.read(engine.spans())]
     if engine.shard_group.rank == 0:
         live = _live_buffers(engine, layout)
         spans += [whole(layout.source(name), tuple(buffer.shape)) for name, buffer in live.items()]
@@ -121,7 +121,7 @@ def _read_spans(
 
     The squared norms of the rounding errors of a packed store are added to `errors`, (n,).
     """
-    live = {layout.sourced(span): span for span in layout.read(engine.spans())}
+    live = {layout.in_candidates(span): span for span in layout.read(engine.spans())}
     vectors = spectral_vectors({name for held in layout.held_as.values() for name in held})
     targets: dict[Span, Target] = {}
     sums: list[Span] = []

@@ -132,7 +132,7 @@ class Observed:
         mapped = 0
         if isinstance(store_kind(self.config.store), MappedFiles):  # reads candidate files instead of deltas
             indices = range(self.num_candidates)
-            mapped = job_bytes(self._candidates, [(self.layout.sourced(span), indices) for span in self._spans])
+            mapped = job_bytes(self._candidates, [(self.layout.in_candidates(span), indices) for span in self._spans])
         nbytes = update_bytes(self._store.nbytes, elements, mapped=mapped, weights=weights)
         return step_cost(self.clock.read(), nbytes, steps)
 

@@ -85,9 +85,9 @@ class Stream:
             target = targets[part.span]
             only_products = target.rows is None and target.center is None and target.products is not None
             before = target.products.clone() if only_products and target.products is not None else None
-            seen = self._kernels.make_deltas(part.sources, weights, target, part.start)
-            self._add(part, seen.checksums)
-            if not seen.finite:
+            checks = self._kernels.make_deltas(part.sources, weights, target, part.start)
+            self._add(part, checks.checksums)
+            if not checks.finite:
                 if before is not None and target.products is not None:
                     target.products.copy_(before)
                 self._make_deltas_of_mask(part, weights, target)

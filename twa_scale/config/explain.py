@@ -26,11 +26,11 @@ def explained(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> li
     unions: dict[Location, list[Mapping[str, Any]]] = {}
     for error in errors:
         unions.setdefault(_key(error["loc"]), []).append(error)
-    said: dict[tuple[Location, str], None] = {}
+    found: dict[tuple[Location, str], None] = {}
     for together in unions.values():
         for error in _united(together):
-            said[error["loc"], _message(model, error)] = None
-    return list(said)
+            found[error["loc"], _message(model, error)] = None
+    return list(found)
 
 
 def _is_branch(part: str | int) -> bool:

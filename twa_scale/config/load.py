@@ -81,9 +81,9 @@ def validated(
     except ValidationError as error:
         lines: dict[str, dict[str, None]] = {}
         for location, text in explained(model, error.errors()):
-            said = text + _hint(data, location)
-            lines.setdefault(_origin(location, where, overrides), {})[said] = None
-        raise ConfigError("; ".join(f"{origin}: {'; '.join(said)}" for origin, said in lines.items())) from None
+            message = text + _hint(data, location)
+            lines.setdefault(_origin(location, where, overrides), {})[message] = None
+        raise ConfigError("; ".join(f"{origin}: {'; '.join(messages)}" for origin, messages in lines.items())) from None
 
 
 def _hint(data: Any, location: Sequence[str | int]) -> str:

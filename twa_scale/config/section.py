@@ -54,8 +54,8 @@ class _Constructed(ModelMetaclass):
         try:
             return super().__call__(**settings)
         except ValidationError as error:
-            said = dict.fromkeys(text for _, text in explained(cast("type[BaseModel]", cls), error.errors()))
-            raise ConfigError(f"{cls.__name__}: {'; '.join(said)}") from None
+            messages = dict.fromkeys(text for _, text in explained(cast("type[BaseModel]", cls), error.errors()))
+            raise ConfigError(f"{cls.__name__}: {'; '.join(messages)}") from None
 
 
 class Section(BaseModel, metaclass=_Constructed):

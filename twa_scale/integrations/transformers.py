@@ -13,7 +13,7 @@ from twa_scale.errors import ConfigError, TwaError
 from twa_scale.integrations.averaging import Averaging, repeated
 from twa_scale.integrations.calls import running_calls
 from twa_scale.integrations.logged_names import added_metrics_as
-from twa_scale.output.beside import write_beside
+from twa_scale.output.add_provenance import add_provenance
 
 AVERAGE = "average"
 """The directory of an average, in a checkpoint and in the output directory."""
@@ -177,7 +177,7 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
             self._save_model(directory)
             with twa.pods.agree():
                 if trainer.args.should_save:
-                    write_beside(directory, twa.origin("the learned average of a window of snapshots"))
+                    add_provenance(directory, twa.origin("the learned average of a window of snapshots"))
             if trainer.eval_dataset is not None:
                 with added_metrics_as(trainer, "eval_average"):
                     self._evaluate(metric_key_prefix="eval_average")

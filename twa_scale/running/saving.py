@@ -52,9 +52,9 @@ def _save(
     max_shard_size: str | int,
 ) -> None:
     form = snapshot_form(engine, dtype)
-    said = snapshot_files(window.steps[i], files)
+    small_files = snapshot_files(window.steps[i], files)
     with writing(
-        path, form.specs, engine.shard_group, max_shard_size=max_shard_size, overwrite=True, base=BASE, **said
+        path, form.specs, engine.shard_group, max_shard_size=max_shard_size, overwrite=True, base=BASE, **small_files
     ) as writer:
         held = set(window.spans)
 

@@ -280,8 +280,8 @@ def _parsed(model: type[M], path: Path) -> M | None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ")
-        raise StateError(f"{path}: {where + ': ' if where else ''}{said}. {_FIX}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise StateError(f"{path}: {where + ': ' if where else ''}{message}. {_FIX}") from None
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -52,14 +52,14 @@ def page(material: Material) -> str:
 
 def _header(material: Material, name: str) -> Html:
     summary = material.summary
-    said = summary and (summary.verdict or summary.exported_as)
+    verdict = summary and (summary.verdict or summary.exported_as)
     waits = None
     if material.status != "finished":
         waits = "The page shows what is known so far. Make it again for newer numbers; the comparison comes at the end."
     return joined(
         el("h1", name),
         el("p", el("span", _STATUS[material.status], class_=f"status {material.status}"), material.progress),
-        el("p", said, class_="lead") if said else None,
+        el("p", verdict, class_="lead") if verdict else None,
         el("p", waits, class_="soft") if waits else None,
     )
 

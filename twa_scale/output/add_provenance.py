@@ -1,4 +1,4 @@
-"""The provenance and the model card of weights that another library has written."""
+"""Add the provenance and the model card to weights that another library has written."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from twa_scale.output.provenance import PROVENANCE
 from twa_scale.output.publish import output_errors, replace_file
 
 
-def write_beside(directory: Path, origin: Mapping[str, Any]) -> None:
-    """Write twa_scale.json and README.md beside weights. On one rank.
+def add_provenance(directory: Path, origin: Mapping[str, Any]) -> None:
+    """Write twa_scale.json and README.md next to weights. On one rank.
 
     Args:
-        directory: of the weights. Files of its own, such as config.json and its card, are read.
+        directory: the directory of the weights. Its config.json and its card are read.
         origin: the `provenance`.
 
     Raises:
