@@ -99,26 +99,17 @@ def average_fixed(
         given = _of_sum_one(given, normalize)
     fixed = center_weights(given, len(opened), "--weights")
     of_buffers = _parsed_buffers(buffers, len(opened))
-    vectors = spectral_vectors(opened[-1].names())
-
     low: Truncated | None = None
     with group.agree():
-        if rank is not None:
-            low = truncated(opened, fixed, rank)
-            opened = [*opened[:-1], low]
+        low = None if rank is None else truncated(opened, fixed, rank)
+        combination = _combination(opened, fixed, of_buffers, low)
+        opened = [*opened[:-1], low] if low else opened
         carried = carried_files(opened, files=group.rank == 0, code=carry_code)
-    units = low.units if low else {}
-
-    def source(name: str) -> Source:
-        if name in units:
-            return [0.0] * (len(opened) - 1) + [1.0]
-        return buffer_source(name, of_buffers, fixed) if name in vectors or is_statistic(name) else fixed
-
     labels = [candidate.label for candidate in opened]
     merge(
         opened,
         out,
-        Combination(source, units=units),
+        combination,
         group,
         output=output,
         carried=carried,
@@ -133,6 +124,21 @@ def average_fixed(
         if group.rank == 0:
             notice(line)
     return list(zip(labels, fixed, strict=True))
+
+
+def _combination(
+    candidates: Sequence[Candidate], weights: Sequence[float], buffers: str | int, low: Truncated | None
+) -> Combination:
+    """Return the weights of each tensor. Those that `low` has computed take the place of the last candidate's."""
+    vectors, n = spectral_vectors(candidates[-1].names()), len(candidates)
+    units = low.units if low else {}
+
+    def source(name: str) -> Source:
+        if name in units:
+            return [0.0] * (n - 1) + [1.0]
+        return buffer_source(name, buffers, weights) if name in vectors or is_statistic(name) else weights
+
+    return Combination(source, units=units)
 
 
 def _given(explicit: list[float] | None, weights: Center | None, select: SelectConfig) -> Center:
