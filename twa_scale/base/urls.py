@@ -234,5 +234,5 @@ class Url:
                 why = "the storage refuses access. Check the credentials of this process, and the rights that they give"
             case _:
                 why = f"cannot be read: {type(error).__name__}"
-        said = " ".join(str(error).replace(self.url, str(self)).split())[:300]
+        said = " ".join(str(error).replace(self.url, str(self)).split())[:300].rstrip(".")
         return CandidateError(f"{self}: {why}{f' ({said})' if said else ''}.")
