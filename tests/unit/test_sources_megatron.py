@@ -18,7 +18,7 @@ import twa_scale
 from tests.slices import opened, read
 from tests.specs import found, refused
 from twa_scale import TwaWarning
-from twa_scale.errors import OutputError
+from twa_scale.errors import CandidateError, OutputError
 from twa_scale.merge import average_fixed
 
 LAYERS, WIDTH = 3, 4
@@ -166,6 +166,28 @@ def test_other_formats_of_megatron_are_refused_by_name(here: Path) -> None:
     assert "the save was not finished" in refused(["iter_0000002"])
 
 
+@pytest.mark.parametrize("tensors_of", ["each rank", "an unfinished save"])
+def test_a_tracker_that_leads_to_another_format_is_refused_like_the_folder(here: Path, tensors_of: str) -> None:
+    run(here / "run")
+    folder = here / "run/iter_0001000"
+    (folder / ".metadata").unlink()
+    if tensors_of == "each rank":
+        (folder / "common.pt").unlink()
+        (folder / "mp_rank_00").mkdir()
+        torch.save({}, folder / "mp_rank_00/model_optim_rng.pt")
+    said = refused(["run"])
+    assert said == refused(["run/iter_0001000"])
+    assert "--ckpt-convert-format torch_dist" in said
+
+
+@pytest.mark.parametrize("form", ["hf", "dcp"])
+def test_only_the_format_same_keeps_the_tracker(here: Path, form: str) -> None:
+    run(here / "a")
+    run(here / "b")
+    average_fixed(["a", "b"], "out", format=form)
+    assert not list(Path("out").rglob("latest_checkpointed_iteration.txt"))
+
+
 # Layers that are stacked
 
 
@@ -209,7 +231,16 @@ def test_layers_and_experts_may_both_be_stacked(here: Path) -> None:
         assert torch.equal(value, state["layers.experts.weight"][int(layer), int(expert)])
 
 
+def test_two_stacked_tensors_with_the_same_one_of_the_model_are_refused(here: Path) -> None:
+    for step in (1, 2):
+        save(here / f"iter_{step}", {"a.0.b.weight": torch.randn(1, 3, 3), "a.b.0.weight": torch.randn(1, 3, 3)})
+    model = nn.ModuleDict({"a": nn.ModuleList([nn.ModuleDict({"b": nn.ModuleList([nn.Linear(3, 3, False)])})])})
+    with pytest.raises(CandidateError, match=r"both hold 'a\.0\.b\.0\.weight' of the model"):
+        twa_scale.attach(model, "iter_*", {})
+    twa_scale.attach(model, "iter_*", {"ignore": [r"^a\.b\."], "center": "last"})
+
+
 def test_another_number_of_layers_is_refused(here: Path) -> None:
     run(here / "run")
-    with pytest.raises(twa_scale.errors.CandidateError, match=r"decoder\.layers\.0\.linear"):
+    with pytest.raises(CandidateError, match=r"decoder\.layers\.0\.linear"):
         twa_scale.attach(Layers(LAYERS + 1), "run/*", {})

@@ -109,13 +109,13 @@ def _named(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[
     tensors = _renamed(tensors, naming.rename, label)
     if naming.prefix:
         tensors, left_out = _without_prefix(tensors, naming.prefix, label)
-        tensors, apart = _unstacked(tensors, naming)
+        tensors, apart = _unstacked(tensors, naming, label)
         loaded, lines = _loaded(tensors, naming, label)
         lines += apart
         if left_out:
             lines.insert(0, f"tensors without the prefix {naming.prefix!r} are not read: {some(left_out)}.")
         return loaded, lines
-    tensors, apart = _unstacked(tensors, naming)
+    tensors, apart = _unstacked(tensors, naming, label)
     loaded, lines = _loaded(tensors, naming, label)
     lines += apart
     if naming.prefix is None and naming.parameters and not _complete(loaded, naming):
@@ -151,10 +151,10 @@ def _without_prefix(tensors: Tensors, prefix: str, label: str) -> tuple[Tensors,
     return kept, [name for name in tensors if not name.startswith(prefix)]
 
 
-def _unstacked(tensors: Tensors, naming: Naming) -> tuple[Tensors, list[str]]:
+def _unstacked(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]]:
     """Take tensors apart that hold a tensor of all layers, or experts, and lack their numbers; say which."""
     known = [name for names in naming.parameters for name in names] + list(naming.buffers)
-    apart = unstacked(tensors, known)
+    apart = unstacked(tensors, known, label)
     if not apart:
         return tensors, []
     kept = {name: tensor for name, tensor in tensors.items() if name not in apart}

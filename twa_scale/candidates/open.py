@@ -133,6 +133,8 @@ class _Opener:
         if (directory / METADATA).is_file():
             return open_dcp(directory, self.keys)
         if inner := sharded_in(directory):
+            if not (inner / METADATA).is_file():
+                raise refusal(inner)
             return open_dcp(inner, self.keys, directory)
         if has_rank_files(directory):
             return open_rank_files(directory, self.keys)

@@ -14,7 +14,7 @@ import torch
 from twa_scale.base.inputs import open_regular, parse_json
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
-from twa_scale.candidates.formats.megatron import BACKEND, is_megatron
+from twa_scale.candidates.formats.megatron import BACKEND, TRACKER, is_megatron
 from twa_scale.errors import CandidateError
 
 MAX_BYTES = 64 << 20
@@ -42,6 +42,7 @@ _STATE = (
     "training_args.*",
     "*_results.json",
     "latest",
+    TRACKER,
     "events.out.tfevents*",
     "*.log",
     "twa_scale.json",

@@ -1,17 +1,18 @@
 """Stored tensors that hold those of all layers, as Megatron-LM stacks them: one dimension more, one number less."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations
 from math import prod
 from typing import Any
 
 from twa_scale.candidates.prefixes import Tensors
+from twa_scale.errors import CandidateError
 
 _MOST_NUMBERS = 4  # in a name
 
 
-def unstacked(tensors: Tensors, known: Collection[str]) -> dict[str, Tensors]:
+def unstacked(tensors: Tensors, known: Collection[str], label: str) -> dict[str, Tensors]:
     """Return what stored tensors hold under names of the model, by the stored name.
 
     `layers.w` of shape (2, 3) holds `layers.0.w` and `layers.1.w`, of shape (3,), if the model has these two and no
@@ -20,6 +21,10 @@ def unstacked(tensors: Tensors, known: Collection[str]) -> dict[str, Tensors]:
     Args:
         tensors: by their stored names.
         known: the names of the model's parameters and buffers.
+        label: the candidate, for messages.
+
+    Raises:
+        CandidateError: two stored tensors hold the same one of the model.
     """
     grids: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
     for name in known:
@@ -34,7 +39,19 @@ def unstacked(tensors: Tensors, known: Collection[str]) -> dict[str, Tensors]:
         alike = all(len(index) == dims and all(map(int.__lt__, index, sizes)) for index in names)
         if alike and len(sizes) == dims and len(names) == prod(sizes):
             found[stacked] = {name: _at(tensor, index) for index, name in names.items()}
+    _require_one_holder(found, label)
     return found
+
+
+def _require_one_holder(found: Mapping[str, Collection[str]], label: str) -> None:
+    holders: dict[str, str] = {}
+    for stacked, names in found.items():
+        for name in names:
+            if (other := holders.setdefault(name, stacked)) != stacked:
+                raise CandidateError(
+                    f"{label}: {other!r} and {stacked!r} both hold {name!r} of the model, as stacked tensors. Name one "
+                    "of them in `ignore`."
+                )
 
 
 def _without_numbers(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
