@@ -57,7 +57,7 @@ class Lines(Report):
 
 
 def test_the_best_three_of_a_part_of_the_batches_are_evaluated_on_all(scores: Brought, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"center": "first", "evaluate_batches": 7, "start": "best", "batch_size": 4}
+    changes: dict[str, Any] = {"center": "first", "evaluate_batches": 8, "start": "best", "batch_size": 4}
     config = validated(RunConfig, settings(scores.candidates, scores.task, tmp_path, **changes))
     report, parts, wholes = Lines(), dict[str, float](), dict[str, float]()
 
@@ -76,7 +76,7 @@ def test_the_best_three_of_a_part_of_the_batches_are_evaluated_on_all(scores: Br
     finalists = sorted(parts, key=parts.__getitem__)[:3]
     best = min(finalists, key=wholes.__getitem__)
     assert losses["said"]["loss"] == wholes[best] == pytest.approx(losses["found"]["loss"], rel=1e-6)
-    assert report.said[0].startswith(f"center on 2 of 7 batches: loss {parts['center']:.4f}")
+    assert report.said[0].startswith(f"center on 2 of 8 batches: loss {parts['center']:.4f}")
     assert {line.partition(":")[0] for line in report.said[len(parts) : -1]} == set(finalists)
     assert report.said[-1] == f"start: {best}, the best of {len(parts)} averages that need no training"
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isinf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -165,6 +166,38 @@ def test_errors_of_rounded_gradients_do_not_add_up(ranks: Pool, dtype: RowDtype,
     if dtype != "float32":
         total, exact, size = ranks(exchange_often, 3, dtype=dtype, forget=True)[0]
         assert ((total - exact).abs() / size).max() > 3 * found
+
+
+def exchange_nothing(dtype: RowDtype) -> tuple[int, ...]:
+    alone, world = Group.alone(), Group.world()
+    values = torch.zeros(5, 0)
+    RowExchange(dtype, Reduction("auto", Pods(alone, world), alone, world)).average_(values)
+    return values.shape
+
+
+@pytest.mark.parametrize("dtype", get_args(RowDtype))
+def test_ranks_may_have_no_rows(ranks: Pool, dtype: RowDtype) -> None:
+    assert ranks(exchange_nothing, 2, dtype=dtype) == [(5, 0)] * 2
+
+
+def scaled_steps(scales: list[float]) -> dict[str, Tensor]:
+    """Return the weights after steps of two pods with these loss scales; infinity makes a step that is skipped."""
+    place = join(LAYOUTS["2 x 2 fsdp2"])
+    model, twa = attach(place, Run({**ROWS.config, "row_exchange": "int8"}))
+    step = 0
+    for scale in scales:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0 if isinf(scale) else scale)
+        loss = models.loss(model, models.part(models.batch(step), dist.get_rank(), dist.get_world_size()))
+        (scaler.scale(loss) * (torch.inf if isinf(scale) else 1)).backward()
+        step += twa.step(scaler)
+        twa.zero_grad()
+    return cases.gathered(model)
+
+
+def test_loss_scales_and_skipped_steps_leave_errors_of_rounding_as_they_are(ranks: Pool) -> None:
+    want = ranks(scaled_steps, 4, scales=[1.0] * 4)[0]
+    for weights in ranks(scaled_steps, 4, scales=[1.0, 256.0, torch.inf, 4.0, torch.inf, 1024.0]):
+        assert all(torch.equal(weights[name], value) for name, value in want.items())
 
 
 def train_rounded(dtype: RowDtype) -> tuple[dict[str, Tensor], list[bool]]:

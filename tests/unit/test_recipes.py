@@ -179,6 +179,12 @@ class Counted(list[dict[str, torch.Tensor]]):
     token_counts = (3, 9, 1, 9, 5, 2, 8, 4)
 
 
+def test_each_example_needs_its_number_of_tokens() -> None:
+    examples = Counted({"i": torch.tensor(count)} for count in (3, 9, 1))
+    with pytest.raises(ConfigError, match="token_counts: the examples of the task have 8, and there are 3 examples"):
+        next(Batches(examples, 2, 2, 0, 1, 0).in_order())
+
+
 def test_evaluated_examples_of_similar_length_share_a_batch() -> None:
     def batches(rank: int, size: int, limit: int | None = None, every: int = 1) -> list[tuple[list[int], bool]]:
         examples = Counted({"i": torch.tensor(count)} for count in Counted.token_counts)

@@ -77,7 +77,9 @@ class CoefficientStep:
             raise NotFiniteError(
                 "the gradient is not finite: look for a diverging loss or an overflow, then lower the rate."
             )
-        self._train(products, clip / scale, scaler)
+        if finite and self._written.rows is not None:
+            self._written.rows.reduce(clip / scale)
+        self._train(products, scaler)
         self.count += finite
         return finite
 
@@ -125,18 +127,15 @@ class CoefficientStep:
             engine_scale.update(overflow=not finite)
         return finite
 
-    def _train(self, products: torch.Tensor, factor: float, scaler: torch.amp.GradScaler | None) -> None:
+    def _train(self, products: torch.Tensor, scaler: torch.amp.GradScaler | None) -> None:
         """Step the optimizer with the gradient of these products, (n + 1, G), and write the weights. Collective.
 
         Args:
             products: still scaled if there is a scaler.
-            factor: clips and unscales the gradients of the corrections of rows.
             scaler: the scaler of the loss.
         """
         gradient = self._written.gradient(products)
         before = self._written.saved()
-        if self._written.rows is not None:
-            self._written.rows.reduce(factor)
         self._optimizer.update(gradient, scaler, self._config.max_grad_norm)
         self._gradients.clear()
         self._written.confirm(before)

@@ -94,7 +94,7 @@ class AverageOptimizer(torch.optim.Optimizer):
     def update(self, gradient: torch.Tensor, scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
         """Take a step of the inner optimizers; a scaler skips it if the gradient is not finite. Collective with rows.
 
-        The gradients of rows are already unscaled.
+        The gradients of rows are already unscaled and summed, if those of the coefficients are finite.
 
         Args:
             gradient: the reduced gradient of the coefficients, (k, G), scaled like the loss.
@@ -105,7 +105,8 @@ class AverageOptimizer(torch.optim.Optimizer):
         x.grad = gradient
         if scaler:
             scaler.unscale_(self.inside)
-        rows = self._rows
+        finite = bool(torch.isfinite(gradient).all())
+        rows = self._rows if finite else None
         if max_norm is not None and rows is None:
             torch.nn.utils.clip_grad_norm_([x], max_norm)
         elif max_norm is not None and rows is not None:
@@ -113,12 +114,11 @@ class AverageOptimizer(torch.optim.Optimizer):
             factor = min(1.0, max_norm / (norm + 1e-6))
             gradient *= factor
             rows.scale(factor)
-        finite = bool(torch.isfinite(gradient).all())
         if scaler:
             scaler.step(self.inside)
         else:
             self.inside.step()
-        if rows is not None and finite:
+        if rows is not None:
             rows.optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -55,8 +55,8 @@ class TwaConfig(Section):
         "center",
         description="Where the coefficients start: at the `center`, or at a candidate (`first`, `last`, an index). "
         "Runs also accept `best`: the average with the best evaluation on `evaluate_split` among `center`, `last`, "
-        "`mean`, `lawa:2`, `lawa:4`, .., `ema:0.8`, `ema:0.9`, `ema:0.95` and `minus-sqrt`. All are "
-        "evaluated on every fourth batch, and the best three of them on all batches.",
+        "`mean`, `lawa:2`, `lawa:4`, .., `ema:0.8`, `ema:0.9`, `ema:0.95` and `minus-sqrt`. From eight "
+        "batches on, all are evaluated on every fourth one, and the best three of them on all.",
     )
     store: StoreName = Field(
         "dense32",

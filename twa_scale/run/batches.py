@@ -70,7 +70,12 @@ class Batches:
         starts = range(0, len(examples), self.batch_size)[: self.num_in_order(limit) : every]
         order = [i for start in starts for i in range(start, min(start + self.batch_size, len(examples)))]
         if (counts := getattr(examples, "token_counts", None)) is not None:
-            order.sort(key=lambda i: -counts[i])
+            if len(counts) != len(examples):
+                raise ConfigError(
+                    f"token_counts: the examples of the task have {len(counts)}, and there are {len(examples)} "
+                    "examples; give one for each."
+                )
+            order.sort(key=lambda i: int(counts[i]), reverse=True)
         share = self.micro_batch_size
         for start in range(0, len(order), share * self.size):
             first = start + self.rank * share

@@ -23,9 +23,9 @@ from twa_scale.ranks import Reduction
 def row_bytes(config: TwaConfig, n: int, rows: int) -> int:
     """Return the bytes of `RowCorrections` for n candidates and rows of a rank.
 
-    These are y, its gradient, a copy, the moments, and the errors of rounded gradients.
+    These are y, its gradient, a copy, and the moments.
     """
-    return 4 * (3 + row_moments(config) + (config.row_exchange != "float32")) * n * rows
+    return 4 * (3 + row_moments(config)) * n * rows
 
 
 def row_moments(config: TwaConfig) -> int:
@@ -89,9 +89,10 @@ class RowCorrections:
         self._gradient[:, part.columns] += mine.to(self._gradient.device, torch.float32)
 
     def reduce(self, factor: float) -> None:
-        """Sum the gradient over ranks and multiply it by `factor`. Collective."""
+        """Multiply the gradient by `factor`, the same on all ranks, and sum it over ranks. Collective."""
+        self._gradient.mul_(factor)  # first, so that errors of rounding have the same unit in every step
         self._slots.reduce_(self._gradient, self._reduction, self._exchange)
-        self.values.grad = self._gradient.mul_(factor)
+        self.values.grad = self._gradient
 
     def squared_norm(self) -> float:
         """Return the squared 2-norm of the gradient of all rows, with the same bits on all ranks. Collective."""

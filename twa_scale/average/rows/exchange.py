@@ -25,7 +25,7 @@ class RowExchange:
     """Averages gradients over replicas. Those that are rounded have error feedback.
 
     With error feedback (arXiv 1901.09847), what a rounding has left out is added to the gradient of the next step, so
-    that errors do not add up. The codes of `int8` have one scale for each row, a k-th of the largest absolute value.
+    that errors do not add up. The codes of `int8` have one scale for each row: 1/127 of its largest absolute value.
 
     Rounded gradients are gathered, not reduced, so that each is rounded once: a rank receives those of all replicas.
 
@@ -41,13 +41,13 @@ class RowExchange:
 
     def average_(self, values: torch.Tensor) -> None:
         """Average float32 `values`, (k, R), over replicas in place, with equal bits on all of them. Collective."""
-        if self._dtype == "float32" or self._reduction.num_replicas == 1:
+        if self._dtype == "float32" or self._reduction.num_replicas == 1 or not values.numel():
             self._reduction.average_over_replicas_(values)
             return
         if self._error is not None:
             values += self._error
         mine = self._encoded(values)
-        self._error = (values - self._decoded(mine, *values.shape)).nan_to_num_(0, 0, 0)  # of a step that is skipped
+        self._error = values - self._decoded(mine, *values.shape)
         values.zero_()
         for codes in self._reduction.gather_from_replicas(mine):
             values += self._decoded(codes, *values.shape)
@@ -61,7 +61,7 @@ class RowExchange:
         """Return the bytes of rounded values, uint8."""
         if self._dtype == "bfloat16":
             return values.to(torch.bfloat16).view(torch.uint8).flatten()
-        scales = values.abs().amax(0) / _LARGEST if len(values) else values.new_zeros(values.shape[1])
+        scales = values.abs().amax(0) / _LARGEST
         codes = torch.where(scales > 0, values / scales, 0).round_()
         return torch.cat([codes.to(torch.int8).view(torch.uint8).flatten(), scales.view(torch.uint8)])
 

@@ -48,11 +48,11 @@ def rows_of_plan(
     lengths = row_lengths(model, shapes)
     count = sum(-(-local[name] // length) for name, length in lengths.items())
     of_all = sum(prod(shapes[name]) // length for name, length in lengths.items())
-    exchanged = exchanged_bytes(config.row_exchange, n, count) if config.pods > 1 else 0
-    gathers = config.row_exchange != "float32"
+    exchanged = exchanged_bytes(config.row_exchange, n, count)
+    rounds = config.pods > 1 and config.row_exchange != "float32"
     return RowBytes(
-        held=row_bytes(config, n, count),
-        sent=(config.pods - 1) * exchanged if gathers else all_reduced(exchanged, config.pods),
-        gathered=config.pods * exchanged if gathers else 0,
+        held=row_bytes(config, n, count) + rounds * 4 * n * count,  # with the errors of rounding
+        sent=(config.pods - 1) * exchanged if rounds else all_reduced(exchanged, config.pods),
+        gathered=config.pods * exchanged if rounds else 0,
         state=(1 + row_moments(config)) * 4 * n * of_all,
     )
