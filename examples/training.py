@@ -27,9 +27,10 @@ class Training:
 
     def __init__(self, config: RunConfig, world: World, steps: int, lr: float) -> None:
         self.task = build_task(config.task)
-        self.model = run_engine(config, world).build(self.task, world, torch.device("cpu"))
+        model: Any = run_engine(config, world).build(self.task, world, torch.device("cpu"))
         torch.manual_seed(config.seed)
-        self.model.init_weights()
+        model.init_weights()
+        self.model: nn.Module = model
         self.optimizer = self.make_optimizer(lr)
         self.batches = make_batches(
             self.task.dataset("train"), "train", config.batch_size, None, world.rank, world.size, config.seed + 1

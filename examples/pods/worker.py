@@ -5,6 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from twa_scale.run.batches import make_batches
 from twa_scale.run.tasks import build_task
 from twa_scale.run.tasks.byte_gpt import ByteGPT
 
-SIZES = {"n_layer": 7, "n_head": 8, "d_model": 512}
+SIZES: dict[str, Any] = {"n_layer": 7, "n_head": 8, "d_model": 512}
 CONTEXT = 64
 TASK = {"name": "causal_lm", "model": {"byte_gpt": SIZES}, "text": "stdlib", "context": CONTEXT}
 TWA = {"groups": "block", "optimizer": {"name": "adamw", "lr": 0.03}}
@@ -40,7 +41,7 @@ def main() -> None:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         dist.init_process_group("gloo")
-    task = build_task(TaskConfig(**TASK))
+    task = build_task(TaskConfig.model_validate(TASK))
     model, replica_group = held(arguments.mode, size)
     twa = twa_scale.attach(model, arguments.candidates, TWA, replica_group=replica_group)
     examples = task.dataset("train")

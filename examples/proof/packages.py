@@ -20,7 +20,7 @@ def package_file(packages: Path, package: str) -> Path:
 
 def members(packages: Path, package: str) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of the files of a Debian package."""
-    command = ["dpkg-deb", "--fsys-tarfile", package_file(packages, package)]
+    command = ["dpkg-deb", "--fsys-tarfile", str(package_file(packages, package))]
     unpacking = subprocess.Popen(command, stdout=subprocess.PIPE)
     with unpacking, tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
         for member in archive:

@@ -92,7 +92,7 @@ def methods_table(seeds: Seeds, names: Sequence[str], reference: str, split: str
     return lines
 
 
-def claims_table(seeds: Seeds, claims: Sequence[Sequence[str]], split: str, compared: Metric) -> list[str]:
+def claims_table(seeds: Seeds, claims: Sequence[Sequence[Any]], split: str, compared: Metric) -> list[str]:
     """Return a table of the pairs that were to be compared."""
     lines = [f"| method | against | difference in {split} {compared.name} | shown |", "| --- | --- | ---: | --- |"]
     for ours, theirs, *margin in claims:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -51,7 +52,7 @@ def main() -> None:
     console.print(f"[dim]{time.perf_counter() - start:.0f} s in all[/]")
 
 
-def compare(out: Path, steps: int, extra: int, batches: int) -> list[dict[str, object]]:
+def compare(out: Path, steps: int, extra: int, batches: int) -> list[dict[str, Any]]:
     """Evaluate every method once on the test split."""
     methods = {
         "last weights": (out / "methods/last", steps),
@@ -71,7 +72,7 @@ def compare(out: Path, steps: int, extra: int, batches: int) -> list[dict[str, o
     return rows
 
 
-def table(out: Path, rows: list[dict[str, object]]) -> None:
+def table(out: Path, rows: list[dict[str, Any]]) -> None:
     """Print the comparison."""
     result = Table(title="Held-out test split")
     for column in ("method", "optimizer steps", "loss (nats/byte)", "bits/byte"):

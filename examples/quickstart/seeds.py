@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
@@ -72,7 +73,7 @@ def page(seeds: list[int], outs: list[Path], remark: str) -> str:
     )
 
 
-def quality(rows: list[list[dict[str, float]]]) -> str:
+def quality(rows: list[list[dict[str, Any]]]) -> str:
     """Return the comparison of the methods as a Markdown table."""
     lines = [
         "| method | optimizer steps | test loss (nats/byte) | against the uniform average |",
@@ -87,7 +88,7 @@ def quality(rows: list[list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def reading(rows: list[list[dict[str, float]]]) -> str:
+def reading(rows: list[list[dict[str, Any]]]) -> str:
     """Say in words who won, seed by seed, so that no sentence can outlive its numbers."""
     pairs = {"TWA": ("uniform average", "EMA, best of four"), "TWA, then annealed": ("annealed", "decayed run")}
     sentences = []
@@ -98,9 +99,9 @@ def reading(rows: list[list[dict[str, float]]]) -> str:
     return f"Of {len(rows)} seeds, {'; '.join(sentences)}."
 
 
-def loss_of(run: list[dict[str, float]], method: str) -> float:
+def loss_of(run: list[dict[str, Any]], method: str) -> float:
     """Return the test loss of a method."""
-    return next(row["loss"] for row in run if row["method"] == method)
+    return float(next(row["loss"] for row in run if row["method"] == method))
 
 
 def spread(values: list[float], form: str) -> str:

@@ -33,7 +33,8 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) as float64, flat."""
-        return self.slices[name][start:stop].double().view(-1)
+        rows: torch.Tensor = self.slices[name][start:stop]
+        return rows.double().view(-1)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -96,10 +97,11 @@ def evaluate(
     limit = [f"--batches={batches}"] if batches else []
     weights = [f"--weights={path}" for path in paths]
     python("-m", "twa_scale", "evaluate", CONFIG, *settings, f"--split={split}", f"--out={result}", *limit, *weights)
-    return json.loads(result.read_text())
+    metrics: dict[str, dict[str, float]] = json.loads(result.read_text())
+    return metrics
 
 
-def table(rows: list[dict[str, object]]) -> None:
+def table(rows: list[dict[str, Any]]) -> None:
     """Print the comparison."""
     result = Table(title="Test sentences")
     for column in ("method", "accuracy", "loss (nats)"):

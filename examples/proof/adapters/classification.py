@@ -34,9 +34,11 @@ class AdapterClassification(SequenceClassification):
         """Return the pretrained model with an adapter, or with a new one, which is the same at every call."""
         base = copy.deepcopy(self._base)  # PEFT changes it in place
         if adapter is not None:
-            return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+            held: nn.Module = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+            return held
         torch.manual_seed(0)
-        return get_peft_model(base, LoraConfig(task_type=TaskType.SEQ_CLS, **self._lora))
+        new: nn.Module = get_peft_model(base, LoraConfig(task_type=TaskType.SEQ_CLS, **self._lora))
+        return new
 
     @cached_property
     def _base(self) -> Any:

@@ -54,8 +54,10 @@ class Detector(nn.Module):
             if isinstance(module, nn.Conv2d | nn.GroupNorm):
                 module.reset_parameters()
         for head in (self.classes, self.boxes):
+            assert head.bias is not None
             nn.init.zeros_(head.bias)
-        nn.init.constant_(self.classes.bias[-1], 7.0)
+            if head is self.classes:
+                nn.init.constant_(head.bias[-1], 7.0)
 
     def forward(self, pixel_values: Tensor, labels: list[dict[str, Tensor]] | None = None) -> Detected:
         """Return the objects, and the loss if there are labels.

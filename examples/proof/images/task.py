@@ -4,6 +4,7 @@ import shutil
 from functools import cached_property, partial
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
 from torch.optim.swa_utils import update_bn
 
@@ -134,7 +135,8 @@ class Images(TrunkWork):
         """Measure the BatchNorm statistics of the weights in the model anew, if it has any."""
         batches = self.training.batches
         chosen = (next(batches.training(step)) for step in range(batches.per_epoch))
-        inputs = (self.task.inputs(batch) for batch in islice(chosen, self.settings.get("recalibrate_batches", 0)))
+        task: Any = self.task
+        inputs = (task.inputs(batch) for batch in islice(chosen, self.settings.get("recalibrate_batches", 0)))
         update_bn(inputs, self.model)
 
     def candidates(self, method: Settings) -> str:
