@@ -20,6 +20,7 @@ from tests.specs import found, refused
 from twa_scale import TwaWarning
 from twa_scale.errors import CandidateError, OutputError
 from twa_scale.merge import average_fixed
+from twa_scale.output.formats.other_copies import other_tensors
 
 LAYERS, WIDTH = 3, 4
 Tensors = dict[str, torch.Tensor]
@@ -104,6 +105,75 @@ def test_the_copies_of_the_optimizer_become_the_average_too(here: Path, copy: st
     first, last_one = (optimizer_of(weights(i))[f"optimizer.state.fp32_param.{name}"] for i in (0, 1))
     torch.testing.assert_close(exact, (first + last_one) / 2)
     assert not torch.equal(exact, exact.bfloat16().float()) and torch.equal(model, exact.bfloat16())
+
+
+EXPERTS = "decoder.layers.linear.weight"  # stands for them
+
+
+def optimizers_of(state: Tensors) -> Tensors:
+    """Return what an optimizer of experts and one of all other weights hold."""
+    dense = {name: value for name, value in state.items() if name != EXPERTS}
+    of_experts = optimizer_of({EXPERTS: state[EXPERTS]}, "param", "chained_1.")
+    return optimizer_of(dense, "param", "chained_0.") | of_experts
+
+
+def test_the_copies_of_all_chained_optimizers_are_averaged(here: Path) -> None:
+    run(here / "run", optimizers_of)
+    average_fixed(["run/*"], "out", format="same", weights_key="optimizer.state.param")
+    for name, chain in (("embedding.weight", 0), (EXPERTS, 1)):
+        model, exact = loaded(here / "out", name, f"chained_{chain}.optimizer.state.param.{name}")
+        first, last = (optimizer_of(weights(i))[f"optimizer.state.fp32_param.{name}"] for i in (0, 1))
+        torch.testing.assert_close(exact, (first + last) / 2)
+        assert torch.equal(model, exact.bfloat16())
+    with pytest.raises(OutputError, match=rf"chained_1\.optimizer\.state\.param\.{EXPERTS}'.* leave out `weights_key`"):
+        average_fixed(["run/*"], "dense", format="same", weights_key="chained_0.optimizer.state.param")
+
+
+def test_one_copy_in_two_chained_optimizers_is_refused(here: Path) -> None:
+    run(
+        here / "run",
+        lambda state: optimizer_of(state, "param", "chained_0.") | optimizer_of(state, "param", "chained_1."),
+    )
+    with pytest.raises(CandidateError, match=r"takes both 'chained_0\..*' and 'chained_1\..*Name one optimizer"):
+        average_fixed(["run/*"], "out", weights_key="optimizer.state.param")
+
+
+def test_weights_without_a_copy_are_averaged_only_as_weights_of_the_model(here: Path) -> None:
+    def optimizer(state: Tensors) -> Tensors:
+        return optimizer_of({name: value for name, value in state.items() if name != EXPERTS}, "param")
+
+    run(here / "run", optimizer)
+    average_fixed(["run/*"], "out", format="same")
+    assert torch.equal(loaded(here / "out", EXPERTS)[0].reshape(-1), mean(EXPERTS))
+    with pytest.raises(OutputError, match=rf"'{EXPERTS}' of the model, .* stay that of the last candidate"):
+        average_fixed(["run/*"], "exact", format="same", weights_key="optimizer.state.param")
+
+
+@pytest.mark.parametrize("copy", ["param", "fp32_param"])
+def test_copies_of_another_shape_are_refused(here: Path, copy: str) -> None:
+    run(here / "run", lambda state: {name: value.reshape(1, -1) for name, value in optimizer_of(state, copy).items()})
+    with pytest.raises(OutputError, match=rf"optimizer\.state\.{copy}\..*the optimizer's copy of weights"):
+        average_fixed(["run/*"], "out", format="same")
+    average_fixed(["run/*"], "hf")
+
+
+def test_weights_are_not_searched_once_for_each_tensor(here: Path) -> None:
+    class Weights(list[tuple[str, ...]]):
+        def __contains__(self, keys: object) -> bool:
+            raise AssertionError("a search of all weights")
+
+    state = weights(0)
+    folder = save(here / "iter_1", {**state, **optimizer_of(state)})
+    moments = {(f"optimizer.state.exp_avg.{name}",) for name in state}
+    assert other_tensors(folder, Weights((name,) for name in state)).keys() == moments
+
+
+def test_the_state_of_a_module_called_param_is_no_copy(here: Path) -> None:
+    for step in (1, 2):
+        state = {"param.weight": torch.randn(3), "optimizer.state.param.weight.exp_avg": torch.ones(3)}
+        save(here / f"iter_{step}", state)
+    average_fixed(["iter_*"], "out", format="same")
+    assert torch.equal(loaded(here / "out", "optimizer.state.param.weight.exp_avg")[0], torch.ones(3))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from twa_scale.base.names import and_more, nearest, some
 from twa_scale.candidates.ema_lists import items_of, mismatch, parameters_of
 from twa_scale.candidates.entries import Keys, Shape, is_optimizer_entry
+from twa_scale.candidates.formats.megatron import without_chain
 from twa_scale.errors import CandidateError
 
 OF_LIGHTNING = "current_model_state"
@@ -76,7 +77,9 @@ class WeightsKey:
 
     def _under_key(self, shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, Object]) -> dict[Keys, Keys]:
         assert self.key is not None
-        below = {rest: path for path in shapes if (rest := _after(path, self.key))}
+        below = {rest: path for path in shapes if (rest := _after(path, self.key))} or _in_chains(
+            shapes, self.key, label
+        )
         if not below:
             for path, held in objects.items():
                 if f"{self.key}.".startswith(f"{'.'.join(path)}."):
@@ -208,6 +211,22 @@ def _after(path: Keys, key: str) -> Keys:
             return ()
         key = key[len(part) + 1 :]
     return ()
+
+
+def _in_chains(shapes: Mapping[Keys, Shape], key: str, label: str) -> dict[Keys, Keys]:
+    """Return the paths below a key of any of the chained optimizers of Megatron-LM, by the rest after the key.
+
+    Raises:
+        CandidateError: two optimizers have the same one.
+    """
+    below: dict[Keys, Keys] = {}
+    for path in shapes:
+        if (rest := _after(without_chain(path), key)) and (other := below.setdefault(rest, path)) != path:
+            raise CandidateError(
+                f"{label}: weights_key {key!r} takes both {'.'.join(other)!r} and {'.'.join(path)!r}, but each weight "
+                "has one copy. Name one optimizer too, as in chained_0.optimizer.state.param."
+            )
+    return below
 
 
 def _alike(held: Counter[Shape], wanted: Counter[Shape]) -> bool:

@@ -58,15 +58,40 @@ def _open(directory: Path, metadata: Any, keys: WeightsKey, outer: Path) -> Stor
     return StoredCandidate(tensors, files.open.values(), label, outer, origin)
 
 
-def tensors_in_dcp(directory: Path, keys: Mapping[str, Keys]) -> dict[str, BoxTensor]:
-    """Return tensors of a checkpoint by name.
+class DcpFolder:
+    """The tensors of a checkpoint, from its metadata, which is read once.
 
     Args:
         directory: the folder with `.metadata`.
-        keys: the path of keys of each tensor, by name.
+
+    Raises:
+        CandidateError: the metadata cannot be read.
     """
-    metadata = _metadata(directory / METADATA)
-    return _tensors(keys, metadata, _metadata_of(metadata), _Files(directory), str(directory))
+
+    shapes: Mapping[Keys, tuple[int, ...]]
+    """The shapes of all tensors, by their paths of keys."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._metadata = _metadata(directory / METADATA)
+        try:
+            self._metadata_of = _metadata_of(self._metadata)
+            self.shapes = {keys: integers(value.size) for keys, (_, value) in self._metadata_of.items()}
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CandidateError(f"{directory / METADATA}: cannot be read ({error}).") from error
+
+    @property
+    def entries(self) -> list[str]:
+        """The names of all entries: tensors, and other objects."""
+        return [key for key in self._metadata.state_dict_metadata if isinstance(key, str)]
+
+    def tensors(self, keys: Mapping[str, Keys]) -> dict[str, BoxTensor]:
+        """Return tensors by name.
+
+        Args:
+            keys: the path of keys of each tensor, by name.
+        """
+        return _tensors(keys, self._metadata, self._metadata_of, _Files(self._directory), str(self._directory))
 
 
 def files_in_dcp(directory: Path) -> list[Path]:
@@ -76,31 +101,6 @@ def files_in_dcp(directory: Path) -> list[Path]:
         directory: the folder with `.metadata`.
     """
     return [directory / METADATA, *sorted(path for path in directory.glob("*.distcp") if path.is_file())]
-
-
-def shapes_in_dcp(directory: Path) -> dict[Keys, tuple[int, ...]]:
-    """Return the shapes of all tensors of a checkpoint, by their paths of keys.
-
-    Args:
-        directory: the folder with `.metadata`.
-
-    Raises:
-        CandidateError: the metadata cannot be read.
-    """
-    try:
-        metadata_of = _metadata_of(_metadata(directory / METADATA))
-        return {keys: integers(value.size) for keys, (_, value) in metadata_of.items()}
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CandidateError(f"{directory / METADATA}: cannot be read ({error}).") from error
-
-
-def entries_in_dcp(directory: Path) -> list[str]:
-    """Return the names of all entries of a checkpoint: tensors, and other objects.
-
-    Args:
-        directory: the folder with `.metadata`.
-    """
-    return [key for key in _metadata(directory / METADATA).state_dict_metadata if isinstance(key, str)]
 
 
 def _metadata_of(metadata: Any) -> dict[Keys, tuple[str, PickleStub]]:

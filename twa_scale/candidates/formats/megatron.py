@@ -17,6 +17,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """The file beside the folders of iterations that names the last one."""
 _LONGEST = 64  # bytes of the tracker
 
+_CHAIN = re.compile(r"chained_\d+\.(?=optimizer\.)")  # one of several optimizers: experts have their own
 _COPY = re.compile(r"(chained_\d+\.)?optimizer\.state\.(fp32_param|param|master_param)\.(?P<weight>.+)")
 _BUFFER = re.compile(
     r"(chained_\d+\.)?optimizer\.distributed\.(.+\.bucket_idx_\d+\.(param|master_param)|[^.]+\.param_state(/.*)?)"
@@ -66,7 +67,8 @@ def latest_iteration(directory: Path) -> Path | None:
 def copies_of_weights(weights: Collection[Keys], stored: Mapping[Keys, Sequence[int]]) -> dict[Keys, list[Keys]]:
     """Return what else a checkpoint holds of each weight: the float32 copies of the optimizer, under its own key.
 
-    Where the copies are the weights that were chosen, the weights of the model are what else there is.
+    Where the copies are the weights that were chosen, the weights of the model are what else there is. Tensors of other
+    shapes are left out.
 
     Args:
         weights: the paths of keys of the weights.
@@ -74,17 +76,26 @@ def copies_of_weights(weights: Collection[Keys], stored: Mapping[Keys, Sequence[
     """
     alike: dict[str, list[Keys]] = defaultdict(list)
     for keys in stored:
-        alike[_weight(keys)].append(keys)
+        alike[weight_of_copy(keys) or ".".join(keys)].append(keys)
     return {
-        keys: [other for other in alike[_weight(keys)] if other != keys and stored[other] == stored[keys]]
+        keys: [
+            other
+            for other in alike[weight_of_copy(keys) or ".".join(keys)]
+            if other != keys and stored[other] == stored[keys]
+        ]
         for keys in weights
     }
 
 
-def _weight(keys: Keys) -> str:
-    name = ".".join(keys)
-    found = _COPY.fullmatch(name)
-    return found["weight"] if found else name
+def weight_of_copy(keys: Keys) -> str | None:
+    """Return the name of the weight of which a tensor is the optimizer's copy by its keys; None if it is no copy."""
+    found = _COPY.fullmatch(".".join(keys))
+    return found["weight"] if found else None
+
+
+def without_chain(keys: Keys) -> Keys:
+    """Return a path of keys without the number of one of several optimizers."""
+    return (_CHAIN.sub("", keys[0], count=1), *keys[1:])
 
 
 def flat_buffer(entries: Collection[str]) -> str | None:

@@ -20,7 +20,7 @@ from twa_scale.candidates.steps import step_of
 from twa_scale.errors import ConfigError, OutputError
 from twa_scale.output.formats.dcp import DcpFormat
 from twa_scale.output.formats.format import OutputFormat
-from twa_scale.output.formats.other_copies import check_other_copies, stored_shapes, without_copies
+from twa_scale.output.formats.other_copies import check_other_copies, other_tensors
 from twa_scale.output.formats.safetensors import SafetensorsFormat, SameSafetensorsFormat
 from twa_scale.output.formats.same import SameFormat
 from twa_scale.output.formats.same_deepspeed import SameDeepSpeedFormat
@@ -73,7 +73,7 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
     files = _weight_files(last, origin)
     is_directory = Path(last.label).is_dir()
     beside = state_files(root, files, tell, code=carried.code) if is_directory else []
-    own = {path: without_copies(path, held, stored_shapes(path)) for path, held in origin.keys.items()}
+    own = {path: other_tensors(path, held.values()) for path, held in origin.keys.items()}
     check_other_copies(last, origin, own, beside, tell)
     if origin.written_as == "hf":
         index = _index(last)

@@ -1,15 +1,15 @@
 """Further copies of the weights in a checkpoint, from which training would resume instead of from the average."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from twa_scale.base.names import some, without_wrappers
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.directory import is_averaged, is_of_fsdp, is_torch
 from twa_scale.candidates.entries import is_optimizer_entry
-from twa_scale.candidates.formats.dcp import METADATA, entries_in_dcp, shapes_in_dcp
-from twa_scale.candidates.formats.megatron import copies_of_weights, flat_buffer
+from twa_scale.candidates.formats.dcp import METADATA, DcpFolder
+from twa_scale.candidates.formats.megatron import copies_of_weights, flat_buffer, weight_of_copy
 from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.rank_files import is_rank_file
 from twa_scale.candidates.formats.torch_file import shapes_in
@@ -116,32 +116,70 @@ def _read(beside: Sequence[tuple[str, Path]]) -> tuple[dict[str, Mapping[Keys, S
     return shapes, unread
 
 
-def without_copies(path: Path, weights: Mapping[str, Keys], shapes: Mapping[Keys, Shape]) -> Mapping[Keys, Shape]:
-    """Return the shapes of the tensors in a file, without the optimizer's copies of weights that `same` writes too.
+def other_tensors(path: Path, weights: Collection[Keys]) -> Mapping[Keys, Shape]:
+    """Return the shapes of the tensors in a file of weights; of a folder of DCP, only those that `same` does not write.
 
     Args:
         path: a file of torch.save, or a folder of DCP.
-        weights: the paths of keys of the weights, by their names.
-        shapes: of all tensors in it.
+        weights: the paths of keys of the weights.
 
     Raises:
-        OutputError: the copies are in flat buffers of Megatron-LM's distributed optimizer.
+        OutputError: `same` would not write all weights of the model, or all copies that Megatron-LM's optimizer has.
     """
     if not path.is_dir():
-        return shapes
-    if buffer := flat_buffer(entries_in_dcp(path)):
+        return shapes_in(path)
+    folder = DcpFolder(path)
+    if buffer := flat_buffer(folder.entries):
         raise OutputError(
             f"{path}: holds {buffer!r}, a flat buffer with the distributed optimizer's copy of weights, from which "
             "training would resume, and not from the average. Save checkpoints with "
             f"--dist-ckpt-optim-fully-reshardable, which keeps this copy by name. {_WAY_OUT}."
         )
-    written = {copy for copies in copies_of_weights(weights.values(), shapes).values() for copy in copies}
-    return {keys: shape for keys, shape in shapes.items() if keys not in written and keys not in weights.values()}
+    written = set(weights).union(*copies_of_weights(weights, folder.shapes).values())
+    others = {keys: shape for keys, shape in folder.shapes.items() if keys not in written}
+    _require_all_written(path, weights, others, folder.shapes)
+    return others
+
+
+def _require_all_written(
+    path: Path, weights: Collection[Keys], others: Mapping[Keys, Shape], every: Collection[Keys]
+) -> None:
+    """Check that `same` writes each copy that the optimizer has of a weight, and with copies each weight of the model.
+
+    Args:
+        path: the folder of DCP.
+        weights: the paths of keys of the weights.
+        others: the shapes of the tensors that are not written, by their paths of keys.
+        every: the paths of keys of all tensors.
+
+    Raises:
+        OutputError: names one that is not written.
+    """
+    of_optimizer = any(map(weight_of_copy, weights))
+    way_out = _WAY_OUT
+    if of_optimizer:
+        way_out += (
+            "; or leave out `weights_key`, or set it to optimizer.state.param or optimizer.state.fp32_param, which "
+            "takes the copies of all optimizers"
+        )
+    copies = {keys: weight for keys in others if (weight := weight_of_copy(keys))}
+    if copies:  # A module may be called `param`: its state in the optimizer is no copy.
+        of_model = {end for keys in every if not is_optimizer_entry(keys) for end in _ends(".".join(keys))}
+        if copy := next((keys for keys, weight in sorted(copies.items()) if weight in of_model), None):
+            raise OutputError(
+                f"{path}: holds {'.'.join(copy)!r}, the optimizer's copy of weights, from which training would resume, "
+                f"and not from the average, in which no tensor has this name and the shape {others[copy]}. {way_out}."
+            )
+    if of_optimizer and (old := min((keys for keys in others if not is_optimizer_entry(keys)), default=None)):
+        raise OutputError(
+            f"{path}: holds {'.'.join(old)!r} of the model, of which no optimizer's copy of the same shape is among "
+            f"the weights that are averaged: it would stay that of the last candidate. {way_out}."
+        )
 
 
 def stored_shapes(path: Path) -> Mapping[Keys, Shape]:
     """Return the shapes of the tensors in a file of torch.save or a folder of DCP, by their paths of keys."""
-    return shapes_in_dcp(path) if path.is_dir() else shapes_in(path)
+    return DcpFolder(path).shapes if path.is_dir() else shapes_in(path)
 
 
 def _is_archive(path: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from twa_scale.candidates.formats.boxes import BoxTensor
-from twa_scale.candidates.formats.dcp import tensors_in_dcp
+from twa_scale.candidates.formats.dcp import DcpFolder
 from twa_scale.candidates.formats.origin import Keys
 from twa_scale.candidates.formats.placement import Placeable, placed, storages
 from twa_scale.candidates.formats.stored_tensors import Record, Stored
@@ -126,7 +126,7 @@ def read_tensors(keys: Located) -> dict[str, Stored | BoxTensor]:
     tensors: dict[str, Stored | BoxTensor] = {}
     for path, held in keys.items():
         if path.is_dir():
-            tensors |= tensors_in_dcp(path, held)
+            tensors |= DcpFolder(path).tensors(held)
         else:
             found = tensors_in(path)
             tensors |= {name: found[keys_of] for name, keys_of in held.items()}

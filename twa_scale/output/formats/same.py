@@ -7,7 +7,7 @@ from pathlib import Path
 
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
-from twa_scale.candidates.formats.dcp import files_in_dcp, shapes_in_dcp, tensors_in_dcp
+from twa_scale.candidates.formats.dcp import DcpFolder, files_in_dcp
 from twa_scale.candidates.formats.megatron import copies_of_weights
 from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.placement import Placeable
@@ -112,12 +112,12 @@ class _SameFiles(PlacedFiles):
         """Return the tensors that hold each weight, and the copies that an optimizer in a folder of DCP has of it."""
         found = {name: [*tensors] for name, tensors in super().places(directory).items()}
         for path, held in self._keys.items():
-            folder = directory / path
-            if folder.is_dir():
-                copies = copies_of_weights(held.values(), shapes_in_dcp(folder))
+            if (directory / path).is_dir():
+                folder = DcpFolder(directory / path)
+                copies = copies_of_weights(held.values(), folder.shapes)
                 for number in range(max(map(len, copies.values()), default=0)):
                     further = {name: copies[keys][number] for name, keys in held.items() if number < len(copies[keys])}
-                    for name, tensor in tensors_in_dcp(folder, further).items():
+                    for name, tensor in folder.tensors(further).items():
                         found[name].append(tensor)
         return found
 
