@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from examples.proof.averages import attached
 from examples.proof.cost import Cost
 from examples.proof.parts import Part, slug
 from examples.proof.trunk import Trunk
-from examples.proof.trunk_methods import make
-from examples.proof.work import Settings, Work
+from examples.proof.trunk_methods import branch, make
+from examples.proof.work import Settings, Work, read_settings
 from examples.training import Training
 from twa_scale.config import RunConfig, load_config
+from twa_scale.ranks import World
 from twa_scale.run.tasks import Task
 
 
@@ -38,10 +40,8 @@ class TrunkWork(Work):
     def training(self) -> Training:
         """The training of the trunk, and of what goes on from it."""
 
-    @property
-    @abstractmethod
-    def folder(self) -> Path:
-        """The directory of config.yaml."""
+    folder: Path
+    """The directory of config.yaml and methods.yaml."""
 
     @abstractmethod
     def data(self) -> list[str]:
@@ -86,6 +86,43 @@ class TrunkWork(Work):
         sizes = [f"batch_size={self.settings['batch_size']}", f"steps={steps}", f"evaluate_every={max(1, steps // 3)}"]
         overrides = [*self.data(), *own, f"seed={self.seed}", *sizes, *self.settings.get("config", [])]
         return load_config(self.folder / "config.yaml", [*overrides, *method.get("settings", [])])
+
+
+class DecayedTrunkWork(TrunkWork):
+    """The parts of one seed of a task whose trunk has a constant rate, and is also decayed from several of its steps.
+
+    Args:
+        out: the directory of all seeds.
+        seed: of the starting weights and of the order of the data.
+        settings: from `read`.
+        packages: where the Debian packages of the data are.
+    """
+
+    candidates_at_full_size: int
+
+    def __init__(self, out: Path, seed: int, settings: Settings, packages: Path) -> None:
+        steps = settings["trunk"]["steps"]
+        decayed = [method for method in settings["methods"].values() if method["how"] == "decayed"]
+        super().__init__(out, seed, settings, {branch(steps, method["steps"]) for method in decayed})
+        self.packages = packages
+
+    @classmethod
+    def read(cls, size: str) -> Settings:
+        """Return methods.yaml, with steps and windows of the methods as a smaller `size` says."""
+        settings = read_settings(cls.folder / "methods.yaml", size)
+        most = cls.candidates_at_full_size
+        settings["methods"] = {name: resized(one, settings, most) for name, one in settings["methods"].items()}
+        return settings
+
+    @abstractmethod
+    def write_data(self) -> None:
+        """Write the data, unless they are there."""
+
+    @cached_property
+    def training(self) -> Training:
+        self.write_data()
+        trunk = self.settings["trunk"]
+        return Training(self.config(), World.from_environment(), trunk["steps"], trunk["lr"])
 
 
 def resized(method: Settings, settings: Settings, candidates: int, part: str = "trunk") -> Settings:

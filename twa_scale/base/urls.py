@@ -9,8 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec
-
 from twa_scale.errors import CandidateError, TwaError
 
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
@@ -191,6 +189,8 @@ class Url:
 
     def _opened(self) -> tuple[Any, str]:
         """Return the file system, and the path in it."""
+        import fsspec  # a tenth of a second, which commands without URLs do not need
+
         fs, path = fsspec.core.url_to_fs(self.url)
         fs.invalidate_cache()
         return fs, path
@@ -215,9 +215,11 @@ class Url:
         except but:
             raise
         except (ImportError, ValueError) as error:
+            from fsspec import available_protocols
+
             scheme = self.url.partition("://")[0].lower()
             package = _PACKAGES.get(scheme)
-            if package is None and scheme in fsspec.available_protocols():
+            if package is None and scheme in available_protocols():
                 raise self._error(error) from error
             fix = f"Install `{package}`" if package else "Give a URL of a file system that fsspec knows"
             raise CandidateError(

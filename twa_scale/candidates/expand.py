@@ -50,12 +50,7 @@ def expand(item: str | Path) -> tuple[Sequence[Path | Url], str | None]:
             f"candidates {given!r}: the pattern matches nothing, seen from {Path.cwd()}. It must match at "
             f"least one file or directory of weights.{_hint(given, path)}"
         )
-    _refuse_strange(given, found)
-    if why := versions_or_parts(found):
-        raise CandidateError(
-            f"candidates {given!r}: the pattern matches {why} Narrow the pattern, or give a list of paths if all are "
-            "meant."
-        )
+    _require_candidates(given, found)
     return found, given
 
 
@@ -70,9 +65,7 @@ def _expanded(url: Url) -> tuple[list[Url], str | None]:
             f"candidates {str(url)!r}: the pattern matches nothing. It must match at least one file or directory of "
             "weights."
         )
-    _refuse_strange(str(url), found)
-    if why := versions_or_parts(found):
-        raise CandidateError(f"candidates {str(url)!r}: the pattern matches {why} Narrow it, or give a list of URLs.")
+    _require_candidates(str(url), found)
     return found, url.url
 
 
@@ -96,7 +89,8 @@ def _natural(path: Path | Url) -> list[tuple[int, int, str]]:
     return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece]
 
 
-def _refuse_strange(pattern: str, found: Sequence[Path | Url]) -> None:
+def _require_candidates(pattern: str, found: Sequence[Path | Url]) -> None:
+    """Check that a pattern matches candidates only, and not several versions or parts of one model."""
     if broken := next((match for match in found if not match.exists()), None):
         raise CandidateError(
             f"candidates {pattern!r}: the pattern matches {str(broken)!r}, a broken link, or a loop of links. "
@@ -106,6 +100,11 @@ def _refuse_strange(pattern: str, found: Sequence[Path | Url]) -> None:
         raise CandidateError(
             f"candidates {pattern!r}: the pattern also matches {str(strange)!r}, which holds no weights, "
             f"seen from {Path.cwd()}. Narrow the pattern, for instance to 'step-*' or '*.safetensors'."
+        )
+    if why := versions_or_parts(found):
+        raise CandidateError(
+            f"candidates {pattern!r}: the pattern matches {why} Narrow the pattern, or give a list of paths if all are "
+            "meant."
         )
 
 

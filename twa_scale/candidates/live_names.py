@@ -107,17 +107,14 @@ def _refuse_unused(rename: Mapping[str, str], names: Sequence[str]) -> None:
 
 def _named(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]]:
     tensors = _renamed(tensors, naming.rename, label)
+    left_out: list[str] = []
     if naming.prefix:
         tensors, left_out = _without_prefix(tensors, naming.prefix, label)
-        tensors, apart = _unstacked(tensors, naming, label)
-        loaded, lines = _loaded(tensors, naming, label)
-        lines += apart
-        if left_out:
-            lines.insert(0, f"tensors without the prefix {naming.prefix!r} are not read: {some(left_out)}.")
-        return loaded, lines
     tensors, apart = _unstacked(tensors, naming, label)
     loaded, lines = _loaded(tensors, naming, label)
     lines += apart
+    if left_out:
+        lines.insert(0, f"tensors without the prefix {naming.prefix!r} are not read: {some(left_out)}.")
     if naming.prefix is None and naming.parameters and not _complete(loaded, naming):
         inferred = _inferred(loaded, naming, label) or _inferred_and_loaded(tensors, naming, label)
         if inferred:

@@ -90,9 +90,7 @@ class File:
     def _change(self, descriptor: int) -> str | None:
         """Return how the file differs from the one that was opened first, or None if it does not."""
         found = os.fstat(descriptor)
-        if found.st_size != self.size:
-            return f"the file had {self.size} bytes when it was opened and has {found.st_size} now"
-        return None if identity_of(found) == self._identity else "the file has been written since it was opened"
+        return change(self.size, found.st_size, written=identity_of(found) != self._identity)
 
     def _error(self, what: str, problem: str) -> CandidateError:
         return CandidateError(
@@ -120,6 +118,13 @@ class File:
             raise CandidateError(f"{self.path}: is not the file that it was when it was first opened; {_RULE}")
         self._identity = identity
         return descriptor
+
+
+def change(before: int, now: int, *, written: bool) -> str | None:
+    """Return how a file differs from the one that was opened, by its sizes and whether it was written; else None."""
+    if before != now:
+        return f"the file had {before} bytes when it was opened and has {now} now"
+    return "the file has been written since it was opened" if written else None
 
 
 @dataclass

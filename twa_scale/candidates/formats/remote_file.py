@@ -1,6 +1,7 @@
 """Files that are read by ranges from a URL."""
 
 from twa_scale.base.urls import Url
+from twa_scale.candidates.formats.file_handles import change
 from twa_scale.errors import CandidateError
 
 
@@ -38,9 +39,7 @@ class RemoteFile:
 
     def _change(self) -> str | None:
         found = self._url.identity()
-        if found[0] != self.size:
-            return f"the file had {self.size} bytes when it was opened and has {found[0]} now"
-        return None if found == self._identity else "the file has been written since it was opened"
+        return change(self.size, found[0], written=found != self._identity)
 
     def close(self) -> None:
         """Do nothing: no connection is kept."""

@@ -115,10 +115,9 @@ class _SameFiles(PlacedFiles):
             if (directory / path).is_dir():
                 folder = DcpFolder(directory / path)
                 copies = copies_of_weights(held.values(), folder.shapes)
-                for number in range(max(map(len, copies.values()), default=0)):
-                    further = {name: copies[keys][number] for name, keys in held.items() if number < len(copies[keys])}
-                    for name, tensor in folder.tensors(further).items():
-                        found[name].append(tensor)
+                tensors = folder.tensors({".".join(copy): copy for others in copies.values() for copy in others})
+                for name, keys in held.items():
+                    found[name] += [tensors[".".join(copy)] for copy in copies[keys]]
         return found
 
 
