@@ -7,13 +7,15 @@ tables have losses on the validation split.
 
 import argparse
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from examples.proof.kept import keep, kept_rows
 from examples.proof.page import PAGE, updated
-from examples.proof.parts import check_rows, run_parts
+from examples.proof.parts import Row, check_rows, run_parts
 from examples.proof.table import tables
 from examples.proof.work import Settings, Work
 
@@ -39,6 +41,8 @@ class Comparison:
     source: Path | None
     """The archive or directory that the data come from."""
     seeds: list[int]
+    results: Path | None = None
+    """The directory of the repository that keeps the rows of finished seeds, if any."""
 
     @property
     def development(self) -> list[int]:
@@ -53,6 +57,19 @@ class Comparison:
         made: Work = self.kind(self.out, seed, self.settings, self.source)
         return made
 
+    def kept(self) -> dict[int, Mapping[str, Row]]:
+        """Return the rows that the repository has of the seeds of the tables."""
+        return {seed: kept_rows(path, self.work(seed).parts()) for seed, path in self._files(self.shown)}
+
+    def keep(self) -> None:
+        """Write the rows of the seeds that this command has run into the repository."""
+        for seed, path in self._files(self.seeds):
+            work = self.work(seed)
+            keep(path, work.parts(), work.rows)
+
+    def _files(self, seeds: list[int]) -> list[tuple[int, Path]]:
+        return [(seed, self.results / f"seed-{seed}.json") for seed in seeds] if self.results else []
+
 
 def main() -> None:
     """Run the parts that are missing, then print the tables, or write them into the page."""
@@ -65,7 +82,9 @@ def main() -> None:
         "--packages", type=Path, default=Path("runs/proof/packages"), help="Debian packages of texts and images"
     )
     parser.add_argument("--sentences", type=Path, help="source archive of vaderSentiment 3.3.2, for soups")
-    parser.add_argument("--page", action="store_true", help=f"write the tables into {PAGE.name}")
+    parser.add_argument(
+        "--page", action="store_true", help=f"write the tables into {PAGE.name}, and keep the rows of --seeds"
+    )
     arguments = parser.parse_args()
     comparisons = {task: comparison(task, arguments) for task in arguments.task}
     if arguments.page and any(one.development for one in comparisons.values()):
@@ -75,7 +94,9 @@ def main() -> None:
         for seed in one.seeds:
             work = one.work(seed)
             run_parts(work.parts(), work.rows)
-        written = tables(one.out, one.settings, one.shown)
+        if arguments.page:
+            one.keep()
+        written = tables(one.out, one.settings, one.shown, one.kept())
         print(written)
         if arguments.page:
             PAGE.write_text(updated(PAGE.read_text(), task, written))
@@ -87,7 +108,8 @@ def comparison(task: str, arguments: argparse.Namespace) -> Comparison:
     settings = kind.read(arguments.size)
     source = getattr(arguments, kind.source)
     seeds = settings["seeds"] if arguments.seeds is None else arguments.seeds
-    return Comparison(kind, arguments.out / task, settings, source, seeds)
+    results = Path(__file__).with_name("results") / task if arguments.size == "full" else None
+    return Comparison(kind, arguments.out / task, settings, source, seeds, results)
 
 
 def check(comparisons: list[Comparison], out: Path) -> None:
@@ -98,6 +120,7 @@ def check(comparisons: list[Comparison], out: Path) -> None:
     """
     num_bytes = 0
     for one in comparisons:
+        one.kept()
         for seed in sorted({*one.seeds, *one.shown}):
             work = one.work(seed)
             check_rows(work.parts(), work.rows)

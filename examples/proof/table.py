@@ -1,6 +1,6 @@
 """The tables of docs/proof.md, from the rows that `run.py` has left."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -33,14 +33,21 @@ METRICS = {
 }
 
 
-def tables(out: Path, settings: dict[str, Any], wanted: Sequence[int] | None = None) -> str:
+def tables(
+    out: Path,
+    settings: dict[str, Any],
+    wanted: Sequence[int] | None = None,
+    kept: Mapping[int, Mapping[str, Row]] | None = None,
+) -> str:
     """Return the tables of a task as Markdown, of the `wanted` seeds that have finished; by default, of the final ones.
 
-    Metrics are of the test split, or of the validation split if a seed is for development.
+    Metrics are of the test split, or of the validation split if a seed is for development. A seed that has not finished
+    below `out` is taken from the rows that the repository has `kept`.
     """
     wanted = settings["seeds"] if wanted is None else wanted
     split = "test" if set(wanted) <= set(settings["seeds"]) else "validation"
     seeds = {seed: read(Rows(out / f"seed-{seed}"), settings, split) for seed in wanted}
+    seeds = {seed: rows or read((kept or {}).get(seed, {}), settings, split) for seed, rows in seeds.items()}
     finished = {seed: rows for seed, rows in seeds.items() if rows}
     if not finished:
         return "No seed has finished yet.\n"
@@ -59,7 +66,7 @@ def tables(out: Path, settings: dict[str, Any], wanted: Sequence[int] | None = N
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-def read(rows: Rows, settings: dict[str, Any], split: str) -> dict[str, Row]:
+def read(rows: Rows | Mapping[str, Row], settings: dict[str, Any], split: str) -> dict[str, Row]:
     """Return the rows of a seed by method, with its metrics on `split`, or none if a part is missing.
 
     `share` is the time of a method as a fraction of that of the parts `before`, which methods of its table start from.

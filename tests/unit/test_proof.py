@@ -26,6 +26,7 @@ from examples.proof.detection.task import Detection
 from examples.proof.images.clothes import Clothes
 from examples.proof.images.network import shifted
 from examples.proof.images.task import Images
+from examples.proof.kept import keep, kept_rows
 from examples.proof.language.task import Language
 from examples.proof.language.texts import PIECE, write_texts
 from examples.proof.packages import members
@@ -114,6 +115,22 @@ def test_tables_take_only_seeds_whose_parts_are_all_there(tmp_path: Path) -> Non
     interval = 12.706 * 0.05
     assert f"| TWA + x | EMA | -0.1500 ± {interval:.4f} | no difference shown |" in written
     assert tables(tmp_path / "none", settings) == "No seed has finished yet.\n"
+
+
+def test_a_finished_seed_is_kept_in_one_file_from_which_the_tables_can_be_made(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"seeds": [0, 1], "before": ["trunk"], "methods": {"EMA": {}}}
+    settings |= {"tables": [{"reference": "EMA"}], "claims": []}
+    rows = Rows(tmp_path / "seed-0")
+    rows["trunk"] = {"seconds": 100.0, "settings": {"lr": 1, "steps": 2}}
+    rows["EMA"] = {"steps": 60.0, "evaluations": 9.0, "seconds": 10.0, "settings": {}}
+    rows["test/EMA"] = {"loss": 1.5, "settings": {}}
+    parts = [Part("trunk", {"steps": 2, "lr": 1}, dict), Part("EMA", {}, dict), Part("test/EMA", {}, dict)]
+    keep(tmp_path / "kept.json", parts, rows)
+    kept = {0: kept_rows(tmp_path / "kept.json", parts), 1: kept_rows(tmp_path / "none.json", parts)}
+    assert tables(tmp_path / "elsewhere", settings, kept=kept) == tables(tmp_path, settings)
+    assert "| EMA | 60 | 9 | 10.0 % | 1.5000 |" in tables(tmp_path / "elsewhere", settings, kept=kept)
+    with pytest.raises(SystemExit, match=r"kept.json: trunk was made with other settings"):
+        kept_rows(tmp_path / "kept.json", [Part("trunk", {"steps": 2, "lr": 3}, dict)])
 
 
 def test_tables_of_development_seeds_have_validation_losses(tmp_path: Path) -> None:
