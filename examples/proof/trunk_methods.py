@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from examples.proof.averages import attached, greedy, trained
+from examples.proof.extrapolated import options
 from examples.proof.files import load
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def make(on: "TrunkWork", name: str, method: dict[str, Any]) -> str:
             return ema(on)
         case "greedy":
             return greedy(on.model, on.candidates(method), on.score)
+        case "extra-merge" | "bema":
+            return extrapolated(on, method)
         case "random":
             return at_random(on, method)
         case "twa":
@@ -35,9 +38,9 @@ def make(on: "TrunkWork", name: str, method: dict[str, Any]) -> str:
 
 def fixed(on: "TrunkWork", method: dict[str, Any]) -> str:
     """Take the best of several fixed averages of the last candidates, or of the only one that is asked for."""
-    options = list(product(method["which"], method.get("last", [None])))
-    best, chosen = float("inf"), options[0]
-    for which, last in options if len(options) > 1 else []:
+    averages = list(product(method["which"], method.get("last", [None])))
+    best, chosen = float("inf"), averages[0]
+    for which, last in averages if len(averages) > 1 else []:
         with attached(on.model, on.candidates(method), select=selection(last, method, on.seed)) as average:
             average.start_from(which)
             if (loss := on.score()) < best:
@@ -60,6 +63,19 @@ def ema(on: "TrunkWork") -> str:
         losses[name] = on.score()
     best = min(losses, key=losses.__getitem__)
     on.model.load_state_dict(load(on.trunk.ema(best)))
+    return best
+
+
+def extrapolated(on: "TrunkWork", method: dict[str, Any]) -> str:
+    """Take the best of several averages that go on in the direction of training."""
+    with attached(on.model, on.candidates(method)) as average:
+        made = options(method, len(average.coefficients), on.trunk.settings["every"])
+        losses = {}
+        for name, coefficients in made.items():
+            average.start_from(coefficients.unsqueeze(1))
+            losses[name] = on.score()
+        best = min(losses, key=losses.__getitem__)
+        average.start_from(made[best].unsqueeze(1))
     return best
 
 

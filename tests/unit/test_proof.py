@@ -23,6 +23,7 @@ from examples.once import make_once
 from examples.proof import run
 from examples.proof.cost import Cost, measured
 from examples.proof.detection.task import Detection
+from examples.proof.extrapolated import bema, extra_merge
 from examples.proof.images.clothes import Clothes
 from examples.proof.images.network import shifted
 from examples.proof.images.task import Images
@@ -42,6 +43,7 @@ from examples.proof.vit.task import Vit
 from examples.proof.work import read_settings
 from examples.soup.finetune import random_batches
 from examples.training import Training
+from twa_scale import RunningAverages
 from twa_scale.candidates.steps import chosen
 from twa_scale.config.select import SelectConfig
 from twa_scale.run.tasks.task import stack
@@ -231,6 +233,28 @@ def test_images_are_augmented_only_in_training(tmp_path: Path) -> None:
     task.metrics(model, batch)
     assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
     assert torch.allclose(seen[1] * 0.353 + 0.286, images / 255, atol=1e-6)
+
+
+def test_bema_of_candidates_is_that_of_running_averages_with_the_same_frequency() -> None:
+    weights, every = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), 20
+    model = nn.Linear(3, 1, bias=False)
+    averages = RunningAverages(model, ema={"bema": {"bias_power": 0.4}, "update_every": every})
+    for row in weights:
+        for _ in range(every):
+            model.weight.data.copy_(row)
+            averages.step()
+    with averages.weights("bema"):
+        expected = model.weight.detach()[0].clone()
+    assert torch.allclose(bema(len(weights), every, [0.4])["power 0.4"] @ weights, expected, atol=1e-5)
+
+
+def test_extra_merge_goes_on_along_the_line_of_two_means() -> None:
+    positions = torch.arange(10.0)
+    for name, length, multiple in (("0.5 past the last 2", 2, 0.5), ("1.0 past the last 5", 5, 1.0)):
+        coefficients = extra_merge(10, [2, 5], [0.5, 1.0])[name]
+        assert math.isclose(coefficients.sum(), 1, abs_tol=1e-6)
+        last = positions[-length:].mean()
+        assert torch.isclose(coefficients @ positions, last + multiple * length)
 
 
 def test_a_margin_is_shown_when_the_whole_interval_is_within_it() -> None:
