@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests import sums
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -88,7 +90,7 @@ def updates(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
 
 def weighted(parts: Sequence[Mapping[str, Tensor]], a: Sequence[float]) -> dict[str, Tensor]:
     """The weighted sum of updates."""
-    return {name: sum(w * part[name] for w, part in zip(a, parts, strict=True)) for name in parts[0]}  # type: ignore[misc]
+    return {name: sums.weighted(a, (part[name] for part in parts)) for name in parts[0]}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -96,6 +98,6 @@ def logits(model: nn.Module) -> Tensor:
     training = model.training
     model.eval()
     with torch.no_grad():
-        found = model(IDS).logits
+        found: Tensor = model(IDS).logits
     model.train(training)
     return found

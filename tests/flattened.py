@@ -27,13 +27,16 @@ def wrap(model: Any, engine: str) -> nn.Module:
 def hold(module: nn.Module, engine: str, **options: Any) -> nn.Module:
     """Wrap any module; fairscale gets buckets that hold small tensors only."""
     if engine != "sharded-ddp":
-        options = {"use_orig_params": engine == "fsdp1", "device_id": torch.device("cpu")} | options
-        return FullyShardedDataParallel(module, **options)
+        fixed: dict[str, Any] = {"use_orig_params": engine == "fsdp1", "device_id": torch.device("cpu")}
+        return FullyShardedDataParallel(module, **(fixed | options))
     from fairscale.nn.data_parallel import ShardedDataParallel
     from fairscale.optim.oss import OSS
 
     known = [p for name, p in module.named_parameters() if name != OUTSIDE]
-    return ShardedDataParallel(module, OSS(known, optim=optim.SGD, lr=0.1), reduce_buffer_size=300, **options)
+    held: nn.Module = ShardedDataParallel(
+        module, OSS(known, optim=optim.SGD, lr=0.1), reduce_buffer_size=300, **options
+    )
+    return held
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

@@ -24,13 +24,14 @@ def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> No
         ranks = [fork.Process(target=_run, args=(rank, size, store, function, arguments)) for rank in range(size)]
         for process in ranks:
             process.start()
-        running = {process.sentinel: process for process in ranks}
+        running = list(ranks)
         while running:
-            for ended in wait([*running]):
-                process = running.pop(ended)  # type: ignore[index]
+            ended = wait([process.sentinel for process in running])
+            for process in [process for process in running if process.sentinel in ended]:
+                running.remove(process)
                 process.join()
                 if process.exitcode:
-                    for other in running.values():
+                    for other in running:
                         other.kill()
                     sys.exit(
                         f"{process.name} of {size} in {function.__name__}{arguments} ended with {process.exitcode}"

@@ -61,7 +61,7 @@ def write_for_ever(out: Path, first: int, mode: str, ready: Connection) -> None:
     if mode != "exchange":
         publish.exchange = lambda *_: False  # type: ignore[attr-defined]
     if mode == "between":
-        Path.rename = die_after(Path.rename)  # type: ignore[method-assign]
+        Path.rename = die_after(Path.rename)  # type: ignore[assignment, method-assign]
     for generation in count(first):
         ready.send(generation)  # what is published is this one, or the one before
         write(out, generation)

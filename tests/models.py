@@ -40,7 +40,8 @@ class Stem(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         x = torch.tanh(self.norm(self.conv(image))) * self.gain.mean(dim=1)[:, None, None]
-        return self.project(x.flatten(1))
+        token: Tensor = self.project(x.flatten(1))
+        return token
 
 
 class Block(nn.Module):
@@ -59,7 +60,8 @@ class Block(nn.Module):
         q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.out(attended)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        further: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + further
 
 
 class Mix(nn.Module):
@@ -90,7 +92,8 @@ class Judged(nn.Module):
         x = self.embed_mix(self.embed(tokens), self.stem(image))
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
 
 
 def build(seed: int = 0, scalar_shape: tuple[int, ...] = SCALAR_SHAPE) -> Judged:
@@ -168,7 +171,8 @@ def wrap(model: nn.Module, engine: str, policy: MixedPrecisionPolicy | None = No
     if engine == "ddp":
         return DistributedDataParallel(model)
     if engine in zero.ENGINES:
-        return zero.wrap(model, engine)
+        held: nn.Module = zero.wrap(model, engine)
+        return held
     if engine in flattened.ENGINES:
         return flattened.wrap(model, engine)
     assert isinstance(model, Judged)

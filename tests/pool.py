@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -82,7 +83,8 @@ class Pool:
         if len(raised) < world_size or not all(outcome.same_error(first) for outcome in outcomes):
             raise RanksDisagree(f"{_summary(outcomes)}\n{traces}")
         assert first.error is not None
-        first.error.add_note(f"on all {world_size} ranks; rank 0:\n{first.trace}")
+        if sys.version_info >= (3, 11):
+            first.error.add_note(f"on all {world_size} ranks; rank 0:\n{first.trace}")
         raise first.error
 
     def error(self, function: Callable[..., Any], world_size: int, **kwargs: Any) -> TwaError:

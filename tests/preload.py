@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from twa_scale.kernels import Dense, Differences, Packed, Target
+from twa_scale.kernels.kernels import Rows
 from twa_scale.kernels.numba.compiled import NumbaKernels
 
 MODULES = [
@@ -50,7 +51,8 @@ def compile_kernels() -> None:
         target = Target(rows, torch.empty(5), torch.zeros(4, 4, dtype=torch.float64))
         kernels.make_deltas(torch.ones(3, 5, dtype=kind), [1 / 3] * 3, target, 0)
     differences = [Differences([*torch.ones(3, 5, dtype=kind)], torch.zeros(5)) for kind in FLOATS]
-    for deltas in (*dense, *quantized, *differences):
+    every: list[Rows] = [*dense, *quantized, *differences]
+    for deltas in every:
         kernels.project(deltas, torch.ones(5))
         kernels.combine(deltas, torch.ones(3), torch.zeros(5), 1.0, torch.empty(5))
 

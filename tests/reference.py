@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tests.sums import weighted
+
 State = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Any], Tensor]
 ZERO = 1e-9  # relative size below which a float64 direction is rounding, not information
@@ -78,19 +80,16 @@ def train(
         for name, members in _grouped(trainable, config.get("groups", "global")).items()
     ]
     fixed = {
-        name: sum(b_i * state[name].double() for b_i, state in zip(b, candidates, strict=True))
+        name: weighted(b, (state[name].double() for state in candidates))
         for name, _ in model.named_parameters()
         if name not in trainable
     }
-    options = {"name": "adamw", "lr": 0.03, "weight_decay": 0.0} | dict(config.get("optimizer", {}))
-    rows = [
-        {
-            "params": [y for group in groups for y in group.rows.values()],
-            "lr": options.pop("row_lr", options["lr"] / 10),
-        }
-    ]
-    trained_x = [{"params": [group.x for group in groups]}, *(rows if rows[0]["params"] else [])]
-    optimizer = _optimizer_class(options.pop("name"))(trained_x, **options)
+    options: dict[str, Any] = {"name": "adamw", "lr": 0.03, "weight_decay": 0.0} | dict(config.get("optimizer", {}))
+    x = [group.x for group in groups]
+    rows = [y for group in groups for y in group.rows.values()]
+    row_lr = options.pop("row_lr", options["lr"] / 10)
+    trained = [{"params": x}, *([{"params": rows, "lr": row_lr}] if rows else [])]
+    optimizer = _optimizer_class(options.pop("name"))(trained, **options)
     scored = Scored(model, loss)
     result = Trained([], [], {group.name: list(group.shapes) for group in groups}, [])
 
@@ -109,10 +108,10 @@ def train(
         optimizer.zero_grad()
         gradients: dict[str, Tensor] = {}
         for data in micro_batches:
-            trained = weights()
-            for name, value in trained.items():
+            moved = weights()
+            for name, value in moved.items():
                 value.register_hook(partial(_add, gradients, name))
-            values = {f"model.{name}": value for name, value in (fixed | trained).items()}
+            values = {f"model.{name}": value for name, value in (fixed | moved).items()}
             (functional_call(scored, values, (data,)) / len(micro_batches)).backward()
         if config.get("max_weight_grad_norm"):
             whole = [nn.Parameter(gradient) for gradient in gradients.values()]
@@ -120,14 +119,12 @@ def train(
                 p.grad = gradient.clone()
             norm = torch.nn.utils.clip_grad_norm_(whole, config["max_weight_grad_norm"])
             factor = torch.stack([p.grad.norm() for p in whole if p.grad is not None]).norm() / norm
-            for x in (x for of_kind in trained_x for x in of_kind["params"]):
-                if x.grad is not None:
-                    x.grad *= factor  # projections are linear in the gradient
+            for one in (*x, *rows):
+                if one.grad is not None:
+                    one.grad *= factor  # projections are linear in the gradient
             result.norms.append(float(norm))
         if config.get("max_grad_norm"):
-            torch.nn.utils.clip_grad_norm_(
-                [x for of_kind in trained_x for x in of_kind["params"]], config["max_grad_norm"]
-            )
+            torch.nn.utils.clip_grad_norm_([*x, *rows], config["max_grad_norm"])
         optimizer.step()
         record()
     record_coefficients()
@@ -135,7 +132,7 @@ def train(
 
 
 def _add(gradients: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    gradients[name] = gradients.get(name, 0) + gradient
+    gradients[name] = gradients[name] + gradient if name in gradients else gradient
 
 
 class Scored(nn.Module):
@@ -195,6 +192,7 @@ def _schmidt(w: Tensor) -> Tensor:
 
 def _principal(w: Tensor, keep: int | None) -> Tensor:
     """Leading left singular vectors of the mean-centered candidates (DLDR, arXiv 2103.11154)."""
+    u: Tensor
     u, s, _ = torch.linalg.svd(w - w.mean(dim=1, keepdim=True), full_matrices=False)
     return u[:, s > ZERO * w.norm() + 1e-7 * s.max()][:, :keep]
 
@@ -204,11 +202,16 @@ def _solve(w: Tensor, target: Tensor) -> Tensor | None:
     s = torch.linalg.svdvals(w)
     if w.shape[0] < w.shape[1] or s[-1] < 1e-6 * s[0]:
         return None
-    return torch.linalg.lstsq(w, target[:, None], driver="gelsd").solution[:, 0]
+    solution: Tensor = torch.linalg.lstsq(w, target[:, None], driver="gelsd").solution
+    return solution[:, 0]
 
 
 def _start(start: str | int, center: Tensor, w: Tensor) -> Tensor:
-    return center if start == "center" else w[:, {"first": 0, "last": -1}.get(str(start), start)]
+    return center if start == "center" else w[:, _index(start)]
+
+
+def _index(which: str | int) -> int:
+    return {"first": 0, "last": -1}[which] if isinstance(which, str) else which
 
 
 def _selected(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
@@ -242,7 +245,7 @@ def center_weights(center: Any, n: int) -> Tensor:
             b = [1.0] * n
         case "first" | "last" | int():
             b = [0.0] * n
-            b[{"first": 0, "last": -1}.get(center, center)] = 1.0
+            b[_index(center)] = 1.0
         case "linear":
             b = [1.0] * n  # a rate that falls by the same amount at every candidate
         case "minus-sqrt":

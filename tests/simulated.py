@@ -65,7 +65,7 @@ class Far(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function == Tensor.device.__get__:  # type: ignore[attr-defined]
+        if function == Tensor.device.__get__:
             return CUDA
         if function == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
@@ -76,7 +76,9 @@ class Far(Tensor):
             return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch assigns a function without arguments' defaults
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         far = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Far))
         return far.memory.device.run(function, args, kwargs or {})
 
@@ -133,7 +135,7 @@ class Simulated(TorchDispatchMode):
     """The device, in a `with` block of `simulated`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waits: list[str] = []
         """What made the host wait for the device."""
         self.launches: Counter[str] = Counter()

@@ -43,9 +43,9 @@ class Counted(dist.ProcessGroup):
 
     def __init__(self, options: Any, _: object) -> None:
         rank, size = options.group_rank, options.group_size
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]  # a constructor that torch's stubs lack
         self.ranks = tuple(options.global_ranks_in_group or range(size))
-        self._name = options.group_id
+        self._name: str = options.group_id
         gloo = dist.ProcessGroup.BackendType.GLOO
         self.inner = dist.ProcessGroup(options.store, rank, size)
         backend = dist.ProcessGroupGloo(options.store, rank, size, options.timeout)

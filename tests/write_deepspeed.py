@@ -28,7 +28,7 @@ if WITH_LIGHTNING := importlib.util.find_spec("lightning") is not None:
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-CASES = {
+CASES: dict[str, dict[str, object]] = {
     "0-fp32": {"zero_optimization": {"stage": 0}},
     "0-bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
     "1-fp32": {"zero_optimization": {"stage": 1}},
@@ -68,7 +68,8 @@ class Odd(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = F.gelu(self.up(self.embed(tokens))) * self.gain
-        return self.head(self.down(x) * self.scale) + self.still(x).sum()
+        logits: torch.Tensor = self.head(self.down(x) * self.scale) + self.still(x).sum()
+        return logits
 
 
 def save(case: str, config: dict[str, object], directory: Path) -> None:
@@ -109,7 +110,10 @@ def without_a_stage(folder: Path) -> dict[str, torch.Tensor]:
     states = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(folder))
     files = [torch.load(file, weights_only=False) for file in zero_to_fp32.get_optim_files(folder)]
     groups = [file["optimizer_state_dict"]["single_partition_of_fp32_groups"] for file in files]
-    return zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(len(groups), groups, states, False)
+    whole: dict[str, torch.Tensor] = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(
+        len(groups), groups, states, False
+    )
+    return whole
 
 
 def save_all(size: int, directory: Path) -> None:
@@ -129,7 +133,8 @@ def save_with_lightning(stage: int, directory: Path) -> None:
             self.net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
 
         def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
-            return self.net(batch[0]).square().mean()
+            output: torch.Tensor = self.net(batch[0])
+            return output.square().mean()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), lr=0.1)

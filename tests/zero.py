@@ -56,12 +56,12 @@ def forget_groups() -> None:
 
     if getattr(groups, "_made_in", None) is dist.group.WORLD:
         return
-    groups._made_in = dist.group.WORLD  # type: ignore[attr-defined]
+    groups._made_in = dist.group.WORLD
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of use to inference only, and a minute to compile
     deepspeed.comm.comm.cdb = None
     groups._release_process_group_references()
     # Ranks that took part in other calls than rank 0 would disagree about these.
-    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0  # type: ignore[index]
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     Init.param_id = 0
 
 

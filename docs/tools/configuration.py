@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twa_scale.config import RunConfig, TwaConfig
+from twa_scale.config.section import Section
 from twa_scale.run.tasks.build import SHIPPED
 
 PAGE = Path(__file__).resolve().parents[1] / "configuration.md"
@@ -116,7 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is stale")
     arguments = parser.parse_args()
-    sections = (RunConfig, *(options for _, options in SHIPPED.values()))
+    sections: tuple[type[Section], ...] = (RunConfig, *(options for _, options in SHIPPED.values()))
     if missing := undescribed(*(section.model_json_schema() for section in sections)):
         print(f"no description: {', '.join(missing)}", file=sys.stderr)
         return 1

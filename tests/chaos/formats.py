@@ -41,7 +41,7 @@ def write_safetensors(path: Path, seed: int) -> None:
 def write_sharded(path: Path, seed: int, suffix: str = "safetensors", stem: str = "model") -> None:
     path.mkdir(parents=True)
     state = tensors(seed)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(2):
         file = f"{stem}-{i + 1:05d}-of-00002.{suffix}"
         part = {name: state[name] for name in sorted(state)[i::2]}

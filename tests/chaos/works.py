@@ -126,7 +126,8 @@ class Training(Work):
             assert [line for line in wanted if line in told] == told
         else:
             assert told == wanted
-            assert _board(directory) == [(line["step"], pytest.approx(line["loss"])) for line in told if "loss" in line]
+            points: list[object] = [(line["step"], pytest.approx(line["loss"])) for line in told if "loss" in line]
+            assert _board(directory) == points
 
 
 @dataclass
@@ -203,7 +204,7 @@ class Snapshotting(Work):
                 with torch.no_grad():
                     for parameter in model.parameters():
                         assert parameter.grad is not None
-                        parameter -= 0.1 * parameter.grad
+                        parameter.sub_(0.1 * parameter.grad)
                 model.zero_grad()
                 snapshots.step(model, step)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.digits import load_digits
+from tests.sums import weighted
 from twa_scale import Snapshots
 from twa_scale.average.state import load_state
 from twa_scale.config import RunConfig, TaskConfig, validated
@@ -182,6 +183,6 @@ def by_hand(candidates: str, output: Path) -> dict[str, Tensor]:
     pattern = Path(candidates)
     states = [load(path) for path in sorted(pattern.parent.glob(pattern.name))]
     return {
-        name: sum(a * state[name].double() for a, state in zip(twa["coefficients"][:, group], states, strict=True))
+        name: weighted(twa["coefficients"][:, group], (state[name].double() for state in states))
         for name, group in twa["group_of"].items()
     }

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.commands import material
 from tests.commands.conftest import Brought
 from tests.commands.material import load, run_here, settings
 from tests.pool import Pool
+from tests.sums import averaged
 from twa_scale import ConfigError
 from twa_scale.merge import average_fixed
 
@@ -28,12 +30,8 @@ def step_paths(brought: Brought) -> list[Path]:
 
 def expected(candidates: str, weights: list[float]) -> dict[str, torch.Tensor]:
     found = states(candidates)
-    return {
-        name: sum(b * s[name].double() for b, s in zip(weights, found, strict=True))
-        if value.is_floating_point()
-        else found[-1][name]
-        for name, value in found[0].items()
-    }
+    kept = {name: value for name, value in found[-1].items() if not value.is_floating_point()}
+    return averaged(weights, found) | kept
 
 
 def check(out: Path, candidates: str, weights: list[float], rtol: float = 1e-6) -> None:
@@ -130,7 +128,7 @@ def test_type_shards_and_overwriting(text: Brought, tmp_path: Path, shell: Any) 
     assert all(value.dtype == torch.bfloat16 for value in load(tmp_path / "out").values())
     assert (tmp_path / "out/model.safetensors.index.json").exists() and (tmp_path / "out/tokenizer.json").exists()
     for file in (tmp_path / "out").glob("*.safetensors"):
-        assert file.stat().st_size < 20_000 or len(material.load_file(file)) == 1
+        assert file.stat().st_size < 20_000 or len(load_file(file)) == 1
     said = shell(*words)
     assert said.code == 2 and "not empty" in said.err
     assert shell("average", text.candidates, "--out", tmp_path / "out", "--overwrite").code == 0

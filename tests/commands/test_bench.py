@@ -64,7 +64,7 @@ def test_a_table() -> None:
 @pytest.mark.parametrize(("store", "kernels"), [("packed3", "auto"), ("packed4", "fortran"), ("mapped", "auto")])
 def test_stores_that_cannot_be_measured_are_refused(store: str, kernels: str) -> None:
     with pytest.raises(ConfigError, match=r"bench"):
-        run_bench([store], 100, 2, None, kernels, CPU)
+        run_bench([store], 100, 2, None, kernels, CPU)  # type: ignore[list-item]
 
 
 def test_streaming_counts_the_bytes_of_the_files(tmp_path: Path) -> None:

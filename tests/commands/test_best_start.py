@@ -12,6 +12,7 @@ from tests.commands.conftest import Brought
 from tests.commands.material import as_launched, run_here, settings
 from tests.commands.test_keep import candidates, measured_by_hand, records
 from tests.pool import Pool
+from tests.sums import averaged
 from twa_scale.config import RunConfig, center_weights, parse_center, validated
 from twa_scale.ranks import World
 from twa_scale.run.attached import AttachedRun
@@ -39,8 +40,7 @@ def test_the_best_is_taken(ranks: Pool, scores: Brought, tmp_path: Path, engine:
     losses = {}
     for name in averages(len(held), "first"):
         weights = center_weights(parse_center("first" if name == "center" else name), len(held))
-        mixed = {key: sum(b * c[key].double() for b, c in zip(weights, held, strict=True)) for key in held[0]}
-        losses[name] = measured_by_hand(scores, mixed)
+        losses[name] = measured_by_hand(scores, averaged(weights, held))
     assert records(tmp_path)[0] == pytest.approx(min(losses.values()), rel=1e-5)
     assert min(losses.values()) < losses["center"] - 1e-3
 

@@ -108,7 +108,7 @@ def stopping(text: dict[str, Any], after: int) -> Any:
     from twa_scale.config import TaskConfig
     from twa_scale.run.tasks import build_task
 
-    task: Any = build_task(validated(TaskConfig, text))  # type: ignore[type-var]
+    task: Any = build_task(validated(TaskConfig, text))
     loss, asked = task.loss, iter(range(after))
 
     def until(model: Any, batch: Any) -> Tensor:
@@ -155,8 +155,9 @@ def test_a_json_of_deepspeed_is_a_run(tmp_path: Path) -> None:
     assert config.engine == "zero3" and config.steps == 7
     assert config.deepspeed is not None and config.deepspeed["bf16"] == {"enabled": False}
     path = tmp_path / "ds.json"
-    for wrong in ({"stage": 0}, None, []):
-        path.write_text(json.dumps({"twa": {}, "zero_optimization": wrong}))
+    wrong: list[object] = [{"stage": 0}, None, []]
+    for given in wrong:
+        path.write_text(json.dumps({"twa": {}, "zero_optimization": given}))
         with pytest.raises(ConfigError, match=r"zero_optimization\.stage"):
             load_config(path)
     with pytest.raises(ConfigError, match=r"deepspeed: 'bf16' has to be a mapping"):

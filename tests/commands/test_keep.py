@@ -232,7 +232,7 @@ def test_first_of_equal_bests_is_kept(higher: bool, values: list[float], best: i
     task: Any = SimpleNamespace(main_metric="score", higher_is_better=higher)
     kept = BestAverage(task, config())
     none = torch.zeros(1, 1, dtype=torch.float64)
-    state = {"x": none, "coefficients": none, "rows": None, "buffers": {}}
+    state: dict[str, Any] = {"x": none, "coefficients": none, "rows": None, "buffers": {}}
     average: Any = SimpleNamespace(state_dict=lambda: state)
     for step, value in enumerate(values):
         kept.update(step, {"loss": 9.0, "score": value}, average)

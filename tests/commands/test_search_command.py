@@ -11,6 +11,7 @@ from tests.commands.conftest import Brought
 from tests.commands.material import as_launched, load, run_here, settings
 from tests.commands.test_keep import candidates, measured_by_hand
 from tests.pool import Pool
+from tests.sums import averaged
 from twa_scale.config import center_weights, load_config
 from twa_scale.run.search import SearchOptions, run_search
 
@@ -31,8 +32,7 @@ def found(folder: Path) -> dict[str, Any]:
 
 
 def mixed(brought: Brought, weights: Any) -> dict[str, torch.Tensor]:
-    held = candidates(brought)
-    return {key: sum(b * c[key].double() for b, c in zip(weights, held, strict=True)) for key in held[0]}
+    return averaged(weights, candidates(brought))
 
 
 def test_a_sweep(scores: Brought, tmp_path: Path, shell: Any) -> None:

@@ -101,7 +101,7 @@ def test_signals_are_given_back_after_an_error() -> None:
 
 
 def test_a_thread_leaves_the_signals_alone() -> None:
-    seen = []
+    seen: list[object] = []
 
     def inside() -> None:
         with Stop().on_signals():

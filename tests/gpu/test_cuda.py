@@ -37,7 +37,7 @@ def nccl(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def build(width: int = 64) -> nn.Module:
+def build(width: int = 64) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(32, width), nn.Tanh(), nn.Sequential(nn.Linear(width, width), nn.Tanh()), nn.Linear(width, 1)
@@ -53,11 +53,11 @@ def candidates(model: nn.Module) -> list[dict[str, Tensor]]:
     ]
 
 
-def shard(model: nn.Module, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
+def shard(model: nn.Sequential, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
     mesh = init_device_mesh("cuda", (1,))
-    options = {"mp_policy": policy} if policy else {}
-    fully_shard(model[2], mesh=mesh, **options)  # type: ignore[index]
-    fully_shard(model, mesh=mesh, **options)
+    policy = policy or MixedPrecisionPolicy()
+    fully_shard(model[2], mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 
@@ -178,7 +178,7 @@ def test_packed_kernels(name: Literal["torch", "triton"], bits: int, m: int) -> 
     generator = torch.Generator().manual_seed(3)
     values, gradient = torch.randn(N, m, generator=generator), torch.randn(m, generator=generator)
     weights, base = torch.randn(N, generator=generator), torch.randn(m, generator=generator)
-    ended = []
+    ended: list[tuple[Tensor, Tensor, Tensor]] = []
     for kernels in (choose_kernels("torch", torch.device("cpu")), choose_kernels(name, torch.device("cuda"))):
         device = torch.device("cpu" if kernels.name == "torch" and not ended else "cuda")
         rows, out = packed(values, bits, kernels, 37, device), torch.empty(m, device=device)

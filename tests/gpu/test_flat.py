@@ -21,12 +21,13 @@ KINDS = ["fsdp1", "fsdp1-flat", "fairscale", "fairscale-single"]
 __all__ = ["exact", "nccl"]  # fixtures
 
 
-def shard(kind: str, group: dist.ProcessGroup, *, bf16: bool = False) -> nn.Module:
+def shard(kind: str, group: dist.ProcessGroup | None, *, bf16: bool = False) -> nn.Module:
     wrapper: Any = FullyShardedDataParallel
     options: dict[str, Any] = {"process_group": group}
     if kind.startswith("fairscale"):
-        from fairscale.nn.data_parallel import FullyShardedDataParallel as wrapper
+        from fairscale.nn import data_parallel
 
+        wrapper = data_parallel.FullyShardedDataParallel
         options["process_group_reduce_scatter"] = group  # it would keep groups from one test to the next
         options["flatten_parameters"] = kind == "fairscale"
         if bf16:
@@ -35,9 +36,10 @@ def shard(kind: str, group: dist.ProcessGroup, *, bf16: bool = False) -> nn.Modu
         options["use_orig_params"] = kind == "fsdp1"
         if bf16:
             options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model: Any = build().cuda()
+    model = build().cuda()
     model[2] = wrapper(model[2], **options)
-    return wrapper(model, **options)
+    held: nn.Module = wrapper(model, **options)
+    return held
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,9 +12,10 @@ import yaml
 from safetensors.torch import save_file
 
 from twa_scale.run.tasks.byte_gpt import ByteGPT
+from twa_scale.run.tasks.causal_lm import ByteGPTSizes
 
 CANDIDATES, RANKS = 8, 2
-SIZES = {"n_layer": 8, "n_head": 12, "d_model": 768}
+SIZES = ByteGPTSizes(n_layer=8, n_head=12, d_model=768)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Candidates of random weights and a config of three steps; memory does not depend on what they are."""
     root = tmp_path_factory.mktemp("scale")
     torch.manual_seed(0)
-    base = ByteGPT(context=64, **SIZES).state_dict()
+    base = ByteGPT(64, SIZES.n_layer, SIZES.n_head, SIZES.d_model).state_dict()
     for i in range(CANDIDATES):
         directory = root / "candidates" / f"step-{i}"
         directory.mkdir(parents=True)
@@ -30,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "candidates": str(root / "candidates" / "step-*"),
         "output": str(root / "run"),
-        "task": {"name": "causal_lm", "model": {"byte_gpt": SIZES}, "text": "stdlib", "context": 64},
+        "task": {"name": "causal_lm", "model": {"byte_gpt": SIZES.model_dump()}, "text": "stdlib", "context": 64},
         "groups": "block",
         "steps": 3,
         "batch_size": 4,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -71,15 +72,21 @@ class Cluster:
         mine = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "MUNGE_"))}
         return mine | {"SLURM_CONF": str(self.configuration), "PATH": _path()}
 
-    def call(self, *words: object, cwd: Path | None = None, timeout: float = 60.0, **variables: str) -> str:
-        """Type a command and return what it says.
+    def call(
+        self,
+        *words: object,
+        cwd: Path | None = None,
+        timeout: float = 60.0,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
+        """Type a command, with these variables added to the environment, and return what it says.
 
         Raises:
             AssertionError: it failed; with what it said.
         """
         ended = subprocess.run(
             [str(word) for word in words],
-            env=self.environment | variables,
+            env={**self.environment, **variables},
             cwd=cwd,
             timeout=timeout,
             stdout=subprocess.PIPE,

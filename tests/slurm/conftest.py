@@ -78,7 +78,9 @@ def submit(slurm: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
     def type_(*words: object, options: tuple[object, ...] = (), python: str = sys.executable, **variables: str) -> Job:
         output = tmp_path / f"job-{len(jobs)}.out"
         command = ("sbatch", "--parsable", "--output", output, *options, SCRIPT, *words)
-        jobs.append(Job(slurm, slurm.call(*command, cwd=ROOT, **variables, **with_python(slurm, python)), output))
+        jobs.append(
+            Job(slurm, slurm.call(*command, cwd=ROOT, variables=variables | with_python(slurm, python)), output)
+        )
         return jobs[-1]
 
     yield type_

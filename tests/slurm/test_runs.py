@@ -52,7 +52,7 @@ def whole(slurm: Cluster, scores: Brought, tmp_path_factory: pytest.TempPathFact
         if not (directory / engine).exists():
             config, said = write_config(scores, directory, engine), directory / f"{engine}.log"
             command = ("sbatch", "--parsable", "--output", said, SCRIPT, config)  # `--wait` looks every 32 seconds
-            job = Job(slurm, slurm.call(*command, cwd=ROOT, **with_python(slurm)), said)
+            job = Job(slurm, slurm.call(*command, cwd=ROOT, variables=with_python(slurm)), said)
             facts = job.wait(timeout=300)
             assert facts["JobState"] == "COMPLETED", job.said()
             assert facts["NodeList"] == "n[1-2]" and facts["NumTasks"] == "2"

@@ -26,7 +26,7 @@ def run(setup: Setup) -> Iterator[Row]:
             model = build().to(setup.device, torch.bfloat16)
             if kind == "FSDP2":
                 mesh = init_device_mesh(setup.device.type, (1,))
-                fully_shard(model[2], mesh=mesh)  # type: ignore[index]
+                fully_shard(model[2], mesh=mesh)
                 fully_shard(model, mesh=mesh)
             twa = twa_scale.attach(model, states, {"groups": "tensor", "optimizer": {"lr": 0.1}})
             generator = torch.Generator().manual_seed(2)

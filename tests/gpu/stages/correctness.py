@@ -19,7 +19,7 @@ ROUNDED = 3e-3
 def run(setup: Setup) -> Iterator[Row]:
     torch.manual_seed(0)
     for name in ("triton", "torch") if setup.cuda else ("numba", "torch"):
-        kernels = choose_kernels(name, setup.device)  # type: ignore[arg-type]
+        kernels = choose_kernels(name, setup.device)
         if kernels.name != name:
             yield Row(f"{name} kernels", "not to be had", ok=False)
             continue

@@ -10,6 +10,7 @@ from twa_scale.base.process_memory import peak_resident
 from twa_scale.config import RunConfig, validated
 from twa_scale.run import run as train
 from twa_scale.run.tasks.byte_gpt import ByteGPT
+from twa_scale.run.tasks.causal_lm import ByteGPTSizes
 from twa_scale.tools.planning import make_plan
 
 N, WITHIN = 4, 0.1
@@ -17,9 +18,7 @@ LIBRARIES = "python and libraries"
 
 
 def run(setup: Setup) -> Iterator[Row]:
-    sizes = {"n_layer": 2, "n_head": 2, "d_model": 32}
-    if not setup.tiny:
-        sizes = {"n_layer": 12, "n_head": 16, "d_model": 1024}
+    sizes = ByteGPTSizes(n_layer=setup.size(12, 2), n_head=setup.size(16, 2), d_model=setup.size(1024, 32))
     write_candidates(setup, sizes)
     for store_device in ("auto", "cpu"):
         config = settings(setup, sizes, store_device)
@@ -37,10 +36,10 @@ def run(setup: Setup) -> Iterator[Row]:
         yield Row(f"peak memory, store_device: {store_device}", measured, expected, ok)
 
 
-def write_candidates(setup: Setup, sizes: dict[str, int]) -> None:
+def write_candidates(setup: Setup, sizes: ByteGPTSizes) -> None:
     torch.manual_seed(0)
     with setup.device:
-        base = ByteGPT(context=256, **sizes).state_dict()
+        base = ByteGPT(256, sizes.n_layer, sizes.n_head, sizes.d_model).state_dict()
     for i in range(N):
         folder = setup.scratch / "candidates" / f"step-{i}"
         folder.mkdir(parents=True)
@@ -48,11 +47,11 @@ def write_candidates(setup: Setup, sizes: dict[str, int]) -> None:
         save_file(values, folder / "model.safetensors")
 
 
-def settings(setup: Setup, sizes: dict[str, int], store_device: str) -> RunConfig:
+def settings(setup: Setup, sizes: ByteGPTSizes, store_device: str) -> RunConfig:
     fields = {
         "candidates": str(setup.scratch / "candidates" / "step-*"),
         "output": str(setup.scratch / f"run-{store_device}"),
-        "task": {"name": "causal_lm", "model": {"byte_gpt": sizes}, "text": "stdlib", "context": 256},
+        "task": {"name": "causal_lm", "model": {"byte_gpt": sizes.model_dump()}, "text": "stdlib", "context": 256},
         "device": setup.device.type,
         "store": "packed4",
         "store_device": store_device,

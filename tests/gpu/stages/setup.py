@@ -59,7 +59,7 @@ class Setup:
         """Return the median by events of the GPU, which leave out what the host takes to launch the first kernel."""
         if not self.cuda:
             return self.seconds(work, times)
-        events = []
+        events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         for _ in range(2 + times):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
@@ -67,7 +67,7 @@ class Setup:
             last.record()
             events.append((first, last))
         self.wait()
-        found = sorted(first.elapsed_time(last) / 1e3 for first, last in events[2:])
+        found: list[float] = sorted(first.elapsed_time(last) / 1e3 for first, last in events[2:])
         return found[len(found) // 2]
 
 
