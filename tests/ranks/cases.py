@@ -24,7 +24,7 @@ BATCH = 12
 class Run:
     """One run to make: how the model is held, what is trained, and how many backward passes make a step."""
 
-    config: Mapping[str, Any]
+    config: dict[str, Any]
     steps: int = NUM_STEPS
     scalar_shape: tuple[int, ...] = models.SCALAR_SHAPE
     accumulate: int = 1
@@ -85,7 +85,7 @@ def one_step(model: nn.Module, twa: Any, step: int, accumulate: int = 1) -> None
     for pass_ in range(accumulate):
         loss = models.loss(model, micro_batches(step, size, accumulate)[rank * accumulate + pass_])
         if is_deepspeed(model):  # divides and counts by itself
-            model.backward(loss)  # type: ignore[operator]
+            model.backward(loss)
             twa.step()
             twa.zero_grad()
         else:

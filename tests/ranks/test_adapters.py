@@ -15,7 +15,7 @@ import twa_scale
 from tests import adapters, zero
 from tests.pool import Pool
 from twa_scale.candidates import Wanted
-from twa_scale.config import RunConfig
+from twa_scale.config import RunConfig, validated
 from twa_scale.merge import average_fixed
 from twa_scale.ranks import World
 from twa_scale.run.engines import run_engine
@@ -116,7 +116,8 @@ class AdapterTask:
 def built(engine: str, start: str, paths: list[str]) -> Tensor:
     """What the model of a run computes with the last of its candidates."""
     seen = paths if torch.distributed.get_rank() == 0 else ["elsewhere/*"]  # one rank looks for all
-    config = RunConfig(candidates=seen, task={"name": "a:b"}, output="out", engine=engine, steps=1, batch_size=2)
+    settings = {"candidates": seen, "task": "a:b", "output": "out", "engine": engine, "steps": 1, "batch_size": 2}
+    config = validated(RunConfig, settings)
     world = World(torch.distributed.get_rank(), torch.distributed.get_world_size(), 0)
     if engine == "zero3":
         zero.forget_groups()

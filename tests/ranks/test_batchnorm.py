@@ -48,7 +48,8 @@ class ByKeyword(nn.Module):
         self.model = model
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.model(**inputs)
+        logits: Tensor = self.model(**inputs)
+        return logits
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

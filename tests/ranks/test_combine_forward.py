@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -14,7 +15,6 @@ import twa_scale
 from tests import flattened, meshes, models
 from tests.pool import Pool
 from tests.ranks import cases, test_together
-from tests.unit.test_snapshots import load_file
 from twa_scale import Snapshots
 
 UNITS = {"root": "embed.weight", "first": "blocks.0.qkv.weight", "second": "blocks.1.qkv.weight"}
@@ -195,7 +195,7 @@ def test_units_are_written_before_they_are_gathered(ranks: Pool, how: str, in_bl
 
 
 def refuse(how: str) -> None:
-    model = build(how) if how == "nothing" else models.wrap(models.build(), how)
+    model: Any = build(how) if how == "nothing" else models.wrap(models.build(), how)
     if how == "nothing":
         group = model._get_fsdp_state()._fsdp_param_group
         group.unshard = group.unshard

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
 from tests.pool import Pool
+from tests.sums import weighted
 from twa_scale import CandidateError, OutputError, Snapshots
 from twa_scale.merge import average_fixed
 
@@ -42,7 +43,8 @@ class Filter(nn.Module):
         self.real = nn.Linear(5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.real(self.wave(x))
+        y: Tensor = self.real(self.wave(x))
+        return y
 
 
 def states(n: int = N) -> list[dict[str, Tensor]]:
@@ -55,10 +57,9 @@ def states(n: int = N) -> list[dict[str, Tensor]]:
 
 def averaged(candidates: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
     found = {
-        name: sum(w * state[name].to(torch.complex128) for w, state in zip(weights, candidates, strict=True))
-        for name in candidates[0]
+        name: weighted(weights, (state[name].to(torch.complex128) for state in candidates)) for name in candidates[0]
     }
-    return found | {"wave.phase": candidates[-1]["wave.phase"]}  # type: ignore[return-value]
+    return found | {"wave.phase": candidates[-1]["wave.phase"]}
 
 
 def require_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -90,9 +91,7 @@ def test_average_and_attach_give_the_same_bits(tmp_path: Path) -> None:
         name: (v.dtype, v.shape) for name, v in states()[0].items()
     }
     wanted = averaged(states(), weights)
-    wanted["wave.phase"] = sum(
-        w * state["wave.phase"] for w, state in zip(weights, states(), strict=True)
-    )  # no buffer by name
+    wanted["wave.phase"] = weighted(weights, (state["wave.phase"] for state in states()))  # no buffer by name
     require_close(merged, wanted)
     model = Filter()
     twa = twa_scale.attach(model, paths, {"center": weights})
@@ -128,8 +127,9 @@ def by_autograd() -> dict[str, Tensor]:
     """Make the same steps with whole candidates in double precision."""
     held = states()
     names = [name for name, p in Filter().named_parameters() if p.requires_grad]
-    mean = {name: sum(s[name].to(torch.complex128) for s in held) / N for name in names}
-    deltas = {n: torch.stack([s[n].to(torch.complex128) - mean[n] for s in held]) for n in names}  # type: ignore[operator]
+    stacked = {name: torch.stack([s[name].to(torch.complex128) for s in held]) for name in names}
+    mean = {name: values.mean(0) for name, values in stacked.items()}
+    deltas = {name: values - mean[name] for name, values in stacked.items()}
     norms = {n: d.reshape(N, -1).abs().square().sum(1).sqrt() for n, d in deltas.items()}
     x = {n: torch.zeros(N, dtype=torch.float64, requires_grad=True) for n in names}
     rest = averaged(held, [1 / N] * N)
@@ -215,6 +215,6 @@ def test_real_and_complex_tensors_are_not_mixed(held: torch.dtype, own: torch.dt
 @pytest.mark.parametrize("value", [complex("nan"), complex(0, float("inf"))])
 def test_nonfinite_values_are_located(tmp_path: Path, value: complex) -> None:
     held = states()
-    held[1]["wave.filter"][4, 2] = value
+    held[1]["wave.filter"][4, 2] = torch.tensor(value)
     with pytest.raises(CandidateError, match=r"state dict 1.*'wave.filter'.* element 2[89]"):
         twa_scale.attach(Filter(), held)

@@ -156,7 +156,7 @@ def test_average_with_different_options(ranks: Pool, tmp_path: Path, one: dict[s
 @pytest.mark.parametrize("size", [2, 3])
 def test_average_of_different_candidates(ranks: Pool, tmp_path: Path, size: int) -> None:
     paths = save(tmp_path, states())
-    given = [(paths[:4], {})] * (size - 1)
+    given: list[tuple[list[Path], dict[str, Any]]] = [(paths[:4], {})] * (size - 1)
     error = ranks.error(average, size, given=[*given, (paths[1:5], {})], out=tmp_path / "out")
     assert isinstance(error, CandidateError)
     weighed = [[f"{path}:{weight}" for path in paths[:2]] for weight in ("0.5", "0.25")]
@@ -285,7 +285,7 @@ def snapshot(directories: Sequence[Path], steps: Sequence[int], options: Sequenc
     ids=["directory", "step", "asynchronous"],
 )
 def test_snapshots_of_ranks_that_differ(ranks: Pool, tmp_path: Path, given: dict[str, Any], word: str) -> None:
-    usual = {"directories": ["a", "a"], "steps": [1, 1], "options": [{}, {}]} | given
+    usual: dict[str, Any] = {"directories": ["a", "a"], "steps": [1, 1], "options": [{}, {}]} | given
     usual["directories"] = [tmp_path / name for name in usual["directories"]]
     error = ranks.error(snapshot, 2, **usual)
     assert isinstance(error, ConfigError) and str(error).startswith(word)

@@ -202,7 +202,7 @@ def distance_from_center(name: str, weights: dict[str, Tensor]) -> float:
     states = models.candidates(scalar_shape=ALL[name].scalar_shape)
     b = reference.center_weights(ALL[name].config.get("center", "mean"), len(states))
     center = {key: torch.tensordot(b, torch.stack([state[key].double() for state in states]), 1) for key in weights}
-    return float(sum((weights[key] - center[key]).square().sum() for key in weights)) ** 0.5
+    return float(torch.stack([(weights[key] - center[key]).square().sum() for key in weights]).sum().sqrt())
 
 
 @pytest.mark.parametrize(("engine", "size", "name"), CASES)

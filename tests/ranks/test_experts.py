@@ -63,7 +63,8 @@ class Layer(nn.Module):
         self.experts = Stacked() if stacked else Apart()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.experts(x, self.router(x).softmax(-1))
+        y: Tensor = self.experts(x, self.router(x).softmax(-1))
+        return x + y
 
 
 class Mixture(nn.Module):
@@ -77,7 +78,8 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        y: Tensor = self.head(x)
+        return y
 
 
 def states() -> list[dict[str, Tensor]]:
@@ -88,7 +90,7 @@ def states() -> list[dict[str, Tensor]]:
 
 def apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values, with the experts of the first layer in modules of their own."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in state.items():
         path, _, last = name.rpartition(".")
         split = path == "blocks.0.experts"
@@ -103,22 +105,25 @@ def batch(step: int) -> dict[str, Tensor]:
 
 def loss(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
     dtype = next(model.parameters()).dtype
-    return (model(data["x"].to(dtype)) - data["y"].to(dtype)).square().mean()
+    y: Tensor = model(data["x"].to(dtype))
+    return (y - data["y"].to(dtype)).square().mean()
 
 
 def held_by(engine: str) -> nn.Module:
-    model: Any = Mixture()
+    model = Mixture()
     if engine == "plain":
         return model
     if engine == "ddp":
         return DistributedDataParallel(model)
     if engine in zero.ENGINES:
-        return zero.wrap(model, engine)  # type: ignore[no-any-return]
+        held: nn.Module = zero.wrap(model, engine)
+        return held
     if engine in flattened.ENGINES:
         return flattened.wrap(model, engine)
     for block in model.blocks:
         fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def train(engine: str, config: dict[str, Any], paths: list[Path]) -> tuple[dict[str, Tensor], Tensor, list[str], int]:

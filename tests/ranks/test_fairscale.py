@@ -252,7 +252,8 @@ def elements_sent(engine: str) -> tuple[int, int]:
     group = twa._engine.shard_group
     with mock.patch.object(group, "copy_from", wraps=group.copy_from) as broadcast:
         cases.one_step(model, twa, 0)
-    trained = [p for name, p in model.module.named_parameters() if p.requires_grad and name != flattened.OUTSIDE]
+    named = model.get_submodule("module").named_parameters()
+    trained = [p for name, p in named if p.requires_grad and name != flattened.OUTSIDE]
     return sum(call.args[1].numel() for call in broadcast.call_args_list), sum(p.numel() for p in trained)
 
 

@@ -42,7 +42,8 @@ class Layer(nn.Module):
         self.frozen = nn.Parameter(torch.full((5,), 0.8), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.factor(self.down(torch.tanh(self.up(x)))) * self.frozen.to(x.dtype)
+        y: Tensor = self.factor(self.down(torch.tanh(self.up(x))))
+        return x + y * self.frozen.to(x.dtype)
 
 
 class Factor(nn.Module):
@@ -69,7 +70,8 @@ class Net(nn.Module):
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
 
 
 def build(seed: int = 0) -> Net:
@@ -100,7 +102,7 @@ def trainable(net: Any, kind: str) -> Any:
     return net
 
 
-def wrap(kind: str, orig: bool) -> nn.Module:
+def wrap(kind: str, orig: bool) -> Any:
     """Return the net, wrapped with FSDP1 in the given way."""
     net: Any = trainable(build(seed=9), kind)
     # Without the original parameters, frozen ones must not be flattened with others.
@@ -137,7 +139,8 @@ def wrap(kind: str, orig: bool) -> nn.Module:
             net.layers[i] = layer if isinstance(layer, FullyShardedDataParallel) else inner(layer)
     if kind == "no-root":  # the embedding and what is unused stay ordinary parameters
         return net
-    return torch.compile(outer(net), backend="eager") if kind == "compiled" else outer(net)
+    model: Any = outer(net)
+    return torch.compile(model, backend="eager") if kind == "compiled" else model
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
@@ -261,7 +264,8 @@ def refused(kind: str) -> None:
         case "one rank in a shard group":
             model = hold(net, sharding_strategy=HYBRID, device_mesh=init_device_mesh("cpu", (size, 1)))
         case "'picture.weight'":
-            net.picture = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+            net.picture = nn.Conv2d(2, 3, 3)
+            net.picture.to(memory_format=torch.channels_last)
             model = hold(net)
         case "different ranks":
             alone = [dist.new_group([rank]) for rank in range(size)][dist.get_rank()]

@@ -16,12 +16,13 @@ class Scaled(nn.Module):
         self.scale = nn.Parameter(torch.ones(7, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * self.scale.sum(0)
+        y: Tensor = self.linear(x)
+        return y * self.scale.sum(0)
 
 
 def coefficients(ddp: bool) -> Tensor:
     """One step on batches that differ by rank, or, alone, on all of them."""
-    net = Scaled()
+    net: nn.Module = Scaled()
     generator = torch.Generator().manual_seed(1)
     held = [
         {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in net.state_dict().items()} for _ in "abc"

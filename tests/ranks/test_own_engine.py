@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 import twa_scale
 from tests import models
 from tests.pool import Pool
 from tests.ranks import cases, test_together
-from tests.unit.test_snapshots import assert_same, load_file
+from tests.unit.test_snapshots import assert_same
 from twa_scale import EngineError
 from twa_scale.engines import Engine
 from twa_scale.output.snapshots import Snapshots
@@ -73,12 +74,12 @@ def test_missing_method_is_refused_at_construction(method: str) -> None:
 def test_missing_attribute_is_refused_at_construction(attribute: str) -> None:
     complete: Any = shown()
 
-    class Lacking(complete):  # type: ignore[misc]
+    class Lacking(complete):
         def __init__(self, module: Any) -> None:
             super().__init__(module)
             delattr(self, attribute)
 
-    class Wrong(complete):  # type: ignore[misc]
+    class Wrong(complete):
         def __init__(self, module: Any) -> None:
             super().__init__(module)
             setattr(self, attribute, "cpu")

@@ -237,7 +237,7 @@ def leave(layout: Layout, directory: Path) -> dict[str, Any]:
     snapshots = Snapshots(directory / f"pod-{place.number}", every_n_steps=1, replica_group=place.replica_group)
     snapshots.step(model, 1)
     norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
-    statistics = [value.clone() for value in (norm.running_mean, norm.running_var)]
+    statistics = [norm.get_buffer(name).clone() for name in ("running_mean", "running_var")]
     state = twa.state_dict()
     cases.one_step(model, twa, 2)
     trained = cases.gathered(model)

@@ -1,7 +1,8 @@
 """Running averages on every engine are those of the whole weights, resume with the same bits, and can be trained."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def put(model: nn.Module, state: dict[str, Tensor]) -> None:
         for name, buffer in engine.buffers().items():
             buffer.copy_(state[name])
     if is_deepspeed(model):
-        model.global_steps += 1  # type: ignore[operator]
+        model.global_steps += 1
 
 
 def follow(engine: str, directory: Path) -> dict[str, Any]:
@@ -107,8 +108,9 @@ def follow(engine: str, directory: Path) -> dict[str, Any]:
     found["resumed"] = same_bits(averages.state_dict(), resumed.state_dict())
     found["steps"] = averages.snapshot_steps
     before = everything(model)
+    given: dict[str, int | Sequence[float]] = {"0": 0, "explicit": AVERAGES["explicit"]}
     for name in (*AVERAGES, "ema:0.5", "ema:0.9", "ema:half-life:0.3", "bema"):
-        with averages.weights({"0": 0, "explicit": AVERAGES["explicit"]}.get(name, name)):
+        with averages.weights(given.get(name, name)):
             found[name] = everything(model)
     found["restored"] = same_bits(before, everything(model))
     counts = counters(model)
@@ -213,9 +215,8 @@ def test_averages_are_those_of_whole_weights(ranks: Pool, tmp_path: Path, engine
             assert found[f"given back from {name}"]
             assert not torch.allclose(learned["coefficients"], learned["coefficients"][:1])
             for key, value in found[f"attached {name}"].items():
-                torch.testing.assert_close(
-                    learned[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, k=f"{name}: {key}": f"{k}: {text}"
-                )
+                named = partial("{}: {}: {}".format, name, key)
+                torch.testing.assert_close(learned[key], value, rtol=1e-4, atol=1e-5, msg=named)
 
 
 def save_distributed(directory: Path) -> dict[str, Any]:
@@ -261,7 +262,8 @@ def fully_sharded() -> nn.Module:
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
     for layer in (model[0], model[2]):
         fully_shard(layer)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def parted(engine: str) -> nn.Module:
@@ -343,6 +345,7 @@ def test_parameters_that_are_replaced_in_fsdp2_are_refused(ranks: Pool) -> None:
 
 
 WITH_BUFFERS = {"decays": 0.5, "use_buffers": True}
+MEAN = "1.running_mean"
 
 
 def statistics_of_ranks(directory: Path) -> dict[str, Any]:
@@ -351,17 +354,17 @@ def statistics_of_ranks(directory: Path) -> dict[str, Any]:
     move(model, averages, 2)
     dcp.save({"averages": averages}, checkpoint_id=directory)
     with averages.weights("ema"):
-        found = {"own": model[1].running_mean.clone()}  # type: ignore[index]
+        found: dict[str, Any] = {"own": model.get_buffer(MEAN).clone()}
     resumed = twa_scale.RunningAverages(model, ema=WITH_BUFFERS)
     dcp.load({"averages": resumed}, checkpoint_id=directory)
     with resumed.weights("ema"):
-        found["resumed"] = model[1].running_mean.clone()  # type: ignore[index]
+        found["resumed"] = model.get_buffer(MEAN).clone()
     other = twa_scale.RunningAverages(model, ema=WITH_BUFFERS | {"bias_correction": True})
     other.step()
     for call in (lambda: dcp.load({"averages": other}, checkpoint_id=directory), lambda: see(other)):
         found.setdefault("said", []).append(raised(call))
     other = twa_scale.RunningAverages(model, ema=WITH_BUFFERS)
-    return found | {"trained": model[1].running_mean.clone()}  # type: ignore[index]
+    return found | {"trained": model.get_buffer(MEAN).clone()}
 
 
 def see(averages: Any) -> None:
@@ -401,7 +404,13 @@ def fail_on_one(where: str) -> dict[str, Any]:
             said = raised(lambda: fail_in(averages, fail))
     else:
         work = getattr(learning, where)
-        setattr(learning, where, lambda *args: (work(*args), fail())[0])
+
+        def failing(*args: Any) -> Any:
+            ended = work(*args)
+            fail()
+            return ended
+
+        setattr(learning, where, failing)
         try:
             said = raised(averages.learn)
         finally:

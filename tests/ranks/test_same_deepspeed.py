@@ -25,7 +25,8 @@ class Net(nn.Module):
         self.down = nn.Linear(7, 3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.norm(self.up(x))) * self.gain)
+        y: Tensor = self.down(torch.tanh(self.norm(self.up(x))) * self.gain)
+        return y
 
 
 def engine_of(kind: str, bf16: bool, seed: int) -> Any:
@@ -72,7 +73,7 @@ def resume(kind: str, bf16: bool, directory: Path) -> dict[str, Any]:
     fresh = engine_of(kind, bf16, 1)
     _, client = fresh.load_checkpoint(str(directory / "average"))
     weights = whole(fresh)
-    found = {
+    found: dict[str, Any] = {
         "weights": weights,
         "buffers": {name: b.clone() for name, b in fresh.module.named_buffers()},
         "live": zero.whole(fresh),

@@ -32,7 +32,7 @@ def searched(engine: str, method: Any, local: bool = False) -> tuple[list[float]
             found = (model(inputs) - inputs @ target.T).square().sum()
         if not local:
             dist.all_reduce(found)
-        return found.item()
+        return float(found)
 
     found = twa_scale.search(twa, loss, method, budget=30, higher_is_better=False)
     twa.close()

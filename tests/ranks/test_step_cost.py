@@ -19,7 +19,7 @@ from twa_scale.ranks import Group
 def counting(kind: type, *args: Any) -> Any:
     """An engine that counts the parameters that it is asked about, and the spans that are written or read."""
 
-    class Counting(kind):  # type: ignore[misc]
+    class Counting(kind):
         asked = lives = 0
 
         def changed(self, names: Any) -> Any:

@@ -43,7 +43,8 @@ def recompute_blocks(model: Any) -> Any:
 
 
 def compile_blocks(model: Any) -> Any:
-    model.blocks = nn.ModuleList(torch.compile(block, backend="aot_eager") for block in model.blocks)
+    compiled: list[Any] = [torch.compile(block, backend="aot_eager") for block in model.blocks]
+    model.blocks = nn.ModuleList(compiled)
     return model
 
 
@@ -112,7 +113,7 @@ def train(engine: str, change: str) -> tuple[dict[str, Tensor], Tensor, float]:
     before, after = (CHANGES | ONCE)[change]
     torch._dynamo.reset()
     shape = (1,) if engine in zero.ENGINES else ()
-    model = before(models.build(seed=99, scalar_shape=shape))
+    model: Any = before(models.build(seed=99, scalar_shape=shape))
     if engine == "ddp":
         static = change == "checkpoint"
         model = DistributedDataParallel(model, find_unused_parameters=change == "unused", static_graph=static)
@@ -205,7 +206,7 @@ SGD = Run({"groups": "block", "max_grad_norm": 0.5, "optimizer": {"name": "sgd",
 SCALERS: dict[str, Any] = {
     "GradScaler": torch.amp.GradScaler,
     # its own default is the process group that there was when torch was imported
-    "ShardedGradScaler": lambda *args, **kwargs: ShardedGradScaler(*args, **kwargs, process_group=dist.group.WORLD),
+    "ShardedGradScaler": lambda device, **kwargs: ShardedGradScaler(device, process_group=dist.group.WORLD, **kwargs),
 }
 
 

@@ -23,16 +23,17 @@ from twa_scale.ranks import World
 from twa_scale.run.loop import Run
 from twa_scale.run.progress import Report
 from twa_scale.run.tasks.byte_gpt import ByteGPT
+from twa_scale.run.tasks.causal_lm import ByteGPTSizes
 from twa_scale.tools.planning import make_plan
 
 PODS = (range(0, 2), range(2, 4))
-SIZES = {"n_layer": 2, "n_head": 2, "d_model": 32}  # even rows everywhere: two ranks need no padding
+SIZES = ByteGPTSizes(n_layer=2, n_head=2, d_model=32)  # even rows everywhere: two ranks need no padding
 N, CONTEXT = 3, 16
 
 
 def model() -> ByteGPT:
     torch.manual_seed(0)
-    return ByteGPT(context=CONTEXT, **SIZES)
+    return ByteGPT(CONTEXT, SIZES.n_layer, SIZES.n_head, SIZES.d_model)
 
 
 def step(engine: str, store: str) -> tuple[list[Call], int]:
@@ -98,7 +99,7 @@ def step_of_a_run(data: dict[str, Any], store: str) -> list[Call]:
 
 @pytest.mark.parametrize(("engine", "rows"), [("fsdp2", None), ("ddp", None), ("fsdp2", "float32"), ("fsdp2", "int8")])
 def test_a_run_sends_what_plan_says(ranks: Pool, tmp_path: Path, engine: str, rows: str | None) -> None:
-    task = {"name": "causal_lm", "model": {"byte_gpt": SIZES}, "context": CONTEXT}
+    task = {"name": "causal_lm", "model": {"byte_gpt": SIZES.model_dump()}, "context": CONTEXT}
     task["text"] = {"train": [__file__], "validation": [traffic.__file__]}
     candidates = train_candidates(task, tmp_path / "candidates", steps=3, every=1)
     data = settings(candidates, task, tmp_path / "run", engine=engine, pods=2, batch_size=8)

@@ -1,7 +1,7 @@
 """Selection of the engine for a DeepSpeedEngine."""
 
 import sys
-from typing import Any
+from typing import Any, TypeGuard
 
 from twa_scale.engines.zero.base import ZeroEngine
 from twa_scale.engines.zero.deepspeed_settings import check_supported
@@ -10,7 +10,7 @@ from twa_scale.engines.zero.stage12 import Zero12Engine
 from twa_scale.ranks import Group
 
 
-def is_deepspeed(model: object) -> bool:
+def is_deepspeed(model: object) -> TypeGuard[Any]:
     """Return whether `model` is the engine that `deepspeed.initialize` returned."""
     deepspeed: Any = sys.modules.get("deepspeed")  # a user who has such an engine has imported it
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
