@@ -197,6 +197,7 @@ def web() -> Iterator[tuple[str, Served]]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(sent)))
             self.send_header("ETag", f'"{hash(content)}"')
+            self.send_header("Content-Type", "text/html" if (content or b"").startswith(b"<html") else "binary/data")
             self.end_headers()
             if body:
                 served.sent[self.path].append((start, stop))
@@ -224,6 +225,22 @@ def attach_shards(urls: list[str]) -> int:
     for name, value in model.state_dict().items():
         assert torch.equal(value.full_tensor(), state(1)[name])
     return twa.bytes_read
+
+
+@pytest.mark.parametrize("slash", ["/", ""])
+def test_a_pattern_matches_directories_of_a_server(web: tuple[str, Served], slash: str) -> None:
+    """Servers list a directory with a slash after its name, or without."""
+    url, served = web
+    served.content["/"] = "".join(["<html>", *(f'<a href="step-{i}{slash}">' for i in range(2)), "</html>"]).encode()
+    for i in range(2):
+        links = "".join(f'<a href="/step-{i}/{name}">' for name in ("model.safetensors", "logs" + slash))
+        served.content |= dict.fromkeys((f"/step-{i}", f"/step-{i}/"), f"<html>{links}</html>".encode())
+        served.content[f"/step-{i}/model.safetensors"] = save(state(i))
+        served.content[f"/step-{i}/logs"] = b"<html></html>"
+    candidates = open_candidates(f"{url}/step-*{slash}")
+    assert [candidate.label for candidate in candidates] == [f"{url}/step-{i}" for i in range(2)]
+    for candidate in candidates:
+        candidate.close()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -118,9 +118,12 @@ class Url:
         if self.kind:
             return self.kind
         try:
-            return str(self._info()["type"])
+            info = self._info()
         except FileNotFoundError:
             return ""
+        # A web server answers the name of a directory with a page of its content.
+        is_page = info.get("mimetype") == "text/html" and self.suffix.lower() not in (".html", ".htm")
+        return "directory" if is_page else str(info["type"])
 
     def iterdir(self) -> Iterator["Url"]:
         """Yield what the directory holds.
@@ -203,7 +206,8 @@ class Url:
 
     def _of(self, fs: Any, name: str, info: dict[str, Any]) -> "Url":
         url = name if is_url(name) else f"{self.url.partition('://')[0]}://{name.lstrip('/')}"
-        return Url(url.rstrip("/"), "" if self._is_web else str(info["type"]))
+        known = not self._is_web or info["type"] == "directory"  # fsspec takes a link without a slash for a file
+        return Url(url.rstrip("/"), str(info["type"]) if known else "")
 
     @contextmanager
     def errors(self, *but: type[Exception]) -> Iterator[None]:

@@ -58,6 +58,7 @@ def _expanded(url: Url) -> tuple[list[Url], str | None]:
     """Return what a URL names, or what it matches as a pattern."""
     if not url.is_pattern():
         return [url], None
+    url = Url(url.url.rstrip("/"))  # "step-*/" means directories to a shell
     found = [match for match in url.matches() if not match.name.startswith(".") and ".tmp-" not in match.name]
     found = _without_markers(sorted(found, key=_natural))
     if not found:
@@ -97,9 +98,10 @@ def _require_candidates(pattern: str, found: Sequence[Path | Url]) -> None:
             "Remove it, or narrow the pattern."
         )
     if strange := next((match for match in found if not match.is_dir() and not is_weights(match.name)), None):
+        seen = "" if isinstance(strange, Url) else f", seen from {Path.cwd()}"
         raise CandidateError(
-            f"candidates {pattern!r}: the pattern also matches {str(strange)!r}, which holds no weights, "
-            f"seen from {Path.cwd()}. Narrow the pattern, for instance to 'step-*' or '*.safetensors'."
+            f"candidates {pattern!r}: the pattern also matches {str(strange)!r}, which holds no weights{seen}. "
+            "Narrow the pattern, for instance to 'step-*' or '*.safetensors'."
         )
     if why := versions_or_parts(found):
         raise CandidateError(
