@@ -321,7 +321,7 @@ def test_truncated(here: Path) -> None:
     ("damage", "said"),
     [
         (lambda raw: raw[:5], "truncated"),
-        (lambda raw: b"", "truncated"),
+        (lambda raw: b"", "is empty"),
         (lambda raw: raw[:100], "truncated"),
         (lambda raw: b"\xff" * 8 + raw[8:], "not a safetensors file"),
         (lambda raw: raw[:8] + os.urandom(64).replace(b"{", b"x") + raw[72:], "not the JSON"),

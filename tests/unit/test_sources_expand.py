@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from tests.specs import found, refused
 from twa_scale.candidates import open_candidates, open_together
@@ -189,3 +189,48 @@ def test_folders_with_weights_in_them_are_named(here: Path, files: list[str], in
     message = refused("*")
     assert message.startswith("1: is no candidate") and f"There are weights in {inside}" in message
     assert found("*") == (["1", "2"], [])  # not the same because neither holds a file
+
+
+# Formats that are not read
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("m.gguf", "a file of llama.cpp (GGUF)"),
+        ("flax_model.msgpack", "a file of Flax (JAX)"),
+        ("tf_model.h5", "a file of Keras or TensorFlow"),
+        ("m.npz", "an archive of numpy arrays"),
+        ("model.onnx", "an exported program (ONNX)"),
+        ("__0_0.distcp", "whose `.metadata` is not there"),
+    ],
+)
+def test_formats_that_are_not_read_are_named(here: Path, name: str, said: str) -> None:
+    for step in ("1", "2"):
+        (here / step).mkdir()
+        (here / step / name).write_bytes(b"x")
+    assert refused("*").startswith("1: is no candidate") and said in refused("*")
+    for spec in (f"*/{name}", f"1/{name}"):
+        assert f"1/{name}" in refused(spec) and said in refused(spec)
+
+
+_FILE = save({"w": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("m.safetensors", b"", "is empty"),
+        ("m.bin", b"", "is empty"),
+        ("m.bin", b"GGUF\x03\0\0\0", "a file of llama.cpp (GGUF)"),
+        ("m.bin", b"<!DOCTYPE html><p>404", "is a web page"),
+        ("m.safetensors", b"<!DOCTYPE html><p>404", "is a web page"),
+        ("m.bin", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("m.bin", _FILE, "is a safetensors file with the name of a file of torch"),
+        ("m.safetensors", b"PK\x03\x04" + bytes(100), "with the name of a safetensors file"),
+        ("m.safetensors", save({"w": torch.ones(2)}, {"format": "flax"}), "is of Flax (JAX) by its header"),
+    ],
+)
+def test_contents_that_are_not_those_of_the_name(here: Path, name: str, content: bytes, said: str) -> None:
+    (here / name).write_bytes(content)
+    assert refused(name).startswith(f"{name}: ") and said in refused(name)

@@ -144,6 +144,8 @@ def test_tensors_of_an_object_are_never_weights(tmp_path: Path, make: Callable[[
         (Settings(weights()), "holds an object of class"),
         ({"state_dict": Settings(weights())}, "'state_dict' (tests.unit.test_sources_objects.Settings)"),
         ({"model": {"w": np.ones(3)}}, "'model.w' (numpy.ndarray)"),
+        ({"q.scale": torch.ones(1), "q._packed_params._packed_params": (torch.ones(2), None)}, "quantized modules of"),
+        ({"state_dict": weights() | {"b.parts": [torch.ones(2)]}}, "'b.parts' among the weights is a list or dict"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -10,6 +10,7 @@ from twa_scale.base.paths import matching, path_of
 from twa_scale.base.urls import Url, is_url, local_path
 from twa_scale.candidates.directory import AnyPath, is_averaged, is_weights, plain_names
 from twa_scale.candidates.formats.megatron import TRACKER
+from twa_scale.candidates.other_formats import named_format
 from twa_scale.errors import CandidateError
 
 _PART = re.compile(
@@ -99,6 +100,8 @@ def _require_candidates(pattern: str, found: Sequence[Path | Url]) -> None:
         )
     if strange := next((match for match in found if not match.is_dir() and not is_weights(match.name)), None):
         seen = "" if isinstance(strange, Url) else f", seen from {Path.cwd()}"
+        if what := named_format([strange.name]):
+            raise CandidateError(f"candidates {pattern!r}: the pattern matches {str(strange)!r}: {what}")
         raise CandidateError(
             f"candidates {pattern!r}: the pattern also matches {str(strange)!r}, which holds no weights{seen}. "
             "Narrow the pattern, for instance to 'step-*' or '*.safetensors'."

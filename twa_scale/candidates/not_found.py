@@ -10,6 +10,7 @@ from twa_scale.candidates.formats.dcp import METADATA
 from twa_scale.candidates.formats.deepspeed import is_deepspeed
 from twa_scale.candidates.formats.megatron import other_megatron_format
 from twa_scale.candidates.formats.rank_files import has_rank_files
+from twa_scale.candidates.other_formats import named_format
 from twa_scale.errors import CandidateError
 
 _MAX_SEEN = 1000  # folders that are looked into
@@ -28,6 +29,8 @@ def refusal(directory: Path) -> CandidateError:
     if why := other_megatron_format(directory):
         return CandidateError(f"{directory}: {why}")
     names = files_in(directory)
+    if not any(map(is_weights, names)) and (what := named_format(names)):
+        return CandidateError(f"{directory}: is no candidate: {what}")
     files = [name for name in names if name.endswith(".safetensors")]
     several = f", but {len(files)} *.safetensors files without an index ({some(files)})" if files else ""
     odd = [path.name for path in directory.iterdir() if is_weights(path.name) and not (path.is_file() or path.is_dir())]

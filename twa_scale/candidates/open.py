@@ -21,6 +21,7 @@ from twa_scale.candidates.formats.sharded import ShardedCandidate
 from twa_scale.candidates.formats.state_dict import MemoryCandidate
 from twa_scale.candidates.formats.torch_file import TorchFileCandidate
 from twa_scale.candidates.not_found import refusal
+from twa_scale.candidates.other_formats import named_format
 from twa_scale.candidates.remote import open_url
 from twa_scale.candidates.select import ALL, Wanted, select
 from twa_scale.candidates.view import View
@@ -172,6 +173,8 @@ def _open_part(path: Path | Url) -> Candidate:
 def _safetensors(path: Path | Url, directory: Path | None, label: str) -> Candidate:
     if path.suffix.lower() == ".safetensors":
         return SafetensorsCandidate(path, directory, label)
+    if what := named_format([path.name]):
+        raise CandidateError(f"{path}: {what}")
     raise CandidateError(
         f"{path}: is not a file of weights; a candidate is a .safetensors, .pt, .pth, .bin or .ckpt file, a Hugging "
         "Face index (*.index.json), or a directory that holds one."

@@ -69,6 +69,7 @@ class WeightsKey:
         ):  # for example a loss next to the weights under another key
             raise _nothing_found(shapes, label, objects, beside=list(found))
         self._refuse_objects({path[-1]: held for path, held in objects.items() if path[:-1] == chosen}, label)
+        _refuse_containers(chosen, shapes, label)
         if (items := items_of(found)) is not None:
             return self._named(items, ".".join(chosen), shapes, label, in_order=in_order)
         if self.key is None:
@@ -168,6 +169,24 @@ def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Key
         if path[:depth] == chosen and len(path) > depth + 1 and not is_optimizer_entry(path):
             counts[path[depth]] += number
     return max(counts.values(), default=0)
+
+
+def _refuse_containers(chosen: Keys, shapes: Mapping[Keys, Shape], label: str) -> None:
+    """Refuse a list or dict of tensors under a name among the weights, as torch's quantized modules have one.
+
+    A key without a dot may be another set of weights, or a counter, beside the weights.
+    """
+    depth = len(chosen)
+    for path in shapes:
+        if path[:depth] != chosen or len(path) < depth + 2 or is_optimizer_entry(path):
+            continue
+        name = path[depth]
+        if "." in name and not name.endswith("_extra_state"):
+            of_torch = ", in which quantized modules of torch keep their weights" if "_packed_params" in name else ""
+            raise CandidateError(
+                f"{label}: {name!r} among the weights is a list or dict of tensors{of_torch}. Each weight has to be a "
+                "tensor of its own: save the state_dict() of the model before quantization, or without such entries."
+            )
 
 
 def _nothing_found(

@@ -12,6 +12,7 @@ from twa_scale.base.urls import Url
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.formats.remote_file import RemoteFile
+from twa_scale.candidates.other_formats import format_of
 from twa_scale.candidates.wrapper_names import unwrapped
 from twa_scale.errors import CandidateError
 
@@ -59,6 +60,11 @@ class SafetensorsCandidate:
         self._file = RemoteFile(path) if isinstance(path, Url) else File(path)
         try:
             entries, self.metadata = read_header(self._file)
+            if (library := self.metadata.get("format")) in ("flax", "tf"):
+                raise CandidateError(
+                    f"{path}: is of {'Flax (JAX)' if library == 'flax' else 'TensorFlow'} by its header (format: "
+                    f"{library}), whose names and layouts are not those of PyTorch. Convert it, and save that model."
+                )
             self.stored_names = unwrapped(entries, str(path))
             self._entries = {name: entries[raw] for name, raw in self.stored_names.items()}
         except BaseException:
@@ -112,17 +118,15 @@ def read_header(file: File | RemoteFile) -> tuple[dict[str, Entry], dict[str, st
         CandidateError: the file is damaged, truncated or not a safetensors file.
     """
     label, size = file.path, file.size
-    raw_length = bytearray(8)
+    head = bytearray(min(16, size))
+    file.read(memoryview(head), 0, "the header")
+    if what := format_of(head, size, safetensors=True):
+        raise CandidateError(f"{label}: {what}")
     if size < 8:
         raise CandidateError(
             f"{label}: has {size} bytes, too few for a safetensors file; it is truncated. Copy it again."
         )
-    file.read(memoryview(raw_length), 0, "the header")
-    length = int.from_bytes(raw_length, "little")
-    if raw_length == b"version ":
-        raise CandidateError(f"{label}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
-    if raw_length.lower().startswith((b"<!doctyp", b"<html", b"<?xml")):
-        raise CandidateError(f"{label}: is a web page, not weights; its download has failed. Download it again.")
+    length = int.from_bytes(head[:8], "little")
     if length > min(size - 8, MAX_JSON):
         raise CandidateError(
             f"{label}: its first 8 bytes give a header of {length} bytes, but {size - 8} bytes follow; it is not a "

@@ -14,6 +14,7 @@ from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.pickle_stubs import PickleStub, nested_values
 from twa_scale.candidates.formats.stored_tensors import Record, Stored, StoredCandidate
 from twa_scale.candidates.formats.torch_archive import Archive, dense_tensors, is_tensor
+from twa_scale.candidates.other_formats import format_of
 from twa_scale.candidates.weights_key import Object, WeightsKey
 from twa_scale.errors import CandidateError
 
@@ -132,11 +133,11 @@ def _content(file: File) -> Mapping[Any, Any]:
 
 
 def _loaded(file: File) -> Any:
-    magic = bytearray(min(8, file.size))
-    file.read(memoryview(magic), 0, "the file")
-    if magic == b"version ":
-        raise CandidateError(f"{file.path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`.")
-    if not magic.startswith(b"PK\x03\x04"):
+    head = bytearray(min(16, file.size))
+    file.read(memoryview(head), 0, "the file")
+    if not head.startswith(b"PK\x03\x04"):
+        if what := format_of(head, file.size, safetensors=False):
+            raise CandidateError(f"{file.path}: {what}")
         raise CandidateError(
             f"{file.path}: is not a zip archive, which torch.save writes since torch 1.6, but a legacy file, a plain "
             "pickle or something else; it was refused and nothing in it was run. If you trust it, load it once and "

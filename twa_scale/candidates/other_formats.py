@@ -1,0 +1,86 @@
+"""Names and contents of files of weights in formats that are not read, for messages."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatch
+
+_EXPORT = "Give the weights of the PyTorch model from which it was exported"
+_CONVERT = "Load it with the library that wrote it, and save the tensors as safetensors"
+_OF_NAMES = (
+    ("*.gguf", "a file of llama.cpp (GGUF)", "Give the weights from which it was converted"),
+    ("*.ggml", "a file of llama.cpp (GGML)", "Give the weights from which it was converted"),
+    (
+        "*.msgpack",
+        "a file of Flax (JAX)",
+        "Convert it to PyTorch, and save that model with save_pretrained or torch.save",
+    ),
+    ("_CHECKPOINT_METADATA", "a checkpoint of Orbax (JAX)", "Convert it to PyTorch, and save that model"),
+    ("manifest.ocdbt", "a checkpoint of Orbax (JAX)", "Convert it to PyTorch, and save that model"),
+    ("*.h5", "a file of Keras or TensorFlow (HDF5)", "Convert it to PyTorch, and save that model"),
+    ("*.hdf5", "a file of Keras or TensorFlow (HDF5)", "Convert it to PyTorch, and save that model"),
+    ("*.keras", "a file of Keras", "Convert it to PyTorch, and save that model"),
+    ("*.ckpt.index", "a checkpoint of TensorFlow", "Convert it to PyTorch, and save that model"),
+    ("*.ckpt-*.index", "a checkpoint of TensorFlow", "Convert it to PyTorch, and save that model"),
+    ("*.pdparams", "a file of PaddlePaddle", _CONVERT),
+    ("*.npz", "an archive of numpy arrays", _CONVERT),
+    ("*.npy", "a numpy array", _CONVERT),
+    ("*.ot", "a file of tch (Rust)", _CONVERT),
+    ("*.pkl", "a plain pickle", _CONVERT),
+    ("*.pickle", "a plain pickle", _CONVERT),
+    ("*.onnx", "an exported program (ONNX)", _EXPORT),
+    ("*.tflite", "an exported program (TFLite)", _EXPORT),
+    ("*.mlmodel", "an exported program (Core ML)", _EXPORT),
+    ("*.pte", "an exported program (ExecuTorch)", _EXPORT),
+    ("*.pt2", "an exported program (torch.export)", _EXPORT),
+    ("*.nemo", "an archive of NeMo", "Extract it (`tar -xf`), and give the directory or the file of weights in it"),
+    ("*.tar", "an archive", "Extract it, and give the directory or the file of weights in it"),
+    ("*.tar.gz", "an archive", "Extract it, and give the directory or the file of weights in it"),
+    ("*.zip", "an archive", "Extract it, and give the directory or the file of weights in it"),
+    (
+        "*.distcp",
+        "a part of a checkpoint of torch.distributed.checkpoint, whose `.metadata` is not there",
+        "Copy that "
+        "hidden file too, or leave this candidate out: the file is written last, so the checkpoint may be incomplete",
+    ),
+)
+"""Patterns of names, what such a file is, and what to do."""
+
+_OF_CONTENTS = (
+    (b"version ", "a Git LFS pointer, not the weights", "Fetch them with `git lfs pull`"),
+    (b"gguf", "a file of llama.cpp (GGUF)", "Give the weights from which it was converted"),
+    (b"\x89hdf", "a file of Keras or TensorFlow (HDF5)", "Convert it to PyTorch, and save that model"),
+    (b"<!doctyp", "a web page, not weights; its download has failed", "Download it again"),
+    (b"<html", "a web page, not weights; its download has failed", "Download it again"),
+    (b"<?xml", "a web page, not weights; its download has failed", "Download it again"),
+)
+"""How files begin, in lower case, what they are, and what to do."""
+
+
+def named_format(names: Iterable[str]) -> str | None:
+    """Return what the first file is that has the name of a format that is not read, and what to do; else None."""
+    for name in names:
+        for pattern, what, fix in _OF_NAMES:
+            if fnmatch(name.lower(), pattern.lower()):
+                return f"{name!r} is {what}, and this format is not read. {fix}."
+    return None
+
+
+def format_of(head: bytes | bytearray, size: int, *, safetensors: bool) -> str | None:
+    """Return what a file is whose content is not that of its suffix, and what to do; None if that is not known.
+
+    Args:
+        head: the first 16 bytes of the file, or all if there are fewer.
+        size: the size of the file in bytes.
+        safetensors: whether it has the name of a safetensors file, and not that of a file of torch.save.
+    """
+    if not size:
+        return "is empty. Copy it again, or leave this candidate out."
+    for start, what, fix in _OF_CONTENTS:
+        if head.lower().startswith(start):
+            return f"is {what}. {fix}."
+    is_archive = head.startswith(b"PK\x03\x04")
+    if safetensors and is_archive:
+        return "is an archive as torch.save writes it, with the name of a safetensors file. Name it .pt or .bin."
+    header = int.from_bytes(head[:8], "little")
+    if not safetensors and head[8:9] == b"{" and 0 < header <= size - 8:
+        return "is a safetensors file with the name of a file of torch. Name it .safetensors."
+    return None
