@@ -13,11 +13,11 @@ from torch import nn
 from tests.commands.conftest import Brought
 from tests.commands.material import by_hand, load, run_here, settings
 from tests.pool import Pool
-from twa_scale.average.state import load_state
+from twa_scale.average.state import KeptState, load_state
 from twa_scale.config import RunConfig, TaskConfig, validated
 from twa_scale.errors import ConfigError
 from twa_scale.run.best import BestAverage
-from twa_scale.run.comparison import caveat, evaluated_on
+from twa_scale.run.comparison import advice, caveat, evaluated_on
 from twa_scale.run.tasks import build_task, stack
 
 WILD = {"optimizer": {"name": "adamw", "lr": 50.0}, "schedule": {"name": "constant", "warmup": 0}, "evaluate_every": 2}
@@ -67,6 +67,7 @@ def test_exported_step(scores: Brought, tmp_path: Path, shell: Any, keep: str) -
     assert measured_by_hand(scores, exported) == pytest.approx(losses[step], rel=1e-5)
     told = json.loads((tmp_path / "out/average/twa_scale.json").read_text())["coefficients"]
     assert told == load_state(tmp_path / "out").exported.coefficients.tolist()
+    assert "No step was better than the start on held-out data. Try a lower optimizer.lr" in " ".join(said.err.split())
     assert f"exported: step {step}" in said.err and f"exported, step {step}" in said.err
     said = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
     assert said.code == 0 and f"coefficients of step {step}" in said.out
@@ -97,6 +98,26 @@ def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Pa
     run_here({**config, "output": str(tmp_path / "parts"), "schedule": {"name": "constant"}})
     parts, other = (load_state(tmp_path / name).twa.rows for name in ("parts", "other"))
     assert parts and other and all(torch.equal(parts.values[name], value) for name, value in other.values.items())
+
+
+@pytest.mark.parametrize(
+    ("training_loss", "best", "said"),
+    [
+        (0.44, 0, "1.7, and on the train split 0.44: the candidates have memorized"),
+        (1.6, 0, "Try a lower optimizer.lr"),
+        (None, 0, "Try a lower optimizer.lr"),  # the first steps were taken before the run was continued
+        (0.44, 3, None),
+    ],
+)
+def test_a_run_says_what_to_change_if_no_step_was_better_than_the_start(
+    training_loss: float | None, best: int, said: str | None
+) -> None:
+    task: Any = SimpleNamespace()
+    kept = BestAverage(task, config())
+    nothing = torch.zeros(0)
+    kept.best = KeptState(step=best, data={}, metrics={"loss": 1.7}, x=nothing, coefficients=nothing, buffers={})
+    found = advice(kept, config(), 100, training_loss)
+    assert found is None if said is None else said in str(found)
 
 
 def test_state_continues_from_last_step(scores: Brought, tmp_path: Path) -> None:

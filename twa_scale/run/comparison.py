@@ -8,6 +8,8 @@ from twa_scale.run.best import BestAverage
 
 BEST, LAST = "best candidate", "last candidate"
 CENTER, TRAINED, EXPORTED = "center", "trained", "exported"
+MEMORIZED = 0.7
+"""The ratio of the loss on training data to that on held-out data below which a run says that they are memorized."""
 Measured = dict[str, dict[str, float]]
 
 
@@ -74,6 +76,28 @@ def exported_as(kept: BestAverage, split: str, keep: str, step: int) -> str:
     which = "the highest" if kept.higher else "the lowest"
     last = "the last, and " if kept.best.step == step else ""
     return f"exported: {kept.best.name}, {last}{which} {name} of the evaluations (keep: best)"
+
+
+def advice(kept: BestAverage, config: RunConfig, step: int, training_loss: float | None) -> str | None:
+    """Return what to change if the start was better than each later evaluation, else None.
+
+    Args:
+        kept: the best average.
+        config: the settings of the run.
+        step: the last step.
+        training_loss: the mean loss of the first steps, if they were taken by this process.
+    """
+    if kept.best is None or kept.best.step > 0 or kept.best.trial_lr is not None or step == 0:
+        return None
+    found = "No step was better than the start on held-out data."
+    held_out = kept.best.metrics.get("loss")
+    if training_loss is None or held_out is None or training_loss > MEMORIZED * held_out:
+        return f"{found} Try a lower optimizer.lr, fewer coefficients (groups), or candidates that are further apart."
+    return (
+        f"{found} There the loss at the start is {held_out:.4g}, and on the {config.split} split {training_loss:.4g}: "
+        "the candidates have memorized these data. Train the coefficients on data that they have not seen, and few of "
+        "them (groups: global)."
+    )
 
 
 def with_split(split: str, metrics: Mapping[str, float]) -> dict[str, float]:

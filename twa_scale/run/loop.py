@@ -33,6 +33,8 @@ from twa_scale.run.resume import (
 from twa_scale.run.services import Services, require_packages
 from twa_scale.run.stopping import Stop, Stopped
 
+_FIRST = 10  # steps whose mean loss is compared with that on held-out data
+
 
 def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
     """Train the coefficients with the settings of `config`, on all ranks of the launcher. Collective.
@@ -131,6 +133,7 @@ class Run(AttachedRun):
         config = with_known_lr(self.config, state)
         self.attach(config)
         self.step = self._steps_here = 0
+        self._first_losses: list[float] = []
         self.rate: RateState | None = None
         self._resume(state)
         with self.group.agree():
@@ -159,6 +162,8 @@ class Run(AttachedRun):
                 self.step += 1
                 self._steps_here += 1
                 advance(values)
+                if self.step <= _FIRST:
+                    self._first_losses.append(values["loss"])
                 if self.step % config.log_every == 0 or self.step == self.num_steps:
                     due = are_due(self.step, self.num_steps, config.log_every)
                     self.records.write(self.step, values | (self.twa.described() if due else {}))
@@ -297,8 +302,14 @@ class Run(AttachedRun):
             "comparison": {name: comparison.with_split(split, metrics) for name, metrics in measured.items()},
             "evaluated_on": comparison.evaluated_on(self.config),
             "verdict": comparison.verdict(self.kept, split, measured) if self.config.compare else None,
+            "advice": comparison.advice(self.kept, self.config, self.step, self._training_loss()),
             **of_average(self.twa),
         }
+
+    def _training_loss(self) -> float | None:
+        """Return the mean loss of the first steps, if this process has taken them."""
+        losses = self._first_losses
+        return sum(losses) / len(losses) if len(losses) == min(_FIRST, self.step) else None
 
     def _costs(self) -> dict[str, Any]:
         """Return the mean cost of a step of this process. Collective."""

@@ -56,7 +56,7 @@ class Report:
     def finish(self, output: Path, summary: dict[str, Any]) -> None:
         """Print the comparison, the cost of a step, and the paths of the results."""
         self._console.print(metrics_table(summary["evaluated_on"], comparison.rows(summary)))
-        for text in (summary["exported_as"], summary["verdict"]):
+        for text in (summary["exported_as"], summary["verdict"], summary["advice"]):
             if text:
                 self.say(text)
         self._console.print(_cost_table(summary))

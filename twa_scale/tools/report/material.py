@@ -48,6 +48,7 @@ class Summary(_Read):
     exported_from: str = ""
     exported_as: str = ""
     verdict: str | None = None
+    advice: str | None = None
     comparison: dict[str, dict[str, float]] = Field(min_length=1)
     version: str | None = None
     effective_candidates: float | None = None

@@ -60,6 +60,7 @@ def _header(material: Material, name: str) -> Html:
         el("h1", name),
         el("p", el("span", _STATUS[material.status], class_=f"status {material.status}"), material.progress),
         el("p", verdict, class_="lead") if verdict else None,
+        el("p", summary.advice, class_="soft") if summary and summary.advice else None,
         el("p", waits, class_="soft") if waits else None,
     )
 
