@@ -114,8 +114,8 @@ def test_a_run_says_what_to_change_if_no_step_was_better_than_the_start(
 ) -> None:
     task: Any = SimpleNamespace()
     kept = BestAverage(task, config())
-    nothing = torch.zeros(0)
-    kept.best = KeptState(step=best, data={}, metrics={"loss": 1.7}, x=nothing, coefficients=nothing, buffers={})
+    none = torch.zeros(0)
+    kept.best = KeptState(step=best, data=kept.data, metrics={"loss": 1.7}, x=none, coefficients=none, buffers={})
     found = advice(kept, config(), 100, training_loss)
     assert found is None if said is None else said in str(found)
 
