@@ -24,10 +24,12 @@ def learn_from_uneven_data() -> str:
         averages.step()
     once = iter(rows().split(SIZE)[: 2 + dist.get_rank()])
     batches = repeated(once, lambda _: None)
-    silent = {"accumulate": 1, "scaler": None, "log_every": 1, "log": lambda _: None}
+    loss = partial(loss_of, model)
     try:
         with averages.learning(LEARN) as twa:
-            averaging._train_coefficients(twa, model, batches, partial(loss_of, model), **silent)
+            averaging._train_coefficients(
+                twa, model, batches, loss, accumulate=1, scaler=None, log_every=1, log=lambda _: None
+            )
     except TwaError as error:
         return str(error)
     return ""

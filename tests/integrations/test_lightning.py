@@ -79,6 +79,7 @@ def test_a_training_that_was_killed_after_its_last_checkpoint_ends_when_it_resum
     first.average_path.unlink()
     _, _, second, _ = fit("automatic", tmp_path, tmp_path / f"step={STEPS}.ckpt", learn=LEARN, learn_steps=3)
     assert second.averages is not None and second.averages.num_steps == STEPS
+    assert second.average_path is not None
     assert same(torch.load(second.average_path, weights_only=True)["state_dict"], learned)
 
 
@@ -174,7 +175,7 @@ def test_a_checkpoint_of_other_ranks_is_refused_and_one_without_averages_begins_
 def test_each_of_several_optimizers_counts_in_either_package(tmp_path: Path) -> None:
     package = pytest.importorskip("pytorch_lightning")
 
-    class Two(package.LightningModule):  # type: ignore[misc, name-defined]
+    class Two(package.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -195,6 +196,7 @@ def test_each_of_several_optimizers_counts_in_either_package(tmp_path: Path) -> 
     trainer = package.Trainer(max_steps=STEPS, default_root_dir=tmp_path, callbacks=[callback, last], **options)
     trainer.fit(Two(), data())
     assert callback.averages is not None and callback.averages.num_steps == trainer.global_step == STEPS
+    assert callback.average_path is not None
     held = torch.load(tmp_path / "last.ckpt", weights_only=True)["twa_scale"]["average"]
     assert same(held, torch.load(callback.average_path, weights_only=True)["state_dict"])
 

@@ -39,7 +39,7 @@ def environment() -> Iterator[None]:
 # transformers' Trainer
 
 
-class Start(TrainerCallback):  # type: ignore[misc]
+class Start(TrainerCallback):
     """Keeps the first step of a training, and the weights and the state of the optimizer at its beginning."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,7 +119,7 @@ def test_accelerate_loads_the_average(here: Path) -> None:
 def test_lightning_resumes_from_the_average(here: Path) -> None:
     lightning = pytest.importorskip("lightning")
 
-    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+    class Module(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
@@ -187,7 +187,8 @@ def load(directory: Path) -> dict[str, Any]:
     content = {"model": weights, "optimizer": state, "step": 0}
     dcp.load(content, checkpoint_id=directory)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    moments = {name: held["exp_avg"].full_tensor() for name, held in state["state"].items()}
+    held: Any = state["state"]
+    moments = {name: moment["exp_avg"].full_tensor() for name, moment in held.items()}
     full = {name: tensor.full_tensor().clone() for name, tensor in model.state_dict().items()}
     step(model, optimizer)
     return {"weights": full, "moments": moments, "step": content["step"]}

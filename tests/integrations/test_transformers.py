@@ -120,7 +120,7 @@ def test_a_checkpoint_without_averages_begins_them_anew(tmp_path: Path) -> None:
         train("plain", tmp_path, str(tmp_path / f"checkpoint-{HALF}"))
 
 
-class Fail(TrainerCallback):  # type: ignore[misc]
+class Fail(TrainerCallback):
     """Ends a training by an error after its second step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -166,7 +166,7 @@ def test_further_averages_are_evaluated_with_prefixes_of_their_own(tmp_path: Pat
     assert len({history[key] for key in ("eval_loss", "eval_last_loss", "eval_mean_loss")}) == 3
 
 
-class Adding(Trainer):  # type: ignore[misc]
+class Adding(Trainer):
     """Adds a metric to all that it logs, as the trainers of TRL do."""
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
@@ -174,7 +174,7 @@ class Adding(Trainer):  # type: ignore[misc]
         super().log(logs, *args)
 
 
-class Logged(TrainerCallback):  # type: ignore[misc]
+class Logged(TrainerCallback):
     """Keeps the names that loggers are given."""
 
     def __init__(self) -> None:
@@ -256,12 +256,17 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
 def test_a_trainer_reports_what_a_user_may_not_expect(tmp_path: Path) -> None:
     """A short window and the weights of the best checkpoint at the start; at the end, one without averages."""
 
-    class Forget(TrainerCallback):  # type: ignore[misc]
+    class Forget(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             for path in tmp_path.glob("checkpoint-*/averages-*"):
                 path.unlink()
 
-    every = {"eval_strategy": "steps", "eval_steps": HALF, "save_steps": HALF, "load_best_model_at_end": True}
+    every: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": HALF,
+        "save_steps": HALF,
+        "load_best_model_at_end": True,
+    }
     callback = TwaCallback(ema=[0.9], window={"every": STEPS, "keep": 2}, learn=LEARN, learn_steps=2)
     trainer = trainer_with(tmp_path, callback, Forget(), **every)
     with pytest.warns(TwaWarning) as caught:

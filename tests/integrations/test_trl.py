@@ -16,7 +16,13 @@ from twa_scale.integrations.transformers import TwaCallback
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 STEPS, HALF, DECAY, MODULES = 6, 3, 0.5, 6
-EVERY = {"max_steps": STEPS, "save_steps": 1, "learning_rate": 1e-2, "bf16": False, "gradient_accumulation_steps": 2}
+EVERY: dict[str, Any] = {
+    "max_steps": STEPS,
+    "save_steps": 1,
+    "learning_rate": 1e-2,
+    "bf16": False,
+    "gradient_accumulation_steps": 2,
+}
 
 
 @pytest.fixture(scope="module")

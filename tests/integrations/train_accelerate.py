@@ -72,7 +72,10 @@ class Training:
         self.accelerator = accelerator_of(kind)
         net = network()
         optimizer = torch.optim.SGD(net.parameters(), 0.0) if given else torch.optim.AdamW(net.parameters(), lr=0.05)
-        loader = torch.utils.data.DataLoader(list(rows()), SIZE // self.accelerator.num_processes)
+        data: Any = list(rows())  # every sequence is a data set, but not to torch's annotations
+        loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+            data, SIZE // self.accelerator.num_processes
+        )
         self.model, self.optimizer, self.loader = self.accelerator.prepare(net, optimizer, loader)
 
     def epoch(self, optimizer: Any = None) -> None:

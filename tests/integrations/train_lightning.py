@@ -149,7 +149,7 @@ def fit(
 
 def results(kind: str, directory: Path) -> dict[str, Any]:
     """Return what a training, and its second half once more from the checkpoint, have left."""
-    learn = {} if kind == "manual" else {"learn": LEARN, "learn_steps": 3}
+    learn: dict[str, Any] = {} if kind == "manual" else {"learn": LEARN, "learn_steps": 3}
     trainer, module, callback, before = fit(kind, directory, **learn)
     assert callback.averages is not None
     if callback.average_path and trainer.is_global_zero:

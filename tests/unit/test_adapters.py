@@ -346,6 +346,8 @@ def test_tensors_of_the_adapter_must_not_be_missing(alike: list[str], tmp_path: 
 
 
 class Two(nn.Module):
+    scale: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
@@ -353,7 +355,8 @@ class Two(nn.Module):
         self.codes = nn.Parameter(torch.arange(2, dtype=torch.uint8), requires_grad=False)  # as of a quantized base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x)) * self.scale * self.codes
+        y: torch.Tensor = self.head(self.body(x))
+        return y * self.scale * self.codes
 
 
 def test_missing_tensors_keep_their_value_where_that_is_asked(tmp_path: Path) -> None:

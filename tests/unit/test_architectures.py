@@ -124,11 +124,11 @@ def test_a_run_is_exported_in_the_form_of_its_candidates(groups: str, group: str
             assert abs(float(a[0]) - 0.5) > 1e-3
 
 
-class Doubled(transformers.LlamaForCausalLM):  # type: ignore[misc]
+class Doubled(transformers.LlamaForCausalLM):
     """A model whose files hold half of a weight."""
 
 
-class Twice(ConversionOps):  # type: ignore[misc]
+class Twice(ConversionOps):
     """Does more than move elements."""
 
     def convert(self, input_dict: dict[str, Any], **_: object) -> dict[str, Any]:

@@ -187,7 +187,10 @@ class TestAttached:
         net = model()
         twa = twa_scale.attach(net, str(tmp_path / "*.safetensors"), {"store": "packed1", "coding": "increments"})
         exact = torch.stack([torch.cat([v.flatten() for v in state.values()]) for state in given_]).double()
-        flat = lambda: torch.cat([p.detach().flatten() for p in net.parameters()]).double()  # noqa: E731
+
+        def flat() -> Tensor:
+            return torch.cat([p.detach().flatten() for p in net.parameters()]).double()
+
         torch.testing.assert_close(flat(), exact.mean(0), rtol=1e-6, atol=1e-6)
         assert twa.rounding is not None
         for i, error in enumerate(twa.rounding.errors):

@@ -33,7 +33,7 @@ YOLOS = {
     **{"image_size": [SIZE, SIZE], "patch_size": 16, "num_detection_tokens": 5},
 }
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
-OBJECTS = [
+OBJECTS: list[dict[str, Any]] = [
     {"image_id": 11, "category_id": 3, "bbox": [6, 4, 30, 20], "area": 600, "iscrowd": 0},
     {"image_id": 11, "category_id": 7, "bbox": [50, 10, 30, 20], "area": 400, "iscrowd": 0},  # over the edge
     {"image_id": 11, "category_id": 7, "bbox": [0, 0, 60, 40], "area": 2400, "iscrowd": 1},
@@ -73,7 +73,7 @@ def task_of(model: str, root: Path, **options: object) -> Task:
 @pytest.mark.parametrize("kind", ["Yolos", "Detr"])
 def test_examples_and_losses_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
     model = save_model(tmp_path / "m", kind)
-    task = task_of(model, tmp_path)
+    task: Any = task_of(model, tmp_path)
     data = task.dataset("validation")
     batch = stack([data[i] for i in range(3)])
     processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil")
@@ -187,6 +187,7 @@ def test_models_without_names_have_the_ids_of_the_categories(tmp_path: Path) -> 
     model = save_model(tmp_path / "m", names=("LABEL_0", "LABEL_1"))
     task = task_of(model, tmp_path)
     assert task.dataset("validation")[0]["classes"].tolist() == [3, 7, -1]
-    assert task.model().config.num_labels == 8
+    made: Any = task.model()
+    assert made.config.num_labels == 8
     with pytest.raises(ConfigError, match=r"task\.num_labels: is 4, but a category has the number 7"):
         task_of(model, tmp_path, num_labels=4)

@@ -27,12 +27,12 @@ def device() -> Iterator[Simulated]:
         yield made
 
 
-def build(device: Simulated) -> nn.Module:
+def build(device: Simulated) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 3))
     for layer in model:
-        for name, parameter in list(layer._parameters.items()):
-            layer._parameters[name] = nn.Parameter(device.far(parameter.detach()))  # type: ignore[arg-type]
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            layer._parameters[name] = nn.Parameter(device.far(parameter.detach()))
     return model
 
 
@@ -53,7 +53,7 @@ class UnitsOnStreams(PlainEngine):
         return [[span for span in self.spans() if span.name[0] == layer] for layer in "02"]
 
     def before_use(self, settle: Callable[[int], Any]) -> None:
-        for unit, layer in enumerate((self.module[0], self.module[2])):
+        for unit, layer in enumerate(map(self.module.get_submodule, "02")):
             layer.register_forward_pre_hook(lambda *_, unit=unit: settle(unit) and None)
 
     def watch(self, consume: Callable[[Span, Tensor], None]) -> None:

@@ -63,6 +63,9 @@ def test_a_candidate_that_is_the_average_of_the_others_moves_nothing() -> None:
 class Odd(nn.Module):
     """Tensors that float32 cannot hold: they are frozen, or buffers."""
 
+    seventh: Tensor
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(5))

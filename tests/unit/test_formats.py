@@ -130,8 +130,8 @@ def test_torch_files(ranks: Pool, here: Path, candidates: list[str], file: str, 
     ("candidates", "key"), [("ckpt", "state_dict."), ("dcp", "model."), ("hf", "")], indirect=["candidates"]
 )
 def test_dcp(ranks: Pool, here: Path, candidates: list[str], key: str, size: int) -> None:
-    options = {"candidates": [str(here / name) for name in candidates], "out": str(here / "out"), "form": "dcp"}
-    ranks(in_small_chunks, size, **options)
+    paths = [str(here / name) for name in candidates]
+    ranks(in_small_chunks, size, candidates=paths, out=str(here / "out"), form="dcp")
     assert len(list((here / "out").glob("*.distcp"))) > 2
     found = load_dcp(here / "out", {key + name: tensor for name, tensor in zeros().items()})
     assert_equal({name.removeprefix(key): tensor for name, tensor in found.items()}, expected(candidates))
@@ -191,7 +191,7 @@ def export_sharded(candidates: list[str], out: str) -> None:
     twa = twa_scale.attach(model, candidates)
     for form in ("dcp", "pt", "same"):
         twa.export(f"{out}-{form}", format=form)
-    loaded = {"model": {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}}
+    loaded: dict[str, Any] = {"model": {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}}
     for form in ("dcp", "same"):
         dcp.load(loaded, checkpoint_id=f"{out}-{form}")
         for name, tensor in model.state_dict().items():

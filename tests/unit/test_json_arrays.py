@@ -11,7 +11,13 @@ from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import json_arrays
 from twa_scale.run.tasks.tables import rows
 
-ROWS = [{"a": 1}, {"a": 'x],[{"', "b": [{"a": 2}, []]}, {"a": None}, {"a": {"é": "\\n\n"}}, {"a": 1e-3}]
+ROWS: list[dict[str, object]] = [
+    {"a": 1},
+    {"a": 'x],[{"', "b": [{"a": 2}, []]},
+    {"a": None},
+    {"a": {"é": "\\n\n"}},
+    {"a": 1e-3},
+]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])

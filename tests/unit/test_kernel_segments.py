@@ -1,7 +1,6 @@
 """Project and combine with sums and weights for each segment (output row), for all kernels and stores."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from tests.deltas import fill
 from tests.unit.test_kernels import KERNELS, KINDS, LENGTHS, bounds, exact, make, step
 from twa_scale.base.spans import Span
-from twa_scale.config import TwaConfig
+from twa_scale.config import TwaConfig, validated
 from twa_scale.kernels import Kernels, Rows, Segments, choose_kernels
 from twa_scale.kernels.numba.compiled import NumbaKernels
 from twa_scale.store import Store, make_store
@@ -120,11 +119,11 @@ def stores_of(name: str, values: Tensor, span: Span) -> Store:
     whole[:, [span.element(i) for i in range(len(span))]] = values
     if name == "offloaded":  # in pieces of one run of tiles
         config = TwaConfig(store="packed4")
-        store: Any = OffloadedStore(
+        store: Store = OffloadedStore(
             lambda allocate: host_store(config, n, allocate), CPU, choose_kernels("auto", CPU), buffer=0
         )
     else:
-        store = make_store(TwaConfig(store=name), n, CPU, lambda _: list(whole))  # type: ignore[arg-type]
+        store = make_store(validated(TwaConfig, {"store": name}), n, CPU, lambda _: list(whole))
     fill(store, span, values)
     return store
 

@@ -196,7 +196,7 @@ class Operations(TorchDispatchMode):
     """A mode that counts the operations that would be launched on a GPU."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

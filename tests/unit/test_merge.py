@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.pool import Pool
+from tests.sums import averaged
 from twa_scale.candidates import open_candidates
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.errors import CandidateError, OutputError, StateError
@@ -59,8 +60,7 @@ def work(pattern: str, out: Path, chunk: int, **options: Any) -> tuple[Checksums
 
 
 def expected(states: Sequence[Tensors]) -> Tensors:
-    sums = {n: sum(a * s[n].double() for a, s in zip(A, states, strict=True)) for n in states[0]}  # type: ignore[misc]
-    return sums | {"bias": states[1]["bias"], "steps": states[-1]["steps"], "flags": states[-1]["flags"]}
+    return averaged(A, states) | {"bias": states[1]["bias"], "steps": states[-1]["steps"], "flags": states[-1]["flags"]}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

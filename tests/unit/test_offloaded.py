@@ -150,7 +150,7 @@ def test_training_through_the_public_door(monkeypatch: pytest.MonkeyPatch, name:
 
     def train() -> list[Tensor]:
         model = build()
-        config = {"store": name, "coding": coding, "basis": basis, "groups": "tensor"}
+        config: dict[str, Any] = {"store": name, "coding": coding, "basis": basis, "groups": "tensor"}
         config |= {"optimizer": {"name": "sgd", "lr": 0.1}}
         twa = twa_scale.attach(model, candidates, config)
         for seed in range(5):

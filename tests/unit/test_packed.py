@@ -15,7 +15,8 @@ import twa_scale
 from tests.deltas import fill, packed
 from twa_scale import ConfigError
 from twa_scale.base.spans import Span
-from twa_scale.config import TwaConfig, load_config
+from twa_scale.config import TwaConfig, load_config, validated
+from twa_scale.config.kinds import StoreName
 from twa_scale.kernels import Kernels, Packed
 from twa_scale.kernels.numba.compiled import NumbaKernels
 from twa_scale.kernels.packed_rows import BLOCKS
@@ -156,7 +157,7 @@ def test_exact_zeros_are_kept() -> None:
 
 
 def store_of(name: str, n: int, kernels: str = "auto") -> Store:
-    return make_store(TwaConfig(store=name, kernels=kernels), n, CPU, lambda name: [])  # type: ignore[arg-type]
+    return make_store(validated(TwaConfig, {"store": name, "kernels": kernels}), n, CPU, lambda name: [])
 
 
 def contents(store: Store, span: Span, n: int) -> Tensor:
@@ -209,7 +210,7 @@ def test_splits_affect_only_the_block_that_they_split(bits: int, cut: int) -> No
 
 @pytest.mark.parametrize("name", ["dense32", "dense16", "packed8", "packed4", "packed2", "packed1"])
 @pytest.mark.parametrize("m", [0, 1, 130, 5000])
-def test_bytes_equal_those_of_plan(name: str, m: int) -> None:
+def test_bytes_equal_those_of_plan(name: StoreName, m: int) -> None:
     store = store_of(name, 5)
     store.reserve(Span("w", 0, m))
     assert store.nbytes == span_bytes(name, 5, m)
@@ -230,7 +231,7 @@ def test_mapped_rows_are_differences(span: Span, with_center: bool) -> None:
     rows = torch.stack([tensor[where].double() for tensor in tensors])
     center = rows.mean(0).float()
     for kernels in ("torch", "numba"):
-        store = make_store(TwaConfig(store="mapped", kernels=kernels), 3, CPU, lambda _: tensors)  # type: ignore[arg-type]
+        store = make_store(TwaConfig(store="mapped", kernels=kernels), 3, CPU, lambda _: tensors)
         target = store.reserve(span)
         assert target.rows is None and target.center is not None
         target.center.copy_(center)

@@ -33,7 +33,12 @@ def settings(root: Path, *, tied: bool = False, dtype: torch.dtype = torch.float
         LlamaForCausalLM(config).to(dtype).save_pretrained(root / f"step-{step}")
     (root / "tokens.bin").write_bytes(Path(__file__).read_bytes())
     tokens = {"train": str(root / "tokens.bin")}
-    task = {"name": "causal_lm", "model": str(root / "step-0"), "tokens": tokens, "token_dtype": "uint8"}
+    task: dict[str, Any] = {
+        "name": "causal_lm",
+        "model": str(root / "step-0"),
+        "tokens": tokens,
+        "token_dtype": "uint8",
+    }
     task |= {"context": 16, "fractions": {"train": 1, "validation": 0, "test": 0}}
     return {"candidates": f"{root}/step-*", "task": task, "output": str(root / "out"), "steps": 1, "batch_size": 4}
 

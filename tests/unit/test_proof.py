@@ -433,7 +433,7 @@ class Line(Training):
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return float(loss)
 
 
 def test_a_trunk_goes_on_only_from_a_state_of_its_settings(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_a_trunk_goes_on_only_from_a_state_of_its_settings(tmp_path: Path) -> No
 
 def test_each_seed_has_another_shuffled_order() -> None:
     method = {"order": "shuffle"}
-    orders = [chosen(range(40), SelectConfig(**selection(40, method, seed)), str) for seed in (0, 1, 1)]
+    orders = [chosen(range(40), SelectConfig(**selection(40, method, seed)), lambda _: None) for seed in (0, 1, 1)]
     assert orders[0] != orders[1] == orders[2]
 
 
@@ -508,7 +508,7 @@ def test_members_of_a_debian_package_are_read_without_installing_it(tmp_path: Pa
     )
     (root / "usr").mkdir()
     (root / "usr/text").write_bytes(b"content")
-    command = ["dpkg-deb", "--build", "--root-owner-group", root, tmp_path / "a_1_all.deb"]
+    command = ["dpkg-deb", "--build", "--root-owner-group", str(root), str(tmp_path / "a_1_all.deb")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"})
     assert list(members(tmp_path, "a")) == [("./usr/text", b"content")]
     with pytest.raises(SystemExit, match="make proof"):

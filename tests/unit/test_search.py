@@ -1,6 +1,7 @@
 """`twa_scale.search`: averages are evaluated by a score without gradient."""
 
-from itertools import combinations
+from functools import partial
+from itertools import combinations, repeat
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,10 @@ def test_invalid_arguments_are_refused(arguments: dict[str, Any], said: str) -> 
 def test_scores_must_be_numbers() -> None:
     _, twa = make()
     before = twa.coefficients
-    for score in ("high", None, True, [1.0]):
+    scores: list[Any] = ["high", None, True, [1.0]]
+    for score in scores:
         with pytest.raises(twa_scale.ConfigError, match="return a number"):
-            twa_scale.search(twa, lambda score=score: score)
+            twa_scale.search(twa, repeat(score).__next__)
     with pytest.raises(twa_scale.TwaError, match="finite"):
         twa_scale.search(twa, lambda: float("nan"))
     torch.testing.assert_close(twa.coefficients, before)
@@ -164,7 +166,7 @@ def test_the_best_average_is_set_exactly_or_the_basis_is_refused(center: str) ->
         twa_scale.search(twa, lambda: 0.0)
     for basis in ("pca", "orthonormal", "normalized"):
         model, twa = make(basis=basis, center=center)
-        found = twa_scale.search(twa, lambda model=model: distance(model, mean_of(1)), higher_is_better=False)
+        found = twa_scale.search(twa, partial(distance, model, mean_of(1)), higher_is_better=False)
         assert distance(model, mean_of(1)) == pytest.approx(found.best.score, rel=1e-4)
 
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_what_does_more_than_move_elements_is_an_error(make: Make) -> None:
 
 
 def test_tensors_that_are_stored_as_they_are_are_known() -> None:
-    tensor = Traced.stored("a", (4, 3), torch.float32)
+    tensor: Any = Traced.stored("a", (4, 3), torch.float32)
     assert tensor.origin() == tensor.clone().contiguous().origin() == "a"
     assert tensor.t().origin() is None and tensor.view(12).origin() == "a" and tensor[1:].origin() is None
 

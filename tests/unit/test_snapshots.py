@@ -27,7 +27,7 @@ def expected(step: int) -> Tensors:
 
 def snap(directory: Path, engine: str, steps: list[int], forward: bool = False, **options: Any) -> list[str | None]:
     snapshots = Snapshots(directory, **options)
-    written = []
+    written: list[str | None] = []
     for step in steps:
         model = models.wrap(models.build(step), engine)
         if forward:  # FSDP2 may leave whole weights in the module after it
@@ -35,7 +35,7 @@ def snap(directory: Path, engine: str, steps: list[int], forward: bool = False, 
             model.eval()
             models.loss(model, models.part(models.batch(0), group.rank, group.size))
         path = snapshots.step(model, step)
-        written.append(path and path.name)
+        written.append(path.name if path else None)
     return written
 
 
@@ -72,7 +72,7 @@ def test_keep_last(ranks: Pool, tmp_path: Path, size: int) -> None:
 
 
 def test_dtype_files_and_shards(ranks: Pool, tmp_path: Path) -> None:
-    options = {"dtype": torch.bfloat16, "files": {"config.json": b"{}"}, "max_shard_size": 500}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "files": {"config.json": b"{}"}, "max_shard_size": 500}
     ranks(snap, 2, directory=tmp_path, engine="fsdp2", steps=[3], every_n_steps=3, **options)
     out = tmp_path / "step-00000003"
     assert (out / "config.json").read_bytes() == b"{}" and (out / "model.safetensors.index.json").exists()

@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def save_whole(path: Path, state: Tensors) -> Path:
 def save_shards(path: Path, state: Tensors) -> Path:
     path.mkdir(parents=True)
     names = sorted(state)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(3):
         file = f"model-{i + 1:05d}-of-00003.safetensors"
         save_file({name: state[name] for name in names[i::3]}, path / file)
@@ -138,7 +139,7 @@ def test_module_prefix_is_kept_if_a_name_lacks_it(tmp_path: Path) -> None:
         save_file({name: state[name]}, tmp_path / file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     for spec in (tmp_path, state, {f"module.{name}": value for name, value in state.items()}):
-        (candidate,) = open_candidates([spec], minimum=1)  # type: ignore[list-item]
+        (candidate,) = open_candidates([spec], minimum=1)  # type: ignore[arg-type]
         assert candidate.names() == ["module.w", "n_averaged"] and candidate.shape("module.w") == (3,)
         assert torch.equal(read(candidate, "module.w", 1, 3), torch.zeros(2))
 
@@ -206,7 +207,8 @@ def test_unfinished_outputs_are_not_matched(here: Path) -> None:
 def test_contents_of_a_directory(here: Path) -> None:
     for name, file in [("a", "adapter.safetensors"), ("b", "pytorch_model.bin")]:
         (here / name).mkdir()
-        (save_file if file.endswith("s") else torch.save)(tensors(), here / name / file)  # type: ignore[operator]
+        path = here / name / file
+        save_file(tensors(), path) if path.suffix == ".safetensors" else torch.save(tensors(), path)
     assert len(open_candidates(["a", "b"])) == 2
     (here / "c").mkdir()
     message = refused(["a", "c"])
@@ -287,7 +289,10 @@ def test_tensors_that_cannot_be_read() -> None:
 # Damaged files
 
 
-def damaged(here: Path, damage: Callable[[bytearray], bytes]) -> str:
+Damage = Callable[[bytearray], bytes | bytearray]
+
+
+def damaged(here: Path, damage: Damage) -> str:
     save_whole(here / "step-1", tensors())
     save_whole(here / "step-2", tensors())
     file = here / "step-2/model.safetensors"
@@ -297,12 +302,12 @@ def damaged(here: Path, damage: Callable[[bytearray], bytes]) -> str:
     return message
 
 
-def header(raw: bytes) -> tuple[dict[str, object], bytes]:
+def header(raw: bytes | bytearray) -> tuple[dict[str, Any], bytes | bytearray]:
     length = int.from_bytes(raw[:8], "little")
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
-def rewritten(change: Callable[[dict[str, object]], None]) -> Callable[[bytearray], bytes]:
+def rewritten(change: Callable[[dict[str, Any]], object]) -> Damage:
     def damage(raw: bytearray) -> bytes:
         entries, data = header(raw)
         change(entries)
@@ -331,16 +336,16 @@ def test_truncated(here: Path) -> None:
         (lambda raw: raw + b"xx", "2 bytes follow"),
         (lambda raw: b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         (lambda raw: b"<!DOCTYPE html><html>404 Not Found</html>", "download has failed"),
-        (rewritten(lambda e: e["scalar"].update(dtype="F3")), "'F3' is not supported"),  # type: ignore[attr-defined]
-        (rewritten(lambda e: e["scalar"].update(shape=[2])), "tensor 'scalar'"),  # type: ignore[attr-defined]
-        (rewritten(lambda e: e["scalar"].update(shape=[-1])), "integers from 0 on"),  # type: ignore[attr-defined]
-        (rewritten(lambda e: e["scalar"].pop("dtype")), "must give its dtype"),  # type: ignore[attr-defined]
+        (rewritten(lambda e: e["scalar"].update(dtype="F3")), "'F3' is not supported"),
+        (rewritten(lambda e: e["scalar"].update(shape=[2])), "tensor 'scalar'"),
+        (rewritten(lambda e: e["scalar"].update(shape=[-1])), "integers from 0 on"),
+        (rewritten(lambda e: e["scalar"].pop("dtype")), "must give its dtype"),
         (rewritten(lambda e: e.update(scalar=[])), "must give its dtype"),
         (rewritten(lambda e: e.pop("scalar")), "a gap or an overlap"),
         (rewritten(lambda e: e.update(twin=e["scalar"])), "a gap or an overlap"),
     ],
 )
-def test_garbage(here: Path, damage: Callable[[bytearray], bytes], said: str) -> None:
+def test_garbage(here: Path, damage: Damage, said: str) -> None:
     assert said in damaged(here, damage)
 
 
@@ -459,6 +464,11 @@ def test_an_index_lists_the_names_of_a_file_once(tmp_path: Path, monkeypatch: py
     """Not once for each of its tensors, which takes minutes with twenty thousand."""
     listed: list[str] = []
     names = SafetensorsCandidate.names
-    monkeypatch.setattr(SafetensorsCandidate, "names", lambda self: listed.append(self.label) or names(self))
+
+    def counted(candidate: SafetensorsCandidate) -> Any:
+        listed.append(candidate.label)
+        return names(candidate)
+
+    monkeypatch.setattr(SafetensorsCandidate, "names", counted)
     open_candidates([save_shards(tmp_path / "x", tensors())], minimum=1)
     assert len(listed) <= 3

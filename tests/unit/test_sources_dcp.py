@@ -72,7 +72,7 @@ def test_boxes_of_any_shape(data: st.DataObject) -> None:
     stop = data.draw(st.integers(start + 1, tensor.numel()))
     before = count_before(shape, starts, sizes, start)
     count = count_before(shape, starts, sizes, stop) - before
-    assert (before, count) == (inside[:start].sum(), inside[start:stop].sum())
+    assert (before, count) == (int(inside[:start].sum()), int(inside[start:stop].sum()))
     out = torch.full((stop - start,), -1)
     if count:
         assert scatter(values[before : before + count], shape, starts, sizes, start, out) == count

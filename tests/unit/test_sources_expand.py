@@ -15,7 +15,8 @@ from twa_scale.ranks import Group
 
 def write(path: Path, value: float = 1.0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    (torch.save if path.suffix.lower().startswith((".p", ".b")) else save_file)({"w": torch.full((2,), value)}, path)  # type: ignore[operator]
+    state = {"w": torch.full((2,), value)}
+    torch.save(state, path) if path.suffix.lower().startswith((".p", ".b")) else save_file(state, path)
     return path
 
 

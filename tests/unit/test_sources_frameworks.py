@@ -56,7 +56,7 @@ def test_the_pattern_alone_suffices(out: Path) -> None:
     assert found(["out/checkpoint-50", "out/checkpoint-best"]) == (["out/checkpoint-50", "out/checkpoint-best"], [])
     assert found("out/checkpoint-b*")[0] == ["out/checkpoint-best"]
     weights = average_fixed(["out/checkpoint-*"], "merged", "last")
-    assert weights[-1] == ("out/checkpoint-1000", 1) and Path("merged/config.json").exists()
+    assert weights[-1] == ("out/checkpoint-1000", 1.0) and Path("merged/config.json").exists()
     assert torch.equal(read(opened(Path("merged")), "lin.weight", 0, 6), torch.full((6,), 1000.0))
     average_fixed(["out/checkpoint-*"], "same", "first", format="same")
     assert {path.name for path in Path("same").iterdir()} == {
@@ -104,7 +104,7 @@ def train(folder: Path, callbacks: list[Any]) -> nn.Module:
     """Train with Lightning for two epochs of 4 steps, with a checkpoint after each epoch, and return the module."""
     lightning = pytest.importorskip("lightning")
 
-    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+    class Module(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))

@@ -25,6 +25,7 @@ from tests.pool import Pool
 from tests.slices import read
 from tests.specs import found, refused
 from twa_scale.candidates import open_candidates
+from twa_scale.config import RunConfig, validated
 from twa_scale.errors import CandidateError, ConfigError, OutputError
 from twa_scale.merge import average_fixed
 
@@ -38,7 +39,7 @@ def state(seed: int) -> Tensors:
 
 def put(url: str, content: bytes | str) -> None:
     with fsspec.open(url, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)  # type: ignore[union-attr]
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def put_step(url: str, seed: int) -> None:
@@ -114,7 +115,7 @@ def test_a_model_learns_from_urls(memory: str, here: Path) -> None:
     model = nn.Sequential(nn.Linear(70, 51), nn.Linear(51, 3))
     twa = twa_scale.attach(model, f"{run}/step-*", {"center": "last"})
     assert twa.bytes_read == 3 * sum(value.nbytes for value in state(0).values())
-    assert torch.equal(model[0].weight, state(2)["0.weight"])
+    assert torch.equal(model.get_parameter("0.weight"), state(2)["0.weight"])
     with pytest.raises(ConfigError, match="'mapped' needs candidates whose tensors lie in one piece"):
         twa_scale.attach(model, f"{run}/step-*", {"store": "mapped"})
 
@@ -164,7 +165,7 @@ def test_outputs_are_not_urls(memory: str) -> None:
     with pytest.raises(OutputError, match=r"is a URL, and a path of this machine is needed here.* upload it"):
         average_fixed([f"{run}/*"], f"{memory}/out")
     with pytest.raises(ConfigError, match=r"output: .*is a URL"):
-        twa_scale.config.RunConfig(candidates="a", output="s3://bucket/out", task="a:b")
+        validated(RunConfig, {"candidates": "a", "output": "s3://bucket/out", "task": "a:b"})
 
 
 # A web server

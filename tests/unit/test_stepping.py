@@ -175,7 +175,7 @@ def test_a_state_that_one_rank_lacks_is_refused_on_all(ranks: Pool) -> None:
 @pytest.mark.parametrize("first", ["twa", "optimizer"])
 def test_a_second_step_on_one_gradient_is_refused(first: str, second: str) -> None:
     model, twa = attach()
-    step = {"twa": twa.step, "optimizer": twa.optimizer.step}
+    step: dict[str, Callable[[], object]] = {"twa": twa.step, "optimizer": twa.optimizer.step}
     by_twa(model, twa, 0)
     loss(model, 1).backward()
     step[first]()

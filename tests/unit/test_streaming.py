@@ -68,6 +68,7 @@ def test_deltas_center_and_products(kernels: Kernels, kind: str, n: int, m: int)
 def test_deltas_do_not_depend_on_neighbouring_columns(kind: str) -> None:
     """Vectors and what is left over compute alike, so that codes do not depend on chunks or ranks."""
     given = sources(5, 1000, kind)
+    assert isinstance(given, Tensor)
     weights = [0.1, 0.2, 0.3, 0.15, 0.25]
     kernels = NumbaKernels()
 

@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.digits import load_digits
@@ -208,6 +210,11 @@ def test_causal_lm_with_a_hugging_face_model(llama: str, tmp_path: Path) -> None
     assert {p.dtype for p in task.model().parameters()} == {torch.float32}
 
 
+def counted(sizes: list[int], tensor: Tensor) -> Tensor:
+    sizes.append(tensor.nbytes)
+    return tensor
+
+
 @pytest.mark.parametrize("kind", ["byte_gpt", "llama"])
 def test_recomputing_changes_no_gradient_and_keeps_less(llama: str, tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.txt").write_text("\n".join(SENTENCES.values()) * 20)
@@ -216,9 +223,8 @@ def test_recomputing_changes_no_gradient_and_keeps_less(llama: str, tmp_path: Pa
     for recompute in (False, True):
         task = task_of("causal_lm", recompute_activations=recompute, **options)
         torch.manual_seed(0)
-        model, sizes = task.model().train(), []
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t)
-        with hooks:
+        model, sizes = task.model().train(), list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(partial(counted, sizes), lambda tensor: tensor):
             loss = task.loss(model, batch_of(task.dataset("train"), 2))
         loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -273,7 +279,8 @@ def test_labels_that_the_model_names_keep_its_numbers(bert: str, tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     task = task_of("sequence_classification", model=str(tmp_path), text="sentence", label="mood", **paths)
     assert [task.dataset("train")[i]["labels"].item() for i in range(2)] == [0, 2]
-    assert task.model().config.num_labels == 3
+    model: Any = task.model()
+    assert model.config.num_labels == 3
 
 
 # image_classification
@@ -672,7 +679,7 @@ def test_labels_outside_the_training_data(bert: str, tmp_path: Path) -> None:
         ({"train_images": np.array([{}, {}]), "train_labels": np.zeros(2, int)}, ["d.npz"]),
     ],
 )
-def test_arrays_that_cannot_be_used(tmp_path: Path, mine: str, arrays: dict[str, np.ndarray], words: list[str]) -> None:
+def test_arrays_that_cannot_be_used(tmp_path: Path, mine: str, arrays: dict[str, Any], words: list[str]) -> None:
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(ConfigError) as caught:
         options = {"model": f"{mine}:classifier", "data": str(tmp_path / "d.npz")}

@@ -28,8 +28,8 @@ def remaining(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def prepare(target: Path, kind: str = "tmp") -> TemporaryName:
-    hidden = TemporaryName(target, kind)  # type: ignore[arg-type]
+def prepare(target: Path) -> TemporaryName:
+    hidden = TemporaryName(target, "tmp")
     hidden.path.mkdir()
     (hidden.path / "weights").write_bytes(b"0")
     return hidden
@@ -39,7 +39,7 @@ def prepare(target: Path, kind: str = "tmp") -> TemporaryName:
 def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     seed = str(time.time_ns() % 1000)
     print("seed", seed)
-    command = [sys.executable, "-m", "tests.kill_while_writing", tmp_path_factory.mktemp("kills"), seed]
+    command = [sys.executable, "-m", "tests.kill_while_writing", str(tmp_path_factory.mktemp("kills")), seed]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
     found: dict[str, dict[str, int]] = json.loads(ran.stdout)
@@ -152,7 +152,12 @@ def test_names_left_to_the_next_start_need_no_handlers(tmp_path: Path, default_h
         hidden.leave_to_next_start()
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and hidden.path.exists()
-    thread = threading.Thread(target=lambda: (prepare(tmp_path / "third").discard(), hidden.discard()))
+
+    def discard() -> None:
+        prepare(tmp_path / "third").discard()
+        hidden.discard()
+
+    thread = threading.Thread(target=discard)
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and remaining(tmp_path) == []

@@ -16,7 +16,12 @@ from twa_scale.config import TaskConfig
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import Task, build_task, stack
 
-TABLE = {"a": list(SENTENCES.values()), "b": ["a lift", "loud", ""], "score": [0.5, -1.0, 2.0], "class": [1, 0, 1]}
+TABLE: dict[str, list[Any]] = {
+    "a": list(SENTENCES.values()),
+    "b": ["a lift", "loud", ""],
+    "score": [0.5, -1.0, 2.0],
+    "class": [1, 0, 1],
+}
 
 
 def task_of(model: str, **options: object) -> Task:
@@ -81,7 +86,8 @@ def test_a_model_of_a_regression_needs_no_setting(bert: str, tmp_path: Path) -> 
     model = with_config(bert, tmp_path / "m", id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
     task = task_of(model, train=write(tmp_path / "a.jsonl", TABLE), label="score")
     assert task.dataset("train")[1]["labels"] == -1.0
-    assert task.model().config.problem_type == "regression"
+    made: Any = task.model()
+    assert made.config.problem_type == "regression"
 
 
 def test_several_files_are_one_split(bert: str, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ INF = float("inf")
 class Tied(nn.Module):
     """An embedding that is the head too, and masks as a frozen parameter and as a buffer."""
 
+    bias_mask: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(5, 3)
@@ -30,7 +32,8 @@ class Tied(nn.Module):
         self.register_buffer("bias_mask", torch.full((2, 2), -INF).triu(1))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(self.embed(tokens))
+        logits: torch.Tensor = self.lm_head(self.embed(tokens))
+        return logits
 
 
 def state(seed: int) -> Tensors:

@@ -1,7 +1,8 @@
 """What each kind of tensor becomes in an average: `attach` at the center and `average` agree to the bit."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import twa_scale
+from tests.sums import weighted
 from twa_scale import ConfigError, TwaWarning
 from twa_scale.average.state import save_state
 from twa_scale.candidates.buffers import is_statistic, spectral_vectors
@@ -21,6 +23,8 @@ N = 3
 
 class Everything(nn.Module):
     """Weights of several types and sizes, statistics, spectral norms of both kinds, and other buffers."""
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +130,7 @@ def test_statistics_are_averaged_and_other_buffers_are_those_of_one_candidate(tm
             average_fixed(paths, tmp_path / f"{i}", b, buffers=str(option))
         for found in (model.state_dict(), load_file(tmp_path / f"{i}/model.safetensors")):
             for name in ("norm.running_mean", "norm.running_var"):
-                exact = sum(weight * state[name].double() for weight, state in zip(expected, candidates, strict=True))
+                exact = weighted(expected, (state[name].double() for state in candidates))
                 torch.testing.assert_close(found[name].double(), exact, rtol=1e-6, atol=1e-7)
             for name in ("old.weight_u", "new.parametrizations.weight.0._v"):
                 assert torch.equal(found[name], candidates[which][name])
@@ -218,10 +222,8 @@ def test_the_result_has_the_widest_type_and_says_so(tmp_path: Path, types: Any, 
     exact = sum(state["weight"].double() for state in held) / 2
     model = nn.Linear(2, 3)
     twa = twa_scale.attach(model, paths)
-    for out, write in {
-        "live": twa.export,
-        "merged": lambda out, **options: average_fixed(paths, out, **options),
-    }.items():
+    writers: dict[str, Callable[..., object]] = {"live": twa.export, "merged": partial(average_fixed, paths)}
+    for out, write in writers.items():
         with pytest.warns(TwaWarning, match=f"'weight' as .* widest type, {str(result)[6:]};") as caught:
             write(tmp_path / out)
         assert len(ours(caught)) == 1
