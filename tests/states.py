@@ -3,11 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from twa_scale import TrainableAverage
-from twa_scale.average.state import save_state
+from twa_scale.average.state import AverageState, save_state
 
 
 def save_run(average: TrainableAverage, candidates: Sequence[str | Path], directory: Path) -> None:
     """Write what `twa-scale run` would have saved of an average at its first step."""
     state = {"twa": average.state_dict(), "candidates": [str(path) for path in candidates], "course": {}}
     save_state(directory, {**state, "step": 0, "keep": "last", "kept": None, "finished": False})
+
+
+def values_of_rows(state: AverageState, directory: Path) -> dict[str, Tensor]:
+    """The corrections of all rows of a state, from its directory."""
+    assert state.rows is not None
+    return {name: state.rows.of_tensor(name, directory) for name in state.rows.names.values()}

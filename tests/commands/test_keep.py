@@ -13,7 +13,9 @@ from torch import nn
 from tests.commands.conftest import Brought
 from tests.commands.material import by_hand, load, run_here, settings
 from tests.pool import Pool
+from tests.states import values_of_rows
 from twa_scale.average.state import KeptState, load_state
+from twa_scale.average.stateful import Held
 from twa_scale.config import RunConfig, TaskConfig, validated
 from twa_scale.errors import ConfigError
 from twa_scale.run.best import BestAverage
@@ -84,7 +86,8 @@ def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Pa
     run_here(config, pictures=True)
     exported = load(tmp_path / "whole" / "average")
     state = load_state(tmp_path / "whole").exported
-    assert state.rows is not None and any(bool(value.any()) for value in state.rows.values.values())
+    assert any(bool(value.any()) for value in values_of_rows(state, tmp_path / "whole").values())
+    assert len(list((tmp_path / "whole").glob("state.rows-*"))) == 1, "of two saves at the last step"
     corrected = by_hand(scores.candidates, tmp_path / "whole")  # with the coefficients of tensors only
     assert any((exported[name] - value).norm() > 1e-4 * value.norm() for name, value in corrected.items())
     said = shell("export", tmp_path / "whole", "--out", tmp_path / "merged")
@@ -96,8 +99,8 @@ def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Pa
     run_here({**config, "output": str(tmp_path / "parts"), "steps": 2, "schedule": {"name": "constant"}})
     run_here({**config, "output": str(tmp_path / "other"), "schedule": {"name": "constant"}})
     run_here({**config, "output": str(tmp_path / "parts"), "schedule": {"name": "constant"}})
-    parts, other = (load_state(tmp_path / name).twa.rows for name in ("parts", "other"))
-    assert parts and other and all(torch.equal(parts.values[name], value) for name, value in other.values.items())
+    parts, other = (values_of_rows(load_state(tmp_path / name).twa, tmp_path / name) for name in ("parts", "other"))
+    assert other and all(torch.equal(parts[name], value) for name, value in other.items())
 
 
 @pytest.mark.parametrize(
@@ -132,8 +135,9 @@ def test_state_continues_from_last_step(scores: Brought, tmp_path: Path) -> None
 def test_resumed_run_restores_best_average(
     ranks: Pool, scores: Brought, tmp_path: Path, engine: str, size: int
 ) -> None:
-    """The best evaluation is not repeated."""
+    """The best evaluation is not repeated. On two ranks also that of rows: the best has none, and the last step has."""
     changes = {**WILD, "steps": 6, "checkpoint_every": 1, "engine": engine}
+    changes["groups"] = "tensor" if size == 1 else "tensor+row"
     ranks(run_here, size, data=settings(scores.candidates, scores.task, tmp_path / "whole", **changes))
     dying = scores.task | {"die_at": 6}
     outcomes = ranks.outcomes(run_here, size, data=settings(scores.candidates, dying, tmp_path / "parts", **changes))
@@ -253,8 +257,7 @@ def test_first_of_equal_bests_is_kept(higher: bool, values: list[float], best: i
     task: Any = SimpleNamespace(main_metric="score", higher_is_better=higher)
     kept = BestAverage(task, config())
     none = torch.zeros(1, 1, dtype=torch.float64)
-    state: dict[str, Any] = {"x": none, "coefficients": none, "rows": None, "buffers": {}}
-    average: Any = SimpleNamespace(state_dict=lambda: state)
+    average: Any = SimpleNamespace(held=lambda: Held(none, none, None, {}))
     for step, value in enumerate(values):
         kept.update(step, {"loss": 9.0, "score": value}, average)
     assert (kept.best and kept.best.step) == best

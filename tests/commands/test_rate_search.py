@@ -17,6 +17,7 @@ from tests.commands.test_stopping import run_with_handlers
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.test_running import same_bits
+from tests.states import values_of_rows
 from twa_scale.average.state import load_state
 from twa_scale.base.notices import TwaWarning
 from twa_scale.run.rate_search import position, trial_steps
@@ -264,8 +265,9 @@ def test_where_a_trial_ends_is_exported_if_it_is_the_best(scores: Brought, tmp_p
     assert "exported, the trial of optimizer.lr 0.09" in said.err
     state = load_state(tmp_path / "out")
     assert state.kept and state.kept.trial_lr == pytest.approx(0.09)
-    assert torch.equal(state.kept.x, state.twa.x) and state.twa.rows
-    assert all(torch.equal(state.kept.row_values[name], y) for name, y in state.twa.rows.values.items())
+    assert torch.equal(state.kept.x, state.twa.x)
+    last, best = (values_of_rows(one, tmp_path / "out") for one in (state.twa, state.exported))
+    assert last and all(torch.equal(best[name], y) for name, y in last.items())
     assert ended(tmp_path / "out")["evaluation"] == {"validation/loss": 1.0}
     merged = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
     assert "coefficients of the trial of optimizer.lr 0.09, the best of the evaluations" in merged.out, merged

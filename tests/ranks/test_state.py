@@ -5,18 +5,25 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import twa_scale
 from tests import models
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
 from tests.ranks.test_reading import save
 from twa_scale import StateError
+from twa_scale.average.rows import stored
+from twa_scale.output.disk import OpenFile
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "normalized": {"groups": "block"},
@@ -28,8 +35,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
 NUM_STEPS = 6
 
 
-def go_on(engine: str, config: dict[str, Any], first: int, last: int, state: bytes | None, paths: Any = None) -> Any:
+def go_on(
+    engine: str,
+    config: dict[str, Any],
+    first: int,
+    last: int,
+    state: bytes | None,
+    paths: Any = None,
+    directory: Path | None = None,
+    in_file: bytes | None = None,
+) -> Any:
     """Take steps first..last-1, after `state` when there is one; return the weights and the state.
+
+    With a directory, the state with the rows in a file there is returned, too, and both are the same.
 
     BatchNorm is in evaluation mode, so that a step does not depend on how its batch is split over the ranks.
     """
@@ -38,19 +56,31 @@ def go_on(engine: str, config: dict[str, Any], first: int, last: int, state: byt
     next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
     if state is not None:
         twa.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
+    if in_file is not None:
+        before = saved(twa.state_dict()["rows"])
+        twa.load_state_dict(torch.load(io.BytesIO(in_file), weights_only=True), directory)
+        assert saved(twa.state_dict()["rows"]) == before, "rows from the file are others"
     for step in range(first, last):
         cases.one_step(model, twa, step)
+    beside = None if directory is None else saved(twa.state_dict(directory))
+    return cases.gathered(model), twa.coefficients, saved(twa.state_dict()), beside
+
+
+def saved(state: Any) -> bytes:
     file = io.BytesIO()
-    torch.save(twa.state_dict(), file)
-    return cases.gathered(model), twa.coefficients, file.getvalue()
+    torch.save(state, file)
+    return file.getvalue()
 
 
-def chain(ranks: Pool, config: dict[str, Any], parts: list[tuple[str, int, int]]) -> list[Any]:
+def chain(
+    ranks: Pool, config: dict[str, Any], parts: list[tuple[str, int, int]], directory: Path | None = None
+) -> list[Any]:
     """Run parts (engine, number of ranks, steps), each from the state that rank 0 of the one before left."""
-    state, done = None, 0
+    state, in_file, done = None, None, 0
     for engine, size, steps in parts:
-        results = ranks(go_on, size, engine=engine, config=config, first=done, last=done + steps, state=state)
-        state, done = results[0][2], done + steps
+        states: dict[str, Any] = {"state": state, "in_file": in_file, "directory": directory}
+        results = ranks(go_on, size, engine=engine, config=config, first=done, last=done + steps, **states)
+        (_, _, state, in_file), done = results[0], done + steps
     assert done == NUM_STEPS
     return results
 
@@ -64,10 +94,11 @@ def straight(ranks: Pool) -> Callable[[str, int, str], list[Any]]:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2)])
 def test_the_same_ranks_continue_bit_for_bit(
-    ranks: Pool, straight: Callable[..., Any], engine: str, size: int, name: str
+    ranks: Pool, straight: Callable[..., Any], tmp_path: Path, engine: str, size: int, name: str
 ) -> None:
-    resumed = chain(ranks, CONFIGS[name], [(engine, size, 3), (engine, size, NUM_STEPS - 3)])
-    for (weights, a, state), (want, want_a, _) in zip(resumed, straight(engine, size, name), strict=True):
+    directory = tmp_path if name == "rows" else None
+    resumed = chain(ranks, CONFIGS[name], [(engine, size, 3), (engine, size, NUM_STEPS - 3)], directory)
+    for (weights, a, state, _), (want, want_a, *_) in zip(resumed, straight(engine, size, name), strict=True):
         assert torch.equal(a, want_a)
         assert all(torch.equal(weights[tensor], value) for tensor, value in want.items())
         assert len(state) < 64_000, "the state of a run is kilobytes"
@@ -87,10 +118,10 @@ def test_the_same_ranks_continue_bit_for_bit(
     ids=["fsdp2-2-3-1", "fsdp2-ddp-plain", "plain-plain-ddp", "fsdp1-sharded-ddp-flat", "tp-hsdp-tp", "zero"],
 )
 def test_other_ranks_and_engines_continue_the_trajectory(
-    ranks: Pool, straight: Callable[..., Any], parts: list[Any], name: str
+    ranks: Pool, straight: Callable[..., Any], tmp_path: Path, parts: list[Any], name: str
 ) -> None:
     want = straight("plain", 1, name)[0][0]
-    for weights, _, _ in chain(ranks, CONFIGS[name], parts):
+    for weights, *_ in chain(ranks, CONFIGS[name], parts, tmp_path if name == "rows" else None):
         for tensor, value in want.items():
             assert (weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
 
@@ -171,3 +202,70 @@ def load_different_states() -> tuple[str, bool]:
 def test_ranks_that_load_different_states_are_refused(ranks: Pool) -> None:
     first, second = ranks(load_different_states, 2)
     assert first == second and first[1] and "state: x: rank 1 has another one than rank 0" in first[0]
+
+
+class Allocations(TorchDispatchMode):
+    """The size of the largest memory that an operation makes, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in given:
+                self.largest = max(self.largest, storage.nbytes())
+        return out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+MANY, PIECE = 6000, 4096  # rows of a matrix; bytes of the buffer
+
+
+def allocations_of_rows(directory: Path) -> dict[str, int]:
+    """What this rank allocates and writes for the state of a matrix with many rows, which three ranks hold."""
+    states = [{"weight": torch.randn(MANY, 4)} for _ in range(3)]
+    model = nn.Linear(4, MANY, bias=False)
+    fully_shard(model)
+    twa = twa_scale.attach(model, states, {"groups": "tensor+row", "optimizer": {"name": "adamw", "lr": 0.1}})
+    model(torch.ones(1, 4)).square().sum().backward()
+    twa.step()
+    found = {"rows of this rank": twa.held().rows.nbytes}  # type: ignore[union-attr]
+    written: list[int] = []
+    write = OpenFile.write
+
+    def counted(self: OpenFile, data: memoryview, offset: int) -> None:
+        written.append(len(data))
+        write(self, data, offset)
+
+    with patch.object(stored, "PIECE_BYTES", PIECE), patch.object(OpenFile, "write", counted):
+        with Allocations() as saving:
+            state = twa.state_dict(directory)
+        with Allocations() as loading:
+            twa.load_state_dict(state, directory)
+    with Allocations() as whole:
+        twa.state_dict()
+    return found | {
+        "saving": saving.largest,
+        "loading": loading.largest,
+        "whole": whole.largest,
+        "written": sum(written),
+        "largest write": max(written),
+    }
+
+
+def test_a_save_takes_the_memory_of_a_buffer_and_a_load_that_of_the_own_rows(ranks: Pool, tmp_path: Path) -> None:
+    """Whatever other ranks hold; the state with all rows on every rank takes the memory of all."""
+    of_all = 4 * 3 * MANY
+    for found in ranks(allocations_of_rows, 3, directory=tmp_path):
+        own = found["rows of this rank"]
+        assert own == of_all // 3 and found["saving"] <= PIECE
+        assert found["loading"] == 2 * own, "the weights of rows, in float64, as in a step"
+        assert found["whole"] == of_all
+        assert found["written"] == 3 * own and found["largest write"] <= PIECE, "y and two moments"

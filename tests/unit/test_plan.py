@@ -126,20 +126,21 @@ def test_bytes_of_corrections_of_rows(tmp_path: Path) -> None:
     data = task.dataset("train")
     task.loss(model, stack([data[0]])).backward()
     twa.step()
-    state = twa.state_dict()["rows"]
-    held = sum(value.nbytes for value in state["values"].values())
-    saved = held + sum(
-        value.nbytes for moment in state["moments"].values() if isinstance(moment, dict) for value in moment.values()
-    )
+    best = twa.held()
+    assert best.rows is not None
+    held, place = best.rows.nbytes, twa.state_dict(tmp_path, best=best)["rows"]["stored"]["directory"]
+    content = (tmp_path / place / "rows.safetensors").read_bytes()
     plan = make_plan(config, 1)
-    assert saved == 3 * held and plan.memory["corrections of rows"] == 5 * held
-    assert plan.notes == (f"each save of the run state takes {saved / 1e6:.1f} MB of each rank's memory",)
+    assert plan.memory["corrections of rows"] == 6 * held
+    assert len(content) == 8 + int.from_bytes(content[:8], "little") + 4 * held, "y, two moments and the best"
+    wanted = f"each save of the run state writes {4 * held / 1e6:.1f} MB of rows, and the files of two are kept"
+    assert plan.notes == (wanted,)
     assert not plan.wire_between_pods
     pods = make_plan(config.model_copy(update={"engine": "plain", "pods": 2}), 2)
     assert pods.wire_between_pods["corrections of rows, from every rank"] == held
     rounded = make_plan(config.model_copy(update={"engine": "plain", "pods": 2, "row_exchange": "bfloat16"}), 2)
     assert rounded.wire_between_pods["corrections of rows, from every rank"] == held / 2
-    assert rounded.memory["corrections of rows"] == 6 * held
+    assert rounded.memory["corrections of rows"] == 7 * held
 
 
 def test_store_fits_exact_memory(tmp_path: Path) -> None:

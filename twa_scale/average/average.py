@@ -15,20 +15,18 @@ from twa_scale.average.coefficients import Which, averaging_coefficients
 from twa_scale.average.export import export
 from twa_scale.average.gradients import Gradients
 from twa_scale.average.measures import elements_of_groups
-from twa_scale.average.observed import Observed
 from twa_scale.average.optimizer import checked_lr, make_optimizer
 from twa_scale.average.overflow import WeightLimits
 from twa_scale.average.parts import Parts
-from twa_scale.average.remembered import remembered
 from twa_scale.average.rows import RowCorrections
-from twa_scale.average.state import StateForm, require_same_state
+from twa_scale.average.state import StateForm
+from twa_scale.average.stateful import Stateful
 from twa_scale.average.step import CoefficientStep
 from twa_scale.average.step_optimizer import AverageOptimizer, refuse_copies, refuse_unpacking
 from twa_scale.average.swap import SwappedWeights
 from twa_scale.average.weights import Weights
 from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
-from twa_scale.base.notices import notice
 from twa_scale.candidates.conversion import conversions
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.read_ahead import Progress
@@ -37,7 +35,7 @@ from twa_scale.errors import ConfigError, TwaError
 from twa_scale.output.options import OutputOptions
 
 
-class TrainableAverage(Observed):
+class TrainableAverage(Stateful):
     """A model whose weights are an average of candidates with trained coefficients. Made by `attach`.
 
     A backward pass adds up the inner products s of deltas and gradient, span by span. `step` sums s over the ranks,
@@ -276,24 +274,6 @@ class TrainableAverage(Observed):
             group |= {key: rate for key in ("lr", "initial_lr") if key in group}  # of earlier schedulers
 
     @while_open
-    def remember(self) -> Callable[[], None]:
-        """Return a function that restores the present coefficients, moments, learning rate and buffers. Not collective.
-
-        The function is collective. It holds copies of what this rank has, and nothing is gathered: kilobytes, and with
-        `groups: tensor+row` the corrections and the moments of this rank's rows.
-        """
-        if self._swapped:
-            raise TwaError("remember() inside weights(): leave it first.")
-        restore, config = remembered(self._engine, self._written, self.optimizer), self.config
-
-        def back() -> None:
-            restore()
-            self._form.config = config
-            self.zero_grad()
-
-        return back
-
-    @while_open
     def together(self, failure: BaseException | None) -> BaseException | None:
         """Return the error with which this rank or another has left collective code of the user. Collective.
 
@@ -301,46 +281,6 @@ class TrainableAverage(Observed):
             BaseException: `failure`, if another rank may still wait in a collective of that code.
         """
         return self._swapped.together(failure)
-
-    @while_open
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that `load_state_dict` continues from, with any engine and number of ranks: kilobytes.
-
-        It is the same on every rank, except BatchNorm statistics of models whose ranks have different ones. With
-        `groups: tensor+row`, the call is collective over the shard group, and the state has the corrections of all
-        rows and their moments, in float32 on the CPU.
-        """
-        names = batchnorm.statistics(self._engine.module, self._engine.buffers())
-        statistics = {name: buffer for name, buffer in self._swapped.own_buffers().items() if name in names}
-        rows = None if self._rows is None else self._rows.state()
-        return self._form.state(self._x, self.optimizer.inside.state_dict(), rows, statistics)
-
-    @while_open
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`. Collective.
-
-        The learning rate is that of the state, as for optimizers of torch: `choose_rate` or `set_lr` may have set it.
-
-        Raises:
-            StateError: a field is missing or has another type or shape, the candidates are other ones, or a setting
-                that the coefficients depend on differs; raised on every rank. The average is unchanged.
-        """
-        with self.pods.agree():
-            if self._swapped:
-                raise TwaError("load_state_dict() inside weights(): leave it first.")
-            saved = self._form.checked(state, self._x, self._engine.buffers())
-            rows = None if self._rows is None else self._rows.checked(saved.rows)
-        require_same_state(self.pods, saved)
-        self._written.set(saved.x, None if rows is None else rows["values"])
-        self.optimizer.load_inside(saved.optimizer, rows)
-        attached, loaded = self.config.lr, saved.config.lr
-        self._form.config = self.config.with_lr(loaded)
-        self.zero_grad()
-        live = self._engine.buffers()
-        for name, value in saved.buffers.items():
-            live[name].copy_(value)
-        if loaded != attached and self.pods.rank == 0:
-            notice(f"optimizer.lr is {loaded:g}, that of the loaded state; before, it was {attached:g}.")
 
     def close(self) -> None:
         """Remove the hooks from the model and release the store and the candidates; the model keeps its weights.

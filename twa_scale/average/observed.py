@@ -78,6 +78,14 @@ class Observed:
         """
         return {} if self._rows is None else self._rows.averaging(self.layout.group_of)
 
+    @while_open
+    def row_norms(self) -> dict[str, torch.Tensor]:
+        """Return the norms over candidates of `row_corrections`, (rows,) float32 by tensor. Collective.
+
+        They take 1/n of the memory: each rank computes those of its rows.
+        """
+        return {} if self._rows is None else self._rows.norms()
+
     @property
     def effective_candidates(self) -> float:
         """The number of candidates whose uniform mean reduces independent noise of the candidates as much.

@@ -103,10 +103,14 @@ def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) ->
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load a copy of `state`, of an optimizer of one parameter, which `check_state` has accepted."""
-    loaded = deepcopy(dict(state))
+    take_over(optimizer, deepcopy(dict(state)))
+
+
+def take_over(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load `state` as `load_optimizer` does, without a copy: the optimizer then has its tensors."""
     for key, value in optimizer.param_groups[0].items():  # keys that a later version of torch has added
-        loaded["param_groups"][0].setdefault(key, value)
-    optimizer.load_state_dict(loaded)
+        state["param_groups"][0].setdefault(key, value)
+    optimizer.load_state_dict(state)
 
 
 def _check_values(where: str, saved: Mapping[Any, Any], own: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Save the coefficients, moments and buffers of a training in memory, and restore them."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 from twa_scale.average.step_optimizer import AverageOptimizer
 from twa_scale.average.written import WrittenCoefficients
@@ -20,7 +21,7 @@ def remembered(engine: Engine, written: WrittenCoefficients, optimizer: AverageO
 
     def restore() -> None:
         written.set(saved.x, saved.rows)
-        optimizer.load_inside(inside, rows)
+        optimizer.load_inside(inside, deepcopy(rows))
         live = engine.buffers()
         for name, value in buffers.items():
             live[name].copy_(value)

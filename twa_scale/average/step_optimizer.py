@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from twa_scale.average.optimizer import load_optimizer
+from twa_scale.average.optimizer import load_optimizer, take_over
 from twa_scale.average.rows import RowCorrections
 from twa_scale.errors import StateError, TwaError
 from twa_scale.ranks import Pods
@@ -151,10 +151,10 @@ class AverageOptimizer(torch.optim.Optimizer):
         return deepcopy(self.inside.state_dict()), rows
 
     def load_inside(self, state: dict[str, Any], rows: dict[str, Any] | None) -> None:
-        """Load the states of the inner optimizer and of that of the rows only, from copies."""
+        """Load a copy of the state of the inner optimizer, and take over that of the rows, which may be large."""
         load_optimizer(self.inside, state)
         if self._rows and rows:
-            load_optimizer(self._rows.optimizer, rows["optimizer"])
+            take_over(self._rows.optimizer, rows["optimizer"])
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

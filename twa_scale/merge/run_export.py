@@ -78,7 +78,7 @@ def export_run(
     merge(
         opened,
         out,
-        _combination(twa, opened),
+        _combination(twa, opened, Path(run)),
         group,
         output=output,
         carried=carried,
@@ -105,7 +105,7 @@ def _wanted(twa: AverageState) -> Wanted:
     )
 
 
-def _combination(twa: AverageState, candidates: Sequence[Candidate]) -> Combination:
+def _combination(twa: AverageState, candidates: Sequence[Candidate], run: Path) -> Combination:
     """Return the weights of each tensor: the trained coefficients, and those of the center for all others."""
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]
@@ -118,7 +118,7 @@ def _combination(twa: AverageState, candidates: Sequence[Candidate]) -> Combinat
 
     return Combination(
         source,
-        row_weights={name: partial(twa.row_weights, name) for name in twa.rows.names} if twa.rows else {},
+        row_weights={name: partial(twa.row_weights, name, run) for name in twa.rows.names} if twa.rows else {},
         part_weights={name: [list(coefficients[group]) for group in groups] for name, groups in twa.experts.items()},
         values={twa.buffer_names[n]: value for n, value in twa.buffers.items() if n in twa.buffer_names},
     )

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from math import isfinite
-from typing import Any
+from pathlib import Path
 
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.state import KeptState
+from twa_scale.average.state import KeptState, RunState
+from twa_scale.average.stateful import Held
 from twa_scale.config import RunConfig
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import Task
@@ -35,11 +36,27 @@ class BestAverage:
             )
         self.data = {"split": config.evaluate_split, "batches": config.evaluate_batches, "metric": self.metric}
         self.best: KeptState | None = None
+        """The best average, without the corrections of rows."""
+        self.held: Held | None = None
+        """The same on this rank, with those of its rows."""
 
-    def restore(self, saved: KeptState | None) -> bool:
-        """Restore the best average from a state. Return whether it is usable: it has to be of the same data."""
-        self.best = saved if saved and saved.data == self.data else None
-        return self.best is saved
+    def restore(self, state: RunState, average: TrainableAverage, directory: Path) -> bool:
+        """Restore the best average of a state. Return whether it is usable: it has to be of the same data. Collective.
+
+        Args:
+            state: the state of the run.
+            average: the average of the run.
+            directory: the directory of the state.
+
+        Raises:
+            StateError: the file of the corrections of rows cannot be read; on every rank.
+        """
+        saved = state.kept
+        self.best = self.held = None
+        if saved and saved.data == self.data:
+            self.held = average.held_in(saved, state.kept_rows, directory)
+            self.best = saved.model_copy(update={"row_values": {}})
+        return (saved is None) == (self.best is None)
 
     def value(self, metrics: Mapping[str, float]) -> float:
         """Return the value of the main metric.
@@ -67,14 +84,13 @@ class BestAverage:
         """
         if not isfinite(self.value(metrics)) or (self.best and not self.better(metrics, self.best.metrics)):
             return
-        state: dict[str, Any] = average.state_dict()
+        self.held = average.held()
         self.best = KeptState(
             step=step,
             data=self.data,
             metrics={name: value for name, value in metrics.items() if isfinite(value)},
-            x=state["x"],
-            coefficients=state["coefficients"],
-            row_values=state["rows"]["values"] if state["rows"] else {},
-            buffers=state["buffers"],
+            x=self.held.x,
+            coefficients=self.held.coefficients,
+            buffers=self.held.buffers,
             trial_lr=trial_lr,
         )

@@ -8,7 +8,7 @@ import torch
 
 from twa_scale.average.coefficients import Which
 from twa_scale.average.measures import DISTANCE
-from twa_scale.average.state import STATE, RateState, RunState, save_state
+from twa_scale.average.state import STATE, RateState, RunState, forget_state, remove_unused_rows, save_state
 from twa_scale.base.process_memory import return_freed_memory
 from twa_scale.base.urls import absolute
 from twa_scale.config import RunConfig, dump, recipe_line
@@ -27,7 +27,6 @@ from twa_scale.run.resume import (
     course,
     find_state,
     finished_summary,
-    forget_state,
     with_known_lr,
 )
 from twa_scale.run.services import Services, require_packages
@@ -39,8 +38,8 @@ _FIRST = 10  # steps whose mean loss is compared with that on held-out data
 def run(config: RunConfig, report: Report | None = None) -> dict[str, Any]:
     """Train the coefficients with the settings of `config`, on all ranks of the launcher. Collective.
 
-    It writes into `config.output`: config.json, metrics.jsonl, tensorboard/, state.pt, average/ (the exported model),
-    coefficients.png and summary.json.
+    It writes into `config.output`: config.json, metrics.jsonl, tensorboard/, state.pt and its rows, average/ (the
+    exported model), coefficients.png and summary.json.
 
     Args:
         config: the settings.
@@ -127,6 +126,7 @@ class Run(AttachedRun):
             check_target(self.output / AVERAGE, 0, overwrite=True)
         self.lock.take()
         remove_leftovers(self.output)
+        remove_unused_rows(self.output)
         return None, find_state(config, self.num_steps, say)  # again, under the lock
 
     def _attach(self, state: RunState | None) -> None:
@@ -241,7 +241,7 @@ class Run(AttachedRun):
             limit = self.config.max_shard_size
             self.twa.export(self.output / AVERAGE, max_shard_size=limit, overwrite=True, progress=progress)
         summary = self._summary(measured) | costs | {"export_seconds": time.perf_counter() - start}
-        rows = {name: a.norm(dim=0).numpy() for name, a in self.twa.row_corrections().items()}
+        rows = {name: norms.numpy() for name, norms in self.twa.row_norms().items()}
         self.records.close()
         with self.group.agree():
             if self.group.rank == 0:
@@ -281,10 +281,8 @@ class Run(AttachedRun):
         best = self.kept.best
         if self.config.keep == "last" or best is None or best.step == self.step:
             return trained
-        state = self.twa.state_dict()
-        rows = state["rows"] and {**state["rows"], "values": best.row_values}
-        kept = {"x": best.x, "coefficients": best.coefficients, "rows": rows, "buffers": best.buffers}
-        self.twa.load_state_dict({**state, **kept})
+        assert self.kept.held is not None
+        self.twa.hold(self.kept.held)
         self.recalibrate()
         return dict(best.metrics)
 
@@ -320,7 +318,7 @@ class Run(AttachedRun):
     def _save(self) -> dict[str, Any]:
         best = self.kept.best
         state = {
-            "twa": self.twa.state_dict(),
+            "twa": self.twa.state_dict(self.output, best=self.kept.held),
             "keep": self.config.keep,
             "kept": best and best.model_dump(),
             "rate": self.rate and self.rate.model_dump(),
@@ -340,9 +338,9 @@ class Run(AttachedRun):
                 if self.group.rank == 0:
                     forget_state(self.output)
             return
-        self.twa.load_state_dict(state.twa.model_dump())
+        self.twa.load_state_dict(state.twa.model_dump(), self.output)
         self.step, self.rate = state.step, state.rate
-        if not self.kept.restore(state.kept):
+        if not self.kept.restore(state, self.twa, self.output):
             self.report.say("the evaluation data has changed: the best average of earlier evaluations is discarded")
         before = state.course["steps"]
         raised = f", which were {before}: the learning rate follows the schedule of {self.num_steps}"

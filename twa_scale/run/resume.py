@@ -44,12 +44,6 @@ def with_known_lr(config: RunConfig, state: RunState | None) -> RunConfig:
     return config.with_lr(state.twa.config.lr if state else config.lr)
 
 
-def forget_state(output: Path) -> None:
-    """Remove the states of another run, so that a later start does not resume from them."""
-    for name in (PREVIOUS, STATE):
-        (output / name).unlink(missing_ok=True)
-
-
 def finished_summary(config: RunConfig, num_steps: int, state: RunState) -> dict[str, Any] | None:
     """Return the summary of a finished run; None if results are missing, or if steps or candidates have changed."""
     if not state.finished or state.step != num_steps or not _same_candidates(config, state):

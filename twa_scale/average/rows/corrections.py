@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from twa_scale.average.basis import Basis
 from twa_scale.average.optimizer import check_state, make_optimizer
 from twa_scale.average.rows.exchange import RowExchange
 from twa_scale.average.rows.slots import Part, RowSlots
-from twa_scale.average.state.schema import RowsState
+from twa_scale.average.rows.stored import PIECE_BYTES, read_rows, write_rows
+from twa_scale.average.state.rows_file import BEST, LAST, MOMENT, RowsFile
+from twa_scale.average.state.schema import RowsState, StoredRows
 from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
 from twa_scale.errors import StateError
 from twa_scale.kernels import RowMap
-from twa_scale.ranks import Reduction
+from twa_scale.ranks import Pods, Reduction
 
 
 def row_bytes(config: TwaConfig, n: int, rows: int) -> int:
@@ -135,19 +138,55 @@ class RowCorrections:
         gradients are not part of it, and are left out from here on, so that a training that continues from the state
         goes on as this one does.
         """
-        self._exchange.forget()
-        inside = self.optimizer.state_dict()
-        moments = {
-            key: self._slots.whole(value) if self._is_of_columns(value) else deepcopy(value)
-            for key, value in inside["state"].get(0, {}).items()
-        }
-        settings = {key: value for key, value in inside["param_groups"][0].items() if key != "params"}
+        of_rows, others = self._moments()
         return {
+            **self._small_state(),
             "values": self._slots.whole(self.values.detach()),
-            "moments": moments,
-            "settings": deepcopy(settings),
-            "maps": self._averaging_maps(),
+            "moments": {key: self._slots.whole(value) for key, value in of_rows.items()} | others,
         }
+
+    def save(self, output: Path, pods: Pods, best: torch.Tensor | None) -> dict[str, Any]:
+        """Return the state as `state` does, but with y and the moments of rows in a file. Collective.
+
+        Each rank writes its own rows, so that it needs no memory but a buffer of a few MiB.
+
+        Args:
+            output: the directory in which the file gets a directory of its own.
+            pods: all ranks.
+            best: the corrections of this rank's rows in the best average of a run, (k, R), if they are saved, too.
+
+        Raises:
+            OutputError: the file could not be written; on every rank.
+        """
+        of_rows, others = self._moments()
+        kinds = {LAST: self.values.detach(), **({} if best is None else {BEST: best})}
+        kinds |= {MOMENT + key: value for key, value in of_rows.items()}
+        stored = write_rows(output, self._slots, kinds, pods)
+        return {**self._small_state(), "stored": stored.model_dump(), "values": {}, "moments": others}
+
+    def _small_state(self) -> dict[str, Any]:
+        """Return the part of the state that every rank has; errors of rounded gradients are left out from here on."""
+        self._exchange.forget()
+        group = self.optimizer.state_dict()["param_groups"][0]
+        settings = deepcopy({key: value for key, value in group.items() if key != "params"})
+        return {"settings": settings, "maps": self._averaging_maps(), "names": list(self._slots.counts)}
+
+    def _moments(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the moments of this rank's rows, (k, R), and copies of those that rows share."""
+        state = self.optimizer.state_dict()["state"].get(0, {})
+        of_rows = {key: value for key, value in state.items() if self._is_of_columns(value)}
+        return of_rows, {key: deepcopy(value) for key, value in state.items() if key not in of_rows}
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Return the norms of the corrections of the averaging coefficients of all rows, by tensor. Collective."""
+        found, maps = self.values.new_zeros(1, self._slots.num_columns), self._averaging_maps().to(self.values.device)
+        count = max(1, PIECE_BYTES // (8 * maps.shape[1]))
+        for part in self._slots.parts.values():
+            columns = part.columns
+            parts = found[0, columns].split(count), self.values.detach()[:, columns].split(count, 1)
+            for out, y in zip(*parts, strict=True):
+                out.copy_((maps[part.group] @ y.double()).norm(dim=0))
+        return {name: norms[0] for name, norms in self._slots.whole(found).items()}
 
     def averaging(self, group_of: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Return the corrections of the averaging coefficients of all rows, (n, rows) float64 by tensor. Collective."""
@@ -160,29 +199,57 @@ class RowCorrections:
         zero = self._basis.averaging(self._basis.matrix.new_zeros(self._basis.matrix.shape[1], 1))
         return torch.stack([self._basis.averaging(of_group) for of_group in self._basis.matrix]) - zero
 
-    def checked(self, state: RowsState | None) -> dict[str, Any]:
+    def local(self, state: RowsState, directory: Path | None) -> torch.Tensor:
+        """Return the values of this rank's rows of a state, (k, R). Not collective.
+
+        Args:
+            state: the state.
+            directory: its directory, if its values are in a file.
+
+        Raises:
+            StateError: other tensors or shapes than here, or the file cannot be read.
+        """
+        if state.stored is None:
+            self._require_rows("rows.values", {name: tuple(value.shape) for name, value in state.values.items()})
+            return self._slots.local(state.values)
+        with RowsFile(_place(state.stored, directory)) as file:
+            return self._read(file, state.stored.values)
+
+    def _read(self, file: RowsFile, kind: str) -> torch.Tensor:
+        self._require_rows(f"rows: {kind}", file.shapes(kind))
+        return read_rows(file, self._slots, kind, torch.empty_like(self.values, requires_grad=False))
+
+    def checked(self, state: RowsState | None, directory: Path | None) -> dict[str, Any]:
         """Return the part of `state` of this rank, after a check that this average can continue from it.
+
+        Args:
+            state: the state.
+            directory: its directory, if its values are in a file.
 
         Raises:
             StateError: names the first difference.
         """
         if state is None:
             raise StateError("state: rows: is missing; give the state of this average, or start a new run.")
-        self._require_rows("rows.values", state.values)
         own, given = self._averaging_maps(), state.maps.to(torch.float64).cpu()
         if own.shape != given.shape or bool(((own - given).abs() > 1e-3 * own.abs().amax((1, 2), keepdim=True)).any()):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
-        moments = {}
+        values, moments = self.local(state, directory), dict[str, Any]()
         for key, value in state.moments.items():
             if isinstance(value, Mapping):
-                self._require_rows(f"rows.moments.{key}", value)
-            moments[key] = self._slots.local(value) if isinstance(value, Mapping) else value
-        inside = {
-            "state": {0: moments} if moments else {},
-            "param_groups": [{**state.settings, "params": [0]}],
+                self._require_rows(f"rows.moments.{key}", {name: tuple(one.shape) for name, one in value.items()})
+            moments[key] = self._slots.local(value) if isinstance(value, Mapping) else deepcopy(value)
+        if state.stored:
+            with RowsFile(_place(state.stored, directory)) as file:
+                moments |= {key: self._read(file, MOMENT + key) for key in file.moments}
+        groups = [{**deepcopy(state.settings), "params": [0]}]
+        first = {key: value[:, :1] if self._is_of_columns(value) else value for key, value in moments.items()}
+        trial = nn.Parameter(self.values.detach()[:, :1])
+        check_state(self._config, trial, {"state": {0: first} if first else {}, "param_groups": groups})
+        return {
+            "values": values,
+            "optimizer": {"state": {0: moments} if moments else {}, "param_groups": groups},
         }
-        check_state(self._config, self.values, inside)
-        return {"values": self._slots.local(state.values), "optimizer": inside}
 
     @torch.no_grad()
     def set(self, values: torch.Tensor | None) -> None:
@@ -196,12 +263,25 @@ class RowCorrections:
     def _is_of_columns(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.shape == self.values.shape
 
-    def _require_rows(self, where: str, whole: Mapping[str, torch.Tensor]) -> None:
+    def _require_rows(self, where: str, found: Mapping[str, tuple[int, ...]]) -> None:
         wanted = {name: (len(self.values), count) for name, count in self._slots.counts.items()}
-        found = {name: tuple(value.shape) for name, value in whole.items()}
         if wanted != found:
             name = next(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
             raise StateError(
                 f"state: {where}: {name!r} has shape {found.get(name, 'none')} in the state, and "
                 f"{wanted.get(name, 'none')} here: directions x rows. Give the state of this model, or start a new run."
             )
+
+
+def _place(stored: StoredRows, directory: Path | None) -> Path:
+    """Return the directory of the file of rows.
+
+    Raises:
+        StateError: the directory of the state is not known.
+    """
+    if directory is None:
+        raise StateError(
+            f"state: rows: they are in {stored.directory}, beside the state. Give load_state_dict the directory in "
+            "which state_dict has written it."
+        )
+    return directory / stored.directory

@@ -1,7 +1,9 @@
 """The rows of this rank, and their exchange with the ranks that hold other parts of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +28,27 @@ class Part:
     """The indices of the rows in the tensor, (count,), int64."""
 
 
+class RowRun(NamedTuple):
+    """Consecutive rows of a tensor that have consecutive columns on this rank."""
+
+    name: str
+    """The name of the tensor."""
+    first: int
+    """The index of the first row in the tensor."""
+    columns: slice
+
+    def pieces(self, count: int) -> Iterator["RowRun"]:
+        """Yield runs of at most `count` rows that tile this one."""
+        for start in range(self.columns.start, self.columns.stop, count):
+            columns = slice(start, min(start + count, self.columns.stop))
+            yield RowRun(self.name, self.first + start - self.columns.start, columns)
+
+    @property
+    def stop(self) -> int:
+        """The index after that of the last row."""
+        return int(self.first + self.columns.stop - self.columns.start)
+
+
 class RowSlots:
     """Columns for all rows of which this rank holds elements, span by span.
 
@@ -48,7 +71,7 @@ class RowSlots:
         shards: Group,
         device: torch.device,
     ) -> None:
-        self._shards = shards
+        self.shards = shards
         self._device = device
         self.counts = {name: sizes[name] // length for name, length in lengths.items()}
         """The number of rows of each tensor."""
@@ -73,14 +96,18 @@ class RowSlots:
         self.groups = groups.repeat_interleave(counts).to(device)
         """The index of the group of each column, (R,), int64."""
         self._find_cut_rows(torch.cat([none, *keys]), torch.cat([none.bool(), *partial]))
+        self.runs = tuple(self._runs(owned=False))
+        """The rows of this rank."""
+        self.owned_runs = tuple(self._runs(owned=True))
+        """Those that no other rank owns: the runs of all ranks have each row once."""
 
     def _find_cut_rows(self, keys: torch.Tensor, partial: torch.Tensor) -> None:
         """Find the rows that several ranks hold parts of, and number them alike on all ranks. Collective."""
         columns = partial.nonzero()[:, 0]
         mine = keys[columns]
-        of_ranks = self._shards.gather(mine)
+        of_ranks = self.shards.gather(mine)
         shared, position = torch.unique(torch.cat(of_ranks), return_inverse=True)
-        before = sum(len(of_rank) for of_rank in of_ranks[: self._shards.rank])
+        before = sum(len(of_rank) for of_rank in of_ranks[: self.shards.rank])
         first = torch.full((len(shared),), len(position)).scatter_reduce_(
             0, position, torch.arange(len(position)), "amin"
         )
@@ -108,6 +135,19 @@ class RowSlots:
         if self._num_shared:
             values[:, self._columns] = reduction.average_(cut)[:, self._own]
 
+    def _runs(self, *, owned: bool) -> Iterator[RowRun]:
+        for span, part in self.parts.items():
+            columns, rows = torch.arange(part.columns.start, part.columns.stop), part.rows
+            if owned:
+                kept = self.owned[part.columns].cpu()
+                columns, rows = columns[kept], rows[kept]
+            if not len(rows):
+                continue
+            cuts = ((rows.diff() != 1) | (columns.diff() != 1)).nonzero()[:, 0] + 1
+            edges = [0, *cuts.tolist(), len(rows)]
+            for start, stop in pairwise(edges):
+                yield RowRun(span.name, int(rows[start]), slice(int(columns[start]), int(columns[stop - 1]) + 1))
+
     def whole(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the values of all rows of each tensor, on the CPU of every rank. Collective.
 
@@ -126,7 +166,7 @@ class RowSlots:
             for part in parts[name]:
                 owned = self.owned[part.columns]
                 whole[:, part.rows.to(self._device)[owned]] = values[:, part.columns][:, owned]
-            found[name] = self._shards.sum_(whole).cpu()
+            found[name] = self.shards.sum_(whole).cpu()
         return found
 
     def local(self, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:

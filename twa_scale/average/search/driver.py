@@ -180,7 +180,7 @@ class _Proposer:
 
 
 def _require_no_corrections(average: TrainableAverage) -> None:
-    corrected = any(bool(rows.any()) for rows in average.row_corrections().values())
+    corrected = any(bool(norms.any()) for norms in average.row_norms().values())
     with average.pods.agree():
         if corrected:
             raise ConfigError(

@@ -1,9 +1,26 @@
 """The state that a run continues from: its file, its schema, and its comparison with the run."""
 
-from twa_scale.average.state.file import PREVIOUS, STATE, load_state, save_state
+from twa_scale.average.state.file import (
+    PREVIOUS,
+    STATE,
+    forget_state,
+    load_state,
+    remove_unused_rows,
+    require_stored_rows,
+    save_state,
+)
 from twa_scale.average.state.form import StateForm
 from twa_scale.average.state.run_settings import require_same_settings, require_same_shapes, require_same_state
-from twa_scale.average.state.schema import VERSION, AverageState, KeptState, RateState, RunState, checked
+from twa_scale.average.state.schema import (
+    VERSION,
+    AverageState,
+    KeptState,
+    RateState,
+    RowsState,
+    RunState,
+    StoredRows,
+    checked,
+)
 
 __all__ = [
     "PREVIOUS",
@@ -12,12 +29,17 @@ __all__ = [
     "AverageState",
     "KeptState",
     "RateState",
+    "RowsState",
     "RunState",
     "StateForm",
+    "StoredRows",
     "checked",
+    "forget_state",
     "load_state",
+    "remove_unused_rows",
     "require_same_settings",
     "require_same_shapes",
     "require_same_state",
+    "require_stored_rows",
     "save_state",
 ]

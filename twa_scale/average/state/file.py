@@ -1,5 +1,7 @@
 """The file of a run state: written atomically, with a checksum; the previous state is kept."""
 
+import re
+import shutil
 import stat
 from collections.abc import Callable, Mapping
 from hashlib import sha256
@@ -9,18 +11,21 @@ from typing import Any
 
 import torch
 
-from twa_scale.average.state.schema import VERSION, RunState, checked
+from twa_scale.average.state.rows_file import DIRECTORY, FIX, digest, rows_path
+from twa_scale.average.state.schema import VERSION, RunState, StoredRows, checked
 from twa_scale.errors import StateError
 from twa_scale.output.publish import replace_file
+from twa_scale.ranks import Group
 
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
 _MAGIC = b"twa_scale run state, version "
-_FIX = "Restore a copy of it, or start a new run in another output or with resume=false."
 
 
 def save_state(output: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` to `output`/state.pt atomically. The previous state becomes state.previous.pt.
+    """Write `state` to `output`/state.pt atomically. The previous state becomes state.previous.pt. On one rank.
+
+    Files of rows that neither of them names are removed.
 
     Raises:
         StateError: `state` is invalid and could not be loaded, for example because a value is not finite.
@@ -31,19 +36,23 @@ def save_state(output: Path, state: Mapping[str, Any]) -> None:
     torch.save(dict(state), body)
     content = body.getvalue()
     try:
-        before = _content(output / STATE)
-        _body(output / STATE, before)
-    except StateError:  # missing or damaged: keep the previous file
-        pass
-    else:
-        replace_file(output / PREVIOUS, before)
-    replace_file(output / STATE, _header(content) + content)
+        try:
+            before = _content(output / STATE)
+            _require_rows(output, _parsed(output / STATE, before))
+        except StateError:  # missing or damaged: keep the previous file
+            pass
+        else:
+            replace_file(output / PREVIOUS, before)
+        replace_file(output / STATE, _header(content) + content)
+    finally:
+        remove_unused_rows(output)
 
 
 def load_state(output: Path, say: Callable[[str], object] = lambda _: None) -> RunState:
     """Read the file of `save_state`, without running code from it.
 
-    If state.pt is missing or damaged, state.previous.pt is read instead, and reported by `say`.
+    The file of rows is read once, for its checksum. If state.pt or its rows are missing or damaged, state.previous.pt
+    is read instead, and reported by `say`.
 
     Args:
         output: the output directory of the run.
@@ -63,24 +72,86 @@ def load_state(output: Path, say: Callable[[str], object] = lambda _: None) -> R
         return state
 
 
+def remove_unused_rows(output: Path) -> None:
+    """Remove files of rows that no state names, which a killed process has left. On one rank, if no other run writes.
+
+    Nothing is removed if a state cannot be read.
+    """
+    found = [path for path in output.glob("state.rows-*") if re.fullmatch(DIRECTORY, path.name)]
+    if not found:
+        return
+    try:
+        states = [_parsed(path, _content(path)) for path in (output / STATE, output / PREVIOUS) if path.exists()]
+    except StateError:
+        return
+    used = {stored.directory for state in states if (stored := _stored_rows(state))}
+    for path in found:
+        if path.name not in used:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def forget_state(output: Path) -> None:
+    """Remove the states of another run, so that a later start does not resume from them. On one rank."""
+    for name in (PREVIOUS, STATE):
+        (output / name).unlink(missing_ok=True)
+    remove_unused_rows(output)
+
+
+def require_stored_rows(directory: Path, stored: StoredRows, group: Group) -> None:
+    """Check that a file of rows is the one that was saved. Collective: each rank reads a part of it.
+
+    Args:
+        directory: the directory of the state.
+        stored: what the state says about the file.
+        group: the ranks that read.
+
+    Raises:
+        StateError: it is missing or damaged; on every rank.
+    """
+    place = directory / stored.directory
+    if digest(place, group) != (stored.nbytes, stored.sha256):
+        raise StateError(
+            f"{rows_path(place)}: is damaged: its content does not have the checksum that was saved in the state. {FIX}"
+        )
+
+
+def _stored_rows(state: RunState) -> StoredRows | None:
+    return None if state.twa.rows is None else state.twa.rows.stored
+
+
+def _require_rows(output: Path, state: RunState) -> None:
+    """Check that the file of rows is there, without reading all of it."""
+    stored = _stored_rows(state)
+    path = stored and rows_path(output / stored.directory)
+    if stored and path and not (path.is_file() and path.stat().st_size == stored.nbytes):
+        raise StateError(f"{path}: is missing or damaged. {FIX}")
+
+
 def _load(path: Path) -> RunState:
-    body = _body(path, _content(path))
+    state = _parsed(path, _content(path))
+    if stored := _stored_rows(state):
+        require_stored_rows(path.parent, stored, Group.alone())
+    return state
+
+
+def _parsed(path: Path, content: bytes) -> RunState:
+    body = _body(path, content)
     try:
         state = torch.load(BytesIO(body), map_location="cpu", weights_only=True)
     except Exception:  # the message of torch recommends an unsafe load
-        raise StateError(f"{path}: is not a run state: it holds other things than plain data. {_FIX}") from None
+        raise StateError(f"{path}: is not a run state: it holds other things than plain data. {FIX}") from None
     return checked(RunState, state, str(path))
 
 
 def _content(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise StateError(f"{path}: is not a run state: it is not a regular file. {_FIX}")
+            raise StateError(f"{path}: is not a run state: it is not a regular file. {FIX}")
         return path.read_bytes()
     except FileNotFoundError:
         raise StateError(f"{path}: there is no run state here; give the output directory of a run.") from None
     except OSError as error:
-        raise StateError(f"{path}: cannot be read: {error.strerror}. {_FIX}") from None
+        raise StateError(f"{path}: cannot be read: {error.strerror}. {FIX}") from None
 
 
 def _header(body: bytes) -> bytes:
@@ -97,7 +168,7 @@ def _body(path: Path, content: bytes) -> bytes:
     if not header.startswith(_MAGIC):
         raise StateError(
             f"{path}: is not a run state of this twa_scale: it does not begin with {_MAGIC.decode()!r}. A twa_scale "
-            f"before 0.1 wrote states without it; continue such a run with that. {_FIX}"
+            f"before 0.1 wrote states without it; continue such a run with that. {FIX}"
         )
     version = header[len(_MAGIC) :].partition(b",")[0]
     if header + b"\n" == _header(body):
@@ -105,6 +176,6 @@ def _body(path: Path, content: bytes) -> bytes:
     if version != str(VERSION).encode() and version.isdigit():
         raise StateError(
             f"{path}: has version {version.decode()} of the format, and this twa_scale reads version {VERSION}; or the "
-            f"file is damaged. Continue with the twa_scale that wrote it. {_FIX}"
+            f"file is damaged. Continue with the twa_scale that wrote it. {FIX}"
         )
-    raise StateError(f"{path}: is damaged: its content does not have the checksum that was saved with it. {_FIX}")
+    raise StateError(f"{path}: is damaged: its content does not have the checksum that was saved with it. {FIX}")

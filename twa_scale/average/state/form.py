@@ -63,7 +63,7 @@ class StateForm:
         Args:
             x: the coefficients, (k, G) float64.
             optimizer: the state of the optimizer.
-            rows: the state of the corrections of rows, if there are any.
+            rows: the state of the corrections of rows, if there are any, with the names of their tensors.
             buffers: BatchNorm statistics, by their names in the model.
         """
         layout = self._layout
@@ -79,7 +79,7 @@ class StateForm:
             "coefficients": self.averaging(x).cpu(),
             "center_weights": self._basis.center_weights.cpu(),
             "optimizer": deepcopy(dict(optimizer)),
-            "rows": rows and {**rows, "names": {a: name for name in rows["values"] for a in layout.held_as[name]}},
+            "rows": rows and {**rows, "names": {a: name for name in rows["names"] for a in layout.held_as[name]}},
             "buffers": {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()},
             "fingerprint": self._fingerprint.state_dict(),
             "conversions": self._conversions,

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from twa_scale.average.measures import elements_of_groups
+from twa_scale.average.state.rows_file import DIRECTORY, RowsFile
 from twa_scale.candidates.conversion import Conversion, made_of_state, row_major
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.segments import Segment
@@ -95,9 +97,24 @@ class ConversionState(_Saved):
         return Conversion(self.names, made)
 
 
-class RowsState(_Saved):
-    """The state of the corrections of rows, y: for each tensor (k, rows), float32."""
+class StoredRows(_Saved):
+    """The file beside the state that has the corrections of rows: see `rows_file`."""
 
+    directory: Annotated[str, Field(pattern=f"^{DIRECTORY}$")]
+    """The name of its directory, in that of the state."""
+    nbytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    has_best: bool
+    """Whether it has the corrections of the best average, too."""
+    values: Literal["last", "best"] = "last"
+    """Which of them are those of this state."""
+
+
+class RowsState(_Saved):
+    """The state of the corrections of rows, y: for each tensor (k, rows), float32. Here, or in a file."""
+
+    stored: StoredRows | None = None
+    """The file that has the values, and the moments of rows."""
     values: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor] | Tensor | float | int | bool | None]
     """The state of their optimizer. Moments of rows are by tensor, as the values are."""
@@ -114,9 +131,24 @@ class RowsState(_Saved):
         _require("maps", self.maps, (*self.maps.shape[:2], k), torch.float64)
         for name, value in self.values.items():
             _require(f"values.{name}", value, (k, value.shape[-1] if value.dim() else 0), torch.float32)
-        if unknown := set(self.names.values()) - set(self.values):
+        if self.stored is None and (unknown := set(self.names.values()) - set(self.values)):
             raise ValueError(f"names: {min(unknown)!r} has no values")
         return self
+
+    def of_tensor(self, name: str, directory: Path) -> torch.Tensor:
+        """Return the values of a tensor of the model, (k, rows), float32.
+
+        Args:
+            name: the name of the tensor in the model.
+            directory: the directory of the state.
+
+        Raises:
+            StateError: their file cannot be read, or does not have the tensor.
+        """
+        if self.stored is None:
+            return self.values[name]
+        with RowsFile(directory / self.stored.directory) as file:
+            return file.of_tensor(self.stored.values, name)
 
 
 class AverageState(_Saved):
@@ -180,17 +212,19 @@ class AverageState(_Saved):
         groups_of = {name: self.groups_of(name) for name in self.group_of if name not in aliases}
         return elements_of_groups(len(self.groups), groups_of, self.fingerprint.shapes)
 
-    def row_weights(self, name: str) -> torch.Tensor:
+    def row_weights(self, name: str, directory: Path) -> torch.Tensor:
         """Return the averaging coefficients of each row of a tensor, (n, rows), float64.
 
         Args:
             name: the name in the candidates of a tensor whose rows have corrections.
+            directory: the directory of the state.
+
+        Raises:
+            StateError: the file of the corrections cannot be read.
         """
         assert self.rows is not None
-        group = self.group_of[name]
-        return (
-            self.coefficients[:, group, None] + self.rows.maps[group] @ self.rows.values[self.rows.names[name]].double()
-        )
+        group, values = self.group_of[name], self.rows.of_tensor(self.rows.names[name], directory)
+        return self.coefficients[:, group, None] + self.rows.maps[group] @ values.double()
 
 
 class KeptState(_Saved):
@@ -203,7 +237,7 @@ class KeptState(_Saved):
     x: Tensor
     coefficients: Tensor
     row_values: dict[str, Tensor] = {}
-    """The corrections of rows, y."""
+    """The corrections of rows, y, unless they are in the file of those of the last step."""
     buffers: dict[str, Tensor]
     trial_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The rate of the trial that ended here, before step 0 (`optimizer.lr: auto`); None for a step of the run."""
@@ -263,7 +297,18 @@ class RunState(_Saved):
             ):
                 if _shapes(held) != _shapes(now):
                     raise ValueError(f"kept.{key}: other names or shapes than those of the last step")
+            if self.twa.rows and self.twa.rows.stored and not self.twa.rows.stored.has_best:
+                raise ValueError("kept: the file of the corrections of rows does not have its own")
         return self
+
+    @property
+    def kept_rows(self) -> RowsState | None:
+        """The corrections of rows of the best average, with the moments of the last step."""
+        rows = self.twa.rows
+        if rows is None or self.kept is None:
+            return None
+        stored = rows.stored and rows.stored.model_copy(update={"values": "best"})
+        return rows.model_copy(update={"values": self.kept.row_values, "stored": stored})
 
     @property
     def exported_step(self) -> int:
@@ -281,8 +326,7 @@ class RunState(_Saved):
         if self.kept is None or self.keep == "last":
             return self.twa
         kept = {name: getattr(self.kept, name) for name in ("x", "coefficients", "buffers")}
-        rows = self.twa.rows and self.twa.rows.model_copy(update={"values": self.kept.row_values})
-        return self.twa.model_copy(update={**kept, "rows": rows})
+        return self.twa.model_copy(update={**kept, "rows": self.kept_rows})
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:

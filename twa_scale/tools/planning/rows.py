@@ -15,18 +15,19 @@ class RowBytes(NamedTuple):
     """The bytes of the corrections of rows."""
 
     held: int
-    """All that a rank holds of them during the run."""
+    """All that a rank holds of them during the run, with those of the best average. A save adds a buffer of 4 MiB."""
     sent: int
     """What a rank sends to other pods in a step."""
     gathered: int
     """The rounded gradients of all pods, which a rank holds in a step."""
     state: int
-    """The corrections of all rows and their moments, which each rank holds while a state is saved."""
+    """The file of all rows beside a state: the corrections, their moments and the corrections of the best average."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to say below the table."""
-        return (f"each save of the run state takes {self.state / 1e6:.1f} MB of each rank's memory",) * bool(self.state)
+        size = f"{self.state / 1e6:.1f} MB"
+        return (f"each save of the run state writes {size} of rows, and the files of two are kept",) * bool(self.state)
 
 
 def rows_of_plan(
@@ -51,8 +52,8 @@ def rows_of_plan(
     exchanged = exchanged_bytes(config.row_exchange, n, count)
     rounds = config.pods > 1 and config.row_exchange != "float32"
     return RowBytes(
-        held=row_bytes(config, n, count) + rounds * 4 * n * count,  # with the errors of rounding
+        held=row_bytes(config, n, count) + (1 + rounds) * 4 * n * count,  # with the best, and the errors of rounding
         sent=(config.pods - 1) * exchanged if rounds else all_reduced(exchanged, config.pods),
         gathered=config.pods * exchanged if rounds else 0,
-        state=(1 + row_moments(config)) * 4 * n * of_all,
+        state=(2 + row_moments(config)) * 4 * n * of_all,
     )

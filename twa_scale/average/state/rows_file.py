@@ -1,0 +1,148 @@
+"""The file beside a state that holds the corrections of rows and their moments: its names, its digest, its reader.
+
+It is a safetensors file of float32 tensors `KIND/NAME` of shape (rows, k). Kinds are `last` (the corrections at the
+step of the state), `best` (those of the best average of a run) and `moment.KEY` (of the optimizer).
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from twa_scale.base.inputs import open_regular
+from twa_scale.candidates.formats.file_handles import File
+from twa_scale.candidates.formats.safetensors import read_header
+from twa_scale.errors import CandidateError, StateError
+from twa_scale.output.disk import pieces_of
+from twa_scale.ranks import Group
+
+BASE = "rows"
+DIRECTORY = r"state\.rows-[0-9a-f]{8}"
+"""The pattern of the names of its directory, of which each save makes a new one."""
+LAST, BEST, MOMENT = "last", "best", "moment."
+FIX = "Restore a copy of it, or start a new run in another output or with resume=false."
+_CHUNK_BYTES = 32 << 20  # what one rank reads for the digest at a time
+
+
+def new_directory() -> str:
+    """Return a new name for the directory of a file of rows."""
+    return f"state.rows-{secrets.token_hex(4)}"
+
+
+def rows_path(directory: Path) -> Path:
+    """Return the path of the file in its directory."""
+    return directory / f"{BASE}.safetensors"
+
+
+def digest(directory: Path, group: Group) -> tuple[int, str]:
+    """Return the size of the file and the SHA-256 of the SHA-256 of its chunks of 32 MiB. Collective.
+
+    Each rank reads its part of the chunks, in pieces of 8 MiB.
+
+    Raises:
+        StateError: the file cannot be read; on every rank.
+    """
+    path, nbytes = rows_path(directory), 0
+    mine: dict[int, bytes] = {}
+    with group.agree(), _readable(path), os.fdopen(open_regular(path, StateError), "rb", buffering=0) as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        for begin in range(group.rank * _CHUNK_BYTES, nbytes, group.size * _CHUNK_BYTES):
+            mine[begin] = _digest_of(file.fileno(), begin, min(begin + _CHUNK_BYTES, nbytes))
+    chunks = {begin: found for of_rank in group.gather(mine) for begin, found in of_rank.items()}
+    return nbytes, sha256(b"".join(chunks[begin] for begin in sorted(chunks))).hexdigest()
+
+
+class RowsFile:
+    """Reads a file of rows; close it by a `with` block.
+
+    Args:
+        directory: the directory of the file.
+
+    Raises:
+        StateError: the file is missing, or is not one of rows.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = rows_path(directory)
+        with _readable(self._path):
+            self._file = File(self._path)
+            self._entries, _ = read_header(self._file)
+        for name, entry in self._entries.items():
+            if "/" not in name or len(entry.shape) != 2 or entry.dtype != torch.float32:
+                raise StateError(f"{self._path}: is damaged: tensor {name!r} is not one of rows. {FIX}")
+
+    def __enter__(self) -> "RowsFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    @property
+    def moments(self) -> list[str]:
+        """The names of the moments of the optimizer."""
+        kinds = dict.fromkeys(name.partition("/")[0] for name in self._entries)
+        return [kind.removeprefix(MOMENT) for kind in kinds if kind.startswith(MOMENT)]
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, int]]:
+        """Return the shapes (k, rows) of the values of a kind, by tensor of the model."""
+        found = {}
+        for name, entry in self._entries.items():
+            of, _, tensor = name.partition("/")
+            if of == kind:
+                rows, k = entry.shape
+                found[tensor] = (k, rows)
+        return found
+
+    def of_tensor(self, kind: str, name: str) -> torch.Tensor:
+        """Return the values of all rows of a tensor, (k, rows), float32.
+
+        Raises:
+            StateError: the file does not have the tensor, cannot be read, or a value is not finite.
+        """
+        if f"{kind}/{name}" not in self._entries:
+            raise StateError(f"{self._path}: has no tensor '{kind}/{name}'. {FIX}")
+        return self.read(kind, name, 0, self._entries[f"{kind}/{name}"].shape[0]).T.contiguous()
+
+    def read(self, kind: str, name: str, first: int, stop: int) -> torch.Tensor:
+        """Return the values of rows [first, stop) of a tensor, (stop - first, k), float32.
+
+        Raises:
+            StateError: the file cannot be read, or a value is not finite.
+        """
+        entry = self._entries[f"{kind}/{name}"]
+        rows, k = entry.shape
+        assert 0 <= first <= stop <= rows
+        out = torch.empty(stop - first, k)
+        with _readable(self._path):
+            bytes_of_out = out.view(-1).view(torch.uint8).numpy().data
+            self._file.read(bytes_of_out, entry.offset + 4 * k * first, f"tensor {name!r}")
+        if not bool(torch.isfinite(out).all()):
+            raise StateError(f"{self._path}: tensor '{kind}/{name}' holds values that are not finite. {FIX}")
+        return out
+
+
+def _digest_of(descriptor: int, begin: int, end: int) -> bytes:
+    found = sha256()
+    for _, piece in pieces_of(descriptor, begin, end):
+        found.update(piece)
+    return found.digest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Replace the errors of reading by a StateError that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise StateError(f"{path}: is missing, and the state beside it needs it. {FIX}") from None
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read: {error.strerror}. {FIX}") from error
+    except CandidateError as error:
+        raise StateError(f"{path}: the rows of the state cannot be read. {error} {FIX}") from error

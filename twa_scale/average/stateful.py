@@ -1,0 +1,149 @@
+"""The part of an average that saves its state, and continues from one."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from twa_scale.average import batchnorm
+from twa_scale.average.closing import while_open
+from twa_scale.average.observed import Observed
+from twa_scale.average.remembered import remembered
+from twa_scale.average.state import KeptState, RowsState, require_same_state, require_stored_rows
+from twa_scale.average.step import CoefficientStep
+from twa_scale.average.step_optimizer import AverageOptimizer
+from twa_scale.base.notices import notice
+from twa_scale.errors import TwaError
+
+
+class Held(NamedTuple):
+    """An average of the candidates, in the memory of this rank."""
+
+    x: torch.Tensor
+    """The coefficients, (k, G), float64."""
+    coefficients: torch.Tensor
+    """The averaging coefficients a, (n, G), float64."""
+    rows: torch.Tensor | None
+    """The corrections of this rank's rows, (k, R), with `groups: tensor+row`."""
+    buffers: dict[str, torch.Tensor]
+    """BatchNorm statistics."""
+
+
+class Stateful(Observed):
+    """The part of a `TrainableAverage` that saves and restores it. The attributes are those of the average."""
+
+    optimizer: AverageOptimizer
+    _step: CoefficientStep
+
+    @while_open
+    def remember(self) -> Callable[[], None]:
+        """Return a function that restores the present coefficients, moments, learning rate and buffers. Not collective.
+
+        The function is collective. It holds copies of what this rank has, and nothing is gathered: kilobytes, and with
+        `groups: tensor+row` the corrections and the moments of this rank's rows.
+        """
+        if self._swapped:
+            raise TwaError("remember() inside weights(): leave it first.")
+        restore, config = remembered(self._engine, self._written, self.optimizer), self.config
+
+        def back() -> None:
+            restore()
+            self._form.config = config
+            self._step.clear()
+
+        return back
+
+    @while_open
+    def state_dict(self, directory: str | Path | None = None, *, best: Held | None = None) -> dict[str, Any]:
+        """Return the state that `load_state_dict` continues from, with any engine and number of ranks: kilobytes.
+
+        It is the same on every rank, except BatchNorm statistics of models whose ranks have different ones. With
+        `groups: tensor+row`, the call is collective, and the state has the corrections of all rows and their moments,
+        in float32 on the CPU. Give a directory for models with many rows.
+
+        Args:
+            directory: with `groups: tensor+row`, write the rows to a file in a new directory in this one, each rank its
+                own rows, and return a state that names it. Save the state in this directory, and give it to
+                `load_state_dict`. All ranks have to see it.
+            best: another average of this object, whose rows the file has, too.
+
+        Raises:
+            OutputError: the file could not be written; on every rank.
+        """
+        rows = None
+        if self._rows is not None:
+            to = None if directory is None else Path(directory)
+            rows = self._rows.state() if to is None else self._rows.save(to, self.pods, best and best.rows)
+        return self._form.state(self._x, self.optimizer.inside.state_dict(), rows, self._statistics())
+
+    @while_open
+    def load_state_dict(self, state: dict[str, Any], directory: str | Path | None = None) -> None:
+        """Continue from `state_dict()`. Collective.
+
+        The learning rate is that of the state, as for optimizers of torch: `choose_rate` or `set_lr` may have set it.
+
+        Args:
+            state: the state.
+            directory: the directory that `state_dict` was given. Each rank reads its own rows there.
+
+        Raises:
+            StateError: a field is missing or has another type or shape, the candidates are other ones, or a setting
+                that the coefficients depend on differs, or the file of rows is missing or damaged; raised on every
+                rank. The average is unchanged.
+        """
+        place = None if directory is None else Path(directory)
+        with self.pods.agree():
+            if self._swapped:
+                raise TwaError("load_state_dict() inside weights(): leave it first.")
+            saved = self._form.checked(state, self._x, self._engine.buffers())
+        require_same_state(self.pods, saved)
+        if place and saved.rows and saved.rows.stored:
+            require_stored_rows(place, saved.rows.stored, self.pods)
+        with self.pods.agree():
+            rows = None if self._rows is None else self._rows.checked(saved.rows, place)
+        self._put(saved.x, None if rows is None else rows["values"], saved.buffers)
+        self.optimizer.load_inside(saved.optimizer, rows)
+        attached, loaded = self.config.lr, saved.config.lr
+        self._form.config = self.config.with_lr(loaded)
+        if loaded != attached and self.pods.rank == 0:
+            notice(f"optimizer.lr is {loaded:g}, that of the loaded state; before, it was {attached:g}.")
+
+    @while_open
+    def held(self) -> Held:
+        """Return copies of the coefficients, of the corrections of this rank's rows and of the BatchNorm statistics."""
+        statistics = {name: buffer.detach().cpu().clone() for name, buffer in self._statistics().items()}
+        x, rows = self._written.saved()
+        return Held(x.cpu(), self.coefficients.cpu(), rows, statistics)
+
+    @while_open
+    def held_in(self, kept: KeptState, rows: RowsState | None, directory: Path) -> Held:
+        """Return the best average of the state of a run, with the rows of this rank. Collective.
+
+        Args:
+            kept: the average.
+            rows: its rows, with `groups: tensor+row`.
+            directory: the directory of the state.
+
+        Raises:
+            StateError: the file of the rows cannot be read; on every rank.
+        """
+        with self.pods.agree():
+            own = None if self._rows is None or rows is None else self._rows.local(rows, directory)
+        return Held(kept.x, kept.coefficients, own, kept.buffers)
+
+    @while_open
+    def hold(self, held: Held) -> None:
+        """Set the coefficients, the corrections of rows and the statistics, and write the weights. Collective."""
+        self._put(held.x, held.rows, held.buffers)
+
+    def _put(self, x: torch.Tensor, rows: torch.Tensor | None, buffers: Mapping[str, torch.Tensor]) -> None:
+        self._written.set(x, rows)
+        self._step.clear()
+        live = self._engine.buffers()
+        for name, value in buffers.items():
+            live[name].copy_(value)
+
+    def _statistics(self) -> dict[str, torch.Tensor]:
+        names = batchnorm.statistics(self._engine.module, self._engine.buffers())
+        return {name: buffer for name, buffer in self._swapped.own_buffers().items() if name in names}
