@@ -122,7 +122,6 @@ class Finder(nn.Module):
 
 @pytest.mark.parametrize("shift", [0.0, 0.03, 0.5])
 def test_average_precision_of_a_model_of_ones_own(tmp_path: Path, shift: float) -> None:
-    pytest.importorskip("pycocotools")
     data = write_coco(tmp_path, annotations=[OBJECTS[0], OBJECTS[2], OBJECTS[4]])
     task = task_of(f"{__name__}:Finder", tmp_path, model_options={"shift": shift}, validation=data)
     batches = make_batches(task.dataset("validation"), "validation", 2, None, 0, 1, 0)
@@ -145,7 +144,6 @@ def found(boxes: list[list[float]], at: list[list[float]]) -> Detections:
 
 
 def test_average_precision_of_known_boxes() -> None:
-    pytest.importorskip("pycocotools")
     box, far = [10.0, 10.0, 100.0, 100.0], [300.0, 300.0, 100.0, 100.0]
     assert average_precision([found([box], [box])]) == {"ap": pytest.approx(1), "ap50": pytest.approx(1)}
     assert average_precision([found([box, far], [box])])["ap50"] == pytest.approx(51 / 101)  # of 101 recalls
@@ -156,11 +154,12 @@ def test_average_precision_of_known_boxes() -> None:
         average_precision([found([], [box])])
 
 
-def test_pycocotools_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pycocotools_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is missed before candidates are read, not at the first evaluation."""
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(ConfigError, match=r"pip install twa-scale\[detection\]"):
-        average_precision([])
+        task_of(save_model(tmp_path / "m"), tmp_path, validation=write_coco(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -85,16 +85,26 @@ def read_annotations(path: Path, images: Path, where: str) -> tuple[list[Annotat
     return annotated, names
 
 
+def pycocotools() -> tuple[Any, Any]:
+    """Return the modules `coco` and `cocoeval` of pycocotools.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    coco, cocoeval = (
+        needed(f"pycocotools.{name}", "task: the average precision needs pycocotools", "twa-scale[detection]")
+        for name in ("coco", "cocoeval")
+    )
+    return coco, cocoeval
+
+
 def average_precision(found: Sequence[Detections]) -> dict[str, float]:
     """Return the mean average precision over IoU 0.5 to 0.95 (`ap`) and that at 0.5 (`ap50`), as pycocotools has it.
 
     Raises:
         ConfigError: pycocotools is not installed, or no image has an object.
     """
-    coco, cocoeval = (
-        needed(f"pycocotools.{name}", "task: the average precision needs pycocotools", "twa-scale[detection]")
-        for name in ("coco", "cocoeval")
-    )
+    coco, cocoeval = pycocotools()
     unique = {detections.truth.identity: detections for detections in found}
     ordered = [unique[identity] for identity in sorted(unique)]
     truth, detected = _truth(ordered), _detected(ordered)

@@ -13,7 +13,7 @@ from twa_scale.config import Count, Section
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
 from twa_scale.run.tasks.classification import require_split
-from twa_scale.run.tasks.coco import Annotated, Detections, average_precision, read_annotations
+from twa_scale.run.tasks.coco import Annotated, Detections, average_precision, pycocotools, read_annotations
 from twa_scale.run.tasks.decoders import Decoder, Processor, Stretched, open_image
 from twa_scale.run.tasks.import_path import import_function, model_from
 from twa_scale.run.tasks.labels import default_names
@@ -66,8 +66,9 @@ class ObjectDetection:
         """Read the annotations and the model's configuration. Images are read when they are accessed.
 
         Raises:
-            ConfigError: a path, an annotation or the model cannot be used.
+            ConfigError: a path, an annotation or the model cannot be used, or pycocotools is not installed.
         """
+        pycocotools()  # so that it is not missed at the first evaluation, after all candidates have been read
         self._options = options
         with named_errors(ConfigError):
             is_directory = path_of(options.model, ConfigError).is_dir()
