@@ -1,6 +1,8 @@
 """Corners of the public door, each of which could go wrong without a word."""
 
+import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 import twa_scale
 from twa_scale import CandidateError, EngineError, Snapshots, TwaError
+from twa_scale.base.notices import TwaWarning
 
 SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
 
@@ -188,3 +191,95 @@ def test_a_model_without_memory_is_refused(part: str) -> None:
         model.running_mean = torch.empty(3, device="meta")
     with pytest.raises(EngineError, match=r"meta device.*to_empty"):
         twa_scale.attach(model, states)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: nn.LazyLinear(3), "'weight' is uninitialized"),
+        (lambda: torch.inference_mode()(nn.Linear)(3, 3), r"'weight' was made in torch.inference_mode\(\)"),
+        (lambda: sharing(slice(0, 2)), "parameters 'other' and 'weight' share memory"),
+        (lambda: sharing(slice(None)), "parameters 'other' and 'weight' share memory"),
+    ],
+    ids=["lazy", "inference", "overlapping", "the same memory"],
+)
+def test_parameters_that_cannot_be_written_are_refused(model: Callable[[], nn.Module], said: str) -> None:
+    with pytest.raises(EngineError, match=said):
+        twa_scale.attach(model(), [nn.Linear(3, 3).state_dict()] * 2)
+    with pytest.raises(EngineError, match=said):
+        twa_scale.RunningAverages(model(), ema=[0.9])
+
+
+def sharing(rows: slice) -> nn.Module:
+    model = nn.Linear(3, 3)
+    model.other = nn.Parameter(model.weight.detach()[rows])
+    return model
+
+
+def test_the_state_dict_of_a_lazy_module_is_refused() -> None:
+    with pytest.raises(CandidateError, match="tensor 'bias' is uninitialized"):
+        twa_scale.attach(nn.Linear(3, 3), [nn.LazyLinear(3).state_dict()] * 2)
+
+
+def test_calls_in_inference_mode_do_what_they_do_outside() -> None:
+    """What is made there could not be trained or written later."""
+
+    def trained(inside: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        averages = None
+        for source in ("attach", "learn"):
+            with torch.inference_mode(inside):
+                if source == "attach":
+                    twa = twa_scale.attach(model, [nn.Linear(3, 3).state_dict() for _ in range(3)])
+                else:
+                    twa.close()
+                    averages = twa_scale.RunningAverages(model, ema=[0.9], window={"every": 1, "keep": 3})
+                    averages.step()
+                    nn.init.ones_(model.bias)
+                    averages.step()
+                    averages.load_state_dict(averages.state_dict())
+                    with averages.weights("ema"):
+                        pass
+                    twa = averages.learn()
+                with twa.weights("last"):
+                    pass
+                twa.load_state_dict(twa.state_dict())
+            for _ in range(2):
+                model(torch.ones(2, 3)).square().sum().backward()
+                with torch.inference_mode(inside):
+                    assert twa.step()
+                    twa.zero_grad(set_to_none=True)
+        weights = model.weight.detach().clone()
+        with torch.inference_mode(inside):
+            assert averages is not None
+            averages.restore()
+        return torch.cat([weights, model.weight.detach()])
+
+    assert torch.equal(trained(inside=True), trained(inside=False))
+
+
+def test_changes_of_what_is_trained_are_refused_or_reported() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    twa = twa_scale.attach(model, [copy.deepcopy(model).state_dict() for _ in range(2)], {"exclude": ["^1[.]"]})
+    model[1].requires_grad_(False)  # not trained
+    model[0].requires_grad_(True)
+    model(torch.ones(3)).sum().backward()
+    with pytest.warns(TwaWarning, match=r"'0\.weight', '0\.bias' required no gradient at attach"):
+        twa.step()
+    model[2].bias.requires_grad_(False)
+    model(torch.ones(3)).sum().backward()
+    with pytest.raises(EngineError, match=r"parameter '2\.bias' requires no gradient any more"):
+        twa.step()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_a_graph_from_before_a_step_is_refused_as_with_optimizers_of_torch(kernels: str) -> None:
+    model = nn.Linear(3, 3)
+    twa = twa_scale.attach(model, [nn.Linear(3, 3).state_dict() for _ in range(2)], {"kernels": kernels})
+    loss = model(model(torch.ones(3))).sum()
+    loss.backward(retain_graph=True)
+    twa.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -12,6 +12,7 @@ from torch import nn
 
 from twa_scale.average.assemble import assemble
 from twa_scale.average.average import TrainableAverage
+from twa_scale.average.closing import in_normal_mode
 from twa_scale.average.layout import Layout, match, require_same_kinds, wanted_of
 from twa_scale.average.load_candidates import load_candidates
 from twa_scale.average.optimizer import check_optimizer, check_settings
@@ -68,6 +69,7 @@ def attach(
     return attach_at_least(2, model, candidates, config, replica_group=replica_group, progress=progress)
 
 
+@in_normal_mode
 def attach_at_least(
     minimum: int,
     model: nn.Module | Engine,

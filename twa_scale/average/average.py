@@ -149,10 +149,11 @@ class TrainableAverage(Stateful):
         self._weights.settle()
 
     @while_open
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients that backward passes have added since the last step.
 
-        It does nothing within a gradient accumulation of the engine.
+        It does nothing within a gradient accumulation of the engine. The argument is that of torch's optimizers, and
+        changes nothing.
         """
         self._step.clear()
 

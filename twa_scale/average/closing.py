@@ -1,14 +1,29 @@
-"""A decorator for methods that raise an error after the object is closed."""
+"""Decorators of public methods: an error after the object is closed, and no inference mode."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
 
 from twa_scale.errors import TwaError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound=Any)
+
+
+def in_normal_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function leave `torch.inference_mode`, whose tensors could not be trained or written afterwards."""
+
+    @wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return outside
 
 
 def while_open(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
@@ -21,6 +36,6 @@ def while_open(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
             raise TwaError(f"{name}: this {type(self).__name__} is closed; attach again.")
         if self.lost:
             raise TwaError(f"{name}: {self.lost}")
-        return method(self, *args, **kwargs)
+        return in_normal_mode(method)(self, *args, **kwargs)
 
     return checked  # type: ignore[return-value]  # mypy wants the first parameter to have the name of the method's

@@ -7,10 +7,13 @@ import torch
 from twa_scale.average.layout import Layout
 from twa_scale.average.rows import RowCorrections
 from twa_scale.base.clock import Clock
+from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.engines.deferred_weights import Combine, DeferredWeights
+from twa_scale.engines.parameters import by_first_name
+from twa_scale.errors import EngineError
 from twa_scale.kernels.torch.deltas import squared_norms
 from twa_scale.store import Store
 
@@ -51,6 +54,9 @@ class Weights:
         self.settle = self._deferred.write_all
         self._written: dict[str, object] = {}
         self._reported = False
+        inside = by_first_name(engine.module, engine.module.named_parameters(remove_duplicate=False))
+        self._parameters = {name: parameter for name, (parameter, _) in inside.items() if name in self._names}
+        self._frozen = {name: parameter for name, (parameter, _) in inside.items() if not parameter.requires_grad}
 
     def watch(self) -> None:
         """Install the hooks that write deferred weights before the engine uses them."""
@@ -77,6 +83,15 @@ class Weights:
             self._engine.publish(self._names)
         self._note(self._names_of_rest if postpone else self._names)
 
+    def count_write(self) -> None:
+        """Count a write of all weights as torch counts its own, which kernels of other libraries do not.
+
+        A backward pass through a graph that was made before the write then is an error, as after a step of an optimizer
+        of torch, and not a gradient of weights that are no more.
+        """
+        for span in self._groups:
+            torch.autograd.graph.increment_version(self._engine.live(span))
+
     def _note(self, names: Collection[str]) -> None:
         """Record the versions of these parameters after a write; `check` compares them at the next step.
 
@@ -98,8 +113,9 @@ class Weights:
         The next write overwrites such changes.
 
         Raises:
-            EngineError: a parameter was replaced by another one.
+            EngineError: a parameter was replaced by another one, or frozen.
         """
+        self._require_same_trained()
         now = self._engine.changed(self._names)
         if self._reported:
             return
@@ -113,6 +129,21 @@ class Weights:
                     "of its average."
                 )
                 return
+
+    def _require_same_trained(self) -> None:
+        """Refuse parameters that were frozen since attach, and report once those that require a gradient only now."""
+        for name, parameter in self._parameters.items():
+            if not parameter.requires_grad:
+                raise EngineError(
+                    f"parameter {name!r} requires no gradient any more, so its part of the gradient is missing, and "
+                    "the step would still change it. Freeze parameters before attach, or name them in `exclude`."
+                )
+        if late := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
+            self._frozen = {}
+            notice(
+                f"{some(late)} required no gradient at attach, so the average does not train it. Set requires_grad "
+                "before attach."
+            )
 
     @torch.no_grad()
     def squared_distance(self, choose: Callable[[], Chosen]) -> torch.Tensor:

@@ -90,6 +90,7 @@ class WrittenCoefficients:
         """
         try:
             self._limits.require_coefficients(self.x)
+            self._weights.count_write()
             self.write(postpone=self._postpone)
             self._limits.require_weights(self._spans)
         except RankError:  # writing again would wait for the same rank

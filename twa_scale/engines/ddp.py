@@ -16,6 +16,7 @@ from twa_scale.engines.parameters import (
     parameter_locations,
     persistent_buffers,
     require_same_parameters,
+    require_separate,
     unmark_attached,
 )
 from twa_scale.engines.private_attributes import require
@@ -35,6 +36,7 @@ class DDPEngine(Engine):
         self.module: nn.Module = model.module
         self._model = model
         parameters, self.parameters = named_parameters(model)
+        require_separate(parameters)
         self._whole, self._locations = parameters, parameter_locations(model)
         self.device = next(iter(parameters.values())).device
         self.shard_group = Group(model.process_group)

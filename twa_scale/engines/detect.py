@@ -16,6 +16,7 @@ from twa_scale.engines.fairscale_fsdp import FairscaleEngine, sharded_by_fairsca
 from twa_scale.engines.fairscale_sharded_ddp import ShardedDDPEngine, is_sharded_ddp
 from twa_scale.engines.fsdp1 import FSDP1Engine
 from twa_scale.engines.fsdp2 import FSDP2Engine
+from twa_scale.engines.parameters import require_usable
 from twa_scale.engines.plain import PlainEngine
 from twa_scale.engines.zero import is_deepspeed, zero_engine
 from twa_scale.errors import EngineError
@@ -54,6 +55,7 @@ def _engine_of(model: object, replica_group: dist.ProcessGroup | None) -> Engine
         return _checked(model, replica_group)
     if not isinstance(model, nn.Module):
         raise EngineError(f"cannot attach to {type(model).__name__}: give {_KNOWN}.")
+    require_usable(model)
     if is_deepspeed(model):
         return zero_engine(model, Group.alone() if replica_group is None else Group(replica_group))
     unwrapped = _uncompiled(model)

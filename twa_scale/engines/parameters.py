@@ -1,10 +1,13 @@
 """Functions that engines share: names, locations and memory of the parameters and buffers of a module."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain, pairwise
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from twa_scale.engines.engine import ParameterInfo
 from twa_scale.engines.module_names import name_unwrapper
@@ -30,6 +33,48 @@ def mark_attached(model: nn.Module) -> None:
 def unmark_attached(model: nn.Module) -> None:
     """Remove the mark of `mark_attached`."""
     setattr(model, _MARK, False)
+
+
+def require_usable(module: nn.Module) -> None:
+    """Check that parameters and buffers have shapes, and can be trained.
+
+    Raises:
+        EngineError: names the first that is uninitialized, or was made in `torch.inference_mode`.
+    """
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise EngineError(
+                f"{name!r} is uninitialized, as lazy modules such as LazyLinear begin: it has no shape yet. Run one "
+                "forward pass before attach."
+            )
+        if tensor.is_inference():
+            raise EngineError(
+                f"{name!r} was made in torch.inference_mode(), so torch does not allow it to change outside of it. "
+                "Make the model outside, or under torch.no_grad()."
+            )
+
+
+def require_separate(parameters: Mapping[str, torch.Tensor]) -> None:
+    """Check that parameters have memory of their own.
+
+    Raises:
+        EngineError: names two that share memory, so that a write to one changes the other.
+    """
+    places: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in parameters.items():
+        if tensor.numel() and not tensor.is_meta:
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            place = places[tensor.device, tensor.untyped_storage().data_ptr()]
+            place.append((start, start + (last + 1) * tensor.itemsize, name))
+    for held in places.values():
+        held.sort()
+        for (_, end, first), (start, _, second) in pairwise(held):
+            if start < end:
+                raise EngineError(
+                    f"parameters {first!r} and {second!r} share memory, but are two parameters, so each would "
+                    "overwrite the other. Tie them by one nn.Parameter that both modules hold, or clone one of them."
+                )
 
 
 def by_first_name(root: nn.Module, named: Iterable[tuple[str, T]]) -> dict[str, tuple[T, tuple[str, ...]]]:

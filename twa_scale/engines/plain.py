@@ -16,6 +16,7 @@ from twa_scale.engines.parameters import (
     parameter_locations,
     persistent_buffers,
     require_same_parameters,
+    require_separate,
 )
 from twa_scale.errors import EngineError
 from twa_scale.ranks import Group
@@ -27,6 +28,7 @@ class PlainEngine(Engine):
     def __init__(self, module: nn.Module, replica_group: Group) -> None:
         self.module = module
         self._parameters, self.parameters = named_parameters(module)
+        require_separate(self._parameters)
         self._locations = parameter_locations(module)
         self.device = next(iter(self._parameters.values())).device
         self.shard_group = Group.alone()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from twa_scale.average.average import TrainableAverage
+from twa_scale.average.closing import in_normal_mode
 from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
 from twa_scale.candidates.carry_over import BASE
@@ -58,6 +59,7 @@ class RunningAverages:
         ConfigError, EngineError: on every rank.
     """
 
+    @in_normal_mode
     def __init__(
         self,
         model: nn.Module | Engine,
@@ -125,6 +127,7 @@ class RunningAverages:
         """Bytes that this rank holds beside its weights; while other weights are shown, a copy of these comes to it."""
         return sum(part.nbytes for part in (self._ema, self._window) if part) + self._showing.nbytes
 
+    @in_normal_mode
     def step(self) -> None:
         """Count a step of the optimizer, and update what is due. Not collective; on a GPU the host does not wait.
 

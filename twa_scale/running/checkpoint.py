@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from twa_scale.average.closing import in_normal_mode
 from twa_scale.base.names import nearest
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
@@ -71,6 +72,7 @@ def _window_state(engine: Engine, window: Window) -> State:
     }
 
 
+@in_normal_mode
 def load(state: object, engine: Engine, ema: Ema | None, window: Window | None) -> int:
     """Take over a state that `check` has passed, and return its step. Not collective."""
     assert isinstance(state, Mapping)

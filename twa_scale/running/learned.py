@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from twa_scale.average.average import TrainableAverage
+from twa_scale.average.closing import in_normal_mode
 from twa_scale.engines import Engine
 from twa_scale.errors import TwaError
 from twa_scale.running.showing import Showing
@@ -33,6 +34,7 @@ class Learned:
         """Whether the average is in the model."""
         return self._average is not None
 
+    @in_normal_mode
     def start(self, make: Callable[[], TrainableAverage], buffers: Mapping[str, torch.Tensor]) -> TrainableAverage:
         """Return the average of `make()`, which writes its weights. After an error on any rank, all are restored.
 
@@ -71,6 +73,7 @@ class Learned:
         if failure is not None:
             raise failure
 
+    @in_normal_mode
     def restore(self) -> None:
         """Close the average and restore the trained weights. Does nothing where there are none to restore.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from twa_scale.candidates.entries import flattened
 from twa_scale.candidates.formats.flat_slices import copy_flat
@@ -34,7 +35,9 @@ class MemoryCandidate:
             raise CandidateError(f"{label}: {error}. Give the state dict of the model alone.") from error
         arrays = {path: Object(_kind(value), Counter()) for path, value in entries.items() if _is_array(value)}
         shapes = {
-            path: () if value.is_nested else tuple(value.shape) for path, value in entries.items() if path not in arrays
+            path: () if value.is_nested or is_lazy(value) else tuple(value.shape)
+            for path, value in entries.items()
+            if path not in arrays
         }
         tensors = {name: entries[path] for name, path in (keys or WeightsKey()).choose(shapes, label, arrays).items()}
         self.label = label
@@ -43,11 +46,11 @@ class MemoryCandidate:
         self.metadata: dict[str, str] = {}
         self.bytes_read = 0
         self.stored_names = unwrapped(tensors, label)
+        for name, raw in self.stored_names.items():
+            _refuse_unreadable(tensors[raw], name, label)
         self._tensors: dict[str, torch.Tensor] = {
             name: tensors[raw].detach() for name, raw in self.stored_names.items()
         }
-        for name, tensor in self._tensors.items():
-            _refuse_unreadable(tensor, name, label)
 
     def names(self) -> list[str]:
         """Return the tensor names without the prefixes of wrappers, sorted."""
@@ -103,7 +106,9 @@ def _memory_key(tensor: torch.Tensor) -> object:
 
 
 def _refuse_unreadable(tensor: torch.Tensor, name: str, label: str) -> None:
-    if isinstance(tensor, DTensor):
+    if is_lazy(tensor):
+        problem = "uninitialized, as lazy modules begin. Run one forward pass of the model before its state_dict()"
+    elif isinstance(tensor, DTensor):
         problem = "a DTensor, which holds only this rank's part. Save it with twa_scale.Snapshots and give the paths"
     elif tensor.is_nested:
         problem = "a nested tensor, whose rows differ in length. Give a dense tensor"
