@@ -81,6 +81,9 @@ def holds(candidate: Candidate, state: Tensors) -> bool:
         ["optimizer_state.a.weight.exp_avg", "a.weight.exp_avg_sq", "momentum_buffer.b.bias"],
         ["state.a.weight.exp_avg", "state.a.weight.step", "state.b.bias.sum", "param_groups.a.weight.lr"],
         ["app.optimizers.0.state.b.bias.square_avg"],
+        ["optim.m.a.weight", "optim.v.a.weight"],
+        ["opt.state.mu.a.weight", "opt.state.nu.a.weight"],
+        ["model_optimizer.adam.mu.b.bias", "adamw.a.weight.mu", "optimizer_1.b.bias.nu"],
     ],
     ids=lambda entries: entries[0],
 )
@@ -99,11 +102,12 @@ def test_what_the_model_has_is_no_entry_of_an_optimizer() -> None:
     assert "optimizer_state.x" in refused([{"optimizer_state.x": torch.ones(2)}])
 
 
-@pytest.mark.parametrize("name", ["optim", "optimizer", "net.optims"])
+@pytest.mark.parametrize("name", ["optim", "optimizer", "net.optims", "opt", "muon"])
 def test_a_module_may_be_called_like_an_optimizer(name: str) -> None:
-    state = weights() | {f"{name}.weight": torch.ones(2), f"{name}.layers.0.bias": torch.ones(2)}
-    candidates, said = opened([state])
-    assert holds(candidates[0], state) and not said
+    for other in (f"{name}.weight", "bias"):
+        state = weights() | {other: torch.ones(2), f"{name}.layers.0.bias": torch.ones(2)}
+        candidates, said = opened([state])
+        assert holds(candidates[0], state) and not said
 
 
 # Other sets

@@ -10,11 +10,17 @@ from twa_scale.candidates.ema_lists import item_name
 
 _MAX_DEPTH = 16
 _MAX_CONTAINERS = 1_000_000
+_MAX_KINDS = 2  # keys between an optimizer and the name of a weight
 _STATE = re.compile(
     r"(optim|optims|opt|optimizer|optimizers)_states?(_dicts?)?"
     r"|(max_)?exp_avg(_sq)?(_row|_col)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta|master_(weights|params)|fp32_params?"
 )
 _OPTIMIZER = re.compile(r"optims?|optimizers?")  # also what somebody may call a module
+_OPTIMIZER_OR_MODULE = re.compile(
+    r"opts?|optims?|optimi[sz]ers?|(optimi[sz]er|optim)_\w+|\w+_(optimi[sz]er|optim)"
+    r"|adamw?|adafactor|adagrad|lamb|lion|muon|rmsprop|sgd|shampoo|soap|sophia"
+)
+"""Further names of optimizers; what is below counts only where it has the names of weights."""
 
 Keys = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -83,7 +89,7 @@ def optimizer_entries(names: Sequence[str]) -> set[str]:
     for name in names:
         parts = name.split(".")
         for i, part in enumerate(parts[:-1]):
-            if _OPTIMIZER.fullmatch(part.lower()) or (i == 0 and part in ("state", "param_groups")):
+            if _OPTIMIZER_OR_MODULE.fullmatch(part.lower()) or (i == 0 and part in ("state", "param_groups")):
                 below[".".join(parts[: i + 1])].append(name)
     for prefix, members in below.items():
         others = weights - set(members)
@@ -100,7 +106,15 @@ def _is_state(path: Keys) -> bool:
 
 
 def _named_in(rest: str, weights: Set[str]) -> bool:
-    """Whether what follows the key of an optimizer is, or begins with, the name of a weight."""
+    """Whether what follows the key of an optimizer is, or begins with, the name of a weight.
+
+    A name with a dot may follow the kind of state, as in `m.` and `state.mu.`; `net.weight` is no state of `weight`.
+    """
     for kind in ("state.", "param_groups."):
         rest = rest.removeprefix(kind)
-    return any(rest[:i] in weights for i, letter in enumerate(f"{rest}.") if letter == ".")
+    parts = rest.split(".")
+    return any(
+        ".".join(parts[first:last]) in weights
+        for first in range(_MAX_KINDS + 1)
+        for last in range(first + (2 if first else 1), len(parts) + 1)
+    )
