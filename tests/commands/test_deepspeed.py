@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from torch import Tensor
 
 from tests import zero
@@ -25,21 +25,6 @@ STEPS = {"steps": 4, "batch_size": 8, "micro_batch_size": 1, "evaluate_batches":
 
 def settings(text: Brought, output: Path, **more: Any) -> dict[str, Any]:
     return {"candidates": text.candidates, "task": text.task, "output": str(output), **STEPS, **more}
-
-
-def start(module: list[str], *words: object) -> None:
-    """Run ranks as processes of their own, as a launcher starts them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *module, "run", *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
-def deepspeed(size: int) -> list[str]:
-    with socket.socket() as free:  # DeepSpeed's launcher has one port for all jobs of a host unless told
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    return ["deepspeed.launcher.runner", f"--num_accelerators={size}", f"--master_port={port}", "--module", "twa_scale"]
 
 
 def close(weights: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -72,20 +57,36 @@ def test_every_stage_ends_where_fsdp2_does(ranks: Pool, text: Brought, tmp_path:
             assert metrics[1][name] == pytest.approx(value, rel=1e-5 if precision == "float32" else 2e-2)
 
 
-@pytest.mark.slow
-def test_one_json_under_the_launcher_of_deepspeed(text: Brought, tmp_path: Path) -> None:
-    """Blocks of ordinary training may stay in it; --local_rank is what the launcher adds."""
-    path = tmp_path / "ds.json"
+def write_json(path: Path, twa: dict[str, Any]) -> Path:
+    """Blocks of ordinary training may stay in it."""
     ordinary = {
         "optimizer": {"type": "Adam", "params": {"lr": 1e-4}},
         "scheduler": {"type": "WarmupLR", "params": {}},
         "train_batch_size": "auto",
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
     }
-    path.write_text(json.dumps({"twa": settings(text, tmp_path / "run"), **ordinary}))
-    start(deepspeed(2), "--deepspeed", "--deepspeed_config", path, "steps=2")
+    path.write_text(json.dumps({"twa": twa, **ordinary}))
+    return path
+
+
+def test_what_the_launcher_of_deepspeed_adds_is_ignored(text: Brought, tmp_path: Path, shell: Any) -> None:
+    path = write_json(tmp_path / "ds.json", settings(text, tmp_path / "run"))
+    words = ("run", "--print-config", "--deepspeed", "--deepspeed_config", path, "steps=2")
+    said = shell("--local_rank=1", *words)
+    config = validated(RunConfig, yaml.safe_load(said.out))
+    assert said.code == 0 and config.steps == 2 and config.engine == "zero3" and config.candidates == text.candidates
+
+
+@pytest.mark.slow
+def test_one_json_under_the_launcher_of_deepspeed(text: Brought, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "ds.json", settings(text, tmp_path / "run"))
+    command = ["launch/deepspeed.sh", "--deepspeed", "--deepspeed_config", str(path), "steps=2"]
+    variables = {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["ranks"] == 2
+    assert not list((tmp_path / "run").glob(".*"))
     weights = load(tmp_path / "run" / "average")
     for name, value in by_hand(text.candidates, tmp_path / "run").items():
         assert (weights[name].double() - value).norm() <= 1e-5 * value.norm(), name
