@@ -46,7 +46,10 @@ def test_replicas_equal_one_process_on_all_data(results: Any, config: str) -> No
 
 
 def test_sharded_model_reduces_over_mpi(results: Any) -> None:
-    for name in {1: [], 2: ["block"], 4: ["block", PODS]}[len(results["methods"])]:
+    size = len(results["methods"])
+    if size == 1:
+        pytest.skip("one rank holds all shards")
+    for name in {2: ["block"], 4: ["block", PODS]}[size]:
         require_equal(results["sharded"], name, "block")
 
 
@@ -56,7 +59,9 @@ def test_error_of_one_rank_is_raised_on_all(results: Any) -> None:
 
 
 def test_torch_reductions_need_a_process_group(results: Any) -> None:
-    for result in results.get("wants_gloo", []):
+    if len(results["methods"]) == 1:
+        pytest.skip("one rank reduces nothing")
+    for result in results["wants_gloo"]:
         assert "'gloo' needs a torch process group" in result["error"]
 
 

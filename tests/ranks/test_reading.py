@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
 from tests import flattened, models
-from tests.grid import grid
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -82,21 +81,26 @@ def test_each_byte_is_read_by_one_rank_of_a_shard_group_once(
         assert total <= sum(kernel) <= 1.02 * total + size * 100_000
 
 
-def attach_judged(engine: str, paths: Any) -> dict[str, Tensor]:
+def attach_judged(engine: str, paths: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights and the buffers."""
     model, _ = cases.attach(engine, Run({}), paths)
-    return cases.gathered(model)
+    buffers = {flattened.plain(name): value.clone() for name, value in model.named_buffers()}
+    return cases.gathered(model), buffers
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_attach_writes_the_mean_over_what_the_model_had(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
-    """Files hold the tied tensor once, a glob finds them, frozen tensors are averaged too."""
+    """Files hold the tied tensor once, a glob finds them, frozen tensors are averaged too; integers are the last."""
     states = models.candidates()
     save(tmp_path, states)
-    for weights in ranks(attach_judged, size, engine=engine, paths=str(tmp_path / "step-*.safetensors")):
+    for weights, buffers in ranks(attach_judged, size, engine=engine, paths=str(tmp_path / "step-*.safetensors")):
         for name, value in weights.items():
             mean = torch.stack([state[name].double() for state in states]).mean(0)
             torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-7)
+        var, count = "stem.norm.running_var", "stem.norm.num_batches_tracked"
+        torch.testing.assert_close(buffers[var], torch.stack([state[var] for state in states]).mean(0))
+        assert torch.equal(buffers[count], states[-1][count])
 
 
 def attach_cast(engine: str, dtype: torch.dtype, states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -122,20 +126,6 @@ def test_candidates_may_be_bfloat16_and_saved_from_a_wrapper(ranks: Pool, engine
         for name, value in weights.items():
             mean = torch.stack([state[f"module.{name}"].double() for state in states]).mean(0)
             torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-7)
-
-
-def attached_buffers(engine: str, paths: list[Path]) -> dict[str, Tensor]:
-    model, _ = cases.attach(engine, Run({}), paths)
-    return {flattened.plain(name): value.clone() for name, value in model.named_buffers()}
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_buffers_are_averaged_and_integers_are_the_last(ranks: Pool, tmp_path: Path, engine: str) -> None:
-    states = models.candidates()
-    for buffers in ranks(attached_buffers, 2, engine=engine, paths=save(tmp_path, states)):
-        var, count = "stem.norm.running_var", "stem.norm.num_batches_tracked"
-        torch.testing.assert_close(buffers[var], torch.stack([state[var] for state in states]).mean(0))
-        assert torch.equal(buffers[count], states[-1][count])
 
 
 def damage(kind: str, paths: list[Path]) -> tuple[list[Path], list[str]]:
@@ -184,23 +174,37 @@ def damage(kind: str, paths: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 KINDS = ["nan", "inf", "missing", "extra", "shape", "dtype", "truncated", "garbage", "none", "one", "gone"]
+KINDS += ["all-renamed", "all-wider", "all-missing"]
 
 
-PLACES = [("plain", 1), ("plain", 2), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)]
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Path], list[str]]]:
+    """Candidates that are spoiled in each way, and what the message has to name."""
+    return {kind: damage(kind, save(tmp_path_factory.mktemp(kind), models.candidates())) for kind in KINDS}
 
 
-@pytest.mark.parametrize(
-    ("kind", "engine", "size"),
-    grid((kind, *place) for kind in [*KINDS, "all-renamed", "all-wider", "all-missing"] for place in PLACES),
-)
+def refusals(engine: str, runs: list[tuple[dict[str, Any], Any]]) -> list[tuple[str, str]]:
+    """Return the class and the message of the error of attaching with each configuration and candidates."""
+    found = []
+    for config, paths in runs:
+        try:
+            cases.attach(engine, Run(config), paths)
+        except TwaError as error:
+            found.append((type(error).__name__, str(error)))
+        else:
+            found.append(("", "is not refused"))
+    return found
+
+
+@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("plain", 2), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
 def test_a_bad_candidate_is_the_same_error_on_every_rank(
-    ranks: Pool, tmp_path: Path, kind: str, engine: str, size: int
+    ranks: Pool, damaged: dict[str, tuple[list[Path], list[str]]], engine: str, size: int
 ) -> None:
-    paths, names = damage(kind, save(tmp_path, models.candidates()))
-    error = ranks.error(attach_judged, size, engine=engine, paths=paths)
-    assert isinstance(error, CandidateError), repr(error)
-    for name in names:
-        assert name in str(error), str(error)
+    by_rank = ranks(refusals, size, engine=engine, runs=[({}, paths) for paths, _ in damaged.values()])
+    assert all(found == by_rank[0] for found in by_rank), by_rank
+    for (kind, (_, names)), (error, said) in zip(damaged.items(), by_rank[0], strict=True):
+        assert error == "CandidateError", f"{kind}: {error} {said}"
+        assert all(name in said for name in names), f"{kind}: {said}"
 
 
 def attach_where_one_rank_sees_no_file(engine: str, paths: list[Path]) -> None:
@@ -215,13 +219,8 @@ def test_what_only_one_rank_cannot_read_stops_all(ranks: Pool, tmp_path: Path, e
     assert isinstance(error, CandidateError) and "elsewhere" in str(error)
 
 
-def attach_wrong_config(engine: str, config: dict[str, Any]) -> None:
-    cases.attach(engine, Run(config))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
+def test_a_wrong_setting_is_a_config_error_on_every_rank(ranks: Pool) -> None:
+    configs: list[dict[str, Any]] = [
         {"bassis": "pca"},
         {"basis": "pcaa"},
         {"center": 7},
@@ -235,11 +234,11 @@ def attach_wrong_config(engine: str, config: dict[str, Any]) -> None:
         {"start": -9},
         {"basis": "simplex", "start": "last"},
         {"groups": ["("]},
-    ],
-    ids=str,
-)
-def test_a_wrong_setting_is_a_config_error_on_every_rank(ranks: Pool, config: dict[str, Any]) -> None:
-    assert isinstance(ranks.error(attach_wrong_config, 2, engine="fsdp2", config=config), twa_scale.ConfigError)
+    ]
+    first, second = ranks(refusals, 2, engine="fsdp2", runs=[(config, None) for config in configs])
+    assert first == second
+    for config, (error, said) in zip(configs, first, strict=True):
+        assert error == "ConfigError", f"{config}: {error} {said}"
 
 
 def train_with_twins(engine: str, basis: str, paths: list[Path]) -> tuple[list[str], bool]:
