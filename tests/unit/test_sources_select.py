@@ -218,6 +218,12 @@ FLOAT8 = torch.zeros(4, 3).to(torch.float8_e4m3fn)
         ({"a.experts_blocks": BYTES, "a.experts_scales": BYTES}, "uint8 codes"),
         ({"a._weight_qdata": INTS.to(torch.int8), "a._weight_scale": SCALE}, "int8 codes"),
         ({"a.weight": INTS.to(torch.int8)}, "codes of type int8"),
+        ({"a.weight": INTS.to(torch.uint32), "a.scales": SCALE, "a.biases": SCALE}, "uint32 codes"),
+        ({"a.qweight": INTS, "a.lookup_table": torch.ones(4, 2)}, "SqueezeLLM"),
+        ({"a.B": INTS, "a.s": SCALE}, "Marlin"),
+        ({"a.trellis": INTS.to(torch.int16), "a.suh": SCALE}, "EXL3"),
+        ({"a.Qidxs": INTS.long(), "a.SU": SCALE}, "QuIP#"),
+        ({"a.res_indices": INTS.to(torch.int16), "a.res_centroids.weight": torch.ones(2, 2)}, "VPTQ"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

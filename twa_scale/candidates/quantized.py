@@ -13,7 +13,8 @@ from twa_scale.candidates.model_config import settings_of
 from twa_scale.errors import CandidateError
 
 _FLOAT8 = frozenset(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
-_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32})  # no library packs codes into 64 bits
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32})
+_LONG = frozenset({torch.int64, torch.uint64})
 _CODES = re.compile(r"weight|codes|qdata|packed|quant|blocks|W_q|^_data$", re.IGNORECASE)
 _SCALES = re.compile(r"scale|absmax|zero|scb|quant|codebook", re.IGNORECASE)
 _SCALES_ALONE = re.compile(
@@ -32,6 +33,8 @@ class _Method(NamedTuple):
     name: str
     codes: str
     beside: str
+    packs_long: bool = False
+    """Whether codes may be packed into 64 bits, which are indices or counters otherwise."""
 
 
 _METHODS = (
@@ -39,7 +42,13 @@ _METHODS = (
     _Method("bitsandbytes, 8 bits", r"weight", r"(weight\.)?SCB"),
     _Method("GPTQ", r"qweight", r"g_idx"),
     _Method("AWQ or GPTQ", r"qweight", r"qzeros"),
+    _Method("SqueezeLLM", r"qweight", r"lookup_table"),
+    _Method("Marlin", r"B(_24|_meta)?", r"s"),
     _Method("EXL2", r"q_weight", r"q_scale"),
+    _Method("EXL3", r"trellis", r"su|suh|sv|svh"),
+    _Method("QuIP#", r"Qidxs\w*", r"SU|SV", packs_long=True),
+    _Method("SpQR", r"dense_weights", r"row_offsets|col_vals", packs_long=True),
+    _Method("VPTQ", r"(\w+_)?indices", r"(\w+_)?centroids\.weight"),
     _Method("HQQ", r"W_q", r"(scale|zero|meta)"),
     _Method("AQLM", r"codes", r"codebooks"),
     _Method("compressed-tensors", r"weight_packed", r"weight_(scale|shape|zero_point)"),
@@ -76,23 +85,23 @@ def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = (), known: Co
 def _quantization(candidate: Candidate, name: str, beside: Mapping[str, Sequence[str]]) -> str | None:
     """Return why a tensor is taken for codes, or None if it is not."""
     dtype = candidate.dtype(name)
-    if dtype not in _FLOAT8 and dtype not in _INTEGERS:
+    if dtype not in _FLOAT8 and dtype not in _INTEGERS and dtype not in _LONG:
         return None
     module, _, last = name.rpartition(".")
     prefix = f"{module}." if module else ""
     near = {other.removeprefix(prefix): other for other in (*beside[module], *_below(beside, name))}
     kind = str(dtype).removeprefix("torch.")
     for method in _METHODS:
-        if re.fullmatch(method.codes, last):
+        if re.fullmatch(method.codes, last) and (method.packs_long or dtype not in _LONG):
             other = next((full for short, full in near.items() if re.fullmatch(method.beside, short)), None)
             if other:
                 return f"{method.name}: {kind} beside {other!r}"
-    if _CODES.search(last) and (dtype in _FLOAT8 or len(candidate.shape(name)) > 1):
+    if dtype not in _LONG and _CODES.search(last) and (dtype in _FLOAT8 or len(candidate.shape(name)) > 1):
         stem = _ENDS_OF_CODES.sub("", last)
         other = next((full for short, full in near.items() if full != name and _scales(short, stem)), None)
         if other:
             return f"{kind} codes beside {other!r}"
-        if dtype not in _FLOAT8 and last == "weight":
+        if dtype not in _FLOAT8 and last in ("weight", "qweight"):
             return f"codes of type {kind}"
     return None
 
@@ -110,6 +119,8 @@ def _by_module(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _below(beside: Mapping[str, Sequence[str]], name: str) -> Iterator[str]:
-    """Yield tensors whose names begin with this one, such as `weight.absmax` and `weight.quant_state.x`."""
-    for module in (name, f"{name}.quant_state"):
-        yield from beside.get(module, ())
+    """Yield tensors below this one, such as `weight.absmax` and `weight.quant_state.x`, and centroids beside it."""
+    module, _, last = name.rpartition(".")
+    kind = last.removesuffix("indices")
+    for inner in (name, f"{name}.quant_state", f"{module}.{kind}centroids"):
+        yield from beside.get(inner, ())
