@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.pool import Pool
 from tests.sums import averaged
+from twa_scale.base.notices import TwaWarning
 from twa_scale.candidates import open_candidates
 from twa_scale.candidates.carry_over import CarriedFiles
 from twa_scale.errors import CandidateError, OutputError, StateError
 from twa_scale.kernels.torch.checksum import checksum
-from twa_scale.merge import Checksums, Combination, merge
+from twa_scale.merge import Checksums, Combination, average_fixed, merge
 from twa_scale.merge import streamed as merging
 from twa_scale.output.options import OutputOptions
 from twa_scale.ranks import Group
@@ -158,8 +159,17 @@ def test_values_that_are_not_finite(ranks: Pool, tmp_path: Path, size: int, valu
 def test_copies_refuse_nan_only(tmp_path: Path) -> None:
     work(spoil(tmp_path / "inf", float("-inf"), "bias"), tmp_path / "out", 16)
     assert load_file(tmp_path / "out/model.safetensors")["bias"][-1] == float("-inf")
-    with pytest.raises(CandidateError, match="'bias' holds NaN"):
+    with pytest.raises(CandidateError, match=r"'bias' holds nan at element .* Leave this candidate out"):
         work(spoil(tmp_path / "nan", float("nan"), "bias"), tmp_path / "out2", 16)
+
+
+def test_a_copy_of_a_candidate_is_reported(tmp_path: Path) -> None:
+    for i, value in enumerate((1.0, 2.0, 2.0)):
+        (tmp_path / f"step-{i}").mkdir()
+        save_file({"w": torch.full((3,), value)}, tmp_path / f"step-{i}/model.safetensors")
+    with pytest.warns(TwaWarning, match=r"step-1 and .*step-2 have the same checksum in every tensor") as caught:
+        average_fixed([f"{tmp_path}/step-*"], tmp_path / "out")
+    assert len(caught) == 1
 
 
 def refuse(checksums: Checksums) -> None:

@@ -11,6 +11,7 @@ import torch
 from twa_scale.base.spans import Span
 from twa_scale.base.urls import is_url
 from twa_scale.candidates import Candidate
+from twa_scale.errors import CandidateError
 from twa_scale.kernels import Sources
 from twa_scale.kernels.packed_rows import BLOCKS
 
@@ -58,6 +59,20 @@ class Part:
     def element(self, i: int) -> int:
         """Return the index of the i-th element in the flattened tensor."""
         return self.span.element(self.start + i)
+
+    def not_finite(self, i: int, wrong: torch.Tensor, labels: Sequence[str]) -> CandidateError:
+        """Return the error that names the first element of source `i` for which `wrong`, (m,) bool, is true."""
+        at = int(wrong.nonzero()[0, 0])
+        in_all = len(self.sources) > 1 and not any(bool(torch.isfinite(source[at].double())) for source in self.sources)
+        fix = (
+            "No candidate has a number there: leave the tensor out, with `ignore` (--ignore)"
+            if in_all
+            else "Leave this candidate out"
+        )
+        return CandidateError(
+            f"{labels[self.who[i]]}: tensor {self.span.name!r} holds {self.sources[i][at].item()} at element "
+            f"{self.element(at)}; weights must be finite. {fix}."
+        )
 
     def mask(self) -> torch.Tensor | None:
         """Return where all candidates have the same infinite value, as in a mask: (m,), bool.

@@ -193,8 +193,4 @@ class Stream:
         )
 
     def _bad(self, part: Part, i: int, wrong: torch.Tensor) -> CandidateError:
-        at = int(wrong.nonzero()[0, 0])
-        return CandidateError(
-            f"{self._candidates[i].label}: tensor {part.span.name!r} holds {part.sources[i][at].item()} at element "
-            f"{part.element(at)}; weights must be finite. Leave this candidate out."
-        )
+        return part.not_finite(i, wrong, [candidate.label for candidate in self._candidates])

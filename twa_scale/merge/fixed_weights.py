@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import combinations
 from math import isfinite
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from twa_scale.candidates import Candidate, asked_for, open_together
 from twa_scale.candidates.adapters import Truncated, ranks_of
 from twa_scale.candidates.buffers import Source, buffer_source, is_statistic, spectral_vectors
 from twa_scale.candidates.carry_over import carried_files
+from twa_scale.candidates.find import same_files
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.config import (
     Center,
@@ -23,7 +25,7 @@ from twa_scale.config import (
 from twa_scale.errors import ConfigError
 from twa_scale.merge.combination import Combination
 from twa_scale.merge.low_rank import truncated, truncation_line
-from twa_scale.merge.streamed import merge
+from twa_scale.merge.streamed import Checksums, merge
 from twa_scale.merge.ties import require_equal_ties
 from twa_scale.output.options import OutputOptions, parse_dtype
 from twa_scale.output.provenance import provenance
@@ -106,7 +108,7 @@ def average_fixed(
         opened = [*opened[:-1], low] if low else opened
         carried = carried_files(opened, files=group.rank == 0, code=carry_code)
     labels = [candidate.label for candidate in opened]
-    merge(
+    checksums = merge(
         opened,
         out,
         combination,
@@ -119,11 +121,22 @@ def average_fixed(
         progress=progress,
         verify=lambda checksums: require_equal_ties(opened, checksums),
     )
+    if group.rank == 0:
+        _report_equals(labels, checksums)
     if low and rank:
         line = truncation_line(low, rank, group)
         if group.rank == 0:
             notice(line)
     return list(zip(labels, fixed, strict=True))
+
+
+def _report_equals(labels: Sequence[str], checksums: Checksums) -> None:
+    """Report candidates in which every tensor has the same checksum, such as a directory and its copy."""
+    for (first, of_first), (second, of_second) in combinations(zip(labels, checksums, strict=True), 2):
+        if of_first and of_first == of_second and not same_files(first, second):
+            notice(
+                f"candidates {first} and {second} have the same checksum in every tensor: the same weights count twice."
+            )
 
 
 def _combination(

@@ -334,12 +334,7 @@ class _Merger:
         )
 
     def _not_finite(self, part: Part, i: int, wrong: torch.Tensor) -> CandidateError:
-        """Return the error that names the first element of candidate `i` for which `wrong` is true."""
-        at = int(wrong.nonzero()[0, 0])
-        return CandidateError(
-            f"{self.candidates[part.who[i]].label}: tensor {part.span.name!r} holds NaN or Inf at element "
-            f"{part.element(at)}; weights must be finite. Leave this candidate out."
-        )
+        return part.not_finite(i, wrong, [candidate.label for candidate in self.candidates])
 
 
 def _total(parts: Sequence[Checksums]) -> Checksums:
