@@ -58,23 +58,22 @@ class TileEmitter(Emitter):
         self.zeros = [int(-2 * zero_of(self.bits)) * place for place in places]
         self.shares = [(0.5 if self.even else 1.0) / place for place in places]
 
-    def parts(self) -> Iterator[tuple[list[int], Any]]:
-        """Yield up to four fields, and the index of 64 words in a block, for which to emit instructions.
+    def parts(self, size: int) -> Iterator[tuple[list[int], Any]]:
+        """Yield up to four fields, and the index of `size` words in a block, for which to emit instructions.
 
         The loop over words runs at run time, to keep the machine code short. The fields are constants, so that their
         masks are, too.
         """
-        together = min(2, self.in_byte)
-        for k in range(0, self.in_byte, together):
-            with cgutils.for_range(self.build, self.at(self.block // (2 * WIDE))) as words:
-                fields = [side + k + i for side in (0, self.in_byte) for i in range(together)]
-                yield fields, self.times(words.index, 2 * WIDE)
+        for k in range(0, self.fields, 4):
+            fields = list(range(k, min(k + 4, self.fields)))
+            with cgutils.for_range(self.build, self.at(self.block // size)) as words:
+                yield fields, self.times(words.index, size)
 
     def codes(self, words: Any, fields: Sequence[int]) -> list[Any]:
         """Return the codes of some fields, which keep their position in a byte."""
-        masks = [splat((1 << self.bits) - 1 << self.bits * k, WIDE) for k in fields if k < self.in_byte]
-        high = self.build.lshr(words, splat(8, WIDE))
-        return [self.build.and_(part, mask) for part in (words, high) for mask in masks]
+        sides = words, self.build.lshr(words, splat(8, WIDE))
+        masks = [splat((1 << self.bits) - 1 << self.bits * k, WIDE) for k in range(self.in_byte)]
+        return [self.build.and_(sides[k // self.in_byte], masks[k % self.in_byte]) for k in fields]
 
     def integers(self, values: Any, inverses: Any) -> Any:
         """Return values * inverses as 16-bit integers in the low halves of 16 lanes."""
@@ -159,20 +158,21 @@ def _add_dots(v: TileEmitter, *, apart: bool) -> None:
     with cgutils.for_range(v.build, v["chunks"]) as chunk:
         start = v.times(chunk.index, LANES)
         v.store("factors", start, v.build.fmul(v.floats("scales", start), units))
-    for fields, s in v.parts():
+    vectors = range(v.block // WIDE)
+    for fields, s in v.parts(v.block):
         places = [v.at(s, k * v.block) for k in fields]
-        integers = [[v.load("integers", v.at(place, c), WIDE) for c in (0, WIDE)] for place in places]
+        integers = [[v.load("integers", v.at(place, c * WIDE), WIDE) for c in vectors] for place in places]
         firsts = []
         for k, some in zip(fields, integers, strict=True):
             first = splat(0)
-            for c in (0, 1):
+            for c in vectors:
                 first = v.add_products(first, some[c], splat(v.zeros[k], WIDE))
             firsts.append(v.build.ashr(first, splat(1)))
         starts = [v.element("places", k) for k in fields] if apart else [0]
         together = len(fields) // len(starts)  # the number of fields that are added to the same lanes
         with cgutils.for_range(v.build, v["n"]) as row:
             sums = firsts
-            for c in (0, 1):
+            for c in vectors:
                 words = v.load("words", v.at(v["at"], v.times(row.index, v.block), s, c * WIDE), WIDE)
                 codes = v.codes(words, fields)
                 sums = [v.add_products(x, code, some[c]) for x, code, some in zip(sums, codes, integers, strict=True)]
@@ -234,7 +234,7 @@ def sum_rows(typing, bits, total, words, at, n, pairs, firsts, units):  # type: 
 def _sum_rows(v: TileEmitter) -> None:
     b = v.build
     last = b.sub(v["n"], v.at(1))
-    for fields, s in v.parts():
+    for fields, s in v.parts(2 * WIDE):
         firsts = [v.broadcast_element("firsts", k) for k in fields]
         sums = {(c, f, side): v.variable(first) for c in (0, WIDE) for f, first in enumerate(firsts) for side in (0, 1)}
         with cgutils.for_range(b, b.lshr(v.at(v["n"], 1), v.at(1))) as pair:
