@@ -11,6 +11,7 @@ import pytest
 
 from tests.sparse import sparse
 from twa_scale.ranks import exit_on_signals
+from twa_scale.ranks.process_exit import SignalExit
 
 MEBI = 1 << 20
 
@@ -29,9 +30,7 @@ def start_writing(command: list[str], out: Path) -> "subprocess.Popen[bytes]":
     return process
 
 
-@pytest.mark.parametrize(
-    ("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
-)
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_signal_leaves_no_files(tmp_path: Path, number: int, ranks: int) -> None:
     candidates = [sparse(tmp_path / f"candidates/{i}.safetensors", 256 * MEBI) for i in range(2)]
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
@@ -44,6 +43,22 @@ def test_signal_leaves_no_files(tmp_path: Path, number: int, ranks: int) -> None
     assert f"stopped by {signal.Signals(number).name}".encode() in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates"]
     assert process.returncode == (128 + number if ranks == 1 else 1)  # torchrun's own
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_each_signal_ends_a_block_once(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    cleaned = False
+    try:
+        with pytest.raises(SignalExit) as ended, exit_on_signals():
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                os.kill(os.getpid(), number)
+                cleaned = True
+    finally:
+        signal.signal(number, before)
+    assert cleaned and ended.value.code == 128 + number and ended.value.signal == number.name
 
 
 def test_ignored_signals_stay_ignored() -> None:
