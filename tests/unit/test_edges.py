@@ -283,3 +283,42 @@ def test_a_graph_from_before_a_step_is_refused_as_with_optimizers_of_torch(kerne
     twa.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_module_that_was_replaced_is_refused_and_one_that_was_wrapped_is_not() -> None:
+    net: Any = model()
+    twa = twa_scale.attach(net, candidates(), SGD)
+    net[0] = nn.Sequential(net[0])
+    backward(net)
+    assert twa.step()
+    net[2] = nn.Linear(8, 3)
+    backward(net)
+    with pytest.raises(EngineError, match=r"parameter '2\.weight' was replaced"):
+        twa.step()
+
+
+def test_sparse_gradients_are_those_of_dense_ones() -> None:
+    def trained(sparse: bool) -> Tensor:
+        torch.manual_seed(0)
+        states = [nn.Embedding(5, 3).state_dict() for _ in range(3)]
+        net: Any = nn.Embedding(5, 3, sparse=sparse)
+        twa = twa_scale.attach(net, states, SGD)
+        net(torch.tensor([1, 1, 3])).square().sum().backward()
+        twa.step()
+        return twa.coefficients
+
+    assert torch.equal(trained(sparse=True), trained(sparse=False))
+
+
+def test_a_default_device_of_the_user_does_not_count() -> None:
+    net, states = model(), candidates()
+    want = after_one_step(model())
+    with torch.device("meta"):
+        twa = twa_scale.attach(net, states, SGD)
+        twa.zero_grad()
+    backward(net)
+    with torch.device("meta"):
+        twa.step()
+        twa.load_state_dict(twa.state_dict())
+        coefficients = twa.coefficients
+    assert torch.equal(coefficients, want)

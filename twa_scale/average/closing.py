@@ -1,6 +1,7 @@
 """Decorators of public methods: an error after the object is closed, and no inference mode."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -14,13 +15,18 @@ S = TypeVar("S", bound=Any)
 
 
 def in_normal_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function leave `torch.inference_mode`, whose tensors could not be trained or written afterwards."""
+    """Make a function leave `torch.inference_mode`, whose tensors could not be trained or written afterwards.
+
+    It also leaves a default device of the user (`torch.set_default_device`): small tensors are made on the CPU.
+    """
 
     @wraps(function)
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False):
+        with ExitStack() as modes:
+            if torch.is_inference_mode_enabled():
+                modes.enter_context(torch.inference_mode(False))
+            if torch.get_default_device().type != "cpu":
+                modes.enter_context(torch.device("cpu"))
             return function(*args, **kwargs)
 
     return outside

@@ -12,7 +12,7 @@ from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.engines.deferred_weights import Combine, DeferredWeights
-from twa_scale.engines.parameters import by_first_name
+from twa_scale.engines.parameters import by_first_name, was_replaced
 from twa_scale.errors import EngineError
 from twa_scale.kernels.torch.deltas import squared_norms
 from twa_scale.store import Store
@@ -56,6 +56,7 @@ class Weights:
         self._reported = False
         inside = by_first_name(engine.module, engine.module.named_parameters(remove_duplicate=False))
         self._parameters = {name: parameter for name, (parameter, _) in inside.items() if name in self._names}
+        self._modules = [(m, key, child) for m in engine.module.modules() for key, child in m._modules.items()]
         self._frozen = {name: parameter for name, (parameter, _) in inside.items() if not parameter.requires_grad}
 
     def watch(self) -> None:
@@ -131,7 +132,15 @@ class Weights:
                 return
 
     def _require_same_trained(self) -> None:
-        """Refuse parameters that were frozen since attach, and report once those that require a gradient only now."""
+        """Refuse parameters that were frozen since attach, and report once those that require a gradient only now.
+
+        Raises:
+            EngineError: also if a module was replaced, so that a parameter is not in the model any more.
+        """
+        if any(module._modules.get(key) is not child for module, key, child in self._modules):
+            held = {id(parameter) for parameter in self._engine.module.parameters()}
+            if gone := [name for name, parameter in self._parameters.items() if id(parameter) not in held]:
+                raise was_replaced(gone[0])
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 raise EngineError(

@@ -157,8 +157,9 @@ def require_same_parameters(
 def was_replaced(name: str) -> EngineError:
     """Return the error for a parameter whose memory the model no longer uses."""
     return EngineError(
-        f"parameter {name!r} was replaced since attach (load_state_dict(assign=True), or .to(dtype), perhaps), so the "
-        "average would write to memory that the model no longer uses. Change the model before attach, or attach again."
+        f"parameter {name!r} was replaced since attach (load_state_dict(assign=True), .to(dtype), or another module, "
+        "perhaps), so the average would write to memory that the model no longer uses. Change the model before "
+        "attach, or attach again."
     )
 
 
@@ -179,6 +180,11 @@ def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
             if buffer is not None and key not in child._non_persistent_buffers_set:
                 buffers[unwrap(f"{prefix}.{key}" if prefix else key)] = buffer
     return buffers
+
+
+def flat_gradient(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gradient as a dense 1-D tensor; those of `nn.Embedding(sparse=True)` are sparse."""
+    return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)
 
 
 def flat_view(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from twa_scale.base.spans import Span, whole
 from twa_scale.engines.engine import Consume, Engine
 from twa_scale.engines.parameters import (
     ALREADY_ATTACHED,
+    flat_gradient,
     flat_view,
     memory_version,
     named_parameters,
@@ -65,7 +66,7 @@ class PlainEngine(Engine):
         def take(parameter: torch.Tensor, span: Span) -> None:
             if parameter.grad is None:
                 raise EngineError(ALREADY_ATTACHED)
-            consume(span, parameter.grad.reshape(-1))
+            consume(span, flat_gradient(parameter.grad))
             parameter.grad = None
 
         for span in self.spans():
@@ -80,7 +81,7 @@ class PlainEngine(Engine):
         for span in self.spans():
             parameter = self._parameters[span.name]
             if parameter.grad is not None and parameter.requires_grad:
-                self._consume(span, parameter.grad.reshape(-1))
+                self._consume(span, flat_gradient(parameter.grad))
                 parameter.grad = None
 
     def forget(self) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from twa_scale.base.spans import Span, share
 from twa_scale.engines.engine import Consume
-from twa_scale.engines.parameters import flat_view, memory_version
+from twa_scale.engines.parameters import flat_gradient, flat_view, memory_version
 from twa_scale.ranks import Group
 
 _BUCKET = 1 << 23  # elements per all-gather: large enough to hide latency, small compared with the model
@@ -72,16 +72,16 @@ class ReplicatedParameters:
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 continue
-            gradient = parameter.grad
+            gradient = None if parameter.grad is None else flat_gradient(parameter.grad)
             if not averaged:
                 missing = gradient is None
-                gradient = torch.zeros_like(parameter) if gradient is None else gradient
+                gradient = torch.zeros_like(parameter).reshape(-1) if gradient is None else gradient
                 self._group.sum_(gradient).div_(self._group.size)
                 if missing and not gradient.any():  # no rank had a gradient
                     continue
             if gradient is not None:
                 start, stop = self._part(name, self._group.rank)
-                consume(Span(name, start, stop), gradient.reshape(-1)[start:stop])
+                consume(Span(name, start, stop), gradient[start:stop])
             parameter.grad = None
 
     def forget(self) -> None:
