@@ -87,4 +87,5 @@ def average(
         )
     for label, weight in weight_of:
         echo(f"{weight:10.6f}  {label}")
-    echo(f"wrote the average of {len(weight_of)} candidates to {output.out}")
+    number = f"{len(weight_of)} candidates" if len(weight_of) > 1 else "1 candidate"
+    echo(f"wrote the average of {number} to {output.out}")

@@ -42,9 +42,10 @@ def run_engine(config: RunConfig, world: World) -> RunEngine:
     """
     pods = config.pods
     if world.size % pods:
+        number = f"{world.size} ranks" if world.size > 1 else "1 rank"
         raise ConfigError(
-            f"pods: {world.size} ranks cannot be cut into {pods} equal pods; start a multiple of {pods} ranks, or set "
-            f"pods to a divisor of {world.size}."
+            f"pods: {number} cannot be cut into {pods} equal pods; start a multiple of {pods} ranks, or set pods to a "
+            f"divisor of {world.size}."
         )
     if config.engine == "auto":
         name: EngineName = "fsdp2" if world.size > pods else "plain"
