@@ -69,7 +69,9 @@ def test_exported_step(scores: Brought, tmp_path: Path, shell: Any, keep: str) -
     assert measured_by_hand(scores, exported) == pytest.approx(losses[step], rel=1e-5)
     told = json.loads((tmp_path / "out/average/twa_scale.json").read_text())["coefficients"]
     assert told == load_state(tmp_path / "out").exported.coefficients.tolist()
-    assert "No step was better than the start on held-out data. Try a lower optimizer.lr" in " ".join(said.err.split())
+    assert "No step was better than the start on the validation split. Try a lower optimizer.lr" in " ".join(
+        said.err.split()
+    )
     assert f"exported: step {step}" in said.err and f"exported, step {step}" in said.err
     said = shell("export", tmp_path / "out", "--out", tmp_path / "merged")
     assert said.code == 0 and f"coefficients of step {step}" in said.out
@@ -104,21 +106,22 @@ def test_corrections_of_rows_are_kept_and_exported(scores: Brought, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("training_loss", "best", "said"),
+    ("training_loss", "held_out", "best", "said"),
     [
-        (0.44, 0, "1.7, and on the train split 0.44: the candidates have memorized"),
-        (1.6, 0, "Try a lower optimizer.lr"),
-        (None, 0, "Try a lower optimizer.lr"),  # the first steps were taken before the run was continued
-        (0.44, 3, None),
+        (0.44, 1.7, 0, "1.7, and on the train split 0.44: the candidates have memorized"),
+        (1.6, 1.7, 0, "Try a lower optimizer.lr"),
+        (-1.9, -2.0, 0, "Try a lower optimizer.lr"),  # a log density
+        (None, 1.7, 0, "Try a lower optimizer.lr"),  # the first steps were taken before the run was continued
+        (0.44, 1.7, 3, None),
     ],
 )
 def test_a_run_says_what_to_change_if_no_step_was_better_than_the_start(
-    training_loss: float | None, best: int, said: str | None
+    training_loss: float | None, held_out: float, best: int, said: str | None
 ) -> None:
     task: Any = SimpleNamespace()
     kept = BestAverage(task, config())
     none = torch.zeros(0)
-    kept.best = KeptState(step=best, data=kept.data, metrics={"loss": 1.7}, x=none, coefficients=none, buffers={})
+    kept.best = KeptState(step=best, data=kept.data, metrics={"loss": held_out}, x=none, coefficients=none, buffers={})
     found = advice(kept, config(), 100, training_loss)
     assert found is None if said is None else said in str(found)
 

@@ -197,11 +197,12 @@ def test_a_model_without_memory_is_refused(part: str) -> None:
     ("model", "said"),
     [
         (lambda: nn.LazyLinear(3), "'weight' is uninitialized"),
-        (lambda: torch.inference_mode()(nn.Linear)(3, 3), r"'weight' was made in torch.inference_mode\(\)"),
+        (lambda: torch.inference_mode()(lambda: nn.Linear(3, 3))(), r"'weight' was made in torch.inference_mode\(\)"),
         (lambda: sharing(slice(0, 2)), "parameters 'other' and 'weight' share memory"),
         (lambda: sharing(slice(None)), "parameters 'other' and 'weight' share memory"),
+        (lambda: sharing((slice(None), slice(0, 2))), "parameter 'other' is not contiguous"),
     ],
-    ids=["lazy", "inference", "overlapping", "the same memory"],
+    ids=["lazy", "inference", "overlapping", "the same memory", "columns"],
 )
 def test_parameters_that_cannot_be_written_are_refused(model: Callable[[], nn.Module], said: str) -> None:
     with pytest.raises(EngineError, match=said):
@@ -210,9 +211,16 @@ def test_parameters_that_cannot_be_written_are_refused(model: Callable[[], nn.Mo
         twa_scale.RunningAverages(model(), ema=[0.9])
 
 
-def sharing(rows: slice) -> nn.Module:
+def test_a_buffer_that_is_not_saved_may_come_from_inference_mode() -> None:
     model = nn.Linear(3, 3)
-    model.other = nn.Parameter(model.weight.detach()[rows])
+    with torch.inference_mode():
+        model.register_buffer("cache", torch.zeros(3), persistent=False)
+    twa_scale.RunningAverages(model, ema=[0.9])
+
+
+def sharing(part: slice | tuple[slice, ...]) -> nn.Module:
+    model = nn.Linear(3, 3)
+    model.other = nn.Parameter(model.weight.detach()[part])
     return model
 
 

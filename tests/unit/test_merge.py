@@ -172,6 +172,15 @@ def test_a_copy_of_a_candidate_is_reported(tmp_path: Path) -> None:
     assert len(caught) == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_candidates_of_weight_zero_are_not_compared(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"step-{i}").mkdir()
+        held = {"w": torch.full((3,), float(i)), "position_ids": torch.arange(4)}  # integers of all are read
+        save_file(held, tmp_path / f"step-{i}/model.safetensors")
+    average_fixed([f"{tmp_path}/step-*"], tmp_path / "out", weights="last")
+
+
 def refuse(checksums: Checksums) -> None:
     raise StateError("step-1: tensor 'big' is not what it was")
 

@@ -36,12 +36,12 @@ def unmark_attached(model: nn.Module) -> None:
 
 
 def require_usable(module: nn.Module) -> None:
-    """Check that parameters and buffers have shapes, and can be trained.
+    """Check that parameters and persistent buffers have shapes, and can be written.
 
     Raises:
         EngineError: names the first that is uninitialized, or was made in `torch.inference_mode`.
     """
-    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+    for name, tensor in chain(module.named_parameters(), persistent_buffers(module).items()):
         if is_lazy(tensor):
             raise EngineError(
                 f"{name!r} is uninitialized, as lazy modules such as LazyLinear begin: it has no shape yet. Run one "
@@ -55,14 +55,14 @@ def require_usable(module: nn.Module) -> None:
 
 
 def require_separate(parameters: Mapping[str, torch.Tensor]) -> None:
-    """Check that parameters have memory of their own.
+    """Check that parameters have memory of their own. Those that are not contiguous are refused elsewhere.
 
     Raises:
         EngineError: names two that share memory, so that a write to one changes the other.
     """
     places: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in parameters.items():
-        if tensor.numel() and not tensor.is_meta:
+        if tensor.numel() and tensor.is_contiguous() and not tensor.is_meta:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             start = tensor.data_ptr()
             place = places[tensor.device, tensor.untyped_storage().data_ptr()]

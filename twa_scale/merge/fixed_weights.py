@@ -122,7 +122,7 @@ def average_fixed(
         verify=lambda checksums: require_equal_ties(opened, checksums),
     )
     if group.rank == 0:
-        _report_equals(labels, checksums)
+        _report_equals(labels, fixed, checksums)
     if low and rank:
         line = truncation_line(low, rank, group)
         if group.rank == 0:
@@ -130,12 +130,17 @@ def average_fixed(
     return list(zip(labels, fixed, strict=True))
 
 
-def _report_equals(labels: Sequence[str], checksums: Checksums) -> None:
-    """Report candidates in which every tensor has the same checksum, such as a directory and its copy."""
-    for (first, of_first), (second, of_second) in combinations(zip(labels, checksums, strict=True), 2):
+def _report_equals(labels: Sequence[str], weights: Sequence[float], checksums: Checksums) -> None:
+    """Report candidates in which every tensor has the same checksum, such as a directory and its copy.
+
+    Those of weight 0 are not compared: not all of their tensors are read.
+    """
+    counted = [(label, sums) for label, sums, weight in zip(labels, checksums, weights, strict=True) if weight]
+    for (first, of_first), (second, of_second) in combinations(counted, 2):
         if of_first and of_first == of_second and not same_files(first, second):
             notice(
-                f"candidates {first} and {second} have the same checksum in every tensor: the same weights count twice."
+                f"candidates {first} and {second} have the same checksum in every tensor: if they are copies, the same "
+                "weights count twice."
             )
 
 

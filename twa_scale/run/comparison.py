@@ -89,9 +89,10 @@ def advice(kept: BestAverage, config: RunConfig, step: int, training_loss: float
     """
     if kept.best is None or kept.best.step > 0 or kept.best.trial_lr is not None or step == 0:
         return None
-    found = "No step was better than the start on held-out data."
-    held_out = kept.best.metrics.get("loss")
-    if training_loss is None or held_out is None or training_loss > MEMORIZED * held_out:
+    found = f"No step was better than the start on the {config.evaluate_split} split."
+    held_out = kept.best.metrics.get("loss", 0.0)
+    held_out = 0.0 if config.evaluate_split == config.split else held_out  # not held out
+    if training_loss is None or held_out <= 0 or training_loss > MEMORIZED * held_out:
         return f"{found} Try a lower optimizer.lr, fewer coefficients (groups), or candidates that are further apart."
     return (
         f"{found} There the loss at the start is {held_out:.4g}, and on the {config.split} split {training_loss:.4g}: "
