@@ -1,6 +1,8 @@
 """A run goes on from its state: the same trajectory, on any ranks and any engine, with the same candidates."""
 
 import io
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -269,3 +271,29 @@ def test_a_save_takes_the_memory_of_a_buffer_and_a_load_that_of_the_own_rows(ran
         assert found["loading"] == 2 * own, "the weights of rows, in float64, as in a step"
         assert found["whole"] == of_all
         assert found["written"] == 3 * own and found["largest write"] <= PIECE, "y and two moments"
+
+
+def load_where_one_rank_differs(directory: Path) -> list[str]:
+    """What this rank says where the file of rank 1 is truncated, and where only rank 1 gives a directory."""
+    _, twa = cases.attach("plain", Run(CONFIGS["rows"]))
+    rank = cases.where()[0]
+    state, own = twa.state_dict(directory), directory / f"of-rank-{rank}"
+    place = state["rows"]["stored"]["directory"]
+    copy = Path(shutil.copytree(directory / place, own / place)) / "rows.safetensors"
+    if rank == 1:
+        os.truncate(copy, copy.stat().st_size - 4)
+    only_one = directory if rank == 1 else None
+    return [
+        cases.complaint(lambda: twa.load_state_dict(state, own)),
+        cases.complaint(lambda: twa.load_state_dict(state, only_one)),
+        cases.complaint(lambda: twa.state_dict(only_one)),
+    ]
+
+
+def test_rows_that_one_rank_sees_otherwise_are_refused_on_all(ranks: Pool, tmp_path: Path) -> None:
+    first, second = ranks(load_where_one_rank_differs, 2, directory=tmp_path)
+    assert first == second
+    for said, wanted in zip(
+        first, ("All ranks have to see the same file", *["on all ranks, or on none"] * 2), strict=True
+    ):
+        assert wanted in said

@@ -133,7 +133,8 @@ def test_bytes_of_corrections_of_rows(tmp_path: Path) -> None:
     plan = make_plan(config, 1)
     assert plan.memory["corrections of rows"] == 6 * held
     assert len(content) == 8 + int.from_bytes(content[:8], "little") + 4 * held, "y, two moments and the best"
-    wanted = f"each save of the run state writes {4 * held / 1e6:.1f} MB of rows, and the files of two are kept"
+    size = f"{4 * held / 1e6:.1f} MB"
+    wanted = f"each save of the run state writes {size} of rows; two such files are kept, and three exist during a save"
     assert plan.notes == (wanted,)
     assert not plan.wire_between_pods
     pods = make_plan(config.model_copy(update={"engine": "plain", "pods": 2}), 2)

@@ -129,10 +129,18 @@ def test_damaged_rows_are_named_and_the_state_before_is_used(
     said: list[str] = []
     assert load_state(tmp_path, said.append).step == 0
     assert str(path) in said[0] and DAMAGE[damage] in said[0] and PREVIOUS in said[0]
+    assert load_state(tmp_path, rows="none").step == 1, "rows are not needed"
+    same_size = damage in ("a byte", "of another state")
+    assert load_state(tmp_path, rows="size").step == int(same_size), "rows are not read"
     state = twa.state_dict(tmp_path)
     state["rows"]["stored"]["directory"] = place
     with pytest.raises(StateError, match=DAMAGE[damage]):
         twa.load_state_dict(state, tmp_path)
+    state_file.keep_loaded(tmp_path, load_state(tmp_path))
+    save(twa, tmp_path, 2)
+    assert load_state(tmp_path).step == 2 and place not in places(tmp_path)
+    (tmp_path / STATE).unlink()
+    assert load_state(tmp_path).step == 0, "the damaged state has replaced the good one before"
 
 
 def test_rows_of_another_model_and_other_files_are_refused(twa: TrainableAverage, tmp_path: Path) -> None:
@@ -147,6 +155,8 @@ def test_rows_of_another_model_and_other_files_are_refused(twa: TrainableAverage
         kept = {"step": 0, "data": {"metric": "loss"}, "metrics": {"loss": 1.0}, "x": state["x"], "buffers": {}}
         kept["coefficients"] = state["coefficients"]
         save_state(tmp_path, {"twa": state, "kept": kept, "step": 0, **REST})
+    assert not places(tmp_path), "of a state that is refused"
+    state = twa.state_dict(tmp_path)
     candidates = [{"weight": torch.randn(6, 3), "bias": torch.randn(6)} for _ in range(2)]
     other = twa_scale.attach(nn.Linear(3, 6), candidates, ROWS)
     rows = {**other.state_dict()["rows"], "stored": state["rows"]["stored"], "values": {}}

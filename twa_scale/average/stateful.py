@@ -14,7 +14,7 @@ from twa_scale.average.state import KeptState, RowsState, require_same_state, re
 from twa_scale.average.step import CoefficientStep
 from twa_scale.average.step_optimizer import AverageOptimizer
 from twa_scale.base.notices import notice
-from twa_scale.errors import TwaError
+from twa_scale.errors import StateError, TwaError
 
 
 class Held(NamedTuple):
@@ -65,15 +65,20 @@ class Stateful(Observed):
         Args:
             directory: with `groups: tensor+row`, write the rows to a file in a new directory in this one, each rank its
                 own rows, and return a state that names it. Save the state in this directory, and give it to
-                `load_state_dict`. All ranks have to see it.
+                `load_state_dict`. All ranks have to see it, and to give it. Each call makes a new
+                directory, `state["rows"]["stored"]["directory"]`. The caller removes those that only older states name.
             best: another average of this object, whose rows the file has, too.
 
         Raises:
             OutputError: the file could not be written; on every rank.
+            StateError: only some ranks give a directory; on every rank.
         """
         rows = None
         if self._rows is not None:
             to = None if directory is None else Path(directory)
+            given = self.pods.gather(to is not None)
+            with self.pods.agree():
+                _require_on_all("state_dict", given)
             rows = self._rows.state() if to is None else self._rows.save(to, self.pods, best and best.rows)
         return self._form.state(self._x, self.optimizer.inside.state_dict(), rows, self._statistics())
 
@@ -93,9 +98,11 @@ class Stateful(Observed):
                 rank. The average is unchanged.
         """
         place = None if directory is None else Path(directory)
+        given = [] if self._rows is None else self.pods.gather(place is not None)
         with self.pods.agree():
             if self._swapped:
                 raise TwaError("load_state_dict() inside weights(): leave it first.")
+            _require_on_all("load_state_dict", given)
             saved = self._form.checked(state, self._x, self._engine.buffers())
         require_same_state(self.pods, saved)
         if place and saved.rows and saved.rows.stored:
@@ -147,3 +154,13 @@ class Stateful(Observed):
     def _statistics(self) -> dict[str, torch.Tensor]:
         names = batchnorm.statistics(self._engine.module, self._engine.buffers())
         return {name: buffer for name, buffer in self._swapped.own_buffers().items() if name in names}
+
+
+def _require_on_all(call: str, given: list[bool]) -> None:
+    """Check that all ranks, or none, give a directory; `given` says it by rank."""
+    if len(set(given)) > 1:
+        with_one, without = given.index(True), given.index(False)
+        raise StateError(
+            f"{call}: rank {with_one} gives a directory and rank {without} does not. Give the directory on all ranks, "
+            "or on none."
+        )

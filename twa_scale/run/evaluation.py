@@ -92,7 +92,7 @@ def _of_run(config: RunConfig) -> list[str]:
         StateError: its state is damaged.
     """
     output = Path(config.output)
-    state = load_state(output) if (output / STATE).exists() else None
+    state = load_state(output, rows="none") if (output / STATE).exists() else None
     if state is None or not state.finished:
         raise ConfigError(
             f"{output}: has no finished run. Name the weights to evaluate, or finish it with `twa-scale run`."

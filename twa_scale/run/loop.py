@@ -8,7 +8,15 @@ import torch
 
 from twa_scale.average.coefficients import Which
 from twa_scale.average.measures import DISTANCE
-from twa_scale.average.state import STATE, RateState, RunState, forget_state, remove_unused_rows, save_state
+from twa_scale.average.state import (
+    STATE,
+    RateState,
+    RunState,
+    forget_state,
+    keep_loaded,
+    remove_unused_rows,
+    save_state,
+)
 from twa_scale.base.process_memory import return_freed_memory
 from twa_scale.base.urls import absolute
 from twa_scale.config import RunConfig, dump, recipe_line
@@ -114,7 +122,7 @@ class Run(AttachedRun):
 
     def _find(self) -> tuple[dict[str, Any] | None, RunState | None]:
         config, say = self.config, self.report.say
-        state = find_state(config, self.num_steps, say)
+        state = find_state(config, self.num_steps, say, rows="size")
         if state and (summary := finished_summary(config, self.num_steps, state)):
             say(
                 f"{self.output}: this run has finished its {state.step} steps; nothing was done. Give more steps to "
@@ -340,7 +348,11 @@ class Run(AttachedRun):
             return
         self.twa.load_state_dict(state.twa.model_dump(), self.output)
         self.step, self.rate = state.step, state.rate
-        if not self.kept.restore(state, self.twa, self.output):
+        usable = self.kept.restore(state, self.twa, self.output)
+        with self.group.agree():
+            if self.group.rank == 0:
+                keep_loaded(self.output, state)
+        if not usable:
             self.report.say("the evaluation data has changed: the best average of earlier evaluations is discarded")
         before = state.course["steps"]
         raised = f", which were {before}: the learning rate follows the schedule of {self.num_steps}"

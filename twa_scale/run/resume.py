@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from twa_scale.average.state import PREVIOUS, STATE, RunState, load_state, require_same_settings
 from twa_scale.base.urls import absolute
@@ -21,8 +21,12 @@ def course(config: RunConfig, num_steps: int) -> dict[str, Any]:
     return {"steps": num_steps, **settings}
 
 
-def find_state(config: RunConfig, num_steps: int, say: Callable[[str], object]) -> RunState | None:
+def find_state(
+    config: RunConfig, num_steps: int, say: Callable[[str], object], *, rows: Literal["all", "size"] = "all"
+) -> RunState | None:
     """Return the state that the run continues from; None if there is none, or if `resume` is false.
+
+    `rows` says what is checked of the file of rows; see `load_state`.
 
     Raises:
         StateError: the state is damaged, or of a run with other settings. More steps are allowed.
@@ -30,7 +34,7 @@ def find_state(config: RunConfig, num_steps: int, say: Callable[[str], object]) 
     output = Path(config.output)
     if not config.resume or not any((output / name).exists() for name in (STATE, PREVIOUS)):
         return None
-    state = load_state(output, say)
+    state = load_state(output, say, rows=rows)
     _require_same_course(output / STATE, state, course(config, num_steps))
     now = with_known_lr(config, state)
     require_same_settings(now.model_dump(mode="json"), state.twa.config.model_dump(mode="json"))

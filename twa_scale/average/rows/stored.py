@@ -33,6 +33,8 @@ def write_rows(output: Path, slots: RowSlots, kinds: Mapping[str, torch.Tensor],
     """
     directory, found = pods.broadcast(new_directory()), None
     with pods.agree():
+        # The collectives in here are of the first pod alone, which all its ranks enter. `writing` and `digest` raise on
+        # all of them or on none, so that no rank of the pod waits in one for another that has left.
         if pods.number == 0:
             k = len(next(iter(kinds.values())))
             specs = [

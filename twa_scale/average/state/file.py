@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,11 +31,11 @@ def save_state(output: Path, state: Mapping[str, Any]) -> None:
         StateError: `state` is invalid and could not be loaded, for example because a value is not finite.
         OutputError: the file cannot be written; the older files are unchanged.
     """
-    checked(RunState, state, str(output / STATE))
-    body = BytesIO()
-    torch.save(dict(state), body)
-    content = body.getvalue()
     try:
+        checked(RunState, state, str(output / STATE))
+        body = BytesIO()
+        torch.save(dict(state), body)
+        content = body.getvalue()
         try:
             before = _content(output / STATE)
             _require_rows(output, _parsed(output / STATE, before))
@@ -48,24 +48,27 @@ def save_state(output: Path, state: Mapping[str, Any]) -> None:
         remove_unused_rows(output)
 
 
-def load_state(output: Path, say: Callable[[str], object] = lambda _: None) -> RunState:
+def load_state(
+    output: Path, say: Callable[[str], object] = lambda _: None, *, rows: Literal["all", "size", "none"] = "all"
+) -> RunState:
     """Read the file of `save_state`, without running code from it.
 
-    The file of rows is read once, for its checksum. If state.pt or its rows are missing or damaged, state.previous.pt
-    is read instead, and reported by `say`.
+    If state.pt or its rows are missing or damaged, state.previous.pt is read instead, and reported by `say`.
 
     Args:
         output: the output directory of the run.
         say: called with one line of text.
+        rows: what is checked of the file of rows: "all" reads it and compares its checksum, "size" checks that it is
+            there and has its size, "none" does not look at it, for those who do not use the rows.
 
     Raises:
         StateError: both files are missing or damaged, or written by another version of twa_scale.
     """
     try:
-        return _load(output / STATE)
+        return _load(output / STATE, rows)
     except StateError as error:
         try:
-            state = _load(output / PREVIOUS)
+            state = _load(output / PREVIOUS, rows)
         except StateError:
             raise error from None
         say(f"{error} Until then {PREVIOUS} is used, the state of step {state.step}.")
@@ -90,6 +93,22 @@ def remove_unused_rows(output: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def keep_loaded(output: Path, state: RunState) -> None:
+    """Put state.previous.pt in the place of state.pt if `state` was loaded from it. On one rank, before the next save.
+
+    A save keeps state.pt as the previous state. It checks only the size of its rows, and would keep a damaged one.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        if _stored_rows(_parsed(output / STATE, _content(output / STATE))) == _stored_rows(state):
+            return
+    except StateError:  # which a save does not keep
+        return
+    replace_file(output / STATE, _content(output / PREVIOUS))
+
+
 def forget_state(output: Path) -> None:
     """Remove the states of another run, so that a later start does not resume from them. On one rank."""
     for name in (PREVIOUS, STATE):
@@ -109,10 +128,13 @@ def require_stored_rows(directory: Path, stored: StoredRows, group: Group) -> No
         StateError: it is missing or damaged; on every rank.
     """
     place = directory / stored.directory
-    if digest(place, group) != (stored.nbytes, stored.sha256):
-        raise StateError(
-            f"{rows_path(place)}: is damaged: its content does not have the checksum that was saved in the state. {FIX}"
-        )
+    found = digest(place, group)
+    with group.agree():
+        if found != (stored.nbytes, stored.sha256):
+            raise StateError(
+                f"{rows_path(place)}: is damaged: its content does not have the checksum that was saved in the state. "
+                f"{FIX}"
+            )
 
 
 def _stored_rows(state: RunState) -> StoredRows | None:
@@ -127,9 +149,11 @@ def _require_rows(output: Path, state: RunState) -> None:
         raise StateError(f"{path}: is missing or damaged. {FIX}")
 
 
-def _load(path: Path) -> RunState:
+def _load(path: Path, rows: Literal["all", "size", "none"]) -> RunState:
     state = _parsed(path, _content(path))
-    if stored := _stored_rows(state):
+    if rows == "size":
+        _require_rows(path.parent, state)
+    elif rows == "all" and (stored := _stored_rows(state)):
         require_stored_rows(path.parent, stored, Group.alone())
     return state
 

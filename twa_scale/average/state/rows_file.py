@@ -42,10 +42,10 @@ def rows_path(directory: Path) -> Path:
 def digest(directory: Path, group: Group) -> tuple[int, str]:
     """Return the size of the file and the SHA-256 of the SHA-256 of its chunks of 32 MiB. Collective.
 
-    Each rank reads its part of the chunks, in pieces of 8 MiB.
+    Each rank reads its part of the chunks, in pieces of 8 MiB. The result is the same on every rank.
 
     Raises:
-        StateError: the file cannot be read; on every rank.
+        StateError: the file cannot be read, or has another size on another rank; on every rank.
     """
     path, nbytes = rows_path(directory), 0
     mine: dict[int, bytes] = {}
@@ -53,7 +53,14 @@ def digest(directory: Path, group: Group) -> tuple[int, str]:
         nbytes = os.fstat(file.fileno()).st_size
         for begin in range(group.rank * _CHUNK_BYTES, nbytes, group.size * _CHUNK_BYTES):
             mine[begin] = _digest_of(file.fileno(), begin, min(begin + _CHUNK_BYTES, nbytes))
-    chunks = {begin: found for of_rank in group.gather(mine) for begin, found in of_rank.items()}
+    sizes, parts = zip(*group.gather((nbytes, mine)), strict=True)
+    with group.agree():
+        if other := [size for size in sizes if size != nbytes]:
+            raise StateError(
+                f"{path}: is damaged, or another file on some ranks: it has {nbytes} bytes on {group.name}, and "
+                f"{other[0]} on another. All ranks have to see the same file. {FIX}"
+            )
+    chunks = {begin: found for of_rank in parts for begin, found in of_rank.items()}
     return nbytes, sha256(b"".join(chunks[begin] for begin in sorted(chunks))).hexdigest()
 
 

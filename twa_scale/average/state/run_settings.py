@@ -71,7 +71,9 @@ def require_same_state(group: Group, state: AverageState) -> None:
 
 def _digest(rows: RowsState | None) -> str:
     """Return the SHA-256 of the corrections of rows and their moments, which may be large."""
-    found = sha256(repr(rows and (rows.settings, rows.names, list(rows.values), list(rows.moments))).encode())
+    found = sha256(
+        repr(rows and (rows.stored, rows.settings, rows.names, list(rows.values), list(rows.moments))).encode()
+    )
     for tensors in (rows.values, *rows.moments.values()) if rows else ():
         for value in tensors.values() if isinstance(tensors, Mapping) else (tensors,):
             found.update(

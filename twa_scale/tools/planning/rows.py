@@ -27,7 +27,10 @@ class RowBytes(NamedTuple):
     def notes(self) -> tuple[str, ...]:
         """What to say below the table."""
         size = f"{self.state / 1e6:.1f} MB"
-        return (f"each save of the run state writes {size} of rows, and the files of two are kept",) * bool(self.state)
+        note = (
+            f"each save of the run state writes {size} of rows; two such files are kept, and three exist during a save"
+        )
+        return (note,) * bool(self.state)
 
 
 def rows_of_plan(

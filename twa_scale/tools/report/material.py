@@ -169,7 +169,8 @@ def read(directory: Path) -> Material:
 
 
 def _of_run(directory: Path) -> Material:
-    state = load_state(directory, notice) if any((directory / name).exists() for name in (STATE, PREVIOUS)) else None
+    exists = any((directory / name).exists() for name in (STATE, PREVIOUS))
+    state = load_state(directory, notice, rows="none") if exists else None
     records = read_records(directory)
     summary = _parsed(Summary, directory / SUMMARY) if state and state.finished else None
     config = _json(directory / CONFIG) or {}
