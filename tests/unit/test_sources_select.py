@@ -110,6 +110,21 @@ def test_a_module_may_be_called_like_an_optimizer(name: str) -> None:
         assert holds(candidates[0], state) and not said
 
 
+@pytest.mark.parametrize("name", ["opt", "lion", "soap", "adam", "x_optim", "optim", "state"])
+def test_names_of_weights_inside_of_a_module_that_is_called_like_an_optimizer(name: str) -> None:
+    others = ["encoder.a.weight", "encoder.b.bias", "c.weight", "mu.a.weight", "logvar.a.weight"]
+    state = weights() | {f"{name}.{other}": torch.ones(2) for other in others}
+    candidates, said = opened([state])
+    assert holds(candidates[0], state) and not said
+
+
+def test_a_weight_below_an_optimizer_is_kept() -> None:
+    kept = {"layers.0.a": torch.ones(2), "opt.head.weight": torch.ones(2)} | weights()
+    states = {f"opt.{kind}.{name}": torch.ones(2) for kind in ("mu", "nu", "m", "v", "exp_avg") for name in weights()}
+    candidates, said = opened([kept | states | {"opt.count": torch.ones(())}])
+    assert holds(candidates[0], kept) and "'opt.count'" in said[0]
+
+
 # Other sets
 
 

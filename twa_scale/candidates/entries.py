@@ -10,7 +10,6 @@ from twa_scale.candidates.ema_lists import item_name
 
 _MAX_DEPTH = 16
 _MAX_CONTAINERS = 1_000_000
-_MAX_KINDS = 2  # keys between an optimizer and the name of a weight
 _STATE = re.compile(
     r"(optim|optims|opt|optimizer|optimizers)_states?(_dicts?)?"
     r"|(max_)?exp_avg(_sq)?(_row|_col)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta|master_(weights|params)|fp32_params?"
@@ -20,7 +19,17 @@ _OPTIMIZER_OR_MODULE = re.compile(
     r"opts?|optims?|optimi[sz]ers?|(optimi[sz]er|optim)_\w+|\w+_(optimi[sz]er|optim)"
     r"|adamw?|adafactor|adagrad|lamb|lion|muon|rmsprop|sgd|shampoo|soap|sophia"
 )
-"""Further names of optimizers; what is below counts only where it has the names of weights."""
+"""Further names of optimizers, which modules have too; see `optimizer_entries`."""
+_KIND = re.compile(
+    rf"{_STATE.pattern}|[mvsz]|max_v|mu|nu|v[rc]|param|fp32|trace|momentum|velocity|variance|sum|sum_of_squares"
+    r"|accumulator|(first_|second_)?moment[12]?|exp_avg_(diff|slow|fast)"
+)
+"""Kinds of state that optimizers keep of a weight, which follow the optimizer or the name of the weight."""
+_BETWEEN = re.compile(r"\d+|state|inner_state|param_groups")
+"""Keys that stand between an optimizer and the kind of state or the name of a weight."""
+_SINGLE = re.compile(r"steps?|count|lr|betas|eps|weight_decay|loss_scale")
+"""What optimizers keep once, and not of each weight."""
+_MOST = 0.9  # of the tensors below a key, to take it for an optimizer
 
 Keys = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -80,8 +89,9 @@ def is_optimizer_entry(path: Keys) -> bool:
 def optimizer_entries(names: Sequence[str]) -> set[str]:
     """Return the names that belong to an optimizer by their keys, or as the state that one keeps of a tensor.
 
-    A module may be called `optim` too: what is below such a key belongs to an optimizer when some of it does by its own
-    name, or by the name of a tensor that stands elsewhere.
+    A module may have the name of an optimizer too. What is below such a key is left out only if nine in ten of its
+    names are of the state of a tensor that stands elsewhere; see `_is_state_of`. The others of them may be weights, and
+    are not returned.
     """
     found = {name for name in names if _is_state((name,))}
     weights = set(names) - found
@@ -93,11 +103,16 @@ def optimizer_entries(names: Sequence[str]) -> set[str]:
                 below[".".join(parts[: i + 1])].append(name)
     for prefix, members in below.items():
         others = weights - set(members)
-        of_weights = [name for name in members if _named_in(name[len(prefix) + 1 :], others)]
-        if prefix in ("state", "param_groups"):
-            found.update(of_weights)
-        elif of_weights or found & set(members):
-            found.update(members)
+        copies = _OPTIMIZER.fullmatch(prefix.split(".")[-1].lower()) is not None
+        rests = {name: name[len(prefix) + 1 :] for name in members}
+        states = {name for name, rest in rests.items() if name in found or _is_state_of(rest, others, copies=copies)}
+        single = {
+            name
+            for name, rest in rests.items()
+            if _SINGLE.fullmatch(rest.split(".")[-1]) or (copies and _BETWEEN.fullmatch(rest.split(".")[0]))
+        }
+        if states and len(states) >= _MOST * len(states | (set(members) - single)):
+            found.update(states | single)
     return found
 
 
@@ -105,16 +120,28 @@ def _is_state(path: Keys) -> bool:
     return any(_STATE.fullmatch(part.lower()) for key in path for part in key.split("."))
 
 
-def _named_in(rest: str, weights: Set[str]) -> bool:
-    """Whether what follows the key of an optimizer is, or begins with, the name of a weight.
+def _is_state_of(rest: str, weights: Set[str], *, copies: bool) -> bool:
+    """Whether what follows the key of an optimizer names a weight, and a kind of state before or after it.
 
-    A name with a dot may follow the kind of state, as in `m.` and `state.mu.`; `net.weight` is no state of `weight`.
+    Only names with dots are taken, except before a kind: `opt.mu.weight` and `opt.net.weight` may be modules of their
+    own beside `weight`. No module has tensors below the name of a weight, so these count without a known kind.
+
+    Args:
+        rest: the keys after that of the optimizer.
+        weights: the names of the tensors elsewhere.
+        copies: whether the name of a weight alone counts, as a copy of it.
     """
-    for kind in ("state.", "param_groups."):
-        rest = rest.removeprefix(kind)
     parts = rest.split(".")
-    return any(
-        ".".join(parts[first:last]) in weights
-        for first in range(_MAX_KINDS + 1)
-        for last in range(first + (2 if first else 1), len(parts) + 1)
-    )
+    while parts and (_BETWEEN.fullmatch(parts[0]) or _OPTIMIZER_OR_MODULE.fullmatch(parts[0].lower())):
+        del parts[0]
+    before = bool(parts) and _is_kind(parts[0])
+    names = parts[1:] if before else parts
+    for end in range(1, len(names) + 1):
+        if ".".join(names[:end]) in weights:
+            after = end < len(names)
+            return (end > 1 and (before or after or copies)) or (after and _is_kind(names[-1]))
+    return False
+
+
+def _is_kind(key: str) -> bool:
+    return _KIND.fullmatch(key.lower()) is not None
