@@ -190,6 +190,8 @@ def test_folders_with_weights_in_them_are_named(here: Path, files: list[str], in
     message = refused("*")
     assert message.startswith("1: is no candidate") and f"There are weights in {inside}" in message
     assert found("*") == (["1", "2"], [])  # not the same because neither holds a file
+    (here / "1/args.pkl").write_bytes(b"x")
+    assert refused("*") == message  # a file that is not read does not hide them
 
 
 # Formats that are not read
@@ -213,6 +215,17 @@ def test_formats_that_are_not_read_are_named(here: Path, name: str, said: str) -
     assert refused("*").startswith("1: is no candidate") and said in refused("*")
     for spec in (f"*/{name}", f"1/{name}"):
         assert f"1/{name}" in refused(spec) and said in refused(spec)
+
+
+@pytest.mark.parametrize("name", ["model.tar", "model.pkl"])
+def test_files_of_torch_with_another_name_are_to_be_renamed(here: Path, name: str) -> None:
+    for step in ("1", "2"):
+        (here / step).mkdir()
+        torch.save({"w": torch.ones(2)}, here / step / name)
+    for spec in ("1", f"*/{name}", f"1/{name}"):
+        assert f"{name!r} is an archive as torch.save writes it" in refused(spec) and "'model.pt'" in refused(spec)
+    (here / "1" / name).write_bytes(b"x")
+    assert "torch.save writes it" not in refused("1")
 
 
 _FILE = save({"w": torch.ones(2)})

@@ -100,7 +100,7 @@ def _require_candidates(pattern: str, found: Sequence[Path | Url]) -> None:
         )
     if strange := next((match for match in found if not match.is_dir() and not is_weights(match.name)), None):
         seen = "" if isinstance(strange, Url) else f", seen from {Path.cwd()}"
-        if what := named_format([strange.name]):
+        if what := named_format([strange]):
             raise CandidateError(f"candidates {pattern!r}: the pattern matches {str(strange)!r}: {what}")
         raise CandidateError(
             f"candidates {pattern!r}: the pattern also matches {str(strange)!r}, which holds no weights{seen}. "

@@ -1,6 +1,6 @@
 """The error message for a directory that is not a candidate: what is missing, and what may have been meant."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from twa_scale.base.names import some
@@ -29,7 +29,8 @@ def refusal(directory: Path) -> CandidateError:
     if why := other_megatron_format(directory):
         return CandidateError(f"{directory}: {why}")
     names = files_in(directory)
-    if not any(map(is_weights, names)) and (what := named_format(names)):
+    inside = sorted(_with_weights(directory, 0))
+    if not inside and not any(map(is_weights, names)) and (what := named_format(directory / name for name in names)):
         return CandidateError(f"{directory}: is no candidate: {what}")
     files = [name for name in names if name.endswith(".safetensors")]
     several = f", but {len(files)} *.safetensors files without an index ({some(files)})" if files else ""
@@ -38,12 +39,11 @@ def refusal(directory: Path) -> CandidateError:
     return CandidateError(
         f"{directory}: is no candidate: it holds none of {', '.join(LOADERS['transformers'])}, no single *.safetensors "
         f"file{several}, and is no checkpoint folder of DeepSpeed (*_model_states.pt, latest) or "
-        f"torch.distributed.checkpoint (.metadata).{irregular} {_fix(directory)}"
+        f"torch.distributed.checkpoint (.metadata).{irregular} {_fix(directory, inside)}"
     )
 
 
-def _fix(directory: Path) -> str:
-    inside = list(_with_weights(directory, 0))
+def _fix(directory: Path, inside: Sequence[Path]) -> str:
     if not inside:
         return (
             "Name the file itself, leave the directory out, or, if its subdirectories are the candidates, write "

@@ -63,14 +63,14 @@ def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = n
     Raises:
         CandidateError: see `open_candidates`.
     """
-    opener = _Opener(WeightsKey(wanted.weights_key, wanted.parameters))
+    opener = _Opener(WeightsKey(wanted.weights_key, wanted.parameters, wanted.ignore))
     candidates: list[Candidate] = []
     try:
         for i, source in enumerate(sources):
             with named_errors():
                 candidates.append(opener.open(source, i))
         _refuse_one_memory(sources, candidates)
-        selected, lines = select(candidates, wanted)
+        selected, lines = select(candidates, wanted, opener.keys.ignored)
         selected, more = in_space(selected, wanted.space)
         check_alike(selected)
         for line in [*opener.keys.notices(), *lines, *more]:
@@ -173,7 +173,7 @@ def _open_part(path: Path | Url) -> Candidate:
 def _safetensors(path: Path | Url, directory: Path | None, label: str) -> Candidate:
     if path.suffix.lower() == ".safetensors":
         return SafetensorsCandidate(path, directory, label)
-    if what := named_format([path.name]):
+    if what := named_format([path]):
         raise CandidateError(f"{path}: {what}")
     raise CandidateError(
         f"{path}: is not a file of weights; a candidate is a .safetensors, .pt, .pth, .bin or .ckpt file, a Hugging "

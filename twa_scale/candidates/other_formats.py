@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from pathlib import Path
+
+from twa_scale.base.urls import Url
 
 _EXPORT = "Give the weights of the PyTorch model from which it was exported"
 _CONVERT = "Load it with the library that wrote it, and save the tensors as safetensors"
@@ -44,6 +47,10 @@ _OF_NAMES = (
 )
 """Patterns of names, what such a file is, and what to do."""
 
+_ZIP = b"PK\x03\x04"
+_ALSO_TORCH = (".tar", ".pkl", ".pickle")
+"""Names of other formats under which programs also write with torch.save, which makes a zip archive."""
+
 _OF_CONTENTS = (
     (b"version ", "a Git LFS pointer, not the weights", "Fetch them with `git lfs pull`"),
     (b"gguf", "a file of llama.cpp (GGUF)", "Give the weights from which it was converted"),
@@ -55,13 +62,31 @@ _OF_CONTENTS = (
 """How files begin, in lower case, what they are, and what to do."""
 
 
-def named_format(names: Iterable[str]) -> str | None:
-    """Return what the first file is that has the name of a format that is not read, and what to do; else None."""
-    for name in names:
+def named_format(paths: Iterable[Path | Url]) -> str | None:
+    """Return what the first file is that has the name of a format that is not read, and what to do; else None.
+
+    The content of files on this machine is looked at: torch.save writes under any name, such as `model.tar`.
+    """
+    for path in paths:
         for pattern, what, fix in _OF_NAMES:
-            if fnmatch(name.lower(), pattern.lower()):
-                return f"{name!r} is {what}, and this format is not read. {fix}."
+            if fnmatch(path.name.lower(), pattern.lower()):
+                if path.suffix.lower() in _ALSO_TORCH and _is_zip(path):
+                    return (
+                        f"{path.name!r} is an archive as torch.save writes it, and files of this name are not read. "
+                        f"Rename it to {path.name.removesuffix(path.suffix) + '.pt'!r}."
+                    )
+                return f"{path.name!r} is {what}, and this format is not read. {fix}."
     return None
+
+
+def _is_zip(path: Path | Url) -> bool:
+    if not isinstance(path, Path):
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_ZIP)) == _ZIP
+    except OSError:
+        return False
 
 
 def format_of(head: bytes | bytearray, size: int, *, safetensors: bool) -> str | None:
@@ -77,7 +102,7 @@ def format_of(head: bytes | bytearray, size: int, *, safetensors: bool) -> str |
     for start, what, fix in _OF_CONTENTS:
         if head.lower().startswith(start):
             return f"is {what}. {fix}."
-    is_archive = head.startswith(b"PK\x03\x04")
+    is_archive = head.startswith(_ZIP)
     if safetensors and is_archive:
         return "is an archive as torch.save writes it, with the name of a safetensors file. Name it .pt or .bin."
     header = int.from_bytes(head[:8], "little")

@@ -1,7 +1,7 @@
 """Choose the tensors of opened files that are weights, with tied tensors under each of their names."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast, get_args
 
@@ -66,15 +66,22 @@ def asked_for(ignore: Sequence[str], weights_key: str | None, space: str = "auto
     return Wanted(weights_key, ignore, must_match=True, space=cast("Space", space))
 
 
-def select(candidates: Sequence[Candidate], wanted: Wanted) -> tuple[list[Candidate], list[str]]:
+def select(
+    candidates: Sequence[Candidate], wanted: Wanted, ignored_lists: Iterable[str] = ()
+) -> tuple[list[Candidate], list[str]]:
     """Return the candidates with the tensors that are wanted, and a line about each thing that a user may not expect.
+
+    Args:
+        candidates: the candidates with all tensors of their files.
+        wanted: which of them to keep.
+        ignored_lists: the names of lists of tensors, and of other objects, that `ignore` has left out already.
 
     Raises:
         CandidateError: quantized weights, or no weights at all.
         ConfigError: a pattern that matches nothing although it must.
     """
     if wanted.must_match:
-        everything = sorted({name for candidate in candidates for name in candidate.names()})
+        everything = sorted({name for candidate in candidates for name in candidate.names()} | set(ignored_lists))
         refuse_unused("ignore", wanted.ignore, everything)
     selected: list[Candidate] = []
     left_out: dict[str, list[str]] = {}

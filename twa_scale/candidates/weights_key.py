@@ -1,10 +1,10 @@
 """Find the weights among the entries of a file: under a usual key, or under the key of the user."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from twa_scale.base.names import and_more, nearest, some
+from twa_scale.base.names import and_more, matches_any, nearest, some
 from twa_scale.candidates.ema_lists import items_of, mismatch, parameters_of
 from twa_scale.candidates.entries import Keys, Shape, is_optimizer_entry
 from twa_scale.candidates.formats.megatron import without_chain
@@ -30,10 +30,16 @@ class WeightsKey:
     Args:
         key: the path of the weights, with dots between keys, from `weights_key`; None for the usual keys.
         parameters: names and shapes of the model's parameters in order, for lists without names.
+        ignore: regular expressions of names to leave out.
     """
 
-    def __init__(self, key: str | None = None, parameters: Mapping[str, Shape] | None = None) -> None:
+    def __init__(
+        self, key: str | None = None, parameters: Mapping[str, Shape] | None = None, ignore: Sequence[str] = ()
+    ) -> None:
         self.key = key
+        self.ignored: set[str] = set()
+        """The names of objects, lists and dicts among the weights that `ignore` leaves out."""
+        self._ignore = ignore
         self._parameters = parameters or {}
         self._said: dict[str, list[str]] = defaultdict(list)
         """The labels of candidates, by the notice about them."""
@@ -64,12 +70,14 @@ class WeightsKey:
         if not found:
             raise _nothing_found(shapes, label, objects)
         chosen = next(iter(found.values()))[:-1]
-        if _most_below(chosen, shapes, objects) > len(
+        containers = _containers(chosen, shapes)
+        others = {path: shape for path, shape in shapes.items() if path[: len(chosen) + 1] not in containers}
+        if _most_below(chosen, others, objects) > len(
             found
         ):  # for example a loss next to the weights under another key
             raise _nothing_found(shapes, label, objects, beside=list(found))
         self._refuse_objects({path[-1]: held for path, held in objects.items() if path[:-1] == chosen}, label)
-        _refuse_containers(chosen, shapes, label)
+        self._refuse_containers({path[-1] for path in containers}, label)
         if (items := items_of(found)) is not None:
             return self._named(items, ".".join(chosen), shapes, label, in_order=in_order)
         if self.key is None:
@@ -98,14 +106,32 @@ class WeightsKey:
     def _refuse_objects(self, others: Mapping[str, Object], label: str) -> None:
         """Refuse objects with tensors among the weights, except optimizers; report arrays, which are not read."""
         for name, held in others.items():
-            if held.shapes and not is_optimizer_entry((name,)):
+            if matches_any(name, self._ignore):
+                self.ignored.add(name)
+            elif held.shapes and not is_optimizer_entry((name,)):
                 raise CandidateError(
                     f"{label}: {name!r} among the weights is an object of class {held.kind}, and numbers in it are "
                     "not read. Save a plain tensor, or its state_dict(), in its place."
                 )
-        arrays = [name for name, held in others.items() if not held.shapes]
+        arrays = [name for name, held in others.items() if not held.shapes and name not in self.ignored]
         if arrays:
             self._said[f"{some(arrays)} among the weights are not torch tensors, and are not read."].append(label)
+
+    def _refuse_containers(self, names: Set[str], label: str) -> None:
+        """Refuse lists in which quantized modules of torch keep their weights; report others, which are not read."""
+        ignored = {name for name in names if matches_any(name, self._ignore)}
+        self.ignored |= ignored
+        if packed := sorted(name for name in names - ignored if "_packed_params" in name):
+            raise CandidateError(
+                f"{label}: {packed[0]!r} among the weights is a list of tensors, in which quantized modules of torch "
+                "keep their weights. Each weight has to be a tensor of its own: save the state_dict() of the model "
+                "before quantization."
+            )
+        if rest := sorted(names - ignored):
+            self._said[
+                f"{some(rest)} among the weights are lists or dicts of tensors, such as the state of a metric, and are "
+                "not read."
+            ].append(label)
 
     def _named(
         self, items: Sequence[Keys], where: str, shapes: Mapping[Keys, Shape], label: str, *, in_order: bool
@@ -171,22 +197,22 @@ def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Key
     return max(counts.values(), default=0)
 
 
-def _refuse_containers(chosen: Keys, shapes: Mapping[Keys, Shape], label: str) -> None:
-    """Refuse a list or dict of tensors under a name among the weights, as torch's quantized modules have one.
+def _containers(chosen: Keys, shapes: Mapping[Keys, Shape]) -> set[Keys]:
+    """Return the paths of the lists and dicts of tensors that have a name among the weights.
 
-    A key without a dot may be another set of weights, or a counter, beside the weights.
+    A key without a dot may be another set of weights, or a counter, beside the weights. What `get_extra_state` of a
+    module returns is never read.
     """
     depth = len(chosen)
-    for path in shapes:
-        if path[:depth] != chosen or len(path) < depth + 2 or is_optimizer_entry(path):
-            continue
-        name = path[depth]
-        if "." in name and not name.endswith("_extra_state"):
-            of_torch = ", in which quantized modules of torch keep their weights" if "_packed_params" in name else ""
-            raise CandidateError(
-                f"{label}: {name!r} among the weights is a list or dict of tensors{of_torch}. Each weight has to be a "
-                "tensor of its own: save the state_dict() of the model before quantization, or without such entries."
-            )
+    return {
+        path[: depth + 1]
+        for path in shapes
+        if path[:depth] == chosen
+        and len(path) > depth + 1
+        and "." in path[depth]
+        and not path[depth].endswith("_extra_state")
+        and not is_optimizer_entry(path)
+    }
 
 
 def _nothing_found(
