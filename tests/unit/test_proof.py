@@ -1,5 +1,6 @@
 """The framework of examples/proof: parts that are run once, costs that are counted, intervals, tables."""
 
+import argparse
 import copy
 import math
 import os
@@ -31,7 +32,7 @@ from examples.proof.kept import keep, kept_rows
 from examples.proof.language.task import Language
 from examples.proof.language.texts import PIECE, write_texts
 from examples.proof.packages import members
-from examples.proof.page import updated
+from examples.proof.page import PAGE, updated
 from examples.proof.parts import Part, Row, Rows, check_rows, run_parts, slug
 from examples.proof.significance import difference
 from examples.proof.soup.halves import write_halves
@@ -133,6 +134,15 @@ def test_a_finished_seed_is_kept_in_one_file_from_which_the_tables_can_be_made(t
     assert "| EMA | 60 | 9 | 10.0 % | 1.5000 |" in tables(tmp_path / "elsewhere", settings, kept=kept)
     with pytest.raises(SystemExit, match=r"kept.json: trunk was made with other settings"):
         kept_rows(tmp_path / "kept.json", [Part("trunk", {"steps": 2, "lr": 3}, dict)])
+
+
+@pytest.mark.parametrize("task", sorted(path.name for path in (PROOF / "results").iterdir()))
+def test_the_page_has_the_tables_of_the_rows_that_are_kept(task: str, tmp_path: Path) -> None:
+    """The rows were made with the present settings, or this is an error."""
+    asked = argparse.Namespace(size="full", out=tmp_path, seeds=[], packages=tmp_path, sentences=None)
+    one = run.comparison(task, asked)
+    written = tables(one.out, one.settings, one.shown, one.kept())
+    assert "Finished seeds: 0" in written and written in PAGE.read_text()
 
 
 def test_tables_of_development_seeds_have_validation_losses(tmp_path: Path) -> None:
