@@ -18,4 +18,5 @@ def save_run(average: TrainableAverage, candidates: Sequence[str | Path], direct
 def values_of_rows(state: AverageState, directory: Path) -> dict[str, Tensor]:
     """The corrections of all rows of a state, from its directory."""
     assert state.rows is not None
-    return {name: state.rows.of_tensor(name, directory) for name in state.rows.names.values()}
+    with state.rows.reader(directory) as values:
+        return {name: values(name) for name in state.rows.names.values()}

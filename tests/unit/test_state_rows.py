@@ -95,6 +95,21 @@ def test_a_save_that_fails_leaves_what_was_there(twa: TrainableAverage, tmp_path
     assert len(places(tmp_path)) == 2
 
 
+def test_rows_are_read_while_a_run_saves_newer_ones(twa: TrainableAverage, tmp_path: Path) -> None:
+    """As `twa-scale export` of a run that goes on."""
+    save(twa, tmp_path, 0)
+    rows, expected = load_state(tmp_path).twa.rows, values(tmp_path)
+    assert rows is not None and rows.stored is not None
+    with rows.reader(tmp_path) as read:
+        for step in range(1, 4):
+            train(twa)
+            save(twa, tmp_path, step)
+        assert rows.stored.directory not in places(tmp_path)
+        assert torch.equal(read("weight"), expected) and not torch.equal(values(tmp_path), expected)
+    with pytest.raises(StateError, match="No such file"), rows.reader(tmp_path):
+        pass
+
+
 DAMAGE = {
     "missing": "is missing",
     "a byte": "does not have the checksum",

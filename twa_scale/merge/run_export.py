@@ -1,8 +1,11 @@
 """The average of a run, computed from its state and the candidates: the merge of the command `export`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from twa_scale.average.state import AverageState, load_state
 from twa_scale.base.names import matches_any
@@ -75,18 +78,21 @@ def export_run(
         dtype=dtype,
         **rows_provenance(twa.rows is not None),
     )
-    merge(
-        opened,
-        out,
-        _combination(twa, opened, Path(run)),
-        group,
-        output=output,
-        carried=carried,
-        origin=origin,
-        ignore=twa.config.ignore,
-        progress=progress,
-        verify=fingerprint.require_checksums,
-    )
+    with ExitStack() as stack:
+        with group.agree():
+            values = stack.enter_context(twa.rows.reader(Path(run))) if twa.rows else None
+        merge(
+            opened,
+            out,
+            _combination(twa, opened, values),
+            group,
+            output=output,
+            carried=carried,
+            origin=origin,
+            ignore=twa.config.ignore,
+            progress=progress,
+            verify=fingerprint.require_checksums,
+        )
     last = "" if state.exported_step == state.step else f", the best of the evaluations (the last is step {state.step})"
     return len(opened), f"{state.exported_name}{last}"
 
@@ -105,7 +111,9 @@ def _wanted(twa: AverageState) -> Wanted:
     )
 
 
-def _combination(twa: AverageState, candidates: Sequence[Candidate], run: Path) -> Combination:
+def _combination(
+    twa: AverageState, candidates: Sequence[Candidate], values: Callable[[str], torch.Tensor] | None
+) -> Combination:
     """Return the weights of each tensor: the trained coefficients, and those of the center for all others."""
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]
@@ -118,7 +126,9 @@ def _combination(twa: AverageState, candidates: Sequence[Candidate], run: Path) 
 
     return Combination(
         source,
-        row_weights={name: partial(twa.row_weights, name, run) for name in twa.rows.names} if twa.rows else {},
+        row_weights={name: partial(twa.row_weights, name, values) for name in twa.rows.names}
+        if twa.rows and values
+        else {},
         part_weights={name: [list(coefficients[group]) for group in groups] for name, groups in twa.experts.items()},
         values={twa.buffer_names[n]: value for n, value in twa.buffers.items() if n in twa.buffer_names},
     )

@@ -91,6 +91,12 @@ class RowsFile:
     ) -> None:
         self._file.close()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the file open for a `with` block: it can then be read even after it has been removed."""
+        with self._file.descriptor():
+            yield
+
     @property
     def moments(self) -> list[str]:
         """The names of the moments of the optimizer."""

@@ -1,6 +1,8 @@
 """The schema of a saved state. Type, shape and finiteness of every field are checked before it is used."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -135,20 +137,23 @@ class RowsState(_Saved):
             raise ValueError(f"names: {min(unknown)!r} has no values")
         return self
 
-    def of_tensor(self, name: str, directory: Path) -> torch.Tensor:
-        """Return the values of a tensor of the model, (k, rows), float32.
+    @contextmanager
+    def reader(self, directory: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+        """Yield a function that returns the values of a tensor of the model by its name, (k, rows), float32.
+
+        Their file is open until the `with` block ends, so that it can be read when a run has removed it meanwhile.
 
         Args:
-            name: the name of the tensor in the model.
             directory: the directory of the state.
 
         Raises:
-            StateError: their file cannot be read, or does not have the tensor.
+            StateError: the file cannot be read; also by the function, which may find that it lacks the tensor.
         """
         if self.stored is None:
-            return self.values[name]
-        with RowsFile(directory / self.stored.directory) as file:
-            return file.of_tensor(self.stored.values, name)
+            yield self.values.__getitem__
+            return
+        with RowsFile(directory / self.stored.directory) as file, file.held():
+            yield partial(file.of_tensor, self.stored.values)
 
 
 class AverageState(_Saved):
@@ -212,19 +217,19 @@ class AverageState(_Saved):
         groups_of = {name: self.groups_of(name) for name in self.group_of if name not in aliases}
         return elements_of_groups(len(self.groups), groups_of, self.fingerprint.shapes)
 
-    def row_weights(self, name: str, directory: Path) -> torch.Tensor:
+    def row_weights(self, name: str, values: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """Return the averaging coefficients of each row of a tensor, (n, rows), float64.
 
         Args:
             name: the name in the candidates of a tensor whose rows have corrections.
-            directory: the directory of the state.
+            values: returns the corrections of a tensor of the model: see `RowsState.reader`.
 
         Raises:
             StateError: the file of the corrections cannot be read.
         """
         assert self.rows is not None
-        group, values = self.group_of[name], self.rows.of_tensor(self.rows.names[name], directory)
-        return self.coefficients[:, group, None] + self.rows.maps[group] @ values.double()
+        group = self.group_of[name]
+        return self.coefficients[:, group, None] + self.rows.maps[group] @ values(self.rows.names[name]).double()
 
 
 class KeptState(_Saved):
