@@ -91,10 +91,10 @@ def optimizer_entries(names: Sequence[str]) -> set[str]:
 
     A module may have the name of an optimizer too. What is below such a key is left out only if nine in ten of its
     names are of the state of a tensor that stands elsewhere; see `_is_state_of`. The others of them may be weights, and
-    are not returned.
+    are not returned. Below `optim` or `optimizer`, all is left out where one name, such as `exp_avg`, says what it is.
     """
     found = {name for name in names if _is_state((name,))}
-    weights = set(names) - found
+    named, weights = frozenset(found), set(names) - found
     below: dict[str, list[str]] = defaultdict(list)
     for name in names:
         parts = name.split(".")
@@ -111,7 +111,9 @@ def optimizer_entries(names: Sequence[str]) -> set[str]:
             for name, rest in rests.items()
             if _SINGLE.fullmatch(rest.split(".")[-1]) or (copies and _BETWEEN.fullmatch(rest.split(".")[0]))
         }
-        if states and len(states) >= _MOST * len(states | (set(members) - single)):
+        if copies and not named.isdisjoint(members):
+            found.update(members)
+        elif states and len(states) >= _MOST * len(states | (set(members) - single)):
             found.update(states | single)
     return found
 
