@@ -45,11 +45,9 @@ def test_replicas_equal_one_process_on_all_data(results: Any, config: str) -> No
     require_equal(results["replicas"], config, config)
 
 
+@pytest.mark.parametrize("results", SIZES[1:], indirect=True)
 def test_sharded_model_reduces_over_mpi(results: Any) -> None:
-    size = len(results["methods"])
-    if size == 1:
-        pytest.skip("one rank holds all shards")
-    for name in {2: ["block"], 4: ["block", PODS]}[size]:
+    for name in {2: ["block"], 4: ["block", PODS]}[len(results["methods"])]:
         require_equal(results["sharded"], name, "block")
 
 
@@ -58,9 +56,8 @@ def test_error_of_one_rank_is_raised_on_all(results: Any) -> None:
     assert len(said) == 1 and "head.weight" in said.pop()
 
 
+@pytest.mark.parametrize("results", SIZES[1:], indirect=True)
 def test_torch_reductions_need_a_process_group(results: Any) -> None:
-    if len(results["methods"]) == 1:
-        pytest.skip("one rank reduces nothing")
     for result in results["wants_gloo"]:
         assert "'gloo' needs a torch process group" in result["error"]
 

@@ -15,7 +15,7 @@ from twa_scale.average.rows import make_rows
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.candidates.buffers import copied_notice
-from twa_scale.candidates.find import same_files
+from twa_scale.candidates.find import copies
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.rounding import Rounding
 from twa_scale.config import TwaConfig
@@ -108,9 +108,7 @@ def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:
 def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
     # The A of products are no part of the average's coefficients, but candidates may differ in them alone.
     averaged = {layout.source(name) for name in (*layout.group_of, *layout.summed)}
-    for first, second in fingerprint.equals(averaged):
-        if same_files(first, second):  # reported when they were found
-            continue
+    for first, second in copies(fingerprint.labels, fingerprint.checksums_of(averaged)):
         notice(
             f"candidates {first} and {second} have the same checksum in every tensor: of two with the same weights the "
             "second adds nothing."

@@ -12,11 +12,11 @@ from torch import nn
 
 from twa_scale.average.assemble import assemble
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.closing import in_normal_mode
 from twa_scale.average.layout import Layout, match, require_same_kinds, wanted_of
 from twa_scale.average.load_candidates import load_candidates
 from twa_scale.average.optimizer import check_optimizer, check_settings
 from twa_scale.average.parts import Parts
+from twa_scale.base.normal_mode import in_normal_mode
 from twa_scale.candidates import Candidate, Wanted, open_together
 from twa_scale.candidates.carry_over import carried_files
 from twa_scale.candidates.complex_tensors import complex_in_files

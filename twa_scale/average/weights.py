@@ -12,7 +12,7 @@ from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.engines.deferred_weights import Combine, DeferredWeights
-from twa_scale.engines.parameters import by_first_name, was_replaced
+from twa_scale.engines.parameters import named_parameters, was_replaced
 from twa_scale.errors import EngineError
 from twa_scale.kernels.torch.deltas import squared_norms
 from twa_scale.store import Store
@@ -54,10 +54,10 @@ class Weights:
         self.settle = self._deferred.write_all
         self._written: dict[str, object] = {}
         self._reported = False
-        inside = by_first_name(engine.module, engine.module.named_parameters(remove_duplicate=False))
-        self._parameters = {name: parameter for name, (parameter, _) in inside.items() if name in self._names}
+        parameters, _ = named_parameters(engine.module)
+        self._parameters = {name: parameter for name, parameter in parameters.items() if name in self._names}
         self._modules = [(m, key, child) for m in engine.module.modules() for key, child in m._modules.items()]
-        self._frozen = {name: parameter for name, (parameter, _) in inside.items() if not parameter.requires_grad}
+        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
 
     def watch(self) -> None:
         """Install the hooks that write deferred weights before the engine uses them."""

@@ -48,6 +48,11 @@ def and_more(labels: Sequence[str]) -> str:
     return labels[0] + (f" and {len(labels) - 1} more" if len(labels) > 1 else "")
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a regular noun in the form that goes with a number, which is not part of it."""
+    return noun if count == 1 else f"{noun}s"
+
+
 def without_common_folders(labels: Sequence[str]) -> list[str]:
     """Return paths without the folders that all of them begin with; a single path is only its name."""
     parts = [label.split("/") for label in labels]

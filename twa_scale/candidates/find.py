@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,20 @@ def _without_copies(named: Sequence[_Named], tell: Tell) -> list[_Named]:
     return [one for one in named if not (one.pattern and one.source in copies)]
 
 
-def same_files(first: str, second: str) -> bool:
+def copies(labels: Sequence[str], checksums: Sequence[Any]) -> list[tuple[str, str]]:
+    """Return the pairs of candidates with equal checksums, such as a directory and its copy.
+
+    A pair of paths of the same files is left out: it is reported where the candidates are found.
+
+    Args:
+        labels: the labels of the candidates.
+        checksums: those of the tensors of each, in a form that can be compared; nothing is said about empty ones.
+    """
+    pairs = combinations(zip(labels, checksums, strict=True), 2)
+    return [(first, second) for (first, a), (second, b) in pairs if a and a == b and not _same_files(first, second)]
+
+
+def _same_files(first: str, second: str) -> bool:
     """Return whether two labels of candidates are paths of the same files."""
     try:
         return files_of(Path(first)) == files_of(Path(second))

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ class Fingerprint:
     checksums: torch.Tensor
     """(n, tensors), int64; columns in the order of `shapes`. Additive over spans, so independent of the sharding."""
 
-    def equals(self, names: Collection[str]) -> list[tuple[str, str]]:
-        """Return the pairs of labels of candidates in which these tensors have the same bits."""
+    def checksums_of(self, names: Collection[str]) -> list[list[int]]:
+        """Return the checksums of these tensors, for each candidate."""
         columns = [column for column, name in enumerate(self.shapes) if name in names]
-        rows = self.checksums[:, columns].tolist()
-        pairs = combinations(range(len(rows)), 2)
-        return [(self.labels[i], self.labels[j]) for i, j in pairs if rows[i] == rows[j]]
+        found: list[list[int]] = self.checksums[:, columns].tolist()
+        return found
 
     def require(self, saved: "Fingerprint") -> None:
         """Refuse to continue a saved state with other candidates.

@@ -8,21 +8,25 @@ from twa_scale.base.urls import Url
 
 _EXPORT = "Give the weights of the PyTorch model from which it was exported"
 _CONVERT = "Load it with the library that wrote it, and save the tensors as safetensors"
+_AS_TORCH = "Convert it to PyTorch, and save that model"
+_ORIGINAL = "Give the weights from which it was converted"
+_EXTRACT = "Extract it, and give the directory or the file of weights in it"
+_WEB_PAGE = ("a web page, not weights; its download has failed", "Download it again")
 _OF_NAMES = (
-    ("*.gguf", "a file of llama.cpp (GGUF)", "Give the weights from which it was converted"),
-    ("*.ggml", "a file of llama.cpp (GGML)", "Give the weights from which it was converted"),
+    ("*.gguf", "a file of llama.cpp (GGUF)", _ORIGINAL),
+    ("*.ggml", "a file of llama.cpp (GGML)", _ORIGINAL),
     (
         "*.msgpack",
         "a file of Flax (JAX)",
         "Convert it to PyTorch, and save that model with save_pretrained or torch.save",
     ),
-    ("_CHECKPOINT_METADATA", "a checkpoint of Orbax (JAX)", "Convert it to PyTorch, and save that model"),
-    ("manifest.ocdbt", "a checkpoint of Orbax (JAX)", "Convert it to PyTorch, and save that model"),
-    ("*.h5", "a file of Keras or TensorFlow (HDF5)", "Convert it to PyTorch, and save that model"),
-    ("*.hdf5", "a file of Keras or TensorFlow (HDF5)", "Convert it to PyTorch, and save that model"),
-    ("*.keras", "a file of Keras", "Convert it to PyTorch, and save that model"),
-    ("*.ckpt.index", "a checkpoint of TensorFlow", "Convert it to PyTorch, and save that model"),
-    ("*.ckpt-*.index", "a checkpoint of TensorFlow", "Convert it to PyTorch, and save that model"),
+    ("_CHECKPOINT_METADATA", "a checkpoint of Orbax (JAX)", _AS_TORCH),
+    ("manifest.ocdbt", "a checkpoint of Orbax (JAX)", _AS_TORCH),
+    ("*.h5", "a file of Keras or TensorFlow (HDF5)", _AS_TORCH),
+    ("*.hdf5", "a file of Keras or TensorFlow (HDF5)", _AS_TORCH),
+    ("*.keras", "a file of Keras", _AS_TORCH),
+    ("*.ckpt.index", "a checkpoint of TensorFlow", _AS_TORCH),
+    ("*.ckpt-*.index", "a checkpoint of TensorFlow", _AS_TORCH),
     ("*.pdparams", "a file of PaddlePaddle", _CONVERT),
     ("*.npz", "an archive of numpy arrays", _CONVERT),
     ("*.npy", "a numpy array", _CONVERT),
@@ -35,9 +39,9 @@ _OF_NAMES = (
     ("*.pte", "an exported program (ExecuTorch)", _EXPORT),
     ("*.pt2", "an exported program (torch.export)", _EXPORT),
     ("*.nemo", "an archive of NeMo", "Extract it (`tar -xf`), and give the directory or the file of weights in it"),
-    ("*.tar", "an archive", "Extract it, and give the directory or the file of weights in it"),
-    ("*.tar.gz", "an archive", "Extract it, and give the directory or the file of weights in it"),
-    ("*.zip", "an archive", "Extract it, and give the directory or the file of weights in it"),
+    ("*.tar", "an archive", _EXTRACT),
+    ("*.tar.gz", "an archive", _EXTRACT),
+    ("*.zip", "an archive", _EXTRACT),
     (
         "*.distcp",
         "a part of a checkpoint of torch.distributed.checkpoint, whose `.metadata` is not there",
@@ -53,11 +57,11 @@ _ALSO_TORCH = (".tar", ".pkl", ".pickle")
 
 _OF_CONTENTS = (
     (b"version ", "a Git LFS pointer, not the weights", "Fetch them with `git lfs pull`"),
-    (b"gguf", "a file of llama.cpp (GGUF)", "Give the weights from which it was converted"),
-    (b"\x89hdf", "a file of Keras or TensorFlow (HDF5)", "Convert it to PyTorch, and save that model"),
-    (b"<!doctyp", "a web page, not weights; its download has failed", "Download it again"),
-    (b"<html", "a web page, not weights; its download has failed", "Download it again"),
-    (b"<?xml", "a web page, not weights; its download has failed", "Download it again"),
+    (b"gguf", "a file of llama.cpp (GGUF)", _ORIGINAL),
+    (b"\x89hdf", "a file of Keras or TensorFlow (HDF5)", _AS_TORCH),
+    (b"<!doctyp", *_WEB_PAGE),
+    (b"<html", *_WEB_PAGE),
+    (b"<?xml", *_WEB_PAGE),
 )
 """How files begin, in lower case, what they are, and what to do."""
 

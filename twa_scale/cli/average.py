@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from twa_scale.base.names import plural
 from twa_scale.cli.option_groups import with_options
 from twa_scale.cli.options import Ignore, Space, Timeout, WeightsKey
 from twa_scale.cli.output_options import Output
@@ -87,5 +88,5 @@ def average(
         )
     for label, weight in weight_of:
         echo(f"{weight:10.6f}  {label}")
-    number = f"{len(weight_of)} candidates" if len(weight_of) > 1 else "1 candidate"
-    echo(f"wrote the average of {number} to {output.out}")
+    count = len(weight_of)
+    echo(f"wrote the average of {count} {plural(count, 'candidate')} to {output.out}")

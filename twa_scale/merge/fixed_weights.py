@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import compress
 from math import isfinite
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from twa_scale.candidates import Candidate, asked_for, open_together
 from twa_scale.candidates.adapters import Truncated, ranks_of
 from twa_scale.candidates.buffers import Source, buffer_source, is_statistic, spectral_vectors
 from twa_scale.candidates.carry_over import carried_files
-from twa_scale.candidates.find import same_files
+from twa_scale.candidates.find import copies
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.config import (
     Center,
@@ -131,17 +131,15 @@ def average_fixed(
 
 
 def _report_equals(labels: Sequence[str], weights: Sequence[float], checksums: Checksums) -> None:
-    """Report candidates in which every tensor has the same checksum, such as a directory and its copy.
+    """Report candidates in which every tensor has the same checksum.
 
     Those of weight 0 are not compared: not all of their tensors are read.
     """
-    counted = [(label, sums) for label, sums, weight in zip(labels, checksums, weights, strict=True) if weight]
-    for (first, of_first), (second, of_second) in combinations(counted, 2):
-        if of_first and of_first == of_second and not same_files(first, second):
-            notice(
-                f"candidates {first} and {second} have the same checksum in every tensor: if they are copies, the same "
-                "weights count twice."
-            )
+    for first, second in copies(list(compress(labels, weights)), list(compress(checksums, weights))):
+        notice(
+            f"candidates {first} and {second} have the same checksum in every tensor: if they are copies, the same "
+            "weights count twice."
+        )
 
 
 def _combination(

@@ -1,11 +1,9 @@
 """The average of a run, computed from its state and the candidates: the merge of the command `export`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from twa_scale.average.state import AverageState, load_state
 from twa_scale.base.names import matches_any
@@ -14,7 +12,7 @@ from twa_scale.candidates import Candidate, Wanted, open_together
 from twa_scale.candidates.buffers import Source, buffer_source, spectral_vectors
 from twa_scale.candidates.carry_over import carried_files
 from twa_scale.candidates.read_ahead import Progress
-from twa_scale.merge.combination import Combination
+from twa_scale.merge.combination import Combination, RowWeights
 from twa_scale.merge.streamed import merge
 from twa_scale.output.options import OutputOptions, parse_dtype
 from twa_scale.output.provenance import provenance, rows_provenance
@@ -79,12 +77,15 @@ def export_run(
         **rows_provenance(twa.rows is not None),
     )
     with ExitStack() as stack:
+        row_weights: RowWeights = {}
         with group.agree():
-            values = stack.enter_context(twa.rows.reader(Path(run))) if twa.rows else None
+            if twa.rows:
+                values = stack.enter_context(twa.rows.reader(Path(run)))
+                row_weights = {name: partial(twa.row_weights, name, values) for name in twa.rows.names}
         merge(
             opened,
             out,
-            _combination(twa, opened, values),
+            _combination(twa, opened, row_weights),
             group,
             output=output,
             carried=carried,
@@ -111,9 +112,7 @@ def _wanted(twa: AverageState) -> Wanted:
     )
 
 
-def _combination(
-    twa: AverageState, candidates: Sequence[Candidate], values: Callable[[str], torch.Tensor] | None
-) -> Combination:
+def _combination(twa: AverageState, candidates: Sequence[Candidate], row_weights: RowWeights) -> Combination:
     """Return the weights of each tensor: the trained coefficients, and those of the center for all others."""
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]
@@ -126,9 +125,7 @@ def _combination(
 
     return Combination(
         source,
-        row_weights={name: partial(twa.row_weights, name, values) for name in twa.rows.names}
-        if twa.rows and values
-        else {},
+        row_weights=row_weights,
         part_weights={name: [list(coefficients[group]) for group in groups] for name, groups in twa.experts.items()},
         values={twa.buffer_names[n]: value for n, value in twa.buffers.items() if n in twa.buffer_names},
     )

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from twa_scale.base.inputs import parse_json
-from twa_scale.base.names import without_common_folders
+from twa_scale.base.names import plural, without_common_folders
 
 CARD = "README.md"
 _MARKS = "<!-- twa_scale: begin -->", "<!-- twa_scale: end -->"
@@ -174,4 +174,4 @@ def _code(text: str) -> str:
 
 
 def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    return f"{count} {plural(count, what)}"

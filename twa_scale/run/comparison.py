@@ -90,8 +90,8 @@ def advice(kept: BestAverage, config: RunConfig, step: int, training_loss: float
     if kept.best is None or kept.best.step > 0 or kept.best.trial_lr is not None or step == 0:
         return None
     found = f"No step was better than the start on the {config.evaluate_split} split."
-    held_out = kept.best.metrics.get("loss", 0.0)
-    held_out = 0.0 if config.evaluate_split == config.split else held_out  # not held out
+    is_held_out = config.evaluate_split != config.split
+    held_out = kept.best.metrics.get("loss", 0.0) if is_held_out else 0.0
     if training_loss is None or held_out <= 0 or training_loss > MEMORIZED * held_out:
         return f"{found} Try a lower optimizer.lr, fewer coefficients (groups), or candidates that are further apart."
     return (

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.closing import in_normal_mode
 from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
+from twa_scale.base.normal_mode import in_normal_mode
 from twa_scale.candidates.carry_over import BASE
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from twa_scale.average.closing import in_normal_mode
 from twa_scale.base.names import nearest
+from twa_scale.base.normal_mode import in_normal_mode
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.errors import StateError

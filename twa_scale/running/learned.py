@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.closing import in_normal_mode
+from twa_scale.base.normal_mode import in_normal_mode
 from twa_scale.engines import Engine
 from twa_scale.errors import TwaError
 from twa_scale.running.showing import Showing

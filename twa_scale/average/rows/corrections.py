@@ -1,6 +1,7 @@
 """The corrections y of the coefficients, one column for each row of a matrix, and their training."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from twa_scale.average.rows.exchange import RowExchange
 from twa_scale.average.rows.slots import Part, RowSlots
 from twa_scale.average.rows.stored import PIECE_BYTES, read_rows, write_rows
 from twa_scale.average.state.rows_file import BEST, LAST, MOMENT, RowsFile
-from twa_scale.average.state.schema import RowsState, StoredRows
+from twa_scale.average.state.schema import RowsState
 from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
 from twa_scale.errors import StateError
@@ -209,11 +210,17 @@ class RowCorrections:
         Raises:
             StateError: other tensors or shapes than here, or the file cannot be read.
         """
-        if state.stored is None:
-            self._require_rows("rows.values", {name: tuple(value.shape) for name, value in state.values.items()})
-            return self._slots.local(state.values)
-        with RowsFile(_place(state.stored, directory)) as file:
+        with _opened(state, directory) as file:
+            return self._values(state, file)
+
+    def _values(self, state: RowsState, file: RowsFile | None) -> torch.Tensor:
+        if state.stored and file:
             return self._read(file, state.stored.values)
+        return self._of_all("rows.values", state.values)
+
+    def _of_all(self, where: str, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self._require_rows(where, {name: tuple(value.shape) for name, value in whole.items()})
+        return self._slots.local(whole)
 
     def _read(self, file: RowsFile, kind: str) -> torch.Tensor:
         self._require_rows(f"rows: {kind}", file.shapes(kind))
@@ -234,14 +241,13 @@ class RowCorrections:
         own, given = self._averaging_maps(), state.maps.to(torch.float64).cpu()
         if own.shape != given.shape or bool(((own - given).abs() > 1e-3 * own.abs().amax((1, 2), keepdim=True)).any()):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
-        values, moments = self.local(state, directory), dict[str, Any]()
-        for key, value in state.moments.items():
-            if isinstance(value, Mapping):
-                self._require_rows(f"rows.moments.{key}", {name: tuple(one.shape) for name, one in value.items()})
-            moments[key] = self._slots.local(value) if isinstance(value, Mapping) else deepcopy(value)
-        if state.stored:
-            with RowsFile(_place(state.stored, directory)) as file:
-                moments |= {key: self._read(file, MOMENT + key) for key in file.moments}
+        with _opened(state, directory) as file:
+            values = self._values(state, file)
+            moments: dict[str, Any] = {
+                key: self._of_all(f"rows.moments.{key}", value) if isinstance(value, Mapping) else deepcopy(value)
+                for key, value in state.moments.items()
+            }
+            moments |= {key: self._read(file, MOMENT + key) for key in file.moments} if file else {}
         groups = [{**deepcopy(state.settings), "params": [0]}]
         first = {key: value[:, :1] if self._is_of_columns(value) else value for key, value in moments.items()}
         trial = nn.Parameter(self.values.detach()[:, :1])
@@ -273,15 +279,20 @@ class RowCorrections:
             )
 
 
-def _place(stored: StoredRows, directory: Path | None) -> Path:
-    """Return the directory of the file of rows.
+@contextmanager
+def _opened(state: RowsState, directory: Path | None) -> Iterator[RowsFile | None]:
+    """Open the file of rows of a state for a `with` block; None if the state has the rows itself.
 
     Raises:
-        StateError: the directory of the state is not known.
+        StateError: the directory of the state is not known, or the file cannot be read.
     """
+    if state.stored is None:
+        yield None
+        return
     if directory is None:
         raise StateError(
-            f"state: rows: they are in {stored.directory}, beside the state. Give load_state_dict the directory in "
-            "which state_dict has written it."
+            f"state: rows: they are in {state.stored.directory}, beside the state. Give load_state_dict the directory "
+            "in which state_dict has written it."
         )
-    return directory / stored.directory
+    with RowsFile(directory / state.stored.directory) as file:
+        yield file

@@ -4,6 +4,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from typing_extensions import assert_never
 
+from twa_scale.base.names import plural
 from twa_scale.config import RunConfig
 from twa_scale.config.kinds import EngineName
 from twa_scale.errors import ConfigError
@@ -42,10 +43,9 @@ def run_engine(config: RunConfig, world: World) -> RunEngine:
     """
     pods = config.pods
     if world.size % pods:
-        number = f"{world.size} ranks" if world.size > 1 else "1 rank"
         raise ConfigError(
-            f"pods: {number} cannot be cut into {pods} equal pods; start a multiple of {pods} ranks, or set pods to a "
-            f"divisor of {world.size}."
+            f"pods: {world.size} {plural(world.size, 'rank')} cannot be cut into {pods} equal pods; start a multiple "
+            f"of {pods} ranks, or set pods to a divisor of {world.size}."
         )
     if config.engine == "auto":
         name: EngineName = "fsdp2" if world.size > pods else "plain"

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from twa_scale.base.names import plural
 from twa_scale.tools.planning.choices import Choices
 from twa_scale.tools.planning.plan import Plan
 
@@ -35,7 +36,7 @@ def plan_tables(plan: Plan, choices: Choices) -> Group:
 
 def averages_table(found: Mapping[str, int], ranks: int) -> Table:
     """Return a table of the memory of running averages, by description."""
-    table = Table(title=f"running averages in training, {ranks} {'rank' if ranks == 1 else 'ranks'}")
+    table = Table(title=f"running averages in training, {ranks} {plural(ranks, 'rank')}")
     table.add_column("per rank, beside the weights")
     table.add_column("bytes", justify="right")
     for name, nbytes in {**found, "sum": sum(found.values())}.items():
@@ -70,7 +71,7 @@ def _source(assumed: str, option: str) -> str:
 def _plan_table(plan: Plan) -> Table:
     title = (
         f"{plan.num_candidates} candidates, {plan.trained_elements:,} trained elements in {plan.num_groups} groups, "
-        f"{plan.ranks} {'rank' if plan.ranks == 1 else 'ranks'}"
+        f"{plan.ranks} {plural(plan.ranks, 'rank')}"
     )
     table = Table(title=title, caption="; ".join(plan.notes) or None)
     for column in ("", "per rank", "bytes"):

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from twa_scale.average.measures import COEFFICIENTS
+from twa_scale.base.names import plural
 from twa_scale.tools.report.coefficients import OUTSIDE, Coefficients, merged
 from twa_scale.tools.report.elements import Content, Html, el, joined, table
 from twa_scale.tools.report.heat import heat_map, most_columns
@@ -191,7 +192,7 @@ def size_text(nbytes: float) -> str:
 
 
 def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+    return f"{count:,} {plural(count, what)}"
 
 
 def mean_distance(distances: Sequence[float]) -> float | None:
