@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
 import twa_scale
@@ -17,20 +18,24 @@ from twa_scale.base.process_memory import free_memory, machine_memory
 from twa_scale.cli import app
 from twa_scale.config import RunConfig, validated
 from twa_scale.config.kinds import STORES
+from twa_scale.ranks import World
 from twa_scale.run.engines import blocks_of
 from twa_scale.run.tasks import build_task, stack
-from twa_scale.store import store_bytes
+from twa_scale.store import store_bytes, update_bytes
+from twa_scale.tools.bench import forecast, planned_work, timing
 from twa_scale.tools.planning import choose_store, make_plan
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def settings(root: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def settings(root: Path, *, tied: bool = False, experts: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Write two candidates; return the settings of a run of them."""
-    config = LlamaConfig(vocab_size=256, tie_word_embeddings=tied, **SIZES)
+    config: PreTrainedConfig = LlamaConfig(vocab_size=256, tie_word_embeddings=tied, **SIZES)
+    if experts:
+        config = MixtralConfig(vocab_size=256, num_local_experts=experts, num_key_value_heads=2, **SIZES)
     for step in range(2):
         torch.manual_seed(step)
-        LlamaForCausalLM(config).to(dtype).save_pretrained(root / f"step-{step}")
+        AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(root / f"step-{step}")
     (root / "tokens.bin").write_bytes(Path(__file__).read_bytes())
     tokens = {"train": str(root / "tokens.bin")}
     task: dict[str, Any] = {
@@ -117,6 +122,38 @@ def test_bytes_of_every_store(tmp_path: Path, dtype: torch.dtype) -> None:
     assert plan.local_elements == plan.trained_elements < sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")
+def test_each_expert_has_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert of the first projections has one and a half tiles of `packed1`, so that tails count."""
+    settled = settings(tmp_path, experts=3) | {"groups": "expert", "store": "packed1", "device": "cpu"}
+    config = validated(RunConfig, settled)
+    plan = make_plan(config, 1)
+    twa = twa_scale.attach(build_task(config.task).model(), config.candidates, config)
+    assert plan.num_groups == len(twa.layout.groups) == 2 * (3 + 1) + 2
+    found = {choice.store: choice.nbytes for choice in choose_store(plan).stores}
+    assert found["packed1"] == twa.store_bytes
+    monkeypatch.setattr(timing, "_MIN_SECONDS", 0.0)
+    work = planned_work(plan, config, [], None, World(0, 1, 0))
+    measured, files = work.measure(None, None)
+    project, *_, combine, _ = forecast(plan, measured, files).stores["packed1"]
+    assert work.groups == plan.num_groups
+    wanted = update_bytes(twa.store_bytes, plan.local_elements)
+    assert {row.what: row.nbytes for row in measured.stores["packed1"][:2]} == wanted
+    assert {row.what: row.nbytes for row in (project, combine)} == wanted
+
+
+def test_reads_of_urls_are_larger_and_come_through_the_memory_of_their_library(tmp_path: Path) -> None:
+    found = settings(tmp_path) | {"device": "cpu", "read_chunk": 4096}
+    fsspec.filesystem("memory").put(f"{tmp_path}/step-*", f"/{tmp_path.name}/", recursive=True)
+    here, there = (
+        make_plan(validated(RunConfig, found | {"candidates": f"{where}/step-*"}), 1)
+        for where in (tmp_path, f"memory://{tmp_path.name}")
+    )
+    longest = 4 * 256 * SIZES["hidden_size"]
+    assert there.attach["streaming"] - here.attach["streaming"] == 2 * 2 * (longest - 4096) + 2 * longest
+    assert there.bytes_read == here.bytes_read
+
+
 def test_bytes_of_corrections_of_rows(tmp_path: Path) -> None:
     """Those that a run holds after a step; in pods, what these average."""
     config = validated(RunConfig, settings(tmp_path) | {"groups": "tensor+row"})
@@ -185,8 +222,8 @@ def test_an_offloaded_store_counts_for_the_host(tmp_path: Path) -> None:
     assert not choose_store(far, far.peak, choices.own.host - 1).own.fits
     for choice in choices.stores:
         assert choice.host - choices.own.host == choice.nbytes - choices.own.nbytes
-    sizes = {"w": machine_memory()}  # elements: the center alone takes four times the memory
-    large = replace(far, local_sizes=sizes, host={"store (packed4)": store_bytes("packed4", 2, sizes.values())})
+    sizes = (machine_memory(),)  # elements: the center alone takes four times the memory
+    large = replace(far, span_sizes=sizes, host={"store (packed4)": store_bytes("packed4", 2, sizes)})
     assert not any(choice.fits for choice in choose_store(large, 10**15).stores)
 
 

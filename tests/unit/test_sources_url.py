@@ -24,7 +24,10 @@ import twa_scale
 from tests.pool import Pool
 from tests.slices import read
 from tests.specs import found, refused
+from twa_scale.base.spans import Span
+from twa_scale.base.urls import Url
 from twa_scale.candidates import open_candidates
+from twa_scale.candidates.read_ahead import Reader
 from twa_scale.config import RunConfig, validated
 from twa_scale.errors import CandidateError, ConfigError, OutputError
 from twa_scale.merge import average_fixed
@@ -158,6 +161,36 @@ def test_a_file_that_changes_is_refused(memory: str) -> None:
     fsspec.filesystem("memory").rm(f"{run}/step-2/model.safetensors")
     with pytest.raises(CandidateError, match="there is no such file, directory or bucket"):
         read(candidate, "0.bias", 0, 51)
+
+
+def test_a_part_of_many_ranges_asks_once_whether_the_file_is_the_same(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    identity = Url.identity
+    monkeypatch.setattr(Url, "identity", lambda url: asked.append(url.name) or identity(url))
+    put(f"{memory}/a.safetensors", save(state(0)))
+    (candidate,) = open_candidates([f"{memory}/a.safetensors"], minimum=1)
+    assert len(asked) == 2, "before the header and after it"
+    columns = Span("0.weight", 10, 70 * 51 - 50, 10, 70)  # 51 ranges
+    (part,) = Reader([candidate]).parts([(columns, [0])])
+    assert torch.equal(part.sources[0].view(51, 10), state(0)["0.weight"][:, 10:20]) and len(asked) == 3
+    put(f"{memory}/a.safetensors", save(state(1)))
+    with pytest.raises(CandidateError, match=r"a.safetensors: tensor '0.weight' cannot be read: the file has"):
+        list(Reader([candidate]).parts([(columns, [0])]))
+    assert len(asked) == 4
+
+
+def test_a_header_that_changes_while_it_is_read_is_refused(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(f"{memory}/a.safetensors", save(state(0)))
+
+    def other(url: Url, start: int, stop: int) -> bytes:
+        put(f"{memory}/a.safetensors", b"x" * len(save(state(0))))
+        return b"x" * (stop - start)
+
+    monkeypatch.setattr(Url, "read", other)
+    with pytest.raises(CandidateError, match=r"a.safetensors: the header cannot be read: the file has been written"):
+        open_candidates([f"{memory}/a.safetensors"], minimum=1)
 
 
 def test_outputs_are_not_urls(memory: str) -> None:

@@ -13,6 +13,7 @@ from twa_scale.base.paths import path_of
 from twa_scale.base.urls import is_url
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.find import Source, Spec, find_sources, spec_items
+from twa_scale.candidates.formats.remote_file import asked_once
 from twa_scale.candidates.open import open_sources
 from twa_scale.candidates.select import ALL, Wanted
 from twa_scale.config import SelectConfig
@@ -115,9 +116,11 @@ def _traits(candidate: Candidate) -> dict[str, tuple[tuple[int, ...], str, str]]
     before = candidate.bytes_read
     names = candidate.names()
     count = min(max(_SAMPLES // max(len(names), 1), 1), _SAMPLES_OF_A_TENSOR)
-    traits = {
-        name: (candidate.shape(name), str(candidate.dtype(name)), _sampled(candidate, name, count)) for name in names
-    }
+    with asked_once():
+        traits = {
+            name: (candidate.shape(name), str(candidate.dtype(name)), _sampled(candidate, name, count))
+            for name in names
+        }
     candidate.bytes_read = before
     return traits
 

@@ -11,6 +11,7 @@ import torch
 from twa_scale.base.spans import Span
 from twa_scale.base.urls import is_url
 from twa_scale.candidates import Candidate
+from twa_scale.candidates.formats.remote_file import asked_once
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Sources
 from twa_scale.kernels.packed_rows import BLOCKS
@@ -31,6 +32,16 @@ Job = tuple[Span, Sequence[int]]
 def job_bytes(candidates: Sequence[Candidate], jobs: Iterable[Job]) -> int:
     """Return the number of bytes that jobs read."""
     return sum(len(span) * candidates[i].dtype(span.name).itemsize for span, who in jobs for i in who)
+
+
+def are_remote(candidates: Sequence[Candidate]) -> bool:
+    """Return whether a candidate is at a URL."""
+    return any(is_url(candidate.label) for candidate in candidates)
+
+
+def chunk_of(candidates: Sequence[Candidate], read_chunk: int) -> int:
+    """Return the largest number of bytes of one read: `read_chunk`, or more of candidates at URLs."""
+    return max(read_chunk, _REMOTE_CHUNK) if are_remote(candidates) else read_chunk
 
 
 def at_once(n: int, read_chunk: int) -> int:
@@ -124,9 +135,7 @@ class Reader:
         self._candidates = candidates
         self._total = total
         self._progress = progress or (lambda *_: None)
-        if any(is_url(candidate.label) for candidate in candidates):
-            read_chunk = max(read_chunk, _REMOTE_CHUNK)
-        self._read_bytes = at_once(len(candidates), read_chunk)
+        self._read_bytes = at_once(len(candidates), chunk_of(candidates, read_chunk))
         self._in_flight = reads_in_flight
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
 
@@ -184,9 +193,10 @@ class Reader:
 def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], cut: _Cut) -> None:
     for candidate, values in jobs:
         done = 0
-        for start, stop in cut.span.runs(cut.start, cut.stop):
-            candidate.read(cut.span.name, start, values[done : done + stop - start])
-            done += stop - start
+        with asked_once():
+            for start, stop in cut.span.runs(cut.start, cut.stop):
+                candidate.read(cut.span.name, start, values[done : done + stop - start])
+                done += stop - start
 
 
 def sum_of(sources: Sources) -> torch.Tensor:

@@ -21,7 +21,7 @@ from twa_scale.kernels import Kernels, Target
 from twa_scale.kernels.torch.deltas import GRID, ROW_BYTES
 
 
-def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = READ_CHUNK) -> int:
+def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = READ_CHUNK, *, received: int = 0) -> int:
     """Return the bytes of memory for reading n candidates.
 
     Args:
@@ -29,10 +29,13 @@ def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = REA
         longest: the number of elements of the longest span.
         itemsize: the bytes of an element.
         read_chunk: the largest number of bytes of one read.
+        received: the largest number of reads whose bytes another library holds before they are in a buffer, as those
+            of URLs.
     """
     read = min(at_once(n, read_chunk), longest * itemsize)
     columns = min(max(ROW_BYTES // 4 // (n + 1), GRID), longest)
-    return 2 * n * read + 2 * columns * 4 * (n + 1)  # two buffers; deltas, and their inputs or products
+    buffers, deltas = 2 * n * read, 2 * columns * 4 * (n + 1)  # two buffers; deltas, and their inputs or products
+    return buffers + deltas + min(received, n) * read
 
 
 class Stream:

@@ -1,5 +1,9 @@
 """Files that are read by ranges from a URL."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from twa_scale.base.urls import Url
 from twa_scale.candidates.formats.file_handles import change
 from twa_scale.errors import CandidateError
@@ -8,7 +12,8 @@ from twa_scale.errors import CandidateError
 class RemoteFile:
     """A file of another machine that any number of threads read at offsets.
 
-    After each read the file system is asked whether the file is still the same, because no descriptor keeps it.
+    After each read the file system is asked whether the file is still the same, because no descriptor keeps it. Inside
+    `asked_once` it is asked at the end, for all reads.
     """
 
     def __init__(self, url: Url) -> None:
@@ -31,21 +36,59 @@ class RemoteFile:
         if not len(buffer):
             return
         content = self._url.read(offset, offset + len(buffer))
-        if problem := self._change() or _other_length(len(content), len(buffer)):
-            raise CandidateError(
-                f"{self.path}: {what} cannot be read: {problem}. Candidates must not change until the run has ended."
+        fits = len(content) == len(buffer)
+        later: dict[RemoteFile, str] | None = getattr(_this_thread, "files", None)
+        if later is not None and fits:
+            later.setdefault(self, what)
+        else:
+            self.require_unchanged(what)
+        if not fits:
+            raise self._error(
+                what,
+                f"the server sent {len(content)} bytes, where {len(buffer)} were asked for: it does not serve ranges, "
+                "or is damaged",
             )
         buffer[:] = content
 
-    def _change(self) -> str | None:
+    def require_unchanged(self, what: str) -> None:
+        """Ask the file system whether the file is still the one that was opened.
+
+        Args:
+            what: the name of the bytes that were read, in error messages.
+
+        Raises:
+            CandidateError: it was changed or removed.
+        """
         found = self._url.identity()
-        return change(self.size, found[0], written=found != self._identity)
+        if problem := change(self.size, found[0], written=found != self._identity):
+            raise self._error(what, problem)
+
+    def _error(self, what: str, problem: str) -> CandidateError:
+        return CandidateError(
+            f"{self.path}: {what} cannot be read: {problem}. Candidates must not change until the run has ended."
+        )
 
     def close(self) -> None:
         """Do nothing: no connection is kept."""
 
 
-def _other_length(found: int, wanted: int) -> str | None:
-    if found == wanted:
-        return None
-    return f"the server sent {found} bytes, where {wanted} were asked for: it does not serve ranges, or is damaged"
+_this_thread = threading.local()
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Ask once for each file, at the end of a `with` block, whether it is still the same: one request for many ranges.
+
+    This holds for the reads of the thread that enters the block. Its values may be used after the block.
+
+    Raises:
+        CandidateError: a file was changed or removed. It replaces errors about the content of a file that has changed.
+    """
+    files: dict[RemoteFile, str] = {}
+    _this_thread.files = files
+    try:
+        yield
+    finally:
+        _this_thread.files = None
+        for file, what in files.items():
+            file.require_unchanged(what)

@@ -11,7 +11,7 @@ from twa_scale.base.inputs import MAX_JSON, brief, parse_json
 from twa_scale.base.urls import Url
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Origin
-from twa_scale.candidates.formats.remote_file import RemoteFile
+from twa_scale.candidates.formats.remote_file import RemoteFile, asked_once
 from twa_scale.candidates.other_formats import format_of
 from twa_scale.candidates.wrapper_names import unwrapped
 from twa_scale.errors import CandidateError
@@ -59,7 +59,8 @@ class SafetensorsCandidate:
         self.bytes_read = 0
         self._file = RemoteFile(path) if isinstance(path, Url) else File(path)
         try:
-            entries, self.metadata = read_header(self._file)
+            with asked_once():
+                entries, self.metadata = read_header(self._file)
             if (library := self.metadata.get("format")) in ("flax", "tf"):
                 raise CandidateError(
                     f"{path}: is of {'Flax (JAX)' if library == 'flax' else 'TensorFlow'} by its header (format: "

@@ -43,7 +43,7 @@ class Work:
     device: torch.device
     groups: int = 1
     sizes: tuple[int, ...] = ()
-    """The sizes of the tensors; see `run_bench`."""
+    """The sizes of the spans: tensors, or their parts for experts; see `run_bench`."""
     file_elements: int | None = None
     """The number of elements of candidates that are written. Default: `elements`."""
 
@@ -83,9 +83,8 @@ def planned_work(plan: Plan, config: RunConfig, stores: list[StoreName], element
     measured = min(plan.local_elements, elements or plan.local_elements)
     while measured > 1 and bench_bytes(stores, measured, plan.num_candidates) > _FREE * free:
         measured = measured * 9 // 10
-    sizes = tuple(plan.local_sizes.values())
     files = min(measured, _FILES)
-    return Work(stores, measured, plan.num_candidates, config.kernels, device, plan.num_groups, sizes, files)
+    return Work(stores, measured, plan.num_candidates, config.kernels, device, plan.num_groups, plan.span_sizes, files)
 
 
 def forecast(plan: Plan, bench: Bench, files: Sequence[Measured]) -> Forecast:
@@ -101,7 +100,7 @@ def forecast(plan: Plan, bench: Bench, files: Sequence[Measured]) -> Forecast:
     stores = {}
     for store, rows in bench.stores.items():
         seconds = {row.what: scale * row.seconds for row in rows}
-        nbytes = store_bytes(store, plan.num_candidates, plan.local_sizes.values())
+        nbytes = store_bytes(store, plan.num_candidates, plan.span_sizes)
         moved = update_bytes(nbytes, plan.local_elements)
         project, combine = (Measured(what, seconds[what], moved[what]) for what in ("project", "combine"))
         parts = [project, bench.reduction, bench.coefficients, combine]

@@ -83,10 +83,10 @@ def choose_store(plan: Plan, memory: int | None = None, host_memory: int | None 
 
 def _choice(plan: Plan, store: StoreName, memory: int, host_memory: int) -> Choice:
     def nbytes_of(name: StoreName) -> int:
-        return store_bytes(name, plan.num_candidates, plan.local_sizes.values())
+        return store_bytes(name, plan.num_candidates, plan.span_sizes)
 
     def in_peak(name: StoreName) -> int:
-        return staging_bytes(name, plan.num_candidates, plan.local_sizes.values()) if plan.host else nbytes_of(name)
+        return staging_bytes(name, plan.num_candidates, plan.span_sizes) if plan.host else nbytes_of(name)
 
     mapped = plan.mapped_bytes if isinstance(store_kind(store), MappedFiles) else 0
     obstacle = "only on a CPU, from files with contiguous tensors" if mapped is None else ""

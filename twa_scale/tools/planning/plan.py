@@ -14,7 +14,7 @@ from twa_scale.base.process_memory import resident
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate, open_candidates
 from twa_scale.candidates.mapped import mapped
-from twa_scale.candidates.read_ahead import Job, job_bytes
+from twa_scale.candidates.read_ahead import Job, are_remote, chunk_of, job_bytes
 from twa_scale.candidates.streaming import scratch_bytes
 from twa_scale.config import RunConfig
 from twa_scale.config.kinds import StoreName
@@ -47,6 +47,8 @@ class Plan:
     trained_elements: int
     local_sizes: dict[str, int]
     """Number of trained elements of each tensor on a rank."""
+    span_sizes: tuple[int, ...]
+    """Number of elements of each span of a rank: of each tensor or, with `groups: expert`, of each stacked expert."""
     mapped_bytes: int | None
     """Bytes of the candidates that the store `mapped` reads on a rank in each step; None if it cannot be used."""
     memory: dict[str, int]
@@ -102,7 +104,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     read = {name: size for name, size in owned.items() if name in layout.held_as}
     local = {name: owned[name] for name in layout.group_of}
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
-    streaming = {"streaming": _streaming_bytes(tensors, read, config.read_chunk)}
+    streaming = {"streaming": _streaming_bytes(tensors, read, config)}
     sizes = _span_sizes(layout, local)
     store = {f"store ({config.store})": store_bytes(config.store, n, sizes)}
     offloaded = device == "cuda" and config.store_device == "cpu"
@@ -120,6 +122,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         num_groups=len(layout.groups),
         trained_elements=sum(prod(parameters[name].shape) for name in layout.group_of),
         local_sizes=local,
+        span_sizes=sizes,
         mapped_bytes=_mapped_bytes(tensors, local) if device == "cpu" else None,
         memory={
             "python and libraries": runtime,
@@ -171,11 +174,12 @@ def _tensors_of(model: nn.Module, config: RunConfig) -> _Tensors:
     return _Tensors(parameters, buffers, candidates, layout)
 
 
-def _streaming_bytes(tensors: _Tensors, read: dict[str, int], read_chunk: int) -> int:
+def _streaming_bytes(tensors: _Tensors, read: dict[str, int], config: RunConfig) -> int:
     """Return the bytes of the buffers with which attach reads; `read` are the elements of a rank, by tensor."""
     candidates, layout = tensors.candidates, tensors.layout
     itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in read for candidate in candidates)
-    return scratch_bytes(len(candidates), max(read.values()), itemsize, read_chunk)
+    chunk, received = config.read_chunk, config.reads_in_flight if are_remote(candidates) else 0
+    return scratch_bytes(len(candidates), max(read.values()), itemsize, chunk_of(candidates, chunk), received=received)
 
 
 def _summed(engine: RunEngine, numbers: dict[str, int]) -> dict[str, int]:
@@ -184,13 +188,13 @@ def _summed(engine: RunEngine, numbers: dict[str, int]) -> dict[str, int]:
     return {name: engine.all_reduced(size) + (engine.gathered(size) if pods else 0) for name, size in numbers.items()}
 
 
-def _span_sizes(layout: Layout, local: dict[str, int]) -> list[int]:
+def _span_sizes(layout: Layout, local: dict[str, int]) -> tuple[int, ...]:
     """Return the sizes of the spans of a rank that holds the first elements of each tensor; experts are apart."""
     spans = []
     for name, size in local.items():
         experts = layout.experts.get(name)
         spans += [span for _, span in Span(name, 0, size).cuts(max(1, experts.size if experts else size))]
-    return [len(span) for span in spans]
+    return tuple(len(span) for span in spans)
 
 
 def _jobs(tensors: _Tensors, owned: dict[str, int]) -> Iterator[Job]:
