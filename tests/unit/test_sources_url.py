@@ -25,7 +25,7 @@ from tests.pool import Pool
 from tests.slices import read
 from tests.specs import found, refused
 from twa_scale.base.spans import Span
-from twa_scale.base.urls import Url
+from twa_scale.base.urls import Identity, Url
 from twa_scale.candidates import open_candidates
 from twa_scale.candidates.read_ahead import Reader
 from twa_scale.config import RunConfig, validated
@@ -168,7 +168,12 @@ def test_a_part_of_many_ranges_asks_once_whether_the_file_is_the_same(
 ) -> None:
     asked: list[str] = []
     identity = Url.identity
-    monkeypatch.setattr(Url, "identity", lambda url: asked.append(url.name) or identity(url))
+
+    def counted(url: Url) -> Identity:
+        asked.append(url.name)
+        return identity(url)
+
+    monkeypatch.setattr(Url, "identity", counted)
     put(f"{memory}/a.safetensors", save(state(0)))
     (candidate,) = open_candidates([f"{memory}/a.safetensors"], minimum=1)
     assert len(asked) == 2, "before the header and after it"
