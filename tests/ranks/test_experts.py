@@ -15,6 +15,8 @@ import twa_scale
 from tests import flattened, reference, zero
 from tests.pool import Pool
 from tests.ranks import cases
+from tests.ranks.test_running import put
+from twa_scale.engines.zero import is_deepspeed
 
 WIDTH, INNER, EXPERTS, STEPS, BATCH = 3, 5, 4, 3, 12
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
@@ -195,6 +197,62 @@ def test_experts_are_trained_as_those_of_the_reference(
                 torch.testing.assert_close(a[:, names[re_name(group)]], unique, rtol=10 * tolerance, atol=tolerance)
     read, stored = sum(read for *_, read in ended), 3 * sum(value.nbytes for value in states()[0].values())
     assert read == (size if engine == "plain" else 1) * stored
+
+
+def learn(engine: str, store: str, basis: str, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    """Train the coefficients of a window from memory, and from the files that it writes of its snapshots.
+
+    Returns:
+        The weights and coefficients `a` of both, and whether `restore` has given the trained weights back.
+    """
+    model = held_by(engine)
+    averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 3, "store": store})
+    for state in states():
+        put(model, state)
+        averages.step()
+    before = cases.gathered(model)
+    config = {"groups": "expert", "basis": basis, "center": "ema:0.5", "exclude": ["blocks.1.router"], "optimizer": SGD}
+    from_memory = trained(model, averages.learn(config))
+    averages.restore()
+    restored = cases.gathered(model)
+    files = averages.save(directory)
+    from_files = trained(model, twa_scale.attach(model, files, config))
+    return from_memory, from_files, all(torch.equal(restored[name], value) for name, value in before.items())
+
+
+def trained(model: nn.Module, twa: twa_scale.TrainableAverage) -> dict[str, Tensor]:
+    assert "blocks.0.experts.3" in twa.layout.groups
+    for step in range(STEPS):
+        value = loss(model, batch(step))
+        if is_deepspeed(model):
+            model.backward(value)
+        else:
+            value.backward()
+        twa.step()
+        twa.zero_grad()
+    found = {"a": twa.coefficients.clone(), **cases.gathered(model)}
+    twa.close()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")
+@pytest.mark.parametrize(
+    ("engine", "size", "store", "basis"),
+    [
+        ("plain", 1, "packed1", "orthonormal"),
+        ("fsdp2", 3, "dense32", "pca"),
+        ("fsdp1-flat", 3, "packed8", "simplex"),
+        ("zero3", 2, "dense16", "normalized"),
+    ],
+)
+def test_experts_are_learned_from_a_window_as_from_its_files(
+    ranks: Pool, engine: str, size: int, store: str, basis: str, tmp_path: Path
+) -> None:
+    ended = ranks(learn, size, engine=engine, store=store, basis=basis, directory=tmp_path)
+    for from_memory, from_files, restored in ended:
+        assert restored and not torch.equal(from_files["a"][:, 0], from_files["a"][:, 3])
+        for name, value in from_files.items():
+            torch.testing.assert_close(from_memory[name], value, rtol=1e-3, atol=1e-5)
 
 
 def re_name(group: str) -> str:

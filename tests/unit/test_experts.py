@@ -19,7 +19,6 @@ from twa_scale.tools.report.material import read
 
 pytestmark = pytest.mark.filterwarnings("ignore:groups. expert:UserWarning")
 E = EXPERTS
-NO_PARTS = "stacks experts in one tensor, of which a window holds no parts"
 
 
 class Holder(nn.Module):
@@ -160,18 +159,12 @@ def test_the_report_has_a_tensor_for_each_expert(tmp_path: Path) -> None:
     assert found.places["blocks.0.experts.3.up"] == found.places["blocks.0.experts.2.up"]
 
 
-def test_a_window_has_no_parts_of_tensors() -> None:
-    model = Mixture()
-    averages = twa_scale.RunningAverages(model, window={"every": 1, "keep": 2})
-    for _ in range(2):
-        averages.step()
-    with pytest.raises(ConfigError, match=NO_PARTS):
-        averages.learn({"groups": "expert"})
-
-
 @pytest.mark.parametrize(
     ("learn", "text"),
-    [({"groups": "expert"}, NO_PARTS), ({"optimizer": {"lr": "auto"}}, "lr: 'auto'"), ({"store": "mapped"}, "^store:")],
+    [
+        ({"optimizer": {"lr": "auto"}}, "lr: 'auto'"),
+        ({"store": "mapped"}, "^store:"),
+    ],
 )
 def test_a_callback_refuses_settings_of_learning_before_training(learn: dict[str, Any], text: str) -> None:
     averaging = Averaging(window={"every": 1, "keep": 2}, learn=learn, learn_steps=1)

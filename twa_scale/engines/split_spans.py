@@ -9,6 +9,9 @@ from twa_scale.base.spans import Span
 from twa_scale.engines.engine import Consume, Engine
 from twa_scale.engines.view import EngineView
 
+Cuts = Mapping[Span, list[tuple[int, Span]]]
+"""The parts of spans, each with its offset in the span."""
+
 
 class SplitEngine(EngineView):
     """An engine that cuts the spans of another where parts of a tensor begin, so that each part can have a group.
@@ -23,10 +26,10 @@ class SplitEngine(EngineView):
     def __init__(self, engine: Engine, parts: Mapping[str, int]) -> None:
         super().__init__(engine)
         sizes = {name: prod(self.parameters[name].shape) // count for name, count in parts.items()}
-        self._cuts = {
+        self.cuts: Cuts = {
             span: list(span.cuts(sizes[span.name])) if span.name in sizes else [(0, span)] for span in engine.spans()
         }
-        self._inside = {cut: (span, start) for span, cuts in self._cuts.items() for start, cut in cuts}
+        self._inside = {cut: (span, start) for span, cuts in self.cuts.items() for start, cut in cuts}
 
     def spans(self) -> list[Span]:
         """Return the spans of this rank, each of them inside one part."""
@@ -39,13 +42,13 @@ class SplitEngine(EngineView):
 
     def units(self) -> list[list[Span]]:
         """Return the spans that the model uses at once."""
-        return [[cut for span in unit for _, cut in self._cuts[span]] for unit in self._engine.units()]
+        return [[cut for span in unit for _, cut in self.cuts[span]] for unit in self._engine.units()]
 
     def watch(self, consume: Consume) -> None:
         """Pass on gradients, those of a span that was cut in slices."""
 
         def consume_cuts(span: Span, gradient: torch.Tensor) -> None:
-            for start, cut in self._cuts[span]:
+            for start, cut in self.cuts[span]:
                 consume(cut, gradient[start : start + len(cut)])
 
         self._engine.watch(consume_cuts)

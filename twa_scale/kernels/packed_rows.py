@@ -101,6 +101,10 @@ class Packed:
         words, scales = tensors
         return Packed(words, scales, self.n, self.m, self.lead, self.bits)
 
+    def tiles_of(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the tiles [first, last) that hold columns [start, stop)."""
+        return (self.lead + start) // self.tile, -(-(self.lead + stop) // self.tile)
+
     def part(self, start: int, stop: int) -> tuple[int, "Packed"]:
         """Return the first column of tiles [start, stop), and a view of the rows with only these columns."""
         lead = self.lead if start == 0 else 0

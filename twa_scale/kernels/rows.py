@@ -72,6 +72,10 @@ class Dense:
         (values,) = tensors
         return Dense(values, self.n, self.m)
 
+    def tiles_of(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the tiles [first, last) that hold columns [start, stop)."""
+        return start // TILE, -(-stop // TILE)
+
     def part(self, start: int, stop: int) -> tuple[int, "Dense"]:
         """Return the first column of tiles [start, stop), and a view of the rows with only these columns."""
         low, high = start * TILE, min(stop * TILE, self.m)

@@ -1,6 +1,6 @@
 """A trainable average of the snapshots of a window: the window is its store, and nothing is read or copied."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,49 +21,14 @@ from twa_scale.candidates.buffers import buffer_source
 from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.engines import Engine
+from twa_scale.engines.split_spans import Cuts, SplitEngine
 from twa_scale.errors import ConfigError, TwaError
-from twa_scale.kernels import Kernels, RowMap, Segments, Target
 from twa_scale.kernels.torch.deltas import inner_products, squared_norms
 from twa_scale.output import Files, check_files
 from twa_scale.ranks import Pods, Reduction, require_same_settings
 from twa_scale.running.candidate import snapshot_candidates
 from twa_scale.running.window import Window
-from twa_scale.store import Store
-
-
-class WindowStore:
-    """The store of a window as that of an average: it is only read, and stays when the average is closed."""
-
-    def __init__(self, store: Store, coding: RowMap) -> None:
-        self._store = store
-        self.device = store.device
-        self.kernels: Kernels = store.kernels
-        self.coding = coding
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the snapshots occupy."""
-        return self._store.nbytes
-
-    def reserve(self, span: Span) -> Target:
-        """Refuse: the window has filled it."""
-        raise AssertionError(f"{span} is in the window")
-
-    def project(
-        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
-    ) -> torch.Tensor:
-        """Return the inner products of rows and base with the gradient of this span."""
-        return self._store.project(span, gradient, with_center, segments)
-
-    def combine(
-        self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
-    ) -> None:
-        """Write the weights of this span; the window holds no empty ones."""
-        if len(span):
-            self._store.combine(span, weights, scale, out, segments)
-
-    def close(self) -> None:
-        """Do nothing: the window stays."""
+from twa_scale.running.window_store import WindowStore
 
 
 def carried_files(files: Files) -> CarriedFiles:
@@ -119,11 +84,6 @@ def require_learnable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
         ConfigError, EngineError: names the setting.
     """
     require_trainable(config, engine, pods)
-    if experts_of(engine.module, engine.parameters, config):
-        raise ConfigError(
-            "groups: 'expert' asked for, but this model stacks experts in one tensor, of which a window holds no "
-            "parts. Save the snapshots with Snapshots and attach to them, or use groups tensor or block."
-        )
 
 
 def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried: CarriedFiles) -> TrainableAverage:
@@ -139,12 +99,19 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
     Raises:
         ConfigError, EngineError: on every rank.
     """
+    cuts: Cuts = {}
+    live = engine.live
     with pods.agree():
         engine.keeps_optimizer = True
         engine.check()
         require_learnable(config, engine, pods)
         candidates = snapshot_candidates(engine, window.steps)
-        layout = matched(engine, candidates, config)
+        stacked = experts_of(engine.module, engine.parameters, config)
+        if stacked:
+            engine = SplitEngine(engine, {name: one.number for name, one in stacked.items()})
+            held = set(window.spans)
+            cuts = {span: parts for span, parts in engine.cuts.items() if span.name in stacked and span in held}
+        layout = matched(engine, candidates, config, stacked=stacked)
         weights = center_weights(config.center, len(candidates))
         check_settings(config, weights)
     require_same_settings(pods, {"the steps of the snapshots": window.steps, **config.model_dump(mode="json")})
@@ -152,10 +119,10 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         undo.callback(engine.close)
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
-        store = WindowStore(window.store, window.row_map(weights))
+        store = WindowStore(window, window.row_map(weights), cuts)
         with pods.agree():
-            filled = _measured(engine, layout, window, config, weights)
-            _write_center(engine, layout, window, weights)
+            filled = _measured(engine, layout, window, config, weights, cuts)
+            _write_center(live, layout, window, weights)
         filled.buffers.update(pods.broadcast(_buffers(engine, layout, window, config, weights)))
         parts = Parts(config, engine, pods, reduction, layout, store, candidates, carried)
         average = assemble(parts, filled, weights)
@@ -165,7 +132,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
 
 @torch.no_grad()
 def _measured(
-    engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float]
+    engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float], cuts: Cuts
 ) -> LoadedCandidates:
     """Return the products of the deltas, errors and checksums, which a pass over candidates computes otherwise."""
     n, device = window.count, window.store.device
@@ -173,27 +140,33 @@ def _measured(
     b = torch.tensor(weights, dtype=torch.float32, device=device)
     checksums = {}
     for span in window.spans:
-        sums = torch.zeros(n, dtype=torch.int64, device=device)
-        group = layout.group_of.get(span.name)
+        sums, done = torch.zeros(n, dtype=torch.int64, device=device), 0
         for base, increments in window.parts(span):
             beyond = torch.cat([torch.zeros_like(base)[None], increments.cumsum(0)])
             sums += (base + beyond).view(torch.int32).sum(1)
-            if group is None:
+            first, done = done, done + len(base)
+            if span.name not in layout.group_of:
                 continue
             shift = b @ beyond
             rows = torch.cat([beyond - shift, (base + shift)[None]])
-            products = gram.of(group)
-            products += inner_products(rows) if products.ndim == 2 else squared_norms(rows)
+            for start, part in cuts.get(span, [(0, span)]):
+                low, high = max(start, first) - first, min(start + len(part), done) - first
+                if low < high:
+                    products = gram.of(layout.group(part))
+                    held = rows[:, low:high]
+                    products += inner_products(held) if products.ndim == 2 else squared_norms(held)
         checksums[layout.source(span.name)] = sums.cpu()
     errors = window.squared_errors().to(engine.device)
     return LoadedCandidates(gram.values.to(engine.device), errors, checksums, {}, {})
 
 
 @torch.no_grad()
-def _write_center(engine: Engine, layout: Layout, window: Window, weights: Sequence[float]) -> None:
+def _write_center(
+    live: Callable[[Span], torch.Tensor], layout: Layout, window: Window, weights: Sequence[float]
+) -> None:
     """Write the tensors that are not trained, with the weights of the center."""
     spans = [span for span in window.spans if span.name not in layout.group_of]
-    window.write(torch.tensor(weights, dtype=torch.float64), {span: engine.live(span) for span in spans})
+    window.write(torch.tensor(weights, dtype=torch.float64), {span: live(span) for span in spans})
 
 
 def _buffers(

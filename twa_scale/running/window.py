@@ -12,7 +12,7 @@ from twa_scale.kernels import Dense, Packed, Trajectory
 from twa_scale.kernels.torch.deltas import write_row
 from twa_scale.kernels.torch.reference import widened
 from twa_scale.running.settings import WindowSettings
-from twa_scale.store import Store, make_store
+from twa_scale.store import InMemoryStore, OffloadedStore, make_store
 
 _CPU_PIECE = 1 << 20  # elements that are worked on at a time: on a CPU they stay in cache
 _GPU_PIECE = 1 << 24
@@ -49,7 +49,9 @@ class Window:
         self.settings = settings
         rows = settings.keep - 1
         config = TwaConfig(store=settings.store, store_device="cpu" if store_device == "cpu" else "auto")
-        self.store: Store = make_store(config, rows, device, lambda _: [])
+        store = make_store(config, rows, device, lambda _: [])
+        assert isinstance(store, InMemoryStore | OffloadedStore), settings.store
+        self.store = store
         targets = {span: self.store.reserve(span) for span in live}
         self._held = {span: (target.rows, target.center) for span, target in targets.items()}
         self.steps: list[int] = []

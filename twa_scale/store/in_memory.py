@@ -1,6 +1,7 @@
 """Stores that hold the deltas in memory, as numbers or as codes of a few bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import copy
 
 import torch
 
@@ -52,6 +53,20 @@ class InMemoryStore:
     def held(self, span: Span) -> tuple[Dense | Packed, torch.Tensor]:
         """Return the rows of a span and its center (m,)."""
         return self._spans[span]
+
+    def with_parts(self, tiles: Mapping[Span, tuple[Span, int, int]]) -> "InMemoryStore":
+        """Return a store of parts of the spans of this one, in the same memory.
+
+        Args:
+            tiles: for each part, the span that holds it, and the tiles [start, stop) of the span's rows.
+        """
+        parts = copy(self)
+        parts._spans = {}
+        for part, (span, start, stop) in tiles.items():
+            rows, center = self._spans[span]
+            first, held = rows.part(start, stop)
+            parts._spans[part] = held, center[first : first + held.m]
+        return parts
 
     def project(
         self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None

@@ -1,6 +1,7 @@
 """A store in host memory. Its rows are copied to the device of the model for each use, a piece at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 
 import torch
 
@@ -51,6 +52,15 @@ class OffloadedStore:
         for _, rows, center in self._pieces(span):
             self._staging.reserve([*rows.tensors, center])
         return target
+
+    def with_parts(self, tiles: Mapping[Span, tuple[Span, int, int]]) -> "OffloadedStore":
+        """Return a store of parts of the spans of this one, in the same memory, as of `InMemoryStore`.
+
+        The buffers on the device are the same, too. Close only one of the two.
+        """
+        parts = copy(self)
+        parts._inner = self._inner.with_parts(tiles)
+        return parts
 
     def project(
         self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None

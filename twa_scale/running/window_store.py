@@ -1,0 +1,75 @@
+"""The store of a window as that of an average, also of parts of its spans."""
+
+import torch
+from torch.nn.functional import pad
+
+from twa_scale.base.spans import Span
+from twa_scale.engines.split_spans import Cuts
+from twa_scale.kernels import Kernels, RowMap, Segments, Target
+from twa_scale.running.window import Window
+
+
+class WindowStore:
+    """The store of a window, which is only read, and stays when the average is closed.
+
+    A part of a span, such as an expert of a stacked tensor, is read with the tiles of rows that it touches. Where it
+    begins or ends inside a tile, its gradient is copied between zeros, and its weights out of those of the tiles.
+
+    Args:
+        window: holds the snapshots.
+        coding: what the rows stand for.
+        cuts: the parts of spans that the average asks for in place of the span.
+    """
+
+    def __init__(self, window: Window, coding: RowMap, cuts: Cuts | None = None) -> None:
+        self._store = window.store
+        self.device = window.store.device
+        self.kernels: Kernels = window.store.kernels
+        self.coding = coding
+        self._margins: dict[Span, tuple[int, int]] = {}
+        tiles: dict[Span, tuple[Span, int, int]] = {}
+        for whole, parts in (cuts or {}).items():
+            rows, _ = window.held(whole)
+            for start, cut in parts if len(whole) else ():
+                first, last = rows.tiles_of(start, start + len(cut))
+                low, held = rows.part(first, last)
+                tiles[cut] = whole, first, last
+                self._margins[cut] = start - low, low + held.m - start - len(cut)
+        self._parts = window.store.with_parts(tiles)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the snapshots occupy."""
+        return self._store.nbytes
+
+    def reserve(self, span: Span) -> Target:
+        """Refuse: the window has filled it."""
+        raise AssertionError(f"{span} is in the window")
+
+    def project(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
+    ) -> torch.Tensor:
+        """Return the inner products of rows and base with the gradient of this span."""
+        if span not in self._margins:
+            return self._store.project(span, gradient, with_center, segments)
+        assert segments is None, "parts have no corrections of rows"
+        margins = self._margins[span]
+        return self._parts.project(span, pad(gradient, margins) if any(margins) else gradient, with_center)
+
+    def combine(
+        self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
+    ) -> None:
+        """Write the weights of this span; the window holds no empty ones."""
+        if not len(span):
+            return
+        if span not in self._margins:
+            self._store.combine(span, weights, scale, out, segments)
+            return
+        before, after = self._margins[span]
+        tiles = out.new_empty(before + len(out) + after) if before or after else out
+        self._parts.combine(span, weights, scale, tiles)
+        if tiles is not out:
+            out.copy_(tiles[before : before + len(out)])
+
+    def close(self) -> None:
+        """Do nothing: the window stays."""
