@@ -20,7 +20,6 @@ from twa_scale.average.state import AverageState, load_state
 from twa_scale.kernels.packed_rows import BLOCKS, zero_of
 from twa_scale.kernels.torch.quantize import quantize
 
-BITS = 4
 PIECE = 1 << 17  # elements of each candidate that are in memory at a time
 
 
@@ -60,12 +59,12 @@ class Squares:
         return float((u.square() * self.lost * self.deltas).sum()) + self.rounding
 
 
-def check(candidates: Sequence[Path], run: Path, exact: Path) -> dict[str, Any]:
-    """Compare the export of `run`, and the merge `exact` of `twa-scale export`, with the merge formed here."""
+def check(candidates: Sequence[Path], run: Path, exact: Path, bits: int) -> dict[str, Any]:
+    """Compare the export of a run, and the merge `exact` of `twa-scale export`, with the merge formed here."""
     state = load_state(run).exported
     with ExitStack() as stack:
         read = [Checkpoint(path, stack) for path in (*candidates, run / "average", exact)]
-        found = {name: squares(name, read, state) for name in read[0].slices}
+        found = {name: squares(name, read, state, bits) for name in read[0].slices}
     weights = delta_weights(state.x, found)
     total = {
         key: sqrt(sum(getattr(s, key) for s in found.values()))
@@ -85,7 +84,7 @@ def check(candidates: Sequence[Path], run: Path, exact: Path) -> dict[str, Any]:
     }
 
 
-def squares(name: str, read: Sequence[Checkpoint], state: AverageState) -> Squares:
+def squares(name: str, read: Sequence[Checkpoint], state: AverageState, bits: int) -> Squares:
     """Read one tensor of the candidates, the export and the exact merge, once."""
     group = state.group_of[name]
     a = state.coefficients[:, group]
@@ -94,7 +93,7 @@ def squares(name: str, read: Sequence[Checkpoint], state: AverageState) -> Squar
         w = torch.stack(rows)
         center, merged = w.mean(0), a @ w
         deltas = w.sub_(center)
-        found = found or Squares(group, torch.zeros(len(a), dtype=torch.float64), lost(deltas))
+        found = found or Squares(group, torch.zeros(len(a), dtype=torch.float64), lost(deltas, bits))
         found.deltas += deltas.square().sum(1)
         for key, difference in {
             "center": center,
@@ -116,12 +115,12 @@ def pieces(name: str, read: Sequence[Checkpoint]) -> Iterator[list[torch.Tensor]
         yield [checkpoint.read(name, start, min(start + step, rows)) for checkpoint in read]
 
 
-def lost(deltas: torch.Tensor) -> torch.Tensor:
-    """Return 1 - cos^2 of deltas (n, m), which begin a tensor, and what packed4 makes of their first whole blocks."""
-    block = BLOCKS[BITS]
+def lost(deltas: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return 1 - cos^2 of deltas (n, m), which begin a tensor, and what `bits` make of their first whole blocks."""
+    block = BLOCKS[bits]
     rows = deltas[:, : deltas.shape[1] // block * block].float()
-    codes, scales = quantize(rows, 0, 0, block, BITS)
-    kept = ((codes - zero_of(BITS)) * scales.float()[..., None]).flatten(1)
+    codes, scales = quantize(rows, 0, 0, block, bits)
+    kept = ((codes - zero_of(bits)) * scales.float()[..., None]).flatten(1)
     return 1 - torch.cosine_similarity(rows.double(), kept.double()).square()
 
 

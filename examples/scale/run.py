@@ -1,8 +1,8 @@
-"""A billion parameters, 16 candidates and two ranks on one machine of 24 GiB, with packed4 deltas beside the shards.
+"""A billion parameters, 16 candidates and two ranks on one machine of 24 GiB, with packed deltas beside the shards.
 
 `make scale-run` runs this. Candidates are made up and written, their average is trained for a few steps on real text
 and exported, and what was exported is held against a merge of the same files that shares no code with it. Memory is
-held against what `twa-scale plan` said before.
+held against what `twa-scale plan` said before. The memory holds 16 candidates of 4 bits, or `--candidates 64 --bits 1`.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from material import SIZES, llama, tensors, write_candidates
 from rich.console import Console
 from rich.table import Table
 
+from twa_scale.kernels.packed_rows import BLOCKS
+
 CONFIG = Path(__file__).parents[2] / "configs" / "scale.yaml"
-CANDIDATES = 16
 SPARE = 2 << 30  # bytes of memory and disk that are left to others
 
 console = Console()
@@ -35,6 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--scratch", type=Path, default=Path("runs/scale"), help="directory on a disk with room")
+    parser.add_argument("--candidates", type=int, default=16, help="number of candidates")
+    parser.add_argument(
+        "--bits", type=int, choices=sorted(BLOCKS), default=4, help="bits of a delta: store packed8 to packed1"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -42,33 +47,35 @@ def main() -> None:
     arguments = parser.parse_args()
     root: Path = arguments.scratch / arguments.size
     try:
-        results = scale_run(root, arguments.size, arguments.ranks, arguments.steps, arguments.seed)
+        results = scale_run(root, arguments)
         (root / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         for table in tables(results):
             console.print(table)
     finally:
         if not arguments.keep:
-            for large in (f"candidates-{arguments.seed}", "run/average", "exact"):
+            for large in (f"candidates-{arguments.candidates}-{arguments.seed}", "run/average", "exact"):
                 shutil.rmtree(root / large, ignore_errors=True)
 
 
-def scale_run(root: Path, size: str, ranks: int, steps: int, seed: int) -> dict[str, Any]:
+def scale_run(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what every phase cost and what the check found."""
+    n, bits, ranks, seed = arguments.candidates, arguments.bits, arguments.ranks, arguments.seed
     for stale in ("run", "exact"):
         shutil.rmtree(root / stale, ignore_errors=True)
-    directory = root / f"candidates-{seed}"
+    directory = root / f"candidates-{n}-{seed}"
     directory.mkdir(parents=True, exist_ok=True)
-    config = llama(size)
+    config = llama(arguments.size)
     nbytes = sum(spec.nbytes for spec in tensors(config))
     seconds: dict[str, float] = {}
-    if len(list(directory.glob("step-*"))) < CANDIDATES:  # else an earlier run with --keep left them
-        require("disk", (CANDIDATES + 2) * nbytes, shutil.disk_usage(root).free)
-        with phase(f"writing {CANDIDATES} candidates of {nbytes / 1e9:.2f} GB", "write", seconds):
-            write_candidates(config, directory, CANDIDATES, seed)
+    if len(list(directory.glob("step-*"))) < n:  # else an earlier run with --keep left them
+        require("disk", (n + 2) * nbytes, shutil.disk_usage(root).free)
+        with phase(f"writing {n} candidates of {nbytes / 1e9:.2f} GB", "write", seconds):
+            write_candidates(config, directory, n, seed)
     candidates = sorted(directory.glob("step-*"))
     settings = [
         CONFIG, f"candidates={directory}/step-*", f"task.model={candidates[0]}", f"output={root}/run",
-        f"steps={steps}", f"seed={seed}",
+        f"steps={arguments.steps}", f"seed={seed}",
+        f"store=packed{bits}", "coding=center",  # the candidates are independent
     ]  # fmt: skip
     with phase("plan", "plan", seconds):
         plan = json.loads(python("-m", "twa_scale", "plan", *settings, f"--ranks={ranks}", "--json"))
@@ -79,14 +86,15 @@ def scale_run(root: Path, size: str, ranks: int, steps: int, seed: int) -> dict[
     with phase("merging the candidates with the same coefficients", "merge", seconds):
         python("-m", "twa_scale", "export", root / "run", "--out", root / "exact")
     with phase("checking what was exported", "check", seconds):
-        found = check(candidates, root / "run", root / "exact")
+        found = check(candidates, root / "run", root / "exact", bits)
     summary = json.loads((root / "run/summary.json").read_text())
     records = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
     trained = [record for record in records if "seconds" in record]
     step = sum(record["seconds"] for record in trained) / len(trained)
     return {
         "parameters": plan["trained_elements"],
-        "candidates": CANDIDATES,
+        "candidates": n,
+        "bits": bits,
         "candidate_bytes": nbytes,
         "ranks": ranks,
         "losses": [record["loss"] for record in trained],
@@ -101,7 +109,8 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     """Yield memory, time, and the check."""
     parameters, n, ranks = results["parameters"], results["candidates"], results["ranks"]
     plan, summary, seconds = results["plan"], results["summary"], results["seconds"]
-    title = f"{parameters / 1e9:.3f} G parameters, {n} candidates, {ranks} ranks of FSDP2, packed4"
+    store = f"packed{results['bits']}"
+    title = f"{parameters / 1e9:.3f} G parameters, {n} candidates, {ranks} ranks of FSDP2, {store}"
     memory = Table(title=title, caption="bytes of one rank; weights, center and gradients are float32")
     for column in ("memory", "GB"):
         memory.add_column(column, justify="left" if column == "memory" else "right")
@@ -146,7 +155,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     for name, value in {
         "merged - center, of the center": f"{found['moved']:.2%}",
         "exported - merged, of that": f"{found['error']:.2%}",
-        f"  predicted from packed4's cosine of {found['cosine']:.4f}": f"{found['predicted']:.2%}",
+        f"  predicted from {store}'s cosine of {found['cosine']:.4f}": f"{found['predicted']:.2%}",
         "  of it, rounding to bfloat16": f"{found['rounding']:.2%}",
         "  measured / predicted, by tensor": " to ".join(f"{ratio:.3f}" for ratio in found["tensors"]),
         "`twa-scale export` - merged, of rounding alone": " to ".join(f"{ratio:.6f}" for ratio in found["exact"]),
