@@ -16,6 +16,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import zero_to_fp32
 from torch import nn
 from torch.nn import functional as F
@@ -45,6 +46,8 @@ CASES: dict[str, dict[str, object]] = {
     "3-bf16": {"zero_optimization": {"stage": 3, "sub_group_size": 1000}, "bf16": {"enabled": True}},
 }
 
+UNIVERSAL = ("1-bf16", "2-bf16", "3-fp32", "3-bf16")
+"""Cases of two ranks that DeepSpeed's own converter makes universal as well."""
 SNAPSHOTS = ("1-bf16", "2-fp32", "3-fp32", "3-bf16")
 SIZES = {1: ["0-fp32", "1-bf16", "2-fp32", "3-fp32"], 2: list(CASES), 3: ["1-fp32", "1-bf16-own", "2-bf16", "3-fp32"]}
 
@@ -103,6 +106,11 @@ def save(case: str, config: dict[str, object], directory: Path) -> None:
     else:
         expected |= zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory / case))
     torch.save(expected, directory / f"{case}.pt")
+    if dist.get_world_size() == 2 and case in UNIVERSAL:
+        folders = {"input_folder": f"{directory / case}/global_step1", "output_folder": f"{directory}/u-{case}/step1"}
+        options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+        ds_to_universal.main(Namespace(**folders, **options, inject_missing_state=True))
+        torch.save(expected, directory / f"u-{case}.pt")
 
 
 def without_a_stage(folder: Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from twa_scale.base.paths import matching, path_of
 from twa_scale.base.urls import Url, is_url, local_path
 from twa_scale.candidates.directory import AnyPath, is_averaged, is_weights, plain_names
+from twa_scale.candidates.formats.deepspeed_universal import LATEST
 from twa_scale.candidates.formats.megatron import TRACKER
 from twa_scale.candidates.other_formats import named_format
 from twa_scale.errors import CandidateError
@@ -20,7 +21,7 @@ _PART = re.compile(
 )
 """Matches the names of parts of one model, such as the files of the ranks of Llama and Megatron."""
 
-_MARKERS = (TRACKER, "latest", "latest_wandb_artifact_path.txt")
+_MARKERS = (TRACKER, "latest", LATEST, "latest_wandb_artifact_path.txt")
 """Files of Megatron-LM and DeepSpeed that name the last of the folders beside them."""
 
 
@@ -141,6 +142,8 @@ def _versions(names: Sequence[str]) -> tuple[str, str] | None:
     raw = [name for name in names if not is_averaged(name)]
     if raw and averaged:
         return raw[0], averaged[0]
+    if universal := next((name for name in names if f"{name}_universal" in held), None):
+        return universal, f"{universal}_universal"  # what DeepSpeed's ds_to_universal.py makes of a checkpoint
     return next(((plain, name) for name in names for plain in plain_names(name) if plain in held), None)
 
 

@@ -14,6 +14,7 @@ import torch
 from twa_scale.base.inputs import open_regular, parse_json
 from twa_scale.base.names import some
 from twa_scale.base.notices import notice
+from twa_scale.candidates.formats.deepspeed_universal import LATEST
 from twa_scale.candidates.formats.megatron import BACKEND, TRACKER, is_megatron
 from twa_scale.errors import CandidateError
 
@@ -42,6 +43,7 @@ _STATE = (
     "training_args.*",
     "*_results.json",
     "latest",
+    LATEST,
     TRACKER,
     "events.out.tfevents*",
     "*.log",

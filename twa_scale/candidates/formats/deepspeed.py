@@ -10,6 +10,7 @@ from typing import Any
 from twa_scale.base.inputs import brief, integers, read_bounded, text
 from twa_scale.base.names import some
 from twa_scale.base.paths import identity
+from twa_scale.candidates.formats.deepspeed_universal import LATEST, is_universal, require_same, universal_weights
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Keys, Origin
 from twa_scale.candidates.formats.placement import Placeable
@@ -25,7 +26,6 @@ _UNSUPPORTED = {
     re.compile(r"layer_\d+_expert_\d+_.*|expp_rank_.*"): "experts (MoE)",
     re.compile(r"layer_\d+-model.*"): "a pipeline of stages",
 }
-_UNIVERSAL = "zero"  # the folder that ds_to_universal.py creates in its output
 _LONGEST_TAG = 4096  # bytes, the limit of a path
 _STATE = "optimizer_state_dict"
 _PARTITIONS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # of ZeRO-1 and 2, and of ZeRO-3
@@ -34,7 +34,7 @@ _CONVERT = "Convert it to safetensors with DeepSpeed's own tools, and give those
 
 def is_deepspeed(directory: Path) -> bool:
     """Return whether `save_checkpoint` of a DeepSpeed engine wrote this folder or one of its subfolders."""
-    return (directory / "latest").is_file() or any(directory.glob("*_model_states.pt"))
+    return any((directory / name).is_file() for name in ("latest", LATEST)) or any(directory.glob("*_model_states.pt"))
 
 
 def open_deepspeed(directory: Path) -> StoredCandidate:
@@ -49,8 +49,10 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
     """
     folder = tagged_folder(directory)
     versions = {path: identity(path)[2:] for path in files_in_deepspeed(directory)}
-    origin = Origin("a checkpoint of DeepSpeed", "deepspeed", versions=versions)
     files = _Files(folder)
+    origin = Origin("a checkpoint of DeepSpeed", "deepspeed", versions=versions)
+    if files.universal:
+        origin = Origin("a universal checkpoint of DeepSpeed")
     try:
         return StoredCandidate(_tensors(files), files, str(directory), directory, origin)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -67,7 +69,7 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
 def files_in_deepspeed(directory: Path) -> list[Path]:
     """Return the files of a checkpoint: those of its folder, and the file `latest` beside that."""
     folder = tagged_folder(directory)
-    beside = [] if folder == directory else [directory / "latest"]
+    beside = [] if folder == directory else [_latest(directory)]
     return [*beside, *sorted(path for path in folder.iterdir() if path.is_file())]
 
 
@@ -114,7 +116,7 @@ def places_in_deepspeed(directory: Path) -> dict[str, list[Placeable]]:
 
 def tagged_folder(directory: Path) -> Path:
     """Return the folder of a step: the directory itself, or the subfolder that its file `latest` names."""
-    latest = directory / "latest"
+    latest = _latest(directory)
     if any(directory.glob("*_model_states.pt")) or not latest.is_file():
         return directory
     tag = read_bounded(latest, _LONGEST_TAG).decode(errors="replace").strip()
@@ -125,6 +127,11 @@ def tagged_folder(directory: Path) -> Path:
             "that folder too, or give the folder of another step."
         )
     return directory / tag
+
+
+def _latest(directory: Path) -> Path:
+    """Return the file that names the last folder: of checkpoints or, where there is none, of universal ones."""
+    return directory / ("latest" if (directory / "latest").is_file() else LATEST)
 
 
 class _Files:
@@ -143,12 +150,11 @@ class _Files:
         self.content = lru_cache(maxsize=None)(self._content)
         if not self.model:
             raise CandidateError(f"{folder}: has no *_model_states.pt. Copy the whole folder again.")
-        if not self.optimizer and (folder / _UNIVERSAL).is_dir():
-            raise CandidateError(
-                f"{folder}: is a universal checkpoint of DeepSpeed, with the weights in {_UNIVERSAL!r}, which is not "
-                "supported. Give the checkpoint from which it was made; or save {NAME: "
-                f"torch.load('{_UNIVERSAL}/NAME/fp32.pt')['param']}} of all names as a .pt file, and give that."
-            )
+
+    @property
+    def universal(self) -> bool:
+        """Whether the weights are in a file for each parameter in place of the optimizer's partitions."""
+        return not self.optimizer and is_universal(self.folder)
 
     def _by_rank(self, names: Sequence[str], pattern: re.Pattern[str]) -> dict[int | None, str]:
         """Return file names by rank. The key of a file that holds the state of all ranks is None."""
@@ -170,12 +176,17 @@ class _Files:
             found[rank] = name
         return found
 
-    def _content(self, name: str) -> dict[str, Any]:
+    def _content(self, name: str) -> Any:
         file = File(self.folder / name)
         self._open.append(file)
-        content = Archive(file).content()
+        return Archive(file).content()
+
+    def state(self, name: str) -> dict[str, Any]:
+        """Return the content of a file of the model or the optimizer."""
+        content = self.content(name)
         if not isinstance(content, dict):
-            raise CandidateError(f"{file.path}: does not hold a dict, as files of DeepSpeed do. Copy it again.")
+            path = self.folder / name
+            raise CandidateError(f"{path}: does not hold a dict, as files of DeepSpeed do. Copy it again.")
         return content
 
     def __iter__(self) -> Any:
@@ -188,12 +199,13 @@ class _Files:
 
 def _tensors(files: _Files) -> dict[str, Stored | ConcatenatedTensor]:
     optimizer = _optimizer_state(files, 0) if files.optimizer else {}
-    stage = _stage(optimizer)
-    path, model = _model_state(files, 0 if stage == 3 or (not optimizer and None not in files.model) else None)
+    in_parts = not optimizer and None not in files.model  # without its optimizer, a folder may be universal
+    stage = 3 if in_parts else _stage(optimizer)
+    path, model = _model_state(files, 0 if stage == 3 else None)
     shapes = model.get("param_shapes")
     tied = {text(name): text(source) for name, source in (model.get("shared_params") or {}).items()}
     _refuse_unsupported(path, model, optimizer)
-    if not optimizer:
+    if not optimizer and not files.universal:
         if shapes is not None:
             raise CandidateError(
                 f"{files.folder}: was saved with ZeRO, but has no *_optim_states.pt, which hold the weights. Copy the "
@@ -202,29 +214,38 @@ def _tensors(files: _Files) -> dict[str, Stored | ConcatenatedTensor]:
         return {**dense_tensors(model["module"], path, _CONVERT)}
     if not isinstance(shapes, list):
         raise CandidateError(f"{path}: has no list 'param_shapes'; it is from another save. Copy the folder again.")
-    world = _world(files, optimizer)
+    by_group = [_shapes(group) for group in shapes]
+    merged = {name: shape for group in by_group for name, shape in group.items()}
+    world = len(files.model) if files.universal else _world(files, optimizer)
+    trained: Mapping[str, Stored | ConcatenatedTensor]
     tensors: dict[str, Stored | ConcatenatedTensor]
+    universal = universal_weights(files.folder, merged, files.content) if files.universal else {}
+    if files.universal:
+        trained = universal
+    elif stage == 3:
+        trained = split_parameters(merged, _partitions(files, _PARTITIONS[1]), world, files.label)
+    else:
+        paddings = [_sizes(group) for group in optimizer.get("param_alignment_paddings") or ()]
+        trained = split_groups(by_group, paddings, _partitions(files, _PARTITIONS[0]), world, files.label)
     if stage == 3:
-        tensors = _of_stage_3(files, model, path, world)
+        tensors = {**_rest_of_stage_3(files, model, path, world), **trained}
     else:
         # The model file holds all tensors in the dtype of the model. Frozen parameters and buffers are only there; the
         # optimizer files have the others at higher precision.
-        paddings = [_sizes(group) for group in optimizer.get("param_alignment_paddings") or ()]
-        partitions = _partitions(files, _PARTITIONS[0])
-        trained = split_groups([_shapes(group) for group in shapes], paddings, partitions, world, files.label)
-        tensors = {**dense_tensors(model["module"], path, _CONVERT), **trained}
+        of_model = dense_tensors(model["module"], path, _CONVERT)
+        require_same(files.folder, universal, of_model)
+        tensors = {**of_model, **trained}
     for name, source in tied.items():
         if source in tensors and (name not in tensors or tensors[name].shape == tensors[source].shape):
             tensors[name] = tensors[source]
     return tensors
 
 
-def _of_stage_3(
+def _rest_of_stage_3(
     files: _Files, model: Mapping[str, Any], path: Path, world: int
 ) -> dict[str, Stored | ConcatenatedTensor]:
-    """Return the tensors of a ZeRO-3 checkpoint. In the model file, parameters are empty and buffers are whole."""
+    """Return buffers and frozen parameters of ZeRO-3. In the model file, parameters are empty and buffers are whole."""
     buffers = {text(name) for name in model.get("buffer_names") or ()}
-    shapes = {name: shape for group in model["param_shapes"] for name, shape in _shapes(group).items()}
     frozen = _shapes(model.get("frozen_param_shapes") or {})
 
     def fragments(rank: int) -> Mapping[str, Stored]:
@@ -242,7 +263,6 @@ def _of_stage_3(
     return {
         **dense_tensors({name: value for name, value in model["module"].items() if name in buffers}, path, _CONVERT),
         **split_fragments(frozen, fragments, world),
-        **split_parameters(shapes, _partitions(files, _PARTITIONS[1]), world, files.label),
     }
 
 
@@ -316,7 +336,7 @@ def _partitions(files: _Files, key: str) -> Any:
 def _optimizer_state(files: _Files, rank: int) -> Mapping[str, Any]:
     if rank not in files.optimizer:
         raise CandidateError(f"{files.folder}: has no *_optim_states.pt of rank {rank}. Copy the folder again.")
-    state = files.content(files.optimizer[rank]).get(_STATE)
+    state = files.state(files.optimizer[rank]).get(_STATE)
     if not isinstance(state, dict):
         raise CandidateError(
             f"{files.folder / files.optimizer[rank]}: has no dict {_STATE!r}, as files of DeepSpeed do. Copy it again."
@@ -329,7 +349,7 @@ def _model_state(files: _Files, rank: int | None) -> tuple[Path, Mapping[str, An
         prefix = "" if rank is None else f"zero_pp_rank_{rank}_"
         raise CandidateError(f"{files.folder}: has no {prefix}mp_rank_00_model_states.pt. Copy the folder again.")
     path = files.folder / files.model[rank]
-    state = files.content(files.model[rank])
+    state = files.state(files.model[rank])
     if not isinstance(state.get("module"), dict):
         raise CandidateError(f"{path}: has no dict 'module', as files of DeepSpeed do. Copy it again.")
     return path, state
