@@ -1,4 +1,4 @@
-"""Checkpoints that Megatron-core itself has written, and averages of them that it loads."""
+"""Checkpoints that Megatron-core and NeMo have written, and averages of them that these load."""
 
 import importlib.util
 import os
@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("nemo"), reason="NeMo is not installed; train_nemo.py says how")
+def test_nemo_loads_the_average_of_its_checkpoints(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.integrations.train_nemo", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

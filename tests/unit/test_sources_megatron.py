@@ -1,6 +1,6 @@
 """Checkpoints of Megatron-LM and NeMo: the layout that their `torch_dist` has, written with torch.
 
-tests/integrations/test_megatron.py has one that Megatron-core itself has written.
+tests/integrations/test_megatron.py has some that Megatron-core and NeMo themselves have written.
 """
 
 import io
