@@ -30,6 +30,7 @@ _LATENT = {
     "moe_intermediate_size": 8,
     "first_k_dense_replace": 1,
 }
+_SHARED = {**_LATENT, "n_shared_experts": 1, "pad_token_id": 0}
 _STAGES = {"num_channels": 3, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 16, "patch_size": 2}
 _PAIR = {"text_config": _BERT, "vision_config": _IMAGE}
 _PATCHES = {
@@ -195,6 +196,33 @@ ARCHITECTURES = [
     _answer("Qwen2_5_VL", {"text_config": _GROUPED, "vision_config": _PATCHES}),
     _answer("Qwen3VL", {"text_config": {**_GROUPED, "head_dim": 4}, "vision_config": _DEEP_PATCHES}),
     _answer("Qwen3VLMoe", {"text_config": {**_EXPERTS, "head_dim": 4}, "vision_config": _DEEP_PATCHES}),
+    _answer(
+        "Ernie4_5_VLMoe",
+        {
+            "text_config": {
+                **_BERT,
+                **{"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2},
+                **{"moe_intermediate_size": [16, 8], "moe_num_experts": 4, "mlp_layer_types": ["dense", "sparse"]},
+            },
+            "vision_config": _PATCHES,
+        },
+    ),
+    _answer(
+        "MistralLarge4",
+        {
+            "text_config": _SHARED,
+            "vision_config": {**_IMAGE, "head_dim": 4},
+        },
+    ),
+    _answer("Kimi_K25", {"text_config": _SHARED, "vision_config": _IMAGE}),
+    _answer(
+        "Inkling",
+        {
+            "text_config": _SHARED,
+            "vision_config": {"hidden_size": 16, "num_hidden_layers": 2, "n_layers": 2, "num_attention_heads": 4},
+            "audio_config": {"hidden_size": 16},
+        },
+    ),
     _answer("Gemma3", {"text_config": {**_GROUPED, "head_dim": 4}, "vision_config": _IMAGE}),
     _answer(
         "PaliGemma",

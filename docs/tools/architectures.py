@@ -45,8 +45,18 @@ def stored(architecture: Architecture) -> str:
     saved = rules.saved({name: Traced.stored(name, shape, dtype) for name, (shape, dtype) in held.items()})
     cut = [name for name, tensor in saved.items() if tensor.origin() is None]
     if cut:
-        return "parts of tensors are apart, such as the experts" if any("expert" in name for name in cut) else "cut"
+        words = "parts of tensors are apart, such as the experts" if any("expert" in name for name in cut) else "cut"
+        return f"{words}; some are transposed" if any(map(is_transposed, saved.values())) else words
     return "other names" if any(tensor.origin() != name for name, tensor in saved.items()) else "the same"
+
+
+def is_transposed(tensor: Traced) -> bool:
+    """Return whether elements of a tensor follow each other in another order than in the model."""
+    for segment in tensor.segments(""):
+        strides = [step for size, step in zip(segment.sizes, segment.there.strides, strict=True) if size > 1]
+        if strides != sorted(strides, reverse=True):
+            return True
+    return False
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping, core_model_loading
 
 import twa_scale
+from tests.architectures import ARCHITECTURES
 from twa_scale.base.notices import TwaWarning
 from twa_scale.candidates.numbered import lacking
 from twa_scale.errors import CandidateError
@@ -74,6 +75,28 @@ def test_the_expert_that_is_missing_is_named(removed: str, missing: str, tmp_pat
         CandidateError, match=rf"{re.escape(missing)}, of which transformers makes tensor 'model\.layers"
     ):
         twa_scale.attach(mixtral(), twice(weights, tmp_path))
+
+
+def test_experts_that_are_stored_transposed_under_the_same_names(tmp_path: Path) -> None:
+    """As those of Qwen3-VL-MoE on the hub: transformers looks at the shapes, and transposes."""
+    (vision,) = (one for one in ARCHITECTURES if one.model == "Qwen3VLMoeForConditionalGeneration")
+    config = transformers.Qwen3VLMoeConfig(**vision.settings)
+    config.text_config.moe_intermediate_size = 12  # no matrix of an expert is square
+    paths = [tmp_path / f"step-{i}" for i in range(2)]
+    for i, path in enumerate(paths):
+        torch.manual_seed(i)
+        weights = stored(transformers.Qwen3VLMoeForConditionalGeneration(config), path)
+        weights = {n: v.mT.contiguous() if ".mlp.experts." in n else v for n, v in weights.items()}
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    loaded = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(paths[1]).state_dict()
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config)
+    twa = twa_scale.attach(model, paths, {"center": 1})
+    assert twa.bytes_read == 2 * sum(value.nbytes for value in weights.values())
+    live = model.state_dict()
+    assert not [name for name, value in loaded.items() if not torch.equal(value, live[name])]
+    twa.export(tmp_path / "out")
+    exported = load_file(tmp_path / "out/model.safetensors")
+    assert exported.keys() == weights.keys() and all(torch.equal(exported[n], v) for n, v in weights.items())
 
 
 def test_only_numbers_that_differ_in_one_place_are_counted() -> None:

@@ -112,6 +112,7 @@ def wanted_of(
         library=None if adapter else transformers_rules(named_modules(module), held),
         parameters=[] if adapter else [info.aliases for info in parameters.values()],
         buffers=list(buffers),
+        shapes=held,
     )
     return Wanted(config.weights_key, config.ignore, known, shapes, ties, naming, space=config.space)
 

@@ -46,6 +46,8 @@ class Naming:
     """The names of each parameter of the model; a tied one has several."""
     buffers: Collection[str] = ()
     """The names of its buffers."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The shapes of parameters and buffers, by each name."""
 
 
 def in_live_names(candidates: Sequence[Candidate], naming: Naming) -> tuple[list[Candidate], list[str]]:
@@ -123,9 +125,12 @@ def _named(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[
 
 
 def _loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]]:
-    """Return the tensors as the model's library converts them, if their names are not those of the model."""
+    """Return the tensors as the model's library converts them, if names or shapes are not those of the model."""
     known = {name for names in naming.parameters for name in names} | set(naming.buffers)
-    if naming.library is None or tensors.keys() <= known:
+    same = tensors.keys() <= known and all(
+        tuple(tensor.shape) == naming.shapes.get(name, tuple(tensor.shape)) for name, tensor in tensors.items()
+    )
+    if naming.library is None or same:
         return tensors, []
     loaded, ignored = naming.library.loaded(tensors, label)
     return loaded, [f"the model's class ignores {some(ignored)} when it loads weights: not read."] if ignored else []
