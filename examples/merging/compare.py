@@ -145,29 +145,33 @@ def disturb(model: torch.nn.Module, size: float) -> None:
 
 
 def measured(command: Sequence[str]) -> Cost:
-    """Run a program to its end."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    own = 0
-    while True:
-        done, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if done:
-            break
-        own = max(own, anonymous(process.pid))
-        time.sleep(_POLL)
-    seconds = time.perf_counter() - began
-    if status:
-        raise SystemExit(f"{' '.join(command)}: {process.stdout.read() if process.stdout else ''}")
-    return Cost(seconds, usage.ru_maxrss << 10, own)
+    """Run a program to its end, and look at its memory meanwhile.
+
+    The peak that `wait4` gives would count the memory that this process has when it starts the other one.
+    """
+    with tempfile.TemporaryFile() as said:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        peak = own = 0
+        while process.poll() is None:
+            held = memory_of(process.pid)
+            peak, own = max(peak, held.get("VmHWM", 0)), max(own, held.get("RssAnon", 0))
+            time.sleep(_POLL)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(command)}: {said.read().decode(errors='replace')}")
+    return Cost(seconds, peak, own)
 
 
-def anonymous(pid: int) -> int:
-    """Return the resident memory of a process that is no file, in bytes."""
+def memory_of(pid: int) -> dict[str, int]:
+    """Return what Linux says of the memory of a process, in bytes; nothing if it has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
+        return {}
+    sizes = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.rstrip(":"): int(size) << 10 for name, size, _ in sizes}
 
 
 def same_models(scratch: Path, ours: Path, theirs: Path) -> str:

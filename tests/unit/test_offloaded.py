@@ -14,7 +14,8 @@ from tests.deltas import fill
 from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
 from twa_scale.kernels import Coding, choose_kernels
-from twa_scale.store import Store, make_store
+from twa_scale.running.window_store import WindowStore
+from twa_scale.store import InMemoryStore, Store, make_store
 from twa_scale.store.make import host_store
 from twa_scale.store.offloaded import OffloadedStore
 from twa_scale.store.staging import Staging
@@ -72,6 +73,41 @@ def test_what_is_beside_the_weights(
         check(*stores, span, n, with_center)
     check(*stores, span, n, True, torch.bfloat16)
     for store in stores:
+        store.close()
+
+
+class Held:
+    """What `WindowStore` uses of a window: its store, and the rows of its spans."""
+
+    def __init__(self, store: Store, span: Span, values: Tensor) -> None:
+        self.store = store
+        fill(store, span, values)
+        inner = store._inner if isinstance(store, OffloadedStore) else store
+        assert isinstance(inner, InMemoryStore)
+        self.held = inner.held
+
+
+@each_store
+@pytest.mark.parametrize("part", [128 * 16, 1500])
+def test_parts_of_a_span_are_read_where_they_are(name: Any, part: int) -> None:
+    """As for the experts of a stacked tensor in a window, whose parts begin inside of tiles or where tiles do."""
+    torch.manual_seed(0)
+    n, count, config = 3, 5, TwaConfig(store=name)
+    span = Span("w", 0, count * part)
+    cuts = [(i * part, Span("w", i * part, (i + 1) * part)) for i in range(count)]
+    gradient, values = torch.randn(len(span)), torch.randn(n, len(span))
+    for store in (resident(config, n), offloaded(config, n, 4096)):
+        window: Any = Held(store, span, values)
+        parts = WindowStore(window, store.coding, {span: cuts})
+        products = [parts.project(cut, gradient[start : start + part], True) for start, cut in cuts]
+        torch.testing.assert_close(sum(products), store.project(span, gradient, True), rtol=1e-5, atol=1e-3)
+        whole, weights = torch.empty(len(span)), torch.randn(n)
+        store.combine(span, weights, 0.7, whole)
+        for start, cut in cuts:
+            out = torch.full((part,), torch.nan)
+            parts.combine(cut, weights, 0.7, out)
+            assert torch.equal(out, whole[start : start + part])
+        assert parts.nbytes == store.nbytes
         store.close()
 
 
