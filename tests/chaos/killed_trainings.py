@@ -115,7 +115,7 @@ class Lightning:
         return {key: held[key] for key in ("state_dict", "twa_scale", "optimizer_states", "global_step")}
 
     def left(self, directory: Path) -> dict[str, Any]:
-        return {"learned": torch.load(directory / "average.ckpt", weights_only=True)["state_dict"]}
+        return {"learned": torch.load(directory / "average/average.ckpt", weights_only=True)["state_dict"]}
 
 
 def require_same(trainer: Any, directory: Path, undisturbed: Path) -> None:

@@ -12,6 +12,7 @@ STEPS, HALF, DECAY, ACCUMULATE, SIZE = 6, 3, 0.5, 2, 4
 """Steps, those of an epoch, the decay of the average, batches of a step and rows of a batch."""
 WINDOW = {"every": 1, "keep": 3, "store": "packed8"}
 LEARN: dict[str, Any] = {"groups": "tensor", "optimizer": {"lr": 0.05}}
+ROWS = {**LEARN, "groups": "tensor+row"}
 
 Weights = dict[str, torch.Tensor]
 
@@ -87,14 +88,14 @@ def train_by_hand() -> dict[str, Any]:
     return found
 
 
-def coefficients_by_hand() -> torch.Tensor:
-    """Return the coefficients of three networks after two epochs."""
+def coefficients_by_hand() -> tuple[torch.Tensor, Weights]:
+    """Return the coefficients of three networks after two epochs, and the weights, whose rows have their own."""
     net = network()
-    twa = twa_scale.attach(net, [network(seed).state_dict() for seed in range(3)], LEARN)
+    twa = twa_scale.attach(net, [network(seed).state_dict() for seed in range(3)], ROWS)
     take_steps(net, twa)
     take_steps(net, twa)
     twa.close()
-    return twa.coefficients
+    return twa.coefficients, weights_of(net)
 
 
 def take_steps(net: nn.Module, twa: twa_scale.TrainableAverage) -> None:

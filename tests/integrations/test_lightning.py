@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from transformers import Trainer, TrainingArguments
 
@@ -47,7 +48,7 @@ def test_a_trainer_keeps_averages(kind: str, tmp_path: Path, by_hand: dict[str, 
     held = torch.load(tmp_path / f"step={HALF}.ckpt", weights_only=True)
     require_equal(within_net(held["state_dict"]), by_hand["trained half"])
     require_equal(within_net(held["twa_scale"]["average"]), by_hand["ema half"])
-    final = Module.load_from_checkpoint(tmp_path / "average.ckpt", manual=True)
+    final = Module.load_from_checkpoint(tmp_path / "average" / "average.ckpt", manual=True)
     require_equal(weights_of(final.net), by_hand["ema"])  # of the second fit, which does not learn
 
 
@@ -58,7 +59,9 @@ def within_net(state: Weights) -> Weights:
 @pytest.mark.slow
 def test_coefficients_are_learned_when_training_ends(tmp_path: Path, by_hand: dict[str, Any]) -> None:
     trainer, module, callback, _ = fit("automatic", tmp_path, learn=LEARN, learn_steps=3)
-    assert callback.average_path == tmp_path / "average.ckpt"
+    assert callback.average_path == tmp_path / "average" / "average.ckpt"
+    card = ModelCard.load(tmp_path / "average" / "README.md")
+    assert "pytorch-lightning" in card.data.tags and "the snapshot of step 6" in card.text
     require_equal(weights_of(Module.load_from_checkpoint(callback.average_path).net), by_hand["learned"])
     assert set(trainer.train_dataloader.sampler.epochs) == {0, 1, 2}  # of the training, and of learning
     require_equal(weights_of(module.net), by_hand["trained"])
@@ -241,7 +244,7 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
         "Module": Module,
     }
     run_example("lightning", {**names, "train": data(), "validation": data()})
-    assert (tmp_path / "checkpoints" / "average.ckpt").exists()
+    assert (tmp_path / "checkpoints" / "average" / "average.ckpt").exists()
 
 
 @pytest.mark.slow

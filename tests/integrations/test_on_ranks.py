@@ -60,7 +60,11 @@ def test_an_average_of_an_interrupted_validation_is_not_saved_as_trained_weights
 def test_averages_of_lightning_are_checkpoints(on_ranks: Path, by_hand: dict[str, Any]) -> None:
     trainer, module = trainer_with("automatic", on_ranks), Module()
     trainer.validate(
-        module, data(), ckpt_path=on_ranks / "lightning" / "ddp" / "average.ckpt", verbose=False, weights_only=True
+        module,
+        data(),
+        ckpt_path=on_ranks / "lightning" / "ddp" / "average" / "average.ckpt",
+        verbose=False,
+        weights_only=True,
     )
     require_equal(weights_of(module.net), by_hand["ema"], 1e-6)
     trainer.validate(

@@ -17,8 +17,19 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import twa_scale
 from tests.integrations.examples import run_example
-from tests.integrations.train_transformers import DECAY, HALF, LEARN, ON_RANKS, STEPS, Texts, build, learned, train
-from twa_scale import ConfigError, TwaError, TwaWarning
+from tests.integrations.train_transformers import (
+    DECAY,
+    HALF,
+    LEARN,
+    ON_RANKS,
+    ROWS,
+    STEPS,
+    Texts,
+    build,
+    learned,
+    train,
+)
+from twa_scale import ConfigError, StateError, TwaError, TwaWarning
 from twa_scale.average.measures import effective_candidates, mean_coefficients
 from twa_scale.integrations.transformers import TwaCallback
 from twa_scale.tools.report import write_report
@@ -78,11 +89,13 @@ def test_a_trainer_keeps_averages(directory: Path) -> None:
     assert metrics["twa_step"] == metrics["learned_steps"] == 3 and metrics["twa_lr"] == 0.05
     assert {path.name for path in (directory / f"checkpoint-{HALF}").glob("averages-*")}
     AutoModelForCausalLM.from_pretrained(directory / "average")
+    text = ModelCard.load(directory / f"checkpoint-{HALF}" / "average" / "README.md").text
+    assert f"an exponential average of the weights of a training at step {HALF}" in text
 
 
-def learned_by_hand() -> torch.Tensor:
+def learned_by_hand(settings: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = build(9)
-    twa = twa_scale.attach(model, [build(seed).state_dict() for seed in range(3)], LEARN)
+    twa = twa_scale.attach(model, [build(seed).state_dict() for seed in range(3)], settings)
     rate = torch.optim.lr_scheduler.LambdaLR(twa.optimizer, lambda step: 1 - step / STEPS)  # as Trainer's
     tokens = torch.stack([text["input_ids"] for text in texts()])
     for _ in range(STEPS):
@@ -91,23 +104,31 @@ def learned_by_hand() -> torch.Tensor:
         rate.step()
         twa.zero_grad()
     twa.close()
-    return twa.coefficients
+    return twa.coefficients, {name: p.detach() for name, p in model.named_parameters()}
 
 
 @pytest.mark.slow
 def test_an_average_is_the_optimizer_of_a_trainer(tmp_path: Path) -> None:
     """Coefficients are those of a loop of one's own, and resume with the same bits."""
     found = learned(tmp_path)
-    torch.testing.assert_close(found, learned_by_hand(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(learned(tmp_path, resume=str(tmp_path / f"checkpoint-{HALF}")), found)
+    torch.testing.assert_close(found, learned_by_hand(LEARN), rtol=1e-5, atol=1e-6)
+    half = tmp_path / f"checkpoint-{HALF}"
+    torch.testing.assert_close(learned(tmp_path, resume=str(half)), found, rtol=0, atol=0)
+    with pytest.raises(StateError, match=r"has no coefficients\.pt, which CoefficientsCallback writes"):
+        learned(tmp_path, resume=str(half), rows=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("directory", ["ddp"], indirect=True)
-def test_an_average_is_the_optimizer_of_a_trainer_on_two_ranks(directory: Path) -> None:
-    first, second = (torch.load(directory / f"coefficients-{rank}.pt", weights_only=True) for rank in range(2))
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, learned_by_hand(), rtol=1e-5, atol=1e-6)
+def test_an_average_with_rows_is_the_optimizer_of_a_trainer_on_two_ranks(directory: Path) -> None:
+    """The callback saves the rows, each rank its own, and resumes with the same bits."""
+    of_ranks = [torch.load(directory / f"coefficients-{rank}.pt", weights_only=True) for rank in range(2)]
+    (found, resumed), other = of_ranks
+    torch.testing.assert_close([found, resumed], [resumed, other[0]], rtol=0, atol=0)
+    torch.testing.assert_close(found, learned_by_hand(ROWS), rtol=1e-5, atol=1e-6)
+    half = directory / "learned" / f"checkpoint-{HALF}"
+    assert torch.load(half / "coefficients.pt", weights_only=True)["rows"]["values"] == {}
+    assert len(list(half.glob("state.rows-*/rows.safetensors"))) == 1
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
@@ -15,6 +16,7 @@ from tests.integrations.small import (
     ACCUMULATE,
     DECAY,
     LEARN,
+    ROWS,
     SIZE,
     STEPS,
     WINDOW,
@@ -62,7 +64,14 @@ def accelerator_of(kind: str) -> Accelerator:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(config), gradient_accumulation_steps=ACCUMULATE)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(config), gradient_accumulation_steps=ACCUMULATE)
+    for state in (
+        PartialState(),
+        accelerator.state,
+    ):  # on CPUs it takes each rank for the only one
+        state.num_processes, state.process_index = dist.get_world_size(), dist.get_rank()
+        state.local_process_index = dist.get_rank()
+    return accelerator
 
 
 class Training:
@@ -130,20 +139,28 @@ def coefficients(kind: str, directory: Path) -> dict[str, Any]:
     """Return the coefficients of given candidates after two epochs, and those of a second epoch once more."""
     candidates = [network(seed).state_dict() for seed in range(3)]
     one = Training(kind, given=True)
-    twa = twa_scale.attach(one.model, candidates, LEARN)
+    twa = twa_scale.attach(one.model, candidates, ROWS)
     optimizer = averaging.optimizer_of(one.accelerator, twa)
+    found: dict[str, Any] = {"rows": []}
+    half = directory / "coefficients"
+    for _ in range(3):  # into the same directory
+        one.accelerator.save_state(str(half))
+        one.accelerator.wait_for_everyone()
+        found["rows"].append(len(list(half.glob("custom_checkpoint_0_rows/state.rows-*/rows.safetensors"))))
     one.epoch(optimizer)
-    one.accelerator.save_state(str(directory / "coefficients"))
+    one.accelerator.save_state(str(half))
+    one.accelerator.wait_for_everyone()
+    found["in the state"] = torch.load(half / "custom_checkpoint_0.pkl", weights_only=True)["rows"]["values"]
     one.epoch(optimizer)
-    found = {"coefficients": twa.coefficients, "averaged": one.weights()}
+    found |= {"coefficients": twa.coefficients, "averaged": one.weights()}
     twa.close()
     other = Training(kind, given=True)
-    twa = twa_scale.attach(other.model, candidates, LEARN)
+    twa = twa_scale.attach(other.model, candidates, ROWS)
     optimizer = averaging.optimizer_of(other.accelerator, twa)
-    other.accelerator.load_state(str(directory / "coefficients"))
+    other.accelerator.load_state(str(half))
     other.epoch(optimizer)
     twa.close()
-    return {**found, "coefficients again": twa.coefficients}
+    return {**found, "coefficients again": twa.coefficients, "averaged again": other.weights()}
 
 
 def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: float) -> None:
@@ -154,5 +171,9 @@ def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: f
     require_equal(found["resumed"], by_hand["ema"], tolerance)
     require_learned(found["learned"], by_hand)
     require_equal(found["trained again"], found["trained"])
-    torch.testing.assert_close(found["coefficients"], coefficients_by_hand(), rtol=0, atol=1e-6)
+    coefficients, averaged = coefficients_by_hand()
+    torch.testing.assert_close(found["coefficients"], coefficients, rtol=0, atol=1e-6)
+    require_equal(found["averaged"], averaged, 1e-6)
     assert torch.equal(found["coefficients again"], found["coefficients"])
+    require_equal(found["averaged again"], found["averaged"])
+    assert found["in the state"] == {} and found["rows"] == [1, 2, 2]  # of the state before, and of this one

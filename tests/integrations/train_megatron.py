@@ -145,7 +145,7 @@ def resume(directory: Path) -> None:
     # The pattern also matches the file that names the last iteration.
     average_fixed([str(run / "*")], out / "iter_0001000", format="same")
     before = {path.name for path in (run / "iter_0001000").iterdir()}
-    assert {path.name for path in (out / "iter_0001000").iterdir()} == before | {"twa_scale.json"}
+    assert {path.name for path in (out / "iter_0001000").iterdir()} == before | {"twa_scale.json", "README.md"}
     for name in ("common.pt", "metadata.json", ".metadata"):
         assert (out / "iter_0001000" / name).read_bytes() == (run / "iter_0001000" / name).read_bytes()
     require_average(load(out / "iter_0001000"), steps, torch.bfloat16)

@@ -13,11 +13,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import twa_scale
 from tests.forked_ranks import run_on_ranks
-from twa_scale.integrations.transformers import TwaCallback
+from twa_scale.integrations.transformers import CoefficientsCallback, TwaCallback
 
 ON_RANKS = ("ddp", "fsdp2", "zero3")
 STEPS, HALF, DECAY = 6, 3, 0.5
 LEARN: dict[str, Any] = {"groups": "block", "optimizer": {"lr": 0.05}}
+ROWS = {**LEARN, "groups": "tensor+row"}
 
 
 class Texts(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -54,10 +55,16 @@ def build(seed: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**shape, **dropout, bos_token_id=0, eos_token_id=0))
 
 
-def learned(directory: Path, ranks: int = 1, resume: str | None = None) -> torch.Tensor:
-    """Train coefficients of given candidates, each step on all texts, with the average as the Trainer's optimizer."""
+def learned(
+    directory: Path, ranks: int = 1, resume: str | None = None, rows: bool = False
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Train coefficients of given candidates, each step on all texts, with the average as the Trainer's optimizer.
+
+    Returns:
+        The coefficients, and the weights.
+    """
     model = build(9)
-    twa = twa_scale.attach(model, [build(seed).state_dict() for seed in range(3)], LEARN)
+    twa = twa_scale.attach(model, [build(seed).state_dict() for seed in range(3)], ROWS if rows else LEARN)
     args = TrainingArguments(
         str(directory),
         max_steps=STEPS,
@@ -69,11 +76,15 @@ def learned(directory: Path, ranks: int = 1, resume: str | None = None) -> torch
         use_cpu=True,
         disable_tqdm=True,
     )
-    Trainer(model=model, args=args, train_dataset=Texts(), optimizers=(twa.as_optimizer(), None)).train(
-        resume_from_checkpoint=resume
-    )
+    Trainer(
+        model=model,
+        args=args,
+        train_dataset=Texts(),
+        optimizers=(twa.as_optimizer(), None),
+        callbacks=[CoefficientsCallback(twa)] if rows else [],
+    ).train(resume_from_checkpoint=resume)
     twa.close()
-    return twa.coefficients
+    return twa.coefficients, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def train(kind: str, directory: Path, resume: str | None = None, **options: Any) -> Trainer:
@@ -144,7 +155,9 @@ def write(kind: str, directory: Path) -> None:
     torch.distributed.is_initialized() and torch.distributed.barrier()
     train(kind, directory, str(directory / f"checkpoint-{HALF}"))
     if kind == "ddp":
-        torch.save(learned(directory / "learned", ranks=2), directory / f"coefficients-{trainer.args.process_index}.pt")
+        path = directory / "learned"
+        found = learned(path, 2, rows=True), learned(path, 2, str(path / f"checkpoint-{HALF}"), rows=True)
+        torch.save(found, directory / f"coefficients-{trainer.args.process_index}.pt")
 
 
 if __name__ == "__main__":

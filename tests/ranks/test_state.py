@@ -274,7 +274,7 @@ def test_a_save_takes_the_memory_of_a_buffer_and_a_load_that_of_the_own_rows(ran
 
 
 def load_where_one_rank_differs(directory: Path) -> list[str]:
-    """What this rank says where the file of rank 1 is truncated, and where only rank 1 gives a directory."""
+    """What this rank says of a truncated file of rank 1, of a directory that only rank 1 gives, and of a Trainer."""
     _, twa = cases.attach("plain", Run(CONFIGS["rows"]))
     rank = cases.where()[0]
     state, own = twa.state_dict(directory), directory / f"of-rank-{rank}"
@@ -287,13 +287,21 @@ def load_where_one_rank_differs(directory: Path) -> list[str]:
         cases.complaint(lambda: twa.load_state_dict(state, own)),
         cases.complaint(lambda: twa.load_state_dict(state, only_one)),
         cases.complaint(lambda: twa.state_dict(only_one)),
+        cases.complaint(lambda: _save_optimizer_and_scheduler(twa)),
     ]
+
+
+def _save_optimizer_and_scheduler(twa: twa_scale.TrainableAverage) -> None:
+    """Has the name of the method in which transformers' Trainer asks one rank for the state of its optimizer."""
+    twa.optimizer.state_dict()
 
 
 def test_rows_that_one_rank_sees_otherwise_are_refused_on_all(ranks: Pool, tmp_path: Path) -> None:
     first, second = ranks(load_where_one_rank_differs, 2, directory=tmp_path)
     assert first == second
     for said, wanted in zip(
-        first, ("All ranks have to see the same file", *["on all ranks, or on none"] * 2), strict=True
+        first,
+        ("All ranks have to see the same file", *["on all ranks, or on none"] * 2, "CoefficientsCallback(twa)"),
+        strict=True,
     ):
         assert wanted in said

@@ -337,7 +337,7 @@ def test_files_beside_the_weights(here: Path) -> None:
     with pytest.warns(TwaWarning) as warned:
         average_fixed(["checkpoint-*"], "out", format="same")
     found = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
-    own = {"model.safetensors", "twa_scale.json"}
+    own = {"model.safetensors", "twa_scale.json", "README.md"}
     assert found == {*own, "config.json", "optimizer_0/.metadata", "trainer_state.json"}
     assert Path("out/optimizer_0/.metadata").read_text() == "3.0"
     said = " ".join(str(warning.message) for warning in warned)
@@ -511,7 +511,7 @@ def test_the_same_safetensors_file(here: Path) -> None:
     for value, name in ((1.0, "step-2"), (3.0, "step-10")):
         save_file({"a": torch.full((4,), value), "b": torch.full((4,), value)}, f"{name}.safetensors")
     average_fixed(["*.safetensors"], "out", format="same", max_shard_size="16B")
-    assert {path.name for path in Path("out").iterdir()} == {"step-10.safetensors", "twa_scale.json"}
+    assert {path.name for path in Path("out").iterdir()} == {"step-10.safetensors", "twa_scale.json", "README.md"}
     assert load_file("out/step-10.safetensors")["b"].tolist() == [2.0] * 4
     with pytest.raises(OutputError, match=r"'a': is torch.bfloat16 .* Leave out dtype"):
         average_fixed(["*.safetensors"], "again", format="same", dtype="bfloat16")

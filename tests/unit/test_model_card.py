@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import twa_scale
 from twa_scale.merge import average_fixed
-from twa_scale.output.model_card import with_card
+from twa_scale.output.model_card import OF_WINDOW, with_card
 from twa_scale.output.provenance import provenance
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -99,9 +100,32 @@ def test_our_own_card_is_made_anew() -> None:
     assert "# Average of 1 checkpoint\n" in again.text and "last checkpoint" not in again.text
 
 
-@pytest.mark.parametrize("files", [{}, {"README.md": b"mine"}, {"config.json": b"{", "README.md": b"\xff\xfe"}])
-def test_what_gets_no_card(files: dict[str, bytes]) -> None:
+def test_weights_of_any_kind_have_a_card() -> None:
+    card = card_of({}, origin(weights=[0.5, 0.5]))
+    assert card.data.tags == ["merge", "weight-averaging", "twa_scale"] and card.data.library_name is None
+    text = with_card({"README.md": b"mine"}, origin(weights=[0.5, 0.5]))["README.md"].decode()
+    assert text.startswith("mine\n") and "x-1" in text
+
+
+def test_a_card_that_is_no_text_is_left_alone() -> None:
+    files = {"config.json": b"{", "README.md": b"\xff\xfe"}
     assert with_card(files, origin(weights=[0.5, 0.5])) == files
+
+
+def test_a_running_average_and_snapshots_without_files() -> None:
+    card = card_of(config(), origin_of_training())
+    assert "# Weights of a training\n" in card.text and "| " not in card.text and "merge" not in card.data.tags
+    assert "an exponential average of the weights of a training at step 7" in card.text
+    window = provenance("an average", [f"{OF_WINDOW}{step}" for step in (5, 6)], asked="mean", weights=[0.5, 0.5])
+    text = card_of(config(), window).text
+    assert "| <code>the snapshot of step 5</code> | 0.5 |" in text and "twa-scale average" not in text
+
+
+def origin_of_training() -> dict[str, Any]:
+    averages = twa_scale.RunningAverages(torch.nn.Linear(1, 1), ema=[0.5])
+    for _ in range(7):
+        averages.step()
+    return averages.origin("ema")
 
 
 @pytest.mark.parametrize("form", ["hf", "pt", "same"])
@@ -112,8 +136,7 @@ def test_outputs_have_it_and_can_be_replaced(tmp_path: Path, form: str) -> None:
         save_file({"a": torch.full((2,), float(i))}, tmp_path / f"step-{i}/model.safetensors")
     for _ in range(2):
         average_fixed([str(tmp_path / "step-*")], tmp_path / "out", format=form, overwrite=True)
-    assert (tmp_path / "out/README.md").exists() == (form == "hf")
-    if form == "hf":
-        assert huggingface_hub.ModelCard.load(tmp_path / "out/README.md").data.base_model == "acme/tiny-llama"
-        files = json.loads((tmp_path / "out/twa_scale.json").read_text())["files"]
-        assert "README.md" in files
+    card = huggingface_hub.ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.base_model == "acme/tiny-llama"
+    files = json.loads((tmp_path / "out/twa_scale.json").read_text())["files"]
+    assert "README.md" in files

@@ -41,7 +41,7 @@ def written(file: Path, scale: float = 1.0, **metadata: str) -> Path:
 
 def average(candidates: list[Path], out: Path, **options: Any) -> set[str]:
     average_fixed(list(map(str, candidates)), out, **options)
-    return {path.name for path in out.iterdir()} - {"twa_scale.json"}
+    return {path.name for path in out.iterdir()} - {"twa_scale.json", "README.md"}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_provenance(tmp_path: Path) -> None:
     for out in (tmp_path / "averaged", tmp_path / "exported"):
         said = json.loads((out / "twa_scale.json").read_text())
         assert said["version"] == twa_scale.__version__ and said["candidates"] == list(map(str, paths))
-        assert said.pop("files") == ["settings.json"]
+        assert said.pop("files") == ["README.md", "settings.json"]
         for file in out.glob("*.safetensors"):
             found = header(file)
             assert json.loads(found.pop("twa_scale")) == said

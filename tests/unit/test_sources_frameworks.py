@@ -62,6 +62,7 @@ def test_the_pattern_alone_suffices(out: Path) -> None:
     assert {path.name for path in Path("same").iterdir()} == {
         *(path.name for path in Path("out/checkpoint-1000").iterdir()),
         "twa_scale.json",
+        "README.md",
     }
     assert torch.equal(read(opened(Path("same")), "lin.weight", 0, 6), torch.full((6,), 50.0))
     for name in ("optimizer_0/.metadata", "optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata"):

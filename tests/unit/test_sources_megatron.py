@@ -23,6 +23,7 @@ from twa_scale.merge import average_fixed
 from twa_scale.output.formats.other_copies import other_tensors
 
 LAYERS, WIDTH = 3, 4
+ADDED = {"twa_scale.json", "README.md"}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -78,7 +79,7 @@ def test_a_pattern_of_everything_takes_the_iterations(here: Path) -> None:
     run(here / "run")
     assert found("run/*") == (["run/iter_0000090", "run/iter_0001000"], [])
     average_fixed(["run/*"], "out")
-    assert {path.name for path in Path("out").iterdir()} == {"model.safetensors", "twa_scale.json"}
+    assert {path.name for path in Path("out").iterdir()} == {"model.safetensors", *ADDED}
     assert opened(here / "out").names() == sorted(weights(0))
     assert torch.equal(read(opened(here / "out"), "embedding.weight", 0, 20), mean("embedding.weight"))
     average_fixed(["run/*"], "dcp", format="dcp")
@@ -92,7 +93,7 @@ def test_the_copies_of_the_optimizer_become_the_average_too(here: Path, copy: st
     run(here / "run", lambda state: optimizer_of(state, copy, chain))
     average_fixed(["run/*"], "out", format="same")
     last = here / "run/iter_0001000"
-    assert {path.name for path in Path("out").iterdir()} == {path.name for path in last.iterdir()} | {"twa_scale.json"}
+    assert {path.name for path in Path("out").iterdir()} == {path.name for path in last.iterdir()} | ADDED
     for name in ("common.pt", "metadata.json", ".metadata"):
         assert Path("out", name).read_bytes() == (last / name).read_bytes()
     for name in weights(0):
@@ -206,7 +207,7 @@ def test_a_directory_with_a_tracker_is_the_iteration_that_it_names(here: Path) -
     assert {path.name for path in Path("out").iterdir()} == {
         "iter_0001000",
         "latest_checkpointed_iteration.txt",
-        "twa_scale.json",
+        *ADDED,
     }
     assert torch.equal(loaded(here / "out/iter_0001000", "embedding.weight")[0].reshape(-1), mean("embedding.weight"))
     with pytest.warns(TwaWarning, match="'a' and 'a/iter_0000090' count 2 times"):

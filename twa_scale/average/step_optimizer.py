@@ -9,6 +9,7 @@ import torch
 
 from twa_scale.average.optimizer import load_optimizer, take_over
 from twa_scale.average.rows import RowCorrections
+from twa_scale.base.calls import running_calls
 from twa_scale.errors import StateError, TwaError
 from twa_scale.ranks import Pods
 
@@ -60,6 +61,8 @@ class AverageOptimizer(torch.optim.Optimizer):
         self._take_step = take_step
         self.inside = inside
         self._rows = rows
+        self.saved_apart = False
+        """The average is saved in files of its own: the state dict is that of the inner optimizer."""
         self._share()
 
     def _share(self) -> None:
@@ -126,16 +129,32 @@ class AverageOptimizer(torch.optim.Optimizer):
         self._average.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the inner optimizer and of the average."""
+        """Return the states of the inner optimizer and of the average. Collective with `groups: tensor+row`.
+
+        Raises:
+            TwaError: transformers' Trainer asks only one rank for it, and others hold rows.
+        """
+        if self.saved_apart:
+            return self.inside.state_dict()
+        if self._rows is not None and self._average.pods.size > 1 and _trainer_saves():
+            raise TwaError(
+                "transformers' Trainer asks only the first rank for the state of its optimizer, and with groups "
+                "'tensor+row' each rank holds its own rows. Let a callback save them: "
+                "callbacks=[CoefficientsCallback(twa)] of twa_scale.integrations.transformers."
+            )
         average = {key: value for key, value in self._average.state_dict().items() if key != "optimizer"}
         return {**self.inside.state_dict(), _AVERAGE: average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load coefficients and moments from `state_dict()`, and write the weights. Collective.
 
+        If the average is saved in files of its own, this does nothing.
+
         Raises:
             StateError: the state is from another optimizer, or `TrainableAverage.load_state_dict` refuses it.
         """
+        if self.saved_apart:
+            return
         with self._average.pods.agree():
             if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(_AVERAGE), Mapping):
                 raise StateError(
@@ -175,6 +194,11 @@ class AverageOptimizer(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("the optimizer of an average")
+
+
+def _trainer_saves() -> bool:
+    """Whether transformers' Trainer is saving the state of its optimizer: one rank does, where DDP has the model."""
+    return any(call.f_code.co_name == "_save_optimizer_and_scheduler" for call in running_calls())
 
 
 def refuse_unpacking() -> NoReturn:

@@ -1,6 +1,7 @@
 """Averages in training loops with Accelerate."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twa_scale.average.average import TrainableAverage
 from twa_scale.base.notices import notice
-from twa_scale.errors import ConfigError, TwaError
+from twa_scale.errors import ConfigError, StateError, TwaError
+from twa_scale.integrations.coefficients import read_state, remove_rows
 from twa_scale.integrations.counting import count_steps
 from twa_scale.running import RunningAverages
 from twa_scale.running.settings import Ema, Window
@@ -81,7 +83,7 @@ def optimizer_of(accelerator: Accelerator, twa: TrainableAverage, *, save: bool 
             "with mixed_precision='bf16', or call twa.step(accelerator.scaler) and accelerator.scaler.update()."
         )
     if save:
-        _save_until_closed(accelerator, twa)
+        _Coefficients(accelerator, twa)
     if getattr(accelerator, "deepspeed_engine_wrapped", None) is None:
         return AcceleratedOptimizer(twa.as_optimizer(), device_placement=False)
     _steps_of(accelerator).average = twa
@@ -143,16 +145,48 @@ class _DeepSpeedSteps(DeepSpeedEngineWrapper):  # type: ignore[misc]
         self.average.zero_grad()
 
 
-def _save_until_closed(accelerator: Accelerator, twa: TrainableAverage) -> None:
-    """Save an average with the rest: a checkpoint of a closed one would ask for it when a training resumes."""
-    accelerator.register_for_checkpointing(twa)
+class _Coefficients:
+    """The state of an average among what Accelerate saves, until the average is closed.
 
-    def forget_closed(*_: object) -> None:
-        if twa.closed:
-            accelerator._custom_objects = [kept for kept in accelerator._custom_objects if kept is not twa]
+    A checkpoint of a closed one would ask for it when a training resumes. Each rank writes the rows of
+    `groups: tensor+row` that it owns into a directory beside the file that Accelerate writes.
+    """
 
-    accelerator.register_save_state_pre_hook(forget_closed)
-    accelerator.register_load_state_pre_hook(forget_closed)
+    def __init__(self, accelerator: Accelerator, twa: TrainableAverage) -> None:
+        self._accelerator = accelerator
+        self._twa = twa
+        self._checkpoint = Path()
+        accelerator.register_for_checkpointing(self)
+        accelerator.register_save_state_pre_hook(lambda models, weights, directory: self._begin(directory))
+        accelerator.register_load_state_pre_hook(lambda models, directory: self._begin(directory))
+
+    def _begin(self, checkpoint: str) -> None:
+        self._checkpoint = Path(checkpoint).absolute()
+        if self._twa.closed:
+            self._accelerator._custom_objects = [kept for kept in self._accelerator._custom_objects if kept is not self]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, which names the directory of the rows. Collective."""
+        if self._accelerator.project_configuration.save_on_each_node:
+            return self._twa.state_dict()  # no directory is seen by all ranks
+        number = self._number()
+        rows = self._rows(number)
+        state = self._twa.state_dict(rows)
+        if self._twa.pods.rank == 0 and rows.exists():
+            before = self._checkpoint / f"custom_checkpoint_{number}.pkl"  # Accelerate replaces it after this
+            with suppress(StateError):
+                remove_rows(rows, state, *([read_state(before)] if before.exists() else []))
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state. Collective."""
+        self._twa.load_state_dict(state, self._rows(self._number()))
+
+    def _number(self) -> int:
+        return next(i for i, kept in enumerate(self._accelerator._custom_objects) if kept is self)
+
+    def _rows(self, number: int) -> Path:
+        return self._checkpoint / f"custom_checkpoint_{number}_rows"
 
 
 def _steps_of(accelerator: Accelerator) -> _DeepSpeedSteps:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from twa_scale.average.measures import DISTANCE
 from twa_scale.base.notices import notice
 from twa_scale.config import TwaConfig, validated
 from twa_scale.errors import ConfigError, TwaError
+from twa_scale.output.add_provenance import add_provenance
 from twa_scale.running import RunningAverages
 from twa_scale.running.settings import Ema, Window, ema_settings, window_settings
+
+LEARNED = "the learned average of a window of snapshots"
+"""What a callback has written with `learn`, in the provenance."""
 
 
 class Averaging:
@@ -78,6 +83,15 @@ class Averaging:
             averages.has(which)  # a name that is wrong is an error now, not at the first evaluation
         self.averages = averages
         return averages
+
+    def _describe(
+        self, directory: Path, origin: Mapping[str, Any], tags: Sequence[str] = (), *, written: bool = True
+    ) -> None:
+        """Put the provenance and a model card beside an average, if the first rank has written it. Collective."""
+        assert self.averages is not None
+        with self.averages.pods.agree():
+            if self.averages.pods.rank == 0 and written:
+                add_provenance(directory, origin, tags)
 
     def _further(self) -> Iterator[tuple[str, str]]:
         """Yield the further averages that can be evaluated now, each with its prefix."""

@@ -20,7 +20,7 @@ except ImportError:  # the same classes, as packages of their own
 from twa_scale.average.coefficients import Which
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, StateError, TwaError
-from twa_scale.integrations.averaging import Averaging, repeated
+from twa_scale.integrations.averaging import LEARNED, Averaging, repeated
 from twa_scale.integrations.counting import count_steps
 from twa_scale.integrations.lightning_checkpoint import FILE, copied, directory_for_average, directory_of, states_of_all
 from twa_scale.integrations.lightning_validation import validate_once_more
@@ -222,7 +222,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         path = directory_for_average(trainer) / FILE
         if self._learn is None and averages.has(self._which):
             with averages.weights(self._which):
-                self._save_average(path)
+                self._save_average(path, averages.origin(self._which))
         elif self._learn is not None and self._can_learn(trainer.global_step):
             with averages.learning(self._learn) as twa:
                 with _not_logging(pl_module):
@@ -236,7 +236,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                         log_every=trainer.log_every_n_steps,
                         log=self._log,
                     )
-                self._save_average(path)
+                self._save_average(path, twa.origin(LEARNED))
                 if trainer.enable_validation:
                     trainer.callback_metrics.update(self._validated(None, "average"))
 
@@ -262,9 +262,10 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
             handle.remove()
         self._counts = ()
 
-    def _save_average(self, path: Path) -> None:
-        """Let the Trainer save what the model holds."""
+    def _save_average(self, path: Path, origin: Mapping[str, Any]) -> None:
+        """Let the Trainer save what the model holds, and describe it."""
         self._trainer.save_checkpoint(path, weights_only=True)
+        self._describe(path.parent, origin, ["pytorch-lightning"])
         self.average_path = path
 
     def _log(self, values: dict[str, float]) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from twa_scale.integrations.calls import running_calls
+from twa_scale.base.calls import running_calls
 from twa_scale.running.checkpoint import State
 from twa_scale.running.state_file import plain
 
 FILE = "average.ckpt"
-"""The checkpoint of an average, beside the others, and inside of those that are directories."""
+"""The checkpoint of an average, in a directory of its own, and inside of checkpoints that are directories."""
 
 
 def directory_of(trainer: Any) -> Path | None:
@@ -66,6 +66,6 @@ def copied(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def directory_for_average(trainer: Any) -> Path:
-    """Return the directory of Trainer's checkpoints."""
+    """Return a directory in that of Trainer's checkpoints: a model card beside these would be taken for theirs."""
     callback = trainer.checkpoint_callback
-    return Path(getattr(callback, "dirpath", None) or trainer.default_root_dir)
+    return Path(getattr(callback, "dirpath", None) or trainer.default_root_dir) / "average"

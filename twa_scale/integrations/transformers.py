@@ -8,12 +8,13 @@ from transformers import Trainer, TrainerCallback
 
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
+from twa_scale.base.calls import running_calls
 from twa_scale.base.notices import notice
-from twa_scale.errors import ConfigError, TwaError
-from twa_scale.integrations.averaging import Averaging, repeated
-from twa_scale.integrations.calls import running_calls
+from twa_scale.errors import ConfigError, StateError, TwaError
+from twa_scale.integrations.averaging import LEARNED, Averaging, repeated
+from twa_scale.integrations.coefficients import STATE as COEFFICIENTS
+from twa_scale.integrations.coefficients import load_coefficients, save_coefficients
 from twa_scale.integrations.logged_names import added_metrics_as
-from twa_scale.output.add_provenance import add_provenance
 
 AVERAGE = "average"
 """The directory of an average, in a checkpoint and in the output directory."""
@@ -88,8 +89,7 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the state of the averages, and the average, into the checkpoint that the Trainer has written."""
         assert self.averages is not None
-        trial = getattr(self._trainer, "_trial", None)
-        directory = Path(self._trainer._get_output_dir(trial=trial)) / f"checkpoint-{state.global_step}"
+        directory = _checkpoint_of(self._trainer)
         if self._save:
             self._write(directory / AVERAGE)
         self.averages.save_state(directory)  # last: a checkpoint that has it is whole
@@ -155,10 +155,14 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         assert self.averages is not None
         if self.averages.has(self._which):
             with self.averages.weights(self._which):
-                self._save_model(directory)
+                written = self._save_model(directory)
+            self._describe(directory, self.averages.origin(self._which), written=written)
 
-    def _save_model(self, directory: Path) -> None:
-        """Let the Trainer save what the model holds; it writes nothing of FSDP's sharded state dicts."""
+    def _save_model(self, directory: Path) -> bool:
+        """Let the Trainer save what the model holds, and return whether it has.
+
+        It writes nothing of FSDP's sharded state dicts.
+        """
         self._trainer.save_model(str(directory), _internal_call=True)
         files = {path.name for path in directory.glob("*")} - {"training_args.bin"}
         written = any(name.endswith((".safetensors", ".bin")) for name in files)
@@ -167,6 +171,7 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
                 f"{directory}: the Trainer has written no weights of the average there. With FSDP set "
                 "fsdp_state_dict_type: FULL_STATE_DICT; with ZeRO-3 stage3_gather_16bit_weights_on_model_save: true."
             )
+        return written
 
     def _learn_and_write(self, directory: Path, batches: Any) -> None:
         """Learn the coefficients of the window on batches of the training, and write the result."""
@@ -174,10 +179,8 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         with self.averages.learning(self._learn) as twa:
             self._steps(twa, batches)
-            self._save_model(directory)
-            with twa.pods.agree():
-                if trainer.args.should_save:
-                    add_provenance(directory, twa.origin("the learned average of a window of snapshots"))
+            written = self._save_model(directory)
+            self._describe(directory, twa.origin(LEARNED), written=written)
             if trainer.eval_dataset is not None:
                 with added_metrics_as(trainer, "eval_average"):
                     self._evaluate(metric_key_prefix="eval_average")
@@ -203,6 +206,46 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
                 log_every=int(trainer.state.logging_steps),  # of the arguments it may be a fraction of the steps
                 log=trainer.log,
             )
+
+
+class CoefficientsCallback(TrainerCallback):  # type: ignore[misc]
+    """Puts the coefficients that a Trainer trains as its optimizer into its checkpoints, and resumes from them.
+
+    Without it the state of the optimizer has them. It is needed with `groups: tensor+row` on several ranks: the Trainer
+    asks only one of them for the state of its optimizer. With it each rank writes the rows that it owns.
+
+    Args:
+        twa: the average, whose `as_optimizer()` the Trainer has.
+    """
+
+    def __init__(self, twa: TrainableAverage) -> None:
+        self._twa = twa
+        twa.optimizer.saved_apart = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """On resume, continue from the coefficients in the checkpoint.
+
+        Raises:
+            StateError: on every rank; it has none, or those of another average.
+        """
+        self._trainer, checkpoint = _caller()
+        if checkpoint is not None and not load_coefficients(self._twa, Path(checkpoint)):
+            raise StateError(
+                f"{checkpoint}: has no {COEFFICIENTS}, which CoefficientsCallback writes. Resume from a checkpoint "
+                "that was written with it, or leave the callback out if this one was written without it."
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the coefficients into the checkpoint."""
+        save_coefficients(self._twa, _checkpoint_of(self._trainer))
+
+
+def _checkpoint_of(trainer: Any) -> Path:
+    """Return the directory of the checkpoint that a Trainer has just written."""
+    return (
+        Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
+        / f"checkpoint-{trainer.state.global_step}"
+    )
 
 
 def _caller() -> tuple[Any, str | None]:

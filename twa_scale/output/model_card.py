@@ -13,31 +13,31 @@ from twa_scale.base.inputs import parse_json
 from twa_scale.base.names import plural, without_common_folders
 
 CARD = "README.md"
+OF_WINDOW = "the snapshot of step "
+"""The labels of snapshots that a window holds begin so; they are in no files."""
 _MARKS = "<!-- twa_scale: begin -->", "<!-- twa_scale: end -->"
 _OWN = re.compile(rf"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}\n?", re.DOTALL)
 _WHOLLY_OWN = re.compile(rf"---\n(?:(?!---).)*- twa_scale\n---\s*{_OWN.pattern}\s*", re.DOTALL)
 """A card of this program that nobody has changed. The metadata end with its last tag."""
-LOADED = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
-"""Files whose presence makes a directory one that libraries load from the hub."""
+READ = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
+"""Files that say which library loads the weights, and which model they began as."""
 _BASE_KEYS = ("base_model_name_or_path", "_name_or_path")
 _REPOSITORY = re.compile(r"(?!.*(--|\.\.))[\w][\w.-]*/[\w][\w.-]*[\w]")
 _IN_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 _MOST_ROWS = 200
 
 
-def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any]) -> dict[str, bytes]:
+def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any], tags: Sequence[str] = ()) -> dict[str, bytes]:
     """Return the small files of an output with its model card.
 
-    Only outputs that libraries can load from the hub get one, such as those with a config.json. A card that is copied
-    from a candidate gets a section between two markers, which replaces that of an earlier average; its other text is
-    unchanged. A card that is not UTF-8 is copied without a section.
+    A card that is copied from a candidate gets a section between two markers, which replaces that of an earlier
+    average; its other text is unchanged. A card that is not UTF-8 is copied without a section.
 
     Args:
         files: the small files, by their path in the output.
         origin: the `provenance` of the output.
+        tags: further tags of a new card.
     """
-    if not any(name in files for name in LOADED):
-        return dict(files)
     try:
         carried = files.get(CARD, b"").decode()
     except UnicodeDecodeError:
@@ -45,7 +45,7 @@ def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any]) -> dict[str
     is_new = not carried.strip() or _WHOLLY_OWN.fullmatch(carried) is not None
     own = f"{_MARKS[0]}\n{_section(origin, is_carried=not is_new)}\n{_MARKS[1]}\n"
     if is_new:
-        metadata = yaml.safe_dump(_metadata(files, origin), sort_keys=False, allow_unicode=True)
+        metadata = yaml.safe_dump(_metadata(files, origin, tags), sort_keys=False, allow_unicode=True)
         text = f"---\n{metadata}---\n\n{own}"
     elif _OWN.search(carried):
         text = _OWN.sub(lambda _: own, carried, count=1)
@@ -54,7 +54,7 @@ def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any]) -> dict[str
     return {**files, CARD: text.encode()}
 
 
-def _metadata(files: Mapping[str, bytes], origin: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(files: Mapping[str, bytes], origin: Mapping[str, Any], tags: Sequence[str]) -> dict[str, Any]:
     """Return the metadata of a new card: the base model and the library, where they are known, and tags."""
     found: dict[str, Any] = {}
     merged = [_IN_CACHE.search(f"{label}/") for label in origin.get("candidates", ())]
@@ -65,7 +65,8 @@ def _metadata(files: Mapping[str, bytes], origin: Mapping[str, Any]) -> dict[str
         found["base_model"] = base
     if library := _library(files):
         found["library_name"] = library
-    return {**found, "tags": ["merge", "weight-averaging", "twa_scale"]}
+    merge = ["merge"] if origin.get("candidates") else []
+    return {**found, "tags": [*tags, *merge, "weight-averaging", "twa_scale"]}
 
 
 def _base_model(files: Mapping[str, bytes]) -> str | None:
@@ -103,18 +104,22 @@ def _section(origin: Mapping[str, Any], *, is_carried: bool) -> str:
     names = without_common_folders(candidates)
     coefficients = _coefficients(origin)
     heading = "##" if is_carried else "#"
-    parts = [f"{heading} Average of {_count(len(candidates), 'checkpoint')}"]
+    title = f"Average of {_count(len(candidates), 'checkpoint')}" if candidates else "Weights of a training"
+    parts = [f"{heading} {title}"]
     if is_carried:
         parts.append("Text and metadata outside of this section are those of the last checkpoint, not of the average.")
+    sum_of = "The weights are the sum of a · w over the checkpoints w below, with the coefficients a: "
+    step = f" at step {origin['step']}" if not candidates and "step" in origin else ""
     parts.append(
-        f"The weights are the sum of a · w over the checkpoints w below, with the coefficients a: {origin['wrote']}, "
-        f"made with twa_scale {origin['version']} ([arXiv 2205.13104](https://arxiv.org/abs/2205.13104)). "
-        f"{_method(origin)}".rstrip()
+        f"{sum_of if candidates else 'The weights are '}{origin['wrote']}{step}, made with twa_scale "
+        f"{origin['version']} ([arXiv 2205.13104](https://arxiv.org/abs/2205.13104)). {_method(origin)}".rstrip()
     )
     if coefficients:
         parts.append(_table(names, coefficients, origin.get("elements")))
     parts.append("`twa_scale.json` beside the weights has all coefficients and settings.")
-    if command := _command(names, coefficients, origin):
+    if candidates and all(label.startswith(OF_WINDOW) for label in candidates):
+        parts.append("The checkpoints were held in memory during the training, and are in no files.")
+    elif command := _command(names, coefficients, origin):
         parts.append(f"An average with the same coefficients, in the folder of the checkpoints:\n\n{command}")
     elif "config" in origin:
         parts.append(
@@ -128,7 +133,9 @@ def _method(origin: Mapping[str, Any]) -> str:
     config = origin.get("config")
     if not isinstance(config, Mapping):
         asked = origin.get("asked")
-        return "" if asked is None or isinstance(asked, list) else f"The weights are fixed: {_code(str(asked))}."
+        if asked is None or isinstance(asked, list):
+            return ""
+        return f"{'The weights are fixed' if origin.get('candidates') else 'The average is'}: {_code(str(asked))}."
     step = f", of step {origin['step']}" if "step" in origin else ""
     settings = ", ".join(f"{key}: {_code(str(config.get(key)))}" for key in ("groups", "basis", "center"))
     groups = _count(len(origin.get("groups", ())), "group")

@@ -62,7 +62,7 @@ def writing_options(
         "overwrite": options.overwrite,
         "max_shard_size": carried.shard_size(options.max_shard_size),
         "base": carried.base,
-        **with_provenance(origin, with_card(files, origin) if form.name == "hf" else files, carried.metadata),
+        **with_provenance(origin, with_card(files, origin), carried.metadata),
     }
 
 

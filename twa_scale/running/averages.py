@@ -13,12 +13,11 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
 from twa_scale.base.normal_mode import in_normal_mode
-from twa_scale.candidates.carry_over import BASE
 from twa_scale.config import TwaConfig
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.engines.model_checks import require_device, require_materialized
 from twa_scale.errors import ConfigError, StateError, TwaError
-from twa_scale.output import Files, check_dtype, check_files, parse_size
+from twa_scale.output import Files
 from twa_scale.output.publish import target_of
 from twa_scale.ranks import Pods, require_same_settings
 from twa_scale.running import checkpoint, saving, state_file
@@ -26,7 +25,7 @@ from twa_scale.running.ema import Ema
 from twa_scale.running.intact import Intact
 from twa_scale.running.learned import Learned
 from twa_scale.running.learning import carried_files, learn, require_learnable, require_snapshots, settings_for
-from twa_scale.running.named import mixture, names
+from twa_scale.running.named import mixture, names, origin
 from twa_scale.running.parameters import Parameters
 from twa_scale.running.repeats import Repeats
 from twa_scale.running.scores import Scores
@@ -73,8 +72,9 @@ class RunningAverages:
         self._replica_group = replica_group
         self._device = device
         self._engine = choose_engine(model, replica_group)
-        self._pods = Pods(self._engine.shard_group, self._engine.replica_group)
-        with self._pods.agree():
+        self.pods = Pods(self._engine.shard_group, self._engine.replica_group)
+        """All ranks."""
+        with self.pods.agree():
             require_materialized(self._engine)
             require_device(self._engine)
             of_ema, of_window = ema_settings(ema), window_settings(window)
@@ -83,11 +83,11 @@ class RunningAverages:
             if device not in ("auto", "cpu"):
                 raise ConfigError(f"device: {device!r}; give 'auto' or 'cpu'.")
             keeps_buffers = of_window is not None or (of_ema is not None and of_ema.use_buffers)
-            self._parameters = Parameters(self._engine, self._pods, device, with_buffers=keeps_buffers)
-        require_same_settings(self._pods, {"ema": repr(of_ema), "window": repr(of_window), "device": device})
-        with self._pods.agree():
+            self._parameters = Parameters(self._engine, self.pods, device, with_buffers=keeps_buffers)
+        require_same_settings(self.pods, {"ema": repr(of_ema), "window": repr(of_window), "device": device})
+        with self.pods.agree():
             live = self._parameters.live()
-            own = self._parameters.buffers() if self._pods.rank == 0 else {}  # statistics differ between ranks
+            own = self._parameters.buffers() if self.pods.rank == 0 else {}  # statistics differ between ranks
             self._window: Window | None = None
             self._ema = None if of_ema is None else Ema(of_ema, live, own, self._parameters.allocate)
             if of_window is not None:
@@ -95,7 +95,7 @@ class RunningAverages:
         self._step = 0
         self._counted: int | None = self._engine.steps_taken()
         held_on = torch.device("cpu") if device == "cpu" else None
-        self._showing = Showing(self._engine, self._pods, self._parameters, self._ema, self._window, held_on)
+        self._showing = Showing(self._engine, self.pods, self._parameters, self._ema, self._window, held_on)
         self._learned = Learned(self._engine, self._showing, self._recount)
         self._repeats = Repeats()
         self._intact = Intact()
@@ -162,7 +162,7 @@ class RunningAverages:
             if window:
                 window.take(step, live, buffers)
         if self._counted is None:  # else the library's own count tells steps apart
-            self._repeats.check(versions, live, report=self._pods.rank == 0)
+            self._repeats.check(versions, live, report=self.pods.rank == 0)
         self._parameters.report_wrapper()
 
     @contextmanager
@@ -203,6 +203,14 @@ class RunningAverages:
             return False
         return True
 
+    def origin(self, which: Which) -> dict[str, Any]:
+        """Return the provenance of an average, for twa_scale.json and the model card beside a file of it.
+
+        Raises:
+            ConfigError, TwaError: as `weights` does.
+        """
+        return origin(which, self._step, self._ema, self._window)
+
     def compare(self, score: Callable[[nn.Module], float], which: Sequence[Which] | None = None) -> Scores:
         """Return the scores of several averages, each shown in turn. Collective.
 
@@ -225,10 +233,10 @@ class RunningAverages:
         Raises:
             ConfigError, EngineError, TwaError: on every rank.
         """
-        with self._pods.agree():
+        with self.pods.agree():
             if self._window is None:
                 raise ConfigError("learn() needs window={'every': .., 'keep': ..}, whose snapshots it averages.")
-            require_learnable(settings_for(self._window, config, self._device), self._engine, self._pods)
+            require_learnable(settings_for(self._window, config, self._device), self._engine, self.pods)
 
     def learn(
         self, config: TwaConfig | Mapping[str, Any] | None = None, *, files: Files | None = None
@@ -245,7 +253,7 @@ class RunningAverages:
         Raises:
             ConfigError, EngineError, TwaError: on every rank.
         """
-        with self._pods.agree():
+        with self.pods.agree():
             self._require_own_weights("learn()")
             self._intact.require()
             self._parameters.versions()
@@ -258,7 +266,7 @@ class RunningAverages:
 
         def make() -> TrainableAverage:
             engine = choose_engine(self._model, self._replica_group)
-            return learn(engine, self._pods, window, settings, carried)
+            return learn(engine, self.pods, window, settings, carried)
 
         return self._learned.start(make, buffers)
 
@@ -306,24 +314,11 @@ class RunningAverages:
         Raises:
             ConfigError, OutputError, TwaError: on every rank.
         """
-        with self._pods.agree():
-            if self._window is None or not self._window.count:
-                raise TwaError("save(): there is no snapshot; make RunningAverages with window={..}, and train.")
+        with self.pods.agree():
             self._intact.require()
             self._parameters.buffers()
-            check_dtype(dtype)
-            check_files(files or {}, BASE)
-            parse_size(max_shard_size)
-            self._window.require_finite()
-        return saving.save(
-            self._engine,
-            self._pods,
-            self._window,
-            directory,
-            dtype=dtype,
-            files=files or {},
-            max_shard_size=max_shard_size,
-        )
+            window = saving.checked(self._window, dtype, files or {}, max_shard_size)
+        return saving.save(self._engine, self.pods, window, directory, dtype, files or {}, max_shard_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on, with the same bits on the same number of ranks.
@@ -344,10 +339,10 @@ class RunningAverages:
                 of ranks, or of another step than other ranks'.
         """
         try:
-            with self._pods.agree():
+            with self.pods.agree():
                 self._require_own_weights("load_state_dict()")
                 checkpoint.check(state, self._engine, self._ema, self._window)
-            checkpoint.require_same_counters(self._pods, state)
+            checkpoint.require_same_counters(self.pods, state)
         except StateError:
             own = self._state()
             if checkpoint.is_live(state, own) and checkpoint.versions(own) != self._saved_versions:
@@ -363,9 +358,9 @@ class RunningAverages:
         Raises:
             OutputError, TwaError: on every rank.
         """
-        with self._pods.agree():
+        with self.pods.agree():
             self._intact.require()
-            state_file.write_file(self._state(), target_of(directory), self._pods.rank, self._pods.size)
+            state_file.write_file(self._state(), target_of(directory), self.pods.rank, self.pods.size)
 
     def load_state(self, directory: str | Path) -> bool:
         """Go on from what `save_state` has written, and return whether there was anything. Collective.
@@ -373,9 +368,9 @@ class RunningAverages:
         Raises:
             StateError: on every rank; files of another number of ranks, or of other settings.
         """
-        with self._pods.agree():
-            state = state_file.read_file(target_of(directory), self._pods.rank, self._pods.size)
-        if not all(self._pods.gather(state is not None)):
+        with self.pods.agree():
+            state = state_file.read_file(target_of(directory), self.pods.rank, self.pods.size)
+        if not all(self.pods.gather(state is not None)):
             return False
         assert state is not None
         self.load_state_dict(state)

@@ -1,12 +1,15 @@
 """The averages that names such as "ema", "ema:0.999", "mean" and "lawa:8" stand for."""
 
 import re
+from typing import Any
 
 import torch
 
 from twa_scale.average.coefficients import Which, averaging_coefficients
 from twa_scale.config import parse_center
 from twa_scale.errors import ConfigError, TwaError
+from twa_scale.output.model_card import OF_WINDOW
+from twa_scale.output.provenance import provenance
 from twa_scale.running.ema import Ema
 from twa_scale.running.settings import BEMA
 from twa_scale.running.window import Window
@@ -48,6 +51,20 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
         raise ConfigError(f"weights: {which!r} is an average of snapshots; make RunningAverages with window={{..}}.")
     factors[:n] = _over_window(over, n, window.settings.keep)
     return factors
+
+
+def origin(which: Which, step: int, ema: Ema | None, window: Window | None) -> dict[str, Any]:
+    """Return the provenance of an average at a step; see `mixture`."""
+    factors, n = mixture(which, ema, window), window.count if window else 0
+    if factors is None:
+        return provenance("the trained weights", [], step=step)
+    if bool(factors[n:].any()):
+        return provenance("an exponential average of the weights of a training", [], asked=which, step=step)
+    assert window is not None
+    named = {"asked": which} if isinstance(which, str) else {}
+    labels = [f"{OF_WINDOW}{taken}" for taken in window.steps]
+    wrote = "an average of snapshots of a training"
+    return provenance(wrote, labels, **named, step=step, weights=factors[:n].tolist())
 
 
 def _ema(text: str, ema: Ema | None) -> int:

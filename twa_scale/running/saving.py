@@ -8,7 +8,8 @@ import torch
 from twa_scale.base.spans import Span, whole
 from twa_scale.candidates.carry_over import BASE
 from twa_scale.engines import Engine
-from twa_scale.output import Files, writing
+from twa_scale.errors import TwaError
+from twa_scale.output import Files, check_dtype, check_files, parse_size, writing
 from twa_scale.output.live_weights import may_be_mask
 from twa_scale.output.publish import target_of
 from twa_scale.output.snapshot_form import snapshot_form
@@ -17,12 +18,26 @@ from twa_scale.ranks import Pods
 from twa_scale.running.window import Window
 
 
+def checked(window: Window | None, dtype: torch.dtype | None, files: Files, max_shard_size: str | int) -> Window:
+    """Return the window, after a check of the arguments of `RunningAverages.save`. Not collective.
+
+    Raises:
+        ConfigError, TwaError: an argument is wrong, or there is no snapshot that can be written.
+    """
+    if window is None or not window.count:
+        raise TwaError("save(): there is no snapshot; make RunningAverages with window={..}, and train.")
+    check_dtype(dtype)
+    check_files(files, BASE)
+    parse_size(max_shard_size)
+    window.require_finite()
+    return window
+
+
 def save(
     engine: Engine,
     pods: Pods,
     window: Window,
     directory: str | Path,
-    *,
     dtype: torch.dtype | None,
     files: Files,
     max_shard_size: str | int,
