@@ -29,14 +29,17 @@ TWA = {
 }
 
 
-def train(directory: Path, twa: dict[str, Any] | None, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """Run Axolotl's command in a directory."""
+def train(
+    directory: Path, twa: dict[str, Any] | None, ranks: int = 1, **settings: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run Axolotl's command in a directory, by torchrun on several ranks."""
+    several = ranks > 1
     config = {
         "base_model": "start",
         "datasets": [{"path": "data.jsonl", "ds_type": "json", "type": "completion", "field": "text"}],
         "val_set_size": 0.1,
         "sequence_len": 96,
-        "micro_batch_size": 4,
+        "micro_batch_size": 4 // ranks,
         "gradient_accumulation_steps": 2,
         "max_steps": STEPS,
         "save_steps": 1,
@@ -49,13 +52,17 @@ def train(directory: Path, twa: dict[str, Any] | None, **settings: Any) -> subpr
         "fp16": False,
         "attn_implementation": "eager",
         "output_dir": "out",
-        "plugins": ["twa_scale.integrations.axolotl.TwaPlugin"],
+        "plugins": [
+            *(["tests.integrations.axolotl_on_cpu.OnCpu"] if several else []),
+            "twa_scale.integrations.axolotl.TwaPlugin",
+        ],
         "twa": twa,
         **settings,
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     env = {**os.environ, "PYTHONPATH": str(ROOT), "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "axolotl.cli.train", "config.yaml"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if several else []
+    command = [sys.executable, *torchrun, "-m", "axolotl.cli.train", "config.yaml"]
     return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=900)
 
 
@@ -67,8 +74,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_axolotl_keeps_averages_learns_and_resumes(folder: Path) -> None:
-    done = train(folder, TWA)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_axolotl_keeps_averages_learns_and_resumes(ranks: int, folder: Path) -> None:
+    done = train(folder, TWA, ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     out = folder / "out"
     steps = [weights_in(out / f"checkpoint-{step + 1}") for step in range(STEPS)]
@@ -81,7 +89,8 @@ def test_axolotl_keeps_averages_learns_and_resumes(folder: Path) -> None:
     assert {"eval_loss", "eval_last_loss"} <= {name for entry in log for name in entry}
     learned = load_file(out / "average/model.safetensors")
     assert len(json.loads((out / "average/twa_scale.json").read_text())["candidates"]) == 3
-    done = train(folder, TWA, resume_from_checkpoint=f"out/checkpoint-{HALF}")
+    assert len(list((out / f"checkpoint-{STEPS}").glob("averages-*"))) == ranks
+    done = train(folder, TWA, ranks, resume_from_checkpoint=f"out/checkpoint-{HALF}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert same(weights_in(out / f"checkpoint-{STEPS}/average"), ema)
     assert same(load_file(out / "average/model.safetensors"), learned)

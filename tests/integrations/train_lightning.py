@@ -12,14 +12,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
+import twa_scale
 from tests.integrations.small import (
     ACCUMULATE,
     DECAY,
     HALF,
     LEARN,
+    ROWS,
     SIZE,
     STEPS,
     WINDOW,
+    coefficients_by_hand,
     loss_of,
     network,
     require_equal,
@@ -165,7 +168,28 @@ def results(kind: str, directory: Path) -> dict[str, Any]:
     found["same"] = same(before, after)
     with callback.averages.weights("ema"):
         found["ema"] = weights_of(module.net)
-    return found
+    return found if kind in ("manual", "fsdp2") else found | coefficients(kind, directory / "coefficients")
+
+
+class Averaged(Module):
+    """Trains the coefficients of three networks, as its own optimizer."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        states = [{f"net.{name}": value for name, value in network(seed).state_dict().items()} for seed in range(3)]
+        self.twa = twa_scale.attach(self.trainer.strategy.model, states, ROWS)
+        return self.twa.as_optimizer()
+
+
+def coefficients(kind: str, directory: Path) -> dict[str, Any]:
+    """Return the coefficients and the weights after a training, and after its second half once more."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found = []
+    for resume in (None, directory / f"step={HALF}.ckpt"):
+        module = Averaged()
+        trainer_with(kind, directory).fit(module, data(rank, ranks), ckpt_path=resume)
+        module.twa.close()
+        found.append((module.twa.coefficients, weights_of(module.net)))
+    return {"averaged": found[0], "averaged again": found[1]}
 
 
 class Interrupt(pl.Callback):
@@ -192,3 +216,6 @@ def require_results(found: dict[str, Any], by_hand: dict[str, Any], tolerance: f
     require_equal(found["trained"], by_hand["trained"], tolerance)
     require_equal(found["trained again"], by_hand["trained"], tolerance)
     require_equal(found["ema"], by_hand["ema"], tolerance)
+    if "averaged" in found:
+        torch.testing.assert_close(found["averaged"], coefficients_by_hand(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found["averaged again"], found["averaged"], rtol=0, atol=0)
