@@ -1,7 +1,7 @@
 """Run by the chaos test as `python -m tests.chaos.killed_trainings DIRECTORY SEED`: trainings that are killed.
 
-A Trainer of transformers and one of Lightning train a small model with their TwaCallback. Each life is a fork of this
-process, which has imported both libraries once, and resumes from the newest checkpoint that is whole.
+A Trainer of transformers, one of Lightning and a loop with Accelerate train a small model and keep averages. Each life
+is a fork of this process, which has imported the libraries once, and resumes from the newest checkpoint that is whole.
 """
 
 import json
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.integrations import train_lightning, train_transformers
-from tests.integrations.small import DECAY, LEARN, WINDOW, same
+from tests.integrations import train_accelerate, train_lightning, train_transformers
+from tests.integrations.small import ACCUMULATE, DECAY, LEARN, SIZE, STEPS, WINDOW, rows, same
+from twa_scale.integrations.accelerate import optimizer_of, prepare
 from twa_scale.integrations.lightning import TwaCallback
 
 KILLS, SECONDS = 5, 40.0
@@ -118,6 +119,39 @@ class Lightning:
         return {"learned": torch.load(directory / "average/average.ckpt", weights_only=True)["state_dict"]}
 
 
+class Accelerate:
+    """A loop with Accelerate; it renames the directory of a state when it is whole."""
+
+    def do(self, directory: Path) -> None:
+        whole = self.whole(directory)
+        training = train_accelerate.Training("plain")
+        averages = prepare(training.accelerator, training.model, ema=[DECAY], window=WINDOW)
+        if whole:
+            training.accelerator.load_state(str(whole[-1]))
+        epoch = rows().split(SIZE)
+        for step in range(averages.num_steps, STEPS):
+            for i in range(ACCUMULATE):
+                training.micro_step(epoch[(ACCUMULATE * step + i) % len(epoch)])
+            shutil.rmtree(directory / "unfinished", ignore_errors=True)
+            training.accelerator.save_state(str(directory / "unfinished"))
+            (directory / "unfinished").rename(directory / f"state-{step + 1}")
+        with averages.learning(LEARN) as twa:
+            training.epoch(optimizer_of(training.accelerator, twa, save=False))
+            torch.save(training.weights(), directory / "learned.pt")
+
+    def whole(self, directory: Path) -> list[Path]:
+        return sorted(directory.glob("state-*"))
+
+    def kept(self, checkpoint: Path) -> dict[str, Any]:
+        files = [path for path in checkpoint.rglob("*") if path.suffix == ".pt" or path.name == "optimizer.bin"]
+        held = {path.name: torch.load(path, weights_only=True) for path in files}
+        return held | {"weights": load_file(checkpoint / "model.safetensors")}
+
+    def left(self, directory: Path) -> dict[str, Any]:
+        learned: dict[str, Any] = torch.load(directory / "learned.pt", weights_only=True)
+        return learned
+
+
 def require_same(trainer: Any, directory: Path, undisturbed: Path) -> None:
     """Check that what was killed has left what the undisturbed training has: nothing is lost, and nothing doubled."""
     wanted = {checkpoint["name"]: checkpoint for checkpoint in contents(trainer, undisturbed)}
@@ -168,5 +202,5 @@ def kill_and_resume(trainer: Any, root: Path, chance: random.Random) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for one in (Transformers(), Lightning()):
+    for one in (Transformers(), Lightning(), Accelerate()):
         print(kill_and_resume(one, Path(sys.argv[1]) / type(one).__name__, random.Random(int(sys.argv[2]))), flush=True)

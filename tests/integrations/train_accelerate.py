@@ -89,13 +89,16 @@ class Training:
 
     def epoch(self, optimizer: Any = None) -> None:
         """Train for three steps of two batches."""
-        optimizer = optimizer or self.optimizer
         for x in self.loader:
-            with self.accelerator.accumulate(self.model):
-                loss = loss_of(self.model, x)
-                self.accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
+            self.micro_step(x, optimizer)
+
+    def micro_step(self, x: torch.Tensor, optimizer: Any = None) -> None:
+        """Train on one batch."""
+        optimizer = optimizer or self.optimizer
+        with self.accelerator.accumulate(self.model):
+            self.accelerator.backward(loss_of(self.model, x))
+            optimizer.step()
+            optimizer.zero_grad()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the weights, without the names of wrappers."""
