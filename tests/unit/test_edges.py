@@ -281,6 +281,14 @@ def test_changes_of_what_is_trained_are_refused_or_reported() -> None:
         twa.step()
 
 
+def test_the_export_of_weights_that_were_rounded_is_reported(tmp_path: Path) -> None:
+    net: Any = model()
+    twa = twa_scale.attach(net, candidates(), SGD)
+    net.half()
+    with pytest.warns(TwaWarning, match=r"'0\.weight' was written.*The export has the changed weights"):
+        twa.export(tmp_path / "out")
+
+
 @pytest.mark.parametrize("kernels", ["torch", "auto"])
 def test_a_graph_from_before_a_step_is_refused_as_with_optimizers_of_torch(kernels: str) -> None:
     model = nn.Linear(3, 3)
@@ -298,6 +306,12 @@ def test_a_module_that_was_replaced_is_refused_and_one_that_was_wrapped_is_not()
     net[0] = nn.Sequential(net[0])
     backward(net)
     assert twa.step()
+    net.append(nn.Linear(3, 3))
+    backward(net)
+    with pytest.warns(TwaWarning, match=r"added since attach: '3\.weight', '3\.bias'"):
+        twa.step()
+    backward(net)
+    assert twa.step()  # reported once
     net[2] = nn.Linear(8, 3)
     backward(net)
     with pytest.raises(EngineError, match=r"parameter '2\.weight' was replaced"):

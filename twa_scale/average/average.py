@@ -224,6 +224,7 @@ class TrainableAverage(Stateful):
             self.origin(dtype=written_as),
             progress,
         )
+        self._weights.report_writes("The export has the changed weights.")
 
     @while_open
     def can_start_from(self, which: Which, *, exactly: bool = False) -> bool:

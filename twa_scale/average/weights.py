@@ -56,7 +56,8 @@ class Weights:
         self._reported = False
         parameters, _ = named_parameters(engine.module)
         self._parameters = {name: parameter for name, parameter in parameters.items() if name in self._names}
-        self._modules = [(m, key, child) for m in engine.module.modules() for key, child in m._modules.items()]
+        self._modules = [(module, dict(module._modules)) for module in engine.module.modules()]
+        self._known = {id(parameter) for parameter in parameters.values()}
         self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
 
     def watch(self) -> None:
@@ -109,14 +110,20 @@ class Weights:
         return noted
 
     def check(self) -> None:
-        """Report once on this rank if other code, such as clamping, has changed the weights since `write`.
-
-        The next write overwrites such changes.
+        """Refuse or report changes of the model since attach, before a step overwrites the weights.
 
         Raises:
             EngineError: a parameter was replaced by another one, or frozen.
         """
         self._require_same_trained()
+        self.report_writes("Each step of the average overwrites such changes.")
+
+    def report_writes(self, effect: str) -> None:
+        """Report once on this rank if other code, such as clamping, has changed the weights since `write`.
+
+        Args:
+            effect: what becomes of such changes.
+        """
         now = self._engine.changed(self._names)
         if self._reported:
             return
@@ -124,23 +131,29 @@ class Weights:
             if now.get(name, before) != before:
                 self._reported = True
                 notice(
-                    f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, a swap of "
-                    "weights, nn.Embedding(max_norm=..)): each step of the average overwrites such changes. Load "
-                    "checkpoints before attach; use weights() to swap weights; continue a run with load_state_dict() "
-                    "of its average."
+                    f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, half(), a "
+                    f"swap of weights, nn.Embedding(max_norm=..)). {effect} Load checkpoints before attach; use "
+                    "weights() to swap weights; continue a run with load_state_dict() of its average."
                 )
                 return
 
     def _require_same_trained(self) -> None:
-        """Refuse parameters that were frozen since attach, and report once those that require a gradient only now.
+        """Refuse parameters that were frozen since attach, and report once those that are trainable only now.
 
         Raises:
             EngineError: also if a module was replaced, so that a parameter is not in the model any more.
         """
-        if any(module._modules.get(key) is not child for module, key, child in self._modules):
-            held = {id(parameter) for parameter in self._engine.module.parameters()}
+        if any(module._modules != children for module, children in self._modules):
+            now, _ = named_parameters(self._engine.module)
+            held = {id(parameter) for parameter in now.values()}
             if gone := [name for name, parameter in self._parameters.items() if id(parameter) not in held]:
                 raise was_replaced(gone[0])
+            new = [name for name, p in now.items() if p.requires_grad and id(p) not in self._known]
+            self._known |= held
+            if new:
+                notice(
+                    f"the average does not train parameters that were added since attach: {some(new)}. Attach again."
+                )
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 raise EngineError(
