@@ -1,10 +1,11 @@
-"""Measure what averages cost beside a training step, against torch's and Lightning's, in one training.
+"""Measure what averages cost beside a training step, against torch's, Lightning's and TRL's, in one training.
 
     python examples/running_averages/overhead.py --steps 12
 
 A language model trains with AdamW in Lightning's Trainer. After each step of the optimizer every kind of average is
 updated and timed, in another order each time, so that all see the same weights and the same load of the machine. Times
-are CPU seconds of one thread: other programs on the machine change them little.
+are CPU seconds of one thread: other programs on the machine change them little. TRL's callback is measured where `trl`
+is installed; it is called as transformers' Trainer calls it.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,12 +26,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import twa_scale
 
+try:
+    from trl import BEMACallback
+except ImportError:
+    BEMACallback = None
+
 DECAY, EVERY, KEEP, VOCABULARY, LENGTH = 0.999, 100, 40, 8192, 128
 
 
 class LanguageModel(pl.LightningModule):
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, config: tuple[int, int]) -> None:
         super().__init__()
+        self.config = config  # from which TRL makes another such model
+        width, layers = config
         layer = nn.TransformerEncoderLayer(width, width // 64 or 1, 4 * width, 0.0, batch_first=True, norm_first=True)
         self.embed = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
@@ -66,9 +75,16 @@ class Measure(pl.Callback):
             warnings.simplefilter("ignore", twa_scale.TwaWarning)  # that the weights stay the same
             for _ in range(KEEP):  # a full window, whose oldest snapshot each new one drops
                 self.window.step()
+        self.bema = twa_scale.RunningAverages(pl_module, ema={"bema": True})
         self.torch = AveragedModel(pl_module, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
         whole = sum(tensor.nbytes for tensor in self.torch.state_dict().values())
         self.nbytes = {"ema": self.ema.nbytes, "window": self.window.nbytes, "torch": whole, "lightning": whole}
+        self.nbytes["bema"] = self.bema.nbytes
+        if BEMACallback is not None:
+            self.trl = BEMACallback(update_freq=1, device=str(pl_module.device))
+            self.trl.on_train_begin(None, None, None, pl_module)
+            held = [*self.trl.running_model.parameters(), *self.trl.theta0_params, *self.trl.ema_params]
+            self.nbytes["trl"] = sum(tensor.nbytes for tensor in held)
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.begun = time.process_time()
@@ -78,9 +94,13 @@ class Measure(pl.Callback):
         updates: dict[str, Callable[[], object]] = {
             "ema": self.ema.step,
             "window": self.window.step,
+            "bema": self.bema.step,
             "torch": lambda: self.torch.update_parameters(pl_module),
             "lightning": lambda: self.theirs.on_train_batch_end(trainer, pl_module, None, *args[1:]),
         }
+        if BEMACallback is not None:
+            state = SimpleNamespace(global_step=trainer.global_step)
+            updates["trl"] = lambda: self.trl.on_step_end(None, state, None, pl_module)
         for name in random.sample(sorted(updates), len(updates)):
             begun = time.process_time()
             updates[name]()
@@ -95,12 +115,14 @@ class Measure(pl.Callback):
             (f"`RunningAverages(window={{'every': {EVERY}, 'keep': {KEEP}}})`", "window", EVERY),
             ("torch `AveragedModel`, EMA", "torch", 1),
             ("Lightning `EMAWeightAveraging`", "lightning", 1),
+            ("`RunningAverages(ema={'bema': True})`", "bema", 1),
+            ("TRL `BEMACallback(update_freq=1)`", "trl", 1),
         ]
         step = statistics.median(self.training[self.skip :])
         print(f"torch {torch.__version__}, {platform.machine()}, {elements / 1e6:.1f} M parameters, 1 thread, ", end="")
         print(f"{len(self.training) - self.skip} steps of {step:.2f} CPU s\n")
         print("| | bytes an element | of a training step | quartiles |\n| --- | ---: | ---: | ---: |")
-        for title, name, every in rows:
+        for title, name, every in [row for row in rows if row[1] in self.seconds]:
             ratios = [s / every / t for s, t in zip(self.seconds[name], self.training, strict=True)][self.skip :]
             low, middle, high = (f"{100 * q:.2f} %" for q in statistics.quantiles(ratios, n=4))
             print(f"| {title} | {self.nbytes[name] / elements:.1f} | {middle} | {low} to {high} |")
@@ -128,7 +150,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(LanguageModel(args.width, args.layers), torch.utils.data.DataLoader(tokens, args.batch))
+    trainer.fit(LanguageModel((args.width, args.layers)), torch.utils.data.DataLoader(tokens, args.batch))
 
 
 if __name__ == "__main__":
