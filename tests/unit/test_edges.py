@@ -1,13 +1,14 @@
 """Corners of the public door, each of which could go wrong without a word."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import twa_scale
@@ -281,12 +282,23 @@ def test_changes_of_what_is_trained_are_refused_or_reported() -> None:
         twa.step()
 
 
-def test_the_export_of_weights_that_were_rounded_is_reported(tmp_path: Path) -> None:
+def test_an_export_reports_weights_that_other_code_has_changed(tmp_path: Path) -> None:
     net: Any = model()
     twa = twa_scale.attach(net, candidates(), SGD)
-    net.half()
-    with pytest.warns(TwaWarning, match=r"'0\.weight' was written.*The export has the changed weights"):
-        twa.export(tmp_path / "out")
+    for _ in range(2):  # a step reports it once, an export each time
+        with torch.no_grad():
+            net[0].weight.clamp_(max=0.1)
+        with pytest.warns(TwaWarning, match=r"'0\.weight' was written.*The export has the weights as they are now"):
+            twa.export(tmp_path / "clamped", overwrite=True)
+        backward(net)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twa.step()
+    wanted = net[0].weight.detach().clone()
+    net[0].weight = nn.Parameter(torch.zeros(8, 6))
+    with pytest.warns(TwaWarning, match=r"'0\.weight' was replaced.*The export has the weights that the average wrote"):
+        twa.export(tmp_path / "replaced")
+    assert torch.equal(load_file(tmp_path / "replaced/model.safetensors")["0.weight"], wanted)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "auto"])
@@ -307,8 +319,9 @@ def test_a_module_that_was_replaced_is_refused_and_one_that_was_wrapped_is_not()
     backward(net)
     assert twa.step()
     net.append(nn.Linear(3, 3))
+    net[1].scale = nn.Parameter(torch.ones(1))
     backward(net)
-    with pytest.warns(TwaWarning, match=r"added since attach: '3\.weight', '3\.bias'"):
+    with pytest.warns(TwaWarning, match=r"added since attach: '1\.scale', '3\.weight', '3\.bias'"):
         twa.step()
     backward(net)
     assert twa.step()  # reported once

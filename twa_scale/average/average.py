@@ -27,6 +27,7 @@ from twa_scale.average.swap import SwappedWeights
 from twa_scale.average.weights import Weights
 from twa_scale.average.written import WrittenCoefficients
 from twa_scale.base.clock import Clock
+from twa_scale.base.notices import notice
 from twa_scale.candidates.conversion import conversions
 from twa_scale.candidates.fingerprint import Fingerprint
 from twa_scale.candidates.read_ahead import Progress
@@ -212,6 +213,7 @@ class TrainableAverage(Stateful):
         the last candidate, with the state of its training). See `export.export` for the other arguments and errors.
         """
         self.settle()
+        change = self._weights.change()
         written_as = None if dtype is None else str(dtype).removeprefix("torch.")
         export(
             self._engine,
@@ -224,7 +226,8 @@ class TrainableAverage(Stateful):
             self.origin(dtype=written_as),
             progress,
         )
-        self._weights.report_writes("The export has the changed weights.")
+        if change:
+            notice(change)
 
     @while_open
     def can_start_from(self, which: Which, *, exactly: bool = False) -> bool:

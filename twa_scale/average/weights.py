@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 
 import torch
+from torch import nn
 
 from twa_scale.average.layout import Layout
 from twa_scale.average.rows import RowCorrections
@@ -56,7 +57,7 @@ class Weights:
         self._reported = False
         parameters, _ = named_parameters(engine.module)
         self._parameters = {name: parameter for name, parameter in parameters.items() if name in self._names}
-        self._modules = [(module, dict(module._modules)) for module in engine.module.modules()]
+        self._modules = _contents(engine.module)
         self._known = {id(parameter) for parameter in parameters.values()}
         self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
 
@@ -99,8 +100,7 @@ class Weights:
 
         The parameters of a deferred unit are recorded when it is written.
         """
-        if not self._reported:
-            self._written |= self._engine.changed(names)
+        self._written |= self._engine.changed(names)
 
     def _noting(self, combine: Combine) -> Combine:
         def noted(spans: Collection[Span]) -> None:
@@ -116,26 +116,36 @@ class Weights:
             EngineError: a parameter was replaced by another one, or frozen.
         """
         self._require_same_trained()
-        self.report_writes("Each step of the average overwrites such changes.")
+        change = self._written_by_others()
+        if change and not self._reported:
+            self._reported = True
+            notice(
+                f"{change} Each step of the average overwrites such changes. Load checkpoints before attach; use "
+                "weights() to swap weights; continue a run with load_state_dict() of its average."
+            )
 
-    def report_writes(self, effect: str) -> None:
-        """Report once on this rank if other code, such as clamping, has changed the weights since `write`.
+    def change(self) -> str | None:
+        """Return text about a parameter that other code has changed since `write` on this rank, for an export."""
+        try:
+            change = self._written_by_others()
+        except EngineError as error:
+            return f"{error} The export has the weights that the average wrote."
+        return change and f"{change} The export has the weights as they are now."
 
-        Args:
-            effect: what becomes of such changes.
+    def _written_by_others(self) -> str | None:
+        """Return text about a parameter that other code has written since `write`, if there is one.
+
+        Raises:
+            EngineError: a parameter was replaced by another one.
         """
         now = self._engine.changed(self._names)
-        if self._reported:
-            return
         for name, before in self._written.items():
             if now.get(name, before) != before:
-                self._reported = True
-                notice(
+                return (
                     f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, half(), a "
-                    f"swap of weights, nn.Embedding(max_norm=..)). {effect} Load checkpoints before attach; use "
-                    "weights() to swap weights; continue a run with load_state_dict() of its average."
+                    "swap of weights, nn.Embedding(max_norm=..))."
                 )
-                return
+        return None
 
     def _require_same_trained(self) -> None:
         """Refuse parameters that were frozen since attach, and report once those that are trainable only now.
@@ -143,7 +153,8 @@ class Weights:
         Raises:
             EngineError: also if a module was replaced, so that a parameter is not in the model any more.
         """
-        if any(module._modules != children for module, children in self._modules):
+        if (contents := _contents(self._engine.module)) != self._modules:
+            self._modules = contents
             now, _ = named_parameters(self._engine.module)
             held = {id(parameter) for parameter in now.values()}
             if gone := [name for name, parameter in self._parameters.items() if id(parameter) not in held]:
@@ -208,6 +219,11 @@ class Weights:
                 self._store.combine(span, rows.weights(part, exact[group]), scales[group], out, part.segments)
 
         return write
+
+
+def _contents(module: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Module | None], set[str]]]:
+    """Return each module in `module` with its children and the names of its own parameters."""
+    return [(part, dict(part._modules), set(part._parameters)) for part in module.modules()]
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
