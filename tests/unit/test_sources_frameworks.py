@@ -98,6 +98,22 @@ def test_copies_of_steps_are_told_apart(here: Path, names: list[str]) -> None:
     assert sorted(paths) == sorted(steps) and len(said) == 1 and all(f"'{name}'" in said[0] for name in names)
 
 
+@pytest.mark.parametrize(
+    ("steps", "names"),
+    [
+        (["checkpoint-0.pth.tar", "checkpoint-1.pth.tar"], ["last.pth.tar", "model_best.pth.tar"]),  # timm
+        (["epoch_1.pt", "epoch_2.pt"], ["epoch_latest.pt"]),  # open_clip with --save-most-recent
+        (["checkpoint1.pt", "checkpoint2.pt"], ["checkpoint_best.pt", "checkpoint_last.pt"]),  # fairseq
+    ],
+)
+def test_copies_that_torch_files_are(here: Path, steps: list[str], names: list[str]) -> None:
+    for i, name in enumerate([*steps, *names]):
+        torch.save(state(float(i)), name)
+    paths, said = found("*.p*")
+    assert sorted(paths) == steps and len(said) == 1 and all(f"'{name}'" in said[0] for name in names)
+    assert sorted(found([*steps, *names])[0]) == sorted([*steps, *names])  # those that are named are taken
+
+
 # Lightning
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from twa_scale.base.names import some
 from twa_scale.base.urls import Url
+from twa_scale.candidates.directory import is_torch
 from twa_scale.config import SelectConfig
 from twa_scale.errors import CandidateError, ConfigError
 
@@ -48,8 +49,12 @@ def step_of(path: Path | Url, parents: int = 3) -> int | None:
 
 
 def is_copy(path: Path | Url) -> bool:
-    """Return whether a copy of a step has this name: directories such as `checkpoint-best`, Lightning's `last.ckpt`."""
-    return (path.is_dir() or path.suffix == ".ckpt") and _COPY.fullmatch(path.name) is not None and not says_step(path)
+    """Return whether a copy of a step has this name.
+
+    Such are directories (`checkpoint-best`) and files of torch: `last.ckpt` of Lightning, `model_best.pth.tar` of timm,
+    `epoch_latest.pt` of open_clip, `checkpoint_best.pt` of fairseq.
+    """
+    return (path.is_dir() or is_torch(path.name)) and _COPY.fullmatch(path.name) is not None and not says_step(path)
 
 
 def says_step(path: Path | Url) -> bool:

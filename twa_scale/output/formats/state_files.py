@@ -6,6 +6,7 @@ from pathlib import Path
 from twa_scale.base.names import some
 from twa_scale.candidates.directory import LOADERS, is_shard, is_variant
 from twa_scale.candidates.formats.dcp import METADATA
+from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard
 from twa_scale.candidates.formats.deepspeed import is_deepspeed
 from twa_scale.candidates.side_files import NO_FOLDER, is_code, root_of_links
 from twa_scale.candidates.steps import says_step
@@ -77,6 +78,8 @@ class _Found:
             return self._leave_out(folder, "a link to a folder")
         if says_step(folder):
             return self._leave_out(folder, "a checkpoint of its own")
+        if any(map(is_rank_shard, folder.iterdir())):  # torchtitan leaves it beside the whole files
+            return self._leave_out(folder, "the weights before the average, in other files")
         if (folder / PROVENANCE).is_file():
             return self._leave_out(folder, "weights that twa_scale has written")
         return True
