@@ -1,11 +1,8 @@
 """Checkpoints that real DeepSpeed engines wrote, read by slices, against DeepSpeed's own zero_to_fp32."""
 
-import importlib.util
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,20 +19,9 @@ from twa_scale.candidates.side_files import side_files
 from twa_scale.errors import CandidateError, OutputError
 from twa_scale.merge import average_fixed
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+pytestmark = pytest.mark.xdist_group("written-by-deepspeed")
 
 TRAINED = {"embed.weight", "up.weight", "up.bias", "scale", "down.weight", "head.weight"}
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All checkpoints as SIZE/CASE, and what each holds as SIZE/CASE.pt."""
-    directory = tmp_path_factory.mktemp("deepspeed") / "written"
-    command = [sys.executable, "-m", "tests.write_deepspeed", str(directory)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return directory
 
 
 @pytest.fixture
@@ -333,58 +319,6 @@ def test_huge_number_of_ranks_is_refused_quickly(tmp_path: Path) -> None:
     state = {"optimizer_state_dict": {"zero_stage": 2, "partition_count": 10**12}}
     torch.save(state, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     assert "was saved by 1000000000000 ranks" in refused(tmp_path) and "'1', '2', '3', '4'" in refused(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("case", "content", "said"),
-    [
-        ("2/u-2-bf16", None, "has no zero/'up.weight'/fp32.pt, the weights of a parameter"),
-        ("2/u-2-bf16", {"exp_avg": torch.ones(11, 5)}, "up.weight/fp32.pt: holds no tensor 'param'"),
-        (
-            "2/u-2-bf16",
-            {"param": torch.ones(5, 11)},
-            r"holds a tensor of shape \(5, 11\), where the model has \(11, 5\)",
-        ),
-        ("2/u-3-fp32", torch.ones(56), r"holds a tensor of shape \(56,\), where the model has \(11, 5\)"),
-    ],
-)
-def test_universal_checkpoints_without_a_weight_are_refused(
-    written: Path, tmp_path: Path, case: str, content: Any, said: str
-) -> None:
-    folder = shutil.copytree(written / case, tmp_path / "run") / "step1"
-    file = folder / "zero/up.weight/fp32.pt"
-    file.unlink()
-    if content is not None:
-        torch.save(content, file)
-    assert re.search(said, refused(folder.parent))
-
-
-def test_exchanged_parameters_of_a_universal_checkpoint_are_refused(written: Path, tmp_path: Path) -> None:
-    """As DeepSpeed 0.19.8 makes them of a run with `round_robin_gradients`."""
-    folder = shutil.copytree(written / "2/u-2-bf16", tmp_path / "run") / "step1"
-    up, down = (folder / f"zero/{name}.weight/fp32.pt" for name in ("up", "down"))
-    values = torch.load(up)["param"].reshape(-1), torch.load(down)["param"].reshape(-1)
-    torch.save({"param": values[1].view(11, 5)}, up)
-    assert "up.weight/fp32.pt: holds other numbers than the file of the model has" in refused(folder)
-
-
-def test_universal_checkpoints_and_those_of_which_they_were_made(written: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(written / "2/2-bf16", tmp_path / "run")
-    shutil.copytree(written / "2/u-2-bf16/step1", run / "global_step1_universal")
-    shutil.copy(written / "2/u-2-bf16/latest_universal", run)
-    both = [run / "global_step1", run / "global_step1_universal"]
-    with pytest.raises(CandidateError, match=r"'global_step1_universal' in .* are versions of one model"):
-        open_candidates(f"{run}/global_step*")
-    with pytest.warns(twa_scale.TwaWarning, match="the same checksum in every tensor"):
-        average_fixed(list(map(str, both)), tmp_path / "out")
-    average = opened(tmp_path / "out")
-    for name in TRAINED:
-        (numel,) = {torch.Size(opened(path).shape(name)).numel() for path in both}
-        assert torch.equal(read(average, name, 0, numel), read(opened(both[1]), name, 0, numel))
-    with pytest.raises(OutputError, match="is a universal checkpoint of DeepSpeed, which --format same"):
-        average_fixed([str(both[1])] * 2, tmp_path / "same", format="same")
-    torch.save({"module": {}, "param_shapes": [{"../w": torch.Size([1])}]}, both[1] / "mp_rank_00_model_states.pt")
-    assert "has no zero/'../w'/fp32.pt" in refused(both[1])
 
 
 def test_expert_groups_in_the_optimizer(copied: Callable[[str], Path]) -> None:

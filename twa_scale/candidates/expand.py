@@ -9,7 +9,7 @@ from pathlib import Path
 from twa_scale.base.paths import matching, path_of
 from twa_scale.base.urls import Url, is_url, local_path
 from twa_scale.candidates.directory import AnyPath, is_averaged, is_weights, plain_names
-from twa_scale.candidates.formats.deepspeed_universal import LATEST
+from twa_scale.candidates.formats.deepspeed_universal import LATEST, is_run_of_universal, is_universal
 from twa_scale.candidates.formats.megatron import TRACKER
 from twa_scale.candidates.other_formats import named_format
 from twa_scale.errors import CandidateError
@@ -131,20 +131,30 @@ def versions_or_parts(paths: Sequence[Path | Url]) -> str | None:
             first, second, *_ = (str(numbers[number]) for number in sorted(numbers))
             return f"{first!r} and {second!r}, which by their names are parts of one model, of one rank each."
     for parent, names in by_parent.items():
-        if two := _versions(names):
+        if two := _versions(names) or _universal(parent, names):
             return f"{two[0]!r} and {two[1]!r} in {str(parent)!r}, which by their names are versions of one model."
     return None
 
 
 def _versions(names: Sequence[str]) -> tuple[str, str] | None:
-    held = set(names)
     averaged = [name for name in names if is_averaged(name)]
     raw = [name for name in names if not is_averaged(name)]
     if raw and averaged:
         return raw[0], averaged[0]
-    if universal := next((name for name in names if f"{name}_universal" in held), None):
-        return universal, f"{universal}_universal"  # what DeepSpeed's ds_to_universal.py makes of a checkpoint
+    held = set(names)
     return next(((plain, name) for name in names for plain in plain_names(name) if plain in held), None)
+
+
+def _universal(parent: Path | Url, names: Sequence[str]) -> tuple[str, str] | None:
+    """Return a checkpoint of DeepSpeed and what ds_to_universal.py has made of it, None at a URL, where neither is."""
+    if isinstance(parent, Url):
+        return None
+    held = set(names)
+    for name in names:
+        made = f"{name}_universal"
+        if made in held and (is_universal(parent / made) or is_run_of_universal(parent / made)):
+            return name, made
+    return None
 
 
 def _hint(given: str, path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,19 @@ FOLDER = "zero"
 LATEST = "latest_universal"
 """The file beside the folders that names the last universal one."""
 _FILE = "fp32.pt"
-_COMPARED = 16  # numbers of each parameter that are compared with the file of the model
-_ROUNDING = 2**-6  # relative; twice that of bfloat16
+_COMPARED = 1024  # numbers of each parameter that are compared with the file of the model: a read of 4 KiB
+_DIFFERENT = 1 / 16  # of them, from which on a parameter is another one
 _FIX = "Convert the checkpoint again with ds_to_universal.py, or copy its whole folder again."
 
 
 def is_universal(folder: Path) -> bool:
     """Return whether the folder of a step holds a universal checkpoint."""
     return (folder / FOLDER).is_dir()
+
+
+def is_run_of_universal(folder: Path) -> bool:
+    """Return whether a folder holds universal checkpoints, in folders of steps."""
+    return (folder / LATEST).is_file()
 
 
 def universal_weights(folder: Path, shapes: Mapping[str, Shape], content: Callable[[str], Any]) -> dict[str, Stored]:
@@ -48,7 +54,7 @@ def _weight(folder: Path, name: str, shape: Shape, content: Callable[[str], Any]
     stored = held.get("param") if isinstance(held, dict) else held
     if not isinstance(stored, Stored):
         raise CandidateError(f"{path}: holds no tensor 'param', as files of a universal checkpoint do. {_FIX}")
-    if len(stored.shape) == 1 and stored.numel == _numel(shape) and stored.row_major():
+    if len(stored.shape) == 1 and stored.numel == prod(shape) and stored.row_major():
         return replace(stored, shape=shape, stride=row_major(shape))
     # Padding of a vocabulary is not in the file, so that it has fewer rows than the parameter in training.
     rows = isinstance(held, dict) and bool(held.get("vocab_tensor")) and stored.shape[1:] == shape[1:]
@@ -60,7 +66,8 @@ def _weight(folder: Path, name: str, shape: Shape, content: Callable[[str], Any]
 def require_same(folder: Path, trained: Mapping[str, Stored], in_model: Mapping[str, Stored]) -> None:
     """Refuse weights that are not those in the file of the model, judged by the first numbers of each.
 
-    The converter of DeepSpeed exchanges parameters of one group if the run had `round_robin_gradients`.
+    The converter of DeepSpeed exchanges parameters of one group if the run had `round_robin_gradients`. In the type
+    of the model the numbers agree to one unit in the last place: it depends on the optimizer how it rounds them.
 
     Raises:
         CandidateError: names the parameter.
@@ -73,8 +80,7 @@ def require_same(folder: Path, trained: Mapping[str, Stored], in_model: Mapping[
         mine, theirs = torch.empty(count, dtype=stored.dtype), torch.empty(count, dtype=other.dtype)
         stored.read(0, mine, what)
         other.read(0, theirs, what)
-        differ = ~torch.isclose(mine.double(), theirs.double(), rtol=_ROUNDING, atol=1e-6)
-        if 2 * int(differ.sum()) > count:
+        if int(_differ(mine.to(other.dtype), theirs).sum()) > count * _DIFFERENT:
             raise CandidateError(
                 f"{folder / FOLDER / name / _FILE}: holds other numbers than the file of the model has for {name!r}: "
                 "ds_to_universal.py exchanges parameters if the run had `round_robin_gradients`. Give the checkpoint "
@@ -82,8 +88,10 @@ def require_same(folder: Path, trained: Mapping[str, Stored], in_model: Mapping[
             )
 
 
-def _numel(shape: Shape) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
+def _differ(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Return which numbers of one type differ by more than one unit in the last place; equal_nan."""
+    limits = torch.finfo(mine.dtype)
+    smaller = torch.minimum(mine.abs(), theirs.abs()).double().clamp_min(limits.tiny)
+    unit = torch.ldexp(torch.full_like(smaller, limits.eps), torch.frexp(smaller).exponent - 1)
+    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    return ~(same | ((mine.double() - theirs.double()).abs() <= unit))
