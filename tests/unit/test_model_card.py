@@ -112,20 +112,33 @@ def test_a_card_that_is_no_text_is_left_alone() -> None:
     assert with_card(files, origin(weights=[0.5, 0.5])) == files
 
 
-def test_a_running_average_and_snapshots_without_files() -> None:
-    card = card_of(config(), origin_of_training())
-    assert "# Weights of a training\n" in card.text and "| " not in card.text and "merge" not in card.data.tags
-    assert "an exponential average of the weights of a training at step 7" in card.text
-    window = provenance("an average", [f"{OF_WINDOW}{step}" for step in (5, 6)], asked="mean", weights=[0.5, 0.5])
-    text = card_of(config(), window).text
-    assert "| <code>the snapshot of step 5</code> | 0.5 |" in text and "twa-scale average" not in text
-
-
-def origin_of_training() -> dict[str, Any]:
-    averages = twa_scale.RunningAverages(torch.nn.Linear(1, 1), ema=[0.5])
-    for _ in range(7):
+def test_running_averages_say_their_settings() -> None:
+    ema = {"decay": [0.5], "half_life": 0.1, "bema": True, "use_buffers": True, "start_step": 3}
+    averages = twa_scale.RunningAverages(torch.nn.Linear(1, 1), ema=ema, window={"every": 1, "keep": 2})
+    for _ in range(4):
         averages.step()
-    return averages.origin("ema")
+    shared = {"updates": 2, "update_every": 1, "start_step": 3, "bias_correction": False, "use_buffers": True}
+    own = {
+        "ema:0.5": ("decay", 0.5, ", decay 0.5"),
+        "ema:half-life:0.1": ("half_life", 0.1, ", half-life 0.1"),
+        "bema": ("bema", {"ema_power": 0.5, "bias_power": 0.2, "lag": 10.0, "multiplier": 1.0}, ""),
+    }
+    for name, (key, value, said) in own.items():
+        of = averages.origin(name)
+        assert of["ema"] == {**shared, key: value}
+        card = card_of(config(), of)
+        kind = "a bias-corrected exponential" if key == "bema" else "an exponential"
+        assert "# Running average of a training\n" in card.text and "has the settings.\n" in card.text
+        assert f"The weights are {kind} average (<code>{name}</code>{said}) at step 4. twa_scale " in card.text
+        assert card.data.tags == ["weight-averaging", "twa_scale"] and "| " not in card.text
+    last = card_of(config(), averages.origin("last"))
+    assert "The weights are the trained weights at step 4. twa_scale" in last.text and last.data.tags == ["twa_scale"]
+    assert "twa_scale.json" not in last.text
+    window = averages.origin("mean")
+    assert window["window"] == {"every": 1, "keep": 2, "store": "packed1", "start_step": 0}
+    text = card_of(config(), window).text
+    assert "The coefficients are fixed: <code>mean</code>." in text and "has all coefficients and settings." in text
+    assert f"| <code>{OF_WINDOW}3</code> | 0.5 |" in text and "twa-scale average" not in text
 
 
 @pytest.mark.parametrize("form", ["hf", "pt", "same"])

@@ -66,7 +66,8 @@ def _metadata(files: Mapping[str, bytes], origin: Mapping[str, Any], tags: Seque
     if library := _library(files):
         found["library_name"] = library
     merge = ["merge"] if origin.get("candidates") else []
-    return {**found, "tags": [*tags, *merge, "weight-averaging", "twa_scale"]}
+    averaged = ["weight-averaging"] if merge or "ema" in origin else []
+    return {**found, "tags": [*tags, *merge, *averaged, "twa_scale"]}
 
 
 def _base_model(files: Mapping[str, bytes]) -> str | None:
@@ -104,19 +105,16 @@ def _section(origin: Mapping[str, Any], *, is_carried: bool) -> str:
     names = without_common_folders(candidates)
     coefficients = _coefficients(origin)
     heading = "##" if is_carried else "#"
-    title = f"Average of {_count(len(candidates), 'checkpoint')}" if candidates else "Weights of a training"
-    parts = [f"{heading} {title}"]
+    parts = [f"{heading} {_title(origin)}"]
     if is_carried:
         parts.append("Text and metadata outside of this section are those of the last checkpoint, not of the average.")
-    sum_of = "The weights are the sum of a · w over the checkpoints w below, with the coefficients a: "
-    step = f" at step {origin['step']}" if not candidates and "step" in origin else ""
-    parts.append(
-        f"{sum_of if candidates else 'The weights are '}{origin['wrote']}{step}, made with twa_scale "
-        f"{origin['version']} ([arXiv 2205.13104](https://arxiv.org/abs/2205.13104)). {_method(origin)}".rstrip()
-    )
+    parts.append(f"{_what(origin)} twa_scale {origin['version']} wrote them. {_method(origin)}".rstrip())
     if coefficients:
         parts.append(_table(names, coefficients, origin.get("elements")))
-    parts.append("`twa_scale.json` beside the weights has all coefficients and settings.")
+    if coefficients or "config" in origin:
+        parts.append("`twa_scale.json` beside the weights has all coefficients and settings.")
+    elif "ema" in origin:
+        parts.append("`twa_scale.json` beside the weights has the settings.")
     if candidates and all(label.startswith(OF_WINDOW) for label in candidates):
         parts.append("The checkpoints were held in memory during the training, and are in no files.")
     elif command := _command(names, coefficients, origin):
@@ -129,17 +127,38 @@ def _section(origin: Mapping[str, Any], *, is_carried: bool) -> str:
     return "\n\n".join(parts)
 
 
+def _title(origin: Mapping[str, Any]) -> str:
+    if candidates := origin.get("candidates"):
+        return f"Average of {_count(len(candidates), 'checkpoint')}"
+    return "Running average of a training" if "ema" in origin else "Trained weights"
+
+
+def _what(origin: Mapping[str, Any]) -> str:
+    """Return the sentence that says what the weights are."""
+    if origin.get("candidates"):
+        return "The weights are the sum of a · w over the checkpoints w below, with the coefficients a."
+    said = [_code(str(origin["asked"]))] if "asked" in origin else []
+    ema = origin.get("ema", {})
+    said += [f"{key.replace('_', '-')} {ema[key]}" for key in ("decay", "half_life") if key in ema]
+    named = f" ({', '.join(said)})" if said else ""
+    step = f" at step {origin['step']}" if "step" in origin else ""
+    return f"The weights are {origin['wrote']}{named}{step}."
+
+
 def _method(origin: Mapping[str, Any]) -> str:
     config = origin.get("config")
     if not isinstance(config, Mapping):
         asked = origin.get("asked")
-        if asked is None or isinstance(asked, list):
+        if asked is None or isinstance(asked, list) or not origin.get("candidates"):
             return ""
-        return f"{'The weights are fixed' if origin.get('candidates') else 'The average is'}: {_code(str(asked))}."
+        return f"The coefficients are fixed: {_code(str(asked))}."
     step = f", of step {origin['step']}" if "step" in origin else ""
     settings = ", ".join(f"{key}: {_code(str(config.get(key)))}" for key in ("groups", "basis", "center"))
     groups = _count(len(origin.get("groups", ())), "group")
-    return f"There is one coefficient for each checkpoint in {groups} of tensors{step} ({settings})."
+    return (
+        f"There is one coefficient for each checkpoint in {groups} of tensors{step} ({settings}). The method is "
+        "[Trainable Weight Averaging](https://arxiv.org/abs/2205.13104)."
+    )
 
 
 def _coefficients(origin: Mapping[str, Any]) -> list[list[float]]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from twa_scale.average.attach import require_trainable
 from twa_scale.average.average import TrainableAverage
 from twa_scale.average.coefficients import Which
 from twa_scale.average.step_optimizer import refuse_copies
@@ -24,7 +25,7 @@ from twa_scale.running import checkpoint, saving, state_file
 from twa_scale.running.ema import Ema
 from twa_scale.running.intact import Intact
 from twa_scale.running.learned import Learned
-from twa_scale.running.learning import carried_files, learn, require_learnable, require_snapshots, settings_for
+from twa_scale.running.learning import carried_files, learn, require_snapshots, settings_for
 from twa_scale.running.named import mixture, names, origin
 from twa_scale.running.parameters import Parameters
 from twa_scale.running.repeats import Repeats
@@ -236,7 +237,7 @@ class RunningAverages:
         with self.pods.agree():
             if self._window is None:
                 raise ConfigError("learn() needs window={'every': .., 'keep': ..}, whose snapshots it averages.")
-            require_learnable(settings_for(self._window, config, self._device), self._engine, self.pods)
+            require_trainable(settings_for(self._window, config, self._device), self._engine, self.pods)
 
     def learn(
         self, config: TwaConfig | Mapping[str, Any] | None = None, *, files: Files | None = None

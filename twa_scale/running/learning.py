@@ -77,15 +77,6 @@ def settings_for(window: Window, config: TwaConfig | Mapping[str, Any] | None, s
     )
 
 
-def require_learnable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
-    """Refuse settings with which nothing can be learned from the snapshots of this model.
-
-    Raises:
-        ConfigError, EngineError: names the setting.
-    """
-    require_trainable(config, engine, pods)
-
-
 def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried: CarriedFiles) -> TrainableAverage:
     """Return a trainable average of the snapshots, whose first weights are in the model. Collective.
 
@@ -104,7 +95,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
     with pods.agree():
         engine.keeps_optimizer = True
         engine.check()
-        require_learnable(config, engine, pods)
+        require_trainable(config, engine, pods)
         candidates = snapshot_candidates(engine, window.steps)
         stacked = experts_of(engine.module, engine.parameters, config)
         if stacked:

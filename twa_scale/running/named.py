@@ -54,17 +54,22 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
 
 
 def origin(which: Which, step: int, ema: Ema | None, window: Window | None) -> dict[str, Any]:
-    """Return the provenance of an average at a step; see `mixture`."""
+    """Return the provenance of an average at a step, with its settings; see `mixture`."""
     factors, n = mixture(which, ema, window), window.count if window else 0
     if factors is None:
         return provenance("the trained weights", [], step=step)
     if bool(factors[n:].any()):
-        return provenance("an exponential average of the weights of a training", [], asked=which, step=step)
+        assert ema is not None
+        index = int(factors[n:].argmax())
+        kind = "a bias-corrected exponential average" if ema.names[index] == BEMA else "an exponential average"
+        settings = {"updates": ema.updates, **ema.settings.of(index)}
+        return provenance(kind, [], asked=which, step=step, ema=settings)
     assert window is not None
     named = {"asked": which} if isinstance(which, str) else {}
     labels = [f"{OF_WINDOW}{taken}" for taken in window.steps]
-    wrote = "an average of snapshots of a training"
-    return provenance(wrote, labels, **named, step=step, weights=factors[:n].tolist())
+    settings = window.settings.model_dump(mode="json")
+    weights = factors[:n].tolist()
+    return provenance("an average of snapshots", labels, **named, step=step, weights=weights, window=settings)
 
 
 def _ema(text: str, ema: Ema | None) -> int:

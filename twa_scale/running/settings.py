@@ -93,6 +93,16 @@ class EmaSettings(Section):
         """Return the names of all averages of which this rank holds its part: of `names`, and what BEMA needs."""
         return (*self.names(), *(OF_BEMA if self.bema else ()))
 
+    def of(self, index: int) -> dict[str, Any]:
+        """Return the settings of one average, in the order of `names`: its own one, and those that all share."""
+        numbers = len(self.decays) + len(self.half_life)
+        shared = self.model_dump(mode="json", exclude={"decays", "half_life", "bema"})
+        if index == numbers:
+            assert self.bema
+            return {BEMA: self.bema.model_dump(mode="json"), **shared}
+        kind = "decay" if index < len(self.decays) else "half_life"
+        return {kind: [*self.decays, *self.half_life][index], **shared}
+
     def alpha(self, updates: int) -> float:
         """Return the factor of BEMA's correction at its update number `updates`."""
         assert self.bema
