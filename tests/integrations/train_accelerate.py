@@ -65,10 +65,8 @@ def accelerator_of(kind: str) -> Accelerator:
         "zero_force_ds_cpu_optimizer": False,
     }
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(config), gradient_accumulation_steps=ACCUMULATE)
-    for state in (
-        PartialState(),
-        accelerator.state,
-    ):  # on CPUs it takes each rank for the only one
+    # On CPUs it takes each rank for the only one.
+    for state in (PartialState(), accelerator.state):
         state.num_processes, state.process_index = dist.get_world_size(), dist.get_rank()
         state.local_process_index = dist.get_rank()
     return accelerator

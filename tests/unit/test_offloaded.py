@@ -107,7 +107,6 @@ def test_parts_of_a_span_are_read_where_they_are(name: Any, part: int) -> None:
             out = torch.full((part,), torch.nan)
             parts.combine(cut, weights, 0.7, out)
             assert torch.equal(out, whole[start : start + part])
-        assert parts.nbytes == store.nbytes
         store.close()
 
 
