@@ -1,5 +1,6 @@
 """Averages in loops with Accelerate, in one process. One test runs the example of trainers.md."""
 
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,14 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+import twa_scale
 from tests.integrations.examples import run_example
 from tests.integrations.small import (
     DECAY,
     LEARN,
+    ROWS,
     WINDOW,
+    network,
     train_by_hand,
 )
 from tests.integrations.train_accelerate import Training, require_results, results
@@ -70,6 +74,25 @@ def test_a_closed_average_is_not_saved(tmp_path: Path) -> None:
     resumed = prepare(other.accelerator, other.model, window=WINDOW)
     other.accelerator.load_state(str(tmp_path))
     assert resumed.num_steps == averages.num_steps
+
+
+def test_rows_are_in_the_state_where_each_node_saves(tmp_path: Path) -> None:
+    candidates = [network(seed).state_dict() for seed in range(3)]
+    found: list[dict[str, Any]] = []
+    for _ in range(2):
+        one = Training("plain", given=True)
+        one.accelerator.project_configuration.save_on_each_node = True
+        with closing(twa_scale.attach(one.model, candidates, ROWS)) as twa:
+            optimizer = optimizer_of(one.accelerator, twa)
+            if not found:
+                one.epoch(optimizer)
+                one.accelerator.save_state(str(tmp_path))
+            else:
+                one.accelerator.load_state(str(tmp_path))
+            found.append({**one.weights(), "coefficients": twa.coefficients})
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert torch.load(tmp_path / "custom_checkpoint_0.pkl", weights_only=True)["rows"]["values"]
+    assert not list(tmp_path.glob("*_rows"))
 
 
 def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from transformers import Trainer, TrainingArguments
 
+import twa_scale
 from tests.integrations.examples import run_example
 from tests.integrations.small import (
     DECAY,
@@ -260,9 +261,12 @@ def test_what_a_trainer_must_not_have_is_refused(tmp_path: Path) -> None:
     averaging = TwaCallback(ema=[DECAY])
     learning = TwaCallback(window=WINDOW, learn=LEARN, learn_steps=3)
     other = transformers.TwaCallback(ema=[DECAY])
+    twa = twa_scale.attach(network(), [network(seed).state_dict() for seed in range(2)])
+    coefficients = transformers.CoefficientsCallback(twa)
     for callbacks, manual, said in (
         ((averaging, EMAWeightAveraging()), False, "EMAWeightAveraging also writes averages"),
         ((other,), False, "Lightning's Trainer needs the one of twa_scale.integrations.lightning"),
+        ((coefficients,), False, "CoefficientsCallback of .*Leave the callback out"),
         ((learning,), True, "training_step that returns the loss"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -31,7 +31,7 @@ from tests.integrations.train_transformers import (
 )
 from twa_scale import ConfigError, StateError, TwaError, TwaWarning
 from twa_scale.average.measures import effective_candidates, mean_coefficients
-from twa_scale.integrations.transformers import TwaCallback
+from twa_scale.integrations.transformers import CoefficientsCallback, TwaCallback
 from twa_scale.tools.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,21 +109,30 @@ def learned_by_hand(settings: dict[str, Any]) -> tuple[torch.Tensor, dict[str, t
 
 @pytest.mark.slow
 def test_an_average_is_the_optimizer_of_a_trainer(tmp_path: Path) -> None:
-    """Coefficients are those of a loop of one's own, and resume with the same bits."""
+    """Coefficients are those of a loop of one's own, and resume with the same bits, also if a callback is not given."""
     found = learned(tmp_path)
     torch.testing.assert_close(found, learned_by_hand(LEARN), rtol=1e-5, atol=1e-6)
     half = tmp_path / f"checkpoint-{HALF}"
     torch.testing.assert_close(learned(tmp_path, resume=str(half)), found, rtol=0, atol=0)
     with pytest.raises(StateError, match=r"has no coefficients\.pt, which CoefficientsCallback writes"):
-        learned(tmp_path, resume=str(half), rows=True)
+        learned(tmp_path, resume=str(half), given=True)
+    with_callback = learned(tmp_path, given=True)
+    torch.testing.assert_close(with_callback, found, rtol=0, atol=0)
+    with pytest.raises(StateError, match=r"give the Trainer this callback again"):
+        learned(tmp_path, resume=str(half))
+    (half / "coefficients.pt").write_bytes((half / "coefficients.pt").read_bytes()[:-9])
+    with pytest.raises(StateError, match=r"coefficients\.pt: is not the state of an average: it is damaged"):
+        learned(tmp_path, resume=str(half), given=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("directory", ["ddp"], indirect=True)
 def test_an_average_with_rows_is_the_optimizer_of_a_trainer_on_two_ranks(directory: Path) -> None:
-    """The callback saves the rows, each rank its own, and resumes with the same bits."""
+    """The callback saves the rows, each rank its own, and resumes with the same bits. Without it no rank begins."""
     of_ranks = [torch.load(directory / f"coefficients-{rank}.pt", weights_only=True) for rank in range(2)]
-    (found, resumed), other = of_ranks
+    (found, resumed, said), other = of_ranks
+    assert said == other[2] and "callbacks=[CoefficientsCallback(twa)]" in said
+    assert not list(directory.glob("refused/checkpoint-*"))
     torch.testing.assert_close([found, resumed], [resumed, other[0]], rtol=0, atol=0)
     torch.testing.assert_close(found, learned_by_hand(ROWS), rtol=1e-5, atol=1e-6)
     half = directory / "learned" / f"checkpoint-{HALF}"
@@ -352,3 +361,12 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         TwaCallback(**options)
+
+
+def test_a_callback_outside_of_a_trainer_names_itself() -> None:
+    twa = twa_scale.attach(build(9), [build(seed).state_dict() for seed in range(2)])
+    for callback in (CoefficientsCallback(twa), TwaCallback(ema=[0.9])):
+        name = type(callback).__name__
+        with pytest.raises(TwaError, match=rf"^{name}: give it to a Trainer, .*callbacks=\[{name}\("):
+            callback.on_train_begin(None, None, None)
+    twa.close()

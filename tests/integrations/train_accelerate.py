@@ -144,6 +144,10 @@ def coefficients(kind: str, directory: Path) -> dict[str, Any]:
     optimizer = averaging.optimizer_of(one.accelerator, twa)
     found: dict[str, Any] = {"rows": []}
     half = directory / "coefficients"
+    if one.accelerator.is_main_process:
+        half.mkdir(parents=True)
+        torch.save([], half / "custom_checkpoint_0.pkl")  # of another object; Accelerate replaces it
+    one.accelerator.wait_for_everyone()
     for _ in range(3):  # into the same directory
         one.accelerator.save_state(str(half))
         one.accelerator.wait_for_everyone()

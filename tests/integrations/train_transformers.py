@@ -56,9 +56,16 @@ def build(seed: int) -> GPT2LMHeadModel:
 
 
 def learned(
-    directory: Path, ranks: int = 1, resume: str | None = None, rows: bool = False
+    directory: Path, ranks: int = 1, resume: str | None = None, *, rows: bool = False, given: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Train coefficients of given candidates, each step on all texts, with the average as the Trainer's optimizer.
+
+    Args:
+        directory: of the checkpoints.
+        ranks: their number.
+        resume: the checkpoint to resume from.
+        rows: whether rows have coefficients of their own.
+        given: whether the Trainer gets the callback, which is made in any case.
 
     Returns:
         The coefficients, and the weights.
@@ -76,13 +83,11 @@ def learned(
         use_cpu=True,
         disable_tqdm=True,
     )
-    Trainer(
-        model=model,
-        args=args,
-        train_dataset=Texts(),
-        optimizers=(twa.as_optimizer(), None),
-        callbacks=[CoefficientsCallback(twa)] if rows else [],
-    ).train(resume_from_checkpoint=resume)
+    trainer = Trainer(model=model, args=args, train_dataset=Texts(), optimizers=(twa.as_optimizer(), None))
+    callback = CoefficientsCallback(twa)
+    if given:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
     twa.close()
     return twa.coefficients, {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -156,8 +161,14 @@ def write(kind: str, directory: Path) -> None:
     train(kind, directory, str(directory / f"checkpoint-{HALF}"))
     if kind == "ddp":
         path = directory / "learned"
-        found = learned(path, 2, rows=True), learned(path, 2, str(path / f"checkpoint-{HALF}"), rows=True)
-        torch.save(found, directory / f"coefficients-{trainer.args.process_index}.pt")
+        half = str(path / f"checkpoint-{HALF}")
+        found = learned(path, 2, rows=True, given=True), learned(path, 2, half, rows=True, given=True)
+        said = ""
+        try:
+            learned(directory / "refused", 2, rows=True)
+        except twa_scale.TwaError as error:
+            said = str(error)
+        torch.save((*found, said), directory / f"coefficients-{trainer.args.process_index}.pt")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +27,7 @@ from tests.ranks.cases import Run
 from tests.ranks.test_reading import save
 from twa_scale import StateError
 from twa_scale.average.rows import stored
+from twa_scale.integrations.coefficients import load_coefficients, save_coefficients
 from twa_scale.output.disk import OpenFile
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -273,8 +276,19 @@ def test_a_save_takes_the_memory_of_a_buffer_and_a_load_that_of_the_own_rows(ran
         assert found["written"] == 3 * own and found["largest write"] <= PIECE, "y and two moments"
 
 
+class Trainer:
+    """Has what the optimizer looks at in transformers' Trainer, which is slow to import."""
+
+    def __init__(self, twa: twa_scale.TrainableAverage, *callbacks: object) -> None:
+        self.optimizer = SimpleNamespace(optimizer=twa.optimizer)  # as Accelerate wraps it
+        self.callback_handler = SimpleNamespace(callbacks=callbacks)
+
+    def train(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+
 def load_where_one_rank_differs(directory: Path) -> list[str]:
-    """What this rank says of a truncated file of rank 1, of a directory that only rank 1 gives, and of a Trainer."""
+    """What this rank says of a truncated file of rank 1, of a directory that only rank 1 gives, and of Trainers."""
     _, twa = cases.attach("plain", Run(CONFIGS["rows"]))
     rank = cases.where()[0]
     state, own = twa.state_dict(directory), directory / f"of-rank-{rank}"
@@ -283,17 +297,23 @@ def load_where_one_rank_differs(directory: Path) -> list[str]:
     if rank == 1:
         os.truncate(copy, copy.stat().st_size - 4)
     only_one = directory if rank == 1 else None
+    assert not load_coefficients(twa, directory)
+    save_coefficients(twa, directory / "seen-by-0")
+    with patch.dict(sys.modules, {"transformers.trainer": SimpleNamespace(Trainer=Trainer)}):
+        saved = Trainer(twa, SimpleNamespace(saves=twa.optimizer)).train(twa.optimizer.state_dict)
+        assert saved.keys() == twa.optimizer.state_dict().keys() - {"twa_scale"}
+        of_trainers = [
+            cases.complaint(lambda: Trainer(twa).train(twa.optimizer.state_dict)),
+            cases.complaint(lambda: Trainer(twa).train(twa.optimizer.step)),
+            cases.complaint(lambda: Trainer(twa, SimpleNamespace(saves=None)).train(twa.step)),
+        ]
     return [
         cases.complaint(lambda: twa.load_state_dict(state, own)),
         cases.complaint(lambda: twa.load_state_dict(state, only_one)),
         cases.complaint(lambda: twa.state_dict(only_one)),
-        cases.complaint(lambda: _save_optimizer_and_scheduler(twa)),
+        cases.complaint(lambda: load_coefficients(twa, directory / f"seen-by-{rank}")),
+        *of_trainers,
     ]
-
-
-def _save_optimizer_and_scheduler(twa: twa_scale.TrainableAverage) -> None:
-    """Has the name of the method in which transformers' Trainer asks one rank for the state of its optimizer."""
-    twa.optimizer.state_dict()
 
 
 def test_rows_that_one_rank_sees_otherwise_are_refused_on_all(ranks: Pool, tmp_path: Path) -> None:
@@ -301,7 +321,12 @@ def test_rows_that_one_rank_sees_otherwise_are_refused_on_all(ranks: Pool, tmp_p
     assert first == second
     for said, wanted in zip(
         first,
-        ("All ranks have to see the same file", *["on all ranks, or on none"] * 2, "CoefficientsCallback(twa)"),
+        (
+            "All ranks have to see the same file",
+            *["on all ranks, or on none"] * 2,
+            "seen-by-1/coefficients.pt: rank 1 does not see it, and rank 0 does",
+            *["CoefficientsCallback(twa)"] * 3,
+        ),
         strict=True,
     ):
         assert wanted in said

@@ -7,9 +7,9 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from twa_scale.average.in_trainer import is_saved_by_callback, trainer_of
 from twa_scale.average.optimizer import load_optimizer, take_over
 from twa_scale.average.rows import RowCorrections
-from twa_scale.base.calls import running_calls
 from twa_scale.errors import StateError, TwaError
 from twa_scale.ranks import Pods
 
@@ -61,8 +61,6 @@ class AverageOptimizer(torch.optim.Optimizer):
         self._take_step = take_step
         self.inside = inside
         self._rows = rows
-        self.saved_apart = False
-        """The average is saved in files of its own: the state dict is that of the inner optimizer."""
         self._share()
 
     def _share(self) -> None:
@@ -79,8 +77,9 @@ class AverageOptimizer(torch.optim.Optimizer):
             grad_scaler: the scaler of the loss; `GradScaler.step(optimizer)` passes itself.
 
         Raises:
-            TwaError: as `TrainableAverage.step` does.
+            TwaError: as `TrainableAverage.step` does; transformers' Trainer could not save the rows.
         """
+        self._refuse_unsaved_rows()
         if grad_scaler is None and hasattr(self, "found_inf"):
             raise TwaError(
                 "GradScaler.step(optimizer) did not pass itself to this optimizer, because optimizer.step was replaced "
@@ -131,38 +130,51 @@ class AverageOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the inner optimizer and of the average. Collective with `groups: tensor+row`.
 
+        In a Trainer with `CoefficientsCallback`, which saves the average, it is the state of the inner optimizer.
+
         Raises:
-            TwaError: transformers' Trainer asks only one rank for it, and others hold rows.
+            TwaError: transformers' Trainer could not save the rows.
         """
-        if self.saved_apart:
+        if is_saved_by_callback(self):
             return self.inside.state_dict()
-        if self._rows is not None and self._average.pods.size > 1 and _trainer_saves():
-            raise TwaError(
-                "transformers' Trainer asks only the first rank for the state of its optimizer, and with groups "
-                "'tensor+row' each rank holds its own rows. Let a callback save them: "
-                "callbacks=[CoefficientsCallback(twa)] of twa_scale.integrations.transformers."
-            )
+        self._refuse_unsaved_rows()
         average = {key: value for key, value in self._average.state_dict().items() if key != "optimizer"}
         return {**self.inside.state_dict(), _AVERAGE: average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load coefficients and moments from `state_dict()`, and write the weights. Collective.
 
-        If the average is saved in files of its own, this does nothing.
+        In a Trainer with `CoefficientsCallback`, which loads the average, this does nothing.
 
         Raises:
             StateError: the state is from another optimizer, or `TrainableAverage.load_state_dict` refuses it.
         """
-        if self.saved_apart:
+        if is_saved_by_callback(self):
             return
         with self._average.pods.agree():
             if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(_AVERAGE), Mapping):
                 raise StateError(
                     f"the state dict has no {_AVERAGE!r}, so it is not from the optimizer of an average; give the "
-                    "state_dict() of twa.optimizer."
+                    "state_dict() of twa.optimizer. To resume from a checkpoint of a Trainer with "
+                    "CoefficientsCallback(twa), give the Trainer this callback again."
                 )
         inside = {key: value for key, value in state_dict.items() if key != _AVERAGE}
         self._average.load_state_dict({**state_dict[_AVERAGE], "optimizer": inside})
+
+    def _refuse_unsaved_rows(self) -> None:
+        """Refuse a Trainer that would ask one rank for the rows of all. Every rank raises before the first checkpoint.
+
+        Raises:
+            TwaError: names the callback that saves them.
+        """
+        if self._rows is None or self._average.pods.size == 1:
+            return
+        if trainer_of(self) is not None and not is_saved_by_callback(self):
+            raise TwaError(
+                "transformers' Trainer asks only the first rank for the state of its optimizer, and with groups "
+                "'tensor+row' each rank holds its own rows. Let a callback save them: "
+                "callbacks=[CoefficientsCallback(twa)] of twa_scale.integrations.transformers."
+            )
 
     def inside_states(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Return copies of the states of the inner optimizer and of that of this rank's rows, for `load_inside`."""
@@ -194,11 +206,6 @@ class AverageOptimizer(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copies("the optimizer of an average")
-
-
-def _trainer_saves() -> bool:
-    """Whether transformers' Trainer is saving the state of its optimizer: one rank does, where DDP has the model."""
-    return any(call.f_code.co_name == "_save_optimizer_and_scheduler" for call in running_calls())
 
 
 def refuse_unpacking() -> NoReturn:

@@ -1,7 +1,6 @@
 """Averages in training loops with Accelerate."""
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from twa_scale.average.average import TrainableAverage
+from twa_scale.average.state.rows_file import remove_rows
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, StateError, TwaError
-from twa_scale.integrations.coefficients import read_state, remove_rows
+from twa_scale.integrations.coefficients import named_rows, read_state
 from twa_scale.integrations.counting import count_steps
 from twa_scale.running import RunningAverages
 from twa_scale.running.settings import Ema, Window
@@ -172,10 +172,17 @@ class _Coefficients:
         number = self._number()
         rows = self._rows(number)
         state = self._twa.state_dict(rows)
-        if self._twa.pods.rank == 0 and rows.exists():
-            before = self._checkpoint / f"custom_checkpoint_{number}.pkl"  # Accelerate replaces it after this
-            with suppress(StateError):
-                remove_rows(rows, state, *([read_state(before)] if before.exists() else []))
+        before = self._checkpoint / f"custom_checkpoint_{number}.pkl"  # Accelerate replaces it after this
+
+        def used() -> set[str] | None:
+            try:
+                return named_rows(state, read_state(before))
+            except StateError:
+                return None
+
+        with self._twa.pods.agree():
+            if self._twa.pods.rank == 0:
+                remove_rows(rows, used)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

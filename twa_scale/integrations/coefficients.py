@@ -1,20 +1,21 @@
 """The coefficients of an average in the checkpoints of trainers, with the rows of `groups: tensor+row` in files."""
 
-import re
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from twa_scale.average.average import TrainableAverage
-from twa_scale.average.state.rows_file import DIRECTORY
+from twa_scale.average.state.plain_file import plain_data, read_regular
+from twa_scale.average.state.rows_file import remove_rows
 from twa_scale.errors import StateError
 from twa_scale.output.publish import replacing
 
 STATE = "coefficients.pt"
 """The file of the state, in the directory of a checkpoint."""
+_KIND = "the state of an average"
+_FIX = "Resume from another checkpoint."
 
 
 def save_coefficients(twa: TrainableAverage, directory: Path) -> None:
@@ -32,42 +33,56 @@ def save_coefficients(twa: TrainableAverage, directory: Path) -> None:
         if twa.pods.rank == 0:
             with replacing(directory / STATE) as temporary:
                 torch.save(state, temporary)
-            remove_rows(directory, state)
+            remove_rows(directory, lambda: named_rows(state))
 
 
 def load_coefficients(twa: TrainableAverage, directory: Path) -> bool:
     """Continue from `save_coefficients`, and return whether there was anything. Collective.
 
     Raises:
-        StateError: on every rank; a file that cannot be read, or the state of another average.
+        StateError: on every rank; a file that cannot be read or that only some ranks see, or the state of another
+            average.
     """
     path, state = directory / STATE, None
     with twa.pods.agree():
-        if path.exists():
-            state = read_state(path)
-    if not all(twa.pods.gather(state is not None)):
+        state = read_state(path)
+    found = twa.pods.gather(state is not None)
+    if not any(found):
         return False
+    with twa.pods.agree():
+        if state is None:
+            raise StateError(
+                f"{path}: rank {twa.pods.rank} does not see it, and rank {found.index(True)} does. All ranks have to "
+                "see the same checkpoint: put it on a file system that they share."
+            )
     assert state is not None
     twa.load_state_dict(state, directory)
     return True
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return the state in a file.
+def read_state(path: Path) -> Any:
+    """Return what a file holds, or None if there is no file. Nothing in it is verified.
 
     Raises:
         StateError: it cannot be read.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise StateError(f"{path}: cannot be read ({error}). Resume from another checkpoint.") from error
-    return state
+        path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        pass  # which reading reports
+    content = read_regular(path, kind=_KIND, fix=_FIX, missing=f"is missing. {_FIX}")
+    return plain_data(path, content, kind=_KIND, fix=_FIX)
 
 
-def remove_rows(directory: Path, *states: dict[str, Any]) -> None:
-    """Remove the files of rows in a directory which none of these states names. On one rank."""
-    used = {(state.get("rows") or {}).get("stored", {}).get("directory") for state in states}
-    for path in directory.glob("state.rows-*"):
-        if re.fullmatch(DIRECTORY, path.name) and path.name not in used:
-            shutil.rmtree(path, ignore_errors=True)
+def named_rows(*states: Any) -> set[str]:
+    """Return the directories of rows that states name. What is not the state of an average names none."""
+    names = set()
+    for state in states:
+        rows = state.get("rows") if isinstance(state, Mapping) else None
+        stored = rows.get("stored") if isinstance(rows, Mapping) else None
+        name = stored.get("directory") if isinstance(stored, Mapping) else None
+        if isinstance(name, str):
+            names.add(name)
+    return names

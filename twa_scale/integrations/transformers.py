@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from transformers import Trainer, TrainerCallback
 
@@ -18,9 +18,38 @@ from twa_scale.integrations.logged_names import added_metrics_as
 
 AVERAGE = "average"
 """The directory of an average, in a checkpoint and in the output directory."""
+_KILLED = "If the training was killed while it wrote this checkpoint, resume from an earlier one."
 
 
-class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
+class _OfTrainer(TrainerCallback):  # type: ignore[misc]
+    """What callbacks of transformers' Trainer share."""
+
+    _in_lightning: ClassVar[str]
+    """What Lightning's Trainer needs."""
+
+    @property
+    def state_key(self) -> NoReturn:
+        """Refuse Lightning's Trainer, which asks for this first."""
+        raise ConfigError(
+            f"{type(self).__name__} of twa_scale.integrations.transformers: Lightning's Trainer {self._in_lightning}"
+        )
+
+    def on_exception(self, *args: Any) -> None:
+        """Do nothing: Lightning's Trainer calls this after the error."""
+
+    def _caller(self) -> tuple[Any, str | None]:
+        """Return the Trainer whose loop is running, and the checkpoint that it resumes from.
+
+        Callbacks are given its model without wrappers, which hides what shards it.
+        """
+        for call in running_calls():
+            if isinstance(trainer := call.f_locals.get("self"), Trainer):
+                return trainer, call.f_locals.get("resume_from_checkpoint")
+        name = type(self).__name__
+        raise TwaError(f"{name}: give it to a Trainer, as Trainer(.., callbacks=[{name}(..)]).")
+
+
+class TwaCallback(Averaging, _OfTrainer):
     """Keeps averages while a Trainer trains, with whatever engine it has chosen.
 
     Evaluations are of the average `evaluate_with`, so that the best checkpoint is the one with the best average. Each
@@ -35,29 +64,16 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
     _trainer: Any = None
     _evaluate: Callable[..., dict[str, float]] | None = None
     _showing = False
-
-    @property
-    def state_key(self) -> NoReturn:
-        """Refuse Lightning's Trainer, which asks for this first."""
-        raise ConfigError(
-            "TwaCallback of twa_scale.integrations.transformers: Lightning's Trainer needs the one of "
-            "twa_scale.integrations.lightning."
-        )
-
-    def on_exception(self, *args: Any) -> None:
-        """Do nothing: Lightning's Trainer calls this after the error."""
+    _in_lightning = "needs the one of twa_scale.integrations.lightning."
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the averages of the model as the Trainer has wrapped it; on resume, go on from the checkpoint's."""
-        self._trainer, checkpoint = _caller()
+        self._trainer, checkpoint = self._caller()
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
         if checkpoint is not None and not averages.load_state(checkpoint) and state.is_world_process_zero:
-            notice(
-                f"{checkpoint}: has no averages; they begin anew at step {state.global_step}. If the training was "
-                "killed while it wrote this checkpoint, resume from an earlier one."
-            )
+            notice(f"{checkpoint}: has no averages; they begin anew at step {state.global_step}. {_KILLED}")
         self._wrap_evaluate()
         if state.is_world_process_zero:
             self._check_window(state.max_steps - state.global_step)
@@ -208,7 +224,7 @@ class TwaCallback(Averaging, TrainerCallback):  # type: ignore[misc]
             )
 
 
-class CoefficientsCallback(TrainerCallback):  # type: ignore[misc]
+class CoefficientsCallback(_OfTrainer):
     """Puts the coefficients that a Trainer trains as its optimizer into its checkpoints, and resumes from them.
 
     Without it the state of the optimizer has them. It is needed with `groups: tensor+row` on several ranks: the Trainer
@@ -218,21 +234,24 @@ class CoefficientsCallback(TrainerCallback):  # type: ignore[misc]
         twa: the average, whose `as_optimizer()` the Trainer has.
     """
 
+    _in_lightning = "asks every rank for the state of its optimizers. Leave the callback out."
+
     def __init__(self, twa: TrainableAverage) -> None:
         self._twa = twa
-        twa.optimizer.saved_apart = True
+        self.saves = twa.optimizer
+        """The optimizer, which leaves its state to a callback that the Trainer has."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """On resume, continue from the coefficients in the checkpoint.
 
         Raises:
-            StateError: on every rank; it has none, or those of another average.
+            StateError: on every rank; it has none, only some ranks see them, or they are those of another average.
         """
-        self._trainer, checkpoint = _caller()
+        self._trainer, checkpoint = self._caller()
         if checkpoint is not None and not load_coefficients(self._twa, Path(checkpoint)):
             raise StateError(
                 f"{checkpoint}: has no {COEFFICIENTS}, which CoefficientsCallback writes. Resume from a checkpoint "
-                "that was written with it, or leave the callback out if this one was written without it."
+                f"that was written with it, or leave the callback out if this one was written without it. {_KILLED}"
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -246,17 +265,6 @@ def _checkpoint_of(trainer: Any) -> Path:
         Path(trainer._get_output_dir(trial=getattr(trainer, "_trial", None)))
         / f"checkpoint-{trainer.state.global_step}"
     )
-
-
-def _caller() -> tuple[Any, str | None]:
-    """Return the Trainer whose loop is running, and the checkpoint that it resumes from.
-
-    Callbacks are given its model without wrappers, which hides what shards it.
-    """
-    for call in running_calls():
-        if isinstance(trainer := call.f_locals.get("self"), Trainer):
-            return trainer, call.f_locals.get("resume_from_checkpoint")
-    raise TwaError("TwaCallback: give it to a Trainer, as Trainer(.., callbacks=[TwaCallback(..)]).")
 
 
 def _is_training(trainer: Any) -> bool:

@@ -1,8 +1,5 @@
 """The file of a run state: written atomically, with a checksum; the previous state is kept."""
 
-import re
-import shutil
-import stat
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from io import BytesIO
@@ -11,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from twa_scale.average.state.rows_file import DIRECTORY, FIX, digest, rows_path
+from twa_scale.average.state.plain_file import plain_data, read_regular
+from twa_scale.average.state.rows_file import FIX, digest, remove_rows, rows_path
 from twa_scale.average.state.schema import VERSION, RunState, StoredRows, checked
 from twa_scale.errors import StateError
 from twa_scale.output.publish import replace_file
@@ -20,6 +18,7 @@ from twa_scale.ranks import Group
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
 _MAGIC = b"twa_scale run state, version "
+_KIND = "a run state"
 
 
 def save_state(output: Path, state: Mapping[str, Any]) -> None:
@@ -80,17 +79,15 @@ def remove_unused_rows(output: Path) -> None:
 
     Nothing is removed if a state cannot be read.
     """
-    found = [path for path in output.glob("state.rows-*") if re.fullmatch(DIRECTORY, path.name)]
-    if not found:
-        return
-    try:
-        states = [_parsed(path, _content(path)) for path in (output / STATE, output / PREVIOUS) if path.exists()]
-    except StateError:
-        return
-    used = {stored.directory for state in states if (stored := _stored_rows(state))}
-    for path in found:
-        if path.name not in used:
-            shutil.rmtree(path, ignore_errors=True)
+
+    def used() -> set[str] | None:
+        try:
+            states = [_parsed(path, _content(path)) for path in (output / STATE, output / PREVIOUS) if path.exists()]
+        except StateError:
+            return None
+        return {stored.directory for state in states if (stored := _stored_rows(state))}
+
+    remove_rows(output, used)
 
 
 def keep_loaded(output: Path, state: RunState) -> None:
@@ -159,23 +156,12 @@ def _load(path: Path, rows: Literal["all", "size", "none"]) -> RunState:
 
 
 def _parsed(path: Path, content: bytes) -> RunState:
-    body = _body(path, content)
-    try:
-        state = torch.load(BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception:  # the message of torch recommends an unsafe load
-        raise StateError(f"{path}: is not a run state: it holds other things than plain data. {FIX}") from None
-    return checked(RunState, state, str(path))
+    return checked(RunState, plain_data(path, _body(path, content), kind=_KIND, fix=FIX), str(path))
 
 
 def _content(path: Path) -> bytes:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise StateError(f"{path}: is not a run state: it is not a regular file. {FIX}")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise StateError(f"{path}: there is no run state here; give the output directory of a run.") from None
-    except OSError as error:
-        raise StateError(f"{path}: cannot be read: {error.strerror}. {FIX}") from None
+    missing = "there is no run state here; give the output directory of a run."
+    return read_regular(path, kind=_KIND, fix=FIX, missing=missing)
 
 
 def _header(body: bytes) -> bytes:

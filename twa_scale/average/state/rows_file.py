@@ -5,8 +5,10 @@ step of the state), `best` (those of the best average of a run) and `moment.KEY`
 """
 
 import os
+import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -37,6 +39,21 @@ def new_directory() -> str:
 def rows_path(directory: Path) -> Path:
     """Return the path of the file in its directory."""
     return directory / f"{BASE}.safetensors"
+
+
+def remove_rows(directory: Path, used: Callable[[], Collection[str] | None]) -> None:
+    """Remove the directories of files of rows in a directory, but those that a state names. On one rank.
+
+    Args:
+        directory: the directory of the states.
+        used: returns the names of those to keep, or None to keep all. It is called only if there are any.
+    """
+    found = [path for path in directory.glob("state.rows-*") if re.fullmatch(DIRECTORY, path.name)]
+    if not found or (names := used()) is None:
+        return
+    for path in found:
+        if path.name not in names:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def digest(directory: Path, group: Group) -> tuple[int, str]:

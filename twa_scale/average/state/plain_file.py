@@ -1,0 +1,52 @@
+"""Files of plain data that torch has written, read without running code from them."""
+
+import stat
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twa_scale.errors import StateError
+
+
+def read_regular(path: Path, *, kind: str, fix: str, missing: str) -> bytes:
+    """Return the content of a regular file.
+
+    Args:
+        path: the file.
+        kind: what the file should be, for messages: "a run state".
+        fix: what to do about a damaged file: a sentence.
+        missing: what is said after the path if there is no file.
+
+    Raises:
+        StateError: it is missing, is not a regular file, or cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise StateError(f"{path}: is not {kind}: it is not a regular file. {fix}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise StateError(f"{path}: {missing}") from None
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read: {error.strerror}. {fix}") from None
+
+
+def plain_data(path: Path, content: bytes, *, kind: str, fix: str) -> Any:
+    """Return what `torch.save` has written, with tensors on the CPU.
+
+    Args:
+        path: the file that `content` is from.
+        content: what `torch.save` wrote.
+        kind: as for `read_regular`.
+        fix: as for `read_regular`.
+
+    Raises:
+        StateError: it is damaged, or holds other things than plain data.
+    """
+    try:
+        return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception:  # the message of torch recommends an unsafe load, and damage raises errors of many types
+        raise StateError(
+            f"{path}: is not {kind}: it is damaged, or holds other things than plain data. {fix}"
+        ) from None
