@@ -216,7 +216,7 @@ def test_a_glob_that_matches_two_versions_of_one_model(here: Path, names: list[s
         ["a.fp.pt", "b.fp16.pt"],
         ["last.pt", "step=100-avg_loss=0.3.pt"],
         ["epoch=1-val_avg=0.25.pt", "last.pt"],
-        ["last.pt", "step-3_avg-acc-0.9.pt", "step-4-val_avg_0.3.pt"],
+        ["first.pt", "step-3_avg-acc-0.9.pt", "step-4-val_avg_0.3.pt"],
         ["avg_reward_10.pt", "resnet_avg_pool.pt"],
     ],
     ids=str,
