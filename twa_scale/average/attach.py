@@ -90,7 +90,7 @@ def attach_at_least(
         candidates, config = _candidates_and_config(engine, candidates, config)
         require_trainable(config, engine, pods)
         stacked = experts_of(engine.module, engine.parameters, config)
-        engine = SplitEngine(engine, {name: one.number for name, one in stacked.items()}) if stacked else engine
+        engine = SplitEngine(engine, stacked) if stacked else engine
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
     with ExitStack() as undo:  # after an error, nothing stays open, and the caller can try again
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)

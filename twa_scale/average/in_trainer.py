@@ -8,7 +8,7 @@ import torch
 from twa_scale.base.calls import running_calls
 
 
-def trainer_of(optimizer: torch.optim.Optimizer) -> Any:
+def _trainer_of(optimizer: torch.optim.Optimizer) -> Any:
     """Return the Trainer that is training with an optimizer, or None."""
     kind = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     if kind is None:
@@ -24,11 +24,13 @@ def trainer_of(optimizer: torch.optim.Optimizer) -> Any:
     return None
 
 
-def is_saved_by_callback(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a callback of the Trainer that is training saves the average of this optimizer: it has `saves`.
+def saved_by_callback(optimizer: torch.optim.Optimizer) -> bool | None:
+    """Return whether a callback of the Trainer that is training saves the average of this optimizer: it has `saves`.
 
-    Only the callbacks that the Trainer has now count. One may be added late, or be removed.
+    Only the callbacks that the Trainer has now count. One may be added late, or be removed. Outside of a Trainer it is
+    None.
     """
-    trainer = trainer_of(optimizer)
-    callbacks = () if trainer is None else trainer.callback_handler.callbacks
-    return any(getattr(callback, "saves", None) is optimizer for callback in callbacks)
+    trainer = _trainer_of(optimizer)
+    if trainer is None:
+        return None
+    return any(getattr(callback, "saves", None) is optimizer for callback in trainer.callback_handler.callbacks)

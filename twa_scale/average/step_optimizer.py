@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from twa_scale.average.in_trainer import is_saved_by_callback, trainer_of
+from twa_scale.average.in_trainer import saved_by_callback
 from twa_scale.average.optimizer import load_optimizer, take_over
 from twa_scale.average.rows import RowCorrections
 from twa_scale.errors import StateError, TwaError
@@ -135,7 +135,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         Raises:
             TwaError: transformers' Trainer could not save the rows.
         """
-        if is_saved_by_callback(self):
+        if saved_by_callback(self):
             return self.inside.state_dict()
         self._refuse_unsaved_rows()
         average = {key: value for key, value in self._average.state_dict().items() if key != "optimizer"}
@@ -149,7 +149,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: the state is from another optimizer, or `TrainableAverage.load_state_dict` refuses it.
         """
-        if is_saved_by_callback(self):
+        if saved_by_callback(self):
             return
         with self._average.pods.agree():
             if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(_AVERAGE), Mapping):
@@ -169,7 +169,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         """
         if self._rows is None or self._average.pods.size == 1:
             return
-        if trainer_of(self) is not None and not is_saved_by_callback(self):
+        if saved_by_callback(self) is False:
             raise TwaError(
                 "transformers' Trainer asks only the first rank for the state of its optimizer, and with groups "
                 "'tensor+row' each rank holds its own rows. Let a callback save them: "

@@ -3,17 +3,15 @@
 from collections.abc import Callable, Collection, Mapping
 
 import torch
-from torch import nn
 
 from twa_scale.average.layout import Layout
+from twa_scale.average.model_changes import ModelChanges
 from twa_scale.average.rows import RowCorrections
 from twa_scale.base.clock import Clock
-from twa_scale.base.names import some
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
 from twa_scale.engines.deferred_weights import Combine, DeferredWeights
-from twa_scale.engines.parameters import named_parameters, was_replaced
 from twa_scale.errors import EngineError
 from twa_scale.kernels.torch.deltas import squared_norms
 from twa_scale.store import Store
@@ -55,11 +53,7 @@ class Weights:
         self.settle = self._deferred.write_all
         self._written: dict[str, object] = {}
         self._reported = False
-        parameters, _ = named_parameters(engine.module)
-        self._parameters = {name: parameter for name, parameter in parameters.items() if name in self._names}
-        self._modules = _contents(engine.module)
-        self._known = {id(parameter) for parameter in parameters.values()}
-        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+        self._model = ModelChanges(engine.module, self._names)
 
     def watch(self) -> None:
         """Install the hooks that write deferred weights before the engine uses them."""
@@ -115,7 +109,7 @@ class Weights:
         Raises:
             EngineError: a parameter was replaced by another one, or frozen.
         """
-        self._require_same_trained()
+        self._model.check()
         change = self._written_by_others()
         if change and not self._reported:
             self._reported = True
@@ -146,37 +140,6 @@ class Weights:
                     "swap of weights, nn.Embedding(max_norm=..))."
                 )
         return None
-
-    def _require_same_trained(self) -> None:
-        """Refuse parameters that were frozen since attach, and report once those that are trainable only now.
-
-        Raises:
-            EngineError: also if a module was replaced, so that a parameter is not in the model any more.
-        """
-        if (contents := _contents(self._engine.module)) != self._modules:
-            self._modules = contents
-            now, _ = named_parameters(self._engine.module)
-            held = {id(parameter) for parameter in now.values()}
-            if gone := [name for name, parameter in self._parameters.items() if id(parameter) not in held]:
-                raise was_replaced(gone[0])
-            new = [name for name, p in now.items() if p.requires_grad and id(p) not in self._known]
-            self._known |= held
-            if new:
-                notice(
-                    f"the average does not train parameters that were added since attach: {some(new)}. Attach again."
-                )
-        for name, parameter in self._parameters.items():
-            if not parameter.requires_grad:
-                raise EngineError(
-                    f"parameter {name!r} requires no gradient any more, so its part of the gradient is missing, and "
-                    "the step would still change it. Freeze parameters before attach, or name them in `exclude`."
-                )
-        if late := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
-            self._frozen = {}
-            notice(
-                f"{some(late)} required no gradient at attach, so the average does not train it. Set requires_grad "
-                "before attach."
-            )
 
     @torch.no_grad()
     def squared_distance(self, choose: Callable[[], Chosen]) -> torch.Tensor:
@@ -219,11 +182,6 @@ class Weights:
                 self._store.combine(span, rows.weights(part, exact[group]), scales[group], out, part.segments)
 
         return write
-
-
-def _contents(module: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Module | None], set[str]]]:
-    """Return each module in `module` with its children and the names of its own parameters."""
-    return [(part, dict(part._modules), set(part._parameters)) for part in module.modules()]
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

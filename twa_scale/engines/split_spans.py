@@ -7,6 +7,7 @@ import torch
 
 from twa_scale.base.spans import Span
 from twa_scale.engines.engine import Consume, Engine
+from twa_scale.engines.stacked_experts import StackedExperts
 from twa_scale.engines.view import EngineView
 
 Cuts = Mapping[Span, list[tuple[int, Span]]]
@@ -20,12 +21,12 @@ class SplitEngine(EngineView):
 
     Args:
         engine: the engine whose spans are cut.
-        parts: for the tensors whose spans are cut, the number of equal parts along the first dimension.
+        stacked: the tensors whose spans are cut, into equal parts along the first dimension.
     """
 
-    def __init__(self, engine: Engine, parts: Mapping[str, int]) -> None:
+    def __init__(self, engine: Engine, stacked: Mapping[str, StackedExperts]) -> None:
         super().__init__(engine)
-        sizes = {name: prod(self.parameters[name].shape) // count for name, count in parts.items()}
+        sizes = {name: prod(self.parameters[name].shape) // one.number for name, one in stacked.items()}
         self.cuts: Cuts = {
             span: list(span.cuts(sizes[span.name])) if span.name in sizes else [(0, span)] for span in engine.spans()
         }

@@ -66,14 +66,8 @@ def read_state(path: Path) -> Any:
     Raises:
         StateError: it cannot be read.
     """
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return None
-    except OSError:
-        pass  # which reading reports
-    content = read_regular(path, kind=_KIND, fix=_FIX, missing=f"is missing. {_FIX}")
-    return plain_data(path, content, kind=_KIND, fix=_FIX)
+    content = read_regular(path, kind=_KIND, fix=_FIX)
+    return None if content is None else plain_data(path, content, kind=_KIND, fix=_FIX)
 
 
 def named_rows(*states: Any) -> set[str]:

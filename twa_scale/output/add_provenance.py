@@ -24,5 +24,4 @@ def add_provenance(directory: Path, origin: Mapping[str, Any], tags: Sequence[st
     with output_errors(directory):
         small = {name: (directory / name).read_bytes() for name in (*READ, CARD) if (directory / name).is_file()}
     replace_file(directory / PROVENANCE, (json.dumps(origin, indent=2) + "\n").encode())
-    if (card := with_card(small, origin, tags).get(CARD)) is not None:
-        replace_file(directory / CARD, card)
+    replace_file(directory / CARD, with_card(small, origin, tags)[CARD])

@@ -99,7 +99,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         candidates = snapshot_candidates(engine, window.steps)
         stacked = experts_of(engine.module, engine.parameters, config)
         if stacked:
-            engine = SplitEngine(engine, {name: one.number for name, one in stacked.items()})
+            engine = SplitEngine(engine, stacked)
             held = set(window.spans)
             cuts = {span: parts for span, parts in engine.cuts.items() if span.name in stacked and span in held}
         layout = matched(engine, candidates, config, stacked=stacked)

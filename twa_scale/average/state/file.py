@@ -160,8 +160,10 @@ def _parsed(path: Path, content: bytes) -> RunState:
 
 
 def _content(path: Path) -> bytes:
-    missing = "there is no run state here; give the output directory of a run."
-    return read_regular(path, kind=_KIND, fix=FIX, missing=missing)
+    content = read_regular(path, kind=_KIND, fix=FIX)
+    if content is None:
+        raise StateError(f"{path}: there is no run state here; give the output directory of a run.")
+    return content
 
 
 def _header(body: bytes) -> bytes:

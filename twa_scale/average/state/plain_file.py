@@ -10,24 +10,23 @@ import torch
 from twa_scale.errors import StateError
 
 
-def read_regular(path: Path, *, kind: str, fix: str, missing: str) -> bytes:
-    """Return the content of a regular file.
+def read_regular(path: Path, *, kind: str, fix: str) -> bytes | None:
+    """Return the content of a regular file, or None if there is no file.
 
     Args:
         path: the file.
         kind: what the file should be, for messages: "a run state".
         fix: what to do about a damaged file: a sentence.
-        missing: what is said after the path if there is no file.
 
     Raises:
-        StateError: it is missing, is not a regular file, or cannot be read.
+        StateError: it is not a regular file, or cannot be read.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise StateError(f"{path}: is not {kind}: it is not a regular file. {fix}")
         return path.read_bytes()
     except FileNotFoundError:
-        raise StateError(f"{path}: {missing}") from None
+        return None
     except OSError as error:
         raise StateError(f"{path}: cannot be read: {error.strerror}. {fix}") from None
 

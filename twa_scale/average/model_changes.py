@@ -1,0 +1,71 @@
+"""Changes of the parameters of a model since attach: replaced, frozen or added ones."""
+
+from collections.abc import Collection
+
+from torch import nn
+
+from twa_scale.base.names import some
+from twa_scale.base.notices import notice
+from twa_scale.engines.parameters import named_parameters, was_replaced
+from twa_scale.errors import EngineError
+
+
+class ModelChanges:
+    """Finds changes of a model that would make a step of its average wrong. One check takes far less than a step.
+
+    Args:
+        module: the model.
+        trained: the names of the parameters that the average trains.
+    """
+
+    def __init__(self, module: nn.Module, trained: Collection[str]) -> None:
+        self._module = module
+        parameters, _ = named_parameters(module)
+        self._trained = {name: parameter for name, parameter in parameters.items() if name in trained}
+        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+        self._known = {id(parameter) for parameter in parameters.values()}
+        self._record()
+
+    def check(self) -> None:
+        """Refuse trained parameters that were replaced or frozen, and report once those that are trainable only now.
+
+        Raises:
+            EngineError: names a parameter; also if its module was replaced, so that it is not in the model any more.
+        """
+        if self._tree_changed():
+            self._check_held()
+            self._record()
+        for name, parameter in self._trained.items():
+            if not parameter.requires_grad:
+                raise EngineError(
+                    f"parameter {name!r} requires no gradient any more, so its part of the gradient is missing, and "
+                    "the step would still change it. Freeze parameters before attach, or name them in `exclude`."
+                )
+        if late := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
+            self._frozen = {}
+            notice(
+                f"{some(late)} required no gradient at attach, so the average does not train it. Set requires_grad "
+                "before attach."
+            )
+
+    def _record(self) -> None:
+        modules = list(self._module.modules())
+        self._children = [(module, key, child) for module in modules for key, child in module._modules.items()]
+        self._counts = [(module, len(module._modules), len(module._parameters)) for module in modules]
+
+    def _tree_changed(self) -> bool:
+        """Return whether a module was replaced, or has got or lost a child or a parameter."""
+        return any(module._modules.get(key) is not child for module, key, child in self._children) or any(
+            len(module._modules) != children or len(module._parameters) != own for module, children, own in self._counts
+        )
+
+    def _check_held(self) -> None:
+        """Refuse a model that does not hold the trained parameters, and report those that were added."""
+        now, _ = named_parameters(self._module)
+        held = {id(parameter) for parameter in now.values()}
+        if gone := [name for name, parameter in self._trained.items() if id(parameter) not in held]:
+            raise was_replaced(gone[0])
+        new = [name for name, parameter in now.items() if parameter.requires_grad and id(parameter) not in self._known]
+        self._known |= held
+        if new:
+            notice(f"the average does not train parameters that were added since attach: {some(new)}. Attach again.")
