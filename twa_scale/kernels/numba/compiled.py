@@ -41,11 +41,16 @@ class NumbaKernels:
     def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Return the inner products <row_i, gradient>."""
         n, right = len(rows.rows) if isinstance(rows, Differences) else rows.n, _array(gradient)
-        parts: list[tuple[int, int, Any]] = []
+        found = np.zeros((segments.count if segments else 1, n))
+        shared: list[tuple[int, int, Any]] = []
 
         def work(start: int, stop: int) -> None:
             first, count, part = _part(segments, rows, start, stop)
-            total = np.zeros(count * n)
+            begins = start == 0 or (
+                segments is not None and part[1] == 0
+            )  # else an earlier range has this segment, too
+            own = found[first : first + count] if begins else np.zeros((count, n))
+            total = own.reshape(-1)
             match rows:
                 case Dense():
                     loops.project_dense(_array(rows.values), n, rows.m, TILE, right, part, start, stop, total)
@@ -55,15 +60,16 @@ class NumbaKernels:
                     )
                 case Differences():
                     cut, sums = (start * _PIECE, min(stop * _PIECE, len(right))), np.zeros((n, count))
-                    for row, own in zip(rows.rows, sums, strict=True):
-                        loops.project_differences(_array(row), rows.center.numpy(), right, *cut, _PART, part, own)
-                    total = sums.T
-            parts.append((start, first, total.reshape(count, n)))
+                    for row, some in zip(rows.rows, sums, strict=True):
+                        loops.project_differences(_array(row), rows.center.numpy(), right, *cut, _PART, part, some)
+                    own += sums.T
+            if not begins:
+                found[first + 1 : first + count] = own[1:]
+                shared.append((start, first, own[0]))
 
         self._threads.run(work, *_size(rows))
-        found = np.zeros((segments.count if segments else 1, n))
-        for _, first, total in sorted(parts, key=lambda part: part[0]):  # in the order of columns, whatever the threads
-            found[first : first + len(total)] += total
+        for _, first, sums in sorted(shared, key=lambda part: part[0]):  # in the order of columns
+            found[first] += sums
         return torch.from_numpy(found.T if segments else found[0])
 
     def combine(

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 
+binding.initialize_native_asmparser()  # for inline assembly
 LANES = 16
 WIDE = 2 * LANES
 INDEX, INT, HALF, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
@@ -106,6 +107,28 @@ class Emitter:
             step *= 2
         return values
 
+    def exchanged(self, a: Any, b: Any, step: int) -> tuple[Any, Any]:
+        """Return two vectors after lanes i + step of the first and i of the second are exchanged, for i & step == 0."""
+        lanes = range(LANES)
+        first = self.shuffle(a, b, [i - step + LANES if i & step else i for i in lanes])
+        return first, self.shuffle(a, b, [i + LANES if i & step else i + step for i in lanes])
+
+    def transposed(self, vectors: Sequence[Any]) -> list[Any]:
+        """Return m vectors, a power of two. Lane i * m + k of vector j is lane i * m + j of argument k."""
+        found = list(vectors)
+        for step in (1, 2, 4, 8):
+            for j in (j for j in range(len(found)) if not j & step and step < len(found)):
+                found[j], found[j + step] = self.exchanged(found[j], found[j + step], step)
+        return found
+
+    def sums(self, vectors: Sequence[Any]) -> Any:
+        """Return a vector whose lane i is the sum of the lanes of vector i, for 16 vectors."""
+        found = list(vectors)
+        for step in (1, 2, 4, 8):
+            pairs = zip(found[::2], found[1::2], strict=True)
+            found = [self.build.fadd(*self.exchanged(a, b, step), flags=FAST) for a, b in pairs]
+        return found[0]
+
     def magnitudes(self, values: Any) -> Any:
         """Return the bits of absolute values. As unsigned integers they have the order of the floats."""
         return self.build.and_(self.build.bitcast(values, INTS), splat(0x7FFFFFFF))
@@ -116,10 +139,15 @@ class Emitter:
 
     def nearest(self, values: Any) -> Any:
         """Return the nearest 16-bit integers in the low halves of 16 lanes. The high halves are undefined."""
-        return self.build.bitcast(self.build.fadd(values, splat(_ROUNDER)), INTS)
+        return self.build.bitcast(self.build.fadd(values, splat(_ROUNDER), flags=FUSED), INTS)
 
     def add_products(self, total: Any, a: Any, b: Any) -> Any:
         """Add a_2j b_2j + a_2j+1 b_2j+1, for 32 integers each, to 16 sums."""
+        if "+avx512vnni" in self._features:
+            # LLVM would divide instructions that add to the same sum into two, for latency, which is no limit here.
+            kind = ir.FunctionType(INTS, [INTS, HALVES, HALVES])
+            instruction = ir.InlineAsm(kind, "vpdpwssd $3, $2, $0", "=v,0,v,v")
+            return self.build.call(instruction, [total, a, b])
         if "+avx512bw" in self._features:  # LLVM finds the instructions of AVX2 and SSE itself.
             kind = ir.FunctionType(INTS, [HALVES, HALVES])
             instruction = cgutils.get_or_insert_function(self.build.module, kind, "llvm.x86.avx512.pmaddw.d.512")

@@ -17,8 +17,10 @@ from twa_scale.kernels.numba.packed_vectors import (
     add_dots_apart,
     quantize_factors,
     quantize_gradient,
+    spread_weights,
     store_fence,
     store_past_caches,
+    sum_lanes,
     sum_rows,
 )
 from twa_scale.kernels.numba.shared_tiles import assign_lanes, combine_rests, divide, project_rests
@@ -82,33 +84,41 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
         n, _, lead = shape
         length, front = segments
         tile, chunks, size = block * fields, _chunks(n, fields), n * SIXTEEN
-        factors, lanes = np.empty(chunks * SIXTEEN, np.float32), np.zeros((fields if many else ONE) * size, np.float32)
+        factors, sums = np.empty(chunks * SIXTEEN, np.float32), np.empty(n + SIXTEEN, np.float32)
+        lanes = np.zeros((fields if many else ONE) * size + SIXTEEN * SIXTEEN, np.float32)  # `sum_lanes` reads 16 rows
         own, padded = np.zeros(chunks * SIXTEEN, np.uint16), np.zeros(n * block, np.int16)
         right, integers, units = np.empty(tile, np.float32), np.empty(tile, np.int16), np.empty(SIXTEEN, np.float32)
         owners, places, rests = _places(fields, tile if many else ONE)
+        places[:] = U(0)
         # The end of the segment is counted from the start of the first block, as tiles are.
         segment, end = U(0), max(U(start) * tile, lead) + length - front
         for t in range(U(start), U(stop)):
             skip, used, width, blocks, word, scale = extent(shape, block, fields, t)
-            at, apart, different = t * tile, False, ONE
+            at, apart, different, together = t * tile, False, ONE, True
             if many:
                 if end <= at + skip:
                     segment, end = segment + ONE, end + length
                 apart = end < at + used
+            whole = skip == U(0) and used == tile
             owners[0] = segment
-            if not apart and skip == U(0) and used == tile:
+            if many and not apart:
+                places[:] = U(0)
+            if many and apart:
+                segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
+                end += at
+                whole = whole and count == U(0)
+            if whole:
                 quantize_gradient(bits, integers, units, gradient, at - lead)
             else:
                 right[:] = FLOAT0
                 for j in range(skip, used):
                     right[j] = widen(gradient[at + j - lead])
                 if many and apart:
-                    segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
-                    end += at
                     place = width, blocks, word, scale
                     project_rests((words, scales, n), bits, block, place, rests, count, right, total)
-                    different = assign_lanes(owners, blocks, size, places)
                 quantize_gradient(bits, integers, units, right, U(0))
+            if many and apart:
+                different, together = assign_lanes(owners, blocks, size, places)
             if blocks < fields:
                 own[:] = np.uint16(0)
             _padded(scales, scale, n, blocks, own, fields)
@@ -116,17 +126,18 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
             if width < block:
                 _padded(words, word, n, width, padded, block)
                 codes, word = padded, U(0)
-            if many and apart:
-                add_dots_apart(bits, lanes, codes, word, n, own, factors, chunks, integers, units, places)
+            after = at + tile - lead
+            if many and not together:
+                add_dots_apart(
+                    bits, lanes, codes, word, n, own, factors, chunks, integers, units, places, gradient, after
+                )
             else:
-                add_dots(bits, lanes, codes, word, n, own, factors, chunks, integers, units)
+                add_dots(bits, lanes, codes, word, n, own, factors, chunks, integers, units, places, gradient, after)
             if (t + ONE) % U(RUN) == U(0) or t + ONE == U(stop) or (many and end <= at + tile) or apart:
                 for q in range(different):
+                    sum_lanes(sums, lanes, q * size, n)
                     for i in range(n):
-                        row = FLOAT0
-                        for j in range(q * size + i * SIXTEEN, q * size + (i + ONE) * SIXTEEN):
-                            row += lanes[j]
-                        total[owners[q] * n + i] += row
+                        total[owners[q] * n + i] += sums[i]
                 lanes[: different * size] = FLOAT0
 
     return project
@@ -165,7 +176,8 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
                     segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
                     end += at
             if new or apart:
-                for i in range(n):
+                spread_weights(bits, each, weights, owners, n)
+                for i in range(n // SIXTEEN * SIXTEEN, n):
                     for k in range(fields):
                         each[i * fields + k] = weights[owners[k] * n + i]
                 new = apart
@@ -177,7 +189,7 @@ def _combine_loop(bits: int, many: bool) -> Callable[..., None]:
             if width < block:
                 _padded(words, word, n, width, padded, block)
                 codes, first = padded, U(0)
-            sum_rows(bits, total, codes, first, n, pairs, firsts, units)
+            sum_rows(bits, total, codes, first, n, pairs, firsts, units, base, at + tile - lead)
             if many and count > U(0):
                 place = width, blocks, word, scale
                 combine_rests((words, scales, n), bits, block, place, rests, count, weights, total)

@@ -23,6 +23,7 @@ from twa_scale.kernels.numba.intrinsics import (
     FAST,
     FLOAT,
     FLOATS,
+    FUSED,
     HALF,
     HALVES,
     INDEX,
@@ -37,11 +38,14 @@ from twa_scale.kernels.packed_rows import BLOCKS, zero_of
 _TINY = 1e-30  # Values up to it are treated as 0, because their inverse may overflow.
 _INFINITE = 0x7F800000  # the bits of infinity in float32
 _MAX_SUM = float(1 << 22)  # of the integers of a block; codes are at most 128 from zero, so sums stay below 2^30
+TOGETHER = 4
+"""The number of fields that are computed together, for which there are enough registers."""
 _U = types.uint64
 # Two rows a and b are interleaved within each 16 bytes, as processors do it. The low half is a0 b0 a1 b1 a2 b2 a3 b3,
 # a8 b8 .., and the high half a4 b4 a5 b5 .., a12 b12 .. `_ORDER` restores the order of the sums of both halves.
 _LOW = [8 * q + e + row * WIDE for q in range(4) for e in range(4) for row in (0, 1)]
 _HIGH = [i + 4 for i in _LOW]
+_DOTS = "lanes words at n scales factors chunks integers units places gradient after"
 _ORDER = [4 * (w // 8) + w % 4 + w % 8 // 4 * LANES for w in range(WIDE)]
 
 
@@ -59,15 +63,28 @@ class TileEmitter(Emitter):
         self.shares = [(0.5 if self.even else 1.0) / place for place in places]
 
     def parts(self, size: int) -> Iterator[tuple[list[int], Any]]:
-        """Yield up to four fields, and the index of `size` words in a block, for which to emit instructions.
+        """Yield fields that are computed together, and the index of `size` words in a block, to emit instructions for.
 
         The loop over words runs at run time, to keep the machine code short. The fields are constants, so that their
         masks are, too.
         """
-        for k in range(0, self.fields, 4):
-            fields = list(range(k, min(k + 4, self.fields)))
+        for k in range(0, self.fields, TOGETHER):
+            fields = list(range(k, min(k + TOGETHER, self.fields)))
             with cgutils.for_range(self.build, self.at(self.block // size)) as words:
                 yield fields, self.times(words.index, size)
+
+    def prefetch_next(self, dense: str, step: Any, share: int) -> None:
+        """Prefetch a part of the next tile, so that memory is read while this tile is computed.
+
+        Args:
+            dense: the name of the array of all columns, of which 16 elements are prefetched.
+            step: the number of earlier calls for this tile.
+            share: the number of words that each call prefetches.
+        """
+        start = self.at(self["at"], self.times(self["n"], self.block), self.times(step, share))
+        for word in range(0, share, WIDE):
+            self.prefetch("words", self.at(start, word))
+        self.prefetch(dense, self.at(self["after"], self.times(step, LANES)))
 
     def codes(self, words: Any, fields: Sequence[int]) -> list[Any]:
         """Return the codes of some fields, which keep their position in a byte."""
@@ -77,20 +94,20 @@ class TileEmitter(Emitter):
 
     def integers(self, values: Any, inverses: Any) -> Any:
         """Return values * inverses as 16-bit integers in the low halves of 16 lanes."""
-        nearest = self.nearest(self.build.fmul(values, inverses))
+        nearest = self.nearest(self.build.fmul(values, inverses, flags=FUSED))
         return self.build.shl(nearest, splat(1)) if self.even else nearest
 
-    def units(self, extents: Any, finite: Any) -> tuple[Any, Any]:
-        """Return the factors that map values to integers, and those that map sums of codes * integers to values.
+    def inverses(self, extents: Any, finite: Any) -> Any:
+        """Return the factors that map values to integers, for the largest absolute values of some blocks or of one."""
+        one = extents.type == FLOAT
+        tiny, top, zero = (ir.Constant(FLOAT, x) if one else splat(x) for x in (_TINY, self.top, 0.0))
+        some = self.build.and_(finite, self.build.fcmp_ordered(">", extents, tiny))
+        return self.build.select(some, self.build.fdiv(top, extents), zero)
 
-        Args:
-            extents: the largest absolute value of each block.
-            finite: whether the values of each block are finite. If not, the second factor is NaN.
-        """
-        some = self.build.and_(finite, self.build.fcmp_ordered(">", extents, splat(_TINY)))
-        inverses = self.build.select(some, self.build.fdiv(splat(self.top), extents), splat(0.0))
+    def units(self, extents: Any, finite: Any) -> Any:
+        """Return the factors that map sums of codes * integers to values. They are NaN if a block is not finite."""
         units = self.build.fmul(extents, self.of_fields([share / self.top for share in self.shares], FLOAT))
-        return inverses, self.build.select(finite, units, splat(float("nan")))
+        return self.build.select(finite, units, splat(float("nan")))
 
     def of_fields(self, values: Sequence[Any], kind: Any = INT) -> Any:
         """Return a vector constant whose lane l holds the value of field l % fields."""
@@ -117,40 +134,44 @@ def quantize_gradient(typing, bits, integers, units, gradient, at):  # type: ign
 
 def _quantize_gradient(v: TileEmitter) -> None:
     b = v.build
-    extents = splat(0)
-    for k in range(v.fields):
-        parts = (v.magnitudes(v.floats("gradient", v.at(v["at"], k * v.block + c))) for c in range(0, v.block, LANES))
-        here = v.of_fields([i == k for i in range(v.fields)], ir.IntType(1))
-        extents = b.select(here, v.reduce_lanes(reduce(v.larger, parts), v.larger), extents)
+    v.allocate("extents", INT, LANES)
+    with cgutils.for_range(b, v.at(v.fields)) as field:
+        start = v.times(field.index, v.block)
+        values = [v.floats("gradient", v.at(v["at"], start, c)) for c in range(0, v.block, LANES)]
+        extents = v.reduce_lanes(reduce(v.larger, map(v.magnitudes, values)), v.larger)
+        extent = b.extract_element(extents, ir.Constant(INT, 0))
+        for copy in range(0, LANES, v.fields):
+            b.store(extent, b.gep(v["extents"], [v.at(field.index, copy)]))
+        finite = b.icmp_unsigned("<", extent, ir.Constant(INT, _INFINITE))
+        inverse = v.broadcast(v.inverses(b.bitcast(extent, FLOAT), finite))
+        for i in range(0, len(values), 2):
+            low, high = (b.bitcast(v.integers(some, inverse), HALVES) for some in values[i : i + 2])
+            v.store("integers", v.at(start, i * LANES), v.shuffle(low, high, range(0, 2 * WIDE, 2)))
+    extents = v.load("extents", 0)
     finite = b.icmp_unsigned("<", extents, splat(_INFINITE))
-    inverses, units = v.units(b.bitcast(extents, FLOATS), finite)
-    v.store("units", 0, units)
-    for k in range(v.fields):
-        inverse = v.shuffle(inverses, inverses, [k] * LANES)
-        for at in range(k * v.block, (k + 1) * v.block, WIDE):
-            both = (v.integers(v.floats("gradient", v.at(v["at"], at + i)), inverse) for i in (0, LANES))
-            low, high = (b.bitcast(some, HALVES) for some in both)
-            v.store("integers", at, v.shuffle(low, high, range(0, 2 * WIDE, 2)))
+    v.store("units", 0, v.units(b.bitcast(extents, FLOATS), finite))
 
 
 @intrinsic
 def add_dots(  # type: ignore[no-untyped-def]
-    typing, bits, lanes, words, at, n, scales, factors, chunks, integers, units
+    typing, bits, lanes, words, at, n, scales, factors, chunks, integers, units, places, gradient, after
 ):
-    """Add <row_i, gradient> of a tile to 16 lanes for each of n rows, which are summed after several tiles."""
-    names = "lanes words at n scales factors chunks integers units"
-    kinds = (lanes, words, at, n, scales, factors, chunks, integers, units)
-    return tile_intrinsic(partial(_add_dots, apart=False), names, bits, *kinds)
+    """Add <row_i, gradient> of a tile to 16 lanes for each of n rows, which are summed after several tiles.
+
+    The lanes of a field are n rows from index `places[field]` on, the same for fields that are computed together.
+    Element `after` of the gradient is the first one of the next tile.
+    """
+    kinds = (lanes, words, at, n, scales, factors, chunks, integers, units, places, gradient, after)
+    return tile_intrinsic(partial(_add_dots, apart=False), _DOTS, bits, *kinds)
 
 
 @intrinsic
 def add_dots_apart(  # type: ignore[no-untyped-def]
-    typing, bits, lanes, words, at, n, scales, factors, chunks, integers, units, places
+    typing, bits, lanes, words, at, n, scales, factors, chunks, integers, units, places, gradient, after
 ):
-    """Add as `add_dots` does, but those of each field to lanes of their own: n rows from index `places[field]` on."""
-    names = "lanes words at n scales factors chunks integers units places"
-    kinds = (lanes, words, at, n, scales, factors, chunks, integers, units, places)
-    return tile_intrinsic(partial(_add_dots, apart=True), names, bits, *kinds)
+    """Add as `add_dots` does, but with a place for each field."""
+    kinds = (lanes, words, at, n, scales, factors, chunks, integers, units, places, gradient, after)
+    return tile_intrinsic(partial(_add_dots, apart=True), _DOTS, bits, *kinds)
 
 
 def _add_dots(v: TileEmitter, *, apart: bool) -> None:
@@ -168,9 +189,11 @@ def _add_dots(v: TileEmitter, *, apart: bool) -> None:
             for c in vectors:
                 first = v.add_products(first, some[c], splat(v.zeros[k], WIDE))
             firsts.append(v.build.ashr(first, splat(1)))
-        starts = [v.element("places", k) for k in fields] if apart else [0]
+        starts = [v.element("places", k) for k in (fields if apart else fields[:1])]
         together = len(fields) // len(starts)  # the number of fields that are added to the same lanes
         with cgutils.for_range(v.build, v["n"]) as row:
+            step = v.at(row.index, v.times(v["n"], fields[0] // len(fields)))
+            v.prefetch_next("gradient", step, v.block * len(fields) // v.fields)
             sums = firsts
             for c in vectors:
                 words = v.load("words", v.at(v["at"], v.times(row.index, v.block), s, c * WIDE), WIDE)
@@ -183,6 +206,41 @@ def _add_dots(v: TileEmitter, *, apart: bool) -> None:
                     factor = v.broadcast_element("factors", v.at(v.times(row.index, v.fields), fields[j]))
                     total = v.build.fadd(total, v.scaled(sums[j], factor), flags=FAST)
                 v.store("lanes", lane, total)
+
+
+@intrinsic
+def sum_lanes(typing, sums, lanes, at, n):  # type: ignore[no-untyped-def]
+    """Write the sums of the 16 lanes of each of n rows. Their number is rounded up to a multiple of 16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        v = Emitter(context, builder, signature.args, arguments, "sums lanes at n")
+        with cgutils.for_range(builder, builder.lshr(v.at(v["n"], LANES - 1), v.at(4))) as chunk:
+            row = v.times(chunk.index, LANES)
+            start = v.at(v["at"], v.times(row, LANES))
+            v.store("sums", row, v.sums([v.load("lanes", v.at(start, i * LANES)) for i in range(LANES)]))
+        return context.get_dummy_value()
+
+    return types.void(sums, lanes, _U, _U), generate
+
+
+@intrinsic
+def spread_weights(typing, bits, spread, weights, owners, n):  # type: ignore[no-untyped-def]
+    """Write the weight of row i for field k, which is that of segment `owners[k]`, to element i * fields + k.
+
+    The number of rows n is rounded down to a multiple of 16.
+    """
+    return tile_intrinsic(_spread_weights, "spread weights owners n", bits, spread, weights, owners, n)
+
+
+def _spread_weights(v: TileEmitter) -> None:
+    starts = [v.build.mul(v.element("owners", k), v["n"]) for k in range(v.fields)]
+    with cgutils.for_range(v.build, v.build.lshr(v["n"], v.at(4))) as chunk:
+        row = v.times(chunk.index, LANES)
+        fields = [v.load("weights", v.at(start, row)) for start in starts]
+        for j, rows in enumerate(v.transposed(fields)):
+            for i in range(0, LANES, v.fields):
+                some = v.shuffle(rows, rows, range(i, i + v.fields))
+                v.store("spread", v.times(v.at(row, i + j), v.fields), some)
 
 
 @intrinsic
@@ -209,8 +267,9 @@ def _quantize_factors(v: TileEmitter) -> None:
     sizes = v.reduce_lanes(size.get(), b.fadd, v.fields)
     bounds = b.fmul(sizes, splat(v.top / _MAX_SUM))
     extents = b.select(b.fcmp_ordered(">", bounds, extents), bounds, extents)
-    inverses, units = v.units(extents, b.fcmp_ordered("<", sizes, splat(float("inf"))))
-    v.store("units", 0, units)
+    finite = b.fcmp_ordered("<", sizes, splat(float("inf")))
+    inverses = v.inverses(extents, finite)
+    v.store("units", 0, v.units(extents, finite))
     even = [p // v.fields * 2 * v.fields + p % v.fields for p in range(LANES)]
     with cgutils.for_range(b, b.lshr(v["chunks"], v.at(1))) as two:
         start = v.times(two.index, WIDE)
@@ -224,20 +283,21 @@ def _quantize_factors(v: TileEmitter) -> None:
 
 
 @intrinsic
-def sum_rows(typing, bits, total, words, at, n, pairs, firsts, units):  # type: ignore[no-untyped-def]
+def sum_rows(typing, bits, total, words, at, n, pairs, firsts, units, base, after):  # type: ignore[no-untyped-def]
     """Write sum_i weight_i row_i of a tile, from the results of `quantize_factors`."""
-    return tile_intrinsic(
-        _sum_rows, "total words at n pairs firsts units", bits, total, words, at, n, pairs, firsts, units
-    )
+    names = "total words at n pairs firsts units base after"
+    return tile_intrinsic(_sum_rows, names, bits, total, words, at, n, pairs, firsts, units, base, after)
 
 
 def _sum_rows(v: TileEmitter) -> None:
     b = v.build
-    last = b.sub(v["n"], v.at(1))
+    last, count = b.sub(v["n"], v.at(1)), b.lshr(v.at(v["n"], 1), v.at(1))
     for fields, s in v.parts(2 * WIDE):
+        passes = v.at(b.lshr(s, v.at(6)), fields[0] // len(fields) * (v.block // (2 * WIDE)))
         firsts = [v.broadcast_element("firsts", k) for k in fields]
         sums = {(c, f, side): v.variable(first) for c in (0, WIDE) for f, first in enumerate(firsts) for side in (0, 1)}
-        with cgutils.for_range(b, b.lshr(v.at(v["n"], 1), v.at(1))) as pair:
+        with cgutils.for_range(b, count) as pair:
+            v.prefetch_next("base", v.at(pair.index, b.mul(passes, count)), 4 * WIDE * len(fields) // v.fields)
             one = v.times(pair.index, 2)
             other = v.at(one, 1)
             other = b.select(b.icmp_unsigned("<", other, last), other, last)  # The integer of a missing row is 0.

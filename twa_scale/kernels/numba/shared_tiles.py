@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from twa_scale.kernels.numba.loops import FLOAT0, U, compiled, inlined, widen
+from twa_scale.kernels.numba.packed_vectors import TOGETHER
 
 ONE = U(1)
 
@@ -57,16 +58,17 @@ def assign_lanes(owners: Any, blocks: Any, size: Any, places: Any) -> Any:
         places: gets the first lane of each block.
 
     Returns:
-        The number of different segments.
+        The number of different segments, and whether all blocks that are computed together have one segment.
     """
-    last = U(0)
+    last, together = U(0), True
     places[:] = U(0)
     for k in range(blocks):
         if owners[k] != owners[last]:
             last += ONE
             owners[last] = owners[k]
         places[k] = last * size
-    return last + ONE
+        together = together and (k % U(TOGETHER) == U(0) or places[k] == places[k - ONE])
+    return last + ONE, together
 
 
 @inlined
