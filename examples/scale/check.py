@@ -4,6 +4,9 @@ The two differ by the rounding of the store and of the file. What both have to b
 with a cosine of cos_i leave errors of norm sqrt(1 - cos_i^2) |delta_i|, which add up like independent numbers,
 
     |exported - merged|^2 = sum_i u_i^2 (1 - cos_i^2) |delta_i|^2 + |rounding to bfloat16|^2.
+
+Candidates that share a file have the same error in its tensors. There the sum runs over the files, and u_i is the sum
+of the weights of the candidates that share file i.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,8 +30,13 @@ class Checkpoint:
     """Tensors of a directory, by rows."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
-        files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
-        self.slices = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
+        self.slices = {}
+        self.file_of = {}
+        """The number of the file that holds a tensor, which is that of all its hard links."""
+        for path in sorted(directory.glob("*.safetensors")):
+            file = stack.enter_context(safe_open(path, "pt"))
+            for name in file.keys():  # noqa: SIM118 (no dict)
+                self.slices[name], self.file_of[name] = file.get_slice(name), path.stat().st_ino
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) as float64, flat."""
@@ -44,6 +52,8 @@ class Squares:
     deltas: torch.Tensor
     lost: torch.Tensor
     """(n,): 1 - cos_i^2 of the first elements."""
+    owners: torch.Tensor
+    """(n,): for each candidate the first one that has the same file."""
     center: float = 0.0
     moved: float = 0.0
     """merged - center."""
@@ -56,7 +66,8 @@ class Squares:
 
     def predicted(self, u: torch.Tensor) -> float:
         """Return what `error` should be for the weights u (n,) of the deltas."""
-        return float((u.square() * self.lost * self.deltas).sum()) + self.rounding
+        of_files = torch.zeros_like(u).index_add_(0, self.owners, u)
+        return float((of_files.square() * self.lost * self.deltas).sum()) + self.rounding
 
 
 def check(candidates: Sequence[Path], run: Path, exact: Path, bits: int) -> dict[str, Any]:
@@ -88,12 +99,14 @@ def squares(name: str, read: Sequence[Checkpoint], state: AverageState, bits: in
     """Read one tensor of the candidates, the export and the exact merge, once."""
     group = state.group_of[name]
     a = state.coefficients[:, group]
+    files = [checkpoint.file_of[name] for checkpoint in read[: len(a)]]
+    owners = torch.tensor([files.index(file) for file in files])
     found = None
     for *rows, exported, exact in pieces(name, read):
         w = torch.stack(rows)
         center, merged = w.mean(0), a @ w
         deltas = w.sub_(center)
-        found = found or Squares(group, torch.zeros(len(a), dtype=torch.float64), lost(deltas, bits))
+        found = found or Squares(group, torch.zeros(len(a), dtype=torch.float64), lost(deltas, bits), owners)
         found.deltas += deltas.square().sum(1)
         for key, difference in {
             "center": center,

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 from check import check
-from material import SIZES, llama, tensors, write_candidates
+from material import SIZES, link_candidates, llama, tensors, write_candidates
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +37,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--scratch", type=Path, default=Path("runs/scale"), help="directory on a disk with room")
     parser.add_argument("--candidates", type=int, default=16, help="number of candidates")
+    parser.add_argument(
+        "--written", type=int, help="number of candidates on the disk; the others are new combinations of their files"
+    )
     parser.add_argument(
         "--bits", type=int, choices=sorted(BLOCKS), default=4, help="bits of a delta: store packed8 to packed1"
     )
@@ -60,6 +63,7 @@ def main() -> None:
 def scale_run(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what every phase cost and what the check found."""
     n, bits, ranks, seed = arguments.candidates, arguments.bits, arguments.ranks, arguments.seed
+    written = min(arguments.written or n, n)
     for stale in ("run", "exact"):
         shutil.rmtree(root / stale, ignore_errors=True)
     directory = root / f"candidates-{n}-{seed}"
@@ -68,9 +72,10 @@ def scale_run(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     nbytes = sum(spec.nbytes for spec in tensors(config))
     seconds: dict[str, float] = {}
     if len(list(directory.glob("step-*"))) < n:  # else an earlier run with --keep left them
-        require("disk", (n + 2) * nbytes, shutil.disk_usage(root).free)
-        with phase(f"writing {n} candidates of {nbytes / 1e9:.2f} GB", "write", seconds):
-            write_candidates(config, directory, n, seed)
+        require("disk", (written + 2) * nbytes, shutil.disk_usage(root).free)
+        with phase(f"writing {written} candidates of {nbytes / 1e9:.2f} GB", "write", seconds):
+            write_candidates(config, directory, written, seed)
+            link_candidates(directory, n)
     candidates = sorted(directory.glob("step-*"))
     settings = [
         CONFIG, f"candidates={directory}/step-*", f"task.model={candidates[0]}", f"output={root}/run",
@@ -94,6 +99,7 @@ def scale_run(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "parameters": plan["trained_elements"],
         "candidates": n,
+        "written": written,
         "bits": bits,
         "candidate_bytes": nbytes,
         "ranks": ranks,
@@ -128,7 +134,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     for column in ("phase", "s", "GB", "GB/s"):
         times.add_column(column, justify="left" if column == "phase" else "right")
     for key, name, nbytes in [
-        ("write", "make and write the candidates", n * one),
+        ("write", "make and write the candidates", results["written"] * one),
         ("attach", "attach: read, once, and pack", sum(summary["bytes_read_per_rank"])),
         ("step", "a step, forward and backward included", 0),
         ("export", "export", one),
