@@ -202,9 +202,8 @@ def _tensors(files: _Files) -> dict[str, Stored | ConcatenatedTensor]:
     in_parts = not optimizer and None not in files.model  # without its optimizer, a folder may be universal
     stage = 3 if in_parts else _stage(optimizer)
     path, model = _model_state(files, 0 if stage == 3 else None)
-    shapes = model.get("param_shapes")
-    tied = {text(name): text(source) for name, source in (model.get("shared_params") or {}).items()}
     _refuse_unsupported(path, model, optimizer)
+    shapes = model.get("param_shapes")
     if not optimizer and not files.universal:
         if shapes is not None:
             raise CandidateError(
@@ -214,31 +213,43 @@ def _tensors(files: _Files) -> dict[str, Stored | ConcatenatedTensor]:
         return {**dense_tensors(model["module"], path, _CONVERT)}
     if not isinstance(shapes, list):
         raise CandidateError(f"{path}: has no list 'param_shapes'; it is from another save. Copy the folder again.")
-    by_group = [_shapes(group) for group in shapes]
-    merged = {name: shape for group in by_group for name, shape in group.items()}
     world = len(files.model) if files.universal else _world(files, optimizer)
-    trained: Mapping[str, Stored | ConcatenatedTensor]
-    tensors: dict[str, Stored | ConcatenatedTensor]
-    universal = universal_weights(files.folder, merged, files.content) if files.universal else {}
-    if files.universal:
-        trained = universal
-    elif stage == 3:
-        trained = split_parameters(merged, _partitions(files, _PARTITIONS[1]), world, files.label)
-    else:
-        paddings = [_sizes(group) for group in optimizer.get("param_alignment_paddings") or ()]
-        trained = split_groups(by_group, paddings, _partitions(files, _PARTITIONS[0]), world, files.label)
+    trained = _trained(files, optimizer, [_shapes(group) for group in shapes], stage, world)
     if stage == 3:
         tensors = {**_rest_of_stage_3(files, model, path, world), **trained}
     else:
         # The model file holds all tensors in the dtype of the model. Frozen parameters and buffers are only there; the
         # optimizer files have the others at higher precision.
         of_model = dense_tensors(model["module"], path, _CONVERT)
-        require_same(files.folder, universal, of_model)
+        if files.universal:
+            require_same(files.folder, trained, of_model)
         tensors = {**of_model, **trained}
+    tied = {text(name): text(source) for name, source in (model.get("shared_params") or {}).items()}
     for name, source in tied.items():
         if source in tensors and (name not in tensors or tensors[name].shape == tensors[source].shape):
             tensors[name] = tensors[source]
     return tensors
+
+
+def _trained(
+    files: _Files, optimizer: Mapping[str, Any], groups: Sequence[Mapping[str, tuple[int, ...]]], stage: int, world: int
+) -> Mapping[str, Stored | ConcatenatedTensor]:
+    """Return the trained parameters, in float32, from the files of the optimizer or of a universal checkpoint.
+
+    Args:
+        files: the files.
+        optimizer: the state of the optimizer of rank 0; empty for a universal checkpoint.
+        groups: the shapes of the parameters of each parameter group.
+        stage: the stage of ZeRO.
+        world: the number of ranks that saved.
+    """
+    merged = {name: shape for group in groups for name, shape in group.items()}
+    if files.universal:
+        return universal_weights(files.folder, merged, files.content)
+    if stage == 3:
+        return split_parameters(merged, _partitions(files, _PARTITIONS[1]), world, files.label)
+    paddings = [_sizes(group) for group in optimizer.get("param_alignment_paddings") or ()]
+    return split_groups(groups, paddings, _partitions(files, _PARTITIONS[0]), world, files.label)
 
 
 def _rest_of_stage_3(

@@ -10,7 +10,7 @@ import torch
 
 from twa_scale.base.inputs import brief
 from twa_scale.candidates.conversion import Shape, row_major
-from twa_scale.candidates.formats.stored_tensors import Stored
+from twa_scale.candidates.formats.stored_tensors import ConcatenatedTensor, Stored
 from twa_scale.errors import CandidateError
 
 FOLDER = "zero"
@@ -63,7 +63,9 @@ def _weight(folder: Path, name: str, shape: Shape, content: Callable[[str], Any]
     return stored
 
 
-def require_same(folder: Path, trained: Mapping[str, Stored], in_model: Mapping[str, Stored]) -> None:
+def require_same(
+    folder: Path, trained: Mapping[str, Stored | ConcatenatedTensor], in_model: Mapping[str, Stored]
+) -> None:
     """Refuse weights that are not those in the file of the model, judged by the first numbers of each.
 
     The converter of DeepSpeed exchanges parameters of one group if the run had `round_robin_gradients`. In the type
@@ -76,7 +78,7 @@ def require_same(folder: Path, trained: Mapping[str, Stored], in_model: Mapping[
         other = in_model.get(name)
         if other is None or other.shape != stored.shape or not other.dtype.is_floating_point:
             continue
-        what, count = f"tensor {name!r}", min(stored.numel, _COMPARED)
+        what, count = f"tensor {name!r}", min(prod(stored.shape), _COMPARED)
         mine, theirs = torch.empty(count, dtype=stored.dtype), torch.empty(count, dtype=other.dtype)
         stored.read(0, mine, what)
         other.read(0, theirs, what)
