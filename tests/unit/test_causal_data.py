@@ -283,7 +283,7 @@ def test_files_of_megatron(tmp_path: Path, dtype: str, code: int | None) -> None
         (lambda idx, data: (idx[:17] + b"\x0b" + idx[18:], data), "dtype code 11"),
         (lambda idx, data: (idx, data[:-4]), r"c\.idx: has 12 tokens of type int32, but its \.bin file has 44 bytes"),
         (lambda idx, data: (idx[:-8] + bytes(8), data), "boundaries of documents do not fit its 4 sequences"),
-        (lambda idx, data: (idx[:50] + b"\x04" + idx[51:], data), "do not lie one after the other"),
+        (lambda idx, data: (idx[:50] + b"\x04" + idx[51:], data), "are not consecutive"),
         (
             lambda idx, data: (idx[:34] + np.array([12, -9], "<i4").tobytes() + idx[42:], data),
             "a sequence of -9 tokens",
@@ -485,7 +485,7 @@ def test_isolated_documents_have_the_loss_that_they_have_alone(packed: Callable[
         (
             {"model_type": "jamba", "intermediate_size": 32, "num_key_value_heads": 2, "mamba_d_state": 4}
             | {"mamba_dt_rank": 4, "num_experts": 2},
-            "JambaForCausalLM lets tokens see the document before their own",
+            "JambaForCausalLM lets tokens attend to the preceding document",
         ),
     ],
 )

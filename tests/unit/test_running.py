@@ -217,8 +217,8 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], said: 
         ("ema:x", "is not kept"),
         ("lawa:0", "give 1 to 3"),
         ("lawa:4", "give 1 to 3"),
-        ("center", "is no average"),
-        ("window:x", "is no average"),
+        ("center", "is not an average"),
+        ("window:x", "is not an average"),
         (7, "indices 0 to 2"),
         ([0.5, 0.5], r"\(3,\)"),
         ([0.5, 0.5, float("nan")], "finite"),
@@ -235,7 +235,7 @@ def test_averages_that_are_not_kept_are_refused(which: Any, said: str) -> None:
 def test_an_average_of_nothing_yet_is_refused(which: str) -> None:
     averages, _, _ = followed(2, ema={"decays": [0.9], "start_step": 3}, window={"every": 5, "keep": 3})
     assert averages.names == ["last"] and averages.has("last") and not averages.has(which)
-    with pytest.raises(ConfigError, match="is no average"):
+    with pytest.raises(ConfigError, match="is not an average"):
         averages.has("emma")
     with pytest.raises(TwaError, match="yet"), averages.weights(which):
         pass

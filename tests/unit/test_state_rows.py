@@ -165,7 +165,7 @@ def test_rows_of_another_model_and_other_files_are_refused(twa: TrainableAverage
         stored_as = {**state["rows"]["stored"], key: value}
         with pytest.raises(StateError, match=rf"rows\.stored\.{key}"):
             twa.load_state_dict({**state, "rows": {**state["rows"], "stored": stored_as}}, tmp_path)
-    with pytest.raises(StateError, match="does not have its own"):
+    with pytest.raises(StateError, match="does not have those of the best average"):
         kept = {"step": 0, "data": {"metric": "loss"}, "metrics": {"loss": 1.0}, "x": state["x"], "buffers": {}}
         kept["coefficients"] = state["coefficients"]
         save_state(tmp_path, {"twa": state, "kept": kept, "step": 0, **REST})

@@ -123,7 +123,7 @@ def test_numbers_in_text_are_no_classes(bert: str, tmp_path: Path) -> None:
 
 def test_models_of_several_labels_are_refused(bert: str, tmp_path: Path) -> None:
     model = with_config(bert, tmp_path / "m", problem_type="multi_label_classification")
-    with pytest.raises(ConfigError, match="multi_label_classification, which this task does not have"):
+    with pytest.raises(ConfigError, match="multi_label_classification, which this task does not support"):
         task_of(model, train=write(tmp_path / "a.jsonl", TABLE))
 
 

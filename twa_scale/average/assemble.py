@@ -31,7 +31,7 @@ def assemble(parts: Parts, loaded: LoadedCandidates, weights: Sequence[float]) -
     Args:
         parts: the settings, the model, the ranks and the candidates.
         loaded: what was computed while the candidates were read.
-        weights: of the center, n numbers.
+        weights: the weights of the center, n numbers.
 
     Raises:
         CandidateError, ConfigError: on every rank.
@@ -39,7 +39,7 @@ def assemble(parts: Parts, loaded: LoadedCandidates, weights: Sequence[float]) -
     config, engine, pods, layout, store = parts.config, parts.engine, parts.pods, parts.layout, parts.store
     found = fingerprint(engine, layout, parts.candidates, loaded)
     found.require_same_in(pods)
-    gram = pods.sum_(loaded.gram.mul_(pods.share))  # pods have the same up to rounding, with which they would diverge
+    gram = pods.sum_(loaded.gram.mul_(pods.share))  # equal in pods only up to rounding, which would make them diverge
     rounding = _rounding(config, pods, store, loaded.errors, gram)
     with pods.agree():
         _require_equal_ties(layout, found)
@@ -51,7 +51,7 @@ def assemble(parts: Parts, loaded: LoadedCandidates, weights: Sequence[float]) -
 
 
 def _report(parts: Parts, found: Fingerprint, loaded: LoadedCandidates) -> None:
-    """Report on one rank what a user may not have meant. Collective: a warning may be an error."""
+    """Report on one rank settings that may be unintended. Collective, because warnings may be turned into errors."""
     config, engine, pods, layout = parts.config, parts.engine, parts.pods, parts.layout
     copied = {name: i for differing in engine.shard_group.gather(loaded.differing) for name, i in differing.items()}
     with pods.agree():
@@ -100,19 +100,16 @@ def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:
                 if first != second:
                     raise CandidateError(
                         f"{label}: tensors {source!r} and {alias!r} hold different values, but the model ties them: "
-                        "they are one parameter, which can have one value only. Untie them in the model, or name the "
-                        "one that is not meant in `ignore`."
+                        "they are one parameter, which can have one value only. Untie them in the model, or name one "
+                        "of them in `ignore`."
                     )
 
 
 def _warn_of_equals(layout: Layout, fingerprint: Fingerprint) -> None:
-    # The A of products are no part of the average's coefficients, but candidates may differ in them alone.
+    # The A of products have no coefficients, but candidates may differ only in them.
     averaged = {layout.source(name) for name in (*layout.group_of, *layout.summed)}
     for first, second in copies(fingerprint.labels, fingerprint.checksums_of(averaged)):
-        notice(
-            f"candidates {first} and {second} have the same checksum in every tensor: of two with the same weights the "
-            "second adds nothing."
-        )
+        notice(f"candidates {first} and {second} have the same checksum in every tensor: one of them is redundant.")
 
 
 def _rounding(config: TwaConfig, pods: Pods, store: Store, errors: torch.Tensor, gram: torch.Tensor) -> Rounding | None:

@@ -58,9 +58,10 @@ def attach(
         candidates: a glob, a list of paths, or a list of state dicts, in training order. The JSON configuration of a
             DeepSpeedEngine may name them, with the settings: `"twa": {"candidates": ..}`.
         config: a `TwaConfig`, or a dict of its fields; by default, the fields in the JSON configuration of DeepSpeed.
-        replica_group: with pods, the first rank of every pod; or the counterparts of each rank, as `get_group("pods")`
-            of a 2-D mesh. Pods are shard groups that see different data and exchange only coefficient gradients, each
-            rank with the same weight. The pod of a plain module is one rank; its default replica group is all ranks.
+        replica_group: the group over pods, which has the first rank of every pod, or the counterparts of each rank, as
+            `get_group("pods")` of a 2-D mesh. Pods are shard groups that see different data and exchange only
+            coefficient gradients, each rank with the same weight. The pod of a plain module is one rank; its default
+            replica group is all ranks.
         progress: called on every rank with the number of bytes just read and the total number of bytes to read.
 
     Raises:
@@ -79,7 +80,7 @@ def attach_at_least(
     replica_group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> TrainableAverage:
-    """Attach as `attach`, with another smallest number of candidates. The average of one is its weights."""
+    """Attach as `attach`, with another minimum number of candidates. The average of one candidate is its weights."""
     engine = choose_engine(model, replica_group)
     pods = Pods(engine.shard_group, engine.replica_group)
     with pods.agree():
@@ -92,7 +93,7 @@ def attach_at_least(
         stacked = experts_of(engine.module, engine.parameters, config)
         engine = SplitEngine(engine, stacked) if stacked else engine
     require_same_settings(pods, config.model_dump(mode="json", include=set(TwaConfig.model_fields)))
-    with ExitStack() as undo:  # after an error, nothing stays open, and the caller can try again
+    with ExitStack() as undo:  # after an error, close all files, so that the caller can try again
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
         opened = open_together(candidates, pods, minimum, _wanted(engine, config, adapter), config.select)
@@ -133,7 +134,7 @@ def _candidates_and_config(
 
 
 def require_trainable(config: TwaConfig, engine: Engine, pods: Pods) -> None:
-    """Refuse settings that cannot be trained with this engine, before any candidate is opened.
+    """Check that the settings can be trained with this engine, before any candidate is opened.
 
     Raises:
         ConfigError, EngineError: names the setting.
@@ -166,7 +167,7 @@ def _wanted(engine: Engine, config: TwaConfig, adapter: LiveAdapter | None) -> W
 def experts_of(
     module: nn.Module, parameters: Mapping[str, ParameterInfo], config: TwaConfig
 ) -> dict[str, StackedExperts]:
-    """Return the tensors of the model that stack experts, if these have groups of their own."""
+    """Return the tensors of the model that stack experts, if experts have groups of their own."""
     return stacked_experts(module, parameters) if config.groups == "expert" else {}
 
 

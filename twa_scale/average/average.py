@@ -93,12 +93,12 @@ class TrainableAverage(Stateful):
 
     @property
     def lost(self) -> str:
-        """Why the average can no longer be used; empty as long as it can."""
+        """The reason why the average can no longer be used, or an empty text."""
         return self._swapped.lost
 
     @property
     def updates(self) -> int:
-        """The number of steps since `attach` that have changed the coefficients; scaled gradients may overflow."""
+        """The number of steps since `attach` that have changed the coefficients. Steps with an overflow do not."""
         return self._step.count
 
     @while_open
@@ -164,8 +164,8 @@ class TrainableAverage(Stateful):
         """Put other weights into the model in a `with` block, then restore weights and buffers. Collective.
 
         Tensors that are not trained keep the value of the center, and buffers keep their value. In a model with
-        BatchNorm, running statistics are therefore not those of the weights that are shown, and a comparison favors
-        the average that they belong to: by default, the mean. Call `recalibrate_batchnorm` first in each block whose
+        BatchNorm, running statistics therefore do not belong to the weights that are shown, and a comparison favors the
+        average to which they belong: by default, the mean. Call `recalibrate_batchnorm` first in each block whose
         results you compare, and before you evaluate the trained weights. The end of the block restores them.
 
         Args:
@@ -174,7 +174,7 @@ class TrainableAverage(Stateful):
 
         Raises:
             TwaError: a backward pass ran inside the block; its gradient is not that of the trained weights.
-            RankError: another rank left the block by an error and did not reach its end. The weights are not
+            RankError: another rank left the block with an error and did not reach its end. The weights are not
                 restored, and the average can no longer be used. An error in the block is raised on every rank that
                 reaches its end.
         """
@@ -235,7 +235,7 @@ class TrainableAverage(Stateful):
 
         Args:
             which: as for `start_from`.
-            exactly: ask for the average itself, not for the nearest point of the subspace of `pca`.
+            exactly: whether the average itself is required, not the nearest point of the subspace of `pca`.
 
         Raises:
             ConfigError: as `weights` does.
@@ -266,21 +266,21 @@ class TrainableAverage(Stateful):
 
     @while_open
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the coefficients; states and exports name it. Not collective: same on every rank.
+        """Set the learning rate of the coefficients, the same on every rank. Not collective.
 
-        Corrections of rows have a tenth of it, or `optimizer.row_lr`. Make a scheduler afterwards: most have their own
-        copy of the rate.
+        States and exports record it. Corrections of rows have a tenth of it, or `optimizer.row_lr`. Create a scheduler
+        afterwards, because most schedulers copy the rate.
 
         Raises:
             ConfigError: `lr` is not a positive, finite number.
         """
         self._form.config = self.config.with_lr(checked_lr(lr, "set_lr"))
         for group, rate in zip(self.optimizer.param_groups, (self.config.lr, self.config.row_lr), strict=False):
-            group |= {key: rate for key in ("lr", "initial_lr") if key in group}  # of earlier schedulers
+            group |= {key: rate for key in ("lr", "initial_lr") if key in group}  # keys of earlier schedulers
 
     @while_open
     def together(self, failure: BaseException | None) -> BaseException | None:
-        """Return the error with which this rank or another has left collective code of the user. Collective.
+        """Return the error that ended collective code of the user on this rank or another one. Collective.
 
         Raises:
             BaseException: `failure`, if another rank may still wait in a collective of that code.

@@ -87,7 +87,7 @@ class LinearBasis(Basis):
         self.matrix = matrix
         """T: (G, n + 1, k), float64. Columns beyond a group's own rank are zero."""
         self.offset = gram.new_zeros(n + 1, len(gram))
-        """(n + 1, G), float64."""
+        """The offset, (n + 1, G), float64."""
         if self.from_origin:  # a group that is equal in all candidates has no direction and stays at the center
             self.offset[-1] = -matrix.any(dim=2).any(dim=1).to(gram.dtype)
 
@@ -184,7 +184,7 @@ class Simplex(Basis):
 
     @classmethod
     def check(cls, config: TwaConfig, center_weights: Sequence[float]) -> None:
-        """Refuse a start at the boundary.
+        """Check that the start is not at the boundary.
 
         Raises:
             ConfigError: a candidate has no weight in the start or in the center.

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from twa_scale.config import TwaConfig
 
 _EXACT = 1e-6  # squared norm of an error, relative to that of the sum of deltas
-_ROUNDED = 4e-12  # and to that of the center: bases drop directions that are rounding errors of float32 weights
+_ROUNDED = 4e-12  # relative to that of the center: bases drop directions that are rounding errors of float32 weights
 
 
 class Gram:
@@ -55,7 +55,7 @@ class Basis(ABC):
 
     @classmethod
     def check(cls, config: TwaConfig, center_weights: Sequence[float]) -> None:
-        """Refuse settings with which the coefficients cannot be trained.
+        """Check that the coefficients can be trained with these settings.
 
         Raises:
             ConfigError: names the setting.

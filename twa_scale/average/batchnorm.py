@@ -24,10 +24,10 @@ def recalibrate(
     device: torch.device,
     forward: Callable[[nn.Module, Any], object] | None = None,
 ) -> int:
-    """Replace the running statistics of `module` by their mean over `batches` of all ranks.
+    """Replace the running statistics of `module` with their mean over the batches of all ranks.
 
-    The other layers are in evaluation mode. All ranks stop when the first has no batch left: a sharded forward pass
-    needs all of them.
+    The other layers are in evaluation mode. All ranks stop when the first one has no batch left, because a sharded
+    forward pass needs all ranks.
 
     Args:
         module: the model; forward passes may be collective.
@@ -41,7 +41,7 @@ def recalibrate(
 
     Raises:
         Exception: an error of `batches`, on every rank. An error of a sharded forward pass is raised only on its rank:
-            the other ranks may wait in that pass, until the failed rank ends or the process group times out.
+            the other ranks may wait in that pass until the failed rank ends or the process group times out.
     """
     layers = batchnorm_layers(module)
     if not layers:

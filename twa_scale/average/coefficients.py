@@ -32,7 +32,7 @@ def averaging_coefficients(which: Which, center_weights: torch.Tensor, num_group
             f"weights: coefficients of shape {tuple(a.shape)}; give ({n},) or ({n}, {num_groups}): candidates x groups."
         )
     if not bool(torch.isfinite(a.abs().sum(0).to(torch.float32)).all()):
-        raise ConfigError("weights: coefficients must be finite numbers, whose sum float32 can hold.")
+        raise ConfigError("weights: coefficients must be finite numbers whose sum fits in float32.")
     return a
 
 
@@ -42,13 +42,13 @@ def _named(which: Which, n: int) -> torch.Tensor:
             which = parse_center(which)
             if not isinstance(which, list):
                 which = center_weights(which, n, "weights")
-        if not isinstance(which, torch.Tensor):  # float64 at once: the default dtype would round
+        if not isinstance(which, torch.Tensor):  # float64, because the default dtype would round
             return torch.as_tensor(which, dtype=torch.float64)
         if which.is_meta or which.is_complex():
             raise TypeError
         return which.detach().to(torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(
-            f"weights: {which!r} are no weights of {n} candidates; use trained, center, a name or an index that the "
+            f"weights: {which!r} are not weights of {n} candidates; use trained, center, a name or an index that the "
             "setting `center` takes, or coefficients."
         ) from None

@@ -42,7 +42,7 @@ def export(
         engine: the model.
         pods: all ranks; the first pod writes.
         layout: maps tensors of the model to those of the candidates.
-        candidates: the last one defines names and dtypes.
+        candidates: the candidates, of which the last one defines names and dtypes.
         carried: the other files of the last candidate; used on the first rank.
         out: a directory that is new, empty, or to be overwritten.
         options: dtype, format and sizes of the files.
@@ -74,10 +74,10 @@ def export(
 
 
 def _require_one_tensor(shared: Sequence[tuple[str, str]], layout: Layout, stored: StoredForm) -> None:
-    """Check that tensors which have one place in the files are one tensor of the model.
+    """Check that tensors which share one place in the files are one tensor of the model.
 
     Raises:
-        OutputError: names two that are not.
+        OutputError: two of them are different tensors. The message names them.
     """
     own_of = {stored.stored_name(name): own for own, names in layout.held_as.items() for name in names}
     for first, second in shared:

@@ -22,7 +22,7 @@ class Gradients:
     Args:
         store: holds the deltas.
         groups: the index of the group of each trained span of this rank.
-        rows: the corrections of rows, if there are any; they get their part of each projection.
+        rows: the corrections of rows, if there are any. They receive their part of each projection.
         sums: zeros, (rows + 1, G) float64, on the device of the gradients; the last row is for <base, gradient>.
         clock: measures the time of projections, in backward and in a step.
         with_center: whether the last row is needed.
@@ -80,9 +80,9 @@ class Gradients:
         if span in self._squared:  # the norm of a sum cannot be computed from the norms of its terms
             self.spoil(
                 TwaError(
-                    f"max_weight_grad_norm: the gradient of {span.name!r} came in several parts since the last step, "
-                    "and the norm of their sum is not known. Run one backward pass for each step, or an engine that "
-                    "keeps gradients (DDP, FSDP1, FSDP2)."
+                    f"max_weight_grad_norm: the gradient of {span.name!r} has arrived in several parts since the last "
+                    "step, and the norm of their sum is not known. Run one backward pass for each step, or an engine "
+                    "that keeps gradients (DDP, FSDP1, FSDP2)."
                 )
             )
         self._squared.add(span)
@@ -106,7 +106,7 @@ class Gradients:
         return self._store.coding.delta_products(sums)
 
     def require_any(self, sums: torch.Tensor, pods: Pods) -> None:
-        """Refuse a step without a backward pass since the last one. Collective.
+        """Check that there was a backward pass since the last step. Collective.
 
         Momentum would change the coefficients. Ranks communicate only if the reduced sums are all zero.
 

@@ -20,7 +20,7 @@ class Experts:
     """The group of each expert."""
 
     def group(self, span: Span) -> int:
-        """Return the group of a span that is inside one expert; of an empty span, any group."""
+        """Return the group of a span inside one expert. For an empty span, any group is valid."""
         return self.groups[min(span.start // self.size, len(self.groups) - 1)] if self.size else self.groups[0]
 
 
@@ -29,11 +29,11 @@ class Grouping:
     """The groups of the trained tensors."""
 
     groups: tuple[str, ...]
-    """Their names; the order is that of the columns of the coefficients."""
+    """The names of the groups, in the order of the columns of the coefficients."""
     group_of: dict[str, int]
-    """The group of each tensor; of one that stacks experts, the group of the first of them."""
+    """The group of each tensor. For a tensor that stacks experts, the group of the first expert."""
     experts: dict[str, Experts]
-    """For the tensors that stack experts with groups of their own, these groups."""
+    """The groups of experts, for each tensor that stacks experts with groups of their own."""
 
 
 def grouped(
@@ -51,7 +51,7 @@ def grouped(
         stacked: for `groups: expert`, the tensors of the model that stack experts.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or `expert` for a model without trained experts.
+        ConfigError: a pattern matches nothing, or `groups` is `expert` and the model has no trained experts.
     """
     names = group_names(trained, groups)
     if groups == "expert" and not any(name in stacked or expert_of(name) for name in trained):
@@ -77,12 +77,12 @@ def grouped(
 
 
 def experts_line(groups: Sequence[str], trained: Collection[str], stacked: Collection[str]) -> str:
-    """Return the line that says which tensors have a coefficient for each expert.
+    """Return a line about the tensors that have coefficients for each expert.
 
     Args:
         groups: the names of the groups.
         trained: the names of the trained tensors.
-        stacked: those of them that stack experts.
+        stacked: the names of the trained tensors that stack experts.
     """
     experts = [group for group in groups if expert_of(f"{group}.")]
     layers = dict.fromkeys(group.rpartition(".")[0] for group in experts)
@@ -95,11 +95,11 @@ def experts_line(groups: Sequence[str], trained: Collection[str], stacked: Colle
 
 
 def unequal_line(shapes: Mapping[str, tuple[int, ...]], experts: Mapping[str, Experts]) -> str | None:
-    """Return the line about tensors that are not stacked, although a tensor beside them is, or None without any.
+    """Return a line about tensors that stack no experts although a tensor of their module does, or None.
 
     Args:
         shapes: the shapes of the trained tensors.
-        experts: those of them that stack experts.
+        experts: the groups of the tensors that stack experts.
     """
     counts = {name.rpartition(".")[0]: len(held.groups) for name, held in experts.items()}
     others = {

@@ -1,4 +1,4 @@
-"""Matching a model with its candidates: which tensors are trained, which are fixed, and who shares coefficients."""
+"""Match the tensors of a model with those of the candidates: trained and fixed tensors, buffers and groups."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,31 +25,29 @@ from twa_scale.errors import CandidateError, ConfigError
 
 @dataclass(frozen=True)
 class Layout:
-    """The part that each tensor of the model plays. The same on every rank."""
+    """The role of each tensor of the model, which is equal on every rank."""
 
     groups: tuple[str, ...]
-    """Names of the groups; the order is that of the columns of the coefficients."""
+    """The names of the groups, in the order of the columns of the coefficients."""
     group_of: dict[str, int]
-    """Group of each trained tensor, by the model's name; see `Grouping`."""
+    """The group of each trained tensor, by its name in the model; see `Grouping`."""
     experts: dict[str, Experts]
-    """Groups of the experts in the tensors that stack them, with `groups: expert`."""
+    """The groups of experts in the tensors that stack experts, with `groups: expert`."""
     fixed: tuple[str, ...]
-    """Parameters that stay at the center: frozen, or left out by `include` and `exclude`."""
+    """Parameters that keep the value of the center: they are frozen, or left out by `include` and `exclude`."""
     summed: frozenset[str]
-    """Those of the fixed parameters that are the sum of what the candidates hold: the A of LoRA, where products are
-    averaged."""
+    """The fixed parameters that are sums over the candidates: the A of LoRA, if products are averaged."""
     kept: tuple[str, ...]
-    """Parameters and buffers that no candidate has, which keep their value. Exports do not hold them."""
+    """Parameters and buffers that are in no candidate. They keep their value, and exports do not contain them."""
     base: tuple[str, ...]
-    """Those of the base model of an adapter, which keep their value; its adapter is what candidates hold."""
+    """Parameters and buffers of the base model of an adapter, which keep their value. Candidates are adapters."""
     buffers: tuple[str, ...]
-    """Buffers that the candidates hold, by the model's name."""
+    """Buffers that the candidates contain, by their names in the model."""
     held_as: dict[str, tuple[str, ...]]
-    """The names under which the candidates hold each tensor of the model: a tied one may have several; the first is
-    read."""
+    """The names of each tensor of the model in the candidates. A tied tensor may have several. The first is read."""
 
     def source(self, name: str) -> str:
-        """Return the name under which a tensor is read."""
+        """Return the name of a tensor in the candidates from which it is read."""
         return self.held_as[name][0]
 
     def group(self, span: Span) -> int:
@@ -63,7 +61,7 @@ class Layout:
         return (self.group_of[name],) if experts is None else experts.groups
 
     def read(self, spans: Iterable[Span]) -> list[Span]:
-        """Return the spans of tensors that candidates hold."""
+        """Return the spans of tensors that candidates contain."""
         return [span for span in spans if span.name in self.held_as]
 
     def in_candidates(self, span: Span) -> Span:
@@ -74,7 +72,7 @@ class Layout:
 def alias_jobs(
     spans: Iterable[Span], layout: Layout, candidates: Sequence[Candidate]
 ) -> Iterator[tuple[Span, Sequence[int]]]:
-    """Yield what is read of tied tensors under their other names, where these are stored apart."""
+    """Yield the reads of tied tensors under their other names, if these are stored separately."""
     for span in layout.read(spans):
         source, *aliases = layout.held_as[span.name]
         for alias in aliases:
@@ -90,14 +88,14 @@ def wanted_of(
     module: nn.Module,
     adapter: LiveAdapter | None = None,
 ) -> Wanted:
-    """Return which tensors of the candidates a model wants: all that are its own, and of tied ones any name.
+    """Return the tensors that a model needs from the candidates: all of its own, and one name of each tied tensor.
 
     Args:
-        parameters: of the model.
-        buffers: that checkpoints of it hold.
-        config: says what is ignored and renamed.
-        module: the model, or what wraps it.
-        adapter: that the model trains, if it has one.
+        parameters: the parameters of the model.
+        buffers: the buffers that its checkpoints contain.
+        config: the names that are ignored and renamed.
+        module: the model, or its wrapper.
+        adapter: the adapter that the model trains, if it has one.
     """
     ties = [info.aliases for info in parameters.values() if len(info.aliases) > 1]
     known = {alias for info in parameters.values() for alias in info.aliases} | set(buffers)
@@ -108,7 +106,7 @@ def wanted_of(
     naming = Naming(
         rename=config.rename,
         prefix=config.prefix,
-        # PEFT's own rules say how the tensors of an adapter are called in files.
+        # PEFT defines the names of the tensors of an adapter in files.
         library=None if adapter else transformers_rules(named_modules(module), held),
         parameters=[] if adapter else [info.aliases for info in parameters.values()],
         buffers=list(buffers),
@@ -125,19 +123,20 @@ def match(
     adapter: LiveAdapter | None = None,
     stacked: Mapping[str, StackedExperts] | None = None,
 ) -> Layout:
-    """Find every tensor of the model in the candidates, which are known to be alike.
+    """Find every tensor of the model in the candidates, which have been checked to have the same tensors.
 
     Args:
-        parameters: of the model.
-        buffers: of the model.
-        candidates: what is averaged.
-        config: which tensors are left out, and what is made of those that are missing.
-        adapter: what the model trains, if it has adapters: their names in files, and what may be missing.
+        parameters: the parameters of the model.
+        buffers: the buffers of the model.
+        candidates: the candidates.
+        config: the settings for tensors that are left out or missing.
+        adapter: the adapter that the model trains, if it has one: its names in files, and the tensors that may be
+            missing.
         stacked: the tensors of the model that stack experts, for `groups: expert`.
 
     Raises:
-        CandidateError: a tensor that is missing, left over or of another shape.
-        ConfigError: patterns that match nothing, or that leave nothing to train.
+        CandidateError: a tensor is missing, unknown to the model, or has another shape.
+        ConfigError: a pattern matches nothing, or no tensor is left to train.
     """
     held = [name for name in candidates[0].names() if not matches_any(name, config.ignore)]
     known = [*(alias for info in parameters.values() for alias in info.aliases), *buffers]
@@ -177,9 +176,9 @@ def match(
 
 
 def _found(known: Sequence[str], held: Sequence[str], stored: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Map names of the model to those of the candidates; either may have "module." before all of them.
+    """Map the names of the model to those of the candidates. All names of either may have the prefix "module.".
 
-    `stored` has other names that tensors of the model may have in files.
+    `stored` has further names that tensors of the model may have in files.
     """
     by_key = {key: name for name, key in without_wrappers(held).items()}
     names = {name: (*stored.get(name, ()), plain) for name, plain in without_wrappers(known).items()}
@@ -189,9 +188,9 @@ def _found(known: Sequence[str], held: Sequence[str], stored: Mapping[str, Seque
 def _may_be_missing(
     config: TwaConfig, candidate: Candidate, found: Mapping[str, str], adapter: LiveAdapter | None
 ) -> Callable[[str], bool]:
-    """Return what says whether a tensor of the model may be in no candidate, as `missing` says.
+    """Return a function that returns whether a tensor of the model may be missing in the candidates.
 
-    Of a model with an adapter, whose candidates are adapters, all others may.
+    The setting `missing` decides. If the candidates are adapters, all tensors of the base model may be missing.
     """
     if config.missing == "keep":
         return lambda name: True
@@ -211,7 +210,7 @@ def _found_buffers(
     config: TwaConfig,
     may_be_missing: Callable[[str], bool],
 ) -> tuple[str, ...]:
-    """Only counters may be missing, as BatchNorm's are in old checkpoints, or what `ignore` or `missing` allows."""
+    """Return the buffers in the candidates. Only counters and those of `ignore` and `missing` may be missing."""
     for name, buffer in buffers.items():
         may_be = may_be_missing(name) or matches_any(name, config.ignore)
         if name not in found and buffer.is_floating_point() and not may_be:
@@ -235,26 +234,26 @@ def _held_as(
     if missing:
         raise CandidateError(
             f"{first.label}: tensor {missing[0]!r} of the model is missing{nearest(missing[0], held)} "
-            f"({len(missing)} missing in all: {some(missing)}). Candidates must hold every parameter of the model; "
-            f"with `missing: keep` what no candidate has keeps the value that the model has.{hint}"
+            f"({len(missing)} missing in all: {some(missing)}). Candidates must contain every parameter of the model. "
+            f"With `missing: keep`, parameters that no candidate has keep their value in the model.{hint}"
         )
     return {name: stored for name, stored in names.items() if stored}
 
 
 def _prefix_hint(leftover: Sequence[str], missing: Collection[str]) -> str:
-    """Return how to name the prefix that most of the names in candidates have before those that the model misses."""
+    """Return advice to set `prefix`, if most names in the candidates are missing names of the model after a prefix."""
     prefix = likely_prefix(leftover, missing)
     if prefix is None or 2 * sum(name.removeprefix(prefix) in missing for name in leftover) < len(leftover):
         return ""
-    return f" Names of the candidates have {prefix!r} before those of the model: set `prefix: {prefix}`."
+    return f" Names in the candidates are those of the model after {prefix!r}: set `prefix: {prefix}`."
 
 
 def _refuse_leftovers(leftover: list[str], known: list[str], first: Candidate, hint: str) -> None:
     if leftover:
         raise CandidateError(
             f"{first.label}: the model has no tensor {leftover[0]!r}{nearest(leftover[0], known)} "
-            f"({len(leftover)} such tensors: {some(leftover)}). Use the model that the candidates are of, or name "
-            f"tensors to skip in `ignore`.{hint}"
+            f"({len(leftover)} such tensors: {some(leftover)}). Use the model of the candidates, or name tensors to "
+            f"skip in `ignore`.{hint}"
         )
 
 
@@ -263,7 +262,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], first: Candidate) -> No
         if first.shape(name) != shape:
             raise CandidateError(
                 f"{first.label}: tensor {name!r} has shape {first.shape(name)}, the model's is {shape}; candidates "
-                "must be of the same architecture as the model."
+                "must have the architecture of the model."
             )
 
 
@@ -283,17 +282,17 @@ def require_same_kinds(
     first: Candidate,
     complex_in_files: Collection[str],
 ) -> None:
-    """Refuse a tensor that is complex, floating point or integer in the model, and another of these in the candidates.
+    """Check that each tensor is of the same kind in model and candidates: complex, floating point or integer.
 
     Args:
-        layout: the tensors of the model that candidates hold.
+        layout: the tensors of the model that candidates contain.
         model: the types of the model's tensors.
-        complex_in_model: names of those that are pairs of real numbers here, and complex in the model.
-        first: one of the candidates, which are known to be alike.
-        complex_in_files: names of those that are complex there.
+        complex_in_model: the names of complex tensors of the model, which are pairs of real numbers in `model`.
+        first: one of the candidates, which have been checked to have the same tensors.
+        complex_in_files: the names of tensors that are complex in the candidates.
 
     Raises:
-        CandidateError: names the tensor.
+        CandidateError: a tensor is of another kind. The message names it.
     """
     for name in layout.held_as:
         source = layout.source(name)
@@ -301,8 +300,8 @@ def require_same_kinds(
         wanted = _kind(model[name], name in complex_in_model)
         if found != wanted:
             raise CandidateError(
-                f"{first.label}: tensor {source!r} is {found}, the model's is {wanted}; candidates must be of the same "
-                "architecture as the model, and be saved in types of the same kind."
+                f"{first.label}: tensor {source!r} is {found}, the model's is {wanted}; candidates must have the "
+                "architecture of the model, and types of the same kind."
             )
 
 

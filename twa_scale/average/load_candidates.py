@@ -35,7 +35,7 @@ class LoadedCandidates:
     buffers: dict[str, torch.Tensor]
     """Values of buffers, on the first rank."""
     differing: dict[str, int]
-    """The names of copied tensors that differ between candidates, and the index of the candidate they are from."""
+    """The copied tensors that differ between candidates, with the index of the candidate from which they are copied."""
 
 
 def load_candidates(
@@ -154,7 +154,7 @@ def _read_buffers(
     }
     averaged = {span: source for span, source in sources.items() if not isinstance(source, int)}
     statistics = {span: Target(center=values[spans[span]]) for span in averaged}
-    stream.make_deltas(statistics, next(iter(averaged.values()), weights))  # all have the same weights
+    stream.make_deltas(statistics, next(iter(averaged.values()), weights))  # all use the same weights
     for span, start, part in stream.copies({s: source for s, source in sources.items() if isinstance(source, int)}):
         values[spans[span]][start : start + len(part)] = part
     return values

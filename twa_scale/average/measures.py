@@ -41,7 +41,7 @@ def effective_candidates(a: torch.Tensor, elements: Sequence[int]) -> float:
     """Return the number of candidates whose uniform mean reduces independent noise of the candidates as much.
 
     For one group it is (sum_i a_i)^2 / sum_i a_i^2: n for the uniform mean, 1 for a single candidate, and less than 1
-    where large coefficients of both signs amplify the noise. For several groups it is the harmonic mean over elements.
+    if large coefficients of both signs amplify the noise. For several groups it is the harmonic mean over elements.
 
     Args:
         a: the averaging coefficients, (n, G).
@@ -52,7 +52,7 @@ def effective_candidates(a: torch.Tensor, elements: Sequence[int]) -> float:
     """
     a = a.to(torch.float64)
     noise = a.square().sum(0) / a.sum(0).square()
-    # A group of no elements, 0 * inf, has no part in the mean.
+    # A group without elements, 0 * inf, does not contribute.
     mean = float(torch.nan_to_num(noise * _shares(elements), nan=0.0, posinf=torch.inf).sum())
     return 1 / mean if mean else 0.0
 

@@ -1,4 +1,4 @@
-"""Changes of the parameters of a model since attach: replaced, frozen or added ones."""
+"""Finds changes of a model since attach: replaced, frozen and added parameters."""
 
 from collections.abc import Collection
 
@@ -27,10 +27,10 @@ class ModelChanges:
         self._record()
 
     def check(self) -> None:
-        """Refuse trained parameters that were replaced or frozen, and report once those that are trainable only now.
+        """Check that no trained parameter was replaced or frozen, and report once those that became trainable.
 
         Raises:
-            EngineError: names a parameter; also if its module was replaced, so that it is not in the model any more.
+            EngineError: a parameter or its module was replaced, or the parameter was frozen. The message names it.
         """
         if self._tree_changed():
             self._check_held()
@@ -38,14 +38,14 @@ class ModelChanges:
         for name, parameter in self._trained.items():
             if not parameter.requires_grad:
                 raise EngineError(
-                    f"parameter {name!r} requires no gradient any more, so its part of the gradient is missing, and "
-                    "the step would still change it. Freeze parameters before attach, or name them in `exclude`."
+                    f"parameter {name!r} no longer requires a gradient, so its part of the gradient is missing, but "
+                    "the step would change it. Freeze parameters before attach, or name them in `exclude`."
                 )
         if late := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
             self._frozen = {}
             notice(
-                f"{some(late)} required no gradient at attach, so the average does not train it. Set requires_grad "
-                "before attach."
+                f"{some(late)} did not require a gradient at attach, so the average does not train it. Set "
+                "requires_grad before attach."
             )
 
     def _record(self) -> None:
@@ -54,13 +54,13 @@ class ModelChanges:
         self._counts = [(module, len(module._modules), len(module._parameters)) for module in modules]
 
     def _tree_changed(self) -> bool:
-        """Return whether a module was replaced, or has got or lost a child or a parameter."""
+        """Return whether a module was replaced, or children or parameters of a module were added or removed."""
         return any(module._modules.get(key) is not child for module, key, child in self._children) or any(
             len(module._modules) != children or len(module._parameters) != own for module, children, own in self._counts
         )
 
     def _check_held(self) -> None:
-        """Refuse a model that does not hold the trained parameters, and report those that were added."""
+        """Check that the model has the trained parameters, and report added ones."""
         now, _ = named_parameters(self._module)
         held = {id(parameter) for parameter in now.values()}
         if gone := [name for name, parameter in self._trained.items() if id(parameter) not in held]:

@@ -31,7 +31,7 @@ from twa_scale.store import Store, step_cost, update_bytes
 
 
 class Observed:
-    """The part of a `TrainableAverage` that changes nothing. The attributes are those of the average."""
+    """The read-only part of a `TrainableAverage`, which has the attributes."""
 
     pods: Pods
     layout: Layout
@@ -82,7 +82,7 @@ class Observed:
     def row_norms(self) -> dict[str, torch.Tensor]:
         """Return the norms over candidates of `row_corrections`, (rows,) float32 by tensor. Collective.
 
-        They take 1/n of the memory: each rank computes those of its rows.
+        They take 1/n of the memory of `row_corrections`. Each rank computes the norms of its rows.
         """
         return {} if self._rows is None else self._rows.norms()
 
@@ -116,12 +116,12 @@ class Observed:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the candidates that this rank has read."""
+        """The bytes of the candidates that this rank has read."""
         return sum(candidate.bytes_read for candidate in self._candidates)
 
     @property
     def store_bytes(self) -> int:
-        """Bytes of deltas and center that this rank holds."""
+        """The bytes of the deltas and the center on this rank."""
         return self._store.nbytes
 
     @while_open
@@ -138,7 +138,7 @@ class Observed:
         elements = sum(len(span) for span in self._spans)
         weights = sum(self._engine.live(span).nbytes for span in self._spans)
         mapped = 0
-        if isinstance(store_kind(self.config.store), MappedFiles):  # reads candidate files instead of deltas
+        if isinstance(store_kind(self.config.store), MappedFiles):  # these read candidate files instead of deltas
             indices = range(self.num_candidates)
             mapped = job_bytes(self._candidates, [(self.layout.in_candidates(span), indices) for span in self._spans])
         nbytes = update_bytes(self._store.nbytes, elements, mapped=mapped, weights=weights)
@@ -148,7 +148,7 @@ class Observed:
         """Return the provenance of the current weights, as in twa_scale.json of an export.
 
         Args:
-            wrote: what is written.
+            wrote: a name for the output.
             more: further entries.
         """
         shown = self._swapped.now

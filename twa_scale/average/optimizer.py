@@ -44,7 +44,7 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter, lr: float | None = None) 
     """Return the optimizer of the coefficients `x`, by its name in torch.optim. `lr` is by default that of `config`.
 
     Raises:
-        ConfigError: this version of torch does not have the class, or the class refuses an option or a value.
+        ConfigError: this version of torch does not have the class, or the class rejects an option or a value.
     """
     known: dict[str, Callable[..., torch.optim.Optimizer]] = {
         name.lower(): value for name, value in vars(torch.optim).items() if isinstance(value, type)
@@ -56,13 +56,13 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter, lr: float | None = None) 
     taken = inspect.signature(kind).parameters
     if unknown := [key for key in settings.options if key not in taken]:
         raise ConfigError(
-            f"optimizer.{unknown[0]}: {settings.name} of torch {torch.__version__} takes no {unknown[0]!r}, which "
+            f"optimizer.{unknown[0]}: {settings.name} of torch {torch.__version__} has no option {unknown[0]!r}, which "
             "a later torch has; leave it out, or install a later torch."
         )
     try:
         return kind([x], lr=config.lr if lr is None else lr, **settings.options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {settings.name} refuses these options: {error}.") from error
+        raise ConfigError(f"optimizer: {settings.name} rejects these options: {error}.") from error
 
 
 def checked_lr(lr: Any, where: str) -> float:
@@ -107,7 +107,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def take_over(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load `state` as `load_optimizer` does, without a copy: the optimizer then has its tensors."""
+    """Load `state` as `load_optimizer` does, but without a copy: the optimizer uses the tensors of `state`."""
     for key, value in optimizer.param_groups[0].items():  # keys that a later version of torch has added
         state["param_groups"][0].setdefault(key, value)
     optimizer.load_state_dict(state)

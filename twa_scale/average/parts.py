@@ -1,4 +1,4 @@
-"""The parts that an average is made of."""
+"""The objects that an average consists of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from twa_scale.store import Store
 
 @dataclass(frozen=True)
 class Parts:
-    """What exists before the average: the settings, the model, the ranks, and the candidates in their store."""
+    """The settings, the model, the ranks, and the candidates in their store, which exist before the average."""
 
     config: TwaConfig
     engine: Engine
-    """Holds the model."""
+    """The engine that holds the model."""
     pods: Pods
     """All ranks."""
     reduction: Reduction
@@ -28,6 +28,6 @@ class Parts:
     store: Store
     """Holds the deltas and the center of this rank's spans."""
     candidates: Sequence[Candidate]
-    """In training order."""
+    """The candidates in training order."""
     carried: CarriedFiles
-    """Small files that exports take over from the candidates."""
+    """The small files that exports copy from the candidates."""

@@ -40,21 +40,22 @@ def choose_rate(
 ) -> ChosenRate:
     """Train with each of several learning rates, and set `average` to the one with the best score. Collective.
 
-    Each trial starts from the present coefficients, moments and buffers of the module's state dict, which are restored
-    at the end, also after an error: what the trials reach is dropped. `average` has the rate of the trial while `train`
-    and `score` run (`average.config.lr`, and `lr` of the parameter groups of its optimizer). Make a scheduler of the
-    whole training afterwards; `train` may make one for each trial. Of rates with the same score, the one nearest to
-    the present rate is taken, and a `TwaWarning` says so.
+    Each trial starts from the current coefficients, moments and buffers of the module's state dict, which are restored
+    at the end, also after an error. The results of the trials are dropped. `average` has the rate of the trial while
+    `train` and `score` run (`average.config.lr`, and `lr` of the parameter groups of its optimizer). Create a scheduler
+    of the whole training afterwards; `train` may create one for each trial. Among rates with the same score, the one
+    nearest to the current rate is chosen, with a `TwaWarning`.
 
     Args:
         average: an average from `attach`.
-        train: called on every rank; takes a few steps, on the same batches in each call.
-        score: called on every rank after it; returns the same number on all ranks, of data that `train` does not use.
-        rates: the rates to try; by default a third of the present rate, the rate, and three times it.
+        train: called on every rank. It takes a few steps, on the same batches in each call.
+        score: called on every rank after `train`. It returns the same number on all ranks, computed on data that
+            `train` does not use.
+        rates: the rates to try; by default a third of the current rate, the rate, and three times the rate.
         higher_is_better: False for a loss.
 
     Raises:
-        ConfigError: `rates` are not positive numbers, a scheduler is at work, no step of `train` has changed the
+        ConfigError: `rates` are not positive numbers, the optimizer has a scheduler, no step of `train` has changed the
             coefficients, or a score is not a number or differs between ranks; on every rank.
         NotFiniteError: training has diverged with each of the rates.
         Exception: an error of `train` or `score`; on every rank.
@@ -66,8 +67,8 @@ def choose_rate(
             raise ConfigError("choose_rate: rates are empty; give one or more positive numbers.")
         if any("initial_lr" in group for group in average.optimizer.param_groups):
             raise ConfigError(
-                "choose_rate: the optimizer has a scheduler, whose rates would replace those of the trials. Make it "
-                "after choose_rate; `train` may make one for each trial."
+                "choose_rate: the optimizer has a scheduler, whose rates would replace those of the trials. Create it "
+                "after choose_rate; `train` may create one for each trial."
             )
     require_same_settings(average.pods, {"rates": chosen, "higher_is_better": higher_is_better})
     back = average.remember()
@@ -75,8 +76,8 @@ def choose_rate(
     finite = [trial for trial in tried if isfinite(trial.score)]
     if not finite:
         raise NotFiniteError(
-            f"training diverges with each of the rates {', '.join(f'{lr:g}' for lr in chosen)}: look at the data and "
-            "the loss, or give lower rates."
+            f"training diverges with each of the rates {', '.join(f'{lr:g}' for lr in chosen)}: check the data and the "
+            "loss, or give lower rates."
         )
     highest = (max if higher_is_better else min)(trial.score for trial in finite)
     equal = [trial for trial in finite if trial.score == highest]
@@ -85,7 +86,7 @@ def choose_rate(
     if len(equal) > 1 and average.pods.rank == 0:
         notice(
             f"the learning rates {', '.join(f'{trial.lr:g}' for trial in equal)} have the same score, {highest:g}: "
-            f"{best.lr:g} is taken. Take more steps with each, or a score of more data, to tell them apart."
+            f"{best.lr:g} is chosen. Take more steps with each, or a score of more data, to tell them apart."
         )
     return ChosenRate(tried, best)
 
@@ -97,11 +98,11 @@ def _score_of(
     score: Callable[[], float],
     back: Callable[[], None],
 ) -> float:
-    """Return the score of a trial, or NaN if it diverges, and go back. Collective.
+    """Return the score of a trial, or NaN if it diverges, and restore the state before it. Collective.
 
     Raises:
         Exception: an error of `train` or `score` on any rank. If other ranks may wait in a collective, this rank does
-            not go back.
+            not restore the state.
     """
     average.set_lr(lr)
     before = average.updates

@@ -9,7 +9,7 @@ from twa_scale.engines import Engine
 
 
 def remembered(engine: Engine, written: WrittenCoefficients, optimizer: AverageOptimizer) -> Callable[[], None]:
-    """Return a function that restores the present coefficients, moments and buffers, and writes the weights.
+    """Return a function that restores the current coefficients, moments and buffers, and writes the weights.
 
     The function is collective. It also restores the counters and the loss scale of DeepSpeed.
     """
@@ -27,7 +27,7 @@ def remembered(engine: Engine, written: WrittenCoefficients, optimizer: AverageO
             live[name].copy_(value)
         counters()
         for group, known in zip(optimizer.param_groups, keys, strict=True):
-            for added in group.keys() - known:  # by schedulers
+            for added in group.keys() - known:  # keys added by schedulers
                 del group[added]
 
     return restore

@@ -38,10 +38,10 @@ class Stateful(Observed):
 
     @while_open
     def remember(self) -> Callable[[], None]:
-        """Return a function that restores the present coefficients, moments, learning rate and buffers. Not collective.
+        """Return a function that restores the current coefficients, moments, learning rate and buffers. Not collective.
 
-        The function is collective. It holds copies of what this rank has, and nothing is gathered: kilobytes, and with
-        `groups: tensor+row` the corrections and the moments of this rank's rows.
+        The function is collective. It holds copies of the values of this rank: kilobytes, and with `groups: tensor+row`
+        the corrections and the moments of this rank's rows.
         """
         if self._swapped:
             raise TwaError("remember() inside weights(): leave it first.")
@@ -56,18 +56,18 @@ class Stateful(Observed):
 
     @while_open
     def state_dict(self, directory: str | Path | None = None, *, best: Held | None = None) -> dict[str, Any]:
-        """Return the state that `load_state_dict` continues from, with any engine and number of ranks: kilobytes.
+        """Return the state that `load_state_dict` continues from, with any engine and number of ranks.
 
-        It is the same on every rank, except BatchNorm statistics of models whose ranks have different ones. With
+        It takes kilobytes and is equal on every rank, except for BatchNorm statistics that differ between ranks. With
         `groups: tensor+row`, the call is collective, and the state has the corrections of all rows and their moments,
         in float32 on the CPU. Give a directory for models with many rows.
 
         Args:
-            directory: with `groups: tensor+row`, write the rows to a file in a new directory in this one, each rank its
-                own rows, and return a state that names it. Save the state in this directory, and give it to
-                `load_state_dict`. All ranks have to see it, and to give it. Each call makes a new
+            directory: with `groups: tensor+row`, write the rows to a file in a new directory inside this one, and
+                return a state that names it. Each rank writes its own rows, so all ranks must give this directory on a
+                shared file system. Save the state in it, and give it to `load_state_dict`. Each call creates a new
                 directory, `state["rows"]["stored"]["directory"]`. The caller removes those that only older states name.
-            best: another average of this object, whose rows the file has, too.
+            best: another average of this object, whose rows are also written to the file.
 
         Raises:
             OutputError: the file could not be written; on every rank.
@@ -90,12 +90,12 @@ class Stateful(Observed):
 
         Args:
             state: the state.
-            directory: the directory that `state_dict` was given. Each rank reads its own rows there.
+            directory: the directory that was given to `state_dict`. Each rank reads its own rows from it.
 
         Raises:
-            StateError: a field is missing or has another type or shape, the candidates are other ones, or a setting
-                that the coefficients depend on differs, or the file of rows is missing or damaged; raised on every
-                rank. The average is unchanged.
+            StateError: a field is missing or has another type or shape, the candidates or a setting on which the
+                coefficients depend differ, or the file of rows is missing or damaged. Raised on every rank; the average
+                is unchanged.
         """
         place = None if directory is None else Path(directory)
         given = [] if self._rows is None else self.pods.gather(place is not None)
@@ -157,7 +157,7 @@ class Stateful(Observed):
 
 
 def _require_on_all(call: str, given: list[bool]) -> None:
-    """Check that all ranks, or none, give a directory; `given` says it by rank."""
+    """Check that all ranks or none give a directory. `given` has one value for each rank."""
     if len(set(given)) > 1:
         with_one, without = given.index(True), given.index(False)
         raise StateError(

@@ -62,7 +62,7 @@ class CoefficientStep:
             return False
         self._drain()
         with self._clock.part("reduce"):
-            products, norm = self._gradients.reduced(self._reduction)  # small tensors on the CPU from here on
+            products, norm = self._gradients.reduced(self._reduction)  # small tensors on the CPU
         self._gradients.require_any(products, self._pods)
         if scaler and not scaler.is_enabled():
             scaler = None  # a disabled scaler does not check for overflow
@@ -75,7 +75,7 @@ class CoefficientStep:
             if self._engine.loss_scale:
                 return False
             raise NotFiniteError(
-                "the gradient is not finite: look for a diverging loss or an overflow, then lower the rate."
+                "the gradient is not finite: check for a diverging loss or an overflow, then lower the rate."
             )
         if finite and self._written.rows is not None:
             self._written.rows.reduce(clip / scale)
@@ -131,7 +131,7 @@ class CoefficientStep:
         """Step the optimizer with the gradient of these products, (n + 1, G), and write the weights. Collective.
 
         Args:
-            products: still scaled if there is a scaler.
+            products: the reduced products, scaled like the loss if there is a scaler.
             scaler: the scaler of the loss.
         """
         gradient = self._written.gradient(products)

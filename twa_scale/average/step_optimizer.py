@@ -162,7 +162,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         self._average.load_state_dict({**state_dict[_AVERAGE], "optimizer": inside})
 
     def _refuse_unsaved_rows(self) -> None:
-        """Refuse a Trainer that would ask one rank for the rows of all. Every rank raises before the first checkpoint.
+        """Raise an error on every rank, before the first checkpoint, if a Trainer would save the rows of one rank only.
 
         Raises:
             TwaError: names the callback that saves them.
@@ -172,24 +172,24 @@ class AverageOptimizer(torch.optim.Optimizer):
         if saved_by_callback(self) is False:
             raise TwaError(
                 "transformers' Trainer asks only the first rank for the state of its optimizer, and with groups "
-                "'tensor+row' each rank holds its own rows. Let a callback save them: "
+                "'tensor+row' each rank holds its own rows. Use a callback to save them: "
                 "callbacks=[CoefficientsCallback(twa)] of twa_scale.integrations.transformers."
             )
 
     def inside_states(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Return copies of the states of the inner optimizer and of that of this rank's rows, for `load_inside`."""
+        """Return copies of the states of the inner optimizer and of this rank's rows, for `load_inside`."""
         rows = None if self._rows is None else {"optimizer": deepcopy(self._rows.optimizer.state_dict())}
         return deepcopy(self.inside.state_dict()), rows
 
     def load_inside(self, state: dict[str, Any], rows: dict[str, Any] | None) -> None:
-        """Load a copy of the state of the inner optimizer, and take over that of the rows, which may be large."""
+        """Load a copy of the state of the inner optimizer, and the state of the rows, which may be large, as it is."""
         load_optimizer(self.inside, state)
         if self._rows and rows:
             take_over(self._rows.optimizer, rows["optimizer"])
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise an error: only the coefficients are trained.
+        """Raise an error, because only the coefficients are trained.
 
         Raises:
             TwaError: always, except in the constructor.
@@ -217,7 +217,7 @@ def refuse_unpacking() -> NoReturn:
 
 
 def refuse_copies(what: str) -> NoReturn:
-    """Raise the TwaError of an object that cannot be pickled or copied: it holds hooks, files and live weights."""
+    """Raise the TwaError of an object that cannot be pickled or copied: it holds hooks and open files."""
     raise TwaError(
         f"{what} cannot be pickled or copied: it holds the hooks of the model and the open candidates. Save its "
         "state_dict(); attach again and load_state_dict() continue from it."

@@ -16,8 +16,8 @@ _BACKWARD = (
     "and call zero_grad() to clear the gradients of this pass."
 )
 _LOST = (
-    "weights() was left by an error before all ranks had left it, so that they could not restore the trained weights "
-    "together, and this rank still has the others. End the run on all ranks, and continue from its last state."
+    "an error ended weights() before all ranks had left it, so that they could not restore the trained weights "
+    "together, and this rank still has other weights. End the run on all ranks, and continue from its last state."
 )
 
 
@@ -60,7 +60,7 @@ class SwappedWeights:
     def showing(self, which: Which, choose: Callable[[], torch.Tensor | None]) -> Iterator[None]:
         """Write the weights of `choose()` for a `with` block, then restore weights and buffers. Collective.
 
-        If every rank leaves the block, some by an error, the weights are restored and the error is raised on every
+        If every rank leaves the block, some with an error, the weights are restored and the error is raised on every
         rank. If a rank does not reach the end of the block, it may wait in a collective: the weights are not restored,
         and the error is raised only on the ranks that have left.
 
@@ -71,7 +71,7 @@ class SwappedWeights:
 
         Raises:
             ConfigError: ranks choose different weights.
-            RankError: a rank left the block by an error and did not restore the weights.
+            RankError: a rank left the block with an error and did not restore the weights.
         """
         with self._pods.agree():
             chosen = choose()
@@ -102,13 +102,13 @@ class SwappedWeights:
         finally:
             before = self._held.pop()
             for name, buffer in self._engine.buffers().items():
-                if name in before:  # not registered in the block
+                if name in before:  # skip those that were registered in the block
                     buffer.copy_(before[name])
         if failure is not None:
             raise failure
 
     def together(self, failure: BaseException | None) -> BaseException | None:
-        """Return the error that left a block on this rank or on another one, after all ranks have left it. Collective.
+        """Return the error that ended a block on this rank or on another one, after all ranks have left it. Collective.
 
         Raises:
             BaseException: `failure`, if a rank has not left the block.

@@ -29,7 +29,7 @@ class Weights:
         groups: the index of the group of each trained span of this rank.
         layout: names the trained tensors, the same on every rank.
         clock: measures the time of `combine` and `publish`.
-        postpone: whether each unit of the engine can be written as late as before its next use.
+        postpone: whether the write of each unit of the engine can be deferred to its next use.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class Weights:
         self._note(self._names_of_rest if postpone else self._names)
 
     def count_write(self) -> None:
-        """Count a write of all weights as torch counts its own, which kernels of other libraries do not.
+        """Increase the version of all weights, which only torch's own kernels do.
 
-        A backward pass through a graph that was made before the write then is an error, as after a step of an optimizer
-        of torch, and not a gradient of weights that are no more.
+        A backward pass through a graph from before the write is then an error, as after a step of an optimizer of
+        torch.
         """
         for span in self._groups:
             torch.autograd.graph.increment_version(self._engine.live(span))
@@ -104,7 +104,7 @@ class Weights:
         return noted
 
     def check(self) -> None:
-        """Refuse or report changes of the model since attach, before a step overwrites the weights.
+        """Raise an error or report if the model has changed since attach, before a step overwrites the weights.
 
         Raises:
             EngineError: a parameter was replaced by another one, or frozen.

@@ -33,7 +33,7 @@ class WrittenCoefficients:
         limits: checks that they are finite.
         swapped: the weights that are shown in place of the trained ones.
         spans: the trained spans of this rank.
-        postpone: whether weights can be written as late as before their next use.
+        postpone: whether writes of weights can be deferred to their next use.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class WrittenCoefficients:
             self._weights.count_write()
             self.write(postpone=self._postpone)
             self._limits.require_weights(self._spans)
-        except RankError:  # writing again would wait for the same rank
+        except RankError:  # another write would wait for the same rank
             raise
         except TwaError:
             self._restore(before)
@@ -101,7 +101,7 @@ class WrittenCoefficients:
             raise
 
     def write(self, *, postpone: bool = False) -> None:
-        """Write the current weights; with `postpone`, defer those that can wait for the next forward. Collective."""
+        """Write the current weights. With `postpone`, defer writes to the next forward pass if possible. Collective."""
         self._weights.write(self.current, postpone=postpone)
 
     def current(self) -> tuple[torch.Tensor, RowCorrections | None]:

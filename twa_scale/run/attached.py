@@ -32,7 +32,7 @@ from twa_scale.run.tasks import SPLITS, Examples, Task, build_task
 
 
 class AttachedRun:
-    """A task and its data; after `attach`, also the model and the average. What takes steps and evaluates.
+    """A task and its data; after `attach`, also the model and the average. It takes steps and evaluates.
 
     Args:
         config: the settings.
@@ -91,7 +91,7 @@ class AttachedRun:
         """Return the examples of a split.
 
         Raises:
-            ConfigError: the split is none of the usual ones, and the task does not know it.
+            ConfigError: the task does not know the split.
         """
         try:
             return self.task.dataset(split)
@@ -140,7 +140,7 @@ class AttachedRun:
         return self.twa.pods.sum_(asked).item() > 0
 
     def reset_clocks(self) -> None:
-        """Leave out of the cost of a step what has been measured until now."""
+        """Reset the measured times, so that the cost of a step does not include earlier work."""
         self.clock.read()
         self.twa.clock.read()
 
@@ -166,7 +166,7 @@ class AttachedRun:
                 self.engine.backward(self.model, loss)
             sums[0] += loss.detach()
             if self.engine.counts_micro_batches and i + 1 < num_micro:
-                self.twa.step()  # for DeepSpeed: counts a micro-batch
+                self.twa.step()  # counts a micro-batch of DeepSpeed
         rates = (self.twa.config.lr, self.twa.config.row_lr)
         rate = set_rates(self.twa.optimizer, rates, self.config.schedule, position, self.num_steps)
         self.twa.step()
@@ -179,9 +179,9 @@ class AttachedRun:
     def measure(self, *, recalibrate: bool = True, every: int = 1) -> dict[str, float]:
         """Return the metrics of the current weights, after recalibration of BatchNorm statistics. Collective.
 
-        They are of each `every`-th batch of the evaluation.
+        They are computed on each `every`-th batch of the evaluation.
         """
-        self.twa.settle()  # the time of waiting for weights is measured in training steps only
+        self.twa.settle()  # so that only training steps measure the time of waiting for weights
         if recalibrate:
             self.recalibrate()
         with self.engine.autocast(self.device):

@@ -35,7 +35,7 @@ class Batches:
     def training(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of this rank at `step`. The order is shuffled in every epoch."""
         epoch, position = divmod(step, self.per_epoch)
-        # stretches of examples that are read together: see Examples
+        # the numbers of examples that are read together: see Examples
         stretches = tuple(getattr(self.examples, "stretches", ())) or (len(self.examples),)
         order = _order(stretches, self.seed, epoch)
         share = self.batch_size // self.size
@@ -59,12 +59,12 @@ class Batches:
         Every rank gets the same number of batches, since a forward pass may be collective. A rank without examples
         left gets the first one again, with `counts` False.
 
-        Examples that have `token_counts` come longest first, so that those of a batch have similar lengths and little
-        of it is padding. A lack of memory then shows at the first batch.
+        Examples with `token_counts` are sorted, longest first, so that a batch has examples of similar lengths and
+        little padding. If memory is not sufficient, the first batch fails.
 
         Args:
             limit: the largest number of global batches, so that the examples do not depend on the number of ranks.
-            every: of these, only each `every`-th global batch, beginning with the first one.
+            every: yield only each `every`-th of these global batches, starting with the first one.
         """
         examples = self._once
         starts = range(0, len(examples), self.batch_size)[: self.num_in_order(limit) : every]
@@ -72,8 +72,7 @@ class Batches:
         if (counts := getattr(examples, "token_counts", None)) is not None:
             if len(counts) != len(examples):
                 raise ConfigError(
-                    f"token_counts: the examples of the task have {len(counts)}, and there are {len(examples)} "
-                    "examples; give one for each."
+                    f"token_counts: the task has {len(counts)} counts for {len(examples)} examples; give one for each."
                 )
             order.sort(key=lambda i: int(counts[i]), reverse=True)
         share = self.micro_batch_size
@@ -85,7 +84,7 @@ class Batches:
 
 @lru_cache(maxsize=2)
 def _order(stretches: tuple[int, ...], seed: int, epoch: int) -> torch.Tensor:
-    """Return a random order of stretches of consecutive examples, and of the examples in each."""
+    """Return a random order of runs of consecutive examples, and of the examples in each run."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     if len(stretches) == 1:
         return torch.randperm(stretches[0], generator=generator)

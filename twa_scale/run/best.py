@@ -38,10 +38,10 @@ class BestAverage:
         self.best: KeptState | None = None
         """The best average, without the corrections of rows."""
         self.held: Held | None = None
-        """The same on this rank, with those of its rows."""
+        """The best average, with the corrections of this rank's rows."""
 
     def restore(self, state: RunState, average: TrainableAverage, directory: Path) -> bool:
-        """Restore the best average of a state. Return whether it is usable: it has to be of the same data. Collective.
+        """Restore the best average of a state, and return whether it was evaluated on the same data. Collective.
 
         Args:
             state: the state of the run.

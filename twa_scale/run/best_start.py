@@ -8,11 +8,11 @@ from twa_scale.run.best import BestAverage
 
 _EMA = ("ema:0.8", "ema:0.9", "ema:0.95")
 
-# All averages are first evaluated on every fourth batch, and the best three of them on all batches. They see the same
+# All averages are first evaluated on every fourth batch, and the best three of them on all batches. They use the same
 # batches, so that their differences vary less than their losses.
 SCREENED_BY = 4
 FINALISTS = 3
-FEWEST_BATCHES = 8  # so that at least two are every fourth
+FEWEST_BATCHES = 8  # so that every fourth batch gives at least two
 
 Metrics = dict[str, float]
 

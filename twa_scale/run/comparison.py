@@ -9,7 +9,7 @@ from twa_scale.run.best import BestAverage
 BEST, LAST = "best candidate", "last candidate"
 CENTER, TRAINED, EXPORTED = "center", "trained", "exported"
 MEMORIZED = 0.7
-"""The ratio of the loss on training data to that on held-out data below which a run says that they are memorized."""
+"""The ratio of training loss to held-out loss below which a run reports that the training data is memorized."""
 Measured = dict[str, dict[str, float]]
 
 
@@ -19,7 +19,7 @@ def single(measured: Mapping[str, Any]) -> str:
 
 
 def verdict(kept: BestAverage, split: str, measured: Measured) -> str:
-    """Return what the exported average is better than: the best candidate, or the last one, and the center."""
+    """Return the comparison of the exported average with the best or last candidate and with the center."""
     found, center = _against_candidate(kept, split, measured), measured.get(CENTER)
     if center is None or kept.better(measured[EXPORTED], center):
         return found
@@ -43,7 +43,7 @@ def _against_candidate(kept: BestAverage, split: str, measured: Measured) -> str
 
 
 def evaluated_on(config: RunConfig) -> str:
-    """Return what the evaluations were on, as a title."""
+    """Return a title with the split of the evaluations."""
     trained = ", on which the coefficients were trained" if config.evaluate_split == config.split else ""
     return f"Evaluation on the {config.evaluate_split} split{trained}"
 
@@ -79,7 +79,7 @@ def exported_as(kept: BestAverage, split: str, keep: str, step: int) -> str:
 
 
 def advice(kept: BestAverage, config: RunConfig, step: int, training_loss: float | None) -> str | None:
-    """Return what to change if the start was better than each later evaluation, else None.
+    """Return advice if the start was better than each later evaluation, else None.
 
     Args:
         kept: the best average.

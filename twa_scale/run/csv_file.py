@@ -13,10 +13,10 @@ CSV = "metrics.csv"
 
 
 class CsvFile:
-    """A row for each line of metrics.jsonl and a column for each metric. A metric that is new makes the file anew.
+    """A row for each line of metrics.jsonl and a column for each metric. A new metric causes the file to be rewritten.
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
         known: returns all lines of metrics.jsonl so far.
         say: called with one line of text.
 
@@ -44,11 +44,11 @@ class CsvFile:
             self._is_stale = False
         except OutputError as error:
             if not self._is_stale:
-                self._say(f"{error} The run continues; the file is made anew when there is space.")
+                self._say(f"{error} The run continues; the file is rewritten when there is space.")
             self._is_stale = True
 
     def close(self) -> None:
-        """Write the rows that a full disk has delayed."""
+        """Write the rows that were delayed by a full disk."""
         if not self._is_stale:
             self._file.close()
 

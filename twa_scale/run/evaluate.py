@@ -23,8 +23,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean of every metric of the task over the examples of all ranks. Collective.
 
-    The mean of a metric is over the examples that it counts; it may be missing in some batches or on some ranks. The
-    model is in evaluation mode.
+    The mean of a metric is over the examples that it counts. A metric may be missing in some batches or on some ranks.
+    The model is in evaluation mode.
 
     Args:
         task: computes the metrics.
@@ -33,7 +33,7 @@ def evaluate(
         group: all ranks.
         device: the device of the model.
         limit: the largest number of global batches.
-        every: of these, only each `every`-th one.
+        every: evaluate only each `every`-th of these batches.
 
     Raises:
         ConfigError: a metric counts no example, or is not a sum and a count; on every rank.
@@ -56,7 +56,7 @@ def evaluate(
 
 
 def _summary(task: Any, kept: list[Any], group: Group) -> dict[str, float]:
-    """Return the values that a task computes of the items of all ranks."""
+    """Return the values that a task computes from the items of all ranks."""
     items = [item for of_rank in group.gather(kept) for item in of_rank]
     with group.agree():
         summary: dict[str, float] = task.summarize(items)

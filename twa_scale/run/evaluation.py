@@ -14,7 +14,7 @@ from twa_scale.run.comparison import Measured
 from twa_scale.run.progress import Report
 from twa_scale.run.resume import AVERAGE
 
-# Settings of a run that say how the tensors of a file become those of the model. Others are about averages.
+# The settings of a run that map the tensors of a file to those of the model. Others concern averages.
 _OF_READING = {
     "kernels", "read_chunk", "reads_in_flight", "include", "exclude", "ignore", "missing", "space", "weights_key",
     "rename", "prefix",
@@ -32,11 +32,12 @@ def evaluate_weights(
     """Evaluate weights in files on `evaluate_split`, one after another, on all ranks of the launcher. Collective.
 
     Args:
-        config: the settings of a run; the model, the data, the engine and how candidates are read are used.
+        config: the settings of a run; only those of the model, the data, the engine and the reading of candidates are
+            used.
         weights: paths and globs, in any format of candidates. By default, the last candidate and the average that the
             run has exported.
         report: the console output; by default, none.
-        recalibrate: compute the BatchNorm statistics of each anew from training data, as runs do.
+        recalibrate: whether to compute the BatchNorm statistics of each from training data, as runs do.
         found: called after each evaluation, on every rank, with the metrics so far.
 
     Returns:
@@ -64,11 +65,11 @@ def evaluate_weights(
 def _measured(run: AttachedRun, path: str, recalibrate: bool) -> dict[str, float]:
     """Read the weights as the only candidate of an average, so that each rank reads its own part of any format.
 
-    Each set of weights gets a new model: tensors that a file lacks keep the values of the model, not those of another.
+    Each set of weights gets a new model, because tensors that a file lacks keep the values of the model.
     """
     usual = TwaConfig(store="dense16", buffers="last")
     update = {name: getattr(usual, name) for name in TwaConfig.model_fields if name not in _OF_READING}
-    if Path(path) == Path(run.config.output) / AVERAGE:  # the run has written it, with one set of weights
+    if Path(path) == Path(run.config.output) / AVERAGE:  # the export of the run, which is one set of weights
         update["weights_key"] = None
     run.attach(run.config.model_copy(update={**update, "candidates": [path]}), minimum=1)
     metrics = run.measure(recalibrate=recalibrate)
@@ -80,7 +81,7 @@ def _measured(run: AttachedRun, path: str, recalibrate: bool) -> dict[str, float
 
 
 def _expanded(weights: Sequence[str]) -> list[str]:
-    """Return the paths that patterns match, without those that are there twice."""
+    """Return the paths that patterns match, each once."""
     return list(dict.fromkeys(str(path) for given in weights for path in expand(given)[0]))
 
 
@@ -98,5 +99,5 @@ def _of_run(config: RunConfig) -> list[str]:
             f"{output}: has no finished run. Name the weights to evaluate, or finish it with `twa-scale run`."
         )
     (average,) = _expanded([str(output / AVERAGE)])
-    # The model of averaged products has an adapter of the sum of all ranks, which no candidate has.
+    # With averaged products, the rank of the model's adapter is the sum of those of all candidates.
     return [average] if config.space == "product" else [state.candidates[-1], average]

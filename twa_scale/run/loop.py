@@ -107,12 +107,12 @@ class Run(AttachedRun):
                 self.report.say(caveat)
             return self._train()
         finally:
-            self.services.close(finished=False)  # a run that has finished has closed them
+            self.services.close(finished=False)  # a finished run has closed them
 
     def _found(self) -> tuple[dict[str, Any] | None, RunState | None]:
         """Return the summary of a finished run, else the state to continue from. Collective.
 
-        Only one rank reads the directory: a file system may differ between ranks. It locks the output directory.
+        Only one rank reads and locks the output directory, because ranks may see different files.
         """
         found: tuple[dict[str, Any] | None, RunState | None] = (None, None)
         with self.group.agree():
@@ -126,7 +126,7 @@ class Run(AttachedRun):
         if state and (summary := finished_summary(config, self.num_steps, state)):
             say(
                 f"{self.output}: this run has finished its {state.step} steps; nothing was done. Give more steps to "
-                "continue it, resume=false to start anew, or another output."
+                "continue it, resume=false to start again, or another output."
             )
             return summary, None
         with output_errors(self.output):
@@ -135,7 +135,7 @@ class Run(AttachedRun):
         self.lock.take()
         remove_leftovers(self.output)
         remove_unused_rows(self.output)
-        return None, find_state(config, self.num_steps, say)  # again, under the lock
+        return None, find_state(config, self.num_steps, say)  # read again while the lock is held
 
     def _attach(self, state: RunState | None) -> None:
         config = with_known_lr(self.config, state)
@@ -158,7 +158,7 @@ class Run(AttachedRun):
 
     def _train(self) -> dict[str, Any]:
         config = self.config
-        self._leave_if_asked()  # a signal may have come while candidates were read
+        self._leave_if_asked()  # a signal may have arrived while candidates were read
         at_start = self._choose_start() if self.step == 0 and self.rate is None else None
         if self.step == 0 or self._evaluation_is_due():
             self._evaluate(at_start)
@@ -185,7 +185,7 @@ class Run(AttachedRun):
         return self._finish()
 
     def _choose_start(self) -> dict[str, float] | None:
-        """Choose what the settings leave to held-out data: the start, and the learning rate. Collective.
+        """Choose the start and the learning rate on held-out data, if the settings ask for it. Collective.
 
         Returns:
             The metrics of the start, if they are known.

@@ -23,7 +23,7 @@ from twa_scale.run import comparison
 
 
 class Report:
-    """The console output on standard error; nothing is printed unless `active`."""
+    """The console output on standard error. Nothing is printed unless `active`."""
 
     def __init__(self, *, active: bool = True) -> None:
         self.active = active
@@ -61,7 +61,7 @@ class Report:
                 self.say(text)
         self._console.print(_cost_table(summary))
         steps = summary["steps"]
-        self.say(f"{steps} steps; the average is in {output / 'average'}, the picture is {output / 'coefficients.png'}")
+        self.say(f"{steps} steps; the average is in {output / 'average'}, the plot is {output / 'coefficients.png'}")
 
     def _bar(self, *columns: Any) -> rich.progress.Progress:
         # A bar on a console that cannot redraw lines prints an empty line.

@@ -11,19 +11,19 @@ _LEAST, _MOST = 5, 20
 
 
 class InterruptedSearch(Exception):
-    """A rank has received a signal during the search; raised on all ranks. The average is as before it."""
+    """A rank has received a signal during the search. Raised on all ranks, after the average was restored."""
 
 
 def trial_steps(num_steps: int) -> int:
-    """Return the steps of a trial: a tenth of the run's, 5 to 20, but not more than the run has."""
+    """Return the number of steps of a trial: a tenth of the steps of the run, from 5 to 20, but at most all of them."""
     return min(num_steps, max(_LEAST, min(_MOST, round(num_steps / 10))))
 
 
 def position(step: int, count: int, num_steps: int) -> int:
     """Return the step of the run whose place in the schedule is that of `step` in a trial of `count` steps.
 
-    So a trial has the whole schedule: the warmup, and the low rates before the evaluation. At a constant rate, the
-    noise of the last steps would favor lower rates, though the run ends with a lower rate than it is tried with.
+    A trial thus has the whole schedule: the warmup, and the low rates before the evaluation. At a constant rate, the
+    noise of the last steps would favor lower rates, although the run ends with a lower rate.
     """
     return int((step + 0.5) * num_steps / count)
 
@@ -31,11 +31,11 @@ def position(step: int, count: int, num_steps: int) -> int:
 def search_rate(run: AttachedRun) -> RateState:
     """Try a third of the usual rate, the rate, and three times it, and set the best. Collective.
 
-    The trials have the same start and the same batches, those of the first steps of the run. Where a trial ends is one
-    of the evaluations of the run, whose best is kept.
+    The trials have the same start and the same batches, those of the first steps of the run. The end of a trial counts
+    as an evaluation of the run, whose best average is kept.
 
     Args:
-        run: attached with the usual rate, before its first step.
+        run: the run, attached with the usual rate, before its first step.
 
     Raises:
         InterruptedSearch: a rank has received a signal.

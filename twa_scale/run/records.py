@@ -23,9 +23,9 @@ METRICS = "metrics.jsonl"
 
 
 class Records:
-    """A writer of metrics.jsonl, and of what `report_to` names; on other ranks it does nothing.
+    """A writer of metrics.jsonl and of the loggers in `report_to`. On other ranks it does nothing.
 
-    A full disk does not stop a run: see `AppendedFile`. The writer of TensorBoard would raise in a thread.
+    A full disk does not stop a run: see `AppendedFile`. TensorBoard's own writer would raise an error in a thread.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Records:
             active: whether this rank writes.
             step: the number of steps that are done.
             say: called with one line of text.
-            report_to: which files are written beside metrics.jsonl.
-            services: those that have begun; each line is sent to them.
+            report_to: the files that are written in addition to metrics.jsonl.
+            services: the services that were started. Each line is sent to them.
 
         Raises:
             OutputError: the files cannot be created; an older metrics.jsonl is unchanged.
@@ -85,10 +85,10 @@ class Records:
             self._services.write(line)
 
     def close(self, *, finished: bool = True) -> None:
-        """Close the files, after a last attempt to write lines that a full disk has delayed, and end the services.
+        """Close the files, after a last attempt to write lines that were delayed by a full disk, and end the services.
 
         Args:
-            finished: whether the run has come to its end.
+            finished: whether the run has finished.
         """
         for file in (self._metrics, self._table, self._board):
             if file:

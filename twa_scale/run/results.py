@@ -19,7 +19,7 @@ from twa_scale.run.records import read_records
 from twa_scale.run.resume import SUMMARY
 from twa_scale.version import __version__
 
-_RECORDED = 100  # times in a run that the coefficients are recorded beside the loss
+_RECORDED = 100  # the number of times in a run that the coefficients are recorded
 
 
 def are_due(step: int, num_steps: int, log_every: int) -> bool:
@@ -29,7 +29,7 @@ def are_due(step: int, num_steps: int, log_every: int) -> bool:
 
 
 def of_average(twa: TrainableAverage) -> dict[str, Any]:
-    """Return what the summary of a run says about its average. Collective."""
+    """Return the values of the average for the summary of a run. Collective."""
     return {
         "version": __version__,
         EFFECTIVE: twa.effective_candidates,
@@ -67,7 +67,7 @@ def costs(
 def write_results(
     output: Path, twa: TrainableAverage, summary: Mapping[str, Any], rows: Mapping[str, npt.NDArray[Any]]
 ) -> None:
-    """Write the pictures and the summary of a run. On one rank.
+    """Write the plots and the summary of a run. On one rank.
 
     Args:
         output: the directory of the run.

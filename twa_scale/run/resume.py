@@ -16,7 +16,7 @@ SUMMARY = "summary.json"
 
 
 def course(config: RunConfig, num_steps: int) -> dict[str, Any]:
-    """Return the settings that, with the state of the average, determine the rest of a run."""
+    """Return the settings that determine the rest of a run, together with the state of the average."""
     settings = config.model_dump(mode="json", include={"split", "seed", "batch_size", "schedule", "precision"})
     return {"steps": num_steps, **settings}
 
@@ -26,7 +26,7 @@ def find_state(
 ) -> RunState | None:
     """Return the state that the run continues from; None if there is none, or if `resume` is false.
 
-    `rows` says what is checked of the file of rows; see `load_state`.
+    `rows` selects the check of the file of rows; see `load_state`.
 
     Raises:
         StateError: the state is damaged, or of a run with other settings. More steps are allowed.
@@ -73,8 +73,8 @@ def _require_same_course(path: Path, state: RunState, now: dict[str, Any]) -> No
                 )
         elif saved != value:
             raise StateError(
-                f"{path}: {key} was {saved!r} when it was saved, and is {value!r} now; the "
-                "course of the run would change. Give the same, another output, or resume=false."
+                f"{path}: {key} was {saved!r} when it was saved, and is {value!r} now; the course of the run would "
+                "change. Give the same value, another output, or resume=false."
             )
 
 

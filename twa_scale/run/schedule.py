@@ -12,7 +12,7 @@ def factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
     """Return the factor of the learning rate at `step` of `num_steps`, counted from 0.
 
     The warmup is linear and reaches 1 at its last step. `cosine` and `linear` would reach `final` one step after the
-    last, so that the last step still has a rate above it.
+    last one, so that the last step has a larger rate.
     """
     warmup = round(config.warmup * num_steps)
     if step < warmup:
@@ -36,8 +36,8 @@ def set_rates(
     """Set the learning rate of each group of `optimizer` for `step`, and return the first.
 
     Args:
-        optimizer: that of an average.
-        lrs: the rates before the schedule, of the coefficients and of the corrections of rows.
+        optimizer: the optimizer of an average.
+        lrs: the rates of the coefficients and of the corrections of rows, before the schedule.
         config: the schedule.
         step: the step, counted from 0.
         num_steps: the number of all steps.

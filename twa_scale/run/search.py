@@ -24,23 +24,23 @@ from twa_scale.run.resume import AVERAGE, SUMMARY, with_known_lr
 from twa_scale.run.stopping import Stop, Stopped
 
 DIRECTORY = "search"
-"""The directory in `output` of a run that has the results of its searches."""
+"""The directory in `output` of a run with the results of its searches."""
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What a search tries, and what it compares."""
+    """The options of a search."""
 
     methods: Sequence[str] = ("sweep",)
-    """One after another; each starts from the best average of those before."""
+    """The methods, which run one after another. Each starts from the best average of the earlier ones."""
     budget: int = 200
-    """The largest number of averages that each method tries."""
+    """The maximum number of averages that each method evaluates."""
     metric: str | None = None
-    """A metric of the task; by default its main metric."""
+    """A metric of the task; by default, its main metric."""
     higher_is_better: bool | None = None
-    """By default that of the task's main metric, and False for `loss`."""
+    """Whether higher values are better. By default, as for the task's main metric, and False for `loss`."""
     constraint: Constraint = "sum"
-    """That of `cma`, as for `twa_scale.search`."""
+    """The constraint of `cma`, as for `twa_scale.search`."""
 
 
 def run_search(config: RunConfig, options: SearchOptions, report: Report | None = None) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class _Search:
         self._best: Evaluation | None = None
 
     def run(self) -> dict[str, Any]:
-        """Try the averages, export the best, and return the summary. Collective."""
+        """Evaluate the averages, export the best one, and return the summary. Collective."""
         run, config = self._run, self._run.config
         with run.group.agree():
             if run.group.rank == 0:
@@ -113,7 +113,7 @@ class _Search:
         return summary
 
     def _prepare(self) -> None:
-        """Make and lock the directory, and forget scores that are not to be continued from. On one rank."""
+        """Create and lock the directory, and remove scores of a search that is not to be continued. On one rank."""
         with output_errors(self._output):
             self._output.mkdir(parents=True, exist_ok=True)
             check_target(self._output / AVERAGE, 0, overwrite=True)
@@ -138,8 +138,8 @@ class _Search:
         )
 
     def _take_best(self) -> None:
-        """Set the average to the best of all methods so far: the last one may have found none as good. Collective."""
-        assert self._best is not None  # `search` raises where no score is finite
+        """Set the average to the best one of all methods so far, not only of the last method. Collective."""
+        assert self._best is not None  # `search` raises an error if no score is finite
         self._run.twa.start_from(self._best.coefficients)
 
     def _score(self) -> float:
@@ -147,12 +147,12 @@ class _Search:
         self._measured += 1
         if self._metric not in metrics:
             raise ConfigError(
-                f"metric: {self._metric!r} is none of the task's, which are {', '.join(sorted(metrics))}."
+                f"metric: {self._metric!r} is not a metric of the task, which has {', '.join(sorted(metrics))}."
             )
         return metrics[self._metric]
 
     def _note(self, evaluation: Evaluation) -> None:
-        """Keep an evaluation, and say if it is the best so far. Stop if a rank has received a signal. Collective."""
+        """Record an evaluation, report it if it is the best, and stop if a rank has received a signal. Collective."""
         run = self._run
         self._tried.append(evaluation)
         if self._is_better(evaluation):
@@ -174,7 +174,8 @@ class _Search:
         """Return whether higher values of the metric are better.
 
         Raises:
-            ConfigError: it is neither the main metric of the task nor the loss, and nothing says so.
+            ConfigError: the metric is neither the main metric of the task nor the loss, and no option gives the
+                direction.
         """
         if self._options.higher_is_better is not None:
             return self._options.higher_is_better
@@ -183,8 +184,8 @@ class _Search:
         if self._metric == "loss":
             return False
         raise ConfigError(
-            f"metric: {self._metric!r} is not the main metric of the task, {self._run.kept.metric!r}: say with "
-            "--higher-is-better or --lower-is-better which values are better."
+            f"metric: {self._metric!r} is not the main metric of the task, {self._run.kept.metric!r}: give "
+            "--higher-is-better or --lower-is-better."
         )
 
     @property
@@ -192,9 +193,9 @@ class _Search:
         return f"{self._run.config.evaluate_split}/{self._metric}"
 
     def _digest(self) -> str:
-        """Return a digest of what the scores depend on, beside the content of the candidates, which the record checks.
+        """Return a digest of the settings on which the scores depend. The record checks the content of the candidates.
 
-        Searches of other data, metrics or candidates so have files of their own.
+        Searches of other data, metrics or candidates therefore have other files.
         """
         keys = {"candidates", "select", "groups", "task", "precision", "split", "seed", "batch_size", "store", "coding"}
         keys |= {"evaluate_split", "evaluate_batches", "recalibrate_batches", "micro_batch_size", "center", "buffers"}
@@ -226,7 +227,7 @@ def _method(name: str) -> Method:
     """Return the method of a name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the name is unknown.
     """
     for method in get_args(Method):
         if name == method:
@@ -237,7 +238,7 @@ def _method(name: str) -> Method:
 
 
 def rows(summary: Mapping[str, Any], count: int = 10) -> list[tuple[str, float]]:
-    """Return the best averages of a search, with the last candidate and the mean of all, best first."""
+    """Return the best averages of a search, with the last candidate and the mean of all candidates, best first."""
     fixed = {"lawa:1": "last candidate", f"lawa:{summary['num_candidates']}": "mean of all"}
     labeled = [(one["label"], fixed.get(one["label"], one["label"]), one["score"]) for one in summary["tried"]]
     return [(shown, score) for i, (label, shown, score) in enumerate(labeled) if i < count or label in fixed]

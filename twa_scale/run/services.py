@@ -20,19 +20,19 @@ from twa_scale.output.publish import replace_file
 PROJECT = "twa_scale"
 """The project of Weights & Biases and the experiment of MLflow, unless the environment names another."""
 IDS = "loggers.json"
-"""The file with the ids of the runs in services, with which a run continues them."""
+"""The file with the ids of the runs in the services, which a run needs to continue them."""
 _HINTS: dict[ServiceName, str] = {
     "wandb": "`wandb login`, or WANDB_MODE=offline",
     "mlflow": "MLFLOW_TRACKING_URI",
 }
-_MOST_PARAMS, _LONGEST_PARAM = 100, 500  # of one request to MLflow, and of the value of a parameter
+_MOST_PARAMS, _LONGEST_PARAM = 100, 500  # the limits of MLflow: parameters in a request, and characters in a value
 
 
 class Service(ABC):
-    """One run in a service. Each package raises errors of its own."""
+    """One run in a service. Each package raises its own errors."""
 
     id: str
-    """With which the service continues the run."""
+    """The id with which the service continues the run."""
 
     @abstractmethod
     def write(self, line: Mapping[str, Any]) -> None:
@@ -40,11 +40,11 @@ class Service(ABC):
 
     @abstractmethod
     def close(self, *, finished: bool) -> None:
-        """End the run; one that is not finished may be continued."""
+        """End the run. A run that is not finished may be continued."""
 
 
 class Services:
-    """The services of a run. One that fails while the run goes on is reported and left out.
+    """The services of a run. A service that fails during the run is reported and no longer used.
 
     Args:
         say: called with one line of text.
@@ -55,14 +55,14 @@ class Services:
         self._open: dict[ServiceName, Service] = {}
 
     def begin(self, config: RunConfig, *, resumed: bool) -> None:
-        """Begin the runs of `report_to`, or continue them. This comes before long work, since it may be refused.
+        """Start the runs of `report_to`, or continue them. Call this before long work, because a service may refuse.
 
         Args:
             config: the settings. The output directory exists.
             resumed: whether the run continues.
 
         Raises:
-            ConfigError: a service refuses it; none is open then.
+            ConfigError: a service refuses the run. No service is open afterwards.
         """
         directory = Path(config.output)
         known = _ids(directory) if resumed else {}
@@ -161,7 +161,7 @@ class _Wandb(Service):
 
 
 class _Mlflow(Service):
-    """A run of MLflow. Its client leaves the active run of the process, if there is one, alone."""
+    """A run of MLflow. Its client does not change the active run of the process."""
 
     def __init__(self, config: RunConfig, known: str | None) -> None:
         from mlflow import MlflowClient
@@ -197,7 +197,7 @@ class _Mlflow(Service):
 
 
 def _ids(directory: Path) -> dict[str, str]:
-    """Return the ids of earlier runs; none if the file is missing or damaged, so that the runs begin anew."""
+    """Return the ids of earlier runs; none if the file is missing or damaged, so that new runs start."""
     try:
         ids = parse_json(read_bounded(directory / IDS, 1 << 16, StateError))
     except (StateError, ValueError):

@@ -17,13 +17,13 @@ def with_divisors(
 
     The sum of the divided losses, averaged over the ranks, is the mean over all terms of the global batch, so it does
     not depend on the number of ranks and micro-batches. The ranks exchange their numbers of terms only if the task has
-    a method `terms`. Where it returns None for a micro-batch of any rank, all micro-batches of that global batch count
+    a method `terms`. If it returns None for a micro-batch of any rank, all micro-batches of that global batch count
     equally.
 
     Args:
         batches: the micro-batches of this rank, on any device.
         task: computes the loss.
-        num_micro: their number.
+        num_micro: the number of micro-batches.
         group: all ranks.
         device: the device of the model.
     """

@@ -16,12 +16,12 @@ class Stopped(Exception):
     """The run received a signal and saved its state. The same command continues it."""
 
     agreed = True
-    """Every rank raises it, so no rank has to end the others."""
+    """Whether every rank raises it, so that no rank has to end the others."""
 
 
 @dataclass
 class Stop:
-    """Whether this process has received a signal. The ranks exchange it after attach, each step and evaluation."""
+    """Whether this process has received a signal. The ranks exchange it after attach, each step and each evaluation."""
 
     asked: bool = False
 

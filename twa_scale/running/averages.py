@@ -40,20 +40,20 @@ from twa_scale.running.window import Window
 class RunningAverages:
     """Exponential averages and the last snapshots of a model, held beside each rank's own weights.
 
-    The optimizer stays yours: call `step()` after each of its steps. `weights(which)` shows an average in a `with`
-    block, and `learn()` trains the coefficients of the snapshots. What is averaged are the floating point parameters
-    that require a gradient when this is made.
+    The optimizer is not changed: call `step()` after each of its steps. `weights(which)` shows an average in a `with`
+    block, and `learn()` trains the coefficients of the snapshots. The averages are of the floating point parameters
+    that require a gradient when this object is created.
 
     Args:
-        model: as for `attach`; make this after the model has been wrapped or sharded.
-        ema: decays, as `[0.99, 0.999]`, or settings: `decays`, `half_life` (of the average, as a fraction of the
-            updates so far), `bema` (True, or its settings), `update_every` and `start_step` (in steps),
-            `bias_correction`, `use_buffers`.
-        window: settings: `every` (steps between two snapshots), `keep` (how many), `store` ("packed1" to "packed8",
-            "dense16", "dense32": how the difference of two is held), `start_step`.
-        device: "auto" holds the averages beside the weights; "cpu" in the host's memory, page-locked for a GPU: a step
-            at which something is due then waits for the weights to be copied there.
-        replica_group: with pods, as for `attach`.
+        model: as for `attach`; create this object after the model has been wrapped or sharded.
+        ema: decays, as `[0.99, 0.999]`, or settings: `decays`, `half_life` (a fraction of the updates so far), `bema`
+            (True, or its settings), `update_every` and `start_step` (in steps), `bias_correction`, `use_buffers`.
+        window: settings: `every` (steps between two snapshots), `keep` (the number of snapshots), `store` (the format
+            of the differences of snapshots: "packed1" to "packed8", "dense16" or "dense32"), `start_step`.
+        device: "auto" keeps the averages on the device of the weights; "cpu" keeps them in host memory, which is
+            page-locked if the model is on a GPU. A step with an update or a snapshot then waits until the weights are
+            copied to the host.
+        replica_group: the replica group if there are pods, as for `attach`.
 
     Raises:
         ConfigError, EngineError: on every rank.
@@ -105,7 +105,7 @@ class RunningAverages:
 
     @property
     def num_steps(self) -> int:
-        """Steps that have been counted."""
+        """The number of steps that have been counted."""
         return self._step
 
     @property
@@ -115,29 +115,29 @@ class RunningAverages:
 
     @property
     def names(self) -> list[str]:
-        """Averages that `weights` can show now, in addition to indices of snapshots and coefficients."""
+        """The averages that `weights` can show now, in addition to indices of snapshots and coefficients."""
         return names(self._ema, self._window)
 
     @property
     def lost(self) -> str:
-        """Why the model no longer holds the trained weights, after an error on some ranks; empty while it does."""
+        """The reason why the model has lost the trained weights after an error on some ranks, or an empty text."""
         return self._showing.lost
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank holds beside its weights; while other weights are shown, a copy of these comes to it."""
+        """The bytes of the averages on this rank, and of the copy of its weights while an average is shown."""
         return sum(part.nbytes for part in (self._ema, self._window) if part) + self._showing.nbytes
 
     @in_normal_mode
     def step(self) -> None:
-        """Count a step of the optimizer, and update what is due. Not collective; on a GPU the host does not wait.
+        """Count a step of the optimizer, and update the averages that are due. Not collective; asynchronous on a GPU.
 
-        Call it after each step of the optimizer. With DeepSpeed it may follow each micro-batch: its own count of steps
-        decides.
+        Call it after each step of the optimizer. With DeepSpeed, it may be called after each micro-batch, because
+        DeepSpeed counts the steps.
 
         Raises:
             TwaError: the model holds other weights than those that are trained, or an update has been interrupted.
-            EngineError: a parameter or a buffer that was replaced by another.
+            EngineError: a parameter or a buffer was replaced by another.
         """
         self._require_own_weights("step()")
         if (count := self._engine.steps_taken()) is not None:
@@ -153,7 +153,7 @@ class RunningAverages:
         self._step = step
 
     def _update(self, step: int, ema: Ema | None, window: Window | None) -> None:
-        """Update what is due at `step`. What fails before the first write leaves everything as it was."""
+        """Update the averages that are due at `step`. An error before the first write leaves all averages unchanged."""
         self._intact.require()
         versions, live = self._parameters.versions(), self._parameters.live()
         buffers = self._parameters.buffers() if window or (ema and ema.settings.use_buffers) else {}
@@ -162,7 +162,7 @@ class RunningAverages:
                 ema.update(live, buffers)
             if window:
                 window.take(step, live, buffers)
-        if self._counted is None:  # else the library's own count tells steps apart
+        if self._counted is None:  # otherwise the engine's library counts steps
             self._repeats.check(versions, live, report=self.pods.rank == 0)
         self._parameters.report_wrapper()
 
@@ -170,20 +170,20 @@ class RunningAverages:
     def weights(self, which: Which) -> Iterator[None]:
         """Show the model with an average in a `with` block, then restore its weights and buffers. Collective.
 
-        Within the block this rank keeps a copy of its weights. What is written into them there is undone, which is
-        reported. Buffers stay as they are, but for an average with `use_buffers`, which shows those of the first rank:
-        measure BatchNorm statistics anew where the model has them.
+        Within the block, this rank keeps a copy of its weights. Writes to the weights in the block are reported, and
+        undone at its end. Buffers are unchanged, except with `use_buffers`, which shows the averaged buffers of the
+        first rank. If the model has BatchNorm layers, compute their statistics again.
 
         Args:
-            which: "last", the weights that training has reached; "ema", or "ema:0.999", "ema:half-life:0.05" of
-                several; "bema"; of the snapshots "mean", "linear", "minus-sqrt", "lawa:8" (the mean of at most the last
-                8), an index, n coefficients of any sum, or "window:NAME" with a name that the setting `center` takes.
+            which: "last", the current weights; "ema", or one of several as "ema:0.999" or "ema:half-life:0.05"; "bema";
+                averages of the snapshots: "mean", "linear", "minus-sqrt", "lawa:8" (the mean of at most the last 8), an
+                index, n coefficients of any sum, or "window:NAME" with a name that the setting `center` takes.
 
         Raises:
-            ConfigError: a name that is unknown or not kept.
+            ConfigError: the name is unknown, or the average is not kept.
             TwaError: the average has no update or snapshot yet; its weights are not finite; a backward pass ran inside
                 the block.
-            RankError: another rank has left the block by an error: nothing is restored.
+            RankError: another rank left the block with an error. The weights are not restored.
         """
         if self._learned:
             self._require_own_weights("weights()")
@@ -191,10 +191,10 @@ class RunningAverages:
             yield
 
     def has(self, which: Which) -> bool:
-        """Return whether an average can be shown yet: after its first update, or its first snapshot.
+        """Return whether an average can be shown, which requires an update or a snapshot.
 
         Raises:
-            ConfigError: a name that is unknown or not kept.
+            ConfigError: the name is unknown, or the average is not kept.
         """
         try:
             mixture(which, self._ema, self._window)
@@ -205,7 +205,7 @@ class RunningAverages:
         return True
 
     def origin(self, which: Which) -> dict[str, Any]:
-        """Return the provenance of an average, for twa_scale.json and the model card beside a file of it.
+        """Return the provenance of an average, for the `twa_scale.json` and the model card of its output.
 
         Raises:
             ConfigError, TwaError: as `weights` does.
@@ -216,11 +216,11 @@ class RunningAverages:
         """Return the scores of several averages, each shown in turn. Collective.
 
         Args:
-            score: called on every rank with the model, which then holds an average; returns a number.
-            which: as for `weights`; `names` when not given.
+            score: called on every rank with the model, which then holds an average. It returns a number.
+            which: as for `weights`; by default, `names`.
 
         Returns:
-            The numbers by name, which prints as a table. A name that is given again has a number, as "mean (2)".
+            The scores by name, which print as a table. A repeated name gets a number, as in "mean (2)".
         """
         scores = Scores()
         for one in self.names if which is None else which:
@@ -229,7 +229,7 @@ class RunningAverages:
         return scores
 
     def check_learn(self, config: TwaConfig | Mapping[str, Any] | None = None) -> None:
-        """Refuse, before training, settings that `learn` refuses whatever the snapshots are. Collective.
+        """Check before training that the settings are valid for `learn`. Collective.
 
         Raises:
             ConfigError, EngineError, TwaError: on every rank.
@@ -242,14 +242,14 @@ class RunningAverages:
     def learn(
         self, config: TwaConfig | Mapping[str, Any] | None = None, *, files: Files | None = None
     ) -> TrainableAverage:
-        """Put a trainable average of the snapshots into the model, as `attach` does of candidates. Collective.
+        """Put a trainable average of the snapshots into the model, as `attach` does with candidates. Collective.
 
-        The window is its store. This rank keeps a copy of its weights, which `restore` gives back; until then training
-        cannot continue.
+        The window is its store. This rank keeps a copy of its weights, which `restore` writes back. Until then,
+        training cannot continue.
 
         Args:
-            config: as for `attach`, without `store`, `store_device` and `coding`, which are the window's.
-            files: small files that `export` of the average puts beside the weights, as for `Snapshots`.
+            config: as for `attach`, without `store`, `store_device` and `coding`, which the window determines.
+            files: small files that `export` of the average writes next to the weights, as for `Snapshots`.
 
         Raises:
             ConfigError, EngineError, TwaError: on every rank.
@@ -275,24 +275,24 @@ class RunningAverages:
     def learning(
         self, config: TwaConfig | Mapping[str, Any] | None = None, *, files: Files | None = None
     ) -> Iterator[TrainableAverage]:
-        """Call `learn` for a `with` block and `restore` at its end, also where an error leaves it. Collective.
+        """Call `learn` for a `with` block, and `restore` at its end, also after an error. Collective.
 
         Raises:
             ConfigError, EngineError, TwaError: as `learn`.
-            RankError: another rank has left the block by an error: nothing is restored.
+            RankError: another rank left the block with an error. The weights are not restored.
         """
         twa = self.learn(config, files=files)
         with self._learned.restoring():
             yield twa
 
     def restore(self) -> None:
-        """Close the average that `learn` has made, and give the model its weights and buffers back. Collective.
+        """Close the average that `learn` has made, and restore the weights and buffers of the model. Collective.
 
-        DeepSpeed's counts of steps and samples, and its loss scale, become what they were, too. Does nothing where
-        `learn` has not been called.
+        DeepSpeed's counts of steps and samples and its loss scale are restored, too. Does nothing if `learn` has not
+        been called.
 
         Raises:
-            TwaError: the ranks cannot restore the weights together any more.
+            TwaError: the ranks can no longer restore the weights together.
         """
         self._learned.restore()
 
@@ -307,10 +307,10 @@ class RunningAverages:
         """Write the snapshots as candidates, as `Snapshots` does, and return their directories. Collective.
 
         Args:
-            directory: gets `step-00000100` and so on; the same file system on every rank.
-            dtype: type of the floating point tensors in the files; the model's own when not given.
+            directory: contains the candidates, `step-00000100` and so on; on a file system that all ranks share.
+            dtype: the type of the floating point tensors in the files; by default, the types of the model.
             files: small files for each candidate.
-            max_shard_size: most bytes in one file.
+            max_shard_size: the maximum size of one file's tensors.
 
         Raises:
             ConfigError, OutputError, TwaError: on every rank.
@@ -322,10 +322,11 @@ class RunningAverages:
         return saving.save(self._engine, self.pods, window, directory, dtype, files or {}, max_shard_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on, with the same bits on the same number of ranks.
+        """Return the state for `load_state_dict`, which restores the same bits on the same number of ranks.
 
-        Tensors are live, and this rank's own: save the state of every rank. Under FSDP2 averages are DTensors: give
-        this object to torch.distributed.checkpoint, which saves all ranks' tensors and reshards exponential averages.
+        The tensors are not copied and hold the part of this rank: save the state of every rank. With FSDP2, averages
+        are DTensors: give this object to torch.distributed.checkpoint, which saves the tensors of all ranks and
+        reshards exponential averages.
         """
         self._intact.report()
         state = self._state()
@@ -333,11 +334,11 @@ class RunningAverages:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`. Collective. With DeepSpeed load its own checkpoint before.
+        """Load the state that `state_dict()` returned. Collective. With DeepSpeed, load its checkpoint first.
 
         Raises:
-            StateError: on every rank; a state that is damaged, or of other settings, of another rank, of another number
-                of ranks, or of another step than other ranks'.
+            StateError: on every rank; the state is damaged, or it has other settings, or it was saved by another rank,
+                on another number of ranks, or at another step than those of other ranks.
         """
         try:
             with self.pods.agree():
@@ -364,10 +365,10 @@ class RunningAverages:
             state_file.write_file(self._state(), target_of(directory), self.pods.rank, self.pods.size)
 
     def load_state(self, directory: str | Path) -> bool:
-        """Go on from what `save_state` has written, and return whether there was anything. Collective.
+        """Load the files that `save_state` wrote, and return whether there were any. Collective.
 
         Raises:
-            StateError: on every rank; files of another number of ranks, or of other settings.
+            StateError: on every rank; the files are of another number of ranks, or have other settings.
         """
         with self.pods.agree():
             state = state_file.read_file(target_of(directory), self.pods.rank, self.pods.size)

@@ -15,7 +15,7 @@ from twa_scale.output.stored_form import StoredForm
 
 
 class SnapshotCandidate:
-    """One snapshot, described as the file would be that `RunningAverages.save` writes of it."""
+    """One snapshot, with the metadata of the file that `RunningAverages.save` would write."""
 
     directory: Path | None = None
     file_name: str | None = None
@@ -47,22 +47,22 @@ class SnapshotCandidate:
         return self._tensors[name][1]
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Refuse: the window is the store, and nothing is read."""
+        """Raise an error, because the window is the store and nothing is read."""
         raise AssertionError(f"{self.label}: {name!r} [{start}:{start + len(out)}] is in the window")
 
     def made(self, name: str) -> Made | None:
-        """Return of which segments of the file a tensor would be made; None where it would be stored as it is."""
+        """Return the segments of the file from which a tensor would be made, or None if it is stored unchanged."""
         return self._form.made(name, self.shape(name))
 
     def conversion(self) -> Conversion | None:
-        """Return None: no file is converted."""
+        """Return None, because no file is converted."""
         return None
 
     def close(self) -> None:
-        """Do nothing: the window stays."""
+        """Do nothing, because the window remains in use."""
 
 
 def snapshot_candidates(engine: Engine, steps: Sequence[int]) -> list[Candidate]:
-    """Return the snapshots of steps as candidates, complex tensors as pairs of real numbers."""
+    """Return the snapshots of `steps` as candidates. Complex tensors are pairs of real numbers."""
     form = snapshot_form(engine, None)
     return [in_pairs(SnapshotCandidate(engine, step, form)) for step in steps]

@@ -1,4 +1,4 @@
-"""The state of running averages: this rank's tensors, as DTensors where the engine's weights are."""
+"""The state of running averages: the tensors of this rank, which are DTensors if the weights of the engine are."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,18 +24,18 @@ State = dict[str, Any]
 
 
 def state_of(engine: Engine, step: int, ema: Ema | None, window: Window | None, broken: str = "") -> State:
-    """Return the state: live tensors, not copies, and small ones for the counters.
+    """Return the state: the tensors of the averages, not copies, and small tensors for the counters.
 
-    The averages of a whole local shard of FSDP2 are DTensors under the parameter's name, which torch's distributed
-    checkpoints reshard. Everything else is a plain tensor whose key says which elements of which tensor it holds, so
-    that no two ranks write different values under one key.
+    The averages of a complete local shard of FSDP2 are DTensors with the name of the parameter, which
+    torch.distributed.checkpoint reshards. All others are plain tensors whose keys contain the tensor's name and the
+    range of elements, so that two ranks never write different values with the same key.
 
     Args:
         engine: holds the model.
-        step: steps counted so far.
+        step: the number of steps counted so far.
         ema: exponential averages.
         window: snapshots.
-        broken: why the averages cannot be used, if they cannot.
+        broken: the reason why the averages cannot be used, or an empty text.
     """
     settings = {
         "version": VERSION,
@@ -74,7 +74,7 @@ def _window_state(engine: Engine, window: Window) -> State:
 
 @in_normal_mode
 def load(state: object, engine: Engine, ema: Ema | None, window: Window | None) -> int:
-    """Take over a state that `check` has passed, and return its step. Not collective."""
+    """Load a state that `check` has accepted, and return its step. Not collective."""
     assert isinstance(state, Mapping)
     own = dict(_leaves(state_of(engine, 0, ema, window)))
     given = dict(_leaves(state))
@@ -92,9 +92,9 @@ def load(state: object, engine: Engine, ema: Ema | None, window: Window | None) 
 
 
 def is_live(state: object, own: State) -> bool:
-    """Return whether the tensors of a state are the memory of those of `own`, a state of this object.
+    """Return whether the tensors of a state share the memory of the tensors of `own`, a state of this object.
 
-    torch.distributed.checkpoint reads into the tensors that `state_of` has given, and hands these over.
+    torch.distributed.checkpoint reads into the tensors that `state_of` returned, and passes them to `load_state_dict`.
     """
     given, mine = dict(_leaves(state)), _tensors(own)
     return all(isinstance(t := given.get(key), torch.Tensor) and _address(t) == _address(mine[key]) for key in mine)
@@ -106,7 +106,7 @@ def versions(state: State) -> list[int]:
 
 
 def require_same_counters(pods: Pods, state: Mapping[str, Any]) -> None:
-    """Refuse states of different steps on different ranks. Collective.
+    """Check that the states of all ranks have the same steps. Collective.
 
     Raises:
         StateError: names the counter and two ranks, on every rank.
@@ -127,13 +127,16 @@ def require_same_counters(pods: Pods, state: Mapping[str, Any]) -> None:
 
 
 def check(state: object, engine: Engine, ema: Ema | None, window: Window | None) -> None:
-    """Refuse a state that is not one of these averages on this rank. Not collective.
+    """Check that a state belongs to these averages on this rank. Not collective.
 
     Raises:
         StateError: names the first key that is missing, unknown, damaged, or of another type or shape.
     """
     if not isinstance(state, Mapping) or not isinstance(state.get("settings"), str):
-        raise StateError("the state has no `settings`: it is none of RunningAverages. Give what state_dict() returned.")
+        raise StateError(
+            "the state has no `settings`, so that it is not a state of RunningAverages. Give the result of "
+            "state_dict()."
+        )
     whole = state_of(engine, 0, ema, window)
     own, given = dict(_leaves(whole)), dict(_leaves(state))
     _require_same_settings(json.loads(str(own["settings"])), state["settings"])
@@ -145,7 +148,7 @@ def check(state: object, engine: Engine, ema: Ema | None, window: Window | None)
     if unknown := [key for key in given if key not in own]:
         raise StateError(f"the state has {unknown[0]!r}, which these averages do not hold. {_OWN}")
     if given["layout"] != own["layout"] and not is_live(state, whole):
-        raise StateError(f"the state holds other parts of the weights than this rank. {_OWN}")
+        raise StateError(f"the state holds other parts of the weights than those of this rank. {_OWN}")
     _require_counters(state, ema)
     if window:
         _require_window(state["window"], window.settings.keep, int(state["step"]))
@@ -164,7 +167,7 @@ def _require_same_settings(own: Mapping[str, Any], text: str) -> None:
         saved = json.loads(text)
         pairs = {key: (own[key], saved[key]) for key in ("version", "ema", "window")}
     except (ValueError, KeyError, TypeError):
-        raise StateError("the state's `settings` are damaged. Give what state_dict() returned.") from None
+        raise StateError("the state's `settings` are damaged. Give the result of state_dict().") from None
     for key, (mine, theirs) in pairs.items():
         if mine != theirs:
             raise StateError(
@@ -210,14 +213,14 @@ def _require_window(held: Mapping[str, Any], keep: int, step: int) -> None:
 
 
 def _require_finite(held: Mapping[str, Any], window: Window) -> None:
-    """Refuse snapshots that are not finite, unless the weights were not, which their errors say."""
+    """Check that the snapshots are finite, unless their weights were not, which is recorded in their errors."""
     order = _listed(held["order"])
     if not window.spans or not bool(torch.isfinite(held["errors"][_errors_key(window)]).all()):
         return
     for span in window.spans:
         rows, _ = window.held(span)
         given = rows.over([held["rows"][_row_key(span, i)] for i in range(len(rows.tensors))])
-        scales = [tile[-1][:, order] for tile in given.tiles(0, rows.count)]  # of dense rows their values
+        scales = [tile[-1][:, order] for tile in given.tiles(0, rows.count)]  # or dense values
         if not all(bool(torch.isfinite(part).all()) for part in scales):
             raise StateError(f"the state is damaged: snapshots of tensor {span.name!r} are not finite.")
     for key, base in held["base"].items() if _listed(held["steps"]) else ():
@@ -255,7 +258,7 @@ def _key(span: Span) -> str:
 
 
 def _tensors(state: State) -> dict[str, torch.Tensor]:
-    """Return the tensors that hold the averages, by key, without counters."""
+    """Return the tensors of the averages by key, without counters."""
     held = {key: state[key] for key in ("ema", "window") if key in state}
     counted = ("window/steps", "window/order", "window/taken")
     return {key: t for key, t in _leaves(held) if isinstance(t, torch.Tensor) and key not in counted}
@@ -271,7 +274,7 @@ def _layout(engine: Engine) -> str:
 
 
 def local(tensor: Any) -> torch.Tensor:
-    """Return the part of a DTensor on this rank, and anything else as it is."""
+    """Return the part of a DTensor on this rank, and other values unchanged."""
     part: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return part
 

@@ -1,4 +1,4 @@
-"""Exponential moving averages of this rank's weights, in float32 beside them."""
+"""Exponential moving averages of this rank's weights in float32."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -9,22 +9,22 @@ from twa_scale.errors import TwaError
 from twa_scale.running.settings import EmaSettings
 
 PIECE = 1 << 22
-"""Elements that are widened to float32 at a time."""
+"""The number of elements that are converted to float32 at a time."""
 
 
 class Ema:
-    """One average for each decay and half-life, of the spans of this rank. Nothing here is collective.
+    """One average for each decay and half-life, of the spans of this rank. No method is collective.
 
-    The first update copies the weights; each later one is `average = d * average + (1 - d) * weights`, which with a
-    constant decay d is what torch.optim.swa_utils computes. With a half-life of h, a fraction of the updates so far,
-    d = (1 - 1/t)^p at update t, with (1 - h)^p = 1/2: half of the average's weight lies on the last h t updates.
-    BEMA is held with its exponential average and the first weights: see `BemaSettings`.
+    The first update copies the weights. Each later update is `average = d * average + (1 - d) * weights`. With a
+    constant decay d, torch.optim.swa_utils computes the same. With a half-life of h, a fraction of the updates so far,
+    d = (1 - 1/t)^p at update t, with (1 - h)^p = 1/2: the last h t updates have half of the total weight. BEMA also
+    keeps its exponential average and the first weights: see `BemaSettings`.
 
     Args:
-        settings: decays and when to update.
+        settings: the decays, and the steps of the updates.
         live: the weights of this rank, by span.
-        buffers: of the model, live; empty on ranks that do not keep them.
-        allocate: gives zeros for a number of elements and a type.
+        buffers: the buffers of the model, not copied; empty on ranks that do not keep them.
+        allocate: returns zeros for a number of elements and a type.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Ema:
         self.settings = settings
         self.names = tuple(settings.names())
         self.held = settings.held()
-        """The names of `averages`: those of `names` come first."""
+        """The names of `averages`, which start with `names`."""
         self.updates = 0
         self.averages: list[dict[Span, torch.Tensor]] = [
             {span: allocate(len(span), wide(values)) for span, values in live.items()} for _ in self.held
         ]
-        """By average: float32, or float64 where the weights are."""
+        """The values of each average, by span: float32, or float64 for weights in float64."""
         held: Mapping[str, torch.Tensor] = buffers if settings.use_buffers else {}
         self.buffers: list[dict[str, torch.Tensor]] = [
             {name: allocate(buffer.numel(), buffer.dtype).view(buffer.shape) for name, buffer in held.items()}
@@ -50,17 +50,17 @@ class Ema:
             else {}
             for average in self.held
         ]
-        """By average, in the type of the model's."""
+        """The buffers of each average, by name, in the types of the model."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the averages occupy on this rank."""
+        """The bytes of the averages on this rank."""
         averages = sum(tensor.nbytes for average in self.averages for tensor in average.values())
         return averages + sum(tensor.nbytes for buffers in self.buffers for tensor in buffers.values())
 
     @torch.no_grad()
     def update(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
-        """Take in the present weights. On a GPU it is queued, and nothing waits."""
+        """Update the averages with the current weights. On a GPU, the host does not wait."""
         updates = self.updates + 1
         gains = [1 - self.settings.decay(i, updates) for i in range(len(self.names))]
         for pieces in _buckets(live, self.averages[0]):
@@ -81,7 +81,7 @@ class Ema:
         self.updates = updates
 
     def require_finite(self, index: int) -> None:
-        """Refuse an average of weights that were not finite.
+        """Check that the weights of an average were finite.
 
         Raises:
             TwaError: names the average and the tensor.
@@ -90,7 +90,7 @@ class Ema:
             if not bool(torch.isfinite(torch.stack(torch.aminmax(average))).all()):
                 raise TwaError(
                     f"{self.names[index]}: tensor {span.name!r} is not finite, because the weights were not at an "
-                    "update: training has diverged. Load the state of a step before."
+                    "update: training has diverged. Load the state of an earlier step."
                 )
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class Ema:
 
 
 def wide(values: torch.Tensor) -> torch.dtype:
-    """Return the type in which weights are averaged: float32, or float64 where they are."""
+    """Return the type in which weights are averaged: float32, or float64 for weights in float64."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
@@ -135,7 +135,7 @@ def _is_alike(values: torch.Tensor, average: torch.Tensor) -> bool:
 
 
 def _alike(values: list[torch.Tensor], averages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return values in the type of the averages and on their device."""
+    """Return the values in the type and on the device of the averages."""
     if _is_alike(values[0], averages[0]):
         return values
     copies = [torch.empty_like(average) for average in averages]
@@ -144,7 +144,7 @@ def _alike(values: list[torch.Tensor], averages: Sequence[torch.Tensor]) -> list
 
 
 def _move(averages: list[torch.Tensor], values: list[torch.Tensor], gain: float) -> None:
-    """Move averages towards values of the same types."""
+    """Add gain * (values - averages) to the averages, which have the same types."""
     if gain < 1:
         torch._foreach_lerp_(averages, values, gain)
     else:
@@ -158,7 +158,7 @@ def _correct(
     values: list[torch.Tensor],
     alpha: float,
 ) -> None:
-    """Write average + alpha (values - first) into `corrected`; all of the same types."""
+    """Write average + alpha (values - first) into `corrected`. All tensors have the same types."""
     torch._foreach_copy_(corrected, values)
     torch._foreach_sub_(corrected, first)
     torch._foreach_mul_(corrected, alpha)

@@ -1,4 +1,4 @@
-"""The trainable average of the snapshots in the model, until the model gets its weights back."""
+"""The trainable average of the snapshots in the model, until the weights of the model are restored."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class Learned:
     Args:
         engine: holds the model.
         showing: copies and restores the trained weights.
-        restored: called after they were restored.
+        restored: called after the weights were restored.
     """
 
     def __init__(self, engine: Engine, showing: Showing, restored: Callable[[], None]) -> None:
@@ -36,11 +36,11 @@ class Learned:
 
     @in_normal_mode
     def start(self, make: Callable[[], TrainableAverage], buffers: Mapping[str, torch.Tensor]) -> TrainableAverage:
-        """Return the average of `make()`, which writes its weights. After an error on any rank, all are restored.
+        """Return the average of `make()`, which writes its weights. After an error, all ranks restore theirs.
 
         Args:
-            make: its errors are raised on every rank.
-            buffers: those of the trained weights, which are restored with them.
+            make: returns the average. Its errors are raised on every rank.
+            buffers: the buffers of the model, which are restored with the weights.
         """
         self._showing.keep(buffers)
         self._restore_counters = self._engine.counters()
@@ -58,10 +58,10 @@ class Learned:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Call `restore` at the end of a `with` block, also where an error leaves it.
+        """Call `restore` at the end of a `with` block, also after an error.
 
         Raises:
-            RankError: another rank has left the block by an error: nothing is restored.
+            RankError: another rank left the block with an error. The weights are not restored.
         """
         failure: BaseException | None = None
         try:
@@ -75,10 +75,10 @@ class Learned:
 
     @in_normal_mode
     def restore(self) -> None:
-        """Close the average and restore the trained weights. Does nothing where there are none to restore.
+        """Close the average, and restore the trained weights if there is a copy.
 
         Raises:
-            TwaError: the ranks cannot restore the weights together any more.
+            TwaError: the ranks can no longer restore the weights together.
         """
         if self._showing or not self._showing.held:
             return

@@ -1,4 +1,4 @@
-"""A trainable average of the snapshots of a window: the window is its store, and nothing is read or copied."""
+"""A trainable average of the snapshots of a window, whose store is the window. Nothing is read or copied."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,7 +32,7 @@ from twa_scale.running.window_store import WindowStore
 
 
 def carried_files(files: Files) -> CarriedFiles:
-    """Return what exports of the average put beside the weights.
+    """Return the files that exports of the average write next to the weights.
 
     Raises:
         OutputError: a name or a content is not valid.
@@ -43,25 +43,25 @@ def carried_files(files: Files) -> CarriedFiles:
 
 
 def require_snapshots(window: Window | None) -> Window:
-    """Return a window that can be learned from.
+    """Return the window if it has enough snapshots for `learn`.
 
     Raises:
-        TwaError: there are less than two snapshots.
+        TwaError: there are fewer than two snapshots.
     """
     if window is None or window.count < 2:
         count = window.count if window else 0
         raise TwaError(
-            f"learn() needs at least two snapshots, and the window holds {count}; make RunningAverages with "
+            f"learn() needs at least two snapshots, and the window holds {count}; create RunningAverages with "
             "window={'every': .., 'keep': ..}, and train for longer."
         )
     return window
 
 
 def settings_for(window: Window, config: TwaConfig | Mapping[str, Any] | None, store_device: str) -> TwaConfig:
-    """Return the settings of an average whose store is the window's.
+    """Return the settings of an average whose store is the window.
 
     Raises:
-        ConfigError: names the key; another store than the window's, or candidates that are coded otherwise.
+        ConfigError: a key differs from the window's settings. The message names it.
     """
     given = validated(TwaConfig, dict(config) if isinstance(config, Mapping) else config)
     packed = window.settings.store.startswith("packed")
@@ -85,7 +85,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         pods: all ranks.
         window: holds at least two snapshots.
         config: made by `settings_for`.
-        carried: what exports put beside the weights.
+        carried: the files that exports write next to the weights.
 
     Raises:
         ConfigError, EngineError: on every rank.
@@ -125,7 +125,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
 def _measured(
     engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float], cuts: Cuts
 ) -> LoadedCandidates:
-    """Return the products of the deltas, errors and checksums, which a pass over candidates computes otherwise."""
+    """Return the Gram matrix, errors and checksums, which `attach` computes while it reads the candidates."""
     n, device = window.count, window.store.device
     gram = Gram(len(layout.groups), n, device, diagonal=basis_class(config.basis).norms_only)
     b = torch.tensor(weights, dtype=torch.float32, device=device)
@@ -155,7 +155,7 @@ def _measured(
 def _write_center(
     live: Callable[[Span], torch.Tensor], layout: Layout, window: Window, weights: Sequence[float]
 ) -> None:
-    """Write the tensors that are not trained, with the weights of the center."""
+    """Write the tensors that are not trained, averaged with the weights of the center."""
     spans = [span for span in window.spans if span.name not in layout.group_of]
     window.write(torch.tensor(weights, dtype=torch.float64), {span: live(span) for span in spans})
 
@@ -163,7 +163,7 @@ def _write_center(
 def _buffers(
     engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float]
 ) -> dict[str, torch.Tensor]:
-    """Return the values of buffers, 1-D, on ranks that keep them: statistics averaged, others from one snapshot."""
+    """Return the values of buffers, 1-D, on ranks that keep them. Only statistics are averaged."""
     values, last = {}, len(weights) - 1
     for name in window.buffers:
         if name not in layout.buffers:

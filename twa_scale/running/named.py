@@ -1,4 +1,4 @@
-"""The averages that names such as "ema", "ema:0.999", "mean" and "lawa:8" stand for."""
+"""The averages that have names, such as "ema", "ema:0.999", "mean" and "lawa:8"."""
 
 import re
 from typing import Any
@@ -15,14 +15,14 @@ from twa_scale.running.settings import BEMA
 from twa_scale.running.window import Window
 
 NOW = ("last", "trained")
-"""The weights that training has reached."""
+"""Names of the current weights of the training."""
 _FIXED = ("mean", "minus-sqrt")
-"""The averages of snapshots in `names`. "linear" is left out: it is "mean" for evenly spaced snapshots."""
+"""The averages of snapshots in `names`. "linear" is left out, because it equals "mean" for evenly spaced snapshots."""
 _LAWA = re.compile(r"lawa:(\d+)")
 
 
 def names(ema: Ema | None, window: Window | None) -> list[str]:
-    """Return the averages that can be shown now, in addition to indices and coefficients."""
+    """Return the names of the averages that can be shown now."""
     found = [NOW[0]]
     if ema and ema.updates:
         plain = [name for name in ema.names if name != BEMA]
@@ -32,11 +32,11 @@ def names(ema: Ema | None, window: Window | None) -> list[str]:
 
 
 def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tensor | None:
-    """Return the factors of the snapshots and, after them, of the exponential averages, float64; None for `NOW`.
+    """Return the factors of the snapshots, followed by those of the exponential averages, float64; None for `NOW`.
 
     Raises:
-        ConfigError: a name that is unknown, or that this object does not keep; coefficients that are not n numbers.
-        TwaError: an average without an update, or of more snapshots than have been taken yet.
+        ConfigError: the name is unknown, or the average is not kept; the coefficients are not n numbers.
+        TwaError: the average has no update, or needs more snapshots than have been taken.
     """
     text = re.sub(r"\s*:\s*", ":", which.strip().lower()) if isinstance(which, str) else None
     if text in NOW:
@@ -48,7 +48,7 @@ def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tenso
         return factors
     over = which if text is None else _checked(text.removeprefix("window:"), window)
     if window is None:
-        raise ConfigError(f"weights: {which!r} is an average of snapshots; make RunningAverages with window={{..}}.")
+        raise ConfigError(f"weights: {which!r} is an average of snapshots; create RunningAverages with window={{..}}.")
     factors[:n] = _over_window(over, n, window.settings.keep)
     return factors
 
@@ -75,8 +75,8 @@ def origin(which: Which, step: int, ema: Ema | None, window: Window | None) -> d
 def _ema(text: str, ema: Ema | None) -> int:
     if ema is None:
         example = "{'bema': True}" if text == BEMA else "[0.999]"
-        raise ConfigError(f"weights: {text!r}; make RunningAverages with ema={example}, for example.")
-    kept = f"this object keeps {', '.join(ema.names)}; window:{text} would be the one over the snapshots"
+        raise ConfigError(f"weights: {text!r}; create RunningAverages with ema={example}, for example.")
+    kept = f"this object keeps {', '.join(ema.names)}; window:{text} is the average of the snapshots"
     names = list(ema.names)
     plain = [name for name in names if name != BEMA]
     if text == "ema" and len(plain) > 1:
@@ -103,7 +103,7 @@ def _same(name: str, text: str) -> bool:
 
 
 def _checked(name: str, window: Window | None) -> str:
-    """Return a name of an average over snapshots."""
+    """Return the name of an average of snapshots, after a check."""
     if lawa := _LAWA.fullmatch(name):
         keep = window.settings.keep if window else int(lawa[1])
         if not 1 <= int(lawa[1]) <= keep:
@@ -113,8 +113,8 @@ def _checked(name: str, window: Window | None) -> str:
         parse_center(name)
     except ValueError:
         raise ConfigError(
-            f"weights: {name!r} is no average; give last, ema, ema:DECAY, mean, linear, minus-sqrt, lawa:K, the index "
-            "of a snapshot, one coefficient for each, or window:NAME with a name that `center` takes."
+            f"weights: {name!r} is not an average; give last, ema, ema:DECAY, mean, linear, minus-sqrt, lawa:K, the "
+            "index of a snapshot, one coefficient for each, or window:NAME with a name that `center` takes."
         ) from None
     return name
 
@@ -123,7 +123,7 @@ def _over_window(which: Which, n: int, keep: int) -> torch.Tensor:
     """Return the coefficients of n snapshots, (n,), float64, in a window that will hold `keep`.
 
     Raises:
-        ConfigError: `which` does not fit, and will not.
+        ConfigError: `which` does not fit a window of `keep` snapshots.
         TwaError: there are not enough snapshots yet.
     """
     try:

@@ -1,4 +1,4 @@
-"""The weights and buffers of a model that are averaged, and checks that they are not replaced."""
+"""The weights and buffers of a model that are averaged, with checks that they are not replaced."""
 
 import torch
 
@@ -13,13 +13,13 @@ from twa_scale.store.host_memory import Pages
 
 
 class Parameters:
-    """The floating point parameters that require a gradient when this is made, and the persistent buffers.
+    """The floating point parameters that require a gradient when this object is created, and the persistent buffers.
 
     Args:
         engine: holds the model.
         pods: all ranks.
         device: "auto" or "cpu": the device of the averages.
-        with_buffers: whether the averages hold buffers, so that these must stay as they are.
+        with_buffers: whether the averages hold buffers, so that buffers may not be replaced.
 
     Raises:
         ConfigError: no parameter requires a gradient.
@@ -38,14 +38,14 @@ class Parameters:
         self._looks = 2
 
     def live(self) -> dict[Span, torch.Tensor]:
-        """Return the memory of the weights of this rank, without empty spans."""
+        """Return the weights of this rank by span, without a copy and without empty spans."""
         return {span: self._engine.live(span) for span in self._spans}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers of the model.
 
         Raises:
-            EngineError: the averages hold buffers, and the model's are others now.
+            EngineError: the averages hold buffers, and the buffers of the model have changed in type, shape or name.
         """
         buffers = self._engine.buffers()
         if self._known_buffers is None:
@@ -55,9 +55,9 @@ class Parameters:
             before, after = known.get(name, "absent"), now.get(name, "absent")
             if before != after:
                 raise EngineError(
-                    f"buffer {name!r} was {before} when RunningAverages was made, and is {after} now. Register buffers "
-                    "before, with persistent=False where they are not part of the model's state, or leave out window "
-                    "and use_buffers."
+                    f"buffer {name!r} was {before} when RunningAverages was created, and is {after} now. Register "
+                    "buffers before, with persistent=False if they are not part of the model's state, or leave out "
+                    "window and use_buffers."
                 )
         return buffers
 
@@ -68,34 +68,34 @@ class Parameters:
         return torch.zeros(count, dtype=dtype, device=self._engine.device)
 
     def versions(self) -> dict[str, object]:
-        """Return, by parameter of this rank, a value that changes when torch writes it.
+        """Return a value for each parameter of this rank that changes when torch writes the parameter.
 
         Raises:
-            EngineError: a parameter was replaced by another.
+            EngineError: a parameter was replaced.
         """
         return self._engine.changed(self.names)
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Make writes to `live` visible to the next forward pass. Collective."""
+        """Make writes to the tensors of `live` visible to the next forward pass. Collective."""
         self._engine.publish(self.names)
 
     def report_newly_trained(self) -> None:
-        """Report once the parameters that require a gradient now and did not when this was made."""
+        """Report once the parameters that require a gradient now and did not when this object was created."""
         if self._reported or not (more := self._require_gradients() - self._required):
             return
         self._reported = True
         if self._pods.rank == 0:
             notice(
-                f"{len(more)} more parameters require a gradient now than when RunningAverages was made "
+                f"{len(more)} more parameters require a gradient now than when RunningAverages was created "
                 f"({some(sorted(more), 2)}): their averages are not kept. Make it when all that will be trained "
                 "requires a gradient."
             )
 
     def report_wrapper(self) -> None:
-        """Report once a wrapper such as DistributedDataParallel around a module that is averaged as a plain one.
+        """Report once that a wrapper such as DistributedDataParallel contains a module that is averaged as a plain one.
 
-        The first two calls look for it: when the averages are made, and at their first update, after the wrapping.
+        The first two calls check this: when the averages are created, and at their first update.
         """
         if not self._looks or self._pods.rank != 0:
             return

@@ -1,4 +1,4 @@
-"""Detects calls of `step()` that no step of the optimizer preceded."""
+"""Detects calls of `step()` without a preceding step of the optimizer."""
 
 from collections.abc import Mapping
 
@@ -7,16 +7,16 @@ import torch
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 
-_MIN_UNCHANGED = 8  # updates without a write before them; a loss scaler that skips its first steps causes fewer
-_UNCHANGED_OF = 3  # at least one of three updates is without a write
-_SAMPLE = 64  # elements of each tensor
+_MIN_UNCHANGED = 8  # updates without a preceding write; a loss scaler that skips its first steps causes fewer
+_UNCHANGED_OF = 3  # at least one of three updates has no preceding write
+_SAMPLE = 64  # elements of each tensor that are compared
 
 
 class Repeats:
     """Reports once if the weights are often equal at two consecutive updates.
 
-    torch counts writes in the version of a tensor. Some optimizers do not increase it, so a comparison of values
-    decides, for which the host waits once for a GPU.
+    torch counts the writes of a tensor in its version. Some optimizers do not increase it, so the values are compared,
+    too. For this comparison the host waits once for a GPU.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Repeats:
         """Record an update, and report if the weights were often not written between updates.
 
         Args:
-            versions: values that change when torch writes the weights; empty where the engine cannot say.
+            versions: values that change when torch writes the weights; empty if the engine does not provide them.
             live: the weights.
             report: whether this rank reports.
         """

@@ -1,4 +1,4 @@
-"""The snapshots of a window as candidates on disk."""
+"""Writes the snapshots of a window as candidates."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ def checked(window: Window | None, dtype: torch.dtype | None, files: Files, max_
         ConfigError, TwaError: an argument is wrong, or there is no snapshot that can be written.
     """
     if window is None or not window.count:
-        raise TwaError("save(): there is no snapshot; make RunningAverages with window={..}, and train.")
+        raise TwaError("save(): there is no snapshot; create RunningAverages with window={..}, and train.")
     check_dtype(dtype)
     check_files(files, BASE)
     parse_size(max_shard_size)
@@ -51,7 +51,7 @@ def save(
         root = target_of(directory)
     paths = [root / f"step-{step:08d}" for step in window.steps]
     with pods.agree():
-        if pods.number == 0:  # pods hold the same weights: one of them writes
+        if pods.number == 0:  # Pods hold the same weights, so one of them writes.
             for i, path in enumerate(paths):
                 _save(engine, window, i, path, dtype, files, max_shard_size)
     return paths
@@ -87,7 +87,7 @@ def _save(
 
 
 def _combined(window: Window, i: int, span: Span) -> Iterator[tuple[Span, torch.Tensor]]:
-    """Yield a snapshot's elements of a span in float32, some at a time; of a strided span all at once."""
+    """Yield the elements of a span of a snapshot in float32, in several parts, or at once for a strided span."""
     if span.run:
         yield span, torch.cat([values for _, values in window.snapshot(i, span)])
         return

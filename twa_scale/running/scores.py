@@ -2,10 +2,10 @@
 
 
 class Scores(dict[str, float]):
-    """Numbers by the name of an average; its text is a table."""
+    """The scores by the name of the average, with a table as its text."""
 
     def add(self, name: str, score: float) -> None:
-        """Add a number under a name, or under `name (2)` and so on where there is one."""
+        """Add a score with a name, or with `name (2)` and so on if the name exists."""
         label, count = name, 1
         while label in self:
             label, count = f"{name} ({count + 1})", count + 1

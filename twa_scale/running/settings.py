@@ -15,9 +15,9 @@ HalfLife = Annotated[float, Field(gt=0, lt=1)]
 
 
 BEMA = "bema"
-"""What `weights` calls the bias-corrected average."""
+"""The name of the bias-corrected average."""
 OF_BEMA = (f"{BEMA}-ema", f"{BEMA}-first")
-"""What is held for it, beside it: the exponential average, and the weights of the first update."""
+"""The names of its exponential average and of the weights of its first update, which it needs."""
 
 
 class BemaSettings(Section):
@@ -34,11 +34,11 @@ class BemaSettings(Section):
     multiplier: PositiveFloat = Field(1.0, description="The paper's gamma.")
 
     def alpha(self, steps: int) -> float:
-        """Return the factor of the correction, `steps` steps after the first update."""
+        """Return the factor of the correction `steps` steps after the first update."""
         return float((self.lag + self.multiplier * steps) ** -self.bias_power)
 
     def beta(self, steps: int) -> float:
-        """Return the weight of the present weights in the exponential average."""
+        """Return the weight of the current weights in the exponential average."""
         return float((self.lag + self.multiplier * steps) ** -self.ema_power)
 
 
@@ -47,13 +47,14 @@ class EmaSettings(Section):
 
     decays: list[Decay] = Field([], description="Decay of each update.")
     half_life: list[HalfLife] = Field(
-        [], description="Fractions of the updates so far: half of the average's weight lies on the last ones of these."
+        [],
+        description="Fractions of the updates so far. The last updates of this fraction have half of the total weight.",
     )
     bema: BemaSettings | None = Field(
         None, description="Also keep the bias-corrected average; `True` for its defaults."
     )
     update_every: Count = Field(1, description="Steps between two updates.")
-    start_step: Annotated[Integer, Field(ge=0)] = Field(0, description="First step that may be an update.")
+    start_step: Annotated[Integer, Field(ge=0)] = Field(0, description="First step at which an update may occur.")
     bias_correction: bool = Field(
         False,
         description="Leave out the weight that the first weights keep in an average of constant decay, as Adam does "
@@ -83,18 +84,18 @@ class EmaSettings(Section):
         return self
 
     def names(self) -> Iterator[str]:
-        """Yield what `weights` calls each average."""
+        """Yield the name of each average."""
         yield from (f"ema:{decay!r}" for decay in self.decays)
         yield from (f"ema:half-life:{half_life!r}" for half_life in self.half_life)
         if self.bema:
             yield BEMA
 
     def held(self) -> tuple[str, ...]:
-        """Return the names of all averages of which this rank holds its part: of `names`, and what BEMA needs."""
+        """Return the names of all values that are held: those of `names`, and those that BEMA needs."""
         return (*self.names(), *(OF_BEMA if self.bema else ()))
 
     def of(self, index: int) -> dict[str, Any]:
-        """Return the settings of one average, in the order of `names`: its own one, and those that all share."""
+        """Return the settings of the average `index`, in the order of `names`: its own setting and the common ones."""
         numbers = len(self.decays) + len(self.half_life)
         shared = self.model_dump(mode="json", exclude={"decays", "half_life", "bema"})
         if index == numbers:
@@ -104,14 +105,14 @@ class EmaSettings(Section):
         return {kind: [*self.decays, *self.half_life][index], **shared}
 
     def alpha(self, updates: int) -> float:
-        """Return the factor of BEMA's correction at its update number `updates`."""
+        """Return the factor of BEMA's correction at update number `updates`."""
         assert self.bema
         return self.bema.alpha((updates - 1) * self.update_every)
 
     def decay(self, index: int, updates: int) -> float:
-        """Return what the average `index`, in the order of `names`, is multiplied by at its update number `updates`.
+        """Return the decay of the average `index`, in the order of `names`, at its update number `updates`.
 
-        Of BEMA, that is the exponential average inside it.
+        For BEMA, it is the decay of its exponential average.
         """
         if updates == 1:
             return 0.0
@@ -130,14 +131,14 @@ class WindowSettings(Section):
     """The window of the last snapshots."""
 
     every: Count = Field(description="Steps between two snapshots.")
-    keep: Annotated[Integer, Field(ge=2, le=4096)] = Field(description="Snapshots that are kept: the last ones.")
+    keep: Annotated[Integer, Field(ge=2, le=4096)] = Field(description="The number of last snapshots that are kept.")
     store: Literal["dense32", "dense16", "packed8", "packed4", "packed2", "packed1"] = Field(
-        "packed1", description="How the difference of each snapshot to the one before it is held."
+        "packed1", description="The store format of the difference of each snapshot to the previous one."
     )
-    start_step: Annotated[Integer, Field(ge=0)] = Field(0, description="First step that may be a snapshot.")
+    start_step: Annotated[Integer, Field(ge=0)] = Field(0, description="First step at which a snapshot may be taken.")
 
     def taken_by(self, step: int) -> int:
-        """Return how many snapshots have been taken after `step`, including those that were dropped since."""
+        """Return the number of snapshots that have been taken up to `step`, including those that were dropped."""
         first = self.start_step or self.every
         return 0 if step < first else (step - first) // self.every + 1
 
@@ -147,7 +148,7 @@ Window = WindowSettings | Mapping[str, Any]
 
 
 def ema_settings(ema: Ema | None) -> EmaSettings | None:
-    """Return validated settings; a number or several are decays.
+    """Return validated settings. A number or a list of numbers are decays.
 
     Raises:
         ConfigError: names the key.
@@ -177,8 +178,8 @@ def window_settings(window: Window | None) -> WindowSettings | None:
 
 
 def is_due(step: int, every: int, start: int) -> bool:
-    """Whether something that happens every `every` steps from step `start` on happens at `step`, which counts from 1.
+    """Return whether something that happens every `every` steps, from step `start` on, happens at `step`.
 
-    The rule of `Snapshots`.
+    Steps count from 1, as for `Snapshots`.
     """
     return step >= max(start, 1) and (step - start) % every == 0

@@ -1,4 +1,4 @@
-"""Show averages in the model in place of the trained weights, of which this rank then holds a copy."""
+"""Shows averages in the model instead of the trained weights, of which this rank then keeps a copy."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,10 +29,10 @@ class Showing:
     Args:
         engine: holds the model.
         pods: all ranks.
-        parameters: those that are averaged.
+        parameters: the averaged parameters.
         ema: exponential averages.
         window: snapshots.
-        device: where the copy is; beside the weights when not given.
+        device: the device of the copy; by default, the device of the weights.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Showing:
 
     @property
     def lost(self) -> str:
-        """Why the ranks can no longer restore the trained weights; empty as long as they can."""
+        """The reason why the ranks can no longer restore the trained weights, or an empty text."""
         return self._shown.lost
 
     @property
@@ -69,12 +69,12 @@ class Showing:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copy."""
+        """The bytes of the copy."""
         return self._trained.nbytes
 
     @contextmanager
     def weights(self, which: Which, check: Callable[[], None]) -> Iterator[None]:
-        """Show an average in a `with` block, as `RunningAverages.weights`; `check` raises what all ranks are told."""
+        """Show an average in a `with` block, as `RunningAverages.weights`. All ranks raise the errors of `check`."""
         if self.lost:
             raise TwaError(self.lost)
 
@@ -87,7 +87,7 @@ class Showing:
             self._report_writes()
 
     def keep(self, buffers: Mapping[str, torch.Tensor]) -> None:
-        """Copy the trained weights and these buffers, on all ranks or on none; once only, until they are given back."""
+        """Copy the trained weights and these buffers, on all ranks or on none. Does nothing if there is a copy."""
         if self._trained.held:
             return
         try:
@@ -103,10 +103,10 @@ class Showing:
             self._parameters.publish()
 
     def together(self, failure: BaseException | None) -> BaseException | None:
-        """Return the error of this rank or of another one, where all ranks can restore the weights together.
+        """Return the error of this rank or of another one, if all ranks can restore the weights together.
 
         Raises:
-            BaseException: `failure`, where they cannot.
+            BaseException: `failure`, if they cannot.
         """
         try:
             return self._shown.together(failure)
@@ -129,12 +129,12 @@ class Showing:
         return chosen
 
     def _ema_of(self, chosen: torch.Tensor) -> int | None:
-        """Return which exponential average a mixture is, if it is one."""
+        """Return the index of the exponential average that a mixture consists of, if it is a single one."""
         n = self._window.count if self._window else 0
         return int(chosen[n:].argmax()) if chosen[n:].any() else None
 
     def _write(self) -> None:
-        """Write the weights that are shown now; the trained ones come from their copy."""
+        """Write the weights that are to be shown. The trained weights are read from their copy."""
         chosen = self._shown.now
         if chosen is None:
             self.give_back()
@@ -152,7 +152,7 @@ class Showing:
         self._versions = self._parameters.versions()
 
     def _write_buffers(self, ema: Ema, index: int) -> None:
-        """Write the buffers of an average, which the first rank holds."""
+        """Write the buffers of an average, which are on the first rank."""
         if not ema.settings.use_buffers:
             return
         held = self._pods.broadcast({name: buffer.cpu() for name, buffer in ema.buffers[index].items()})
@@ -161,7 +161,7 @@ class Showing:
                 buffer.copy_(held[name])
 
     def _report_writes(self) -> None:
-        """Report that the weights were written where an average is shown, since the end of the block undoes it."""
+        """Report that the weights were written while an average was shown, because the end of the block undoes it."""
         if self._shown.now is None or self._parameters.versions() == self._versions or self._pods.rank != 0:
             return
         notice(

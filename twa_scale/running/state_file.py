@@ -13,15 +13,15 @@ from twa_scale.running.checkpoint import State, local
 
 
 def write_file(state: State, directory: Path, rank: int, size: int) -> None:
-    """Write a rank's state to a file of its own, which is complete or not there.
+    """Write a rank's state to a file of its own. An incomplete file is never left behind.
 
     Raises:
-        OutputError: the disk is full, or fails.
+        OutputError: the disk is full or fails.
     """
     with replacing(directory / _file_name(rank, size)) as temporary, temporary.open("wb") as file:
         try:
             torch.save(plain(state), file)
-        except RuntimeError as error:  # of torch's writer, where the file could not be written
+        except RuntimeError as error:  # from torch's writer, if the file could not be written
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
 
 
@@ -29,7 +29,7 @@ def read_file(directory: Path, rank: int, size: int) -> State | None:
     """Return the state of a rank, or None where the directory holds none of any rank.
 
     Raises:
-        StateError: the states of another number of ranks, or a file that cannot be read.
+        StateError: the states are of another number of ranks, or a file cannot be read.
     """
     path = directory / _file_name(rank, size)
     if not path.exists():
@@ -38,7 +38,7 @@ def read_file(directory: Path, rank: int, size: int) -> State | None:
             return None
         raise StateError(
             f"{directory}: holds {others[0].name}, but no {path.name}: each rank saves a file of its own. Resume with "
-            "the same number of ranks, or delete these files to begin the averages anew."
+            "the same number of ranks, or delete these files to start new averages."
         )
     try:
         state: State = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -52,7 +52,7 @@ def _file_name(rank: int, size: int) -> str:
 
 
 def plain(tree: Any) -> Any:
-    """Return a state with this rank's parts of DTensors in their place."""
+    """Return a state in which DTensors are replaced by their parts on this rank."""
     if isinstance(tree, Mapping):
         return {key: plain(value) for key, value in tree.items()}
     return local(tree)

@@ -8,10 +8,10 @@ from twa_scale.base.spans import Span
 
 
 class Trained:
-    """Holds the weights, in their own type, from `keep` until `give_back`.
+    """Holds the weights in their own type from `keep` until `give_back`.
 
     Args:
-        device: where; beside the weights when not given.
+        device: the device of the copy; by default, the device of the weights.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -27,12 +27,12 @@ class Trained:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copy."""
+        """The bytes of the copy."""
         return sum(tensor.nbytes for held in (self._weights, self._buffers) for tensor in held.values())
 
     @torch.no_grad()
     def keep(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
-        """Copy the weights; once only, until they are given back."""
+        """Copy the weights. Does nothing if there is a copy."""
         if self._held:
             return
         self._weights = {span: values.to(self._device, copy=True) for span, values in live.items()}
@@ -41,7 +41,7 @@ class Trained:
 
     @torch.no_grad()
     def give_back(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> bool:
-        """Write the copy into the model and free it; return whether there was one, the same on every rank."""
+        """Write the copy into the model, free it, and return whether there was one, which is equal on every rank."""
         if not self._held:
             return False
         for span, values in self._weights.items():

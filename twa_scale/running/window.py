@@ -1,4 +1,4 @@
-"""The last snapshots of this rank's weights: the oldest in float32, and the difference of each to the one before."""
+"""The last snapshots of this rank's weights: the oldest in float32, and the increment of each later one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,28 +14,28 @@ from twa_scale.kernels.torch.reference import widened
 from twa_scale.running.settings import WindowSettings
 from twa_scale.store import InMemoryStore, OffloadedStore, make_store
 
-_CPU_PIECE = 1 << 20  # elements that are worked on at a time: on a CPU they stay in cache
+_CPU_PIECE = 1 << 20  # elements that are processed at a time, few enough for the cache
 _GPU_PIECE = 1 << 24
 Piece = tuple[slice, Dense | Packed, torch.Tensor]
-"""Columns of a span, the rows of these columns, and the base there, as views."""
+"""Columns of a span, and views of the rows and of the base of these columns."""
 
 
 class Window:
-    """Snapshots of the spans of a rank. Nothing here is collective.
+    """Snapshots of the spans of a rank. No method is collective.
 
-    Snapshot k is the base plus the first k increments. An increment is the rounded difference of the weights to what
-    the store makes of the snapshot before, so errors do not add up. Increments are the rows of a store, which one
-    pass reads, in a ring: dropping the oldest snapshot adds its successor's increment to the base and frees its row.
+    Snapshot k is the base plus the first k increments. An increment is the rounded difference between the weights and
+    the previous snapshot as the store holds it, so that errors do not accumulate. The increments are the rows of a
+    store. When the oldest snapshot is dropped, the next increment is added to the base, and its row is used again.
 
     Args:
-        settings: when, how many, and in which store.
+        settings: the steps and the number of the snapshots, and the store.
         live: the weights of this rank, by span.
-        buffers: of the model, live; empty on ranks that do not keep them.
-        device: of the model.
-        store_device: "auto" or "cpu", as of `TwaConfig`.
+        buffers: the buffers of the model, not copied; empty on ranks that do not keep them.
+        device: the device of the model.
+        store_device: "auto" or "cpu", as in `TwaConfig`.
 
     Raises:
-        ConfigError: no memory.
+        ConfigError: there is not enough memory.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Window:
         targets = {span: self.store.reserve(span) for span in live}
         self._held = {span: (target.rows, target.center) for span, target in targets.items()}
         self.steps: list[int] = []
-        """Of the snapshots, oldest first."""
+        """The steps of the snapshots, oldest first."""
         self.order: list[int] = []
-        """The row of each snapshot but the oldest."""
+        """The row of each snapshot except the oldest."""
         self.errors = torch.zeros(rows + 1, dtype=torch.float64, device=self.store.device)
-        """Squared norm, on this rank, of what each row's snapshot is off by; last, the base's."""
+        """The squared norm of the rounding error of each row's snapshot on this rank, followed by that of the base."""
         self.buffers = {
             name: torch.zeros(
                 (count, *buffers[name].shape),
@@ -68,17 +68,17 @@ class Window:
             )
             for name, count in kept_buffers(buffers, settings.keep).items()
         }
-        """By name: of the snapshots, in a ring, or of the last one; see `buffer`."""
+        """The buffers by name, stacked over the snapshots in a ring, or only of the last one; see `buffer`."""
         self.taken = 0
 
     @property
     def count(self) -> int:
-        """Number of snapshots, n."""
+        """The number of snapshots, n."""
         return len(self.steps)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the snapshots occupy on this rank."""
+        """The bytes of the snapshots on this rank."""
         return self.store.nbytes + sum(buffer.nbytes for buffer in self.buffers.values())
 
     @property
@@ -94,9 +94,9 @@ class Window:
 
     @torch.no_grad()
     def take(self, step: int, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
-        """Take a snapshot of the weights after `step`; the oldest goes where the window is full.
+        """Take a snapshot of the weights after `step`. If the window is full, the oldest snapshot is dropped.
 
-        On a GPU it is queued, and nothing waits, unless the store is in host memory.
+        On a GPU, the host does not wait unless the store is in host memory.
         """
         if self.steps:
             self._add(live)
@@ -111,10 +111,10 @@ class Window:
         for span, values in live.items():
             base = self.held(span)[1]
             base.copy_(values)
-            self.errors[-1] += 0 * torch.linalg.vector_norm(base)  # NaN where they are not finite
+            self.errors[-1] += 0 * torch.linalg.vector_norm(base)  # NaN if the weights are not finite
 
     def _add(self, live: Mapping[Span, torch.Tensor]) -> None:
-        """Fold the increment of a snapshot that goes into the base, and write the new one into a free row."""
+        """Add the increment of a dropped snapshot to the base, and write the new increment into a free row."""
         full = self.count == self.settings.keep
         kept = self.order[int(full) :]
         row = next(i for i in range(self.settings.keep) if i not in kept)
@@ -133,7 +133,7 @@ class Window:
         combine = self.store.kernels.combine
         for cut, part, base in self._pieces(span):
             before = torch.empty_like(base)
-            if dropped is not None:  # its row, the only one that is free, takes the new increment
+            if dropped is not None:  # The new increment replaces it in its row, the only free one.
                 combine(part, dropped, base, 1.0, before)
                 base.copy_(before)
             combine(part, newest, base, 1.0, before)
@@ -142,7 +142,7 @@ class Window:
             self.errors[row] += torch.linalg.vector_norm(difference - kept).double().square()
 
     def _marked(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return factors of the rows: 1 for these, 0 for the others."""
+        """Return the factors of all rows: 1 for `rows`, 0 for the others."""
         factors = torch.zeros(self.settings.keep - 1)
         factors[list(rows)] = 1
         return sent(factors, self.store.device)
@@ -158,18 +158,18 @@ class Window:
             yield cut, part, base[cut]
 
     def row_map(self, center: Sequence[float]) -> Trajectory:
-        """Return what the rows stand for, for a center of these weights of the snapshots."""
+        """Return the meaning of the rows for a center with these weights of the snapshots."""
         return Trajectory(tuple(self.order), self.settings.keep - 1, tuple(center))
 
     @torch.no_grad()
     def write(self, a: torch.Tensor, live: Mapping[Span, torch.Tensor]) -> None:
-        """Write sum_i a_i w_i of the snapshots into weights of this rank; a is (n,), float64."""
+        """Write sum_i a_i w_i of the snapshots into the weights of this rank; a is (n,), float64."""
         factors = self.row_map([]).of_candidates(a[:, None])[:, 0]
         for span, values in live.items():
             self.store.combine(span, sent(factors[:-1].float(), values.device), float(factors[-1]), values)
 
     def snapshot(self, i: int, span: Span) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield (columns, float32 values) of a span as it was at snapshot `i`, some at a time."""
+        """Yield (columns, float32 values) of a span at snapshot `i`, in several parts."""
         factors = self._marked(self.order[:i])
         for cut, part, base in self._pieces(span):
             values = torch.empty_like(base)
@@ -177,12 +177,12 @@ class Window:
             yield cut, values
 
     def buffer(self, name: str, i: int) -> torch.Tensor:
-        """Return a buffer as it was at snapshot `i`; a mask or a table of integers as it was at the last one."""
+        """Return a buffer at snapshot `i`. A mask or a table of integers is that of the last snapshot."""
         held = self.buffers[name]
         return held[(self.taken - self.count + i) % len(held)]
 
     def parts(self, span: Span) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the base (k,) and the increments (n - 1, k) of a span some columns at a time, in float32."""
+        """Yield the base (k,) and the increments (n - 1, k) of a span in float32, k columns at a time."""
         rows, base = self.held(span)
         for start, part in widened(rows):
             values = part.transpose(0, 1).flatten(1)[self.order]
@@ -190,25 +190,25 @@ class Window:
             yield base[low:high], values[:, low - start : high - start]
 
     def require_finite(self) -> None:
-        """Refuse snapshots of weights that were not finite.
+        """Check that the weights of all snapshots were finite.
 
         Raises:
-            TwaError: names the first step.
+            TwaError: names the first step whose weights were not finite.
         """
         wrong = ~torch.isfinite(self.squared_errors())
         if bool(wrong.any()):
             raise TwaError(
                 f"the snapshot of step {self.steps[int(wrong.nonzero()[0])]} has weights that are not finite: training "
-                "has diverged. Load the state of a step before."
+                "has diverged. Load the state of an earlier step."
             )
 
     def squared_errors(self) -> torch.Tensor:
-        """Return what the snapshots are off by: squared norms over this rank's spans, (n,), float64."""
+        """Return the squared norms of the rounding errors of the snapshots over this rank's spans, (n,), float64."""
         return torch.cat([self.errors[-1:], self.errors[self.order]])
 
 
 def _is_kept_for_each(buffer: torch.Tensor) -> bool:
-    """Whether each snapshot has a buffer of its own: statistics and counters, not masks and tables of positions."""
+    """Return whether a buffer is kept for each snapshot: statistics and counters, not masks and tables of positions."""
     return buffer.is_floating_point() or buffer.numel() == 1
 
 

@@ -1,4 +1,4 @@
-"""The store of a window as that of an average, also of parts of its spans."""
+"""The store of a window as the store of an average, also for parts of its spans."""
 
 import torch
 from torch.nn.functional import pad
@@ -10,15 +10,15 @@ from twa_scale.running.window import Window
 
 
 class WindowStore:
-    """The store of a window, which is only read, and stays when the average is closed.
+    """The store of a window. It is only read, and remains when the average is closed.
 
-    A part of a span, such as an expert of a stacked tensor, is read with the tiles of rows that it touches. Where it
-    begins or ends inside a tile, its gradient is copied between zeros, and its weights out of those of the tiles.
+    A part of a span, such as an expert of a stacked tensor, is read with the tiles of rows that it touches. If it
+    begins or ends inside a tile, its gradient is padded with zeros, and its weights are copied from those of the tiles.
 
     Args:
         window: holds the snapshots.
-        coding: what the rows stand for.
-        cuts: the parts of spans that the average asks for in place of the span.
+        coding: the meaning of the rows.
+        cuts: the parts of spans that the average uses instead of the span.
     """
 
     def __init__(self, window: Window, coding: RowMap, cuts: Cuts | None = None) -> None:
@@ -39,17 +39,17 @@ class WindowStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the snapshots occupy."""
+        """The bytes of the snapshots."""
         return self._store.nbytes
 
     def reserve(self, span: Span) -> Target:
-        """Refuse: the window has filled it."""
+        """Raise an error, because the window has written the store."""
         raise AssertionError(f"{span} is in the window")
 
     def project(
         self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
     ) -> torch.Tensor:
-        """Return the inner products of rows and base with the gradient of this span."""
+        """Return the inner products of the rows and the base with the gradient of this span."""
         if span not in self._margins:
             return self._store.project(span, gradient, with_center, segments)
         assert segments is None, "parts have no corrections of rows"
@@ -59,7 +59,7 @@ class WindowStore:
     def combine(
         self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
     ) -> None:
-        """Write the weights of this span; the window holds no empty ones."""
+        """Write the weights of this span. Does nothing for an empty span, which the window does not hold."""
         if not len(span):
             return
         if span not in self._margins:
@@ -72,4 +72,4 @@ class WindowStore:
             out.copy_(tiles[before : before + len(out)])
 
     def close(self) -> None:
-        """Do nothing: the window stays."""
+        """Do nothing, because the window remains in use."""

@@ -25,9 +25,9 @@ from twa_scale.ranks import Pods, Reduction
 
 
 def row_bytes(config: TwaConfig, n: int, rows: int) -> int:
-    """Return the bytes of `RowCorrections` for n candidates and rows of a rank.
+    """Return the bytes of `RowCorrections` for n candidates and the rows of a rank.
 
-    These are y, its gradient, a copy, and the moments.
+    These are the bytes of y, its gradient, a copy, and the moments.
     """
     return 4 * (3 + row_moments(config)) * n * rows
 
@@ -44,17 +44,17 @@ def row_moments(config: TwaConfig) -> int:
 class RowCorrections:
     """A row r of a tensor in group g has the weights w_r = c_r + sum_i u[i] delta_i,r with u = T_g (x_g + y_r).
 
-    y starts at zero and is trained at a lower rate than x: x fits what the rows of a group have in common, and y the
-    single rows. Each rank keeps the y of the rows that it holds. Only rows that a shard boundary cuts are exchanged
-    within a shard group; the gradients of all rows are averaged over replicas.
+    y starts at zero and is trained at a lower rate than x. x adapts to all rows of a group, and y to single rows. Each
+    rank keeps the y of the rows that it holds. Only rows that a shard boundary cuts are exchanged within a shard group;
+    the gradients of all rows are averaged over replicas.
 
     Args:
         config: the optimizer and the rate of the rows.
         slots: the rows of this rank.
         basis: T, of a basis whose directions are sums of deltas.
-        coding: what the rows of the store stand for.
+        coding: the meaning of the rows of the store.
         reduction: sums over ranks.
-        device: of the weights.
+        device: the device of the weights.
     """
 
     def __init__(
@@ -73,7 +73,8 @@ class RowCorrections:
         self._exchange = RowExchange(config.row_exchange, reduction)
         self._basis = basis
         rows_of_u, k = basis.matrix.shape[1:]
-        # Weights of the store's rows are an affine function of u; T and its linear part are one matrix for each group.
+        # The weights of the store's rows are an affine function of u. Its linear part and T are multiplied once per
+        # group.
         zero = coding.row_weights(torch.zeros(rows_of_u, 1, dtype=torch.float64))
         linear = coding.row_weights(torch.eye(rows_of_u, dtype=torch.float64)) - zero
         self._maps = (linear[:-1] @ basis.matrix).to(device)
@@ -94,7 +95,7 @@ class RowCorrections:
 
     def reduce(self, factor: float) -> None:
         """Multiply the gradient by `factor`, the same on all ranks, and sum it over ranks. Collective."""
-        self._gradient.mul_(factor)  # first, so that errors of rounding have the same unit in every step
+        self._gradient.mul_(factor)  # first, so that rounding errors have the same unit in every step
         self._slots.reduce_(self._gradient, self._reduction, self._exchange)
         self.values.grad = self._gradient
 
@@ -135,9 +136,9 @@ class RowCorrections:
         """Return y and the state of its optimizer for all rows, on the CPU of every rank. Collective.
 
         It does not depend on how rows are divided over ranks: tensors of columns become tensors (k, rows) by name.
-        `maps` are the matrices from y to the averaging coefficients, for exports without the model. Errors of rounded
-        gradients are not part of it, and are left out from here on, so that a training that continues from the state
-        goes on as this one does.
+        `maps` are the matrices from y to the averaging coefficients, for exports without the model. The rounding errors
+        of gradients are not part of the state and are reset, so that a training that continues from the state has the
+        same results as this one.
         """
         of_rows, others = self._moments()
         return {
@@ -149,10 +150,10 @@ class RowCorrections:
     def save(self, output: Path, pods: Pods, best: torch.Tensor | None) -> dict[str, Any]:
         """Return the state as `state` does, but with y and the moments of rows in a file. Collective.
 
-        Each rank writes its own rows, so that it needs no memory but a buffer of a few MiB.
+        Each rank writes its own rows, so that it needs only a buffer of a few MiB.
 
         Args:
-            output: the directory in which the file gets a directory of its own.
+            output: the directory in which a new directory for the file is created.
             pods: all ranks.
             best: the corrections of this rank's rows in the best average of a run, (k, R), if they are saved, too.
 
@@ -166,14 +167,14 @@ class RowCorrections:
         return {**self._small_state(), "stored": stored.model_dump(), "values": {}, "moments": others}
 
     def _small_state(self) -> dict[str, Any]:
-        """Return the part of the state that every rank has; errors of rounded gradients are left out from here on."""
+        """Return the part of the state that every rank has, and reset the rounding errors of gradients."""
         self._exchange.forget()
         group = self.optimizer.state_dict()["param_groups"][0]
         settings = deepcopy({key: value for key, value in group.items() if key != "params"})
         return {"settings": settings, "maps": self._averaging_maps(), "names": list(self._slots.counts)}
 
     def _moments(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the moments of this rank's rows, (k, R), and copies of those that rows share."""
+        """Return the moments of this rank's rows, (k, R), and copies of the moments that all rows share."""
         state = self.optimizer.state_dict()["state"].get(0, {})
         of_rows = {key: value for key, value in state.items() if self._is_of_columns(value)}
         return of_rows, {key: deepcopy(value) for key, value in state.items() if key not in of_rows}
@@ -208,7 +209,7 @@ class RowCorrections:
             directory: its directory, if its values are in a file.
 
         Raises:
-            StateError: other tensors or shapes than here, or the file cannot be read.
+            StateError: the state has other tensors or shapes, or the file cannot be read.
         """
         with _opened(state, directory) as file:
             return self._values(state, file)
@@ -291,8 +292,8 @@ def _opened(state: RowsState, directory: Path | None) -> Iterator[RowsFile | Non
         return
     if directory is None:
         raise StateError(
-            f"state: rows: they are in {state.stored.directory}, beside the state. Give load_state_dict the directory "
-            "in which state_dict has written it."
+            f"state: rows: they are in {state.stored.directory}, next to the state. Give load_state_dict the directory "
+            "in which state_dict has written them."
         )
     with RowsFile(directory / state.stored.directory) as file:
         yield file

@@ -6,7 +6,7 @@ from typing_extensions import assert_never
 from twa_scale.config.kinds import RowDtype
 from twa_scale.ranks import Reduction
 
-_LARGEST = 127  # of the codes of int8: -127 to 127
+_LARGEST = 127  # the codes of int8 are -127 to 127
 
 
 def exchanged_bytes(dtype: RowDtype, k: int, rows: int) -> int:
@@ -22,10 +22,10 @@ def exchanged_bytes(dtype: RowDtype, k: int, rows: int) -> int:
 
 
 class RowExchange:
-    """Averages gradients over replicas. Those that are rounded have error feedback.
+    """Averages gradients over replicas, with error feedback for rounded gradients.
 
-    With error feedback (arXiv 1901.09847), what a rounding has left out is added to the gradient of the next step, so
-    that errors do not add up. The codes of `int8` have one scale for each row: 1/127 of its largest absolute value.
+    With error feedback (arXiv 1901.09847), a rounding error is added to the gradient of the next step, so that errors
+    do not accumulate. The codes of `int8` have one scale for each row: 1/127 of its largest absolute value.
 
     Rounded gradients are gathered, not reduced, so that each is rounded once: a rank receives those of all replicas.
 
@@ -54,7 +54,7 @@ class RowExchange:
         values /= self._reduction.num_replicas
 
     def forget(self) -> None:
-        """Leave out the errors of earlier steps: a state does not have them, so what continues from it has none."""
+        """Reset the rounding errors of earlier steps, because a state does not contain them."""
         self._error = None
 
     def _encoded(self, values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Make the corrections of the rows of a model, where the configuration asks for them."""
+"""Create the corrections of the rows of a model, if the configuration requests them."""
 
 from math import prod
 
@@ -20,11 +20,11 @@ def make_rows(
     """Return the corrections of the rows of all trained tensors, or None without `+row`. Collective.
 
     Raises:
-        ConfigError: no trained tensor has rows, or pods hold other spans than each other; on every rank.
+        ConfigError: no trained tensor has rows, or the spans differ between pods; on every rank.
     """
     if not config.has_rows:
         return None
-    without = engine.complex_names  # held as pairs of real numbers
+    without = engine.complex_names  # tensors that are stored as pairs of real numbers
     lengths = row_lengths(
         engine.module, {name: engine.parameters[name].shape for name in layout.group_of if name not in without}
     )

@@ -1,4 +1,4 @@
-"""Which tensors have rows, and which rows a span holds."""
+"""The tensors that have rows, and the rows of a span."""
 
 from collections.abc import Mapping
 from math import prod
@@ -24,12 +24,11 @@ _CONVOLUTIONS = (
 def row_lengths(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Return the number of elements of a row, by tensor, for the tensors that have more than one row.
 
-    A row is the part of one first index of a convolution, its output channel, and otherwise a vector along the last
-    dimension: an output of a linear layer, an embedding, an output of one of several stacked experts. Vectors have no
-    rows.
+    A row of a convolution is an output channel. Other rows are vectors along the last dimension: an output of a linear
+    layer, an embedding, an output of a stacked expert. Vectors have no rows.
 
     Args:
-        module: the model, or what wraps it.
+        module: the model, or its wrapper.
         shapes: the shapes of real tensors, by name.
     """
     convolutions = {name for name, child in named_modules(module) if isinstance(child, _CONVOLUTIONS)}
@@ -37,7 +36,7 @@ def row_lengths(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
     for name, shape in shapes.items():
         if len(shape) < 2:
             continue
-        parents = name.split(".")[:-1]  # also the parents of parametrizations, as of weight normalization
+        parents = name.split(".")[:-1]  # including the parents of parametrizations such as weight normalization
         convolution = any(".".join(parents[:depth]) in convolutions for depth in range(len(parents) + 1))
         count = shape[0] if convolution else prod(shape[:-1])
         if count > 1 and 0 not in shape:

@@ -60,7 +60,7 @@ class RowSlots:
         lengths: the number of elements of a row, for each tensor that has rows. The same on every rank.
         sizes: the number of elements of each of these tensors.
         shards: the ranks that together hold the weights.
-        device: of the values.
+        device: the device of the values.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RowSlots:
         self.num_columns = 0
         """The number of columns of this rank, R."""
         partial: list[torch.Tensor] = []
-        keys: list[torch.Tensor] = []  # positions of the columns' rows among those of all tensors
+        keys: list[torch.Tensor] = []  # the positions of the rows among those of all tensors
         first_key = dict(zip(self.counts, [0, *torch.tensor([*self.counts.values()]).cumsum(0).tolist()], strict=False))
         for span, group in spans.items():
             if span.name not in lengths or not len(span):
@@ -99,10 +99,10 @@ class RowSlots:
         self.runs = tuple(self._runs(owned=False))
         """The rows of this rank."""
         self.owned_runs = tuple(self._runs(owned=True))
-        """Those that no other rank owns: the runs of all ranks have each row once."""
+        """The rows that this rank owns. The owned runs of all ranks contain each row once."""
 
     def _find_cut_rows(self, keys: torch.Tensor, partial: torch.Tensor) -> None:
-        """Find the rows that several ranks hold parts of, and number them alike on all ranks. Collective."""
+        """Find the rows that are divided over several ranks, and number them equally on all ranks. Collective."""
         columns = partial.nonzero()[:, 0]
         mine = keys[columns]
         of_ranks = self.shards.gather(mine)
@@ -117,12 +117,13 @@ class RowSlots:
         self._num_shared = len(shared)
         self._columns, self._own = columns.to(self._device), own.to(self._device)
         self.owned = owned.to(self._device)
-        """Whether a column counts in sums over all rows: of the columns of a row, one does. (R,), bool."""
+        """Whether a column counts in sums over all rows, as one of the columns of a row does, (R,), bool."""
 
     def reduce_(self, values: torch.Tensor, reduction: Reduction, exchange: RowExchange) -> None:
         """Sum the values of each row over the shard group and average them over replicas, in place. Collective.
 
-        All ranks that hold a row get the same bits: rows that are cut are summed at once over all ranks.
+        All ranks that hold a row get the same bits, because rows that are cut are summed over all ranks in one
+        reduction.
 
         Args:
             values: (k, R).
@@ -152,10 +153,10 @@ class RowSlots:
         """Return the values of all rows of each tensor, on the CPU of every rank. Collective.
 
         Args:
-            values: of the columns, (k, R).
+            values: the values of the columns, (k, R).
 
         Returns:
-            (k, rows of the tensor), by name.
+            The values by tensor name, each (k, rows of the tensor).
         """
         parts: dict[str, list[Part]] = {name: [] for name in self.counts}
         for span, part in self.parts.items():

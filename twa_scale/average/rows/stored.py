@@ -13,14 +13,14 @@ from twa_scale.output import TensorSpec, Writer, writing
 from twa_scale.ranks import Pods
 
 PIECE_BYTES = 4 << 20
-"""The most bytes that are converted at a time."""
+"""The maximum number of bytes that are converted at a time."""
 _ONE_FILE = 1 << 62  # bytes: the file is never split
 
 
 def write_rows(output: Path, slots: RowSlots, kinds: Mapping[str, torch.Tensor], pods: Pods) -> StoredRows:
-    """Write a new file of rows into a new directory in `output`, and return what a state says about it. Collective.
+    """Write a new file of rows into a new directory in `output`, and return its description for a state. Collective.
 
-    The ranks of the first pod write, each the rows that it owns. The file has its name when all of them have succeeded.
+    Each rank of the first pod writes the rows that it owns. The file gets its name after all of them have succeeded.
 
     Args:
         output: the directory of the state.
@@ -33,8 +33,8 @@ def write_rows(output: Path, slots: RowSlots, kinds: Mapping[str, torch.Tensor],
     """
     directory, found = pods.broadcast(new_directory()), None
     with pods.agree():
-        # The collectives in here are of the first pod alone, which all its ranks enter. `writing` and `digest` raise on
-        # all of them or on none, so that no rank of the pod waits in one for another that has left.
+        # Only the ranks of the first pod call these collectives. `writing` and `digest` raise errors on all of them or
+        # on none, so that no rank waits for another.
         if pods.number == 0:
             k = len(next(iter(kinds.values())))
             specs = [

@@ -134,7 +134,7 @@ def _check(average: TrainableAverage, method: Method, budget: int, constraint: C
     if not average.can_start_from(_uneven(average.num_candidates), exactly=True):
         raise ConfigError(
             f"search: basis {basis!r} of {average.config.num_components or 'all'} components does not reach all "
-            "averages of the candidates, so another average than the best would be set. Attach with basis: normalized."
+            "averages of the candidates, so that the best average could not be set. Attach with basis: normalized."
         )
 
 
@@ -168,7 +168,7 @@ class _Proposer:
         return proposal, self._record.scores.get(digest_of(proposal.coefficients)) if self._record else None
 
     def add(self, proposal: Proposal, score: float, *, known: bool) -> None:
-        """Take the score of the last proposal; one that the record does not have is written."""
+        """Set the score of the last proposal, and write it if it is not in the record."""
         if self._record and not known:
             self._record.add(proposal.label, proposal.coefficients, score)
         self._loss = self._sign * score

@@ -25,7 +25,7 @@ class Record:
     Args:
         path: a file of JSON lines; created if it does not exist.
         candidates: a digest of the candidates; a record of others is refused.
-        say: called with a line when the disk is full.
+        say: called with a message if the disk is full.
 
     Raises:
         StateError: the file is not a record, or of other candidates.
@@ -54,7 +54,7 @@ class Record:
         self._file.write(_line({"key": digest_of(coefficients), "label": label, "score": score}))
 
     def close(self) -> None:
-        """Close the file, after a last attempt to write lines that a full disk has delayed."""
+        """Close the file, after a last attempt to write lines that were delayed by a full disk."""
         self._file.close()
 
 

@@ -57,8 +57,8 @@ def load_state(
     Args:
         output: the output directory of the run.
         say: called with one line of text.
-        rows: what is checked of the file of rows: "all" reads it and compares its checksum, "size" checks that it is
-            there and has its size, "none" does not look at it, for those who do not use the rows.
+        rows: the check of the file of rows. "all" reads it and compares its checksum, "size" checks that it exists and
+            has its size, "none" does not check it.
 
     Raises:
         StateError: both files are missing or damaged, or written by another version of twa_scale.
@@ -91,7 +91,7 @@ def remove_unused_rows(output: Path) -> None:
 
 
 def keep_loaded(output: Path, state: RunState) -> None:
-    """Put state.previous.pt in the place of state.pt if `state` was loaded from it. On one rank, before the next save.
+    """Replace state.pt with state.previous.pt if `state` was loaded from it. On one rank, before the next save.
 
     A save keeps state.pt as the previous state. It checks only the size of its rows, and would keep a damaged one.
 
@@ -101,7 +101,7 @@ def keep_loaded(output: Path, state: RunState) -> None:
     try:
         if _stored_rows(_parsed(output / STATE, _content(output / STATE))) == _stored_rows(state):
             return
-    except StateError:  # which a save does not keep
+    except StateError:  # a save does not keep a damaged state
         return
     replace_file(output / STATE, _content(output / PREVIOUS))
 
@@ -118,11 +118,11 @@ def require_stored_rows(directory: Path, stored: StoredRows, group: Group) -> No
 
     Args:
         directory: the directory of the state.
-        stored: what the state says about the file.
+        stored: the description of the file in the state.
         group: the ranks that read.
 
     Raises:
-        StateError: it is missing or damaged; on every rank.
+        StateError: the file is missing or damaged; on every rank.
     """
     place = directory / stored.directory
     found = digest(place, group)
@@ -139,7 +139,7 @@ def _stored_rows(state: RunState) -> StoredRows | None:
 
 
 def _require_rows(output: Path, state: RunState) -> None:
-    """Check that the file of rows is there, without reading all of it."""
+    """Check that the file of rows exists and has its size, without reading all of it."""
     stored = _stored_rows(state)
     path = stored and rows_path(output / stored.directory)
     if stored and path and not (path.is_file() and path.stat().st_size == stored.nbytes):
@@ -179,8 +179,8 @@ def _body(path: Path, content: bytes) -> bytes:
     header, _, body = content.partition(b"\n")
     if not header.startswith(_MAGIC):
         raise StateError(
-            f"{path}: is not a run state of this twa_scale: it does not begin with {_MAGIC.decode()!r}. A twa_scale "
-            f"before 0.1 wrote states without it; continue such a run with that. {FIX}"
+            f"{path}: is not a run state of this twa_scale: it does not begin with {_MAGIC.decode()!r}. twa_scale "
+            f"before 0.1 wrote states without it; continue such a run with that version. {FIX}"
         )
     version = header[len(_MAGIC) :].partition(b",")[0]
     if header + b"\n" == _header(body):

@@ -1,4 +1,4 @@
-"""Make and check the state of one average."""
+"""Create and check the state of one average."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -98,7 +98,7 @@ class StateForm:
         """
         saved = checked(AverageState, state, "state")
         self._fingerprint.require(saved.fingerprint.build())
-        now = self.config.with_lr(saved.config.lr)  # which the average takes over
+        now = self.config.with_lr(saved.config.lr)  # the average adopts this rate
         require_same_settings(now.model_dump(mode="json"), saved.config.model_dump(mode="json"))
         given, shape = saved.x.to(x), tuple(x.shape)
         if tuple(given.shape) != shape or list(self._layout.groups) != saved.groups:

@@ -16,7 +16,7 @@ def read_regular(path: Path, *, kind: str, fix: str) -> bytes | None:
     Args:
         path: the file.
         kind: what the file should be, for messages: "a run state".
-        fix: what to do about a damaged file: a sentence.
+        fix: a sentence with the fix for a damaged file.
 
     Raises:
         StateError: it is not a regular file, or cannot be read.
@@ -32,20 +32,20 @@ def read_regular(path: Path, *, kind: str, fix: str) -> bytes | None:
 
 
 def plain_data(path: Path, content: bytes, *, kind: str, fix: str) -> Any:
-    """Return what `torch.save` has written, with tensors on the CPU.
+    """Return the data that `torch.save` has written, with tensors on the CPU.
 
     Args:
         path: the file that `content` is from.
-        content: what `torch.save` wrote.
+        content: the content of the file.
         kind: as for `read_regular`.
         fix: as for `read_regular`.
 
     Raises:
-        StateError: it is damaged, or holds other things than plain data.
+        StateError: it is damaged, or contains other objects than plain data.
     """
     try:
         return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:  # the message of torch recommends an unsafe load, and damage raises errors of many types
         raise StateError(
-            f"{path}: is not {kind}: it is damaged, or holds other things than plain data. {fix}"
+            f"{path}: is not {kind}: it is damaged, or contains other objects than plain data. {fix}"
         ) from None

@@ -1,4 +1,4 @@
-"""The file beside a state that holds the corrections of rows and their moments: its names, its digest, its reader.
+"""The file next to a state with the corrections of rows and their moments: its names, its digest and its reader.
 
 It is a safetensors file of float32 tensors `KIND/NAME` of shape (rows, k). Kinds are `last` (the corrections at the
 step of the state), `best` (those of the best average of a run) and `moment.KEY` (of the optimizer).
@@ -25,10 +25,10 @@ from twa_scale.ranks import Group
 
 BASE = "rows"
 DIRECTORY = r"state\.rows-[0-9a-f]{8}"
-"""The pattern of the names of its directory, of which each save makes a new one."""
+"""The pattern of the name of its directory. Each save creates a new one."""
 LAST, BEST, MOMENT = "last", "best", "moment."
 FIX = "Restore a copy of it, or start a new run in another output or with resume=false."
-_CHUNK_BYTES = 32 << 20  # what one rank reads for the digest at a time
+_CHUNK_BYTES = 32 << 20  # the bytes that one rank reads at a time for the digest
 
 
 def new_directory() -> str:
@@ -42,11 +42,11 @@ def rows_path(directory: Path) -> Path:
 
 
 def remove_rows(directory: Path, used: Callable[[], Collection[str] | None]) -> None:
-    """Remove the directories of files of rows in a directory, but those that a state names. On one rank.
+    """Remove the directories of files of rows that no state names. On one rank.
 
     Args:
         directory: the directory of the states.
-        used: returns the names of those to keep, or None to keep all. It is called only if there are any.
+        used: returns the names of the directories to keep, or None to keep all. It is called only if there are any.
     """
     found = [path for path in directory.glob("state.rows-*") if re.fullmatch(DIRECTORY, path.name)]
     if not found or (names := used()) is None:
@@ -82,13 +82,13 @@ def digest(directory: Path, group: Group) -> tuple[int, str]:
 
 
 class RowsFile:
-    """Reads a file of rows; close it by a `with` block.
+    """Reads a file of rows. Use it in a `with` block, which closes it.
 
     Args:
         directory: the directory of the file.
 
     Raises:
-        StateError: the file is missing, or is not one of rows.
+        StateError: the file is missing, or is not a file of rows.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -110,7 +110,7 @@ class RowsFile:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the file open for a `with` block: it can then be read even after it has been removed."""
+        """Keep the file open in a `with` block, so that it can be read even after it was removed."""
         with self._file.descriptor():
             yield
 
@@ -171,7 +171,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise StateError(f"{path}: is missing, and the state beside it needs it. {FIX}") from None
+        raise StateError(f"{path}: is missing, but the state next to it needs it. {FIX}") from None
     except OSError as error:
         raise StateError(f"{path}: cannot be read: {error.strerror}. {FIX}") from error
     except CandidateError as error:

@@ -26,7 +26,7 @@ _FIXED_SETTINGS = (
 
 
 def require_same_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    """Refuse to continue with other settings than those that the coefficients depend on.
+    """Check that the settings on which the coefficients depend are the same.
 
     Raises:
         StateError: names the first setting that differs.
@@ -34,13 +34,13 @@ def require_same_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> No
     for key in _FIXED_SETTINGS:
         if then[key] != now[key]:
             raise StateError(
-                f"{key}: the state was trained with {then[key]!r}, this run has {now[key]!r}; its coefficients would "
-                "mean something else. Use the saved setting, or start a new run."
+                f"{key}: the state was trained with {then[key]!r}, this run has {now[key]!r}, with which its "
+                "coefficients have another meaning. Use the saved setting, or start a new run."
             )
 
 
 def require_same_shapes(live: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
-    """Refuse saved buffers that the model does not have, or has with other shapes.
+    """Check that the model has the saved buffers with the same shapes.
 
     Raises:
         StateError: names the first of them.
@@ -55,7 +55,7 @@ def require_same_shapes(live: Mapping[str, torch.Tensor], saved: Mapping[str, to
 
 
 def require_same_state(group: Group, state: AverageState) -> None:
-    """Refuse states that differ between ranks. Collective.
+    """Check that the states of all ranks are equal. Collective.
 
     Raises:
         StateError: on every rank.
@@ -65,7 +65,8 @@ def require_same_state(group: Group, state: AverageState) -> None:
     with group.agree():
         if other:
             raise StateError(
-                f"state: {other.key}: {other.where} has another one than {other.where_first}; give all ranks the same."
+                f"state: {other.key}: it differs between {other.where} and {other.where_first}; give all ranks the "
+                "same state."
             )
 
 

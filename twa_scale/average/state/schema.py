@@ -80,7 +80,7 @@ class MadeState(_Saved):
 
 
 def _inside(segment: Segment, shape: tuple[int, ...]) -> bool:
-    """Whether a box with as many dimensions as `shape` is inside of it."""
+    """Return whether a box with the dimensions of `shape` is inside of it."""
     if segment.here.first >= prod(shape):
         return False
     starts = [segment.here.first // step % size for size, step in zip(shape, row_major(shape), strict=True)]
@@ -100,26 +100,26 @@ class ConversionState(_Saved):
 
 
 class StoredRows(_Saved):
-    """The file beside the state that has the corrections of rows: see `rows_file`."""
+    """The file next to the state with the corrections of rows: see `rows_file`."""
 
     directory: Annotated[str, Field(pattern=f"^{DIRECTORY}$")]
-    """The name of its directory, in that of the state."""
+    """The name of its directory in the directory of the state."""
     nbytes: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     has_best: bool
-    """Whether it has the corrections of the best average, too."""
+    """Whether it also has the corrections of the best average."""
     values: Literal["last", "best"] = "last"
-    """Which of them are those of this state."""
+    """The kind of values in the file that belong to this state."""
 
 
 class RowsState(_Saved):
-    """The state of the corrections of rows, y: for each tensor (k, rows), float32. Here, or in a file."""
+    """The state of the corrections of rows, y: for each tensor (k, rows), float32. They are here or in a file."""
 
     stored: StoredRows | None = None
     """The file that has the values, and the moments of rows."""
     values: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor] | Tensor | float | int | bool | None]
-    """The state of their optimizer. Moments of rows are by tensor, as the values are."""
+    """The state of their optimizer. Moments of rows are stored by tensor, like the values."""
     settings: dict[str, Any]
     """The settings of their optimizer."""
     maps: Tensor
@@ -141,13 +141,13 @@ class RowsState(_Saved):
     def reader(self, directory: Path) -> Iterator[Callable[[str], torch.Tensor]]:
         """Yield a function that returns the values of a tensor of the model by its name, (k, rows), float32.
 
-        Their file is open until the `with` block ends, so that it can be read when a run has removed it meanwhile.
+        Their file is open until the end of the `with` block, so that it can be read even after a run has removed it.
 
         Args:
             directory: the directory of the state.
 
         Raises:
-            StateError: the file cannot be read; also by the function, which may find that it lacks the tensor.
+            StateError: the file cannot be read. The function also raises it if the file lacks the tensor.
         """
         if self.stored is None:
             yield self.values.__getitem__
@@ -170,11 +170,11 @@ class AverageState(_Saved):
     tied: list[Names] = []
     """The names in the candidates of each tensor of the model that has several."""
     x: Tensor
-    """(k, G), float64."""
+    """The coefficients, (k, G), float64."""
     coefficients: Tensor
-    """a: (n, G), float64."""
+    """The averaging coefficients a, (n, G), float64."""
     center_weights: Tensor
-    """b: (n,), float64."""
+    """The weights b of the center, (n,), float64."""
     optimizer: dict[str, Any]
     rows: RowsState | None = None
     buffers: dict[str, Tensor]
@@ -194,11 +194,13 @@ class AverageState(_Saved):
             if group >= num_groups:
                 raise ValueError(f"group_of: {name!r} is in group {group}, and there are {num_groups}")
             if name not in self.fingerprint.shapes:
-                raise ValueError(f"group_of: {name!r} is none of the tensors of the fingerprint")
+                raise ValueError(f"group_of: {name!r} is not among the tensors of the fingerprint")
         for name, groups in self.experts.items():
             shape = self.fingerprint.shapes.get(name, ())
             if name not in self.group_of or max(groups) >= num_groups or not shape or shape[0] % len(groups):
-                raise ValueError(f"experts: {name!r} has {len(groups)} that do not fit its shape or the groups")
+                raise ValueError(
+                    f"experts: {name!r} has {len(groups)} experts, which do not fit its shape or the groups"
+                )
         return self
 
     def groups_of(self, name: str) -> Sequence[int]:
@@ -207,7 +209,7 @@ class AverageState(_Saved):
 
     @property
     def aliases(self) -> set[str]:
-        """The names of tied tensors but for the first of each."""
+        """The names of tied tensors except the first name of each tensor."""
         return {name for names in self.tied for name in names[1:]}
 
     @property
@@ -242,36 +244,36 @@ class KeptState(_Saved):
     x: Tensor
     coefficients: Tensor
     row_values: dict[str, Tensor] = {}
-    """The corrections of rows, y, unless they are in the file of those of the last step."""
+    """The corrections of rows, y, unless they are in the file with those of the last step."""
     buffers: dict[str, Tensor]
     trial_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """The rate of the trial that ended here, before step 0 (`optimizer.lr: auto`); None for a step of the run."""
+    """The rate of the trial that ended with this average, before step 0 (`optimizer.lr: auto`); None for a step."""
 
     @property
     def name(self) -> str:
-        """Where the coefficients come from: "step 4"."""
+        """The origin of the coefficients, such as "step 4"."""
         return f"step {self.step}" if self.trial_lr is None else f"the trial of optimizer.lr {self.trial_lr:g}"
 
     @model_validator(mode="after")
     def _fits(self) -> "KeptState":
         if self.data.get("metric") not in self.metrics:
-            raise ValueError(f"data: its metric {self.data.get('metric')!r} is none of metrics")
+            raise ValueError(f"data: its metric {self.data.get('metric')!r} is not among the metrics")
         return self
 
 
 class RateState(_Saved):
-    """The learning rate that a run has chosen (`optimizer.lr: auto`), and what it tried."""
+    """The learning rate that a run has chosen (`optimizer.lr: auto`), and the rates that it tried."""
 
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     tried: list[float]
     metric: str
     """The split and the metric of `values`."""
     values: list[Annotated[float, Field(allow_inf_nan=False)] | None]
-    """The metric after the steps of each rate; None if it was not finite."""
+    """The metric after the steps with each rate; None if it was not finite."""
     steps: Count
-    """The steps of each rate."""
+    """The number of steps with each rate."""
     seconds: float
-    """The time of the search."""
+    """The time of the search in seconds."""
 
 
 class RunState(_Saved):
@@ -280,7 +282,7 @@ class RunState(_Saved):
     twa: AverageState
     """The average at the last step."""
     keep: Literal["best", "last"]
-    """Which coefficients the run exports."""
+    """The coefficients that the run exports."""
     kept: KeptState | None
     rate: RateState | None = None
     """The learning rate that was chosen at the start."""
@@ -303,7 +305,7 @@ class RunState(_Saved):
                 if _shapes(held) != _shapes(now):
                     raise ValueError(f"kept.{key}: other names or shapes than those of the last step")
             if self.twa.rows and self.twa.rows.stored and not self.twa.rows.stored.has_best:
-                raise ValueError("kept: the file of the corrections of rows does not have its own")
+                raise ValueError("kept: the file of the corrections of rows does not have those of the best average")
         return self
 
     @property
@@ -322,12 +324,12 @@ class RunState(_Saved):
 
     @property
     def exported_name(self) -> str:
-        """Where the coefficients that the run exports come from: "step 4"."""
+        """The origin of the coefficients that the run exports, such as "step 4"."""
         return self.kept.name if self.kept and self.keep == "best" else f"step {self.step}"
 
     @property
     def exported(self) -> AverageState:
-        """The state that the run exports: that of the best or of the last step."""
+        """The state that the run exports, of the best or of the last step."""
         if self.kept is None or self.keep == "last":
             return self.twa
         kept = {name: getattr(self.kept, name) for name in ("x", "coefficients", "buffers")}
@@ -353,7 +355,7 @@ def checked(model: type[M], state: Any, where: str) -> M:
         StateError: names the first field that is missing, unknown, or of another type, shape or version.
     """
     if not isinstance(state, Mapping):
-        raise StateError(f"{where}: is {type(state).__name__}, and no saved state: a mapping of names to values.")
+        raise StateError(f"{where}: is {type(state).__name__}, not a saved state, which maps names to values.")
     version = state.get("version")
     if model is AverageState and (version is None or (type(version) is int and version != VERSION)):
         found = "no version" if version is None else f"version {version}"
@@ -369,7 +371,7 @@ def checked(model: type[M], state: Any, where: str) -> M:
         message = first["msg"].removeprefix("Value error, ")
         raise StateError(
             f"{where}: {key + ': ' if key else ''}{message} (got {_shown(first['input'])}). It is not the state of a "
-            "run of this twa_scale. Give the one that was saved, or start a new run."
+            "run of this twa_scale. Give a saved state, or start a new run."
         ) from None
 
 

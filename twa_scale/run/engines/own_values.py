@@ -1,4 +1,4 @@
-"""Models that keep values of their own for tensors that are not in the candidates."""
+"""Models that keep their own values for tensors that are not in the candidates."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from twa_scale.ranks import Group
 def candidates_leave_values(config: RunConfig) -> bool:
     """Return whether the model keeps values: candidates are adapters, or `missing` is `keep`. Collective.
 
-    One rank looks, because file systems may show ranks different files, and ranks that differ would hang.
+    Only one rank reads the directory, because ranks that see different files would wait for each other.
 
     Raises:
         CandidateError: candidates are not found.

@@ -185,7 +185,8 @@ def zero_settings(config: RunConfig, stage: int, ranks: int) -> dict[str, Any]:
     zero = {**ZERO, **given.get("zero_optimization", {})}
     if zero.setdefault("stage", stage) != stage:
         raise ConfigError(
-            f"deepspeed.zero_optimization.stage is {zero['stage']}, but engine is {config.engine!r}: leave one out."
+            f"deepspeed.zero_optimization.stage is {zero['stage']}, but engine is {config.engine!r}: remove one of "
+            "them."
         )
     settings = {"zero_allow_untested_optimizer": True, "steps_per_print": None, **given, **batch}
     precisions = ("bf16", "fp16", "torch_autocast")
@@ -201,7 +202,7 @@ def load_deepspeed() -> Any:
         ConfigError: it is not installed.
     """
     try:
-        with redirect_stdout(sys.stderr):  # for its log: standard output may be JSON
+        with redirect_stdout(sys.stderr):  # DeepSpeed writes its log to standard output, which may be JSON
             import deepspeed
     except ImportError:
         raise ConfigError("engine: zero1, zero2 and zero3 need DeepSpeed: pip install deepspeed.") from None

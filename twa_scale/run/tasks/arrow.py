@@ -16,15 +16,15 @@ from twa_scale.run.tasks.packages import needed
 
 PARQUET = ".parquet"
 SUFFIXES = (PARQUET, ".arrow")
-_ROWS = 256  # of one piece of a parquet file
-_MAGIC_OF_FILES = b"ARROW1"  # else it is a stream, as `datasets` writes it
+_ROWS = 256  # the rows that are decoded at a time
+_MAGIC_OF_FILES = b"ARROW1"  # other files are streams, as `datasets` writes them
 
 
 def rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, list[Any]]]:
     """Yield (place, values of the columns) of each row. See `tables.rows`."""
     number = 0
     for batch in batches(path, columns):
-        with named_errors(path):  # of values that Python cannot express, such as the year 30000
+        with named_errors(path):  # for values that Python cannot express, such as the year 30000
             of_columns = [batch.column(i).to_pylist() for i in range(len(columns))]
         for values in zip(*of_columns, strict=True):
             number += 1
@@ -34,8 +34,8 @@ def rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, list[Any
 def batches(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
     """Yield pyarrow.RecordBatch objects with these columns, in the order of the file.
 
-    Those of Arrow files are views of the mapped file; those of parquet files are decoded, 256 rows at a time. Their
-    offsets and texts are checked, because those of a damaged file would end the process.
+    Batches of Arrow files are views of the mapped file. Batches of parquet files are decoded, 256 rows at a time.
+    Offsets and texts are checked, because damaged ones would end the process.
 
     Args:
         path: a parquet or Arrow file.
@@ -68,7 +68,7 @@ def has_lists(path: Path, column: str) -> bool:
 
 
 def is_compressed(path: Path) -> bool:
-    """Return whether the first record batch of an Arrow file is no view of the mapped file, as it needs memory then."""
+    """Return whether the first record batch of an Arrow file is decompressed, so that it is not a view of the file."""
     with named_errors(path):
         mapped = _mapped(path)
         whole = mapped.read_buffer()
@@ -87,9 +87,9 @@ def integer_lists(column: Any, path: Path, row: int, name: str, fix: str) -> tup
     Args:
         column: a pyarrow.Array.
         path: its file, for error messages.
-        row: the number of rows of the file before it.
+        row: the number of earlier rows of the file.
         name: the name of the column.
-        fix: what to do if the column does not hold lists of integers, for error messages.
+        fix: the fix if the column does not hold lists of integers, for error messages.
 
     Raises:
         ConfigError: the column does not hold lists of integers, or a value is missing.
@@ -146,7 +146,12 @@ def pyarrow(module: str = "pyarrow") -> Any:
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Replace errors of pyarrow in a `with` block by a ConfigError that names the file."""
-    errors = (OSError, ValueError, OverflowError, pyarrow().ArrowException)  # UnicodeDecodeError for names of columns
+    errors = (
+        OSError,
+        ValueError,
+        OverflowError,
+        pyarrow().ArrowException,
+    )  # includes UnicodeDecodeError for names of columns
     try:
         yield
     except errors as error:
@@ -171,7 +176,7 @@ def _schema(path: Path) -> Any:
 
 
 def _arrow(path: Path) -> tuple[Any, Iterator[Any]]:
-    """Return the reader of an Arrow file, which has a schema, and its record batches."""
+    """Return the reader of an Arrow file, which has the schema, and its record batches."""
     return _read(_mapped(path))
 
 

@@ -1,4 +1,4 @@
-"""One column of parquet and Arrow files, read at any row without reading all."""
+"""One column of parquet and Arrow files, with random access to its rows."""
 
 from bisect import bisect_right
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from twa_scale.run.tasks import arrow
 
-_STRETCH = 1 << 27  # bytes of the row groups of a stretch, decoded
+_STRETCH = 1 << 27  # decoded bytes of the row groups in a run of consecutive rows
 _CACHE = 2 * _STRETCH
 
 
@@ -19,7 +19,7 @@ class _File(Protocol):
     sizes: list[int]
     """The number of rows of each piece."""
     costs: list[int]
-    """The bytes that reading a row of each piece decodes: all of a row group; nothing, if the piece is mapped."""
+    """The bytes that a read of a row decodes, for each piece: those of the whole row group, or 0 for a mapped piece."""
 
     def piece(self, i: int) -> Any:
         """Return the column of piece i, a pyarrow array."""
@@ -55,8 +55,8 @@ class _Mapped:
 class Column:
     """The values of a column in the rows of several files.
 
-    A row of a parquet file needs its whole row group, so the last ones are kept, up to 256 MiB. `stretches` are the
-    numbers of consecutive rows that are best read together: those of row groups of 128 MiB, or of mapped files.
+    A row of a parquet file needs its whole row group, so the last row groups are kept, up to 256 MiB. `stretches` are
+    the lengths of the runs of consecutive rows that are best read together: row groups of 128 MiB, or mapped files.
     """
 
     def __init__(self, files: Sequence[Path], column: str, setting: str) -> None:
@@ -70,7 +70,7 @@ class Column:
         Raises:
             ConfigError: a file cannot be read, or has no such column.
         """
-        self._places: list[tuple[Path, _File, int, int]] = []  # of each piece: file, its number and its first row
+        self._places: list[tuple[Path, _File, int, int]] = []  # for each piece: file, number and first row
         costs: list[int] = []
         for path in files:
             file: _File = (_Parquet if path.suffix.lower() == arrow.PARQUET else _Mapped)(path, column, setting)
@@ -109,7 +109,7 @@ class Column:
 
 
 def _stretches(sizes: list[int], costs: list[int]) -> tuple[int, ...]:
-    """Return the numbers of rows of consecutive pieces that cost at most `_STRETCH`, or of one that costs more."""
+    """Return the numbers of rows in runs of pieces that cost at most `_STRETCH`, or of single pieces that cost more."""
     found: list[int] = []
     total = _STRETCH + 1
     for size, cost in zip(sizes, costs, strict=True):

@@ -87,7 +87,7 @@ class Source(Section):
 
     @property
     def kinds(self) -> list[str]:
-        """Return which of the kinds of data are set."""
+        """Return the kinds of data that are set."""
         return [kind for kind in _KINDS if getattr(self, kind) is not None]
 
 

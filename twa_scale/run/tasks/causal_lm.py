@@ -152,9 +152,9 @@ class CausalLM:
     def dataset(self, split: str) -> Examples:
         """Return the examples of a split: {"tokens": int64 (context + 1,)}.
 
-        Where not all tokens are predicted, they also have "labels": int64 (context,), the tokens after the first, with
-        -100 for those that are not. With `isolate_documents` they have "positions": int64 (context,), the position of
-        each token but the last in its document.
+        If not all tokens are predicted, they also have "labels": int64 (context,), the tokens after the first, with
+        -100 for tokens that are not predicted. With `isolate_documents` they have "positions": int64 (context,), the
+        position of each token except the last in its document.
         """
         if split not in SPLITS:
             raise ConfigError(f"split: {split!r} is not one of {', '.join(SPLITS)}{nearest(split, SPLITS) or '.'}")
@@ -181,7 +181,7 @@ class CausalLM:
     def terms(self) -> Callable[[Batch], int] | None:
         """Return a function that counts predicted tokens, or None if all tokens of the data are predicted.
 
-        Then the ranks do not have to exchange their numbers.
+        With None, the ranks do not exchange their numbers.
         """
         return _num_predicted if self._has_labels else None
 

@@ -28,7 +28,7 @@ _OWN = {
     "return_assistant_tokens_mask",
     "tokenizer_kwargs",
 }
-"""What `apply_chat_template` or the task sets."""
+"""The variables that `apply_chat_template` or the task sets."""
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -36,10 +36,10 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatEncoder:
     """Encodes chats with the chat template of a tokenizer.
 
-    The answers are the messages of the role `assistant`. Their tokens are those that the template marks with
-    `{% generation %}`, and otherwise the tokens that a message adds to the chat before it with its generation prompt.
-    Where the template renders an answer otherwise when messages follow it, as templates of models that think do, its
-    tokens are not predicted, and `num_not_found` counts it.
+    The answers are the messages of the role `assistant`. Their tokens are those that the template marks with `{%
+    generation %}`, or otherwise the tokens that a message adds to the preceding chat with its generation prompt. If the
+    template renders an answer differently when messages follow it, as templates of reasoning models do, its tokens are
+    not predicted, and `num_not_found` counts it.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class ChatEncoder:
 
         Args:
             tokenizer: a tokenizer of transformers.
-            directory: that of the model, for messages.
-            variables: values of variables of the template, beside the messages.
+            directory: the model directory, for messages.
+            variables: values of variables of the template, in addition to the messages.
             key: the setting of the variables, for messages.
 
         Raises:
-            ConfigError: it has no template, or this uses another variable than those given.
+            ConfigError: the tokenizer has no template, or the template does not use one of the variables.
         """
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
@@ -117,7 +117,7 @@ class ChatEncoder:
         return tokens, hidden
 
     def _start(self, answer: dict[str, Any], place: str) -> Array:
-        """Return the tokens in front of an answer that begins a chat: those that do not depend on its content."""
+        """Return the tokens before an answer at the start of a chat, which do not depend on its content."""
         one, other = (self._tokens([{"role": answer["role"], "content": text}], place) for text in ("a", "b"))
         size = min(len(one), len(other))
         return one[: int(np.append(one[:size] != other[:size], True).argmax())]
@@ -136,7 +136,7 @@ class ChatEncoder:
 
 
 def _require_used(variables: Mapping[str, Any], template: str, key: str) -> None:
-    """Refuse variables that a chat template does not use, or that the task sets itself."""
+    """Check that a chat template uses the variables, and that the task does not set them itself."""
     used = _variables_of(template) - _OWN if variables else set()
     for name in variables:
         if name in _OWN:
@@ -149,13 +149,13 @@ def _require_used(variables: Mapping[str, Any], template: str, key: str) -> None
 
 
 def _variables_of(template: str) -> set[str]:
-    """Return the names that a template takes from outside."""
-    from jinja2 import Environment, TemplateSyntaxError, meta  # that of apply_chat_template
+    """Return the names of the variables of a template."""
+    from jinja2 import Environment, TemplateSyntaxError, meta  # used by apply_chat_template
 
-    plain = _GENERATION.sub("", template)  # a tag of transformers
+    plain = _GENERATION.sub("", template)  # remove a tag of transformers
     try:
         return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
-    except TemplateSyntaxError:  # with tags of a later transformers
+    except TemplateSyntaxError:  # tags of a later transformers
         return set(re.findall(r"[A-Za-z_]\w*", template))
 
 
@@ -164,7 +164,7 @@ def _begins(tokens: Array, prefix: Array) -> bool:
 
 
 def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
-    """Return messages without the keys whose value is null: Arrow has all keys in all messages."""
+    """Return messages without keys whose value is null, because Arrow has all keys in all messages."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ConfigError(f"{place}: {brief(messages)} is not a list of messages with `role` and `content`.")
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]

@@ -33,12 +33,12 @@ class Annotated:
     areas: Array
     """float64 (N,): the area of each object in pixels."""
     crowd: Array
-    """bool (N,): whether a box holds a group of objects, which training ignores."""
+    """bool (N,): whether a box contains a group of objects, which training ignores."""
 
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects that a model finds in an image, and those that are there."""
+    """The objects that a model finds in an image, and the annotated objects."""
 
     truth: Annotated
     boxes: Array
@@ -99,7 +99,7 @@ def pycocotools() -> tuple[Any, Any]:
 
 
 def average_precision(found: Sequence[Detections]) -> dict[str, float]:
-    """Return the mean average precision over IoU 0.5 to 0.95 (`ap`) and that at 0.5 (`ap50`), as pycocotools has it.
+    """Return the mean average precision over IoU 0.5 to 0.95 (`ap`) and at IoU 0.5 (`ap50`), as pycocotools.
 
     Raises:
         ConfigError: pycocotools is not installed, or no image has an object.

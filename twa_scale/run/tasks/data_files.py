@@ -103,10 +103,10 @@ def report_shared_files(sources: Mapping[str, Mapping[str, list[Path]]]) -> None
     """Report a file that is in two splits, even under different paths or in different sources.
 
     Args:
-        sources: for the setting of each source, the files of each split.
+        sources: the files of each split, by the setting of their source.
 
     Raises:
-        ConfigError: a file is no longer there.
+        ConfigError: a file no longer exists.
     """
     first: dict[tuple[int, ...], tuple[str, Path]] = {}
     for key, splits in sources.items():
@@ -163,7 +163,7 @@ def data_files(root: Path, suffixes: tuple[str, ...], without: tuple[str, ...] =
     named = [path for path in found if path.name.lower().endswith(suffixes)]
     dangling = next((path for path in found if not path.name.lower().endswith(suffixes) and leads_nowhere(path)), None)
     if dangling:
-        notice(f"{dangling}: is a link that leads nowhere. If its target was a folder of data, that is left out.")
+        notice(f"{dangling}: is a dangling link. If its target was a folder of data, that data is left out.")
     for path in named:
         refuse_dangling(path)
     return named
@@ -200,7 +200,7 @@ def refuse_dangling(path: Path) -> None:
         ConfigError: names the link.
     """
     if leads_nowhere(path):
-        raise ConfigError(f"{path}: is a link that leads nowhere, or to itself. Remove it, or restore its target.")
+        raise ConfigError(f"{path}: is a dangling link, or a link to itself. Remove it, or restore its target.")
 
 
 def _find(entries: list[str], suffixes: tuple[str, ...], key: str) -> list[tuple[Path, str]]:

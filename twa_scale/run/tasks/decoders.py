@@ -1,4 +1,4 @@
-"""How an encoded image becomes the tensor of an example."""
+"""Decoders, which turn images into the tensors of examples."""
 
 import os
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Stretched:
 class Processor:
     """The image processor of a Hugging Face directory, without data augmentation: float32 (C, H, W).
 
-    It is the one that works on PIL images, so that results do not depend on whether torchvision is installed.
+    It is the version for PIL images, so that results do not depend on whether torchvision is installed.
     """
 
     def __init__(self, directory: str, size: dict[str, int] | None = None) -> None:
@@ -61,7 +61,7 @@ class Processor:
             size: replaces the size of the processor; images are not padded then.
 
         Raises:
-            ConfigError: the directory has none, or it cannot be used.
+            ConfigError: the directory has no image processor, or it cannot be used.
         """
         pillow("PIL.Image")
         self._processor = huggingface.load_image_processor(directory)

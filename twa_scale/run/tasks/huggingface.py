@@ -34,7 +34,7 @@ def load_tokenizer(directory: str) -> Any:
 
 
 def load_image_processor(directory: str) -> Any:
-    """Return the image processor of a model directory, the one that works on PIL images.
+    """Return the image processor of a model directory, in its version for PIL images.
 
     Raises:
         ConfigError: transformers is not installed, or the processor is missing or not valid.
@@ -85,12 +85,12 @@ def _from_pretrained(kind: str, directory: str, what: str, **options: Any) -> An
 
 
 def _refuse_code(error: Exception, name: str) -> None:
-    """Replace the error of transformers that advises to trust remote code."""
+    """Replace the error of transformers that recommends to trust remote code."""
     if "trust_remote_code" in str(error):
         raise ConfigError(
-            f"task.model: {name!r} needs Python code that comes with it (`auto_map` in its JSON files); none of it was "
-            "run, and no setting allows it. Use an architecture that is part of transformers, or, if you have read the "
-            "code, install it as a package and build the model in a task of your own."
+            f"task.model: {name!r} needs Python code that comes with it (`auto_map` in its JSON files); it was not "
+            "run, and no setting allows it. Use an architecture that is part of transformers, or, if you have read "
+            "the code, install it as a package and build the model in a task of your own."
         ) from None
 
 

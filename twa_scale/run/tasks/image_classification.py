@@ -69,7 +69,7 @@ class ImageClassificationOptions(Section):
 
 
 class ImageClassification:
-    """Cross-entropy and accuracy of model(images), or of the `logits` of what it returns.
+    """Cross-entropy and accuracy of model(images), or of the `logits` of its output.
 
     Images of files go through the image processor of a Hugging Face directory; those of another model are cropped to
     squares. Arrays can have any shape, which they keep without an image processor. uint8 values are scaled to 0..1.
@@ -80,7 +80,7 @@ class ImageClassification:
     """
 
     def __init__(self, options: ImageClassificationOptions) -> None:
-        """Find the data and the model. Labels are read, but images only at their access.
+        """Find the data and the model. Labels are read, and images only when they are accessed.
 
         Raises:
             ConfigError: a path, a folder, a label, or the model cannot be used.
@@ -147,7 +147,7 @@ class ImageClassification:
         return (values - mean) / std
 
     def _make_decoder(self) -> Decoder | None:
-        """Return what makes tensors of images, or None if there are only arrays, which are used as they are."""
+        """Return the decoder of images, or None if there are only arrays that are used as they are."""
         own = self._options.image_size is not None or bool(self._options.mean)
         if self._directory and not own:
             return Processor(self._directory)
@@ -185,7 +185,7 @@ def _directory(model: str) -> str | None:
     """Return the Hugging Face directory that `model` names, or None if it is an import path.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: `model` is neither.
     """
     path = path_of(model, ConfigError)
     if ":" in model and not path.is_dir():

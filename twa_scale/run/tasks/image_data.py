@@ -1,4 +1,4 @@
-"""The data of the task `image_classification`: which files a split has, and their labels."""
+"""The data of the task `image_classification`: the files of each split, and their labels."""
 
 from dataclasses import dataclass
 from glob import has_magic
@@ -71,8 +71,8 @@ def _split_data(given: list[str], where: str) -> SplitData:
 def table_labels(files: list[Path], column: str, known: dict[str, int]) -> list[Label]:
     """Return the labels of all rows of tables.
 
-    Where the labels are numbers of classes whose names the file has (`ClassLabel` of the library `datasets`), and the
-    model knows these names, they are names, because the model may have other numbers.
+    If the file has names for class numbers (`ClassLabel` of the library `datasets`), and the model knows these names,
+    the labels are names, because the model may use other numbers.
 
     Args:
         files: parquet and Arrow files.

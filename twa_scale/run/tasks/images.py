@@ -117,7 +117,7 @@ class ImageFolder:
 
 
 class ImageTable:
-    """Examples as of `ImageFolder` from rows of parquet and Arrow files, as the library `datasets` stores `Image`.
+    """Examples like those of `ImageFolder`, from rows of parquet and Arrow files in which `datasets` stores an `Image`.
 
     An image is decoded on access. The labels are in memory.
     """
@@ -155,7 +155,7 @@ class ImageTable:
 
 
 class ProcessedArrays:
-    """Examples of arrays in memory, each of which a decoder gets as an image."""
+    """Examples of arrays in memory, each of which is passed to a decoder as an image."""
 
     def __init__(self, images: Tensor, labels: Tensor, decoder: Decoder, where: str) -> None:
         """Check the shape.

@@ -42,7 +42,7 @@ def call(function: Callable[..., Any], options: dict[str, Any], key: str, path: 
     """Return function(**options).
 
     Raises:
-        ConfigError: the function does not accept the options, or requires others.
+        ConfigError: the function does not accept the options, or requires further ones.
     """
     signature = inspect.signature(function)
     try:

@@ -1,7 +1,7 @@
 """Attention inside single documents of a window: `isolate_documents` of the task `causal_lm`.
 
 Models of transformers mask attention between sequences when the positions of tokens start again at 0 and there is no
-attention mask. Models with recurrent layers, or without positions, do not, so the model itself is asked.
+attention mask. Models with recurrent layers, or without positions, do not, so a forward pass of the model is checked.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from twa_scale.errors import ConfigError
 _HALF = 4  # tokens of each of the two documents of the check
 _TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 _LOW_PRECISION = 1e-2
-"""Relative to the largest logit. The rows of a batch go through the same kernels, so isolated ones are nearly equal."""
+"""The tolerance relative to the largest logit. The same kernels compute all rows, so isolated ones are nearly equal."""
 _KEY = "task.isolate_documents"
 _WAY_OUT = "Leave it out, or use `documents: padded`, where each example is from one document."
 
@@ -27,22 +27,22 @@ def require_positions(model: nn.Module) -> None:
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ConfigError(
-            f"{_KEY}: {type(model).__name__} takes no `position_ids`, by which models of transformers know where "
+            f"{_KEY}: {type(model).__name__} takes no `position_ids`, which tell models of transformers where "
             f"documents begin. {_WAY_OUT}"
         )
 
 
 @torch.no_grad()
 def require_isolation(model: nn.Module, vocabulary: int, device: torch.device) -> None:
-    """Check that no token of a document sees the document before it. One forward pass of 2 x 8 tokens.
+    """Check that no token attends to the preceding document, with one forward pass of 2 x 8 tokens.
 
     Two rows have different first documents and the same second one, whose logits must be equal. Collective for
     sharded models.
 
     Args:
-        model: in any wrapper; it takes `input_ids` and `position_ids`.
+        model: the model in any wrapper; it takes `input_ids` and `position_ids`.
         vocabulary: the size of the vocabulary.
-        device: of the tokens.
+        device: the device of the tokens.
 
     Raises:
         ConfigError: the logits differ.
@@ -64,7 +64,7 @@ def require_isolation(model: nn.Module, vocabulary: int, device: torch.device) -
         tolerance = _LOW_PRECISION
     if float((one - other).abs().max()) > tolerance * float(one.abs().max()):
         raise ConfigError(
-            f"{_KEY}: {type(model).__name__} lets tokens see the document before their own, although positions start "
-            "again where a document begins: it has recurrent layers, for example, or an attention that needs a mask. "
+            f"{_KEY}: {type(model).__name__} lets tokens attend to the preceding document, although positions start "
+            "again at each document: it has recurrent layers, for example, or an attention that needs a mask. "
             f"{_WAY_OUT}"
         )

@@ -16,10 +16,10 @@ def array_items(file: TextIO, text: str) -> Iterator[str]:
 
     Args:
         file: the file, after `text`.
-        text: what has been read of it, which begins with "[" or white space.
+        text: the text that was already read, which begins with "[" or white space.
 
     Raises:
-        ValueError: it is not a valid array, or does not end.
+        ValueError: the text is not a valid array, or the array does not end.
     """
     position, separator = 0, "["
     while True:

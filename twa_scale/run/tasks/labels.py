@@ -15,7 +15,7 @@ _FRACTION = re.compile(r"-?\d*\.\d+")
 
 
 def require_label(label: Any, place: str) -> None:
-    """Refuse lists, empty strings and NaN, which would become separate classes, and numbers to predict.
+    """Check that a label is a class. Lists, empty strings and NaN would become separate classes.
 
     Raises:
         ConfigError: names the place.
@@ -44,7 +44,7 @@ def numbering(labels: Mapping[str, list[Label]], known: Mapping[str, int]) -> di
         known: the `label2id` of the model.
 
     Raises:
-        ConfigError: names that the model does not know are in other splits than `train`, but not in `train`.
+        ConfigError: a name that the model does not know is in another split, but not in `train`.
     """
     present = {label for column in labels.values() for label in column}
     if all(isinstance(label, int) for label in present):
@@ -58,7 +58,7 @@ def numbering(labels: Mapping[str, list[Label]], known: Mapping[str, int]) -> di
         unknown = next(name for name in names if name not in known)
         notice(
             f"task: the classes are numbered in sorted order, because the model's label2id has other names: "
-            f"{some(named)}, but not {unknown!r}. If the candidates were trained with these, use its names."
+            f"{some(named)}, but not {unknown!r}. If the candidates were trained with that label2id, use its names."
         )
     return {name: number for number, name in enumerate(names)}
 
@@ -78,12 +78,12 @@ def require_number(label: Any, place: str) -> None:
 
 
 def default_names(known: Mapping[str, int]) -> bool:
-    """Return whether the classes of a model have no names but those that transformers gives them."""
+    """Return whether the classes of a model have only the default names of transformers."""
     return all(_DEFAULT.fullmatch(name) for name in known)
 
 
 def _refuse_new_labels(labels: Mapping[str, list[Label]]) -> None:
-    """Refuse labels that are not in the training data: they are typing errors, or classes new to the candidates."""
+    """Check that all labels are in the training data. Others are typing errors, or unknown to the candidates."""
     trained = {str(label) for label in labels.get("train", [])}
     for split, column in labels.items():
         new = sorted({str(label) for label in column} - trained)

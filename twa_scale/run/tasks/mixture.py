@@ -8,16 +8,16 @@ from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.task import Batch, Examples
 
-_MAX = 1 << 28  # examples of an epoch: the training loop has their order in memory, 8 bytes for each
+_MAX = 1 << 28  # examples of an epoch, whose order the training loop keeps in memory, 8 bytes each
 
 
 class Mixture:
     """The examples of several sources, each source evenly distributed over the epoch.
 
     An epoch has each example at least once. It ends when the source that is longest for its weight has been read once;
-    the others are read several times, in their order. So any part of the order has the proportions of the weights, and
-    the order depends on nothing but the lengths and the weights. The j-th of the n examples of a source is at the place
-    (j + 1/2) / n of the epoch, which is computed on access, so that the order needs no memory.
+    the others are read several times, in their order. Any part of the order therefore has the proportions of the
+    weights, and the order depends only on the lengths and the weights. The j-th of the n examples of a source is at the
+    place (j + 1/2) / n of the epoch, which is computed on access, so that the order needs no memory.
     """
 
     def __init__(self, sources: Sequence[Examples], weights: Sequence[float], key: str) -> None:
@@ -58,7 +58,7 @@ class Mixture:
         return self._sources[source][j % len(self._sources[source])]
 
     def _find(self, index: int) -> tuple[int, int]:
-        """Return the source at a position of the epoch, and the number of its example."""
+        """Return the source at a position of the epoch, and the index of its example."""
         for i, number in enumerate(self._numbers):
             j = index * number // self._count
             while j + 1 < number and self._position(i, j) < index:
@@ -70,7 +70,7 @@ class Mixture:
         raise AssertionError(f"no example has the position {index} of {self._numbers}")
 
     def _position(self, i: int, j: int) -> int:
-        """Return the number of examples that come before the j-th of source i; of equal places, the first source's."""
+        """Return the number of examples before the j-th of source i. At equal places, earlier sources come first."""
         before = 0
         for k, number in enumerate(self._numbers):
             # The l-th of source k comes before if (2l + 1) / number < (2j + 1) / numbers[i].

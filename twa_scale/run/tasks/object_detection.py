@@ -53,7 +53,7 @@ class ObjectDetectionOptions(Section):
 
 
 class ObjectDetection:
-    """The loss of a detection model, and its average precision (`ap`, `ap50`) as pycocotools has it.
+    """The loss of a detection model, and its average precision (`ap`, `ap50`), computed by pycocotools.
 
     Categories have the numbers of the model's `label2id` if it contains all of their names, and their ids otherwise.
     There is no data augmentation.
@@ -68,7 +68,7 @@ class ObjectDetection:
         Raises:
             ConfigError: a path, an annotation or the model cannot be used, or pycocotools is not installed.
         """
-        pycocotools()  # so that it is not missed at the first evaluation, after all candidates have been read
+        pycocotools()  # so that a missing package is reported before the candidates are read
         self._options = options
         with named_errors(ConfigError):
             is_directory = path_of(options.model, ConfigError).is_dir()
@@ -110,8 +110,8 @@ class ObjectDetection:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of the model.
 
-        Its losses of boxes are divided by the number of objects of the batch. That of classes may be a mean over other
-        terms, as in DETR and YOLOS: over all queries, by weight.
+        The losses of boxes are divided by the number of objects of the batch. The loss of classes may be a mean over
+        other terms: in DETR and YOLOS, it is a weighted mean over all queries.
         """
         return self._outputs(model, batch).loss  # type: ignore[no-any-return]
 
@@ -179,8 +179,8 @@ class DetectionExamples:
     """Examples of images with boxes.
 
     "images" are float32 (3, size, size). "classes" are int64 (M,) for the largest number M of objects of an image, -1
-    where there is none, and "boxes" float32 (M, 4): center, width and height as fractions of the image. "sizes" are
-    int64 (2,), height and width of the file. "split" and "index" identify the image.
+    for none, and "boxes" float32 (M, 4): center, width and height as fractions of the image. "sizes" are int64 (2,),
+    height and width of the file. "split" and "index" identify the image.
     """
 
     def __init__(self, images: list[Annotated], split: int, class_of: dict[int, int], decoder: Decoder) -> None:

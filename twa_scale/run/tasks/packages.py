@@ -10,9 +10,9 @@ def needed(module: str, use: str, install: str) -> Any:
     """Return a module of a package that may be missing.
 
     Args:
-        module: its import path.
-        use: the setting, and what needs the package, for the error message.
-        install: what `pip install` has to be given.
+        module: the import path of the module.
+        use: the setting and the use of the package, for the error message.
+        install: the argument for `pip install`.
 
     Raises:
         ConfigError: the import failed.

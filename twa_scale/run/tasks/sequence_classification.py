@@ -162,8 +162,8 @@ def _problem(options: SequenceClassificationOptions, config: Any) -> Problem:
     stored = getattr(config, "problem_type", None)
     if options.problem is None and stored == "multi_label_classification":
         raise ConfigError(
-            "task.model: its problem_type is multi_label_classification, which this task does not have. Write a task "
-            "of your own, or set task.problem."
+            "task.model: its problem_type is multi_label_classification, which this task does not support. Write a "
+            "task of your own, or set task.problem."
         )
     one = options.num_labels == 1 or (options.num_labels is None and config.num_labels == 1)
     problem = options.problem or ("regression" if stored == "regression" or one else "classification")

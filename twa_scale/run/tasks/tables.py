@@ -18,7 +18,7 @@ from twa_scale.run.tasks.json_arrays import array_items
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LINES = (".jsonl", ".ndjson", ".json")
 _GZIP = ".gz"
-_START = 1024  # characters of a .json file that tell an array from lines
+_START = 1024  # characters of a .json file that are read to distinguish an array from lines
 FORMATS = (*_DELIMITERS, *_LINES, *(ending + _GZIP for ending in (*_DELIMITERS, *_LINES)), *arrow.SUFFIXES)
 """The endings of the names of files that are read as tables."""
 
@@ -105,7 +105,7 @@ def _open_text(path: Path) -> Iterator[TextIO]:
 def _dicts(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     ending = Path(path.name.lower().removesuffix(_GZIP)).suffix
     if delimiter := _DELIMITERS.get(ending):
-        # Of the whole process; by default 131072 characters, which texts exceed.
+        # A limit of the whole process; texts exceed the default of 131072 characters.
         csv.field_size_limit(max(csv.field_size_limit(), MAX_JSON))
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         names = reader.fieldnames or ()

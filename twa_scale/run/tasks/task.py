@@ -18,11 +18,11 @@ SPLITS = ("train", "validation", "test")
 class Examples(Protocol):
     """The examples of one split, read on access and in a fixed order. The training loop shuffles them.
 
-    The attribute `stretches` is optional: the numbers of consecutive examples that are best read together, such as
-    those of a compressed block. The loop then shuffles the stretches and the examples in each. The attribute `once` is
-    optional, for examples that repeat some: the same examples, each once. Evaluations use it. The attribute
-    `token_counts` is optional: the number of tokens of each example. Evaluations then put examples of similar length
-    into a batch, so that a task which drops the padding of a batch computes less.
+    The attribute `stretches` is optional: the lengths of runs of consecutive examples that are best read together, such
+    as those of a compressed block. The loop then shuffles the runs, and the examples in each run. The attribute `once`
+    is optional: the same examples without repetitions, each once. Evaluations use it. The attribute `token_counts` is
+    optional: the number of tokens of each example. Evaluations then put examples of similar length into a batch, so
+    that a task which drops the padding of a batch computes less.
     """
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class Task(Protocol):
     with more terms count more. Without it, if it is None, or if it returns None for a part of a global batch, all
     examples count equally.
 
-    The methods `collect(model, batch)` and `summarize(items)` are for values that are not means, such as an average
+    The methods `collect(model, batch)` and `summarize(items)` compute values that are not means, such as an average
     precision. `collect` returns the metrics and a list of items; `summarize` gets the items of all batches and ranks,
     in any order, and returns further values by name.
     """

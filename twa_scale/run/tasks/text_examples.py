@@ -23,7 +23,7 @@ class TextExamples:
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, max_length: int, labels: Tensor, where: str) -> None:
-        """Begin without examples.
+        """Create the temporary file, without examples.
 
         Args:
             tokenizer: has a padding token.
@@ -37,7 +37,7 @@ class TextExamples:
         self._has_types = False
 
     def add(self, rows: Iterable[tuple[str, list[str]]]) -> None:
-        """Tokenize and add all examples, each a place for messages and one or two texts.
+        """Tokenize and add all examples. Each is a place for messages, and one or two texts.
 
         Raises:
             ConfigError: a text has no tokens.

@@ -16,8 +16,8 @@ _MASK, _LABELS = "attention_mask", "labels"
 def record_tokens(path: Path, column: str, setting: str, where: str, vocabulary: int) -> list[Tokens]:
     """Return the tokens of a file whose records have a list of tokens. Each record is a document.
 
-    Where records also have lists `attention_mask` and `labels`, tokens with mask 0 are left
-    out, and those with label -100 are not predicted.
+    If records also have lists `attention_mask` and `labels`, tokens with mask 0 are left out, and those with label -100
+    are not predicted.
 
     Args:
         path: the file.
@@ -27,7 +27,7 @@ def record_tokens(path: Path, column: str, setting: str, where: str, vocabulary:
         vocabulary: the size of the model's vocabulary.
 
     Returns:
-        Views of an Arrow file without compression and these lists; otherwise, a Spool.
+        Views of the file for an Arrow file without compression and without these lists; otherwise, a Spool.
 
     Raises:
         ConfigError: a file cannot be read, or a record cannot be used.
@@ -104,7 +104,7 @@ def _add_rows(path: Path, columns: dict[str, str], spool: Spool) -> None:
 
 
 def _used(values: dict[str, Array], place: str) -> tuple[Array, Array | None]:
-    """Return the tokens of a record that are not padding, and for each whether it is not predicted."""
+    """Return the tokens of a record that are not padding, and whether each is not predicted."""
     (_, tokens), *others = values.items()
     for name, of_record in others:
         if len(of_record) != len(tokens):

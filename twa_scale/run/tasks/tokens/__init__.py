@@ -1,4 +1,4 @@
-"""Token sequences: files, temporary files, and the examples that are made of them. Start with `sequence.py`."""
+"""Token sequences: files, temporary files, and examples of tokens. Start with `sequence.py`."""
 
 from twa_scale.run.tasks.tokens.files import Dtype, TokenFile
 from twa_scale.run.tasks.tokens.sequence import Array, Concatenation, TokenArray, Tokens

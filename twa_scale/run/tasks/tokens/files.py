@@ -18,7 +18,7 @@ _PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
 _GZIP = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")  # includes method and flags, because the first two bytes may be a token
 _LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic of llm.c: version and dtype
 _HEADER_OF_LLM_C = 1024  # bytes: 256 integers, the third of which is the number of tokens
-_SCANNED = 1 << 22  # tokens that are compared with the end of a document at a time
+_SCANNED = 1 << 22  # tokens that are searched at a time for the end of a document
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TokenFile(NothingHidden):
 
     @classmethod
     def open_with_header(cls, path: Path) -> "TokenFile | None":
-        """Open a file whose header or index tells its dtype: one of llm.c, or one of Megatron-LM with its `.idx`.
+        """Open a file whose header or index gives its dtype: of llm.c, or of Megatron-LM with its `.idx`.
 
         Returns:
             The file, or None if it has neither.
@@ -159,7 +159,7 @@ def _other_format(path: Path) -> str | None:
     if start.startswith((b"PK\x03\x04", b"\x28\xb5\x2f\xfd")) or _GZIP.match(start):
         return "an archive or a compressed file: extract it"
     if start.startswith(megatron.MAGIC):
-        return "an index of Megatron-LM: give the .bin file beside it"
+        return "an index of Megatron-LM: give its .bin file"
     if len(start) >= _MIN_TEXT and not start.translate(None, _PRINTABLE):
         return "plain text: give it as task.text, or set task.token_dtype: uint8 if its bytes are the tokens"
     return None

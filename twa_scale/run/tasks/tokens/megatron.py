@@ -1,8 +1,8 @@
 """Token files of Megatron-LM: PREFIX.bin, whose index PREFIX.idx has the dtype and the documents.
 
-The index is: the magic, a version (uint64, 1), the code of the dtype (uint8), the numbers of sequences and of document
-boundaries (uint64 each), the length of each sequence (int32), the byte at which each begins (int64), and the boundaries
-(int64): the document i has the sequences boundaries[i] to boundaries[i+1] - 1. Numbers are little-endian.
+The index consists of the magic, a version (uint64, 1), the code of the dtype (uint8), the numbers of sequences and of
+document boundaries (uint64 each), the length of each sequence (int32), the byte at which each begins (int64), and the
+boundaries (int64): the document i has the sequences boundaries[i] to boundaries[i+1] - 1. Numbers are little-endian.
 """
 
 import os
@@ -35,7 +35,7 @@ _FIX = "Write it again with tools/preprocess_data.py of Megatron-LM."
 
 
 def index_of(path: Path) -> Path | None:
-    """Return the index of a .bin file, if there is one beside it."""
+    """Return the index of a .bin file, if it exists next to it."""
     index = path.with_suffix(".idx")
     return index if index.exists() else None
 
@@ -74,7 +74,7 @@ def read_index(index: Path, size: int) -> tuple["np.dtype[Any]", Array]:
     if boundaries == 0 or ends[0] or ends[-1] != sequences or (np.diff(ends) < 0).any():
         raise ConfigError(f"{index}: its boundaries of documents do not fit its {sequences} sequences. {_FIX}")
     if firsts[0] or (np.diff(firsts) != lengths.astype(np.int64) * dtype.itemsize).any():
-        raise ConfigError(f"{index}: its sequences do not lie one after the other in the .bin file. {_FIX}")
+        raise ConfigError(f"{index}: its sequences are not consecutive in the .bin file. {_FIX}")
     starts = firsts[ends[:-1]] // dtype.itemsize
     return dtype, np.unique(starts[starts < size // dtype.itemsize])  # without empty documents
 

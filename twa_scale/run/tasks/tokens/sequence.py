@@ -72,7 +72,7 @@ class TokenArray(NothingHidden):
 
 
 class Concatenation:
-    """The tokens of several sequences, one after the other. Those that are read are checked."""
+    """The tokens of several sequences, one after the other. Tokens are checked when they are read."""
 
     def __init__(self, sequences: Sequence[Tokens], vocabulary: int) -> None:
         """Concatenate `sequences`, whose tokens have to be less than `vocabulary`."""

@@ -16,7 +16,7 @@ _TYPE = np.dtype(np.int32)
 
 
 class Spool:
-    """A `Tokens` to which documents are added. Its file has no name, and disappears with the object.
+    """A `Tokens` to which documents are added. Its file has no name, and is deleted with the object.
 
     The file has 4 bytes for each token: the token, or its complement if it is hidden. The starts of the documents are
     in memory, 8 bytes for each.
@@ -50,7 +50,7 @@ class Spool:
         Args:
             place: the record in error messages.
             tokens: integers.
-            hidden: for each token whether it is not predicted.
+            hidden: whether each token is not predicted.
 
         Raises:
             ConfigError: a token is outside the vocabulary, or the file cannot be written.
@@ -71,7 +71,7 @@ class Spool:
             self._file.write(stored.tobytes())
 
     def finish(self) -> None:
-        """Write what is still in a buffer. Called once, after the last document."""
+        """Write the rest of the buffer. Call it once, after the last document."""
         with _named_errors():
             self._file.flush()
 
@@ -97,6 +97,6 @@ def _named_errors() -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{tempfile.gettempdir()}: the tokens of the data cannot be kept there: {error.strerror}. Set TMPDIR to a "
-            "directory with 4 bytes of space for each token, or give files of tokens (task.tokens)."
+            f"{tempfile.gettempdir()}: the tokens of the data cannot be kept there: {error.strerror}. Set TMPDIR to "
+            "a directory with 4 bytes of space for each token, or give files of tokens (task.tokens)."
         ) from error

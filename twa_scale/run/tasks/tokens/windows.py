@@ -15,9 +15,9 @@ _CHECKED = 16  # examples of a split whose tokens are checked at the start
 class Windows:
     """Examples {"tokens": int64 (length,)}: disjoint windows over a concatenation.
 
-    With labels they also have "labels": int64 (length - 1,), the tokens after the first; IGNORED are those that are not
-    predicted. With positions they also have "positions": int64 (length - 1,), the position of each token but the last
-    in the part of its document that is in the window.
+    With labels they also have "labels": int64 (length - 1,), the tokens after the first; IGNORED for tokens that are
+    not predicted. With positions they also have "positions": int64 (length - 1,), the position of each token except the
+    last in the part of its document that is in the window.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Windows:
 
 
 class Pieces:
-    """Examples as of `Windows` with labels, each from one document.
+    """Examples like those of `Windows` with labels, each from one document.
 
-    A document of more than `length` tokens becomes several pieces. A piece begins with the last token of the one
-    before, so that all tokens but the first are predicted once. Shorter pieces are padded on the right, where no other
-    token attends to the padding, and its labels are IGNORED.
+    A document of more than `length` tokens becomes several pieces. A piece starts with the last token of the previous
+    one, so that all tokens except the first are predicted once. Shorter pieces are padded on the right, so that no
+    other token attends to the padding, whose labels are IGNORED.
     """
 
     def __init__(self, tokens: Concatenation, length: int, key: str) -> None:
