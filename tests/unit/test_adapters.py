@@ -209,8 +209,8 @@ def test_an_adapter_is_not_averaged_with_a_model(alike: list[str], tmp_path: Pat
         ({"lora_alpha": "16"}, "lora_alpha of .* is '16'; it has to be a finite number"),
         ({"r": 0}, "the rank of .* is 0; it has to be an integer"),
         ({"rank_pattern": [1]}, r"rank_pattern is \[1\]; it has to be a mapping"),
-        ({"alpha_pattern": {"(": 1}}, "'\\(' is no pattern"),
-        (None, "is no JSON"),
+        ({"alpha_pattern": {"(": 1}}, "'\\(' is not a regular expression"),
+        (None, "is not JSON"),
     ],
 )
 def test_configurations_that_mean_nothing(

@@ -144,7 +144,7 @@ def test_a_conversion_that_computes_is_refused_with_the_way_out(tmp_path: Path) 
     for path in paths:
         state = {name: value + torch.randn_like(value) for name, value in model.state_dict().items()}
         torch.save({name.replace("model.norm", "half_norm"): value for name, value in state.items()}, path)
-    message = r"'model\.norm\.weight' of 'half_norm\.weight' by .*mul is not followed.*save_original_format"
+    message = r"'model\.norm\.weight' of 'half_norm\.weight' by .*mul cannot be traced.*save_original_format"
     with pytest.raises(CandidateError, match=message):
         twa_scale.attach(model, paths)
 

@@ -72,7 +72,7 @@ def test_a_prefix_of_the_model_is_put_before_names_and_said(tmp_path: Path) -> N
 def test_of_two_sets_of_weights_the_prefix_says_which(tmp_path: Path) -> None:
     more = {f"ema.{name}": torch.zeros_like(value) for name, value in net().state_dict().items()}
     paths = saved(tmp_path, lambda name: f"net.{name}", **more)
-    with pytest.raises(CandidateError, match=r"2 times, under 'ema\.', 'net\.'\. Say which .* `prefix`"):
+    with pytest.raises(CandidateError, match=r"2 times, under 'ema\.', 'net\.'\. Choose one with `prefix`"):
         twa_scale.attach(net(), paths)
     with pytest.warns(UserWarning, match=r"without the prefix 'net\.' are not read: 'ema\.0\.bias'"):
         assert is_last(last_of(paths, tmp_path / "out", net(), prefix="net."))
@@ -122,7 +122,7 @@ def test_a_prefix_that_is_put_before_names_makes_none_twice(tmp_path: Path) -> N
         CandidateError, match=r"makes 'model\.0\.bias' of both '0\.bias' and 'model\.0\.bias'.*`rename`"
     ):
         twa_scale.attach(Inside(), paths)
-    with pytest.warns(UserWarning, match="put before them"):
+    with pytest.warns(UserWarning, match="lack: added"):
         config = {"rename": {r"^model\.": "other."}, "ignore": ["^other"]}
         assert is_last(last_of(paths, tmp_path / "out", Inside(), **config), "model.")
 

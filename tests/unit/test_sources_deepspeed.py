@@ -85,7 +85,7 @@ def test_directories_of_lightning_are_read_and_the_prefix_of_the_module_is_found
     pytest.importorskip("lightning")
     folder = written / f"lightning-{stage}"
     net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
-    with pytest.warns(UserWarning, match=r"names have the prefix 'net\.' before those of the model: taken off"):
+    with pytest.warns(UserWarning, match=r"names have the prefix 'net\.', which those of the model lack: removed"):
         average = twa_scale.attach(net, str(folder / pattern), {"center": "last"})
     labels = [str(Path(label).relative_to(folder)) for label in average.fingerprint.labels]
     assert labels == [pattern.replace("*", f"epoch={i}-step={2 * (i + 1)}") for i in range(2)]

@@ -273,7 +273,7 @@ class Layers(nn.Module):
 def test_a_model_with_a_tensor_for_each_layer_reads_and_writes_stacked_ones(here: Path) -> None:
     run(here / "run")
     model = Layers()
-    with pytest.warns(TwaWarning, match="stored tensors that hold those of all layers are taken apart"):
+    with pytest.warns(TwaWarning, match="stored tensors that stack those of all layers are divided"):
         average = twa_scale.attach(model, "run/*", {"center": "last", "groups": "block"})
     last = weights(1)
     for i in range(LAYERS):

@@ -288,7 +288,7 @@ def test_a_list_is_named_by_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (lambda ema: {"ema": ema}, "there is no state dict beside it"),
+        (lambda ema: {"ema": ema}, "there is no state dict next to it"),
         (
             lambda ema: {"model": net(0).first.state_dict(), "ema": ema},
             "has 6 tensors, and there are 2 parameters in the",
@@ -314,7 +314,7 @@ def test_the_order_of_a_distributed_checkpoint_names_nothing(tmp_path: Path) -> 
     """Its metadata do not keep the order of the state dict."""
     model = net(0)
     dcp.save({"model": model.state_dict(), "ema": ema_of(model)["shadow_params"]}, checkpoint_id=tmp_path, no_dist=True)
-    assert "no state dict beside it" in refused(tmp_path, weights_key="ema")
+    assert "no state dict next to it" in refused(tmp_path, weights_key="ema")
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     candidate, _ = opened(tmp_path, weights_key="ema", parameters=parameters)
     assert holds(candidate, {name: 2 * p for name, p in model.named_parameters()})

@@ -1,4 +1,4 @@
-"""The check that candidates hold the same tensors."""
+"""Check that candidates have the same tensors."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from twa_scale.candidates.candidate import Candidate
 from twa_scale.errors import CandidateError
 
 Trait = tuple[tuple[int, ...], str]
-"""Shape, and the kind of number."""
+"""The shape and the kind of number of a tensor."""
 
 
 def check_alike(candidates: Sequence[Candidate]) -> None:
-    """Refuse candidates that differ from what most of them (the first, in a tie) hold.
+    """Check that all candidates have the tensors of the majority, or of the first one in a tie.
 
     Raises:
-        CandidateError: names the odd candidate, the tensor, what was found and what was expected.
+        CandidateError: names the different candidate, the tensor, its traits and the expected ones.
     """
     traits = [{name: (c.shape(name), _kind(c.dtype(name))) for name in c.names()} for c in candidates]
     expected: dict[str, Trait] = {}
@@ -33,8 +33,8 @@ def _check_one(label: str, held: dict[str, Trait], expected: dict[str, Trait]) -
     missing = [name for name in expected if name not in held]
     extra = [name for name in held if name not in expected]
     rule = (
-        "Candidates must hold the same tensors: name in `ignore` (--ignore) what need not be averaged, save all from "
-        "the same model, or leave this one out."
+        "Candidates must hold the same tensors: name tensors that need not be averaged in `ignore` (--ignore), save "
+        "all from the same model, or leave this one out."
     )
     if missing:
         more = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
@@ -45,8 +45,8 @@ def _check_one(label: str, held: dict[str, Trait], expected: dict[str, Trait]) -
     if extra:
         more = f" and {len(extra) - 1} others" if len(extra) > 1 else ""
         raise CandidateError(
-            f"{label}: holds tensor {extra[0]!r}{more}, which the other candidates have "
-            f"not{nearest(extra[0], expected) or '.'} {rule}"
+            f"{label}: holds tensor {extra[0]!r}{more}, which the other candidates do not "
+            f"have{nearest(extra[0], expected) or '.'} {rule}"
         )
     for name, (shape, kind) in held.items():
         expected_shape, expected_kind = expected[name]

@@ -7,7 +7,7 @@ from twa_scale.base.names import some
 from twa_scale.config import candidate_index
 
 Source = Sequence[float] | int
-"""What a tensor is made of: the weights of the candidates, or the index of the one that it is copied from."""
+"""The source of a buffer: weights of the candidates, or the index of the candidate from which it is copied."""
 
 _STATISTIC = re.compile(r"(^|\.)(running|moving)_(mean|var|variance|std|avg|average)$")
 _COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
@@ -16,15 +16,15 @@ _OF_HOOK = re.compile(r"^(?P<stem>.*)_[uv]$")
 
 
 def is_statistic(name: str) -> bool:
-    """Whether a tensor is a running statistic, as BatchNorm and InstanceNorm keep: `running_mean`, `running_var`, .."""
+    """Return whether a tensor is a running statistic, as of BatchNorm: `running_mean`, `running_var` and others."""
     return _STATISTIC.search(name) is not None
 
 
 def spectral_vectors(names: Collection[str]) -> set[str]:
     """Return the vectors u and v of spectral norms, which belong to the weight of one candidate.
 
-    They are told by what stands beside them: `weight_u` beside `weight_orig` (`torch.nn.utils.spectral_norm`) or
-    `weight_bar`; `parametrizations.weight.0._u` beside `parametrizations.weight.original`.
+    They are recognized by other tensors of the module: `weight_u` with `weight_orig` (`torch.nn.utils.spectral_norm`)
+    or `weight_bar`; `parametrizations.weight.0._u` with `parametrizations.weight.original`.
     """
     found = set()
     for name in names:
@@ -40,15 +40,15 @@ def spectral_vectors(names: Collection[str]) -> set[str]:
 
 
 def buffer_source(name: str, buffers: str | int, weights: Sequence[float]) -> Source:
-    """Return what a floating point buffer is made of.
+    """Return the source of a floating point buffer.
 
     Args:
-        name: the buffer.
+        name: the name of the buffer.
         buffers: the setting: `average` or `mean` for running statistics, or the candidate that gives all buffers.
-        weights: of the candidates, for `average`.
+        weights: the weights of the candidates, for `average`.
 
     Raises:
-        ConfigError: an index out of range.
+        ConfigError: an index is out of range.
     """
     n = len(weights)
     if buffers not in ("average", "mean"):
@@ -59,13 +59,13 @@ def buffer_source(name: str, buffers: str | int, weights: Sequence[float]) -> So
 
 
 def copied_notice(copied: Mapping[str, int], labels: Sequence[str]) -> str | None:
-    """Return the line about tensors that were copied from one candidate although others differ, if there are any.
+    """Return a notice about tensors that were copied from one candidate although others differ, or None.
 
-    The batch counters of BatchNorm are left out: they differ in every training, and have no effect on outputs.
+    The batch counters of BatchNorm are left out: they always differ, and have no effect on outputs.
 
     Args:
         copied: the index of the candidate, by tensor.
-        labels: of the candidates.
+        labels: the labels of the candidates.
     """
     by_label: dict[str, list[str]] = {}
     for name in sorted(name for name in copied if not _COUNTER.search(name)):
@@ -75,5 +75,5 @@ def copied_notice(copied: Mapping[str, int], labels: Sequence[str]) -> str | Non
     parts = [f"{some(names)} from {label}" for label, names in by_label.items()]
     return (
         f"copied, not averaged: {'; '.join(parts)}. The candidates differ in them, but they are integers, or buffers "
-        "that are no running statistics."
+        "that are not running statistics."
     )

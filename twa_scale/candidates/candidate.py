@@ -9,23 +9,23 @@ import torch
 class Candidate(Protocol):
     """One set of weights, read by slices.
 
-    Reading a whole tensor is left out on purpose: no rank ever needs one. So is writing, and any knowledge of ranks:
-    who reads which slice is the caller's business.
+    The interface has no way to read a whole tensor, because no rank needs one, and no way to write. It does not depend
+    on ranks: the caller decides which slices to read.
     """
 
     label: str
-    """What messages call it: its path, or its place among in-memory candidates."""
+    """The name in messages: the path, or the position among in-memory candidates."""
     directory: Path | None
-    """The folder that holds it, when that is a folder of its own (its config and tokenizer files are there)."""
+    """The folder of the candidate, if it has its own folder, with its config and tokenizer files."""
     file_name: str | None
-    """The name of its file of weights, or of the index of several; None where it is kept otherwise."""
+    """The name of its file of weights, or of the index of several files; None in other cases."""
     metadata: dict[str, str]
-    """What the header of its safetensors says beside the tensors."""
+    """The metadata in the header of its safetensors file."""
     stored_names: dict[str, str]
-    """The name of each tensor in the candidate's own files, which what loads them expects, by its name here."""
+    """The name of each tensor in the files of the candidate, which loaders expect, by its name here."""
 
     bytes_read: int
-    """Bytes of tensor data that `read` has taken from it in this process."""
+    """The bytes of tensor data that `read` has read in this process."""
 
     def names(self) -> list[str]:
         """Return the tensor names without wrappers, sorted."""
@@ -34,13 +34,13 @@ class Candidate(Protocol):
         """Return the shape of a tensor."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the type of a tensor in `read`."""
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` (1-D, contiguous, CPU, of dtype(name)) with the elements from `start` on, in row-major order.
 
         Raises:
-            CandidateError: the file ended, changed or vanished.
+            CandidateError: the file is too short, or was changed or removed.
         """
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Compare files such as config.json: candidates that differ in them may have no useful average."""
+"""Compare files such as config.json. Candidates that differ in them may have no useful average."""
 
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -22,7 +22,7 @@ _VOCABULARIES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-# What says nothing of the weights' meaning: types, versions, paths and how the model is run.
+# Settings that do not affect the meaning of the weights: types, versions, paths and options of execution.
 _INDIFFERENT = {
     "_name_or_path",
     "_commit_hash",
@@ -37,7 +37,7 @@ _INDIFFERENT = {
     "peft_version",
     "_diffusers_version",
 }
-# Of LoRA adapters also the scalings and ranks, which an average takes into account, and what only training uses.
+# For LoRA adapters also the scalings and ranks, which an average takes into account, and settings of training.
 _INDIFFERENT_OF_LORA = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"}
 _SETS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")  # saved in any order
 _PIECE = 1 << 20
@@ -59,8 +59,8 @@ def differences(candidates: Sequence[Candidate]) -> Iterator[str]:
             path, why = found[0]
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             yield (
-                f"{path}{more}: differs from {last / name}{why}, which the output gets. Such candidates may have no "
-                "useful average."
+                f"{path}{more}: differs from {last / name}{why}, which is copied to the output. Such candidates may "
+                "have no useful average."
             )
 
 
@@ -70,7 +70,7 @@ def _others(candidates: Sequence[Candidate], name: str) -> list[Path]:
 
 
 def _difference(path: Path, other: Path, ignored: Collection[str]) -> str | None:
-    """Return the first setting in which two configurations differ, in words."""
+    """Return a text about the first setting in which two configurations differ, or None."""
     first, second = _settings(path), _settings(other)
     if first is None or second is None:
         return None
@@ -84,13 +84,13 @@ def _difference(path: Path, other: Path, ignored: Collection[str]) -> str | None
 def _settings(path: Path) -> dict[str, Any] | None:
     try:
         content = parse_json(read_bounded(path, MAX_JSON))
-    except (CandidateError, ValueError):  # what cannot be read is reported when it is carried over
+    except (CandidateError, ValueError):  # unreadable files are reported when they are copied
         return None
     return content if isinstance(content, dict) else None
 
 
 def _meaningful(value: Any, ignored: Collection[str]) -> Any:
-    """Return settings without those that say nothing of the weights, also of the parts of a model (`text_config`)."""
+    """Return settings without `ignored` ones, also in the parts of a model (`text_config`)."""
     if isinstance(value, dict):
         held = {key: one for key, one in value.items() if key not in ignored}
         return {
@@ -101,7 +101,7 @@ def _meaningful(value: Any, ignored: Collection[str]) -> Any:
 
 
 def _other_vocabulary(path: Path, other: Path) -> str | None:
-    """Return a text where two files hold different tokens; how a tokenizer pads and truncates is no difference."""
+    """Return a text if two files have different tokens. Settings of padding and truncation are not compared."""
     try:
         if path.samefile(other) or _same_bytes(path, other):
             return None

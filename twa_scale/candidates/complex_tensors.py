@@ -7,17 +7,17 @@ from twa_scale.candidates.proxy import CandidateProxy
 
 
 def in_pairs(candidate: Candidate) -> Candidate:
-    """Return a candidate that presents complex tensors as pairs; the candidate itself where there are none."""
+    """Return a candidate that presents complex tensors as pairs, or the candidate itself if it has none."""
     return PairsCandidate(candidate) if any(candidate.dtype(n).is_complex for n in candidate.names()) else candidate
 
 
 def complex_in_files(candidate: Candidate) -> frozenset[str]:
-    """Return the tensors that are complex where they are stored."""
+    """Return the names of tensors that are complex in the files."""
     return candidate.complex_names if isinstance(candidate, PairsCandidate) else frozenset()
 
 
 class PairsCandidate(CandidateProxy):
-    """Another candidate, whose complex tensors have the shape (.., 2) of real and imaginary part, and a real type."""
+    """A view of a candidate in which complex tensors are real tensors of shape (.., 2): real and imaginary parts."""
 
     def __init__(self, candidate: Candidate) -> None:
         super().__init__(candidate)
@@ -29,12 +29,12 @@ class PairsCandidate(CandidateProxy):
         return (*shape, 2) if name in self.complex_names else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the type of a tensor in `read`."""
         dtype = super().dtype(name)
         return dtype.to_real() if dtype.is_complex else dtype
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the elements from `start` on; a range may begin and end within a pair."""
+        """Fill `out` with the elements from `start` on; a range may start and end within a pair."""
         if name not in self.complex_names:
             super().read(name, start, out)
             return
@@ -44,6 +44,6 @@ class PairsCandidate(CandidateProxy):
         out.copy_(torch.view_as_real(numbers).view(-1)[start - 2 * first :][: len(out)])
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor, flattened; None where the candidate has none."""
+        """Return a flat view of a whole tensor, or None if the candidate has none."""
         view = super().mapped(name)
         return torch.view_as_real(view).view(-1) if view is not None and name in self.complex_names else view

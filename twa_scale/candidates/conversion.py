@@ -15,30 +15,30 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor of the model that is no stored tensor, but made of segments of some."""
+    """A tensor of the model that consists of segments of stored tensors."""
 
     shape: Shape
     segments: Segments
-    """Their tensors there are called as in the files."""
+    """The segments, with the names of tensors in the files."""
     stored: Mapping[str, Shape]
-    """The shape of each tensor that segments are of."""
+    """The shapes of the stored tensors, by name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """What the model's tensors are in files."""
+    """The mapping from the tensors of a model to stored tensors."""
 
     names: Mapping[str, str]
-    """The names in the files of tensors that are stored as they are, by the model's names."""
+    """The stored names of tensors that are stored unchanged, by their names in the model."""
     made: Mapping[str, Made]
-    """The other tensors."""
+    """The other tensors, which are made of segments, by their names in the model."""
 
     def stored(self) -> set[str]:
-        """Return the names of all tensors in files that are used."""
+        """Return the names of all stored tensors that are used."""
         return set(self.names.values()) | {name for one in self.made.values() for name in one.stored}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return it as plain values and tensors."""
+        """Return the conversion as plain values and tensors."""
         return {"names": dict(self.names), "made": {name: _state_of(one) for name, one in self.made.items()}}
 
 
@@ -53,7 +53,7 @@ def _state_of(made: Made) -> dict[str, Any]:
 
 
 def made_of_state(name: str, shape: Shape, stored: Mapping[str, Shape], segments: torch.Tensor) -> Made:
-    """Return what a state holds of the tensor `name`: rows of `segments` are those that `Conversion.state_dict` has."""
+    """Return the `Made` of the tensor `name` of a state. `segments` has the rows of `Conversion.state_dict`."""
     names, strides = list(stored), row_major(shape)
     parts = [
         Segment(
@@ -67,28 +67,28 @@ def made_of_state(name: str, shape: Shape, stored: Mapping[str, Shape], segments
 
 
 def row_major(shape: Shape) -> Shape:
-    """Return the strides of a tensor whose elements follow each other."""
+    """Return the strides of a contiguous tensor."""
     return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 @runtime_checkable
 class Converting(Protocol):
-    """What a candidate may offer that shows other tensors than its files hold."""
+    """The optional methods of a candidate whose tensors differ from the stored ones."""
 
     def made(self, name: str) -> Made | None:
-        """Return of what a tensor is made; None where it is stored as it is."""
+        """Return the segments of which a tensor is made, or None if it is stored unchanged."""
 
     def conversion(self) -> Conversion | None:
-        """Return what all its tensors are in files; None where nothing is converted."""
+        """Return the conversion of all its tensors, or None if nothing is converted."""
 
 
 def made(candidate: Candidate, name: str) -> Made | None:
-    """Return of what a tensor is made; None where it is stored as it is, under whatever name."""
+    """Return the segments of which a tensor is made, or None if it is stored unchanged under any name."""
     return candidate.made(name) if isinstance(candidate, Converting) else None
 
 
 def conversion(candidate: Candidate) -> Conversion | None:
-    """Return what the tensors of a candidate are in files; None where nothing is converted."""
+    """Return the conversion of the tensors of a candidate, or None if nothing is converted."""
     return candidate.conversion() if isinstance(candidate, Converting) else None
 
 

@@ -13,11 +13,11 @@ from twa_scale.errors import CandidateError
 
 
 class Converted(CandidateProxy):
-    """A candidate that shows the stored tensors of another under the names and in the shapes of a model.
+    """A view of a candidate with the names and shapes of a model.
 
     Raises:
-        CandidateError: a stored tensor of which a part is used twice, or never: it could not be written again; or one
-            that is complex and cut.
+        CandidateError: a part of a stored tensor is used twice or not at all, so that it could not be written again, or
+            a complex tensor is divided.
     """
 
     def __init__(self, candidate: Candidate, conversion: Conversion) -> None:
@@ -32,7 +32,7 @@ class Converted(CandidateProxy):
 
     def _check(self) -> None:
         whole = {stored: prod(self._shape_of(stored)) for stored in self._conversion.stored()}
-        used = Counter({stored: whole[stored] for stored in self._conversion.names.values()})  # ties count once
+        used = Counter({stored: whole[stored] for stored in self._conversion.names.values()})  # tied tensors count once
         for name, one in self._made.items():
             if self.dtype(name).is_complex:
                 raise CandidateError(
@@ -61,7 +61,7 @@ class Converted(CandidateProxy):
         return self._made[name].shape if name in self._made else super().shape(self._own[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the type of a tensor in `read`."""
         own = self._by_stored_name[next(iter(self._made[name].stored))] if name in self._made else self._own[name]
         return super().dtype(own)
 
@@ -80,27 +80,27 @@ class Converted(CandidateProxy):
                 place.copy_(values.view(place.shape))
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor, flattened, where it is stored as it is and the candidate offers one."""
+        """Return a flat view of a whole tensor, if it is stored unchanged and the candidate can map it, else None."""
         return super().mapped(self._own[name]) if name in self._own else None
 
     def stored_once(self, name: str, other: str) -> bool:
-        """Whether two names stand for one tensor."""
+        """Return whether two names refer to one tensor."""
         if name in self._made or other in self._made:
             return name == other
         own, others = self._own[name], self._own[other]
         return own == others or stored_once(self._candidate, own, others)
 
     def made(self, name: str) -> Made | None:
-        """Return of what a tensor is made; None where it is stored as it is."""
+        """Return the segments of which a tensor is made, or None if it is stored unchanged."""
         return self._made.get(name)
 
     def conversion(self) -> Conversion | None:
-        """Return what all tensors are in files."""
+        """Return the conversion of all tensors."""
         return self._conversion
 
 
 def _with_offsets(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Yield start and length of each run, and the length of all before it."""
+    """Yield the start and the length of each run, and the total length of the earlier runs."""
     at = 0
     for start, stop in runs:
         yield start, stop - start, at

@@ -1,4 +1,4 @@
-"""Find the file of a directory that holds its weights, as the library does that wrote the directory."""
+"""Find the file with the weights of a directory, as the library that wrote the directory does."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ _OF_NEMO = "weights"
 _FSDP_FOLDER = re.compile(r"pytorch_model(_fsdp)?_\d+")
 _FSDP_RANK = re.compile(r"pytorch_model(_fsdp)?(_\d+)?_rank\d+\.bin")
 _FURTHER_MODEL = re.compile(r"(model|pytorch_model|pytorch_model_fsdp)_[1-9]\d*\.(safetensors|bin)")
-"""Accelerate's names of all models but the first that one program trains."""
+"""Accelerate's names of all models except the first one that one program trains."""
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.")
 _VARIANT = re.compile(r"(?P<stem>.+)\.(fp|bf|float|bfloat|int)\d\w*(?P<suffix>\.[^.]+)?(\.index\.json)?")
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|polyak|averaged?|avg)(?![a-z])")
@@ -56,10 +56,10 @@ _METRIC = re.compile(
 
 
 def weights_in(directory: AnyPath) -> AnyPath | None:
-    """Return the file or index that holds the weights of a directory; None where nothing says which it is.
+    """Return the file or index with the weights of a directory, or None if it is not known.
 
     Raises:
-        CandidateError: weights of several libraries, of which any may be meant.
+        CandidateError: the directory has weights of several libraries, so that the choice is ambiguous.
     """
     names = files_in(directory)
     found = {library: next((name for name in order if name in names), None) for library, order in LOADERS.items()}
@@ -86,10 +86,10 @@ def sharded_in(directory: Path) -> Path | None:
     """Return the folder of torch.distributed.checkpoint that holds the weights of a directory.
 
     Under FSDP, Accelerate and Trainer write one. NeMo writes the folder `weights`. Megatron-LM writes folders of
-    iterations, of which a file beside them names the last.
+    iterations, and a file next to them with the name of the last one.
 
     Raises:
-        CandidateError: folders of several models, files of single ranks, or a folder that is not there.
+        CandidateError: the directory has folders of several models or files of single ranks, or a folder is missing.
     """
     inside = sorted(directory.iterdir())
     if is_megatron(directory / _OF_NEMO):
@@ -113,15 +113,14 @@ def sharded_in(directory: Path) -> Path | None:
 
 
 def is_of_fsdp(name: str) -> bool:
-    """Whether a file or folder has a name under which Accelerate saves weights with FSDP, and looks for them."""
+    """Return whether Accelerate saves and loads weights of FSDP under this name of a file or folder."""
     return name == _OF_FSDP or bool(_FSDP_FOLDER.fullmatch(name) or _FSDP_RANK.fullmatch(name))
 
 
 def left_aside(directory: Path | Url, chosen: Path | Url) -> list[str]:
-    """Return the files beside the weights of a directory that a user may mean instead.
+    """Return the other files of weights in a directory that a user may have meant.
 
-    Left out are those that nobody means who names the directory: the same weights as torch files, and those of another
-    precision (`model.fp16.safetensors`).
+    Torch files of the same weights, and files of another precision (`model.fp16.safetensors`), are left out.
     """
     if chosen.name != _OF_FSDP and not any(chosen.name in order for order in LOADERS.values()):
         return []
@@ -143,33 +142,33 @@ def left_aside(directory: Path | Url, chosen: Path | Url) -> list[str]:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file has the name of one that holds weights."""
+    """Return whether a file has the name of a file of weights."""
     return is_torch(name) or name.lower().endswith((".safetensors", INDEX))
 
 
 def is_torch(name: str) -> bool:
-    """Whether a file has the name of one that torch.save wrote."""
+    """Return whether a file has the name of a file of torch.save."""
     return name.lower().endswith(TORCH_SUFFIXES)
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file has the name of one of several that an index puts together."""
+    """Return whether a file has the name of a shard, which is listed by an index."""
     match = _SHARD.search(name)
     return match is not None and int(match[2]) > 1 and not name.endswith(INDEX)
 
 
 def is_averaged(name: str) -> bool:
-    """Whether a name says that it is an average of weights already, as `ema.safetensors` does."""
+    """Return whether a file has the name of an average of weights, such as `ema.safetensors`."""
     return _AVERAGED.search(_METRIC.sub("", name.lower())) is not None
 
 
 def is_variant(name: str, plain: str) -> bool:
-    """Whether two files hold one model in different precisions, as `model.fp16.safetensors` and `model.safetensors`."""
+    """Return whether two files hold a model in different precisions: `model.fp16.safetensors`, `model.safetensors`."""
     return plain in plain_names(name)
 
 
 def plain_names(name: str) -> tuple[str, ...]:
-    """Return what a file of weights would be called if its name did not say a precision; nothing if it says none."""
+    """Return the possible names of a file of weights without the precision in its name; empty if it has none."""
     match = _VARIANT.fullmatch(name)
     plain = f"{match['stem']}{match['suffix'] or ''}" if match else ""
     return (plain, plain + INDEX) if match else ()
@@ -181,7 +180,7 @@ def files_in(directory: Path | Url) -> list[str]:
 
 
 def _is_other(name: str) -> bool:
-    """Whether a file holds weights and has none of the names that libraries look for."""
+    """Return whether a file of weights has a name that no library looks for."""
     if is_rank_shard(Path(name)) or is_shard(name) or any(name in order for order in LOADERS.values()):
         return False
     return name.lower().endswith((".safetensors", ".safetensors" + INDEX, ".bin" + INDEX))

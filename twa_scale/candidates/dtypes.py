@@ -1,4 +1,4 @@
-"""The dtypes of tensors that candidates hold in different floating point types."""
+"""The dtypes of tensors that have different floating point types in different candidates."""
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
@@ -12,7 +12,7 @@ from twa_scale.candidates.candidate import Candidate
 
 @runtime_checkable
 class Converting(Protocol):
-    """What a candidate offers that reads tensors in another type than they are stored in."""
+    """The optional method of a candidate that reads tensors in another type than the stored one."""
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the type that the tensor has in the file."""
@@ -28,17 +28,19 @@ def widest(candidates: Sequence[Candidate], name: str) -> torch.dtype:
     types = {stored_dtype(candidate, name) for candidate in candidates}
     if len(types) == 1:
         return types.pop()
-    wide = [dtype for dtype in types if dtype.itemsize > 1]  # torch promotes no float8 types, which fit into any other
+    wide = [
+        dtype for dtype in types if dtype.itemsize > 1
+    ]  # torch does not promote float8 types, which fit into any other type
     return reduce(torch.promote_types, wide) if wide else torch.bfloat16
 
 
 def types_notice(candidates: Sequence[Candidate], names: Iterable[str], *, of_last: bool = False) -> str | None:
-    """Return the line about tensors that candidates hold in several types; None where there are none.
+    """Return a notice about tensors that have several types in the candidates, or None.
 
     Args:
         candidates: the candidates.
         names: the tensors.
-        of_last: whether the type of the last candidate is written, and not the widest.
+        of_last: whether the type of the last candidate is written instead of the widest one.
     """
     mixed = [name for name in names if len({stored_dtype(candidate, name) for candidate in candidates}) > 1]
     if not mixed:

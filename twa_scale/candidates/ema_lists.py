@@ -12,23 +12,23 @@ _ITEM = re.compile(r"\[(\d+)\]")
 
 
 def item_name(index: int) -> str:
-    """Return the name of an item of a list, which has none of its own."""
+    """Return the name for an item of a list, which has no name in the file."""
     return f"[{index}]"
 
 
 def items_of(found: Mapping[str, T]) -> list[T] | None:
-    """Return the items of a list in order; None where `found` has names."""
+    """Return the items of a list in order, or None if `found` has names."""
     numbers = {int(match[1]): value for name, value in found.items() if (match := _ITEM.fullmatch(name))}
     return [numbers[i] for i in sorted(numbers)] if len(numbers) == len(found) else None
 
 
 def parameters_of(names: Sequence[str]) -> list[str]:
-    """Return which names of a state dict, in its order, are those of parameters: all but the buffers of norms."""
+    """Return the names of the parameters in a state dict, in its order: all names except buffers of norms."""
     return [name for name in names if not is_statistic(name) and name.rpartition(".")[2] != "num_batches_tracked"]
 
 
 def mismatch(items: Sequence[T], named: Mapping[str, Shape], shape_of: Callable[[T], Shape]) -> str | None:
-    """Return why the items of a list cannot be the parameters `named`, one after another; None where they can."""
+    """Return the reason why the items of a list cannot be the parameters `named` in order, or None if they can."""
     if len(items) != len(named):
         return f"it has {len(items)} tensors, and there are {len(named)} parameters"
     for i, (value, (name, shape)) in enumerate(zip(items, named.items(), strict=True)):

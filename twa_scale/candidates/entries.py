@@ -14,22 +14,22 @@ _STATE = re.compile(
     r"(optim|optims|opt|optimizer|optimizers)_states?(_dicts?)?"
     r"|(max_)?exp_avg(_sq)?(_row|_col)?|exp_inf|momentum_buffer|square_avg|grad_avg|acc_delta|master_(weights|params)|fp32_params?"
 )
-_OPTIMIZER = re.compile(r"optims?|optimizers?")  # also what somebody may call a module
+_OPTIMIZER = re.compile(r"optims?|optimizers?")  # a module may have such a name, too
 _OPTIMIZER_OR_MODULE = re.compile(
     r"opts?|optims?|optimi[sz]ers?|(optimi[sz]er|optim)_\w+|\w+_(optimi[sz]er|optim)"
     r"|adamw?|adafactor|adagrad|lamb|lion|muon|rmsprop|sgd|shampoo|soap|sophia"
 )
-"""Further names of optimizers, which modules have too; see `optimizer_entries`."""
+"""Further names of optimizers, which modules may also have; see `optimizer_entries`."""
 _KIND = re.compile(
     rf"{_STATE.pattern}|[mvsz]|max_v|mu|nu|v[rc]|param|fp32|trace|momentum|velocity|variance|sum|sum_of_squares"
     r"|accumulator|(first_|second_)?moment[12]?|exp_avg_(diff|slow|fast)"
 )
-"""Kinds of state that optimizers keep of a weight, which follow the optimizer or the name of the weight."""
+"""Kinds of state that optimizers keep for a weight. They follow the optimizer or the name of the weight."""
 _BETWEEN = re.compile(r"\d+|state|inner_state|param_groups")
-"""Keys that stand between an optimizer and the kind of state or the name of a weight."""
+"""Keys between an optimizer and the kind of state or the name of a weight."""
 _SINGLE = re.compile(r"steps?|count|lr|betas|eps|weight_decay|loss_scale")
-"""What optimizers keep once, and not of each weight."""
-_MOST = 0.9  # of the tensors below a key, to take it for an optimizer
+"""State that optimizers keep once, not for each weight."""
+_MOST = 0.9  # the fraction of tensors below a key that must be state for an optimizer
 
 Keys = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -38,7 +38,7 @@ Shape = tuple[int, ...]
 def flattened(
     content: Mapping[Any, Any], is_entry: Callable[[Any], bool], is_tensor: Callable[[Any], bool]
 ) -> dict[Keys, Any]:
-    """Return each entry of nested mappings and lists by its path; what is under a key that is no name is left out.
+    """Return each entry of nested mappings and lists by its path. Values under keys that are not names are left out.
 
     Args:
         content: the outermost mapping.
@@ -46,8 +46,8 @@ def flattened(
         is_tensor: whether it is a tensor.
 
     Raises:
-        ValueError: containers that hold each other so often that they would never end, two tensors of one path, or
-            tensors in one mapping of which only some have names.
+        ValueError: containers contain each other too often, two tensors have one path, or only some tensors of a
+            mapping have names.
     """
     found: dict[Keys, Any] = {}
     for path, value in _entries(content, is_entry, is_tensor):
@@ -68,7 +68,7 @@ def _entries(
         items = inner.items() if isinstance(inner, Mapping) else ((item_name(i), held) for i, held in enumerate(inner))
         named, nameless = False, None
         for key, value in items:
-            if not isinstance(key, str | int | float | None):  # the text of others differs from process to process
+            if not isinstance(key, str | int | float | None):  # the text of other keys differs between processes
                 nameless = key if is_tensor(value) and not is_tensor(key) else nameless
             elif is_entry(value):
                 named = named or is_tensor(value)
@@ -82,16 +82,16 @@ def _entries(
 
 
 def is_optimizer_entry(path: Keys) -> bool:
-    """Whether a key on the way to a tensor, or in its name, says that it belongs to an optimizer."""
+    """Return whether a key in the path or name of a tensor shows that it belongs to an optimizer."""
     return _is_state(path) or any(_OPTIMIZER.fullmatch(part.lower()) for key in path for part in key.split("."))
 
 
 def optimizer_entries(names: Sequence[str]) -> set[str]:
-    """Return the names that belong to an optimizer by their keys, or as the state that one keeps of a tensor.
+    """Return the names that belong to an optimizer, by their keys or as the state of another tensor.
 
-    A module may have the name of an optimizer too. What is below such a key is left out only if nine in ten of its
-    names are of the state of a tensor that stands elsewhere; see `_is_state_of`. The others of them may be weights, and
-    are not returned. Below `optim` or `optimizer`, all is left out where one name, such as `exp_avg`, says what it is.
+    A module may have the name of an optimizer, too. Names below such a key are returned only if nine in ten of them are
+    state of tensors elsewhere; see `_is_state_of`. The others of them may be weights, and are not returned. Below
+    `optim` or `optimizer`, all names are returned if one name, such as `exp_avg`, is a kind of state.
     """
     found = {name for name in names if _is_state((name,))}
     named, weights = frozenset(found), set(names) - found
@@ -123,15 +123,15 @@ def _is_state(path: Keys) -> bool:
 
 
 def _is_state_of(rest: str, weights: Set[str], *, copies: bool) -> bool:
-    """Whether what follows the key of an optimizer names a weight, and a kind of state before or after it.
+    """Return whether the keys after an optimizer name a weight, with a kind of state before or after it.
 
-    Only names with dots are taken, except before a kind: `opt.mu.weight` and `opt.net.weight` may be modules of their
-    own beside `weight`. No module has tensors below the name of a weight, so these count without a known kind.
+    Only names with dots are accepted, except before a kind: `opt.mu.weight` and `opt.net.weight` may be other modules
+    next to `weight`. No module has tensors below the name of a weight, so these count for any kind.
 
     Args:
-        rest: the keys after that of the optimizer.
+        rest: the keys after the key of the optimizer.
         weights: the names of the tensors elsewhere.
-        copies: whether the name of a weight alone counts, as a copy of it.
+        copies: whether the name of a weight without a kind counts, as a copy of the weight.
     """
     parts = rest.split(".")
     while parts and (_BETWEEN.fullmatch(parts[0]) or _OPTIMIZER_OR_MODULE.fullmatch(parts[0].lower())):

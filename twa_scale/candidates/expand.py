@@ -22,7 +22,7 @@ _PART = re.compile(
 """Matches the names of parts of one model, such as the files of the ranks of Llama and Megatron."""
 
 _MARKERS = (TRACKER, "latest", LATEST, "latest_wandb_artifact_path.txt")
-"""Files of Megatron-LM and DeepSpeed that name the last of the folders beside them."""
+"""Files of Megatron-LM and DeepSpeed with the name of the last folder next to them."""
 
 
 def expand(item: str | Path) -> tuple[Sequence[Path | Url], str | None]:
@@ -57,10 +57,10 @@ def expand(item: str | Path) -> tuple[Sequence[Path | Url], str | None]:
 
 
 def _expanded(url: Url) -> tuple[list[Url], str | None]:
-    """Return what a URL names, or what it matches as a pattern."""
+    """Return the URL, or the URLs that it matches as a pattern."""
     if not url.is_pattern():
         return [url], None
-    url = Url(url.url.rstrip("/"))  # "step-*/" means directories to a shell
+    url = Url(url.url.rstrip("/"))  # in a shell, "step-*/" matches directories
     found = [match for match in url.matches() if not match.name.startswith(".") and ".tmp-" not in match.name]
     found = _without_markers(sorted(found, key=_natural))
     if not found:
@@ -81,7 +81,7 @@ def _matches(path: Path) -> list[Path]:
 
 
 def _without_markers(found: Sequence[AnyPath]) -> list[AnyPath]:
-    """Leave out the files that name the last of several folders, where folders are matched too."""
+    """Leave out files with the name of the last folder, if folders also match."""
     folders = any(match.is_dir() for match in found)
     return [match for match in found if not (folders and match.name in _MARKERS and match.is_file())]
 
@@ -146,7 +146,7 @@ def _versions(names: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _universal(parent: Path | Url, names: Sequence[str]) -> tuple[str, str] | None:
-    """Return a checkpoint of DeepSpeed and what ds_to_universal.py has made of it, None at a URL, where neither is."""
+    """Return a checkpoint of DeepSpeed and its conversion by ds_to_universal.py, or None, as for URLs."""
     if isinstance(parent, Url):
         return None
     held = set(names)

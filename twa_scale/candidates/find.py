@@ -43,8 +43,8 @@ class _Named:
 def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: SelectConfig | None = None) -> list[Source]:
     """Return the paths and state dicts of `spec` that `select` takes, in order, without opening them.
 
-    Files that a glob matches under several paths, as with a link `latest -> step-2`, are one candidate. Paths that a
-    list names twice count twice, with a notice.
+    Files that a glob matches under several paths, as with a link `latest -> step-2`, are one candidate. Paths that are
+    given twice in a list count twice, with a notice.
 
     Args:
         spec: see `open_candidates`.
@@ -65,7 +65,7 @@ def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: Sele
             named += [_Named(path, pattern) for path in paths]
         by_name = [one.source for one in named if isinstance(one.source, Path | Url) and not one.pattern]
         if why := versions_or_parts(by_name):
-            tell(f"candidates: {why} They are averaged as they were named.")
+            tell(f"candidates: {why} They are averaged as given.")
         named = _without_copies(_without_repeated_matches(named, tell), tell)
         sources = chosen([one.source for one in named], select or SelectConfig(), tell)
         if len(sources) < minimum:
@@ -106,7 +106,8 @@ def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[_Name
         if len(by_name) > 1:
             labels = list(dict.fromkeys(repr(str(named[i].source)) for i in by_name))
             tell(
-                f"candidates: {' and '.join(labels)} count {len(by_name)} times, as they were named: they are the same."
+                f"candidates: {' and '.join(labels)} are the same and count {len(by_name)} times, because they were "
+                "given more than once."
             )
     if left_out:
         again = [f"{str(named[i].source)!r} ({str(named[kept].source)!r})" for i, kept in left_out.items()]
@@ -116,14 +117,14 @@ def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[_Name
 
 
 def _without_copies(named: Sequence[_Named], tell: Tell) -> list[_Named]:
-    """Leave out what by its name is a copy of one of several steps that a pattern matches too; report that."""
+    """Leave out and report matches with the names of copies of steps, if a pattern also matches several steps."""
     matched = [one.source for one in named if one.pattern and isinstance(one.source, Path | Url)]
     steps = Counter(path.parent for path in matched if step_of(path, parents=0) is not None)
     copies = [path for path in matched if steps[path.parent] > 1 and is_copy(path)]
     if copies:
         tell(
-            f"candidates: left out, as copies of other matches by their names: {some(map(str, copies))}. Give them by "
-            "name, in a list, to take them."
+            f"candidates: left out, as copies of other matches by their names: {some(map(str, copies))}. Give their "
+            "paths in a list to use them."
         )
     return [one for one in named if not (one.pattern and one.source in copies)]
 
@@ -131,11 +132,12 @@ def _without_copies(named: Sequence[_Named], tell: Tell) -> list[_Named]:
 def copies(labels: Sequence[str], checksums: Sequence[Any]) -> list[tuple[str, str]]:
     """Return the pairs of candidates with equal checksums, such as a directory and its copy.
 
-    A pair of paths of the same files is left out: it is reported where the candidates are found.
+    A pair of paths of the same files is left out, because it is reported when the candidates are found.
 
     Args:
         labels: the labels of the candidates.
-        checksums: those of the tensors of each, in a form that can be compared; nothing is said about empty ones.
+        checksums: the checksums of the tensors of each candidate, in a form that can be compared. Empty ones are not
+            compared.
     """
     pairs = combinations(zip(labels, checksums, strict=True), 2)
     return [(first, second) for (first, a), (second, b) in pairs if a and a == b and not _same_files(first, second)]

@@ -1,4 +1,4 @@
-"""The fingerprint of candidates, which a saved state is compared with."""
+"""The fingerprint of candidates, with which a saved state is compared."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Fingerprint:
         return found
 
     def require(self, saved: "Fingerprint") -> None:
-        """Refuse to continue a saved state with other candidates.
+        """Check that the candidates are those of a saved state.
 
         Raises:
             StateError: names the first candidate and tensor that differ.
@@ -35,7 +35,7 @@ class Fingerprint:
         if len(self.labels) != len(saved.labels):
             raise StateError(
                 f"the state was trained on {len(saved.labels)} candidates ({saved.labels[0]} to {saved.labels[-1]}), "
-                f"this run has {len(self.labels)}; give the same ones, in the same order."
+                f"this run has {len(self.labels)}; give the same candidates in the same order."
             )
         for name, shape in saved.shapes.items():
             if self.shapes.get(name) != shape:
@@ -49,7 +49,7 @@ class Fingerprint:
         )
 
     def require_names(self, found: Collection[str], label: str) -> None:
-        """Refuse candidates with other tensor names than those of this fingerprint.
+        """Check that candidates have the tensor names of this fingerprint.
 
         Args:
             found: the names of their tensors.
@@ -70,10 +70,10 @@ class Fingerprint:
             )
 
     def require_checksums(self, found: Sequence[Mapping[str, int]], labels: Sequence[str] = ()) -> None:
-        """Refuse tensors whose checksums differ from this fingerprint.
+        """Check that the checksums of tensors are those of this fingerprint.
 
         Args:
-            found: for each candidate, the checksums by tensor name; tensors that are missing are not compared.
+            found: the checksums by tensor name, for each candidate. Missing tensors are not compared.
             labels: the labels of the candidates, for messages; by default, those of the fingerprint.
 
         Raises:
@@ -89,7 +89,7 @@ class Fingerprint:
                     )
 
     def require_same_in(self, pods: Pods) -> None:
-        """Refuse pods whose candidates differ from those of the first, for example on local disks. Collective.
+        """Check that all pods have the candidates of the first one. They may be on local disks. Collective.
 
         Raises:
             CandidateError: names the first tensor that differs; on every rank.

@@ -1,4 +1,4 @@
-"""Stored tensors under the names and in the shapes of the model: by rules of the user, of its library, or a prefix."""
+"""Stored tensors with the names and shapes of the model: by rules of the user, rules of its library, or a prefix."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -29,33 +29,33 @@ class LibraryRules(Protocol):
     """The conversion that a library applies to stored tensors when it loads a model of one of its classes."""
 
     def loaded(self, tensors: Mapping[str, Traced], label: str) -> tuple[Tensors, list[str]]:
-        """Return the tensors by the model's names, others by their own, and the names of those it leaves out."""
+        """Return the tensors by the model's names, or by their own if unknown, and the names of ignored ones."""
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How names of candidates become those of the model."""
+    """The settings that map names of candidates to those of the model."""
 
     rename: Mapping[str, str] = field(default_factory=dict)
     """Regular expressions and their replacements, applied in this order."""
     prefix: str | None = None
-    """The prefix of the model's names in candidates; inferred from the names when not given."""
+    """The prefix of the model's names in candidates; by default, inferred from the names."""
     library: LibraryRules | None = None
     """The rules of the model's class."""
     parameters: Sequence[Collection[str]] = ()
-    """The names of each parameter of the model; a tied one has several."""
+    """The names of each parameter of the model. A tied parameter has several."""
     buffers: Collection[str] = ()
-    """The names of its buffers."""
+    """The names of the buffers of the model."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """The shapes of parameters and buffers, by each name."""
+    """The shapes of parameters and buffers, by each of their names."""
 
 
 def in_live_names(candidates: Sequence[Candidate], naming: Naming) -> tuple[list[Candidate], list[str]]:
-    """Return the candidates with the names and shapes of the model, and a line about each thing that was inferred.
+    """Return the candidates with the names and shapes of the model, and a notice about each inferred setting.
 
     Raises:
-        CandidateError: tensors that cannot be converted, or become the same one; or a prefix that is not unique.
-        ConfigError: a pattern of `rename` or a `prefix` that no name has.
+        CandidateError: tensors cannot be converted, or get the same name, or the prefix is not unique.
+        ConfigError: a pattern of `rename`, or `prefix`, matches no name.
     """
     _refuse_unused(naming.rename, sorted({name for one in candidates for name in one.names()}))
     said: dict[str, list[str]] = {}
@@ -66,7 +66,7 @@ def in_live_names(candidates: Sequence[Candidate], naming: Naming) -> tuple[list
             (name, candidate.stored_names[name], candidate.shape(name), candidate.dtype(name))
             for name in candidate.names()
         )
-        if traits not in known:  # those of one run are alike
+        if traits not in known:  # the candidates of one run have the same
             stored = {
                 name: Traced.stored(raw, shape, dtype) for name, raw, shape, dtype in sorted(traits, key=itemgetter(0))
             }
@@ -81,7 +81,7 @@ def in_live_names(candidates: Sequence[Candidate], naming: Naming) -> tuple[list
 
 
 def as_recorded(candidate: Candidate, conversions: Sequence[Conversion]) -> Candidate:
-    """Return a candidate in the one of conversions that its tensors fit; as it is stored where none is of them."""
+    """Return a candidate with the conversion that fits its tensors, or unchanged if there is none."""
     held = set(candidate.stored_names.values())
     fitting = (conversion for conversion in conversions if conversion.stored() <= held)
     return next((Converted(candidate, conversion) for conversion in fitting), candidate)
@@ -101,7 +101,7 @@ def _conversion(tensors: Tensors, stored: Tensors) -> Conversion:
 
 
 def _refuse_unused(rename: Mapping[str, str], names: Sequence[str]) -> None:
-    """Refuse a pattern that finds nothing in any name, each after those before it."""
+    """Check that each pattern, applied after the earlier ones, matches a name."""
     for pattern, replacement in rename.items():
         refuse_unused("rename", [pattern], names)
         names = [re.sub(pattern, replacement, name) for name in names]
@@ -125,7 +125,7 @@ def _named(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[
 
 
 def _loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]]:
-    """Return the tensors as the model's library converts them, if names or shapes are not those of the model."""
+    """Return the tensors as converted by the model's library, if names or shapes differ from those of the model."""
     known = {name for names in naming.parameters for name in names} | set(naming.buffers)
     same = tensors.keys() <= known and all(
         tuple(tensor.shape) == naming.shapes.get(name, tuple(tensor.shape)) for name, tensor in tensors.items()
@@ -154,7 +154,7 @@ def _without_prefix(tensors: Tensors, prefix: str, label: str) -> tuple[Tensors,
 
 
 def _unstacked(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]]:
-    """Take tensors apart that hold a tensor of all layers, or experts, and lack their numbers; say which."""
+    """Divide tensors that stack all layers or experts and lack their numbers, and report them."""
     known = [name for names in naming.parameters for name in names] + list(naming.buffers)
     apart = unstacked(tensors, known, label)
     if not apart:
@@ -163,42 +163,42 @@ def _unstacked(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, l
     made = {name: part for parts in apart.values() for name, part in parts.items()}
     first, parts = next(iter(apart.items()))
     return kept | made, [
-        f"stored tensors that hold those of all layers are taken apart ({some(list(apart))}): {first!r} is "
+        f"stored tensors that stack those of all layers are divided ({some(list(apart))}): {first!r} is "
         f"{some(list(parts), 2)}."
     ]
 
 
 def _complete(tensors: Tensors, naming: Naming, before: str = "", less: int = 0) -> bool:
-    """Return whether every parameter is found by a name, after `less` letters are cut and `before` is prepended."""
+    """Return whether every parameter has a known name after `less` letters are removed and `before` is prepended."""
     return all(any(before + name[less:] in tensors for name in names) for names in naming.parameters)
 
 
 def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]] | None:
-    """Remove or add the one prefix with which every parameter is found; return None if there is none."""
+    """Remove or add the only prefix with which every parameter is found, or return None if there is none."""
     known = [name for names in naming.parameters for name in names] + list(naming.buffers)
     plain, held = without_wrappers(known), set(without_wrappers(tensors).values())
     if all(any(plain[name] in held for name in names) for names in naming.parameters):
-        return tensors, []  # "module." before all names is a wrapper's, and matched as such
+        return tensors, []  # "module." before all names is the prefix of a wrapper, which is matched elsewhere
     first = naming.parameters[0]
     possible = sorted({other.removesuffix(name) for name in first for other in tensors if other.endswith(f".{name}")})
     prefixes = [prefix for prefix in possible if _complete(tensors, naming, prefix)]
     if len(prefixes) > 1:
         raise CandidateError(
-            f"{label}: holds the tensors of the model {len(prefixes)} times, under {some(prefixes)}. Say which are "
-            "meant with `prefix`."
+            f"{label}: holds the tensors of the model {len(prefixes)} times, under {some(prefixes)}. Choose one with "
+            "`prefix`."
         )
     if prefixes:
         return taken_off(tensors, prefixes[0], label), [_taken_off_line(prefixes[0])]
     for prefix in common_prefixes(known):
         if _complete(tensors, naming, less=len(prefix)):
             return put_before(tensors, prefix, known, label), [
-                f"names of the model have the prefix {prefix!r} before those of the candidates: put before them."
+                f"names of the model have the prefix {prefix!r}, which those of the candidates lack: added."
             ]
     return None
 
 
 def _inferred_and_loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]] | None:
-    """Remove the prefix with which the model's library finds every parameter; return None if there is none."""
+    """Remove the prefix with which the model's library finds every parameter, or return None if there is none."""
     if naming.library is None:
         return None
     known = {name for names in naming.parameters for name in names} | set(naming.buffers)
@@ -207,7 +207,7 @@ def _inferred_and_loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         try:
             loaded, lines = _loaded(taken_off(inside, prefix, label), naming, label)
-        except CandidateError:  # the rules do not fit what is under this prefix
+        except CandidateError:  # the rules do not fit the tensors with this prefix
             continue
         if _complete(loaded, naming):
             outside = {name: tensor for name, tensor in tensors.items() if name not in inside}
@@ -221,4 +221,4 @@ def _inferred_and_loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[
 
 
 def _taken_off_line(prefix: str) -> str:
-    return f"names have the prefix {prefix!r} before those of the model: taken off."
+    return f"names have the prefix {prefix!r}, which those of the model lack: removed."

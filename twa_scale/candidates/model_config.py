@@ -8,7 +8,7 @@ from twa_scale.errors import CandidateError
 
 
 def settings_of(candidate: Candidate) -> dict[str, Any]:
-    """Return the content of config.json in the candidate's directory; empty where there is none that can be read."""
+    """Return the content of config.json in the candidate's directory; empty if it cannot be read."""
     path = candidate.directory / "config.json" if candidate.directory else None
     if path is None or not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""The error message for a directory that is not a candidate: what is missing, and what may have been meant."""
+"""The error message for a directory that is not a candidate, with the missing files and a suggestion."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ from twa_scale.candidates.formats.rank_files import has_rank_files
 from twa_scale.candidates.other_formats import named_format
 from twa_scale.errors import CandidateError
 
-_MAX_SEEN = 1000  # folders that are looked into
+_MAX_SEEN = 1000  # folders that are searched
 _MAX_DEPTH = 2  # as deep as the snapshots in a cache of the Hugging Face hub
 
 
 def refusal(directory: Path) -> CandidateError:
-    """Return the error for a directory that is no candidate."""
+    """Return the error for a directory that is not a candidate."""
     adapters = [path for path in sorted(directory.iterdir())[:_MAX_SEEN] if (path / ADAPTER_CONFIG).is_file()]
     if adapters:
         return CandidateError(

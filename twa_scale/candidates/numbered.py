@@ -1,4 +1,4 @@
-"""Stored tensors that differ in a number in their names, such as those of experts: which are missing."""
+"""Find missing tensors among those that differ in a number in their names, such as experts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,14 +6,14 @@ Numbers = tuple[int, ...]
 
 
 def lacking(found: Mapping[str, Sequence[str]], sizes: tuple[int, int] | None = None) -> list[str]:
-    """Return the names of what is missing for a tensor that is made of several.
+    """Return the names of the missing tensors of those of which a tensor is made.
 
-    Every pattern needs the numbers that any of them has, and those from 0 to the largest.
+    Every pattern needs the numbers that any pattern has, and all numbers from 0 to the largest.
 
     Args:
-        found: the names that each of some patterns matches.
-        sizes: the first dimension of what was made of them, and the one that is expected. If the first is how many
-            numbers there are, the second is how many are needed.
+        found: the names that each pattern matches.
+        sizes: the first dimension of the tensor that was made, and the expected one. If the first is the count of
+            numbers, the second is the required count.
     """
     numbers = {pattern: {_numbers(name) for name in names} for pattern, names in found.items()}
     needed = _filled(set().union(*numbers.values()), sizes)
@@ -27,7 +27,7 @@ def lacking(found: Mapping[str, Sequence[str]], sizes: tuple[int, int] | None = 
 
 
 def _filled(numbers: set[Numbers], sizes: tuple[int, int] | None) -> set[Numbers]:
-    """Return these and those between them, where all differ in one place."""
+    """Return the numbers and those between them, if all differ in one position."""
     first = next(iter(numbers), ())
     varying = [place for place in range(len(first)) if len({own[place : place + 1] for own in numbers}) > 1]
     if len(varying) != 1 or any(len(own) != len(first) for own in numbers):

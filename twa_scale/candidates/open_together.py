@@ -98,7 +98,7 @@ def _require_same(candidates: Sequence[Candidate], group: Group) -> None:
     with group.agree():
         if other is None:
             return
-        rule = "Give all ranks the same candidates, in the same order; copies on disks of their own must be equal."
+        rule = "Give all ranks the same candidates, in the same order; copies on local disks must be equal."
         if other.key == _NUMBER:
             raise CandidateError(
                 f"{candidates[0].label}: {other.where} has {other.mine} candidates and {other.where_first} has "

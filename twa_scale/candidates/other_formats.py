@@ -49,7 +49,7 @@ _OF_NAMES = (
         "hidden file too, or leave this candidate out: the file is written last, so the checkpoint may be incomplete",
     ),
 )
-"""Patterns of names, what such a file is, and what to do."""
+"""Patterns of names, the format of such a file, and the fix."""
 
 _ZIP = b"PK\x03\x04"
 _ALSO_TORCH = (".tar", ".pkl", ".pickle")
@@ -63,13 +63,13 @@ _OF_CONTENTS = (
     (b"<html", *_WEB_PAGE),
     (b"<?xml", *_WEB_PAGE),
 )
-"""How files begin, in lower case, what they are, and what to do."""
+"""The first bytes of files, in lower case, the format of such a file, and the fix."""
 
 
 def named_format(paths: Iterable[Path | Url]) -> str | None:
-    """Return what the first file is that has the name of a format that is not read, and what to do; else None.
+    """Return the format and the fix for the first file with the name of a format that is not read, or None.
 
-    The content of files on this machine is looked at: torch.save writes under any name, such as `model.tar`.
+    The content of local files is also checked, because torch.save writes files of any name, such as `model.tar`.
     """
     for path in paths:
         for pattern, what, fix in _OF_NAMES:
@@ -94,12 +94,12 @@ def _is_zip(path: Path | Url) -> bool:
 
 
 def format_of(head: bytes | bytearray, size: int, *, safetensors: bool) -> str | None:
-    """Return what a file is whose content is not that of its suffix, and what to do; None if that is not known.
+    """Return the format and the fix for a file whose content does not match its suffix, or None if it is not known.
 
     Args:
         head: the first 16 bytes of the file, or all if there are fewer.
         size: the size of the file in bytes.
-        safetensors: whether it has the name of a safetensors file, and not that of a file of torch.save.
+        safetensors: whether the file has the name of a safetensors file, not of a file of torch.save.
     """
     if not size:
         return "is empty. Copy it again, or leave this candidate out."

@@ -10,10 +10,10 @@ Tensors = dict[str, Traced]
 
 
 def by_new_name(tensors: Mapping[str, Traced], new: Callable[[str], str], what: str, fix: str) -> Tensors:
-    """Return the tensors under new names, of which no two may be the same.
+    """Return the tensors by new names, which must be different.
 
     Args:
-        tensors: by their names.
+        tensors: the tensors by name.
         new: returns the new name of a name.
         what: the subject of the error message: the setting that changes names.
         fix: the advice of the error message.
@@ -26,15 +26,14 @@ def by_new_name(tensors: Mapping[str, Traced], new: Callable[[str], str], what: 
     for name, tensor in tensors.items():
         if (other := old.setdefault(new(name), name)) != name:
             raise CandidateError(
-                f"{what} makes {new(name)!r} of both {other!r} and {name!r}. Each tensor needs a name of its own: "
-                f"{fix}."
+                f"{what} makes {new(name)!r} of both {other!r} and {name!r}. Each tensor needs a different name: {fix}."
             )
         renamed[new(name)] = tensor
     return renamed
 
 
 def taken_off(tensors: Mapping[str, Traced], prefix: str, label: str) -> Tensors:
-    """Return the tensors by their names without the prefix; names that do not have it stay.
+    """Return the tensors by their names without the prefix. Names that do not have it are unchanged.
 
     Raises:
         CandidateError: two names become the same.
@@ -44,24 +43,24 @@ def taken_off(tensors: Mapping[str, Traced], prefix: str, label: str) -> Tensors
 
 
 def put_before(tensors: Mapping[str, Traced], prefix: str, known: Iterable[str], label: str) -> Tensors:
-    """Return the tensors by their names with the prefix, where these are known; other names stay.
+    """Return the tensors by their names with the prefix, if these are known. Other names are unchanged.
 
     Raises:
         CandidateError: two names become the same.
     """
     added = {name.removeprefix(prefix) for name in known}
     what = f"{label}: the prefix {prefix!r} of the model's names"
-    fix = "give one of them a name of its own with `rename`, and name that in `ignore`"
+    fix = "give one of them another name with `rename`, and name it in `ignore`"
     return by_new_name(tensors, lambda name: prefix + name if name in added else name, what, fix)
 
 
 def choose_prefix(prefix: str) -> str:
-    """Return what a user can do if names with and without a prefix are those of one tensor."""
+    """Return the fix for the case that names with and without a prefix refer to one tensor."""
     return f"set `prefix: {prefix}` to read only names that have it"
 
 
 def likely_prefix(names: Iterable[str], known: Collection[str]) -> str | None:
-    """Return the prefix that most of the names have before one of `known`; None if no name has one."""
+    """Return the prefix that most of the names have before one of `known`, or None if no name has one."""
     found: Counter[str] = Counter()
     for name in names:
         steps = name.split(".")
@@ -72,7 +71,7 @@ def likely_prefix(names: Iterable[str], known: Collection[str]) -> str | None:
 
 
 def common_prefixes(names: Sequence[str]) -> list[str]:
-    """Return the prefixes, of whole steps of the path, that all names have."""
+    """Return the prefixes that all names have. They consist of whole components of the path."""
     steps = names[0].split(".")[:-1] if names else []
     prefixes = [".".join(steps[: depth + 1]) + "." for depth in range(len(steps))]
     return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]

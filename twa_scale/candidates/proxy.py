@@ -13,19 +13,19 @@ from twa_scale.candidates.mapped import Mappable
 
 @runtime_checkable
 class Sharing(Protocol):
-    """What a candidate may offer that can store a tensor once under several names."""
+    """The optional method of a candidate that can store a tensor once under several names."""
 
     def stored_once(self, name: str, other: str) -> bool:
-        """Whether two names stand for one tensor in the file or memory."""
+        """Return whether two names refer to one tensor in the file or memory."""
 
 
 def stored_once(candidate: Candidate, name: str, other: str) -> bool:
-    """Whether two names are known to stand for one tensor without reading either."""
+    """Return whether two names are known to refer to one tensor, without reading it."""
     return isinstance(candidate, Sharing) and candidate.stored_once(name, other)
 
 
 class CandidateProxy:
-    """A candidate that passes everything on to another; subclasses change what they present otherwise."""
+    """A candidate that forwards all calls to another one. Subclasses override some methods."""
 
     def __init__(self, candidate: Candidate) -> None:
         self._candidate = candidate
@@ -37,7 +37,7 @@ class CandidateProxy:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensor data that `read` has taken from it in this process."""
+        """The bytes of tensor data that `read` has read in this process."""
         return self._candidate.bytes_read
 
     @bytes_read.setter
@@ -46,7 +46,7 @@ class CandidateProxy:
 
     @property
     def origin(self) -> Origin:
-        """The format of the candidate, and where its files hold the weights."""
+        """The format of the candidate, and the positions of the weights in its files."""
         return origin_of(self._candidate)
 
     def names(self) -> list[str]:
@@ -58,7 +58,7 @@ class CandidateProxy:
         return self._candidate.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the type of a tensor in `read`."""
         return self._candidate.dtype(name)
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
@@ -66,19 +66,19 @@ class CandidateProxy:
         self._candidate.read(name, start, out)
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor, flattened, where the candidate offers one."""
+        """Return a flat view of a whole tensor, or None if the candidate has none."""
         return self._candidate.mapped(name) if isinstance(self._candidate, Mappable) else None
 
     def stored_once(self, name: str, other: str) -> bool:
-        """Whether two names stand for one tensor."""
+        """Return whether two names refer to one tensor."""
         return stored_once(self._candidate, name, other)
 
     def made(self, name: str) -> Made | None:
-        """Return of what a tensor is made; None where it is stored as it is."""
+        """Return the segments of which a tensor is made, or None if it is stored unchanged."""
         return made(self._candidate, name)
 
     def conversion(self) -> Conversion | None:
-        """Return what all tensors are in files; None where nothing is converted."""
+        """Return the conversion of all tensors, or None if nothing is converted."""
         return conversion(self._candidate)
 
     def close(self) -> None:

@@ -22,8 +22,8 @@ _SCALES_ALONE = re.compile(
 )
 _ENDS_OF_CODES = re.compile(r"_(blocks|codes|packed|qdata|weight)$")
 _WAY_OUT = (
-    "Codes and scales cannot be averaged number by number: give the candidates as they were before quantization, or "
-    "dequantize them (transformers: model.dequantize(), then save_pretrained)."
+    "Codes and scales cannot be averaged element by element: give the candidates from before quantization, "
+    "or dequantize them (transformers: model.dequantize(), then save_pretrained)."
 )
 
 
@@ -57,12 +57,12 @@ _METHODS = (
 
 
 def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = (), known: Collection[str] = ()) -> None:
-    """Refuse a candidate that holds quantized weights, or whose config.json says that it does.
+    """Check that a candidate has no quantized weights, and no quantization in its config.json.
 
     Args:
         candidate: the candidate to check.
         ignore: regular expressions of the tensors that are not read.
-        known: names of the model's tensors; integers among them are not codes.
+        known: the names of the model's tensors. Integers among them are not codes.
 
     Raises:
         CandidateError: naming the quantization and a tensor.
@@ -83,7 +83,7 @@ def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = (), known: Co
 
 
 def _quantization(candidate: Candidate, name: str, beside: Mapping[str, Sequence[str]]) -> str | None:
-    """Return why a tensor is taken for codes, or None if it is not."""
+    """Return the reason why a tensor is considered quantized, or None if it is not."""
     dtype = candidate.dtype(name)
     if dtype not in _FLOAT8 and dtype not in _INTEGERS and dtype not in _LONG:
         return None
@@ -107,7 +107,7 @@ def _quantization(candidate: Candidate, name: str, beside: Mapping[str, Sequence
 
 
 def _scales(name: str, stem: str) -> bool:
-    """Return whether a name is that of scales: by itself, or because it begins with the name of the codes."""
+    """Return whether a name is one of scales, by itself or because it starts with the name of the codes."""
     return bool(_SCALES_ALONE.fullmatch(name) or (name.startswith(stem) and _SCALES.search(name)))
 
 
@@ -119,7 +119,7 @@ def _by_module(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _below(beside: Mapping[str, Sequence[str]], name: str) -> Iterator[str]:
-    """Yield tensors below this one, such as `weight.absmax` and `weight.quant_state.x`, and centroids beside it."""
+    """Yield tensors below this one, such as `weight.absmax` and `weight.quant_state.x`, and centroids of its module."""
     module, _, last = name.rpartition(".")
     kind = last.removesuffix("indices")
     for inner in (name, f"{name}.quant_state", f"{module}.{kind}centroids"):

@@ -18,9 +18,9 @@ from twa_scale.kernels.packed_rows import BLOCKS
 
 READ_CHUNK = 1 << 20
 READS_IN_FLIGHT = 8
-_REMOTE_CHUNK = 8 << 20  # of candidates at URLs, where each request waits for a network
+_REMOTE_CHUNK = 8 << 20  # for candidates at URLs, where each request waits for the network
 _READ_BYTES = 64 << 20  # bytes of all candidates in one buffer
-LINE = 64  # bytes of a cache line; rows are padded to it, since strides of a power of two collide in the cache
+LINE = 64  # bytes of a cache line; rows are padded to it, because strides of a power of two collide in the cache
 _BLOCK = max(BLOCKS.values())  # elements; spans are divided at multiples of it, so that blocks of a store stay whole
 
 Progress = Callable[[int, int], None]
@@ -40,7 +40,7 @@ def are_remote(candidates: Sequence[Candidate]) -> bool:
 
 
 def chunk_of(candidates: Sequence[Candidate], read_chunk: int) -> int:
-    """Return the largest number of bytes of one read: `read_chunk`, or more of candidates at URLs."""
+    """Return the largest number of bytes of one read: `read_chunk`, or more for candidates at URLs."""
     return max(read_chunk, _REMOTE_CHUNK) if are_remote(candidates) else read_chunk
 
 
@@ -116,7 +116,7 @@ class Reader:
     """A reader of exact byte ranges, which reads each byte once.
 
     Args:
-        candidates: checked to have the same tensors.
+        candidates: the candidates, which have the same tensors.
         total: the number of bytes of all jobs, for `progress`.
         progress: called in the thread that uses the parts.
         read_chunk: the largest number of bytes of one read; less for many candidates, more for those at URLs.

@@ -1,4 +1,4 @@
-"""Candidates that a URL names: weights are read by ranges, and the small files beside them are downloaded."""
+"""Candidates at URLs. Weights are read by ranges, and the small files next to them are downloaded."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,11 +35,11 @@ def open_url(url: Url, open_file: Callable[[Url, None, str], Candidate]) -> Cand
     """Open the file of weights that a URL names, or the one in the directory that it names.
 
     Args:
-        url: of a file or a directory.
+        url: the URL of a file or a directory.
         open_file: opens the file of weights; its last argument is the name of the candidate in messages.
 
     Raises:
-        CandidateError: nothing is there, or it is of a format that cannot be read from a URL.
+        CandidateError: there is no file of weights, or it has a format that cannot be read from a URL.
     """
     if is_weights(url.name):
         _require_safetensors(url)
@@ -66,7 +66,7 @@ def open_url(url: Url, open_file: Callable[[Url, None, str], Candidate]) -> Cand
 
 
 def _described(url: Url, names: Sequence[str]) -> str:
-    """Return what a directory holds instead of safetensors."""
+    """Return a text about the content of a directory without safetensors."""
     if (url / METADATA).is_file():
         return "it is a checkpoint of torch.distributed.checkpoint"
     if any(name == "latest" or name.endswith("_model_states.pt") for name in names):

@@ -72,7 +72,7 @@ def choose_coding(
         weights: the weights of the center, (n,).
         group: all ranks.
         device: the device of the model, for the sum over ranks.
-        candidates: checked to have the same tensors.
+        candidates: the candidates, which have the same tensors.
         names: the names of the trained tensors in the candidates.
 
     Raises:
@@ -90,7 +90,7 @@ def choose_coding(
         values = _sample(candidates, names, group.rank, group.size)
         for k, coding in enumerate(codings):
             squares[k] = _error(kernels, values, weights, coding, bits)
-    # The sum has the same bits on every rank. With NaN the choice does not matter: loading refuses it.
+    # The sum has the same bits on every rank. With NaN, the choice does not matter, because loading raises an error.
     squares = group.sum_(squares.to(device))
     return increments if squares[1] < squares[0] else deltas
 

@@ -1,4 +1,4 @@
-"""A tensor that is made of segments of other tensors: renamed, concatenated, stacked, split, or transposed."""
+"""Tensors that consist of segments of other tensors: renamed, concatenated, stacked, split or transposed ones."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,17 +13,17 @@ from twa_scale.base.spans import Span
 
 
 class Place(NamedTuple):
-    """Where the elements of a segment are in the row-major flattening of one tensor."""
+    """The positions of the elements of a segment in the row-major flattening of one tensor."""
 
     name: str
     first: int
     strides: tuple[int, ...]
-    """Distance of neighbours in each dimension of the segment, in elements."""
+    """The distance of neighboring elements in each dimension of the segment, in elements."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Elements that two tensors have in common, as a box of `sizes`."""
+    """A box of elements that two tensors share: `here` in one of them and `there` in the other."""
 
     sizes: tuple[int, ...]
     here: Place
@@ -31,7 +31,7 @@ class Segment:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return prod(self.sizes)
 
     @property
@@ -40,16 +40,16 @@ class Segment:
         return self.here.first + reach(self.sizes, self.here.strides)
 
     def reversed(self) -> "Segment":
-        """Return the segment seen from the other tensor."""
+        """Return the segment with both tensors exchanged."""
         return Segment(self.sizes, self.there, self.here)
 
     def within(self, start: int, stop: int) -> Iterator["Segment"]:
-        """Yield the parts whose elements are in [start, stop) here; they are disjoint."""
+        """Yield disjoint parts whose elements are in [start, stop) here."""
         by_stride = sorted(range(len(self.sizes)), key=lambda dim: -self.here.strides[dim])
         yield from self._ordered(by_stride)._within(start, stop, 0)
 
     def _within(self, start: int, stop: int, dim: int) -> Iterator["Segment"]:
-        """Cut dimension `dim`, and those after it where they are reached; strides here never increase."""
+        """Divide dimension `dim`, and later ones if needed. Strides here never increase."""
         first = self.here.first
         if start <= first and self.stop <= stop:
             yield self
@@ -57,7 +57,7 @@ class Segment:
         if dim == len(self.sizes) or stop <= first or self.stop <= start:
             return
         step, inner = self.here.strides[dim], reach(self.sizes[dim + 1 :], self.here.strides[dim + 1 :])
-        # Indices of which everything is inside, and one on each side of which a part may be.
+        # The indices that are completely inside, and one on each side that may be partly inside.
         low = min(max(-(-(start - first) // step), 0), self.sizes[dim])
         high = max(min((stop - inner - first) // step + 1, self.sizes[dim]), low)
         if low > 0:
@@ -81,18 +81,18 @@ class Segment:
         return Segment(tuple(self.sizes[dim] for dim in dims), ordered(self.here), ordered(self.there))
 
     def in_order_there(self) -> "Segment":
-        """Return the segment with dimensions in the order of the other tensor, those of one element left out."""
+        """Return the segment with the dimensions in the order of the other tensor, without those of size 1."""
         dims = [dim for dim, size in enumerate(self.sizes) if size != 1]
         return self._ordered(sorted(dims, key=lambda dim: -self.there.strides[dim]))
 
     def of(self, values: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the view of its elements in `values`, which are those from `start` on here."""
+        """Return the view of its elements in `values`, which contain the elements from `start` on here."""
         return values.as_strided(self.sizes, self.here.strides, values.storage_offset() + self.here.first - start)
 
     def spans(self) -> Iterator[Span]:
-        """Yield what it is there, as spans, in the order of its elements; for a segment that is in order there.
+        """Yield its spans in the other tensor, in the order of its elements. The segment must be in order there.
 
-        All are of the same length.
+        All spans have the same length.
         """
         dims, run = len(self.sizes), 1
         while dims and self.there.strides[dims - 1] == run:
@@ -109,7 +109,7 @@ class Segment:
 
 
 def reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """Return the number of positions from the first element of a box to its last."""
+    """Return the number of positions from the first to the last element of a box."""
     return 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
 
 
@@ -117,7 +117,7 @@ class Segments:
     """All segments of one tensor, found by position.
 
     Args:
-        segments: whose elements here are disjoint; empty ones are left out.
+        segments: segments with disjoint elements. Empty ones are left out.
     """
 
     def __init__(self, segments: Iterable[Segment]) -> None:
@@ -135,11 +135,11 @@ class Segments:
             yield from segment.within(start, stop)
 
     def spans(self, span: Span, values: torch.Tensor) -> Iterator[tuple[Span, torch.Tensor]]:
-        """Yield what a span of this tensor is in the other tensors, and the values of each.
+        """Yield the spans of other tensors that a span of this tensor consists of, with their values.
 
         Args:
-            span: of this tensor.
-            values: 1-D, its elements.
+            span: a span of this tensor.
+            values: the elements of the span, 1-D.
         """
         done = 0
         for start, stop in span.runs():
@@ -155,5 +155,5 @@ class Segments:
 
 
 def renamed(segment: Segment, name: str) -> Segment:
-    """Return a segment of which the tensor here has another name."""
+    """Return a segment with another name of the tensor here."""
     return replace(segment, here=segment.here._replace(name=name))

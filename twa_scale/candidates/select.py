@@ -23,40 +23,40 @@ _FACTOR = re.compile(
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which tensors of the files are wanted."""
+    """The selection of tensors in the files."""
 
     weights_key: str | None = None
-    """Where the weights are in files that hold more, with dots between keys; where they usually are when not given."""
+    """The key of the weights in files with further content, with dots between keys; by default, the usual keys."""
     ignore: Sequence[str] = ()
-    """Regular expressions of names to leave out."""
+    """Regular expressions of names that are left out."""
     known: Collection[str] = ()
-    """Names of the model's tensors: these are weights, whatever their names look like."""
+    """The names of the model's tensors, which are weights independent of their names."""
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Names and shapes of the model's parameters, in its order."""
+    """The names and shapes of the model's parameters, in its order."""
     ties: Ties | None = None
-    """What the model ties; found from the values where there is no model."""
+    """The tied names of the model; by default, found from the values."""
     naming: Naming | None = None
-    """How names become those of the model; where there is none, they stay as they are stored."""
+    """The mapping of names to those of the model; None keeps the stored names."""
     conversions: Sequence[Conversion] = ()
-    """What was made of them when there was a model."""
+    """The recorded conversions of the candidates, from a run with a model."""
     must_match: bool = False
-    """Whether each pattern of `ignore` has to be found in the name of a tensor."""
+    """Whether each pattern of `ignore` must match the name of a tensor."""
     space: Space = "auto"
-    """In which space adapters are averaged."""
+    """The space in which adapters are averaged."""
 
 
 ALL = Wanted()
 
 
 def asked_for(ignore: Sequence[str], weights_key: str | None, space: str = "auto") -> Wanted:
-    """Return what `--ignore`, `--weights-key` and `--space` ask for.
+    """Return the selection for `--ignore`, `--weights-key` and `--space`.
 
     Raises:
-        ConfigError: a pattern that is no regular expression, or a space of another name.
+        ConfigError: a pattern is not a regular expression, or the space is unknown.
     """
     if space not in get_args(Space):
         raise ConfigError(
-            f"--space: {space!r} is none of {', '.join(get_args(Space))}{nearest(space, get_args(Space))}"
+            f"--space: {space!r} is not one of {', '.join(get_args(Space))}{nearest(space, get_args(Space))}"
         )
     for pattern in ignore:
         try:
@@ -69,16 +69,16 @@ def asked_for(ignore: Sequence[str], weights_key: str | None, space: str = "auto
 def select(
     candidates: Sequence[Candidate], wanted: Wanted, ignored_lists: Iterable[str] = ()
 ) -> tuple[list[Candidate], list[str]]:
-    """Return the candidates with the tensors that are wanted, and a line about each thing that a user may not expect.
+    """Return the candidates with the selected tensors, and notices for the user.
 
     Args:
         candidates: the candidates with all tensors of their files.
-        wanted: which of them to keep.
-        ignored_lists: the names of lists of tensors, and of other objects, that `ignore` has left out already.
+        wanted: the selection.
+        ignored_lists: the names of lists of tensors and other objects that `ignore` has already left out.
 
     Raises:
-        CandidateError: quantized weights, or no weights at all.
-        ConfigError: a pattern that matches nothing although it must.
+        CandidateError: the weights are quantized, or there are none.
+        ConfigError: a pattern that must match a name matches none.
     """
     if wanted.must_match:
         everything = sorted({name for candidate in candidates for name in candidate.names()} | set(ignored_lists))
@@ -110,7 +110,7 @@ def select(
 
 
 def _about_ignored(candidate: Candidate, wanted: Wanted) -> list[str]:
-    """Return a line where patterns match names of the model, but none that these tensors have in files."""
+    """Return a notice if patterns match names of the model, but not the names of these tensors in files."""
     names = [name for name in candidate.names() if name in wanted.known and matches_any(name, wanted.ignore)]
     if not names:
         return []
@@ -121,13 +121,13 @@ def _about_ignored(candidate: Candidate, wanted: Wanted) -> list[str]:
 
 
 def _about_factors(candidates: Sequence[Candidate]) -> list[str]:
-    """Return a line where several candidates that are no LoRA adapters of PEFT hold factors of low-rank updates."""
+    """Return a notice if several candidates that are not LoRA adapters of PEFT have factors of low-rank updates."""
     factors = [name for name in candidates[0].names() if _FACTOR.search(name)]
     config = adapter_config(candidates[-1])
     if not factors or len(candidates) < 2 or (config and config.kind == "LORA"):
         return []
     return [
-        f"{candidates[0].label}: {some(factors, 2)} are factors of low-rank updates (LoRA). They are averaged one by "
-        "one, which is not the average of their products; for that, give LoRA adapters of PEFT as directories and set "
-        "`space: product`, or merge each adapter into its weights first."
+        f"{candidates[0].label}: {some(factors, 2)} are factors of low-rank updates (LoRA). They are averaged "
+        "separately, which is not the average of their products; for that, give LoRA adapters of PEFT as directories "
+        "and set `space: product`, or merge each adapter into its weights first."
     ]

@@ -51,9 +51,9 @@ _STATE = (
 )
 """The state and the records of the training that wrote the candidate."""
 _CODE = re.compile(r".*\.(py|pyc|pyd|so|dll|dylib|sh|ipynb)", re.IGNORECASE)
-_OF_DEEPSPEED = ("zero_to_fp32.py", "zero_to_torch.py")  # read checkpoints of DeepSpeed only
+_OF_DEEPSPEED = ("zero_to_fp32.py", "zero_to_torch.py")  # scripts that only read checkpoints of DeepSpeed
 NO_FOLDER = ("__pycache__", "runs", "logs", "wandb")
-"""Folders that no output gets."""
+"""Folders that are never copied."""
 
 _LINK = "a link that leads out of the directory, or to a folder"
 _LARGE = f"more than {MAX_BYTES >> 20} MiB, or than {MAX_FILES} files or {MAX_TOTAL >> 20} MiB in all"
@@ -153,7 +153,7 @@ class _Found:
         elif not self._holds_weights(path):
             return True
         elif name in self._modules:
-            self.left_out["its weights are not averaged; what loads modules.json will miss it"].append(name)
+            self.left_out["its weights are not averaged; loaders of modules.json will not find it"].append(name)
         return False
 
     def _holds_weights(self, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Stored tensors that hold those of all layers, as Megatron-LM stacks them: one dimension more, one number less."""
+"""Stored tensors that stack those of all layers, as in Megatron-LM. Their names lack the number of the layer."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -9,22 +9,22 @@ from typing import Any
 from twa_scale.candidates.prefixes import Tensors
 from twa_scale.errors import CandidateError
 
-_MOST_NUMBERS = 4  # in a name
+_MOST_NUMBERS = 4  # numbers in a name
 
 
 def unstacked(tensors: Tensors, known: Collection[str], label: str) -> dict[str, Tensors]:
-    """Return what stored tensors hold under names of the model, by the stored name.
+    """Return the tensors of the model that stored tensors stack, by the stored name.
 
     `layers.w` of shape (2, 3) holds `layers.0.w` and `layers.1.w`, of shape (3,), if the model has these two and no
-    other. Names of the model that are stored themselves are left out.
+    other. Tensors of the model that are stored themselves are left out.
 
     Args:
-        tensors: by their stored names.
+        tensors: the stored tensors by name.
         known: the names of the model's parameters and buffers.
         label: the candidate, for messages.
 
     Raises:
-        CandidateError: two stored tensors hold the same one of the model.
+        CandidateError: two stored tensors contain the same tensor of the model.
     """
     grids: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
     for name in known:

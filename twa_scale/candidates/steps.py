@@ -16,12 +16,14 @@ from twa_scale.errors import CandidateError, ConfigError
 T = TypeVar("T")
 
 _SCALES = {"": 1, "k": 1_000, "m": 1_000_000}
-_NUMBER = r"(?P<number>\d+)(?P<scale>[kKmM]?)(?![A-Za-z0-9]|\.\d)"  # neither "4B" of tokens nor "0.25" of a loss
+_NUMBER = (
+    r"(?P<number>\d+)(?P<scale>[kKmM]?)(?![A-Za-z0-9]|\.\d)"  # neither the "4B" of tokens nor the "0.25" of a loss
+)
 _KEYED = [
     re.compile(rf"(?<![A-Za-z])({words})[-_=. ]?{_NUMBER}", re.IGNORECASE)
     for words in ("global[-_]?steps?|steps?", "iter|iters|iterations?", "checkpoint|ckpt", "epochs?")
 ]
-"""Words before the number of a step. A name such as `epoch=3-step=900` has several: the first kind counts."""
+"""Words before the number of a step. In a name with several, such as `epoch=3-step=900`, the first kind is used."""
 _BARE = re.compile(rf"(?<![A-Za-z0-9.]){_NUMBER}")
 _COPY = re.compile(r"(.*[-_.])?(best|last|latest)([-_.]v?\d+)?(\.[a-z.]+)?", re.IGNORECASE)
 
@@ -34,7 +36,7 @@ def step_of(path: Path | Url, parents: int = 3) -> int | None:
 
     Args:
         path: the file or directory.
-        parents: how many directories above it may name the step, as in global_step_100/actor/model.
+        parents: the number of parent directories that may name the step, as in global_step_100/actor/model.
     """
     above: Sequence[Path | Url] = path.parents
     names = [path.name, *(parent.name for parent in list(above)[:parents])]
@@ -49,16 +51,16 @@ def step_of(path: Path | Url, parents: int = 3) -> int | None:
 
 
 def is_copy(path: Path | Url) -> bool:
-    """Return whether a copy of a step has this name.
+    """Return whether a name is that of a copy of a step.
 
-    Such are directories (`checkpoint-best`) and files of torch: `last.ckpt` of Lightning, `model_best.pth.tar` of timm,
-    `epoch_latest.pt` of open_clip, `checkpoint_best.pt` of fairseq.
+    Such names have directories (`checkpoint-best`) and files of torch: `last.ckpt` of Lightning, `model_best.pth.tar`
+    of timm, `epoch_latest.pt` of open_clip, `checkpoint_best.pt` of fairseq.
     """
     return (path.is_dir() or is_torch(path.name)) and _COPY.fullmatch(path.name) is not None and not says_step(path)
 
 
 def says_step(path: Path | Url) -> bool:
-    """Return whether a name has a number of a step after a word for it, such as `step` or `checkpoint`."""
+    """Return whether a name has the number of a step after a word such as `step` or `checkpoint`."""
     return any(pattern.search(path.name) for pattern in _KEYED)
 
 
@@ -67,11 +69,11 @@ def _value(found: re.Match[str]) -> int:
 
 
 def chosen(sources: Sequence[T], select: SelectConfig, tell: Callable[[str], None]) -> list[T]:
-    """Return the candidates that `select` takes, in its order, and say which they are.
+    """Return the candidates that `select` takes, in its order, and report them.
 
     Raises:
-        CandidateError: a name without a step where the choice needs one.
-        ConfigError: nothing is left, or fewer than `last`.
+        CandidateError: a name has no step, but the choice needs it.
+        ConfigError: no candidate is left, or fewer than `last`.
     """
     if select == SelectConfig():
         return list(sources)
@@ -98,7 +100,7 @@ def _in_range(sources: Sequence[T], select: SelectConfig) -> list[T]:
         if step is None:
             which = repr(str(source)) if isinstance(source, Path | Url) else "a state dict"
             raise CandidateError(
-                f"candidates: {which} has no step in its name, by which start_step, end_step and every choose. Names "
+                f"candidates: {which} has no step in its name, which start_step, end_step and every need. Names "
                 "are such as 'step-100', 'checkpoint-500' or 'epoch=3-step=900.ckpt'. Narrow the pattern, or choose "
                 "with `last`, or by a list of paths."
             )
@@ -118,7 +120,7 @@ def _in_range(sources: Sequence[T], select: SelectConfig) -> list[T]:
 
 
 def _refuse_number_for_steps(steps: Sequence[int], select: SelectConfig) -> None:
-    """Refuse `every: 2` where each second candidate is meant, and steps are further apart."""
+    """Raise an error for `every: 2` if steps are further apart, because every second candidate is meant."""
     different = sorted(set(steps))
     gaps = [second - first for first, second in pairwise(different)]
     if (

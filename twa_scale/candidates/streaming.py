@@ -29,8 +29,7 @@ def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = REA
         longest: the number of elements of the longest span.
         itemsize: the bytes of an element.
         read_chunk: the largest number of bytes of one read.
-        received: the largest number of reads whose bytes another library holds before they are in a buffer, as those
-            of URLs.
+        received: the largest number of reads whose bytes are also held by another library, as for URLs.
     """
     read = min(at_once(n, read_chunk), longest * itemsize)
     columns = min(max(ROW_BYTES // 4 // (n + 1), GRID), longest)
@@ -47,7 +46,7 @@ class Stream:
     Threads read exact byte ranges of all candidates into one of two buffers, while the other one is processed.
 
     Args:
-        candidates: checked to have the same tensors.
+        candidates: the candidates, which have the same tensors.
         kernels: compute the deltas.
         total: the number of bytes to read, for `progress`.
         progress: see `Reader`.
@@ -168,7 +167,7 @@ class Stream:
         sums[list(part.who)] += checksums
 
     def _require_fits(self, part: Part, live: torch.Tensor | None) -> None:
-        """Refuse an average that is too large for the dtype of the model.
+        """Check that an average is not too large for the dtype of the model.
 
         Raises:
             CandidateError: names the tensor and an element.

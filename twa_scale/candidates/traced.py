@@ -1,7 +1,7 @@
 """Tensors without values that record which elements of stored tensors torch operations put where.
 
-Code that converts checkpoints works on these as on tensors. What only moves elements (cat, stack, split, transpose,
-reshape, ..) is followed; anything else raises an error.
+Code that converts checkpoints works on these as on tensors. Operations that only move elements (cat, stack, split,
+transpose, reshape, ..) are traced. Others raise an error.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,16 +15,16 @@ import torch
 from twa_scale.candidates.conversion import Shape, row_major
 from twa_scale.candidates.segments import Place, Segment
 
-_MOST_PARTS = 1 << 20  # of one tensor: more would be one by one
+_MOST_PARTS = 1 << 20  # parts of one tensor
 
 
 class CannotTrace(Exception):
-    """Something was done to a traced tensor that does more than move elements."""
+    """An operation on a traced tensor does more than move elements."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A box of a traced tensor whose elements lie in a stored tensor, evenly spaced in each dimension."""
+    """A box of a traced tensor whose elements are in a stored tensor, evenly spaced in each dimension."""
 
     starts: Shape
     sizes: Shape
@@ -33,7 +33,7 @@ class _Part:
     strides: Shape
 
     def narrowed(self, dim: int, start: int, stop: int) -> "_Part | None":
-        """Return what is in [start, stop) of a dimension, counted from `start`; None if nothing is."""
+        """Return the part in [start, stop) of a dimension, with positions relative to `start`; None if it is empty."""
         low, high = max(start, self.starts[dim]), min(stop, self.starts[dim] + self.sizes[dim])
         if low >= high:
             return None
@@ -59,19 +59,19 @@ class _Part:
         return _Part(starts, sizes, self.name, self.first, strides)
 
     def shifted(self, dim: int, by: int) -> "_Part":
-        """Return the part further on in a dimension."""
+        """Return the part at a position that is larger by `by` in a dimension."""
         return _Part(_put(self.starts, dim, self.starts[dim] + by), self.sizes, self.name, self.first, self.strides)
 
 
 class Traced(torch.Tensor):
-    """A tensor of which only shape, type and the origin of its elements are known."""
+    """A tensor with shape and type, but without values. It records the origin of its elements."""
 
     parts: tuple[_Part, ...]
 
     @staticmethod
     def __new__(cls, shape: Shape, dtype: torch.dtype, parts: Iterable[_Part]) -> "Traced":
-        """Make one of parts that tile its shape."""
-        make: Any = torch.Tensor._make_wrapper_subclass  # typed otherwise than it works
+        """Create a tensor from parts that tile its shape."""
+        make: Any = torch.Tensor._make_wrapper_subclass  # its type annotations are wrong
         made: Traced = make(cls, shape, dtype=dtype, device="meta")
         made.parts = tuple(parts)
         if len(made.parts) > _MOST_PARTS:
@@ -79,7 +79,7 @@ class Traced(torch.Tensor):
         return made
 
     def __init__(self, shape: Shape, dtype: torch.dtype, parts: Iterable[_Part]) -> None:
-        """Everything was done in `__new__`."""
+        """Do nothing, because `__new__` has initialized the tensor."""
 
     @classmethod
     def stored(cls, name: str, shape: Shape, dtype: torch.dtype) -> "Traced":
@@ -87,7 +87,7 @@ class Traced(torch.Tensor):
         return cls(shape, dtype, [_Part((0,) * len(shape), shape, name, 0, row_major(shape))])
 
     def segments(self, name: str) -> list[Segment]:
-        """Return of what it is made, `name` being its own name."""
+        """Return the segments of which the tensor is made. `name` is its own name."""
         strides = row_major(tuple(self.shape))
         return [
             Segment(
@@ -99,7 +99,7 @@ class Traced(torch.Tensor):
         ]
 
     def origin(self) -> str | None:
-        """Return the name of the stored tensor that it is, in the same order; None if it is made otherwise."""
+        """Return the name of the stored tensor that has the same elements in the same order, or None."""
         if len(self.parts) != 1:
             return None
         (part,) = self.parts
@@ -112,7 +112,7 @@ class Traced(torch.Tensor):
     ) -> Any:
         name = function.overloadpacket.__name__
         if name not in _FUNCTIONS:
-            raise CannotTrace(f"{name} is not followed")
+            raise CannotTrace(f"{name} cannot be traced")
         return _FUNCTIONS[name](*args, **(kwargs or {}))
 
 
@@ -205,7 +205,7 @@ def _view(tensor: Traced, shape: Sequence[int]) -> Traced:
     if not tensor.numel():
         return Traced(new, tensor.dtype, ())
     parts = list(tensor.parts)
-    # From the last dimension on, so that the numbers of those before it stay; each group keeps its number of elements.
+    # Start at the last dimension, so that the indices of earlier ones do not change.
     for start, stop, sizes in reversed(list(_groups(old, new))):
         if old[start:stop] == sizes:
             continue
@@ -226,7 +226,7 @@ def _inferred(numel: int, shape: Sequence[int]) -> Shape:
 
 
 def _groups(old: Shape, new: Shape) -> Iterator[tuple[int, int, Shape]]:
-    """Yield the smallest runs of dimensions (start, stop) of `old` with those of `new` that hold as many elements."""
+    """Yield the smallest runs of dimensions (start, stop) of `old`, with those of `new` that have as many elements."""
     i = j = 0
     while i < len(old) or j < len(new):
         start, first = i, j
@@ -258,7 +258,7 @@ def _merged(part: _Part, dim: int, inner: int) -> Iterator[_Part]:
 
 
 def _divided(part: _Part, dim: int, inner: int) -> Iterator[_Part]:
-    """Cut dimension `dim` into one of any size and one of `inner` elements."""
+    """Divide dimension `dim` into one of any size and one of `inner` elements."""
     start, stop, step = part.starts[dim], part.starts[dim] + part.sizes[dim], part.strides[dim]
     # Up to three boxes: the end of a row, whole rows, the beginning of a row.
     low, high = -(-start // inner) * inner, stop // inner * inner

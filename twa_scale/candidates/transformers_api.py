@@ -18,7 +18,7 @@ _FUNCTIONS = {
     "WeightConverter": "core_model_loading",
 }
 _OF_CONVERTERS = ("add_tensor", "collected_tensors", "convert", "layer_targets", "operations", "source_patterns")
-_OF_MODELS = ("base_model_prefix", "config")  # and `_keys_to_ignore_on_load_unexpected`, where a class has it
+_OF_MODELS = ("base_model_prefix", "config")  # and `_keys_to_ignore_on_load_unexpected`, if a class has it
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ def has_rules() -> bool:
 
 
 def transformers_api(model: object) -> TransformersApi:
-    """Return what rules need, of a version that has it.
+    """Return the functions that rules need, after a check of the version.
 
     Args:
-        model: of a class of transformers.
+        model: a model of a class of transformers.
 
     Raises:
-        CandidateError: names what the installed version lacks, and the tested versions.
+        CandidateError: the installed version lacks a function. The message names it and the tested versions.
     """
     found = {}
     for name, module in _FUNCTIONS.items():
@@ -64,7 +64,7 @@ def version() -> str:
 
 
 def _require(owner: object, where: str, name: str) -> None:
-    """Check that an attribute exists; one of instances counts if the class annotates it."""
+    """Check that an attribute exists. Attributes of instances are found if the class annotates them."""
     annotated = {key for kind in getattr(owner, "__mro__", ()) for key in vars(kind).get("__annotations__", ())}
     if not hasattr(owner, name) and name not in annotated:
         raise CandidateError(

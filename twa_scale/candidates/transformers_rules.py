@@ -1,6 +1,6 @@
-"""How transformers renames and restacks tensors when it loads a model of one of its classes, and when it saves one.
+"""The conversions of tensors that transformers applies when it loads or saves a model of one of its classes.
 
-Its own code decides, and works on traced tensors in place of tensors.
+The code of transformers is run on traced tensors.
 """
 
 import re
@@ -31,10 +31,10 @@ class TransformersRules:
     """The rules of a model of transformers, which may be a part of the module that is averaged.
 
     Args:
-        modules: the names without wrappers of all modules, and these.
-        shapes: of every parameter and buffer of the whole module that checkpoints hold, by each name.
-        prefix: what names of this model have before them in the whole module.
-        model: of a class of transformers.
+        modules: all modules, with their names without wrappers.
+        shapes: the shapes of all parameters and buffers of the whole module that checkpoints contain, by each name.
+        prefix: the prefix of the names of this model in the whole module.
+        model: the model of a class of transformers.
     """
 
     def __init__(self, modules: Modules, shapes: Shapes, prefix: str, model: nn.Module) -> None:
@@ -46,19 +46,19 @@ class TransformersRules:
         self._unexpected = [_OUTDATED, *map(re.compile, patterns)]
 
     def loaded(self, tensors: Mapping[str, Traced], label: str) -> tuple[dict[str, Traced], list[str]]:
-        """Return what `from_pretrained` makes of stored tensors, by the model's names, and what it leaves out.
+        """Return the results of `from_pretrained` for stored tensors by the model's names, and the ignored names.
 
-        Tensors that are none of the model's keep their name.
+        Tensors that are not in the model keep their names.
 
         Raises:
-            CandidateError: a conversion that does more than move elements, or two tensors that become the same one; or
-                another version of transformers, whose rules work otherwise.
+            CandidateError: a conversion does more than move elements, two tensors get the same name, or this version of
+                transformers is not supported.
         """
         try:
             return self._loaded(tensors, label)
         except CandidateError:
             raise
-        except Exception as error:  # of any kind, from code of another library
+        except Exception as error:  # code of another library may raise any error
             raise CandidateError(
                 f"{label}: the rules of transformers {version()} for this model cannot be used: "
                 f"{type(error).__name__}: {error}. {_WAY_OUT}"
@@ -98,14 +98,16 @@ class TransformersRules:
     def _converted(self, live: str, rule: Any, sources: Mapping[str, list[str]], label: str) -> dict[str, Traced]:
         try:
             converted = rule.convert(live, model=self._model, config=self._model.config)
-            made = _single(converted[0] if isinstance(converted, tuple) else converted)  # transformers 5.0: and errors
-        except Exception as error:  # of any kind, from code of another library
+            made = _single(
+                converted[0] if isinstance(converted, tuple) else converted
+            )  # transformers 5.0 also returns errors
+        except Exception as error:  # code of another library may raise any error
             _refuse_lacking(live, sources, None, label)
             names = sorted(source for found in sources.values() for source in found)
             raise CandidateError(
                 f"{label}: transformers makes tensor {live!r} of {some(names)} by {rule.operations}, which cannot be "
-                f"followed: {type(error).__name__}: {error}. Candidates are read by parts, so elements may only be "
-                f"moved. {_WAY_OUT}"
+                f"traced: {type(error).__name__}: {error}. Candidates are read in parts, so conversions may only move "
+                f"elements. {_WAY_OUT}"
             ) from error
         for name, tensor in made.items():
             shape = tuple(tensor.shape)
@@ -115,19 +117,19 @@ class TransformersRules:
         return made
 
     def saved(self, tensors: Mapping[str, Traced]) -> dict[str, Traced]:
-        """Return what `save_pretrained` makes of tensors of the model."""
+        """Return the results of `save_pretrained` for tensors of the model."""
         api = transformers_api(self._model)
         return _single(api.revert_weight_conversion(self._model, dict(tensors)))
 
 
 def transformers_rules(modules: Modules, shapes: Shapes) -> TransformersRules | None:
-    """Return the rules for the outermost model of transformers among modules; None where there is none.
+    """Return the rules for the outermost model of transformers among modules, or None if there is none.
 
-    Versions of transformers before 5 have no rules: their files hold what their models hold.
+    Versions of transformers before 5 have no rules, because their files have the tensors of the models.
 
     Args:
-        modules: the name without wrappers of each module, and it; a model before its parts.
-        shapes: of every parameter and buffer that checkpoints hold, by each name.
+        modules: all modules with their names without wrappers; a model comes before its parts.
+        shapes: the shapes of all parameters and buffers that checkpoints contain, by each name.
     """
     modules = list(modules)
     for path, module in modules:
@@ -139,7 +141,7 @@ def transformers_rules(modules: Modules, shapes: Shapes) -> TransformersRules | 
 
 
 class _StandIn:
-    """What the code of transformers sees in place of a model, whose own parameters may be sharded or flattened."""
+    """A replacement for a model in the code of transformers. Parameters of the model may be sharded or flattened."""
 
     def __init__(self, model: nn.Module, shapes: Shapes, modules: list[tuple[str, nn.Module]]) -> None:
         self.shapes = shapes
@@ -147,11 +149,11 @@ class _StandIn:
         self._modules = modules
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the modules under their names without wrappers."""
+        """Yield the modules with their names without wrappers."""
         yield from self._modules
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        """Return a tensor of the shape of a whole parameter, without values."""
+        """Return a tensor without values that has the shape of the whole parameter."""
         if name not in self.shapes:
             raise AttributeError(name)
         return torch.empty(self.shapes[name], device="meta")
@@ -166,14 +168,14 @@ class _StandIn:
 
 
 def _is_model(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, which need not be installed."""
+    """Return whether a module is a model of transformers. The package need not be installed."""
     return any(
         kind.__name__ == "PreTrainedModel" and kind.__module__.split(".")[0] == LIBRARY for kind in type(module).__mro__
     )
 
 
 def _as_its_class(module: nn.Module) -> nn.Module:
-    """Return a module as one of the class that it had before `fully_shard` gave it another: rules go by class."""
+    """Return a module with the class that it had before `fully_shard` changed it, because rules depend on the class."""
     kind = next(kind for kind in type(module).__mro__ if kind.__module__.split(".")[0] != "torch" or kind is nn.Module)
     if not _is_model(module) or kind is type(module):
         return module
@@ -183,7 +185,7 @@ def _as_its_class(module: nn.Module) -> nn.Module:
 
 
 class _Loaded:
-    """Tensors by their names in the model, of which no two may be the same."""
+    """Tensors by their names in the model, which must be different."""
 
     def __init__(self, label: str) -> None:
         self.tensors: dict[str, Traced] = {}
@@ -191,10 +193,10 @@ class _Loaded:
         self._sources: dict[str, list[str]] = {}
 
     def add(self, name: str, tensor: Traced, sources: list[str]) -> None:
-        """Add a tensor that is made of the stored ones `sources`.
+        """Add a tensor that is made of the stored tensors `sources`.
 
         Raises:
-            CandidateError: another one has this name.
+            CandidateError: another tensor has this name.
         """
         if name in self.tensors:
             raise CandidateError(
@@ -206,12 +208,12 @@ class _Loaded:
 
 
 def _refuse_lacking(live: str, sources: Mapping[str, list[str]], sizes: tuple[int, int] | None, label: str) -> None:
-    """Refuse stored tensors of which a tensor of the model is made and some are missing."""
+    """Check that no stored tensor is missing of those of which a tensor of the model is made."""
     if missing := lacking(sources, sizes):
         raise CandidateError(
             f"{label}: {some(missing)} {'is' if len(missing) == 1 else 'are'} missing, of which transformers makes "
-            f"tensor {live!r} of the model. Candidates must hold every tensor of the model: save them whole, or use "
-            "the model that they are of."
+            f"tensor {live!r} of the model. Candidates must hold every tensor of the model: save them completely, or "
+            "use their model."
         )
 
 

@@ -12,9 +12,9 @@ from twa_scale.candidates.proxy import CandidateProxy
 
 
 class View(CandidateProxy):
-    """A candidate that shows the tensors `names` of another: the name there, by the name here.
+    """A view of some tensors of another candidate. `names` has the other candidate's name for each name here.
 
-    Two names here may stand for one there, as the names of tied weights do that are stored once.
+    Two names may refer to one tensor of the other candidate, as for tied weights that are stored once.
     """
 
     def __init__(self, candidate: Candidate, names: Mapping[str, str]) -> None:
@@ -33,7 +33,7 @@ class View(CandidateProxy):
 
     @property
     def origin(self) -> Origin:
-        """The format of the candidate, and where its files hold these tensors."""
+        """The format of the candidate, and the positions of these tensors in its files."""
         origin = super().origin
         stored = {self.stored_names[name]: self._candidate.stored_names[own] for name, own in self._names.items()}
         return replace(
@@ -53,7 +53,7 @@ class View(CandidateProxy):
         return super().shape(self._names[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the type of a tensor in `read`."""
         return super().dtype(self._names[name])
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
@@ -61,14 +61,14 @@ class View(CandidateProxy):
         super().read(self._names[name], start, out)
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor, flattened, where the candidate offers one."""
+        """Return a flat view of a whole tensor, or None if the candidate has none."""
         return super().mapped(self._names[name])
 
     def made(self, name: str) -> Made | None:
-        """Return of what a tensor is made; None where it is stored as it is."""
+        """Return the segments of which a tensor is made, or None if it is stored unchanged."""
         return super().made(self._names[name])
 
     def stored_once(self, name: str, other: str) -> bool:
-        """Whether two names stand for one tensor."""
+        """Return whether two names refer to one tensor."""
         own, others = self._names[name], self._names[other]
         return own == others or super().stored_once(own, others)

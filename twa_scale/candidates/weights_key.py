@@ -16,7 +16,7 @@ USUAL = ("app", "state_dict", "model", "model_state_dict", "module")
 
 
 class Object(NamedTuple):
-    """An object of an unknown class in a file, whose content is not read."""
+    """An object of an unknown class in a file. Its content is not read."""
 
     kind: str
     """The name of its class."""
@@ -124,7 +124,7 @@ class WeightsKey:
         if packed := sorted(name for name in names - ignored if "_packed_params" in name):
             raise CandidateError(
                 f"{label}: {packed[0]!r} among the weights is a list of tensors, in which quantized modules of torch "
-                "keep their weights. Each weight has to be a tensor of its own: save the state_dict() of the model "
+                "keep their weights. Each weight has to be a separate tensor: save the state_dict() of the model "
                 "before quantization."
             )
         if rest := sorted(names - ignored):
@@ -141,14 +141,14 @@ class WeightsKey:
         if items_of(state_dict) is not None:
             state_dict = {}
         named = {name: shapes[state_dict[name]] for name in parameters_of(list(state_dict))}
-        why = "there is no state dict beside it"
+        why = "there is no state dict next to it"
         nothing: dict[str, Keys] = {}
-        ways = (named, state_dict, "in the state dict beside it"), (self._parameters, nothing, "of the model")
+        ways = (named, state_dict, "in the state dict next to it"), (self._parameters, nothing, "of the model")
         for names, rest, source in ways:
             if names and (wrong := mismatch(items, names, shapes.__getitem__)):
                 why = f"{wrong} {source}"
             elif names:
-                others = "; all other tensors are those beside it" if rest else ""
+                others = "; all other tensors are those next to it" if rest else ""
                 self._said[
                     f"the list {where!r} has no names: its {len(items)} tensors are taken for the parameters {source}, "
                     f"in their order, which have the same shapes{others}."
@@ -200,8 +200,8 @@ def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Key
 def _containers(chosen: Keys, shapes: Mapping[Keys, Shape]) -> set[Keys]:
     """Return the paths of the lists and dicts of tensors that have a name among the weights.
 
-    A key without a dot may be another set of weights, or a counter, beside the weights. What `get_extra_state` of a
-    module returns is never read.
+    A key without a dot may be a counter, or another set of weights next to these. Results of `get_extra_state` of a
+    module are never read.
     """
     depth = len(chosen)
     return {
@@ -218,13 +218,13 @@ def _containers(chosen: Keys, shapes: Mapping[Keys, Shape]) -> set[Keys]:
 def _nothing_found(
     shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, Object], beside: Sequence[str] = ()
 ) -> CandidateError:
-    """Return the error for a file whose weights are not found; `beside` are tensors that are too few to be them."""
+    """Return the error for a file whose weights are not found. `beside` are tensors that are too few to be weights."""
     keys = some(sorted({".".join(path[:1]) for path in (*shapes, *objects)}))
     sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1 and not is_optimizer_entry(path)})
     hint = f" There are tensors under {some(sets)}: name one as `weights_key`." if sets else ""
     inside = [f"{'.'.join(path)!r} ({held.kind})" for path, held in objects.items() if not is_optimizer_entry(path)]
     if inside:
-        hint += f" What is inside of objects is not read: {', '.join(inside[:4])}."
+        hint += f" The content of objects is not read: {', '.join(inside[:4])}."
     only = f" but {some(beside)} where weights are looked for" if beside else ""
     return CandidateError(
         f"{label}: holds no tensors{only}, neither by name nor under one of {some(USUAL, 6)}; its keys are "
@@ -262,7 +262,7 @@ def _in_chains(shapes: Mapping[Keys, Shape], key: str, label: str) -> dict[Keys,
     """Return the paths below a key of any of the chained optimizers of Megatron-LM, by the rest after the key.
 
     Raises:
-        CandidateError: two optimizers have the same one.
+        CandidateError: two optimizers have the same path.
     """
     below: dict[Keys, Keys] = {}
     for path in shapes:
@@ -275,9 +275,9 @@ def _in_chains(shapes: Mapping[Keys, Shape], key: str, label: str) -> dict[Keys,
 
 
 def _alike(held: Counter[Shape], wanted: Counter[Shape]) -> bool:
-    """Return whether half of the `wanted` shapes are in `held`, and few others.
+    """Return whether `held` has at least half of the `wanted` shapes, and few others.
 
-    They need not be equal: EMA weights often lack buffers or have a step counter.
+    They need not be equal, because EMA weights often lack buffers or have a step counter.
     """
     common = (held & wanted).total()
     return 2 * common >= wanted.total() and 2 * common > held.total()

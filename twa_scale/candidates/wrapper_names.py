@@ -10,14 +10,14 @@ def unwrapped(raw_names: Iterable[str], label: str) -> dict[str, str]:
     """Map each name without wrappers to the one in the file, sorted.
 
     Raises:
-        CandidateError: two tensors that are the same one once wrappers are taken off.
+        CandidateError: two tensors have the same name without wrappers.
     """
     raw_of: dict[str, str] = {}
     for raw, name in without_wrappers(raw_names).items():
         if name in raw_of:
             raise CandidateError(
-                f"{label}: tensors {raw_of[name]!r} and {raw!r} are both {name!r} once wrapper prefixes are "
-                "taken off; a candidate holds each tensor once. Remove one of the two from the file."
+                f"{label}: tensors {raw_of[name]!r} and {raw!r} are both {name!r} without prefixes of wrappers; a "
+                "candidate must have each tensor once. Remove one of the two from the file."
             )
         raw_of[name] = raw
     return dict(sorted(raw_of.items()))

@@ -157,7 +157,7 @@ class Engine(metaclass=_CheckedMeta):
         return None
 
     def counters(self) -> Callable[[], None]:
-        """Return a function that gives the sharding library's counters, as of steps, the values that they have now."""
+        """Return a function that restores the current values of the sharding library's counters, as of steps."""
         return lambda: None
 
     def units(self) -> list[list[Span]]:

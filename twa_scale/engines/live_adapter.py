@@ -16,16 +16,16 @@ from twa_scale.engines.private_attributes import require, version
 from twa_scale.errors import CandidateError, EngineError
 
 _MODEL = ("peft_config",)
-_MODULE = ("merged_adapters",)  # of each module with an adapter
-_LORA = ("scaling", "r")  # of each module with factors
-_PARAMETER = ("parameter_name",)  # of a module that adapts a parameter (`target_parameters`)
-_NOT_IN_MODEL = {"RANDLORA": "random projections", "SHIRA": "indices"}  # what files hold beside the parameters
+_MODULE = ("merged_adapters",)  # attributes of each module with an adapter
+_LORA = ("scaling", "r")  # attributes of each module with factors
+_PARAMETER = ("parameter_name",)  # attributes of a module that adapts a parameter (`target_parameters`)
+_NOT_IN_MODEL = {"RANDLORA": "random projections", "SHIRA": "indices"}  # further contents of files
 _WITHOUT_MODEL = "Average such adapters without a model: twa-scale average."
 
 
 @dataclass(frozen=True)
 class LiveScaling:
-    """How a module of LoRA scales the product of its factors."""
+    """The scaling of the product of the factors of a LoRA module."""
 
     scaling: float
     rank: int
@@ -146,7 +146,7 @@ def _require_unmerged(model: nn.Module) -> None:
 
 
 def _require_no_views(model: nn.Module) -> None:
-    """Refuse factors that are transposed views of others, which PEFT makes for `ensure_weight_tying`.
+    """Check that no factors are transposed views of others, which PEFT creates for `ensure_weight_tying`.
 
     Raises:
         EngineError: names both parameters.
@@ -174,7 +174,7 @@ def _in_files(model: Any, name: str, kind: str, marks: dict[str, torch.Tensor]) 
     """Return the tensors that PEFT would write, by their names in files.
 
     Raises:
-        EngineError: PEFT cannot tell them without the values of the tensors, or this version does it in another way.
+        EngineError: PEFT cannot find them without the values of the tensors, or this version of PEFT is not supported.
     """
     from peft import get_peft_model_state_dict
 
@@ -185,15 +185,15 @@ def _in_files(model: Any, name: str, kind: str, marks: dict[str, torch.Tensor]) 
         )
     except Exception as error:
         raise EngineError(
-            f"adapter {name!r} ({kind}): get_peft_model_state_dict of peft {version('peft')} does not tell which of "
-            f"its tensors are in files ({type(error).__name__}: {error}). Merge each adapter into its base model "
+            f"adapter {name!r} ({kind}): get_peft_model_state_dict of peft {version('peft')} does not return the "
+            f"tensors in files ({type(error).__name__}: {error}). Merge each adapter into its base model "
             "(merge_and_unload), and average the full weights."
         ) from error
     return found
 
 
 def _require_own(name: str, kind: str, stored: Mapping[str, object], others: Sequence[str]) -> None:
-    """Refuse an adapter whose file holds tensors that are no parameters or buffers of the model.
+    """Check that the file of an adapter contains only parameters and buffers of the model.
 
     Raises:
         EngineError: names the kind, and how such adapters are averaged.
@@ -206,7 +206,7 @@ def _require_own(name: str, kind: str, stored: Mapping[str, object], others: Seq
     if others or kind in _NOT_IN_MODEL:
         what = _NOT_IN_MODEL.get(kind) or some(others, 2)
         raise EngineError(
-            f"adapter {name!r} ({kind}): its file holds {what}, which are no parameters or buffers that the model "
+            f"adapter {name!r} ({kind}): its file holds {what}, which are not parameters or buffers that the model "
             f"saves. {_WITHOUT_MODEL}"
         )
 
@@ -231,7 +231,7 @@ def _scalings(model: nn.Module, name: str) -> Iterator[tuple[str, LiveScaling]]:
 
 
 def _looked_up(path: str, module: nn.Module) -> str:
-    """Return the name that PEFT compares with patterns: that of the module, or of the parameter that it adapts."""
+    """Return the name that PEFT compares with patterns, which is the name of the module or of its adapted parameter."""
     from peft.tuners.lora.layer import ParamWrapper
 
     if not isinstance(module, ParamWrapper):

@@ -44,7 +44,7 @@ def require_device(engine: Engine) -> None:
         )
     if len(kind_of) > 1:
         raise EngineError(
-            f"the model is spread over {' and '.join(sorted(kind_of))}; the weights of a rank must be on one device. "
+            f"the model is divided over {' and '.join(sorted(kind_of))}; the weights of a rank must be on one device. "
             "Load it without device_map, and shard it with fully_shard if it does not fit."
         )
 

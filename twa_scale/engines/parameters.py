@@ -39,26 +39,26 @@ def require_usable(module: nn.Module) -> None:
     """Check that parameters and persistent buffers have shapes, and can be written.
 
     Raises:
-        EngineError: names the first that is uninitialized, or was made in `torch.inference_mode`.
+        EngineError: names the first tensor that is uninitialized, or was created in `torch.inference_mode`.
     """
     for name, tensor in chain(module.named_parameters(), persistent_buffers(module).items()):
         if is_lazy(tensor):
             raise EngineError(
-                f"{name!r} is uninitialized, as lazy modules such as LazyLinear begin: it has no shape yet. Run one "
-                "forward pass before attach."
+                f"{name!r} is uninitialized, like the parameters of lazy modules such as LazyLinear: it has no shape "
+                "yet. Run one forward pass before attach."
             )
         if tensor.is_inference():
             raise EngineError(
-                f"{name!r} was made in torch.inference_mode(), so torch does not allow it to change outside of it. "
-                "Make the model outside, or under torch.no_grad()."
+                f"{name!r} was created in torch.inference_mode(), so torch does not allow changes outside of it. "
+                "Create the model outside, or under torch.no_grad()."
             )
 
 
 def require_separate(parameters: Mapping[str, torch.Tensor]) -> None:
-    """Check that parameters have memory of their own. Those that are not contiguous are refused elsewhere.
+    """Check that parameters do not share memory. Parameters that are not contiguous are refused elsewhere.
 
     Raises:
-        EngineError: names two that share memory, so that a write to one changes the other.
+        EngineError: names two parameters that share memory, so that a write to one changes the other.
     """
     places: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in parameters.items():
@@ -137,8 +137,8 @@ def require_same_parameters(
     """Check that the model still holds the parameters that it had at attach.
 
     Args:
-        parameter_locations: of the parameters at attach.
-        gathered: returns the ids of parameters that the sharding library puts in their place for a while.
+        parameter_locations: the locations of the parameters at attach.
+        gathered: returns the ids of parameters with which the sharding library temporarily replaces them.
 
     Raises:
         EngineError: names the first parameter that was replaced.
@@ -183,7 +183,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def flat_gradient(gradient: torch.Tensor) -> torch.Tensor:
-    """Return a gradient as a dense 1-D tensor; those of `nn.Embedding(sparse=True)` are sparse."""
+    """Return a gradient as a dense 1-D tensor. Gradients of `nn.Embedding(sparse=True)` are sparse."""
     return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)
 
 

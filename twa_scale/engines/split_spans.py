@@ -15,13 +15,13 @@ Cuts = Mapping[Span, list[tuple[int, Span]]]
 
 
 class SplitEngine(EngineView):
-    """An engine that cuts the spans of another where parts of a tensor begin, so that each part can have a group.
+    """An engine that divides the spans of another at the parts of a tensor, so that each part can have a group.
 
     Memory and gradients are slices of those of the whole span, and nothing is copied.
 
     Args:
-        engine: the engine whose spans are cut.
-        stacked: the tensors whose spans are cut, into equal parts along the first dimension.
+        engine: the engine whose spans are divided.
+        stacked: the tensors whose spans are divided into equal parts along the first dimension.
     """
 
     def __init__(self, engine: Engine, stacked: Mapping[str, StackedExperts]) -> None:
@@ -46,7 +46,7 @@ class SplitEngine(EngineView):
         return [[cut for span in unit for _, cut in self.cuts[span]] for unit in self._engine.units()]
 
     def watch(self, consume: Consume) -> None:
-        """Pass on gradients, those of a span that was cut in slices."""
+        """Pass on gradients; those of a divided span as slices."""
 
         def consume_cuts(span: Span, gradient: torch.Tensor) -> None:
             for start, cut in self.cuts[span]:

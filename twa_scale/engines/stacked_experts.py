@@ -13,7 +13,7 @@ _COUNTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_expe
 
 
 class StackedExperts(NamedTuple):
-    """A tensor whose equal parts along the first dimension are those of experts."""
+    """A tensor whose equal parts along the first dimension belong to experts."""
 
     path: str
     """The path of the experts, "layers.0.mlp.experts": the same for all tensors of these experts."""
@@ -26,12 +26,12 @@ def stacked_experts(module: nn.Module, parameters: Mapping[str, ParameterInfo]) 
 
     A module stacks experts if it holds a tensor of three or more dimensions, whose first size is the number of experts
     that the module has as an attribute (`num_experts`), or that is inside `experts` in the path of the module. Other
-    tensors of the module with the same first size, such as biases, are stacked too, but for routers. A matrix inside
-    `experts` may hold the rows of all experts one after the other, as in DBRX. Shared experts are not stacked ones.
+    tensors of the module with the same first size, such as biases, are also stacked, except routers. A matrix inside
+    `experts` may hold the rows of all experts one after the other, as in DBRX. Shared experts are not stacked.
 
     Args:
-        module: the model, or what wraps it.
-        parameters: of the model.
+        module: the model, or its wrapper.
+        parameters: the parameters of the model.
     """
     modules = dict(named_modules(module))
     of_owner: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -74,6 +74,6 @@ def _holds_rows_of(count: int, rows: int) -> bool:
 
 
 def _declared(holder: nn.Module) -> int | None:
-    """Return the number of experts that a module says it has."""
+    """Return the number of experts that a module has as an attribute."""
     counts = (getattr(holder, name, None) for name in _COUNTS)
     return next((count for count in counts if type(count) is int and count > 0), None)

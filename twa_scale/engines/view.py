@@ -11,7 +11,7 @@ from twa_scale.engines.engine import Consume, Engine
 
 
 class EngineView(Engine):
-    """An engine that passes every call on to another; subclasses change what they present otherwise."""
+    """An engine that forwards every call to another one. Subclasses override some methods."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -116,7 +116,7 @@ class EngineView(Engine):
 
 
 def underlying(engine: Engine) -> Engine:
-    """Return the engine that views present, or `engine` if it is no view."""
+    """Return the engine below all views, or `engine` if it is not a view."""
     while isinstance(engine, EngineView):
         engine = engine._engine
     return engine

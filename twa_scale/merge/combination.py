@@ -10,14 +10,14 @@ from twa_scale.candidates.buffers import Source
 Weights = Callable[[str], Source]
 """A function of a tensor name: the weights a_1..a_n of the candidates, or the index of the candidate to copy."""
 RowWeights = Mapping[str, Callable[[], torch.Tensor]]
-"""For tensors whose rows have weights of their own, a function that returns them: (n, rows), float64, of sum 1."""
+"""For tensors with weights for each row, a function that returns them: (n, rows), float64, with sum 1."""
 PartWeights = Mapping[str, Sequence[Sequence[float]]]
-"""For tensors whose equal parts along the first dimension have weights of their own, the weights a_1..a_n of each."""
+"""For tensors with weights for equal parts along the first dimension, the weights a_1..a_n of each part."""
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What each tensor of the result is computed from."""
+    """The weights and values from which the tensors of the result are computed."""
 
     weights: Weights
     """The weights of each tensor."""
@@ -26,6 +26,6 @@ class Combination:
     part_weights: PartWeights = field(default_factory=dict)
     """The weights of each part of tensors that stack experts. They replace `weights`."""
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Values to write instead of tensors of the candidates; the same on every rank."""
+    """Values that replace tensors of the candidates, equal on every rank."""
     units: Mapping[str, str] = field(default_factory=dict)
     """For some tensors, the name of a unit. One rank computes and writes all tensors of a unit."""

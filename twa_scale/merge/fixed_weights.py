@@ -56,14 +56,14 @@ def average_fixed(
     Args:
         candidates: the candidates in training order; all of them as PATH:WEIGHT, or none.
         out: the directory to write.
-        weights: a value of the setting `center`, or the same as text: a name, an index, or one weight for each
-            candidate. The default is the mean, unless candidates are given as PATH:WEIGHT.
+        weights: a value of the setting `center`, also as text: a name, an index, or one weight for each candidate. The
+            default is the mean, unless candidates are given as PATH:WEIGHT.
         normalize: whether weights that are given one by one are divided by their sum. Otherwise the sum must be 1.
         buffers: a value of the setting `buffers`. Buffers are recognized by name: see docs/candidates.md.
         ignore: regular expressions of tensors to leave out.
         weights_key: the key of the weights in files that hold several sets; see TwaConfig.
-        space: a value of the setting `space`: what is averaged of LoRA adapters.
-        select: which of the candidates are taken, and in which order; all, as they are found, when not given.
+        space: a value of the setting `space`, for LoRA adapters.
+        select: the range and the order of the candidates; by default, all as they are found.
         rank: the rank to which the averages of products are truncated. Their relative error is reported.
         max_shard_size: see `merge`.
         dtype: the name of the floating point type to write.
@@ -133,7 +133,7 @@ def average_fixed(
 def _report_equals(labels: Sequence[str], weights: Sequence[float], checksums: Checksums) -> None:
     """Report candidates in which every tensor has the same checksum.
 
-    Those of weight 0 are not compared: not all of their tensors are read.
+    Candidates of weight 0 are not compared, because not all of their tensors are read.
     """
     for first, second in copies(list(compress(labels, weights)), list(compress(checksums, weights))):
         notice(
@@ -145,7 +145,7 @@ def _report_equals(labels: Sequence[str], weights: Sequence[float], checksums: C
 def _combination(
     candidates: Sequence[Candidate], weights: Sequence[float], buffers: str | int, low: Truncated | None
 ) -> Combination:
-    """Return the weights of each tensor. Those that `low` has computed take the place of the last candidate's."""
+    """Return the weights of each tensor. Tensors that `low` computes replace those of the last candidate."""
     vectors, n = spectral_vectors(candidates[-1].names()), len(candidates)
     units = low.units if low else {}
 
@@ -158,17 +158,17 @@ def _combination(
 
 
 def _given(explicit: list[float] | None, weights: Center | None, select: SelectConfig) -> Center:
-    """Return the weights as they were given: with the paths, as `weights`, or neither.
+    """Return the weights from the paths or from `weights`, or the default.
 
     Raises:
-        ConfigError: weights were given twice, or with paths that `select` chooses from.
+        ConfigError: weights were given twice, or with paths from which `select` chooses.
     """
     if explicit is None:
         return _parsed("mean" if weights is None else weights)
     if select != SelectConfig():
         raise ConfigError(
-            "PATH:WEIGHT: these candidates are chosen one by one; give the weights with --weights where --start-step, "
-            "--end-step, --every, --last or --order choose them."
+            "PATH:WEIGHT: give the weights with --weights if --start-step, --end-step, --every, --last or --order "
+            "choose the candidates."
         )
     if weights is not None:
         raise ConfigError(f"--weights {weights}: the candidates have weights as PATH:WEIGHT; give one or the other.")
@@ -192,7 +192,7 @@ def _parsed_buffers(buffers: str | int, n: int) -> str | int:
     if isinstance(buffers, str) and re.fullmatch(r"[-+]?\d+", buffers.strip()):
         buffers = int(buffers)
     option = validated(TwaConfig, {"buffers": buffers}, "--buffers").buffers
-    buffer_source("", option, [1 / n] * n)  # raises if an index is out of range
+    buffer_source("", option, [1 / n] * n)  # raises an error if an index is out of range
     return option
 
 

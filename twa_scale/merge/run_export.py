@@ -99,7 +99,7 @@ def export_run(
 
 
 def _wanted(twa: AverageState) -> Wanted:
-    """Return what has to be read of the candidates, from the state of their average."""
+    """Return the selection of tensors of the candidates, from the state of their average."""
     others = {*twa.buffer_names.values(), *twa.aliases}
     return Wanted(
         twa.config.weights_key,
@@ -113,7 +113,7 @@ def _wanted(twa: AverageState) -> Wanted:
 
 
 def _combination(twa: AverageState, candidates: Sequence[Candidate], row_weights: RowWeights) -> Combination:
-    """Return the weights of each tensor: the trained coefficients, and those of the center for all others."""
+    """Return the weights of each tensor: the trained coefficients, or the weights of the center for other tensors."""
     coefficients = twa.coefficients.T.tolist()
     center = [float(weight) for weight in twa.center_weights]
     buffers = {*twa.buffer_names.values(), *spectral_vectors(candidates[-1].names())}

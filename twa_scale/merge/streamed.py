@@ -68,7 +68,7 @@ def merge(
         group: the ranks that share the work.
         output: dtype, format and sizes of the files.
         carried: the properties of the candidates that the result keeps. The small files of the first rank are used.
-        origin: the provenance of the result (`provenance`); by default only the candidates.
+        origin: the provenance of the result (`provenance`); by default, only the candidates.
         ignore: regular expressions of tensor names to leave out.
         progress: called with the number of bytes that this rank has read.
         verify: called on every rank with the checksums before the output is published. It may raise.
@@ -116,7 +116,7 @@ def _require_equal(candidates: Sequence[Candidate], shared: Sequence[tuple[str, 
     Args:
         candidates: the candidates.
         shared: pairs of names in the files.
-        checksums: those of the tensors that were read, by their names without wrappers.
+        checksums: the checksums of the tensors that were read, by their names without wrappers.
     """
     names = {stored: name for name, stored in candidates[-1].stored_names.items()}
     for first, second in ((names.get(a, a), names.get(b, b)) for a, b in shared):
@@ -139,7 +139,7 @@ def _check_replace(shapes: Mapping[str, tuple[int, ...]], replace: Mapping[str, 
 
 
 def _cut(tensors: Sequence[Span], parts: PartWeights) -> list[Span]:
-    """Return the tensors, cut into parts where these have weights of their own."""
+    """Return the tensors, divided into parts if these have their own weights."""
     found = []
     for tensor in tensors:
         count = len(parts.get(tensor.name, ())) or 1
@@ -180,7 +180,9 @@ class _Merger:
         self.values = self.combination.values
         self.checksums: Checksums = [{} for _ in self.candidates]
         self.differing: dict[str, int] = {}
-        self.of_rows = lru_cache(1)(lambda name: self.row_weights[name]())  # many parts of a tensor in a row
+        self.of_rows = lru_cache(1)(
+            lambda name: self.row_weights[name]()
+        )  # many consecutive parts belong to one tensor
 
     def merge(self, pieces: Iterable[Span], progress: Progress | None) -> None:
         """Read, combine and write the pieces."""
@@ -210,7 +212,7 @@ class _Merger:
             shared: pairs of names in the files.
 
         Raises:
-            CandidateError: two do not.
+            CandidateError: two tensors have different weights.
         """
         names = {stored: name for name, stored in self.candidates[-1].stored_names.items()}
         for first, second in shared:
@@ -235,21 +237,21 @@ class _Merger:
             self.writer.write(stored, part, allow_infinite=allow_infinite)
 
     def _source(self, span: Span) -> Source:
-        """Return the weights of the part of its tensor that a span is inside of."""
+        """Return the weights of the part of a tensor that contains a span."""
         sources = self._sources(span.name)
         if len(sources) == 1:
             return sources[0]
         return sources[span.start * len(sources) // prod(self.candidates[-1].shape(span.name))]
 
     def _sources(self, name: str) -> Sequence[Source]:
-        """Return the weights of the equal parts of a tensor: one, unless parts have weights of their own."""
+        """Return the weights of the equal parts of a tensor. There is one part, unless parts have their own weights."""
         if not self.candidates[-1].dtype(name).is_floating_point:
             return [len(self.candidates) - 1]
         return self.combination.part_weights.get(name) or [self.weights(name)]
 
     def _read_from(self, name: str) -> list[int]:
         """Return the indices of the candidates to read: those of nonzero weight, or all for a copied tensor."""
-        sources = self._sources(name)  # the whole tensor is read, or checksums are not those of the tensor
+        sources = self._sources(name)  # the whole tensor is read, because checksums are of whole tensors
         everyone = list(range(len(self.candidates)))
         if name in self.summed or name in self.row_weights:
             return everyone

@@ -1,4 +1,4 @@
-"""The check that tied weights are equal in a merge, which has no model to tell which weights are tied."""
+"""Check that tied weights are equal in a merge, which has no model that defines the ties."""
 
 from collections.abc import Sequence
 
@@ -23,6 +23,6 @@ def require_equal_ties(candidates: Sequence[Candidate], checksums: Checksums) ->
             if tied and not equal:
                 raise CandidateError(
                     f"{candidates[i].label}: tensors {pair[0]!r} and {pair[1]!r} hold different values, but are tied "
-                    f"according to {tied[0]}. Leave this candidate out, name the tensor that is not meant in --ignore, "
+                    f"according to {tied[0]}. Leave this candidate out, name one of the tensors in --ignore, "
                     "or correct config.json if they are not tied."
                 )

@@ -1,4 +1,4 @@
-"""The size of a store, and the bytes that an update moves. `plan` predicts with it; `bench` compares with it."""
+"""The size of a store, and the bytes that an update moves. `plan` and `bench` use them."""
 
 from collections.abc import Iterable, Mapping
 
@@ -25,13 +25,13 @@ def update_bytes(nbytes: int, elements: int, *, mapped: int = 0, weights: int | 
     `project` reads the deltas and the gradient; `combine` reads the deltas and the center, and writes the weights.
 
     Args:
-        nbytes: of the store: deltas and center.
-        elements: trained elements of the rank.
-        mapped: for store `mapped`, the bytes of the candidates' files that it reads in place of deltas. It also reads
+        nbytes: the bytes of the store, which are those of the deltas and the center.
+        elements: the number of trained elements of the rank.
+        mapped: for store `mapped`, the bytes of the candidates' files that it reads instead of deltas. It also reads
             the center in both operations.
-        weights: bytes that are written. They are float32 when not given.
+        weights: the bytes of the weights that are written; by default, those of float32.
     """
-    vector = _FLOAT32 * elements  # center, gradient
+    vector = _FLOAT32 * elements  # of the center or the gradient
     deltas = nbytes - vector + mapped
     center = vector if mapped else 0
     written = vector if weights is None else weights
@@ -42,9 +42,9 @@ def step_cost(seconds: Mapping[str, float], nbytes: Mapping[str, int], steps: in
     """Return the mean seconds of the parts of a step, and the bytes that each moves.
 
     Args:
-        seconds: sums over the steps, by part, from a `Clock`.
-        nbytes: of one step, as `update_bytes` returns them.
-        steps: how many there were.
+        seconds: the sums over the steps by part, from a `Clock`.
+        nbytes: the bytes of one step, as `update_bytes` returns them.
+        steps: the number of steps.
     """
     mean = {part: total / max(steps, 1) for part, total in seconds.items()}
     in_backward = mean.get("project in backward", 0.0)

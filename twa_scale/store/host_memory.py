@@ -1,4 +1,4 @@
-"""Host memory of a store: in huge pages for a CPU, page-locked for a GPU."""
+"""Host memory of a store, in huge pages for a CPU, and page-locked for a GPU."""
 
 import mmap
 from contextlib import suppress
@@ -11,7 +11,7 @@ _LARGE = 4 << 20  # bytes: two huge pages of 2 MiB
 
 
 def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros as `torch.zeros` does, on a CPU in huge pages where the system has them.
+    """Return zeros as `torch.zeros` does, but on a CPU in huge pages, if the system has them.
 
     Huge pages need fewer page faults when memory is filled, and fewer entries of the TLB when it is read.
 
@@ -25,10 +25,10 @@ def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> t
         pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise ConfigError(
-            f"store: needs {nbytes:,} more bytes of memory, and the system refused them ({error}). Take a smaller one "
+            f"store: needs {nbytes:,} more bytes of memory, and the system refused them ({error}). Use a smaller one "
             "(packed4), or more hosts."
         ) from None
-    with suppress(AttributeError, OSError):  # not Linux, or a kernel without them
+    with suppress(AttributeError, OSError):  # not Linux, or a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype)
 
@@ -36,9 +36,9 @@ def in_large_pages(count: int, *, dtype: torch.dtype, device: torch.device) -> t
 class Pages:
     """Allocates whole pages for each tensor, and locks them if the device is a GPU.
 
-    torch's allocator of page-locked memory rounds up to a power of two, which could double the size of a store. So
-    pages are mapped by the system and then registered with CUDA. The mapping is shared with child processes (of a
-    DataLoader, for example): with copy-on-write, a page of this process could become another one than the GPU reads.
+    torch's allocator of page-locked memory rounds up to a power of two, which could double the size of a store.
+    Therefore, pages are mapped by the system and then registered with CUDA. The mapping is shared with child processes,
+    for example of a DataLoader, because copy-on-write could replace pages that the GPU reads.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Pages:
             ConfigError: the system refuses to map or lock the memory.
         """
         assert device.type == "cpu"
-        if not count:  # mmap refuses zero bytes
+        if not count:  # mmap does not accept zero bytes
             return torch.empty(0, dtype=dtype)
         try:
             tensor = torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
@@ -61,7 +61,7 @@ class Pages:
         except (OSError, torch.cuda.CudaError) as error:
             raise ConfigError(
                 f"store_device: 'cpu' needs page-locked host memory, and the system refused {count * dtype.itemsize:,} "
-                f"bytes ({error}). Take a smaller store (packed4), more hosts, or `store_device: auto`."
+                f"bytes ({error}). Use a smaller store (packed4), more hosts, or `store_device: auto`."
             ) from None
         return tensor
 

@@ -19,9 +19,9 @@ class InMemoryStore:
 
     Args:
         make: allocates the rows of a span.
-        device: device of rows and center.
-        kernels: kernels for that device.
-        coding: what the rows stand for.
+        device: the device of rows and center.
+        kernels: the kernels for this device.
+        coding: the meaning of the rows.
         allocate: allocates the center.
     """
 
@@ -42,7 +42,7 @@ class InMemoryStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the deltas and the center."""
+        """The bytes of the deltas and the center."""
         return sum(rows.nbytes + center.nbytes for rows, center in self._spans.values())
 
     def reserve(self, span: Span) -> Target:

@@ -28,10 +28,10 @@ def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped, 
 
     Args:
         config: names the store.
-        n: candidates.
-        device: of the model.
-        mapped: is asked for their tensors by store `mapped` only.
-        coding: what the rows of a packed store stand for; deltas when not given.
+        n: the number of candidates.
+        device: the device of the model.
+        mapped: returns the tensors of the candidates, for store `mapped` only.
+        coding: the meaning of the rows of a packed store; by default, deltas.
 
     Raises:
         ConfigError: store `mapped` on a GPU.
@@ -50,10 +50,10 @@ def make_store(config: TwaConfig, n: int, device: torch.device, mapped: Mapped, 
 
 
 def host_store(config: TwaConfig, n: int, allocate: Allocate, coding: Coding | None = None) -> InMemoryStore:
-    """Return the store on the CPU, in memory of `allocate`, of an `OffloadedStore`."""
+    """Return the store in host memory of an `OffloadedStore`, allocated by `allocate`."""
     cpu, kind = torch.device("cpu"), store_kind(config.store)
     assert not isinstance(kind, MappedFiles)
-    kernels = choose_kernels("torch" if config.kernels == "torch" else "auto", cpu)  # the others named are a GPU's
+    kernels = choose_kernels("torch" if config.kernels == "torch" else "auto", cpu)  # other names are kernels of a GPU
     return _in_memory(kind, n, cpu, kernels, coding, allocate)
 
 

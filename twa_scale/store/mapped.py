@@ -1,4 +1,4 @@
-"""A store that holds no deltas: it computes them from the candidates' files, which are mapped into memory."""
+"""A store without deltas, which computes them from the candidates' files, mapped into memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,7 +18,7 @@ class MappedStore:
     """Computes w_i - c in float32 at each use, from the files and a float32 center.
 
     The only rounding error of the deltas is that of the center, half a unit in the last place of a weight. The ranks of
-    a node share the pages of the files. Changing or truncating a file during training kills the process.
+    a node share the pages of the files. If a file is changed or truncated during training, the process is killed.
     """
 
     def __init__(self, n: int, mapped: Mapped, kernels: Kernels) -> None:
@@ -31,7 +31,7 @@ class MappedStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the center."""
+        """The bytes of the center."""
         return sum(center.nbytes for _, center in self._spans.values())
 
     def reserve(self, span: Span) -> Target:

@@ -13,20 +13,20 @@ from twa_scale.store.projection import in_piece, products
 from twa_scale.store.staging import Staging
 
 BUFFER = 64 << 20
-"""Bytes of a piece and of each of the two buffers on the device. A piece has at least one tile."""
+"""The bytes of a piece, and of each of the two buffers on the device. A piece has at least one tile."""
 
 
 class OffloadedStore:
-    """Filled on the CPU; projects and combines on the device.
+    """A store that is filled on the CPU, and projects and combines on the device.
 
     `combine` gives the same bits as a store on the device. `project` adds the products of tiles in another order, so
     its last bits may differ.
 
     Args:
-        make: makes the store that holds the rows, given a function that allocates host memory.
-        device: device of gradients and weights.
-        kernels: kernels for that device.
-        buffer: bytes of a piece.
+        make: creates the store that holds the rows, given a function that allocates host memory.
+        device: the device of gradients and weights.
+        kernels: the kernels for this device.
+        buffer: the bytes of a piece.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class OffloadedStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the deltas and the center in host memory."""
+        """The bytes of the deltas and the center in host memory."""
         return self._inner.nbytes
 
     def reserve(self, span: Span) -> Target:
@@ -54,7 +54,7 @@ class OffloadedStore:
         return target
 
     def with_parts(self, tiles: Mapping[Span, tuple[Span, int, int]]) -> "OffloadedStore":
-        """Return a store of parts of the spans of this one, in the same memory, as of `InMemoryStore`.
+        """Return a store of parts of the spans of this one, in the same memory, like that of `InMemoryStore`.
 
         The buffers on the device are the same, too. Close only one of the two.
         """

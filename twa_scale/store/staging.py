@@ -14,13 +14,13 @@ class _Buffer:
     memory: torch.Tensor
     filled: torch.cuda.Event | None
     read: torch.cuda.Event | None
-    """Recorded after the last kernels that read the buffer. Both events are None on a CPU, where work is in order."""
+    """The event after the last kernels that read the buffer. Both events are None on a CPU, where work is in order."""
 
 
 class Staging:
     """Copies host tensors to `device` for kernels that read them there.
 
-    Copies run on a stream of their own. A copy waits only for the kernels that read the same buffer before, so it
+    Copies run on a separate stream. A copy waits only for the earlier kernels that read the same buffer, so that it
     overlaps with work on the current stream, such as a backward pass. The host never waits.
     """
 
@@ -33,7 +33,7 @@ class Staging:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both buffers on the device."""
+        """The bytes of both buffers on the device."""
         return 2 * self._nbytes
 
     def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -77,7 +77,7 @@ class Staging:
             return
         with torch.cuda.device(self._device):
             self._copies = torch.cuda.Stream()
-            self._copies.wait_stream(torch.cuda.current_stream())  # which may still read this memory
+            self._copies.wait_stream(torch.cuda.current_stream())  # it may still read this memory
             self._buffers = [_Buffer(part, torch.cuda.Event(), torch.cuda.Event()) for part in memory]
 
 

@@ -11,22 +11,23 @@ from twa_scale.kernels import Kernels, RowMap, Segments, Target
 class Store(Protocol):
     """Holds the deltas and the center of the spans of this rank. They are filled once and then only read.
 
-    The rows of a store are the deltas, or what `coding` says. The caller converts weights of deltas into weights of
-    rows, once for all spans. A store knows nothing of groups, bases and ranks, and does not read candidates.
+    The rows of a store are the deltas, or those that `coding` defines. The caller converts weights of deltas into
+    weights of rows, once for all spans. A store does not depend on groups, bases and ranks, and does not read
+    candidates.
     """
 
     device: torch.device
-    """Device of the deltas and the center. Gradients and weights may be on another one."""
+    """The device of the deltas and the center. Gradients and weights may be on another device."""
     kernels: Kernels
     """The kernels for data on `device`."""
 
     @property
     def coding(self) -> RowMap:
-        """What the rows of the store stand for."""
+        """The meaning of the rows of the store."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the deltas and the center."""
+        """The bytes of the deltas and the center."""
 
     def reserve(self, span: Span) -> Target:
         """Allocate a span. Return the memory into which `kernels` write its rows and its float32 center."""

@@ -15,9 +15,9 @@ from twa_scale.candidates.directory import LOADERS
 from twa_scale.errors import CandidateError
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""The file beside the weights of an adapter that says what they mean."""
+"""The file with the settings of an adapter, next to its weights."""
 PREFIX = "base_model.model."
-"""What PEFT puts before the names of the model that it wraps."""
+"""The prefix that PEFT adds to the names of the model that it wraps."""
 _MERGED = "Merge each adapter into its base model (merge_and_unload), and average the full weights."
 _Number = TypeVar("_Number", int, float)
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq")  # initializations that subtract the adapter from the base weights
@@ -25,10 +25,10 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq")  # initializations that sub
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The settings that decide what the tensors of an adapter mean."""
+    """The settings that define the meaning of the tensors of an adapter."""
 
     path: Path
-    """The file, as messages name it."""
+    """The file, for messages."""
     settings: Mapping[str, Any]
     """Its content."""
 
@@ -38,11 +38,11 @@ class AdapterConfig:
         return str(self.settings.get("peft_type", "")).upper()
 
     def rank(self, module: str) -> int:
-        """Return the rank r that the configuration gives the factors of a module, by its name in the file of weights.
+        """Return the rank r of the factors of a module, given its name in the file of weights.
 
         Raises:
-            CandidateError: a value that is no rank, a pattern that is no regular expression, or parameters of one
-                module that have different ranks.
+            CandidateError: a value is not a rank, a pattern is not a regular expression, or the parameters of one
+                module have different ranks.
         """
         return self._only(module, "rank_pattern", {self._rank(name) for name in self._names(module)})
 
@@ -50,24 +50,24 @@ class AdapterConfig:
         """Return the factor s of the update s B A of a module: alpha / r, or alpha / sqrt(r) with `use_rslora`.
 
         Args:
-            module: its name in the file of weights.
-            looked_up: the name that PEFT compares with patterns, where it is known.
+            module: the name of the module in the file of weights.
+            looked_up: the name that PEFT compares with patterns, if it is known.
 
         Raises:
-            CandidateError: as `rank` does, or an alpha that is no number.
+            CandidateError: as `rank` does, or alpha is not a number.
         """
         return self._only(module, "alpha_pattern", {self._scaling(name) for name in self._names(module, looked_up)})
 
     def possible_scalings(self, module: str) -> dict[float, int]:
-        """Return the scalings that the factors of a module may have, and the rank of each.
+        """Return the possible scalings of the factors of a module, with the rank for each.
 
-        There are several where PEFT adapts several parameters of one module, with patterns that tell them apart.
+        There are several if PEFT adapts several parameters of one module, with patterns that distinguish them.
         """
         return {self._scaling(name): self._rank(name) for name in self._names(module)}
 
     @property
     def scaling_settings(self) -> tuple[object, ...]:
-        """The settings that decide the ranks and scalings of all modules."""
+        """The settings that determine the ranks and scalings of all modules."""
         keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         return tuple(self.settings.get(key) or None for key in keys)
 
@@ -88,8 +88,8 @@ class AdapterConfig:
     def _names(self, module: str, looked_up: str | None = None) -> tuple[str, ...]:
         """Return the names that PEFT may compare with patterns for a module of the file.
 
-        The name is that of the module. For `target_parameters` it is the name of the parameter, but the file has that
-        of its module, with `.base_layer` for each further parameter of it, and does not say which one is meant.
+        This is the name of the module. For `target_parameters` it is the name of the parameter, but the file has the
+        name of its module, with `.base_layer` for each further parameter, so that the parameter is not known.
         """
         name = module.removeprefix(PREFIX)
         targets = self.settings.get("target_parameters") or []
@@ -102,15 +102,15 @@ class AdapterConfig:
         for owner, _, parameter in (target.rpartition(".") for target in targets):
             if f".{name}".endswith(f".{owner}"):
                 found.append(f"{name}.{parameter}")
-            elif not owner:  # any module that has such a parameter
+            elif not owner:  # matches any module with such a parameter
                 found += [name, f"{name}.{parameter}"]
         return tuple(found) or (name,)
 
     def _only(self, module: str, patterns: str, values: set[_Number]) -> _Number:
         if len(values) > 1:
             raise CandidateError(
-                f"{self.path}: {patterns} gives parameters of {module!r} different values (target_parameters), and the "
-                f"file of weights does not say to which of them the factors belong. {_MERGED}"
+                f"{self.path}: {patterns} gives parameters of {module!r} different values (target_parameters), and in "
+                f"the file of weights it is unknown to which of them the factors belong. {_MERGED}"
             )
         return values.pop()
 
@@ -121,7 +121,7 @@ class AdapterConfig:
         return init if init.startswith(_CHANGES_BASE) else None
 
     def _looked_up(self, key: str, patterns: str, name: str) -> Any:
-        """Return a setting as PEFT finds it: by the first pattern that the name ends with."""
+        """Return a setting as PEFT finds it: that of the first pattern that matches the end of the name."""
         by_pattern = self.settings.get(patterns) or {}
         if not isinstance(by_pattern, Mapping):
             raise CandidateError(f"{self.path}: {patterns} is {brief(by_pattern)}; it has to be a mapping.")
@@ -129,17 +129,19 @@ class AdapterConfig:
             try:
                 found = re.match(rf"(.*\.)?({pattern})$", name)
             except re.error as error:
-                raise CandidateError(f"{self.path}: {patterns}: {pattern!r} is no pattern: {error}.") from None
+                raise CandidateError(
+                    f"{self.path}: {patterns}: {pattern!r} is not a regular expression: {error}."
+                ) from None
             if found:
                 return value
         return self.settings.get(key)
 
 
 def adapter_config(candidate: Candidate) -> AdapterConfig | None:
-    """Return the configuration of a candidate that is an adapter; None for any other.
+    """Return the configuration of a candidate that is an adapter, or None for other candidates.
 
     Raises:
-        CandidateError: a file that is no JSON object.
+        CandidateError: the file is not a JSON object.
     """
     name = candidate.file_name
     if candidate.directory is None or name is None or name not in LOADERS["peft"]:
@@ -150,24 +152,24 @@ def adapter_config(candidate: Candidate) -> AdapterConfig | None:
     try:
         settings = parse_json(read_bounded(path, MAX_JSON))
     except ValueError as error:
-        raise CandidateError(f"{path}: is no JSON ({error}). Write the adapter again.") from None
+        raise CandidateError(f"{path}: is not JSON ({error}). Write the adapter again.") from None
     if not isinstance(settings, dict):
-        raise CandidateError(f"{path}: holds {brief(settings)}, no settings by name. Write the adapter again.")
+        raise CandidateError(f"{path}: holds {brief(settings)}, not settings by name. Write the adapter again.")
     return AdapterConfig(path, settings)
 
 
 def with_ranks(content: bytes, ranks: Mapping[str, int]) -> bytes:
-    """Return an adapter_config.json of other ranks whose products are not scaled: alpha is the rank.
+    """Return an adapter_config.json with other ranks and without scaling: alpha is the rank.
 
     Args:
-        content: of one of the adapters.
-        ranks: of every module, by its name in the file of weights.
+        content: the content of the file of one of the adapters.
+        ranks: the rank of every module, by its name in the file of weights.
     """
     settings = parse_json(content)
     assert isinstance(settings, dict)
     ((rank, _),) = Counter(ranks.values()).most_common(1)
     others = {module.removeprefix(PREFIX): other for module, other in ranks.items() if other != rank}
-    patterns = {f"^{re.escape(module)}": other for module, other in others.items()}  # PEFT would take any ending
+    patterns = {f"^{re.escape(module)}": other for module, other in others.items()}  # PEFT would match any ending
     settings |= {"r": rank, "lora_alpha": rank, "rank_pattern": patterns, "alpha_pattern": dict(patterns)}
     settings |= {"use_rslora": False, "init_lora_weights": True}
     return (json.dumps(settings, indent=2) + "\n").encode()

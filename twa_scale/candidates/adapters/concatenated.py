@@ -15,21 +15,21 @@ from twa_scale.candidates.proxy import CandidateProxy
 
 @dataclass(frozen=True)
 class _Place:
-    """The position of the tensor of one adapter in the concatenation of all, along one dimension.
+    """The position of the tensor of one adapter in the concatenation of all adapters, along one dimension.
 
-    The row-major flattening of the concatenation has rows of `width` elements, of which [start, start + own) are those
-    of the adapter; its other elements are zero.
+    The row-major flattening of the concatenation has rows of `width` elements, of which [start, start + own) belong to
+    the adapter. Other elements are zero.
     """
 
     dim: int
     size: int
-    """Of the concatenation, along `dim`."""
+    """The size of the concatenation along `dim`."""
     start: int
     own: int
     width: int
 
     def before(self, element: int) -> int:
-        """Return how many of the first `element` elements are those of the adapter."""
+        """Return how many of the first `element` elements belong to the adapter."""
         row, column = divmod(element, self.width)
         return row * self.own + min(max(column - self.start, 0), self.own)
 
@@ -37,16 +37,16 @@ class _Place:
 class Concatenated(CandidateProxy):
     """One of several LoRA adapters, with factors of rank R = sum_i r_i that are zero outside of its own ranks.
 
-    With A = [A_1; ..; A_n] and B = [a_1 B_1, .., a_n B_n] the product B A is sum_i a_i B_i A_i. So B is
-    sum_i a_i B^(i) over these candidates, and A is the sum of their A^(i), whatever the coefficients are. The zeros are
-    not read.
+    With A = [A_1; ..; A_n] and B = [a_1 B_1, .., a_n B_n] the product B A is sum_i a_i B_i A_i. Therefore, B is sum_i
+    a_i B^(i) over these candidates, and A is the sum of their A^(i) for any coefficients. The zeros are not read.
 
     Args:
         candidate: one of the adapters, its B multiplied by its scaling.
         places: the positions of its factors, by tensor.
         ranks: R by module.
-        own: the first of its ranks and the one after the last, by module.
-        experts: how many matrices A and B of a module are stacked: one, but for experts that PEFT adapts as one tensor.
+        own: the range [first, stop) of its ranks, by module.
+        experts: the number of stacked matrices A and B of each module: one, except for experts that PEFT adapts as one
+            tensor.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Concatenated(CandidateProxy):
         self.own = own
         self.experts = experts
         self.adapter = candidate
-        """What is concatenated."""
+        """The adapter that is concatenated with the others."""
         self.summed = frozenset(name for name, place in places.items() if place.dim == 0)
-        """The A of every module."""
+        """The names of the A of all modules."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
@@ -77,7 +77,7 @@ class Concatenated(CandidateProxy):
         return stored_dtype(self._candidate, name)
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the elements from `start` on: those of the adapter are read, in one piece."""
+        """Fill `out` with the elements from `start` on. Those of the adapter are read at once."""
         place = self._places.get(name)
         if place is None:
             super().read(name, start, out)
@@ -92,7 +92,7 @@ class Concatenated(CandidateProxy):
         while begin < stop:
             row = begin // width * width
             if begin == row and stop - begin >= width:
-                end = stop // width * width  # the whole rows at once
+                end = stop // width * width  # all whole rows at once
                 rows = own[place.before(begin) - first : place.before(end) - first].view(-1, place.own)
                 out[begin - start : end - start].view(-1, width)[:, place.start : place.start + place.own] = rows
             else:
@@ -103,19 +103,19 @@ class Concatenated(CandidateProxy):
             begin = end
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor, flattened; None for a factor, because no file holds the concatenation."""
+        """Return a flat view of a whole tensor, or None for a factor, because no file contains the concatenation."""
         return None if name in self._places else super().mapped(name)
 
 
 def concatenated(candidates: Sequence[Candidate], experts: Mapping[str, int]) -> list[Candidate]:
-    """Return LoRA adapters, whose B are multiplied by their scalings, as `Concatenated`.
+    """Return LoRA adapters as `Concatenated`. Their B are already multiplied by their scalings.
 
     Args:
         candidates: LoRA adapters.
-        experts: how many matrices are stacked in the factors of each module.
+        experts: the number of stacked matrices in the factors of each module.
 
     Raises:
-        CandidateError: factors whose shapes do not fit each other.
+        CandidateError: the shapes of factors do not fit each other.
     """
     factors = [factors_in(candidate.names()) for candidate in candidates]
     ranks = [
@@ -169,5 +169,5 @@ def _sum(candidates: Sequence[Concatenated], name: str, weights: Sequence[float]
 
 
 def summed(candidate: Candidate) -> frozenset[str]:
-    """Return the tensors whose value is the sum over all candidates, whatever their coefficients are."""
+    """Return the tensors whose value is the sum over all candidates, for any coefficients."""
     return candidate.summed if isinstance(candidate, Concatenated) else frozenset()

@@ -16,10 +16,10 @@ def products_gram(candidates: Sequence[Concatenated], factors: Sequence[Factors]
 
     Args:
         candidates: adapters in the space of products.
-        factors: of the modules.
+        factors: the factors of the modules.
 
     Raises:
-        CandidateError: a file that cannot be read, or NaN or Inf.
+        CandidateError: a file cannot be read, or a value is NaN or Inf.
     """
     n = len(candidates)
     gram = torch.zeros(n, n, dtype=torch.float64)

@@ -16,7 +16,7 @@ _OF_LORA = re.compile(r"(^|\.)lora_")
 
 @dataclass(frozen=True)
 class Factors:
-    """The names of the tensors of one module: its update is s B A, with A (r, in, ..) and B (out, r, ..)."""
+    """The names of the tensors of one module. Its update is s B A, with A (r, in, ..) and B (out, r, ..)."""
 
     module: str
     a: str
@@ -49,7 +49,7 @@ def rank_of(candidate: Candidate, factors: Factors) -> int:
     """Return the rank of the factors, from their shapes.
 
     Raises:
-        CandidateError: shapes that are not those of two factors of one product.
+        CandidateError: the shapes are not those of two factors of one product.
     """
     a, b = candidate.shape(factors.a), candidate.shape(factors.b)
     if len(a) < 2 or len(b) < 2 or a[0] != b[1] or prod(b[2:]) != 1:

@@ -1,4 +1,4 @@
-"""Candidates some of whose tensors are multiplied by a number."""
+"""Candidates with tensors that are multiplied by a number."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from twa_scale.candidates.proxy import CandidateProxy
 
 
 class Rescaled(CandidateProxy):
-    """Another candidate, the tensors `scales` of which are multiplied by a number, in float32 or wider.
+    """A view of another candidate, in which some tensors are multiplied by a number, in float32 or wider.
 
     Args:
-        candidate: what is presented otherwise.
-        scales: by name; tensors that are not there stay as they are.
+        candidate: the other candidate.
+        scales: the factors by tensor name. Other tensors are unchanged.
     """
 
     def __init__(self, candidate: Candidate, scales: Mapping[str, float]) -> None:
@@ -21,7 +21,7 @@ class Rescaled(CandidateProxy):
         self.scales = {name: scale for name, scale in scales.items() if scale != 1}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the type of a tensor in `read`."""
         dtype = super().dtype(name)
         return torch.promote_types(dtype, torch.float32) if name in self.scales else dtype
 
@@ -39,9 +39,9 @@ class Rescaled(CandidateProxy):
         out.copy_(values).mul_(self.scales[name])
 
     def mapped(self, name: str) -> torch.Tensor | None:
-        """Return a view of a whole tensor, flattened; None for one that is multiplied."""
+        """Return a flat view of a whole tensor, or None for a multiplied one."""
         return None if name in self.scales else super().mapped(name)
 
     def stored_once(self, name: str, other: str) -> bool:
-        """Whether two names stand for one tensor."""
+        """Return whether two names refer to one tensor."""
         return self.scales.get(name) == self.scales.get(other) and super().stored_once(name, other)

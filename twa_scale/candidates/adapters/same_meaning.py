@@ -1,4 +1,4 @@
-"""Refuse adapters whose settings give their tensors different meanings: they have no average."""
+"""Check that the settings of adapters give their tensors the same meaning. Others have no average."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ _ALL_KINDS = (
     "use_dora",
     "use_qalora",
 )
-# Of kinds other than LoRA also the scalings, which are not taken into account, and what tensors are computed from.
+# For kinds other than LoRA also the scalings, which are not taken into account, and the inputs of tensors.
 _NOT_LORA = (
     "alpha",
     "alpha_pattern",
@@ -47,10 +47,10 @@ _SETS = ("feedforward_modules", "target_parameters")  # PEFT saves these in any 
 
 
 def require_same_meaning(configs: Sequence[AdapterConfig]) -> None:
-    """Refuse adapters of one kind whose settings give their tensors different meanings.
+    """Check that the settings of adapters of one kind give their tensors the same meaning.
 
     Args:
-        configs: of all candidates; empty where these are no adapters.
+        configs: the configurations of all candidates; empty if these are not adapters.
 
     Raises:
         CandidateError: names the files, the setting and both values.
@@ -75,7 +75,7 @@ def require_same_meaning(configs: Sequence[AdapterConfig]) -> None:
 
 
 def _comparable(key: str, settings: Any) -> Any:
-    """Return a setting; older versions of PEFT leave out what is off, and newer ones save null, false or nothing."""
+    """Return a setting for comparison. Versions of PEFT omit disabled settings, or save them as null or false."""
     value = settings.get(key) or None
     return sorted(map(str, value)) if key in _SETS and isinstance(value, list) else value
 

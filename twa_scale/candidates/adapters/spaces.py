@@ -14,21 +14,21 @@ from twa_scale.candidates.candidate import Candidate
 from twa_scale.errors import CandidateError
 
 Space = Literal["auto", "factors", "product"]
-"""The setting `space`; `auto` is `factors`, and says so."""
+"""The setting `space`. `auto` is `factors` with a notice."""
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _FACTORS = "Average their factors with `space: factors` (--space factors)"
 _MERGED = "or merge each adapter into its base model (merge_and_unload) and average those"
 
 
 def in_space(candidates: Sequence[Candidate], space: Space) -> tuple[list[Candidate], list[str]]:
-    """Return candidates as they are averaged in a space, and a line about what a user may not expect.
+    """Return candidates as they are averaged in a space, and notices for the user.
 
-    Candidates that are no adapters stay as they are in the space of factors. There, adapters of other scalings than the
-    last one's are multiplied so that all have its scaling.
+    In the space of factors, candidates that are not adapters are unchanged, and adapters are multiplied so that all
+    have the scaling of the last one.
 
     Raises:
-        CandidateError: adapters of several kinds or beside full weights; ranks that differ in the space of factors; or,
-            in the space of products, what has no products of two factors.
+        CandidateError: the candidates are adapters of several kinds, or adapters and full weights; the ranks differ in
+            the space of factors; or a candidate has no products of two factors in the space of products.
     """
     configs = [adapter_config(candidate) for candidate in candidates]
     _require_one_kind(candidates, configs)
@@ -43,14 +43,14 @@ def in_space(candidates: Sequence[Candidate], space: Space) -> tuple[list[Candid
 
 
 def scalings(candidate: Candidate, looked_up: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Return the scaling of every module of a LoRA adapter; empty for any other candidate.
+    """Return the scaling of every module of a LoRA adapter; empty for other candidates.
 
     Args:
         candidate: the adapter.
-        looked_up: for modules of a model, by their names in it, the names that PEFT compares with patterns.
+        looked_up: the names that PEFT compares with patterns, by the names of the modules in a model.
 
     Raises:
-        CandidateError: a configuration that gives none.
+        CandidateError: the configuration does not give a scaling.
     """
     config = adapter_config(candidate)
     if config is None or config.kind != "LORA":
@@ -63,7 +63,7 @@ def scalings(candidate: Candidate, looked_up: Mapping[str, str] | None = None) -
 
 
 def described(candidate: Candidate) -> str | None:
-    """Return the kind of an adapter, and of LoRA its ranks and scalings, in words; None for any other candidate."""
+    """Return a text with the kind of an adapter, and for LoRA its ranks and scalings; None for other candidates."""
     config = adapter_config(candidate)
     if config is None:
         return None
@@ -98,10 +98,10 @@ def _require_one_kind(candidates: Sequence[Candidate], configs: Sequence[Adapter
 
 
 def _factors(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig]) -> list[Candidate]:
-    """Return LoRA adapters with the scaling of the last one: both factors take the root of the quotient.
+    """Return LoRA adapters with the scaling of the last one: both factors are multiplied by the root of the quotient.
 
     Raises:
-        CandidateError: other ranks, scalings that the configuration does not tell, or OLoRA of other scalings.
+        CandidateError: the ranks differ, a scaling is not known, or the scalings of OLoRA differ.
     """
     _require_equal_ranks(candidates)
     if all(config.scaling_settings == configs[-1].scaling_settings for config in configs):
@@ -124,7 +124,7 @@ def _factors(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig]) 
 def _require_equal_scalings(
     config: AdapterConfig, own: Mapping[str, float], last: AdapterConfig, reference: Mapping[str, float]
 ) -> None:
-    """Refuse OLoRA of other scalings: loading subtracts the scaled factors of the base weight from it.
+    """Check the scalings of OLoRA, because loading subtracts the scaled factors of the base weight from it.
 
     Raises:
         CandidateError: names the module and both scalings.
@@ -147,8 +147,8 @@ def _require_equal_ranks(candidates: Sequence[Candidate]) -> None:
             if rank != last.get(module, rank):
                 raise CandidateError(
                     f"{candidate.label}: the factors of {module!r} have rank {rank[0]}, those of "
-                    f"{candidates[-1].label} {last[module][0]}. Factors of other ranks have no average; their products "
-                    "have: use `space: product` (--space product)."
+                    f"{candidates[-1].label} {last[module][0]}. Factors of different ranks have no average, but their "
+                    "products do: use `space: product` (--space product)."
                 )
 
 
@@ -159,7 +159,7 @@ def _products(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig |
         if config is None:
             raise CandidateError(
                 f"{candidate.label}: space: product needs LoRA adapters of PEFT, directories with {ADAPTER_CONFIG}, "
-                f"which says how products are scaled; there is none. Leave `space` out."
+                f"which gives the scaling of products; there is none. Leave `space` out."
             )
         _require_products(candidate, config)
         factors = factors_in(candidate.names())
@@ -174,10 +174,10 @@ def _products(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig |
 
 
 def _experts(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | None]) -> dict[str, int]:
-    """Return how many matrices are stacked in the factors of each module, which PEFT does for `target_parameters`.
+    """Return the number of stacked matrices in the factors of each module, which PEFT stacks for `target_parameters`.
 
     Raises:
-        CandidateError: a rank that is not that of the configuration, or another number of experts.
+        CandidateError: a rank differs from that of the configuration, or the numbers of experts differ.
     """
     found: dict[str, int] = {}
     for candidate, config in zip(candidates, configs, strict=True):
@@ -194,10 +194,10 @@ def _experts(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | 
 
 
 def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
-    """Refuse adapters whose update is not s B A.
+    """Check that the update of an adapter is s B A.
 
     Raises:
-        CandidateError: names what it is.
+        CandidateError: names the other kind of update.
     """
     factors = factors_in(candidate.names())
     others = other_parts(candidate.names(), factors.values())
@@ -205,7 +205,7 @@ def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
     if config.kind != "LORA":
         why = f"{config.kind} adapters have no product of two factors A and B"
     elif config.settings.get("use_dora"):
-        why = "DoRA (use_dora) scales the sum of base weight and product, which averages of products are not"
+        why = "DoRA (use_dora) scales the sum of base weight and product, which averages of products do not"
     elif config.changes_base:
         why = (
             f"init_lora_weights is {config.changes_base!r}: loading subtracts a product of the original rank from the "
@@ -232,5 +232,5 @@ def _said(candidates: Sequence[Candidate]) -> str:
     return (
         f"{candidates[-1].label}: LoRA adapters are averaged in the space of their factors: A and B one by one, which "
         "is not the average of the products B A. `space: product` (--space product) averages those; `space: factors` "
-        "says that this is meant."
+        "removes this notice."
     )

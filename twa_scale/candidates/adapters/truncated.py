@@ -16,7 +16,7 @@ from twa_scale.candidates.proxy import CandidateProxy
 
 @dataclass(frozen=True)
 class Truncation:
-    """What was left out of one module: squared Frobenius norms of the product, and of the part that was left out."""
+    """The squared Frobenius norms of the product of one module, and of the part that was left out."""
 
     total: float
     left_out: float
@@ -26,13 +26,13 @@ class Truncated(CandidateProxy):
     """sum_i a_i s_i B_i A_i of every module with factors of rank at most `rank`: the best in the Frobenius norm.
 
     B and A are computed module by module in float64 when they are read: from the QR factors of B = [a_i s_i B_i] and of
-    A^T = [A_i^T], and the singular values of an R x R matrix. One module is in memory at a time. Both get the root of
-    the singular values. In place of the last candidate, whose other tensors it has.
+    A^T = [A_i^T], and the singular values of an R x R matrix. One module is in memory at a time. Both are multiplied by
+    the roots of the singular values. It replaces the last candidate, and has its other tensors.
 
     Args:
         candidates: adapters in the space of products.
-        weights: a_i.
-        rank: the most ranks of a module.
+        weights: the weights a_i.
+        rank: the maximum rank of a module.
     """
 
     def __init__(self, candidates: Sequence[Concatenated], weights: Sequence[float], rank: int) -> None:
@@ -43,9 +43,9 @@ class Truncated(CandidateProxy):
         self.exact_ranks = candidates[-1].ranks
         self.ranks = {one.module: min(rank, self.exact_ranks[one.module]) for one in self._factors.values()}
         self.units = {name: one.module for name, one in self._factors.items()}
-        """The module of each factor: one rank computes both."""
+        """The module of each factor. One rank computes both factors of a module."""
         self.truncations: dict[str, Truncation] = {}
-        """By module: of those that were read here."""
+        """The truncation of each module that was read by this process."""
         self._lock = Lock()
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
@@ -59,7 +59,7 @@ class Truncated(CandidateProxy):
         return (rank, *shape[1:]) if name == one.a else (shape[0], rank, *shape[2:])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which `read` delivers a tensor."""
+        """Return the type of a tensor in `read`."""
         return torch.float64 if name in self._factors else super().dtype(name)
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -78,7 +78,7 @@ class Truncated(CandidateProxy):
             out.copy_(self._last[1][name].view(-1)[start : start + len(out)])
 
     def mapped(self, name: str) -> None:
-        """Return None: what is computed lies in no file."""
+        """Return None, because no file contains the computed tensors."""
 
     def _computed(self, one: Factors) -> dict[str, torch.Tensor]:
         a, b = product_factors(self._candidates, one, self._weights)
@@ -89,7 +89,7 @@ class Truncated(CandidateProxy):
         squares = values.square()
         self.truncations[one.module] = Truncation(float(squares.sum()), float(squares[:, rank:].sum()))
         roots = values[:, :rank].sqrt()
-        experts, kept = roots.shape  # a small module has fewer singular values than the rank: zeros fill it
+        experts, kept = roots.shape  # a small module has fewer singular values than `rank`; the others are zero
         low_a = torch.zeros(experts, rank, a.shape[2], dtype=a.dtype)
         low_b = torch.zeros(b.shape[1], rank, experts, dtype=b.dtype)
         low_a[:, :kept] = roots[:, :, None] * (v[:, :rank] @ q_a.mT)
@@ -98,11 +98,11 @@ class Truncated(CandidateProxy):
 
 
 def ranks_of(candidate: Candidate) -> Mapping[str, int]:
-    """Return the rank of every module of a candidate in the space of products; empty for any other."""
+    """Return the rank of every module of a candidate in the space of products; empty for other candidates."""
     return candidate.ranks if isinstance(candidate, Concatenated | Truncated) else {}
 
 
 def relative_error(truncations: Sequence[Truncation]) -> float:
-    """Return the Frobenius norm of what was left out over that of the whole, 0 where that is 0."""
+    """Return the Frobenius norm of the truncated part divided by that of the whole; 0 if the whole is 0."""
     total = sum(one.total for one in truncations)
     return sqrt(sum(one.left_out for one in truncations) / total) if total else 0.0

@@ -14,8 +14,8 @@ class PiecewiseCrc:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pieces: dict[int, tuple[int, int]] = {}  # by first byte: stop and CRC of the longest one
-        self._held = 0  # bytes of all of them
+        self._pieces: dict[int, tuple[int, int]] = {}  # stop and CRC of the longest piece, by first byte
+        self._held = 0  # bytes of all pieces
 
     def add(self, start: int, data: memoryview, nbytes: int) -> int | None:
         """Add the bytes that begin at `start`. Return the CRC of all `nbytes` bytes when they are complete."""

@@ -28,7 +28,7 @@ _UNSUPPORTED = {
 }
 _LONGEST_TAG = 4096  # bytes, the limit of a path
 _STATE = "optimizer_state_dict"
-_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # of ZeRO-1 and 2, and of ZeRO-3
+_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # ZeRO-1 and 2, and ZeRO-3
 _CONVERT = "Convert it to safetensors with DeepSpeed's own tools, and give those files."
 
 
@@ -110,7 +110,7 @@ def places_in_deepspeed(directory: Path) -> dict[str, list[Placeable]]:
                     if name in tensors and copy.shape == tensors[name].shape and _is_further(copy, places[name]):
                         places[name].append(copy)
     finally:
-        files.close()  # a read opens them again
+        files.close()  # a later read opens them again
     return places
 
 
@@ -130,7 +130,7 @@ def tagged_folder(directory: Path) -> Path:
 
 
 def _latest(directory: Path) -> Path:
-    """Return the file that names the last folder: of checkpoints or, where there is none, of universal ones."""
+    """Return the file with the name of the last folder, of checkpoints or otherwise of universal checkpoints."""
     return directory / ("latest" if (directory / "latest").is_file() else LATEST)
 
 
@@ -153,7 +153,7 @@ class _Files:
 
     @property
     def universal(self) -> bool:
-        """Whether the weights are in a file for each parameter in place of the optimizer's partitions."""
+        """Whether the weights are in one file for each parameter instead of the optimizer's partitions."""
         return not self.optimizer and is_universal(self.folder)
 
     def _by_rank(self, names: Sequence[str], pattern: re.Pattern[str]) -> dict[int | None, str]:

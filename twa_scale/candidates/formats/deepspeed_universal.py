@@ -15,10 +15,10 @@ from twa_scale.errors import CandidateError
 
 FOLDER = "zero"
 LATEST = "latest_universal"
-"""The file beside the folders that names the last universal one."""
+"""The file with the name of the last universal folder, next to the folders."""
 _FILE = "fp32.pt"
-_COMPARED = 1024  # numbers of each parameter that are compared with the file of the model: a read of 4 KiB
-_DIFFERENT = 1 / 16  # of them, from which on a parameter is another one
+_COMPARED = 1024  # values of each parameter that are compared with the file of the model, a read of 4 KiB
+_DIFFERENT = 1 / 16  # the fraction of different values from which parameters are considered different
 _FIX = "Convert the checkpoint again with ds_to_universal.py, or copy its whole folder again."
 
 
@@ -37,8 +37,9 @@ def universal_weights(folder: Path, shapes: Mapping[str, Shape], content: Callab
 
     Args:
         folder: the folder of the step.
-        shapes: of all trained parameters, by name. ZeRO-3 leaves flat tensors, which get their shape from here.
-        content: returns what a file below `folder` holds, by its path there.
+        shapes: the shapes of all trained parameters, by name. With ZeRO-3, stored tensors are flat, and get these
+            shapes.
+        content: returns the content of a file below `folder`, by its path relative to it.
 
     Raises:
         CandidateError: a file is missing or damaged, or holds a tensor of another size.
@@ -66,10 +67,10 @@ def _weight(folder: Path, name: str, shape: Shape, content: Callable[[str], Any]
 def require_same(
     folder: Path, trained: Mapping[str, Stored | ConcatenatedTensor], in_model: Mapping[str, Stored]
 ) -> None:
-    """Refuse weights that are not those in the file of the model, judged by the first numbers of each.
+    """Check the weights against the file of the model, by the first values of each.
 
-    The converter of DeepSpeed exchanges parameters of one group if the run had `round_robin_gradients`. In the type
-    of the model the numbers agree to one unit in the last place: it depends on the optimizer how it rounds them.
+    The converter of DeepSpeed exchanges parameters of one group if the run had `round_robin_gradients`. In the type of
+    the model, the values agree up to one unit in the last place, because optimizers round differently.
 
     Raises:
         CandidateError: names the parameter.
@@ -86,12 +87,12 @@ def require_same(
             raise CandidateError(
                 f"{folder / FOLDER / name / _FILE}: holds other numbers than the file of the model has for {name!r}: "
                 "ds_to_universal.py exchanges parameters if the run had `round_robin_gradients`. Give the checkpoint "
-                "of which it was made."
+                "from which it was converted."
             )
 
 
 def _differ(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Return which numbers of one type differ by more than one unit in the last place; equal_nan."""
+    """Return which values of one type differ by more than one unit in the last place. NaN equals NaN."""
     limits = torch.finfo(mine.dtype)
     smaller = torch.minimum(mine.abs(), theirs.abs()).double().clamp_min(limits.tiny)
     unit = torch.ldexp(torch.full_like(smaller, limits.eps), torch.frexp(smaller).exponent - 1)

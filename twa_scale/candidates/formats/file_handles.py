@@ -21,7 +21,7 @@ from twa_scale.errors import CandidateError
 T = TypeVar("T")
 
 _RULE = "candidates must not change until the run has ended."
-_NONE_LEFT = (errno.EMFILE, errno.ENFILE)  # no descriptor is left for this process, or for any
+_NONE_LEFT = (errno.EMFILE, errno.ENFILE)  # no descriptor is left for this process or for the system
 
 
 class File:
@@ -48,7 +48,7 @@ class File:
         """Fill `buffer` with the bytes that begin at `offset`.
 
         Args:
-            buffer: where the bytes go.
+            buffer: receives the bytes.
             offset: the first byte in the file.
             what: the name of the bytes in error messages.
 
@@ -170,10 +170,10 @@ class _OpenFiles:
         return self._open[file]
 
     def retried(self, file: File, opened: Callable[[], T]) -> T:
-        """Return `opened()`, which opens `file`; where no descriptor is left, unused files are closed before.
+        """Return `opened()`, which opens `file`. If no descriptor is left, close unused files and try again.
 
         Raises:
-            CandidateError: there is none left after that either.
+            CandidateError: no descriptor is left after that.
         """
         with self._lock:
             try:
@@ -200,16 +200,16 @@ class _OpenFiles:
 
 
 _OPEN_FILES = _OpenFiles()
-_MOST_COPIED = 1 << 24  # bytes that are copied at a time where the system cannot read into a buffer
+_MOST_COPIED = 1 << 24  # bytes that are copied at a time if the system cannot read into a buffer
 
 
 def _map(descriptor: int, size: int) -> torch.Tensor:
     """Map the first `size` bytes of an open file.
 
     Raises:
-        OSError: the system refuses; with the number that torch has put into its message, if there is one.
+        OSError: the system refuses. Its number is taken from the message of torch, if possible.
     """
-    try:  # the file that was opened, whatever has its name now
+    try:  # the file that was opened, even if another one has its name now
         return torch.from_file(f"/dev/fd/{descriptor}", shared=False, size=size, dtype=torch.uint8)
     except RuntimeError as error:
         text = str(error)

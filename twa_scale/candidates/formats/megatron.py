@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM and NeMo: torch.distributed.checkpoint with a common part beside it (`torch_dist`)."""
+"""Checkpoints of Megatron-LM and NeMo: torch.distributed.checkpoint with a common part (`torch_dist`)."""
 
 import re
 from collections import defaultdict
@@ -10,11 +10,11 @@ from twa_scale.candidates.formats.origin import Keys
 from twa_scale.errors import CandidateError
 
 COMMON = "common.pt"
-"""What is the same on all ranks: arguments, counters, the settings of the optimizer."""
+"""The part that is equal on all ranks: arguments, counters, the settings of the optimizer."""
 BACKEND = "metadata.json"
-"""Says in which format the tensors beside it are."""
+"""The file with the format of the tensors."""
 TRACKER = "latest_checkpointed_iteration.txt"
-"""The file beside the folders of iterations that names the last one."""
+"""The file with the name of the last folder of an iteration, next to the folders."""
 _LONGEST = 64  # bytes of the tracker
 
 _CHAIN = re.compile(r"chained_\d+\.(?=optimizer\.)")  # one of several optimizers: experts have their own
@@ -30,7 +30,7 @@ def is_megatron(directory: Path) -> bool:
 
 
 def other_megatron_format(directory: Path) -> str | None:
-    """Return what is wrong with a checkpoint of Megatron-LM that is not in the format `torch_dist`; else None."""
+    """Return the problem of a checkpoint of Megatron-LM that is not in the format `torch_dist`, or None."""
     fix = (
         "Write it in the format torch_dist: load it in Megatron-LM with --ckpt-convert-format torch_dist "
         "--ckpt-convert-save DIR."
@@ -46,10 +46,10 @@ def other_megatron_format(directory: Path) -> str | None:
 
 
 def latest_iteration(directory: Path) -> Path | None:
-    """Return the folder of the iteration that the tracker of a directory names; None where there is no tracker.
+    """Return the folder of the iteration that the tracker of a directory names, or None without a tracker.
 
     Raises:
-        CandidateError: the tracker names none, or the folder is not there.
+        CandidateError: the tracker names no folder, or the folder is missing.
     """
     tracker = directory / TRACKER
     if not tracker.is_file():
@@ -65,10 +65,9 @@ def latest_iteration(directory: Path) -> Path | None:
 
 
 def copies_of_weights(weights: Collection[Keys], stored: Mapping[Keys, Sequence[int]]) -> dict[Keys, list[Keys]]:
-    """Return what else a checkpoint holds of each weight: the float32 copies of the optimizer, under its own key.
+    """Return the copies of each weight in a checkpoint: the float32 copies of the optimizer, under its key.
 
-    Where the copies are the weights that were chosen, the weights of the model are what else there is. Tensors of other
-    shapes are left out.
+    If the chosen weights are these copies, the weights of the model are returned. Tensors of other shapes are left out.
 
     Args:
         weights: the paths of keys of the weights.
@@ -88,7 +87,7 @@ def copies_of_weights(weights: Collection[Keys], stored: Mapping[Keys, Sequence[
 
 
 def weight_of_copy(keys: Keys) -> str | None:
-    """Return the name of the weight of which a tensor is the optimizer's copy by its keys; None if it is no copy."""
+    """Return the name of the weight of which a tensor is the optimizer's copy, or None if it is not a copy."""
     found = _COPY.fullmatch(".".join(keys))
     return found["weight"] if found else None
 
@@ -101,6 +100,6 @@ def without_chain(keys: Keys) -> Keys:
 def flat_buffer(entries: Collection[str]) -> str | None:
     """Return the entry of a checkpoint that is a part of the distributed optimizer's flat copy of the weights.
 
-    Such a part has neither the names nor the shapes of weights. None is returned where no entry is one.
+    Such a part has neither the names nor the shapes of weights. Return None if no entry is such a part.
     """
     return next((entry for entry in sorted(entries) if _BUFFER.fullmatch(entry)), None)

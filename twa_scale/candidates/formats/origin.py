@@ -1,4 +1,4 @@
-"""Where the files of a candidate hold its weights, for outputs that are written in the same format."""
+"""The positions of the weights in the files of a candidate, for outputs that are written in the same format."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,16 +10,16 @@ Keys = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """The format of a candidate, and where its files hold the weights."""
+    """The format of a candidate, and the positions of the weights in its files."""
 
     what: str
     """The format, for messages."""
     written_as: Literal["hf", "pt", "dcp", "deepspeed"] | None = None
     """The format of an output that has this form; None if no output has."""
     keys: Mapping[Path, Mapping[str, Keys]] = field(default_factory=dict)
-    """For each file of torch.save, or for the folder of DCP: the path of keys of each tensor, by its stored name."""
+    """The path of keys of each tensor by its stored name, for each file of torch.save or for the folder of DCP."""
     versions: Mapping[Path, tuple[int, int]] = field(default_factory=dict)
-    """For files that were read when the candidate was opened: their size and the time of their last change."""
+    """The size and the time of the last change of the files that were read when the candidate was opened."""
 
     @property
     def nesting(self) -> Keys:
@@ -31,7 +31,7 @@ class Origin:
 
 @runtime_checkable
 class HasOrigin(Protocol):
-    """What a candidate in files offers."""
+    """The interface of a candidate in files."""
 
     @property
     def origin(self) -> Origin:

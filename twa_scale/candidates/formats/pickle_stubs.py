@@ -43,7 +43,7 @@ class PickleStub:
     def set_state(self, state: Any) -> None:
         """Set the state from the pickle."""
         if isinstance(state, tuple) and len(state) == 2 and state[0] is None and isinstance(state[1], dict):
-            state = state[1]  # of a class with slots
+            state = state[1]  # the state of a class with slots
         if isinstance(state, dict):
             self.__dict__ = state
         else:

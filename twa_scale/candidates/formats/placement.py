@@ -1,4 +1,4 @@
-"""Where elements of stored tensors are in files, for outputs that write into files of these formats."""
+"""The positions of the elements of stored tensors in files, for outputs that write into files of these formats."""
 
 from collections.abc import Iterator
 from math import prod
@@ -11,11 +11,11 @@ from twa_scale.candidates.formats.stored_tensors import ConcatenatedTensor, Reco
 from twa_scale.errors import CandidateError
 
 Placeable = Stored | BoxTensor | ConcatenatedTensor
-"""A tensor in files whose elements have places that can be written."""
+"""A tensor in files whose elements have positions that can be written."""
 
 
 class Placed(NamedTuple):
-    """Elements that follow each other in a file."""
+    """Consecutive elements in a file."""
 
     record: Record
     first: int
@@ -25,7 +25,7 @@ class Placed(NamedTuple):
 
 
 def storages(tensor: Placeable, what: str) -> list[Stored]:
-    """Return the tensors in files that make up a tensor.
+    """Return the tensors in files of which a tensor consists.
 
     Raises:
         CandidateError: elements share their place in a file, as those of expanded tensors do.
@@ -50,14 +50,14 @@ def storages(tensor: Placeable, what: str) -> list[Stored]:
 def _vector(part: Stored, first: int, count: int, what: str) -> Stored:
     if not part.row_major():
         raise CandidateError(
-            f"{part.record.file.path}: {what} is in a partition with the strides {part.stride}, which is no "
-            "vector, and cannot be written there. Copy the checkpoint again, or choose another --format (format=)."
+            f"{part.record.file.path}: {what} is in a partition with the strides {part.stride}, which is not a vector, "
+            "and cannot be written there. Copy the checkpoint again, or choose another --format (format=)."
         )
     return part.vector(first, count)
 
 
 def placed(tensor: Placeable, start: int, values: torch.Tensor) -> Iterator[Placed]:
-    """Yield where the elements of a range are in files.
+    """Yield the positions in files of the elements of a range.
 
     Args:
         tensor: a tensor in files.
@@ -101,7 +101,7 @@ def _in_stored(stored: Stored, start: int, values: torch.Tensor) -> Iterator[Pla
 
 
 def _apart(stored: Stored) -> bool:
-    """Return whether each element has a place of its own. Strides that interleave dimensions do not count as such."""
+    """Return whether each element has its own position. Strides that interleave dimensions are not accepted."""
     reach = 0
     dims = zip(stored.shape, stored.stride, strict=True)
     for size, step in sorted((dim for dim in dims if dim[0] > 1), key=lambda dim: dim[1]):

@@ -18,7 +18,7 @@ from twa_scale.candidates.weights_key import WeightsKey
 from twa_scale.errors import CandidateError
 
 _NAME = re.compile(r"model_world_size_(?P<size>\d+)_rank_(?P<rank>\d+)\.pt")
-_HUGGING_FACE = "huggingface"  # the folder beside the files in which verl writes configuration and tokenizer
+_HUGGING_FACE = "huggingface"  # the folder in which verl writes configuration and tokenizer
 _DTENSOR = "torch.distributed.tensor.DTensor"
 _DTENSORS = (_DTENSOR, "torch.distributed._tensor.api.DTensor", "torch.distributed._tensor.DTensor")
 _SHARDED = "torch.distributed._shard.sharded_tensor.api.ShardedTensor"
@@ -41,7 +41,7 @@ def open_rank_files(directory: Path, keys: WeightsKey | None = None) -> StoredCa
     """Open the state dicts of all ranks as one. The files of replicas are parsed, and their tensors are not read.
 
     Args:
-        directory: the folder of the files. Its small files are those of its folder `huggingface`, where there is one.
+        directory: the folder of the files. Its small files are those of its folder `huggingface`, if it has one.
         keys: the choice of the weights.
 
     Raises:
@@ -114,7 +114,7 @@ def _require_same_names(states: Sequence[Mapping[str, Value]], paths: Sequence[P
 
 
 class _Parts:
-    """What all ranks hold of one tensor."""
+    """The parts of one tensor in the files of all ranks."""
 
     def __init__(self, name: str, values: Sequence[Value], paths: Sequence[Path]) -> None:
         self._name = name
@@ -152,7 +152,7 @@ class _Parts:
             if isinstance(value, Stored) and (value.shape, value.dtype) != (first.shape, first.dtype):
                 raise CandidateError(
                     f"{path}: tensor {self._name!r} has the shape {value.shape} here and {first.shape} on the first "
-                    f"rank, and does not say which part of a tensor it is. {_FIX}"
+                    f"rank, without the position of a part in the tensor. {_FIX}"
                 )
         return first
 
@@ -165,7 +165,7 @@ class _Parts:
         ]
 
     def _dtensor(self, stubs: Sequence[PickleStub], shape: tuple[int, ...]) -> list[tuple[Stored, tuple[int, ...]]]:
-        """Return the local tensors of a DTensor with their offsets, each of them once."""
+        """Return the local tensors of a DTensor with their offsets, each once."""
         local = [self._local(stub) for stub in stubs]
         dim = self._dim(stubs)
         if dim is None:
@@ -190,7 +190,7 @@ class _Parts:
         return stub._local_tensor
 
     def _dim(self, stubs: Sequence[PickleStub]) -> int | None:
-        """Return the dimension that is sharded; None where the tensor is replicated."""
+        """Return the dimension that is sharded, or None if the tensor is replicated."""
         placements = [
             (place.kind.rpartition(".")[2], place.dim) for place in stubs[0]._spec.placements or () if place is not None
         ]
@@ -207,7 +207,7 @@ class _Parts:
 
 
 def _num_shards(lengths: Sequence[int], size: int) -> int | None:
-    """Return how many consecutive ranks hold a dimension once; the ranks after them hold replicas.
+    """Return the number of consecutive ranks that together hold a dimension once. Later ranks hold replicas.
 
     A mesh is in row-major order, and its last dimension shards as `torch.chunk` does.
     """

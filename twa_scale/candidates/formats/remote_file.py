@@ -12,8 +12,8 @@ from twa_scale.errors import CandidateError
 class RemoteFile:
     """A file of another machine that any number of threads read at offsets.
 
-    After each read the file system is asked whether the file is still the same, because no descriptor keeps it. Inside
-    `asked_once` it is asked at the end, for all reads.
+    After each read, the file system is asked whether the file is unchanged, because there is no open descriptor. Inside
+    `asked_once`, it is asked once at the end.
     """
 
     def __init__(self, url: Url) -> None:
@@ -26,7 +26,7 @@ class RemoteFile:
         """Fill `buffer` with the bytes that begin at `offset`.
 
         Args:
-            buffer: where the bytes go.
+            buffer: receives the bytes.
             offset: the first byte in the file.
             what: the name of the bytes in error messages.
 
@@ -51,7 +51,7 @@ class RemoteFile:
         buffer[:] = content
 
     def require_unchanged(self, what: str) -> None:
-        """Ask the file system whether the file is still the one that was opened.
+        """Check with the file system that the file is still the one that was opened.
 
         Args:
             what: the name of the bytes that were read, in error messages.
@@ -69,7 +69,7 @@ class RemoteFile:
         )
 
     def close(self) -> None:
-        """Do nothing: no connection is kept."""
+        """Do nothing, because no connection is kept."""
 
 
 _this_thread = threading.local()
@@ -77,9 +77,9 @@ _this_thread = threading.local()
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """Ask once for each file, at the end of a `with` block, whether it is still the same: one request for many ranges.
+    """Check each file once, at the end of a `with` block, with one request for many reads.
 
-    This holds for the reads of the thread that enters the block. Its values may be used after the block.
+    This applies to the reads of the thread that enters the block. Use the values only after the block.
 
     Raises:
         CandidateError: a file was changed or removed. It replaces errors about the content of a file that has changed.

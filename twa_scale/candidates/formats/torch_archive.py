@@ -111,7 +111,7 @@ def dense_tensors(values: Mapping[Any, Any], path: object, fix: str) -> dict[str
     Args:
         values: the content of an archive, by name.
         path: the file, for error messages.
-        fix: the sentence of the error message that says what to do.
+        fix: the sentence of the error message with the fix.
 
     Raises:
         CandidateError: a tensor is sparse, quantized or of another kind that cannot be read by slices.

@@ -77,13 +77,13 @@ class ZeroEngine(Engine):
         return complete
 
     def steps_taken(self) -> int:
-        """Return DeepSpeed's own count: its `step` is called for each micro-batch."""
+        """Return DeepSpeed's own count, because its `step` is called for each micro-batch."""
         return int(self._engine.global_steps)
 
     def counters(self) -> Callable[[], None]:
         """Return a function that restores DeepSpeed's counts of steps and samples, and the loss scale of fp16.
 
-        A boundary that `set_gradient_accumulation_boundary` has set is one of them.
+        These include a boundary that `set_gradient_accumulation_boundary` has set.
         """
         held = [(self._engine, name, getattr(self._engine, name)) for name in _COUNTERS]
         if self.loss_scale is not None:

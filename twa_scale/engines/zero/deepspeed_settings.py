@@ -60,7 +60,9 @@ def check_supported(engine: Any) -> None:
     require("deepspeed", engine, _ENGINE)
     require("deepspeed", engine._config, _CONFIG)
     if engine.has_moe_layers:
-        raise EngineError("DeepSpeed mixture-of-experts layers are not supported: experts have groups of their own.")
+        raise EngineError(
+            "DeepSpeed mixture-of-experts layers are not supported: experts have their own process groups."
+        )
     for degree, name in ((engine.mp_world_size, "tensor"), (engine.sequence_parallel_size, "sequence")):
         if degree > 1:
             raise EngineError(f"DeepSpeed {name} parallelism (size {degree}) is not supported: use ZeRO alone.")

@@ -30,7 +30,7 @@ class Zero3Engine(ZeroEngine):
     """An engine for ZeRO-3. Trained parameters have a float32 and a low-precision partition, frozen ones the latter.
 
     The engine never reads `parameter.shape`, which is empty for a partitioned parameter. Small (persistent) parameters
-    stay whole in memory, but have a partition too, and that is what the engine uses.
+    stay whole in memory, but also have a partition, which the engine uses.
     """
 
     def __init__(self, engine: Any, replica_group: Group) -> None:
@@ -58,7 +58,7 @@ class Zero3Engine(ZeroEngine):
                     "optimizer all parameters, or freeze this one."
                 )
             self._spans[name] = span
-            self._live[name] = local.detach().view(-1)[: len(span)]  # the rest is padding
+            self._live[name] = local.detach().view(-1)[: len(span)]  # without padding
             self.parameters[name] = replace(infos[name], shape=tuple(held.ds_shape), dtype=local.dtype)
 
     def _place(self, name: str, parameter: Any) -> Span:
