@@ -171,7 +171,7 @@ def test_a_checkpoint_of_other_ranks_is_refused_and_one_without_averages_begins_
         fit("automatic", tmp_path, path)
     del held["twa_scale"]
     torch.save(held, path)
-    with pytest.warns(TwaWarning, match=f"begin anew at step {HALF}"):
+    with pytest.warns(TwaWarning, match=f"new ones start at step {HALF}"):
         fit("automatic", tmp_path, path)
 
 
@@ -265,7 +265,7 @@ def test_what_a_trainer_must_not_have_is_refused(tmp_path: Path) -> None:
     coefficients = transformers.CoefficientsCallback(twa)
     for callbacks, manual, said in (
         ((averaging, EMAWeightAveraging()), False, "EMAWeightAveraging also writes averages"),
-        ((other,), False, "Lightning's Trainer needs the one of twa_scale.integrations.lightning"),
+        ((other,), False, "Lightning's Trainer needs that of twa_scale.integrations.lightning"),
         ((coefficients,), False, "CoefficientsCallback of .*Leave the callback out"),
         ((learning,), True, "training_step that returns the loss"),
     ):
@@ -274,5 +274,5 @@ def test_what_a_trainer_must_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `TwaCallback`"):
         trainer_with("manual", tmp_path, averaging, learning)
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-    with pytest.raises(ConfigError, match=r"needs the one of twa_scale\.integrations\.transformers"):
+    with pytest.raises(ConfigError, match=r"needs that of twa_scale\.integrations\.transformers"):
         Trainer(network(), args, callbacks=[averaging])

@@ -146,7 +146,7 @@ def test_a_checkpoint_without_averages_begins_them_anew(tmp_path: Path) -> None:
     for path in tmp_path.glob(f"checkpoint-{HALF}/averages-*"):
         path.unlink()
     assert trainer.evaluate == type(trainer).evaluate.__get__(trainer)  # its own again
-    with pytest.warns(TwaWarning, match=rf"begin anew at step {HALF}\..*resume from an earlier one"):
+    with pytest.warns(TwaWarning, match=rf"new ones start at step {HALF}\..*resume from an earlier one"):
         train("plain", tmp_path, str(tmp_path / f"checkpoint-{HALF}"))
 
 

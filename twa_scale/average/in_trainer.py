@@ -27,7 +27,8 @@ def _trainer_of(optimizer: torch.optim.Optimizer) -> Any:
 def saved_by_callback(optimizer: torch.optim.Optimizer) -> bool | None:
     """Return whether the current Trainer has a callback that saves the average of this optimizer, or None without one.
 
-    Such a callback has the method `saves`. Callbacks may be added or removed during training, so the result may change.
+    Such a callback has the optimizer as its attribute `saves`. Callbacks may be added or removed during training, so
+    the result may change.
     """
     trainer = _trainer_of(optimizer)
     if trainer is None:

@@ -30,17 +30,17 @@ def prepare(
     device: str = "auto",
     name: str = "averages",
 ) -> RunningAverages:
-    """Return averages that count the steps of the model's optimizer by themselves. Collective.
+    """Return averages that count the steps of the model's optimizer automatically. Collective.
 
-    `accelerator.save_state` saves them with the rest, and `load_state` continues from them.
+    `accelerator.save_state` also saves them, and `load_state` continues from them.
 
     Args:
-        accelerator: has prepared the model and its optimizer.
-        model: as `accelerator.prepare` has returned it.
+        accelerator: the accelerator that has prepared the model and its optimizer.
+        model: the model that `accelerator.prepare` has returned.
         ema: as for `RunningAverages`.
         window: as for `RunningAverages`.
         device: as for `RunningAverages`.
-        name: the directory of their state, in that of `save_state`. Give another one for each model.
+        name: the directory of the state inside that of `save_state`. Give a different one for each model.
 
     Raises:
         ConfigError, EngineError: on every rank.
@@ -63,19 +63,19 @@ def prepare(
 
 
 def optimizer_of(accelerator: Accelerator, twa: TrainableAverage, *, save: bool = True) -> AcceleratedOptimizer:
-    """Return the optimizer of an average in the place of a prepared one.
+    """Return the optimizer of an average as a replacement for a prepared one.
 
-    Its `step` and `zero_grad` may follow each micro-batch. With DeepSpeed, whose steps Accelerate takes in
-    `accelerator.backward`, these become steps of the average until it is closed.
+    Its `step` and `zero_grad` may be called after each micro-batch. With DeepSpeed, Accelerate steps in
+    `accelerator.backward`, and these steps are those of the average until it is closed.
 
     Args:
-        accelerator: has prepared the model.
+        accelerator: the accelerator that has prepared the model.
         twa: the average in the model.
-        save: `accelerator.save_state` saves the coefficients and the optimizer, and `load_state` continues from them,
-            until the average is closed.
+        save: whether `accelerator.save_state` saves the coefficients and the optimizer, and `load_state` continues from
+            them, until the average is closed.
 
     Raises:
-        ConfigError: the loss is scaled for float16, by a scaler that Accelerate does not pass on.
+        ConfigError: the loss is scaled for float16 by a scaler that Accelerate does not pass to the optimizer.
     """
     if accelerator.scaler is not None:
         raise ConfigError(
@@ -91,10 +91,10 @@ def optimizer_of(accelerator: Accelerator, twa: TrainableAverage, *, save: bool 
 
 
 class _Averages(RunningAverages):
-    """Averages whose steps are counted for the user."""
+    """Averages whose steps are counted automatically."""
 
     def step(self) -> NoReturn:
-        """Refuse a second count.
+        """Raise an error, because the steps are counted automatically.
 
         Raises:
             TwaError: always.
@@ -122,11 +122,11 @@ class _Saving:
 
     def load(self, models: object, directory: str) -> None:
         if not self._averages.load_state(Path(directory) / self.name) and self._reports:
-            notice(f"{directory}: has no {self.name}; they go on as they are.")
+            notice(f"{directory}: has no {self.name}; they continue unchanged.")
 
 
 class _DeepSpeedSteps(DeepSpeedEngineWrapper):  # type: ignore[misc]
-    """Takes steps of an average in the place of DeepSpeed's, or tells when DeepSpeed has taken one."""
+    """Replaces the steps of DeepSpeed by those of an average, or reports when DeepSpeed has taken a step."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -146,10 +146,10 @@ class _DeepSpeedSteps(DeepSpeedEngineWrapper):  # type: ignore[misc]
 
 
 class _Coefficients:
-    """The state of an average among what Accelerate saves, until the average is closed.
+    """The state of an average in the checkpoints of Accelerate, until the average is closed.
 
-    A checkpoint of a closed one would ask for it when a training resumes. Each rank writes the rows of
-    `groups: tensor+row` that it owns into a directory beside the file that Accelerate writes.
+    With the state of a closed average, a resumed training would need this average. Each rank writes the rows of
+    `groups: tensor+row` that it owns into a directory next to the file that Accelerate writes.
     """
 
     def __init__(self, accelerator: Accelerator, twa: TrainableAverage) -> None:
@@ -168,11 +168,11 @@ class _Coefficients:
     def state_dict(self) -> dict[str, Any]:
         """Return the state, which names the directory of the rows. Collective."""
         if self._accelerator.project_configuration.save_on_each_node:
-            return self._twa.state_dict()  # no directory is seen by all ranks
+            return self._twa.state_dict()  # there is no directory that all ranks see
         number = self._number()
         rows = self._rows(number)
         state = self._twa.state_dict(rows)
-        before = self._checkpoint / f"custom_checkpoint_{number}.pkl"  # Accelerate replaces it after this
+        before = self._checkpoint / f"custom_checkpoint_{number}.pkl"  # Accelerate replaces it afterwards
 
         def used() -> set[str] | None:
             try:
@@ -197,7 +197,7 @@ class _Coefficients:
 
 
 def _steps_of(accelerator: Accelerator) -> _DeepSpeedSteps:
-    """Return what takes the steps of DeepSpeed's engine, put into the accelerator once."""
+    """Return the object that takes the steps of DeepSpeed's engine. It is put into the accelerator once."""
     wrapped = accelerator.deepspeed_engine_wrapped
     if not isinstance(wrapped, _DeepSpeedSteps):
         wrapped = accelerator.deepspeed_engine_wrapped = _DeepSpeedSteps(wrapped.engine)
@@ -205,10 +205,10 @@ def _steps_of(accelerator: Accelerator) -> _DeepSpeedSteps:
 
 
 def _require_prepared(accelerator: Accelerator, model: Any) -> None:
-    """Refuse a model as it was before `accelerator.prepare`.
+    """Check that a model is a result of `accelerator.prepare`.
 
     Raises:
-        ConfigError: says so.
+        ConfigError: the model has not been prepared.
     """
     layers = list(_layers(model))
     known = any(inside is layer for prepared in accelerator._models for inside in _layers(prepared) for layer in layers)
@@ -221,7 +221,7 @@ def _require_prepared(accelerator: Accelerator, model: Any) -> None:
 
 
 def _layers(model: Any) -> Iterator[nn.Module]:
-    """Yield a model and what its wrappers hold; Accelerate's own `unwrap_model` imports DeepSpeed."""
+    """Yield a model and the modules inside its wrappers. Accelerate's `unwrap_model` would import DeepSpeed."""
     while isinstance(model, nn.Module):
         yield model
         model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
@@ -236,7 +236,7 @@ def _optimizers_of(accelerator: Accelerator, model: Any) -> list[Any]:
     """Return the prepared optimizers that hold a parameter of the model.
 
     Raises:
-        ConfigError: there is none, or one whose steps cannot be counted.
+        ConfigError: there is no such optimizer, or its steps cannot be counted.
     """
     own = {id(p) for p in model.parameters()}
     inside = [optimizer.optimizer for optimizer in accelerator._optimizers]
@@ -245,12 +245,12 @@ def _optimizers_of(accelerator: Accelerator, model: Any) -> list[Any]:
     if uncounted or getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
         raise ConfigError(
             "prepare: the steps of the model cannot be counted: its optimizer is not a torch.optim.Optimizer, or the "
-            "accelerator has another DeepSpeed engine. Make RunningAverages(model, ..), and call averages.step() after "
-            "each step of its optimizer."
+            "accelerator has another DeepSpeed engine. Create RunningAverages(model, ..), and call averages.step() "
+            "after each step of its optimizer."
         )
     if not found:
         raise ConfigError(
             "prepare: no optimizer that the accelerator has prepared holds a parameter of the model, so that no step "
-            "would count. Prepare it with the model: model, optimizer = accelerator.prepare(model, optimizer)."
+            "would be counted. Prepare it with the model: model, optimizer = accelerator.prepare(model, optimizer)."
         )
     return found

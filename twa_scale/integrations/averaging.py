@@ -1,4 +1,4 @@
-"""Shared by the callbacks of all trainers: their settings, the averages, and the learning of coefficients."""
+"""The common part of the callbacks of all trainers: settings, averages, and the training of coefficients."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
@@ -18,23 +18,24 @@ from twa_scale.running import RunningAverages
 from twa_scale.running.settings import Ema, Window, ema_settings, window_settings
 
 LEARNED = "the learned average of a window of snapshots"
-"""What a callback has written with `learn`, in the provenance."""
+"""The name in the provenance of an average that a callback has trained with `learn`."""
 
 
 class Averaging:
-    """Settings of a callback, and its averages.
+    """The settings of a callback, and its averages.
 
     Args:
         ema: as for `RunningAverages`.
         window: as for `RunningAverages`.
         device: as for `RunningAverages`.
-        evaluate_with: what evaluations show, as `RunningAverages.weights` takes it; "auto" is the first exponential
-            average, or the mean of the window where there is none; "last" the trained weights.
-        evaluate_also: further averages, each of which is evaluated too, once there is one, with a prefix of its own:
-            the name, with a hyphen for each colon.
-        learn: settings of the trainable average over the window, as for `attach`: learned when training ends.
-        learn_steps: its steps, each on as many batches as a step of the optimizer.
-        save: save the average with each checkpoint.
+        evaluate_with: the average that is evaluated, as for `RunningAverages.weights`. "auto" is the first exponential
+            average, or the mean of the window without one; "last" are the trained weights.
+        evaluate_also: further averages that are evaluated as soon as they exist. Their metrics have the name as a
+            prefix, with hyphens instead of colons.
+        learn: the settings of the trainable average over the window, as for `attach`, which is trained when training
+            ends.
+        learn_steps: the number of its steps, each on as many batches as a step of the optimizer.
+        save: whether to save the average with each checkpoint.
 
     Raises:
         ConfigError: names the setting.
@@ -68,43 +69,43 @@ class Averaging:
         self._also = list(evaluate_also)
         self._save = save
         self.averages: RunningAverages | None = None
-        """Made when training begins."""
+        """The averages, created when training starts."""
 
     def _make(self, model: Any) -> RunningAverages:
-        """Make the averages of a model as the trainer has wrapped it. Collective.
+        """Create the averages of a model that the trainer has wrapped. Collective.
 
         Raises:
-            ConfigError, EngineError: on every rank; also settings that `learn` would refuse when training ends.
+            ConfigError, EngineError: on every rank, also for settings that `learn` would refuse when training ends.
         """
         averages = RunningAverages(model, ema=self._ema, window=self._window, device=self._device)
         if self._learn is not None:
             averages.check_learn(self._learn)
         for which in (self._which, *self._also):
-            averages.has(which)  # a name that is wrong is an error now, not at the first evaluation
+            averages.has(which)  # raises an error for an unknown name now, not at the first evaluation
         self.averages = averages
         return averages
 
     def _describe(
         self, directory: Path, origin: Mapping[str, Any], tags: Sequence[str] = (), *, written: bool = True
     ) -> None:
-        """Put the provenance and a model card beside an average, if the first rank has written it. Collective."""
+        """Write the provenance and a model card next to an average, if the first rank has written it. Collective."""
         assert self.averages is not None
         with self.averages.pods.agree():
             if self.averages.pods.rank == 0 and written:
                 add_provenance(directory, origin, tags)
 
     def _further(self) -> Iterator[tuple[str, str]]:
-        """Yield the further averages that can be evaluated now, each with its prefix."""
+        """Yield the further averages that exist, each with its prefix."""
         assert self.averages is not None
         for name in self._also:
             if self.averages.has(name):
                 yield name, name.replace(":", "-")
 
     def _check_window(self, remaining: int) -> None:
-        """Report a window that has too few snapshots when training ends, at its start. Call it on one rank.
+        """Report at the start of training if the window will have too few snapshots at its end. Call it on one rank.
 
         Args:
-            remaining: steps of the optimizer until training ends.
+            remaining: the number of steps of the optimizer until training ends.
         """
         assert self.averages is not None
         if self._window is None:
@@ -123,7 +124,7 @@ class Averaging:
             )
 
     def _can_learn(self, steps: int) -> bool:
-        """Return whether the window will have enough snapshots after this number of steps, and report if not."""
+        """Return whether the window will have enough snapshots after `steps` steps, and report if not."""
         assert self.averages is not None
         found = len(self.averages.snapshot_steps)
         if found < 2:
@@ -149,16 +150,16 @@ class Averaging:
 
         Args:
             twa: the average.
-            model: as the trainer has wrapped it; DeepSpeed's engine has a `backward` of its own.
-            batches: made by `repeated`.
-            loss: returns the loss of one of them.
-            accumulate: batches of a step.
+            model: the model that the trainer has wrapped. DeepSpeed's engine has its own `backward`.
+            batches: the batches from `repeated`.
+            loss: returns the loss of a batch.
+            accumulate: the number of batches of a step.
             scaler: the scaler of the loss.
-            log_every: steps between two calls of `log`; the last step is logged, too.
+            log_every: the number of steps between two calls of `log`. The last step is also logged.
             log: called with the loss, the step, the learning rate, and measures of the coefficients.
 
         Raises:
-            TwaError: on every rank; the batches of a rank have ended.
+            TwaError: the batches of a rank have ended; on every rank.
         """
         for step in range(1, self._learn_steps + 1):
             held = list(islice(batches, accumulate))
@@ -180,7 +181,7 @@ def _step(
     loss: Callable[[Any], torch.Tensor],
     scaler: torch.amp.GradScaler | None,
 ) -> float:
-    """Take a step with the mean of the losses of some batches, and return it. Collective."""
+    """Take a step with the mean of the losses of `batches`, and return this mean. Collective."""
     total = 0.0
     for batch in batches:
         value = loss(batch)
@@ -200,7 +201,7 @@ def _deepspeed_step(
     """Take a step as `_step` does with DeepSpeed's engine, which divides the losses and counts micro-batches itself."""
     total = 0.0
     for i, batch in enumerate(batches):
-        # Trainers may have set another end of the accumulation. It is restored with the trained weights.
+        # Trainers may have set another boundary of the accumulation, which is restored with the trained weights.
         model.set_gradient_accumulation_boundary(i == len(batches) - 1)
         value = loss(batch)
         total += float(value.detach()) / len(batches)
@@ -214,7 +215,7 @@ def repeated(batches: Iterable[Any], set_epoch: Callable[[int], None]) -> Iterat
     """Yield the batches of one epoch after another, until an epoch has none.
 
     Args:
-        batches: of an epoch.
+        batches: the batches of an epoch.
         set_epoch: called with the number of each epoch, from 0, before its batches.
     """
     for epoch in count():
@@ -231,11 +232,11 @@ def _require_all(held: list[Any], accumulate: int) -> None:
     """Check that there are enough batches for a step.
 
     Raises:
-        TwaError: there are not.
+        TwaError: there are not enough batches.
     """
     if len(held) < accumulate:
         raise TwaError(
             "TwaCallback: the training data yields no more batches, and learning goes through it again. Give a data "
             "set whose __iter__ starts at its beginning each time, or leave learn out, and call "
-            "callback.averages.learn(..) in a loop of your own."
+            "callback.averages.learn(..) in your own loop."
         )

@@ -10,7 +10,7 @@ from twa_scale.integrations.transformers import TwaCallback
 
 
 class TwaSettings(BaseModel):
-    """The arguments of `TwaCallback`, which is made once to check them.
+    """The arguments of `TwaCallback`, which is created once to check them.
 
     Raises:
         ConfigError: names the setting.
@@ -38,13 +38,13 @@ class TwaSettings(BaseModel):
 
 
 class TwaArgs(BaseModel):
-    """What the plugin adds to Axolotl's configuration."""
+    """The settings that the plugin adds to Axolotl's configuration."""
 
     twa: TwaSettings | None = None
 
 
 class TwaPlugin(BasePlugin):  # type: ignore[misc]
-    """Gives the Trainer that Axolotl makes a `TwaCallback`."""
+    """Adds a `TwaCallback` to the Trainer that Axolotl creates."""
 
     def get_input_args(self) -> str:
         """Return the name of the class of the settings."""

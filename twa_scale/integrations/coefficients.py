@@ -19,11 +19,11 @@ _FIX = "Resume from another checkpoint."
 
 
 def save_coefficients(twa: TrainableAverage, directory: Path) -> None:
-    """Write the state of an average, and its rows in a directory beside it: each rank its own rows. Collective.
+    """Write the state of an average and, in a directory next to it, the rows of each rank. Collective.
 
     Args:
         twa: the average.
-        directory: of the checkpoint; the same file system on every rank.
+        directory: the directory of the checkpoint, on a file system that all ranks share.
 
     Raises:
         OutputError: on every rank; an older state in this directory, and its rows, are unchanged.
@@ -37,11 +37,10 @@ def save_coefficients(twa: TrainableAverage, directory: Path) -> None:
 
 
 def load_coefficients(twa: TrainableAverage, directory: Path) -> bool:
-    """Continue from `save_coefficients`, and return whether there was anything. Collective.
+    """Load the files of `save_coefficients`, and return whether there were any. Collective.
 
     Raises:
-        StateError: on every rank; a file that cannot be read or that only some ranks see, or the state of another
-            average.
+        StateError: on every rank; a file cannot be read, only some ranks see it, or the state is of another average.
     """
     path, state = directory / STATE, None
     with twa.pods.agree():
@@ -52,8 +51,8 @@ def load_coefficients(twa: TrainableAverage, directory: Path) -> bool:
     with twa.pods.agree():
         if state is None:
             raise StateError(
-                f"{path}: rank {twa.pods.rank} does not see it, and rank {found.index(True)} does. All ranks have to "
-                "see the same checkpoint: put it on a file system that they share."
+                f"{path}: rank {twa.pods.rank} does not see it, but rank {found.index(True)} does. All ranks must see "
+                "the same checkpoint: put it on a file system that they share."
             )
     assert state is not None
     twa.load_state_dict(state, directory)
@@ -61,17 +60,17 @@ def load_coefficients(twa: TrainableAverage, directory: Path) -> bool:
 
 
 def read_state(path: Path) -> Any:
-    """Return what a file holds, or None if there is no file. Nothing in it is verified.
+    """Return the content of a file, or None if there is no file. The content is not checked.
 
     Raises:
-        StateError: it cannot be read.
+        StateError: the file cannot be read.
     """
     content = read_regular(path, kind=_KIND, fix=_FIX)
     return None if content is None else plain_data(path, content, kind=_KIND, fix=_FIX)
 
 
 def named_rows(*states: Any) -> set[str]:
-    """Return the directories of rows that states name. What is not the state of an average names none."""
+    """Return the directories of rows that states of averages name."""
     names = set()
     for state in states:
         rows = state.get("rows") if isinstance(state, Mapping) else None

@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 def count_steps(count: Callable[[], None], optimizers: Iterable[Any]) -> list[RemovableHandle]:
     """Call `count` after each step of these optimizers, until the handles are removed.
 
-    Trainers skip steps within a gradient accumulation and after an overflow, so only the optimizer has the count.
-    Optimizers that are not of torch get no handle: those of DeepSpeed, whose engine counts steps itself.
+    Trainers skip steps within a gradient accumulation and after an overflow, so only the optimizer can count them.
+    Optimizers of other libraries get no handle, such as those of DeepSpeed, whose engine counts steps itself.
     """
 
     def stepped(*_: object) -> None:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 try:
     from lightning.fabric.utilities.data import _set_sampler_epoch
     from lightning.pytorch import Callback
-except ImportError:  # the same classes, as packages of their own
+except ImportError:  # the same classes in separate packages
     from lightning_fabric.utilities.data import _set_sampler_epoch
     from pytorch_lightning import Callback
 
@@ -31,15 +31,16 @@ KEY = "twa_scale"
 
 
 class TwaCallback(Averaging, Callback):  # type: ignore[misc]
-    """Keeps averages while Lightning's Trainer trains, with whatever strategy it has.
+    """Keeps averages while Lightning's Trainer trains, with any strategy.
 
-    Validation is of the average `evaluate_with`, so that a `ModelCheckpoint` that monitors it keeps the checkpoint with
-    the best average. Each checkpoint holds the trained weights, the state of the averages, from which training resumes,
-    and the average. When training ends, `average_path` is a checkpoint of the average, which `load_from_checkpoint`
-    reads: with `learn`, of the snapshots with learned coefficients. The model keeps the trained weights.
+    Validations evaluate the average `evaluate_with`, so that a `ModelCheckpoint` that monitors them keeps the
+    checkpoint with the best average. Each checkpoint holds the trained weights, the state of the averages, from which
+    training resumes, and the average. When training ends, `average_path` is a checkpoint of the average, which
+    `load_from_checkpoint` reads. With `learn`, it is the average of the snapshots with trained coefficients. The model
+    keeps the trained weights.
 
     The arguments are those of `Averaging`. Metrics of the averages `evaluate_also`, which are evaluated before
-    `evaluate_with`, begin with `NAME_`, and those of the learned average with `average_`. Each step of an optimizer
+    `evaluate_with`, start with `NAME_`, and those of the learned average with `average_`. Each step of an optimizer
     counts, as in Trainer's `global_step`.
     """
 
@@ -52,25 +53,25 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
     _is_training = False
     _counts: Sequence[RemovableHandle] = ()
     average_path: Path | None = None
-    """The checkpoint of the average, once training has ended."""
+    """The checkpoint of the average after the end of training."""
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse transformers' Trainer, which calls this."""
+        """Raise an error, because only transformers' Trainer calls this method."""
         raise ConfigError(
-            "TwaCallback of twa_scale.integrations.lightning: transformers' Trainer needs the one of "
+            "TwaCallback of twa_scale.integrations.lightning: transformers' Trainer needs that of "
             "twa_scale.integrations.transformers."
         )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what cannot be done before training begins. Lightning itself refuses two of this class."""
+        """Check the settings before training starts. Lightning itself refuses two callbacks of this class."""
         if stage != "fit":
             return
         for callback in trainer.callbacks:
             names = {cls.__name__ for cls in type(callback).__mro__}
             if names & {"WeightAveraging", "StochasticWeightAveraging"}:
                 raise ConfigError(
-                    f"TwaCallback: {type(callback).__name__} also writes averages into the model, so that neither "
-                    "would show its own; give one of the two."
+                    f"TwaCallback: {type(callback).__name__} also writes averages into the model, so that both would "
+                    "overwrite each other; give only one of them."
                 )
         if self._learn is not None:
             self._require_loss(pl_module)
@@ -81,11 +82,11 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
             raise ConfigError(
                 "TwaCallback: learn needs a training_step that returns the loss of a batch. With manual optimization, "
                 "or dataloader_iter, it takes the optimizers' steps itself. Leave learn out, and call "
-                "callback.averages.learn(..) in a loop of your own."
+                "callback.averages.learn(..) in your own loop."
             )
 
     def _wrap_fit(self, trainer: Any, pl_module: Any) -> None:
-        """End a training that resumes from the checkpoint of its last step: Lightning's loop does nothing then."""
+        """End a training that resumes from the checkpoint of its last step, for which Lightning's loop does nothing."""
         loop = trainer.fit_loop
         fit = getattr(loop.run, "_of_trainer", loop.run)
 
@@ -101,29 +102,29 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         loop.run = fit_and_end
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the averages of the model as the strategy has wrapped it; on resume, go on from the checkpoint's."""
+        """Create the averages of the model that the strategy has wrapped, or load those of the checkpoint on resume."""
         self._has_begun = True
         before = self.averages if trainer is self._trainer else None
         self._trainer = trainer
         averages = self._make(trainer.strategy.model)
         if trainer.global_step and not self._continued(averages, before) and trainer.is_global_zero:
-            notice(f"TwaCallback: there are no averages to go on from; they begin anew at step {trainer.global_step}.")
+            notice(f"TwaCallback: the checkpoint has no averages; new ones start at step {trainer.global_step}.")
         self._counts = count_steps(averages.step, trainer.optimizers)
         self._is_training = True
         self._wrap_validation()
-        total = trainer.estimated_stepping_batches  # of each rank, since it may set up data
+        total = trainer.estimated_stepping_batches  # on each rank, because it may set up data
         if trainer.is_global_zero and pl_module.automatic_optimization and total < inf and not trainer.fast_dev_run:
             self._check_window(int(total) - trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Count a step where the optimizers do not: DeepSpeed has a count of its own."""
+        """Count a step if the optimizers do not. DeepSpeed has its own count."""
         assert self.averages is not None
         if not self._counts:
             self.averages.step()
 
     @torch.inference_mode(False)
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Show the average in the validations of a training."""
+        """Show the average in validations during training."""
         if not self._is_training or trainer.sanity_checking or self._validates is None:
             return
         assert self.averages is not None
@@ -133,13 +134,13 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
 
     @torch.inference_mode(False)
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the trained weights back."""
+        """Restore the trained weights."""
         shown, self._shown = self._shown, None
         if shown is not None:
             shown.__exit__(None, None, None)
 
     def _wrap_validation(self) -> None:
-        """Validate further averages before the Trainer validates: callbacks that monitor a metric have all of them."""
+        """Validate further averages before the Trainer validates, so that callbacks can monitor all metrics."""
         loop = self._trainer.fit_loop.epoch_loop.val_loop
         validate = self._validate = getattr(loop.run, "_of_trainer", loop.run)
         self._validates = self._which
@@ -160,7 +161,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
             self._trainer.fit_loop.epoch_loop.val_loop.run = self._validate
 
     def _validated(self, which: Which | None, label: str) -> dict[str, Any]:
-        """Return the metrics of one average, or of what the model holds, with its prefix."""
+        """Return the metrics of one average, or of the weights in the model, with the prefix."""
         assert self._validate is not None
         self._validates, before = which, self._validates
         try:
@@ -169,11 +170,11 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
             self._validates = before
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps, with which Lightning reports a resumed training that lacks this callback."""
+        """Return the number of steps. With it, Lightning reports if a resumed training lacks this callback."""
         return {"steps": self.averages.num_steps if self.averages else 0}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put the state of the averages, and the average, into the checkpoint."""
+        """Add the state of the averages, and the average, to the checkpoint."""
         if self.averages is None:
             return
         if self._shown is not None:
@@ -200,24 +201,24 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         checkpoint[KEY] = held
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Remember the state of this rank until the averages are made."""
+        """Keep the state of this rank until the averages are created."""
         if trainer.state.fn != "fit" or KEY not in checkpoint:
             return
         states = checkpoint[KEY]["states"]
         if len(states) != trainer.world_size:
             raise StateError(
                 f"{trainer.ckpt_path}: holds the averages of {len(states)} ranks, and there are {trainer.world_size}. "
-                f"Resume with the same number, or remove {KEY!r} from the checkpoint to begin the averages anew."
+                f"Resume with the same number, or remove {KEY!r} from the checkpoint to start new averages."
             )
         self._resumed = states[trainer.global_rank]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the average, learned if it shall be."""
+        """Write the average, with trained coefficients if `learn` is set."""
         averages = self.averages
         assert averages is not None
         self._stop_counting()
         self._unwrap_validation()
-        if trainer.fast_dev_run:  # writes nothing
+        if trainer.fast_dev_run:  # nothing is written
             return
         path = directory_for_average(trainer) / FILE
         if self._learn is None and averages.has(self._which):
@@ -241,19 +242,19 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                     trainer.callback_metrics.update(self._validated(None, "average"))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the trained weights back, and count no more steps.
+        """Restore the trained weights, and count no more steps.
 
-        A checkpoint that is written now gets no average: the error may be one that writing it would meet again.
+        A checkpoint that is written now gets no average, because writing it may raise the same error again.
         """
         self._stop_counting()
         self._is_training = False
         shown, self._shown = self._shown, None
         if shown is not None:
-            with suppress(type(exception), TwaError), torch.inference_mode(False):  # Lightning raises the first
+            with suppress(type(exception), TwaError), torch.inference_mode(False):  # Lightning raises the first error
                 shown.__exit__(type(exception), exception, exception.__traceback__)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let later validations and checkpoints be of the trained weights only."""
+        """Use only the trained weights in later validations and checkpoints."""
         self._is_training = False
         self._unwrap_validation()
 
@@ -263,7 +264,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         self._counts = ()
 
     def _save_average(self, path: Path, origin: Mapping[str, Any]) -> None:
-        """Let the Trainer save what the model holds, and describe it."""
+        """Save the weights in the model with the Trainer, and write their description."""
         self._trainer.save_checkpoint(path, weights_only=True)
         self._describe(path.parent, origin, ["pytorch-lightning"])
         self.average_path = path
@@ -274,7 +275,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
             logger.log_metrics(values, step=step)
 
     def _continued(self, averages: RunningAverages, before: RunningAverages | None) -> bool:
-        """Go on from a checkpoint, or from the averages of the `fit` before; return whether there was anything."""
+        """Continue from a checkpoint, or from the averages of an earlier `fit`, and return whether there were any."""
         state, self._resumed = self._resumed, None
         path = self._trainer.ckpt_path
         if state is None and path and Path(path).is_dir():
@@ -289,7 +290,7 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
 def _batches(trainer: Any) -> Iterator[Any]:
     """Return the batches of the epochs after those of the training."""
     loader = trainer.fit_loop._combined_loader
-    begun = trainer.fit_loop.epoch_progress.current.started  # in a checkpoint, too, that is written within an epoch
+    begun = trainer.fit_loop.epoch_progress.current.started  # also in a checkpoint that was written within an epoch
 
     def set_epoch(epoch: int) -> None:
         for one in loader.flattened:
@@ -299,7 +300,7 @@ def _batches(trainer: Any) -> Iterator[Any]:
 
 
 def _loss(trainer: Any, pl_module: Any) -> Callable[[Any], torch.Tensor]:
-    """Return a function of a number and the batch of it, which returns the loss, as the Trainer's loop has it."""
+    """Return a function of a numbered batch that returns the loss as the Trainer's loop computes it."""
     takes_index = len(signature(pl_module.training_step).parameters) > 1
 
     def loss(numbered: Any) -> torch.Tensor:
@@ -310,7 +311,7 @@ def _loss(trainer: Any, pl_module: Any) -> Callable[[Any], torch.Tensor]:
         output = trainer.strategy.training_step(*((batch, i) if takes_index else (batch,)))
         value = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(value, torch.Tensor):
-            raise TwaError("TwaCallback: training_step has returned no loss, from which coefficients are learned.")
+            raise TwaError("TwaCallback: training_step has returned no loss, which the training of coefficients needs.")
         return value
 
     return loss
@@ -318,7 +319,7 @@ def _loss(trainer: Any, pl_module: Any) -> Callable[[Any], torch.Tensor]:
 
 @contextmanager
 def _not_logging(pl_module: Any) -> Iterator[None]:
-    """Let `self.log` in training_step do nothing: Lightning refuses it when training has ended."""
+    """Disable `self.log` in training_step, because Lightning raises an error for it after the end of training."""
     pl_module.log = lambda *_, **__: None
     try:
         yield

@@ -13,11 +13,11 @@ from twa_scale.running.checkpoint import State
 from twa_scale.running.state_file import plain
 
 FILE = "average.ckpt"
-"""The checkpoint of an average, in a directory of its own, and inside of checkpoints that are directories."""
+"""The checkpoint of an average, in its own directory, or inside a checkpoint that is a directory."""
 
 
 def directory_of(trainer: Any) -> Path | None:
-    """Return the directory that `trainer.save_checkpoint`, which calls this, writes; None where it writes a file."""
+    """Return the directory that the calling `trainer.save_checkpoint` writes, or None if it writes a file."""
     strategy = trainer.strategy
     sharded = (
         getattr(strategy, "_state_dict_type", "full") == "sharded"  # of FSDPStrategy
@@ -28,7 +28,7 @@ def directory_of(trainer: Any) -> Path | None:
 
 
 def _path_of_call(trainer: Any) -> str:
-    """Return the argument of the `save_checkpoint` that is running: callbacks are not given it."""
+    """Return the argument of the `save_checkpoint` that is running, which callbacks do not receive."""
     for call in running_calls():
         if call.f_code.co_name == "save_checkpoint" and call.f_locals.get("self") is trainer:
             return str(call.f_locals["filepath"])
@@ -36,14 +36,14 @@ def _path_of_call(trainer: Any) -> str:
 
 
 def states_of_all(state: State) -> list[State]:
-    """Return the states of all ranks, in the first one's host memory; on other ranks an empty list. Collective.
+    """Return the states of all ranks, in host memory, on the first rank; on other ranks an empty list. Collective.
 
-    For checkpoints that are one file, whose strategies hold the whole model on the first rank, too.
+    This is for checkpoints in one file, whose strategies also hold the whole model on the first rank.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [plain(state)]
     states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    own = dist.get_backend() != "gloo"  # others would send it through the memory of GPUs
+    own = dist.get_backend() != "gloo"  # other backends would send it through the memory of GPUs
     group = dist.new_group(backend="gloo") if own else None
     dist.gather_object(_in_host_memory(plain(state)), states, group=group)
     if own:
@@ -58,7 +58,7 @@ def _in_host_memory(tree: Any) -> Any:
 
 
 def copied(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a state dict of a model, in the host's memory."""
+    """Return a copy of a state dict of a model in host memory."""
     return {
         name: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else deepcopy(value)
         for name, value in weights.items()
@@ -66,6 +66,6 @@ def copied(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def directory_for_average(trainer: Any) -> Path:
-    """Return a directory in that of Trainer's checkpoints: a model card beside these would be taken for theirs."""
+    """Return a new directory in that of the checkpoints, because a model card next to these would describe them."""
     callback = trainer.checkpoint_callback
     return Path(getattr(callback, "dirpath", None) or trainer.default_root_dir) / "average"

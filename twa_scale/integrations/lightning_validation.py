@@ -1,4 +1,4 @@
-"""Further validations in Lightning's Trainer: the same loop once more, with names of metrics of their own."""
+"""Further validations in Lightning's Trainer, with other names of metrics."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import torch
 try:
     from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
     from lightning.pytorch.utilities.seed import isolate_rng
-except ImportError:  # the same classes, as packages of their own
+except ImportError:  # the same classes in separate packages
     from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
     from pytorch_lightning.utilities.seed import isolate_rng
 
@@ -18,7 +18,7 @@ _OF_EVERY_VALIDATION = {"step", "epoch"}
 
 
 class _Prefixed(_LoggerConnector):  # type: ignore[misc]
-    """Gives loggers the metrics of a validation with a prefix, and holds them apart from the Trainer's own."""
+    """Passes the metrics of a validation to loggers with a prefix, separately from those of the Trainer."""
 
     def __init__(self, trainer: Any, prefix: str) -> None:
         super().__init__(trainer)
@@ -36,10 +36,10 @@ class _Prefixed(_LoggerConnector):  # type: ignore[misc]
 def validate_once_more(
     trainer: Any, callback: Any, validate: Callable[[], Any], prefix: str
 ) -> dict[str, torch.Tensor]:
-    """Run the validation of `fit` again, and return its metrics as `PREFIX_NAME`, which loggers get, too. Collective.
+    """Run the validation of `fit` again, and return its metrics as `PREFIX_NAME`, which are also logged. Collective.
 
-    Of all callbacks only `callback` is told of it, so that none saves a checkpoint or stops the training for it. The
-    random states and the Trainer's own metrics are afterwards what they were.
+    Only `callback` is called, so that no other callback saves a checkpoint or stops the training. The random states and
+    the Trainer's own metrics are restored.
     """
     own = _Prefixed(trainer, prefix)
     with _as_before(trainer), isolate_rng(include_cuda=torch.cuda.is_available()):
@@ -51,11 +51,11 @@ def validate_once_more(
 
 @contextmanager
 def _as_before(trainer: Any) -> Iterator[None]:
-    """Give the Trainer back what a validation changes."""
+    """Restore the state of the Trainer that a validation changes."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     held = trainer.callbacks, trainer._logger_connector, trainer.state.stage, loop.verbose
     restarting, progress = loop.restarting, deepcopy(loop.batch_progress.state_dict())
-    loop.restarting, loop.verbose = False, False  # a resumed loop would go on at its end
+    loop.restarting, loop.verbose = False, False  # a resumed loop would continue at its end
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The names of metrics that a class of Trainer adds to what it logs, as TRL's do."""
+"""The names of metrics that trainers such as those of TRL add when they log."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ _OF_EVERY_TRAINER = {"epoch", "num_input_tokens_seen"}
 
 @contextmanager
 def added_metrics_as(trainer: Any, prefix: str) -> Iterator[None]:
-    """Log what the class of the trainer adds to metrics as `PREFIX_NAME` within a `with` block.
+    """Rename the metrics that the class of the trainer adds to `PREFIX_NAME`, in a `with` block.
 
-    TRL's trainers add metrics in `log`, under the same names for every prefix of an evaluation. Those of one average
-    would take the place of those of another.
+    Trainers of TRL add metrics in `log`, with the same names for every prefix of an evaluation, so that the metrics of
+    one average would replace those of another.
 
     Args:
         trainer: a Trainer of transformers.
-        prefix: takes the place of a prefix "eval".
+        prefix: replaces the prefix "eval".
     """
     log, on_log = trainer.log, trainer.callback_handler.on_log
     given: set[str] = set()

@@ -1,4 +1,4 @@
-"""Averages in the Trainer of transformers, and in those that are made from it, as TRL's are."""
+"""Averages in the Trainer of transformers, and in its subclasses such as those of TRL."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,25 +22,25 @@ _KILLED = "If the training was killed while it wrote this checkpoint, resume fro
 
 
 class _OfTrainer(TrainerCallback):  # type: ignore[misc]
-    """What callbacks of transformers' Trainer share."""
+    """The common part of the callbacks of transformers' Trainer."""
 
     _in_lightning: ClassVar[str]
-    """What Lightning's Trainer needs."""
+    """The text of the error for Lightning's Trainer."""
 
     @property
     def state_key(self) -> NoReturn:
-        """Refuse Lightning's Trainer, which asks for this first."""
+        """Raise an error, because only Lightning's Trainer reads this property."""
         raise ConfigError(
             f"{type(self).__name__} of twa_scale.integrations.transformers: Lightning's Trainer {self._in_lightning}"
         )
 
     def on_exception(self, *args: Any) -> None:
-        """Do nothing: Lightning's Trainer calls this after the error."""
+        """Do nothing. Lightning's Trainer calls this after the error."""
 
     def _caller(self) -> tuple[Any, str | None]:
-        """Return the Trainer whose loop is running, and the checkpoint that it resumes from.
+        """Return the Trainer whose loop is running, and the checkpoint from which it resumes.
 
-        Callbacks are given its model without wrappers, which hides what shards it.
+        Callbacks receive its model without wrappers, and therefore not the sharded one.
         """
         for call in running_calls():
             if isinstance(trainer := call.f_locals.get("self"), Trainer):
@@ -50,37 +50,37 @@ class _OfTrainer(TrainerCallback):  # type: ignore[misc]
 
 
 class TwaCallback(Averaging, _OfTrainer):
-    """Keeps averages while a Trainer trains, with whatever engine it has chosen.
+    """Keeps averages while a Trainer trains, with any engine.
 
-    Evaluations are of the average `evaluate_with`, so that the best checkpoint is the one with the best average. Each
+    Evaluations use the average `evaluate_with`, so that the best checkpoint is the one with the best average. Each
     checkpoint gets the state of the averages, from which training resumes, and `average/`, which `from_pretrained`
-    reads. When training ends, `output_dir/average` is the average: with `learn`, of the snapshots with learned
-    coefficients; of the best checkpoint with `load_best_model_at_end`. The Trainer keeps the trained weights; with
-    `load_best_model_at_end` those of the best checkpoint, which is reported when training begins.
+    reads. When training ends, the average is written to `output_dir/average`: with `learn`, that of the snapshots with
+    trained coefficients; with `load_best_model_at_end`, that of the best checkpoint. The Trainer keeps the trained
+    weights, or with `load_best_model_at_end` those of the best checkpoint, which is reported when training starts.
 
-    The arguments are those of `Averaging`. Metrics of the averages `evaluate_also` begin with `eval_NAME`.
+    The arguments are those of `Averaging`. Metrics of the averages `evaluate_also` start with `eval_NAME`.
     """
 
     _trainer: Any = None
     _evaluate: Callable[..., dict[str, float]] | None = None
     _showing = False
-    _in_lightning = "needs the one of twa_scale.integrations.lightning."
+    _in_lightning = "needs that of twa_scale.integrations.lightning."
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the averages of the model as the Trainer has wrapped it; on resume, go on from the checkpoint's."""
+        """Create the averages of the model that the Trainer has wrapped, or load those of the checkpoint on resume."""
         self._trainer, checkpoint = self._caller()
         if sum(isinstance(callback, TwaCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise ConfigError("TwaCallback: the Trainer has two, which would write the same files; give one.")
         averages = self._make(self._trainer.model_wrapped)
         if checkpoint is not None and not averages.load_state(checkpoint) and state.is_world_process_zero:
-            notice(f"{checkpoint}: has no averages; they begin anew at step {state.global_step}. {_KILLED}")
+            notice(f"{checkpoint}: has no averages; new ones start at step {state.global_step}. {_KILLED}")
         self._wrap_evaluate()
         if state.is_world_process_zero:
             self._check_window(state.max_steps - state.global_step)
             self._check_best(args)
 
     def _check_best(self, args: Any) -> None:
-        """Report that the Trainer loads other weights than those whose score has chosen the best checkpoint."""
+        """Report that the Trainer does not load the weights whose score selected the best checkpoint."""
         of_last = isinstance(self._which, str) and self._which == "last"
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
         if not args.load_best_model_at_end or of_last or ("last" in self._also and metric.startswith("last_")):
@@ -97,24 +97,24 @@ class TwaCallback(Averaging, _OfTrainer):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count a step of the optimizer, unless Accelerate knows that the loss scaler has skipped it."""
+        """Count a step of the optimizer, unless Accelerate reports that the loss scaler has skipped it."""
         assert self.averages is not None
         if not self._trainer.accelerator.optimizer_step_was_skipped:
             self.averages.step()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the state of the averages, and the average, into the checkpoint that the Trainer has written."""
+        """Add the state of the averages, and the average, to the checkpoint that the Trainer has written."""
         assert self.averages is not None
         directory = _checkpoint_of(self._trainer)
         if self._save:
             self._write(directory / AVERAGE)
-        self.averages.save_state(directory)  # last: a checkpoint that has it is whole
+        self.averages.save_state(directory)  # written last, so that a checkpoint with it is complete
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the average, learned if it shall be, and let the Trainer evaluate its own weights again."""
+        """Write the average, with trained coefficients if `learn` is set. Later evaluations use the trained weights."""
         assert self.averages is not None
         self._unwrap_evaluate()
-        best = state.best_model_checkpoint if args.load_best_model_at_end else None  # as of the model
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None  # as for the model
         if best is not None and not self.averages.load_state(best) and state.is_world_process_zero:
             notice(f"{best}: has no averages; those that are written are of the last step, not of the best checkpoint.")
         directory = Path(args.output_dir) / AVERAGE
@@ -124,14 +124,14 @@ class TwaCallback(Averaging, _OfTrainer):
             self._learn_and_write(directory, kwargs["train_dataloader"])
 
     def _wrap_evaluate(self) -> None:
-        """Show the average in the Trainer's evaluations while it trains: it has no event before them."""
+        """Show the average in the Trainer's evaluations during training. The Trainer has no event before them."""
         trainer = self._trainer
         evaluate = self._evaluate = getattr(trainer.evaluate, "_of_trainer", trainer.evaluate)
 
         def with_average(*args: Any, **kwargs: Any) -> Any:
             if self._showing or not _is_training(trainer):
                 return evaluate(*args, **kwargs)
-            self._showing = True  # evaluations of several data sets call this again
+            self._showing = True  # an evaluation on several data sets calls this again
             try:
                 metrics = self._evaluated(evaluate, self._which, *args, **kwargs)
                 self._evaluate_also(evaluate, *args, **kwargs)
@@ -157,7 +157,7 @@ class TwaCallback(Averaging, _OfTrainer):
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> None:
-        """Let the Trainer evaluate and log further averages, each with a prefix of its own."""
+        """Evaluate and log further averages with the Trainer, each with its own prefix."""
         for name, label in self._further():
             prefix = f"{metric_key_prefix}_{label}"
             with added_metrics_as(self._trainer, prefix):
@@ -167,7 +167,7 @@ class TwaCallback(Averaging, _OfTrainer):
         self._trainer.evaluate = self._evaluate
 
     def _write(self, directory: Path) -> None:
-        """Let the Trainer save the average as it saves its model."""
+        """Save the average with the Trainer, as it saves its model."""
         assert self.averages is not None
         if self.averages.has(self._which):
             with self.averages.weights(self._which):
@@ -175,9 +175,9 @@ class TwaCallback(Averaging, _OfTrainer):
             self._describe(directory, self.averages.origin(self._which), written=written)
 
     def _save_model(self, directory: Path) -> bool:
-        """Let the Trainer save what the model holds, and return whether it has.
+        """Save the weights in the model with the Trainer, and return whether it has written them.
 
-        It writes nothing of FSDP's sharded state dicts.
+        It does not write sharded state dicts of FSDP.
         """
         self._trainer.save_model(str(directory), _internal_call=True)
         files = {path.name for path in directory.glob("*")} - {"training_args.bin"}
@@ -190,7 +190,7 @@ class TwaCallback(Averaging, _OfTrainer):
         return written
 
     def _learn_and_write(self, directory: Path, batches: Any) -> None:
-        """Learn the coefficients of the window on batches of the training, and write the result."""
+        """Train the coefficients of the window on training batches, and write the result."""
         assert self.averages is not None and self._evaluate is not None
         trainer = self._trainer
         with self.averages.learning(self._learn) as twa:
@@ -219,19 +219,19 @@ class TwaCallback(Averaging, _OfTrainer):
                 loss,
                 accumulate=args.gradient_accumulation_steps,
                 scaler=getattr(trainer.accelerator, "scaler", None),
-                log_every=int(trainer.state.logging_steps),  # of the arguments it may be a fraction of the steps
+                log_every=int(trainer.state.logging_steps),  # in the arguments, it may be a fraction of the steps
                 log=trainer.log,
             )
 
 
 class CoefficientsCallback(_OfTrainer):
-    """Puts the coefficients that a Trainer trains as its optimizer into its checkpoints, and resumes from them.
+    """Saves the coefficients that a Trainer trains as its optimizer in its checkpoints, and resumes from them.
 
-    Without it the state of the optimizer has them. It is needed with `groups: tensor+row` on several ranks: the Trainer
-    asks only one of them for the state of its optimizer. With it each rank writes the rows that it owns.
+    Without it, they are in the state of the optimizer. It is required with `groups: tensor+row` on several ranks,
+    because the Trainer saves the state of the optimizer of one rank only. With it, each rank writes its own rows.
 
     Args:
-        twa: the average, whose `as_optimizer()` the Trainer has.
+        twa: the average whose `as_optimizer()` is the optimizer of the Trainer.
     """
 
     _in_lightning = "asks every rank for the state of its optimizers. Leave the callback out."
@@ -239,13 +239,14 @@ class CoefficientsCallback(_OfTrainer):
     def __init__(self, twa: TrainableAverage) -> None:
         self._twa = twa
         self.saves = twa.optimizer
-        """The optimizer, which leaves its state to a callback that the Trainer has."""
+        """The optimizer whose state is saved by this callback."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """On resume, continue from the coefficients in the checkpoint.
 
         Raises:
-            StateError: on every rank; it has none, only some ranks see them, or they are those of another average.
+            StateError: on every rank; the checkpoint has no coefficients, only some ranks see them, or they belong to
+                another average.
         """
         self._trainer, checkpoint = self._caller()
         if checkpoint is not None and not load_coefficients(self._twa, Path(checkpoint)):
@@ -255,7 +256,7 @@ class CoefficientsCallback(_OfTrainer):
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the coefficients into the checkpoint."""
+        """Write the coefficients to the checkpoint."""
         save_coefficients(self._twa, _checkpoint_of(self._trainer))
 
 
@@ -268,5 +269,5 @@ def _checkpoint_of(trainer: Any) -> Path:
 
 
 def _is_training(trainer: Any) -> bool:
-    """Whether `trainer.train()` is running. An error that leaves it has no event."""
+    """Return whether `trainer.train()` is running. The Trainer has no event for an error in it."""
     return any(call.f_code.co_name == "train" and call.f_locals.get("self") is trainer for call in running_calls())

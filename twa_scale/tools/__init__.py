@@ -1,1 +1,1 @@
-"""The commands that train nothing: planning, measuring, inspecting, launching."""
+"""The commands without training: planning, measuring, inspecting, launching and reporting."""

@@ -27,7 +27,7 @@ from twa_scale.ranks import Group
 
 @dataclass(frozen=True)
 class Inspection:
-    """n candidates. Deltas are those to their mean, over all floating point tensors together."""
+    """The results for n candidates. Deltas are relative to their mean, over all floating point tensors."""
 
     labels: list[str]
     tensors: list[int]
@@ -38,11 +38,11 @@ class Inspection:
     delta_norms: list[float]
     """||delta_i||."""
     cosines: npt.NDArray[np.float64]
-    """(n, n): cosine between delta_i and delta_j; NaN where one is zero."""
+    """(n, n): the cosine of delta_i and delta_j; NaN if one of them is zero."""
     distances: npt.NDArray[np.float64]
     """(n, n): ||w_i - w_j||."""
     adapters: list[str | None]
-    """Of each adapter of PEFT its kind, ranks and scalings; None for other candidates."""
+    """The kind, ranks and scalings of each candidate that is an adapter of PEFT; None for others."""
 
 
 def inspect(
@@ -53,10 +53,10 @@ def inspect(
 ) -> Inspection:
     """Read every byte of the candidates once, in bounded memory. Collective: the ranks of a launcher share the work.
 
-    Of LoRA adapters in the space of products (`Wanted.space`) the products s B A are compared, in place of the factors.
+    For LoRA adapters in the space of products (`Wanted.space`), the products s B A are compared instead of the factors.
 
     Raises:
-        CandidateError: candidates that are damaged, not alike, or hold NaN or Inf.
+        CandidateError: a candidate is damaged, has other tensors than the others, or has NaN or Inf.
     """
     group = Group.world()
     candidates = open_together(paths if isinstance(paths, str) else list(paths), group, 1, wanted or Wanted(), select)
@@ -102,7 +102,7 @@ def inspect(
 
 
 def _around_mean(products: torch.Tensor) -> torch.Tensor:
-    """Return the inner products of the deltas to the mean, and of the mean, (n + 1, n + 1), from those of the w_i."""
+    """Return the inner products of the deltas and the mean, (n + 1, n + 1), from the inner products of the w_i."""
     n = len(products)
     mean = torch.full((1, n), 1 / n, dtype=torch.float64)
     rows = torch.cat([torch.eye(n, dtype=torch.float64) - mean, mean])
@@ -118,14 +118,14 @@ def _dtypes(counts: Counter[str]) -> str:
 
 
 def inspection_json(found: Inspection) -> str:
-    """Return what was found as JSON; a cosine with a delta of zero norm is null."""
+    """Return the results as JSON. A cosine with a delta of zero norm is null."""
     plain = asdict(found)
     cosines = [[None if value != value else value for value in row] for row in found.cosines.tolist()]
     return json.dumps({**plain, "cosines": cosines, "distances": found.distances.tolist()}, indent=2)
 
 
 def inspection_table(found: Inspection) -> Table:
-    """Return one row for each candidate."""
+    """Return a table with one row for each candidate."""
     table = Table(caption="delta: to the mean of these candidates; cosine: of a delta and the one above")
     with_adapters = any(found.adapters)
     table.add_column("candidate", overflow="fold")

@@ -13,12 +13,12 @@ from twa_scale.errors import ConfigError
 
 Launcher = Literal["torchrun", "deepspeed", "slurm", "mpi"]
 _PACKAGE = Path(__file__).parents[1]
-_SCRIPTS = (_PACKAGE / "launch_scripts", _PACKAGE.parent / "launch")  # installed; in the sources
+_SCRIPTS = (_PACKAGE / "launch_scripts", _PACKAGE.parent / "launch")  # of an installation, and of the sources
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What to run, and on how many ranks."""
+    """The configuration to run, and the number of ranks."""
 
     config: str
     overrides: list[str] = field(default_factory=list)
@@ -31,12 +31,12 @@ class Launch:
         """Return the words of the command line.
 
         Raises:
-            ConfigError: options that this launcher does not have, or several nodes without a way to find them.
+            ConfigError: this launcher does not have an option, or several nodes are given without their addresses.
         """
         if self.host_file and launcher not in ("deepspeed", "mpi"):
-            raise ConfigError(f"--host-file is for deepspeed and mpi; {launcher} has no use for it.")
+            raise ConfigError(f"--host-file is for deepspeed and mpi; {launcher} does not use it.")
         if self.rdzv_endpoint and launcher != "torchrun":
-            raise ConfigError(f"--rdzv-endpoint is for torchrun; {launcher} has no use for it.")
+            raise ConfigError(f"--rdzv-endpoint is for torchrun; {launcher} does not use it.")
         match launcher:
             case "torchrun":
                 return self._torchrun()
@@ -56,8 +56,8 @@ class Launch:
         if self.nodes > 1:
             if not self.rdzv_endpoint:
                 raise ConfigError(
-                    f"torchrun on {self.nodes} nodes is started on each of them, and they have to meet: add "
-                    "--rdzv-endpoint HOST:PORT, the same everywhere, HOST being one of them. slurm and mpi need none."
+                    f"torchrun on {self.nodes} nodes must be started on each node, with the same rendezvous: add "
+                    "--rdzv-endpoint HOST:PORT, where HOST is one of the nodes. slurm and mpi do not need it."
                 )
             name = self.rdzv_endpoint
             nodes = [f"--nnodes={self.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={name}", f"--rdzv-id={name}"]
@@ -83,22 +83,22 @@ class Launch:
         ranks = ["-n", str(self.nodes * self.ranks_per_node)]
         if self.nodes > 1:
             ranks += ["--map-by", f"ppr:{self.ranks_per_node}:node"]
-        # Bound to one core each, the threads of a rank would share it; unbound, all ranks would use all cores.
+        # If ranks were bound to one core, their threads would share it. If they were unbound, all would use all cores.
         threads = ["--bind-to", "none", "-x", f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '1')}"]
         return [_place("mpirun"), *ranks, *hosts, *threads, sys.executable, "-m", *self._run]
 
     def _slurm(self) -> list[str]:
         script = next(place for place in _SCRIPTS if place.is_dir()) / "slurm.sbatch"
         ranks = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}"]
-        python = f"--export=ALL,PYTHON={sys.executable}"  # that of the submitting shell need not have twa_scale
+        python = f"--export=ALL,PYTHON={sys.executable}"  # the Python of the submitting shell may not have twa_scale
         return [_place("sbatch"), *ranks, python, str(script), self.config, *self.overrides]
 
 
 def execute(command: list[str]) -> NoReturn:
-    """Become the command: signals and the exit code are its own.
+    """Replace this process by the command, so that signals and the exit code are those of the command.
 
     Raises:
-        ConfigError: it is not installed here.
+        ConfigError: the command is not installed.
     """
     if shutil.which(command[0]) is None:
         packages = {"mpirun": "Open MPI (Debian: openmpi-bin)", "sbatch": "SLURM (Debian: slurm-client)"}
@@ -108,12 +108,12 @@ def execute(command: list[str]) -> NoReturn:
 
 
 def shown(command: list[str]) -> str:
-    """Return the command as one line that a shell takes."""
+    """Return the command as one line for a shell."""
     return shlex.join(command)
 
 
 def _place(program: str) -> str:
-    """Return where a program is, or its name where it is not installed: the command may be meant for another host."""
+    """Return the path of a program, or its name if it is not installed, because the command may be for another host."""
     return shutil.which(program) or program
 
 

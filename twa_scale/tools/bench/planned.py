@@ -25,7 +25,7 @@ class Forecast:
     """The estimated cost of the average for a rank, on top of forward and backward."""
 
     elements: int
-    """The number of trained elements of the rank that holds most."""
+    """The number of trained elements of the rank with the most elements."""
     measured: int
     """The number of elements that were measured. `project` and `combine` are scaled from it."""
     stores: dict[StoreName, list[Measured]]
@@ -68,7 +68,7 @@ class Work:
 
 
 def planned_work(plan: Plan, config: RunConfig, stores: list[StoreName], elements: int | None, world: World) -> Work:
-    """Return the measurement for a planned run: all elements of a rank, or as many as half of the free memory allows.
+    """Return the measurement for a planned run, with all elements of a rank or those that fit in half of the memory.
 
     Args:
         plan: the plan of the run.

@@ -31,7 +31,7 @@ class Bench:
     """Reading and copying large memory, measured before and after everything else."""
     stores: dict[StoreName, list[Measured]]
     """For each store: `project`, `combine`, and the update (both, with the reduction and the coefficient step). If
-    asked for, also `project` and `combine` by output row."""
+    `row_length` is given, also `project` and `combine` by output row."""
     coefficients: Measured
     """The optimizer step of the coefficients."""
     others: list[Measured]

@@ -23,7 +23,7 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Bytes per second."""
+        """The rate in bytes per second."""
         return self.nbytes / self.seconds
 
 

@@ -42,7 +42,7 @@ def _kept(task: Task, model: nn.Module, batch: Batch) -> tuple[int, int]:
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()._cdata  # views of one storage, such as transposed weights, count once
+        storage = tensor.untyped_storage()._cdata  # views of one storage, such as transposed weights, are counted once
         if storage not in own:
             kept[storage] = tensor
         return tensor
@@ -54,7 +54,7 @@ def _kept(task: Task, model: nn.Module, batch: Batch) -> tuple[int, int]:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Makes a model run on the meta device as on a real one.
+    """Makes models run on the meta device.
 
     Conditions on values of tensors are true, such as "nothing is masked" and "it is one sequence". Attention keeps no
     scores, like the fused kernels of real devices.

@@ -21,12 +21,12 @@ from twa_scale.store import store_bytes
 
 
 def averages_bytes(config: RunConfig, ranks: int, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Return the bytes of running averages on the rank that holds most, by description. No candidate is opened.
+    """Return the bytes of running averages on the rank with the most bytes, by description. No candidate is opened.
 
     Args:
-        config: names the model, in its task, and the engine.
+        config: the configuration, with the model in its task, and the engine.
         ranks: the number of ranks that share the model.
-        settings: `ema` and `window`, as of `RunningAverages`.
+        settings: `ema` and `window`, as for `RunningAverages`.
 
     Raises:
         ConfigError: settings are invalid.

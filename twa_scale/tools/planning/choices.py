@@ -12,23 +12,23 @@ from twa_scale.tools.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Choice:
-    """The memory of a run with one of the stores, in bytes of the rank that needs most."""
+    """The memory of a run with one of the stores, in bytes, for the rank that needs most."""
 
     store: StoreName
     nbytes: int
-    """Bytes of deltas and center."""
+    """The bytes of the deltas and the center."""
     page_cache: int
-    """Bytes of the candidates' files that `mapped` reads in every step; ranks of one node share them."""
+    """The bytes of the candidates' files that `mapped` reads in every step. The ranks of a node share them."""
     host: int
-    """Bytes in host memory if the rank is on a GPU, with `store_device: cpu`."""
+    """The bytes in host memory if the rank is on a GPU, with `store_device: cpu`."""
     peak: int
-    """Peak memory of the rank, without the page cache and `host`."""
+    """The peak memory of the rank, without the page cache and `host`."""
     moved: dict[str, int]
-    """Bytes that `project` and `combine` move in every step."""
+    """The bytes that `project` and `combine` move in every step."""
     fits: bool
     """Whether the memory suffices, including the page cache."""
     obstacle: str
-    """Why the store cannot be used with any memory, or the empty string."""
+    """The reason why the store cannot be used with any memory, or an empty text."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Choices:
     stores: tuple[Choice, ...]
     configured: StoreName
     memory: int
-    """Bytes of memory of a rank."""
+    """The bytes of memory of a rank."""
     assumed: str
     """The assumption behind `memory`; empty if the user gave it."""
     host_memory: int
-    """Bytes of host memory of a rank on a GPU."""
+    """The bytes of host memory of a rank on a GPU."""
     host_assumed: str
     """The assumption behind `host_memory`; empty if the user gave it."""
 
     @property
     def own(self) -> Choice:
-        """The configured store."""
+        """The choice of the configured store."""
         return next(choice for choice in self.stores if choice.store == self.configured)
 
     @property

@@ -36,7 +36,7 @@ from twa_scale.tools.planning.rows import rows_of_plan
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of a run, in bytes. Memory is that of the rank that needs most."""
+    """The resources that a run needs, in bytes. Memory is that of the rank that needs most."""
 
     ranks: int
     device: str
@@ -46,35 +46,35 @@ class Plan:
     num_groups: int
     trained_elements: int
     local_sizes: dict[str, int]
-    """Number of trained elements of each tensor on a rank."""
+    """The number of trained elements of each tensor on a rank."""
     span_sizes: tuple[int, ...]
-    """Number of elements of each span of a rank: of each tensor or, with `groups: expert`, of each stacked expert."""
+    """The number of elements of each span of a rank: a tensor or, with `groups: expert`, a stacked expert."""
     mapped_bytes: int | None
-    """Bytes of the candidates that the store `mapped` reads on a rank in each step; None if it cannot be used."""
+    """The bytes of the candidates that the store `mapped` reads on a rank in each step; None if it cannot be used."""
     memory: dict[str, int]
-    """Memory from attach to the end, by description."""
+    """The memory from attach to the end, by description."""
     attach: dict[str, int]
-    """Additional memory while candidates are read."""
+    """The additional memory while candidates are read."""
     step: dict[str, int]
-    """Additional memory during a step."""
+    """The additional memory during a step."""
     host: dict[str, int]
-    """Host memory of a run on GPUs with `store_device: cpu`; not a part of the peak."""
+    """The host memory of a run on GPUs with `store_device: cpu`, which is not a part of the peak."""
     bytes_read: int
-    """Bytes of the candidates that a rank reads, on the rank that reads most."""
+    """The bytes of the candidates that a rank reads, for the rank that reads most."""
     wire: dict[str, int]
-    """Bytes that a rank sends inside its pod in a step, by description."""
+    """The bytes that a rank sends inside its pod in a step, by description."""
     wire_between_pods: dict[str, int]
-    """Bytes that the first rank of a pod sends to other pods in a step, by description."""
+    """The bytes that the first rank of a pod sends to other pods in a step, by description."""
     notes: tuple[str, ...]
 
     @property
     def local_elements(self) -> int:
-        """Number of trained elements of a rank."""
+        """The number of trained elements of a rank."""
         return sum(self.local_sizes.values())
 
     @property
     def peak(self) -> int:
-        """Peak resident memory of a rank."""
+        """The peak resident memory of a rank."""
         return sum(self.memory.values()) + max(sum(self.attach.values()), sum(self.step.values()))
 
 
@@ -157,7 +157,7 @@ class _Tensors:
 
 
 def _load_compilers(config: RunConfig) -> None:
-    """Load the compilers of the kernels, and that of torch with its first optimizer: a run needs their memory."""
+    """Load the compilers of the kernels, and that of torch with its first optimizer, which need memory in a run."""
     row = Dense.one(torch.ones(1))
     choose_kernels(config.kernels, torch.device("cpu")).project(row, row.values)
     make_optimizer(config, nn.Parameter(torch.zeros(1)))
@@ -175,7 +175,7 @@ def _tensors_of(model: nn.Module, config: RunConfig) -> _Tensors:
 
 
 def _streaming_bytes(tensors: _Tensors, read: dict[str, int], config: RunConfig) -> int:
-    """Return the bytes of the buffers with which attach reads; `read` are the elements of a rank, by tensor."""
+    """Return the bytes of the buffers with which attach reads. `read` has the elements of a rank, by tensor."""
     candidates, layout = tensors.candidates, tensors.layout
     itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in read for candidate in candidates)
     chunk, received = config.read_chunk, config.reads_in_flight if are_remote(candidates) else 0
@@ -189,7 +189,7 @@ def _summed(engine: RunEngine, numbers: dict[str, int]) -> dict[str, int]:
 
 
 def _span_sizes(layout: Layout, local: dict[str, int]) -> tuple[int, ...]:
-    """Return the sizes of the spans of a rank that holds the first elements of each tensor; experts are apart."""
+    """Return the sizes of the spans of a rank that holds the first elements of each tensor or expert."""
     spans = []
     for name, size in local.items():
         experts = layout.experts.get(name)

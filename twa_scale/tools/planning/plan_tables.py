@@ -23,13 +23,13 @@ def human_bytes(nbytes: float) -> str:
 
 
 def plan_json(plan: Plan, choices: Choices) -> str:
-    """Return the plan, its peak and the stores as JSON; sizes in bytes."""
+    """Return the plan, its peak and the stores as JSON, with sizes in bytes."""
     stores = {**asdict(choices), "most_exact": choices.most_exact, "verdict": choices.verdict}
     return json.dumps({**asdict(plan), "peak": plan.peak, "stores": stores}, indent=2)
 
 
 def plan_tables(plan: Plan, choices: Choices) -> Group:
-    """Return tables of the plan and of all stores, and a line that says which store fits."""
+    """Return tables of the plan and of all stores, and a line with the store that fits."""
     verdict = Text(choices.verdict, "" if choices.own.fits else "bold red")
     return Group(_plan_table(plan), _stores_table(choices), verdict)
 
@@ -37,7 +37,7 @@ def plan_tables(plan: Plan, choices: Choices) -> Group:
 def averages_table(found: Mapping[str, int], ranks: int) -> Table:
     """Return a table of the memory of running averages, by description."""
     table = Table(title=f"running averages in training, {ranks} {plural(ranks, 'rank')}")
-    table.add_column("per rank, beside the weights")
+    table.add_column("per rank, in addition to the weights")
     table.add_column("bytes", justify="right")
     for name, nbytes in {**found, "sum": sum(found.values())}.items():
         table.add_row(name, human_bytes(nbytes))

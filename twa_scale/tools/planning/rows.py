@@ -15,17 +15,17 @@ class RowBytes(NamedTuple):
     """The bytes of the corrections of rows."""
 
     held: int
-    """All that a rank holds of them during the run, with those of the best average. A save adds a buffer of 4 MiB."""
+    """The bytes on a rank during the run, with those of the best average. A save adds a buffer of 4 MiB."""
     sent: int
-    """What a rank sends to other pods in a step."""
+    """The bytes that a rank sends to other pods in a step."""
     gathered: int
-    """The rounded gradients of all pods, which a rank holds in a step."""
+    """The bytes of the rounded gradients of all pods, which a rank holds in a step."""
     state: int
-    """The file of all rows beside a state: the corrections, their moments and the corrections of the best average."""
+    """The bytes of the file of all rows of a state: the corrections, their moments and those of the best average."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to say below the table."""
+        """The notes below the table."""
         size = f"{self.state / 1e6:.1f} MB"
         note = (
             f"each save of the run state writes {size} of rows; two such files are kept, and three exist during a save"
@@ -40,8 +40,8 @@ def rows_of_plan(
 
     Args:
         config: the settings of the run.
-        model: on the meta device.
-        parameters: of the model, as real tensors.
+        model: the model on the meta device.
+        parameters: the parameters of the model, as real tensors.
         local: the number of trained elements of each tensor on the first rank.
         n: the number of candidates.
     """
@@ -55,7 +55,7 @@ def rows_of_plan(
     exchanged = exchanged_bytes(config.row_exchange, n, count)
     rounds = config.pods > 1 and config.row_exchange != "float32"
     return RowBytes(
-        held=row_bytes(config, n, count) + (1 + rounds) * 4 * n * count,  # with the best, and the errors of rounding
+        held=row_bytes(config, n, count) + (1 + rounds) * 4 * n * count,  # with the best ones, and the rounding errors
         sent=(config.pods - 1) * exchanged if rounds else all_reduced(exchanged, config.pods),
         gathered=config.pods * exchanged if rounds else 0,
         state=(2 + row_moments(config)) * 4 * n * of_all,

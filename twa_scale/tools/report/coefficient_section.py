@@ -15,14 +15,14 @@ from twa_scale.tools.report.material import Material
 EFFECTIVE_IS = (
     "The effective number of candidates is (sum of a)² / (sum of a²), which is 1 / sum of a² for coefficients that sum "
     "to 1: the uniform mean of so many candidates reduces independent noise of the candidates as much. It is n for the "
-    "uniform mean, 1 for a single candidate, and less than 1 where large coefficients of both signs amplify noise. "
+    "uniform mean, 1 for a single candidate, and less than 1 if large coefficients of both signs amplify noise. "
     "With several groups it is the harmonic mean over all elements."
 )
 _MOST_CANDIDATES = 500
 
 
 def coefficient_section(material: Material) -> Html | None:
-    """Return the candidates, their coefficients by depth, kind and step, and what negative ones mean."""
+    """Return the candidates, their coefficients by depth, kind and step, and the meaning of negative ones."""
     found = material.coefficients
     if found is None:
         return None
@@ -85,12 +85,10 @@ def _bar(value: float, low: float, high: float, uniform: float) -> Html:
 
 
 def _negative(found: Coefficients) -> Html:
-    """Return what negative coefficients mean, and which are the largest."""
+    """Return the meaning of negative coefficients, with the smallest one."""
     count = found.values.numel()
     if not found.negative:
-        return el(
-            "p", "No coefficient is negative: the average lies between the candidates, where their weights are mixed."
-        )
+        return el("p", "No coefficient is negative: the average is an interpolation of the candidates.")
     value, candidate, group = found.negative[0]
     where = f" (group {found.groups[group]})" if len(found.groups) > 1 else ""
     return joined(
@@ -104,17 +102,15 @@ def _negative(found: Coefficients) -> Html:
             el("summary", "What a negative coefficient means"),
             el(
                 "p",
-                "The average moves away from that candidate, beyond the others: it extrapolates the direction from "
-                "this candidate to the rest. Of one training run the early candidates are often negative, because the "
-                "loss still falls in the direction in which training has moved. Coefficients of a group sum to 1, so "
-                "others are larger then.",
+                "The average is an extrapolation in the direction from that candidate to the others. In one training "
+                "run, the coefficients of early candidates are often negative, because the loss still falls in the "
+                "direction of training. The coefficients of a group sum to 1, so others are larger.",
             ),
             el(
                 "p",
-                "Such an average is outside of what the candidates span by mixing. Trust it as far as the evaluations "
-                "on held-out data do. Where it is not wanted, basis: simplex has positive coefficients only. Of nearly "
-                "equal candidates the coefficients can be large with both signs and cancel; the distance from the "
-                "center then stays small.",
+                "Such an average is not an interpolation of the candidates, so judge it by the evaluations on "
+                "held-out data. With basis: simplex, all coefficients are positive. The coefficients of nearly equal "
+                "candidates can be large with both signs and cancel; the distance from the center then remains small.",
             ),
         ),
     )
@@ -140,7 +136,7 @@ def _maps(material: Material, found: Coefficients) -> list[Html]:
 
 
 def _effective_map(found: Coefficients) -> list[Html]:
-    """Return a map of the effective number of candidates by kind and block, where each tensor has its own group."""
+    """Return a map of the effective number of candidates by kind and block, if each tensor has its own group."""
     kinds = list(dict.fromkeys(place.kind for place in found.places.values() if place.block != OUTSIDE))
     blocks = list(dict.fromkeys(place.block for place in found.places.values() if place.block != OUTSIDE))
     if len(kinds) < 2 or len(blocks) < 2 or len(found.groups) < 4 or len(kinds) > 64:
@@ -158,7 +154,7 @@ def _effective_map(found: Coefficients) -> list[Html]:
 
 
 def _by_step(records: Sequence[dict[str, Any]], n: int) -> dict[str, list[float]]:
-    """Return the mean coefficients that were recorded, by step, evenly chosen where there are many."""
+    """Return the recorded mean coefficients by step, at even distances if there are many."""
     columns = {}
     for record in records:
         values = [value for key, value in sorted(record.items()) if key.startswith(COEFFICIENTS)]

@@ -36,7 +36,7 @@ class Coefficients:
     """The averaging coefficients of n candidates in G groups."""
 
     labels: Sequence[str]
-    """The n candidates, as they were given."""
+    """The labels of the n candidates."""
     groups: Sequence[str]
     values: torch.Tensor
     """a: (n, G), float64."""
@@ -44,7 +44,7 @@ class Coefficients:
 
     @cached_property
     def elements(self) -> list[int]:
-        """The number of elements of each group; 1 where it is unknown."""
+        """The number of elements of each group; 1 if it is unknown."""
         counts = [0] * len(self.groups)
         for tensor in self.tensors:
             counts[tensor.group] += tensor.elements
@@ -52,7 +52,7 @@ class Coefficients:
 
     @cached_property
     def names(self) -> list[str]:
-        """The names of the candidates without the folders that all have."""
+        """The names of the candidates without their common folders."""
         return without_common_folders(self.labels)
 
     @cached_property
@@ -98,10 +98,10 @@ class Coefficients:
 
 
 def places(names: Sequence[str]) -> dict[str, Place]:
-    """Return the place of each tensor from its name: the first number in it counts blocks, later ones are of its kind.
+    """Return the place of each tensor from its name. The first number in it is that of the block.
 
-    `encoder.layers.3.experts.7.weight` is in block `encoder.layers.3`, and of the kind `experts.*.weight`. With one
-    stack of blocks the block is its number alone.
+    `encoder.layers.3.experts.7.weight` is in block `encoder.layers.3`, and of the kind `experts.*.weight`. If there is
+    one stack of blocks only, the block is named by its number.
     """
     split = {name: _split(name) for name in names}
     stacks = {stack for stack, number, _ in split.values() if number is not None}
@@ -122,7 +122,7 @@ def _split(name: str) -> tuple[str, str | None, str]:
 
 
 def merged(columns: Mapping[str, list[float]], most: int) -> dict[str, list[float]]:
-    """Return at most `most` columns: neighbors become one with their mean, which is named by the first and the last."""
+    """Return at most `most` columns. Neighbors are merged into their mean, with the names of the first and the last."""
     size = -(-len(columns) // most) if most else 1
     if size <= 1:
         return dict(columns)

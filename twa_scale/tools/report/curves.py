@@ -9,8 +9,8 @@ from twa_scale.tools.report.elements import Html, el, joined
 Point = tuple[float, float]
 _WIDTH, _HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 12, 40
-_MOST = 240  # points of a curve; more are summed up as a mean and a range
-_MARKED = 40  # points up to which each has a mark
+_MOST = 240  # points of a curve; more points are replaced by a mean and a range
+_MARKED = 40  # the largest number of points with marks
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Curve:
     color: int = 0
     """The number of its color in the style sheet."""
     smooth: bool = False
-    """Draw a running mean, and the range of values behind it."""
+    """Whether to draw a running mean, and the range of values behind it."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def chart(title: str, curves: Sequence[Curve], levels: Sequence[Level] = (), not
     """Return a figure with curves over the steps; None if there is nothing to draw.
 
     Args:
-        title: above the chart.
-        curves: are drawn in this order.
-        levels: are drawn behind the curves.
-        note: below the chart.
+        title: the text above the chart.
+        curves: the curves, drawn in this order.
+        levels: the levels, drawn behind the curves.
+        note: the text below the chart.
     """
     curves = [Curve(c.label, _finite(c.points), c.color, c.smooth) for c in curves]
     curves = [curve for curve in curves if curve.points]
@@ -63,7 +63,7 @@ def chart(title: str, curves: Sequence[Curve], levels: Sequence[Level] = (), not
 
 
 class _Plot:
-    """The mapping from steps and values to places."""
+    """The mapping from steps and values to positions."""
 
     def __init__(self, steps: Point, values: Point) -> None:
         self._steps, self._values = steps, values
@@ -159,7 +159,7 @@ def _range_of_steps(curves: Sequence[Curve]) -> Point:
 
 
 def _range_of_values(curves: Sequence[Curve], levels: Sequence[Level]) -> Point:
-    """Return the range of what is drawn, without the outermost values of the ranges around smoothed curves."""
+    """Return the range of the drawn values, without the outermost values of the ranges around smoothed curves."""
     values = [level.value for level in levels]
     for curve in curves:
         if curve.smooth:

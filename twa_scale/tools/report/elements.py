@@ -1,4 +1,4 @@
-"""Elements of HTML and SVG. Text and attributes are escaped when an element is made, so no caller has to."""
+"""Elements of HTML and SVG. Text and attributes are escaped when an element is created."""
 
 from html import escape
 
@@ -16,9 +16,9 @@ def el(name: str, *children: Content, **attributes: object) -> Html:
     """Return an element.
 
     Args:
-        name: of the element.
-        children: markup as `Html`; other text is escaped, and None is left out.
-        attributes: by name: `class_` is `class`, an underscore inside a name is a hyphen. None is left out.
+        name: the name of the element.
+        children: markup as `Html`. Other text is escaped, and None is left out.
+        attributes: the attributes by name. `class_` is `class`, and other underscores become hyphens. None is left out.
     """
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
@@ -34,10 +34,10 @@ def joined(*children: Content) -> Html:
 
 
 def table(head: list[str], rows: list[list[Content]], *, first: int = 1, marked: int | None = None) -> Html:
-    """Return a table in a box that scrolls sideways where it is too wide.
+    """Return a table in a box that scrolls horizontally if it is too wide.
 
     Args:
-        head: the heads of the columns.
+        head: the titles of the columns.
         rows: the cells.
         first: the number of columns of text; the others are numbers.
         marked: the index of a row to emphasize.

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from twa_scale.tools.report.elements import Html, el
 
-_WITH_NUMBERS = 14  # columns up to which cells show their numbers
-_NAMED = 20  # columns with names, where cells have no numbers
+_WITH_NUMBERS = 14  # the largest number of columns with numbers in cells
+_NAMED = 20  # columns with names, if cells have no numbers
 _CELLS = 6000
 _MOST = 64
 
 
 def most_columns(num_rows: int) -> int:
-    """Return the number of columns up to which a map stays small."""
+    """Return the largest number of columns of a small map."""
     return max(8, min(_MOST, _CELLS // max(num_rows, 1)))
 
 
@@ -27,12 +27,12 @@ def heat_map(
     """Return a figure with a colored cell for each value.
 
     Args:
-        title: above the map.
+        title: the text above the map.
         rows: the names of the rows.
-        columns: the values of each column, None where there is none.
-        middle: the value without a color: larger ones are orange, and smaller ones blue. None colors positive values
-            by their size alone.
-        corner: what the names of the columns are.
+        columns: the values of each column; None for a missing value.
+        middle: the value without a color. Larger values are orange, and smaller ones blue. None colors positive values
+            by their size.
+        corner: the title for the names of the columns.
     """
     values = [value for column in columns.values() for value in column if value is not None]
     colors = _Colors(middle, max((abs(value - (middle or 0.0)) for value in values), default=0.0) or 1.0)
@@ -70,7 +70,7 @@ class _Colors:
         return "l" if rises else "m", min(abs(value - (self.middle or 0.0)) / self.reach, 1.0)
 
     def key(self, has_negative: bool) -> Html:
-        """Return what the colors mean."""
+        """Return the legend of the colors."""
         middle = self.middle or 0.0
         ends = (
             [middle, middle + self.reach] if self.middle is None else [middle - self.reach, middle, middle + self.reach]

@@ -1,4 +1,4 @@
-"""Read the directory of a run, of an exported average, or of a trainer with our callback."""
+"""Read the directory of a run, of an exported average, or of a trainer with `TwaCallback`."""
 
 import json
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ class Origin(_Read):
         if given and (len(given) != len(self.candidates) or any(len(row) != groups for row in given)):
             raise ValueError("there is not one coefficient for each candidate and group")
         if self.elements is not None and len(self.elements) != len(self.groups):
-            raise ValueError("elements: there is not one number for each group")
+            raise ValueError("elements: they do not have one number for each group")
         return self
 
     @property
@@ -110,12 +110,12 @@ class Search(_Read):
 
 @dataclass(frozen=True)
 class Material:
-    """All that is known of a run. What its files do not hold is None or empty."""
+    """The data of a run from its files. Missing data is None or empty."""
 
     directory: Path
     status: Status
     progress: str
-    """How far it is, and who runs it."""
+    """The progress of the run, and the process that runs it."""
     step: int | None = None
     """The last step."""
     coefficients: Coefficients | None = None
@@ -127,18 +127,18 @@ class Material:
     config: dict[str, Any] = field(default_factory=dict)
     origin: Origin | None = None
     paths: Sequence[str] = ()
-    """Where the candidates were."""
+    """The paths of the candidates."""
     search: Search | None = None
-    """That of the directory, or in that of a run."""
+    """The search in the directory, or in the directory of a run."""
     is_run: bool = False
     """Whether it is the directory of `twa-scale run`."""
 
 
 def read(directory: Path) -> Material:
-    """Return what the files in a directory tell.
+    """Return the data in the files of a directory.
 
     Raises:
-        StateError: there is nothing that twa_scale has written, or a file is damaged.
+        StateError: there are no files of twa_scale, or a file is damaged.
     """
     if not directory.is_dir():
         raise StateError(f"{directory}: there is no such directory; give the output directory of a run.")
@@ -234,7 +234,7 @@ def _coefficients_of_origin(origin: Origin) -> Coefficients | None:
 
 
 def _trainer_records(directory: Path) -> list[dict[str, Any]]:
-    """Return what a Trainer has logged: of its output directory, or of its last checkpoint."""
+    """Return the records that a Trainer has logged in its output directory or its last checkpoint."""
     checkpoints = [path.parent for path in directory.glob(f"checkpoint-*/{TRAINER_STATE}")]
     last = max(checkpoints, key=lambda path: step_of(path, 0) or 0, default=None)
     for folder in (directory, last):
@@ -250,7 +250,9 @@ def _numbers(entry: Any) -> dict[str, Any] | None:
     if not isinstance(entry, dict) or type(entry.get("step")) is not int:
         return None
     numbers = {key: value for key, value in entry.items() if type(value) in (int, float) and key != "epoch"}
-    if type(learning := numbers.get("twa_step")) is int:  # all steps of learning are logged at the last one of training
+    if (
+        type(learning := numbers.get("twa_step")) is int
+    ):  # all steps of learning are logged at the last step of training
         numbers["step"] = learning
     return {_name(key): value for key, value in numbers.items()}
 
@@ -273,7 +275,7 @@ M = TypeVar("M", bound=_Read)
 
 
 def _parsed(model: type[M], path: Path) -> M | None:
-    """Return a JSON file as a `model`; None if there is no such file."""
+    """Return the content of a JSON file as a `model`, or None if there is no such file."""
     content = _json(path)
     if content is None:
         return None
@@ -287,7 +289,7 @@ def _parsed(model: type[M], path: Path) -> M | None:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """Return the content of a JSON file; None if there is no such file."""
+    """Return the content of a JSON file, or None if there is no such file."""
     return read_json_mapping(path, StateError, _FIX) if path.exists() else None
 
 

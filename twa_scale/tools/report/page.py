@@ -1,4 +1,4 @@
-"""One page of HTML about a run, which needs no other file and no network."""
+"""A page of HTML about a run, which needs no other file and no network."""
 
 import shlex
 import time
@@ -55,7 +55,7 @@ def _header(material: Material, name: str) -> Html:
     verdict = summary and (summary.verdict or summary.exported_as)
     waits = None
     if material.status != "finished":
-        waits = "The page shows what is known so far. Make it again for newer numbers; the comparison comes at the end."
+        waits = "The page shows the results so far. Create it again for newer results. A finished run has a comparison."
     return joined(
         el("h1", name),
         el("p", el("span", _STATUS[material.status], class_=f"status {material.status}"), material.progress),
@@ -71,7 +71,7 @@ def _tiles(material: Material) -> Html | None:
 
 
 def _figures(material: Material) -> Iterator[tuple[str, str]]:
-    """Yield the numbers that matter most, and what each is."""
+    """Yield the most important numbers with their descriptions."""
     summary, found = material.summary, material.coefficients
     if summary:
         single = comparison.single(summary.comparison)
@@ -120,7 +120,7 @@ def _searched(material: Material) -> Html | None:
 
 
 def _compared(material: Material) -> list[tuple[str, dict[str, float]]]:
-    """Return the rows of the table: those at the end of a run, or the first and the last evaluation so far."""
+    """Return the rows of the table: those of a finished run, or the first and the last evaluation so far."""
     start = material.config.get("start", "center")
     first = next((metrics for step, metrics in _evaluations(material) if step == 0), None)
     if material.summary:
@@ -162,9 +162,9 @@ def _charts(material: Material) -> Iterator[Html | None]:
     for key in dict.fromkeys(key for _, metrics in _evaluations(material) for key in metrics):
         by_metric.setdefault(key.rpartition("/")[2], []).append(key)
     training = Curve("mean of the steps near", _points(records, "loss"), 5, smooth=True)
-    band = "Band: lowest and highest value of the steps near." if len(training.points) > 2 else None
+    band = "Band: lowest and highest value of nearby steps." if len(training.points) > 2 else None
     held_out = by_metric.pop("loss", [])
-    # Apart from the training batches, whose losses differ more than the average improves.
+    # Separate from the training batches, whose losses differ more than the average improves.
     yield chart("Loss, evaluations", _of_keys(records, held_out), _levels(compared, held_out))
     yield chart("Loss, training batches", [training], (), band)
     for name, keys in by_metric.items():
@@ -293,7 +293,7 @@ def _provenance(material: Material) -> Html:
 
 
 def _commands(material: Material) -> Iterator[tuple[str, str]]:
-    """Yield a sentence and a command for each thing that can be done again."""
+    """Yield the sentences and commands that reproduce results."""
     here, found = str(material.directory), material.coefficients
     if material.is_run and material.config:
         ranks = material.summary.ranks if material.summary else 1
@@ -312,7 +312,7 @@ def _commands(material: Material) -> Iterator[tuple[str, str]]:
         pairs = zip(material.paths or found.labels, found.values[:, 0].tolist(), strict=True)
         words = " \\\n  ".join(shlex.quote(f"{path}:{a!r}") for path, a in pairs)
         yield "The same average with fixed weights:", f"twa-scale average {words} \\\n  --out merged"
-    yield "Make this page again:", f"twa-scale report {shlex.quote(here)}"
+    yield "Create this page again:", f"twa-scale report {shlex.quote(here)}"
 
 
 def _duration(seconds: float) -> str:

@@ -18,12 +18,12 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
     Args:
         run: the output directory of `twa-scale run`, of an export, or of a trainer.
-        out: the file; an older report is replaced. When not given, report.html in the directory; beside an exported
-            average, as NAME-report.html, since `--overwrite` refuses directories with other files than its own.
+        out: the file. An older report is replaced. By default, report.html in the directory, or NAME-report.html next
+            to an exported average, because `--overwrite` refuses directories with other files.
 
     Raises:
         StateError: there is nothing to report, or a file is damaged.
-        OutputError: the page cannot be written, or another program wrote the file in its place.
+        OutputError: the page cannot be written, or its file was not written by twa_scale.
     """
     directory = path_of(run, StateError)
     material = read(directory)
