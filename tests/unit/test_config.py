@@ -312,7 +312,7 @@ def test_unknown_key_lists_known_keys(tmp_path: Path) -> None:
         ({"resume": "yes"}, ["resume", "boolean", "'yes'"]),
         ({"seed": -1}, ["seed", "greater than or equal to 0"]),
         ({"seed": 2**64}, ["seed", "less than"]),
-        ({"center": -1}, ["center", "-1", "count from 0", "`last`"]),
+        ({"center": -1}, ["center", "-1", "start at 0", "`last`"]),
         ({"center": True}, ["center", "True"]),
         ({"center": [0.5, 0.6]}, ["center", "sum 1.1"]),
         ({"start": -1}, ["start", "-1", "`last`"]),

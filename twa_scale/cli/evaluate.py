@@ -27,7 +27,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Largest number of batches. Default: the whole split.")
     ] = None,
     recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Compute BatchNorm statistics anew from training data, as runs do.")
+        bool, typer.Option("--recalibrate", help="Compute BatchNorm statistics from training data, as runs do.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the metrics to this JSON file.")] = None,
 ) -> None:
@@ -39,7 +39,7 @@ def evaluate(
 
         torchrun --nproc-per-node 8 -m twa_scale evaluate configs/my-run.yaml --weights 'runs/a/step-*' -o test.json
 
-    Each rank reads its own part of the weights. Do this once, at the end: what is chosen by the test split is biased.
+    Each rank reads its own part of the weights. Do this once, at the end, because choices by the test split are biased.
     """
     from twa_scale.cli.shared import rendered
     from twa_scale.config import load_config
@@ -55,7 +55,7 @@ def evaluate(
     settings = settings.model_copy(update={"evaluate_split": split, "evaluate_batches": batches})
     if out:
         _check_out(out)
-    rank = World.from_environment().rank  # of the launcher, while it is there
+    rank = World.from_environment().rank  # read while the variables of the launcher are set
 
     def write(measured: dict[str, dict[str, float]]) -> None:
         if rank == 0 and out:
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def _check_out(out: Path) -> None:
-    """Refuse to replace anything but metrics of an earlier command.
+    """Check that only metrics of an earlier command are replaced.
 
     Raises:
         ConfigError: names the file.
@@ -80,9 +80,9 @@ def _check_out(out: Path) -> None:
     content = read_json_mapping(out, ConfigError, fix)
     rows = [list(row.values()) for row in content.values() if isinstance(row, dict)]
     if len(rows) != len(content) or not all(isinstance(x, float | int | None) for row in rows for x in row):
-        raise ConfigError(f"{out}: holds something else than metrics. {fix}")
+        raise ConfigError(f"{out}: does not contain metrics. {fix}")
 
 
 def _finite(measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Return the metrics with None for what is not finite, which JSON does not have."""
+    """Return the metrics with None instead of values that are not finite, which JSON does not have."""
     return {path: {k: v if isfinite(v) else None for k, v in metrics.items()} for path, metrics in measured.items()}

@@ -1,4 +1,4 @@
-"""Groups of options that several commands share, each a dataclass."""
+"""Groups of options that several commands share. Each is a dataclass."""
 
 import inspect
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 def with_options(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add the options of dataclasses to a command, which receives each of them as the keyword argument of that name.
 
-    Every field of a dataclass is annotated as the options of typer are.
+    Every field of a dataclass is annotated like an option of typer.
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:

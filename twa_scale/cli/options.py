@@ -21,7 +21,7 @@ WeightsKey = Annotated[
 Space = Annotated[
     str,
     typer.Option(
-        help="What is averaged of LoRA adapters: the `factors` A and B separately, or each `product` B A. `auto`: the "
+        help="Average for LoRA adapters: the `factors` A and B separately, or each `product` B A. `auto`: the "
         "factors, with a notice."
     ),
 ]

@@ -17,7 +17,7 @@ from twa_scale.errors import ConfigError, TwaError
 
 def main() -> None:
     """Run the command line. Invalid input ends with one message and exit code 2."""
-    sys.path.append(str(Path.cwd()))  # as with `python -m twa_scale`, so that custom tasks can be imported
+    sys.path.append(str(Path.cwd()))  # as for `python -m twa_scale`, so that custom tasks can be imported
     try:
         with _notices():
             app(standalone_mode=True)

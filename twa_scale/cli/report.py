@@ -15,11 +15,11 @@ def report(
 ) -> None:
     """Write a page about RUN: methods, curves, coefficients by depth and kind of tensor, cost, settings, provenance.
 
-    The page is one HTML file without scripts, which needs no network: open it from disk, or send it around. Of a run
-    that has not finished it shows what is known so far. An older page is replaced, another file is not.
+    The page is one HTML file without scripts, which needs no network. For a run that has not finished, it shows the
+    results so far. An older page is replaced, but no other file.
 
-    RUN can also be an exported average, or the output directory of a Trainer with `TwaCallback`; the page then has
-    what their files hold.
+    RUN can also be an exported average, or the output directory of a Trainer with `TwaCallback`; the page then shows
+    the content of their files.
 
     twa-scale report runs/twa
 

@@ -21,7 +21,7 @@ def search(
             show_default=False,
         ),
     ] = None,
-    budget: Annotated[int, typer.Option(min=1, help="Largest number of averages that a method tries.")] = 200,
+    budget: Annotated[int, typer.Option(min=1, help="Largest number of averages that a method evaluates.")] = 200,
     metric: Annotated[
         str | None, typer.Option(help="Metric of the task on `evaluate_split`. Default: its main metric.")
     ] = None,
@@ -56,7 +56,7 @@ def search(
 
     settings = load_config(config, overrides)
     options = SearchOptions(method or ["sweep"], budget, metric, higher, constraint)
-    rank = World.from_environment().rank  # of the launcher, while it is there
+    rank = World.from_environment().rank  # read while the variables of the launcher are set
     try:
         summary = run_search(settings, options, Report())
     except Stopped:

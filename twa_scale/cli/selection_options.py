@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The options that choose and order candidates: those of the section `select` of a configuration."""
+    """The options that choose and order candidates, as in the section `select` of a configuration."""
 
     start_step: Annotated[
         int | None,
@@ -28,7 +28,7 @@ class Selection:
         typer.Option(help="Take only the steps that are a multiple of this number.", show_default=False),
     ] = None
     last: Annotated[
-        int | None, typer.Option(help="Take only the last N candidates of those that are left.", show_default=False)
+        int | None, typer.Option(help="Take only the last N candidates of the remaining ones.", show_default=False)
     ] = None
     order: Annotated[str, typer.Option(help="`given`, or as a control `reverse` or `shuffle` (with `--seed`).")] = (
         "given"
@@ -37,10 +37,10 @@ class Selection:
 
     @property
     def config(self) -> "SelectConfig":
-        """The same as a section of a configuration.
+        """Return the options as a section of a configuration.
 
         Raises:
-            ConfigError: a value that is not possible.
+            ConfigError: a value is invalid.
         """
         from twa_scale.config import SelectConfig, validated
 

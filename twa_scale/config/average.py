@@ -36,7 +36,7 @@ class TwaConfig(Section):
         "tensors that match none share a group. Names are those of the model. `expert` has one coefficient for each "
         "expert of a mixture of experts, also where the model stacks experts in one tensor; other tensors have that of "
         "their block. With `block+row` and `tensor+row`, each "
-        "row of a matrix (output channel of a convolution, row of an embedding) has a correction of its own, which is "
+        "row of a matrix (output channel of a convolution, row of an embedding) has its own correction, which is "
         "trained at `optimizer.row_lr`; for the bases `normalized` and `pca`.",
     )
     center: Center = Field(
@@ -100,7 +100,7 @@ class TwaConfig(Section):
     row_exchange: RowDtype = Field(
         "float32",
         description="Type of the gradients of corrections per row (`groups: tensor+row`) that pods exchange. With "
-        "`bfloat16` and `int8` they are rounded; what a rounding leaves out is added to the next gradient.",
+        "`bfloat16` and `int8` they are rounded; rounding errors are added to the next gradient.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer of the coefficients.")
     max_grad_norm: PositiveFloat | None = Field(None, description="Clip the coefficient gradient to this norm.")
@@ -113,9 +113,7 @@ class TwaConfig(Section):
     num_components: Count | None = Field(
         None, description="Number of directions of `pca`; by default, all that are not numerically zero."
     )
-    select: SelectConfig = Field(
-        default_factory=SelectConfig, description="Which of the candidates are taken, and in which order."
-    )
+    select: SelectConfig = Field(default_factory=SelectConfig, description="Range and order of the candidates.")
     include: list[str] = Field(
         [], description="Regular expressions of tensors to train, by their names in the model; all if empty."
     )
@@ -174,7 +172,7 @@ class TwaConfig(Section):
 
     @classmethod
     def _of_recipes(cls) -> set[str]:
-        """Return the keys that a recipe may give: `start` is left out, which needs the evaluations of a run."""
+        """Return the keys that a recipe may set. `start` is left out, because it needs the evaluations of a run."""
         return set(cls.model_fields) - {"start"}
 
     @field_validator("groups", "include", "exclude", "ignore")
@@ -240,7 +238,7 @@ class TwaConfig(Section):
 
     @property
     def has_rows(self) -> bool:
-        """Whether rows of matrices have corrections of their own."""
+        """Whether single rows of matrices have corrections."""
         return isinstance(self.groups, str) and self.groups.endswith("+row")
 
     @model_validator(mode="after")

@@ -81,13 +81,13 @@ def of_sum_one(weights: Sequence[float], *, normalize: bool = False) -> list[flo
 
 
 def check_index(index: str | int) -> None:
-    """Refuse an index that counts from the end.
+    """Check that an index does not count from the end.
 
     Raises:
         ValueError: the index is negative; pydantic adds the key.
     """
     if isinstance(index, int) and index < 0:
-        raise ValueError(f"{index} is not an index of a candidate: they count from 0; use `last` for the last one")
+        raise ValueError(f"{index} is not an index of a candidate: indices start at 0; use `last` for the last one")
 
 
 def center_weights(center: Center, n: int, key: str = "center") -> list[float]:

@@ -20,8 +20,8 @@ Location = tuple[str | int, ...]
 def explained(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> list[tuple[Location, str]]:
     """Return location and message of each invalid key and value: key, rule, value, and the nearest known name.
 
-    Pydantic reports an error for each branch of a union, such as the names and the list of `groups`. They become one
-    message: of the branch whose type the value has if there is one, else of all that the value may be.
+    Pydantic reports an error for each branch of a union, such as the names and the list of `groups`. They are
+    replaced by one message: that of the branch whose type the value has, or otherwise one about all branches.
     """
     unions: dict[Location, list[Mapping[str, Any]]] = {}
     for error in errors:
@@ -34,7 +34,7 @@ def explained(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> li
 
 
 def _is_branch(part: str | int) -> bool:
-    """Whether a part of a location is a branch of a union, such as `str` or `list[float]`, and not a key."""
+    """Return whether a part of a location is a branch of a union, such as `str` or `list[float]`, not a key."""
     return isinstance(part, str) and (not part.isidentifier() or part in _BRANCHES)
 
 
@@ -47,7 +47,7 @@ def _key(location: Location) -> Location:
 
 
 def _united(errors: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return the errors of the branches of one union as one error, unless some are of the branch that was meant."""
+    """Return the errors of the branches of a union as one error, unless some belong to the branch that was meant."""
     meant = [error for error in errors if not error["msg"].startswith(_SHOULD_BE) or _is_inside(error["loc"])]
     if len(errors) == 1 or meant:
         return meant or errors
@@ -57,7 +57,7 @@ def _united(errors: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
 
 
 def _is_inside(location: Location) -> bool:
-    """Whether the location is an item inside a branch: the value is a list, and one of its items is wrong."""
+    """Return whether the location is an item inside a branch: the value is a list with a wrong item."""
     return len(_key(location)) < len(location) - 1
 
 

@@ -74,7 +74,7 @@ def validated(
         ConfigError: names every invalid key and value.
     """
     try:
-        if isinstance(data, model):  # validated again: model_copy(update=..) does not validate
+        if isinstance(data, model):  # validate again, because model_copy(update=..) does not validate
             checked = type(data).model_validate(data)
             return data if repr(checked) == repr(data) else checked
         return model.model_validate({} if data is None else data)
@@ -87,12 +87,12 @@ def validated(
 
 
 def _hint(data: Any, location: Sequence[str | int]) -> str:
-    """Return what to add to an error of several settings, some of which may be those of a recipe."""
+    """Return the note for an error about several settings, if some of them may come from a recipe."""
     recipe = data.get("recipe") if isinstance(data, dict) else None
     section = RECIPES.get(str(recipe), {}).get(str(location[0])) if len(location) == 1 else None
     if location and not isinstance(section, dict):
         return ""
-    return f" (what is not given is that of recipe {recipe!r})" if recipe else ""
+    return f" (other settings are those of recipe {recipe!r})" if recipe else ""
 
 
 def _origin(location: tuple[str | int, ...], where: str, overrides: Sequence[str]) -> str:

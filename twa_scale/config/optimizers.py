@@ -29,15 +29,15 @@ OPTIONS = {
 }
 """The options by lower-case name, without those that need autograd or a GPU: the coefficients are on the CPU."""
 _UNFIT = {
-    "lbfgs": "it evaluates the loss several times a step, through a closure, and a step here has one gradient",
-    "sparseadam": "it needs sparse gradients, and those of coefficients are dense",
+    "lbfgs": "it evaluates the loss several times in a step, through a closure, but a step has one gradient here",
+    "sparseadam": "it needs sparse gradients, but those of coefficients are dense",
 }
 
 RATES = {
     **dict.fromkeys((("adam", "delta"), ("adamw", "delta"), ("adamax", "delta"), ("nadam", "delta")), 0.03),
     ("sgd", "weight"): 2.0,
 }
-"""The usual learning rate of an optimizer, by its name and `units`: of trials, and for SGD of the published code."""
+"""The usual learning rate of an optimizer, by its name and `units`, from trials, or for SGD from the published code."""
 
 
 class OptimizerConfig(Section):
@@ -83,7 +83,7 @@ class OptimizerConfig(Section):
 
 
 def check_name(name: str) -> None:
-    """Refuse an optimizer that cannot train coefficients.
+    """Check that an optimizer can train coefficients.
 
     Raises:
         ValueError: names the reason; pydantic adds the key.
@@ -95,7 +95,7 @@ def check_name(name: str) -> None:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse unknown options of an optimizer, and values of the wrong kind.
+    """Check the names of options of an optimizer, and the kinds of their values.
 
     Raises:
         ValueError: names the option; pydantic adds the key.

@@ -1,4 +1,4 @@
-"""Named settings for common uses. docs/how-to/settings.md says where each value comes from.
+"""Named settings for common uses. docs/how-to/settings.md explains each value.
 
 A recipe gives values to keys that are not given, before the settings are validated.
 """
@@ -58,7 +58,7 @@ _FITS = {
     "optimizer": ("optimizer.name", "units"),
     "schedule": ("schedule.name",),
 }
-"""Settings that a recipe gives only with its own values of others: of the same kind, or that they are made for."""
+"""Settings that a recipe sets only together with its own values of other settings, to which they belong."""
 _ONE_OF = {
     "steps": "epochs",
     "epochs": "steps",
@@ -68,7 +68,7 @@ _ONE_OF = {
 
 
 def filled(data: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Return settings with those of their `recipe` for what they do not give. An unknown recipe gives nothing.
+    """Return settings, completed with those of their `recipe`. An unknown recipe has no settings.
 
     Args:
         data: the settings that are given.
@@ -99,13 +99,13 @@ def settings_of_recipe(config: BaseModel) -> dict[str, Any]:
 
 
 def recipe_line(config: BaseModel) -> str:
-    """Return a sentence that says what comes from the recipe; empty without a recipe."""
+    """Return a sentence with the settings from the recipe; empty without a recipe."""
     settings = ", ".join(f"{key} {value}" for key, value in settings_of_recipe(config).items())
     return f"recipe {config.model_dump()['recipe']}: {settings}" if settings else ""
 
 
 def _fits(key: str, data: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
-    """Whether the settings that `key` belongs with are not given, or are given as in the recipe."""
+    """Return whether the settings to which `key` belongs are not given, or have the values of the recipe."""
     others = ((_value(data, other), _value(recipe, other)) for other in _FITS.get(key, ()))
     return all(given is None or str(given).lower() == str(own) for given, own in others)
 
@@ -121,7 +121,7 @@ def _value(data: Mapping[str, Any], key: str) -> Any:
 
 
 def _given(section: Any) -> dict[str, Any] | None:
-    """Return the keys of a section that are given; None for what is no section, which validation refuses."""
+    """Return the given keys of a section, or None if it is not a section, which validation refuses."""
     if isinstance(section, BaseModel):
         return {name: getattr(section, name) for name in section.model_fields_set}
     return dict(section) if isinstance(section, Mapping) else None

@@ -10,7 +10,7 @@ from twa_scale.config.schedule import ScheduleConfig
 from twa_scale.config.section import Count, Directory, Integer, Loggers, Section
 
 TIMEOUT = 600.0
-"""Seconds that ranks wait for each other, at the rendezvous and in every collective."""
+"""The time in seconds that ranks wait for each other, at the rendezvous and in every collective."""
 
 
 class TaskConfig(Section):
@@ -53,7 +53,7 @@ class RunConfig(TwaConfig):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is the GPU of the rank if there is one.")
     split: str = Field(
-        "train", description="Split that the coefficients are trained on: `train` (TWA-t), `validation` (TWA-v)."
+        "train", description="Split on which the coefficients are trained: `train` (TWA-t), `validation` (TWA-v)."
     )
     steps: Count | None = Field(None, description="Coefficient updates; give this or `epochs`.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the split; give this or `steps`.")
@@ -67,7 +67,8 @@ class RunConfig(TwaConfig):
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = Field(0, description="Seed of the data order and of dropout.")
     log_every: Count = Field(1, description="Steps between two lines of metrics.jsonl.")
     report_to: Loggers = Field(
-        ["tensorboard"], description="What else gets the metrics: `tensorboard`, `csv`, `wandb`, `mlflow`; `[]`: none."
+        ["tensorboard"],
+        description="Further loggers for the metrics: `tensorboard`, `csv`, `wandb`, `mlflow`; `[]`: none.",
     )
     evaluate_every: Count | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
     evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")
@@ -116,7 +117,7 @@ class RunConfig(TwaConfig):
     def _auto_needs_held_out_data(self) -> "RunConfig":
         if self.optimizer.lr == "auto" and self.evaluate_split == self.split:
             raise ValueError(
-                f"optimizer.lr 'auto' compares rates on held-out data, and evaluate_split {self.evaluate_split!r} is "
-                "the split that the coefficients are trained on; give another one, or a number for optimizer.lr"
+                f"optimizer.lr 'auto' compares rates on held-out data, but evaluate_split {self.evaluate_split!r} is "
+                "the split on which the coefficients are trained; give another one, or a number for optimizer.lr"
             )
         return self

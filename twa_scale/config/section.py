@@ -12,7 +12,7 @@ from twa_scale.errors import ConfigError
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 else:
-    ModelMetaclass = type(BaseModel)  # has no public name
+    ModelMetaclass = type(BaseModel)  # it has no public name
 
 
 def _whole(value: Any) -> Any:
@@ -80,6 +80,6 @@ class Section(BaseModel, metaclass=_Constructed):
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise ConfigError(
-            f"{name}: settings are frozen. Make others: "
+            f"{name}: settings are frozen. Create others: "
             f"{type(self).__name__}(**{{**settings.model_dump(), {name!r}: ..}})."
         )

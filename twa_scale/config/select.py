@@ -19,7 +19,7 @@ class SelectConfig(Section):
         None, description="Use only steps that are a multiple of this number: with 1000, step 1000, 2000, .."
     )
     last: Count | None = Field(
-        None, description="Use only the last candidates, this many, of those that the other keys select."
+        None, description="Use only this number of the last candidates, among those that the other keys select."
     )
     order: Order = Field(
         "given",

@@ -1,4 +1,4 @@
-"""Write settings as YAML: a commented file to start from, and the settings that apply to a run."""
+"""Write settings as YAML: a commented template, and the settings that apply to a run."""
 
 import textwrap
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def template(given: Mapping[str, Any]) -> str:
     """Return YAML that sets the keys of `given`, with all other keys of RunConfig as comments.
 
     Args:
-        given: values of keys of RunConfig, which come first in the file, in this order. Defaults are those of its
+        given: values of keys of RunConfig, which come first in the file, in this order. Defaults are those of their
             recipe.
 
     Raises:
@@ -43,7 +43,7 @@ def template(given: Mapping[str, Any]) -> str:
 
 
 def resolved(config: RunConfig) -> str:
-    """Return YAML of all settings of a run: those given, those of the recipe, which are marked, and defaults."""
+    """Return YAML of all settings of a run: given ones, those of the recipe, which are marked, and defaults."""
     marks = _marks(config)
     lines = []
     for key in _order(()):
@@ -68,7 +68,7 @@ def _marks(config: RunConfig) -> dict[str, str]:
 
 
 def _items(section: BaseModel) -> list[tuple[str, Any]]:
-    """Return the keys and values of a section, with those that it passes on."""
+    """Return the keys and values of a section, including options that it passes on."""
     own = {name: getattr(section, name) for name in type(section).model_fields}
     return [*own.items(), *(section.model_extra or {}).items()]
 

@@ -1,4 +1,4 @@
-"""Exits from blocks that contain collectives: whether all ranks have left a block that one of them left by an error."""
+"""Exits from blocks with collectives: whether all ranks have left a block that one of them left with an error."""
 
 import secrets
 import time
@@ -8,15 +8,15 @@ from twa_scale.errors import RankError
 from twa_scale.ranks.failures import call_with_timeout, connect_to_store
 from twa_scale.ranks.group import Group
 
-_PATIENCE = 5.0  # seconds that other ranks have to leave a block after one has left it by an error
+_PATIENCE = 5.0  # seconds that other ranks have to leave a block after one has left it with an error
 _POLL = 0.05
 
 
 class BlockExits:
     """A record, in the rendezvous store, of the blocks that each rank of a group has left.
 
-    A rank that leaves a block by an error cannot use a collective to ask the others, because they may be in a
-    collective of the block. If the store does not answer, the other ranks get the error of a failed collective.
+    A rank that leaves a block with an error cannot ask the others in a collective, because they may be in a collective
+    of the block. If the store does not answer, the other ranks get the error of a failed collective.
 
     Args:
         group: ranks that enter and leave the same blocks in the same order. The constructor is collective.

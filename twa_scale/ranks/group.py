@@ -195,7 +195,7 @@ class MpiGroup(Group):
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """Return an error that can be pickled: a TwaError as it is, another error as a RuntimeError with its text."""
+    """Return an error that can be pickled: a TwaError unchanged, another error as a RuntimeError with its text."""
     if error is None or isinstance(error, TwaError):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")

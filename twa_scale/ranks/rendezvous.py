@@ -20,7 +20,7 @@ _TIMEOUT = 10.0  # seconds to exchange one line
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """The address of rank 0's server. The token tells it from another server that uses the same port later."""
+    """The address of rank 0's server. The token distinguishes it from a later server on the same port."""
 
     addresses: list[str]
     port: int
@@ -93,8 +93,8 @@ def _store(address: str, port: int) -> Store:
 def rendezvous_in_directory(directory: Path, job: str, rank: int, size: int, timeout: float) -> Store:
     """Connect all ranks through a file in a shared directory, and return their store.
 
-    Rank 0 writes its address to the file, and removes it when all ranks have connected. A file of an earlier job does
-    no harm: its server has ended or has another token.
+    Rank 0 writes its address to the file, and removes it when all ranks have connected. A file of an earlier job is
+    ignored, because its server has ended or has another token.
 
     Args:
         directory: a directory that all ranks share; created if needed.

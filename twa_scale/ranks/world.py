@@ -28,9 +28,9 @@ class World:
     size: int
     local_rank: int
     launcher: str = ""
-    """`torchrun` (also for launchers with the same variables, as DeepSpeed's), `mpi`, `slurm`; empty for one rank."""
+    """`torchrun` (also for DeepSpeed's launcher, with the same variables), `mpi` or `slurm`; empty for one rank."""
     job: str = ""
-    """A name that is unique to this launch; empty where the launcher does not give one."""
+    """A name that is unique to this launch; empty if the launcher does not give one."""
     has_master: bool = False
     """Whether MASTER_ADDR and MASTER_PORT are set."""
 
@@ -54,7 +54,7 @@ class World:
         """Return the device of this rank.
 
         Args:
-            setting: `cpu`, `cuda`, or `auto` for a GPU where torch sees one.
+            setting: `cpu`, `cuda`, or `auto` for a GPU if torch sees one.
 
         Raises:
             ConfigError: `setting` is `cuda`, and torch sees no GPU.
@@ -171,7 +171,7 @@ def _numbers(environment: Mapping[str, str], keys: tuple[str, str, str]) -> tupl
     except ValueError:
         raise ConfigError(f"the environment sets {settings}: these have to be whole numbers.") from None
     if not 0 <= rank < size or local_rank < 0:
-        raise ConfigError(f"the environment sets {settings}: ranks count from 0 and stay below the size.")
+        raise ConfigError(f"the environment sets {settings}: ranks must be from 0 to the size minus 1.")
     return rank, size, local_rank
 
 
