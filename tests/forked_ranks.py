@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.old_torch import add_events_of_streams
+from twa_scale.ranks.destroying import destroy_process_group
+
 
 def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> None:
     """Call `function(*arguments)` on `size` ranks of a gloo group that meets through a file, as torchrun starts them.
@@ -40,9 +43,10 @@ def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> No
 
 def _run(rank: int, size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    add_events_of_streams()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {key: str(value) for key, value in place.items()} | {"TORCHELASTIC_RUN_ID": "forked"}
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     function(*arguments)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        destroy_process_group()

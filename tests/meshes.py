@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tests.pool import forget_meshes
+from tests.old_torch import forget_sharding
 
 SIZES = {"hsdp": [2, 4], "fsdp2-tp": [2, 4], "columns-tp": [4], "hsdp-tp": [4], "tp": [2]}
 ENGINES = [*SIZES]
@@ -23,7 +23,7 @@ TP = "tp"
 
 def mesh_of(engine: str) -> DeviceMesh:
     """All ranks in the shape that the engine needs, two in the last dimension where their number is even."""
-    forget_meshes()
+    forget_sharding()
     size = dist.get_world_size()
     match engine:
         case "hsdp":

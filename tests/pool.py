@@ -21,11 +21,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import debug
 
+from tests.old_torch import add_events_of_streams, forget_sharding, why_not
 from twa_scale.errors import TwaError
+from twa_scale.ranks.destroying import destroy_process_group
 
 PRELOAD = ["tests.pool", "tests.preload"]
 MAX_RANKS = 4
@@ -152,6 +154,9 @@ class Pool:
                     self._kill()
                     raise RanksHang(f"rank {rank} died with exit code {code}") from None
                 if outcomes[rank].error is not None:
+                    if reason := why_not(outcomes[rank].error):
+                        self._kill()
+                        pytest.skip(reason)
                     deadline = min(deadline, time.monotonic() + GRACE)
         return [outcomes[rank] for rank in range(len(workers))]
 
@@ -190,6 +195,7 @@ def _where(rank: int, worker: Worker) -> str:
 def _work(pipe: Connection, stack: str) -> None:
     """The life of a worker: take a call, run it in a group of its own, send what came of it."""
     torch.set_num_threads(1)
+    add_events_of_streams()
     with Path(stack).open("w") as file:
         while True:
             try:
@@ -206,11 +212,6 @@ def _work(pipe: Connection, stack: str) -> None:
             pipe.send_bytes(result)  # as bytes: `send` would share each tensor by a file of its own, kept open
 
 
-def forget_meshes() -> None:
-    """Clear what DTensor remembers: it would answer with the equal mesh of a call before, whose groups are gone."""
-    getattr(debug, "_clear_sharding_prop_cache", lambda: None)()  # torch 2.6 has no such function
-
-
 _LINEAR = torch.nn.functional.linear
 
 
@@ -223,8 +224,8 @@ def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
     except Exception as error:
         return Outcome(error=_portable(error), trace=traceback.format_exc())
     finally:
-        dist.destroy_process_group()
-        forget_meshes()
+        destroy_process_group()
+        forget_sharding()  # DTensor would answer with the equal mesh of a call before, whose groups are gone
         torch.nn.functional.linear = _LINEAR  # ZeRO-3 leaves one of its own, which inference mode does not know
         gc.collect()
 

@@ -178,7 +178,7 @@ def streams_that_do_nothing() -> Iterator[None]:
     """Replace CUDA streams, so that the training of fairscale runs on the CPU with gloo."""
 
     def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None:
-        dist.reduce_scatter(out, list(parts.view(group.size(), *out.shape)), group=group)
+        dist.reduce_scatter_tensor(out, parts.flatten(), group=group)
 
     with (
         mock.patch.multiple(

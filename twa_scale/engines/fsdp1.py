@@ -192,5 +192,5 @@ def _translate_attribute_errors() -> Iterator[None]:
 def _missing_attribute(name: str | None) -> EngineError:
     return EngineError(
         f"FullyShardedDataParallel of torch {torch.__version__} has no {name!r}, which this version of twa_scale "
-        "needs; use fully_shard, or torch 2.6 to 2.13."
+        "needs; use fully_shard, or torch 2.6 to 2.14."
     )

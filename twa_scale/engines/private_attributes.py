@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from twa_scale.errors import EngineError
 
-_TESTED = {"torch": "2.6 to 2.13", "deepspeed": "0.19", "fairscale": "0.4.13", "peft": "0.21"}
+_TESTED = {"torch": "2.6 to 2.14", "deepspeed": "0.19", "fairscale": "0.4.13", "peft": "0.21"}
 
 
 def require(library: str, instance: object, names: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from twa_scale.base.calls import running_calls
+from twa_scale.ranks.destroying import destroy_process_group
 from twa_scale.running.checkpoint import State
 from twa_scale.running.state_file import plain
 
@@ -47,7 +48,7 @@ def states_of_all(state: State) -> list[State]:
     group = dist.new_group(backend="gloo") if own else None
     dist.gather_object(_in_host_memory(plain(state)), states, group=group)
     if own:
-        dist.destroy_process_group(group)
+        destroy_process_group(group)
     return states or []
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from twa_scale.errors import RankError, TwaError
+from twa_scale.ranks.destroying import destroy_process_group
 from twa_scale.ranks.failures import rank_errors
 from twa_scale.ranks.mpi import load_mpi, mpi_takes_cuda
 from twa_scale.ranks.world import World
@@ -107,7 +108,7 @@ class Group:
 
     def close(self) -> None:
         """Destroy the process group."""
-        dist.destroy_process_group(self._process_group)
+        destroy_process_group(self._process_group)
 
     @contextmanager
     def agree(self) -> Iterator[None]:

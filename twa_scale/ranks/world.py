@@ -13,6 +13,7 @@ from torch.distributed import Store
 
 from twa_scale.config import TIMEOUT
 from twa_scale.errors import ConfigError, RankError
+from twa_scale.ranks.destroying import destroy_process_group
 from twa_scale.ranks.failures import Heartbeat, publish_failure, rank_errors
 from twa_scale.ranks.mpi import abort_at_exit, load_mpi, mpi4py_is_installed
 from twa_scale.ranks.rendezvous import rendezvous_in_directory, rendezvous_over_mpi
@@ -98,11 +99,11 @@ class World:
                 yield
         except BaseException as error:
             if getattr(error, "agreed", False):
-                _destroy_process_group()
+                _leave()
             else:  # Destroying the group would wait for ranks that wait for this one.
                 abort_at_exit()
             raise
-        _destroy_process_group()
+        _leave()
 
     def _init(self, device: torch.device, directory: str | Path | None, timeout: float) -> None:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -128,9 +129,9 @@ class World:
         return rendezvous_in_directory(Path(directory), self.job, self.rank, self.size, timeout)
 
 
-def _destroy_process_group() -> None:
+def _leave() -> None:
     if dist.is_initialized():
-        dist.destroy_process_group()
+        destroy_process_group()
 
 
 def mpi_size(environment: Mapping[str, str] = os.environ) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from twa_scale.errors import OutputError
 
-_TESTED = "2.6 to 2.13"
+_TESTED = "2.6 to 2.14"
 _PROBE_BYTES = 1 << 16
 BESIDE_NUMBERS = 4096
 """The bytes that an archive of torch.save has for each tensor beside its numbers, at most."""
