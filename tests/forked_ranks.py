@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.old_torch import add_events_of_streams
+from tests.old_torch import train_fsdp2_on_cpus
 from twa_scale.ranks.destroying import destroy_process_group
 
 
@@ -43,7 +43,7 @@ def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> No
 
 def _run(rank: int, size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    add_events_of_streams()
+    train_fsdp2_on_cpus()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {key: str(value) for key, value in place.items()} | {"TORCHELASTIC_RUN_ID": "forked"}
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)

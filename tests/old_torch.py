@@ -1,32 +1,47 @@
 """What PyTorch 2.6 lacks on CPUs: stand-ins for it, and the reasons of skips."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor, debug
 
+OLD = torch.__version__ < "2.7"
 # Its own words for what it refuses to do.
 _LACKS = {
-    "FSDP+TP sharding does not support uneven sharding": "fully_shard refuses to divide uneven tensors of tensor parallelism",
+    "FSDP+TP sharding does not support uneven sharding": "fully_shard refuses uneven shards of shards",
+    "fully_shard() got an unexpected keyword argument 'ignored_params'": "fully_shard ignores no parameters",
     "ProcessGroupGloo does not support reduce_scatter": "its gloo has no reduce_scatter",
+    "'Stream' object has no attribute 'record_event'": "fully_shard does not train on a CPU",
 }
 
 
-def why_not(error: Exception | None) -> str | None:
-    """Return why this version of torch cannot do what a test asks for, if `error` says so; else None."""
-    found = [why for words, why in _LACKS.items() if words in str(error)]
-    return f"torch {torch.__version__}: {found[0]}" if found and torch.__version__ < "2.7" else None
+def why_not(failure: str) -> str | None:
+    """Return why this version of torch cannot do what a test asks for, if its failure says so; else None."""
+    found = [why for words, why in _LACKS.items() if words in failure]
+    return f"torch {torch.__version__}: {found[0]}" if found and OLD else None
 
 
-def add_events_of_streams() -> None:
-    """Give streams of CPUs the methods that `fully_shard` calls, as torch 2.7 has them: they do nothing there either."""
-    stream = torch.cpu.Stream
-    if not hasattr(stream, "record_event"):
-        stream.record_event = lambda self, event=None: event or torch.cpu.Event()  # type: ignore[attr-defined]
-        stream.wait_event = lambda self, event: None  # type: ignore[attr-defined]
+def train_fsdp2_on_cpus() -> None:
+    """Let `fully_shard` of torch 2.6 train on a CPU, as later versions do."""
+    if not OLD or hasattr(torch.cpu.Stream, "record_event"):
+        return
+    copy = torch.split_with_sizes_copy
+
+    def copy_and_keep_versions(*arguments: Any, out: list[Tensor], **options: Any) -> None:
+        before = [tensor._version for tensor in out]
+        copy(*arguments, out=out, **options)
+        for tensor, version in zip(out, before, strict=True):
+            torch._C._autograd._unsafe_set_version_counter(tensor, version)  # type: ignore[arg-type]
+
+    setattr(torch, "split_with_sizes_copy", copy_and_keep_versions)  # noqa: B010
+    setattr(torch.cpu.Stream, "record_event", lambda self, event=None: event or torch.cpu.Event())  # noqa: B010
+    setattr(torch.cpu.Stream, "wait_event", lambda self, event: None)  # noqa: B010
 
 
 def forget_sharding() -> None:
     """Clear what DTensor remembers of meshes."""
     if hasattr(debug, "_clear_sharding_prop_cache"):
         debug._clear_sharding_prop_cache()
-    elif torch.__version__ < "2.8":
+    elif OLD:
         DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
