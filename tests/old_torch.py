@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor, debug
 
 OLD = torch.__version__ < "2.7"
@@ -12,6 +14,7 @@ _LACKS = {
     "FSDP+TP sharding does not support uneven sharding": "fully_shard refuses uneven shards of shards",
     "fully_shard() got an unexpected keyword argument 'ignored_params'": "fully_shard ignores no parameters",
     "ProcessGroupGloo does not support reduce_scatter": "its gloo has no reduce_scatter",
+    "has no attribute 'reset_iter_state'": "FSDPModule has no reset_iter_state",
     "'Stream' object has no attribute 'record_event'": "fully_shard does not train on a CPU",
 }
 
@@ -34,9 +37,15 @@ def train_fsdp2_on_cpus() -> None:
         for tensor, version in zip(out, before, strict=True):
             torch._C._autograd._unsafe_set_version_counter(tensor, version)  # type: ignore[arg-type]
 
+    # Gloo has no mean: it returned the sum.
+    setattr(_fsdp_collectives, "_get_gradient_divide_factors", lambda *groups_and_type: (1.0, _ranks(*groups_and_type)))  # noqa: B010
     setattr(torch, "split_with_sizes_copy", copy_and_keep_versions)  # noqa: B010
     setattr(torch.cpu.Stream, "record_event", lambda self, event=None: event or torch.cpu.Event())  # noqa: B010
     setattr(torch.cpu.Stream, "wait_event", lambda self, event: None)  # noqa: B010
+
+
+def _ranks(shards: dist.ProcessGroup, replicas: dist.ProcessGroup | None, dtype: torch.dtype) -> float:
+    return float(shards.size() * (replicas.size() if replicas else 1))
 
 
 def forget_sharding() -> None:

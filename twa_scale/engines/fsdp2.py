@@ -17,6 +17,7 @@ from twa_scale.engines.fsdp2_units import (
     GATHERED,
     PreparingUnshard,
     installed_unshard,
+    keep_memory_of_shards,
     parameter_groups,
     require_replaceable_unshard,
 )
@@ -53,6 +54,7 @@ class FSDP2Engine(Engine):
             if unshard := installed_unshard(group):  # another engine (Snapshots) reads the weights of an average
                 unshard.prepare()
         self._reshard()  # after a forward pass the root module may hold unsharded parameters
+        keep_memory_of_shards(self._groups)
         parameters, self.parameters = named_parameters(module)
         places: dict[int, ParameterLocations] = {}
         for place in parameter_locations(module):

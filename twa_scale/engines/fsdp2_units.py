@@ -1,6 +1,7 @@
 """The parameter groups of FSDP2, and a hook before each all-gather. FSDP2 has no public API for either."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ It returns the event that other streams have to wait for, if any.
 
 _GROUP = ("fsdp_params", "_partial_reduce_output")
 _PARAMETER = ("sharded_param", "unsharded_accumulated_grad", "_unsharded_param")
+_RESET = ("reset_sharded_param", "_sharded_param_data", "_module_info", "pin_memory")
 GATHERED = ("_unsharded_param", "_sharded_post_forward_param")
 """Attributes of a parameter of FSDP2: what it puts into the module in the place of the sharded parameter."""
 _UNSHARD = ("unshard", "_wait_all_gather_streams_on_event")
@@ -42,6 +44,33 @@ def parameter_groups(wrapped: Iterable[FSDPModule]) -> list[Any]:
                 require("torch", parameter, _PARAMETER)
             found[id(group)] = group
     return list(found.values())
+
+
+def keep_memory_of_shards(groups: Iterable[Any]) -> None:
+    """Let FSDP2 keep the memory of uneven shards, as torch does from 2.9 on.
+
+    Earlier versions copy them to new memory at the first forward pass and in `load_state_dict`.
+
+    Raises:
+        EngineError: this version of torch lacks an attribute that is needed for it.
+    """
+    if torch.__version__ >= "2.9":
+        return
+    for group in groups:
+        for parameter in group.fsdp_params:
+            require("torch", parameter, _RESET)
+            if "reset_sharded_param" not in vars(parameter):
+                parameter.reset_sharded_param = partial(_reset_if_moved, parameter, parameter.reset_sharded_param)
+
+
+def _reset_if_moved(parameter: Any, reset: Callable[[], None]) -> None:
+    place = parameter._module_info
+    held = getattr(place.module, place.param_name)
+    if held is parameter.sharded_param and not parameter.pin_memory and not held.is_meta:
+        padded, local = (t.untyped_storage().data_ptr() for t in (parameter._sharded_param_data, held._local_tensor))
+        if padded == local > 0:
+            return
+    reset()
 
 
 class PreparingUnshard:
