@@ -9,19 +9,23 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor, debug
 
 OLD = torch.__version__ < "2.7"
-# Its own words for what it refuses to do.
+# Its own words for what it does not do, all of which are in a failure, and the reason of the skip.
 _LACKS = {
-    "FSDP+TP sharding does not support uneven sharding": "fully_shard refuses uneven shards of shards",
-    "fully_shard() got an unexpected keyword argument 'ignored_params'": "fully_shard ignores no parameters",
-    "ProcessGroupGloo does not support reduce_scatter": "its gloo has no reduce_scatter",
-    "has no attribute 'reset_iter_state'": "FSDPModule has no reset_iter_state",
-    "'Stream' object has no attribute 'record_event'": "fully_shard does not train on a CPU",
+    ("FSDP+TP sharding does not support uneven sharding",): "fully_shard refuses uneven shards of shards",
+    ("fully_shard() got an unexpected keyword argument 'ignored_params'",): "fully_shard ignores no parameters",
+    ("ProcessGroupGloo does not support reduce_scatter",): "its gloo has no reduce_scatter",
+    ("'Stream' object has no attribute 'record_event'",): "fully_shard does not train on a CPU",
+    ("has no attribute 'reset_iter_state'",): "FSDPModule has no reset_iter_state",
+    ("step_inside_no_sync", "modified by an inplace operation"): "DDP overwrites what a backward pass needs",
+    ("_sync_module_states", "Invalid scalar type"): "its gloo has no complex numbers",
+    ("assert self.mask_buffer.data is not None",): "DTensor loses the mask of an embedding",
+    ("distributed/tensor/_dispatch.py", "view size is not compatible"): "DTensor views its input in `linear`",
 }
 
 
 def why_not(failure: str) -> str | None:
     """Return why this version of torch cannot do what a test asks for, if its failure says so; else None."""
-    found = [why for words, why in _LACKS.items() if words in failure]
+    found = [why for words, why in _LACKS.items() if all(word in failure for word in words)]
     return f"torch {torch.__version__}: {found[0]}" if found and OLD else None
 
 

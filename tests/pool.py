@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from tests.old_torch import forget_sharding, train_fsdp2_on_cpus
 from twa_scale.errors import TwaError
-from twa_scale.ranks.destroying import destroy_process_group
+from twa_scale.ranks.destroying import KEPT, destroy_process_group
 
 PRELOAD = ["tests.pool", "tests.preload"]
 MAX_RANKS = 4
@@ -213,14 +213,19 @@ _LINEAR = torch.nn.functional.linear
 
 def _run(call: bytes, rank: int, size: int, store: str) -> Outcome:
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    close_at_once = False
     try:
         dist.barrier()  # a rank that is done at once must not leave while others still connect
         module, name, kwargs = pickle.loads(call)
         return Outcome(value=getattr(importlib.import_module(module), name)(**kwargs))
     except Exception as error:
+        close_at_once = True
         return Outcome(error=_portable(error), trace=traceback.format_exc())
     finally:
         destroy_process_group()
+        if close_at_once:  # or other ranks would wait for this one until their time limit
+            time.sleep(0.1 * bool(KEPT))
+            KEPT.clear()
         forget_sharding()  # DTensor would answer with the equal mesh of a call before, whose groups are gone
         torch.nn.functional.linear = _LINEAR  # ZeRO-3 leaves one of its own, which inference mode does not know
         gc.collect()

@@ -18,6 +18,7 @@ from tests import models
 from tests.commands.conftest import Brought
 from tests.commands.conftest import scores as scores
 from tests.commands.material import Scores, run_here, settings
+from tests.old_torch import OLD
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -150,6 +151,8 @@ def fails(method: str, call: int) -> Fails:
 def test_task_fails_in_a_run(
     ranks: Pool, scores: Brought, tmp_path: Path, engine: str, method: str, timeout: float
 ) -> None:
+    if engine == "fsdp2" and OLD:
+        pytest.skip("torch 2.6 does not change the time limit of a gloo group that exists")
     task = {"name": "tests.ranks.test_one_rank_fails:fails", "method": method, "call": 2}
     data = settings(scores.candidates, task, tmp_path / "out", engine=engine, timeout=timeout)
     other, failed = ranks.outcomes(run_here, 2, data=data)

@@ -27,6 +27,7 @@ from twa_scale.engines.parameters import (
     flat_view,
     memory_version,
     named_parameters,
+    number_of_writes,
     parameter_locations,
     persistent_buffers,
     require_same_parameters,
@@ -161,7 +162,11 @@ class FSDP2Engine(Engine):
         for name, local in held.items():
             if (local.data_ptr(), local.dtype) != (self._local[name].data_ptr(), self._local[name].dtype):
                 raise was_replaced(name)
-        return {name: memory_version(local) for name, local in held.items()} | self._whole.changed(names)
+        # With torch 2.6 `load_state_dict` counts as a write to the DTensor only, not to its local part.
+        versions = {
+            name: (memory_version(local), number_of_writes(self._sharded[name])) for name, local in held.items()
+        }
+        return versions | self._whole.changed(names)
 
     def _gathered(self) -> set[int]:
         """Return the ids of the parameters that FSDP2 puts in the place of its own from forward to backward."""

@@ -165,11 +165,15 @@ def was_replaced(name: str) -> EngineError:
 
 def memory_version(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the address of a tensor's memory and its version: the number of in-place writes by torch."""
-    address = tensor.data_ptr()
+    return tensor.data_ptr(), number_of_writes(tensor)
+
+
+def number_of_writes(tensor: torch.Tensor) -> int:
+    """Return the version of a tensor."""
     try:
-        return address, tensor._version
+        return tensor._version
     except RuntimeError:  # an inference tensor has no version; `is_inference()` on each tensor would cost 50 % more
-        return address, 0
+        return 0
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

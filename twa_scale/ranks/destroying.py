@@ -10,15 +10,15 @@ import torch.distributed as dist
 # meanwhile. A thread that is about to release a tensor of the last collective needs that lock: both wait for ever.
 # So the objects are kept for a while after the groups are destroyed. Their threads are idle then.
 SECONDS = 1.0
-_kept: deque[tuple[float, list[dist.ProcessGroup]]] = deque()
+KEPT: deque[tuple[float, list[dist.ProcessGroup]]] = deque()
 
 
 def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
     """Destroy a process group, or all of them, as `torch.distributed.destroy_process_group` does."""
     if torch.__version__ < "2.8":
         now = time.monotonic()
-        while _kept and _kept[0][0] < now - SECONDS:
-            _kept.popleft()
+        while KEPT and KEPT[0][0] < now - SECONDS:
+            KEPT.popleft()
         every = getattr(getattr(dist.distributed_c10d, "_world", None), "pg_map", ())
-        _kept.append((now, [*every] if group is None else [group]))
+        KEPT.append((now, [*every] if group is None else [group]))
     dist.destroy_process_group(group)
