@@ -17,6 +17,7 @@ _LACKS = {
     ("'Stream' object has no attribute 'record_event'",): "fully_shard does not train on a CPU",
     ("has no attribute 'reset_iter_state'",): "FSDPModule has no reset_iter_state",
     ("step_inside_no_sync", "modified by an inplace operation"): "DDP overwrites what a backward pass needs",
+    ("Dynamo only supports FSDP with use_orig_params=True",): "torch.compile needs use_orig_params of FSDP1",
     ("_sync_module_states", "Invalid scalar type"): "its gloo has no complex numbers",
     ("assert self.mask_buffer.data is not None",): "DTensor loses the mask of an embedding",
     ("distributed/tensor/_dispatch.py", "view size is not compatible"): "DTensor views its input in `linear`",

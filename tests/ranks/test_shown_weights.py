@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import twa_scale
 from tests import flattened, models
+from tests.old_torch import OLD
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -216,6 +217,7 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
     return said, refused, seconds
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.6 does not change the time limit of a gloo group that exists")
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_an_error_in_the_middle_of_the_block_ends_the_average(ranks: Pool, engine: str) -> None:
     (waited, *other), (failed, *own) = ranks(fail_in_the_middle, 2, engine=engine)

@@ -56,7 +56,7 @@ def go_on(
 
     BatchNorm is in evaluation mode, so that a step does not depend on how its batch is split over the ranks.
     """
-    shape = (1,) if paths is None else ()  # DeepSpeed has no parameters of shape ()
+    shape = (1,) if paths is None else models.SCALAR_SHAPE  # DeepSpeed has no parameters of shape ()
     model, twa = cases.attach(engine, Run(config, scalar_shape=shape), paths)
     next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
     if state is not None:

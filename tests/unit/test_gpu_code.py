@@ -65,4 +65,6 @@ def test_sums_over_programs_compile(target: str) -> None:
 @pytest.mark.parametrize("store", [store for store in STORES if store.startswith("packed")])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_spans_that_begin_within_a_tile(operation: str, store: str) -> None:
+    if (operation, store) == ("combine", "packed1") and Version(triton.__version__) < Version("3.9"):
+        pytest.skip("the compiler of Triton 3.8 reads these codes in parts of less than 16 bytes")
     check(Kernel(operation, store, "sm_90", aligned=False))
