@@ -1,4 +1,7 @@
-"""Grids of options: `make test` runs a part of the cases in which every pair of options occurs, `make test-all` all."""
+"""Cases of many options, of which `make test` runs a part and `make test-all` all.
+
+`grid` marks all but those in which every pair of options occurs; `rest_slow` all but those that it is told.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
@@ -30,6 +33,19 @@ def grid(
             marks=[pytest.mark.grid] * (k not in needed) + ([pytest.mark.xdist_group(group(*case))] if group else []),
         )
         for k, case in enumerate(cases)
+    ]
+
+
+def rest_slow(cases: Iterable[Case], kept: Callable[..., bool]) -> list[Any]:
+    """Return the cases for `parametrize`. Those for which `kept` of their values is false get the mark `slow`.
+
+    Unlike those marked `grid`, `.ci/run` runs them. What is kept has to show each kind of case once.
+    """
+    cases = list(cases)
+    chosen = [kept(*case) for case in cases]
+    assert any(chosen) and not all(chosen), "nothing is left out, or everything"
+    return [
+        pytest.param(*case, marks=[] if keep else pytest.mark.slow) for case, keep in zip(cases, chosen, strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
-from torch.distributed.tensor import DTensor, debug
+from torch.distributed.tensor import DTensor
 
 OLD = torch.__version__ < "2.7"
 # Its own words for what it does not do, all of which are in a failure, and the reason of the skip.
@@ -55,6 +55,8 @@ def _ranks(shards: dist.ProcessGroup, replicas: dist.ProcessGroup | None, dtype:
 
 def forget_sharding() -> None:
     """Clear what DTensor remembers of meshes."""
+    from torch.distributed.tensor import debug  # here: it imports torch._dynamo, which few programs of tests need
+
     if hasattr(debug, "_clear_sharding_prop_cache"):
         debug._clear_sharding_prop_cache()
     elif OLD:

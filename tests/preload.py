@@ -23,6 +23,7 @@ MODULES = [
     "torch._inductor.compile_fx",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
     "torch.distributed.tensor.parallel",
     "torch.nn.parallel",
     "deepspeed",

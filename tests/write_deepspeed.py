@@ -4,6 +4,8 @@ Where Lightning is installed, its Trainer writes some as well.
 Beside each lies what DeepSpeed's own zero_to_fp32 makes of it, completed by what only the module holds.
 """
 
+import gc
+import importlib
 import importlib.util
 import os
 import sys
@@ -29,6 +31,14 @@ if WITH_LIGHTNING := importlib.util.find_spec("lightning") is not None:
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+# The first engine of a process imports these, which takes longer than all that it does here. Ranks are forks.
+for module in (
+    "deepspeed.module_inject.auto_ep_layer",
+    "torch._dynamo.backends.debugging",
+    "torch._inductor.compile_fx",
+    "torch._inductor.distributed_autotune",
+):
+    importlib.import_module(module)
 CASES: dict[str, dict[str, object]] = {
     "0-fp32": {"zero_optimization": {"stage": 0}},
     "0-bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
@@ -184,6 +194,7 @@ def save_with_lightning(stage: int, directory: Path) -> None:
 
 
 def main() -> None:
+    gc.freeze()  # DeepSpeed's BF16_Optimizer calls the collector nine times
     for size in SIZES:
         directory = Path(sys.argv[1]) / str(size)
         directory.mkdir(parents=True)

@@ -12,7 +12,10 @@ from tests.pool import Pool
 from twa_scale import ConfigError
 
 
-@pytest.mark.parametrize(("engine", "pods", "size"), [("auto", 2, 4), ("ddp", 2, 4), ("auto", 3, 3), ("plain", 2, 2)])
+@pytest.mark.parametrize(
+    ("engine", "pods", "size"),
+    [("auto", 2, 4), pytest.param("ddp", 2, 4, marks=pytest.mark.slow), ("auto", 3, 3), ("plain", 2, 2)],
+)
 def test_a_run_in_pods_is_the_run_on_one_rank(
     ranks: Pool, scores: Brought, tmp_path: Path, engine: str, pods: int, size: int
 ) -> None:

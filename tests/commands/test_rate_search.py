@@ -59,7 +59,9 @@ def choose(engine: str) -> tuple[Any, list[float], dict[str, Any], list[dict[str
     return chosen, list(expected), state, list(states), same
 
 
-@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("fsdp2", 2), ("zero2", 2)])
+@pytest.mark.parametrize(
+    ("engine", "size"), [("plain", 1), ("fsdp2", 2), pytest.param("zero2", 2, marks=pytest.mark.slow)]
+)
 def test_each_trial_is_a_training_from_the_same_start(ranks: Pool, engine: str, size: int) -> None:
     for chosen, expected, state, states, same_buffers in ranks(choose, size, engine=engine):
         *finite, diverged = chosen.tried

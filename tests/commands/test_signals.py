@@ -30,7 +30,9 @@ def start_writing(command: list[str], out: Path) -> "subprocess.Popen[bytes]":
     return process
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("number", "ranks"), [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)]
+)
 def test_signal_leaves_no_files(tmp_path: Path, number: int, ranks: int) -> None:
     candidates = [sparse(tmp_path / f"candidates/{i}.safetensors", 256 * MEBI) for i in range(2)]
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]

@@ -60,7 +60,7 @@ STARTS = {
     ("launcher", "settings"),
     [
         pytest.param("torchrun", "engine=fsdp2", marks=pytest.mark.slow),
-        ("mpi", "comm=mpi"),
+        pytest.param("mpi", "comm=mpi", marks=pytest.mark.slow),  # tests/mpi starts others
     ],
 )
 def test_two_ranks(launcher: str, settings: str, config: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
@@ -82,6 +82,7 @@ def test_two_ranks(launcher: str, settings: str, config: Path, tmp_path: Path, a
         assert float((value - alone[name]).norm()) <= 2e-6 * float(alone[name].norm()), name
 
 
+@pytest.mark.slow
 def test_failing_run_under_mpirun_reports_once(config: Path, tmp_path: Path) -> None:
     """All ranks raise the same error; the one that speaks is not ended before it has."""
     words = ["mpirun", "-n", "2", sys.executable, *RUN, str(config), "batch_size=13"]

@@ -13,7 +13,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3",
 @pytest.mark.parametrize(
     ("how", "who", "words"),
     [
-        ("frozen", 1, ["rank 1", "process", "frozen"]),
+        pytest.param("frozen", 1, ["rank 1", "process", "frozen"], marks=pytest.mark.slow),
         pytest.param("frozen", 0, ["rank 0", "does not answer"], marks=pytest.mark.slow),  # rank 0 holds the store
         pytest.param("gone", 2, ["rank 2"], marks=pytest.mark.slow),
         pytest.param("busy", 1, ["rank 1 did not join"], marks=pytest.mark.slow),

@@ -1,5 +1,6 @@
 """Ranks that mpirun starts: replicas without a process group, and shards that reduce over MPI."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,30 @@ from tests.mpi.conftest import Mpirun
 from tests.mpi.settings import BATCH, CONFIGS, PODS, STEPS
 from tests.ranks.test_equality import errors
 
-SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
+SIZES = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
 
 
-@pytest.fixture(scope="session", params=SIZES)
-def results(request: pytest.FixtureRequest, mpirun: Mpirun, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the results of each case, by rank. One launch runs all cases."""
-    size, directory = request.param, tmp_path_factory.mktemp("mpi")
-    cases = ["methods", "replicas", "spoiled", *(["wants_gloo", "sharded"] if size > 1 else [])]
-    ended = mpirun(size, "tests.mpi.script", ",".join(cases), directory)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return {case: [torch.load(directory / f"{case}-{rank}.pt") for rank in range(size)] for case in cases}
+@pytest.fixture(scope="session")
+def launched(mpirun: Mpirun, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
+    """Return the results of each case, by rank, for a number of ranks. One launch of each number runs all cases.
+
+    A fixture with the number as its parameter would launch again each time that pytest changes between numbers.
+    """
+
+    @cache
+    def launch(size: int) -> Any:
+        directory = tmp_path_factory.mktemp("mpi")
+        cases = ["methods", "replicas", "spoiled", *(["wants_gloo", "sharded"] if size > 1 else [])]
+        ended = mpirun(size, "tests.mpi.script", ",".join(cases), directory)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return {case: [torch.load(directory / f"{case}-{rank}.pt") for rank in range(size)] for case in cases}
+
+    return launch
+
+
+@pytest.fixture(params=SIZES)
+def results(request: pytest.FixtureRequest, launched: Callable[[int], Any]) -> Any:
+    return launched(request.param)
 
 
 @cache
@@ -78,7 +92,10 @@ def test_all_methods_of_a_group_over_mpi(results: Any) -> None:
         assert result["copied"].tolist() == [[size - 1] * 2] * 2
 
 
-@pytest.mark.parametrize(("case", "words"), [("dies", "not mounted on this node"), ("lost", "MASTER_ADDR")])
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("dies", "not mounted on this node"), pytest.param("lost", "MASTER_ADDR", marks=pytest.mark.slow)],
+)
 def test_failing_rank_ends_the_others(mpirun: Mpirun, tmp_path: Path, case: str, words: str) -> None:
     ended = mpirun(2, "tests.mpi.script", case, tmp_path, timeout=60)
     assert ended.returncode != 0 and words in ended.stderr

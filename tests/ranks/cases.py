@@ -16,7 +16,7 @@ from tests import flattened, meshes, models, zero
 from twa_scale import TwaError
 from twa_scale.engines.zero import is_deepspeed
 
-NUM_STEPS = 12
+NUM_STEPS = 8
 BATCH = 12
 
 

@@ -1,5 +1,6 @@
 """Recalibrated BatchNorm statistics are those that one process measures on all batches."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from tests import models
+from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -52,8 +54,13 @@ class ByKeyword(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2", "hsdp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("engine", "size"),
+    rest_slow(
+        product(["plain", "ddp", "fsdp2", "hsdp", "zero2", "zero3"], [1, 2, 3]),
+        lambda engine, size: size == {"plain": 1, "fsdp2": 3}.get(engine, 2),
+    ),
+)
 def test_statistics_are_those_of_all_batches_in_one_process(ranks: Pool, engine: str, size: int) -> None:
     for result in ranks(recalibrate, size, engine=engine):
         model = models.build()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import twa_scale
 from tests import flattened, reference
+from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from twa_scale import EngineError, Snapshots
@@ -187,15 +188,18 @@ KINDS = ["shard-grad-op", "no-shard", "strategies", "deep", "frozen-unit", "igno
 
 @pytest.mark.parametrize(
     ("size", "orig", "kinds"),
-    [
-        (1, True, ["deep", "no-root"]),
-        (2, True, [*KINDS, "prefetching", "bf16", "compiled"]),
-        (2, False, [*KINDS, "bf16"]),
-        (3, True, ["deep", "no-shard", "ignored"]),
-        (3, False, ["deep", "no-shard", "no-root"]),
-        (4, True, ["hybrid"]),
-        (4, False, ["hybrid"]),
-    ],
+    rest_slow(
+        [
+            (1, True, ["deep", "no-root"]),
+            (2, True, [*KINDS, "prefetching", "bf16", "compiled"]),
+            (2, False, [*KINDS, "bf16"]),
+            (3, True, ["deep", "no-shard", "ignored"]),
+            (3, False, ["deep", "no-shard", "no-root"]),
+            (4, True, ["hybrid"]),
+            (4, False, ["hybrid"]),
+        ],
+        lambda size, orig, _: (size, orig) in ((2, True), (3, False), (4, True)),
+    ),
 )
 def test_all_wrappings_match_the_reference(ranks: Pool, size: int, orig: bool, kinds: list[str]) -> None:
     results = ranks(train, size, kinds=kinds, orig=orig, timeout=120)
@@ -313,7 +317,7 @@ def snapshots(directory: Path, orig: bool) -> tuple[dict[str, Tensor], list[dict
     return whole(model), kept
 
 
-@pytest.mark.parametrize("orig", [True, False])
+@pytest.mark.parametrize("orig", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_snapshots_are_candidates_and_the_average_is_exported(ranks: Pool, tmp_path: Path, orig: bool) -> None:
     for weights, kept in ranks(snapshots, 3, directory=tmp_path, orig=orig):
         for i, want in enumerate(kept):

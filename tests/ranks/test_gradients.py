@@ -1,6 +1,7 @@
 """Gradients: freed when they are projected, forgotten when asked, refused when they are not finite."""
 
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
 from tests import flattened, models, reference, zero
+from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -21,6 +23,8 @@ from twa_scale.engines.zero import is_deepspeed
 ENGINES = ["plain", "ddp", "fsdp2", *flattened.ENGINES]
 SIZES = [1, 2, 3]
 RUN = Run({"groups": "block"}, steps=3)
+OF_ONE = [(engine,) for engine in (*ENGINES, *zero.ENGINES)]
+EACH_KIND = ["plain", "ddp", "fsdp2", "fsdp1-flat", "zero2"]  # replicas, shards of rows, flat shards, DeepSpeed
 
 
 def own_part(step: int) -> models.Batch:
@@ -61,7 +65,7 @@ def forget_a_backward(engine: str, forget: bool) -> dict[str, Tensor]:
     return cases.gathered(model)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, *zero.ENGINES])
+@pytest.mark.parametrize("engine", rest_slow(OF_ONE, lambda engine: engine in EACH_KIND))
 def test_zero_grad_drops_a_backward_pass(ranks: Pool, engine: str) -> None:
     for size in (1, 2):
         plain, forgetful = (ranks(forget_a_backward, size, engine=engine, forget=forget)[0] for forget in (False, True))
@@ -179,7 +183,7 @@ def overflow(engine: str, rank: int) -> tuple[str, bool, bool]:
     return message, same, all(bool(value.isfinite().all()) for value in cases.gathered(model).values())
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, *zero.ENGINES])
+@pytest.mark.parametrize("engine", rest_slow(OF_ONE, lambda engine: engine in EACH_KIND))
 def test_a_gradient_that_is_not_finite_is_refused_on_every_rank(ranks: Pool, engine: str) -> None:
     for size, rank in ((1, 0), (3, 1)):
         results = ranks(overflow, size, engine=engine, rank=rank)
@@ -227,8 +231,10 @@ def train_narrow(engine: str) -> tuple[dict[str, Tensor], int]:
     return cases.gathered(model), twa.bytes_read
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("engine", [*ENGINES, *zero.ENGINES])
+@pytest.mark.parametrize(
+    ("engine", "size"),
+    rest_slow(product([*ENGINES, *zero.ENGINES], SIZES), lambda engine, size: size == (1 if engine == "plain" else 3)),
+)
 def test_rank_without_elements_takes_part(ranks: Pool, engine: str, size: int) -> None:
     steps = [narrow_data(step, size) for step in range(5)]
     want = reference.train(narrow(), narrow_loss, narrow_candidates(), {"groups": "tensor"}, steps).weights[-1]

@@ -36,17 +36,17 @@ LAYOUTS: dict[str, list[tuple[str, int]]] = {  # engine and ranks of every pod
     "uneven": [("fsdp2", 1), ("fsdp2", 2)],
     "mixed": [("plain", 1), ("ddp", 1), ("fsdp2", 2)],
 }
-SLOW = {"2 x 2 ddp", "3 x 1 plain", "mixed"}
+SLOW = {"2 x 2 ddp", "3 x 1 plain", "3 x 1 fsdp2", "mixed"}
 RUNS = {
-    "normalized": Run({"groups": "block"}, steps=8),
+    "normalized": Run({"groups": "block"}, steps=5),
     "orthonormal": Run(
-        {"basis": "orthonormal", "groups": "tensor", "center": "last", "optimizer": {"lr": 0.005}}, steps=8
+        {"basis": "orthonormal", "groups": "tensor", "center": "last", "optimizer": {"lr": 0.005}}, steps=5
     ),
     "simplex": Run(
-        {"basis": "simplex", "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}, steps=8, accumulate=2
+        {"basis": "simplex", "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}, steps=5, accumulate=2
     ),
 }
-ROWS = Run({"groups": "tensor+row", "max_grad_norm": 0.3, "optimizer": {"row_lr": 0.01}}, steps=8)
+ROWS = Run({"groups": "tensor+row", "max_grad_norm": 0.3, "optimizer": {"row_lr": 0.01}}, steps=5)
 Layout = list[tuple[str, int]]
 
 

@@ -1,6 +1,7 @@
 """The published form (TWA, ICLR 2023): SGD on coefficients of an orthonormal basis is projected SGD in weight space."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tests import models
+from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -68,8 +70,12 @@ def projected_sgd(groups: str, size: int) -> list[dict[str, Tensor]]:
     return history
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
+QUICK = [("plain", 1), ("ddp", 3), ("fsdp2", 2)]
+
+
+@pytest.mark.parametrize(
+    ("engine", "size"), rest_slow(product(["plain", "ddp", "fsdp2"], [1, 2, 3]), lambda *case: case in QUICK)
+)
 def test_every_step_is_a_step_of_projected_sgd(ranks: Pool, engine: str, size: int) -> None:
     for by_groups in ranks(trajectories, size, engine=engine):
         for groups, history in by_groups.items():

@@ -1,6 +1,7 @@
 """Candidates are read once, by slices; what is wrong with one of them is said alike on every rank."""
 
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twa_scale
 from tests import flattened, models
+from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -59,8 +61,12 @@ def kernel_count() -> int:
     return int(next(line for line in lines if line.startswith("rchar")).split()[1])
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("engine", ENGINES)
+PLACES = rest_slow(
+    product(ENGINES, SIZES), lambda engine, size: size == {"plain": 1, "fsdp2": 3, "fsdp1-flat": 3}.get(engine, 2)
+)
+
+
+@pytest.mark.parametrize(("engine", "size"), PLACES)
 def test_each_byte_is_read_by_one_rank_of_a_shard_group_once(
     ranks: Pool, tmp_path: Path, engine: str, size: int
 ) -> None:
@@ -88,8 +94,7 @@ def attach_judged(engine: str, paths: Any) -> tuple[dict[str, Tensor], dict[str,
     return cases.gathered(model), buffers
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "size"), PLACES)
 def test_attach_writes_the_mean_over_what_the_model_had(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
     """Files hold the tied tensor once, a glob finds them, frozen tensors are averaged too; integers are the last."""
     states = models.candidates()
@@ -196,7 +201,13 @@ def refusals(engine: str, runs: list[tuple[dict[str, Any], Any]]) -> list[tuple[
     return found
 
 
-@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("plain", 2), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
+@pytest.mark.parametrize(
+    ("engine", "size"),
+    rest_slow(
+        [("plain", 1), ("plain", 2), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)],
+        lambda engine, size: engine == "ddp" or size == {"plain": 1, "fsdp2": 3}[engine],
+    ),
+)
 def test_a_bad_candidate_is_the_same_error_on_every_rank(
     ranks: Pool, damaged: dict[str, tuple[list[Path], list[str]]], engine: str, size: int
 ) -> None:

@@ -39,7 +39,7 @@ def searched(engine: str, method: Any, local: bool = False) -> tuple[list[float]
     return twa.coefficients[:, 0].tolist(), [evaluation.label for evaluation in found.evaluations]
 
 
-@pytest.mark.parametrize(("engine", "size"), [("fsdp2", 2), ("ddp", 3)])
+@pytest.mark.parametrize(("engine", "size"), [("fsdp2", 2), pytest.param("ddp", 3, marks=pytest.mark.slow)])
 def test_all_ranks_end_at_the_best(ranks: Pool, engine: str, size: int) -> None:
     for method in ("sweep", "cma"):
         found = ranks(searched, size, engine=engine, method=method)

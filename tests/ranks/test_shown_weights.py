@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import twa_scale
 from tests import flattened, models
+from tests.grid import rest_slow
 from tests.old_torch import OLD
 from tests.pool import Pool
 from tests.ranks import cases
@@ -88,25 +89,26 @@ def trained_without_looking(engine: str, basis: str) -> dict[str, Tensor]:
     return cases.train(engine, Run({"basis": basis, "groups": "block", "center": "ema:0.5"}, steps=4)).weights
 
 
-@pytest.mark.parametrize(
-    ("engine", "size", "basis"),
-    [
-        ("plain", 1, "normalized"),
-        ("plain", 2, "pca"),
-        ("ddp", 2, "orthonormal"),
-        ("fsdp2", 1, "simplex"),
-        ("fsdp2", 3, "normalized"),
-        ("fsdp2", 3, "orthonormal"),
-        ("fsdp2-tp", 2, "pca"),
-        ("hsdp", 4, "simplex"),
-        ("fsdp1", 2, "orthonormal"),
-        ("fsdp1-flat", 3, "normalized"),
-        ("sharded-ddp", 2, "normalized"),
-        ("zero1", 2, "pca"),
-        ("zero2", 3, "orthonormal"),
-        ("zero3", 3, "normalized"),
-    ],
-)
+PLACES = [
+    ("plain", 1, "normalized"),
+    ("plain", 2, "pca"),
+    ("ddp", 2, "orthonormal"),
+    ("fsdp2", 1, "simplex"),
+    ("fsdp2", 3, "normalized"),
+    ("fsdp2", 3, "orthonormal"),
+    ("fsdp2-tp", 2, "pca"),
+    ("hsdp", 4, "simplex"),
+    ("fsdp1", 2, "orthonormal"),
+    ("fsdp1-flat", 3, "normalized"),
+    ("sharded-ddp", 2, "normalized"),
+    ("zero1", 2, "pca"),
+    ("zero2", 3, "orthonormal"),
+    ("zero3", 3, "normalized"),
+]
+SHOWN_QUICKLY = [PLACES[0], *PLACES[2:5], ("fsdp1", 2, "orthonormal"), ("zero1", 2, "pca"), ("zero3", 3, "normalized")]
+
+
+@pytest.mark.parametrize(("engine", "size", "basis"), rest_slow(PLACES, lambda *place: place in SHOWN_QUICKLY))
 def test_weights_are_shown_and_restored(ranks: Pool, engine: str, size: int, basis: str) -> None:
     states = models.candidates()
     straight = ranks(trained_without_looking, size, engine=engine, basis=basis)
@@ -218,7 +220,7 @@ def fail_in_the_middle(engine: str) -> tuple[str, list[str], float]:
 
 
 @pytest.mark.skipif(OLD, reason="torch 2.6 does not change the time limit of a gloo group that exists")
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_an_error_in_the_middle_of_the_block_ends_the_average(ranks: Pool, engine: str) -> None:
     (waited, *other), (failed, *own) = ranks(fail_in_the_middle, 2, engine=engine)
     assert failed == "Alone: cannot decode picture 17"

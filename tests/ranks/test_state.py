@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import twa_scale
 from tests import models
+from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -96,8 +98,12 @@ def straight(ranks: Pool) -> Callable[[str, int, str], list[Any]]:
     return cache(lambda engine, size, name: chain(ranks, CONFIGS[name], [(engine, size, NUM_STEPS)]))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("engine", "size"), [("plain", 1), ("ddp", 2), ("fsdp2", 2)])
+SAME = [(engine, size, name) for engine, size in (("plain", 1), ("ddp", 2), ("fsdp2", 2)) for name in CONFIGS]
+
+
+@pytest.mark.parametrize(
+    ("engine", "size", "name"), rest_slow(SAME, lambda engine, _, name: engine == "plain" or name in ("pca", "rows"))
+)
 def test_the_same_ranks_continue_bit_for_bit(
     ranks: Pool, straight: Callable[..., Any], tmp_path: Path, engine: str, size: int, name: str
 ) -> None:
@@ -109,24 +115,27 @@ def test_the_same_ranks_continue_bit_for_bit(
         assert len(state) < 64_000, "the state of a run is kilobytes"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+PARTS = {
+    "fsdp2-2-3-1": [("fsdp2", 2, 2), ("fsdp2", 3, 2), ("fsdp2", 1, 2)],
+    "fsdp2-ddp-plain": [("fsdp2", 3, 2), ("ddp", 2, 2), ("plain", 1, 2)],
+    "plain-plain-ddp": [("plain", 1, 2), ("plain", 3, 2), ("ddp", 1, 2)],
+    "fsdp1-sharded-ddp-flat": [("fsdp1", 3, 2), ("sharded-ddp", 2, 2), ("fsdp1-flat", 2, 2)],
+    "tp-hsdp-tp": [("fsdp2-tp", 4, 2), ("hsdp", 4, 2), ("tp", 2, 2)],
+    "zero": [("zero3", 3, 2), ("fsdp2", 2, 2), ("zero1", 2, 2)],
+}
+QUICK = dict(
+    zip(PARTS, [["normalized"], ["pca", "rows"], ["simplex"], ["orthonormal"], ["rows"], ["rows"]], strict=True)
+)
+
+
 @pytest.mark.parametrize(
-    "parts",
-    [
-        [("fsdp2", 2, 2), ("fsdp2", 3, 2), ("fsdp2", 1, 2)],
-        [("fsdp2", 3, 2), ("ddp", 2, 2), ("plain", 1, 2)],
-        [("plain", 1, 2), ("plain", 3, 2), ("ddp", 1, 2)],
-        [("fsdp1", 3, 2), ("sharded-ddp", 2, 2), ("fsdp1-flat", 2, 2)],
-        [("fsdp2-tp", 4, 2), ("hsdp", 4, 2), ("tp", 2, 2)],
-        [("zero3", 3, 2), ("fsdp2", 2, 2), ("zero1", 2, 2)],
-    ],
-    ids=["fsdp2-2-3-1", "fsdp2-ddp-plain", "plain-plain-ddp", "fsdp1-sharded-ddp-flat", "tp-hsdp-tp", "zero"],
+    ("parts", "name"), rest_slow(product(PARTS, CONFIGS), lambda parts, name: name in QUICK[parts])
 )
 def test_other_ranks_and_engines_continue_the_trajectory(
-    ranks: Pool, straight: Callable[..., Any], tmp_path: Path, parts: list[Any], name: str
+    ranks: Pool, straight: Callable[..., Any], tmp_path: Path, parts: str, name: str
 ) -> None:
     want = straight("plain", 1, name)[0][0]
-    for weights, *_ in chain(ranks, CONFIGS[name], parts, tmp_path if name == "rows" else None):
+    for weights, *_ in chain(ranks, CONFIGS[name], PARTS[parts], tmp_path if name == "rows" else None):
         for tensor, value in want.items():
             assert (weights[tensor] - value).norm() <= 1e-5 * value.norm(), tensor
 
@@ -155,8 +164,16 @@ def begun(ranks: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return cache(lambda engine, size: ranks(go_on, size, engine=engine, **options)[0][2])
 
 
-@pytest.mark.parametrize(("engine", "size"), [("plain", 2), ("fsdp2", 3)])
-@pytest.mark.parametrize("change", ["one element", "frozen", "swapped", "one less", *OTHER])
+CHANGED = ["one element", "frozen", "swapped", "one less", *OTHER]
+
+
+@pytest.mark.parametrize(
+    ("engine", "size", "change"),
+    rest_slow(
+        [(engine, size, change) for engine, size in (("plain", 2), ("fsdp2", 3)) for change in CHANGED],
+        lambda engine, _, change: engine == "plain" or change in ("one element", "groups"),
+    ),
+)
 def test_a_state_of_something_else_is_refused_on_every_rank(
     ranks: Pool, begun: Callable[[str, int], bytes], tmp_path: Path, engine: str, size: int, change: str
 ) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 import twa_scale
 from tests import meshes, models
+from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -65,7 +66,13 @@ def train_and_write(engine: str, paths: list[Path], out: Path) -> tuple[int, int
     return twa.pods.number, twa.bytes_read, first, cases.gathered(model)
 
 
-@pytest.mark.parametrize(("engine", "size"), [("hsdp", 4), ("columns-tp", 4), ("hsdp-tp", 4), ("tp", 2)])
+@pytest.mark.parametrize(
+    ("engine", "size"),
+    rest_slow(
+        [("hsdp", 4), ("columns-tp", 4), ("hsdp-tp", 4), ("tp", 2)],
+        lambda engine, _: engine in ("columns-tp", "hsdp"),  # strided spans, and two pods
+    ),
+)
 def test_files_are_read_once_and_written_whole(ranks: Pool, tmp_path: Path, engine: str, size: int) -> None:
     states = models.candidates()
     paths = save(tmp_path, states)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import twa_scale
 from tests import meshes, models, reference, zero
+from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -98,14 +99,18 @@ NOT_THERE = {  # what torch or the library itself cannot do
     "sharded-ddp": ["compiled-after"],
     "zero3": ["compiled-before"],
 }
-# DeepSpeed's hooks break the graph at every module, which takes half a minute to compile.
-SLOW = [("zero3", "compiled-after")]
-CASES = [
-    pytest.param(engine, change, marks=[pytest.mark.slow] if (engine, change) in SLOW else [])
-    for engine in ENGINES
-    for change in CHANGES
-    if change not in NOT_THERE.get(engine, [])
-]
+# To compile takes seconds. zero3 takes half a minute: DeepSpeed's hooks break the graph at every module.
+QUICK_TO_COMPILE = {"compiled-before": ["plain", "fsdp2", "zero1"], "compiled-after": ["plain", "ddp", "fsdp1-flat"]}
+TRIED = {  # every engine with what a script may use on any of them: once with its prefix, once without a gradient
+    "checkpoint-wrapper": ["plain", "ddp", "fsdp2", "fsdp1-flat", "zero2"],
+    "checkpoint": ["fsdp2-tp", "fsdp1", "sharded-ddp", "zero1", "zero3"],
+    "frozen": ["plain", "ddp", "fsdp2", "fsdp1-flat", "zero3"],
+    "unused": ["ddp", "fsdp2-tp", "fsdp1", "sharded-ddp", "zero1", "zero2"],
+}
+CASES = rest_slow(
+    ((engine, change) for engine in ENGINES for change in CHANGES if change not in NOT_THERE.get(engine, [])),
+    lambda engine, change: engine in (QUICK_TO_COMPILE | TRIED).get(change, ENGINES),
+)
 
 
 def train(engine: str, change: str) -> tuple[dict[str, Tensor], Tensor, float]:
@@ -178,7 +183,13 @@ def show_after_a_forward(engine: str) -> float:
             return models.loss(model, data).item()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp1", "fsdp1-flat", "sharded-ddp"])
+@pytest.mark.parametrize(
+    "engine",
+    rest_slow(
+        [("ddp",), ("fsdp2",), ("fsdp1",), ("fsdp1-flat",), ("sharded-ddp",)],
+        lambda engine: engine in ("fsdp2", "fsdp1-flat"),
+    ),
+)
 def test_wrapper_around_a_compiled_model_is_kept(ranks: Pool, engine: str) -> None:
     for rank, loss in enumerate(ranks(show_after_a_forward, 2, engine=engine)):
         assert abs(loss - loss_of_the_last("nothing", rank, 2)) <= 1e-5
@@ -241,8 +252,15 @@ def not_scaled(ranks: Pool) -> Callable[[str], tuple[dict[str, Tensor], Tensor]]
     return cache(lambda engine: ranks(scale, ENGINES[engine], engine=engine, scaler="")[0][:2])
 
 
-@pytest.mark.parametrize("scaler", SCALERS)
-@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2", "fsdp2-tp", "fsdp1", "sharded-ddp"])
+SCALED = [
+    (engine, scaler) for engine in ("plain", "ddp", "fsdp2", "fsdp2-tp", "fsdp1", "sharded-ddp") for scaler in SCALERS
+]
+
+
+@pytest.mark.parametrize(
+    ("engine", "scaler"),
+    rest_slow(SCALED, lambda engine, scaler: (scaler == "GradScaler" and engine != "fsdp2-tp") or engine == "fsdp2"),
+)
 def test_scaled_losses_train_alike_and_an_overflow_is_left_out(
     ranks: Pool, not_scaled: Callable[[str], tuple[dict[str, Tensor], Tensor]], engine: str, scaler: str
 ) -> None:

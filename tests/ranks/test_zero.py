@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import twa_scale
 from tests import models, zero
+from tests.grid import rest_slow
 from tests.pool import Pool
 from tests.ranks import cases
 from tests.ranks.cases import Run
@@ -94,7 +96,11 @@ def outputs(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "threshold"), [*((engine, 0) for engine in zero.ENGINES), ("zero3", 100), ("zero3", 100_000)]
+    ("engine", "threshold"),
+    rest_slow(
+        [*((engine, 0) for engine in zero.ENGINES), ("zero3", 100), ("zero3", 100_000)],
+        lambda engine, threshold: threshold == (100 if engine == "zero3" else 0),
+    ),
 )
 def test_all_ranks_use_the_written_weights(ranks: Pool, engine: str, threshold: int) -> None:
     options: dict[str, Any] = {"zero": {"stage3_param_persistence_threshold": threshold}}
@@ -225,8 +231,10 @@ def checkpoint(engine: str, directory: Path, bf16: bool) -> tuple[dict[str, Tens
     return zero.whole(model), zero.whole(fresh)
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("engine", zero.ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "bf16"),
+    rest_slow(product(zero.ENGINES, [False, True]), lambda engine, bf16: bf16 == (engine == "zero3")),
+)
 def test_a_deepspeed_checkpoint_holds_the_average(ranks: Pool, tmp_path: Path, engine: str, bf16: bool) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

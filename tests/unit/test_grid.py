@@ -2,7 +2,9 @@
 
 from itertools import combinations, product
 
-from tests.grid import covering, grid
+import pytest
+
+from tests.grid import covering, grid, rest_slow
 
 
 def test_every_pair_is_in_the_part_and_the_whole_is_kept() -> None:
@@ -14,6 +16,16 @@ def test_every_pair_is_in_the_part_and_the_whole_is_kept() -> None:
     marked = grid(cases)
     assert [parameters.values for parameters in marked] == cases
     assert {k for k, parameters in enumerate(marked) if not parameters.marks} == chosen
+
+
+def test_cases_that_are_not_kept_are_slow() -> None:
+    cases = list(product("ab", (1, 2)))
+    marked = rest_slow(cases, lambda letter, number: letter == "a" or number == 2)
+    assert [parameters.values for parameters in marked] == cases
+    assert [[mark.name for mark in parameters.marks] for parameters in marked] == [[], [], ["slow"], []]
+    for kept in (lambda *_: True, lambda *_: False):
+        with pytest.raises(AssertionError):
+            rest_slow(cases, kept)
 
 
 def test_a_case_without_a_partner_is_kept() -> None:
