@@ -9,6 +9,8 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
 OLD = torch.__version__ < "2.7"
+ALONE: dict[str, Any] = {} if OLD else {"no_dist": True}
+"""What `torch.distributed.checkpoint` is told where there is one process."""
 # Its own words for what it does not do, all of which are in a failure, and the reason of the skip.
 _LACKS = {
     ("FSDP+TP sharding does not support uneven sharding",): "fully_shard refuses uneven shards of shards",
@@ -20,6 +22,10 @@ _LACKS = {
     ("Dynamo only supports FSDP with use_orig_params=True",): "torch.compile needs use_orig_params of FSDP1",
     ("_sync_module_states", "Invalid scalar type"): "its gloo has no complex numbers",
     ("assert self.mask_buffer.data is not None",): "DTensor loses the mask of an embedding",
+    (
+        "triton/runtime/interpreter.py",
+        "only 0-dimensional arrays",
+    ): "the interpreter of Triton 3.2 needs an earlier numpy",
     ("distributed/tensor/_dispatch.py", "view size is not compatible"): "DTensor views its input in `linear`",
 }
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import twa_scale
+from tests.old_torch import ALONE
 from twa_scale.average.state import load_state, save_state
 from twa_scale.candidates import open_candidates
 from twa_scale.config import load_config
@@ -62,7 +63,7 @@ def write_torch(path: Path, seed: int) -> None:
 def write_dcp(path: Path, seed: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({"model": tensors(seed), "step": 3}, checkpoint_id=path, no_dist=True)
+        dcp.save({"model": tensors(seed), "step": 3}, checkpoint_id=path, **ALONE)
 
 
 def write_dcp_safetensors(path: Path, seed: int) -> None:
@@ -71,7 +72,7 @@ def write_dcp_safetensors(path: Path, seed: int) -> None:
         warnings.simplefilter("ignore")
         hf_storage = importlib.import_module("torch.distributed.checkpoint.hf_storage")
         writer = hf_storage.HuggingFaceStorageWriter(str(path), save_distributed=True)
-        dcp.save(state, storage_writer=writer, no_dist=True)
+        dcp.save(state, storage_writer=writer, **ALONE)
 
 
 def write_state(path: Path, seed: int) -> None:

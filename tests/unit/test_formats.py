@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 import twa_scale
 from tests.limits import files_up_to
+from tests.old_torch import ALONE
 from tests.pool import Pool
 from tests.ranks.test_stored_form import moe
 from tests.slices import opened, read
@@ -59,7 +60,7 @@ def write_dcp(path: Path, value: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a process without a group
         content = {"model": state(value), "optim": optimizer(value), "step": int(value)}
-        dcp.save(content, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+        dcp.save(content, storage_writer=dcp.FileSystemWriter(path), **ALONE)
 
 
 def write_hf(path: Path, value: float) -> None:
@@ -81,7 +82,7 @@ def candidates(here: Path, request: pytest.FixtureRequest) -> list[str]:
 def load_dcp(path: Path, into: dict[str, Any]) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(into, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        dcp.load(into, storage_reader=dcp.FileSystemReader(path), **ALONE)
     return into
 
 

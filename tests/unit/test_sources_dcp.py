@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictCon
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests import models
+from tests.old_torch import ALONE
 from tests.pool import Pool
 from tests.slices import opened, read, refused
 from twa_scale.candidates import open_candidates
@@ -158,12 +159,12 @@ def test_nested_state_dicts(tmp_path: Path) -> None:
     for i, content in enumerate(
         [state, {"model": state, "x": torch.ones(1)}, {"state_dict": state}, {"app": {"app": {"module": state}}}]
     ):
-        dcp.save(content, checkpoint_id=tmp_path / f"step-{i}", no_dist=True)
+        dcp.save(content, checkpoint_id=tmp_path / f"step-{i}", **ALONE)
         assert_holds(tmp_path / f"step-{i}", state)
     assert len(open_candidates(str(tmp_path / "step-*"))) == 4
-    dcp.save({"net": state}, checkpoint_id=tmp_path / "odd", no_dist=True)
+    dcp.save({"net": state}, checkpoint_id=tmp_path / "odd", **ALONE)
     assert "its keys are 'net'" in refused(tmp_path / "odd")
-    dcp.save({"optim": 3}, checkpoint_id=tmp_path / "none", no_dist=True)
+    dcp.save({"optim": 3}, checkpoint_id=tmp_path / "none", **ALONE)
     assert "holds no tensors" in refused(tmp_path / "none")
 
 
@@ -210,7 +211,7 @@ class Malicious:
 
 
 def test_metadata_does_not_run_code(tmp_path: Path) -> None:
-    dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", no_dist=True)
+    dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", **ALONE)
     with (tmp_path / "a/.metadata").open("rb") as file:
         metadata = pickle.load(file)
     metadata.storage_meta = Malicious()
@@ -220,7 +221,7 @@ def test_metadata_does_not_run_code(tmp_path: Path) -> None:
 
 
 def test_chunks_with_a_gap(tmp_path: Path) -> None:
-    dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", no_dist=True)
+    dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", **ALONE)
     with (tmp_path / "a/.metadata").open("rb") as file:
         metadata = pickle.load(file)
     metadata.state_dict_metadata["model.sharded0"].size = torch.Size([6, 7, 3])
@@ -279,7 +280,7 @@ def test_boxes_must_cover_each_element_once(data: st.DataObject) -> None:
 
 def test_boxes_with_an_overlap_and_a_gap(tmp_path: Path) -> None:
     """Their elements add up; what lies in the hole would be whatever was in memory."""
-    dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", no_dist=True)
+    dcp.save({"model": odd()}, checkpoint_id=tmp_path / "a", **ALONE)
     with (tmp_path / "a/.metadata").open("rb") as file:
         metadata = pickle.load(file)
     described = metadata.state_dict_metadata["model.sharded0"]

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.old_torch import ALONE
 from tests.slices import opened, read
 from tests.specs import found, refused
 from twa_scale import TwaWarning, attach
@@ -29,7 +30,7 @@ def dcp_folder(folder: Path, value: float, key: str = "model") -> None:
     folder.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a process without a group
-        dcp.save({key: state(value)}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        dcp.save({key: state(value)}, storage_writer=dcp.FileSystemWriter(folder), **ALONE)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import twa_scale
+from tests.old_torch import ALONE
 from tests.slices import opened, read
 from tests.specs import found, refused
 from twa_scale import TwaWarning
@@ -49,7 +50,7 @@ def save(folder: Path, state: Tensors, **more: Any) -> Path:
     extra = {"decoder.layers.linear._extra_state/shard_0_3": io.BytesIO(b"scales"), "rng_state/shard_0_1": io.BytesIO()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a process without a group
-        dcp.save({**state, **extra, **more}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        dcp.save({**state, **extra, **more}, storage_writer=dcp.FileSystemWriter(folder), **ALONE)
     torch.save({"iteration": 1, "args": None}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     return folder
@@ -71,7 +72,7 @@ def loaded(folder: Path, *names: str) -> list[torch.Tensor]:
     into = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(into, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        dcp.load(into, storage_reader=dcp.FileSystemReader(folder), **ALONE)
     return [into[name] for name in names]
 
 

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import twa_scale
+from tests.old_torch import ALONE
 from tests.slices import read
 from twa_scale.base.notices import TwaWarning
 from twa_scale.candidates import Candidate, open_candidates
@@ -313,7 +314,7 @@ def test_a_list_that_cannot_be_named_is_refused(
 def test_the_order_of_a_distributed_checkpoint_names_nothing(tmp_path: Path) -> None:
     """Its metadata do not keep the order of the state dict."""
     model = net(0)
-    dcp.save({"model": model.state_dict(), "ema": ema_of(model)["shadow_params"]}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"model": model.state_dict(), "ema": ema_of(model)["shadow_params"]}, checkpoint_id=tmp_path, **ALONE)
     assert "no state dict next to it" in refused(tmp_path, weights_key="ema")
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     candidate, _ = opened(tmp_path, weights_key="ema", parameters=parameters)

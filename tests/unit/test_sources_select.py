@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
+from tests.old_torch import ALONE
 from tests.slices import read
 from twa_scale.candidates import Candidate, open_candidates
 from twa_scale.candidates.select import Wanted
@@ -38,7 +39,7 @@ def save_torch(state: dict[str, Any], path: Path) -> Path:
 
 
 def save_dcp(state: dict[str, Any], path: Path) -> Path:
-    dcp.save(state, checkpoint_id=path, no_dist=True)
+    dcp.save(state, checkpoint_id=path, **ALONE)
     return path
 
 

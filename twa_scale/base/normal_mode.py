@@ -22,7 +22,9 @@ def in_normal_mode(function: Callable[P, R]) -> Callable[P, R]:
         with ExitStack() as modes:
             if torch.is_inference_mode_enabled():
                 modes.enter_context(torch.inference_mode(False))
-            if torch.get_default_device().type != "cpu":
+            if (
+                torch.empty(0).device.type != "cpu"
+            ):  # in a `with torch.device`, get_default_device of torch 2.6 is wrong
                 modes.enter_context(torch.device("cpu"))
             return function(*args, **kwargs)
 
