@@ -1,4 +1,4 @@
-"""The command line as a process of its own: the console script `twa-scale`, and `python -m twa_scale` of launchers."""
+"""The entry point of a process: the console script `twa-scale`, and `python -m twa_scale` for launchers."""
 
 import sys
 from typing import NoReturn
@@ -18,7 +18,7 @@ def program() -> NoReturn:
 
 
 def _end(code: int) -> NoReturn:
-    """End the process; one that never was a rank has nothing to clean up and does not import what is needed for it."""
+    """End the process. The clean-up of ranks is imported only if the process was a rank."""
     if "twa_scale.ranks" in sys.modules:
         from twa_scale.ranks import exit_process
 

@@ -2,10 +2,10 @@
 
 
 class TwaError(Exception):
-    """Base of every error that twa_scale raises for bad input; anything else that escapes is our bug."""
+    """Base class of all errors that twa_scale raises for bad input. Other errors are bugs of twa_scale."""
 
     agreed = False
-    """Whether every rank of the group raises this same error, so that one of them may speak for all."""
+    """Whether every rank of the group raises this error, so that one of them can report it for all."""
 
 
 class ConfigError(TwaError):
@@ -21,7 +21,7 @@ class EngineError(TwaError):
 
 
 class OutputError(TwaError):
-    """A result that could not be written; what stood at the target is as it was."""
+    """A result that could not be written. An earlier output at the target is unchanged."""
 
 
 class StateError(TwaError):
@@ -29,7 +29,7 @@ class StateError(TwaError):
 
 
 class NotFiniteError(TwaError):
-    """Training has diverged: a gradient or weights are not finite. Coefficients and weights are as before the step."""
+    """A gradient or weights are not finite. Coefficients and weights are those before the step."""
 
 
 class RankError(TwaError):

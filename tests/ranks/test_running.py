@@ -319,7 +319,7 @@ def load_of_others(engine: str) -> dict[str, str]:
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_states_of_another_rank_or_step_are_refused_on_every_rank(ranks: Pool, engine: str) -> None:
     first, second = ranks(load_of_others, 2, engine=engine)
-    assert first == second and "Each rank saves and loads a state of its own" in first["rank"]
+    assert first == second and "Each rank saves and loads its own state" in first["rank"]
     assert "of different steps: step is 2 on rank 1 and 1 on rank 0" in first["step"]
 
 

@@ -223,7 +223,7 @@ def load_different_states() -> tuple[str, bool]:
 
 def test_ranks_that_load_different_states_are_refused(ranks: Pool) -> None:
     first, second = ranks(load_different_states, 2)
-    assert first == second and first[1] and "state: x: rank 1 has another one than rank 0" in first[0]
+    assert first == second and first[1] and "state: x: it differs between rank 1 and rank 0" in first[0]
 
 
 class Allocations(TorchDispatchMode):
@@ -341,7 +341,7 @@ def test_rows_that_one_rank_sees_otherwise_are_refused_on_all(ranks: Pool, tmp_p
         (
             "All ranks have to see the same file",
             *["on all ranks, or on none"] * 2,
-            "seen-by-1/coefficients.pt: rank 1 does not see it, and rank 0 does",
+            "seen-by-1/coefficients.pt: rank 1 does not see it, but rank 0 does",
             *["CoefficientsCallback(twa)"] * 3,
         ),
         strict=True,

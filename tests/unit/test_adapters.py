@@ -199,7 +199,7 @@ def test_ranks_that_differ_have_products_only(mixed: list[str], tmp_path: Path) 
 def test_an_adapter_is_not_averaged_with_a_model(alike: list[str], tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     save_file(adapters.base().transformer.state_dict(), tmp_path / "full/model.safetensors")
-    with pytest.raises(TwaError, match=r"is an adapter of PEFT, and .*full has no adapter_config.json"):
+    with pytest.raises(TwaError, match=r"is an adapter of PEFT, but .*full has no adapter_config.json"):
         average_fixed([alike[0], str(tmp_path / "full")], tmp_path / "out")
 
 

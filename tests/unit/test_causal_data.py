@@ -328,7 +328,7 @@ def test_documents_of_plain_tokens_need_their_end(tmp_path: Path) -> None:
     options = {"tokens": {"train": str(tmp_path / "a.npy")}, "context": 5}
     for documents in ("packed", "padded"):
         with pytest.raises(
-            ConfigError, match=r"a\.npy does not say where its documents begin\. Set task\.document_end"
+            ConfigError, match=r"the starts of documents in .*a\.npy are not known\. Set task\.document_end"
         ):
             causal_lm(**options, documents=documents).dataset("train")
     data = causal_lm(**options, documents="padded", document_end=9).dataset("train")

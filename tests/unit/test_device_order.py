@@ -149,7 +149,7 @@ def test_streams_are_ordered(
 def test_weights_on_two_devices_are_refused(device: Simulated) -> None:
     model = build(device)
     model[2] = nn.Linear(300, 3)
-    with pytest.raises(twa_scale.EngineError, match=r"spread over cpu and cuda:0.*fully_shard"):
+    with pytest.raises(twa_scale.EngineError, match=r"divided over cpu and cuda:0.*fully_shard"):
         twa_scale.attach(model, candidates())
 
 

@@ -197,7 +197,10 @@ def test_a_model_without_memory_is_refused(part: str) -> None:
     ("model", "said"),
     [
         (lambda: nn.LazyLinear(3), "'weight' is uninitialized"),
-        (lambda: torch.inference_mode()(lambda: nn.Linear(3, 3))(), r"'weight' was made in torch.inference_mode\(\)"),
+        (
+            lambda: torch.inference_mode()(lambda: nn.Linear(3, 3))(),
+            r"'weight' was created in torch.inference_mode\(\)",
+        ),
         (lambda: sharing(slice(0, 2)), "parameters 'other' and 'weight' share memory"),
         (lambda: sharing(slice(None)), "parameters 'other' and 'weight' share memory"),
         (lambda: sharing((slice(None), slice(0, 2))), "parameter 'other' is not contiguous"),
@@ -274,11 +277,11 @@ def test_changes_of_what_is_trained_are_refused_or_reported() -> None:
     model[1].requires_grad_(False)  # not trained
     model[0].requires_grad_(True)
     model(torch.ones(3)).sum().backward()
-    with pytest.warns(TwaWarning, match=r"'0\.weight', '0\.bias' required no gradient at attach"):
+    with pytest.warns(TwaWarning, match=r"'0\.weight', '0\.bias' did not require a gradient at attach"):
         twa.step()
     model[2].bias.requires_grad_(False)
     model(torch.ones(3)).sum().backward()
-    with pytest.raises(EngineError, match=r"parameter '2\.bias' requires no gradient any more"):
+    with pytest.raises(EngineError, match=r"parameter '2\.bias' no longer requires a gradient"):
         twa.step()
 
 

@@ -94,7 +94,7 @@ def test_names_give_the_expert_or_else_the_block(name: str, group: str) -> None:
 
 def test_tensors_that_disagree_about_the_number_of_experts_are_reported() -> None:
     model = inside("mlp", "experts", holder=Holder({"w1": (4, 8, 16), "w2": (8, 4, 16)}))
-    with pytest.warns(twa_scale.TwaWarning, match=r"'mlp.experts.w2' beside stacked .* first size is 8, .* 4 experts"):
+    with pytest.warns(twa_scale.TwaWarning, match=r"'mlp.experts.w2' next to stacked .* first size is 8, .* 4 experts"):
         twa_scale.attach(model, [model.state_dict()] * 2, {"groups": "expert"})
 
 

@@ -342,7 +342,7 @@ def test_files_beside_the_weights(here: Path) -> None:
     assert found == {*own, "config.json", "optimizer_0/.metadata", "trainer_state.json"}
     assert Path("out/optimizer_0/.metadata").read_text() == "3.0"
     said = " ".join(str(warning.message) for warning in warned)
-    assert "'checkpoint-2' (a checkpoint of its own)" in said and "'model.py' (code" in said
+    assert "'checkpoint-2' (a separate checkpoint)" in said and "'model.py' (code" in said
     assert (
         "'pytorch_model.bin' (the weights before the average, in other files)" in said and "'outside' (a link" in said
     )
@@ -399,7 +399,7 @@ def test_a_disk_that_is_full_leaves_nothing(here: Path, form: str) -> None:
 def test_a_torch_without_what_is_needed(here: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str) -> None:
     torch.save(state(1.0), "a.pt")
     monkeypatch.setitem(torch_api._PLACES, name, "torch.nothing")
-    with pytest.raises(OutputError, match=f"need torch.nothing.{name}, which torch .* has not; use torch"):
+    with pytest.raises(OutputError, match=f"need torch.nothing.{name}, which torch .* does not have; use torch"):
         average_fixed(["a.pt"], "out", format=form)
     average_fixed(["a.pt"], "out", format="same")
 

@@ -121,7 +121,7 @@ def test_valid_json() -> None:
 def test_integers() -> None:
     assert integers([1, -2]) == (1, -2) == integers((1, -2))
     for value in (3, "12", [True], [1.0], [1 << 63], [[1]], {1: 2}):
-        with pytest.raises(ValueError, match="no list of 64-bit integers"):
+        with pytest.raises(ValueError, match="not a list of 64-bit integers"):
             integers(value)
 
 

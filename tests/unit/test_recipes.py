@@ -89,11 +89,11 @@ def test_attach_takes_what_is_not_of_a_run() -> None:
         ({"recipe": ["tail"]}, "recipe: "),
         ({"recipe": "tail", "optimizer": 3}, "optimizer: "),
         ({"recipe": "tail", "groups": None, "schedule": None}, "groups: .*schedule: "),
-        ({"recipe": "tail", "groups": "tensor+row", "basis": "simplex"}, "basis is 'simplex'.*that of recipe 'tail'"),
-        ({"recipe": "head", "schedule": {"milestones": []}}, "schedule: .*milestones.*that of recipe 'head'"),
+        ({"recipe": "tail", "groups": "tensor+row", "basis": "simplex"}, "basis is 'simplex'.*those of recipe 'tail'"),
+        ({"recipe": "head", "schedule": {"milestones": []}}, "schedule: .*milestones.*those of recipe 'head'"),
         ({"recipe": "tail", "units": "weight"}, "recipe 'tail' has no learning rate for adamw with units weight"),
         ({"recipe": "tail", "optimizer": {"name": "sgd"}}, "'tail' has no learning rate for sgd with units delta"),
-        ({"recipe": "soup", "optimizer": {"lr": "auto"}}, "held-out.*that of recipe 'soup'"),
+        ({"recipe": "soup", "optimizer": {"lr": "auto"}}, "held-out.*those of recipe 'soup'"),
     ],
 )
 def test_refused(settings: dict[str, Any], words: str) -> None:
@@ -181,7 +181,7 @@ class Counted(list[dict[str, torch.Tensor]]):
 
 def test_each_example_needs_its_number_of_tokens() -> None:
     examples = Counted({"i": torch.tensor(count)} for count in (3, 9, 1))
-    with pytest.raises(ConfigError, match="token_counts: the examples of the task have 8, and there are 3 examples"):
+    with pytest.raises(ConfigError, match="token_counts: the task has 8 counts for 3 examples"):
         next(Batches(examples, 2, 2, 0, 1, 0).in_order())
 
 

@@ -117,10 +117,10 @@ def test_invalid_steps(tmp_path: Path, step: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex64, float])
 def test_invalid_dtypes(tmp_path: Path, dtype: Any) -> None:
-    with pytest.raises(ConfigError, match="no floating point type"):
+    with pytest.raises(ConfigError, match="not a floating point type"):
         Snapshots(tmp_path, every_n_steps=1, dtype=dtype)
     twa = cases.attach("plain", cases.Run({}))[1]
-    with pytest.raises(ConfigError, match="no floating point type"):
+    with pytest.raises(ConfigError, match="not a floating point type"):
         twa.export(tmp_path / "out", dtype=dtype)
     assert left(tmp_path) == []
 

@@ -55,15 +55,15 @@ def test_a_folder_may_be_called_like_a_file(here: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("", "'' is no path. Is a variable of the shell empty?"),
-        ("a\0b", "is no path"),
+        ("", "'' is not a path. Is a variable of the shell empty?"),
+        ("a\0b", "is not a path"),
         ("x" * 5000, "File name too long"),
         ("x" * 5000 + "*", "File name too long"),
         ("~nobody-of-this-name/x", "Write the path out"),
         ("run/step-{1,2}", "Braces are expanded by the shell only"),
         ("run/step-1,run/step-2", "Give the paths one by one"),
         ("s3://bucket/run", "Install `s3fs`, or download the candidates|there is no such file|cannot be read"),
-        ("nothing://bucket/run", "Protocol not known: nothing. Give a URL of a file system that fsspec knows"),
+        ("nothing://bucket/run", "Protocol not known: nothing. Give a URL of a file system of fsspec"),
         ("file:///none-of-this-name", "/none-of-this-name: there is no such file or directory"),
         ("someone/some-model-7B", "`hf download someone/some-model-7B --local-dir DIR`"),
         ("run/step-[", "matches nothing"),
@@ -101,7 +101,7 @@ def test_broken_links_are_refused(here: Path, make: Callable[[Path], None]) -> N
     assert found("run/step-[12]")[0] == ["run/step-1", "run/step-2"]
     (here / "run/step-1/model.safetensors").unlink()
     make(here / "run/step-1/model.safetensors")
-    assert "'model.safetensors' is there, but is no regular file" in refused(["run/step-1"])
+    assert "'model.safetensors' exists, but is not a regular file" in refused(["run/step-1"])
 
 
 def test_circles_of_folders_end(here: Path) -> None:

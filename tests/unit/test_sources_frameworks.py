@@ -87,7 +87,7 @@ def test_other_layouts_of_accelerate(here: Path) -> None:
     (here / "second").mkdir()
     save_file(state(1.0), "second/model.safetensors")
     torch.save(state(2.0), "second/pytorch_model_1.bin")
-    assert "'pytorch_model_1.bin' beside it is not read" in found(["second"])[1][0]
+    assert "'pytorch_model_1.bin' next to it is not read" in found(["second"])[1][0]
 
 
 @pytest.mark.parametrize("names", [["last.ckpt"], ["last-v1.ckpt", "best.ckpt"], ["model_best.ckpt"]])

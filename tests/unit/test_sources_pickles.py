@@ -121,7 +121,7 @@ def test_depth_costs_nothing() -> None:
     nested = SafeUnpickler(b"\x80\x02" + b"]" * n + b"a" * (n - 1) + b".").load()
     tuples = SafeUnpickler(b"\x80\x02)" + b"\x85" * n + b".").load()
     assert len(nested) == len(tuples) == 1
-    with pytest.raises(ValueError, match="no list of 64-bit integers"):
+    with pytest.raises(ValueError, match="not a list of 64-bit integers"):
         SafeUnpickler(b"\x80\x02ctorch\nSize\n)" + b"\x85" * n + b"R.").load()
 
 

@@ -78,7 +78,7 @@ def test_an_average_of_urls(memory: str, here: Path) -> None:
     put(f"{run}/step-100/ema.safetensors", save(state(7)))
     paths, said = found(f"{run}/step-*")
     assert paths == [f"{run}/step-{step}" for step in (2, 10, 100)]
-    assert "'ema.safetensors' beside it is not read" in said[0]
+    assert "'ema.safetensors' next to it is not read" in said[0]
     weights = average_fixed([f"{run}/step-*"], "out")
     assert [label for label, _ in weights] == paths
     assert_average(here / "out")

@@ -258,7 +258,7 @@ def test_tensors_that_are_no_coefficients(which: torch.Tensor) -> None:
 def test_outputs_that_are_no_paths(out: Any) -> None:
     _, twa = attach()
     for use in (lambda: twa.export(out), lambda: Snapshots(out, every_n_steps=1)):
-        with pytest.raises(OutputError, match="is no path"):
+        with pytest.raises(OutputError, match="is not a path"):
             use()
 
 

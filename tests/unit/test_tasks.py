@@ -441,11 +441,11 @@ def test_data_that_cannot_be_found_or_read(tmp_path: Path) -> None:
     (folder / "deep/b.txt").symlink_to("nothing")
     os.mkfifo(folder / "c.txt")
     for spec, said in {
-        "": "no path",
+        "": "not a path",
         "~nobody-of-this-name/a": "Write the path out",
         "x" * 5000: "File name too long",
-        str(folder): "deep/b.txt: is a link that leads nowhere",
-        f"{folder}/*/*.txt": "deep/b.txt: is a link that leads nowhere",
+        str(folder): "deep/b.txt: is a dangling link",
+        f"{folder}/*/*.txt": "deep/b.txt: is a dangling link",
         f"{folder}/c.txt": "matches no file",
     }.items():
         with pytest.raises(ConfigError, match=said):
@@ -476,10 +476,10 @@ def test_data_behind_links_are_read_once(tmp_path: Path) -> None:
 def test_dangling_links_with_a_data_suffix_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(b"")
     (tmp_path / "wiki").symlink_to("/nowhere/wiki")
-    with pytest.warns(TwaWarning, match="wiki: is a link that leads nowhere"):
+    with pytest.warns(TwaWarning, match="wiki: is a dangling link"):
         assert data_files(tmp_path, (".npy",)) == [tmp_path / "a.npy"]
     (tmp_path / "b.npy").symlink_to("b.npy")
-    with pytest.warns(TwaWarning), pytest.raises(ConfigError, match=r"b\.npy: is a link that leads nowhere"):
+    with pytest.warns(TwaWarning), pytest.raises(ConfigError, match=r"b\.npy: is a dangling link"):
         data_files(tmp_path, (".npy",))
 
 
@@ -492,10 +492,10 @@ def test_image_folders_behind_links(tmp_path: Path) -> None:
     assert class_names(tmp_path / "data", "task.train") == ["cat", "dog"]
     assert len(ImageFolder(tmp_path / "data", {"cat": 0, "dog": 1, "only in train": 2}, Square(4), "task.train")) == 2
     (tmp_path / "elsewhere/deep/3.png").symlink_to("nothing")
-    with pytest.raises(ConfigError, match=r"dog/deep/3\.png: is a link that leads nowhere"):
+    with pytest.raises(ConfigError, match=r"dog/deep/3\.png: is a dangling link"):
         ImageFolder(tmp_path / "data", {"cat": 0, "dog": 1}, Square(4), "task.train")
     (tmp_path / "data/mouse").symlink_to("/nowhere/mouse")
-    with pytest.raises(ConfigError, match="mouse: is a link that leads nowhere"):
+    with pytest.raises(ConfigError, match="mouse: is a dangling link"):
         class_names(tmp_path / "data", "task.train")
 
 

@@ -111,7 +111,7 @@ def unequal_line(shapes: Mapping[str, tuple[int, ...]], experts: Mapping[str, Ex
         return None
     size, count = next(iter(others.values()))
     return (
-        f"groups: expert: {some(others)} beside stacked experts have the coefficients of their block: the first size "
+        f"groups: expert: {some(others)} next to stacked experts have the coefficients of their block: the first size "
         f"is {size}, and other tensors of the module stack {count} experts. If {count} is not the number of experts, "
         "give the module the attribute `num_experts`."
     )

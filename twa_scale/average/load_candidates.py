@@ -144,7 +144,7 @@ def _read_spans(
 def _read_buffers(
     engine: Engine, layout: Layout, stream: Stream, buffers: str | int, weights: Sequence[float]
 ) -> dict[str, torch.Tensor]:
-    """Read the buffers that the candidates have: average statistics as `buffers` says, and copy the others."""
+    """Read the buffers that the candidates have: average statistics according to `buffers`, and copy the others."""
     live, last = _live_buffers(engine, layout), len(weights) - 1
     values = {name: torch.empty(buffer.numel(), dtype=buffer.dtype) for name, buffer in live.items()}
     spans = {whole(layout.source(name), tuple(buffer.shape)): name for name, buffer in live.items()}

@@ -86,7 +86,7 @@ def choose_rate(
     if len(equal) > 1 and average.pods.rank == 0:
         notice(
             f"the learning rates {', '.join(f'{trial.lr:g}' for trial in equal)} have the same score, {highest:g}: "
-            f"{best.lr:g} is chosen. Take more steps with each, or a score of more data, to tell them apart."
+            f"{best.lr:g} is chosen. Take more steps with each, or a score of more data, to distinguish them."
         )
     return ChosenRate(tried, best)
 

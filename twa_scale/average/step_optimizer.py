@@ -182,7 +182,7 @@ class AverageOptimizer(torch.optim.Optimizer):
         return deepcopy(self.inside.state_dict()), rows
 
     def load_inside(self, state: dict[str, Any], rows: dict[str, Any] | None) -> None:
-        """Load a copy of the state of the inner optimizer, and the state of the rows, which may be large, as it is."""
+        """Load a copy of the state of the inner optimizer. The state of the rows, which may be large, is not copied."""
         load_optimizer(self.inside, state)
         if self._rows and rows:
             take_over(self._rows.optimizer, rows["optimizer"])

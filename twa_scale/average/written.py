@@ -31,7 +31,7 @@ class WrittenCoefficients:
         basis: maps x to u.
         weights: writes the weights.
         limits: checks that they are finite.
-        swapped: the weights that are shown in place of the trained ones.
+        swapped: the weights that are shown instead of the trained ones.
         spans: the trained spans of this rank.
         postpone: whether writes of weights can be deferred to their next use.
     """

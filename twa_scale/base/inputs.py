@@ -16,7 +16,7 @@ MAX_JSON = 100_000_000
 """The maximum size of JSON in bytes, as for headers in the safetensors library."""
 MAX_DEPTH = 64
 """The maximum depth of nesting in JSON and YAML."""
-_MAX_VALUES = 10_000_000  # of about 60 bytes of memory each
+_MAX_VALUES = 10_000_000  # values of about 60 bytes of memory each
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -100,7 +100,8 @@ def read_json_mapping(path: Path, error: type[TwaError], fix: str) -> dict[str, 
     """Return the content of a JSON file that holds values by name.
 
     Raises:
-        TwaError: of type `error`, with `fix` as its last sentence: the file cannot be read, or holds something else.
+        TwaError: of type `error`, with `fix` as its last sentence: the file cannot be read, or its content is not a
+            mapping.
     """
     try:
         content = parse_json(read_bounded(path, MAX_JSON, error))
@@ -125,11 +126,11 @@ def integers(value: Any) -> tuple[int, ...]:
     """Return a list or tuple of 64-bit integers as a tuple.
 
     Raises:
-        ValueError: `value` is anything else, such as a list of booleans.
+        ValueError: `value` is not such a list, for example a list of booleans.
     """
     numbers = tuple(value) if isinstance(value, list | tuple) else None
     if numbers is None or any(type(n) is not int or not -1 << 63 <= n < 1 << 63 for n in numbers):
-        raise ValueError(f"{brief(value)} is no list of 64-bit integers")
+        raise ValueError(f"{brief(value)} is not a list of 64-bit integers")
     return numbers
 
 
@@ -140,7 +141,7 @@ def text(value: Any) -> str:
         ValueError: it is not.
     """
     if type(value) is not str:
-        raise ValueError(f"{brief(value)} is no text")
+        raise ValueError(f"{brief(value)} is not a text")
     return value
 
 

@@ -20,7 +20,7 @@ def path_of(given: str | Path, error: type[TwaError] = CandidateError) -> Path:
     """
     text = str(given)
     if not text.strip() or "\0" in text:
-        raise error(f"{text!r} is no path. Is a variable of the shell empty?")
+        raise error(f"{text!r} is not a path. Is a variable of the shell empty?")
     if is_url(text):
         raise error(
             f"{text}: is a URL, and a path of this machine is needed here: only candidates are read from URLs. For an "

@@ -67,7 +67,7 @@ class Span:
     def cuts(self, size: int) -> Iterator[tuple[int, "Span"]]:
         """Yield the part of this span in each part of `size` elements of the tensor, with its offset in this span.
 
-        Parts without elements are left out; of an empty span, the span itself is yielded. Runs of a strided span must
+        Parts without elements are left out. For an empty span, the span itself is yielded. Runs of a strided span must
         not cross a multiple of `size`.
         """
         if not len(self):

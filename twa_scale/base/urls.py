@@ -24,43 +24,42 @@ _PACKAGES = {
 _PASSWORD = re.compile(r"://[^/@]*@")
 _OF_FILES = ("file", "local")
 _WEB = ("http", "https")
-# What file systems say of a file beside its size, of which one at least is another when the file is written again.
+# Entries of file systems, in addition to the size, of which at least one changes when a file is written again.
 _VERSIONS = (
     *("ETag", "etag", "e_tag", "md5Hash", "content_md5", "Content-MD5", "Digest", "generation", "VersionId"),
     *("version_id", "LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified", "created"),
 )
 
 Identity = tuple[int, tuple[str, ...]]
-"""The size of a file in bytes, and what says that it was written again."""
+"""The size of a file in bytes, and values that change when it is written again."""
 
 
 def is_url(given: object) -> bool:
-    """Return whether text is a URL, such as `s3://bucket/run`; `file://` counts as one."""
+    """Return whether a text is a URL, such as `s3://bucket/run` or `file:///run`."""
     return _URL.match(str(given)) is not None
 
 
 def local_path(url: str) -> Path | None:
-    """Return the path of a URL such as `file:///run`; None for other URLs."""
+    """Return the path of a URL such as `file:///run`, or None for other URLs."""
     found = _URL.match(url)
     return Path(url[found.end() :]) if found and found["scheme"].lower() in _OF_FILES else None
 
 
 def absolute(label: str) -> str:
-    """Return a path without links and `..`, or a URL as it is."""
+    """Return a path without links and `..`, or a URL unchanged."""
     return label if is_url(label) else str(Path(label).resolve())
 
 
 @dataclass(frozen=True)
 class Url:
-    """A file or directory that a URL names, with the names of what a path offers.
+    """A file or directory at a URL, with methods that have the names of those of `pathlib.Path`.
 
-    The file system of fsspec finds credentials where its own library looks for them. Its lists of directories are never
-    kept, so that a directory is seen as it is.
+    The file system of fsspec finds credentials as its library does. Lists of directories are not cached.
     """
 
     url: str
     kind: str = field(default="", compare=False)
-    """`file` or `directory`, where a list has said it."""
+    """`file` or `directory`, if a list of a directory contained it."""
 
     def __str__(self) -> str:
         """Return the URL without a password, and without the query of a web server, which may be signed."""
@@ -72,23 +71,23 @@ class Url:
 
     @property
     def name(self) -> str:
-        """The last part, without what asks a web server for something."""
+        """The last component of the path, without the query of a web server."""
         path = urlsplit(self.url).path if self._is_web else self.url
         return path.rstrip("/").rpartition("/")[2]
 
     @property
     def suffix(self) -> str:
-        """The ending of the name."""
+        """The suffix of the name."""
         return PurePosixPath(self.name).suffix
 
     @property
     def parent(self) -> "Url":
-        """The directory that holds it."""
+        """The directory that contains it."""
         return Url(self.url.rstrip("/").rpartition("/")[0])
 
     @property
     def parents(self) -> Sequence["Url"]:
-        """The directories above it, the nearest first."""
+        """The directories above it, nearest first."""
         above = [self.parent]
         while above[-1].url.rstrip("/").partition("://")[2].count("/"):
             above.append(above[-1].parent)
@@ -99,19 +98,19 @@ class Url:
         return self.url.lower().startswith(tuple(f"{scheme}://" for scheme in _WEB))
 
     def is_file(self) -> bool:
-        """Return whether it is there, and a file."""
+        """Return whether it exists and is a file."""
         return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        """Return whether it is there, and a directory."""
+        """Return whether it exists and is a directory."""
         return self._kind() == "directory"
 
     def exists(self) -> bool:
-        """Return whether it is there."""
+        """Return whether it exists."""
         return bool(self._kind())
 
     def is_symlink(self) -> bool:
-        """Return False: there are no links."""
+        """Return False, because URLs have no links."""
         return False
 
     def _kind(self) -> str:
@@ -126,20 +125,22 @@ class Url:
         return "directory" if is_page else str(info["type"])
 
     def iterdir(self) -> Iterator["Url"]:
-        """Yield what the directory holds.
+        """Yield the entries of the directory.
 
         Raises:
-            CandidateError: it cannot be listed.
+            CandidateError: the directory cannot be listed.
         """
         with self.errors():
             fs, path = self._opened()
             found = fs.ls(path, detail=True)
         for held in found:
-            if held["name"].rstrip("/") != path.rstrip("/"):  # object stores list a directory that was made as one
+            if held["name"].rstrip("/") != path.rstrip(
+                "/"
+            ):  # object stores also list the directory itself if it was created
                 yield self._of(fs, held["name"], held)
 
     def matches(self) -> list["Url"]:
-        """Return what the URL matches as a pattern.
+        """Return the URLs that match the URL as a pattern.
 
         Raises:
             CandidateError: the file system cannot be read.
@@ -150,29 +151,29 @@ class Url:
         return [self._of(fs, name, held) for name, held in found.items()]
 
     def is_pattern(self) -> bool:
-        """Return whether it has the special characters of a pattern; `?` begins a query where it is of the web."""
+        """Return whether it has the special characters of a pattern. In a URL of a web server, `?` starts a query."""
         return has_magic(self.url.replace("?", "") if self._is_web else self.url)
 
     def identity(self) -> Identity:
-        """Return what tells whether the file was written again.
+        """Return a value that changes if the file is written again.
 
         Raises:
-            CandidateError: it is not there, or its size is not known.
+            CandidateError: the file does not exist, or its size is not known.
         """
         with self.errors():
             info = self._info()
         if not isinstance(info.get("size"), int) or info.get("partial") is False:
             raise CandidateError(
-                f"{self}: the server does not say how large it is, or does not send parts of it, so it cannot be read "
-                "by slices. Download it, and give its path."
+                f"{self}: the server does not give its size, or does not send ranges of bytes, so it cannot be read by "
+                "slices. Download it, and give its path."
             )
         return info["size"], tuple(str(info[key]) for key in _VERSIONS if info.get(key) is not None)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Return the bytes of a range, or fewer if the file ends before it.
+        """Return the bytes of a range, or fewer if the file is shorter.
 
         Raises:
-            CandidateError: it cannot be read.
+            CandidateError: the file cannot be read.
         """
         with self.errors():
             fs, path = self._opened()
@@ -183,7 +184,7 @@ class Url:
         """Return the content of a file of at most `limit` bytes.
 
         Raises:
-            CandidateError: it cannot be read, or is larger.
+            CandidateError: the file cannot be read, or is larger.
         """
         size, _ = self.identity()
         if size > limit:
@@ -192,7 +193,7 @@ class Url:
 
     def _opened(self) -> tuple[Any, str]:
         """Return the file system, and the path in it."""
-        import fsspec  # a tenth of a second, which commands without URLs do not need
+        import fsspec  # imported here, because it takes a tenth of a second
 
         fs, path = fsspec.core.url_to_fs(self.url)
         fs.invalidate_cache()
@@ -206,7 +207,7 @@ class Url:
 
     def _of(self, fs: Any, name: str, info: dict[str, Any]) -> "Url":
         url = name if is_url(name) else f"{self.url.partition('://')[0]}://{name.lstrip('/')}"
-        known = not self._is_web or info["type"] == "directory"  # fsspec takes a link without a slash for a file
+        known = not self._is_web or info["type"] == "directory"  # fsspec treats a link without a slash as a file
         return Url(url.rstrip("/"), str(info["type"]) if known else "")
 
     @contextmanager
@@ -225,11 +226,11 @@ class Url:
             package = _PACKAGES.get(scheme)
             if package is None and scheme in available_protocols():
                 raise self._error(error) from error
-            fix = f"Install `{package}`" if package else "Give a URL of a file system that fsspec knows"
+            fix = f"Install `{package}`" if package else "Give a URL of a file system of fsspec"
             raise CandidateError(
                 f"{self}: {error}. {fix}, or download the candidates, and give their paths."
             ) from error
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # each library raises its own errors
             raise self._error(error) from error
 
     def _error(self, error: Exception) -> CandidateError:

@@ -178,7 +178,7 @@ def _tell_what_is_left_aside(paths: Sequence[Path | Url], tell: Tell) -> None:
     for (chosen_name, other_names), directories in found.items():
         tell(
             f"{and_more(directories)}: the weights are those of {chosen_name!r}, which loaders take; "
-            f"{other_names} beside it is not read. Name the file itself if that is meant."
+            f"{other_names} next to it is not read. To read it, give the path of this file."
         )
 
 

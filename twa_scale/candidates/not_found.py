@@ -35,10 +35,10 @@ def refusal(directory: Path) -> CandidateError:
     files = [name for name in names if name.endswith(".safetensors")]
     several = f", but {len(files)} *.safetensors files without an index ({some(files)})" if files else ""
     odd = [path.name for path in directory.iterdir() if is_weights(path.name) and not (path.is_file() or path.is_dir())]
-    irregular = f" {some(odd)} is there, but is no regular file, or a link that leads nowhere." if odd else ""
+    irregular = f" {some(odd)} exists, but is not a regular file, or is a broken link." if odd else ""
     return CandidateError(
         f"{directory}: is no candidate: it holds none of {', '.join(LOADERS['transformers'])}, no single *.safetensors "
-        f"file{several}, and is no checkpoint folder of DeepSpeed (*_model_states.pt, latest) or "
+        f"file{several}, and is not a checkpoint folder of DeepSpeed (*_model_states.pt, latest) or "
         f"torch.distributed.checkpoint (.metadata).{irregular} {_fix(directory, inside)}"
     )
 

@@ -79,8 +79,8 @@ class DDPEngine(Engine):
         self._consume = consume
 
         def note(_: torch.Tensor) -> None:
-            # require_forward_param_sync tells how the last forward pass was made, and that decides. It is False after
-            # a forward pass without gradients too.
+            # require_forward_param_sync records whether the last forward pass ran with synchronization. It is False
+            # after a forward pass without gradients too.
             self._unreduced = not (self._model.require_forward_param_sync or self._model.require_backward_grad_sync)
 
         for parameter in self._left_to_ddp.values():

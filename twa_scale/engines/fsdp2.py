@@ -169,7 +169,7 @@ class FSDP2Engine(Engine):
         return versions | self._whole.changed(names)
 
     def _gathered(self) -> set[int]:
-        """Return the ids of the parameters that FSDP2 puts in the place of its own from forward to backward."""
+        """Return the ids of the parameters with which FSDP2 replaces its own from forward to backward."""
         held = (getattr(p, name, None) for group in self._groups for p in group.fsdp_params for name in GATHERED)
         return {id(p) for p in held if p is not None}
 

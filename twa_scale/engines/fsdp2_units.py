@@ -22,7 +22,7 @@ _GROUP = ("fsdp_params", "_partial_reduce_output")
 _PARAMETER = ("sharded_param", "unsharded_accumulated_grad", "_unsharded_param")
 _RESET = ("reset_sharded_param", "_sharded_param_data", "_module_info", "pin_memory")
 GATHERED = ("_unsharded_param", "_sharded_post_forward_param")
-"""Attributes of a parameter of FSDP2: what it puts into the module in the place of the sharded parameter."""
+"""Attributes of a parameter of FSDP2 with the tensors that replace the sharded parameter in the module."""
 _UNSHARD = ("unshard", "_wait_all_gather_streams_on_event")
 
 

@@ -58,7 +58,7 @@ def check_dtype(dtype: object) -> None:
         ConfigError: it is not.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype: {dtype!r} is no floating point type of torch; give one like torch.bfloat16.")
+        raise ConfigError(f"dtype: {dtype!r} is not a floating point type of torch; give one like torch.bfloat16.")
 
 
 def spec_of(

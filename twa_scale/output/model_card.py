@@ -14,13 +14,13 @@ from twa_scale.base.names import plural, without_common_folders
 
 CARD = "README.md"
 OF_WINDOW = "the snapshot of step "
-"""The labels of snapshots that a window holds begin so; they are in no files."""
+"""The start of the labels of snapshots that a window holds, which are in no files."""
 _MARKS = "<!-- twa_scale: begin -->", "<!-- twa_scale: end -->"
 _OWN = re.compile(rf"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}\n?", re.DOTALL)
 _WHOLLY_OWN = re.compile(rf"---\n(?:(?!---).)*- twa_scale\n---\s*{_OWN.pattern}\s*", re.DOTALL)
 """A card of this program that nobody has changed. The metadata end with its last tag."""
 READ = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
-"""Files that say which library loads the weights, and which model they began as."""
+"""Files with the library that loads the weights, and with the base model."""
 _BASE_KEYS = ("base_model_name_or_path", "_name_or_path")
 _REPOSITORY = re.compile(r"(?!.*(--|\.\.))[\w][\w.-]*/[\w][\w.-]*[\w]")
 _IN_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
@@ -134,7 +134,7 @@ def _title(origin: Mapping[str, Any]) -> str:
 
 
 def _what(origin: Mapping[str, Any]) -> str:
-    """Return the sentence that says what the weights are."""
+    """Return a sentence that describes the weights."""
     if origin.get("candidates"):
         return "The weights are the sum of a · w over the checkpoints w below, with the coefficients a."
     said = [_code(str(origin["asked"]))] if "asked" in origin else []
@@ -183,7 +183,7 @@ def _table(names: Sequence[str], coefficients: Sequence[Sequence[float]], elemen
 
 
 def _command(names: Sequence[str], coefficients: Sequence[Sequence[float]], origin: Mapping[str, Any]) -> str | None:
-    """Return the command that makes the same average of the files, where there is one."""
+    """Return the command that computes the same average from the files, or None."""
     plain = coefficients and len(coefficients[0]) == 1 and not {"rows", "rank"} & set(origin)
     if not plain or any("\n" in name or "`" in name for name in names):
         return None
@@ -192,7 +192,7 @@ def _command(names: Sequence[str], coefficients: Sequence[Sequence[float]], orig
 
 
 def _code(text: str) -> str:
-    """Return text that Markdown shows as it is, also in a table."""
+    """Return text that Markdown shows unchanged, also in a table."""
     shown = escape(" ".join(text.split()))
     for mark in "|`*_[]$\\":
         shown = shown.replace(mark, f"&#{ord(mark)};")

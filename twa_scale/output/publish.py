@@ -50,7 +50,7 @@ def target_of(out: object) -> Path:
         OutputError: `out` is not a path.
     """
     if not isinstance(out, str | Path):
-        raise OutputError(f"{out!r} is no path; name the directory to write.")
+        raise OutputError(f"{out!r} is not a path; name the directory to write.")
     return path_of(out, OutputError).resolve()
 
 

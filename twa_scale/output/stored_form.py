@@ -40,11 +40,11 @@ class StoredForm:
     """The segments in the files of the other tensors, by the name in the model."""
 
     def stored_name(self, name: str) -> str:
-        """Return the name in the files of a tensor; its own where it is stored in others."""
+        """Return the name of a tensor in the files, or its own name if it is stored in parts of others."""
         return self._names.get(name, name)
 
     def made(self, name: str, shape: tuple[int, ...]) -> Made | None:
-        """Return of which segments of the files a tensor is made; None where it is stored as it is."""
+        """Return the segments of the files from which a tensor is made, or None if it is stored unchanged."""
         if name not in self._made:
             return None
         shapes = {spec.name: spec.shape for spec in self.specs}

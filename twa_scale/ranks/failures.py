@@ -16,7 +16,7 @@ from twa_scale.errors import RankError
 T = TypeVar("T")
 _BEATS_PER_TIMEOUT = 20
 _MIN_INTERVAL, _MAX_INTERVAL = 0.2, 5.0  # seconds between two heartbeats
-_BROKEN = ("gloo", "NCCL", "caused pair closure")  # text of errors of collectives that have no type of their own
+_BROKEN = ("gloo", "NCCL", "caused pair closure")  # texts in errors of collectives, which have no special type
 _STORE_OWNER = "rank 0, whose process or launcher holds the store of all ranks"
 _PATIENCE = 5.0  # seconds for one exchange with the store or between ranks
 
@@ -137,7 +137,7 @@ def _cause_in_store(others: Sequence[int], store: Any) -> str:
         named = ", ".join(f"rank {rank} ({heartbeats[rank][1]})" for rank in silent)
         return f"{named} sends no heartbeat: frozen, or its process or node is gone"
     named = " and ".join(f"rank {rank}" for rank in others if not store.check([_key("waits", rank)]))
-    return f"{named} did not join it: busy, frozen or gone. Look at its log; `timeout` says how long ranks wait"
+    return f"{named} did not join it: busy, frozen or gone. Check its log; `timeout` sets how long ranks wait"
 
 
 def _publish(topic: str, text: str) -> None:

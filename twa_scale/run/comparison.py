@@ -67,7 +67,7 @@ def caveat(config: RunConfig) -> str | None:
 
 
 def exported_as(kept: BestAverage, split: str, keep: str, step: int) -> str:
-    """Return a sentence that says which coefficients are exported, and why. `step` is the last step."""
+    """Return a sentence with the exported coefficients and the reason for their choice. `step` is the last step."""
     name = f"{split}/{kept.metric}"
     if keep == "last":
         return f"exported: step {step}, the last (keep: last)"

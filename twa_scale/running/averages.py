@@ -38,7 +38,7 @@ from twa_scale.running.window import Window
 
 
 class RunningAverages:
-    """Exponential averages and the last snapshots of a model, held beside each rank's own weights.
+    """Exponential averages and the last snapshots of a model. Each rank holds those of its own weights.
 
     The optimizer is not changed: call `step()` after each of its steps. `weights(which)` shows an average in a `with`
     block, and `learn()` trains the coefficients of the snapshots. The averages are of the floating point parameters
@@ -355,7 +355,7 @@ class RunningAverages:
         self._intact.restored()
 
     def save_state(self, directory: str | Path) -> None:
-        """Write each rank's state to a file of its own in `directory`, `averages-00000-of-00008.pt`. Collective.
+        """Write the state of each rank to a separate file in `directory`, `averages-00000-of-00008.pt`. Collective.
 
         Raises:
             OutputError, TwaError: on every rank.

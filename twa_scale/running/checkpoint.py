@@ -156,7 +156,7 @@ def check(state: object, engine: Engine, ema: Ema | None, window: Window | None)
 
 
 _OWN = (
-    "Each rank saves and loads a state of its own, for the same number of ranks; under FSDP2 "
+    "Each rank saves and loads its own state, for the same number of ranks; under FSDP2 "
     "torch.distributed.checkpoint reshards exponential averages, but a window needs the ranks that it was saved on: "
     "write its snapshots with save() to change their number."
 )
@@ -208,7 +208,7 @@ def _require_window(held: Mapping[str, Any], keep: int, step: int) -> None:
     )
     if wrong:
         raise StateError(
-            f"the state is damaged: its window does not say in which order its snapshots were taken up to step {step}."
+            f"the state is damaged: the order of the snapshots in its window up to step {step} is not known."
         )
 
 

@@ -13,7 +13,7 @@ from twa_scale.running.checkpoint import State, local
 
 
 def write_file(state: State, directory: Path, rank: int, size: int) -> None:
-    """Write a rank's state to a file of its own. An incomplete file is never left behind.
+    """Write the state of a rank to a separate file. An incomplete file is never left behind.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -37,7 +37,7 @@ def read_file(directory: Path, rank: int, size: int) -> State | None:
         if not others:
             return None
         raise StateError(
-            f"{directory}: holds {others[0].name}, but no {path.name}: each rank saves a file of its own. Resume with "
+            f"{directory}: holds {others[0].name}, but no {path.name}: each rank saves a separate file. Resume with "
             "the same number of ranks, or delete these files to start new averages."
         )
     try:

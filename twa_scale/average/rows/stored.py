@@ -1,4 +1,4 @@
-"""Write the corrections of rows to a file beside the state, and read them: each rank its own rows."""
+"""Write the corrections of rows to a file next to the state, and read them. Each rank handles its own rows."""
 
 from collections.abc import Mapping
 from pathlib import Path

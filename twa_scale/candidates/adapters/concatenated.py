@@ -35,7 +35,7 @@ class _Place:
 
 
 class Concatenated(CandidateProxy):
-    """One of several LoRA adapters, with factors of rank R = sum_i r_i that are zero outside of its own ranks.
+    """One of several LoRA adapters, with factors of rank R = sum_i r_i that are zero outside of its ranks.
 
     With A = [A_1; ..; A_n] and B = [a_1 B_1, .., a_n B_n] the product B A is sum_i a_i B_i A_i. Therefore, B is sum_i
     a_i B^(i) over these candidates, and A is the sum of their A^(i) for any coefficients. The zeros are not read.

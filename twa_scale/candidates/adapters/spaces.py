@@ -86,7 +86,7 @@ def _require_one_kind(candidates: Sequence[Candidate], configs: Sequence[Adapter
         if (config is None) != (last is None):
             adapter, other = (candidates[-1], candidate) if config is None else (candidate, candidates[-1])
             raise CandidateError(
-                f"{adapter.label}: is an adapter of PEFT, and {other.label} has no {ADAPTER_CONFIG} beside its "
+                f"{adapter.label}: is an adapter of PEFT, but {other.label} has no {ADAPTER_CONFIG} next to its "
                 "weights. Candidates are of one kind: give adapters only, as directories, or merge the adapters into "
                 "their base models first (merge_and_unload)."
             )

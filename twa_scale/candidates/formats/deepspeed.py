@@ -67,7 +67,7 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
 
 
 def files_in_deepspeed(directory: Path) -> list[Path]:
-    """Return the files of a checkpoint: those of its folder, and the file `latest` beside that."""
+    """Return the files of a checkpoint: those of its folder, and the file `latest` next to it."""
     folder = tagged_folder(directory)
     beside = [] if folder == directory else [_latest(directory)]
     return [*beside, *sorted(path for path in folder.iterdir() if path.is_file())]
@@ -104,7 +104,7 @@ def places_in_deepspeed(directory: Path) -> dict[str, list[Placeable]]:
         for rank in files.model:
             path, state = _model_state(files, rank)
             # With ZeRO-3, parameters are empty in `module`, and the parts of frozen ones are the tensors themselves.
-            # Otherwise, DeepSpeed loads frozen parameters from the whole ones beside `module`.
+            # Otherwise, DeepSpeed loads frozen parameters from the whole ones next to `module`.
             for held in (state["module"], {} if in_parts else _fragments(path, state)):
                 for name, copy in dense_tensors(held, path, _CONVERT).items():
                     if name in tensors and copy.shape == tensors[name].shape and _is_further(copy, places[name]):

@@ -54,7 +54,7 @@ def open_rank_files(directory: Path, keys: WeightsKey | None = None) -> StoredCa
         states = [_state(file) for file in files]
         if len(states) > 1 and not any(isinstance(value, PickleStub) for value in states[0].values()):
             raise CandidateError(
-                f"{directory}: holds {len(states)} files of ranks without distributed tensors, and nothing says how "
+                f"{directory}: holds {len(states)} files of ranks without distributed tensors, and it is unknown how "
                 f"they belong together. If each holds the whole model, copy one under another name. {_FIX}"
             )
         _require_same_names(states, paths)

@@ -1,4 +1,4 @@
-"""The base class of the ZeRO engines, which counts micro-batches in place of `engine.step`, and the loss scale."""
+"""The base class of the ZeRO engines, which counts micro-batches instead of `engine.step`, and the loss scale."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The formats of weight files. Each knows where the elements of a tensor are in its files.
+"""The formats of weight files. Each defines the positions of the elements of a tensor in its files.
 
 Start with `format.py` (the interface) and `choose.py`.
 """

@@ -38,11 +38,11 @@ def output_format(
     Args:
         name: "hf" (safetensors), "pt", "dcp", or "same" for that of the last candidate, with the state of the training.
         candidates: the candidates; names and nesting are those of the last one.
-        carried: what the output takes from the candidates.
-        tell: called with one line for each thing that a user may not expect.
+        carried: the properties of the candidates that the output keeps.
+        tell: called with each notice for the user.
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: the format is unknown.
         OutputError: no output can have the format of the last candidate.
     """
     if name not in FORMATS:
@@ -89,7 +89,9 @@ def _same_deepspeed(
     files = files_in_deepspeed(root)
     beside = state_files(root, files, tell, code=carried.code, of_deepspeed=True)
     own = shapes_in_deepspeed(root)
-    added = [(str(path.relative_to(root)), path) for path in files if path not in own]  # to the folder, by a script
+    added = [
+        (str(path.relative_to(root)), path) for path in files if path not in own
+    ]  # added to the folder by a script
     check_other_copies(last, origin, own, [*beside, *added], tell)
     return SameDeepSpeedFormat(origin, root, beside)
 
@@ -98,7 +100,7 @@ def _root(last: Candidate, origin: Origin) -> Path:
     """Return the directory of a candidate, which becomes that of the output.
 
     Raises:
-        OutputError: no output has the format of the candidate, or its files are not there or in other places.
+        OutputError: no output has the format of the candidate, or its files are missing or outside of its directory.
     """
     if origin.written_as is None:
         raise OutputError(
@@ -120,7 +122,7 @@ def _root(last: Candidate, origin: Origin) -> Path:
 
 
 def _whose_state(labels: Sequence[str]) -> str:
-    """Return the line that says which candidate the state of the training is taken from."""
+    """Return a notice with the candidate whose state of the training is copied."""
     said = f"--format same (format='same'): the state of the training is that of {labels[-1]}, the last candidate"
     steps = {label: step for label in labels if (step := step_of(Path(label))) is not None}
     furthest = max(steps, key=lambda label: steps[label], default=labels[-1])
@@ -133,7 +135,7 @@ def _whose_state(labels: Sequence[str]) -> str:
 
 
 def _entries(files: Sequence[Path]) -> dict[str, Entry]:
-    """Return what the headers of safetensors files say about each tensor."""
+    """Return the entry of each tensor in the headers of safetensors files."""
     found: dict[str, Entry] = {}
     for path in files:
         if not path.name.endswith(INDEX):
@@ -160,14 +162,14 @@ def _index(last: Candidate) -> Path | None:
 
 
 def _file_name(last: Candidate, base: str) -> str:
-    """Return the name of a file of torch.save: that of the last candidate, or what loaders look for."""
+    """Return the name of a file of torch.save: that of the last candidate, or the usual name for loaders."""
     if last.file_name and is_torch(last.file_name):
         return last.file_name
     return f"{'pytorch_model' if base == BASE else base}.bin"
 
 
 def _folder(last: Candidate, origin: Origin) -> str:
-    """Return the folder of DCP files in an output: that which the last candidate has in its directory."""
+    """Return the folder of DCP files in an output, which is that of the last candidate in its directory."""
     root = Path(last.label)
     inside = [path for path in origin.keys if path.is_dir() and path != root and path.is_relative_to(root)]
     return str(inside[0].relative_to(root)) if inside else "."

@@ -1,4 +1,4 @@
-"""What the writer of an output needs to know of the format of its weight files."""
+"""The interface between the writer of an output and the format of its weight files."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from twa_scale.output.formats.copying import Copy
 
 
 class Run(NamedTuple):
-    """Bytes that follow each other in a file."""
+    """Consecutive bytes in a file."""
 
     file: str
     """The path of the file in the output directory."""
@@ -22,13 +22,13 @@ class Run(NamedTuple):
 
 Place = Callable[[str, int, torch.Tensor], Iterator[Run]]
 """A function of the name of a tensor, its first element in the row-major flattening, and 1-D contiguous CPU elements of
-its type. It yields where their bytes are written."""
+its type. It yields the positions of their bytes."""
 
 
 class WeightFiles(ABC):
     """The weight files of one output. They are created by one rank, and then written by all ranks at any offset.
 
-    How values are written, and how the directory is published, is left out: that is the same for every format.
+    Writing values and publishing the directory are not part of it, because they are the same for every format.
     """
 
     @property
@@ -43,7 +43,7 @@ class WeightFiles(ABC):
 
     @property
     def unsigned(self) -> Sequence[str]:
-        """The files that do not say themselves that this program wrote them; twa_scale.json has their signatures."""
+        """The files without a mark that this program wrote them. twa_scale.json has their signatures."""
         return self.names
 
     @property
@@ -58,7 +58,7 @@ class WeightFiles(ABC):
 
     @property
     def copies(self) -> Sequence[Copy]:
-        """Weight files that begin as copies of a candidate's files. Known after `create` on the rank that called it."""
+        """Weight files that are first copied from a candidate. Known after `create` on the rank that called it."""
         return []
 
     @abstractmethod
@@ -74,24 +74,24 @@ class WeightFiles(ABC):
 
     @abstractmethod
     def open(self, directory: Path) -> Place:
-        """Return where elements are written. Called on every rank, before any rank writes."""
+        """Return the function that gives the positions of elements. Called on every rank, before any rank writes."""
 
     @abstractmethod
     def checksums(self, rank: int, size: int) -> Mapping[int, int]:
         """Return this rank's part of the checksums that the files hold, when all ranks have flushed their values.
 
         Args:
-            rank: the rank among those that write.
-            size: their number.
+            rank: the index of this rank among the ranks that write.
+            size: the number of ranks that write.
         """
 
     @abstractmethod
     def finish(self, checksums: Mapping[int, int]) -> None:
-        """Write the checksums of all ranks. Called on one rank: several machines must not write into one page."""
+        """Write the checksums of all ranks. Called on one rank, because several machines must not write to one page."""
 
 
 class OutputFormat(ABC):
-    """A format, with the settings that an output takes from its candidates."""
+    """A format, with the settings of its candidates that an output keeps."""
 
     name: str
     """The name of the format in messages and settings."""

@@ -33,17 +33,17 @@ def check_other_copies(
     beside: Sequence[tuple[str, Path]],
     tell: Callable[[str], None],
 ) -> None:
-    """Check that training which resumes from copies of these files has no weights but those that are replaced.
+    """Check that a training that resumes from copies of these files uses only weights that are replaced.
 
     Args:
         last: the candidate.
-        origin: where its files hold the weights that are replaced.
+        origin: the positions in its files of the weights that are replaced.
         own: the shapes of the tensors in its files, by their paths of keys.
         beside: the files that are copied unchanged, by their path in the directory.
-        tell: called with one line for each thing that a user may not expect.
+        tell: called with each notice for the user.
 
     Raises:
-        OutputError: a file beside them holds the weights too, or an optimizer has its own copy of them.
+        OutputError: another file also contains the weights, or an optimizer has its own copy of them.
     """
     label, weight_files = last.label, {path.name for path in origin.keys}
     for name, path in beside:
@@ -64,13 +64,13 @@ def check_other_copies(
     every = [keys for shapes in (*found.values(), *others.values()) for keys in shapes]
     if slow := sorted({".".join(keys) for keys in every if _is_slow(keys)}):
         tell(
-            f"{label}: {some(slow)} are weights that the optimizer keeps for itself (Lookahead, schedule-free). They "
-            f"stay those of the last candidate, and training goes on from both. {_WAY_OUT}, if that is not meant."
+            f"{label}: {some(slow)} are weights that the optimizer keeps (Lookahead, schedule-free). They remain those "
+            f"of the last candidate, and training continues from both. {_WAY_OUT}, if this is not intended."
         )
     if unread:
         tell(
-            f"{label}: {some(unread)} cannot be read and are copied as they are. If they hold weights, training may "
-            "resume from those, and not from the average."
+            f"{label}: {some(unread)} cannot be read and are copied unchanged. If they contain weights, training may "
+            "resume from those instead of the average."
         )
 
 
@@ -153,7 +153,7 @@ def _require_all_written(
         every: the paths of keys of all tensors.
 
     Raises:
-        OutputError: names one that is not written.
+        OutputError: a copy or a weight is not written. The message names it.
     """
     of_optimizer = any(map(weight_of_copy, weights))
     way_out = _WAY_OUT
@@ -188,7 +188,7 @@ def _is_archive(path: Path) -> bool:
 
 
 def _held(weights: Mapping[str, Shape], shapes: Mapping[Keys, Shape]) -> set[str]:
-    """Return the weights that a file holds under their names, below any keys."""
+    """Return the weights that a file contains with their names, below any keys."""
     joined = {".".join(keys): shape for keys, shape in shapes.items() if not is_optimizer_entry(keys)}
     plain = without_wrappers(joined)
     return {

@@ -1,4 +1,4 @@
-"""Files of torch that exist in full size, with all but the values of tensors, into which all ranks write the values."""
+"""Files of torch that are created in full size without the values of tensors, which all ranks then write."""
 
 import os
 import zlib
@@ -19,7 +19,7 @@ from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import Place, Run, WeightFiles
 
 Located = Mapping[Path, Mapping[str, Keys]]
-"""For each file of torch.save, or for the folder of DCP: the path of keys of each tensor, by its name."""
+"""The path of keys of each tensor by its name, for each file of torch.save or for the folder of DCP."""
 
 
 class PlacedFiles(WeightFiles):
@@ -27,7 +27,7 @@ class PlacedFiles(WeightFiles):
 
     Args:
         specs: the tensors to write.
-        keys: where they are, by paths in the output directory.
+        keys: the paths of keys of the tensors, by the paths of files in the output directory.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], keys: Located) -> None:
@@ -41,7 +41,7 @@ class PlacedFiles(WeightFiles):
         self._directory = Path()
 
     def places(self, directory: Path) -> Mapping[str, Sequence[Placeable]]:
-        """Return the tensors in the files that hold each weight; further ones than the first may have other dtypes."""
+        """Return the tensors in the files that hold each weight. Those after the first may have other dtypes."""
         found = read_tensors({directory / path: held for path, held in self._keys.items()})
         return {name: [tensor] for name, tensor in found.items()}
 
@@ -108,7 +108,7 @@ def _as(dtype: torch.dtype, values: torch.Tensor, name: str) -> torch.Tensor:
     """Return the values in the dtype of a copy of the weights.
 
     Raises:
-        OutputError: one is too large for it.
+        OutputError: a value is too large for this dtype.
     """
     if dtype == values.dtype:
         return values
@@ -134,7 +134,7 @@ def read_tensors(keys: Located) -> dict[str, Stored | BoxTensor]:
 
 
 def differs(spec: TensorSpec, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    """Return the message for a tensor whose dtype or shape in the files of the last candidate is another."""
+    """Return the message for a tensor whose dtype or shape differs from that in the files of the last candidate."""
     fix = "Leave out dtype, or choose" if shape == spec.shape else "Choose"
     return (
         f"tensor {spec.name!r}: is {spec.dtype} of shape {spec.shape}, but {dtype} of shape {shape} in the last "
@@ -143,7 +143,7 @@ def differs(spec: TensorSpec, dtype: torch.dtype, shape: tuple[int, ...]) -> str
 
 
 def checked(tensor: Placeable, spec: TensorSpec) -> list[Stored]:
-    """Return the tensors in files that make up a tensor.
+    """Return the tensors in files of which a tensor consists.
 
     Raises:
         OutputError: the tensor has another shape or dtype than the one to write.

@@ -27,7 +27,7 @@ class SafetensorsFormat(OutputFormat):
 
 
 class SameSafetensorsFormat(SafetensorsFormat):
-    """The safetensors files of the last candidate, with the state of its training beside them.
+    """The safetensors files of the last candidate, with the state of its training.
 
     Args:
         held: the tensors in its files.

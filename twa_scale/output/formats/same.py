@@ -1,4 +1,4 @@
-"""The files of the last candidate, in which only the numbers of its weights are replaced."""
+"""The files of the last candidate, in which only the values of its weights are replaced."""
 
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
@@ -19,17 +19,17 @@ from twa_scale.output.formats.format import OutputFormat, WeightFiles
 from twa_scale.output.formats.placed_files import PlacedFiles
 
 Extent = tuple[int, int]
-"""The first byte of a tensor in a file, and the one after its last."""
+"""The range of bytes of a tensor in a file: the first byte, and the byte after the last."""
 
 
 class SameFormat(OutputFormat):
-    """A copy of files of torch with other numbers in the weights.
+    """A copy of files of torch with other values of the weights.
 
     Everything else in these files keeps its bits and is not unpickled: the state of the optimizer, counters, other sets
     of weights.
 
     Args:
-        origin: the format of the last candidate, and where its files hold the weights.
+        origin: the format of the last candidate, and the positions of the weights in its files.
         root: the directory that becomes the output directory.
         beside: the other files to copy.
     """
@@ -48,7 +48,7 @@ class SameFormat(OutputFormat):
         """Return the same files as those of the last candidate.
 
         Raises:
-            OutputError: they have no place for a tensor.
+            OutputError: the files lack a tensor.
         """
         held = {name for names in self._origin.keys.values() for name in names}
         if absent := next((spec.name for spec in specs if spec.name not in held), None):
@@ -84,7 +84,7 @@ class _SameFiles(PlacedFiles):
         return self._copies
 
     def create(self, directory: Path) -> None:
-        """Find out what to copy."""
+        """Determine the ranges of bytes to copy."""
         versions = {path: self._versions.get(path, version_of(path.stat())) for path in self._sources}
         self._places = self.places(self._root)
         weights = [stored for spec in self._specs for stored in self._storages(spec) if stored.numel]
@@ -95,7 +95,7 @@ class _SameFiles(PlacedFiles):
             path, extent = Path(stored.record.file.path), stored.extent()
             written.setdefault(path, []).append(extent)
             views.setdefault(path, set()).add((extent, None if stored.row_major() else stored.memory_key))
-            if stored.row_major():  # Others may have gaps between their elements, which are kept.
+            if stored.row_major():  # Other tensors may have gaps between their elements, which are copied.
                 replaced.setdefault(path, []).append(extent)
             stored.record.file.close()
         for path, held in views.items():
@@ -109,7 +109,7 @@ class _SameFiles(PlacedFiles):
                 _tell_what_shares_storage(source, {*keys.values()}, written[source])
 
     def places(self, directory: Path) -> Mapping[str, Sequence[Placeable]]:
-        """Return the tensors that hold each weight, and the copies that an optimizer in a folder of DCP has of it."""
+        """Return the tensors that hold each weight, and its copies by an optimizer in a folder of DCP."""
         found = {name: [*tensors] for name, tensors in super().places(directory).items()}
         for path, held in self._keys.items():
             if (directory / path).is_dir():
@@ -129,7 +129,7 @@ def _require_apart(path: Path, views: Collection[tuple[Extent, object]]) -> None
         views: the bytes of each weight, and a key of its strides, None for row-major ones.
 
     Raises:
-        OutputError: two do.
+        OutputError: two weights overlap in part.
     """
     for (before, _), (after, _) in pairwise(sorted(views, key=lambda view: view[0])):
         if after[0] < before[1]:
@@ -140,7 +140,7 @@ def _require_apart(path: Path, views: Collection[tuple[Extent, object]]) -> None
 
 
 def _tell_what_shares_storage(path: Path, weights: Collection[Keys], written: Sequence[Extent]) -> None:
-    """Report tensors that are no weights, but the same numbers in the file, as an EMA that is no copy is.
+    """Report tensors that are not weights but share their storage in the file, such as an EMA without a copy.
 
     Args:
         path: a file of torch.save.

@@ -1,4 +1,4 @@
-"""The files of a candidate's directory beside the weights, which training resumes from."""
+"""The files of a candidate's directory, other than the weights, from which training resumes."""
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -37,7 +37,7 @@ def state_files(
         of_deepspeed: whether the weights are those of a checkpoint of DeepSpeed.
 
     Raises:
-        OutputError: a checkpoint of DeepSpeed is beside the weights, and holds them too.
+        OutputError: the directory also has a checkpoint of DeepSpeed, which contains the weights.
     """
     if is_deepspeed(root) and not of_deepspeed:
         raise OutputError(
@@ -77,8 +77,8 @@ class _Found:
         if folder.is_symlink():
             return self._leave_out(folder, "a link to a folder")
         if says_step(folder):
-            return self._leave_out(folder, "a checkpoint of its own")
-        if any(map(is_rank_shard, folder.iterdir())):  # torchtitan leaves it beside the whole files
+            return self._leave_out(folder, "a separate checkpoint")
+        if any(map(is_rank_shard, folder.iterdir())):  # torchtitan leaves it next to the complete files
             return self._leave_out(folder, "the weights before the average, in other files")
         if (folder / PROVENANCE).is_file():
             return self._leave_out(folder, "weights that twa_scale has written")

@@ -11,7 +11,7 @@ from twa_scale.errors import OutputError
 _TESTED = "2.6 to 2.14"
 _PROBE_BYTES = 1 << 16
 BESIDE_NUMBERS = 4096
-"""The bytes that an archive of torch.save has for each tensor beside its numbers, at most."""
+"""The maximum number of bytes that an archive of torch.save has for each tensor in addition to its values."""
 _PLACES = {
     "FakeTensorMode": "torch._subclasses.fake_tensor",
     "skip_data": "torch.serialization",
@@ -20,13 +20,13 @@ _PLACES = {
 
 
 def without_values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor without memory, which `save_without_values` takes."""
+    """Return a tensor without memory, for `save_without_values`."""
     with _found("FakeTensorMode")():
         return torch.empty(shape, dtype=dtype)
 
 
 def save_without_values(content: Any, path: Path, nbytes: int) -> None:
-    """Write the file that torch.save writes of `content`, with holes for the values of `without_values`.
+    """Write the file that torch.save writes for `content`, with holes for the values of `without_values`.
 
     Args:
         content: the value to save.
@@ -41,7 +41,7 @@ def save_without_values(content: Any, path: Path, nbytes: int) -> None:
             torch.save(content, path)
         if path.stat().st_size < nbytes:  # torch 2.6 raises no error
             raise RuntimeError("the file is truncated")
-    except RuntimeError as error:  # torch does not say which system call has failed: try them
+    except RuntimeError as error:  # torch does not report the failed system call: try the calls
         with path.open("wb", buffering=0) as file:
             file.write(bytes(_PROBE_BYTES))
             file.truncate(nbytes)
@@ -49,7 +49,7 @@ def save_without_values(content: Any, path: Path, nbytes: int) -> None:
 
 
 def storage_info(file: str, offset: int, length: int) -> Any:
-    """Return the object by which the metadata of DCP say where a chunk is."""
+    """Return the object with the position of a chunk in the metadata of DCP."""
     return _found("_StorageInfo")(file, offset, length)
 
 
@@ -58,6 +58,6 @@ def _found(name: str) -> Any:
         return getattr(import_module(_PLACES[name]), name)
     except (ImportError, AttributeError):
         raise OutputError(
-            f"--format dcp and pt (format=) need {_PLACES[name]}.{name}, which torch {torch.__version__} has not; use "
-            f"torch {_TESTED}, or --format hf."
+            f"--format dcp and pt (format=) need {_PLACES[name]}.{name}, which torch {torch.__version__} does not "
+            f"have; use torch {_TESTED}, or --format hf."
         ) from None

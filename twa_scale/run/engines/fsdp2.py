@@ -26,7 +26,7 @@ class Fsdp2(RunEngine):
     def build(self, task: Task, world: World, device: torch.device, mesh: DeviceMesh | None = None) -> nn.Module:
         """Return the task's model, sharded before memory is allocated.
 
-        A model that keeps values of its own, such as the base model of an adapter, is built in host memory first.
+        A model that keeps its own values, such as the base model of an adapter, is built in host memory first.
 
         Raises:
             ConfigError: the value of a buffer would be lost.

@@ -129,7 +129,7 @@ class Zero2(Zero):
 
 
 class Zero3(Zero):
-    """ZeRO-3: parameters are partitioned too. The whole model is built only if it keeps values of its own."""
+    """ZeRO-3: parameters are partitioned too. The whole model is built only if it keeps its own values."""
 
     stage = 3
 

@@ -99,13 +99,13 @@ class Concatenation:
         """Return the positions of the first tokens of all documents, int64.
 
         Raises:
-            ConfigError: a sequence does not know its documents.
+            ConfigError: the documents of a sequence are not known.
         """
         found = []
         for sequence, end in zip(self._sequences, self._ends, strict=True):
             if sequence.starts is None:
                 raise ConfigError(
-                    f"{key}: {sequence.where} does not say where its documents begin. Set task.document_end to the "
+                    f"{key}: the starts of documents in {sequence.where} are not known. Set task.document_end to the "
                     "token that ends each document, give a file of Megatron with its .idx, or use documents: joined."
                 )
             found.append(sequence.starts + (end - sequence.count))
