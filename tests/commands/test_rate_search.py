@@ -107,7 +107,7 @@ def test_the_script_that_saved_a_chosen_rate_continues_with_it(groups: str) -> N
 
 def test_of_equal_scores_the_present_rate_is_taken() -> None:
     model, twa = small(0.2)
-    with pytest.warns(TwaWarning, match="0.1, 0.2, 0.4 have the same score, 1: 0.2 is taken"):
+    with pytest.warns(TwaWarning, match="0.1, 0.2, 0.4 have the same score, 1: 0.2 is chosen"):
         found = twa_scale.choose_rate(twa, lambda: one(model, twa), lambda: 1.0, [0.1, 0.2, 0.4])
     assert found.best.lr == twa.config.lr == 0.2
 

@@ -211,7 +211,7 @@ def test_a_directory_with_a_tracker_is_the_iteration_that_it_names(here: Path) -
         *ADDED,
     }
     assert torch.equal(loaded(here / "out/iter_0001000", "embedding.weight")[0].reshape(-1), mean("embedding.weight"))
-    with pytest.warns(TwaWarning, match="'a' and 'a/iter_0000090' count 2 times"):
+    with pytest.warns(TwaWarning, match="'a' and 'a/iter_0000090' are the same and count 2 times"):
         average_fixed(["a", "a/iter_0000090"], "twice")
     for said in ("7", "newest", "9" * 40, "release"):
         (here / "b/latest_checkpointed_iteration.txt").write_text(said)
