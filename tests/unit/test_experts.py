@@ -135,7 +135,7 @@ def test_elements_of_groups_and_a_state_are_those_of_experts() -> None:
     twa.load_state_dict(state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     state["experts"]["blocks.0.experts.bias"] = [0, 1, 2]
-    with pytest.raises(StateError, match=r"experts: 'blocks.0.experts.bias' has 3 that do not fit"):
+    with pytest.raises(StateError, match=r"experts: 'blocks.0.experts.bias' has 3 experts, which do not fit"):
         twa.load_state_dict(state)
     _, other = trained("tensor")
     with pytest.raises(StateError):

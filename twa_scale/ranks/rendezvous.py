@@ -32,7 +32,7 @@ class RendezvousServer:
 
     def __init__(self, size: int) -> None:
         self._missing = set(range(1, size))
-        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, use_libuv=_with_libuv())
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         self._listener = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=max(size, 128))
@@ -84,10 +84,16 @@ def connect(server: ServerAddress, rank: int) -> Store:
 
 
 def _store(address: str, port: int) -> Store:
+    limit = timedelta(seconds=_TIMEOUT)
     try:
-        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_TIMEOUT))
+        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit, use_libuv=_with_libuv())
     except RuntimeError as error:  # Rank 0 ended after its answer.
         raise OSError(str(error)) from error
+
+
+def _with_libuv() -> bool:
+    """Return whether stores use libuv, as torch decides it. Builds without libuv need USE_LIBUV=0."""
+    return os.environ.get("USE_LIBUV", "1") == "1"
 
 
 def rendezvous_in_directory(directory: Path, job: str, rank: int, size: int, timeout: float) -> Store:

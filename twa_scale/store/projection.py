@@ -19,11 +19,11 @@ def products(
     The shape is (n + 1,), or (n + 1, count) with segments.
     """
     found = kernels.project(rows, gradient, segments)
-    if center is None:
-        last = found.new_zeros(1, *found.shape[1:])
-    else:
-        last = kernels.project(Dense.one(center), gradient, segments)
-    return torch.cat([found, last])
+    # Kernels return the products of a segment next to each other. A copy in this order is several times faster.
+    result = found.new_empty(*found.shape[1:], len(found) + 1)
+    result[..., :-1] = found.movedim(0, -1)
+    result[..., -1] = 0 if center is None else kernels.project(Dense.one(center), gradient, segments)[0]
+    return result.movedim(-1, 0)
 
 
 def in_piece(segments: Segments | None, piece: slice) -> tuple[EllipsisType | tuple[slice, slice], Segments | None]:
