@@ -36,7 +36,6 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="twa-scale-heartbeat", daemon=True)
 
     def __enter__(self) -> None:
-        self._store = connect_to_store()
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -46,9 +45,10 @@ class Heartbeat:
     def _run(self) -> None:
         process = f"{socket.gethostname()}, process {os.getpid()}"
         beat = 0
-        with suppress(Exception):  # The store ends with the run.
-            while self._store is not None and not self._done.is_set():
-                self._store.set(_key("heartbeat", dist.get_rank()), f"{self._interval}\n{process}\n{beat}")
+        with suppress(Exception):  # The store ends with the run, or has ended before it, if its owner failed at once.
+            store = connect_to_store()
+            while store is not None and not self._done.is_set():
+                store.set(_key("heartbeat", dist.get_rank()), f"{self._interval}\n{process}\n{beat}")
                 beat += 1
                 self._done.wait(self._interval)
 
