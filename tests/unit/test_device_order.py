@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import twa_scale
+import twa_scale.engines.deferred_weights  # before the device is simulated: annotations name classes of torch.cuda
 from tests.simulated import CUDA, Simulated, Stream, simulated
 from twa_scale.base.spans import Span
 from twa_scale.engines.model_checks import require_device

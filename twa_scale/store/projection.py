@@ -20,9 +20,10 @@ def products(
     """
     found = kernels.project(rows, gradient, segments)
     # Kernels return the products of a segment next to each other. A copy in this order is several times faster.
-    result = found.new_empty(*found.shape[1:], len(found) + 1)
+    result = found.new_zeros(*found.shape[1:], len(found) + 1)
     result[..., :-1] = found.movedim(0, -1)
-    result[..., -1] = 0 if center is None else kernels.project(Dense.one(center), gradient, segments)[0]
+    if center is not None:
+        result[..., -1] = kernels.project(Dense.one(center), gradient, segments)[0]
     return result.movedim(-1, 0)
 
 
