@@ -46,9 +46,8 @@ class NumbaKernels:
 
         def work(start: int, stop: int) -> None:
             first, count, part = _part(segments, rows, start, stop)
-            begins = start == 0 or (
-                segments is not None and part[1] == 0
-            )  # else an earlier range has this segment, too
+            # Otherwise, an earlier range has a part of the first segment.
+            begins = start == 0 or (segments is not None and part[1] == 0)
             own = found[first : first + count] if begins else np.zeros((count, n))
             total = own.reshape(-1)
             match rows:

@@ -101,12 +101,13 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 apart = end < at + used
             whole = skip == U(0) and used == tile
             owners[0] = segment
-            if many and not apart:
-                places[:] = U(0)
             if many and apart:
                 segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)
                 end += at
                 whole = whole and count == U(0)
+                different, together = assign_lanes(owners, blocks, size, places)
+            elif many:
+                places[:] = U(0)
             if whole:
                 quantize_gradient(bits, integers, units, gradient, at - lead)
             else:
@@ -117,8 +118,6 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                     place = width, blocks, word, scale
                     project_rests((words, scales, n), bits, block, place, rests, count, right, total)
                 quantize_gradient(bits, integers, units, right, U(0))
-            if many and apart:
-                different, together = assign_lanes(owners, blocks, size, places)
             if blocks < fields:
                 own[:] = np.uint16(0)
             _padded(scales, scale, n, blocks, own, fields)

@@ -62,25 +62,29 @@ class TileEmitter(Emitter):
         self.zeros = [int(-2 * zero_of(self.bits)) * place for place in places]
         self.shares = [(0.5 if self.even else 1.0) / place for place in places]
 
-    def parts(self, size: int) -> Iterator[tuple[list[int], Any]]:
+    def parts(self, size: int) -> Iterator[tuple[list[int], Any, Any]]:
         """Yield fields that are computed together, and the index of `size` words in a block, to emit instructions for.
 
         The loop over words runs at run time, to keep the machine code short. The fields are constants, so that their
-        masks are, too.
+        masks are, too. The third value is the number of earlier parts of the tile.
         """
-        for k in range(0, self.fields, TOGETHER):
+        loops = self.block // size
+        for i, k in enumerate(range(0, self.fields, TOGETHER)):
             fields = list(range(k, min(k + TOGETHER, self.fields)))
-            with cgutils.for_range(self.build, self.at(self.block // size)) as words:
-                yield fields, self.times(words.index, size)
+            with cgutils.for_range(self.build, self.at(loops)) as words:
+                yield fields, self.times(words.index, size), self.at(words.index, i * loops)
 
-    def prefetch_next(self, dense: str, step: Any, share: int) -> None:
-        """Prefetch a part of the next tile, so that memory is read while this tile is computed.
+    def prefetch_next(self, dense: str, part: Any, index: Any, count: Any, share: int) -> None:
+        """Prefetch a share of the next tile, so that memory is read while this tile is computed.
 
         Args:
             dense: the name of the array of all columns, of which 16 elements are prefetched.
-            step: the number of earlier calls for this tile.
+            part: the number of earlier parts of the tile.
+            index: the index of this call in its part.
+            count: the number of calls in each part.
             share: the number of words that each call prefetches.
         """
+        step = self.at(index, self.build.mul(part, count))
         start = self.at(self["at"], self.times(self["n"], self.block), self.times(step, share))
         for word in range(0, share, WIDE):
             self.prefetch("words", self.at(start, word))
@@ -180,7 +184,7 @@ def _add_dots(v: TileEmitter, *, apart: bool) -> None:
         start = v.times(chunk.index, LANES)
         v.store("factors", start, v.build.fmul(v.floats("scales", start), units))
     vectors = range(v.block // WIDE)
-    for fields, s in v.parts(v.block):
+    for fields, s, part in v.parts(v.block):
         places = [v.at(s, k * v.block) for k in fields]
         integers = [[v.load("integers", v.at(place, c * WIDE), WIDE) for c in vectors] for place in places]
         firsts = []
@@ -192,8 +196,7 @@ def _add_dots(v: TileEmitter, *, apart: bool) -> None:
         starts = [v.element("places", k) for k in (fields if apart else fields[:1])]
         together = len(fields) // len(starts)  # the number of fields that are added to the same lanes
         with cgutils.for_range(v.build, v["n"]) as row:
-            step = v.at(row.index, v.times(v["n"], fields[0] // len(fields)))
-            v.prefetch_next("gradient", step, v.block * len(fields) // v.fields)
+            v.prefetch_next("gradient", part, row.index, v["n"], v.block * len(fields) // v.fields)
             sums = firsts
             for c in vectors:
                 words = v.load("words", v.at(v["at"], v.times(row.index, v.block), s, c * WIDE), WIDE)
@@ -292,12 +295,11 @@ def sum_rows(typing, bits, total, words, at, n, pairs, firsts, units, base, afte
 def _sum_rows(v: TileEmitter) -> None:
     b = v.build
     last, count = b.sub(v["n"], v.at(1)), b.lshr(v.at(v["n"], 1), v.at(1))
-    for fields, s in v.parts(2 * WIDE):
-        passes = v.at(b.lshr(s, v.at(6)), fields[0] // len(fields) * (v.block // (2 * WIDE)))
+    for fields, s, part in v.parts(2 * WIDE):
         firsts = [v.broadcast_element("firsts", k) for k in fields]
         sums = {(c, f, side): v.variable(first) for c in (0, WIDE) for f, first in enumerate(firsts) for side in (0, 1)}
         with cgutils.for_range(b, count) as pair:
-            v.prefetch_next("base", v.at(pair.index, b.mul(passes, count)), 4 * WIDE * len(fields) // v.fields)
+            v.prefetch_next("base", part, pair.index, count, 4 * WIDE * len(fields) // v.fields)
             one = v.times(pair.index, 2)
             other = v.at(one, 1)
             other = b.select(b.icmp_unsigned("<", other, last), other, last)  # The integer of a missing row is 0.
