@@ -6,6 +6,8 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from twa_scale.ranks.timeouts import process_groups
+
 # The destructor of a gloo group waits for the threads of the group. Before torch 2.8 it holds the interpreter's lock
 # meanwhile. A thread that is about to release a tensor of the last collective needs that lock: both wait for ever.
 # So the objects are kept for a while after the groups are destroyed. Their threads are idle then.
@@ -19,6 +21,5 @@ def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
         now = time.monotonic()
         while KEPT and KEPT[0][0] < now - SECONDS:
             KEPT.popleft()
-        every = getattr(getattr(dist.distributed_c10d, "_world", None), "pg_map", ())
-        KEPT.append((now, [*every] if group is None else [group]))
+        KEPT.append((now, (process_groups() or []) if group is None else [group]))
     dist.destroy_process_group(group)

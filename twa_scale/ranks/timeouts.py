@@ -9,6 +9,13 @@ import torch.distributed as dist
 from twa_scale.errors import RankError
 
 
+def process_groups() -> list[dist.ProcessGroup] | None:
+    """Return all process groups of this rank; None if this version of torch does not list them."""
+    world = getattr(dist.distributed_c10d, "_world", None)
+    groups = getattr(world, "pg_map", None)
+    return None if groups is None else list(groups)
+
+
 def set_collective_timeout(seconds: float) -> None:
     """Set the time limit of the collectives of every process group of this rank. Not collective.
 
@@ -23,15 +30,13 @@ def set_collective_timeout(seconds: float) -> None:
     """
     if not dist.is_initialized():
         return
-    module = dist.distributed_c10d
-    world, set_timeout = getattr(module, "_world", None), getattr(module, "_set_pg_timeout", None)
-    groups = getattr(world, "pg_map", None)
+    groups, set_timeout = process_groups(), getattr(dist.distributed_c10d, "_set_pg_timeout", None)
     if groups is None or set_timeout is None:
         raise RankError(
             f"timeout: torch {torch.__version__} has no torch.distributed.distributed_c10d._world.pg_map or "
             "_set_pg_timeout, which set the time limit of groups; use torch 2.6 to 2.14."
         )
-    for group in list(groups):
+    for group in groups:
         if any(name in dist.get_backend_config(group) for name in ("gloo", "nccl")):  # Other backends have no limit.
             set_timeout(timedelta(seconds=seconds), group)
 
