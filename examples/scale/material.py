@@ -49,21 +49,21 @@ def tensors(config: LlamaConfig) -> list[TensorSpec]:
     return [TensorSpec(name, tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()]
 
 
-def link_candidates(directory: Path, n: int) -> None:
-    """Add candidates up to a number of n whose weight files are hard links to those of the candidates that exist.
+def link_candidates(directory: Path, m: int, n: int) -> None:
+    """Add candidates m to n - 1, whose weight files are hard links to those of candidates 0 to m - 1.
 
     Each has another combination of files, so that no two candidates are equal: candidate i has file f of candidate
-    (i + f * (i // m)) % m, where m is the number of candidates that exist. There are up to m * m combinations.
+    (i + f * (i // m)) % m. There are up to m * m combinations.
     """
-    written = sorted(directory.glob("step-*"))
-    for i in range(len(written), n):
-        rounds, target = i // len(written), directory / f"step-{i:02d}"
+    written = sorted(directory.glob("step-*"))[:m]
+    for i in range(m, n):
+        target = directory / f"step-{i:02d}"
         target.mkdir()
         for path in written[0].iterdir():
             if path.suffix != ".safetensors":
                 shutil.copy(path, target)
         for f, name in enumerate(sorted(path.name for path in written[0].glob("*.safetensors"))):
-            os.link(written[(i + f * rounds) % len(written)] / name, target / name)
+            os.link(written[(i + f * (i // m)) % m] / name, target / name)
 
 
 def write_candidates(config: LlamaConfig, directory: Path, n: int, seed: int) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +49,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep candidates and merges, not only the results")
     arguments = parser.parse_args()
+    n, written = arguments.candidates, min(arguments.written or arguments.candidates, arguments.candidates)
+    if written**2 < n:
+        parser.error(f"--written {written}: {n} candidates need at least {isqrt(n - 1) + 1}, whose files are combined")
     root: Path = arguments.scratch / arguments.size
+    directory = root / f"candidates-{n}-{written}-{arguments.seed}"
     try:
-        results = scale_run(root, arguments)
+        results = scale_run(root, directory, written, arguments)
         (root / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         for table in tables(results):
             console.print(table)
     finally:
         if not arguments.keep:
-            for large in (f"candidates-{arguments.candidates}-{arguments.seed}", "run/average", "exact"):
-                shutil.rmtree(root / large, ignore_errors=True)
+            for large in (directory, root / "run/average", root / "exact"):
+                shutil.rmtree(large, ignore_errors=True)
 
 
-def scale_run(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def scale_run(root: Path, directory: Path, written: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what every phase cost and what the check found."""
     n, bits, ranks, seed = arguments.candidates, arguments.bits, arguments.ranks, arguments.seed
-    written = min(arguments.written or n, n)
     for stale in ("run", "exact"):
         shutil.rmtree(root / stale, ignore_errors=True)
-    directory = root / f"candidates-{n}-{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     config = llama(arguments.size)
     nbytes = sum(spec.nbytes for spec in tensors(config))
@@ -75,7 +78,7 @@ def scale_run(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         require("disk", (written + 2) * nbytes, shutil.disk_usage(root).free)
         with phase(f"writing {written} candidates of {nbytes / 1e9:.2f} GB", "write", seconds):
             write_candidates(config, directory, written, seed)
-            link_candidates(directory, n)
+            link_candidates(directory, written, n)
     candidates = sorted(directory.glob("step-*"))
     settings = [
         CONFIG, f"candidates={directory}/step-*", f"task.model={candidates[0]}", f"output={root}/run",
