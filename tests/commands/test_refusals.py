@@ -89,7 +89,7 @@ def test_settings_that_run_refuses_before_it_trains(
     config: Any, shell: Any, tmp_path: Path, override: str, words: list[str]
 ) -> None:
     if "cuda" in override and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("there is a GPU, and the refusal is of machines without one")
     refused(shell("run", config(), *override.split(" ")), *words)
     assert not (tmp_path / "out/metrics.jsonl").exists()
 

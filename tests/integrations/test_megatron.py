@@ -20,7 +20,10 @@ def test_nemo_loads_the_average_of_its_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("megatron"), reason="megatron-core is not installed")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("megatron"),
+    reason="the extra dev has megatron-core, on Linux only",
+)
 def test_megatron_resumes_from_the_average(tmp_path: Path) -> None:
     code = "import sys; from tests.integrations.train_megatron import main; main(sys.argv[1])"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
