@@ -1,8 +1,8 @@
 """A billion parameters, 16 candidates and two ranks on one machine of 24 GiB, with packed deltas beside the shards.
 
 `make scale-run` runs this. Candidates are made up and written, their average is trained for a few steps on real text
-and exported, and what was exported is held against a merge of the same files that shares no code with it. Memory is
-held against what `twa-scale plan` said before. The memory holds 16 candidates of 4 bits, or `--candidates 64 --bits 1`.
+and exported. The export is compared with a merge of the same files that shares no code with it, and the memory with the
+estimate of `twa-scale plan`. The memory holds 16 candidates of 4 bits, or `--candidates 64 --bits 1`.
 """
 
 import argparse
@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("runs/scale"), help="directory on a disk with room")
     parser.add_argument("--candidates", type=int, default=16, help="number of candidates")
     parser.add_argument(
-        "--written", type=int, help="number of candidates on the disk; the others are new combinations of their files"
+        "--written",
+        type=int,
+        help="number of candidates that are written; the others are new combinations of their files. Default: all",
     )
     parser.add_argument(
         "--bits", type=int, choices=sorted(BLOCKS), default=4, help="bits of a delta: store packed8 to packed1"
@@ -49,8 +51,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep candidates and merges, not only the results")
     arguments = parser.parse_args()
-    n, written = arguments.candidates, min(arguments.written or arguments.candidates, arguments.candidates)
-    if written**2 < n:
+    n = arguments.candidates
+    written = n if arguments.written is None else min(arguments.written, n)
+    if written < 1 or written**2 < n:
         parser.error(f"--written {written}: {n} candidates need at least {isqrt(n - 1) + 1}, whose files are combined")
     root: Path = arguments.scratch / arguments.size
     directory = root / f"candidates-{n}-{written}-{arguments.seed}"

@@ -49,7 +49,8 @@ def parameter_groups(wrapped: Iterable[FSDPModule]) -> list[Any]:
 def keep_memory_of_shards(groups: Iterable[Any]) -> None:
     """Let FSDP2 keep the memory of uneven shards, as torch does from 2.9 on.
 
-    Earlier versions copy them to new memory at the first forward pass and in `load_state_dict`.
+    Earlier versions copy them to new memory at the first forward pass and in `load_state_dict`. Parameters in
+    page-locked memory and tensor subclasses are left to them.
 
     Raises:
         EngineError: this version of torch lacks an attribute that is needed for it.
@@ -66,7 +67,8 @@ def keep_memory_of_shards(groups: Iterable[Any]) -> None:
 def _reset_if_moved(parameter: Any, reset: Callable[[], None]) -> None:
     place = parameter._module_info
     held = getattr(place.module, place.param_name)
-    if held is parameter.sharded_param and not parameter.pin_memory and not held.is_meta:
+    plain = held is parameter.sharded_param and type(held._local_tensor) is torch.Tensor
+    if plain and not parameter.pin_memory and not held.is_meta:
         padded, local = (t.untyped_storage().data_ptr() for t in (parameter._sharded_param_data, held._local_tensor))
         if padded == local > 0:
             return

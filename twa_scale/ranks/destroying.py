@@ -10,7 +10,8 @@ from twa_scale.ranks.timeouts import process_groups
 
 # The destructor of a gloo group waits for the threads of the group. Before torch 2.8 it holds the interpreter's lock
 # meanwhile. A thread that is about to release a tensor of the last collective needs that lock: both wait for ever.
-# So the objects are kept for a while after the groups are destroyed. Their threads are idle then.
+# So the objects are kept until a later call, SECONDS or more after the groups were destroyed. Their threads are idle
+# then.
 SECONDS = 1.0
 KEPT: deque[tuple[float, list[dist.ProcessGroup]]] = deque()
 

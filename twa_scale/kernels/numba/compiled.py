@@ -46,7 +46,7 @@ class NumbaKernels:
 
         def work(start: int, stop: int) -> None:
             first, count, part = _part(segments, rows, start, stop)
-            # Otherwise, an earlier range has a part of the first segment.
+            # `own` is a view of `found`. If an earlier range has a part of the first segment, it is copied later.
             begins = start == 0 or (segments is not None and part[1] == 0)
             own = found[first : first + count] if begins else np.zeros((count, n))
             total = own.reshape(-1)

@@ -99,7 +99,7 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 if end <= at + skip:
                     segment, end = segment + ONE, end + length
                 apart = end < at + used
-            whole = skip == U(0) and used == tile
+            whole = skip == U(0) and used == tile  # whether the gradient is used in place
             owners[0] = segment
             if many and apart:
                 segment, end, count = divide(block, skip, used, (segment, end - at), length, owners, rests)

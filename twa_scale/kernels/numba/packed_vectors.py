@@ -194,7 +194,7 @@ def _add_dots(v: TileEmitter, *, apart: bool) -> None:
                 first = v.add_products(first, some[c], splat(v.zeros[k], WIDE))
             firsts.append(v.build.ashr(first, splat(1)))
         starts = [v.element("places", k) for k in (fields if apart else fields[:1])]
-        together = len(fields) // len(starts)  # the number of fields that are added to the same lanes
+        per_start = len(fields) // len(starts)  # the number of fields that are added to the same lanes
         with cgutils.for_range(v.build, v["n"]) as row:
             v.prefetch_next("gradient", part, row.index, v["n"], v.block * len(fields) // v.fields)
             sums = firsts
@@ -205,7 +205,7 @@ def _add_dots(v: TileEmitter, *, apart: bool) -> None:
             for i, start in enumerate(starts):
                 lane = v.at(v.times(row.index, LANES), start)
                 total = v.load("lanes", lane)
-                for j in range(i * together, (i + 1) * together):
+                for j in range(i * per_start, (i + 1) * per_start):
                     factor = v.broadcast_element("factors", v.at(v.times(row.index, v.fields), fields[j]))
                     total = v.build.fadd(total, v.scaled(sums[j], factor), flags=FAST)
                 v.store("lanes", lane, total)
@@ -213,7 +213,7 @@ def _add_dots(v: TileEmitter, *, apart: bool) -> None:
 
 @intrinsic
 def sum_lanes(typing, sums, lanes, at, n):  # type: ignore[no-untyped-def]
-    """Write the sums of the 16 lanes of each of n rows. Their number is rounded up to a multiple of 16."""
+    """Write the sums of the 16 lanes of each of n rows. The number of rows is rounded up to a multiple of 16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v = Emitter(context, builder, signature.args, arguments, "sums lanes at n")
