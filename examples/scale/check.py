@@ -6,7 +6,8 @@ with a cosine of cos_i leave errors of norm sqrt(1 - cos_i^2) |delta_i|, which a
     |exported - merged|^2 = sum_i u_i^2 (1 - cos_i^2) |delta_i|^2 + |rounding to bfloat16|^2.
 
 Candidates that share a file have the same error in its tensors. There the sum runs over the files, and u_i is the sum
-of the weights of the candidates that share file i.
+of the weights of the candidates that share file i. Few files have dependent errors: the deltas of two to their mean are
+opposite.
 """
 
 from collections.abc import Iterator, Sequence
