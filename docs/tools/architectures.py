@@ -53,7 +53,7 @@ def stored(architecture: Architecture) -> str:
 def is_transposed(tensor: Traced) -> bool:
     """Return whether elements of a tensor follow each other in another order than in the model."""
     for segment in tensor.segments(""):
-        strides = [step for size, step in zip(segment.sizes, segment.there.strides, strict=True) if size > 1]
+        strides = [step for size, step in zip(segment.sizes, segment.source.strides, strict=True) if size > 1]
         if strides != sorted(strides, reverse=True):
             return True
     return False

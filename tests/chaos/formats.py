@@ -100,7 +100,7 @@ def write_json_settings(path: Path, seed: int) -> None:
 
 def read_candidate(path: Path, others: list[Path]) -> Values:
     """Read all of a candidate, which stands between undamaged ones."""
-    candidates = open_candidates([others[0], path, others[1]], tell=lambda _: None)
+    candidates = open_candidates([others[0], path, others[1]], notify=lambda _: None)
     try:
         return {name: _bytes_of(candidates[1], name) for name in candidates[1].names()}
     finally:

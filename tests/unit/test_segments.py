@@ -47,7 +47,7 @@ def traced(make: Make, tensors: dict[str, torch.Tensor]) -> Traced:
 def read(segments: Segments, tensors: dict[str, torch.Tensor], start: int, stop: int) -> torch.Tensor:
     out = torch.full((stop - start,), -1)
     for part in segments.within(start, stop):
-        part = part.in_order_there()
+        part = part.in_source_order()
         runs = [tensors[span.name].reshape(-1)[slice(*run)] for span in part.spans() for run in span.runs()]
         place = part.of(out, start)
         place.copy_(torch.cat(runs).view(place.shape))

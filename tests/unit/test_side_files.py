@@ -69,7 +69,7 @@ def make(directory: Path, *names: str) -> Path:
 @pytest.mark.parametrize("code", [False, True])
 def test_what_is_carried(tmp_path: Path, code: bool) -> None:
     told: list[str] = []
-    files = side_files(make(tmp_path, *CARRIED, *LEFT, *CODE), code=code, tell=told.append)
+    files = side_files(make(tmp_path, *CARRIED, *LEFT, *CODE), code=code, notify=told.append)
     assert sorted(files) == sorted([*CARRIED, *(CODE if code else [])])
     about_code = [line for line in told if "carry_code" in line]
     assert len(told) == 2 - code and len(about_code) == 1 - code
@@ -89,7 +89,7 @@ def test_only_regular_files_of_the_directory(tmp_path: Path) -> None:
     told: list[str] = []
     latest = tmp_path / "latest"
     latest.symlink_to(directory)
-    assert sorted(side_files(latest, tell=told.append)) == ["config.json", "folder/vocab.json", "vocab.json"]
+    assert sorted(side_files(latest, notify=told.append)) == ["config.json", "folder/vocab.json", "vocab.json"]
     for name in ("tokenizer.json", "dangling.json", "up", "round", "pipe.json"):
         assert any(name in line for line in told), name
 
@@ -101,7 +101,7 @@ def test_the_cache_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
     snapshot = make(repository / "snapshots/12ab", "plain.json")
     (snapshot / "config.json").symlink_to("../../blobs/0a1b")
     (snapshot / "vocab.json").symlink_to("../../../models--other/blobs/0a1b")
-    assert sorted(side_files(snapshot, tell=lambda _: None)) == ["config.json", "plain.json"]
+    assert sorted(side_files(snapshot, notify=lambda _: None)) == ["config.json", "plain.json"]
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, size in enumerate([1, 101, 100, 60, 49, 0]):
         (tmp_path / f"{number}.txt").write_bytes(bytes(size))
     told: list[str] = []
-    assert list(side_files(tmp_path, tell=told.append)) == ["0.txt", "2.txt", "4.txt"]
+    assert list(side_files(tmp_path, notify=told.append)) == ["0.txt", "2.txt", "4.txt"]
     assert len(told) == 1 and all(f"'{number}.txt'" in told[0] for number in (1, 3, 5))
 
 
@@ -119,7 +119,7 @@ def test_modules_with_weights_of_their_own_are_reported(tmp_path: Path) -> None:
     modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     told: list[str] = []
-    assert sorted(side_files(tmp_path, tell=told.append)) == ["1_Pooling/config.json", "modules.json"]
+    assert sorted(side_files(tmp_path, notify=told.append)) == ["1_Pooling/config.json", "modules.json"]
     assert len(told) == 1 and "'2_Dense'" in told[0] and "not averaged" in told[0]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import twa_scale
 from tests.slices import opened, read, refused
 from twa_scale.candidates import open_candidates
-from twa_scale.candidates.formats.deepspeed import places_in_deepspeed
+from twa_scale.candidates.formats.deepspeed import storages_in_deepspeed
 from twa_scale.candidates.side_files import side_files
 from twa_scale.errors import CandidateError, OutputError
 from twa_scale.merge import average_fixed
@@ -113,7 +113,7 @@ def test_the_same_form_has_the_average_in_every_place(written: Path, first: str,
     average_fixed([str(written / first), str(written / last)], tmp_path / "out", format="same")
     found = opened(tmp_path / "out")
     states = [torch.load(written / f"{case.removesuffix('/global_step1')}.pt") for case in (first, last)]
-    for name, places in places_in_deepspeed(tmp_path / "out").items():
+    for name, places in storages_in_deepspeed(tmp_path / "out").items():
         wanted = sum(state[name].double() / 2 for state in states)
         if not states[1][name].is_floating_point() or name == "mean":
             wanted = states[1][name]

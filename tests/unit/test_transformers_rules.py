@@ -15,7 +15,7 @@ from transformers import conversion_mapping, core_model_loading
 import twa_scale
 from tests.architectures import ARCHITECTURES
 from twa_scale.base.notices import TwaWarning
-from twa_scale.candidates.numbered import lacking
+from twa_scale.candidates.numbered import missing_tensors
 from twa_scale.errors import CandidateError
 
 SIZES: dict[str, Any] = {
@@ -100,9 +100,17 @@ def test_experts_that_are_stored_transposed_under_the_same_names(tmp_path: Path)
 
 
 def test_only_numbers_that_differ_in_one_place_are_counted() -> None:
-    assert lacking({"w": ["a.0.b.1", "a.0.b.3"]}) == ["a.0.b.0", "a.0.b.2"]
-    assert lacking({"w": ["a.0.b.0", "a.1.b.1"]}) == lacking({"q": ["q.7"], "k": ["k.7"]}) == lacking({"w": []}) == []
-    assert lacking({"w": ["a.0", "a.1"]}, (2, 3)) == ["a.2"] and lacking({"w": ["a.0", "a.1"]}, (4, 6)) == []
+    assert missing_tensors({"w": ["a.0.b.1", "a.0.b.3"]}) == ["a.0.b.0", "a.0.b.2"]
+    assert (
+        missing_tensors({"w": ["a.0.b.0", "a.1.b.1"]})
+        == missing_tensors({"q": ["q.7"], "k": ["k.7"]})
+        == missing_tensors({"w": []})
+        == []
+    )
+    assert (
+        missing_tensors({"w": ["a.0", "a.1"]}, (2, 3)) == ["a.2"]
+        and missing_tensors({"w": ["a.0", "a.1"]}, (4, 6)) == []
+    )
 
 
 def test_a_prefix_before_names_that_the_library_changes_is_found(tmp_path: Path) -> None:

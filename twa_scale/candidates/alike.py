@@ -13,7 +13,7 @@ Trait = tuple[tuple[int, ...], str]
 """The shape and the kind of number of a tensor."""
 
 
-def check_alike(candidates: Sequence[Candidate]) -> None:
+def require_same_tensors(candidates: Sequence[Candidate]) -> None:
     """Check that all candidates have the tensors of the majority, or of the first one in a tie.
 
     Raises:
@@ -21,17 +21,17 @@ def check_alike(candidates: Sequence[Candidate]) -> None:
     """
     traits = [{name: (c.shape(name), _kind(c.dtype(name))) for name in c.names()} for c in candidates]
     expected: dict[str, Trait] = {}
-    for name in {name: None for held in traits for name in held}:
-        (trait, _), *_ = Counter(held.get(name) for held in traits).most_common(1)
+    for name in {name: None for names in traits for name in names}:
+        (trait, _), *_ = Counter(names.get(name) for names in traits).most_common(1)
         if trait is not None:
             expected[name] = trait
-    for candidate, held in zip(candidates, traits, strict=True):
-        _check_one(candidate.label, held, expected)
+    for candidate, names in zip(candidates, traits, strict=True):
+        _check_one(candidate.label, names, expected)
 
 
-def _check_one(label: str, held: dict[str, Trait], expected: dict[str, Trait]) -> None:
-    missing = [name for name in expected if name not in held]
-    extra = [name for name in held if name not in expected]
+def _check_one(label: str, traits: dict[str, Trait], expected: dict[str, Trait]) -> None:
+    missing = [name for name in expected if name not in traits]
+    extra = [name for name in traits if name not in expected]
     rule = (
         "Candidates must hold the same tensors: name tensors that need not be averaged in `ignore` (--ignore), save "
         "all from the same model, or leave this one out."
@@ -48,7 +48,7 @@ def _check_one(label: str, held: dict[str, Trait], expected: dict[str, Trait]) -
             f"{label}: holds tensor {extra[0]!r}{more}, which the other candidates do not "
             f"have{nearest(extra[0], expected) or '.'} {rule}"
         )
-    for name, (shape, kind) in held.items():
+    for name, (shape, kind) in traits.items():
         expected_shape, expected_kind = expected[name]
         if shape != expected_shape:
             raise CandidateError(

@@ -26,17 +26,17 @@ def spectral_vectors(names: Collection[str]) -> set[str]:
     They are recognized by other tensors of the module: `weight_u` with `weight_orig` (`torch.nn.utils.spectral_norm`)
     or `weight_bar`; `parametrizations.weight.0._u` with `parametrizations.weight.original`.
     """
-    found = set()
+    result = set()
     for name in names:
         if match := _OF_PARAMETRIZATION.match(name):
-            beside = {f"{match['stem']}.original"}
+            neighbors = {f"{match['stem']}.original"}
         elif match := _OF_HOOK.match(name):
-            beside = {f"{match['stem']}_orig", f"{match['stem']}_bar"}
+            neighbors = {f"{match['stem']}_orig", f"{match['stem']}_bar"}
         else:
             continue
-        if not beside.isdisjoint(names):
-            found.add(name)
-    return found
+        if not neighbors.isdisjoint(names):
+            result.add(name)
+    return result
 
 
 def buffer_source(name: str, buffers: str | int, weights: Sequence[float]) -> Source:

@@ -43,13 +43,13 @@ class CarriedFiles:
         changed = {} if dtype is None or config is None else {"config.json": with_dtype(config, dtype)}
         return {**self.files, **changed}
 
-    def shard_size(self, most: str | int) -> str | int:
+    def shard_size(self, limit: str | int) -> str | int:
         """Return the largest number of bytes of one file: unlimited for loaders of one file (PEFT, open_clip)."""
-        return _UNLIMITED if self.base in _ONE_FILE else most
+        return _UNLIMITED if self.base in _ONE_FILE else limit
 
 
 def carried_files(
-    candidates: Sequence[Candidate], *, files: bool = True, code: bool = False, tell: Callable[[str], None] = notice
+    candidates: Sequence[Candidate], *, files: bool = True, code: bool = False, notify: Callable[[str], None] = notice
 ) -> CarriedFiles:
     """Return the parts of the last candidate that an output copies.
 
@@ -57,12 +57,12 @@ def carried_files(
         candidates: the candidates, in order.
         files: whether to read the small files; only one rank needs them.
         code: whether they include code.
-        tell: see `side_files`.
+        notify: see `side_files`.
     """
     last = candidates[-1]
     for line in differences(candidates) if files else ():
-        tell(line)
-    small = side_files(last.directory, code=code, tell=tell) if files else {}
+        notify(line)
+    small = side_files(last.directory, code=code, notify=notify) if files else {}
     if (ranks := ranks_of(last)) and ADAPTER_CONFIG in small:
         small[ADAPTER_CONFIG] = with_ranks(small[ADAPTER_CONFIG], ranks)
     return CarriedFiles(
@@ -84,8 +84,8 @@ def _wider(candidates: Sequence[Candidate]) -> torch.dtype | None:
             after[widest(candidates, name)] += prod(last.shape(name))
     if not after:
         return None
-    (was, _), (now, _) = before.most_common(1)[0], after.most_common(1)[0]
-    return now if now != was else None
+    (before_dtype, _), (now, _) = before.most_common(1)[0], after.most_common(1)[0]
+    return now if now != before_dtype else None
 
 
 def _base(candidates: Sequence[Candidate]) -> str:
@@ -96,8 +96,8 @@ def _base(candidates: Sequence[Candidate]) -> str:
     """
     last = candidates[-1]
     name = last.file_name
-    alike = len(candidates) > 1 and all(candidate.file_name == name for candidate in candidates)
-    if name is None or (last.directory is None and not alike):
+    same_name = len(candidates) > 1 and all(candidate.file_name == name for candidate in candidates)
+    if name is None or (last.directory is None and not same_name):
         return BASE
     name = name.removesuffix(INDEX)
     suffixes = "|".join(map(re.escape, (".safetensors", *TORCH_SUFFIXES)))

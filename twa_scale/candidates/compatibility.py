@@ -54,12 +54,12 @@ def differences(candidates: Sequence[Candidate]) -> Iterator[str]:
         difference = partial(_difference, ignored=ignored) if name in _CONFIGURATIONS else _other_vocabulary
         if not (last / name).is_file():
             continue
-        found = [(path, why) for path in _others(candidates, name) if (why := difference(path, last / name))]
-        if found:
-            path, why = found[0]
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        result = [(path, reason) for path in _others(candidates, name) if (reason := difference(path, last / name))]
+        if result:
+            path, reason = result[0]
+            more = f" (and {len(result) - 1} more)" if len(result) > 1 else ""
             yield (
-                f"{path}{more}: differs from {last / name}{why}, which is copied to the output. Such candidates may "
+                f"{path}{more}: differs from {last / name}{reason}, which is copied to the output. Such candidates may "
                 "have no useful average."
             )
 
@@ -92,10 +92,10 @@ def _settings(path: Path) -> dict[str, Any] | None:
 def _meaningful(value: Any, ignored: Collection[str]) -> Any:
     """Return settings without `ignored` ones, also in the parts of a model (`text_config`)."""
     if isinstance(value, dict):
-        held = {key: one for key, one in value.items() if key not in ignored}
+        relevant = {key: one for key, one in value.items() if key not in ignored}
         return {
             key: sorted(map(str, one)) if key in _SETS and isinstance(one, list) else _meaningful(one, ignored)
-            for key, one in held.items()
+            for key, one in relevant.items()
         }
     return [_meaningful(one, ignored) for one in value] if isinstance(value, list) else value
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from twa_scale.candidates.candidate import Candidate
-from twa_scale.candidates.segments import Place, Segment, Segments
+from twa_scale.candidates.segments import Position, Segment, Segments
 
 Shape = tuple[int, ...]
 
@@ -45,7 +45,7 @@ class Conversion:
 def _state_of(made: Made) -> dict[str, Any]:
     index = {name: i for i, name in enumerate(made.stored)}
     parts = [
-        (index[one.there.name], one.here.first, one.there.first, *one.sizes, *one.there.strides)
+        (index[one.source.name], one.target.first, one.source.first, *one.sizes, *one.source.strides)
         for one in made.segments
     ]
     numbers = torch.tensor(parts, dtype=torch.int64).reshape(len(parts), 3 + 2 * len(made.shape))
@@ -58,8 +58,8 @@ def made_of_state(name: str, shape: Shape, stored: Mapping[str, Shape], segments
     parts = [
         Segment(
             tuple(row[3 : 3 + len(shape)]),
-            Place(name, row[1], strides),
-            Place(names[row[0]], row[2], tuple(row[3 + len(shape) :])),
+            Position(name, row[1], strides),
+            Position(names[row[0]], row[2], tuple(row[3 + len(shape) :])),
         )
         for row in segments.tolist()
     ]
@@ -94,5 +94,5 @@ def conversion(candidate: Candidate) -> Conversion | None:
 
 def conversions(candidates: Sequence[Candidate]) -> list[Conversion]:
     """Return the conversions of candidates, each once."""
-    found = [conversion(candidate) for candidate in candidates]
-    return list(dict.fromkeys(one for one in found if one is not None))
+    all_conversions = [conversion(candidate) for candidate in candidates]
+    return list(dict.fromkeys(entry for entry in all_conversions if entry is not None))

@@ -24,15 +24,17 @@ class Converted(CandidateProxy):
         super().__init__(candidate)
         self._conversion = conversion
         self._made = conversion.made
-        self._by_stored_name = {stored: own for own, stored in candidate.stored_names.items()}
+        self._by_stored_name = {stored: live_name for live_name, stored in candidate.stored_names.items()}
         self._own = {name: self._by_stored_name[stored] for name, stored in conversion.names.items()}
         self._names = sorted([*self._own, *self._made])
         self.stored_names = {**conversion.names, **{name: name for name in self._made}}
         self._check()
 
     def _check(self) -> None:
-        whole = {stored: prod(self._shape_of(stored)) for stored in self._conversion.stored()}
-        used = Counter({stored: whole[stored] for stored in self._conversion.names.values()})  # tied tensors count once
+        num_elements = {stored: prod(self._shape_of(stored)) for stored in self._conversion.stored()}
+        used = Counter(
+            {stored: num_elements[stored] for stored in self._conversion.names.values()}
+        )  # tied tensors count once
         for name, one in self._made.items():
             if self.dtype(name).is_complex:
                 raise CandidateError(
@@ -40,12 +42,12 @@ class Converted(CandidateProxy):
                     "be averaged. Save a state dict of the model instead (torch.save(model.state_dict(), ..))."
                 )
             for segment in one.segments:
-                used[segment.there.name] += segment.numel
+                used[segment.source.name] += segment.numel
         for stored, count in used.items():
-            if count != whole[stored]:
+            if count != num_elements[stored]:
                 raise CandidateError(
-                    f"{self.label}: {count} of the {whole[stored]} elements of tensor {stored!r} are used by the "
-                    "model; a stored tensor has to be used whole, and once. Save a state dict of the model instead "
+                    f"{self.label}: {count} of the {num_elements[stored]} elements of tensor {stored!r} are used by "
+                    "the model; a stored tensor has to be used whole, and once. Save a state dict of the model instead "
                     "(torch.save(model.state_dict(), ..))."
                 )
 
@@ -62,8 +64,8 @@ class Converted(CandidateProxy):
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a tensor in `read`."""
-        own = self._by_stored_name[next(iter(self._made[name].stored))] if name in self._made else self._own[name]
-        return super().dtype(own)
+        own_name = self._by_stored_name[next(iter(self._made[name].stored))] if name in self._made else self._own[name]
+        return super().dtype(own_name)
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with the elements from `start` on."""
@@ -71,13 +73,13 @@ class Converted(CandidateProxy):
             super().read(self._own[name], start, out)
             return
         for part in self._made[name].segments.within(start, start + len(out)):
-            part = part.in_order_there()
-            own, place = self._by_stored_name[part.there.name], part.of(out, start)
-            values = place.view(-1) if place.is_contiguous() else torch.empty(part.numel, dtype=out.dtype)
+            part = part.in_source_order()
+            own_name, view = self._by_stored_name[part.source.name], part.of(out, start)
+            values = view.view(-1) if view.is_contiguous() else torch.empty(part.numel, dtype=out.dtype)
             for first, count, at in _with_offsets(run for span in part.spans() for run in span.runs()):
-                super().read(own, first, values[at : at + count])
-            if not place.is_contiguous():
-                place.copy_(values.view(place.shape))
+                super().read(own_name, first, values[at : at + count])
+            if not view.is_contiguous():
+                view.copy_(values.view(view.shape))
 
     def mapped(self, name: str) -> torch.Tensor | None:
         """Return a flat view of a whole tensor, if it is stored unchanged and the candidate can map it, else None."""
@@ -87,8 +89,8 @@ class Converted(CandidateProxy):
         """Return whether two names refer to one tensor."""
         if name in self._made or other in self._made:
             return name == other
-        own, others = self._own[name], self._own[other]
-        return own == others or stored_once(self._candidate, own, others)
+        own_name, others = self._own[name], self._own[other]
+        return own_name == others or stored_once(self._candidate, own_name, others)
 
     def made(self, name: str) -> Made | None:
         """Return the segments of which a tensor is made, or None if it is stored unchanged."""

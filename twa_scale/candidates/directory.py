@@ -62,8 +62,8 @@ def weights_in(directory: AnyPath) -> AnyPath | None:
         CandidateError: the directory has weights of several libraries, so that the choice is ambiguous.
     """
     names = files_in(directory)
-    found = {library: next((name for name in order if name in names), None) for library, order in LOADERS.items()}
-    known = {library: name for library, name in found.items() if name}
+    by_library = {library: next((name for name in order if name in names), None) for library, order in LOADERS.items()}
+    known = {library: name for library, name in by_library.items() if name}
     if len(known) > 1:
         raise CandidateError(
             f"{directory}: holds {' and '.join(f'{name!r} ({library})' for library, name in known.items())}; a "
@@ -78,8 +78,10 @@ def weights_in(directory: AnyPath) -> AnyPath | None:
         parts = set(weight_map(directory / indices[0]).values())
         others = [name for name in others if name not in parts]
         names = [name for name in names if name not in parts]
-    alone = len(others) == 1 and not any(name.lower().endswith(".safetensors") for name in names if name != others[0])
-    return directory / others[0] if alone else None
+    is_single = len(others) == 1 and not any(
+        name.lower().endswith(".safetensors") for name in names if name != others[0]
+    )
+    return directory / others[0] if is_single else None
 
 
 def sharded_in(directory: Path) -> Path | None:
@@ -91,12 +93,12 @@ def sharded_in(directory: Path) -> Path | None:
     Raises:
         CandidateError: the directory has folders of several models or files of single ranks, or a folder is missing.
     """
-    inside = sorted(directory.iterdir())
+    entries = sorted(directory.iterdir())
     if is_megatron(directory / _OF_NEMO):
         return directory / _OF_NEMO
     if iteration := latest_iteration(directory):
         return iteration
-    folders = [path for path in inside if _FSDP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    folders = [path for path in entries if _FSDP_FOLDER.fullmatch(path.name) and path.is_dir()]
     if len(folders) > 1:
         raise CandidateError(
             f"{directory}: holds {some([path.name for path in folders])}, one folder for each model that Accelerate "
@@ -104,7 +106,7 @@ def sharded_in(directory: Path) -> Path | None:
         )
     if folders:
         return folders[0]
-    if rank := next((path.name for path in inside if _FSDP_RANK.fullmatch(path.name)), None):
+    if rank := next((path.name for path in entries if _FSDP_RANK.fullmatch(path.name)), None):
         raise CandidateError(
             f"{directory}: holds {rank!r}, which has one rank's part of flat parameters (LOCAL_STATE_DICT), without "
             "their names and shapes. Save with fsdp_state_dict_type SHARDED_STATE_DICT or FULL_STATE_DICT."
@@ -117,7 +119,7 @@ def is_of_fsdp(name: str) -> bool:
     return name == _OF_FSDP or bool(_FSDP_FOLDER.fullmatch(name) or _FSDP_RANK.fullmatch(name))
 
 
-def left_aside(directory: Path | Url, chosen: Path | Url) -> list[str]:
+def unused_files(directory: Path | Url, chosen: Path | Url) -> list[str]:
     """Return the other files of weights in a directory that a user may have meant.
 
     Torch files of the same weights, and files of another precision (`model.fp16.safetensors`), are left out.
@@ -125,7 +127,7 @@ def left_aside(directory: Path | Url, chosen: Path | Url) -> list[str]:
     if chosen.name != _OF_FSDP and not any(chosen.name in order for order in LOADERS.values()):
         return []
     parts = set(weight_map(chosen).values()) if chosen.name.endswith(INDEX) else set()
-    twin = chosen.name.removesuffix(INDEX) if chosen.name.endswith(INDEX) else chosen.name + INDEX
+    other_name = chosen.name.removesuffix(INDEX) if chosen.name.endswith(INDEX) else chosen.name + INDEX
     return [
         name
         for name in files_in(directory)
@@ -133,7 +135,7 @@ def left_aside(directory: Path | Url, chosen: Path | Url) -> list[str]:
         and not is_shard(name)
         and name != chosen.name
         and (
-            name == twin
+            name == other_name
             or (is_averaged(name) and is_weights(name))
             or _FURTHER_MODEL.fullmatch(name)
             or (_is_other(name) and not is_variant(name, chosen.name))

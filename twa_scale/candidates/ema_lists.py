@@ -16,10 +16,10 @@ def item_name(index: int) -> str:
     return f"[{index}]"
 
 
-def items_of(found: Mapping[str, T]) -> list[T] | None:
-    """Return the items of a list in order, or None if `found` has names."""
-    numbers = {int(match[1]): value for name, value in found.items() if (match := _ITEM.fullmatch(name))}
-    return [numbers[i] for i in sorted(numbers)] if len(numbers) == len(found) else None
+def items_of(tensors: Mapping[str, T]) -> list[T] | None:
+    """Return the items of a list in order, or None if `tensors` has names."""
+    numbers = {int(match[1]): value for name, value in tensors.items() if (match := _ITEM.fullmatch(name))}
+    return [numbers[i] for i in sorted(numbers)] if len(numbers) == len(tensors) else None
 
 
 def parameters_of(names: Sequence[str]) -> list[str]:

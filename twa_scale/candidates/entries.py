@@ -49,12 +49,12 @@ def flattened(
         ValueError: containers contain each other too often, two tensors have one path, or only some tensors of a
             mapping have names.
     """
-    found: dict[Keys, Any] = {}
+    result: dict[Keys, Any] = {}
     for path, value in _entries(content, is_entry, is_tensor):
-        if path in found:
+        if path in result:
             raise ValueError(f"two tensors are called {'.'.join(path)!r}, under keys of different types")
-        found[path] = value
-    return found
+        result[path] = value
+    return result
 
 
 def _entries(
@@ -65,7 +65,9 @@ def _entries(
         if not waiting:
             return
         prefix, inner = waiting.pop()
-        items = inner.items() if isinstance(inner, Mapping) else ((item_name(i), held) for i, held in enumerate(inner))
+        items = (
+            inner.items() if isinstance(inner, Mapping) else ((item_name(i), entry) for i, entry in enumerate(inner))
+        )
         named, nameless = False, None
         for key, value in items:
             if not isinstance(key, str | int | float | None):  # the text of other keys differs between processes
@@ -93,29 +95,29 @@ def optimizer_entries(names: Sequence[str]) -> set[str]:
     state of tensors elsewhere; see `_is_state_of`. The others of them may be weights, and are not returned. Below
     `optim` or `optimizer`, all names are returned if one name, such as `exp_avg`, is a kind of state.
     """
-    found = {name for name in names if _is_state((name,))}
-    named, weights = frozenset(found), set(names) - found
-    below: dict[str, list[str]] = defaultdict(list)
+    result = {name for name in names if _is_state((name,))}
+    named, weights = frozenset(result), set(names) - result
+    by_parent: dict[str, list[str]] = defaultdict(list)
     for name in names:
         parts = name.split(".")
         for i, part in enumerate(parts[:-1]):
             if _OPTIMIZER_OR_MODULE.fullmatch(part.lower()) or (i == 0 and part in ("state", "param_groups")):
-                below[".".join(parts[: i + 1])].append(name)
-    for prefix, members in below.items():
+                by_parent[".".join(parts[: i + 1])].append(name)
+    for prefix, members in by_parent.items():
         others = weights - set(members)
         copies = _OPTIMIZER.fullmatch(prefix.split(".")[-1].lower()) is not None
         rests = {name: name[len(prefix) + 1 :] for name in members}
-        states = {name for name, rest in rests.items() if name in found or _is_state_of(rest, others, copies=copies)}
+        states = {name for name, rest in rests.items() if name in result or _is_state_of(rest, others, copies=copies)}
         single = {
             name
             for name, rest in rests.items()
             if _SINGLE.fullmatch(rest.split(".")[-1]) or (copies and _BETWEEN.fullmatch(rest.split(".")[0]))
         }
         if copies and not named.isdisjoint(members):
-            found.update(members)
+            result.update(members)
         elif states and len(states) >= _MOST * len(states | (set(members) - single)):
-            found.update(states | single)
-    return found
+            result.update(states | single)
+    return result
 
 
 def _is_state(path: Keys) -> bool:

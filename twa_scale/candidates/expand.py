@@ -35,25 +35,25 @@ def expand(item: str | Path) -> tuple[Sequence[Path | Url], str | None]:
             or parts of one model.
         OSError: the system refuses the path.
     """
-    given = str(item)
-    local = local_path(given)
-    if local is None and is_url(given):
-        return _expanded(Url(given))
-    path = local or path_of(given)
+    text = str(item)
+    local = local_path(text)
+    if local is None and is_url(text):
+        return _expanded(Url(text))
+    path = local or path_of(text)
     if path.exists():
         return [path], None
     if path.is_symlink():
         raise CandidateError(f"{path}: is a broken link, or a loop of links. Copy the files that it should point to.")
-    if not glob.has_magic(given):
-        raise CandidateError(f"{path}: there is no such file or directory, seen from {Path.cwd()}.{_hint(given, path)}")
-    found = _without_markers(_matches(path))
-    if not found:
+    if not glob.has_magic(text):
+        raise CandidateError(f"{path}: there is no such file or directory, seen from {Path.cwd()}.{_hint(text, path)}")
+    matches = _without_markers(_matches(path))
+    if not matches:
         raise CandidateError(
-            f"candidates {given!r}: the pattern matches nothing, seen from {Path.cwd()}. It must match at "
-            f"least one file or directory of weights.{_hint(given, path)}"
+            f"candidates {text!r}: the pattern matches nothing, seen from {Path.cwd()}. It must match at "
+            f"least one file or directory of weights.{_hint(text, path)}"
         )
-    _require_candidates(given, found)
-    return found, given
+    _require_candidates(text, matches)
+    return matches, text
 
 
 def _expanded(url: Url) -> tuple[list[Url], str | None]:
@@ -61,29 +61,29 @@ def _expanded(url: Url) -> tuple[list[Url], str | None]:
     if not url.is_pattern():
         return [url], None
     url = Url(url.url.rstrip("/"))  # in a shell, "step-*/" matches directories
-    found = [match for match in url.matches() if not match.name.startswith(".") and ".tmp-" not in match.name]
-    found = _without_markers(sorted(found, key=_natural))
-    if not found:
+    matches = [match for match in url.matches() if not match.name.startswith(".") and ".tmp-" not in match.name]
+    matches = _without_markers(sorted(matches, key=_natural))
+    if not matches:
         raise CandidateError(
             f"candidates {str(url)!r}: the pattern matches nothing. It must match at least one file or directory of "
             "weights."
         )
-    _require_candidates(str(url), found)
-    return found, url.url
+    _require_candidates(str(url), matches)
+    return matches, url.url
 
 
 def _matches(path: Path) -> list[Path]:
     root, matches = matching(path)
     # Unfinished outputs have a hidden name, or, from earlier versions, one that ends in .tmp-*.
-    below = len(root.parts)
-    finished = [m for m in matches if not any(p.startswith(".") or ".tmp-" in p for p in m.parts[below:])]
+    depth = len(root.parts)
+    finished = [m for m in matches if not any(p.startswith(".") or ".tmp-" in p for p in m.parts[depth:])]
     return sorted(finished, key=_natural)
 
 
-def _without_markers(found: Sequence[AnyPath]) -> list[AnyPath]:
+def _without_markers(matches: Sequence[AnyPath]) -> list[AnyPath]:
     """Leave out files with the name of the last folder, if folders also match."""
-    folders = any(match.is_dir() for match in found)
-    return [match for match in found if not (folders and match.name in _MARKERS and match.is_file())]
+    folders = any(match.is_dir() for match in matches)
+    return [match for match in matches if not (folders and match.name in _MARKERS and match.is_file())]
 
 
 def _natural(path: Path | Url) -> list[tuple[int, int, str]]:
@@ -92,25 +92,25 @@ def _natural(path: Path | Url) -> list[tuple[int, int, str]]:
     return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece]
 
 
-def _require_candidates(pattern: str, found: Sequence[Path | Url]) -> None:
+def _require_candidates(pattern: str, matches: Sequence[Path | Url]) -> None:
     """Check that a pattern matches candidates only, and not several versions or parts of one model."""
-    if broken := next((match for match in found if not match.exists()), None):
+    if broken := next((match for match in matches if not match.exists()), None):
         raise CandidateError(
             f"candidates {pattern!r}: the pattern matches {str(broken)!r}, a broken link, or a loop of links. "
             "Remove it, or narrow the pattern."
         )
-    if strange := next((match for match in found if not match.is_dir() and not is_weights(match.name)), None):
+    if strange := next((match for match in matches if not match.is_dir() and not is_weights(match.name)), None):
         seen = "" if isinstance(strange, Url) else f", seen from {Path.cwd()}"
-        if what := named_format([strange]):
-            raise CandidateError(f"candidates {pattern!r}: the pattern matches {str(strange)!r}: {what}")
+        if format_name := named_format([strange]):
+            raise CandidateError(f"candidates {pattern!r}: the pattern matches {str(strange)!r}: {format_name}")
         raise CandidateError(
             f"candidates {pattern!r}: the pattern also matches {str(strange)!r}, which holds no weights{seen}. "
             "Narrow the pattern, for instance to 'step-*' or '*.safetensors'."
         )
-    if why := versions_or_parts(found):
+    if reason := versions_or_parts(matches):
         raise CandidateError(
-            f"candidates {pattern!r}: the pattern matches {why} Narrow the pattern, or give a list of paths if all are "
-            "meant."
+            f"candidates {pattern!r}: the pattern matches {reason} Narrow the pattern, or give a list of paths if all "
+            "are meant."
         )
 
 
@@ -141,31 +141,31 @@ def _versions(names: Sequence[str]) -> tuple[str, str] | None:
     raw = [name for name in names if not is_averaged(name)]
     if raw and averaged:
         return raw[0], averaged[0]
-    held = set(names)
-    return next(((plain, name) for name in names for plain in plain_names(name) if plain in held), None)
+    stored = set(names)
+    return next(((plain, name) for name in names for plain in plain_names(name) if plain in stored), None)
 
 
 def _universal(parent: Path | Url, names: Sequence[str]) -> tuple[str, str] | None:
     """Return a checkpoint of DeepSpeed and its conversion by ds_to_universal.py, or None, as for URLs."""
     if isinstance(parent, Url):
         return None
-    held = set(names)
+    stored = set(names)
     for name in names:
         made = f"{name}_universal"
-        if made in held and (is_universal(parent / made) or is_run_of_universal(parent / made)):
+        if made in stored and (is_universal(parent / made) or is_run_of_universal(parent / made)):
             return name, made
     return None
 
 
-def _hint(given: str, path: Path) -> str:
+def _hint(text: str, path: Path) -> str:
     """Return a hint for a path that does not exist, or the empty string."""
-    aside = next(path.parent.glob(f".{glob.escape(path.name)}.old-????????"), None) if path.name else None
-    if aside:
-        return f" A writer that was killed has moved it to {str(aside)!r}: rename that."
-    if re.search(r"\{.*\}", given):
+    backup = next(path.parent.glob(f".{glob.escape(path.name)}.old-????????"), None) if path.name else None
+    if backup:
+        return f" A writer that was killed has moved it to {str(backup)!r}: rename that."
+    if re.search(r"\{.*\}", text):
         return " Braces are expanded by the shell only, and only outside of quotes: give the paths one by one."
-    if "," in given and all(Path(part).exists() for part in given.split(",")):
+    if "," in text and all(Path(part).exists() for part in text.split(",")):
         return " Give the paths one by one, not with commas."
-    if re.fullmatch(r"[\w-]+/[\w.-]+", given) and not path.parent.exists():
-        return f" A model of the Hugging Face hub has to be downloaded first: `hf download {given} --local-dir DIR`."
+    if re.fullmatch(r"[\w-]+/[\w.-]+", text) and not path.parent.exists():
+        return f" A model of the Hugging Face hub has to be downloaded first: `hf download {text} --local-dir DIR`."
     return ""

@@ -14,7 +14,7 @@ from twa_scale.base.names import and_more, some
 from twa_scale.base.notices import notice
 from twa_scale.base.paths import identity, num_links
 from twa_scale.base.urls import Url
-from twa_scale.candidates.directory import INDEX, is_weights, left_aside, sharded_in, weights_in
+from twa_scale.candidates.directory import INDEX, is_weights, sharded_in, unused_files, weights_in
 from twa_scale.candidates.expand import expand, versions_or_parts
 from twa_scale.candidates.formats.deepspeed import is_deepspeed, tagged_folder
 from twa_scale.candidates.formats.sharded import weight_map
@@ -25,7 +25,7 @@ from twa_scale.errors import CandidateError
 Source = Path | Url | Mapping[str, torch.Tensor]
 """A candidate before it is opened."""
 Spec = str | Path | Sequence[str | Path] | Sequence[Mapping[str, torch.Tensor]]
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 """A function that is called with each line for the user."""
 
 _Files = frozenset[tuple[object, ...]]
@@ -40,7 +40,9 @@ class _Named:
     pattern: str | None = None
 
 
-def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: SelectConfig | None = None) -> list[Source]:
+def find_sources(
+    spec: Spec, minimum: int = 2, notify: Notify = notice, select: SelectConfig | None = None
+) -> list[Source]:
     """Return the paths and state dicts of `spec` that `select` takes, in order, without opening them.
 
     Files that a glob matches under several paths, as with a link `latest -> step-2`, are one candidate. Paths that are
@@ -49,7 +51,7 @@ def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: Sele
     Args:
         spec: see `open_candidates`.
         minimum: the smallest number of candidates.
-        tell: called with each line for the user.
+        notify: called with each line for the user.
         select: the range and the order of the candidates; by default, all as they are found.
 
     Raises:
@@ -63,14 +65,18 @@ def find_sources(spec: Spec, minimum: int = 2, tell: Tell = notice, select: Sele
         for item in items:
             paths, pattern = ([item], None) if isinstance(item, Mapping) else expand(item)
             named += [_Named(path, pattern) for path in paths]
-        by_name = [one.source for one in named if isinstance(one.source, Path | Url) and not one.pattern]
-        if why := versions_or_parts(by_name):
-            tell(f"candidates: {why} They are averaged as given.")
-        named = _without_copies(_without_repeated_matches(named, tell), tell)
-        sources = chosen([one.source for one in named], select or SelectConfig(), tell)
+        by_name = [
+            named_source.source
+            for named_source in named
+            if isinstance(named_source.source, Path | Url) and not named_source.pattern
+        ]
+        if reason := versions_or_parts(by_name):
+            notify(f"candidates: {reason} They are averaged as given.")
+        named = _without_copies(_without_repeated_matches(named, notify), notify)
+        sources = chosen([named_source.source for named_source in named], select or SelectConfig(), notify)
         if len(sources) < minimum:
             raise CandidateError(_too_few(items, sources, minimum))
-        _tell_what_is_left_aside([source for source in sources if isinstance(source, Path | Url)], tell)
+        _notify_of_unused_files([source for source in sources if isinstance(source, Path | Url)], notify)
         return sources
 
 
@@ -80,9 +86,9 @@ def spec_items(spec: Spec) -> list[str | Path | Mapping[str, torch.Tensor]]:
     Raises:
         CandidateError: an item is neither a path nor a state dict.
     """
-    given: Any = spec
-    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
-    items: list[Any] = list(given) if several else [given]
+    source: Any = spec
+    several = isinstance(source, Iterable) and not isinstance(source, str | Mapping)
+    items: list[Any] = list(source) if several else [source]
     for item in items:
         if not isinstance(item, str | Path | Mapping) or (isinstance(item, Mapping) and not several):
             fix = "; give its state_dict()" if hasattr(item, "state_dict") else ""
@@ -92,41 +98,41 @@ def spec_items(spec: Spec) -> list[str | Path | Mapping[str, torch.Tensor]]:
     return items
 
 
-def _without_repeated_matches(named: Sequence[_Named], tell: Tell) -> list[_Named]:
+def _without_repeated_matches(named: Sequence[_Named], notify: Notify) -> list[_Named]:
     """Remove repeated matches of globs, and report them and items that are named twice."""
-    places: dict[_Files, list[int]] = defaultdict(list)
-    for i, one in enumerate(named):
-        if isinstance(one.source, Path | Url):
-            places[files_of(one.source)].append(i)
+    indices: dict[_Files, list[int]] = defaultdict(list)
+    for i, item in enumerate(named):
+        if isinstance(item.source, Path | Url):
+            indices[files_of(item.source)].append(i)
     left_out: dict[int, int] = {}  # index of a repetition -> index of the source that is kept
-    for same in places.values():
+    for same in indices.values():
         by_name = [i for i in same if named[i].pattern is None]
         kept = by_name or [min(same, key=lambda i: num_links(Path(str(named[i].source))))]
         left_out |= {i: kept[0] for i in same if i not in kept}
         if len(by_name) > 1:
             labels = list(dict.fromkeys(repr(str(named[i].source)) for i in by_name))
-            tell(
+            notify(
                 f"candidates: {' and '.join(labels)} are the same and count {len(by_name)} times, because they were "
                 "given more than once."
             )
     if left_out:
-        again = [f"{str(named[i].source)!r} ({str(named[kept].source)!r})" for i, kept in left_out.items()]
-        more = f" and {len(again) - 3} more" if len(again) > 3 else ""
-        tell(f"candidates: counted once, as the same files under another path: {', '.join(again[:3])}{more}.")
-    return [one for i, one in enumerate(named) if i not in left_out]
+        repeated = [f"{str(named[i].source)!r} ({str(named[kept].source)!r})" for i, kept in left_out.items()]
+        more = f" and {len(repeated) - 3} more" if len(repeated) > 3 else ""
+        notify(f"candidates: counted once, as the same files under another path: {', '.join(repeated[:3])}{more}.")
+    return [item for i, item in enumerate(named) if i not in left_out]
 
 
-def _without_copies(named: Sequence[_Named], tell: Tell) -> list[_Named]:
+def _without_copies(named: Sequence[_Named], notify: Notify) -> list[_Named]:
     """Leave out and report matches with the names of copies of steps, if a pattern also matches several steps."""
-    matched = [one.source for one in named if one.pattern and isinstance(one.source, Path | Url)]
+    matched = [item.source for item in named if item.pattern and isinstance(item.source, Path | Url)]
     steps = Counter(path.parent for path in matched if step_of(path, parents=0) is not None)
     copies = [path for path in matched if steps[path.parent] > 1 and is_copy(path)]
     if copies:
-        tell(
+        notify(
             f"candidates: left out, as copies of other matches by their names: {some(map(str, copies))}. Give their "
             "paths in a list to use them."
         )
-    return [one for one in named if not (one.pattern and one.source in copies)]
+    return [item for item in named if not (item.pattern and item.source in copies)]
 
 
 def copies(labels: Sequence[str], checksums: Sequence[Any]) -> list[tuple[str, str]]:
@@ -169,14 +175,14 @@ def files_of(path: Path | Url) -> _Files:
     return frozenset([identity(path)])
 
 
-def _tell_what_is_left_aside(paths: Sequence[Path | Url], tell: Tell) -> None:
-    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+def _notify_of_unused_files(paths: Sequence[Path | Url], notify: Notify) -> None:
+    unused: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path in paths:
         chosen = _weights_in(path)
-        if chosen and (others := left_aside(path, chosen)):
-            found[chosen.name, some(others)].append(str(path))
-    for (chosen_name, other_names), directories in found.items():
-        tell(
+        if chosen and (others := unused_files(path, chosen)):
+            unused[chosen.name, some(others)].append(str(path))
+    for (chosen_name, other_names), directories in unused.items():
+        notify(
             f"{and_more(directories)}: the weights are those of {chosen_name!r}, which loaders take; "
             f"{other_names} next to it is not read. To read it, give the path of this file."
         )

@@ -23,8 +23,8 @@ class Fingerprint:
     def checksums_of(self, names: Collection[str]) -> list[list[int]]:
         """Return the checksums of these tensors, for each candidate."""
         columns = [column for column, name in enumerate(self.shapes) if name in names]
-        found: list[list[int]] = self.checksums[:, columns].tolist()
-        return found
+        result: list[list[int]] = self.checksums[:, columns].tolist()
+        return result
 
     def require(self, saved: "Fingerprint") -> None:
         """Check that the candidates are those of a saved state.
@@ -48,17 +48,17 @@ class Fingerprint:
             [{name: column[i] for name, column in columns.items()} for i in range(len(self.labels))], self.labels
         )
 
-    def require_names(self, found: Collection[str], label: str) -> None:
+    def require_names(self, names: Collection[str], label: str) -> None:
         """Check that candidates have the tensor names of this fingerprint.
 
         Args:
-            found: the names of their tensors.
+            names: the names of their tensors.
             label: the label of one of them, for the message.
 
         Raises:
             StateError: names the missing and the new tensors.
         """
-        missing, new = sorted(self.shapes.keys() - set(found)), sorted(set(found) - self.shapes.keys())
+        missing, new = sorted(self.shapes.keys() - set(names)), sorted(set(names) - self.shapes.keys())
         if missing or new:
             differs = [f"lack {some(missing)}"] * bool(missing) + [f"hold {some(new)}, which it does not know"] * bool(
                 new
@@ -69,18 +69,18 @@ class Fingerprint:
                 "written by another twa_scale: export with that one, or start a new run."
             )
 
-    def require_checksums(self, found: Sequence[Mapping[str, int]], labels: Sequence[str] = ()) -> None:
+    def require_checksums(self, checksums: Sequence[Mapping[str, int]], labels: Sequence[str] = ()) -> None:
         """Check that the checksums of tensors are those of this fingerprint.
 
         Args:
-            found: the checksums by tensor name, for each candidate. Missing tensors are not compared.
+            checksums: the checksums by tensor name, for each candidate. Missing tensors are not compared.
             labels: the labels of the candidates, for messages; by default, those of the fingerprint.
 
         Raises:
             StateError: names the first candidate and tensor that differ.
         """
         for name, expected in zip(self.shapes, self.checksums.T.tolist(), strict=True):
-            for i, sums in enumerate(found):
+            for i, sums in enumerate(checksums):
                 if sums.get(name, expected[i]) != expected[i]:
                     raise StateError(
                         f"{(labels or self.labels)[i]}: tensor {name!r} is not what it was when the state was saved "
@@ -118,5 +118,5 @@ def fingerprint_of(
     labels: Sequence[str], shapes: dict[str, tuple[int, ...]], checksums: dict[str, torch.Tensor]
 ) -> Fingerprint:
     """Return the fingerprint with the checksums of tensors, (n,) each; tensors that this rank did not read have 0."""
-    none = torch.zeros(len(labels), dtype=torch.int64)
-    return Fingerprint(tuple(labels), shapes, torch.stack([checksums.get(name, none) for name in shapes], dim=1))
+    zeros = torch.zeros(len(labels), dtype=torch.int64)
+    return Fingerprint(tuple(labels), shapes, torch.stack([checksums.get(name, zeros) for name in shapes], dim=1))

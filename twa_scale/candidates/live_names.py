@@ -12,12 +12,12 @@ from twa_scale.candidates.conversion import Conversion, Made
 from twa_scale.candidates.converted import Converted
 from twa_scale.candidates.prefixes import (
     Tensors,
+    add_prefix,
     by_new_name,
     choose_prefix,
     common_prefixes,
     likely_prefix,
-    put_before,
-    taken_off,
+    remove_prefix,
 )
 from twa_scale.candidates.segments import Segments
 from twa_scale.candidates.stacked import unstacked
@@ -57,8 +57,8 @@ def in_live_names(candidates: Sequence[Candidate], naming: Naming) -> tuple[list
         CandidateError: tensors cannot be converted, or get the same name, or the prefix is not unique.
         ConfigError: a pattern of `rename`, or `prefix`, matches no name.
     """
-    _refuse_unused(naming.rename, sorted({name for one in candidates for name in one.names()}))
-    said: dict[str, list[str]] = {}
+    _refuse_unused(naming.rename, sorted({name for other in candidates for name in other.names()}))
+    notices: dict[str, list[str]] = {}
     known: dict[object, tuple[Conversion | None, list[str]]] = {}
     converted = []
     for candidate in candidates:
@@ -75,15 +75,15 @@ def in_live_names(candidates: Sequence[Candidate], naming: Naming) -> tuple[list
             known[traits] = None if same else _conversion(tensors, stored), lines
         conversion, lines = known[traits]
         for line in lines:
-            said.setdefault(line, []).append(candidate.label)
+            notices.setdefault(line, []).append(candidate.label)
         converted.append(Converted(candidate, conversion) if conversion else candidate)
-    return converted, [f"{and_more(labels)}: {line}" for line, labels in said.items()]
+    return converted, [f"{and_more(labels)}: {line}" for line, labels in notices.items()]
 
 
 def as_recorded(candidate: Candidate, conversions: Sequence[Conversion]) -> Candidate:
     """Return a candidate with the conversion that fits its tensors, or unchanged if there is none."""
-    held = set(candidate.stored_names.values())
-    fitting = (conversion for conversion in conversions if conversion.stored() <= held)
+    stored = set(candidate.stored_names.values())
+    fitting = (conversion for conversion in conversions if conversion.stored() <= stored)
     return next((Converted(candidate, conversion) for conversion in fitting), candidate)
 
 
@@ -95,7 +95,7 @@ def _conversion(tensors: Tensors, stored: Tensors) -> Conversion:
             names[name] = origin
         else:
             segments = Segments(tensor.segments(name))
-            of = dict.fromkeys(segment.there.name for segment in segments)
+            of = dict.fromkeys(segment.source.name for segment in segments)
             made[name] = Made(tuple(tensor.shape), segments, {other: shapes[other] for other in of})
     return Conversion(names, made)
 
@@ -112,9 +112,9 @@ def _named(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[
     left_out: list[str] = []
     if naming.prefix:
         tensors, left_out = _without_prefix(tensors, naming.prefix, label)
-    tensors, apart = _unstacked(tensors, naming, label)
+    tensors, unstacked_tensors = _unstacked(tensors, naming, label)
     loaded, lines = _loaded(tensors, naming, label)
-    lines += apart
+    lines += unstacked_tensors
     if left_out:
         lines.insert(0, f"tensors without the prefix {naming.prefix!r} are not read: {some(left_out)}.")
     if naming.prefix is None and naming.parameters and not _complete(loaded, naming):
@@ -156,28 +156,28 @@ def _without_prefix(tensors: Tensors, prefix: str, label: str) -> tuple[Tensors,
 def _unstacked(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]]:
     """Divide tensors that stack all layers or experts and lack their numbers, and report them."""
     known = [name for names in naming.parameters for name in names] + list(naming.buffers)
-    apart = unstacked(tensors, known, label)
-    if not apart:
+    result = unstacked(tensors, known, label)
+    if not result:
         return tensors, []
-    kept = {name: tensor for name, tensor in tensors.items() if name not in apart}
-    made = {name: part for parts in apart.values() for name, part in parts.items()}
-    first, parts = next(iter(apart.items()))
+    kept = {name: tensor for name, tensor in tensors.items() if name not in result}
+    made = {name: part for parts in result.values() for name, part in parts.items()}
+    first, parts = next(iter(result.items()))
     return kept | made, [
-        f"stored tensors that stack those of all layers are divided ({some(list(apart))}): {first!r} is "
+        f"stored tensors that stack those of all layers are divided ({some(list(result))}): {first!r} is "
         f"{some(list(parts), 2)}."
     ]
 
 
-def _complete(tensors: Tensors, naming: Naming, before: str = "", less: int = 0) -> bool:
-    """Return whether every parameter has a known name after `less` letters are removed and `before` is prepended."""
-    return all(any(before + name[less:] in tensors for name in names) for names in naming.parameters)
+def _complete(tensors: Tensors, naming: Naming, before: str = "", num_removed: int = 0) -> bool:
+    """Return whether every parameter has a known name, with `num_removed` letters removed and `before` added."""
+    return all(any(before + name[num_removed:] in tensors for name in names) for names in naming.parameters)
 
 
 def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[str]] | None:
     """Remove or add the only prefix with which every parameter is found, or return None if there is none."""
     known = [name for names in naming.parameters for name in names] + list(naming.buffers)
-    plain, held = without_wrappers(known), set(without_wrappers(tensors).values())
-    if all(any(plain[name] in held for name in names) for names in naming.parameters):
+    plain, stored = without_wrappers(known), set(without_wrappers(tensors).values())
+    if all(any(plain[name] in stored for name in names) for names in naming.parameters):
         return tensors, []  # "module." before all names is the prefix of a wrapper, which is matched elsewhere
     first = naming.parameters[0]
     possible = sorted({other.removesuffix(name) for name in first for other in tensors if other.endswith(f".{name}")})
@@ -188,10 +188,10 @@ def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, li
             "`prefix`."
         )
     if prefixes:
-        return taken_off(tensors, prefixes[0], label), [_taken_off_line(prefixes[0])]
+        return remove_prefix(tensors, prefixes[0], label), [_removed_prefix_notice(prefixes[0])]
     for prefix in common_prefixes(known):
-        if _complete(tensors, naming, less=len(prefix)):
-            return put_before(tensors, prefix, known, label), [
+        if _complete(tensors, naming, num_removed=len(prefix)):
+            return add_prefix(tensors, prefix, known, label), [
                 f"names of the model have the prefix {prefix!r}, which those of the candidates lack: added."
             ]
     return None
@@ -204,21 +204,21 @@ def _inferred_and_loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[
     known = {name for names in naming.parameters for name in names} | set(naming.buffers)
     likely = likely_prefix(tensors, known)
     for prefix in dict.fromkeys([*([likely] if likely else []), *common_prefixes(list(tensors))]):
-        inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        prefixed = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         try:
-            loaded, lines = _loaded(taken_off(inside, prefix, label), naming, label)
+            loaded, lines = _loaded(remove_prefix(prefixed, prefix, label), naming, label)
         except CandidateError:  # the rules do not fit the tensors with this prefix
             continue
         if _complete(loaded, naming):
-            outside = {name: tensor for name, tensor in tensors.items() if name not in inside}
-            if twice := sorted(outside.keys() & loaded.keys()):
+            others = {name: tensor for name, tensor in tensors.items() if name not in prefixed}
+            if repeated := sorted(others.keys() & loaded.keys()):
                 raise CandidateError(
-                    f"{label}: {some(twice)} and tensors whose names begin with {prefix!r} are the same tensors of "
+                    f"{label}: {some(repeated)} and tensors whose names begin with {prefix!r} are the same tensors of "
                     f"the model: {choose_prefix(prefix)}."
                 )
-            return loaded | outside, [_taken_off_line(prefix), *lines]
+            return loaded | others, [_removed_prefix_notice(prefix), *lines]
     return None
 
 
-def _taken_off_line(prefix: str) -> str:
+def _removed_prefix_notice(prefix: str) -> str:
     return f"names have the prefix {prefix!r}, which those of the model lack: removed."

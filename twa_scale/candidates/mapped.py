@@ -61,9 +61,9 @@ def mapped(candidate: Candidate, name: str) -> torch.Tensor:
         full = (
             error.errno == errno.ENOMEM
         )  # the system counts memory that could be written, although nothing is written
-        why = ": it has more bytes than the system allows for one process" if full else ""
+        reason = ": it has more bytes than the system allows for one process" if full else ""
         raise ConfigError(
-            f"store: {candidate.label} cannot be mapped ({error.strerror or error}){why}. Use packed8 or packed4."
+            f"store: {candidate.label} cannot be mapped ({error.strerror or error}){reason}. Use packed8 or packed4."
         ) from None
     if view is None:
         raise ConfigError(

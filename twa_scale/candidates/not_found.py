@@ -26,12 +26,16 @@ def refusal(directory: Path) -> CandidateError:
             "adapter: PEFT saves an adapter that is not called 'default' in a subdirectory of its name. Give "
             f"{str(adapters[0])!r}."
         )
-    if why := other_megatron_format(directory):
-        return CandidateError(f"{directory}: {why}")
+    if reason := other_megatron_format(directory):
+        return CandidateError(f"{directory}: {reason}")
     names = files_in(directory)
-    inside = sorted(_with_weights(directory, 0))
-    if not inside and not any(map(is_weights, names)) and (what := named_format(directory / name for name in names)):
-        return CandidateError(f"{directory}: is no candidate: {what}")
+    subdirectories = sorted(_with_weights(directory, 0))
+    if (
+        not subdirectories
+        and not any(map(is_weights, names))
+        and (format_name := named_format(directory / name for name in names))
+    ):
+        return CandidateError(f"{directory}: is no candidate: {format_name}")
     files = [name for name in names if name.endswith(".safetensors")]
     several = f", but {len(files)} *.safetensors files without an index ({some(files)})" if files else ""
     odd = [path.name for path in directory.iterdir() if is_weights(path.name) and not (path.is_file() or path.is_dir())]
@@ -39,18 +43,18 @@ def refusal(directory: Path) -> CandidateError:
     return CandidateError(
         f"{directory}: is no candidate: it holds none of {', '.join(LOADERS['transformers'])}, no single *.safetensors "
         f"file{several}, and is not a checkpoint folder of DeepSpeed (*_model_states.pt, latest) or "
-        f"torch.distributed.checkpoint (.metadata).{irregular} {_fix(directory, inside)}"
+        f"torch.distributed.checkpoint (.metadata).{irregular} {_fix(directory, subdirectories)}"
     )
 
 
-def _fix(directory: Path, inside: Sequence[Path]) -> str:
-    if not inside:
+def _fix(directory: Path, subdirectories: Sequence[Path]) -> str:
+    if not subdirectories:
         return (
             "Name the file itself, leave the directory out, or, if its subdirectories are the candidates, write "
             f"'{directory}/*'."
         )
-    found = some(sorted(str(path.relative_to(directory)) for path in inside))
-    return f"There are weights in {found}: name that folder itself, as in {str(min(inside))!r}."
+    listed = some(sorted(str(path.relative_to(directory)) for path in subdirectories))
+    return f"There are weights in {listed}: name that folder itself, as in {str(min(subdirectories))!r}."
 
 
 def _in_parts(directory: Path) -> bool:

@@ -7,11 +7,11 @@ from twa_scale.base.inputs import named_errors
 from twa_scale.base.notices import notice
 from twa_scale.base.urls import Url
 from twa_scale.candidates.adapters import in_space
-from twa_scale.candidates.alike import check_alike
+from twa_scale.candidates.alike import require_same_tensors
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.complex_tensors import in_pairs
 from twa_scale.candidates.directory import INDEX, LOADERS, is_shard, is_torch, sharded_in, weights_in
-from twa_scale.candidates.find import Source, Spec, Tell, find_sources
+from twa_scale.candidates.find import Notify, Source, Spec, find_sources
 from twa_scale.candidates.formats.dcp import METADATA, open_dcp
 from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard, open_dcp_safetensors
 from twa_scale.candidates.formats.deepspeed import is_deepspeed, open_deepspeed
@@ -35,7 +35,7 @@ def open_candidates(
     spec: Spec,
     minimum: int = 2,
     wanted: Wanted = ALL,
-    tell: Tell = notice,
+    notify: Notify = notice,
     select: SelectConfig | None = None,
 ) -> list[Candidate]:
     """Open the candidates of `spec`, and check that they have the same tensors.
@@ -47,17 +47,17 @@ def open_candidates(
             torch.distributed.checkpoint.
         minimum: the smallest number of candidates.
         wanted: the tensors to read.
-        tell: called with each line for the user.
+        notify: called with each line for the user.
         select: the range and the order of the candidates; by default, all as they are found.
 
     Raises:
         CandidateError: nothing is found, a path is not a candidate, a file is damaged, weights are quantized, or
             candidates differ in names, shapes or kinds of number. Floating point dtypes may differ.
     """
-    return open_sources(find_sources(spec, minimum, tell, select), wanted, tell)
+    return open_sources(find_sources(spec, minimum, notify, select), wanted, notify)
 
 
-def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = notice) -> list[Candidate]:
+def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, notify: Notify = notice) -> list[Candidate]:
     """Open the results of `find_sources`, and check that all have the same tensors; complex ones are read as pairs.
 
     Raises:
@@ -72,9 +72,9 @@ def open_sources(sources: Sequence[Source], wanted: Wanted = ALL, tell: Tell = n
         _refuse_one_memory(sources, candidates)
         selected, lines = select(candidates, wanted, opener.keys.ignored)
         selected, more = in_space(selected, wanted.space)
-        check_alike(selected)
+        require_same_tensors(selected)
         for line in [*opener.keys.notices(), *lines, *more]:
-            tell(line)
+            notify(line)
     except BaseException:
         for candidate in candidates:
             candidate.close()
@@ -91,11 +91,11 @@ def _refuse_one_memory(sources: Sequence[Source], candidates: Sequence[Candidate
     first_of: dict[object, int] = {}
     for i, candidate in enumerate(candidates):
         if isinstance(sources[i], Mapping) and isinstance(candidate, MemoryCandidate):
-            places = candidate.memory_keys
-            first = first_of.setdefault(frozenset(places.items()), i)
+            keys = candidate.memory_keys
+            first = first_of.setdefault(frozenset(keys.items()), i)
             if sources[first] is not sources[i]:
                 raise CandidateError(
-                    f"{candidate.label}: its tensors ({next(iter(places))!r}, ..) are in the same memory as those of "
+                    f"{candidate.label}: its tensors ({next(iter(keys))!r}, ..) are in the same memory as those of "
                     f"state dict {first}, so both hold the same values: state_dict() is live. Keep copies: "
                     "{name: tensor.clone() for name, tensor in model.state_dict().items()}."
                 )
@@ -173,8 +173,8 @@ def _open_part(path: Path | Url) -> Candidate:
 def _safetensors(path: Path | Url, directory: Path | None, label: str) -> Candidate:
     if path.suffix.lower() == ".safetensors":
         return SafetensorsCandidate(path, directory, label)
-    if what := named_format([path]):
-        raise CandidateError(f"{path}: {what}")
+    if format_name := named_format([path]):
+        raise CandidateError(f"{path}: {format_name}")
     raise CandidateError(
         f"{path}: is not a file of weights; a candidate is a .safetensors, .pt, .pth, .bin or .ckpt file, a Hugging "
         "Face index (*.index.json), or a directory that holds one."

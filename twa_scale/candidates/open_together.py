@@ -13,7 +13,7 @@ from twa_scale.base.paths import path_of
 from twa_scale.base.urls import is_url
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.find import Source, Spec, find_sources, spec_items
-from twa_scale.candidates.formats.remote_file import asked_once
+from twa_scale.candidates.formats.remote_file import check_once_at_end
 from twa_scale.candidates.open import open_sources
 from twa_scale.candidates.select import ALL, Wanted
 from twa_scale.config import SelectConfig
@@ -66,17 +66,17 @@ def _resolved(spec: Spec, group: Group, minimum: int, select: SelectConfig | Non
     """Return the sources of this rank, which are those of the first rank if all ranks have the same `spec`."""
     with group.agree():
         items: Any = spec_items(spec)  # a list: `spec` may be a generator
-        given = {i: _given(item) for i, item in enumerate(items)}
-    other = first_difference(group, given)
+        inputs = {i: _given(item) for i, item in enumerate(items)}
+    other = first_difference(group, inputs)
     sources: list[Source] = []
     with group.agree():
         if other or group.rank == 0:
             sources = find_sources(items, minimum, notice if group.rank == 0 else ignore_notice, select)
-    found = group.broadcast([None if isinstance(source, Mapping) else source for source in sources])
+    shared_sources = group.broadcast([None if isinstance(source, Mapping) else source for source in sources])
     if other or group.rank == 0:
         return sources
     state_dicts = iter([item for item in items if isinstance(item, Mapping)])
-    return [next(state_dicts) if path is None else path for path in found]
+    return [next(state_dicts) if path is None else path for path in shared_sources]
 
 
 def _given(item: object) -> str:
@@ -92,7 +92,7 @@ def _require_same(candidates: Sequence[Candidate], group: Group) -> None:
     with group.agree(), ThreadPoolExecutor(_THREADS, "twa-scale-sample") as pool:
         traits = list(pool.map(_traits, candidates))
     entries: dict[Key, object] = {_NUMBER: len(candidates)}
-    entries |= {(i, name): trait for i, held in enumerate(traits) for name, trait in held.items()}
+    entries |= {(i, name): trait for i, by_name in enumerate(traits) for name, trait in by_name.items()}
     other = first_difference(group, entries)
     labels = group.broadcast([candidate.label for candidate in candidates])
     with group.agree():
@@ -116,7 +116,7 @@ def _traits(candidate: Candidate) -> dict[str, tuple[tuple[int, ...], str, str]]
     before = candidate.bytes_read
     names = candidate.names()
     count = min(max(_SAMPLES // max(len(names), 1), 1), _SAMPLES_OF_A_TENSOR)
-    with asked_once():
+    with check_once_at_end():
         traits = {
             name: (candidate.shape(name), str(candidate.dtype(name)), _sampled(candidate, name, count))
             for name in names

@@ -72,14 +72,14 @@ def named_format(paths: Iterable[Path | Url]) -> str | None:
     The content of local files is also checked, because torch.save writes files of any name, such as `model.tar`.
     """
     for path in paths:
-        for pattern, what, fix in _OF_NAMES:
+        for pattern, format_name, fix in _OF_NAMES:
             if fnmatch(path.name.lower(), pattern.lower()):
                 if path.suffix.lower() in _ALSO_TORCH and _is_zip(path):
                     return (
                         f"{path.name!r} is an archive as torch.save writes it, and files of this name are not read. "
                         f"Rename it to {path.name.removesuffix(path.suffix) + '.pt'!r}."
                     )
-                return f"{path.name!r} is {what}, and this format is not read. {fix}."
+                return f"{path.name!r} is {format_name}, and this format is not read. {fix}."
     return None
 
 
@@ -103,9 +103,9 @@ def format_of(head: bytes | bytearray, size: int, *, safetensors: bool) -> str |
     """
     if not size:
         return "is empty. Copy it again, or leave this candidate out."
-    for start, what, fix in _OF_CONTENTS:
+    for start, format_name, fix in _OF_CONTENTS:
         if head.lower().startswith(start):
-            return f"is {what}. {fix}."
+            return f"is {format_name}. {fix}."
     is_archive = head.startswith(_ZIP)
     if safetensors and is_archive:
         return "is an archive as torch.save writes it, with the name of a safetensors file. Name it .pt or .bin."

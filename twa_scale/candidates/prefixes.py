@@ -9,13 +9,13 @@ from twa_scale.errors import CandidateError
 Tensors = dict[str, Traced]
 
 
-def by_new_name(tensors: Mapping[str, Traced], new: Callable[[str], str], what: str, fix: str) -> Tensors:
+def by_new_name(tensors: Mapping[str, Traced], new: Callable[[str], str], subject: str, fix: str) -> Tensors:
     """Return the tensors by new names, which must be different.
 
     Args:
         tensors: the tensors by name.
         new: returns the new name of a name.
-        what: the subject of the error message: the setting that changes names.
+        subject: the subject of the error message: the setting that changes names.
         fix: the advice of the error message.
 
     Raises:
@@ -26,32 +26,33 @@ def by_new_name(tensors: Mapping[str, Traced], new: Callable[[str], str], what: 
     for name, tensor in tensors.items():
         if (other := old.setdefault(new(name), name)) != name:
             raise CandidateError(
-                f"{what} makes {new(name)!r} of both {other!r} and {name!r}. Each tensor needs a different name: {fix}."
+                f"{subject} makes {new(name)!r} of both {other!r} and {name!r}. Each tensor needs a different name: "
+                f"{fix}."
             )
         renamed[new(name)] = tensor
     return renamed
 
 
-def taken_off(tensors: Mapping[str, Traced], prefix: str, label: str) -> Tensors:
+def remove_prefix(tensors: Mapping[str, Traced], prefix: str, label: str) -> Tensors:
     """Return the tensors by their names without the prefix. Names that do not have it are unchanged.
 
     Raises:
         CandidateError: two names become the same.
     """
-    what = f"{label}: taking off the prefix {prefix!r}"
-    return by_new_name(tensors, lambda name: name.removeprefix(prefix), what, choose_prefix(prefix))
+    subject = f"{label}: taking off the prefix {prefix!r}"
+    return by_new_name(tensors, lambda name: name.removeprefix(prefix), subject, choose_prefix(prefix))
 
 
-def put_before(tensors: Mapping[str, Traced], prefix: str, known: Iterable[str], label: str) -> Tensors:
+def add_prefix(tensors: Mapping[str, Traced], prefix: str, known: Iterable[str], label: str) -> Tensors:
     """Return the tensors by their names with the prefix, if these are known. Other names are unchanged.
 
     Raises:
         CandidateError: two names become the same.
     """
     added = {name.removeprefix(prefix) for name in known}
-    what = f"{label}: the prefix {prefix!r} of the model's names"
+    subject = f"{label}: the prefix {prefix!r} of the model's names"
     fix = "give one of them another name with `rename`, and name it in `ignore`"
-    return by_new_name(tensors, lambda name: prefix + name if name in added else name, what, fix)
+    return by_new_name(tensors, lambda name: prefix + name if name in added else name, subject, fix)
 
 
 def choose_prefix(prefix: str) -> str:
@@ -61,13 +62,13 @@ def choose_prefix(prefix: str) -> str:
 
 def likely_prefix(names: Iterable[str], known: Collection[str]) -> str | None:
     """Return the prefix that most of the names have before one of `known`, or None if no name has one."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for name in names:
         steps = name.split(".")
-        found.update(
+        counts.update(
             name.removesuffix(rest) for depth in range(1, len(steps)) if (rest := ".".join(steps[depth:])) in known
         )
-    return max(found, key=lambda prefix: (found[prefix], -len(prefix)), default=None)
+    return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default=None)
 
 
 def common_prefixes(names: Sequence[str]) -> list[str]:

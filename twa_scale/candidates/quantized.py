@@ -21,7 +21,7 @@ _SCALES_ALONE = re.compile(
     r"_?(scales?(_inv|_\w*weight)?|zeros?|zero_points?|absmax|scb|quant\w*|codebooks?)", re.IGNORECASE
 )
 _ENDS_OF_CODES = re.compile(r"_(blocks|codes|packed|qdata|weight)$")
-_WAY_OUT = (
+_FIX = (
     "Codes and scales cannot be averaged element by element: give the candidates from before quantization, "
     "or dequantize them (transformers: model.dequantize(), then save_pretrained)."
 )
@@ -32,7 +32,7 @@ class _Method(NamedTuple):
 
     name: str
     codes: str
-    beside: str
+    neighbor: str
     packs_long: bool = False
     """Whether codes may be packed into 64 bits, which are indices or counters otherwise."""
 
@@ -67,38 +67,38 @@ def refuse_quantized(candidate: Candidate, ignore: Sequence[str] = (), known: Co
     Raises:
         CandidateError: naming the quantization and a tensor.
     """
-    beside = _by_module(candidate.names())
+    by_module = _by_module(candidate.names())
     for name in candidate.names():
         if name in known and candidate.dtype(name) not in _FLOAT8:
             continue
-        if not matches_any(name, ignore) and (why := _quantization(candidate, name, beside)):
-            raise CandidateError(f"{candidate.label}: tensor {name!r} is quantized ({why}). {_WAY_OUT}")
+        if not matches_any(name, ignore) and (reason := _quantization(candidate, name, by_module)):
+            raise CandidateError(f"{candidate.label}: tensor {name!r} is quantized ({reason}). {_FIX}")
     section = settings_of(candidate).get("quantization_config")
     if section:
         method = section.get("quant_method", "of no name") if isinstance(section, dict) else "of no name"
         raise CandidateError(
-            f"{candidate.label}: its config.json has a quantization_config ({method}). {_WAY_OUT} If the weights are "
+            f"{candidate.label}: its config.json has a quantization_config ({method}). {_FIX} If the weights are "
             "not quantized, remove that entry."
         )
 
 
-def _quantization(candidate: Candidate, name: str, beside: Mapping[str, Sequence[str]]) -> str | None:
+def _quantization(candidate: Candidate, name: str, by_module: Mapping[str, Sequence[str]]) -> str | None:
     """Return the reason why a tensor is considered quantized, or None if it is not."""
     dtype = candidate.dtype(name)
     if dtype not in _FLOAT8 and dtype not in _INTEGERS and dtype not in _LONG:
         return None
     module, _, last = name.rpartition(".")
     prefix = f"{module}." if module else ""
-    near = {other.removeprefix(prefix): other for other in (*beside[module], *_below(beside, name))}
+    neighbors = {other.removeprefix(prefix): other for other in (*by_module[module], *_below(by_module, name))}
     kind = str(dtype).removeprefix("torch.")
     for method in _METHODS:
         if re.fullmatch(method.codes, last) and (method.packs_long or dtype not in _LONG):
-            other = next((full for short, full in near.items() if re.fullmatch(method.beside, short)), None)
+            other = next((full for short, full in neighbors.items() if re.fullmatch(method.neighbor, short)), None)
             if other:
                 return f"{method.name}: {kind} beside {other!r}"
     if dtype not in _LONG and _CODES.search(last) and (dtype in _FLOAT8 or len(candidate.shape(name)) > 1):
         stem = _ENDS_OF_CODES.sub("", last)
-        other = next((full for short, full in near.items() if full != name and _scales(short, stem)), None)
+        other = next((full for short, full in neighbors.items() if full != name and _scales(short, stem)), None)
         if other:
             return f"{kind} codes beside {other!r}"
         if dtype not in _FLOAT8 and last in ("weight", "qweight"):
@@ -112,15 +112,15 @@ def _scales(name: str, stem: str) -> bool:
 
 
 def _by_module(names: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
+    result: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        found[name.rpartition(".")[0]].append(name)
-    return found
+        result[name.rpartition(".")[0]].append(name)
+    return result
 
 
-def _below(beside: Mapping[str, Sequence[str]], name: str) -> Iterator[str]:
+def _below(by_module: Mapping[str, Sequence[str]], name: str) -> Iterator[str]:
     """Yield tensors below this one, such as `weight.absmax` and `weight.quant_state.x`, and centroids of its module."""
     module, _, last = name.rpartition(".")
     kind = last.removesuffix("indices")
     for inner in (name, f"{name}.quant_state", f"{module}.{kind}centroids"):
-        yield from beside.get(inner, ())
+        yield from by_module.get(inner, ())

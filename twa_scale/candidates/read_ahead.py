@@ -11,7 +11,7 @@ import torch
 from twa_scale.base.spans import Span
 from twa_scale.base.urls import is_url
 from twa_scale.candidates import Candidate
-from twa_scale.candidates.formats.remote_file import asked_once
+from twa_scale.candidates.formats.remote_file import check_once_at_end
 from twa_scale.errors import CandidateError
 from twa_scale.kernels import Sources
 from twa_scale.kernels.packed_rows import BLOCKS
@@ -31,7 +31,7 @@ Job = tuple[Span, Sequence[int]]
 
 def job_bytes(candidates: Sequence[Candidate], jobs: Iterable[Job]) -> int:
     """Return the number of bytes that jobs read."""
-    return sum(len(span) * candidates[i].dtype(span.name).itemsize for span, who in jobs for i in who)
+    return sum(len(span) * candidates[i].dtype(span.name).itemsize for span, indices in jobs for i in indices)
 
 
 def are_remote(candidates: Sequence[Candidate]) -> bool:
@@ -39,15 +39,15 @@ def are_remote(candidates: Sequence[Candidate]) -> bool:
     return any(is_url(candidate.label) for candidate in candidates)
 
 
-def chunk_of(candidates: Sequence[Candidate], read_chunk: int) -> int:
+def largest_read(candidates: Sequence[Candidate], read_chunk: int) -> int:
     """Return the largest number of bytes of one read: `read_chunk`, or more for candidates at URLs."""
     return max(read_chunk, _REMOTE_CHUNK) if are_remote(candidates) else read_chunk
 
 
-def at_once(n: int, read_chunk: int) -> int:
+def bytes_per_candidate(n: int, read_chunk: int) -> int:
     """Return the number of bytes of each of n candidates in one buffer."""
-    whole = 8 * _BLOCK  # a block of the widest dtype
-    return max(whole, min(read_chunk, _READ_BYTES // n) // whole * whole)
+    min_bytes = 8 * _BLOCK  # a block of the widest dtype
+    return max(min_bytes, min(read_chunk, _READ_BYTES // n) // min_bytes * min_bytes)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Part:
     span: Span
     start: int
     """The offset of the part within the span, in elements."""
-    who: Sequence[int]
+    indices: Sequence[int]
     """The indices of the candidates."""
     sources: Sources
     """Their values: one tensor (n, m) if their dtypes are the same."""
@@ -73,16 +73,18 @@ class Part:
 
     def not_finite(self, i: int, wrong: torch.Tensor, labels: Sequence[str]) -> CandidateError:
         """Return the error that names the first element of source `i` for which `wrong`, (m,) bool, is true."""
-        at = int(wrong.nonzero()[0, 0])
-        in_all = len(self.sources) > 1 and not any(bool(torch.isfinite(source[at].double())) for source in self.sources)
+        index = int(wrong.nonzero()[0, 0])
+        in_all = len(self.sources) > 1 and not any(
+            bool(torch.isfinite(source[index].double())) for source in self.sources
+        )
         fix = (
             "No candidate has a number there: leave the tensor out, with `ignore` (--ignore)"
             if in_all
             else "Leave this candidate out"
         )
         return CandidateError(
-            f"{labels[self.who[i]]}: tensor {self.span.name!r} holds {self.sources[i][at].item()} at element "
-            f"{self.element(at)}; weights must be finite. {fix}."
+            f"{labels[self.indices[i]]}: tensor {self.span.name!r} holds {self.sources[i][index].item()} at element "
+            f"{self.element(index)}; weights must be finite. {fix}."
         )
 
     def mask(self) -> torch.Tensor | None:
@@ -97,19 +99,19 @@ class Part:
         finite = all(bool((torch.isfinite(source.to(torch.float64)) | same).all()) for source in self.sources)
         return same if finite and bool(same.any()) else None
 
-    def without(self, where: torch.Tensor) -> "Part":
-        """Return the part with zeros at `where`, (m,) bool, in float32 or, for float64 sources, in float64."""
+    def without(self, mask: torch.Tensor) -> "Part":
+        """Return the part with zeros at `mask`, (m,) bool, in float32 or, for float64 sources, in float64."""
         kept = (source if source.dtype == torch.float64 else source.to(torch.float32) for source in self.sources)
-        return replace(self, sources=[source.masked_fill(where, 0) for source in kept])
+        return replace(self, sources=[source.masked_fill(mask, 0) for source in kept])
 
 
-class _Cut(NamedTuple):
+class _Slice(NamedTuple):
     """The elements [start, stop) of a span, of some candidates."""
 
     span: Span
     start: int
     stop: int
-    who: Sequence[int]
+    indices: Sequence[int]
 
 
 class Reader:
@@ -135,7 +137,7 @@ class Reader:
         self._candidates = candidates
         self._total = total
         self._progress = progress or (lambda *_: None)
-        self._read_bytes = at_once(len(candidates), chunk_of(candidates, read_chunk))
+        self._read_bytes = bytes_per_candidate(len(candidates), largest_read(candidates, read_chunk))
         self._in_flight = reads_in_flight
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
 
@@ -145,58 +147,60 @@ class Reader:
         Raises:
             CandidateError: a file cannot be read.
         """
-        cuts = self._cut(jobs)
-        turn = 0
+        pieces = self._pieces(jobs)
+        buffer_index = 0
         with ThreadPoolExecutor(self._in_flight, "twa-scale-read") as pool:
-            upcoming = self._start(pool, next(cuts, None), turn)
+            upcoming = self._start(pool, next(pieces, None), buffer_index)
             while upcoming:
                 part, reads = upcoming
                 for read in reads:
                     read.result()
-                turn = 1 - turn
-                upcoming = self._start(pool, next(cuts, None), turn)
+                buffer_index = 1 - buffer_index
+                upcoming = self._start(pool, next(pieces, None), buffer_index)
                 self._progress(sum(source.nbytes for source in part.sources), self._total)
                 yield part
 
-    def _cut(self, jobs: Iterable[Job]) -> Iterator[_Cut]:
-        for span, who in jobs:
-            widest = max(self._candidates[i].dtype(span.name).itemsize for i in who)
+    def _pieces(self, jobs: Iterable[Job]) -> Iterator[_Slice]:
+        for span, indices in jobs:
+            widest = max(self._candidates[i].dtype(span.name).itemsize for i in indices)
             size = self._read_bytes // widest
             start = 0
             while start < len(span):
                 stop = min(start + size - (span.start + start) % _BLOCK, len(span))
-                yield _Cut(span, start, stop, who)
+                yield _Slice(span, start, stop, indices)
                 start = stop
 
-    def _start(self, pool: ThreadPoolExecutor, cut: _Cut | None, turn: int) -> tuple[Part, list[Future[None]]] | None:
+    def _start(
+        self, pool: ThreadPoolExecutor, piece: _Slice | None, buffer_index: int
+    ) -> tuple[Part, list[Future[None]]] | None:
         """Start to read a part into a buffer; each thread reads some candidates."""
-        if cut is None:
+        if piece is None:
             return None
-        part = Part(cut.span, cut.start, cut.who, self._places(cut, turn))
-        jobs = list(zip([self._candidates[i] for i in cut.who], part.sources, strict=True))
+        part = Part(piece.span, piece.start, piece.indices, self._views(piece, buffer_index))
+        jobs = list(zip([self._candidates[i] for i in piece.indices], part.sources, strict=True))
         shares = [jobs[i :: self._in_flight] for i in range(min(self._in_flight, len(jobs)))]
-        return part, [pool.submit(_read_share, share, cut) for share in shares]
+        return part, [pool.submit(_read_share, share, piece) for share in shares]
 
-    def _places(self, cut: _Cut, turn: int) -> Sources:
+    def _views(self, piece: _Slice, buffer_index: int) -> Sources:
         """Return views of a buffer for a part of some candidates."""
-        span, start, stop, who = cut
-        dtypes, length = [self._candidates[i].dtype(span.name) for i in who], stop - start
+        span, start, stop, indices = piece
+        dtypes, length = [self._candidates[i].dtype(span.name) for i in indices], stop - start
         pitch = (length * max(dtype.itemsize for dtype in dtypes) // LINE + 2) * LINE
-        if self._buffers[turn].numel() < len(who) * pitch:
-            self._buffers[turn] = torch.empty(len(who) * pitch, dtype=torch.uint8)
-        places = self._buffers[turn][: len(who) * pitch].view(len(who), pitch)
+        if self._buffers[buffer_index].numel() < len(indices) * pitch:
+            self._buffers[buffer_index] = torch.empty(len(indices) * pitch, dtype=torch.uint8)
+        rows = self._buffers[buffer_index][: len(indices) * pitch].view(len(indices), pitch)
         if len(set(dtypes)) == 1:
-            return places.view(dtypes[0])[:, :length]
-        return [place[: length * t.itemsize].view(t) for place, t in zip(places, dtypes, strict=True)]
+            return rows.view(dtypes[0])[:, :length]
+        return [row[: length * t.itemsize].view(t) for row, t in zip(rows, dtypes, strict=True)]
 
 
-def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], cut: _Cut) -> None:
+def _read_share(jobs: Sequence[tuple[Candidate, torch.Tensor]], piece: _Slice) -> None:
     for candidate, values in jobs:
-        done = 0
-        with asked_once():
-            for start, stop in cut.span.runs(cut.start, cut.stop):
-                candidate.read(cut.span.name, start, values[done : done + stop - start])
-                done += stop - start
+        offset = 0
+        with check_once_at_end():
+            for start, stop in piece.span.runs(piece.start, piece.stop):
+                candidate.read(piece.span.name, start, values[offset : offset + stop - start])
+                offset += stop - start
 
 
 def sum_of(sources: Sources) -> torch.Tensor:

@@ -108,12 +108,12 @@ def _sample(candidates: Sequence[Candidate], names: Sequence[str], rank: int, ra
     """Return this rank's part of the sample of all candidates, (n, elements), float32."""
     n = len(candidates)
     count = max(min(_SAMPLES, _SAMPLED_BYTES // (4 * n * _SAMPLE)), 1)
-    places = [place for i, place in enumerate(_places(candidates[0], names, count)) if i % ranks == rank]
-    values = torch.zeros(n, len(places) * _SAMPLE)
+    samples = [sample for i, sample in enumerate(_sample_spans(candidates[0], names, count)) if i % ranks == rank]
+    values = torch.zeros(n, len(samples) * _SAMPLE)
 
     def read(i: int) -> None:
         candidate, before = candidates[i], candidates[i].bytes_read
-        for k, (name, start, length) in enumerate(places):
+        for k, (name, start, length) in enumerate(samples):
             part = torch.empty(length, dtype=candidate.dtype(name))
             candidate.read(name, start, part)
             values[i, k * _SAMPLE :][:length] = part
@@ -124,7 +124,7 @@ def _sample(candidates: Sequence[Candidate], names: Sequence[str], rank: int, ra
     return values
 
 
-def _places(candidate: Candidate, names: Sequence[str], count: int) -> Iterator[tuple[str, int, int]]:
+def _sample_spans(candidate: Candidate, names: Sequence[str], count: int) -> Iterator[tuple[str, int, int]]:
     """Yield name, first element and length of about `count` blocks at equal distances in the tensors."""
     sizes = [prod(candidate.shape(name)) for name in names]
     ends = list(accumulate(sizes))

@@ -12,7 +12,7 @@ import torch
 from twa_scale.base.spans import Span
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """The positions of the elements of a segment in the row-major flattening of one tensor."""
 
     name: str
@@ -23,11 +23,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """A box of elements that two tensors share: `here` in one of them and `there` in the other."""
+    """A box of elements that two tensors share. `target` and `source` are its positions in them."""
 
     sizes: tuple[int, ...]
-    here: Place
-    there: Place
+    target: Position
+    source: Position
 
     @property
     def numel(self) -> int:
@@ -36,27 +36,27 @@ class Segment:
 
     @property
     def stop(self) -> int:
-        """The position here that follows the last element."""
-        return self.here.first + reach(self.sizes, self.here.strides)
+        """The position in the target after the last element."""
+        return self.target.first + reach(self.sizes, self.target.strides)
 
     def reversed(self) -> "Segment":
         """Return the segment with both tensors exchanged."""
-        return Segment(self.sizes, self.there, self.here)
+        return Segment(self.sizes, self.source, self.target)
 
     def within(self, start: int, stop: int) -> Iterator["Segment"]:
-        """Yield disjoint parts whose elements are in [start, stop) here."""
-        by_stride = sorted(range(len(self.sizes)), key=lambda dim: -self.here.strides[dim])
+        """Yield disjoint parts whose elements are in [start, stop) of the target."""
+        by_stride = sorted(range(len(self.sizes)), key=lambda dim: -self.target.strides[dim])
         yield from self._ordered(by_stride)._within(start, stop, 0)
 
     def _within(self, start: int, stop: int, dim: int) -> Iterator["Segment"]:
-        """Divide dimension `dim`, and later ones if needed. Strides here never increase."""
-        first = self.here.first
+        """Divide dimension `dim`, and later ones if needed. The strides of the target never increase."""
+        first = self.target.first
         if start <= first and self.stop <= stop:
             yield self
             return
         if dim == len(self.sizes) or stop <= first or self.stop <= start:
             return
-        step, inner = self.here.strides[dim], reach(self.sizes[dim + 1 :], self.here.strides[dim + 1 :])
+        step, inner = self.target.strides[dim], reach(self.sizes[dim + 1 :], self.target.strides[dim + 1 :])
         # The indices that are completely inside, and one on each side that may be partly inside.
         low = min(max(-(-(start - first) // step), 0), self.sizes[dim])
         high = max(min((stop - inner - first) // step + 1, self.sizes[dim]), low)
@@ -68,44 +68,46 @@ class Segment:
             yield from self._part(dim, high, 1)._within(start, stop, dim + 1)
 
     def _part(self, dim: int, index: int, size: int) -> "Segment":
-        def moved(place: Place) -> Place:
-            return place._replace(first=place.first + index * place.strides[dim])
+        def moved(position: Position) -> Position:
+            return position._replace(first=position.first + index * position.strides[dim])
 
         sizes = (*self.sizes[:dim], size, *self.sizes[dim + 1 :])
-        return Segment(sizes, moved(self.here), moved(self.there))
+        return Segment(sizes, moved(self.target), moved(self.source))
 
     def _ordered(self, dims: Sequence[int]) -> "Segment":
-        def ordered(place: Place) -> Place:
-            return place._replace(strides=tuple(place.strides[dim] for dim in dims))
+        def ordered(position: Position) -> Position:
+            return position._replace(strides=tuple(position.strides[dim] for dim in dims))
 
-        return Segment(tuple(self.sizes[dim] for dim in dims), ordered(self.here), ordered(self.there))
+        return Segment(tuple(self.sizes[dim] for dim in dims), ordered(self.target), ordered(self.source))
 
-    def in_order_there(self) -> "Segment":
-        """Return the segment with the dimensions in the order of the other tensor, without those of size 1."""
+    def in_source_order(self) -> "Segment":
+        """Return the segment with the dimensions in the order of the source, without those of size 1."""
         dims = [dim for dim, size in enumerate(self.sizes) if size != 1]
-        return self._ordered(sorted(dims, key=lambda dim: -self.there.strides[dim]))
+        return self._ordered(sorted(dims, key=lambda dim: -self.source.strides[dim]))
 
     def of(self, values: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the view of its elements in `values`, which contain the elements from `start` on here."""
-        return values.as_strided(self.sizes, self.here.strides, values.storage_offset() + self.here.first - start)
+        """Return the view of its elements in `values`, which contain the elements of the target from `start` on."""
+        return values.as_strided(self.sizes, self.target.strides, values.storage_offset() + self.target.first - start)
 
     def spans(self) -> Iterator[Span]:
-        """Yield its spans in the other tensor, in the order of its elements. The segment must be in order there.
+        """Yield its spans in the source, in the order of its elements. The segment must be in the order of the source.
 
         All spans have the same length.
         """
         dims, run = len(self.sizes), 1
-        while dims and self.there.strides[dims - 1] == run:
+        while dims and self.source.strides[dims - 1] == run:
             dims -= 1
             run *= self.sizes[dims]
-        evenly, stride = (self.sizes[dims - 1], self.there.strides[dims - 1]) if dims else (1, 0)
+        evenly, stride = (self.sizes[dims - 1], self.source.strides[dims - 1]) if dims else (1, 0)
         outer = max(dims - 1, 0)
         for index in product(*(range(size) for size in self.sizes[:outer])):
-            first = self.there.first + sum(i * step for i, step in zip(index, self.there.strides[:outer], strict=True))
+            first = self.source.first + sum(
+                i * step for i, step in zip(index, self.source.strides[:outer], strict=True)
+            )
             if evenly == 1:
-                yield Span(self.there.name, first, first + run)
+                yield Span(self.source.name, first, first + run)
             else:
-                yield Span(self.there.name, first, first + (evenly - 1) * stride + run, run, stride)
+                yield Span(self.source.name, first, first + (evenly - 1) * stride + run, run, stride)
 
 
 def reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
@@ -121,9 +123,11 @@ class Segments:
     """
 
     def __init__(self, segments: Iterable[Segment]) -> None:
-        self._segments = sorted((one for one in segments if one.numel), key=lambda one: one.here.first)
-        self._starts = [one.here.first for one in self._segments]
-        self._stops = list(accumulate((one.stop for one in self._segments), max))
+        self._segments = sorted(
+            (segment for segment in segments if segment.numel), key=lambda segment: segment.target.first
+        )
+        self._starts = [segment.target.first for segment in self._segments]
+        self._stops = list(accumulate((segment.stop for segment in self._segments), max))
 
     def __iter__(self) -> Iterator[Segment]:
         return iter(self._segments)
@@ -145,15 +149,15 @@ class Segments:
         for start, stop in span.runs():
             run = values[done : done + stop - start]
             for part in self.within(start, stop):
-                part = part.in_order_there()
-                held = part.of(run, start).reshape(-1)
+                part = part.in_source_order()
+                flat = part.of(run, start).reshape(-1)
                 at = 0
                 for other in part.spans():
-                    yield other, held[at : at + len(other)]
+                    yield other, flat[at : at + len(other)]
                     at += len(other)
             done += stop - start
 
 
 def renamed(segment: Segment, name: str) -> Segment:
-    """Return a segment with another name of the tensor here."""
-    return replace(segment, here=segment.here._replace(name=name))
+    """Return a segment with another name of the target."""
+    return replace(segment, target=segment.target._replace(name=name))

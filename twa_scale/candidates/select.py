@@ -81,8 +81,8 @@ def select(
         ConfigError: a pattern that must match a name matches none.
     """
     if wanted.must_match:
-        everything = sorted({name for candidate in candidates for name in candidate.names()} | set(ignored_lists))
-        refuse_unused("ignore", wanted.ignore, everything)
+        all_names = sorted({name for candidate in candidates for name in candidate.names()} | set(ignored_lists))
+        refuse_unused("ignore", wanted.ignore, all_names)
     selected: list[Candidate] = []
     left_out: dict[str, list[str]] = {}
     for candidate in candidates:
@@ -93,14 +93,16 @@ def select(
             left_out[candidate.label] = sorted(entries)
         kept = [name for name in names if name not in ignored and name not in entries]
         if not kept:
-            why = "is ignored" if not entries else f"belongs to an optimizer ({some(entries)})"
-            raise CandidateError(f"{candidate.label}: holds no weights: every tensor {why}. Leave this candidate out.")
+            reason = "is ignored" if not entries else f"belongs to an optimizer ({some(entries)})"
+            raise CandidateError(
+                f"{candidate.label}: holds no weights: every tensor {reason}. Leave this candidate out."
+            )
         refuse_quantized(candidate, wanted.ignore, wanted.known)
         selected.append(candidate if len(kept) == len(names) else View(candidate, dict(zip(kept, kept, strict=True))))
     lines = []
     if left_out:
-        found = next(iter(left_out.values()))
-        lines.append(f"{and_more(list(left_out))}: entries of an optimizer are not read: {some(found)}.")
+        first_ignored = next(iter(left_out.values()))
+        lines.append(f"{and_more(list(left_out))}: entries of an optimizer are not read: {some(first_ignored)}.")
     selected = [as_recorded(candidate, wanted.conversions) for candidate in selected]
     if wanted.naming:
         selected, inferred = in_live_names(selected, wanted.naming)

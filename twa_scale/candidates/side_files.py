@@ -59,7 +59,9 @@ _LINK = "a link that leads out of the directory, or to a folder"
 _LARGE = f"more than {MAX_BYTES >> 20} MiB, or than {MAX_FILES} files or {MAX_TOTAL >> 20} MiB in all"
 
 
-def side_files(directory: Path | None, *, code: bool = False, tell: Callable[[str], None] = notice) -> dict[str, bytes]:
+def side_files(
+    directory: Path | None, *, code: bool = False, notify: Callable[[str], None] = notice
+) -> dict[str, bytes]:
     """Return the content of the small files of a candidate by their path in its directory.
 
     It reads regular files, and links to regular files within the directory (in the cache of the Hugging Face hub:
@@ -69,20 +71,20 @@ def side_files(directory: Path | None, *, code: bool = False, tell: Callable[[st
     Args:
         directory: the directory of a candidate; None has no files.
         code: whether to include code, which loaders may run.
-        tell: called with one line for each reason why a file that an output may need was skipped.
+        notify: called with one line for each reason why a file that an output may need was skipped.
     """
     if directory is None:
         return {}
-    found = _Found(directory, code)
-    for name, path in found.files(directory, 0):
-        found.read(name, path)
-    for why, names in found.left_out.items():
-        tell(f"{directory}: left out of the output: {some(sorted(names))} ({why}).")
-    return found.content
+    scan = _FileScan(directory, code)
+    for name, path in scan.files(directory, 0):
+        scan.read(name, path)
+    for reason, names in scan.left_out.items():
+        notify(f"{directory}: left out of the output: {some(sorted(names))} ({reason}).")
+    return scan.content
 
 
 @dataclass
-class _Found:
+class _FileScan:
     """The files of a directory: the content of those that are copied, and the names of the others by reason."""
 
     directory: Path
@@ -100,11 +102,11 @@ class _Found:
         """Yield the name and the path of every file to read; files of a folder before those of its subfolders."""
         folders = []
         try:
-            found = sorted(folder.iterdir())
+            entries = sorted(folder.iterdir())
         except OSError as error:
             self.left_out[error.strerror or str(error)].append(folder.name)
             return
-        for path in found:
+        for path in entries:
             name = str(path.relative_to(self.directory))
             self._seen += bool(depth)
             if path.is_dir():
@@ -135,10 +137,10 @@ class _Found:
             self.content[name] = content
             self._total += len(content)
 
-    def _wanted(self, name: str, own: str) -> bool:
-        if not may_be_carried(own) or (name == BACKEND and is_megatron(self.directory)):
+    def _wanted(self, name: str, file_name: str) -> bool:
+        if not may_be_carried(file_name) or (name == BACKEND and is_megatron(self.directory)):
             return False
-        if is_code(own) and not self.code:
+        if is_code(file_name) and not self.code:
             self.left_out["code, which is copied with carry_code only"].append(name)
             return False
         return True
@@ -195,10 +197,10 @@ def _modules(path: Path) -> set[str]:
         return set()
 
 
-def _read(path: Path, most: int) -> bytes:
-    """Return the content of a regular file, at most `most` + 1 bytes."""
+def _read(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file, at most `limit` + 1 bytes."""
     with os.fdopen(open_regular(path), "rb") as file:
-        return file.read(most + 1)
+        return file.read(limit + 1)
 
 
 def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:

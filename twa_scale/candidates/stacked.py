@@ -32,20 +32,20 @@ def unstacked(tensors: Tensors, known: Collection[str], label: str) -> dict[str,
             for stacked, index in _without_numbers(name):
                 if stacked in tensors:
                     grids[stacked][index] = name
-    found: dict[str, Tensors] = {}
+    stacks: dict[str, Tensors] = {}
     for stacked, names in grids.items():
         tensor, dims = tensors[stacked], len(next(iter(names)))
         sizes = tuple(tensor.shape[:dims])
-        alike = all(len(index) == dims and all(map(int.__lt__, index, sizes)) for index in names)
-        if alike and len(sizes) == dims and len(names) == prod(sizes):
-            found[stacked] = {name: _at(tensor, index) for index, name in names.items()}
-    _require_one_holder(found, label)
-    return found
+        is_complete = all(len(index) == dims and all(map(int.__lt__, index, sizes)) for index in names)
+        if is_complete and len(sizes) == dims and len(names) == prod(sizes):
+            stacks[stacked] = {name: _at(tensor, index) for index, name in names.items()}
+    _require_one_holder(stacks, label)
+    return stacks
 
 
-def _require_one_holder(found: Mapping[str, Collection[str]], label: str) -> None:
+def _require_one_holder(stacks: Mapping[str, Collection[str]], label: str) -> None:
     holders: dict[str, str] = {}
-    for stacked, names in found.items():
+    for stacked, names in stacks.items():
         for name in names:
             if (other := holders.setdefault(name, stacked)) != stacked:
                 raise CandidateError(
@@ -57,9 +57,9 @@ def _require_one_holder(found: Mapping[str, Collection[str]], label: str) -> Non
 def _without_numbers(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield a name without some of the numbers in it, and those numbers."""
     parts = name.split(".")
-    places = [i for i, part in enumerate(parts) if part.isascii() and part.isdecimal()][:_MOST_NUMBERS]
-    for count in range(1, len(places) + 1):
-        for left_out in combinations(places, count):
+    positions = [i for i, part in enumerate(parts) if part.isascii() and part.isdecimal()][:_MOST_NUMBERS]
+    for count in range(1, len(positions) + 1):
+        for left_out in combinations(positions, count):
             rest = ".".join(part for i, part in enumerate(parts) if i not in left_out)
             yield rest, tuple(int(parts[i]) for i in left_out)
 

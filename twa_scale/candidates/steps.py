@@ -38,12 +38,12 @@ def step_of(path: Path | Url, parents: int = 3) -> int | None:
         path: the file or directory.
         parents: the number of parent directories that may name the step, as in global_step_100/actor/model.
     """
-    above: Sequence[Path | Url] = path.parents
-    names = [path.name, *(parent.name for parent in list(above)[:parents])]
+    ancestors: Sequence[Path | Url] = path.parents
+    names = [path.name, *(parent.name for parent in list(ancestors)[:parents])]
     for name in names:
         for pattern in _KEYED:
-            if found := pattern.search(name):
-                return _value(found)
+            if match := pattern.search(name):
+                return _value(match)
     for name in names:
         if len(bare := list(_BARE.finditer(name))) == 1:
             return _value(bare[0])
@@ -56,19 +56,21 @@ def is_copy(path: Path | Url) -> bool:
     Such names have directories (`checkpoint-best`) and files of torch: `last.ckpt` of Lightning, `model_best.pth.tar`
     of timm, `epoch_latest.pt` of open_clip, `checkpoint_best.pt` of fairseq.
     """
-    return (path.is_dir() or is_torch(path.name)) and _COPY.fullmatch(path.name) is not None and not says_step(path)
+    return (
+        (path.is_dir() or is_torch(path.name)) and _COPY.fullmatch(path.name) is not None and not has_step_number(path)
+    )
 
 
-def says_step(path: Path | Url) -> bool:
+def has_step_number(path: Path | Url) -> bool:
     """Return whether a name has the number of a step after a word such as `step` or `checkpoint`."""
     return any(pattern.search(path.name) for pattern in _KEYED)
 
 
-def _value(found: re.Match[str]) -> int:
-    return int(found["number"]) * _SCALES[found["scale"].lower()]
+def _value(match: re.Match[str]) -> int:
+    return int(match["number"]) * _SCALES[match["scale"].lower()]
 
 
-def chosen(sources: Sequence[T], select: SelectConfig, tell: Callable[[str], None]) -> list[T]:
+def chosen(sources: Sequence[T], select: SelectConfig, notify: Callable[[str], None]) -> list[T]:
     """Return the candidates that `select` takes, in its order, and report them.
 
     Raises:
@@ -89,7 +91,7 @@ def chosen(sources: Sequence[T], select: SelectConfig, tell: Callable[[str], Non
         taken.reverse()
     elif select.order == "shuffle":
         random.Random(select.seed).shuffle(taken)
-    tell(f"candidates: {len(taken)} of {len(sources)} are taken ({_described(select)}): {_listed(taken)}.")
+    notify(f"candidates: {len(taken)} of {len(sources)} are taken ({_described(select)}): {_listed(taken)}.")
     return taken
 
 
@@ -137,10 +139,10 @@ def _refuse_number_for_steps(steps: Sequence[int], select: SelectConfig) -> None
 
 
 def _described(select: SelectConfig) -> str:
-    given = select.model_dump(exclude_defaults=True)
+    settings = select.model_dump(exclude_defaults=True)
     if select.order == "shuffle":
-        given["seed"] = select.seed
-    return ", ".join(f"{key}: {value}" for key, value in given.items())
+        settings["seed"] = select.seed
+    return ", ".join(f"{key}: {value}" for key, value in settings.items())
 
 
 def _listed(taken: Sequence[object]) -> str:

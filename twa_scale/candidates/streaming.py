@@ -12,7 +12,7 @@ from twa_scale.candidates.read_ahead import (
     Part,
     Progress,
     Reader,
-    at_once,
+    bytes_per_candidate,
     same_values,
     sum_of,
 )
@@ -31,7 +31,7 @@ def scratch_bytes(n: int, longest: int, itemsize: int = 4, read_chunk: int = REA
         read_chunk: the largest number of bytes of one read.
         received: the largest number of reads whose bytes are also held by another library, as for URLs.
     """
-    read = min(at_once(n, read_chunk), longest * itemsize)
+    read = min(bytes_per_candidate(n, read_chunk), longest * itemsize)
     columns = min(max(ROW_BYTES // 4 // (n + 1), GRID), longest)
     buffers, deltas = 2 * n * read, 2 * columns * 4 * (n + 1)  # two buffers; deltas, and their inputs or products
     return buffers + deltas + min(received, n) * read
@@ -164,7 +164,7 @@ class Stream:
 
     def _add(self, part: Part, checksums: torch.Tensor) -> None:
         sums = self.checksums.setdefault(part.span.name, torch.zeros(len(self._candidates), dtype=torch.int64))
-        sums[list(part.who)] += checksums
+        sums[list(part.indices)] += checksums
 
     def _require_fits(self, part: Part, live: torch.Tensor | None) -> None:
         """Check that an average is not too large for the dtype of the model.

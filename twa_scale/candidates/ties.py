@@ -14,8 +14,8 @@ from twa_scale.candidates.view import View
 _CHUNK = 1 << 20  # elements to compare at a time
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|head|output_projection|decoder|lm_head\.decoder)\.weight$")
 _NOT_VOCABULARY = re.compile(r"type|position|segment|patch")
-_FEW = 8  # names: if a candidate lacks more, it is another model
-_GLANCE = 16  # elements to compare before the rest is read
+_MAX_MISSING = 8  # names: if a candidate lacks more, it is another model
+_SAMPLE = 16  # elements to compare before the rest is read
 _EMBEDDING = re.compile(r"(^|\.)\w*(embed\w*|wte|shared|token\w*)\.weight$")
 
 Ties = Sequence[Sequence[str]]
@@ -35,27 +35,27 @@ def complete(candidates: Sequence[Candidate], ties: Ties | None) -> tuple[list[C
     Raises:
         CandidateError: a file cannot be read.
     """
-    held = [set(candidate.names()) for candidate in candidates]
-    everything = set().union(*held)
+    stored_names = [set(candidate.names()) for candidate in candidates]
+    all_names = set().union(*stored_names)
     completed: list[Candidate] = []
     lacking: dict[tuple[str, str], list[str]] = {}
-    for candidate, names in zip(candidates, held, strict=True):
+    for candidate, names in zip(candidates, stored_names, strict=True):
         twins = {}
-        missing = sorted(everything - names)
+        missing = sorted(all_names - names)
         for name in missing:
             if ties is None:
-                few = len(missing) <= _FEW
-                twin = _equal_elsewhere(name, candidate, candidates, held) if few else None
+                is_few = len(missing) <= _MAX_MISSING
+                equal_name = _equal_elsewhere(name, candidate, candidates, stored_names) if is_few else None
             else:
                 group = next((group for group in ties if name in group), ())
-                twin = next((other for other in group if other in names), None)
-            if twin:
-                twins[name] = twin
-                lacking.setdefault((name, twin), []).append(candidate.label)
+                equal_name = next((other for other in group if other in names), None)
+            if equal_name:
+                twins[name] = equal_name
+                lacking.setdefault((name, equal_name), []).append(candidate.label)
         completed.append(View(candidate, {n: n for n in names} | twins) if twins else candidate)
     return completed, [
-        f"{and_more(labels)}: tensor {name!r} is not stored; it is tied to {twin!r} and read from there."
-        for (name, twin), labels in lacking.items()
+        f"{and_more(labels)}: tensor {name!r} is not stored; it is tied to {equal_name!r} and read from there."
+        for (name, equal_name), labels in lacking.items()
     ]
 
 
@@ -71,38 +71,38 @@ def likely_ties(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
     return [(e, h) for e in embeddings for h in heads if e != h and last.shape(e) == last.shape(h)]
 
 
-def says_tied(candidate: Candidate) -> bool:
+def has_tied_embeddings(candidate: Candidate) -> bool:
     """Return whether `tie_word_embeddings` is true in the config.json of a candidate."""
     return settings_of(candidate).get("tie_word_embeddings") is True
 
 
 def _equal_elsewhere(
-    name: str, candidate: Candidate, candidates: Sequence[Candidate], held: Sequence[set[str]]
+    name: str, candidate: Candidate, candidates: Sequence[Candidate], stored_names: Sequence[set[str]]
 ) -> str | None:
     """Return a tensor of `candidate` that is equal to the tensor `name` in all candidates that have both, else None.
 
-    `held` has the names of each candidate.
+    `stored_names` has the names of each candidate.
     """
-    holders = [(other, names) for other, names in zip(candidates, held, strict=True) if name in names]
+    holders = [(other, names) for other, names in zip(candidates, stored_names, strict=True) if name in names]
     shape, dtype = holders[0][0].shape(name), holders[0][0].dtype(name)
     if len(shape) < 2 or not dtype.is_floating_point:  # zero biases are equal without being tied
         return None
-    for twin in (twin for twin in candidate.names() if candidate.shape(twin) == shape):
-        both = [other for other, names in holders if twin in names]
-        if both and all(_equal(other, name, twin) for other in both):
-            return twin
+    for equal_name in (equal_name for equal_name in candidate.names() if candidate.shape(equal_name) == shape):
+        both = [other for other, names in holders if equal_name in names]
+        if both and all(_equal(other, name, equal_name) for other in both):
+            return equal_name
     return None
 
 
-def _equal(candidate: Candidate, name: str, twin: str) -> bool:
+def _equal(candidate: Candidate, name: str, other: str) -> bool:
     """Return whether two tensors of a candidate have equal bits and are not constant. It reads both."""
-    if (candidate.shape(twin), candidate.dtype(twin)) != (candidate.shape(name), candidate.dtype(name)):
+    if (candidate.shape(other), candidate.dtype(other)) != (candidate.shape(name), candidate.dtype(name)):
         return False
     numel, varies = prod(candidate.shape(name)), False
     first, second = (torch.empty(min(numel, _CHUNK), dtype=candidate.dtype(name)) for _ in range(2))
-    pieces = [(0, min(_GLANCE, numel)), *((start, min(_CHUNK, numel - start)) for start in range(0, numel, _CHUNK))]
+    pieces = [(0, min(_SAMPLE, numel)), *((start, min(_CHUNK, numel - start)) for start in range(0, numel, _CHUNK))]
     for start, count in pieces:
-        for values, tensor in ((first, name), (second, twin)):
+        for values, tensor in ((first, name), (second, other)):
             candidate.read(tensor, start, values[:count])
         if not torch.equal(first[:count].view(torch.uint8), second[:count].view(torch.uint8)):
             return False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from twa_scale.candidates.conversion import Shape, row_major
-from twa_scale.candidates.segments import Place, Segment
+from twa_scale.candidates.segments import Position, Segment
 
 _MOST_PARTS = 1 << 20  # parts of one tensor
 
@@ -92,8 +92,8 @@ class Traced(torch.Tensor):
         return [
             Segment(
                 part.sizes,
-                Place(name, sum(i * step for i, step in zip(part.starts, strides, strict=True)), strides),
-                Place(part.name, part.first, part.strides),
+                Position(name, sum(i * step for i, step in zip(part.starts, strides, strict=True)), strides),
+                Position(part.name, part.first, part.strides),
             )
             for part in self.parts
         ]
@@ -103,8 +103,8 @@ class Traced(torch.Tensor):
         if len(self.parts) != 1:
             return None
         (part,) = self.parts
-        whole = not part.first and part.sizes == tuple(self.shape)
-        return part.name if whole and part.strides == row_major(part.sizes) else None
+        is_whole = not part.first and part.sizes == tuple(self.shape)
+        return part.name if is_whole and part.strides == row_major(part.sizes) else None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -178,14 +178,14 @@ def _t(tensor: Traced) -> Traced:
 
 def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     first = tensors[0]
-    if other := next((one for one in tensors if not isinstance(one, Traced) or one.dtype != first.dtype), None):
+    if other := next((item for item in tensors if not isinstance(item, Traced) or item.dtype != first.dtype), None):
         raise CannotTrace(f"joining tensors of {first.dtype} and {other.dtype}")
     dim %= first.dim()
     parts: list[_Part] = []
     size = 0
     for tensor in tensors:
-        expected, found = _put(tuple(first.shape), dim, 0), _put(tuple(tensor.shape), dim, 0)
-        if expected != found:
+        expected, actual = _put(tuple(first.shape), dim, 0), _put(tuple(tensor.shape), dim, 0)
+        if expected != actual:
             raise CannotTrace(f"joining tensors of shapes {tuple(first.shape)} and {tuple(tensor.shape)}")
         parts += [part.shifted(dim, size) for part in tensor.parts]
         size += tensor.shape[dim]
@@ -214,7 +214,7 @@ def _view(tensor: Traced, shape: Sequence[int]) -> Traced:
         if start == stop:
             parts = [part.replaced(start, (0,), (1,), (1,), skip=0) for part in parts]
         for i in range(len(sizes) - 1):
-            parts = [cut for part in parts for cut in _divided(part, start + i, prod(sizes[i + 1 :]))]
+            parts = [piece for part in parts for piece in _divided(part, start + i, prod(sizes[i + 1 :]))]
         if not sizes:
             parts = [part.replaced(start, (), (), ()) for part in parts]
     return Traced(new, tensor.dtype, parts)
@@ -252,9 +252,9 @@ def _merged(part: _Part, dim: int, inner: int) -> Iterator[_Part]:
         yield part.replaced(dim, (start * inner + next_start,), (numel,), (step if inner == 1 else next_step,), skip=2)
         return
     for i in range(size):
-        one = part.narrowed(dim, start + i, start + i + 1)
-        assert one is not None
-        yield one.replaced(dim, ((start + i) * inner + next_start,), (next_size,), (next_step,), skip=2)
+        piece = part.narrowed(dim, start + i, start + i + 1)
+        assert piece is not None
+        yield piece.replaced(dim, ((start + i) * inner + next_start,), (next_size,), (next_step,), skip=2)
 
 
 def _divided(part: _Part, dim: int, inner: int) -> Iterator[_Part]:
@@ -264,11 +264,13 @@ def _divided(part: _Part, dim: int, inner: int) -> Iterator[_Part]:
     low, high = -(-start // inner) * inner, stop // inner * inner
     ends = [start, stop] if low > high else [start, low, high, stop]
     for begin, end in pairwise(ends):
-        cut = part.narrowed(dim, begin, end)
-        if cut is None:
+        piece = part.narrowed(dim, begin, end)
+        if piece is None:
             continue
         count = max((end - begin) // inner, 1)
-        yield cut.replaced(dim, (begin // inner, begin % inner), (count, (end - begin) // count), (step * inner, step))
+        yield piece.replaced(
+            dim, (begin // inner, begin % inner), (count, (end - begin) // count), (step * inner, step)
+        )
 
 
 def _same(tensor: Traced, **_: Any) -> Traced:

@@ -46,16 +46,16 @@ def transformers_api(model: object) -> TransformersApi:
     Raises:
         CandidateError: the installed version lacks a function. The message names it and the tested versions.
     """
-    found = {}
+    functions = {}
     for name, module in _FUNCTIONS.items():
         home = import_module(f"{LIBRARY}.{module}")
         _require(home, f"{LIBRARY}.{module}", name)
-        found[name] = getattr(home, name)
+        functions[name] = getattr(home, name)
     for name in _OF_CONVERTERS:
-        _require(found["WeightConverter"], "WeightConverter", name)
+        _require(functions["WeightConverter"], "WeightConverter", name)
     for name in _OF_MODELS:
         _require(model, "the model", name)
-    return TransformersApi(**found)
+    return TransformersApi(**functions)
 
 
 def version() -> str:
@@ -63,11 +63,11 @@ def version() -> str:
     return str(getattr(import_module(LIBRARY), "__version__", "of unknown version"))
 
 
-def _require(owner: object, where: str, name: str) -> None:
+def _require(owner: object, location: str, name: str) -> None:
     """Check that an attribute exists. Attributes of instances are found if the class annotates them."""
     annotated = {key for kind in getattr(owner, "__mro__", ()) for key in vars(kind).get("__annotations__", ())}
     if not hasattr(owner, name) and name not in annotated:
         raise CandidateError(
-            f"{where} of {LIBRARY} {version()} has no {name!r}, which this version of twa_scale needs to read and "
+            f"{location} of {LIBRARY} {version()} has no {name!r}, which this version of twa_scale needs to read and "
             f"write files of its models; use {LIBRARY} {_TESTED}, or state dicts with the names of the model."
         )

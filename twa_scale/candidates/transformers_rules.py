@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from twa_scale.base.names import some
-from twa_scale.candidates.numbered import lacking
+from twa_scale.candidates.numbered import missing_tensors
 from twa_scale.candidates.traced import Traced
 from twa_scale.candidates.transformers_api import LIBRARY, has_rules, transformers_api, version
 from twa_scale.errors import CandidateError
@@ -21,7 +21,7 @@ Modules = Iterable[tuple[str, nn.Module]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 _OUTDATED = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$")  # buffers that are no longer stored
-_WAY_OUT = (
+_FIX = (
     "Give candidates that hold the tensors of the model itself: model.save_pretrained(.., save_original_format=False), "
     "or torch.save(model.state_dict(), ..)."
 )
@@ -39,9 +39,11 @@ class TransformersRules:
 
     def __init__(self, modules: Modules, shapes: Shapes, prefix: str, model: nn.Module) -> None:
         self.prefix = prefix
-        own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-        below = [(f"{path}.".removeprefix(prefix)[:-1], m) for path, m in modules if f"{path}.".startswith(prefix)]
-        self._model = _StandIn(_as_its_class(model), own, [(path, _as_its_class(m)) for path, m in below])
+        own_shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        submodules = [(f"{path}.".removeprefix(prefix)[:-1], m) for path, m in modules if f"{path}.".startswith(prefix)]
+        self._model = _ShapeModel(
+            _as_its_class(model), own_shapes, [(path, _as_its_class(m)) for path, m in submodules]
+        )
         patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         self._unexpected = [_OUTDATED, *map(re.compile, patterns)]
 
@@ -61,7 +63,7 @@ class TransformersRules:
         except Exception as error:  # code of another library may raise any error
             raise CandidateError(
                 f"{label}: the rules of transformers {version()} for this model cannot be used: "
-                f"{type(error).__name__}: {error}. {_WAY_OUT}"
+                f"{type(error).__name__}: {error}. {_FIX}"
             ) from error
 
     def _loaded(self, tensors: Mapping[str, Traced], label: str) -> tuple[dict[str, Traced], list[str]]:
@@ -84,8 +86,8 @@ class TransformersRules:
                 else:
                     loaded.add(name, tensors[name], [name])
             elif pattern is not None:
-                found = by_pattern[pattern]
-                rule, sources = collected.setdefault(live, (deepcopy(found), {p: [] for p in found.source_patterns}))
+                group = by_pattern[pattern]
+                rule, sources = collected.setdefault(live, (deepcopy(group), {p: [] for p in group.source_patterns}))
                 rule.add_tensor(live, name, pattern, tensors[name])
                 sources[pattern].append(name)
             else:
@@ -103,11 +105,11 @@ class TransformersRules:
             )  # transformers 5.0 also returns errors
         except Exception as error:  # code of another library may raise any error
             _refuse_lacking(live, sources, None, label)
-            names = sorted(source for found in sources.values() for source in found)
+            names = sorted(source for group in sources.values() for source in group)
             raise CandidateError(
                 f"{label}: transformers makes tensor {live!r} of {some(names)} by {rule.operations}, which cannot be "
                 f"traced: {type(error).__name__}: {error}. Candidates are read in parts, so conversions may only move "
-                f"elements. {_WAY_OUT}"
+                f"elements. {_FIX}"
             ) from error
         for name, tensor in made.items():
             shape = tuple(tensor.shape)
@@ -140,7 +142,7 @@ def transformers_rules(modules: Modules, shapes: Shapes) -> TransformersRules | 
     return None
 
 
-class _StandIn:
+class _ShapeModel:
     """A replacement for a model in the code of transformers. Parameters of the model may be sharded or flattened."""
 
     def __init__(self, model: nn.Module, shapes: Shapes, modules: list[tuple[str, nn.Module]]) -> None:
@@ -209,7 +211,7 @@ class _Loaded:
 
 def _refuse_lacking(live: str, sources: Mapping[str, list[str]], sizes: tuple[int, int] | None, label: str) -> None:
     """Check that no stored tensor is missing of those of which a tensor of the model is made."""
-    if missing := lacking(sources, sizes):
+    if missing := missing_tensors(sources, sizes):
         raise CandidateError(
             f"{label}: {some(missing)} {'is' if len(missing) == 1 else 'are'} missing, of which transformers makes "
             f"tensor {live!r} of the model. Candidates must hold every tensor of the model: save them completely, or "

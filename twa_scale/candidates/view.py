@@ -20,27 +20,29 @@ class View(CandidateProxy):
     def __init__(self, candidate: Candidate, names: Mapping[str, str]) -> None:
         super().__init__(candidate)
         self._names = dict(sorted(names.items()))
-        self.stored_names = {name: self._stored_name(name, own) for name, own in self._names.items()}
+        self.stored_names = {name: self._stored_name(name, own_name) for name, own_name in self._names.items()}
 
-    def _stored_name(self, name: str, own: str) -> str:
+    def _stored_name(self, name: str, own_name: str) -> str:
         """Return the name in the files: a new name has, or lacks, the same prefix in the files as the other name."""
-        stored = self._candidate.stored_names[own]
-        if name == own:
+        stored = self._candidate.stored_names[own_name]
+        if name == own_name:
             return stored
-        if stored.endswith(own):
-            return stored.removesuffix(own) + name
-        return name.removeprefix(own.removesuffix(stored)) if own.endswith(stored) else name
+        if stored.endswith(own_name):
+            return stored.removesuffix(own_name) + name
+        return name.removeprefix(own_name.removesuffix(stored)) if own_name.endswith(stored) else name
 
     @property
     def origin(self) -> Origin:
         """The format of the candidate, and the positions of these tensors in its files."""
         origin = super().origin
-        stored = {self.stored_names[name]: self._candidate.stored_names[own] for name, own in self._names.items()}
+        stored = {
+            self.stored_names[name]: self._candidate.stored_names[own_name] for name, own_name in self._names.items()
+        }
         return replace(
             origin,
             keys={
-                path: {new: held[old] for new, old in stored.items() if old in held}
-                for path, held in origin.keys.items()
+                path: {new: stored_keys[old] for new, old in stored.items() if old in stored_keys}
+                for path, stored_keys in origin.keys.items()
             },
         )
 
@@ -70,5 +72,5 @@ class View(CandidateProxy):
 
     def stored_once(self, name: str, other: str) -> bool:
         """Return whether two names refer to one tensor."""
-        own, others = self._names[name], self._names[other]
-        return own == others or super().stored_once(own, others)
+        own_name, others = self._names[name], self._names[other]
+        return own_name == others or super().stored_once(own_name, others)

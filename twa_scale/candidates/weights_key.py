@@ -12,10 +12,10 @@ from twa_scale.errors import CandidateError
 
 OF_LIGHTNING = "current_model_state"
 """The key of the weights of the training in files of Lightning's WeightAveraging."""
-USUAL = ("app", "state_dict", "model", "model_state_dict", "module")
+USUAL_KEYS = ("app", "state_dict", "model", "model_state_dict", "module")
 
 
-class Object(NamedTuple):
+class StateObject(NamedTuple):
     """An object of an unknown class in a file. Its content is not read."""
 
     kind: str
@@ -48,7 +48,7 @@ class WeightsKey:
         self,
         shapes: Mapping[Keys, Shape],
         label: str,
-        objects: Mapping[Keys, Object] | None = None,
+        objects: Mapping[Keys, StateObject] | None = None,
         *,
         in_order: bool = True,
     ) -> dict[str, Keys]:
@@ -65,55 +65,57 @@ class WeightsKey:
                 an object or has no name.
         """
         objects = objects or {}
-        below = {path: path for path in shapes} if self.key is None else self._under_key(shapes, label, objects)
-        found = _descend(below)
-        if not found:
+        paths = {path: path for path in shapes} if self.key is None else self._under_key(shapes, label, objects)
+        weights = _descend(paths)
+        if not weights:
             raise _nothing_found(shapes, label, objects)
-        chosen = next(iter(found.values()))[:-1]
+        chosen = next(iter(weights.values()))[:-1]
         containers = _containers(chosen, shapes)
         others = {path: shape for path, shape in shapes.items() if path[: len(chosen) + 1] not in containers}
         if _most_below(chosen, others, objects) > len(
-            found
+            weights
         ):  # for example a loss next to the weights under another key
-            raise _nothing_found(shapes, label, objects, beside=list(found))
-        self._refuse_objects({path[-1]: held for path, held in objects.items() if path[:-1] == chosen}, label)
+            raise _nothing_found(shapes, label, objects, other_tensors=list(weights))
+        self._refuse_objects({path[-1]: item for path, item in objects.items() if path[:-1] == chosen}, label)
         self._refuse_containers({path[-1] for path in containers}, label)
-        if (items := items_of(found)) is not None:
+        if (items := items_of(weights)) is not None:
             return self._named(items, ".".join(chosen), shapes, label, in_order=in_order)
         if self.key is None:
-            self._remember(shapes, found, label, objects)
-        return found
+            self._remember(shapes, weights, label, objects)
+        return weights
 
-    def _under_key(self, shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, Object]) -> dict[Keys, Keys]:
+    def _under_key(
+        self, shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, StateObject]
+    ) -> dict[Keys, Keys]:
         assert self.key is not None
-        below = {rest: path for path in shapes if (rest := _after(path, self.key))} or _in_chains(
+        paths = {rest: path for path in shapes if (rest := _after(path, self.key))} or _in_chains(
             shapes, self.key, label
         )
-        if not below:
-            for path, held in objects.items():
+        if not paths:
+            for path, item in objects.items():
                 if f"{self.key}.".startswith(f"{'.'.join(path)}."):
                     raise CandidateError(
-                        f"{label}: weights_key {self.key!r} is an object of class {held.kind}, whose content "
+                        f"{label}: weights_key {self.key!r} is an object of class {item.kind}, whose content "
                         "is not read. Save its state_dict() instead."
                     )
             sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1})
-            there = f"tensors are under {some(sets)}" if sets else f"its keys are {some(sorted(p[0] for p in shapes))}"
+            hint = f"tensors are under {some(sets)}" if sets else f"its keys are {some(sorted(p[0] for p in shapes))}"
             raise CandidateError(
-                f"{label}: weights_key {self.key!r} has no tensors under it; {there}{nearest(self.key, sets) or '.'}"
+                f"{label}: weights_key {self.key!r} has no tensors under it; {hint}{nearest(self.key, sets) or '.'}"
             )
-        return below
+        return paths
 
-    def _refuse_objects(self, others: Mapping[str, Object], label: str) -> None:
+    def _refuse_objects(self, others: Mapping[str, StateObject], label: str) -> None:
         """Refuse objects with tensors among the weights, except optimizers; report arrays, which are not read."""
-        for name, held in others.items():
+        for name, item in others.items():
             if matches_any(name, self._ignore):
                 self.ignored.add(name)
-            elif held.shapes and not is_optimizer_entry((name,)):
+            elif item.shapes and not is_optimizer_entry((name,)):
                 raise CandidateError(
-                    f"{label}: {name!r} among the weights is an object of class {held.kind}, and numbers in it are "
+                    f"{label}: {name!r} among the weights is an object of class {item.kind}, and numbers in it are "
                     "not read. Save a plain tensor, or its state_dict(), in its place."
                 )
-        arrays = [name for name, held in others.items() if not held.shapes and name not in self.ignored]
+        arrays = [name for name, item in others.items() if not item.shapes and name not in self.ignored]
         if arrays:
             self._said[f"{some(arrays)} among the weights are not torch tensors, and are not read."].append(label)
 
@@ -134,50 +136,50 @@ class WeightsKey:
             ].append(label)
 
     def _named(
-        self, items: Sequence[Keys], where: str, shapes: Mapping[Keys, Shape], label: str, *, in_order: bool
+        self, items: Sequence[Keys], location: str, shapes: Mapping[Keys, Shape], label: str, *, in_order: bool
     ) -> dict[str, Keys]:
         """Name the items of a list by the parameters of a state dict in the same file, or by those of the model."""
         state_dict = _descend({path: path for path in shapes}) if in_order else {}
         if items_of(state_dict) is not None:
             state_dict = {}
         named = {name: shapes[state_dict[name]] for name in parameters_of(list(state_dict))}
-        why = "there is no state dict next to it"
-        nothing: dict[str, Keys] = {}
-        ways = (named, state_dict, "in the state dict next to it"), (self._parameters, nothing, "of the model")
+        reason = "there is no state dict next to it"
+        empty: dict[str, Keys] = {}
+        ways = (named, state_dict, "in the state dict next to it"), (self._parameters, empty, "of the model")
         for names, rest, source in ways:
             if names and (wrong := mismatch(items, names, shapes.__getitem__)):
-                why = f"{wrong} {source}"
+                reason = f"{wrong} {source}"
             elif names:
                 others = "; all other tensors are those next to it" if rest else ""
                 self._said[
-                    f"the list {where!r} has no names: its {len(items)} tensors are taken for the parameters {source}, "
-                    f"in their order, which have the same shapes{others}."
+                    f"the list {location!r} has no names: its {len(items)} tensors are taken for the parameters "
+                    f"{source}, in their order, which have the same shapes{others}."
                 ].append(label)
                 return {**rest, **dict(zip(names, items, strict=True))}
         raise CandidateError(
-            f"{label}: {where!r} is a list of tensors without names, as classes for EMA keep it. They can be named by "
-            f"order only, from a state dict in the same file or from the model, and {why}. Copy them into the model "
-            "(`ema.copy_to(model.parameters())`), and save its state_dict()."
+            f"{label}: {location!r} is a list of tensors without names, as classes for EMA keep it. They can be named "
+            f"by order only, from a state dict in the same file or from the model, and {reason}. Copy them into the "
+            "model (`ema.copy_to(model.parameters())`), and save its state_dict()."
         )
 
     def _remember(
-        self, shapes: Mapping[Keys, Shape], found: Mapping[str, Keys], label: str, objects: Mapping[Keys, Object]
+        self, shapes: Mapping[Keys, Shape], weights: Mapping[str, Keys], label: str, objects: Mapping[Keys, StateObject]
     ) -> None:
         """Collect a notice if other sets of tensors may be weights of the same model."""
-        chosen = next(iter(found.values()))[:-1]
-        wanted = Counter(shapes[path] for path in found.values())
+        chosen = next(iter(weights.values()))[:-1]
+        wanted = Counter(shapes[path] for path in weights.values())
         sets: dict[Keys, Counter[Shape]] = defaultdict(Counter)
         for path, shape in shapes.items():
             if path[:-1] != chosen and len(path) > 1 and not is_optimizer_entry(path):
                 sets[path[:-1]][shape] += 1
-        sets |= {path: held.shapes for path, held in objects.items() if not is_optimizer_entry(path)}
-        alike = [".".join(path) for path, held in sets.items() if _alike(held, wanted)]
-        if alike:
-            what = ", the averages that Lightning's WeightAveraging keeps" if OF_LIGHTNING in alike else ""
-            where = ".".join(chosen) or "the top level"
+        sets |= {path: item.shapes for path, item in objects.items() if not is_optimizer_entry(path)}
+        similar = [".".join(path) for path, item in sets.items() if _are_similar(item, wanted)]
+        if similar:
+            detail = ", the averages that Lightning's WeightAveraging keeps" if OF_LIGHTNING in similar else ""
+            location = ".".join(chosen) or "the top level"
             self._said[
-                f"the weights are those under {where!r}{what}; tensors of the same shapes are "
-                f"also under {some(alike)}. Set `weights_key` to read those."
+                f"the weights are those under {location!r}{detail}; tensors of the same shapes are "
+                f"also under {some(similar)}. Set `weights_key` to read those."
             ].append(label)
 
     def notices(self) -> Iterator[str]:
@@ -186,11 +188,11 @@ class WeightsKey:
             yield f"{and_more(labels)}: {line}"
 
 
-def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Keys, Object]) -> int:
+def _most_below(chosen: Keys, shapes: Mapping[Keys, Shape], objects: Mapping[Keys, StateObject]) -> int:
     """Return the largest number of tensors under one key below `chosen`, without those directly under `chosen`."""
     depth = len(chosen)
     counts: Counter[str] = Counter()
-    numbers = dict.fromkeys(shapes, 1) | {path: held.shapes.total() for path, held in objects.items()}
+    numbers = dict.fromkeys(shapes, 1) | {path: item.shapes.total() for path, item in objects.items()}
     for path, number in numbers.items():
         if path[:depth] == chosen and len(path) > depth + 1 and not is_optimizer_entry(path):
             counts[path[depth]] += number
@@ -216,33 +218,33 @@ def _containers(chosen: Keys, shapes: Mapping[Keys, Shape]) -> set[Keys]:
 
 
 def _nothing_found(
-    shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, Object], beside: Sequence[str] = ()
+    shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, StateObject], other_tensors: Sequence[str] = ()
 ) -> CandidateError:
-    """Return the error for a file whose weights are not found. `beside` are tensors that are too few to be weights."""
+    """Return the error for a file whose weights are not found. `other_tensors` are too few to be weights."""
     keys = some(sorted({".".join(path[:1]) for path in (*shapes, *objects)}))
     sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1 and not is_optimizer_entry(path)})
     hint = f" There are tensors under {some(sets)}: name one as `weights_key`." if sets else ""
-    inside = [f"{'.'.join(path)!r} ({held.kind})" for path, held in objects.items() if not is_optimizer_entry(path)]
-    if inside:
-        hint += f" The content of objects is not read: {', '.join(inside[:4])}."
-    only = f" but {some(beside)} where weights are looked for" if beside else ""
+    described = [f"{'.'.join(path)!r} ({item.kind})" for path, item in objects.items() if not is_optimizer_entry(path)]
+    if described:
+        hint += f" The content of objects is not read: {', '.join(described[:4])}."
+    only = f" but {some(other_tensors)} where weights are looked for" if other_tensors else ""
     return CandidateError(
-        f"{label}: holds no tensors{only}, neither by name nor under one of {some(USUAL, 6)}; its keys are "
+        f"{label}: holds no tensors{only}, neither by name nor under one of {some(USUAL_KEYS, 6)}; its keys are "
         f"{keys or 'none at all'}.{hint} Save {{'model': model.state_dict()}}, or the state dict itself."
     )
 
 
-def _descend(below: Mapping[Keys, Keys]) -> dict[str, Keys]:
+def _descend(paths: Mapping[Keys, Keys]) -> dict[str, Keys]:
     """Follow the usual keys, nested in any order, and return the paths at the end by name."""
     prefix: Keys = ()
     while True:
         depth = len(prefix)
-        inner = next((k for k in USUAL if any(p[depth] == k and len(p) > depth + 1 for p in below)), None)
+        inner = next((k for k in USUAL_KEYS if any(p[depth] == k and len(p) > depth + 1 for p in paths)), None)
         if inner is None:
             break
-        below = {rest: path for rest, path in below.items() if rest[depth] == inner and len(rest) > depth + 1}
+        paths = {rest: path for rest, path in paths.items() if rest[depth] == inner and len(rest) > depth + 1}
         prefix = (*prefix, inner)
-    return {rest[-1]: path for rest, path in below.items() if len(rest) == len(prefix) + 1}
+    return {rest[-1]: path for rest, path in paths.items() if len(rest) == len(prefix) + 1}
 
 
 def _after(path: Keys, key: str) -> Keys:
@@ -264,20 +266,20 @@ def _in_chains(shapes: Mapping[Keys, Shape], key: str, label: str) -> dict[Keys,
     Raises:
         CandidateError: two optimizers have the same path.
     """
-    below: dict[Keys, Keys] = {}
+    paths: dict[Keys, Keys] = {}
     for path in shapes:
-        if (rest := _after(without_chain(path), key)) and (other := below.setdefault(rest, path)) != path:
+        if (rest := _after(without_chain(path), key)) and (other := paths.setdefault(rest, path)) != path:
             raise CandidateError(
                 f"{label}: weights_key {key!r} takes both {'.'.join(other)!r} and {'.'.join(path)!r}, but each weight "
                 "has one copy. Name one optimizer too, as in chained_0.optimizer.state.param."
             )
-    return below
+    return paths
 
 
-def _alike(held: Counter[Shape], wanted: Counter[Shape]) -> bool:
-    """Return whether `held` has at least half of the `wanted` shapes, and few others.
+def _are_similar(shapes: Counter[Shape], expected: Counter[Shape]) -> bool:
+    """Return whether `shapes` has at least half of the `expected` shapes, and few others.
 
     They need not be equal, because EMA weights often lack buffers or have a step counter.
     """
-    common = (held & wanted).total()
-    return 2 * common >= wanted.total() and 2 * common > held.total()
+    common = (shapes & expected).total()
+    return 2 * common >= expected.total() and 2 * common > shapes.total()

@@ -282,7 +282,7 @@ class _Merger:
 
     def _combined(self, part: Part, weights: Sequence[float]) -> tuple[torch.Tensor, bool]:
         """Return the average, and whether it has infinite elements that all candidates share, as masks have."""
-        a = [weights[i] for i in part.who]
+        a = [weights[i] for i in part.indices]
         wide = any(source.dtype == torch.float64 for source in part.sources)
         result = torch.empty(len(part.sources[0]), dtype=torch.float64 if wide else torch.float32)
         checks = self.kernels.make_deltas(part.sources, a, Target(center=result), 0)
@@ -321,7 +321,7 @@ class _Merger:
         return result
 
     def _add(self, part: Part, checksums: torch.Tensor) -> None:
-        for total, more in zip([self.checksums[i] for i in part.who], checksums.tolist(), strict=True):
+        for total, more in zip([self.checksums[i] for i in part.indices], checksums.tolist(), strict=True):
             total[part.span.name] = wrap(total.get(part.span.name, 0) + more)
 
     def _overflow_or_not_finite(self, part: Part) -> CandidateError:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from twa_scale.candidates import Candidate
-from twa_scale.candidates.ties import likely_ties, says_tied
+from twa_scale.candidates.ties import has_tied_embeddings, likely_ties
 from twa_scale.errors import CandidateError
 from twa_scale.merge.streamed import Checksums
 
@@ -17,7 +17,7 @@ def require_equal_ties(candidates: Sequence[Candidate], checksums: Checksums) ->
     for pair in likely_ties(candidates):
         found = [(i, sums[pair[0]] == sums[pair[1]]) for i, sums in enumerate(checksums) if sums.keys() >= set(pair)]
         tied = [candidates[i].label for i, equal in found if equal]
-        if says_tied(candidates[-1]):
+        if has_tied_embeddings(candidates[-1]):
             tied.append(f"{candidates[-1].label}/config.json (tie_word_embeddings)")
         for i, equal in found:
             if tied and not equal:

@@ -48,7 +48,7 @@ class StoredForm:
         if name not in self._made:
             return None
         shapes = {spec.name: spec.shape for spec in self.specs}
-        stored = dict.fromkeys(segment.there.name for segment in self._made[name])
+        stored = dict.fromkeys(segment.source.name for segment in self._made[name])
         return Made(shape, self._made[name], {raw: shapes[raw] for raw in stored})
 
     def nbytes(self, span: Span) -> int:
@@ -110,8 +110,8 @@ def form_of_model(tensors: Mapping[str, Tensor], saved: Mapping[str, Traced], dt
             stored[name] = origin, shape
             continue
         for segment in tensor.segments(name):
-            stored[name] = segment.there.name, shape
-            segments.setdefault(segment.there.name, []).append(segment.reversed())
+            stored[name] = segment.source.name, shape
+            segments.setdefault(segment.source.name, []).append(segment.reversed())
     counts = {name: sum(segment.numel for segment in parts) for name, parts in segments.items()}
     counts |= {name: prod(shape) for name, shape in stored.values() if name not in segments}
     if wrong := [name for name, tensor in tensors.items() if counts.get(name) != prod(tensor.shape)]:
@@ -140,6 +140,6 @@ def _form(
         specs.append(spec_of(raw, shape, tensor.dtype, dtype, as_complex=tensor.as_complex))
     itemsize = {spec.name: spec.dtype.itemsize for spec in specs}
     sizes = {name: itemsize[raw] for raw, (name, _) in stored.items()}
-    sizes |= {name: max((itemsize[part.there.name] for part in parts), default=0) for name, parts in segments.items()}
+    sizes |= {name: max((itemsize[part.source.name] for part in parts), default=0) for name, parts in segments.items()}
     names = {name: raw for raw, (name, _) in stored.items() if name not in segments}
     return StoredForm(specs, sizes, names, {name: Segments(parts) for name, parts in segments.items()})

@@ -72,8 +72,8 @@ class MadeState(_Saved):
         found = 0
         for segment in made_of_state("", self.shape, self.stored, self.segments).segments:
             found += segment.numel
-            if not _inside(segment, self.shape) or segment.reversed().stop > prod(self.stored[segment.there.name]):
-                raise ValueError(f"segments: one is not inside of the model's tensor and {segment.there.name!r}")
+            if not _inside(segment, self.shape) or segment.reversed().stop > prod(self.stored[segment.source.name]):
+                raise ValueError(f"segments: one is not inside of the model's tensor and {segment.source.name!r}")
         if found != prod(self.shape):
             raise ValueError(f"segments: they have {found} elements, their tensor has {prod(self.shape)}")
         return self
@@ -81,9 +81,9 @@ class MadeState(_Saved):
 
 def _inside(segment: Segment, shape: tuple[int, ...]) -> bool:
     """Return whether a box with the dimensions of `shape` is inside of it."""
-    if segment.here.first >= prod(shape):
+    if segment.target.first >= prod(shape):
         return False
-    starts = [segment.here.first // step % size for size, step in zip(shape, row_major(shape), strict=True)]
+    starts = [segment.target.first // step % size for size, step in zip(shape, row_major(shape), strict=True)]
     return all(start + own <= size for start, own, size in zip(starts, segment.sizes, shape, strict=True))
 
 

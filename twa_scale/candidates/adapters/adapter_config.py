@@ -98,13 +98,13 @@ class AdapterConfig:
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise CandidateError(f"{self.path}: target_parameters is {brief(targets)}; it has to be a list of names.")
         name = name.replace(".base_layer", "")
-        found = []
+        result = []
         for owner, _, parameter in (target.rpartition(".") for target in targets):
             if f".{name}".endswith(f".{owner}"):
-                found.append(f"{name}.{parameter}")
+                result.append(f"{name}.{parameter}")
             elif not owner:  # matches any module with such a parameter
-                found += [name, f"{name}.{parameter}"]
-        return tuple(found) or (name,)
+                result += [name, f"{name}.{parameter}"]
+        return tuple(result) or (name,)
 
     def _only(self, module: str, patterns: str, values: set[_Number]) -> _Number:
         if len(values) > 1:
@@ -127,12 +127,12 @@ class AdapterConfig:
             raise CandidateError(f"{self.path}: {patterns} is {brief(by_pattern)}; it has to be a mapping.")
         for pattern, value in by_pattern.items():
             try:
-                found = re.match(rf"(.*\.)?({pattern})$", name)
+                match = re.match(rf"(.*\.)?({pattern})$", name)
             except re.error as error:
                 raise CandidateError(
                     f"{self.path}: {patterns}: {pattern!r} is not a regular expression: {error}."
                 ) from None
-            if found:
+            if match:
                 return value
         return self.settings.get(key)
 

@@ -14,24 +14,24 @@ from twa_scale.candidates.proxy import CandidateProxy
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Position:
     """The position of the tensor of one adapter in the concatenation of all adapters, along one dimension.
 
-    The row-major flattening of the concatenation has rows of `width` elements, of which [start, start + own) belong to
-    the adapter. Other elements are zero.
+    The row-major flattening of the concatenation has rows of `width` elements, of which [start, start + owned) belong
+    to the adapter. Other elements are zero.
     """
 
     dim: int
     size: int
     """The size of the concatenation along `dim`."""
     start: int
-    own: int
+    owned: int
     width: int
 
     def before(self, element: int) -> int:
         """Return how many of the first `element` elements belong to the adapter."""
         row, column = divmod(element, self.width)
-        return row * self.own + min(max(column - self.start, 0), self.own)
+        return row * self.owned + min(max(column - self.start, 0), self.owned)
 
 
 class Concatenated(CandidateProxy):
@@ -42,9 +42,9 @@ class Concatenated(CandidateProxy):
 
     Args:
         candidate: one of the adapters, its B multiplied by its scaling.
-        places: the positions of its factors, by tensor.
+        positions: the positions of its factors, by tensor.
         ranks: R by module.
-        own: the range [first, stop) of its ranks, by module.
+        owned: the range [first, stop) of its ranks, by module.
         experts: the number of stacked matrices A and B of each module: one, except for experts that PEFT adapts as one
             tensor.
     """
@@ -52,25 +52,25 @@ class Concatenated(CandidateProxy):
     def __init__(
         self,
         candidate: Candidate,
-        places: Mapping[str, _Place],
+        positions: Mapping[str, _Position],
         ranks: Mapping[str, int],
-        own: Mapping[str, tuple[int, int]],
+        owned: Mapping[str, tuple[int, int]],
         experts: Mapping[str, int],
     ) -> None:
         super().__init__(candidate)
-        self._places = places
+        self._positions = positions
         self.ranks = ranks
-        self.own = own
+        self.owned = owned
         self.experts = experts
         self.adapter = candidate
         """The adapter that is concatenated with the others."""
-        self.summed = frozenset(name for name, place in places.items() if place.dim == 0)
+        self.summed = frozenset(name for name, position in positions.items() if position.dim == 0)
         """The names of the A of all modules."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        shape, place = super().shape(name), self._places.get(name)
-        return shape if place is None else (*shape[: place.dim], place.size, *shape[place.dim + 1 :])
+        shape, position = super().shape(name), self._positions.get(name)
+        return shape if position is None else (*shape[: position.dim], position.size, *shape[position.dim + 1 :])
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the type that the tensor has in the file."""
@@ -78,33 +78,37 @@ class Concatenated(CandidateProxy):
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with the elements from `start` on. Those of the adapter are read at once."""
-        place = self._places.get(name)
-        if place is None:
+        position = self._positions.get(name)
+        if position is None:
             super().read(name, start, out)
             return
-        stop, width = start + len(out), place.width
-        first = place.before(start)
-        own = torch.empty(place.before(stop) - first, dtype=out.dtype)
-        if len(own):
-            super().read(name, first, own)
+        stop, width = start + len(out), position.width
+        first = position.before(start)
+        values = torch.empty(position.before(stop) - first, dtype=out.dtype)
+        if len(values):
+            super().read(name, first, values)
         out.zero_()
         begin = start
         while begin < stop:
             row = begin // width * width
             if begin == row and stop - begin >= width:
                 end = stop // width * width  # all whole rows at once
-                rows = own[place.before(begin) - first : place.before(end) - first].view(-1, place.own)
-                out[begin - start : end - start].view(-1, width)[:, place.start : place.start + place.own] = rows
+                rows = values[position.before(begin) - first : position.before(end) - first].view(-1, position.owned)
+                out[begin - start : end - start].view(-1, width)[
+                    :, position.start : position.start + position.owned
+                ] = rows
             else:
                 end = min(stop, row + width)
-                left, right = max(begin, row + place.start), min(end, row + place.start + place.own)
+                left, right = max(begin, row + position.start), min(end, row + position.start + position.owned)
                 if left < right:
-                    out[left - start : right - start] = own[place.before(left) - first : place.before(right) - first]
+                    out[left - start : right - start] = values[
+                        position.before(left) - first : position.before(right) - first
+                    ]
             begin = end
 
     def mapped(self, name: str) -> torch.Tensor | None:
         """Return a flat view of a whole tensor, or None for a factor, because no file contains the concatenation."""
-        return None if name in self._places else super().mapped(name)
+        return None if name in self._positions else super().mapped(name)
 
 
 def concatenated(candidates: Sequence[Candidate], experts: Mapping[str, int]) -> list[Candidate]:
@@ -119,34 +123,34 @@ def concatenated(candidates: Sequence[Candidate], experts: Mapping[str, int]) ->
     """
     factors = [factors_in(candidate.names()) for candidate in candidates]
     ranks = [
-        {module: rank_of(candidate, one) // experts.get(module, 1) for module, one in held.items()}
-        for candidate, held in zip(candidates, factors, strict=True)
+        {module: rank_of(candidate, pair) // experts.get(module, 1) for module, pair in modules.items()}
+        for candidate, modules in zip(candidates, factors, strict=True)
     ]
     totals = Counter[str]()
     for held_ranks in ranks:
         totals.update(held_ranks)
     starts = dict.fromkeys(totals, 0)
     result: list[Candidate] = []
-    for candidate, held, own in zip(candidates, factors, ranks, strict=True):
-        places: dict[str, _Place] = {}
+    for candidate, modules, owned in zip(candidates, factors, ranks, strict=True):
+        positions: dict[str, _Position] = {}
         parts = {}
-        for module, one in held.items():
+        for module, pair in modules.items():
             stacked = experts.get(module, 1)
-            places |= _places_of(candidate, one, starts[module], own[module], totals[module], stacked)
-            parts[module] = (starts[module], starts[module] + own[module])
-            starts[module] += own[module]
-        result.append(Concatenated(candidate, places, totals, parts, experts))
+            positions |= _positions_of(candidate, pair, starts[module], owned[module], totals[module], stacked)
+            parts[module] = (starts[module], starts[module] + owned[module])
+            starts[module] += owned[module]
+        result.append(Concatenated(candidate, positions, totals, parts, experts))
     return result
 
 
-def _places_of(
-    candidate: Candidate, factors: Factors, start: int, own: int, total: int, experts: int
-) -> dict[str, _Place]:
+def _positions_of(
+    candidate: Candidate, factors: Factors, start: int, owned: int, total: int, experts: int
+) -> dict[str, _Position]:
     """Return the positions of the factors. PEFT stacks A as (experts, r, in), and B as (out, r, experts)."""
-    places = {}
+    positions = {}
     for name, dim, inner in ((factors.a, 0, prod(candidate.shape(factors.a)[1:])), (factors.b, 1, experts)):
-        places[name] = _Place(dim, total * experts, start * inner, own * inner, total * inner)
-    return places
+        positions[name] = _Position(dim, total * experts, start * inner, owned * inner, total * inner)
+    return positions
 
 
 def product_factors(

@@ -23,18 +23,18 @@ def products_gram(candidates: Sequence[Concatenated], factors: Sequence[Factors]
     """
     n = len(candidates)
     gram = torch.zeros(n, n, dtype=torch.float64)
-    for one in factors:
-        a, b = product_factors(candidates, one, [1.0] * n)
+    for pair in factors:
+        a, b = product_factors(candidates, pair, [1.0] * n)
         owner = torch.zeros(n, a.shape[1], dtype=torch.float64)
         for i, candidate in enumerate(candidates):
-            owner[i, slice(*candidate.own[one.module])] = 1
+            owner[i, slice(*candidate.owned[pair.module])] = 1
         products = ((b.mT @ b) * (a @ a.mT)).sum(0)
         if not torch.isfinite(products).all():
             finite = torch.isfinite(a).all(2).all(0) & torch.isfinite(b).all(1).all(0)
             wrong = owner @ (~finite).double()
             raise CandidateError(
-                f"{candidates[int(wrong.argmax())].label}: the factors of {one.module!r} hold NaN or Inf; weights must "
-                "be finite. Leave this candidate out."
+                f"{candidates[int(wrong.argmax())].label}: the factors of {pair.module!r} hold NaN or Inf; weights "
+                "must be finite. Leave this candidate out."
             )
         gram += owner @ products @ owner.T
     return gram

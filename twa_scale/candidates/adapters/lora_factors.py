@@ -27,21 +27,21 @@ class Factors:
 
 def factors_in(names: Iterable[str]) -> dict[str, Factors]:
     """Return the factors of LoRA by module. Other tensors, such as `modules_to_save`, are left out."""
-    found: dict[str, dict[str, str]] = {}
+    result: dict[str, dict[str, str]] = {}
     for name in names:
         if match := _FACTOR.fullmatch(name):
             part = "bias" if match["kind"] == "bias" else match["factor"]
-            found.setdefault(match["module"], {})[part] = name
+            result.setdefault(match["module"], {})[part] = name
     return {
         module: Factors(module, parts["A"], parts["B"], parts.get("bias"))
-        for module, parts in found.items()
+        for module, parts in result.items()
         if parts.keys() >= {"A", "B"}
     }
 
 
 def other_parts(names: Iterable[str], factors: Iterable[Factors]) -> list[str]:
     """Return the tensors of LoRA that are neither A nor B, such as the magnitudes of DoRA."""
-    known = {name for one in factors for name in (one.a, one.b, one.bias)}
+    known = {name for pair in factors for name in (pair.a, pair.b, pair.bias)}
     return [name for name in names if _OF_LORA.search(name) and name not in known]
 
 

@@ -39,7 +39,7 @@ def in_space(candidates: Sequence[Candidate], space: Space) -> tuple[list[Candid
         return products, []
     if not adapters or adapters[-1].kind != "LORA":
         return list(candidates), []
-    return _factors(candidates, adapters), [_said(candidates)] if space == "auto" and len(candidates) > 1 else []
+    return _factors(candidates, adapters), [_formatted(candidates)] if space == "auto" and len(candidates) > 1 else []
 
 
 def scalings(candidate: Candidate, looked_up: Mapping[str, str] | None = None) -> dict[str, float]:
@@ -76,8 +76,8 @@ def described(candidate: Candidate) -> str | None:
 
 
 def _range(numbers: Iterable[float]) -> str:
-    found = sorted(numbers)
-    return f"{found[0]:.3g}" if found[0] == found[-1] else f"{found[0]:.3g} to {found[-1]:.3g}"
+    ordered = sorted(numbers)
+    return f"{ordered[0]:.3g}" if ordered[0] == ordered[-1] else f"{ordered[0]:.3g} to {ordered[-1]:.3g}"
 
 
 def _require_one_kind(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | None]) -> None:
@@ -109,27 +109,27 @@ def _factors(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig]) 
     reference = scalings(candidates[-1])
     result: list[Candidate] = []
     for candidate, config in zip(candidates, configs, strict=True):
-        own = scalings(candidate)
+        current = scalings(candidate)
         if config.changes_base == "olora":
-            _require_equal_scalings(config, own, configs[-1], reference)
+            _require_equal_scalings(config, current, configs[-1], reference)
         scales: dict[str, float] = {}
-        for module, scaling in own.items():
-            quotient, one = scaling / reference.get(module, scaling), factors_in(candidate.names())[module]
-            scales |= {one.a: sqrt(abs(quotient)), one.b: sqrt(abs(quotient)) * (1 if quotient > 0 else -1)}
-            scales |= {one.bias: quotient} if one.bias else {}
+        for module, scaling in current.items():
+            quotient, pair = scaling / reference.get(module, scaling), factors_in(candidate.names())[module]
+            scales |= {pair.a: sqrt(abs(quotient)), pair.b: sqrt(abs(quotient)) * (1 if quotient > 0 else -1)}
+            scales |= {pair.bias: quotient} if pair.bias else {}
         result.append(_rescaled(candidate, scales))
     return result
 
 
 def _require_equal_scalings(
-    config: AdapterConfig, own: Mapping[str, float], last: AdapterConfig, reference: Mapping[str, float]
+    config: AdapterConfig, current: Mapping[str, float], last: AdapterConfig, reference: Mapping[str, float]
 ) -> None:
     """Check the scalings of OLoRA, because loading subtracts the scaled factors of the base weight from it.
 
     Raises:
         CandidateError: names the module and both scalings.
     """
-    for module, scaling in own.items():
+    for module, scaling in current.items():
         if scaling != reference.get(module, scaling):
             raise CandidateError(
                 f"{config.path}: OLoRA scales {module!r} by {scaling:g}, and by {reference[module]:g} in {last.path}. "
@@ -140,10 +140,10 @@ def _require_equal_scalings(
 
 
 def _require_equal_ranks(candidates: Sequence[Candidate]) -> None:
-    last = {module: candidates[-1].shape(one.a)[:1] for module, one in factors_in(candidates[-1].names()).items()}
+    last = {module: candidates[-1].shape(pair.a)[:1] for module, pair in factors_in(candidates[-1].names()).items()}
     for candidate in candidates[:-1]:
-        for module, one in factors_in(candidate.names()).items():
-            rank = candidate.shape(one.a)[:1]
+        for module, pair in factors_in(candidate.names()).items():
+            rank = candidate.shape(pair.a)[:1]
             if rank != last.get(module, rank):
                 raise CandidateError(
                     f"{candidate.label}: the factors of {module!r} have rank {rank[0]}, those of "
@@ -179,18 +179,18 @@ def _experts(candidates: Sequence[Candidate], configs: Sequence[AdapterConfig | 
     Raises:
         CandidateError: a rank differs from that of the configuration, or the numbers of experts differ.
     """
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for candidate, config in zip(candidates, configs, strict=True):
         assert config is not None
         stacked = config.settings.get("target_parameters")
-        for module, one in factors_in(candidate.names()).items():
-            experts, rest = divmod(rank_of(candidate, one), config.rank(module))
-            if rest or (experts > 1 and not stacked) or found.setdefault(module, experts) != experts:
+        for module, pair in factors_in(candidate.names()).items():
+            experts, rest = divmod(rank_of(candidate, pair), config.rank(module))
+            if rest or (experts > 1 and not stacked) or result.setdefault(module, experts) != experts:
                 raise CandidateError(
-                    f"{candidate.label}: the factors of {module!r} have rank {rank_of(candidate, one)}, and "
+                    f"{candidate.label}: the factors of {module!r} have rank {rank_of(candidate, pair)}, and "
                     f"{config.path} says {config.rank(module)}. {_FACTORS}, {_MERGED}."
                 )
-    return found
+    return result
 
 
 def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
@@ -201,34 +201,34 @@ def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
     """
     factors = factors_in(candidate.names())
     others = other_parts(candidate.names(), factors.values())
-    why = None
+    reason = None
     if config.kind != "LORA":
-        why = f"{config.kind} adapters have no product of two factors A and B"
+        reason = f"{config.kind} adapters have no product of two factors A and B"
     elif config.settings.get("use_dora"):
-        why = "DoRA (use_dora) scales the sum of base weight and product, which averages of products do not"
+        reason = "DoRA (use_dora) scales the sum of base weight and product, which averages of products do not"
     elif config.changes_base:
-        why = (
+        reason = (
             f"init_lora_weights is {config.changes_base!r}: loading subtracts a product of the original rank from the "
             "base weights. Convert it first (save_pretrained(path_initial_model_for_weight_conversion=..))"
         )
     elif config.settings.get("target_parameters") and any(map(config.settings.get, _PATTERNS)):
-        why = (
+        reason = (
             f"{' and '.join(filter(config.settings.get, _PATTERNS))} beside target_parameters have names of "
             "parameters, which files of weights do not have"
         )
     elif others:
-        why = f"{some(others, 2)} are neither A nor B of LoRA"
+        reason = f"{some(others, 2)} are neither A nor B of LoRA"
     elif not factors:
-        why = "it holds no factors of LoRA"
-    if why:
-        raise CandidateError(f"{config.path}: space: product is not possible: {why}. {_FACTORS}, {_MERGED}.")
+        reason = "it holds no factors of LoRA"
+    if reason:
+        raise CandidateError(f"{config.path}: space: product is not possible: {reason}. {_FACTORS}, {_MERGED}.")
 
 
 def _rescaled(candidate: Candidate, scales: Mapping[str, float]) -> Candidate:
     return candidate if all(scale == 1 for scale in scales.values()) else Rescaled(candidate, scales)
 
 
-def _said(candidates: Sequence[Candidate]) -> str:
+def _formatted(candidates: Sequence[Candidate]) -> str:
     return (
         f"{candidates[-1].label}: LoRA adapters are averaged in the space of their factors: A and B one by one, which "
         "is not the average of the products B A. `space: product` (--space product) averages those; `space: factors` "

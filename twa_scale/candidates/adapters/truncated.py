@@ -39,10 +39,12 @@ class Truncated(CandidateProxy):
         super().__init__(candidates[-1])
         self._candidates = candidates
         self._weights = weights
-        self._factors = {name: one for one in factors_in(candidates[-1].names()).values() for name in (one.a, one.b)}
+        self._factors = {
+            name: pair for pair in factors_in(candidates[-1].names()).values() for name in (pair.a, pair.b)
+        }
         self.exact_ranks = candidates[-1].ranks
-        self.ranks = {one.module: min(rank, self.exact_ranks[one.module]) for one in self._factors.values()}
-        self.units = {name: one.module for name, one in self._factors.items()}
+        self.ranks = {pair.module: min(rank, self.exact_ranks[pair.module]) for pair in self._factors.values()}
+        self.units = {name: pair.module for name, pair in self._factors.items()}
         """The module of each factor. One rank computes both factors of a module."""
         self.truncations: dict[str, Truncation] = {}
         """The truncation of each module that was read by this process."""
@@ -54,9 +56,9 @@ class Truncated(CandidateProxy):
         shape = super().shape(name)
         if name not in self._factors:
             return shape
-        one = self._factors[name]
-        rank = self.ranks[one.module] * self._candidates[-1].experts.get(one.module, 1)
-        return (rank, *shape[1:]) if name == one.a else (shape[0], rank, *shape[2:])
+        pair = self._factors[name]
+        rank = self.ranks[pair.module] * self._candidates[-1].experts.get(pair.module, 1)
+        return (rank, *shape[1:]) if name == pair.a else (shape[0], rank, *shape[2:])
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a tensor in `read`."""
@@ -72,29 +74,29 @@ class Truncated(CandidateProxy):
             super().read(name, start, out)
             return
         with self._lock:
-            one = self._factors[name]
-            if self._last[0] != one.module:
-                self._last = (one.module, self._computed(one))
+            pair = self._factors[name]
+            if self._last[0] != pair.module:
+                self._last = (pair.module, self._computed(pair))
             out.copy_(self._last[1][name].view(-1)[start : start + len(out)])
 
     def mapped(self, name: str) -> None:
         """Return None, because no file contains the computed tensors."""
 
-    def _computed(self, one: Factors) -> dict[str, torch.Tensor]:
-        a, b = product_factors(self._candidates, one, self._weights)
+    def _computed(self, pair: Factors) -> dict[str, torch.Tensor]:
+        a, b = product_factors(self._candidates, pair, self._weights)
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.mT)
         u, values, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-        rank = self.ranks[one.module]
+        rank = self.ranks[pair.module]
         squares = values.square()
-        self.truncations[one.module] = Truncation(float(squares.sum()), float(squares[:, rank:].sum()))
+        self.truncations[pair.module] = Truncation(float(squares.sum()), float(squares[:, rank:].sum()))
         roots = values[:, :rank].sqrt()
         experts, kept = roots.shape  # a small module has fewer singular values than `rank`; the others are zero
         low_a = torch.zeros(experts, rank, a.shape[2], dtype=a.dtype)
         low_b = torch.zeros(b.shape[1], rank, experts, dtype=b.dtype)
         low_a[:, :kept] = roots[:, :, None] * (v[:, :rank] @ q_a.mT)
         low_b[:, :kept] = ((q_b @ u[:, :, :rank]) * roots[:, None]).permute(1, 2, 0)
-        return {one.a: low_a, one.b: low_b}
+        return {pair.a: low_a, pair.b: low_b}
 
 
 def ranks_of(candidate: Candidate) -> Mapping[str, int]:
@@ -104,5 +106,5 @@ def ranks_of(candidate: Candidate) -> Mapping[str, int]:
 
 def relative_error(truncations: Sequence[Truncation]) -> float:
     """Return the Frobenius norm of the truncated part divided by that of the whole; 0 if the whole is 0."""
-    total = sum(one.total for one in truncations)
-    return sqrt(sum(one.left_out for one in truncations) / total) if total else 0.0
+    total = sum(truncation.total for truncation in truncations)
+    return sqrt(sum(truncation.left_out for truncation in truncations) / total) if total else 0.0

@@ -22,7 +22,7 @@ class Box(NamedTuple):
 
     starts: Shape
     sizes: Shape
-    where: tuple[int, ...]
+    storage_index: tuple[int, ...]
     """Integers that identify the stored tensor, for example file number and offset."""
 
 
@@ -34,48 +34,48 @@ class BoxTensor:
         dtype: the dtype of all boxes.
         boxes: the boxes, in any order.
         find: returns the stored tensor of a box; called when the box is first read.
-        what: the name of the tensor in error messages.
+        description: the name of the tensor in error messages.
 
     Raises:
         CandidateError: the boxes do not cover each element exactly once.
     """
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, boxes: Sequence[Box], find: Callable[[Box], Stored], what: str
+        self, shape: Shape, dtype: torch.dtype, boxes: Sequence[Box], find: Callable[[Box], Stored], description: str
     ) -> None:
         self.shape = shape
         self.dtype = dtype
         self._find = lru_cache(maxsize=None)(find)
         boxes = [box for box in boxes if prod(box.sizes)]
-        inside = all(
+        are_inside = all(
             len(box.starts) == len(box.sizes) == len(shape)
             and all(0 <= a <= a + n <= size for a, n, size in zip(box.starts, box.sizes, shape, strict=True))
             for box in boxes
         )
-        if min(shape, default=0) < 0 or not inside or not _covers_once(boxes, shape):
-            held = sum(prod(box.sizes) for box in boxes)
+        if min(shape, default=0) < 0 or not are_inside or not _covers_once(boxes, shape):
+            num_stored = sum(prod(box.sizes) for box in boxes)
             raise CandidateError(
-                f"{what}: its parts hold {held} elements at {[box.starts for box in boxes[:4]]} and do not tile "
-                f"its shape {shape}. Save the checkpoint again from all ranks, or leave this candidate out."
+                f"{description}: its parts hold {num_stored} elements at {[box.starts for box in boxes[:4]]} and do "
+                f"not tile its shape {shape}. Save the checkpoint again from all ranks, or leave this candidate out."
             )
         # One flat array, because a checkpoint of many ranks has hundreds of thousands of boxes, and an object for each
         # would take a kilobyte.
-        self._numbers = array("q", [i for box in boxes for i in (*box.starts, *box.sizes, *box.where)])
+        self._numbers = array("q", [i for box in boxes for i in (*box.starts, *box.sizes, *box.storage_index)])
         self._width = len(self._numbers) // max(1, len(boxes))
 
-    def read(self, start: int, out: torch.Tensor, what: str) -> None:
+    def read(self, start: int, out: torch.Tensor, description: str) -> None:
         """Fill `out` with the elements from `start` on, in row-major order."""
         total = 0
         for box, first, count in self.within(start, start + len(out)):
             stored = self.stored(box)
             if count == len(out):
-                stored.read(first, out, what)
+                stored.read(first, out, description)
             elif box.sizes[1:] == self.shape[1:]:  # whole rows stay together
                 begin = max(0, box.starts[0] * prod(self.shape[1:]) - start)
-                stored.read(first, out[begin : begin + count], what)
+                stored.read(first, out[begin : begin + count], description)
             else:
                 values = torch.empty(count, dtype=self.dtype)
-                stored.read(first, values, what)
+                stored.read(first, values, description)
                 scatter(values, self.shape, box.starts, box.sizes, start, out)
             total += count
         assert total == len(out)
@@ -141,11 +141,11 @@ def count_before(shape: Shape, starts: Shape, sizes: Shape, position: int) -> in
     count, row, box_row = 0, prod(shape), prod(sizes)
     if position >= row:
         return box_row
-    for size, start, held in zip(shape, starts, sizes, strict=True):
-        row, box_row = row // size, box_row // held
+    for size, start, box_size in zip(shape, starts, sizes, strict=True):
+        row, box_row = row // size, box_row // box_size
         index, position = divmod(position, row)
-        count += min(max(index - start, 0), held) * box_row
-        if not start <= index < start + held:
+        count += min(max(index - start, 0), box_size) * box_row
+        if not start <= index < start + box_size:
             return count
     return count
 

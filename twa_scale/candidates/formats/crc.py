@@ -36,10 +36,10 @@ class PiecewiseCrc:
         if position != nbytes:
             return None
         self._pieces, self._held = {}, 0
-        whole = 0
+        value = 0
         for crc, count in pieces:
-            whole = combine(whole, crc, count)
-        return whole
+            value = combine(value, crc, count)
+        return value
 
 
 def combine(first: int, second: int, nbytes: int) -> int:

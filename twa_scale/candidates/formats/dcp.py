@@ -53,8 +53,8 @@ def _open(directory: Path, metadata: Any, keys: WeightsKey, outer: Path) -> Stor
     chosen = keys.choose(shapes, label, in_order=False)
     tensors = _tensors(chosen, metadata, metadata_of, files, label)
     version = identity(directory / METADATA)[2:]
-    what = "a checkpoint of torch.distributed.checkpoint"
-    origin = Origin(what, "dcp", {directory: chosen}, {directory / METADATA: version})
+    description = "a checkpoint of torch.distributed.checkpoint"
+    origin = Origin(description, "dcp", {directory: chosen}, {directory / METADATA: version})
     return StoredCandidate(tensors, files.open.values(), label, outer, origin)
 
 
@@ -140,10 +140,10 @@ class _Files:
         self._paths = list(directory.iterdir())
         self._numbers = {path.name: i for i, path in enumerate(self._paths)}
 
-    def number(self, name: str, what: str) -> int:
+    def number(self, name: str, description: str) -> int:
         if name not in self._numbers:
             raise CandidateError(
-                f"{what}: is stored in {name!r}, which is not there. Copy the whole folder again, or leave this "
+                f"{description}: is stored in {name!r}, which is not there. Copy the whole folder again, or leave this "
                 "candidate out."
             )
         return self._numbers[name]
@@ -171,28 +171,28 @@ def _metadata(path: Path) -> Any:
     return metadata
 
 
-def _tensor(key: str, metadata: PickleStub, items: _Items, files: _Files, what: str) -> BoxTensor:
+def _tensor(key: str, metadata: PickleStub, items: _Items, files: _Files, description: str) -> BoxTensor:
     dtype = metadata.properties.state[0]
     boxes = []
     for chunk in metadata.chunks:
         starts, sizes = integers(chunk.offsets), integers(chunk.sizes)
         item = items.get((key, starts))
         if item is None:
-            raise CandidateError(f"{what}: the metadata does not locate its part at {starts}. Save it again.")
+            raise CandidateError(f"{description}: the metadata does not locate its part at {starts}. Save it again.")
         if item.transform_descriptors:
             raise CandidateError(
-                f"{what}: is stored as {brief(item.transform_descriptors)}, which cannot be read by slices. Save it "
-                "without extensions."
+                f"{description}: is stored as {brief(item.transform_descriptors)}, which cannot be read by slices. "
+                "Save it without extensions."
             )
         byte_range = integers([item.offset, item.length])
-        boxes.append(Box(starts, sizes, (files.number(text(item.relative_path), what), *byte_range)))
+        boxes.append(Box(starts, sizes, (files.number(text(item.relative_path), description), *byte_range)))
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{key!r} has no dtype")
-    return BoxTensor(integers(metadata.size), dtype, boxes, partial(_find, files), what)
+    return BoxTensor(integers(metadata.size), dtype, boxes, partial(_find, files), description)
 
 
 def _find(files: _Files, box: Box) -> Stored:
-    number, offset, length = box.where
+    number, offset, length = box.storage_index
     file = files[number]
     if min(offset, length) < 0 or offset + length > file.size:
         raise CandidateError(

@@ -62,9 +62,13 @@ def open_dcp_safetensors(paths: Sequence[Path], directory: Path) -> StoredCandid
         tensors = {
             # The files do not hold the shape of the whole tensor; it ends where its last part ends.
             name: BoxTensor(
-                _extent(held), dtypes[name], held, partial(_find, files, dtypes[name]), f"{directory}: tensor {name!r}"
+                _extent(tensor_boxes),
+                dtypes[name],
+                tensor_boxes,
+                partial(_find, files, dtypes[name]),
+                f"{directory}: tensor {name!r}",
             )
-            for name, held in boxes.items()
+            for name, tensor_boxes in boxes.items()
         }
         return StoredCandidate(tensors, files, str(directory), directory, _ORIGIN)
     except BaseException:
@@ -85,7 +89,7 @@ def _offsets(metadata: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]
 
 
 def _find(files: Sequence[File], dtype: torch.dtype, box: Box) -> Stored:
-    number, begin = box.where
+    number, begin = box.storage_index
     strides = torch.empty(box.sizes, device="meta").stride()
     return Stored(Record(files[number], dtype, prod(box.sizes), lambda _: begin), 0, box.sizes, strides)
 

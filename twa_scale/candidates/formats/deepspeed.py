@@ -69,8 +69,8 @@ def open_deepspeed(directory: Path) -> StoredCandidate:
 def files_in_deepspeed(directory: Path) -> list[Path]:
     """Return the files of a checkpoint: those of its folder, and the file `latest` next to it."""
     folder = tagged_folder(directory)
-    beside = [] if folder == directory else [_latest(directory)]
-    return [*beside, *sorted(path for path in folder.iterdir() if path.is_file())]
+    extra = [] if folder == directory else [_latest(directory)]
+    return [*extra, *sorted(path for path in folder.iterdir() if path.is_file())]
 
 
 def shapes_in_deepspeed(directory: Path) -> dict[Path, dict[Keys, tuple[int, ...]]]:
@@ -89,7 +89,7 @@ def shapes_in_deepspeed(directory: Path) -> dict[Path, dict[Keys, tuple[int, ...
     }
 
 
-def places_in_deepspeed(directory: Path) -> dict[str, list[Placeable]]:
+def storages_in_deepspeed(directory: Path) -> dict[str, list[Placeable]]:
     """Return all tensors that hold each weight of a checkpoint, by name.
 
     The first is the one that candidates read. With ZeRO-1 and 2, trained parameters are also in the model's file, in
@@ -99,19 +99,19 @@ def places_in_deepspeed(directory: Path) -> dict[str, list[Placeable]]:
     files = _Files(tagged_folder(directory))
     try:
         tensors = _tensors(files)
-        places: dict[str, list[Placeable]] = {name: [tensor] for name, tensor in tensors.items()}
+        storages: dict[str, list[Placeable]] = {name: [tensor] for name, tensor in tensors.items()}
         in_parts = _stage(_optimizer_state(files, 0) if files.optimizer else {}) == 3
         for rank in files.model:
             path, state = _model_state(files, rank)
             # With ZeRO-3, parameters are empty in `module`, and the parts of frozen ones are the tensors themselves.
             # Otherwise, DeepSpeed loads frozen parameters from the whole ones next to `module`.
-            for held in (state["module"], {} if in_parts else _fragments(path, state)):
-                for name, copy in dense_tensors(held, path, _CONVERT).items():
-                    if name in tensors and copy.shape == tensors[name].shape and _is_further(copy, places[name]):
-                        places[name].append(copy)
+            for copies in (state["module"], {} if in_parts else _fragments(path, state)):
+                for name, copy in dense_tensors(copies, path, _CONVERT).items():
+                    if name in tensors and copy.shape == tensors[name].shape and _is_further(copy, storages[name]):
+                        storages[name].append(copy)
     finally:
         files.close()  # a later read opens them again
-    return places
+    return storages
 
 
 def tagged_folder(directory: Path) -> Path:
@@ -142,9 +142,11 @@ class _Files:
         self.label = str(folder)
         self._open: list[File] = []
         names = sorted(path.name for path in folder.iterdir())
-        for pattern, what in _UNSUPPORTED.items():
-            if found := next((name for name in names if pattern.fullmatch(name)), None):
-                raise CandidateError(f"{folder}: holds {found!r}, a part of {what}, which is not supported. {_CONVERT}")
+        for pattern, feature in _UNSUPPORTED.items():
+            if match := next((name for name in names if pattern.fullmatch(name)), None):
+                raise CandidateError(
+                    f"{folder}: holds {match!r}, a part of {feature}, which is not supported. {_CONVERT}"
+                )
         self.model = self._by_rank(names, _MODEL)
         self.optimizer = self._by_rank(names, _OPTIMIZER)
         self.content = lru_cache(maxsize=None)(self._content)
@@ -158,7 +160,7 @@ class _Files:
 
     def _by_rank(self, names: Sequence[str], pattern: re.Pattern[str]) -> dict[int | None, str]:
         """Return file names by rank. The key of a file that holds the state of all ranks is None."""
-        found: dict[int | None, str] = {}
+        result: dict[int | None, str] = {}
         for name in names:
             if not (match := pattern.fullmatch(name)):
                 continue
@@ -168,13 +170,13 @@ class _Files:
                     f"supported. {_CONVERT}"
                 )
             rank = None if match["rank"] is None else int(match["rank"])
-            if rank in found:
+            if rank in result:
                 raise CandidateError(
-                    f"{self.folder}: holds both {found[rank]!r} and {name!r}; all files must come from the same save. "
+                    f"{self.folder}: holds both {result[rank]!r} and {name!r}; all files must come from the same save. "
                     "Remove the files of the other save."
                 )
-            found[rank] = name
-        return found
+            result[rank] = name
+        return result
 
     def _content(self, name: str) -> Any:
         file = File(self.folder / name)
@@ -261,15 +263,15 @@ def _rest_of_stage_3(
 
     def fragments(rank: int) -> Mapping[str, Stored]:
         held_in, state = _model_state(files, rank)
-        held = _fragments(held_in, state)
+        parts = _fragments(held_in, state)
         for name, shape in frozen.items():
-            stored, part = held.get(name), -(-prod(shape) // world)
+            stored, part = parts.get(name), -(-prod(shape) // world)
             if not isinstance(stored, Stored) or stored.numel < min(part, prod(shape) - rank * part):
                 raise CandidateError(
                     f"{held_in}: has no part of the frozen parameter {name!r} of shape {tuple(shape)}. All files must "
                     "come from the same save: copy the checkpoint again."
                 )
-        return held
+        return parts
 
     return {
         **dense_tensors({name: value for name, value in model["module"].items() if name in buffers}, path, _CONVERT),
@@ -279,16 +281,16 @@ def _rest_of_stage_3(
 
 def _fragments(path: Path, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the frozen parameters of the file of a model: parts of them with ZeRO-3, else whole ones."""
-    held = state.get("frozen_param_fragments") or {}
-    if not isinstance(held, dict):
+    frozen = state.get("frozen_param_fragments") or {}
+    if not isinstance(frozen, dict):
         raise CandidateError(f"{path}: its 'frozen_param_fragments' is not a dict. Copy the checkpoint again.")
-    return held
+    return frozen
 
 
-def _is_further(copy: Stored, places: Sequence[Placeable]) -> bool:
+def _is_further(copy: Stored, storages: Sequence[Placeable]) -> bool:
     """Return whether the bytes of a tensor are none of these places."""
-    stored = [place for place in places if isinstance(place, Stored)]
-    return (copy.record.file, copy.memory_key) not in [(place.record.file, place.memory_key) for place in stored]
+    stored = [storage for storage in storages if isinstance(storage, Stored)]
+    return (copy.record.file, copy.memory_key) not in [(storage.record.file, storage.memory_key) for storage in stored]
 
 
 def _shapes(group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -333,13 +335,13 @@ def _world(files: _Files, optimizer: Mapping[str, Any]) -> int:
 def _partitions(files: _Files, key: str) -> Any:
     def partitions(rank: int) -> Sequence[Stored]:
         state = _optimizer_state(files, rank)
-        held = state.get(key)
-        if not isinstance(held, list) or not all(isinstance(part, Stored) for part in held):
+        partition = state.get(key)
+        if not isinstance(partition, list) or not all(isinstance(part, Stored) for part in partition):
             raise CandidateError(
                 f"{files.folder / files.optimizer[rank]}: has no list of tensors {key!r}: its weights were offloaded "
                 "to disk, or another version of DeepSpeed wrote it. Convert it with DeepSpeed's zero_to_fp32.py."
             )
-        return held
+        return partition
 
     return partitions
 

@@ -51,14 +51,14 @@ def _weight(folder: Path, name: str, shape: Shape, content: Callable[[str], Any]
     path = folder / FOLDER / name / _FILE
     if Path(name).name != name or not path.is_file():
         raise CandidateError(f"{folder}: has no {FOLDER}/{brief(name)}/{_FILE}, the weights of a parameter. {_FIX}")
-    held = content(f"{FOLDER}/{name}/{_FILE}")
-    stored = held.get("param") if isinstance(held, dict) else held
+    state = content(f"{FOLDER}/{name}/{_FILE}")
+    stored = state.get("param") if isinstance(state, dict) else state
     if not isinstance(stored, Stored):
         raise CandidateError(f"{path}: holds no tensor 'param', as files of a universal checkpoint do. {_FIX}")
     if len(stored.shape) == 1 and stored.numel == prod(shape) and stored.row_major():
         return replace(stored, shape=shape, stride=row_major(shape))
     # Padding of a vocabulary is not in the file, so that it has fewer rows than the parameter in training.
-    rows = isinstance(held, dict) and bool(held.get("vocab_tensor")) and stored.shape[1:] == shape[1:]
+    rows = isinstance(state, dict) and bool(state.get("vocab_tensor")) and stored.shape[1:] == shape[1:]
     if stored.shape != shape and not rows:
         raise CandidateError(f"{path}: holds a tensor of shape {stored.shape}, where the model has {shape}. {_FIX}")
     return stored
@@ -79,11 +79,11 @@ def require_same(
         other = in_model.get(name)
         if other is None or other.shape != stored.shape or not other.dtype.is_floating_point:
             continue
-        what, count = f"tensor {name!r}", min(prod(stored.shape), _COMPARED)
-        mine, theirs = torch.empty(count, dtype=stored.dtype), torch.empty(count, dtype=other.dtype)
-        stored.read(0, mine, what)
-        other.read(0, theirs, what)
-        if int(_differ(mine.to(other.dtype), theirs).sum()) > count * _DIFFERENT:
+        subject, count = f"tensor {name!r}", min(prod(stored.shape), _COMPARED)
+        first, second = torch.empty(count, dtype=stored.dtype), torch.empty(count, dtype=other.dtype)
+        stored.read(0, first, subject)
+        other.read(0, second, subject)
+        if int(_differ(first.to(other.dtype), second).sum()) > count * _DIFFERENT:
             raise CandidateError(
                 f"{folder / FOLDER / name / _FILE}: holds other numbers than the file of the model has for {name!r}: "
                 "ds_to_universal.py exchanges parameters if the run had `round_robin_gradients`. Give the checkpoint "
@@ -91,10 +91,10 @@ def require_same(
             )
 
 
-def _differ(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+def _differ(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return which values of one type differ by more than one unit in the last place. NaN equals NaN."""
-    limits = torch.finfo(mine.dtype)
-    smaller = torch.minimum(mine.abs(), theirs.abs()).double().clamp_min(limits.tiny)
+    limits = torch.finfo(first.dtype)
+    smaller = torch.minimum(first.abs(), second.abs()).double().clamp_min(limits.tiny)
     unit = torch.ldexp(torch.full_like(smaller, limits.eps), torch.frexp(smaller).exponent - 1)
-    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
-    return ~(same | ((mine.double() - theirs.double()).abs() <= unit))
+    same = (first == second) | (first.isnan() & second.isnan())
+    return ~(same | ((first.double() - second.double()).abs() <= unit))

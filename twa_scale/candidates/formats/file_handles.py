@@ -44,13 +44,13 @@ class File:
         assert self._identity is not None
         return self._identity[2], self._identity[3]
 
-    def read(self, buffer: memoryview, offset: int, what: str) -> None:
+    def read(self, buffer: memoryview, offset: int, description: str) -> None:
         """Fill `buffer` with the bytes that begin at `offset`.
 
         Args:
             buffer: receives the bytes.
             offset: the first byte in the file.
-            what: the name of the bytes in error messages.
+            description: the name of the bytes in error messages.
 
         Raises:
             CandidateError: the file ends too early, or was changed or removed.
@@ -60,7 +60,7 @@ class File:
         with self.descriptor() as descriptor:
             problem = _read_exactly(descriptor, buffer, offset) or self._change(descriptor)
         if problem:
-            raise self._error(f"{what} cannot be read", problem)
+            raise self._error(f"{description} cannot be read", problem)
 
     @contextmanager
     def descriptor(self) -> Iterator[int]:
@@ -80,22 +80,22 @@ class File:
         if self._map is None:
             with self.descriptor() as descriptor:
                 try:
-                    found = _OPEN_FILES.retried(self, lambda: _map(descriptor, self.size))
+                    view = _OPEN_FILES.retried(self, lambda: _map(descriptor, self.size))
                 finally:  # a change is also the reason for an error
                     if problem := self._change(descriptor):
                         raise self._error("cannot be mapped", problem)
-                self._map = found
+                self._map = view
         return self._map[offset : offset + count * dtype.itemsize].view(dtype)
 
     def _change(self, descriptor: int) -> str | None:
         """Return how the file differs from the one that was opened first, or None if it does not."""
-        found = os.fstat(descriptor)
-        return change(self.size, found.st_size, written=identity_of(found) != self._identity)
+        current = os.fstat(descriptor)
+        return change(self.size, current.st_size, written=identity_of(current) != self._identity)
 
-    def _error(self, what: str, problem: str) -> CandidateError:
+    def _error(self, description: str, problem: str) -> CandidateError:
         return CandidateError(
-            f"{self.path}: {what}: {problem}. The file was changed or removed while it was in use, or its disk fails; "
-            f"{_RULE}"
+            f"{self.path}: {description}: {problem}. The file was changed or removed while it was in use, or its disk "
+            f"fails; {_RULE}"
         )
 
     def close(self) -> None:
@@ -120,10 +120,10 @@ class File:
         return descriptor
 
 
-def change(before: int, now: int, *, written: bool) -> str | None:
+def change(previous: int, current: int, *, written: bool) -> str | None:
     """Return how a file differs from the one that was opened, by its sizes and whether it was written; else None."""
-    if before != now:
-        return f"the file had {before} bytes when it was opened and has {now} now"
+    if previous != current:
+        return f"the file had {previous} bytes when it was opened and has {current} now"
     return "the file has been written since it was opened" if written else None
 
 

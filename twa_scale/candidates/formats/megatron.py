@@ -54,11 +54,11 @@ def latest_iteration(directory: Path) -> Path | None:
     tracker = directory / TRACKER
     if not tracker.is_file():
         return None
-    said = read_bounded(tracker, _LONGEST).decode(errors="replace").strip()
-    folder = directory / (f"iter_{int(said):07d}" if re.fullmatch(r"[0-9]{1,18}", said) else "release")
-    if not folder.is_dir() or (folder.name == "release" and said != "release"):
+    content = read_bounded(tracker, _LONGEST).decode(errors="replace").strip()
+    folder = directory / (f"iter_{int(content):07d}" if re.fullmatch(r"[0-9]{1,18}", content) else "release")
+    if not folder.is_dir() or (folder.name == "release" and content != "release"):
         raise CandidateError(
-            f"{tracker}: names the iteration {said!r}, but there is no folder {folder.name!r} beside it. Copy that "
+            f"{tracker}: names the iteration {content!r}, but there is no folder {folder.name!r} beside it. Copy that "
             "folder too, or give the folder of the iteration that is meant."
         )
     return folder
@@ -73,13 +73,13 @@ def copies_of_weights(weights: Collection[Keys], stored: Mapping[Keys, Sequence[
         weights: the paths of keys of the weights.
         stored: the shapes of all tensors, by their paths of keys.
     """
-    alike: dict[str, list[Keys]] = defaultdict(list)
+    same_shape: dict[str, list[Keys]] = defaultdict(list)
     for keys in stored:
-        alike[weight_of_copy(keys) or ".".join(keys)].append(keys)
+        same_shape[weight_of_copy(keys) or ".".join(keys)].append(keys)
     return {
         keys: [
             other
-            for other in alike[weight_of_copy(keys) or ".".join(keys)]
+            for other in same_shape[weight_of_copy(keys) or ".".join(keys)]
             if other != keys and stored[other] == stored[keys]
         ]
         for keys in weights
@@ -88,8 +88,8 @@ def copies_of_weights(weights: Collection[Keys], stored: Mapping[Keys, Sequence[
 
 def weight_of_copy(keys: Keys) -> str | None:
     """Return the name of the weight of which a tensor is the optimizer's copy, or None if it is not a copy."""
-    found = _COPY.fullmatch(".".join(keys))
-    return found["weight"] if found else None
+    match = _COPY.fullmatch(".".join(keys))
+    return match["weight"] if match else None
 
 
 def without_chain(keys: Keys) -> Keys:

@@ -12,7 +12,7 @@ Keys = tuple[str, ...]
 class Origin:
     """The format of a candidate, and the positions of the weights in its files."""
 
-    what: str
+    description: str
     """The format, for messages."""
     written_as: Literal["hf", "pt", "dcp", "deepspeed"] | None = None
     """The format of an output that has this form; None if no output has."""
@@ -24,8 +24,8 @@ class Origin:
     @property
     def nesting(self) -> Keys:
         """The path of keys of the mapping that holds all weights; empty if they are not in one mapping."""
-        parents = {keys[:-1] for held in self.keys.values() for keys in held.values()}
-        named = any(keys[-1] == name for held in self.keys.values() for name, keys in held.items())  # not in a list
+        parents = {keys[:-1] for names in self.keys.values() for keys in names.values()}
+        named = any(keys[-1] == name for names in self.keys.values() for name, keys in names.items())  # not in a list
         return parents.pop() if len(parents) == 1 and named else ()
 
 

@@ -66,7 +66,7 @@ class PickleStub:
         return _full_name(type(self))
 
     @property
-    def what(self) -> str:
+    def class_name(self) -> str:
         """The full name of the first class among `arguments`, which a function would construct, or `kind`."""
         classes = [value for value in self.arguments or () if isinstance(value, type) and issubclass(value, PickleStub)]
         return _full_name(classes[0]) if classes else self.kind

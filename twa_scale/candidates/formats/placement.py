@@ -24,7 +24,7 @@ class Placed(NamedTuple):
     """The elements, 1-D and contiguous."""
 
 
-def storages(tensor: Placeable, what: str) -> list[Stored]:
+def storages(tensor: Placeable, description: str) -> list[Stored]:
     """Return the tensors in files of which a tensor consists.
 
     Raises:
@@ -32,26 +32,26 @@ def storages(tensor: Placeable, what: str) -> list[Stored]:
     """
     match tensor:
         case Stored():
-            held = [tensor]
+            parts = [tensor]
         case ConcatenatedTensor():
-            held = [_vector(*part, what) for part in tensor.ranges(0, prod(tensor.shape))]
+            parts = [_vector(*part, description) for part in tensor.ranges(0, prod(tensor.shape))]
         case _:
-            held = [tensor.stored(box) for box in tensor.boxes()]
-    for stored in held:
+            parts = [tensor.stored(box) for box in tensor.boxes()]
+    for stored in parts:
         if not _apart(stored):
             raise CandidateError(
-                f"{stored.record.file.path}: {what} of shape {stored.shape} is saved with the strides {stored.stride}, "
-                "so that elements share their place in the file, and cannot be written there. Choose another --format "
-                "(format=), or save the tensor after clone()."
+                f"{stored.record.file.path}: {description} of shape {stored.shape} is saved with the strides "
+                f"{stored.stride}, so that elements share their place in the file, and cannot be written there. Choose "
+                "another --format (format=), or save the tensor after clone()."
             )
-    return held
+    return parts
 
 
-def _vector(part: Stored, first: int, count: int, what: str) -> Stored:
+def _vector(part: Stored, first: int, count: int, description: str) -> Stored:
     if not part.row_major():
         raise CandidateError(
-            f"{part.record.file.path}: {what} is in a partition with the strides {part.stride}, which is not a vector, "
-            "and cannot be written there. Copy the checkpoint again, or choose another --format (format=)."
+            f"{part.record.file.path}: {description} is in a partition with the strides {part.stride}, which is not a "
+            "vector, and cannot be written there. Copy the checkpoint again, or choose another --format (format=)."
         )
     return part.vector(first, count)
 
@@ -76,9 +76,9 @@ def placed(tensor: Placeable, start: int, values: torch.Tensor) -> Iterator[Plac
     for box, first, count in tensor.within(start, start + len(values)):
         part = values
         if count < len(values):
-            inside = torch.zeros(len(values), dtype=torch.bool)
-            scatter(torch.ones(count, dtype=torch.bool), tensor.shape, box.starts, box.sizes, start, inside)
-            part = values[inside]
+            is_inside = torch.zeros(len(values), dtype=torch.bool)
+            scatter(torch.ones(count, dtype=torch.bool), tensor.shape, box.starts, box.sizes, start, is_inside)
+            part = values[is_inside]
         yield from _in_stored(tensor.stored(box), first, part)
 
 
@@ -87,16 +87,16 @@ def _in_stored(stored: Stored, start: int, values: torch.Tensor) -> Iterator[Pla
         yield Placed(stored.record, stored.first + start, values)
         return
     indices = torch.arange(start, start + len(values))
-    places = torch.full_like(indices, stored.first)
+    positions = torch.full_like(indices, stored.first)
     for size, step in zip(reversed(stored.shape), reversed(stored.stride), strict=True):
-        places += indices % size * step
+        positions += indices % size * step
         indices //= size
-    places, order = places.sort()
+    positions, order = positions.sort()
     values = values[order]
-    ends = [*((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(values)]
+    ends = [*((positions.diff() != 1).nonzero().flatten() + 1).tolist(), len(values)]
     begin = 0
     for end in ends:
-        yield Placed(stored.record, int(places[begin]), values[begin:end])
+        yield Placed(stored.record, int(positions[begin]), values[begin:end])
         begin = end
 
 

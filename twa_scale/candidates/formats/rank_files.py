@@ -60,10 +60,10 @@ def open_rank_files(directory: Path, keys: WeightsKey | None = None) -> StoredCa
         _require_same_names(states, paths)
         tensors = {name: _Parts(name, [state[name] for state in states], paths).tensor() for name in states[0]}
         chosen = (keys or WeightsKey()).choose({(name,): t.shape for name, t in tensors.items()}, str(directory))
-        held = {name: tensors[path[0]] for name, path in chosen.items()}
-        beside = directory / _HUGGING_FACE
-        small = beside if beside.is_dir() else directory
-        return StoredCandidate(held, files, str(directory), small, Origin("the files of single ranks"))
+        weights = {name: tensors[path[0]] for name, path in chosen.items()}
+        subdirectory = directory / _HUGGING_FACE
+        small = subdirectory if subdirectory.is_dir() else directory
+        return StoredCandidate(weights, files, str(directory), small, Origin("the files of single ranks"))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         for file in files:
             file.close()
@@ -79,16 +79,16 @@ def open_rank_files(directory: Path, keys: WeightsKey | None = None) -> StoredCa
 
 def _paths(directory: Path) -> list[Path]:
     """Return the files of the ranks in their order."""
-    found: dict[int, dict[int, Path]] = {}
+    result: dict[int, dict[int, Path]] = {}
     for path in sorted(directory.iterdir()):
         if match := _NAME.fullmatch(path.name):
-            found.setdefault(int(match["size"]), {})[int(match["rank"])] = path
-    if len(found) > 1:
+            result.setdefault(int(match["size"]), {})[int(match["rank"])] = path
+    if len(result) > 1:
         raise CandidateError(
-            f"{directory}: holds files of saves on {' and '.join(map(str, sorted(found)))} ranks. Remove those of the "
+            f"{directory}: holds files of saves on {' and '.join(map(str, sorted(result)))} ranks. Remove those of the "
             "older save."
         )
-    ((size, by_rank),) = found.items()
+    ((size, by_rank),) = result.items()
     if missing := [rank for rank in range(size) if rank not in by_rank]:
         raise CandidateError(
             f"{directory}: has no 'model_world_size_{size}_rank_{missing[0]}.pt', and {len(missing)} of {size} files "
@@ -120,7 +120,7 @@ class _Parts:
         self._name = name
         self._values = values
         self._paths = paths
-        self._what = f"{paths[0].parent}: tensor {name!r}"
+        self._description = f"{paths[0].parent}: tensor {name!r}"
 
     def tensor(self) -> Stored | BoxTensor:
         """Return the whole tensor.
@@ -129,22 +129,24 @@ class _Parts:
             CandidateError: it is distributed in a way that is not supported, or parts of it are missing.
         """
         first = self._values[0]
-        kinds = {value.what if isinstance(value, PickleStub) else "a plain tensor" for value in self._values}
+        kinds = {value.class_name if isinstance(value, PickleStub) else "a plain tensor" for value in self._values}
         if len(kinds) > 1:
-            raise CandidateError(f"{self._what}: is {' and '.join(sorted(kinds))} in files of different ranks. {_FIX}")
+            raise CandidateError(
+                f"{self._description}: is {' and '.join(sorted(kinds))} in files of different ranks. {_FIX}"
+            )
         if isinstance(first, Stored):
             return self._plain(first)
-        if first.what not in (*_DTENSORS, _SHARDED):
-            raise CandidateError(f"{self._what}: is a {first.what}, which is not supported. {_FIX}")
+        if first.class_name not in (*_DTENSORS, _SHARDED):
+            raise CandidateError(f"{self._description}: is a {first.class_name}, which is not supported. {_FIX}")
         stubs = [value for value in self._values if isinstance(value, PickleStub)]
         _, dtype, size, *_ = first.arguments or [None, None, ()]
         shape = integers(size)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{self._name!r} has no dtype")
-        parts = self._sharded(stubs) if first.what == _SHARDED else self._dtensor(stubs, shape)
+        parts = self._sharded(stubs) if first.class_name == _SHARDED else self._dtensor(stubs, shape)
         stored = [part for part, _ in parts]
         boxes = [Box(starts, part.shape, (number,)) for number, (part, starts) in enumerate(parts)]
-        return BoxTensor(shape, dtype, boxes, lambda box: stored[box.where[0]], self._what)
+        return BoxTensor(shape, dtype, boxes, lambda box: stored[box.storage_index[0]], self._description)
 
     def _plain(self, first: Stored) -> Stored:
         """Return a tensor that every rank holds, such as a buffer; that of the first rank is read."""
@@ -174,8 +176,8 @@ class _Parts:
         count = _num_shards(lengths, shape[dim])
         if count is None:
             raise CandidateError(
-                f"{self._what}: the ranks hold {lengths[:8]} of {shape[dim]} indices of dim {dim}, which are not the "
-                f"shards of a mesh. All files must come from the same save. {_FIX}"
+                f"{self._description}: the ranks hold {lengths[:8]} of {shape[dim]} indices of dim {dim}, which are "
+                f"not the shards of a mesh. All files must come from the same save. {_FIX}"
             )
         chunk = -(-shape[dim] // count)
         starts = [min(chunk * rank, shape[dim]) for rank in range(count)]
@@ -192,13 +194,15 @@ class _Parts:
     def _dim(self, stubs: Sequence[PickleStub]) -> int | None:
         """Return the dimension that is sharded, or None if the tensor is replicated."""
         placements = [
-            (place.kind.rpartition(".")[2], place.dim) for place in stubs[0]._spec.placements or () if place is not None
+            (placement.kind.rpartition(".")[2], placement.dim)
+            for placement in stubs[0]._spec.placements or ()
+            if placement is not None
         ]
         kinds = [kind for kind, _ in placements]
         if not kinds or any(kind != "Replicate" for kind in kinds[:-1]) or kinds[-1] not in ("Replicate", "Shard"):
             raise CandidateError(
-                f"{self._what}: has the placements ({', '.join(kinds)}); read are those of FSDP and HSDP, (Shard) and "
-                f"(Replicate, Shard). {_FIX}"
+                f"{self._description}: has the placements ({', '.join(kinds)}); read are those of FSDP and HSDP, "
+                f"(Shard) and (Replicate, Shard). {_FIX}"
             )
         if kinds[-1] == "Replicate":
             return None

@@ -13,7 +13,7 @@ class RemoteFile:
     """A file of another machine that any number of threads read at offsets.
 
     After each read, the file system is asked whether the file is unchanged, because there is no open descriptor. Inside
-    `asked_once`, it is asked once at the end.
+    `check_once_at_end`, it is asked once at the end.
     """
 
     def __init__(self, url: Url) -> None:
@@ -22,13 +22,13 @@ class RemoteFile:
         self._identity = url.identity()
         self.size = self._identity[0]
 
-    def read(self, buffer: memoryview, offset: int, what: str) -> None:
+    def read(self, buffer: memoryview, offset: int, description: str) -> None:
         """Fill `buffer` with the bytes that begin at `offset`.
 
         Args:
             buffer: receives the bytes.
             offset: the first byte in the file.
-            what: the name of the bytes in error messages.
+            description: the name of the bytes in error messages.
 
         Raises:
             CandidateError: the file ends too early, or was changed or removed.
@@ -39,33 +39,33 @@ class RemoteFile:
         fits = len(content) == len(buffer)
         later: dict[RemoteFile, str] | None = getattr(_this_thread, "files", None)
         if later is not None and fits:
-            later.setdefault(self, what)
+            later.setdefault(self, description)
         else:
-            self.require_unchanged(what)
+            self.require_unchanged(description)
         if not fits:
             raise self._error(
-                what,
+                description,
                 f"the server sent {len(content)} bytes, where {len(buffer)} were asked for: it does not serve ranges, "
                 "or is damaged",
             )
         buffer[:] = content
 
-    def require_unchanged(self, what: str) -> None:
+    def require_unchanged(self, description: str) -> None:
         """Check with the file system that the file is still the one that was opened.
 
         Args:
-            what: the name of the bytes that were read, in error messages.
+            description: the name of the bytes that were read, in error messages.
 
         Raises:
             CandidateError: it was changed or removed.
         """
-        found = self._url.identity()
-        if problem := change(self.size, found[0], written=found != self._identity):
-            raise self._error(what, problem)
+        identity = self._url.identity()
+        if problem := change(self.size, identity[0], written=identity != self._identity):
+            raise self._error(description, problem)
 
-    def _error(self, what: str, problem: str) -> CandidateError:
+    def _error(self, description: str, problem: str) -> CandidateError:
         return CandidateError(
-            f"{self.path}: {what} cannot be read: {problem}. Candidates must not change until the run has ended."
+            f"{self.path}: {description} cannot be read: {problem}. Candidates must not change until the run has ended."
         )
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ _this_thread = threading.local()
 
 
 @contextmanager
-def asked_once() -> Iterator[None]:
+def check_once_at_end() -> Iterator[None]:
     """Check each file once, at the end of a `with` block, with one request for many reads.
 
     This applies to the reads of the thread that enters the block. Use the values only after the block.
@@ -90,5 +90,5 @@ def asked_once() -> Iterator[None]:
         yield
     finally:
         _this_thread.files = None
-        for file, what in files.items():
-            file.require_unchanged(what)
+        for file, description in files.items():
+            file.require_unchanged(description)

@@ -11,7 +11,7 @@ from twa_scale.base.inputs import MAX_JSON, brief, parse_json
 from twa_scale.base.urls import Url
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Origin
-from twa_scale.candidates.formats.remote_file import RemoteFile, asked_once
+from twa_scale.candidates.formats.remote_file import RemoteFile, check_once_at_end
 from twa_scale.candidates.other_formats import format_of
 from twa_scale.candidates.wrapper_names import unwrapped
 from twa_scale.errors import CandidateError
@@ -59,7 +59,7 @@ class SafetensorsCandidate:
         self.bytes_read = 0
         self._file = RemoteFile(path) if isinstance(path, Url) else File(path)
         try:
-            with asked_once():
+            with check_once_at_end():
                 entries, self.metadata = read_header(self._file)
             if (library := self.metadata.get("format")) in ("flax", "tf"):
                 raise CandidateError(
@@ -121,8 +121,8 @@ def read_header(file: File | RemoteFile) -> tuple[dict[str, Entry], dict[str, st
     label, size = file.path, file.size
     head = bytearray(min(16, size))
     file.read(memoryview(head), 0, "the header")
-    if what := format_of(head, size, safetensors=True):
-        raise CandidateError(f"{label}: {what}")
+    if format_name := format_of(head, size, safetensors=True):
+        raise CandidateError(f"{label}: {format_name}")
     if size < 8:
         raise CandidateError(
             f"{label}: has {size} bytes, too few for a safetensors file; it is truncated. Copy it again."
@@ -155,28 +155,28 @@ def read_header(file: File | RemoteFile) -> tuple[dict[str, Entry], dict[str, st
 
 
 def _entry(name: str, value: Any, data_start: int, label: str) -> Entry:
-    where = f"{label}: tensor {name!r}"
+    subject = f"{label}: tensor {name!r}"
     try:
         kind, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         numbers = (*shape, begin, end)
     except (KeyError, TypeError, ValueError) as error:
         raise CandidateError(
-            f"{where}: the header must give its dtype, shape and two data_offsets, not {brief(value)}. Write the file "
-            "again."
+            f"{subject}: the header must give its dtype, shape and two data_offsets, not {brief(value)}. Write the "
+            "file again."
         ) from error
     if len(shape) > _MAX_DIMS or any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
         raise CandidateError(
-            f"{where}: shape and data_offsets must be 64-bit integers from 0 on, at most {_MAX_DIMS} in a "
+            f"{subject}: shape and data_offsets must be 64-bit integers from 0 on, at most {_MAX_DIMS} in a "
             f"shape, not {brief(value)}. Write the file again."
         )
     if not isinstance(kind, str) or kind not in DTYPES:
         raise CandidateError(
-            f"{where}: dtype {brief(kind)} is not supported; supported: {', '.join(DTYPES)}. Convert the tensor."
+            f"{subject}: dtype {brief(kind)} is not supported; supported: {', '.join(DTYPES)}. Convert the tensor."
         )
     needed = prod(shape) * DTYPES[kind].itemsize
     if end - begin != needed:
         raise CandidateError(
-            f"{where}: shape {list(shape)} of {kind} needs {needed} bytes, but its data_offsets [{begin}, "
+            f"{subject}: shape {list(shape)} of {kind} needs {needed} bytes, but its data_offsets [{begin}, "
             f"{end}] hold {end - begin}. Write the file again."
         )
     return Entry(DTYPES[kind], shape, data_start + begin)

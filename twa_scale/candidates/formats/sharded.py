@@ -47,17 +47,17 @@ class ShardedCandidate:
             self.metadata = dict(sorted(set(parts[0]).intersection(*parts[1:])))
             self.stored_names = unwrapped(file_of, str(index))
             origins = list(map(origin_of, self._parts.values()))
-            keys = {path: held for origin in origins for path, held in origin.keys.items()}
+            keys = {path: file_keys for origin in origins for path, file_keys in origin.keys.items()}
             versions = {path: version for origin in origins for path, version in origin.versions.items()}
-            self.origin = Origin(f"several files, {origins[0].what} each", origins[0].written_as, keys, versions)
+            self.origin = Origin(f"several files, {origins[0].description} each", origins[0].written_as, keys, versions)
             # Which prefixes count as wrappers depends on all names, so a part may use another name for a tensor.
             names = {file: {raw: name for name, raw in part.stored_names.items()} for file, part in self._parts.items()}
             self._part_of = {
                 name: self._locate(raw, file_of[raw], names[file_of[raw]], index)
                 for name, raw in self.stored_names.items()
             }
-            for file, held in names.items():
-                _refuse_unlisted(index, file, held, file_of)
+            for file, file_keys in names.items():
+                _refuse_unlisted(index, file, file_keys, file_of)
         except BaseException:
             self.close()
             raise
@@ -78,24 +78,24 @@ class ShardedCandidate:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        part, own = self._part_of[name]
-        return part.shape(own)
+        part, stored_name = self._part_of[name]
+        return part.shape(stored_name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor, which is that of the tensors given to `read`."""
-        part, own = self._part_of[name]
-        return part.dtype(own)
+        part, stored_name = self._part_of[name]
+        return part.dtype(stored_name)
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with the elements that begin at `start`, from the file that holds the tensor."""
-        part, own = self._part_of[name]
-        part.read(own, start, out)
+        part, stored_name = self._part_of[name]
+        part.read(stored_name, start, out)
         self.bytes_read += out.nbytes
 
     def mapped(self, name: str) -> torch.Tensor | None:
         """Return a flat view of a whole tensor in the mapped file, or None if its file has none."""
-        part, own = self._part_of[name]
-        return part.mapped(own) if isinstance(part, Mappable) else None
+        part, stored_name = self._part_of[name]
+        return part.mapped(stored_name) if isinstance(part, Mappable) else None
 
     def close(self) -> None:
         """Close all files."""
@@ -103,13 +103,13 @@ class ShardedCandidate:
             part.close()
 
 
-def _refuse_unlisted(index: Path | Url, file: str, held: Iterable[str], file_of: Mapping[str, str]) -> None:
+def _refuse_unlisted(index: Path | Url, file: str, stored: Iterable[str], file_of: Mapping[str, str]) -> None:
     """Check that the index lists all tensors of a file. Loaders differ in what they do with unlisted tensors."""
-    for raw in held:
+    for raw in stored:
         if file_of.get(raw) != file:
-            where = f"places in {file_of[raw]!r}" if raw in file_of else "does not name"
+            problem = f"places in {file_of[raw]!r}" if raw in file_of else "does not name"
             raise CandidateError(
-                f"{index.parent / file}: holds tensor {raw!r}, which {index.name} {where}. Files and index must come "
+                f"{index.parent / file}: holds tensor {raw!r}, which {index.name} {problem}. Files and index must come "
                 "from the same save: write the candidate again (from_pretrained, save_pretrained)."
             )
 

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from twa_scale.candidates.entries import flattened
 from twa_scale.candidates.formats.flat_slices import copy_flat
-from twa_scale.candidates.weights_key import Object, WeightsKey
+from twa_scale.candidates.weights_key import StateObject, WeightsKey
 from twa_scale.candidates.wrapper_names import unwrapped
 from twa_scale.errors import CandidateError
 
@@ -33,7 +33,7 @@ class MemoryCandidate:
             entries = flattened(state_dict, lambda value: _is_tensor(value) or _is_array(value), _is_tensor)
         except ValueError as error:
             raise CandidateError(f"{label}: {error}. Give the state dict of the model alone.") from error
-        arrays = {path: Object(_kind(value), Counter()) for path, value in entries.items() if _is_array(value)}
+        arrays = {path: StateObject(_kind(value), Counter()) for path, value in entries.items() if _is_array(value)}
         shapes = {
             path: () if value.is_nested or is_lazy(value) else tuple(value.shape)
             for path, value in entries.items()

@@ -29,13 +29,13 @@ class ReadableTensor(Protocol):
     def dtype(self) -> torch.dtype:
         """The dtype of the tensor, which is that of the tensors given to `read`."""
 
-    def read(self, start: int, out: torch.Tensor, what: str) -> None:
+    def read(self, start: int, out: torch.Tensor, description: str) -> None:
         """Fill a 1-D tensor with elements in row-major order.
 
         Args:
             start: the first element in the row-major flattening.
             out: receives elements [start, start + len(out)).
-            what: the name of the tensor in error messages.
+            description: the name of the tensor in error messages.
         """
 
 
@@ -64,17 +64,17 @@ class Record:
         """The number of bytes."""
         return self.numel * self.dtype.itemsize
 
-    def read(self, start: int, buffer: memoryview, what: str) -> None:
+    def read(self, start: int, buffer: memoryview, description: str) -> None:
         """Fill `buffer` with the bytes that begin at `start`, and check the CRC once all bytes have been read.
 
         Raises:
             CandidateError: the file cannot be read, or the bytes do not have the CRC of the file.
         """
-        self.file.read(buffer, self.begin + start, what)
+        self.file.read(buffer, self.begin + start, description)
         if self.crc and self.pieces.add(start, buffer, self.nbytes) not in (None, self.crc):
             raise CandidateError(
-                f"{self.file.path}: {what} does not have the CRC-32 that was saved with it: the file is damaged. Copy "
-                "it again, or leave this candidate out."
+                f"{self.file.path}: {description} does not have the CRC-32 that was saved with it: the file is "
+                "damaged. Copy it again, or leave this candidate out."
             )
 
 
@@ -99,7 +99,7 @@ class Stored:
         """The number of elements."""
         return prod(self.shape)
 
-    def read(self, start: int, out: torch.Tensor, what: str) -> None:
+    def read(self, start: int, out: torch.Tensor, description: str) -> None:
         """Fill `out` with the elements that begin at `start`, in row-major order."""
         assert out.dtype == self.dtype and 0 <= start <= start + len(out) <= self.numel
         if not len(out):
@@ -107,13 +107,13 @@ class Stored:
         last = self.first + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         if min(self.first, *self.stride, 0) < 0 or last >= self.record.numel:
             raise CandidateError(
-                f"{self.record.file.path}: {what} reaches beyond the {self.record.numel} numbers of its storage: the "
-                "file is damaged. Copy it again, or leave this candidate out."
+                f"{self.record.file.path}: {description} reaches beyond the {self.record.numel} numbers of its "
+                "storage: the file is damaged. Copy it again, or leave this candidate out."
             )
         if self.row_major():
-            self.record.read((self.first + start) * out.itemsize, out.view(torch.uint8).numpy().data, what)
+            self.record.read((self.first + start) * out.itemsize, out.view(torch.uint8).numpy().data, description)
         else:
-            self._read_mapped(start, out, last + 1, what)
+            self._read_mapped(start, out, last + 1, description)
 
     def extent(self) -> tuple[int, int]:
         """Return the first byte of the tensor in the file, and the one after its last."""
@@ -148,13 +148,13 @@ class Stored:
             expected *= size
         return True
 
-    def _read_mapped(self, start: int, out: torch.Tensor, stop: int, what: str) -> None:
+    def _read_mapped(self, start: int, out: torch.Tensor, stop: int, description: str) -> None:
         """Read a slice of a transposed or channels_last tensor, whose elements are scattered over the record."""
         begin, end = (self.record.begin + i * out.itemsize for i in (self.first, stop))
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         # Read the last byte first: access to a page beyond the end of a mapped file would kill the process (SIGBUS).
         probe = bytearray(1)
-        self.record.file.read(memoryview(probe), end - 1, what)
+        self.record.file.read(memoryview(probe), end - 1, description)
         with self.record.file.descriptor() as handle:
             mapped = mmap.mmap(handle, end - page, access=mmap.ACCESS_COPY, offset=page)
         numbers = torch.frombuffer(mapped, dtype=torch.uint8)[begin - page :]
@@ -172,7 +172,7 @@ class ConcatenatedTensor:
     ranges: Callable[[int, int], Iterator[tuple[Stored, int, int]]]
     """A function of (start, stop) that yields (stored tensor, first element, number of elements) in order."""
 
-    def read(self, start: int, out: torch.Tensor, what: str) -> None:
+    def read(self, start: int, out: torch.Tensor, description: str) -> None:
         """Fill `out` with the elements that begin at `start`.
 
         Raises:
@@ -182,10 +182,10 @@ class ConcatenatedTensor:
         for stored, first, count in self.ranges(start, start + len(out)):
             if stored.dtype != self.dtype:
                 raise CandidateError(
-                    f"{stored.record.file.path}: {what} is {stored.dtype} here and {self.dtype} in the first part; all "
-                    "files must come from the same save. Copy the checkpoint again, or leave it out."
+                    f"{stored.record.file.path}: {description} is {stored.dtype} here and {self.dtype} in the first "
+                    "part; all files must come from the same save. Copy the checkpoint again, or leave it out."
                 )
-            stored.read(first, out[done : done + count], what)
+            stored.read(first, out[done : done + count], description)
             done += count
         assert done == len(out)
 

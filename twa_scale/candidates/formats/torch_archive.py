@@ -118,12 +118,12 @@ def dense_tensors(values: Mapping[Any, Any], path: object, fix: str) -> dict[str
     """
     for name, value in values.items():
         if is_tensor(value) and not isinstance(value, Stored):
-            if value.what.startswith("torch.distributed."):
+            if value.class_name.startswith("torch.distributed."):
                 fix = (
                     "It holds the shards of one rank, and nothing in it was run: save the model with "
                     "torch.distributed.checkpoint.save, or with Snapshots."
                 )
-            raise CandidateError(f"{path}: {name!r} is a {value.what}, which is not a dense tensor. {fix}")
+            raise CandidateError(f"{path}: {name!r} is a {value.class_name}, which is not a dense tensor. {fix}")
     return {str(name): value for name, value in values.items() if isinstance(value, Stored)}
 
 

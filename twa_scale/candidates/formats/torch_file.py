@@ -15,7 +15,7 @@ from twa_scale.candidates.formats.pickle_stubs import PickleStub, nested_values
 from twa_scale.candidates.formats.stored_tensors import Record, Stored, StoredCandidate
 from twa_scale.candidates.formats.torch_archive import Archive, dense_tensors, is_tensor
 from twa_scale.candidates.other_formats import format_of
-from twa_scale.candidates.weights_key import Object, WeightsKey
+from twa_scale.candidates.weights_key import StateObject, WeightsKey
 from twa_scale.errors import CandidateError
 
 # Names that a malicious pickle calls. Here nothing is called, but Python's unpickler would run them.
@@ -78,17 +78,17 @@ def _chosen(content: Mapping[Any, Any], keys: WeightsKey, label: str) -> tuple[d
         raise CandidateError(f"{label}: {error}. Save only tensors: torch.save(model.state_dict(), path).") from error
     shapes = {path: value.shape if isinstance(value, Stored) else () for path, value in tensors.items()}
     chosen = keys.choose(shapes, label, objects)
-    held = {name: tensors[path] for name, path in chosen.items()}
-    return dense_tensors(held, label, "Save a dense tensor in its place."), chosen
+    weights = {name: tensors[path] for name, path in chosen.items()}
+    return dense_tensors(weights, label, "Save a dense tensor in its place."), chosen
 
 
-def _objects(found: Mapping[Keys, PickleStub | Record]) -> dict[Keys, Object]:
+def _objects(stubs: Mapping[Keys, PickleStub | Record]) -> dict[Keys, StateObject]:
     """Return the objects that hold tensors or are arrays, and so may hold a weight."""
     seen, objects = 0, {}
-    for path, value in found.items():
-        if isinstance(value, Record) or _TENSORS.fullmatch(value.what):
-            what = "torch.storage.UntypedStorage" if isinstance(value, Record) else value.what
-            objects[path] = Object(what, Counter([()]))
+    for path, value in stubs.items():
+        if isinstance(value, Record) or _TENSORS.fullmatch(value.class_name):
+            kind = "torch.storage.UntypedStorage" if isinstance(value, Record) else value.class_name
+            objects[path] = StateObject(kind, Counter([()]))
             continue
         shapes: Counter[tuple[int, ...]] = Counter()
         for inner in nested_values(value):
@@ -97,8 +97,8 @@ def _objects(found: Mapping[Keys, PickleStub | Record]) -> dict[Keys, Object]:
                 raise ValueError(f"its objects hold more than {_MAX_VALUES} values")
             if is_tensor(inner):
                 shapes[inner.shape if isinstance(inner, Stored) else ()] += 1
-        if shapes or _ARRAYS.fullmatch(value.what):
-            objects[path] = Object(value.what, shapes)
+        if shapes or _ARRAYS.fullmatch(value.class_name):
+            objects[path] = StateObject(value.class_name, shapes)
     return objects
 
 
@@ -123,12 +123,12 @@ def shapes_in(path: Path) -> dict[Keys, tuple[int, ...]]:
 def _content(file: File) -> Mapping[Any, Any]:
     content = _loaded(file)
     if not isinstance(content, Mapping):
-        what = type(content).__name__
+        kind = type(content).__name__
         if isinstance(content, PickleStub):
-            what = f"an object of class {content.what}"
+            kind = f"an object of class {content.class_name}"
         elif isinstance(content, Stored | Record):
-            what = "a single tensor"
-        raise CandidateError(f"{file.path}: holds {what}, not a dict of tensors. Save model.state_dict() there.")
+            kind = "a single tensor"
+        raise CandidateError(f"{file.path}: holds {kind}, not a dict of tensors. Save model.state_dict() there.")
     return content
 
 
@@ -136,8 +136,8 @@ def _loaded(file: File) -> Any:
     head = bytearray(min(16, file.size))
     file.read(memoryview(head), 0, "the file")
     if not head.startswith(b"PK\x03\x04"):
-        if what := format_of(head, file.size, safetensors=False):
-            raise CandidateError(f"{file.path}: {what}")
+        if format_name := format_of(head, file.size, safetensors=False):
+            raise CandidateError(f"{file.path}: {format_name}")
         raise CandidateError(
             f"{file.path}: is not a zip archive, which torch.save writes since torch 1.6, but a legacy file, a plain "
             "pickle or something else; it was refused and nothing in it was run. If you trust it, load it once and "

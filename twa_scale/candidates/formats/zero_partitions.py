@@ -90,13 +90,13 @@ def split_fragments(
     shapes: Shapes, fragments: Callable[[int], Mapping[str, Stored]], world: int
 ) -> dict[str, ConcatenatedTensor]:
     """Return the frozen parameters of ZeRO-3. Each rank saves its parts of them by name."""
-    held = fragments(0)
+    local = fragments(0)
 
     def one(name: str, shape: tuple[int, ...]) -> ConcatenatedTensor:
         def ranges(rank: int, start: int, stop: int) -> Ranges:
             yield fragments(rank)[name], start, stop - start
 
-        return ConcatenatedTensor(tuple(shape), held[name].dtype, _cut(ranges, -(-prod(shape) // world), 0))
+        return ConcatenatedTensor(tuple(shape), local[name].dtype, _cut(ranges, -(-prod(shape) // world), 0))
 
     return {name: one(name, shape) for name, shape in shapes.items()}
 
@@ -143,8 +143,8 @@ class _RankVectors:
             start += count
 
 
-def _refuse(label: str, expected: str, found: str) -> NoReturn:
+def _refuse(label: str, expected: str, actual: str) -> NoReturn:
     raise CandidateError(
-        f"{label}: its parameter shapes need {expected}, but the optimizer files hold {found}. All files must come "
+        f"{label}: its parameter shapes need {expected}, but the optimizer files hold {actual}. All files must come "
         "from the same save with the same number of ranks: copy the checkpoint again, or leave it out."
     )

@@ -115,8 +115,8 @@ def _zip64_values(numbers: list[int], extra: bytes) -> list[int]:
         kind, nbytes = _EXTRA.unpack_from(extra, position)
         position += _EXTRA.size
         if kind == 1:
-            held = extra[position : position + nbytes]
-            wide = iter([int.from_bytes(held[i : i + 8], "little") for i in range(0, len(held) - 7, 8)])
+            value = extra[position : position + nbytes]
+            wide = iter([int.from_bytes(value[i : i + 8], "little") for i in range(0, len(value) - 7, 8)])
             return [next(wide, _UNKNOWN) if number == _UNKNOWN else number for number in numbers]
         position += nbytes
     return numbers

@@ -31,7 +31,7 @@ FORMATS = ("same", "hf", "dcp", "pt")
 
 
 def output_format(
-    name: str, candidates: Sequence[Candidate], carried: CarriedFiles, tell: Callable[[str], None] = notice
+    name: str, candidates: Sequence[Candidate], carried: CarriedFiles, notify: Callable[[str], None] = notice
 ) -> OutputFormat:
     """Return the format of an output that is called `name`.
 
@@ -39,7 +39,7 @@ def output_format(
         name: "hf" (safetensors), "pt", "dcp", or "same" for that of the last candidate, with the state of the training.
         candidates: the candidates; names and nesting are those of the last one.
         carried: the properties of the candidates that the output keeps.
-        tell: called with each notice for the user.
+        notify: called with each notice for the user.
 
     Raises:
         ConfigError: the format is unknown.
@@ -56,12 +56,12 @@ def output_format(
     if name == "dcp":
         return DcpFormat(_folder(last, origin), origin.nesting)
     with named_errors(OutputError, "--format same (format='same') copies what is in the directory."):
-        chosen = _same(last, origin, carried, tell)
-    tell(_whose_state([candidate.label for candidate in candidates]))
+        chosen = _same(last, origin, carried, notify)
+    notify(_whose_state([candidate.label for candidate in candidates]))
     return chosen
 
 
-def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable[[str], None]) -> OutputFormat:
+def _same(last: Candidate, origin: Origin, carried: CarriedFiles, notify: Callable[[str], None]) -> OutputFormat:
     root = _root(last, origin)
     if ranks_of(last):
         raise OutputError(
@@ -69,12 +69,12 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
             "which --format same (format='same') keeps, does not fit them. Choose hf, dcp or pt, or --space factors."
         )
     if origin.written_as == "deepspeed":
-        return _same_deepspeed(last, origin, root, carried, tell)
+        return _same_deepspeed(last, origin, root, carried, notify)
     files = _weight_files(last, origin)
     is_directory = Path(last.label).is_dir()
-    beside = state_files(root, files, tell, code=carried.code) if is_directory else []
+    beside = state_files(root, files, notify, code=carried.code) if is_directory else []
     own = {path: other_tensors(path, held.values()) for path, held in origin.keys.items()}
-    check_other_copies(last, origin, own, beside, tell)
+    check_other_copies(last, origin, own, beside, notify)
     if origin.written_as == "hf":
         index = _index(last)
         return SameSafetensorsFormat(_entries(files), None if index else last.file_name, beside)
@@ -84,15 +84,15 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, tell: Callable
 
 
 def _same_deepspeed(
-    last: Candidate, origin: Origin, root: Path, carried: CarriedFiles, tell: Callable[[str], None]
+    last: Candidate, origin: Origin, root: Path, carried: CarriedFiles, notify: Callable[[str], None]
 ) -> OutputFormat:
     files = files_in_deepspeed(root)
-    beside = state_files(root, files, tell, code=carried.code, of_deepspeed=True)
+    beside = state_files(root, files, notify, code=carried.code, of_deepspeed=True)
     own = shapes_in_deepspeed(root)
     added = [
         (str(path.relative_to(root)), path) for path in files if path not in own
     ]  # added to the folder by a script
-    check_other_copies(last, origin, own, [*beside, *added], tell)
+    check_other_copies(last, origin, own, [*beside, *added], notify)
     return SameDeepSpeedFormat(origin, root, beside)
 
 
@@ -104,7 +104,8 @@ def _root(last: Candidate, origin: Origin) -> Path:
     """
     if origin.written_as is None:
         raise OutputError(
-            f"{last.label}: is {origin.what}, which --format same (format='same') does not write. Choose hf, dcp or pt."
+            f"{last.label}: is {origin.description}, which --format same (format='same') does not write. Choose hf, "
+            "dcp or pt."
         )
     label = Path(last.label)
     if not label.exists():

@@ -31,7 +31,7 @@ def check_other_copies(
     origin: Origin,
     own: Mapping[Path, Mapping[Keys, Shape]],
     beside: Sequence[tuple[str, Path]],
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
     """Check that a training that resumes from copies of these files uses only weights that are replaced.
 
@@ -40,7 +40,7 @@ def check_other_copies(
         origin: the positions in its files of the weights that are replaced.
         own: the shapes of the tensors in its files, by their paths of keys.
         beside: the files that are copied unchanged, by their path in the directory.
-        tell: called with each notice for the user.
+        notify: called with each notice for the user.
 
     Raises:
         OutputError: another file also contains the weights, or an optimizer has its own copy of them.
@@ -57,18 +57,18 @@ def check_other_copies(
     if 2 * len(set().union(*copies.values())) >= max(1, len(weights)):
         raise OutputError(_held_again(label, next(iter(copies))))
     if origin.nesting != (OF_LIGHTNING,) and any(keys[0] == OF_LIGHTNING for held in found.values() for keys in held):
-        tell(
+        notify(
             f"{label}: Lightning's WeightAveraging resumes from {OF_LIGHTNING!r}, which stays that of the last "
             f"candidate. Set `weights_key: {OF_LIGHTNING}` (--weights-key) to average that."
         )
     every = [keys for shapes in (*found.values(), *others.values()) for keys in shapes]
     if slow := sorted({".".join(keys) for keys in every if _is_slow(keys)}):
-        tell(
+        notify(
             f"{label}: {some(slow)} are weights that the optimizer keeps (Lookahead, schedule-free). They remain those "
             f"of the last candidate, and training continues from both. {_WAY_OUT}, if this is not intended."
         )
     if unread:
-        tell(
+        notify(
             f"{label}: {some(unread)} cannot be read and are copied unchanged. If they contain weights, training may "
             "resume from those instead of the average."
         )

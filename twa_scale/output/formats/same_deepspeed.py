@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from twa_scale.candidates.formats.deepspeed import files_in_deepspeed, places_in_deepspeed
+from twa_scale.candidates.formats.deepspeed import files_in_deepspeed, storages_in_deepspeed
 from twa_scale.candidates.formats.origin import Origin
 from twa_scale.candidates.formats.placement import Placeable
 from twa_scale.errors import OutputError
@@ -73,7 +73,7 @@ class _DeepSpeedFiles(PlacedFiles):
 
     def places(self, directory: Path) -> Mapping[str, Sequence[Placeable]]:
         """Return the tensors that hold each weight."""
-        found = places_in_deepspeed(directory)
+        found = storages_in_deepspeed(directory)
         if absent := next((spec.name for spec in self._specs if spec.name not in found), None):
             raise OutputError(
                 f"{self._root}: tensor {absent!r} is not in the files of the last candidate under this name, and "

@@ -9,7 +9,7 @@ from twa_scale.candidates.formats.dcp import METADATA
 from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard
 from twa_scale.candidates.formats.deepspeed import is_deepspeed
 from twa_scale.candidates.side_files import NO_FOLDER, is_code, root_of_links
-from twa_scale.candidates.steps import says_step
+from twa_scale.candidates.steps import has_step_number
 from twa_scale.errors import OutputError
 from twa_scale.output.provenance import PROVENANCE
 
@@ -19,7 +19,7 @@ _LOADED = {name for order in LOADERS.values() for name in order}
 def state_files(
     root: Path,
     weights: Collection[Path],
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
     *,
     code: bool = False,
     of_deepspeed: bool = False,
@@ -32,7 +32,7 @@ def state_files(
     Args:
         root: the directory of a candidate.
         weights: the files of its weights.
-        tell: called with one line for each reason why files are left out.
+        notify: called with one line for each reason why files are left out.
         code: whether code is copied too.
         of_deepspeed: whether the weights are those of a checkpoint of DeepSpeed.
 
@@ -49,7 +49,7 @@ def state_files(
     found = _Found(root, {path.resolve() for path in weights}, code)
     files = [(str(path.relative_to(root)), path) for path in found.files(root)]
     for why, names in found.left_out.items():
-        tell(f"{root}: left out of the output: {some(sorted(names))} ({why}).")
+        notify(f"{root}: left out of the output: {some(sorted(names))} ({why}).")
     return files
 
 
@@ -76,7 +76,7 @@ class _Found:
             return True
         if folder.is_symlink():
             return self._leave_out(folder, "a link to a folder")
-        if says_step(folder):
+        if has_step_number(folder):
             return self._leave_out(folder, "a separate checkpoint")
         if any(map(is_rank_shard, folder.iterdir())):  # torchtitan leaves it next to the complete files
             return self._leave_out(folder, "the weights before the average, in other files")

@@ -14,7 +14,7 @@ from twa_scale.base.process_memory import resident
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate, open_candidates
 from twa_scale.candidates.mapped import mapped
-from twa_scale.candidates.read_ahead import Job, are_remote, chunk_of, job_bytes
+from twa_scale.candidates.read_ahead import Job, are_remote, job_bytes, largest_read
 from twa_scale.candidates.streaming import scratch_bytes
 from twa_scale.config import RunConfig
 from twa_scale.config.kinds import StoreName
@@ -179,7 +179,9 @@ def _streaming_bytes(tensors: _Tensors, read: dict[str, int], config: RunConfig)
     candidates, layout = tensors.candidates, tensors.layout
     itemsize = max(candidate.dtype(layout.source(name)).itemsize for name in read for candidate in candidates)
     chunk, received = config.read_chunk, config.reads_in_flight if are_remote(candidates) else 0
-    return scratch_bytes(len(candidates), max(read.values()), itemsize, chunk_of(candidates, chunk), received=received)
+    return scratch_bytes(
+        len(candidates), max(read.values()), itemsize, largest_read(candidates, chunk), received=received
+    )
 
 
 def _summed(engine: RunEngine, numbers: dict[str, int]) -> dict[str, int]:
