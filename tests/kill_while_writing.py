@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from twa_scale.base.spans import whole
+from twa_scale.base.spans import whole_tensor
 from twa_scale.output import TensorSpec, publish, writing
 from twa_scale.output.provenance import provenance, with_provenance
 from twa_scale.output.temporary import remove_leftovers
@@ -36,7 +36,7 @@ def write(out: Path, generation: int) -> None:
     said = with_provenance(provenance("a test", []), files)
     with writing(out, SPECS, Group.alone(), max_shard_size=4000, overwrite=True, **said) as writer:
         for spec in SPECS:
-            writer.write(whole(spec.name, spec.shape), torch.full(spec.shape, generation, dtype=torch.float32))
+            writer.write(whole_tensor(spec.name, spec.shape), torch.full(spec.shape, generation, dtype=torch.float32))
 
 
 def read(out: Path) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from twa_scale.base.spans import whole
+from twa_scale.base.spans import whole_tensor
 from twa_scale.output import TensorSpec, writing
 from twa_scale.ranks import Group
 
@@ -81,7 +81,7 @@ def write_candidates(config: LlamaConfig, directory: Path, n: int, seed: int) ->
         for number, spec in enumerate(specs):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             for writer, values in zip(writers, candidates_of(spec.shape, n, seed, generator), strict=True):
-                writer.write(whole(spec.name, spec.shape), values.view(-1))
+                writer.write(whole_tensor(spec.name, spec.shape), values.view(-1))
 
 
 def candidates_of(shape: tuple[int, ...], n: int, seed: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

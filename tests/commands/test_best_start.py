@@ -52,7 +52,7 @@ class Lines(Report):
         super().__init__(active=False)
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.said.append(text)
 
 

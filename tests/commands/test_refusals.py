@@ -111,7 +111,7 @@ def path_of(copied: Brought, i: int = 1) -> Path:
     return sorted(Path(copied.candidates).parent.glob("step-*"))[i] / "model.safetensors"
 
 
-def spoil(copied: Brought, kind: str) -> list[str]:
+def set_fault(copied: Brought, kind: str) -> list[str]:
     path = path_of(copied)
     state = load_file(path)
     name = "blocks.1.mlp_in.weight"
@@ -146,7 +146,7 @@ def spoil(copied: Brought, kind: str) -> list[str]:
 @pytest.mark.parametrize("kind", ["nan", "shape", "missing", "integer", "truncated", "garbage", "empty"])
 @pytest.mark.parametrize("command", ["run", "inspect", "average"])
 def test_bad_candidates(shell: Any, copied: Brought, tmp_path: Path, kind: str, command: str) -> None:
-    words = spoil(copied, kind)
+    words = set_fault(copied, kind)
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(copied.candidates, copied.task, tmp_path / "out")))
     typed: dict[str, tuple[object, ...]] = {

@@ -374,7 +374,7 @@ def test_settings_in_the_deepspeed_configuration(ranks: Pool, tmp_path: Path) ->
 # -- loss scale ----------------------------------------------------------------------------------------------------
 
 
-def scaled(engine: str, spoil: bool) -> dict[str, Any]:
+def scaled(engine: str, set_fault: bool) -> dict[str, Any]:
     """fp16 with DeepSpeed's dynamic loss scale: an overflow leaves the weights, and lowers the scale.
 
     DeepSpeed refuses fp16 where the CPU has no instructions for it; torch computes it all the same.
@@ -390,7 +390,7 @@ def scaled(engine: str, spoil: bool) -> dict[str, Any]:
     scales = []
     for step in range(3):
         loss = one_loss(model, step)
-        spoiled = spoil and step == 1 and dist.get_rank() == 0
+        spoiled = set_fault and step == 1 and dist.get_rank() == 0
         model.backward(loss * float("inf") if spoiled else loss)
         moved.append(twa.step())
         twa.zero_grad()
@@ -401,10 +401,10 @@ def scaled(engine: str, spoil: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("engine", zero.ENGINES)
 def test_gradients_are_unscaled(ranks: Pool, engine: str) -> None:
     unscaled = ranks(cases.train, 2, engine="plain", run=RUN)[0].coefficients
-    for result in ranks(scaled, 2, engine=engine, spoil=False):
+    for result in ranks(scaled, 2, engine=engine, set_fault=False):
         assert result["moved"] == [True] * 3
         torch.testing.assert_close(result["a"], unscaled, rtol=0.05, atol=0.01)
-    for result in ranks(scaled, 2, engine=engine, spoil=True):
+    for result in ranks(scaled, 2, engine=engine, set_fault=True):
         assert result["moved"] == [True, False, True]
         assert result["scales"] == [16, 8, 8]
         assert bool(result["a"].isfinite().all())

@@ -27,7 +27,7 @@ def rows(directory: Path) -> list[dict[str, str]]:
 
 
 def records(directory: Path, step: int = 0, **options: Any) -> Records:
-    return Records(directory, active=True, step=step, say=print, report_to=["csv"], **options)
+    return Records(directory, active=True, step=step, log=print, report_to=["csv"], **options)
 
 
 def settings(output: Path, *names: str) -> RunConfig:
@@ -55,7 +55,7 @@ def test_csv_has_a_column_for_each_metric(tmp_path: Path) -> None:
 
 def test_csv_on_a_full_disk(tmp_path: Path) -> None:
     said: list[str] = []
-    file = Records(tmp_path, active=True, step=0, say=said.append, report_to=["csv"])
+    file = Records(tmp_path, active=True, step=0, log=said.append, report_to=["csv"])
     file.write(1, {"loss": 0.5})
     with files_up_to(12):
         file.write(2, {"loss": 0.25})

@@ -141,7 +141,7 @@ def test_types_and_replacements(tmp_path: Path) -> None:
 # What must not be published
 
 
-def spoil(root: Path, value: float, tensor: str = "big") -> str:
+def set_fault(root: Path, value: float, tensor: str = "big") -> str:
     states = [tensors(i) for i in range(3)]
     states[1][tensor].view(-1)[-1] = value
     return save(root, states)
@@ -150,17 +150,17 @@ def spoil(root: Path, value: float, tensor: str = "big") -> str:
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite(ranks: Pool, tmp_path: Path, size: int, value: float) -> None:
-    error = ranks.error(work, size, pattern=spoil(tmp_path, value), out=tmp_path / "out", chunk=16)
+    error = ranks.error(work, size, pattern=set_fault(tmp_path, value), out=tmp_path / "out", chunk=16)
     assert isinstance(error, CandidateError)
     assert all(part in str(error) for part in ("step-1", "'big'", "element 406"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0", "step-1", "step-2"]
 
 
 def test_copies_refuse_nan_only(tmp_path: Path) -> None:
-    work(spoil(tmp_path / "inf", float("-inf"), "bias"), tmp_path / "out", 16)
+    work(set_fault(tmp_path / "inf", float("-inf"), "bias"), tmp_path / "out", 16)
     assert load_file(tmp_path / "out/model.safetensors")["bias"][-1] == float("-inf")
     with pytest.raises(CandidateError, match=r"'bias' holds nan at element .* Leave this candidate out"):
-        work(spoil(tmp_path / "nan", float("nan"), "bias"), tmp_path / "out2", 16)
+        work(set_fault(tmp_path / "nan", float("nan"), "bias"), tmp_path / "out2", 16)
 
 
 def test_a_copy_of_a_candidate_is_reported(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
 
 def test_temporarily_full_disk_loses_nothing(tmp_path: Path) -> None:
     said: list[str] = []
-    records = Records(tmp_path, active=True, step=0, say=said.append)
+    records = Records(tmp_path, active=True, step=0, log=said.append)
     for step in range(1, 30):
         if step < 10 or step > 20:
             records.write(step, {"loss": step / 8, "lr": 0.5})
@@ -37,7 +37,7 @@ def test_temporarily_full_disk_loses_nothing(tmp_path: Path) -> None:
 
 def test_lost_bytes_are_reported(tmp_path: Path) -> None:
     said: list[str] = []
-    records = Records(tmp_path, active=True, step=0, say=said.append)
+    records = Records(tmp_path, active=True, step=0, log=said.append)
     with files_up_to(10):
         records.write(1, {"loss": 0.5})
         records.close()
@@ -45,9 +45,9 @@ def test_lost_bytes_are_reported(tmp_path: Path) -> None:
 
 
 def test_records_that_cannot_be_created(tmp_path: Path) -> None:
-    Records(tmp_path, active=True, step=0, say=print).write(1, {"loss": 0.5, "lr": 0.1})
+    Records(tmp_path, active=True, step=0, log=print).write(1, {"loss": 0.5, "lr": 0.1})
     with files_up_to(10), pytest.raises(OutputError, match=METRICS):
-        Records(tmp_path, active=True, step=1, say=print)
+        Records(tmp_path, active=True, step=1, log=print)
     assert len(read_records(tmp_path)) == 1
 
 
@@ -57,18 +57,18 @@ def test_damaged_lines_are_removed_and_counted(tmp_path: Path) -> None:
     lines = [first, *damaged, last, b'{"step": 3, "lo']
     (tmp_path / METRICS).write_bytes(b"\n".join(lines))
     said: list[str] = []
-    Records(tmp_path, active=True, step=2, say=said.append).close()
+    Records(tmp_path, active=True, step=2, log=said.append).close()
     assert [json.loads(line)["loss"] for line in (tmp_path / METRICS).read_text().splitlines()] == [0.5, 0.25]
     assert len(said) == 1 and "7 damaged lines" in said[0]
 
 
 def test_resumed_run_replaces_records_of_repeated_steps(tmp_path: Path) -> None:
-    first = Records(tmp_path, active=True, step=0, say=print)
+    first = Records(tmp_path, active=True, step=0, log=print)
     first.write(0, {"validation/loss": 1.0})
     for step in (1, 2, 3):
         first.write(step, {"loss": step / 8, "lr": 0.5})
     first.write(2, {"validation/loss": 0.5})
-    second = Records(tmp_path, active=True, step=2, say=print)
+    second = Records(tmp_path, active=True, step=2, log=print)
     second.write(2, {"validation/loss": 0.25})
     second.write(3, {"loss": 9.0, "lr": 0.5})
     assert scalars(tmp_path, "loss") == [(1, 0.125), (2, 0.25), (3, 9.0)]

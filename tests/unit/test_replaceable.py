@@ -12,7 +12,7 @@ from torch import nn
 
 import twa_scale
 from twa_scale import OutputError, Snapshots, TwaWarning
-from twa_scale.base.spans import whole
+from twa_scale.base.spans import whole_tensor
 from twa_scale.merge import average_fixed
 from twa_scale.output import TensorSpec, writing
 from twa_scale.output.provenance import provenance, with_provenance
@@ -86,7 +86,7 @@ def keep_an_index(out: Path) -> None:
     with writing(
         out.parent / "x", [TensorSpec("a", (1,), torch.float32)], Group.alone(), **with_provenance({}, {})
     ) as writer:
-        writer.write(whole("a", (1,)), torch.ones(1))
+        writer.write(whole_tensor("a", (1,)), torch.ones(1))
     (out.parent / "x/model.safetensors").rename(out / "model.safetensors")
     shutil.rmtree(out.parent / "x")
 
@@ -145,7 +145,7 @@ def test_files_that_appear_during_writing_are_kept(tmp_path: Path, overwrite: bo
             out, [SPEC], Group.alone(), overwrite=overwrite, **with_provenance(provenance("a test", []), {})
         ) as writer,
     ):
-        writer.write(whole("a", (1,)), torch.ones(1))
+        writer.write(whole_tensor("a", (1,)), torch.ones(1))
         touch("optimizer.pt")(out)
     assert held(out) == {"optimizer.pt": b"precious"} and list(tmp_path.iterdir()) == [out]
 
@@ -157,7 +157,7 @@ def test_keep_last_deletes_only_snapshots(tmp_path: Path, asynchronous: bool) ->
     with writing(
         tmp_path / "step-00000000", [SPEC], Group.alone(), **with_provenance(provenance("an average", []), {})
     ) as writer:
-        writer.write(whole("a", (1,)), torch.ones(1))
+        writer.write(whole_tensor("a", (1,)), torch.ones(1))
     with (
         pytest.warns(TwaWarning, match="keep_last does not delete it") as said,
         Snapshots(tmp_path, every_n_steps=1, keep_last=1, asynchronous=asynchronous) as snapshots,

@@ -12,7 +12,7 @@ from tests.ranks import cases
 from tests.ranks.cases import Run
 from twa_scale import ConfigError, StateError, TwaError
 from twa_scale.average.rows.shapes import row_lengths, rows_of
-from twa_scale.base.spans import Span, block, whole
+from twa_scale.base.spans import Span, block, whole_tensor
 
 ROWS: dict[str, Any] = {"groups": "tensor+row", "optimizer": {"name": "sgd", "lr": 0.005, "row_lr": 0.02}}
 
@@ -43,7 +43,7 @@ def test_rows_of_modules(module: nn.Module, lengths: dict[str, int]) -> None:
 
 
 SPANS = [
-    (whole("w", (4, 6)), 6),
+    (whole_tensor("w", (4, 6)), 6),
     (Span("w", 3, 17), 6),
     (Span("w", 7, 9), 6),
     (Span("w", 6, 12), 6),

@@ -58,7 +58,7 @@ def test_part_equals_a_slice(box: tuple[tuple[int, ...], ...], first: int, secon
 def test_cuts_tile_the_span_and_stay_in_one_part(box: tuple[tuple[int, ...], ...], first: int) -> None:
     shape, span = box[0], block("w", *box)
     size = prod(shape[1:]) * (first if span.run == 0 else 1)
-    cuts = list(span.cuts(size))
+    cuts = list(span.split(size))
     assert [i for _, cut in cuts for i in elements(cut)] == elements(span)
     assert [start for start, _ in cuts] == [sum(len(cut) for _, cut in cuts[:i]) for i in range(len(cuts))]
     parts = [{i // size for i in elements(cut)} for _, cut in cuts if len(cut)]

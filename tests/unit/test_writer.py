@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.limits import files_up_to, small_disk
 from tests.pool import Pool
-from twa_scale.base.spans import Span, share, whole
+from twa_scale.base.spans import Span, share, whole_tensor
 from twa_scale.candidates import open_candidates
 from twa_scale.errors import CandidateError, ConfigError, OutputError
 from twa_scale.output import TensorSpec, parse_size, ranks_writer, writing
@@ -151,7 +151,7 @@ def test_from_pretrained(tmp_path: Path) -> None:
             tmp_path / "out", specs_of(state), Group.alone(), max_shard_size=limit, overwrite=True, **said
         ) as writer:
             for name, tensor in state.items():
-                writer.write(whole(name, tuple(tensor.shape)), tensor.reshape(-1) * 2)
+                writer.write(whole_tensor(name, tuple(tensor.shape)), tensor.reshape(-1) * 2)
         read = transformers.BertModel.from_pretrained(tmp_path / "out").state_dict()
         assert all(torch.equal(read[name].double(), state[name].double() * 2) for name in state)
 

@@ -12,7 +12,7 @@ from twa_scale.average.layout import Layout
 from twa_scale.average.load_candidates import LoadedCandidates, fingerprint, write_rest
 from twa_scale.average.parts import Parts
 from twa_scale.average.rows import make_rows
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.notices import notice
 from twa_scale.candidates.buffers import copied_notice
 from twa_scale.candidates.find import copies
@@ -37,27 +37,27 @@ def assemble(parts: Parts, loaded: LoadedCandidates, weights: Sequence[float]) -
         CandidateError, ConfigError: on every rank.
     """
     config, engine, pods, layout, store = parts.config, parts.engine, parts.pods, parts.layout, parts.store
-    found = fingerprint(engine, layout, parts.candidates, loaded)
-    found.require_same_in(pods)
+    result = fingerprint(engine, layout, parts.candidates, loaded)
+    result.require_same_in(pods)
     gram = pods.sum_(loaded.gram.mul_(pods.share))  # equal in pods only up to rounding, which would make them diverge
     rounding = _rounding(config, pods, store, loaded.errors, gram)
     with pods.agree():
-        _require_equal_ties(layout, found)
+        _require_equal_ties(layout, result)
     write_rest(engine, layout, loaded)
-    _report(parts, found, loaded)
+    _report(parts, result, loaded)
     basis = _basis(pods, config, gram.cpu(), weights)  # small matrices, which a CPU handles faster than a GPU
     rows = make_rows(config, engine, pods, parts.reduction, layout, basis, store.coding)
-    return TrainableAverage(parts, basis, rows, found, rounding)
+    return TrainableAverage(parts, basis, rows, result, rounding)
 
 
-def _report(parts: Parts, found: Fingerprint, loaded: LoadedCandidates) -> None:
+def _report(parts: Parts, fingerprint: Fingerprint, loaded: LoadedCandidates) -> None:
     """Report on one rank settings that may be unintended. Collective, because warnings may be turned into errors."""
     config, engine, pods, layout = parts.config, parts.engine, parts.pods, parts.layout
     copied = {name: i for differing in engine.shard_group.gather(loaded.differing) for name, i in differing.items()}
     with pods.agree():
         if pods.rank != 0:
             return
-        _warn_of_equals(layout, found)
+        _warn_of_equals(layout, fingerprint)
         _report_fixed_tensors(layout)
         if config.groups == "expert":
             notice(experts_line(layout.groups, layout.group_of, layout.experts))
@@ -69,20 +69,20 @@ def _report(parts: Parts, found: Fingerprint, loaded: LoadedCandidates) -> None:
                 f"attached to a plain module that a {wrapper} wraps: every rank holds the whole average, and "
                 f"the wrapper's own averaging of gradients is wasted. Attach to the {wrapper}."
             )
-        if text := copied_notice(copied, found.labels):
+        if text := copied_notice(copied, fingerprint.labels):
             notice(text)
 
 
 def _report_fixed_tensors(layout: Layout) -> None:
     if layout.kept:
         notice(
-            f"{len(layout.kept)} tensors of the model ({some(layout.kept, 2)}) are in no candidate, and keep the "
+            f"{len(layout.kept)} tensors of the model ({quoted(layout.kept, 2)}) are in no candidate, and keep the "
             "value that the model has (`missing`). Exports hold what the candidates hold, so they lack these "
             "tensors, and from_pretrained of an export initializes them anew: copy them from this model."
         )
     if layout.base:
         notice(
-            f"the base model keeps its {len(layout.base)} tensors ({some(layout.base, 2)}): candidates and exports "
+            f"the base model keeps its {len(layout.base)} tensors ({quoted(layout.base, 2)}): candidates and exports "
             "are adapters."
         )
 
@@ -94,7 +94,7 @@ def _require_equal_ties(layout: Layout, fingerprint: Fingerprint) -> None:
         CandidateError: naming the first candidate and both tensors.
     """
     sums = dict(zip(fingerprint.shapes, fingerprint.checksums.T.tolist(), strict=True))
-    for source, *aliases in layout.held_as.values():
+    for source, *aliases in layout.names_in_candidates.values():
         for alias in aliases:
             for label, first, second in zip(fingerprint.labels, sums[source], sums[alias], strict=True):
                 if first != second:

@@ -77,7 +77,7 @@ class TrainableAverage(Stateful):
         self.optimizer = AverageOptimizer(make_optimizer(config, self._x), rows, self, self._take_step)
         """A torch optimizer for schedulers and trainers; its step is `step`."""
         self.closed = self._moved = False
-        self._swapped = SwappedWeights(engine, pods, lambda: self._written.write(), gradients.spoil)
+        self._swapped = SwappedWeights(engine, pods, lambda: self._written.write(), gradients.set_fault)
         postpone = config.combine == "forward"
         self._weights = Weights(engine, store, self._spans, layout, self.clock, postpone=postpone)
         limits = WeightLimits(engine, self._weights, layout, basis, rows, pods)
@@ -147,7 +147,7 @@ class TrainableAverage(Stateful):
         Call it before you read parameters directly. Forward passes, the methods of this class and `state_dict` of the
         module call it themselves.
         """
-        self._weights.settle()
+        self._weights.write_deferred()
 
     @while_open
     def zero_grad(self, set_to_none: bool = True) -> None:

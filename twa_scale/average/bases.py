@@ -112,9 +112,9 @@ class LinearBasis(Basis):
         if not target.any():  # the center of a centered basis; the pseudo-inverse is slow for many candidates
             return target.new_zeros(self.matrix.shape[2], target.shape[1])
         normal = self.matrix.mT @ self.gram @ self.matrix
-        right = torch.einsum("gik,gij,jg->gk", self.matrix, self.gram, target)
+        rhs = torch.einsum("gik,gij,jg->gk", self.matrix, self.gram, target)
         inverse: torch.Tensor = torch.linalg.pinv(normal, rtol=1e-12, hermitian=True)
-        return (inverse @ right[..., None])[..., 0].T.contiguous()
+        return (inverse @ rhs[..., None])[..., 0].T.contiguous()
 
 
 class Normalized(LinearBasis):

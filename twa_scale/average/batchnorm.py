@@ -50,7 +50,7 @@ def recalibrate(
     local_forward = pods.size == pods.count and not synced  # no collectives, so ranks can agree on its errors
     modes = {child: child.training for child in module.modules()}
     momenta = [layer.momentum for layer in layers]
-    before: list[list[torch.Tensor]] | None = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
+    saved: list[list[torch.Tensor]] | None = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
     count = 0
     try:
         module.eval()
@@ -66,9 +66,9 @@ def recalibrate(
         total = int(pods.sum_(torch.tensor([count], device=device)).item())
         if total:
             _average(layers, count / total, total, pods)
-            before = None
+            saved = None
     finally:
-        for layer, buffers in zip(layers, before or (), strict=before is not None):
+        for layer, buffers in zip(layers, saved or (), strict=saved is not None):
             for buffer, value in zip(layer.buffers(), buffers, strict=True):
                 buffer.copy_(value)
         for child, training in modes.items():
@@ -97,14 +97,14 @@ def _average(layers: list[_BatchNorm], part: float, total: int, group: Group) ->
 
 def statistics(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> set[str]:
     """Return the names of the `buffers` that are statistics of a BatchNorm layer."""
-    held = {id(buffer) for layer in batchnorm_layers(module) for buffer in layer.buffers()}
-    return {name for name, buffer in buffers.items() if id(buffer) in held}
+    buffer_ids = {id(buffer) for layer in batchnorm_layers(module) for buffer in layer.buffers()}
+    return {name for name, buffer in buffers.items() if id(buffer) in buffer_ids}
 
 
 def _next_on_all(iterator: Any, group: Group, device: torch.device) -> Any:
     """Return the next batch if every rank has one, else None."""
     with group.agree():
-        batch = _to(next(iterator, None), device)
+        batch = _to_device(next(iterator, None), device)
     have = group.sum_(torch.tensor([batch is not None], dtype=torch.int64, device=device))
     return batch if int(have.item()) == group.size else None
 
@@ -115,11 +115,11 @@ def _call(module: nn.Module, batch: Any) -> object:
     return module(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(device)
     if isinstance(batch, dict):
-        return {key: _to(value, device) for key, value in batch.items()}
+        return {key: _to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return [_to(value, device) for value in batch]
+        return [_to_device(value, device) for value in batch]
     return batch

@@ -54,7 +54,7 @@ def export(
     """
     with pods.agree():
         check_dtype(options.dtype)
-    names = [name for held in layout.held_as.values() for name in held]
+    names = [name for names_of_tensor in layout.names_in_candidates.values() for name in names_of_tensor]
     with pods.agree():
         chosen = output_format(options.form, candidates, carried, notice if pods.rank == 0 else ignore_notice)
     stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, options.dtype)
@@ -68,7 +68,7 @@ def export(
         with writing(out, stored.specs, group, **arguments) as writer:
             with group.agree():
                 _require_one_tensor(writer.shared, layout, stored)
-            write_live(writer, engine, layout.held_as, stored, progress)
+            write_live(writer, engine, layout.names_in_candidates, stored, progress)
     if pods.rank == 0 and options.dtype is None and (text := types_notice(candidates, names, of_last=chosen.of_last)):
         notice(text)
 
@@ -79,9 +79,13 @@ def _require_one_tensor(shared: Sequence[tuple[str, str]], layout: Layout, store
     Raises:
         OutputError: two of them are different tensors. The message names them.
     """
-    own_of = {stored.stored_name(name): own for own, names in layout.held_as.items() for name in names}
+    model_names = {
+        stored.stored_name(name): model_name
+        for model_name, names in layout.names_in_candidates.items()
+        for name in names
+    }
     for first, second in shared:
-        if own_of.get(first) != own_of.get(second):
+        if model_names.get(first) != model_names.get(second):
             raise OutputError(
                 f"tensors {first!r} and {second!r} are one tensor in the files of the last candidate, which "
                 "format='same' keeps, but two in the model. Choose hf, dcp or pt."

@@ -78,7 +78,7 @@ class Gradients:
         if self._squares is None:
             return
         if span in self._squared:  # the norm of a sum cannot be computed from the norms of its terms
-            self.spoil(
+            self.set_fault(
                 TwaError(
                     f"max_weight_grad_norm: the gradient of {span.name!r} has arrived in several parts since the last "
                     "step, and the norm of their sum is not known. Run one backward pass for each step, or an engine "
@@ -121,7 +121,7 @@ class Gradients:
                 "twa.step() and twa.optimizer.step() are the same step: call one of them, once for each gradient."
             )
 
-    def spoil(self, fault: Exception) -> None:
+    def set_fault(self, fault: Exception) -> None:
         """Set the sums to NaN, so that the all-reduce of the next step reports the error to all ranks."""
         self._fault = self._fault or fault
         self._sums.fill_(torch.nan)

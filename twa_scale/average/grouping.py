@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from twa_scale.base.names import expert_of, group_names, some
+from twa_scale.base.names import expert_of, group_names, quoted
 from twa_scale.base.spans import Span
 from twa_scale.engines.stacked_experts import StackedExperts
 from twa_scale.errors import ConfigError
@@ -58,19 +58,22 @@ def grouped(
         raise ConfigError(
             f"groups: 'expert' asked for, but none of the {len(trained)} trained tensors belongs to an expert: they "
             "are neither in modules such as `experts.0`, nor stacked as (experts, ..) in a module such as `experts`. "
-            f"Names look like {some(trained)}. Use block or tensor, or regular expressions."
+            f"Names look like {quoted(trained)}. Use block or tensor, or regular expressions."
         )
     of_expert = {
         name: [f"{stacked[name].path}.{i}" for i in range(stacked[name].number)] if name in stacked else [names[name]]
         for name in trained
     }
-    index = {group: i for i, group in enumerate(dict.fromkeys(g for held in of_expert.values() for g in held))}
+    index = {
+        group: i
+        for i, group in enumerate(dict.fromkeys(g for expert_groups in of_expert.values() for g in expert_groups))
+    }
     return Grouping(
         groups=tuple(index),
-        group_of={name: index[held[0]] for name, held in of_expert.items()},
+        group_of={name: index[expert_groups[0]] for name, expert_groups in of_expert.items()},
         experts={
-            name: Experts(prod(shapes[name]) // len(held), tuple(index[group] for group in held))
-            for name, held in of_expert.items()
+            name: Experts(prod(shapes[name]) // len(expert_groups), tuple(index[group] for group in expert_groups))
+            for name, expert_groups in of_expert.items()
             if name in stacked
         },
     )
@@ -87,9 +90,9 @@ def experts_line(groups: Sequence[str], trained: Collection[str], stacked: Colle
     experts = [group for group in groups if expert_of(f"{group}.")]
     layers = dict.fromkeys(group.rpartition(".")[0] for group in experts)
     others = [name for name in trained if name not in stacked and not expert_of(name)]
-    rest = f"the other {len(others)} tensors ({some(others, 2)}) have the coefficients of their block"
+    rest = f"the other {len(others)} tensors ({quoted(others, 2)}) have the coefficients of their block"
     return (
-        f"groups: expert: {len(experts)} experts in {len(layers)} layers ({some(layers, 2)}) have coefficients of "
+        f"groups: expert: {len(experts)} experts in {len(layers)} layers ({quoted(layers, 2)}) have coefficients of "
         f"their own; {rest if others else 'there are no other trained tensors'}."
     )
 
@@ -101,7 +104,7 @@ def unequal_line(shapes: Mapping[str, tuple[int, ...]], experts: Mapping[str, Ex
         shapes: the shapes of the trained tensors.
         experts: the groups of the tensors that stack experts.
     """
-    counts = {name.rpartition(".")[0]: len(held.groups) for name, held in experts.items()}
+    counts = {name.rpartition(".")[0]: len(tensor.groups) for name, tensor in experts.items()}
     others = {
         name: (shape[0], counts[owner])
         for name, shape in shapes.items()
@@ -111,7 +114,7 @@ def unequal_line(shapes: Mapping[str, tuple[int, ...]], experts: Mapping[str, Ex
         return None
     size, count = next(iter(others.values()))
     return (
-        f"groups: expert: {some(others)} next to stacked experts have the coefficients of their block: the first size "
-        f"is {size}, and other tensors of the module stack {count} experts. If {count} is not the number of experts, "
-        "give the module the attribute `num_experts`."
+        f"groups: expert: {quoted(others)} next to stacked experts have the coefficients of their block: the first "
+        f"size is {size}, and other tensors of the module stack {count} experts. If {count} is not the number of "
+        "experts, give the module the attribute `num_experts`."
     )

@@ -16,10 +16,10 @@ def _trainer_of(optimizer: torch.optim.Optimizer) -> Any:
     for call in running_calls():
         # Reading the variables of a frame keeps them alive until the call ends. Those of `train` include no batch.
         if call.f_code.co_name == "train" and isinstance(trainer := call.f_locals.get("self"), kind):
-            inside = trainer.optimizer
-            while inside is not None and inside is not optimizer:
-                inside = getattr(inside, "optimizer", None)  # the optimizer inside a wrapper
-            if inside is not None:
+            wrapped = trainer.optimizer
+            while wrapped is not None and wrapped is not optimizer:
+                wrapped = getattr(wrapped, "optimizer", None)  # the optimizer inside a wrapper
+            if wrapped is not None:
                 return trainer
     return None
 

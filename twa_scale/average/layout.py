@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from twa_scale.average.grouping import Experts, grouped
-from twa_scale.base.names import matches_any, nearest, selected, some, without_wrappers
+from twa_scale.base.names import matches_any, nearest, quoted, selected, without_wrappers
 from twa_scale.base.spans import Span
 from twa_scale.candidates import Candidate, Wanted
 from twa_scale.candidates.adapters import adapter_config, summed
@@ -43,12 +43,12 @@ class Layout:
     """Parameters and buffers of the base model of an adapter, which keep their value. Candidates are adapters."""
     buffers: tuple[str, ...]
     """Buffers that the candidates contain, by their names in the model."""
-    held_as: dict[str, tuple[str, ...]]
+    names_in_candidates: dict[str, tuple[str, ...]]
     """The names of each tensor of the model in the candidates. A tied tensor may have several. The first is read."""
 
     def source(self, name: str) -> str:
         """Return the name of a tensor in the candidates from which it is read."""
-        return self.held_as[name][0]
+        return self.names_in_candidates[name][0]
 
     def group(self, span: Span) -> int:
         """Return the group of a trained span; with `groups: expert`, spans do not cross experts (`SplitEngine`)."""
@@ -62,7 +62,7 @@ class Layout:
 
     def read(self, spans: Iterable[Span]) -> list[Span]:
         """Return the spans of tensors that candidates contain."""
-        return [span for span in spans if span.name in self.held_as]
+        return [span for span in spans if span.name in self.names_in_candidates]
 
     def in_candidates(self, span: Span) -> Span:
         """Return the span with the name of its tensor in the candidates."""
@@ -74,11 +74,11 @@ def alias_jobs(
 ) -> Iterator[tuple[Span, Sequence[int]]]:
     """Yield the reads of tied tensors under their other names, if these are stored separately."""
     for span in layout.read(spans):
-        source, *aliases = layout.held_as[span.name]
+        source, *aliases = layout.names_in_candidates[span.name]
         for alias in aliases:
-            apart = [i for i, candidate in enumerate(candidates) if not stored_once(candidate, source, alias)]
-            if apart:
-                yield replace(span, name=alias), apart
+            separate = [i for i, candidate in enumerate(candidates) if not stored_once(candidate, source, alias)]
+            if separate:
+                yield replace(span, name=alias), separate
 
 
 def wanted_of(
@@ -101,16 +101,16 @@ def wanted_of(
     known = {alias for info in parameters.values() for alias in info.aliases} | set(buffers)
     known |= {name for names in (adapter.stored.values() if adapter else ()) for name in names}
     shapes = {name: info.shape for name, info in parameters.items()}
-    held = {alias: info.shape for info in parameters.values() for alias in info.aliases}
-    held |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+    alias_shapes = {alias: info.shape for info in parameters.values() for alias in info.aliases}
+    alias_shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
     naming = Naming(
         rename=config.rename,
         prefix=config.prefix,
         # PEFT defines the names of the tensors of an adapter in files.
-        library=None if adapter else transformers_rules(named_modules(module), held),
+        library=None if adapter else transformers_rules(named_modules(module), alias_shapes),
         parameters=[] if adapter else [info.aliases for info in parameters.values()],
         buffers=list(buffers),
-        shapes=held,
+        shapes=alias_shapes,
     )
     return Wanted(config.weights_key, config.ignore, known, shapes, ties, naming, space=config.space)
 
@@ -138,15 +138,15 @@ def match(
         CandidateError: a tensor is missing, unknown to the model, or has another shape.
         ConfigError: a pattern matches nothing, or no tensor is left to train.
     """
-    held = [name for name in candidates[0].names() if not matches_any(name, config.ignore)]
+    candidate_names = [name for name in candidates[0].names() if not matches_any(name, config.ignore)]
     known = [*(alias for info in parameters.values() for alias in info.aliases), *buffers]
-    found = _found(known, held, adapter.stored if adapter else {})
-    may_be_missing = _may_be_missing(config, candidates[-1], found, adapter)
-    used = set(found.values())
-    leftover = [name for name in held if name not in used]
-    hint = _prefix_hint(leftover, [name for name in known if name not in found]) if config.prefix is None else ""
-    held_as = _held_as(parameters, found, held, candidates[0], may_be_missing, hint)
-    found_buffers = _found_buffers(buffers, found, held, candidates[0], config, may_be_missing)
+    matches = _match_names(known, candidate_names, adapter.stored if adapter else {})
+    may_be_missing = _may_be_missing(config, candidates[-1], matches, adapter)
+    used = set(matches.values())
+    leftover = [name for name in candidate_names if name not in used]
+    hint = _prefix_hint(leftover, [name for name in known if name not in matches]) if config.prefix is None else ""
+    held_as = _stored_names(parameters, matches, candidate_names, candidates[0], may_be_missing, hint)
+    found_buffers = _match_buffers(buffers, matches, candidate_names, candidates[0], config, may_be_missing)
     _refuse_leftovers(leftover, known, candidates[0], hint)
     kept = [name for name in (*parameters, *buffers) if name not in held_as and name not in found_buffers]
     kept = [name for name in kept if may_be_missing(name)]
@@ -154,7 +154,7 @@ def match(
     kept = [name for name in kept if not adapter or adapter.holds(name)]
     shapes = {name: info.shape for name, info in parameters.items()}
     wanted_shapes = {alias: shapes[name] for name, aliases in held_as.items() for alias in aliases}
-    wanted_shapes |= {found[name]: tuple(buffers[name].shape) for name in found_buffers}
+    wanted_shapes |= {matches[name]: tuple(buffers[name].shape) for name in found_buffers}
     _check_shapes(wanted_shapes, candidates[0])
     in_sum = summed(candidates[-1])
     all_summed = frozenset(name for name, (source, *_) in held_as.items() if source in in_sum)
@@ -171,22 +171,24 @@ def match(
         kept=tuple(kept),
         base=tuple(base),
         buffers=found_buffers,
-        held_as={**held_as, **{name: (found[name],) for name in found_buffers}},
+        names_in_candidates={**held_as, **{name: (matches[name],) for name in found_buffers}},
     )
 
 
-def _found(known: Sequence[str], held: Sequence[str], stored: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def _match_names(
+    known: Sequence[str], candidate_names: Sequence[str], stored: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
     """Map the names of the model to those of the candidates. All names of either may have the prefix "module.".
 
     `stored` has further names that tensors of the model may have in files.
     """
-    by_key = {key: name for name, key in without_wrappers(held).items()}
+    by_key = {key: name for name, key in without_wrappers(candidate_names).items()}
     names = {name: (*stored.get(name, ()), plain) for name, plain in without_wrappers(known).items()}
     return {name: by_key[key] for name, keys in names.items() if (key := next((k for k in keys if k in by_key), ""))}
 
 
 def _may_be_missing(
-    config: TwaConfig, candidate: Candidate, found: Mapping[str, str], adapter: LiveAdapter | None
+    config: TwaConfig, candidate: Candidate, matches: Mapping[str, str], adapter: LiveAdapter | None
 ) -> Callable[[str], bool]:
     """Return a function that returns whether a tensor of the model may be missing in the candidates.
 
@@ -196,16 +198,16 @@ def _may_be_missing(
         return lambda name: True
     if config.missing == "error" or adapter is None:
         return lambda name: False
-    own = adapter
-    if not adapter_config(candidate) and any(not own.holds(name) for name in found):
+    adapter_names = adapter
+    if not adapter_config(candidate) and any(not adapter_names.holds(name) for name in matches):
         return lambda name: False
-    return lambda name: not own.holds(name)
+    return lambda name: not adapter_names.holds(name)
 
 
-def _found_buffers(
+def _match_buffers(
     buffers: Mapping[str, torch.Tensor],
-    found: Mapping[str, str],
-    held: list[str],
+    matches: Mapping[str, str],
+    candidate_names: list[str],
     first: Candidate,
     config: TwaConfig,
     may_be_missing: Callable[[str], bool],
@@ -213,29 +215,29 @@ def _found_buffers(
     """Return the buffers in the candidates. Only counters and those of `ignore` and `missing` may be missing."""
     for name, buffer in buffers.items():
         may_be = may_be_missing(name) or matches_any(name, config.ignore)
-        if name not in found and buffer.is_floating_point() and not may_be:
+        if name not in matches and buffer.is_floating_point() and not may_be:
             raise CandidateError(
-                f"{first.label}: buffer {name!r} of the model is missing{nearest(name, held) or '.'} Save it with the "
-                "candidates, or name it in `ignore` to keep the value that the model has."
+                f"{first.label}: buffer {name!r} of the model is missing{nearest(name, candidate_names) or '.'} Save "
+                "it with the candidates, or name it in `ignore` to keep the value that the model has."
             )
-    return tuple(name for name in buffers if name in found)
+    return tuple(name for name in buffers if name in matches)
 
 
-def _held_as(
+def _stored_names(
     parameters: Mapping[str, ParameterInfo],
-    found: Mapping[str, str],
-    held: list[str],
+    matches: Mapping[str, str],
+    candidate_names: list[str],
     first: Candidate,
     may_be_missing: Callable[[str], bool],
     hint: str,
 ) -> dict[str, tuple[str, ...]]:
-    names = {name: tuple(found[a] for a in info.aliases if a in found) for name, info in parameters.items()}
+    names = {name: tuple(matches[a] for a in info.aliases if a in matches) for name, info in parameters.items()}
     missing = [name for name, stored in names.items() if not stored and not may_be_missing(name)]
     if missing:
         raise CandidateError(
-            f"{first.label}: tensor {missing[0]!r} of the model is missing{nearest(missing[0], held)} "
-            f"({len(missing)} missing in all: {some(missing)}). Candidates must contain every parameter of the model. "
-            f"With `missing: keep`, parameters that no candidate has keep their value in the model.{hint}"
+            f"{first.label}: tensor {missing[0]!r} of the model is missing{nearest(missing[0], candidate_names)} "
+            f"({len(missing)} missing in all: {quoted(missing)}). Candidates must contain every parameter of the "
+            f"model. With `missing: keep`, parameters that no candidate has keep their value in the model.{hint}"
         )
     return {name: stored for name, stored in names.items() if stored}
 
@@ -252,7 +254,7 @@ def _refuse_leftovers(leftover: list[str], known: list[str], first: Candidate, h
     if leftover:
         raise CandidateError(
             f"{first.label}: the model has no tensor {leftover[0]!r}{nearest(leftover[0], known)} "
-            f"({len(leftover)} such tensors: {some(leftover)}). Use the model of the candidates, or name tensors to "
+            f"({len(leftover)} such tensors: {quoted(leftover)}). Use the model of the candidates, or name tensors to "
             f"skip in `ignore`.{hint}"
         )
 
@@ -294,13 +296,13 @@ def require_same_kinds(
     Raises:
         CandidateError: a tensor is of another kind. The message names it.
     """
-    for name in layout.held_as:
+    for name in layout.names_in_candidates:
         source = layout.source(name)
-        found = _kind(first.dtype(source), source in complex_in_files)
+        stored_kind = _kind(first.dtype(source), source in complex_in_files)
         wanted = _kind(model[name], name in complex_in_model)
-        if found != wanted:
+        if stored_kind != wanted:
             raise CandidateError(
-                f"{first.label}: tensor {source!r} is {found}, the model's is {wanted}; candidates must have the "
+                f"{first.label}: tensor {source!r} is {stored_kind}, the model's is {wanted}; candidates must have the "
                 "architecture of the model, and types of the same kind."
             )
 

@@ -9,7 +9,7 @@ import torch
 from twa_scale.average.bases import basis_class
 from twa_scale.average.basis import Gram
 from twa_scale.average.layout import Layout, alias_jobs
-from twa_scale.base.spans import Span, whole
+from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.buffers import buffer_source, spectral_vectors
 from twa_scale.candidates.fingerprint import Fingerprint, fingerprint_of
@@ -84,7 +84,9 @@ def fingerprint(
     engine: Engine, layout: Layout, candidates: Sequence[Candidate], loaded: LoadedCandidates
 ) -> Fingerprint:
     """Return the fingerprint of the candidates, summed over ranks. Collective over the shard group."""
-    names = [held for name in (*engine.parameters, *layout.buffers) for held in layout.held_as.get(name, ())]
+    names = [
+        stored for name in (*engine.parameters, *layout.buffers) for stored in layout.names_in_candidates.get(name, ())
+    ]
     shapes = {name: candidates[0].shape(name) for name in names}
     local = fingerprint_of([candidate.label for candidate in candidates], shapes, loaded.checksums)
     sums = engine.shard_group.sum_(local.checksums.to(engine.device))
@@ -103,7 +105,7 @@ def _bytes_to_read(engine: Engine, layout: Layout, candidates: Sequence[Candidat
     spans = [layout.in_candidates(span) for span in layout.read(engine.spans())]
     if engine.shard_group.rank == 0:
         live = _live_buffers(engine, layout)
-        spans += [whole(layout.source(name), tuple(buffer.shape)) for name, buffer in live.items()]
+        spans += [whole_tensor(layout.source(name), tuple(buffer.shape)) for name, buffer in live.items()]
     aliases = job_bytes(candidates, alias_jobs(engine.spans(), layout, candidates))
     return aliases + job_bytes(candidates, [(span, range(len(candidates))) for span in spans])
 
@@ -122,7 +124,7 @@ def _read_spans(
     The squared norms of the rounding errors of a packed store are added to `errors`, (n,).
     """
     live = {layout.in_candidates(span): span for span in layout.read(engine.spans())}
-    vectors = spectral_vectors({name for held in layout.held_as.values() for name in held})
+    vectors = spectral_vectors({name for names in layout.names_in_candidates.values() for name in names})
     targets: dict[Span, Target] = {}
     sums: list[Span] = []
     copied: dict[Span, int] = {}
@@ -147,7 +149,7 @@ def _read_buffers(
     """Read the buffers that the candidates have: average statistics according to `buffers`, and copy the others."""
     live, last = _live_buffers(engine, layout), len(weights) - 1
     values = {name: torch.empty(buffer.numel(), dtype=buffer.dtype) for name, buffer in live.items()}
-    spans = {whole(layout.source(name), tuple(buffer.shape)): name for name, buffer in live.items()}
+    spans = {whole_tensor(layout.source(name), tuple(buffer.shape)): name for name, buffer in live.items()}
     sources = {
         span: buffer_source(name, buffers, weights) if live[name].is_floating_point() else last
         for span, name in spans.items()
@@ -164,12 +166,12 @@ def _read_aliases(engine: Engine, layout: Layout, stream: Stream, candidates: Se
     """Compute the checksums of tied parameters under their other names; tensors stored once are not read again."""
     stream.check(alias_jobs(engine.spans(), layout, candidates))
     sums = stream.checksums
-    for source, *aliases in layout.held_as.values():
+    for source, *aliases in layout.names_in_candidates.values():
         for alias in aliases if source in sums else ():
-            found = sums.setdefault(alias, torch.zeros_like(sums[source]))
+            alias_sums = sums.setdefault(alias, torch.zeros_like(sums[source]))
             for i, candidate in enumerate(candidates):
                 if stored_once(candidate, source, alias):
-                    found[i] = sums[source][i]
+                    alias_sums[i] = sums[source][i]
 
 
 def _live_buffers(engine: Engine, layout: Layout) -> dict[str, torch.Tensor]:

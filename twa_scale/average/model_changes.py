@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.notices import notice
 from twa_scale.engines.parameters import named_parameters, was_replaced
 from twa_scale.errors import EngineError
@@ -33,7 +33,7 @@ class ModelChanges:
             EngineError: a parameter or its module was replaced, or the parameter was frozen. The message names it.
         """
         if self._tree_changed():
-            self._check_held()
+            self._check_parameters()
             self._record()
         for name, parameter in self._trained.items():
             if not parameter.requires_grad:
@@ -41,10 +41,10 @@ class ModelChanges:
                     f"parameter {name!r} no longer requires a gradient, so its part of the gradient is missing, but "
                     "the step would change it. Freeze parameters before attach, or name them in `exclude`."
                 )
-        if late := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
+        if unfrozen := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
             self._frozen = {}
             notice(
-                f"{some(late)} did not require a gradient at attach, so the average does not train it. Set "
+                f"{quoted(unfrozen)} did not require a gradient at attach, so the average does not train it. Set "
                 "requires_grad before attach."
             )
 
@@ -56,16 +56,19 @@ class ModelChanges:
     def _tree_changed(self) -> bool:
         """Return whether a module was replaced, or children or parameters of a module were added or removed."""
         return any(module._modules.get(key) is not child for module, key, child in self._children) or any(
-            len(module._modules) != children or len(module._parameters) != own for module, children, own in self._counts
+            len(module._modules) != children or len(module._parameters) != parameters
+            for module, children, parameters in self._counts
         )
 
-    def _check_held(self) -> None:
+    def _check_parameters(self) -> None:
         """Check that the model has the trained parameters, and report added ones."""
-        now, _ = named_parameters(self._module)
-        held = {id(parameter) for parameter in now.values()}
-        if gone := [name for name, parameter in self._trained.items() if id(parameter) not in held]:
+        current, _ = named_parameters(self._module)
+        current_ids = {id(parameter) for parameter in current.values()}
+        if gone := [name for name, parameter in self._trained.items() if id(parameter) not in current_ids]:
             raise was_replaced(gone[0])
-        new = [name for name, parameter in now.items() if parameter.requires_grad and id(parameter) not in self._known]
-        self._known |= held
+        new = [
+            name for name, parameter in current.items() if parameter.requires_grad and id(parameter) not in self._known
+        ]
+        self._known |= current_ids
         if new:
-            notice(f"the average does not train parameters that were added since attach: {some(new)}. Attach again.")
+            notice(f"the average does not train parameters that were added since attach: {quoted(new)}. Attach again.")

@@ -105,10 +105,10 @@ class Observed:
 
         It reads the store once, and needs float32 memory for the largest span of this rank.
         """
-        self._weights.settle()
+        self._weights.write_deferred()
         with self.pods.agree():
-            mine = self._weights.squared_distance(self._written.current) * self.pods.share
-        return sqrt(float(self.pods.sum_(mine)))
+            local = self._weights.squared_distance(self._written.current) * self.pods.share
+        return sqrt(float(self.pods.sum_(local)))
 
     def described(self) -> dict[str, float]:
         """Return values to log: see `measures.described`."""
@@ -151,16 +151,16 @@ class Observed:
             wrote: a name for the output.
             more: further entries.
         """
-        shown = self._swapped.now
+        current = self._swapped.now
         return provenance(
             wrote,
             self.fingerprint.labels,
             config=self._form.settings(),
             groups=list(self.layout.groups),
             elements=self.elements,
-            coefficients=(self.coefficients if shown is None else shown).tolist(),
+            coefficients=(self.coefficients if current is None else current).tolist(),
             **more,
-            **rows_provenance(shown is None and self._rows is not None),
+            **rows_provenance(current is None and self._rows is not None),
         )
 
     def __repr__(self) -> str:

@@ -65,14 +65,14 @@ def make_optimizer(config: TwaConfig, x: nn.Parameter, lr: float | None = None) 
         raise ConfigError(f"optimizer: {settings.name} rejects these options: {error}.") from error
 
 
-def checked_lr(lr: Any, where: str) -> float:
+def checked_lr(lr: Any, key: str) -> float:
     """Return a learning rate as a float.
 
     Raises:
         ConfigError: it is not a positive, finite number.
     """
     if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < float(lr) < inf:
-        raise ConfigError(f"{where}: the learning rate is {lr!r}; give a positive number.")
+        raise ConfigError(f"{key}: the learning rate is {lr!r}; give a positive number.")
     return float(lr)
 
 
@@ -86,19 +86,21 @@ def check_state(config: TwaConfig, x: nn.Parameter, state: Mapping[str, Any]) ->
     optimizer = make_optimizer(config, trial)
     trial.grad = torch.zeros_like(trial)
     optimizer.step()
-    own = optimizer.state_dict()
+    expected = optimizer.state_dict()
     moments, groups = state.get("state"), state.get("param_groups")
     if not isinstance(moments, Mapping) or not isinstance(groups, list) or len(groups) != 1:
-        raise _unlike("", "a `state` and one entry of `param_groups`")
+        raise _differs("", "a `state` and one entry of `param_groups`")
     if not isinstance(groups[0], Mapping) or groups[0].get("params") != [0]:
-        raise _unlike("param_groups", "the settings of one parameter")
-    _check_values("param_groups", groups[0], own["param_groups"][0])  # other keys are those of schedulers
+        raise _differs("param_groups", "the settings of one parameter")
+    _check_values("param_groups", groups[0], expected["param_groups"][0])  # other keys are those of schedulers
     if moments:  # none before the first step
         if list(moments) != [0] or not isinstance(moments[0], Mapping):
-            raise _unlike("state", "the moments of one parameter")
-        _check_values("state", moments[0], own["state"].get(0, {}))
-        if unknown := [key for key, value in moments[0].items() if key not in own["state"][0] and value is not None]:
-            raise _unlike(f"state.{unknown[0]}", "nothing: the optimizer has no such value")
+            raise _differs("state", "the moments of one parameter")
+        _check_values("state", moments[0], expected["state"].get(0, {}))
+        if unknown := [
+            key for key, value in moments[0].items() if key not in expected["state"][0] and value is not None
+        ]:
+            raise _differs(f"state.{unknown[0]}", "nothing: the optimizer has no such value")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -113,23 +115,23 @@ def take_over(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
 
 
-def _check_values(where: str, saved: Mapping[Any, Any], own: Mapping[str, Any]) -> None:
-    for key, wanted in own.items():
+def _check_values(location: str, saved: Mapping[Any, Any], expected: Mapping[str, Any]) -> None:
+    for key, wanted in expected.items():
         value = saved.get(key)
         if isinstance(wanted, torch.Tensor):
             if not isinstance(value, torch.Tensor) or value.shape != wanted.shape or value.dtype != wanted.dtype:
-                raise _unlike(f"{where}.{key}", f"{wanted.dtype} of shape {tuple(wanted.shape)}")
+                raise _differs(f"{location}.{key}", f"{wanted.dtype} of shape {tuple(wanted.shape)}")
             if not bool(torch.isfinite(value).all()):
-                raise _unlike(f"{where}.{key}", "finite values")
-        elif key not in saved and key != "lr" and where == "param_groups":
+                raise _differs(f"{location}.{key}", "finite values")
+        elif key not in saved and key != "lr" and location == "param_groups":
             continue  # added by a later version of torch: the default is used
         elif key not in saved:
-            raise _unlike(f"{where}.{key}", "a value")
+            raise _differs(f"{location}.{key}", "a value")
         elif isinstance(wanted, float) and not (isinstance(value, float | int) and isfinite(value)):
-            raise _unlike(f"{where}.{key}", "a finite number")
+            raise _differs(f"{location}.{key}", "a finite number")
 
 
-def _unlike(key: str, wanted: str) -> StateError:
+def _differs(key: str, wanted: str) -> StateError:
     return StateError(
         f"state: optimizer{'.' if key else ''}{key}: {wanted} belongs there. It is not the state of this optimizer. "
         "Give the one that was saved, or start a new run."

@@ -14,8 +14,8 @@ from twa_scale.errors import NotFiniteError
 from twa_scale.ranks import Group
 
 _FIX = "Lower optimizer.lr, set max_grad_norm, or use a wider type."
-_STRETCH = 4  # bound on the norm of a delta in a low-precision store, relative to the exact delta
-_FULL = 0.99  # fraction of the largest value of a dtype; leaves room for rounding
+_NORM_FACTOR = 4  # bound on the norm of a delta in a low-precision store, relative to the exact delta
+_MAX_FRACTION = 0.99  # fraction of the largest value of a dtype; leaves room for rounding
 
 
 class WeightLimits:
@@ -55,7 +55,7 @@ class WeightLimits:
             columns = list(layout.groups_of(name))
             limits[columns] = limits[columns].clamp(max=torch.finfo(engine.parameters[name].dtype).max)
         self._limits = limits
-        self._norms = basis.gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().T.cpu() * _STRETCH
+        self._norms = basis.gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().T.cpu() * _NORM_FACTOR
         self._read_at = torch.zeros_like(self._norms)
         self._read_at[-1] = -1.0
         """u at the last reading of weights; initially the u of zero weights."""
@@ -77,7 +77,7 @@ class WeightLimits:
         corrections = torch.zeros_like(u) if self._rows is None else self._rows.largest()
         fits = bool(torch.isfinite((u.abs() + corrections).sum(0).to(torch.float32)).all())
         # Coefficients are the same on all ranks, but rows are not.
-        flags = torch.tensor([not fits, not self._ruled_out(u, corrections)], dtype=torch.float64)
+        flags = torch.tensor([not fits, not self._is_excluded(u, corrections)], dtype=torch.float64)
         if self._rows is not None:
             flags = self._group.sum_(flags.to(self._engine.device)).cpu()
         too_large, self._must_read = (flags > 0).tolist()
@@ -93,7 +93,7 @@ class WeightLimits:
         """
         if not self._must_read:
             return
-        self._weights.settle()
+        self._weights.write_deferred()
         largest = torch.zeros_like(self._largest)
         with self._group.agree():
             for span in spans:
@@ -102,10 +102,10 @@ class WeightLimits:
         self._largest = torch.stack(self._group.gather(largest)).amax(0)
         self._read_at, self._rows_read_at = self._asked_at
 
-    def _ruled_out(self, u: torch.Tensor, corrections: torch.Tensor) -> bool:
+    def _is_excluded(self, u: torch.Tensor, corrections: torch.Tensor) -> bool:
         """Return whether the bounds show that the weights are finite. Corrections count with any sign."""
         moved = (((u - self._read_at).abs() + corrections + self._rows_read_at) * self._norms).sum(0)
-        return bool((self._largest + moved / self._limits < _FULL).all())
+        return bool((self._largest + moved / self._limits < _MAX_FRACTION).all())
 
     def _part(self, span: Span) -> float:
         """Return the largest weight of a span, as a fraction of the largest value of its dtype.

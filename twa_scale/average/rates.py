@@ -62,7 +62,7 @@ def choose_rate(
     """
     lr = average.config.lr
     with average.pods.agree():
-        chosen = [lr / 3, lr, 3 * lr] if rates is None else [checked_lr(one, "choose_rate: rates") for one in rates]
+        chosen = [lr / 3, lr, 3 * lr] if rates is None else [checked_lr(rate, "choose_rate: rates") for rate in rates]
         if not chosen:
             raise ConfigError("choose_rate: rates are empty; give one or more positive numbers.")
         if any("initial_lr" in group for group in average.optimizer.param_groups):
@@ -71,8 +71,8 @@ def choose_rate(
                 "after choose_rate; `train` may create one for each trial."
             )
     require_same_settings(average.pods, {"rates": chosen, "higher_is_better": higher_is_better})
-    back = average.remember()
-    tried = [TriedRate(one, _score_of(average, one, train, score, back)) for one in chosen]
+    restore = average.remember()
+    tried = [TriedRate(rate, _score_of(average, rate, train, score, restore)) for rate in chosen]
     finite = [trial for trial in tried if isfinite(trial.score)]
     if not finite:
         raise NotFiniteError(
@@ -96,7 +96,7 @@ def _score_of(
     lr: float,
     train: Callable[[], object],
     score: Callable[[], float],
-    back: Callable[[], None],
+    restore: Callable[[], None],
 ) -> float:
     """Return the score of a trial, or NaN if it diverges, and restore the state before it. Collective.
 
@@ -125,14 +125,14 @@ def _score_of(
         failure = average.together(failure)
         if failure is not None:
             diverged = all(average.pods.gather(isinstance(failure, NotFiniteError)))
-            back()
+            restore()
             if diverged:
                 return float("nan")
             raise failure
     try:
-        found = agreed_score(average.pods, value, "choose_rate")
+        agreed = agreed_score(average.pods, value, "choose_rate")
     except ConfigError:
-        back()
+        restore()
         raise
-    back()
-    return found
+    restore()
+    return agreed

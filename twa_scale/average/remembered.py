@@ -14,14 +14,14 @@ def remembered(engine: Engine, written: WrittenCoefficients, optimizer: AverageO
     The function is collective. It also restores the counters and the loss scale of DeepSpeed.
     """
     saved = written.saved()
-    inside, rows = optimizer.inside_states()
+    inner, rows = optimizer.inner_states()
     buffers = {name: buffer.clone() for name, buffer in engine.buffers().items()}
     counters = engine.counters()
     keys = [set(group) for group in optimizer.param_groups]
 
     def restore() -> None:
         written.set(saved.x, saved.rows)
-        optimizer.load_inside(inside, deepcopy(rows))
+        optimizer.load_inner(inner, deepcopy(rows))
         live = engine.buffers()
         for name, value in buffers.items():
             live[name].copy_(value)

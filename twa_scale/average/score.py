@@ -9,30 +9,30 @@ from twa_scale.errors import ConfigError
 from twa_scale.ranks import Pods, first_difference
 
 
-def agreed_score(pods: Pods, value: Any, where: str) -> float:
+def agreed_score(pods: Pods, value: Any, caller: str) -> float:
     """Return a score as a float, after a check that it is the same on every rank. Collective.
 
     Args:
         pods: all ranks.
         value: the score of this rank.
-        where: the function that asked for it, for messages.
+        caller: the function that asked for it, for messages.
 
     Raises:
         ConfigError: the score is not a number, or differs between ranks; on every rank.
     """
     with pods.agree():
-        value = _number(value, where)
+        value = _number(value, caller)
     other = first_difference(pods, {"score": value})
     with pods.agree():
         if other:
             raise ConfigError(
-                f"{where}: the score is {other.mine} on {other.where} and {other.first} on {other.where_first}. Sum it "
-                "over the ranks, for example with torch.distributed.all_reduce."
+                f"{caller}: the score is {other.mine} on {other.where} and {other.first} on {other.where_first}. Sum "
+                "it over the ranks, for example with torch.distributed.all_reduce."
             )
     return float(value)
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: Any, caller: str) -> float:
     """Return a score as a float.
 
     Raises:
@@ -41,5 +41,5 @@ def _number(value: Any, where: str) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return float(value.item())
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ConfigError(f"{where}: the score is {value!r}; return a number.")
+        raise ConfigError(f"{caller}: the score is {value!r}; return a number.")
     return float(value)

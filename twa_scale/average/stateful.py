@@ -76,9 +76,9 @@ class Stateful(Observed):
         rows = None
         if self._rows is not None:
             to = None if directory is None else Path(directory)
-            given = self.pods.gather(to is not None)
+            has_directory = self.pods.gather(to is not None)
             with self.pods.agree():
-                _require_on_all("state_dict", given)
+                _require_on_all("state_dict", has_directory)
             rows = self._rows.state() if to is None else self._rows.save(to, self.pods, best and best.rows)
         return self._form.state(self._x, self.optimizer.inside.state_dict(), rows, self._statistics())
 
@@ -97,20 +97,20 @@ class Stateful(Observed):
                 coefficients depend differ, or the file of rows is missing or damaged. Raised on every rank; the average
                 is unchanged.
         """
-        place = None if directory is None else Path(directory)
-        given = [] if self._rows is None else self.pods.gather(place is not None)
+        rows_directory = None if directory is None else Path(directory)
+        has_directory = [] if self._rows is None else self.pods.gather(rows_directory is not None)
         with self.pods.agree():
             if self._swapped:
                 raise TwaError("load_state_dict() inside weights(): leave it first.")
-            _require_on_all("load_state_dict", given)
+            _require_on_all("load_state_dict", has_directory)
             saved = self._form.checked(state, self._x, self._engine.buffers())
         require_same_state(self.pods, saved)
-        if place and saved.rows and saved.rows.stored:
-            require_stored_rows(place, saved.rows.stored, self.pods)
+        if rows_directory and saved.rows and saved.rows.stored:
+            require_stored_rows(rows_directory, saved.rows.stored, self.pods)
         with self.pods.agree():
-            rows = None if self._rows is None else self._rows.checked(saved.rows, place)
-        self._put(saved.x, None if rows is None else rows["values"], saved.buffers)
-        self.optimizer.load_inside(saved.optimizer, rows)
+            rows = None if self._rows is None else self._rows.checked(saved.rows, rows_directory)
+        self._set(saved.x, None if rows is None else rows["values"], saved.buffers)
+        self.optimizer.load_inner(saved.optimizer, rows)
         attached, loaded = self.config.lr, saved.config.lr
         self._form.config = self.config.with_lr(loaded)
         if loaded != attached and self.pods.rank == 0:
@@ -136,15 +136,15 @@ class Stateful(Observed):
             StateError: the file of the rows cannot be read; on every rank.
         """
         with self.pods.agree():
-            own = None if self._rows is None or rows is None else self._rows.local(rows, directory)
-        return Held(kept.x, kept.coefficients, own, kept.buffers)
+            local_rows = None if self._rows is None or rows is None else self._rows.local(rows, directory)
+        return Held(kept.x, kept.coefficients, local_rows, kept.buffers)
 
     @while_open
     def hold(self, held: Held) -> None:
         """Set the coefficients, the corrections of rows and the statistics, and write the weights. Collective."""
-        self._put(held.x, held.rows, held.buffers)
+        self._set(held.x, held.rows, held.buffers)
 
-    def _put(self, x: torch.Tensor, rows: torch.Tensor | None, buffers: Mapping[str, torch.Tensor]) -> None:
+    def _set(self, x: torch.Tensor, rows: torch.Tensor | None, buffers: Mapping[str, torch.Tensor]) -> None:
         self._written.set(x, rows)
         self._step.clear()
         live = self._engine.buffers()
@@ -156,11 +156,11 @@ class Stateful(Observed):
         return {name: buffer for name, buffer in self._swapped.own_buffers().items() if name in names}
 
 
-def _require_on_all(call: str, given: list[bool]) -> None:
-    """Check that all ranks or none give a directory. `given` has one value for each rank."""
-    if len(set(given)) > 1:
-        with_one, without = given.index(True), given.index(False)
+def _require_on_all(call: str, has_directory: list[bool]) -> None:
+    """Check that all ranks or none give a directory. `has_directory` has one value for each rank."""
+    if len(set(has_directory)) > 1:
+        rank_with, rank_without = has_directory.index(True), has_directory.index(False)
         raise StateError(
-            f"{call}: rank {with_one} gives a directory and rank {without} does not. Give the directory on all ranks, "
-            "or on none."
+            f"{call}: rank {rank_with} gives a directory and rank {rank_without} does not. Give the directory on all "
+            "ranks, or on none."
         )

@@ -100,7 +100,7 @@ class CoefficientStep:
         except RankError:
             raise
         except Exception as error:
-            self._gradients.spoil(error)
+            self._gradients.set_fault(error)
         finally:
             self._draining = False
 

@@ -40,7 +40,7 @@ class AverageOptimizer(torch.optim.Optimizer):
     so a scheduler changes both learning rates. The coefficients have no gradient before the step.
 
     Args:
-        inside: the inner optimizer; the coefficients are its only parameter.
+        inner: the inner optimizer; the coefficients are its only parameter.
         rows: the corrections of rows, if there are any. Their optimizer takes its step with the inner one.
         average: the average.
         take_step: takes the step of the average, and calls `update`.
@@ -51,15 +51,15 @@ class AverageOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        inside: torch.optim.Optimizer,
+        inner: torch.optim.Optimizer,
         rows: RowCorrections | None,
         average: Average,
         take_step: Callable[[torch.amp.GradScaler | None], None],
     ) -> None:
-        super().__init__([p for group in inside.param_groups for p in group["params"]], inside.defaults)
+        super().__init__([p for group in inner.param_groups for p in group["params"]], inner.defaults)
         self._average = average
         self._take_step = take_step
-        self.inside = inside
+        self.inside = inner
         self._rows = rows
         self._share()
 
@@ -158,8 +158,8 @@ class AverageOptimizer(torch.optim.Optimizer):
                     "state_dict() of twa.optimizer. To resume from a checkpoint of a Trainer with "
                     "CoefficientsCallback(twa), give the Trainer this callback again."
                 )
-        inside = {key: value for key, value in state_dict.items() if key != _AVERAGE}
-        self._average.load_state_dict({**state_dict[_AVERAGE], "optimizer": inside})
+        inner = {key: value for key, value in state_dict.items() if key != _AVERAGE}
+        self._average.load_state_dict({**state_dict[_AVERAGE], "optimizer": inner})
 
     def _refuse_unsaved_rows(self) -> None:
         """Raise an error on every rank, before the first checkpoint, if a Trainer would save the rows of one rank only.
@@ -176,12 +176,12 @@ class AverageOptimizer(torch.optim.Optimizer):
                 "callbacks=[CoefficientsCallback(twa)] of twa_scale.integrations.transformers."
             )
 
-    def inside_states(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Return copies of the states of the inner optimizer and of this rank's rows, for `load_inside`."""
+    def inner_states(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Return copies of the states of the inner optimizer and of this rank's rows, for `load_inner`."""
         rows = None if self._rows is None else {"optimizer": deepcopy(self._rows.optimizer.state_dict())}
         return deepcopy(self.inside.state_dict()), rows
 
-    def load_inside(self, state: dict[str, Any], rows: dict[str, Any] | None) -> None:
+    def load_inner(self, state: dict[str, Any], rows: dict[str, Any] | None) -> None:
         """Load a copy of the state of the inner optimizer. The state of the rows, which may be large, is not copied."""
         load_optimizer(self.inside, state)
         if self._rows and rows:
@@ -216,9 +216,9 @@ def refuse_unpacking() -> NoReturn:
     )
 
 
-def refuse_copies(what: str) -> NoReturn:
+def refuse_copies(description: str) -> NoReturn:
     """Raise the TwaError of an object that cannot be pickled or copied: it holds hooks and open files."""
     raise TwaError(
-        f"{what} cannot be pickled or copied: it holds the hooks of the model and the open candidates. Save its "
+        f"{description} cannot be pickled or copied: it holds the hooks of the model and the open candidates. Save its "
         "state_dict(); attach again and load_state_dict() continue from it."
     )

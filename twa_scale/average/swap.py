@@ -28,16 +28,16 @@ class SwappedWeights:
         engine: holds the model.
         pods: all ranks.
         write: writes the current weights, those of `now`. Collective over the shard group.
-        spoil: makes the next step raise this error.
+        set_fault: makes the next step raise this error.
     """
 
     def __init__(
-        self, engine: Engine, pods: Pods, write: Callable[[], None], spoil: Callable[[TwaError], None]
+        self, engine: Engine, pods: Pods, write: Callable[[], None], set_fault: Callable[[TwaError], None]
     ) -> None:
         self._engine = engine
         self._pods = pods
         self._write = write
-        self._spoil = spoil
+        self._set_fault = set_fault
         self._stack: list[torch.Tensor | None] = []
         self._held: list[dict[str, torch.Tensor]] = []
         self._exits = BlockExits(pods)
@@ -88,7 +88,7 @@ class SwappedWeights:
         except BaseException as error:
             failure = error
         if reached:  # not inside the backward pass: an error there leaves other libraries in an undefined state
-            self._spoil(TwaError(_BACKWARD))
+            self._set_fault(TwaError(_BACKWARD))
             failure = failure or TwaError(_BACKWARD)
         for handle in handles:
             handle.remove()

@@ -49,8 +49,8 @@ class Weights:
         self._clock = clock
         self._deferred = DeferredWeights(engine.units() if postpone else [], groups, engine.device, clock)
         units = {span.name for unit in self._deferred.units for span in unit}
-        self._names_of_rest = [name for name in self._names if name not in units]
-        self.settle = self._deferred.write_all
+        self._other_names = [name for name in self._names if name not in units]
+        self.write_deferred = self._deferred.write_all
         self._written: dict[str, object] = {}
         self._reported = False
         self._model = ModelChanges(engine.module, self._names)
@@ -75,10 +75,10 @@ class Weights:
         # Before the units: otherwise the current stream waits for the copies of all units from host memory.
         make()(self._deferred.rest if postpone else self._groups)
         if postpone:
-            self._deferred.start(lambda: self._noting(make()))
+            self._deferred.start(lambda: self._recording(make()))
         with self._clock.part("publish"), torch.no_grad():
             self._engine.publish(self._names)
-        self._note(self._names_of_rest if postpone else self._names)
+        self._record_versions(self._other_names if postpone else self._names)
 
     def count_write(self) -> None:
         """Increase the version of all weights, which only torch's own kernels do.
@@ -89,19 +89,19 @@ class Weights:
         for span in self._groups:
             torch.autograd.graph.increment_version(self._engine.live(span))
 
-    def _note(self, names: Collection[str]) -> None:
+    def _record_versions(self, names: Collection[str]) -> None:
         """Record the versions of these parameters after a write; `check` compares them at the next step.
 
         The parameters of a deferred unit are recorded when it is written.
         """
         self._written |= self._engine.changed(names)
 
-    def _noting(self, combine: Combine) -> Combine:
-        def noted(spans: Collection[Span]) -> None:
+    def _recording(self, combine: Combine) -> Combine:
+        def combine_and_record(spans: Collection[Span]) -> None:
             combine(spans)
-            self._note({span.name for span in spans})
+            self._record_versions({span.name for span in spans})
 
-        return noted
+        return combine_and_record
 
     def check(self) -> None:
         """Raise an error or report if the model has changed since attach, before a step overwrites the weights.
@@ -132,9 +132,9 @@ class Weights:
         Raises:
             EngineError: a parameter was replaced by another one.
         """
-        now = self._engine.changed(self._names)
+        current = self._engine.changed(self._names)
         for name, before in self._written.items():
-            if now.get(name, before) != before:
+            if current.get(name, before) != before:
                 return (
                     f"parameter {name!r} was written since the average wrote it (load_state_dict, clamping, half(), a "
                     "swap of weights, nn.Embedding(max_norm=..))."
@@ -171,7 +171,7 @@ class Weights:
         """Return a function that writes the weights of u, (n + 1, G), of a span into a tensor."""
         factors = self._store.coding.row_weights(u)
         scales = factors[-1].tolist()
-        exact = sent(factors[:-1].T.contiguous(), self._engine.device)
+        exact = to_device(factors[:-1].T.contiguous(), self._engine.device)
         columns = exact.to(torch.float32)
 
         def write(span: Span, out: torch.Tensor) -> None:
@@ -184,6 +184,6 @@ class Weights:
         return write
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a copy of a CPU tensor on `device`; the copy to a GPU is asynchronous, from page-locked memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -15,7 +15,7 @@ from twa_scale.base.spans import Span
 from twa_scale.errors import RankError, TwaError
 
 
-class Saved(NamedTuple):
+class SavedCoefficients(NamedTuple):
     """Copies of the coefficients x, (k, G), and of the corrections of this rank's rows, (k, R)."""
 
     x: torch.Tensor
@@ -67,9 +67,11 @@ class WrittenCoefficients:
         self.write()
         self._limits.require_weights(self._spans)
 
-    def saved(self) -> Saved:
+    def saved(self) -> SavedCoefficients:
         """Return copies of the coefficients, for `confirm`."""
-        return Saved(self.x.detach().clone(), None if self.rows is None else self.rows.values.detach().clone())
+        return SavedCoefficients(
+            self.x.detach().clone(), None if self.rows is None else self.rows.values.detach().clone()
+        )
 
     def set(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Replace the coefficients and write the weights; if these are not finite, restore both and raise. Collective.
@@ -79,10 +81,10 @@ class WrittenCoefficients:
             rows: the corrections of this rank's rows, (k, R); by default zero.
         """
         before = self.saved()
-        self._restore(Saved(x, rows))
+        self._restore(SavedCoefficients(x, rows))
         self.confirm(before)
 
-    def confirm(self, before: Saved) -> None:
+    def confirm(self, before: SavedCoefficients) -> None:
         """Write the weights of new coefficients; if these are not finite, restore those `before` and raise. Collective.
 
         Raises:
@@ -106,8 +108,12 @@ class WrittenCoefficients:
 
     def current(self) -> tuple[torch.Tensor, RowCorrections | None]:
         """Return u, (n + 1, G), and the corrections of rows of the current weights."""
-        shown = self._swapped.now
-        return (self._basis.expand(self.x), self.rows) if shown is None else (self._basis.weights_of(shown), None)
+        coefficients = self._swapped.now
+        return (
+            (self._basis.expand(self.x), self.rows)
+            if coefficients is None
+            else (self._basis.weights_of(coefficients), None)
+        )
 
     def gradient(self, products: torch.Tensor) -> torch.Tensor:
         """Return the gradient of x, (k, G), for that of u: the inner products of deltas and gradient, (n + 1, G)."""
@@ -116,7 +122,7 @@ class WrittenCoefficients:
         return gradient
 
     @torch.no_grad()
-    def _restore(self, saved: Saved) -> None:
+    def _restore(self, saved: SavedCoefficients) -> None:
         self.x.copy_(saved.x)
         if self.rows is not None:
             self.rows.set(saved.rows)

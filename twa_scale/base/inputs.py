@@ -159,9 +159,9 @@ def _depth(structure: bytes | bytearray) -> int:
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in result:
             raise ValueError(f"key {brief(key)} is given twice; keep one")
-        found[key] = value
-    return found
+        result[key] = value
+    return result

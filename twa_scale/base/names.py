@@ -36,7 +36,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def some(names: Iterable[str], limit: int = 4) -> str:
+def quoted(names: Iterable[str], limit: int = 4) -> str:
     """Return the first `limit` names, quoted, and the number of further names, as text for messages."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -118,16 +118,16 @@ def experts_path(name: str) -> tuple[str | None, str | None]:
     Of several parts of a name, the first with a number counts: "experts.deepspeed_experts.0". Shared experts, which see
     every token, are none of them, nor are routers ("expert_gate") and their biases ("expert_bias").
     """
-    parts, found = name.split("."), None
+    parts, result = name.split("."), None
     for depth, part in enumerate(parts, 1):
         if "expert" not in part or "shared" in part or is_router(part) or _BIAS.search(part):
             continue
         path = ".".join(parts[:depth])
         if depth < len(parts) and parts[depth].isdigit():
             return path, parts[depth]
-        if found is None and "experts" in part:
-            found = path
-    return found, None
+        if result is None and "experts" in part:
+            result = path
+    return result, None
 
 
 def is_router(part: str) -> bool:
@@ -151,5 +151,5 @@ def refuse_unused(key: str, patterns: Sequence[str], names: Sequence[str]) -> No
         if not any(re.search(pattern, name) for name in names):
             raise ConfigError(
                 f"{key}: the pattern {pattern!r} matches none of the {len(names)} tensors. Each pattern must match "
-                f"at least one, so that nothing is done by mistake. Names look like {some(names)}."
+                f"at least one, so that nothing is done by mistake. Names look like {quoted(names)}."
             )

@@ -12,13 +12,13 @@ from twa_scale.errors import CandidateError, TwaError
 _NO_DATA = "lost+found"  # a directory of file systems that only root may read
 
 
-def path_of(given: str | Path, error: type[TwaError] = CandidateError) -> Path:
+def path_of(path: str | Path, error: type[TwaError] = CandidateError) -> Path:
     """Return the path that a user gave, with `~` expanded.
 
     Raises:
         TwaError: of type `error`: the text is empty or holds a zero byte, or the home directory is unknown.
     """
-    text = str(given)
+    text = str(path)
     if not text.strip() or "\0" in text:
         raise error(f"{text!r} is not a path. Is a variable of the shell empty?")
     if is_url(text):
@@ -48,37 +48,37 @@ def matching(pattern: Path) -> tuple[Path, list[Path]]:
     return root, sorted(set(_select(root, parts[literal:])))
 
 
-def folders_below(
-    folder: Path, without: tuple[str, ...] = (), above: frozenset[tuple[int, int]] = frozenset()
+def subfolders(
+    folder: Path, excluded: tuple[str, ...] = (), visited: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[Path, list[Path]]]:
     """Yield each directory from `folder` down, with its entries that are not directories.
 
-    Links to directories are followed, except for cycles. Names that start with a dot or a prefix in `without` are
+    Links to directories are followed, except for cycles. Names that start with a dot or a prefix in `excluded` are
     skipped, and so is `lost+found`.
 
     Args:
         folder: the first directory.
-        without: prefixes of names to skip.
-        above: device and inode of the directories above `folder`, to detect cycles.
+        excluded: prefixes of names to skip.
+        visited: device and inode of the directories above `folder`, to detect cycles.
 
     Raises:
         OSError: a directory cannot be read.
     """
     stat = folder.stat()
-    here = (stat.st_dev, stat.st_ino)
-    if here in above:
+    key = (stat.st_dev, stat.st_ino)
+    if key in visited:
         return
     folders: list[Path] = []
     others: list[Path] = []
     for path in entries(folder):
-        if not path.name.startswith(without):
+        if not path.name.startswith(excluded):
             (folders if path.is_dir() else others).append(path)
     yield folder, others
     for path in folders:
-        yield from folders_below(path, without, above | {here})
+        yield from subfolders(path, excluded, visited | {key})
 
 
-def leads_nowhere(path: Path) -> bool:
+def is_dangling(path: Path) -> bool:
     """Return whether a path is a broken link or a cycle of links."""
     return path.is_symlink() and not path.exists()
 
@@ -106,8 +106,8 @@ def _select(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         return
     first, rest = parts[0], parts[1:]
     if first == "**":
-        for below, _ in folders_below(folder):
-            yield from _select(below, rest or ("*",))
+        for subfolder, _ in subfolders(folder):
+            yield from _select(subfolder, rest or ("*",))
     elif has_magic(first):
         for path in entries(folder, first):
             if not rest or path.is_dir():

@@ -31,8 +31,8 @@ def free_memory() -> int:
     """Return the available memory of this machine in bytes, or its whole memory if that is unknown."""
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return min([machine_memory(), *found])
+    values = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([machine_memory(), *values])
 
 
 def _limits(root: Path) -> Iterator[int]:

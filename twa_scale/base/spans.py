@@ -64,7 +64,7 @@ class Span:
         first, last = (self.start + i // self.run * self.stride for i in (start, stop - self.run))
         return Span(self.name, first, last + self.run, self.run, self.stride)
 
-    def cuts(self, size: int) -> Iterator[tuple[int, "Span"]]:
+    def split(self, size: int) -> Iterator[tuple[int, "Span"]]:
         """Yield the part of this span in each part of `size` elements of the tensor, with its offset in this span.
 
         Parts without elements are left out. For an empty span, the span itself is yielded. Runs of a strided span must
@@ -99,11 +99,11 @@ def block(name: str, shape: tuple[int, ...], starts: tuple[int, ...], sizes: tup
     """
     if 0 in sizes:
         return Span(name, 0, 0)
-    cut = [d for d, size in enumerate(shape) if size != sizes[d]]
+    divided = [d for d, size in enumerate(shape) if size != sizes[d]]
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
     start = sum(i * stride for i, stride in zip(starts, strides, strict=True))
-    inner = max(cut, default=0)
-    if not cut or all(sizes[d] == 1 for d in range(inner)):
+    inner = max(divided, default=0)
+    if not divided or all(sizes[d] == 1 for d in range(inner)):
         return Span(name, start, start + prod(sizes))
     outer = next(d for d in range(inner) if sizes[d] != 1)
     if any(sizes[d] != shape[d] for d in range(outer + 1, inner)):
@@ -122,6 +122,6 @@ def share(numel: int, rank: int, size: int) -> tuple[int, int]:
     return min(rank * part, numel), min((rank + 1) * part, numel)
 
 
-def whole(name: str, shape: tuple[int, ...]) -> Span:
+def whole_tensor(name: str, shape: tuple[int, ...]) -> Span:
     """Return the span of a whole tensor. A scalar has one element."""
     return Span(name, 0, prod(shape))

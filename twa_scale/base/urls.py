@@ -34,15 +34,15 @@ Identity = tuple[int, tuple[str, ...]]
 """The size of a file in bytes, and values that change when it is written again."""
 
 
-def is_url(given: object) -> bool:
+def is_url(value: object) -> bool:
     """Return whether a text is a URL, such as `s3://bucket/run` or `file:///run`."""
-    return _URL.match(str(given)) is not None
+    return _URL.match(str(value)) is not None
 
 
 def local_path(url: str) -> Path | None:
     """Return the path of a URL such as `file:///run`, or None for other URLs."""
-    found = _URL.match(url)
-    return Path(url[found.end() :]) if found and found["scheme"].lower() in _OF_FILES else None
+    match = _URL.match(url)
+    return Path(url[match.end() :]) if match and match["scheme"].lower() in _OF_FILES else None
 
 
 def absolute(label: str) -> str:
@@ -63,8 +63,8 @@ class Url:
 
     def __str__(self) -> str:
         """Return the URL without a password, and without the query of a web server, which may be signed."""
-        shown = self.url.partition("?")[0] if self._is_web else self.url
-        return _PASSWORD.sub("://", shown)
+        text = self.url.partition("?")[0] if self._is_web else self.url
+        return _PASSWORD.sub("://", text)
 
     def __truediv__(self, name: str) -> "Url":
         return Url(f"{self.url.rstrip('/')}/{name}")
@@ -88,10 +88,10 @@ class Url:
     @property
     def parents(self) -> Sequence["Url"]:
         """The directories above it, nearest first."""
-        above = [self.parent]
-        while above[-1].url.rstrip("/").partition("://")[2].count("/"):
-            above.append(above[-1].parent)
-        return above
+        result = [self.parent]
+        while result[-1].url.rstrip("/").partition("://")[2].count("/"):
+            result.append(result[-1].parent)
+        return result
 
     @property
     def _is_web(self) -> bool:
@@ -132,12 +132,12 @@ class Url:
         """
         with self.errors():
             fs, path = self._opened()
-            found = fs.ls(path, detail=True)
-        for held in found:
-            if held["name"].rstrip("/") != path.rstrip(
+            listing = fs.ls(path, detail=True)
+        for info in listing:
+            if info["name"].rstrip("/") != path.rstrip(
                 "/"
             ):  # object stores also list the directory itself if it was created
-                yield self._of(fs, held["name"], held)
+                yield self._of(fs, info["name"], info)
 
     def matches(self) -> list["Url"]:
         """Return the URLs that match the URL as a pattern.
@@ -147,8 +147,8 @@ class Url:
         """
         with self.errors():
             fs, path = self._opened()
-            found: dict[str, Any] = fs.glob(path, detail=True)
-        return [self._of(fs, name, held) for name, held in found.items()]
+            listing: dict[str, Any] = fs.glob(path, detail=True)
+        return [self._of(fs, name, info) for name, info in listing.items()]
 
     def is_pattern(self) -> bool:
         """Return whether it has the special characters of a pattern. In a URL of a web server, `?` starts a query."""
@@ -236,10 +236,12 @@ class Url:
     def _error(self, error: Exception) -> CandidateError:
         match error:
             case FileNotFoundError():
-                why = "there is no such file, directory or bucket"
+                reason = "there is no such file, directory or bucket"
             case PermissionError():
-                why = "the storage refuses access. Check the credentials of this process, and the rights that they give"
+                reason = (
+                    "the storage refuses access. Check the credentials of this process, and the rights that they give"
+                )
             case _:
-                why = f"cannot be read: {type(error).__name__}"
-        said = " ".join(str(error).replace(self.url, str(self)).split())[:300].rstrip(".")
-        return CandidateError(f"{self}: {why}{f' ({said})' if said else ''}.")
+                reason = f"cannot be read: {type(error).__name__}"
+        message = " ".join(str(error).replace(self.url, str(self)).split())[:300].rstrip(".")
+        return CandidateError(f"{self}: {reason}{f' ({message})' if message else ''}.")

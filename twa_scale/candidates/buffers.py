@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.config import candidate_index
 
 Source = Sequence[float] | int
@@ -72,7 +72,7 @@ def copied_notice(copied: Mapping[str, int], labels: Sequence[str]) -> str | Non
         by_label.setdefault(labels[copied[name]], []).append(name)
     if not by_label:
         return None
-    parts = [f"{some(names)} from {label}" for label, names in by_label.items()]
+    parts = [f"{quoted(names)} from {label}" for label, names in by_label.items()]
     return (
         f"copied, not averaged: {'; '.join(parts)}. The candidates differ in them, but they are integers, or buffers "
         "that are not running statistics."

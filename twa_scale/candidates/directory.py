@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.urls import Url
 from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard
 from twa_scale.candidates.formats.megatron import is_megatron, latest_iteration
@@ -101,7 +101,7 @@ def sharded_in(directory: Path) -> Path | None:
     folders = [path for path in entries if _FSDP_FOLDER.fullmatch(path.name) and path.is_dir()]
     if len(folders) > 1:
         raise CandidateError(
-            f"{directory}: holds {some([path.name for path in folders])}, one folder for each model that Accelerate "
+            f"{directory}: holds {quoted([path.name for path in folders])}, one folder for each model that Accelerate "
             "has saved. Name the folder that is meant."
         )
     if folders:

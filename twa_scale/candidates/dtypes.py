@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.candidates.candidate import Candidate
 
 
@@ -48,11 +48,11 @@ def types_notice(candidates: Sequence[Candidate], names: Iterable[str], *, of_la
     types = sorted({_plain(stored_dtype(candidate, mixed[0])) for candidate in candidates})
     if of_last:
         return (
-            f"candidates hold {some(mixed)} as {' and '.join(types)}: written in the type of the last one, "
+            f"candidates hold {quoted(mixed)} as {' and '.join(types)}: written in the type of the last one, "
             f"{_plain(stored_dtype(candidates[-1], mixed[0]))}."
         )
     return (
-        f"candidates hold {some(mixed)} as {' and '.join(types)}: written in the widest type, "
+        f"candidates hold {quoted(mixed)} as {' and '.join(types)}: written in the widest type, "
         f"{_plain(widest(candidates, mixed[0]))}; dtype chooses another."
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from twa_scale.base.inputs import named_errors
-from twa_scale.base.names import and_more, some
+from twa_scale.base.names import and_more, quoted
 from twa_scale.base.notices import notice
 from twa_scale.base.paths import identity, num_links
 from twa_scale.base.urls import Url
@@ -129,7 +129,7 @@ def _without_copies(named: Sequence[_Named], notify: Notify) -> list[_Named]:
     copies = [path for path in matched if steps[path.parent] > 1 and is_copy(path)]
     if copies:
         notify(
-            f"candidates: left out, as copies of other matches by their names: {some(map(str, copies))}. Give their "
+            f"candidates: left out, as copies of other matches by their names: {quoted(map(str, copies))}. Give their "
             "paths in a list to use them."
         )
     return [item for item in named if not (item.pattern and item.source in copies)]
@@ -180,7 +180,7 @@ def _notify_of_unused_files(paths: Sequence[Path | Url], notify: Notify) -> None
     for path in paths:
         chosen = _weights_in(path)
         if chosen and (others := unused_files(path, chosen)):
-            unused[chosen.name, some(others)].append(str(path))
+            unused[chosen.name, quoted(others)].append(str(path))
     for (chosen_name, other_names), directories in unused.items():
         notify(
             f"{and_more(directories)}: the weights are those of {chosen_name!r}, which loaders take; "

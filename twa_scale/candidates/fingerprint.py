@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from twa_scale.base.names import nearest, some
+from twa_scale.base.names import nearest, quoted
 from twa_scale.errors import CandidateError, StateError
 from twa_scale.ranks import Pods, first_difference
 
@@ -60,9 +60,9 @@ class Fingerprint:
         """
         missing, new = sorted(self.shapes.keys() - set(names)), sorted(set(names) - self.shapes.keys())
         if missing or new:
-            differs = [f"lack {some(missing)}"] * bool(missing) + [f"hold {some(new)}, which it does not know"] * bool(
-                new
-            )
+            differs = [f"lack {quoted(missing)}"] * bool(missing) + [
+                f"hold {quoted(new)}, which it does not know"
+            ] * bool(new)
             raise StateError(
                 f"{label}: the candidates do not hold the tensors that the state was trained on: they "
                 f"{' and '.join(differs)}. Restore the candidates of the run; if they have not changed, the state was "

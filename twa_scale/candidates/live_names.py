@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Protocol
 
-from twa_scale.base.names import and_more, refuse_unused, some, without_wrappers
+from twa_scale.base.names import and_more, quoted, refuse_unused, without_wrappers
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.conversion import Conversion, Made
 from twa_scale.candidates.converted import Converted
@@ -116,7 +116,7 @@ def _named(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list[
     loaded, lines = _loaded(tensors, naming, label)
     lines += unstacked_tensors
     if left_out:
-        lines.insert(0, f"tensors without the prefix {naming.prefix!r} are not read: {some(left_out)}.")
+        lines.insert(0, f"tensors without the prefix {naming.prefix!r} are not read: {quoted(left_out)}.")
     if naming.prefix is None and naming.parameters and not _complete(loaded, naming):
         inferred = _inferred(loaded, naming, label) or _inferred_and_loaded(tensors, naming, label)
         if inferred:
@@ -133,7 +133,7 @@ def _loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, list
     if naming.library is None or same:
         return tensors, []
     loaded, ignored = naming.library.loaded(tensors, label)
-    return loaded, [f"the model's class ignores {some(ignored)} when it loads weights: not read."] if ignored else []
+    return loaded, [f"the model's class ignores {quoted(ignored)} when it loads weights: not read."] if ignored else []
 
 
 def _renamed(tensors: Tensors, rename: Mapping[str, str], label: str) -> Tensors:
@@ -149,7 +149,9 @@ def _renamed(tensors: Tensors, rename: Mapping[str, str], label: str) -> Tensors
 def _without_prefix(tensors: Tensors, prefix: str, label: str) -> tuple[Tensors, list[str]]:
     kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not kept:
-        raise ConfigError(f"prefix: no tensor of {label} has a name that begins with {prefix!r}; see {some(tensors)}.")
+        raise ConfigError(
+            f"prefix: no tensor of {label} has a name that begins with {prefix!r}; see {quoted(tensors)}."
+        )
     return kept, [name for name in tensors if not name.startswith(prefix)]
 
 
@@ -163,8 +165,8 @@ def _unstacked(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, l
     made = {name: part for parts in result.values() for name, part in parts.items()}
     first, parts = next(iter(result.items()))
     return kept | made, [
-        f"stored tensors that stack those of all layers are divided ({some(list(result))}): {first!r} is "
-        f"{some(list(parts), 2)}."
+        f"stored tensors that stack those of all layers are divided ({quoted(list(result))}): {first!r} is "
+        f"{quoted(list(parts), 2)}."
     ]
 
 
@@ -184,7 +186,7 @@ def _inferred(tensors: Tensors, naming: Naming, label: str) -> tuple[Tensors, li
     prefixes = [prefix for prefix in possible if _complete(tensors, naming, prefix)]
     if len(prefixes) > 1:
         raise CandidateError(
-            f"{label}: holds the tensors of the model {len(prefixes)} times, under {some(prefixes)}. Choose one with "
+            f"{label}: holds the tensors of the model {len(prefixes)} times, under {quoted(prefixes)}. Choose one with "
             "`prefix`."
         )
     if prefixes:
@@ -213,8 +215,8 @@ def _inferred_and_loaded(tensors: Tensors, naming: Naming, label: str) -> tuple[
             others = {name: tensor for name, tensor in tensors.items() if name not in prefixed}
             if repeated := sorted(others.keys() & loaded.keys()):
                 raise CandidateError(
-                    f"{label}: {some(repeated)} and tensors whose names begin with {prefix!r} are the same tensors of "
-                    f"the model: {choose_prefix(prefix)}."
+                    f"{label}: {quoted(repeated)} and tensors whose names begin with {prefix!r} are the same tensors "
+                    f"of the model: {choose_prefix(prefix)}."
                 )
             return loaded | others, [_removed_prefix_notice(prefix), *lines]
     return None

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.candidates.adapters import ADAPTER_CONFIG
 from twa_scale.candidates.directory import LOADERS, files_in, is_weights, sharded_in, weights_in
 from twa_scale.candidates.formats.dcp import METADATA
@@ -22,7 +22,7 @@ def refusal(directory: Path) -> CandidateError:
     adapters = [path for path in sorted(directory.iterdir())[:_MAX_SEEN] if (path / ADAPTER_CONFIG).is_file()]
     if adapters:
         return CandidateError(
-            f"{directory}: is no candidate, but its subdirectory {some([path.name for path in adapters])} holds an "
+            f"{directory}: is no candidate, but its subdirectory {quoted([path.name for path in adapters])} holds an "
             "adapter: PEFT saves an adapter that is not called 'default' in a subdirectory of its name. Give "
             f"{str(adapters[0])!r}."
         )
@@ -37,9 +37,9 @@ def refusal(directory: Path) -> CandidateError:
     ):
         return CandidateError(f"{directory}: is no candidate: {format_name}")
     files = [name for name in names if name.endswith(".safetensors")]
-    several = f", but {len(files)} *.safetensors files without an index ({some(files)})" if files else ""
+    several = f", but {len(files)} *.safetensors files without an index ({quoted(files)})" if files else ""
     odd = [path.name for path in directory.iterdir() if is_weights(path.name) and not (path.is_file() or path.is_dir())]
-    irregular = f" {some(odd)} exists, but is not a regular file, or is a broken link." if odd else ""
+    irregular = f" {quoted(odd)} exists, but is not a regular file, or is a broken link." if odd else ""
     return CandidateError(
         f"{directory}: is no candidate: it holds none of {', '.join(LOADERS['transformers'])}, no single *.safetensors "
         f"file{several}, and is not a checkpoint folder of DeepSpeed (*_model_states.pt, latest) or "
@@ -53,7 +53,7 @@ def _fix(directory: Path, subdirectories: Sequence[Path]) -> str:
             "Name the file itself, leave the directory out, or, if its subdirectories are the candidates, write "
             f"'{directory}/*'."
         )
-    listed = some(sorted(str(path.relative_to(directory)) for path in subdirectories))
+    listed = quoted(sorted(str(path.relative_to(directory)) for path in subdirectories))
     return f"There are weights in {listed}: name that folder itself, as in {str(min(subdirectories))!r}."
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.urls import Url
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.directory import INDEX, files_in, is_shard, is_weights, weights_in
@@ -71,7 +71,7 @@ def _described(url: Url, names: Sequence[str]) -> str:
         return "it is a checkpoint of torch.distributed.checkpoint"
     if any(name == "latest" or name.endswith("_model_states.pt") for name in names):
         return "it is a checkpoint of DeepSpeed"
-    return f"it holds {some(names)}" if names else "it holds no files, or is not there"
+    return f"it holds {quoted(names)}" if names else "it holds no files, or is not there"
 
 
 def _require_safetensors(file: Url) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast, get_args
 
-from twa_scale.base.names import and_more, matches_any, nearest, refuse_unused, some
+from twa_scale.base.names import and_more, matches_any, nearest, quoted, refuse_unused
 from twa_scale.candidates.adapters import Space, adapter_config
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.conversion import Conversion
@@ -93,7 +93,7 @@ def select(
             left_out[candidate.label] = sorted(entries)
         kept = [name for name in names if name not in ignored and name not in entries]
         if not kept:
-            reason = "is ignored" if not entries else f"belongs to an optimizer ({some(entries)})"
+            reason = "is ignored" if not entries else f"belongs to an optimizer ({quoted(entries)})"
             raise CandidateError(
                 f"{candidate.label}: holds no weights: every tensor {reason}. Leave this candidate out."
             )
@@ -102,7 +102,7 @@ def select(
     lines = []
     if left_out:
         first_ignored = next(iter(left_out.values()))
-        lines.append(f"{and_more(list(left_out))}: entries of an optimizer are not read: {some(first_ignored)}.")
+        lines.append(f"{and_more(list(left_out))}: entries of an optimizer are not read: {quoted(first_ignored)}.")
     selected = [as_recorded(candidate, wanted.conversions) for candidate in selected]
     if wanted.naming:
         selected, inferred = in_live_names(selected, wanted.naming)
@@ -117,7 +117,7 @@ def _about_ignored(candidate: Candidate, wanted: Wanted) -> list[str]:
     if not names:
         return []
     return [
-        f"{candidate.label}: `ignore` also matches {some(names)} of the model, which files hold under other names: "
+        f"{candidate.label}: `ignore` also matches {quoted(names)} of the model, which files hold under other names: "
         "they are not read either. Anchor the pattern (^, $) if only names in files are meant."
     ]
 
@@ -129,7 +129,7 @@ def _about_factors(candidates: Sequence[Candidate]) -> list[str]:
     if not factors or len(candidates) < 2 or (config and config.kind == "LORA"):
         return []
     return [
-        f"{candidates[0].label}: {some(factors, 2)} are factors of low-rank updates (LoRA). They are averaged "
+        f"{candidates[0].label}: {quoted(factors, 2)} are factors of low-rank updates (LoRA). They are averaged "
         "separately, which is not the average of their products; for that, give LoRA adapters of PEFT as directories "
         "and set `space: product`, or merge each adapter into its weights first."
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from twa_scale.base.inputs import open_regular, parse_json
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.notices import notice
 from twa_scale.candidates.formats.deepspeed_universal import LATEST
 from twa_scale.candidates.formats.megatron import BACKEND, TRACKER, is_megatron
@@ -79,7 +79,7 @@ def side_files(
     for name, path in scan.files(directory, 0):
         scan.read(name, path)
     for reason, names in scan.left_out.items():
-        notify(f"{directory}: left out of the output: {some(sorted(names))} ({reason}).")
+        notify(f"{directory}: left out of the output: {quoted(sorted(names))} ({reason}).")
     return scan.content
 
 

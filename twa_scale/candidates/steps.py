@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.urls import Url
 from twa_scale.candidates.directory import is_torch
 from twa_scale.config import SelectConfig
@@ -116,7 +116,8 @@ def _in_range(sources: Sequence[T], select: SelectConfig) -> list[T]:
     ]
     if not taken:
         raise ConfigError(
-            f"candidates: none is left ({_described(select)}); their steps are {some(map(str, sorted(set(steps))), 8)}."
+            f"candidates: none is left ({_described(select)}); their steps are "
+            f"{quoted(map(str, sorted(set(steps))), 8)}."
         )
     return taken
 

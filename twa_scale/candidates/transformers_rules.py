@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.candidates.numbered import missing_tensors
 from twa_scale.candidates.traced import Traced
 from twa_scale.candidates.transformers_api import LIBRARY, has_rules, transformers_api, version
@@ -107,7 +107,7 @@ class TransformersRules:
             _refuse_lacking(live, sources, None, label)
             names = sorted(source for group in sources.values() for source in group)
             raise CandidateError(
-                f"{label}: transformers makes tensor {live!r} of {some(names)} by {rule.operations}, which cannot be "
+                f"{label}: transformers makes tensor {live!r} of {quoted(names)} by {rule.operations}, which cannot be "
                 f"traced: {type(error).__name__}: {error}. Candidates are read in parts, so conversions may only move "
                 f"elements. {_FIX}"
             ) from error
@@ -202,7 +202,7 @@ class _Loaded:
         """
         if name in self.tensors:
             raise CandidateError(
-                f"{self._label}: {some(self._sources[name])} and {some(sources)} are both {name!r} of the model. "
+                f"{self._label}: {quoted(self._sources[name])} and {quoted(sources)} are both {name!r} of the model. "
                 "Remove one of them from the candidate."
             )
         self.tensors[name] = tensor
@@ -213,7 +213,7 @@ def _refuse_lacking(live: str, sources: Mapping[str, list[str]], sizes: tuple[in
     """Check that no stored tensor is missing of those of which a tensor of the model is made."""
     if missing := missing_tensors(sources, sizes):
         raise CandidateError(
-            f"{label}: {some(missing)} {'is' if len(missing) == 1 else 'are'} missing, of which transformers makes "
+            f"{label}: {quoted(missing)} {'is' if len(missing) == 1 else 'are'} missing, of which transformers makes "
             f"tensor {live!r} of the model. Candidates must hold every tensor of the model: save them completely, or "
             "use their model."
         )

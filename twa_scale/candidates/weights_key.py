@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from twa_scale.base.names import and_more, matches_any, nearest, some
+from twa_scale.base.names import and_more, matches_any, nearest, quoted
 from twa_scale.candidates.ema_lists import items_of, mismatch, parameters_of
 from twa_scale.candidates.entries import Keys, Shape, is_optimizer_entry
 from twa_scale.candidates.formats.megatron import without_chain
@@ -99,7 +99,9 @@ class WeightsKey:
                         "is not read. Save its state_dict() instead."
                     )
             sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1})
-            hint = f"tensors are under {some(sets)}" if sets else f"its keys are {some(sorted(p[0] for p in shapes))}"
+            hint = (
+                f"tensors are under {quoted(sets)}" if sets else f"its keys are {quoted(sorted(p[0] for p in shapes))}"
+            )
             raise CandidateError(
                 f"{label}: weights_key {self.key!r} has no tensors under it; {hint}{nearest(self.key, sets) or '.'}"
             )
@@ -117,7 +119,7 @@ class WeightsKey:
                 )
         arrays = [name for name, item in others.items() if not item.shapes and name not in self.ignored]
         if arrays:
-            self._said[f"{some(arrays)} among the weights are not torch tensors, and are not read."].append(label)
+            self._said[f"{quoted(arrays)} among the weights are not torch tensors, and are not read."].append(label)
 
     def _refuse_containers(self, names: Set[str], label: str) -> None:
         """Refuse lists in which quantized modules of torch keep their weights; report others, which are not read."""
@@ -131,8 +133,8 @@ class WeightsKey:
             )
         if rest := sorted(names - ignored):
             self._said[
-                f"{some(rest)} among the weights are lists or dicts of tensors, such as the state of a metric, and are "
-                "not read."
+                f"{quoted(rest)} among the weights are lists or dicts of tensors, such as the state of a metric, and "
+                "are not read."
             ].append(label)
 
     def _named(
@@ -179,7 +181,7 @@ class WeightsKey:
             location = ".".join(chosen) or "the top level"
             self._said[
                 f"the weights are those under {location!r}{detail}; tensors of the same shapes are "
-                f"also under {some(similar)}. Set `weights_key` to read those."
+                f"also under {quoted(similar)}. Set `weights_key` to read those."
             ].append(label)
 
     def notices(self) -> Iterator[str]:
@@ -221,15 +223,15 @@ def _nothing_found(
     shapes: Mapping[Keys, Shape], label: str, objects: Mapping[Keys, StateObject], other_tensors: Sequence[str] = ()
 ) -> CandidateError:
     """Return the error for a file whose weights are not found. `other_tensors` are too few to be weights."""
-    keys = some(sorted({".".join(path[:1]) for path in (*shapes, *objects)}))
+    keys = quoted(sorted({".".join(path[:1]) for path in (*shapes, *objects)}))
     sets = sorted({".".join(path[:-1]) for path in shapes if len(path) > 1 and not is_optimizer_entry(path)})
-    hint = f" There are tensors under {some(sets)}: name one as `weights_key`." if sets else ""
+    hint = f" There are tensors under {quoted(sets)}: name one as `weights_key`." if sets else ""
     described = [f"{'.'.join(path)!r} ({item.kind})" for path, item in objects.items() if not is_optimizer_entry(path)]
     if described:
         hint += f" The content of objects is not read: {', '.join(described[:4])}."
-    only = f" but {some(other_tensors)} where weights are looked for" if other_tensors else ""
+    only = f" but {quoted(other_tensors)} where weights are looked for" if other_tensors else ""
     return CandidateError(
-        f"{label}: holds no tensors{only}, neither by name nor under one of {some(USUAL_KEYS, 6)}; its keys are "
+        f"{label}: holds no tensors{only}, neither by name nor under one of {quoted(USUAL_KEYS, 6)}; its keys are "
         f"{keys or 'none at all'}.{hint} Save {{'model': model.state_dict()}}, or the state dict itself."
     )
 

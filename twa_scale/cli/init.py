@@ -46,12 +46,12 @@ def init(
 
     data = _DATA.get(task, {})
     options = {"model": model, **data} if data else {}
-    given: dict[str, Any] = {"candidates": candidates, "task": {"name": task, **options}, "output": output}
+    settings: dict[str, Any] = {"candidates": candidates, "task": {"name": task, **options}, "output": output}
     if recipe is not None:
-        given["recipe"] = recipe
+        settings["recipe"] = recipe
     if steps is not None or recipe is None:
-        given["steps"] = steps or 100
-    text = template(given)
+        settings["steps"] = steps or 100
+    text = template(settings)
     try:
         with config.open("w" if overwrite else "x", encoding="utf-8") as file:
             file.write(text)

@@ -13,9 +13,9 @@ def with_options(**groups: type) -> Callable[[Callable[..., None]], Callable[...
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command)
+        signature = inspect.signature(command)
         shared = {name: inspect.signature(group).parameters for name, group in groups.items()}
-        others = [parameter for parameter in own.parameters.values() if parameter.name not in groups]
+        others = [parameter for parameter in signature.parameters.values() if parameter.name not in groups]
         # Keyword-only parameters come last. typer reads the order and the types of options from the signature.
         added = [parameter for parameters in shared.values() for parameter in parameters.values()]
         parameters = sorted([*others, *added], key=lambda parameter: parameter.kind)
@@ -25,7 +25,7 @@ def with_options(**groups: type) -> Callable[[Callable[..., None]], Callable[...
             built = {name: group(**{key: given.pop(key) for key in shared[name]}) for name, group in groups.items()}
             command(**given, **built)
 
-        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 

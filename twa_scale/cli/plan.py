@@ -75,8 +75,8 @@ def _plan_averages(config: "RunConfig", ranks: int, text: str, json: bool) -> No
         raise ConfigError(
             f"--averages: {settings!r}; give settings, as '{{ema: 0.999, window: {{every: 100, keep: 40}}}}'."
         )
-    found = averages_bytes(config, ranks, settings)
+    nbytes = averages_bytes(config, ranks, settings)
     if json:
-        typer.echo(dumps({"ranks": ranks, "averages": found, "sum": sum(found.values())}, indent=2))
+        typer.echo(dumps({"ranks": ranks, "averages": nbytes, "sum": sum(nbytes.values())}, indent=2))
     else:
-        Console().print(averages_table(found, ranks))
+        Console().print(averages_table(nbytes, ranks))

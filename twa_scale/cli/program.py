@@ -55,6 +55,6 @@ def _print_error(error: TwaError) -> None:
     speaks = world.local_rank == 0 or not isinstance(error, ConfigError) or dist.is_initialized()
     if world.rank == 0 or (speaks and not error.agreed):
         kind = "bad configuration" if isinstance(error, ConfigError) else type(error).__name__
-        where = "" if world.rank == 0 else f" (rank {world.rank})"
-        text = f"[bold red]{kind}{where}:[/] {escape(str(error))}"
+        suffix = "" if world.rank == 0 else f" (rank {world.rank})"
+        text = f"[bold red]{kind}{suffix}:[/] {escape(str(error))}"
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)

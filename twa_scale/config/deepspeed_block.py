@@ -20,8 +20,8 @@ def block_settings(block: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """
     if not isinstance(block, Mapping):
         raise ConfigError(f'"{BLOCK}" holds {type(block).__name__}, not a mapping of keys to values.')
-    own = {k: v for k, v in block.items() if k in TwaConfig.model_fields or k not in RunConfig.model_fields}
-    return block.get("candidates"), own
+    settings = {k: v for k, v in block.items() if k in TwaConfig.model_fields or k not in RunConfig.model_fields}
+    return block.get("candidates"), settings
 
 
 def unfolded(data: Mapping[str, Any]) -> dict[str, Any]:

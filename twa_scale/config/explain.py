@@ -26,11 +26,11 @@ def explained(model: type[BaseModel], errors: Sequence[Mapping[str, Any]]) -> li
     unions: dict[Location, list[Mapping[str, Any]]] = {}
     for error in errors:
         unions.setdefault(_key(error["loc"]), []).append(error)
-    found: dict[tuple[Location, str], None] = {}
-    for together in unions.values():
-        for error in _united(together):
-            found[error["loc"], _message(model, error)] = None
-    return list(found)
+    lines: dict[tuple[Location, str], None] = {}
+    for group in unions.values():
+        for error in _united(group):
+            lines[error["loc"], _message(model, error)] = None
+    return list(lines)
 
 
 def _is_branch(part: str | int) -> bool:
@@ -71,10 +71,10 @@ def _message(model: type[BaseModel], error: Mapping[str, Any]) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {key!r}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("missing", "value_error") else f" (got {brief(error['input'])})"
+    suffix = "" if error["type"] in ("missing", "value_error") else f" (got {brief(error['input'])})"
     if error["type"] == "literal_error" and isinstance(error["input"], str):
-        given += nearest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-    return f"{key}: {message}{given}" if key else message
+        suffix += nearest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    return f"{key}: {message}{suffix}" if key else message
 
 
 def _keys(model: type[BaseModel], location: Location) -> list[str]:

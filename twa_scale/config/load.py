@@ -60,14 +60,14 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def validated(
-    model: type[M], data: M | dict[str, Any] | None, where: str = "config", overrides: Sequence[str] = ()
+    model: type[M], data: M | dict[str, Any] | None, source: str = "config", overrides: Sequence[str] = ()
 ) -> M:
     """Return `data` as an instance of `model`.
 
     Args:
         model: the class of the result.
         data: settings by name, or an instance.
-        where: the origin of the settings, for messages.
+        source: the origin of the settings, for messages.
         overrides: the overrides in `data`, as key=value, for messages.
 
     Raises:
@@ -82,7 +82,7 @@ def validated(
         lines: dict[str, dict[str, None]] = {}
         for location, text in explained(model, error.errors()):
             message = text + _hint(data, location)
-            lines.setdefault(_origin(location, where, overrides), {})[message] = None
+            lines.setdefault(_origin(location, source, overrides), {})[message] = None
         raise ConfigError("; ".join(f"{origin}: {'; '.join(messages)}" for origin, messages in lines.items())) from None
 
 
@@ -95,24 +95,24 @@ def _hint(data: Any, location: Sequence[str | int]) -> str:
     return f" (other settings are those of recipe {recipe!r})" if recipe else ""
 
 
-def _origin(location: tuple[str | int, ...], where: str, overrides: Sequence[str]) -> str:
-    """Return the origin of the value at `location`: the last override of it or of a part of it, or `where`."""
+def _origin(location: tuple[str | int, ...], source: str, overrides: Sequence[str]) -> str:
+    """Return the origin of the value at `location`: the last override of it or of a part of it, or `source`."""
     path = [str(part) for part in location]
     for override in reversed(overrides):
         keys = override.partition("=")[0].split(".")
         shorter = min(len(keys), len(path))
         if shorter and keys[:shorter] == path[:shorter]:
             return f"override {brief(override)}"
-    return f"{where} with {', '.join(map(brief, overrides))}" if overrides and not path else where
+    return f"{source} with {', '.join(map(brief, overrides))}" if overrides and not path else source
 
 
-def flattened(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the settings of a configuration as `section.key` and value."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from flattened(value, f"{above}{key}.")
+            yield from flattened(value, f"{prefix}{key}.")
         else:
-            yield f"{above}{key}", value
+            yield f"{prefix}{key}", value
 
 
 def dump(config: BaseModel) -> str:

@@ -75,17 +75,19 @@ def filled(data: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
         known: the keys that a recipe may give.
     """
     recipe = RECIPES.get(data["recipe"], {}) if isinstance(data.get("recipe"), str) else {}
-    found = dict(data)
+    result = dict(data)
     for key, value in recipe.items():
         if key not in known or not _fits(key, data, recipe) or data.get(_ONE_OF.get(key, "")) is not None:
             continue
         if not isinstance(value, dict):
             if key not in data or (key in _ONE_OF and data[key] is None):
-                found[key] = value
+                result[key] = value
         elif (section := _given(data.get(key, {}))) is not None:
-            left = {name: one for name, one in value.items() if _value(data, _ONE_OF.get(f"{key}.{name}", "")) is None}
-            found[key] = {**left, **section}
-    return found
+            left = {
+                name: item for name, item in value.items() if _value(data, _ONE_OF.get(f"{key}.{name}", "")) is None
+            }
+            result[key] = {**left, **section}
+    return result
 
 
 def settings_of_recipe(config: BaseModel) -> dict[str, Any]:
@@ -93,8 +95,8 @@ def settings_of_recipe(config: BaseModel) -> dict[str, Any]:
     dumped = config.model_dump()
     flat = {}
     for key, value in RECIPES.get(str(dumped.get("recipe")), {}).items():
-        inside = {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
-        flat.update({name: one for name, one in inside.items() if _value(dumped, name) == one})
+        settings = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        flat.update({name: item for name, item in settings.items() if _value(dumped, name) == item})
     return flat
 
 
@@ -107,7 +109,7 @@ def recipe_line(config: BaseModel) -> str:
 def _fits(key: str, data: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
     """Return whether the settings to which `key` belongs are not given, or have the values of the recipe."""
     others = ((_value(data, other), _value(recipe, other)) for other in _FITS.get(key, ()))
-    return all(given is None or str(given).lower() == str(own) for given, own in others)
+    return all(current is None or str(current).lower() == str(required) for current, required in others)
 
 
 def _value(data: Mapping[str, Any], key: str) -> Any:

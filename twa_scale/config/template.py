@@ -18,23 +18,23 @@ _HEAD = """\
 _WIDTH = 100
 
 
-def template(given: Mapping[str, Any]) -> str:
-    """Return YAML that sets the keys of `given`, with all other keys of RunConfig as comments.
+def template(settings: Mapping[str, Any]) -> str:
+    """Return YAML that sets the keys of `settings`, with all other keys of RunConfig as comments.
 
     Args:
-        given: values of keys of RunConfig, which come first in the file, in this order. Defaults are those of their
+        settings: values of keys of RunConfig, which come first in the file, in this order. Defaults are those of their
             recipe.
 
     Raises:
         ConfigError: a value is invalid.
     """
-    config = validated(RunConfig, dict(given), "init")
+    config = validated(RunConfig, dict(settings), "init")
     fields, marks = RunConfig.model_fields, _marks(config)
     parts = [_HEAD]
-    for key in _order(given):
+    for key in _order(settings):
         value = getattr(config, key)
-        if key in given:
-            parts.append(f"{_comment(fields[key])}{_yaml(key, given[key])}")
+        if key in settings:
+            parts.append(f"{_comment(fields[key])}{_yaml(key, settings[key])}")
         elif isinstance(value, BaseModel):
             parts.append(_section(key, fields[key], value, marks))
         else:
@@ -50,7 +50,7 @@ def resolved(config: RunConfig) -> str:
         value = getattr(config, key)
         if isinstance(value, BaseModel):
             lines.append(f"{key}:\n")
-            lines += (f"  {_yaml(name, one, marks.get(f'{key}.{name}'))}" for name, one in _items(value))
+            lines += (f"  {_yaml(name, item, marks.get(f'{key}.{name}'))}" for name, item in _items(value))
         else:
             lines.append(_yaml(key, value, marks.get(key)))
     return "".join(lines)
@@ -58,8 +58,11 @@ def resolved(config: RunConfig) -> str:
 
 def _order(first: Mapping[str, Any] | tuple[()]) -> list[str]:
     """Return the keys of RunConfig: `first`, then those of a run, then those of TwaConfig."""
-    fields, own = RunConfig.model_fields, [key for key in RunConfig.__annotations__ if key in RunConfig.model_fields]
-    return list(dict.fromkeys([*first, *own, *fields]))
+    fields, first_keys = (
+        RunConfig.model_fields,
+        [key for key in RunConfig.__annotations__ if key in RunConfig.model_fields],
+    )
+    return list(dict.fromkeys([*first, *first_keys, *fields]))
 
 
 def _marks(config: RunConfig) -> dict[str, str]:
@@ -69,19 +72,19 @@ def _marks(config: RunConfig) -> dict[str, str]:
 
 def _items(section: BaseModel) -> list[tuple[str, Any]]:
     """Return the keys and values of a section, including options that it passes on."""
-    own = {name: getattr(section, name) for name in type(section).model_fields}
-    return [*own.items(), *(section.model_extra or {}).items()]
+    values = {name: getattr(section, name) for name in type(section).model_fields}
+    return [*values.items(), *(section.model_extra or {}).items()]
 
 
 def _section(key: str, field: FieldInfo, value: BaseModel, marks: Mapping[str, str]) -> str:
     """Return a section with all keys commented out."""
     fields = type(value).model_fields
-    inside = (
+    items = (
         f"{_comment(fields[name], '#   # ') if name in fields else ''}"
-        f"#   {_yaml(name, one, marks.get(f'{key}.{name}'))}"
-        for name, one in _items(value)
+        f"#   {_yaml(name, item, marks.get(f'{key}.{name}'))}"
+        for name, item in _items(value)
     )
-    return f"{_comment(field)}# {key}:\n{''.join(inside)}"
+    return f"{_comment(field)}# {key}:\n{''.join(items)}"
 
 
 def _comment(field: FieldInfo, start: str = "# ") -> str:

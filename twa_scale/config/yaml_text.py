@@ -62,15 +62,15 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            line, where = key.start_mark.line + 1, (key.tag, key.value)
-            if where in lines and key.tag != "tag:yaml.org,2002:merge":
-                _refuse(f"key {key.value!r} is given twice, in lines {lines[where]} and {line}; keep one", None)
-            lines[where] = line
+            line, node_key = key.start_mark.line + 1, (key.tag, key.value)
+            if node_key in lines and key.tag != "tag:yaml.org,2002:merge":
+                _refuse(f"key {key.value!r} is given twice, in lines {lines[node_key]} and {line}; keep one", None)
+            lines[node_key] = line
         return node
 
 
-def _refuse(problem: str, where: Any) -> NoReturn:
-    raise ComposerError(None, None, problem, where)
+def _refuse(problem: str, mark: Any) -> NoReturn:
+    raise ComposerError(None, None, problem, mark)
 
 
 # YAML 1.1 reads 0100 as 64, and 1:30 as 90.

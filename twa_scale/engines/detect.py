@@ -41,8 +41,10 @@ def choose_engine(model: object, replica_group: dist.ProcessGroup | None = None)
         EngineError: no engine supports the model, the model has no parameters, or `replica_group` is not a process
             group.
     """
-    given: object = replica_group
-    if not (given is None or given == dist.GroupMember.NON_GROUP_MEMBER or isinstance(given, dist.ProcessGroup)):
+    raw_group: object = replica_group
+    if not (
+        raw_group is None or raw_group == dist.GroupMember.NON_GROUP_MEMBER or isinstance(raw_group, dist.ProcessGroup)
+    ):
         raise EngineError(
             f"replica_group: is a {type(replica_group).__name__}; give a torch.distributed process group, as "
             "new_group() or DeviceMesh.get_group() returns."
@@ -61,23 +63,23 @@ def _engine_of(model: object, replica_group: dist.ProcessGroup | None) -> Engine
     unwrapped = _uncompiled(model)
     if next(model.parameters(), None) is None:
         raise EngineError("the model has no parameters to average.")
-    given = None if replica_group is None else Group(replica_group)
-    replicas = given or Group.alone()
+    group = None if replica_group is None else Group(replica_group)
+    replicas = group or Group.alone()
     match unwrapped:
         case DistributedDataParallel():
             return DDPEngine(unwrapped, replicas)
         case _ if is_sharded_ddp(unwrapped):
-            return ShardedDDPEngine(unwrapped, given)
+            return ShardedDDPEngine(unwrapped, group)
         case _ if sharded_by_fairscale(unwrapped):
-            return FairscaleEngine(unwrapped, given)
+            return FairscaleEngine(unwrapped, group)
         case _ if any(isinstance(child, FullyShardedDataParallel) for child in unwrapped.modules()):
-            return FSDP1Engine(unwrapped, given)
+            return FSDP1Engine(unwrapped, group)
         case _ if any(isinstance(child, FSDPModule) for child in unwrapped.modules()):
-            return FSDP2Engine(unwrapped, given)
+            return FSDP2Engine(unwrapped, group)
         case _ if (kind := _unsupported_wrapper(unwrapped)) is not None:
             raise EngineError(f"cannot attach to a model that holds {kind}: give {_KNOWN}.")
         case _ if any(isinstance(parameter, DTensor) for parameter in unwrapped.parameters()):
-            return FSDP2Engine(unwrapped, given)  # tensor parallelism alone
+            return FSDP2Engine(unwrapped, group)  # tensor parallelism alone
         case _:
             return PlainEngine(unwrapped, Group.world() if replica_group is None else replicas)
 

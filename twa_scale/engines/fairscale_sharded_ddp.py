@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.base.spans import Span, whole
+from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.engines.engine import Consume, Engine
 from twa_scale.engines.parameters import (
     flat_view,
@@ -71,7 +71,7 @@ class ShardedDDPEngine(Engine):
 
     def spans(self) -> list[Span]:
         """Return every tensor that this rank owns, and its part of the tensors that have no owner."""
-        return [*(whole(name, self.parameters[name].shape) for name in self._owned_names()), *self._rest.spans()]
+        return [*(whole_tensor(name, self.parameters[name].shape) for name in self._owned_names()), *self._rest.spans()]
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the memory of the parameter."""
@@ -118,7 +118,7 @@ class ShardedDDPEngine(Engine):
         for name, p in self._parameters.items():
             if p in reduced:
                 if self._owner[name] == self.shard_group.rank and p.grad is not None:
-                    self._consume(whole(name, self.parameters[name].shape), p.grad.reshape(-1))
+                    self._consume(whole_tensor(name, self.parameters[name].shape), p.grad.reshape(-1))
                 _clear(p, bucketed=reduced[p])
 
     def _reduced(self) -> dict[torch.Tensor, bool]:

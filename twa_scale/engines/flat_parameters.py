@@ -73,8 +73,10 @@ class FlatUnit(ABC):
 
     def span(self, name: str, member: Member) -> Span:
         """Return the part of a member that this rank owns."""
-        numel, held = prod(member.shape), len(self.local())
-        start, stop = share(held, self.group.rank, self.group.size) if self.whole else (self._first, self._first + held)
+        numel, length = prod(member.shape), len(self.local())
+        start, stop = (
+            share(length, self.group.rank, self.group.size) if self.whole else (self._first, self._first + length)
+        )
         start, stop = (min(max(bound - member.offset, 0), numel) for bound in (start, stop))
         return Span(name, start, stop)
 
@@ -103,11 +105,11 @@ class FlatEngine(Engine):
         self._units = units
         for unit in units:
             unit.reshard()
-        found = by_first_name(module, _named_members(module, units))
-        self.parameters = {name: _describe(name, thing, aliases) for name, (thing, aliases) in found.items()}
-        self._members = {name: thing for name, (thing, _) in found.items() if isinstance(thing, Member)}
+        members = by_first_name(module, _named_members(module, units))
+        self.parameters = {name: _describe(name, member, aliases) for name, (member, aliases) in members.items()}
+        self._members = {name: member for name, (member, _) in members.items() if isinstance(member, Member)}
         self._rest = ReplicatedParameters(
-            {name: thing for name, (thing, _) in found.items() if isinstance(thing, nn.Parameter)}, group
+            {name: member for name, (member, _) in members.items() if isinstance(member, nn.Parameter)}, group
         )
         self.device = units[0].local().device if units else next(module.parameters()).device
         self._consume: Consume | None = None
@@ -188,8 +190,8 @@ def _named_members(root: nn.Module, units: Sequence[FlatUnit]) -> Iterator[tuple
     for prefix, child in root.named_modules(remove_duplicate=False):
         flat = members.get(id(child), {})
         rest = {key: p for key, p in child._parameters.items() if p is not None and not is_flat(p)}
-        for attribute, thing in (rest | flat).items():
-            yield f"{prefix}.{attribute}" if prefix else attribute, thing
+        for attribute, parameter in (rest | flat).items():
+            yield f"{prefix}.{attribute}" if prefix else attribute, parameter
 
 
 def is_flat(parameter: torch.Tensor) -> bool:
@@ -210,7 +212,7 @@ def one_group(process_groups: Sequence[dist.ProcessGroup], wrapper: str) -> Grou
     return Group(process_groups[0])
 
 
-def _describe(name: str, thing: Member | nn.Parameter, aliases: tuple[str, ...]) -> ParameterInfo:
-    if isinstance(thing, Member):
-        return ParameterInfo(name, thing.shape, thing.unit.local().dtype, thing.trainable, aliases)
-    return ParameterInfo(name, tuple(thing.shape), thing.dtype, thing.requires_grad, aliases)
+def _describe(name: str, member: Member | nn.Parameter, aliases: tuple[str, ...]) -> ParameterInfo:
+    if isinstance(member, Member):
+        return ParameterInfo(name, member.shape, member.unit.local().dtype, member.trainable, aliases)
+    return ParameterInfo(name, tuple(member.shape), member.dtype, member.requires_grad, aliases)

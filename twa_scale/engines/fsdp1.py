@@ -51,30 +51,30 @@ class FSDP1Engine(FlatEngine):
         self.averages_replicas = replicas is not replica_group
 
 
-def _replicas(wrapped: Sequence[FullyShardedDataParallel], group: Group, given: Group | None) -> Group:
+def _replicas(wrapped: Sequence[FullyShardedDataParallel], group: Group, replica_group: Group | None) -> Group:
     """Return the replica group of HYBRID_SHARD, or the given one."""
     hybrid = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
     # `__dict__`, because getattr would continue the search in the wrapped module.
     process_groups = [child.__dict__.get("_inter_node_pg") for child in wrapped]
-    found = [process_group for process_group in process_groups if process_group is not None]
-    if not found:
+    defined_groups = [process_group for process_group in process_groups if process_group is not None]
+    if not defined_groups:
         if any(child.sharding_strategy in hybrid for child in wrapped):
             raise _missing_attribute("_inter_node_pg")
-        return given or Group.alone()
-    if len(found) < len(wrapped):
+        return replica_group or Group.alone()
+    if len(defined_groups) < len(wrapped):
         raise EngineError("only some modules of this model use HYBRID_SHARD; use it for all FSDP modules or for none.")
-    own = one_group(found, "HYBRID_SHARD")
-    if given is not None and own.size > 1:
+    hybrid_group = one_group(defined_groups, "HYBRID_SHARD")
+    if replica_group is not None and hybrid_group.size > 1:
         raise EngineError(
             "replica_group: HYBRID_SHARD has its own replicas, over which FSDP averages gradients; leave "
             "replica_group out, or use FULL_SHARD on the process group of each pod."
         )
-    if group.size == 1 and own.size > 1:
+    if group.size == 1 and hybrid_group.size > 1:
         raise EngineError(
             "HYBRID_SHARD with one rank in a shard group is not supported: torch divides such gradients without "
             "summing them. Use DistributedDataParallel, or shard over at least two ranks."
         )
-    return given or own
+    return replica_group or hybrid_group
 
 
 class _Unit(FlatUnit):

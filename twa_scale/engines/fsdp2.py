@@ -57,10 +57,10 @@ class FSDP2Engine(Engine):
         self._reshard()  # after a forward pass the root module may hold unsharded parameters
         keep_memory_of_shards(self._groups)
         parameters, self.parameters = named_parameters(module)
-        places: dict[int, ParameterLocations] = {}
-        for place in parameter_locations(module):
-            places.setdefault(id(place[3]), []).append(place)
-        self._locations = {name: places[id(parameter)] for name, parameter in parameters.items()}
+        by_owner: dict[int, ParameterLocations] = {}
+        for location in parameter_locations(module):
+            by_owner.setdefault(id(location[3]), []).append(location)
+        self._locations = {name: by_owner[id(parameter)] for name, parameter in parameters.items()}
         self._sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
         mesh = MeshLayout(self._sharded)
         self.shard_group = mesh.shard_group
@@ -72,8 +72,8 @@ class FSDP2Engine(Engine):
             self._local = {name: flat_view(name, p.to_local()) for name, p in self._sharded.items()}
             spans = {name: mesh.span(name, p) for name, p in self._sharded.items()}
         self._assign_owners(mesh, spans)
-        whole = {name: p for name, p in parameters.items() if name not in self._sharded}
-        self._whole = ReplicatedParameters(whole, self.shard_group)
+        replicated = {name: p for name, p in parameters.items() if name not in self._sharded}
+        self._whole = ReplicatedParameters(replicated, self.shard_group)
         self.device = next(iter(self._local.values())).device
         self._consume: Consume | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle | PreparingUnshard] = []
@@ -141,8 +141,8 @@ class FSDP2Engine(Engine):
             return super().units()
         require_replaceable_unshard(self._groups)
         names = {id(p): name for name, p in self._sharded.items() if not any(name in r for r in self._replicated)}
-        held = [[names.get(id(p.sharded_param)) for p in group.fsdp_params] for group in self._groups]
-        return [[self._owned[name][0] for name in unit if name is not None] for unit in held]
+        unit_names = [[names.get(id(p.sharded_param)) for p in group.fsdp_params] for group in self._groups]
+        return [[self._owned[name][0] for name in unit if name is not None] for unit in unit_names]
 
     def before_use(self, prepare: Callable[[int], torch.cuda.Event | None]) -> None:
         """Call `prepare` before FSDP2 gathers a unit, and before its state dict is read or loaded."""
@@ -156,22 +156,22 @@ class FSDP2Engine(Engine):
         Raises:
             EngineError: a parameter or its memory was replaced by another.
         """
-        require_same_parameters([place for name in names for place in self._locations[name]], self._gathered)
+        require_same_parameters([location for name in names for location in self._locations[name]], self._gathered)
         with torch.no_grad():
-            held = {name: self._sharded[name].to_local() for name in names if name in self._sharded}
-        for name, local in held.items():
+            shards = {name: self._sharded[name].to_local() for name in names if name in self._sharded}
+        for name, local in shards.items():
             if (local.data_ptr(), local.dtype) != (self._local[name].data_ptr(), self._local[name].dtype):
                 raise was_replaced(name)
         # With torch 2.6 `load_state_dict` counts as a write to the DTensor only, not to its local part.
         versions = {
-            name: (memory_version(local), number_of_writes(self._sharded[name])) for name, local in held.items()
+            name: (memory_version(local), number_of_writes(self._sharded[name])) for name, local in shards.items()
         }
         return versions | self._whole.changed(names)
 
     def _gathered(self) -> set[int]:
         """Return the ids of the parameters with which FSDP2 replaces its own from forward to backward."""
-        held = (getattr(p, name, None) for group in self._groups for p in group.fsdp_params for name in GATHERED)
-        return {id(p) for p in held if p is not None}
+        tensors = (getattr(p, name, None) for group in self._groups for p in group.fsdp_params for name in GATHERED)
+        return {id(p) for p in tensors if p is not None}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers, which FSDP2 does not shard."""
@@ -211,8 +211,8 @@ class FSDP2Engine(Engine):
         """
         gathered = [getattr(p, "_unsharded_param", None) for group in self._groups for p in group.fsdp_params]
         sharded = [p for p in (*self._sharded.values(), *gathered) if p is not None and p.requires_grad]
-        whole = [p for p in self._whole.parameters() if p.requires_grad]
-        return register_gradient_hooks(call, whole) + [
+        replicated = [p for p in self._whole.parameters() if p.requires_grad]
+        return register_gradient_hooks(call, replicated) + [
             cast(torch.Tensor, p).register_post_accumulate_grad_hook(lambda _: call()) for p in sharded
         ]
 
@@ -246,10 +246,10 @@ class FSDP2Engine(Engine):
     def _unreduced(self) -> Iterator[tuple[Any, str]]:
         """Yield (object, attribute) of each unreduced gradient that FSDP2 holds between backward passes."""
         for group in self._groups:
-            held = [(group, "_partial_reduce_output")]
+            attributes = [(group, "_partial_reduce_output")]
             for p in group.fsdp_params:
-                held += [(p, "unsharded_accumulated_grad"), (getattr(p, "_unsharded_param", None), "grad")]
-            yield from ((holder, name) for holder, name in held if getattr(holder, name, None) is not None)
+                attributes += [(p, "unsharded_accumulated_grad"), (getattr(p, "_unsharded_param", None), "grad")]
+            yield from ((holder, name) for holder, name in attributes if getattr(holder, name, None) is not None)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -258,10 +258,10 @@ class FSDP2Engine(Engine):
             self._hooks.pop().remove()
 
 
-def _one_replica_group(own: Group, given: Group | None) -> Group:
-    if own.size > 1 and given is not None:
+def _one_replica_group(mesh_group: Group, replica_group: Group | None) -> Group:
+    if mesh_group.size > 1 and replica_group is not None:
         raise EngineError(
             "replica_group: the model's mesh has its own replicas (HSDP), over which FSDP2 averages gradients; "
             "leave replica_group out, or shard each pod on a 1-D mesh."
         )
-    return given or own
+    return replica_group or mesh_group

@@ -32,7 +32,7 @@ def parameter_groups(wrapped: Iterable[FSDPModule]) -> list[Any]:
     Raises:
         EngineError: this version of torch lacks an attribute that engines need.
     """
-    found: dict[int, Any] = {}
+    groups: dict[int, Any] = {}
     for child in wrapped:
         require("torch", child, ["_get_fsdp_state"])
         state: Any = child._get_fsdp_state()
@@ -42,8 +42,8 @@ def parameter_groups(wrapped: Iterable[FSDPModule]) -> list[Any]:
             require("torch", group, _GROUP)
             for parameter in group.fsdp_params:
                 require("torch", parameter, _PARAMETER)
-            found[id(group)] = group
-    return list(found.values())
+            groups[id(group)] = group
+    return list(groups.values())
 
 
 def keep_memory_of_shards(groups: Iterable[Any]) -> None:
@@ -65,11 +65,11 @@ def keep_memory_of_shards(groups: Iterable[Any]) -> None:
 
 
 def _reset_if_moved(parameter: Any, reset: Callable[[], None]) -> None:
-    place = parameter._module_info
-    held = getattr(place.module, place.param_name)
-    plain = held is parameter.sharded_param and type(held._local_tensor) is torch.Tensor
-    if plain and not parameter.pin_memory and not held.is_meta:
-        padded, local = (t.untyped_storage().data_ptr() for t in (parameter._sharded_param_data, held._local_tensor))
+    info = parameter._module_info
+    current = getattr(info.module, info.param_name)
+    plain = current is parameter.sharded_param and type(current._local_tensor) is torch.Tensor
+    if plain and not parameter.pin_memory and not current.is_meta:
+        padded, local = (t.untyped_storage().data_ptr() for t in (parameter._sharded_param_data, current._local_tensor))
         if padded == local > 0:
             return
     reset()
@@ -92,9 +92,9 @@ class PreparingUnshard:
         self._unshard = group.unshard
         self.prepare = prepare
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        held = {id(p.sharded_param) for p in group.fsdp_params}
+        parameter_ids = {id(p.sharded_param) for p in group.fsdp_params}
         for child in module.modules():
-            if any(id(p) in held for p in child.parameters(recurse=False)):
+            if any(id(p) in parameter_ids for p in child.parameters(recurse=False)):
                 self._hooks.append(child.register_state_dict_pre_hook(self._state_dict_hook))
                 self._hooks.append(child.register_load_state_dict_pre_hook(self._state_dict_hook))
         group.unshard = self
@@ -133,7 +133,9 @@ def require_replaceable_unshard(groups: Iterable[Any]) -> None:
             raise EngineError(ALREADY_ATTACHED)
         missing = [name for name in _UNSHARD if not hasattr(group, name)]
         if missing or "unshard" in vars(group):
-            why = f"torch {torch.__version__} has no {missing[0]}" if missing else "something has replaced its unshard"
+            reason = (
+                f"torch {torch.__version__} has no {missing[0]}" if missing else "something has replaced its unshard"
+            )
             raise EngineError(
-                f"combine: 'forward' needs a hook before FSDP2 gathers a unit, but {why}; set `combine: step`."
+                f"combine: 'forward' needs a hook before FSDP2 gathers a unit, but {reason}; set `combine: step`."
             )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twa_scale.base.names import some, without_wrappers
+from twa_scale.base.names import quoted, without_wrappers
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.adapters import PREFIX, ranks_of, scalings
 from twa_scale.engines.module_names import name_unwrapper
@@ -57,10 +57,10 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
         EngineError: several adapters are active, an adapter is merged into the base weights, or its tensors are not
             those of its file.
     """
-    found = _adapted(root)
-    if found is None:
+    adapted = _adapted(root)
+    if adapted is None:
         return None
-    path, model = found
+    path, model = adapted
     require("peft", model, _MODEL)
     name = _active(model)
     kind = _text(model.peft_config[name].peft_type)
@@ -69,11 +69,11 @@ def live_adapter(root: nn.Module) -> LiveAdapter | None:
     prefix, unwrap = f"{path}." if path else "", name_unwrapper(root)
     names = _names(model)
     marks = {raw: torch.empty(0) for raw in names}
-    own = {id(mark): unwrap(prefix + names[raw]) for raw, mark in marks.items()}
+    names_by_id = {id(mark): unwrap(prefix + names[raw]) for raw, mark in marks.items()}
     files = _in_files(model, name, kind, marks)
     plain = without_wrappers(files)
-    stored = {own[id(mark)]: _spellings(plain[raw]) for raw, mark in files.items() if id(mark) in own}
-    _require_own(name, kind, stored, [raw for raw, mark in files.items() if id(mark) not in own])
+    stored = {names_by_id[id(mark)]: _spellings(plain[raw]) for raw, mark in files.items() if id(mark) in names_by_id}
+    _require_own(name, kind, stored, [raw for raw, mark in files.items() if id(mark) not in names_by_id])
     return LiveAdapter(name, kind, stored, dict(_scalings(model, name)))
 
 
@@ -85,7 +85,7 @@ def require_fitting(adapter: LiveAdapter, candidates: Sequence[Candidate]) -> No
     """
     last = candidates[-1]
     sums = ranks_of(last)
-    looked_up = {module: one.looked_up for module, one in adapter.scalings.items()}
+    looked_up = {module: entry.looked_up for module, entry in adapter.scalings.items()}
     expected = dict.fromkeys(sums, 1.0) if sums else scalings(last, looked_up)
     for module, scaling in expected.items():
         live = adapter.scalings.get(module.removeprefix(PREFIX))
@@ -98,10 +98,10 @@ def require_fitting(adapter: LiveAdapter, candidates: Sequence[Candidate]) -> No
                 "--out START`, and load it with PeftModel.from_pretrained(base, 'START', is_trainable=True)."
             )
         if not isclose(live.scaling, scaling, rel_tol=1e-6):
-            where = "with `space: product`" if sums else f"in {last.label}"
+            location = "with `space: product`" if sums else f"in {last.label}"
             raise CandidateError(
-                f"{module!r}: the product of the factors is scaled by {scaling:g} {where}, but by {live.scaling:g} in "
-                "the model. Load the adapter of the model from "
+                f"{module!r}: the product of the factors is scaled by {scaling:g} {location}, but by {live.scaling:g} "
+                "in the model. Load the adapter of the model from "
                 f"{'the output of `twa-scale average ... --space product`' if sums else last.label} "
                 "(PeftModel.from_pretrained(..., is_trainable=True)), or set its lora_alpha accordingly."
             )
@@ -114,8 +114,8 @@ def _adapted(root: nn.Module) -> tuple[str, Any] | None:
 
 def _has_adapters(module: nn.Module) -> bool:
     """Return whether the module itself has adapters. Wrappers forward the attributes of the wrapped module."""
-    own = "peft_config" in vars(module) or isinstance(getattr(type(module), "peft_config", None), property)
-    configs = getattr(module, "peft_config", None) if own else None
+    has_config = "peft_config" in vars(module) or isinstance(getattr(type(module), "peft_config", None), property)
+    configs = getattr(module, "peft_config", None) if has_config else None
     return isinstance(configs, dict) and bool(configs)
 
 
@@ -125,7 +125,7 @@ def _active(model: Any) -> str:
     names = [active] if isinstance(active, str) else list(active or model.peft_config)
     if len(names) != 1:
         raise EngineError(
-            f"the model has {len(names)} active adapters ({some(names)}), but an average has one. Select it with "
+            f"the model has {len(names)} active adapters ({quoted(names)}), but an average has one. Select it with "
             "model.set_adapter(name)."
         )
     return str(names[0])
@@ -180,7 +180,7 @@ def _in_files(model: Any, name: str, kind: str, marks: dict[str, torch.Tensor]) 
 
     try:
         # Without embeddings, because these have the names of the model in files.
-        found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(
             model, marks, adapter_name=name, save_embedding_layers=False
         )
     except Exception as error:
@@ -189,7 +189,7 @@ def _in_files(model: Any, name: str, kind: str, marks: dict[str, torch.Tensor]) 
             f"tensors in files ({type(error).__name__}: {error}). Merge each adapter into its base model "
             "(merge_and_unload), and average the full weights."
         ) from error
-    return found
+    return state
 
 
 def _require_own(name: str, kind: str, stored: Mapping[str, object], others: Sequence[str]) -> None:
@@ -204,9 +204,9 @@ def _require_own(name: str, kind: str, stored: Mapping[str, object], others: Seq
             f"parameters. {_WITHOUT_MODEL}"
         )
     if others or kind in _NOT_IN_MODEL:
-        what = _NOT_IN_MODEL.get(kind) or some(others, 2)
+        reason = _NOT_IN_MODEL.get(kind) or quoted(others, 2)
         raise EngineError(
-            f"adapter {name!r} ({kind}): its file holds {what}, which are not parameters or buffers that the model "
+            f"adapter {name!r} ({kind}): its file holds {reason}, which are not parameters or buffers that the model "
             f"saves. {_WITHOUT_MODEL}"
         )
 
@@ -226,8 +226,11 @@ def _scalings(model: nn.Module, name: str) -> Iterator[tuple[str, LiveScaling]]:
             continue
         require("peft", module, _LORA)
         if name in module.scaling:
-            own = unwrap(path).removeprefix(PREFIX)
-            yield own, LiveScaling(float(module.scaling[name]), int(module.r[name]), _looked_up(own, module))
+            module_name = unwrap(path).removeprefix(PREFIX)
+            yield (
+                module_name,
+                LiveScaling(float(module.scaling[name]), int(module.r[name]), _looked_up(module_name, module)),
+            )
 
 
 def _looked_up(path: str, module: nn.Module) -> str:

@@ -60,16 +60,16 @@ def require_separate(parameters: Mapping[str, torch.Tensor]) -> None:
     Raises:
         EngineError: names two parameters that share memory, so that a write to one changes the other.
     """
-    places: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = defaultdict(list)
+    storages: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in parameters.items():
         if tensor.numel() and tensor.is_contiguous() and not tensor.is_meta:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             start = tensor.data_ptr()
-            place = places[tensor.device, tensor.untyped_storage().data_ptr()]
-            place.append((start, start + (last + 1) * tensor.itemsize, name))
-    for held in places.values():
-        held.sort()
-        for (_, end, first), (start, _, second) in pairwise(held):
+            ranges = storages[tensor.device, tensor.untyped_storage().data_ptr()]
+            ranges.append((start, start + (last + 1) * tensor.itemsize, name))
+    for ranges in storages.values():
+        ranges.sort()
+        for (_, end, first), (start, _, second) in pairwise(ranges):
             if start < end:
                 raise EngineError(
                     f"parameters {first!r} and {second!r} share memory, but are two parameters, so each would "
@@ -109,12 +109,12 @@ def named_parameters(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[s
     Raises:
         EngineError: two different parameters have the same name without the prefixes of wrappers.
     """
-    found = by_first_name(module, module.named_parameters(remove_duplicate=False))
+    parameters = by_first_name(module, module.named_parameters(remove_duplicate=False))
     infos = {
         name: ParameterInfo(name, tuple(p.shape), p.dtype, p.requires_grad, aliases)
-        for name, (p, aliases) in found.items()
+        for name, (p, aliases) in parameters.items()
     }
-    return {name: p for name, (p, _) in found.items()}, infos
+    return {name: p for name, (p, _) in parameters.items()}, infos
 
 
 ParameterLocations = list[tuple[str, nn.Module, str, nn.Parameter]]
@@ -144,13 +144,13 @@ def require_same_parameters(
         EngineError: names the first parameter that was replaced.
     """
     others = [
-        (name, id(now))
+        (name, id(replacement))
         for name, child, key, parameter in parameter_locations
-        if (now := child._parameters.get(key)) is not parameter
+        if (replacement := child._parameters.get(key)) is not parameter
     ]
     known = gathered() if others else ()
-    for name, found in others:
-        if found not in known:
+    for name, identity in others:
+        if identity not in known:
             raise was_replaced(name)
 
 

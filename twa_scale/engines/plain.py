@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from twa_scale.base.spans import Span, whole
+from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.engines.engine import Consume, Engine
 from twa_scale.engines.parameters import (
     ALREADY_ATTACHED,
@@ -39,7 +39,7 @@ class PlainEngine(Engine):
 
     def spans(self) -> list[Span]:
         """Return every tensor as one span."""
-        return [whole(name, info.shape) for name, info in self.parameters.items()]
+        return [whole_tensor(name, info.shape) for name, info in self.parameters.items()]
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the memory of the parameter."""

@@ -125,11 +125,11 @@ class ReplicatedParameters:
         part, (start, stop) = self._part(name, 0)[1], self._part(name, self._group.rank)
         full = tensor.numel() // part  # the number of ranks with a complete part; one more may hold the rest
         parts, rest = tensor[: full * part].view(full, part), tensor[full * part :]
-        for cut in (slice(begin, begin + _BUCKET // size) for begin in range(0, part, _BUCKET // size)):
-            mine = tensor[start:stop][cut]
-            local = tensor.new_zeros(parts[0, cut].shape)
-            local[: len(mine)] = mine
+        for piece in (slice(begin, begin + _BUCKET // size) for begin in range(0, part, _BUCKET // size)):
+            own_part = tensor[start:stop][piece]
+            local = tensor.new_zeros(parts[0, piece].shape)
+            local[: len(own_part)] = own_part
             gathered = local.new_empty(size, len(local))
             self._group.all_gather(gathered.view(-1), local)
-            parts[:, cut] = gathered[:full]
-            rest[cut] = gathered[min(full, size - 1), : len(rest[cut])]
+            parts[:, piece] = gathered[:full]
+            rest[piece] = gathered[min(full, size - 1), : len(rest[piece])]

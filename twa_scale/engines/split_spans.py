@@ -10,7 +10,7 @@ from twa_scale.engines.engine import Consume, Engine
 from twa_scale.engines.stacked_experts import StackedExperts
 from twa_scale.engines.view import EngineView
 
-Cuts = Mapping[Span, list[tuple[int, Span]]]
+SpanParts = Mapping[Span, list[tuple[int, Span]]]
 """The parts of spans, each with its offset in the span."""
 
 
@@ -26,30 +26,30 @@ class SplitEngine(EngineView):
 
     def __init__(self, engine: Engine, stacked: Mapping[str, StackedExperts]) -> None:
         super().__init__(engine)
-        sizes = {name: prod(self.parameters[name].shape) // one.number for name, one in stacked.items()}
-        self.cuts: Cuts = {
-            span: list(span.cuts(sizes[span.name])) if span.name in sizes else [(0, span)] for span in engine.spans()
+        sizes = {name: prod(self.parameters[name].shape) // experts.number for name, experts in stacked.items()}
+        self.parts: SpanParts = {
+            span: list(span.split(sizes[span.name])) if span.name in sizes else [(0, span)] for span in engine.spans()
         }
-        self._inside = {cut: (span, start) for span, cuts in self.cuts.items() for start, cut in cuts}
+        self._parents = {part: (span, start) for span, parts in self.parts.items() for start, part in parts}
 
     def spans(self) -> list[Span]:
         """Return the spans of this rank, each of them inside one part."""
-        return list(self._inside)
+        return list(self._parents)
 
     def live(self, span: Span) -> torch.Tensor:
         """Return the memory of a local span in the model."""
-        whole, start = self._inside[span]
-        return self._engine.live(whole)[start : start + len(span)]
+        parent, start = self._parents[span]
+        return self._engine.live(parent)[start : start + len(span)]
 
     def units(self) -> list[list[Span]]:
         """Return the spans that the model uses at once."""
-        return [[cut for span in unit for _, cut in self.cuts[span]] for unit in self._engine.units()]
+        return [[part for span in unit for _, part in self.parts[span]] for unit in self._engine.units()]
 
     def watch(self, consume: Consume) -> None:
         """Pass on gradients; those of a divided span as slices."""
 
-        def consume_cuts(span: Span, gradient: torch.Tensor) -> None:
-            for start, cut in self.cuts[span]:
-                consume(cut, gradient[start : start + len(cut)])
+        def consume_parts(span: Span, gradient: torch.Tensor) -> None:
+            for start, part in self.parts[span]:
+                consume(part, gradient[start : start + len(part)])
 
-        self._engine.watch(consume_cuts)
+        self._engine.watch(consume_parts)

@@ -37,13 +37,13 @@ def stacked_experts(module: nn.Module, parameters: Mapping[str, ParameterInfo]) 
     of_owner: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, info in parameters.items():
         of_owner.setdefault(name.rpartition(".")[0], {})[name] = info.shape
-    found: dict[str, StackedExperts] = {}
+    result: dict[str, StackedExperts] = {}
     for owner, shapes in of_owner.items():
         holder = modules.get(owner)
         if holder is None or type(holder).__module__.startswith("torch.nn"):
             continue  # a convolution inside of an expert has three dimensions too
-        found |= _stacked_in(owner, shapes, _declared(holder))
-    return found
+        result |= _stacked_in(owner, shapes, _declared(holder))
+    return result
 
 
 def _stacked_in(owner: str, shapes: Mapping[str, tuple[int, ...]], declared: int | None) -> dict[str, StackedExperts]:

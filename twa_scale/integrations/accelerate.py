@@ -211,7 +211,12 @@ def _require_prepared(accelerator: Accelerator, model: Any) -> None:
         ConfigError: the model has not been prepared.
     """
     layers = list(_layers(model))
-    known = any(inside is layer for prepared in accelerator._models for inside in _layers(prepared) for layer in layers)
+    known = any(
+        inner_layer is layer
+        for prepared in accelerator._models
+        for inner_layer in _layers(prepared)
+        for layer in layers
+    )
     needs_ddp = "MULTI_" in str(accelerator.distributed_type)
     if not known or (needs_ddp and not any(isinstance(layer, DistributedDataParallel) for layer in layers)):
         raise ConfigError(
@@ -238,19 +243,19 @@ def _optimizers_of(accelerator: Accelerator, model: Any) -> list[Any]:
     Raises:
         ConfigError: there is no such optimizer, or its steps cannot be counted.
     """
-    own = {id(p) for p in model.parameters()}
-    inside = [optimizer.optimizer for optimizer in accelerator._optimizers]
-    found = [o for o in inside if any(id(p) in own for group in o.param_groups for p in group["params"])]
-    uncounted = any(not isinstance(optimizer, torch.optim.Optimizer) for optimizer in found)
+    parameter_ids = {id(p) for p in model.parameters()}
+    optimizers = [optimizer.optimizer for optimizer in accelerator._optimizers]
+    result = [o for o in optimizers if any(id(p) in parameter_ids for group in o.param_groups for p in group["params"])]
+    uncounted = any(not isinstance(optimizer, torch.optim.Optimizer) for optimizer in result)
     if uncounted or getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
         raise ConfigError(
             "prepare: the steps of the model cannot be counted: its optimizer is not a torch.optim.Optimizer, or the "
             "accelerator has another DeepSpeed engine. Create RunningAverages(model, ..), and call averages.step() "
             "after each step of its optimizer."
         )
-    if not found:
+    if not result:
         raise ConfigError(
             "prepare: no optimizer that the accelerator has prepared holds a parameter of the model, so that no step "
             "would be counted. Prepare it with the model: model, optimizer = accelerator.prepare(model, optimizer)."
         )
-    return found
+    return result

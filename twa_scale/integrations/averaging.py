@@ -111,28 +111,28 @@ class Averaging:
         if self._window is None:
             return
         steps = self.averages.num_steps + remaining
-        found = self._window.taken_by(steps)
-        if found < (1 if self._learn is None else 2):
+        count = self._window.taken_by(steps)
+        if count < (1 if self._learn is None else 2):
             lost = (
                 "there will be no average of it"
                 if self._learn is None
                 else "learning needs two: nothing will be learned"
             )
             notice(
-                f"TwaCallback: training ends at step {steps}, when the window has {found} snapshots of "
+                f"TwaCallback: training ends at step {steps}, when the window has {count} snapshots of "
                 f"{{'every': {self._window.every}}}, and {lost}. Make `every` or `start_step` smaller."
             )
 
     def _can_learn(self, steps: int) -> bool:
         """Return whether the window will have enough snapshots after `steps` steps, and report if not."""
         assert self.averages is not None
-        found = len(self.averages.snapshot_steps)
-        if found < 2:
+        count = len(self.averages.snapshot_steps)
+        if count < 2:
             notice(
-                f"TwaCallback: the window has {found} snapshots after {steps} steps, and learning needs two: nothing "
+                f"TwaCallback: the window has {count} snapshots after {steps} steps, and learning needs two: nothing "
                 "is learned. Make window={'every': ..} smaller."
             )
-        return found >= 2
+        return count >= 2
 
     def _train_coefficients(
         self,
@@ -162,13 +162,13 @@ class Averaging:
             TwaError: the batches of a rank have ended; on every rank.
         """
         for step in range(1, self._learn_steps + 1):
-            held = list(islice(batches, accumulate))
+            step_batches = list(islice(batches, accumulate))
             with twa.pods.agree():  # ranks may hold different numbers of batches
-                _require_all(held, accumulate)
+                _require_all(step_batches, accumulate)
             if hasattr(model, "set_gradient_accumulation_boundary"):
-                total = _deepspeed_step(twa, model, held, loss)
+                total = _deepspeed_step(twa, model, step_batches, loss)
             else:
-                total = _step(twa, held, loss, scaler)
+                total = _step(twa, step_batches, loss, scaler)
             if step == self._learn_steps or step % max(log_every, 1) == 0:
                 values = {"twa_loss": total, "twa_step": step, "twa_lr": twa.optimizer.param_groups[0]["lr"]}
                 of_average = {**twa.described(), DISTANCE: twa.distance()}
@@ -228,13 +228,13 @@ def repeated(batches: Iterable[Any], set_epoch: Callable[[int], None]) -> Iterat
             return
 
 
-def _require_all(held: list[Any], accumulate: int) -> None:
+def _require_all(batches: list[Any], accumulate: int) -> None:
     """Check that there are enough batches for a step.
 
     Raises:
         TwaError: there are not enough batches.
     """
-    if len(held) < accumulate:
+    if len(batches) < accumulate:
         raise TwaError(
             "TwaCallback: the training data yields no more batches, and learning goes through it again. Give a data "
             "set whose __iter__ starts at its beginning each time, or leave learn out, and call "

@@ -45,14 +45,14 @@ def load_coefficients(twa: TrainableAverage, directory: Path) -> bool:
     path, state = directory / STATE, None
     with twa.pods.agree():
         state = read_state(path)
-    found = twa.pods.gather(state is not None)
-    if not any(found):
+    has_state = twa.pods.gather(state is not None)
+    if not any(has_state):
         return False
     with twa.pods.agree():
         if state is None:
             raise StateError(
-                f"{path}: rank {twa.pods.rank} does not see it, but rank {found.index(True)} does. All ranks must see "
-                "the same checkpoint: put it on a file system that they share."
+                f"{path}: rank {twa.pods.rank} does not see it, but rank {has_state.index(True)} does. All ranks must "
+                "see the same checkpoint: put it on a file system that they share."
             )
     assert state is not None
     twa.load_state_dict(state, directory)

@@ -135,9 +135,9 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
     @torch.inference_mode(False)
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Restore the trained weights."""
-        shown, self._shown = self._shown, None
-        if shown is not None:
-            shown.__exit__(None, None, None)
+        context, self._shown = self._shown, None
+        if context is not None:
+            context.__exit__(None, None, None)
 
     def _wrap_validation(self) -> None:
         """Validate further averages before the Trainer validates, so that callbacks can monitor all metrics."""
@@ -147,10 +147,10 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
 
         def with_further() -> Any:
             if self._is_training and not self._trainer.sanity_checking:
-                found: dict[str, Any] = {}
+                metrics: dict[str, Any] = {}
                 for name, label in self._further():
-                    found |= self._validated(name, label)
-                self._trainer.callback_metrics.update(found)
+                    metrics |= self._validated(name, label)
+                self._trainer.callback_metrics.update(metrics)
             return validate()
 
         with_further._of_trainer = validate  # type: ignore[attr-defined]  # an error leaves the wrapper in the loop
@@ -192,13 +192,13 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
                 with self.averages.weights(self._which):
                     trainer.save_checkpoint(directory / FILE, weights_only=True)
             return
-        held: dict[str, Any] = {"states": states_of_all(self.averages.state_dict())}
+        saved: dict[str, Any] = {"states": states_of_all(self.averages.state_dict())}
         if save:
             with self.averages.weights(self._which):
-                whole = trainer.strategy.lightning_module_state_dict()
+                state_dict = trainer.strategy.lightning_module_state_dict()
                 if trainer.is_global_zero:
-                    held["average"] = copied(whole)
-        checkpoint[KEY] = held
+                    saved["average"] = copied(state_dict)
+        checkpoint[KEY] = saved
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the state of this rank until the averages are created."""
@@ -248,10 +248,10 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
         """
         self._stop_counting()
         self._is_training = False
-        shown, self._shown = self._shown, None
-        if shown is not None:
+        context, self._shown = self._shown, None
+        if context is not None:
             with suppress(type(exception), TwaError), torch.inference_mode(False):  # Lightning raises the first error
-                shown.__exit__(type(exception), exception, exception.__traceback__)
+                context.__exit__(type(exception), exception, exception.__traceback__)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Use only the trained weights in later validations and checkpoints."""
@@ -290,11 +290,13 @@ class TwaCallback(Averaging, Callback):  # type: ignore[misc]
 def _batches(trainer: Any) -> Iterator[Any]:
     """Return the batches of the epochs after those of the training."""
     loader = trainer.fit_loop._combined_loader
-    begun = trainer.fit_loop.epoch_progress.current.started  # also in a checkpoint that was written within an epoch
+    has_started = (
+        trainer.fit_loop.epoch_progress.current.started
+    )  # also in a checkpoint that was written within an epoch
 
     def set_epoch(epoch: int) -> None:
-        for one in loader.flattened:
-            _set_sampler_epoch(one, begun + epoch)
+        for dataloader in loader.flattened:
+            _set_sampler_epoch(dataloader, has_started + epoch)
 
     return repeated(loader, set_epoch)
 

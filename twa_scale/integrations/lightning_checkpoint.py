@@ -44,10 +44,10 @@ def states_of_all(state: State) -> list[State]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [plain(state)]
     states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    own = dist.get_backend() != "gloo"  # other backends would send it through the memory of GPUs
-    group = dist.new_group(backend="gloo") if own else None
+    use_gloo = dist.get_backend() != "gloo"  # other backends would send it through the memory of GPUs
+    group = dist.new_group(backend="gloo") if use_gloo else None
     dist.gather_object(_in_host_memory(plain(state)), states, group=group)
-    if own:
+    if use_gloo:
         destroy_process_group(group)
     return states or []
 

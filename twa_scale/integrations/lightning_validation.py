@@ -41,24 +41,24 @@ def validate_once_more(
     Only `callback` is called, so that no other callback saves a checkpoint or stops the training. The random states and
     the Trainer's own metrics are restored.
     """
-    own = _Prefixed(trainer, prefix)
+    connector = _Prefixed(trainer, prefix)
     with _as_before(trainer), isolate_rng(include_cuda=torch.cuda.is_available()):
-        trainer.callbacks, trainer._logger_connector = [callback], own
+        trainer.callbacks, trainer._logger_connector = [callback], connector
         trainer.validating = True
         validate()
-        return own.named(dict(own.callback_metrics))
+        return connector.named(dict(connector.callback_metrics))
 
 
 @contextmanager
 def _as_before(trainer: Any) -> Iterator[None]:
     """Restore the state of the Trainer that a validation changes."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    held = trainer.callbacks, trainer._logger_connector, trainer.state.stage, loop.verbose
+    saved = trainer.callbacks, trainer._logger_connector, trainer.state.stage, loop.verbose
     restarting, progress = loop.restarting, deepcopy(loop.batch_progress.state_dict())
     loop.restarting, loop.verbose = False, False  # a resumed loop would continue at its end
     try:
         yield
     finally:
-        trainer.callbacks, trainer._logger_connector, trainer.state.stage, loop.verbose = held
+        trainer.callbacks, trainer._logger_connector, trainer.state.stage, loop.verbose = saved
         loop.batch_progress.load_state_dict(progress)
         loop.restarting = restarting

@@ -19,15 +19,15 @@ def added_metrics_as(trainer: Any, prefix: str) -> Iterator[None]:
         prefix: replaces the prefix "eval".
     """
     log, on_log = trainer.log, trainer.callback_handler.on_log
-    given: set[str] = set()
+    names: set[str] = set()
 
     def remember(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        given.update(logs)
+        names.update(logs)
         log(logs, *args, **kwargs)
-        given.clear()
+        names.clear()
 
     def rename(args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> Any:
-        for name in logs.keys() - given - _OF_EVERY_TRAINER:
+        for name in logs.keys() - names - _OF_EVERY_TRAINER:
             for entry in (logs, state.log_history[-1]):
                 entry[f"{prefix}_{name.removeprefix('eval_')}"] = entry.pop(name)
         return on_log(args, state, control, logs, **kwargs)

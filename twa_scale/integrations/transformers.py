@@ -86,14 +86,14 @@ class TwaCallback(Averaging, _OfTrainer):
         if not args.load_best_model_at_end or of_last or ("last" in self._also and metric.startswith("last_")):
             return
         if self._save:
-            where = f"trainer.state.best_model_checkpoint + '/{AVERAGE}'"
+            path = f"trainer.state.best_model_checkpoint + '/{AVERAGE}'"
         elif self._learn is None:
-            where = f"{Path(args.output_dir) / AVERAGE}, which is written when training ends"
+            path = f"{Path(args.output_dir) / AVERAGE}, which is written when training ends"
         else:
-            where = "the checkpoint, which has it with TwaCallback(save=True)"
+            path = "the checkpoint, which has it with TwaCallback(save=True)"
         notice(
             "TwaCallback: load_best_model_at_end=True chooses a checkpoint by the score of the average "
-            f"{self._which!r}, but loads its trained weights into the model. Load the average from {where}."
+            f"{self._which!r}, but loads its trained weights into the model. Load the average from {path}."
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from twa_scale.base.names import matches_any, nearest
 from twa_scale.base.notices import ignore_notice, notice
-from twa_scale.base.spans import Span, whole
+from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.adapters import summed
 from twa_scale.candidates.buffers import Source, copied_notice
@@ -85,7 +85,7 @@ def merge(
     with group.agree():
         chosen = output_format(output.form, candidates, carried, notice if group.rank == 0 else ignore_notice)
     stored = form_of_candidates(candidates[-1:] if chosen.of_last else candidates, names, output.dtype)
-    tensors = [whole(name, candidates[-1].shape(name)) for name in names]
+    tensors = [whole_tensor(name, candidates[-1].shape(name)) for name in names]
     with group.agree():
         _check_replace({name: candidates[-1].shape(name) for name in names}, combination.values)
         check_inputs_outside(out, [candidate.label for candidate in candidates])
@@ -143,7 +143,7 @@ def _cut(tensors: Sequence[Span], parts: PartWeights) -> list[Span]:
     found = []
     for tensor in tensors:
         count = len(parts.get(tensor.name, ())) or 1
-        found += [span for _, span in tensor.cuts(max(1, len(tensor) // count))]
+        found += [span for _, span in tensor.split(max(1, len(tensor) // count))]
     return found
 
 

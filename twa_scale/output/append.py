@@ -12,18 +12,18 @@ class AppendedFile:
     Args:
         path: the file. An existing file is replaced.
         content: its first content.
-        say: called with one line when writing starts to fail.
+        log: called with one line when writing starts to fail.
 
     Raises:
         OutputError: the file cannot be created.
     """
 
-    def __init__(self, path: Path, content: bytes, say: Callable[[str], object]) -> None:
+    def __init__(self, path: Path, content: bytes, log: Callable[[str], object]) -> None:
         replace_file(path, content)
         self._path = path
         self._size = len(content)
         self._pending = b""
-        self._say = say
+        self._log = log
         self._failed = False
 
     def write(self, piece: bytes) -> None:
@@ -44,7 +44,7 @@ class AppendedFile:
             reason = error.strerror or str(error)
         if self._pending and not self._failed:
             self._failed = True
-            self._say(
+            self._log(
                 f"{self._path}: could not be written: {reason}. The run continues; the data is kept in memory and "
                 "written when there is space."
             )
@@ -54,4 +54,4 @@ class AppendedFile:
         if self._pending:
             self.write(b"")
         if self._pending:
-            self._say(f"{self._path}: its last {len(self._pending)} bytes could not be written, and are lost.")
+            self._log(f"{self._path}: its last {len(self._pending)} bytes could not be written, and are lost.")

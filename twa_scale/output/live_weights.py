@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from twa_scale.base.spans import Span, whole
+from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.candidates.buffers import is_statistic
 from twa_scale.candidates.read_ahead import Progress
 from twa_scale.engines import Engine
@@ -45,7 +45,7 @@ def write_live(
             progress(nbytes[span], sum(nbytes.values()))
     if group.rank == 0:
         for own, buffer in engine.buffers().items():
-            write(own, whole(own, tuple(buffer.shape)), buffer.reshape(-1))
+            write(own, whole_tensor(own, tuple(buffer.shape)), buffer.reshape(-1))
 
 
 def may_be_mask(engine: Engine, name: str) -> bool:

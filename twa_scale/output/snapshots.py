@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from twa_scale.base.notices import notice
-from twa_scale.base.spans import Span, whole
+from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.candidates.carry_over import BASE
 from twa_scale.engines import Engine, choose_engine
 from twa_scale.errors import ConfigError
@@ -241,7 +241,7 @@ def _local_values(engine: Engine) -> Iterator[tuple[Span, torch.Tensor]]:
         yield span, engine.live(span)
     if engine.shard_group.rank == 0:
         for name, buffer in engine.buffers().items():
-            yield whole(name, tuple(buffer.shape)), buffer.reshape(-1)
+            yield whole_tensor(name, tuple(buffer.shape)), buffer.reshape(-1)
 
 
 def _host_copy(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -122,7 +122,7 @@ class AttachedRun:
             )
         self.attach_seconds = time.perf_counter() - start
         if self.twa.rounding:
-            self.report.say(str(self.twa.rounding))
+            self.report.log(str(self.twa.rounding))
         self.clock = Clock(self.device)
 
     def start_at_best(self) -> dict[str, float]:
@@ -132,7 +132,7 @@ class AttachedRun:
         def measure(every: int) -> dict[str, float]:
             return self.measure(every=every)
 
-        return start_at_best(self.twa, self.kept, measure, num_batches, self.report.say)
+        return start_at_best(self.twa, self.kept, measure, num_batches, self.report.log)
 
     def asked_to_stop(self) -> bool:
         """Return whether a rank has received a signal. Collective."""

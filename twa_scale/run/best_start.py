@@ -30,7 +30,7 @@ def start_at_best(
     kept: BestAverage,
     measure: Callable[[int], Metrics],
     num_batches: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Metrics:
     """Evaluate the averages, start at the best one, and return its metrics on all batches. Collective.
 
@@ -41,7 +41,7 @@ def start_at_best(
         kept: compares metrics.
         measure: returns the metrics of the current weights on each i-th held-out batch, given i.
         num_batches: the number of held-out batches.
-        say: called with one line for each evaluation.
+        log: called with one line for each evaluation.
     """
 
     def evaluated(names: list[str], every: int, part: str = "") -> list[tuple[str, Metrics]]:
@@ -50,7 +50,7 @@ def start_at_best(
         for name in names:
             with average.weights(name):
                 metrics = measure(every)
-            say(f"{name}{part}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+            log(f"{name}{part}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
             rank = sum(not kept.better(metrics, other) for _, other in found)
             found.insert(rank, (name, metrics))
         return found
@@ -62,6 +62,6 @@ def start_at_best(
         ordered = evaluated(names, SCREENED_BY, f" on {screened} of {num_batches} batches")
         finalists = [name for name, _ in ordered[:FINALISTS]]
     best, metrics = evaluated(finalists, 1)[0]
-    say(f"start: {best}, the best of {len(names)} averages that need no training")
+    log(f"start: {best}, the best of {len(names)} averages that need no training")
     average.start_from(best)
     return metrics

@@ -18,18 +18,18 @@ class CsvFile:
     Args:
         directory: the directory of the run.
         known: returns all lines of metrics.jsonl so far.
-        say: called with one line of text.
+        log: called with one line of text.
 
     Raises:
         OutputError: the file cannot be created.
     """
 
     def __init__(
-        self, directory: Path, known: Callable[[], Sequence[Mapping[str, Any]]], say: Callable[[str], object]
+        self, directory: Path, known: Callable[[], Sequence[Mapping[str, Any]]], log: Callable[[str], object]
     ) -> None:
         self._path = directory / CSV
         self._known = known
-        self._say = say
+        self._log = log
         self._columns = ["step"]
         self._file = self._made()
         self._is_stale = False
@@ -44,7 +44,7 @@ class CsvFile:
             self._is_stale = False
         except OutputError as error:
             if not self._is_stale:
-                self._say(f"{error} The run continues; the file is rewritten when there is space.")
+                self._log(f"{error} The run continues; the file is rewritten when there is space.")
             self._is_stale = True
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class CsvFile:
         lines = self._known()
         self._columns = list(dict.fromkeys([*self._columns, *(name for line in lines for name in line)]))
         rows = [self._columns, *([line.get(name, "") for name in self._columns] for line in lines)]
-        return AppendedFile(self._path, b"".join(map(_row, rows)), self._say)
+        return AppendedFile(self._path, b"".join(map(_row, rows)), self._log)
 
 
 def _row(cells: Sequence[object]) -> bytes:

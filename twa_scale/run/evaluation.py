@@ -73,7 +73,7 @@ def _measured(run: AttachedRun, path: str, recalibrate: bool) -> dict[str, float
         update["weights_key"] = None
     run.attach(run.config.model_copy(update={**update, "candidates": [path]}), minimum=1)
     metrics = run.measure(recalibrate=recalibrate)
-    run.report.say(f"{path}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+    run.report.log(f"{path}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
     run.twa.close()
     del run.twa, run.model  # before the next model is built
     gc.collect()

@@ -86,7 +86,7 @@ class Run(AttachedRun):
             require_packages(config.report_to)
         super().__init__(config, world, device, report, stop)
         self.lock = lock or DirectoryLock(self.output)
-        self.services = Services(self.report.say)
+        self.services = Services(self.report.log)
 
     def train(self) -> dict[str, Any]:
         """Attach, continue from a saved state to the last step, then evaluate, export and return the summary.
@@ -102,9 +102,9 @@ class Run(AttachedRun):
         try:
             self._attach(state)
             if line := recipe_line(self.config):
-                self.report.say(line)
+                self.report.log(line)
             if caveat := comparison.caveat(self.config):
-                self.report.say(caveat)
+                self.report.log(caveat)
             return self._train()
         finally:
             self.services.close(finished=False)  # a finished run has closed them
@@ -121,10 +121,10 @@ class Run(AttachedRun):
         return self.group.broadcast(found)
 
     def _find(self) -> tuple[dict[str, Any] | None, RunState | None]:
-        config, say = self.config, self.report.say
-        state = find_state(config, self.num_steps, say, rows="size")
+        config, log = self.config, self.report.log
+        state = find_state(config, self.num_steps, log, rows="size")
         if state and (summary := finished_summary(config, self.num_steps, state)):
-            say(
+            log(
                 f"{self.output}: this run has finished its {state.step} steps; nothing was done. Give more steps to "
                 "continue it, resume=false to start again, or another output."
             )
@@ -135,7 +135,7 @@ class Run(AttachedRun):
         self.lock.take()
         remove_leftovers(self.output)
         remove_unused_rows(self.output)
-        return None, find_state(config, self.num_steps, say)  # read again while the lock is held
+        return None, find_state(config, self.num_steps, log)  # read again while the lock is held
 
     def _attach(self, state: RunState | None) -> None:
         config = with_known_lr(self.config, state)
@@ -151,7 +151,7 @@ class Run(AttachedRun):
                 self.output,
                 active=self.group.rank == 0,
                 step=self.step,
-                say=self.report.say,
+                log=self.report.log,
                 report_to=config.report_to,
                 services=self.services,
             )
@@ -219,7 +219,7 @@ class Run(AttachedRun):
             self.recalibrate()
         values = comparison.with_split(self.config.evaluate_split, metrics)
         self.records.write(self.step, {**values, DISTANCE: self.twa.distance(), **self.twa.described()})
-        self.report.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.report.log(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.kept.update(self.step, metrics, self.twa)
         return metrics
 
@@ -235,7 +235,7 @@ class Run(AttachedRun):
         self.twa.close()
         self.lock.release()
         text = f"stopped early at step {self.step} of {self.num_steps}, state saved in {self.output / STATE}"
-        self.report.say(f"{text}; the same command continues")
+        self.report.log(f"{text}; the same command continues")
         raise Stopped(text)
 
     def _finish(self) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Run(AttachedRun):
         n = self.twa.num_candidates
         alone = range(n) if self.config.compare == "candidates" else range(n - 1, n)
         what = "every candidate" if len(alone) == n else "the last candidate"
-        self.report.say(
+        self.report.log(
             f"comparing with {what} and the center: {len(alone) + 1} more evaluations (compare: false: none)"
         )
         found = {which: self._measure_shown(which) for which in (*alone, "center")}
@@ -276,7 +276,7 @@ class Run(AttachedRun):
             best = alone[0]
             for i in alone:
                 best = i if self.kept.better(found[i], found[best]) else best
-            self.report.say(f"the best candidate is {self.twa.fingerprint.labels[best]}")
+            self.report.log(f"the best candidate is {self.twa.fingerprint.labels[best]}")
             measured = {comparison.BEST: found[best], **measured}
         return measured
 
@@ -353,11 +353,11 @@ class Run(AttachedRun):
             if self.group.rank == 0:
                 keep_loaded(self.output, state)
         if not usable:
-            self.report.say("the evaluation data has changed: the best average of earlier evaluations is discarded")
+            self.report.log("the evaluation data has changed: the best average of earlier evaluations is discarded")
         before = state.course["steps"]
         raised = f", which were {before}: the learning rate follows the schedule of {self.num_steps}"
-        self.report.say(
+        self.report.log(
             f"continuing from step {self.step} of {self.num_steps}{raised if before != self.num_steps else ''}"
         )
         if self.config.optimizer.lr == "auto" and (self.step or self.rate):
-            self.report.say(f"optimizer.lr: {self.twa.config.lr:g}, that of the saved state; rates are not tried again")
+            self.report.log(f"optimizer.lr: {self.twa.config.lr:g}, that of the saved state; rates are not tried again")

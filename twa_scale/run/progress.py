@@ -29,7 +29,7 @@ class Report:
         self.active = active
         self._console = Console(stderr=True, quiet=not active)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print one line, above a running bar."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -58,10 +58,10 @@ class Report:
         self._console.print(metrics_table(summary["evaluated_on"], comparison.rows(summary)))
         for text in (summary["exported_as"], summary["verdict"], summary["advice"]):
             if text:
-                self.say(text)
+                self.log(text)
         self._console.print(_cost_table(summary))
         steps = summary["steps"]
-        self.say(f"{steps} steps; the average is in {output / 'average'}, the plot is {output / 'coefficients.png'}")
+        self.log(f"{steps} steps; the average is in {output / 'average'}, the plot is {output / 'coefficients.png'}")
 
     def _bar(self, *columns: Any) -> rich.progress.Progress:
         # A bar on a console that cannot redraw lines prints an empty line.

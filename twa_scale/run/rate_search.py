@@ -45,7 +45,7 @@ def search_rate(run: AttachedRun) -> RateState:
     metric = f"{run.config.evaluate_split}/{run.kept.metric}"
 
     def train() -> None:
-        run.report.say(f"optimizer.lr: {count} steps with {run.twa.config.lr:g}")
+        run.report.log(f"optimizer.lr: {count} steps with {run.twa.config.lr:g}")
         for step in range(count):
             run.take_step(step, position(step, count, run.num_steps))
             if run.stopping:
@@ -55,7 +55,7 @@ def search_rate(run: AttachedRun) -> RateState:
         metrics = run.measure()
         run.kept.update(0, metrics, run.twa, trial_lr=run.twa.config.lr)
         value = run.kept.value(metrics)
-        run.report.say(f"optimizer.lr: {run.twa.config.lr:g} reaches {metric} {value:.4f}")
+        run.report.log(f"optimizer.lr: {run.twa.config.lr:g} reaches {metric} {value:.4f}")
         return value
 
     usual = run.config.lr  # not the rate of a state that was saved before the first step
@@ -70,7 +70,7 @@ def search_rate(run: AttachedRun) -> RateState:
         steps=count,
         seconds=time.perf_counter() - start,
     )
-    run.report.say(_line(found))
+    run.report.log(_line(found))
     return found
 
 

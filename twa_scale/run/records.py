@@ -34,7 +34,7 @@ class Records:
         *,
         active: bool,
         step: int,
-        say: Callable[[str], object],
+        log: Callable[[str], object],
         report_to: Sequence[LoggerName] = ("tensorboard",),
         services: Services | None = None,
     ) -> None:
@@ -44,7 +44,7 @@ class Records:
             directory: the output directory of the run.
             active: whether this rank writes.
             step: the number of steps that are done.
-            say: called with one line of text.
+            log: called with one line of text.
             report_to: the files that are written in addition to metrics.jsonl.
             services: the services that were started. Each line is sent to them.
 
@@ -59,14 +59,14 @@ class Records:
             return
         known, damaged = _read(directory) if step else ([], 0)
         if damaged:
-            say(f"{directory / METRICS}: {damaged} damaged lines were removed.")
+            log(f"{directory / METRICS}: {damaged} damaged lines were removed.")
         kept = [line for line in known if line["step"] < step or (line["step"] == step and "lr" in line)]
         lines = "".join(json.dumps(line) + "\n" for line in kept)
-        self._metrics = AppendedFile(directory / METRICS, lines.encode(), say)
+        self._metrics = AppendedFile(directory / METRICS, lines.encode(), log)
         if "csv" in report_to:
-            self._table = CsvFile(directory, lambda: read_records(directory), say)
+            self._table = CsvFile(directory, lambda: read_records(directory), log)
         if "tensorboard" in report_to:
-            self._board = AppendedFile(directory / "tensorboard" / _event_file(), _opening(step), say)
+            self._board = AppendedFile(directory / "tensorboard" / _event_file(), _opening(step), log)
             for line in kept:
                 if line["step"] == step:  # the session log hides earlier events of this step
                     self._board.write(_scalars(line))

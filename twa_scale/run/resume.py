@@ -22,7 +22,7 @@ def course(config: RunConfig, num_steps: int) -> dict[str, Any]:
 
 
 def find_state(
-    config: RunConfig, num_steps: int, say: Callable[[str], object], *, rows: Literal["all", "size"] = "all"
+    config: RunConfig, num_steps: int, log: Callable[[str], object], *, rows: Literal["all", "size"] = "all"
 ) -> RunState | None:
     """Return the state that the run continues from; None if there is none, or if `resume` is false.
 
@@ -34,7 +34,7 @@ def find_state(
     output = Path(config.output)
     if not config.resume or not any((output / name).exists() for name in (STATE, PREVIOUS)):
         return None
-    state = load_state(output, say, rows=rows)
+    state = load_state(output, log, rows=rows)
     _require_same_course(output / STATE, state, course(config, num_steps))
     now = with_known_lr(config, state)
     require_same_settings(now.model_dump(mode="json"), state.twa.config.model_dump(mode="json"))

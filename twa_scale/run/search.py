@@ -92,7 +92,7 @@ class _Search:
                 self._prepare()
         run.attach(with_known_lr(config, None))
         if config.evaluate_split == "test":
-            run.report.say("the search chooses by the test split, so its results on it are biased")
+            run.report.log("the search chooses by the test split, so its results on it are biased")
         if config.start == "best":
             run.start_at_best()
         start = time.perf_counter()
@@ -158,10 +158,10 @@ class _Search:
         if self._is_better(evaluation):
             self._best = evaluation
             text = f"{evaluation.label}: {self._name} {evaluation.score:.6g}, the best so far"
-            run.report.say(f"{len(self._tried)}: {text}")
+            run.report.log(f"{len(self._tried)}: {text}")
         if run.asked_to_stop():
             text = f"stopped early after {len(self._tried)} averages, their scores are in {self._record}"
-            run.report.say(f"{text}; the same command continues")
+            run.report.log(f"{text}; the same command continues")
             raise Stopped(text)
 
     def _is_better(self, evaluation: Evaluation) -> bool:

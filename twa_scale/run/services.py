@@ -47,11 +47,11 @@ class Services:
     """The services of a run. A service that fails during the run is reported and no longer used.
 
     Args:
-        say: called with one line of text.
+        log: called with one line of text.
     """
 
-    def __init__(self, say: Callable[[str], object]) -> None:
-        self._say = say
+    def __init__(self, log: Callable[[str], object]) -> None:
+        self._log = log
         self._open: dict[ServiceName, Service] = {}
 
     def begin(self, config: RunConfig, *, resumed: bool) -> None:
@@ -88,7 +88,7 @@ class Services:
                 service.write(line)
             except Exception as error:
                 del self._open[name]
-                self._say(
+                self._log(
                     f"report_to: {name} failed at step {line['step']}: {_said(error)}. The run "
                     "continues without it; metrics.jsonl has all metrics."
                 )
@@ -100,7 +100,7 @@ class Services:
             try:
                 service.close(finished=finished)
             except Exception as error:
-                self._say(f"report_to: {name} could not end its run: {_said(error)}.")
+                self._log(f"report_to: {name} could not end its run: {_said(error)}.")
 
 
 def _said(error: Exception) -> str:

@@ -21,7 +21,7 @@ from twa_scale.candidates.buffers import buffer_source
 from twa_scale.candidates.carry_over import BASE, CarriedFiles
 from twa_scale.config import TwaConfig, center_weights, validated
 from twa_scale.engines import Engine
-from twa_scale.engines.split_spans import Cuts, SplitEngine
+from twa_scale.engines.split_spans import SpanParts, SplitEngine
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.kernels.torch.deltas import inner_products, squared_norms
 from twa_scale.output import Files, check_files
@@ -90,7 +90,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
     Raises:
         ConfigError, EngineError: on every rank.
     """
-    cuts: Cuts = {}
+    span_parts: SpanParts = {}
     live = engine.live
     with pods.agree():
         engine.keeps_optimizer = True
@@ -101,7 +101,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         if stacked:
             engine = SplitEngine(engine, stacked)
             held = set(window.spans)
-            cuts = {span: parts for span, parts in engine.cuts.items() if span.name in stacked and span in held}
+            span_parts = {span: parts for span, parts in engine.parts.items() if span.name in stacked and span in held}
         layout = matched(engine, candidates, config, stacked=stacked)
         weights = center_weights(config.center, len(candidates))
         check_settings(config, weights)
@@ -110,9 +110,9 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         undo.callback(engine.close)
         reduction = Reduction(config.comm, pods, engine.shard_group, engine.replica_group)
         undo.callback(reduction.close)
-        store = WindowStore(window, window.row_map(weights), cuts)
+        store = WindowStore(window, window.row_map(weights), span_parts)
         with pods.agree():
-            filled = _measured(engine, layout, window, config, weights, cuts)
+            filled = _measured(engine, layout, window, config, weights, span_parts)
             _write_center(live, layout, window, weights)
         filled.buffers.update(pods.broadcast(_buffers(engine, layout, window, config, weights)))
         parts = Parts(config, engine, pods, reduction, layout, store, candidates, carried)
@@ -123,7 +123,7 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
 
 @torch.no_grad()
 def _measured(
-    engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float], cuts: Cuts
+    engine: Engine, layout: Layout, window: Window, config: TwaConfig, weights: Sequence[float], span_parts: SpanParts
 ) -> LoadedCandidates:
     """Return the Gram matrix, errors and checksums, which `attach` computes while it reads the candidates."""
     n, device = window.count, window.store.device
@@ -140,7 +140,7 @@ def _measured(
                 continue
             shift = b @ beyond
             rows = torch.cat([beyond - shift, (base + shift)[None]])
-            for start, part in cuts.get(span, [(0, span)]):
+            for start, part in span_parts.get(span, [(0, span)]):
                 low, high = max(start, first) - first, min(start + len(part), done) - first
                 if low < high:
                     products = gram.of(layout.group(part))

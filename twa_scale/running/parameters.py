@@ -2,7 +2,7 @@
 
 import torch
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.notices import notice
 from twa_scale.base.spans import Span
 from twa_scale.engines import Engine
@@ -88,7 +88,7 @@ class Parameters:
         if self._pods.rank == 0:
             notice(
                 f"{len(more)} more parameters require a gradient now than when RunningAverages was created "
-                f"({some(sorted(more), 2)}): their averages are not kept. Make it when all that will be trained "
+                f"({quoted(sorted(more), 2)}): their averages are not kept. Make it when all that will be trained "
                 "requires a gradient."
             )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from twa_scale.base.spans import Span, whole
+from twa_scale.base.spans import Span, whole_tensor
 from twa_scale.candidates.carry_over import BASE
 from twa_scale.engines import Engine
 from twa_scale.errors import TwaError
@@ -83,7 +83,7 @@ def _save(
                 write(piece, values)
         if engine.shard_group.rank == 0:
             for name, buffer in engine.buffers().items():
-                write(whole(name, tuple(buffer.shape)), window.buffer(name, i).reshape(-1))
+                write(whole_tensor(name, tuple(buffer.shape)), window.buffer(name, i).reshape(-1))
 
 
 def _combined(window: Window, i: int, span: Span) -> Iterator[tuple[Span, torch.Tensor]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from twa_scale.average.weights import sent
+from twa_scale.average.weights import to_device
 from twa_scale.base.spans import Span
 from twa_scale.config import TwaConfig
 from twa_scale.errors import TwaError
@@ -145,7 +145,7 @@ class Window:
         """Return the factors of all rows: 1 for `rows`, 0 for the others."""
         factors = torch.zeros(self.settings.keep - 1)
         factors[list(rows)] = 1
-        return sent(factors, self.store.device)
+        return to_device(factors, self.store.device)
 
     def _pieces(self, span: Span) -> Iterator[Piece]:
         rows, base = self.held(span)
@@ -166,7 +166,7 @@ class Window:
         """Write sum_i a_i w_i of the snapshots into the weights of this rank; a is (n,), float64."""
         factors = self.row_map([]).of_candidates(a[:, None])[:, 0]
         for span, values in live.items():
-            self.store.combine(span, sent(factors[:-1].float(), values.device), float(factors[-1]), values)
+            self.store.combine(span, to_device(factors[:-1].float(), values.device), float(factors[-1]), values)
 
     def snapshot(self, i: int, span: Span) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield (columns, float32 values) of a span at snapshot `i`, in several parts."""

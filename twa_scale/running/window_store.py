@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import pad
 
 from twa_scale.base.spans import Span
-from twa_scale.engines.split_spans import Cuts
+from twa_scale.engines.split_spans import SpanParts
 from twa_scale.kernels import Kernels, RowMap, Segments, Target
 from twa_scale.running.window import Window
 
@@ -18,17 +18,17 @@ class WindowStore:
     Args:
         window: holds the snapshots.
         coding: the meaning of the rows.
-        cuts: the parts of spans that the average uses instead of the span.
+        span_parts: the parts of spans that the average uses instead of the span.
     """
 
-    def __init__(self, window: Window, coding: RowMap, cuts: Cuts | None = None) -> None:
+    def __init__(self, window: Window, coding: RowMap, span_parts: SpanParts | None = None) -> None:
         self._store = window.store
         self.device = window.store.device
         self.kernels: Kernels = window.store.kernels
         self.coding = coding
         self._margins: dict[Span, tuple[int, int]] = {}
         tiles: dict[Span, tuple[Span, int, int]] = {}
-        for whole, parts in (cuts or {}).items():
+        for whole, parts in (span_parts or {}).items():
             rows, _ = window.held(whole)
             for start, cut in parts if len(whole) else ():
                 first, last = rows.tiles_of(start, start + len(cut))

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from twa_scale.average.basis import Gram
-from twa_scale.base.spans import share, whole
+from twa_scale.base.spans import share, whole_tensor
 from twa_scale.candidates import Candidate, Wanted, open_together
 from twa_scale.candidates.adapters import Concatenated, described, factors_in, products_gram
 from twa_scale.candidates.dtypes import stored_dtype
@@ -71,7 +71,7 @@ def inspect(
     ]
     device = torch.device("cpu")
     gram = Gram(1, n, device)
-    tensors = [whole(name, candidates[0].shape(name)) for name in names]
+    tensors = [whole_tensor(name, candidates[0].shape(name)) for name in names]
     spans = [tensor.part(*share(len(tensor), group.rank, group.size)) for tensor in tensors]
     total = job_bytes(candidates, [(span, range(n)) for span in spans])
     stream = Stream(candidates, choose_kernels("auto", device), total=total, progress=progress)

@@ -90,8 +90,8 @@ class RowCorrections:
 
     def add(self, part: Part, products: torch.Tensor) -> None:
         """Add to the gradient, from the products of one span, (rows of the store + 1, count), float64."""
-        mine = self._maps[part.group].T.to(products.device) @ products[:-1]
-        self._gradient[:, part.columns] += mine.to(self._gradient.device, torch.float32)
+        local = self._maps[part.group].T.to(products.device) @ products[:-1]
+        self._gradient[:, part.columns] += local.to(self._gradient.device, torch.float32)
 
     def reduce(self, factor: float) -> None:
         """Multiply the gradient by `factor`, the same on all ranks, and sum it over ranks. Collective."""
@@ -102,8 +102,8 @@ class RowCorrections:
     def squared_norm(self) -> float:
         """Return the squared 2-norm of the gradient of all rows, with the same bits on all ranks. Collective."""
         assert self.values.grad is not None
-        mine = self.values.grad[:, self._slots.owned].double().square().sum()
-        return float(self._reduction(mine))
+        local = self.values.grad[:, self._slots.owned].double().square().sum()
+        return float(self._reduction(local))
 
     def scale(self, factor: float) -> None:
         """Multiply the reduced gradient by `factor`."""
@@ -143,8 +143,8 @@ class RowCorrections:
         of_rows, others = self._moments()
         return {
             **self._small_state(),
-            "values": self._slots.whole(self.values.detach()),
-            "moments": {key: self._slots.whole(value) for key, value in of_rows.items()} | others,
+            "values": self._slots.gather_rows(self.values.detach()),
+            "moments": {key: self._slots.gather_rows(value) for key, value in of_rows.items()} | others,
         }
 
     def save(self, output: Path, pods: Pods, best: torch.Tensor | None) -> dict[str, Any]:
@@ -181,20 +181,20 @@ class RowCorrections:
 
     def norms(self) -> dict[str, torch.Tensor]:
         """Return the norms of the corrections of the averaging coefficients of all rows, by tensor. Collective."""
-        found, maps = self.values.new_zeros(1, self._slots.num_columns), self._averaging_maps().to(self.values.device)
+        squares, maps = self.values.new_zeros(1, self._slots.num_columns), self._averaging_maps().to(self.values.device)
         count = max(1, PIECE_BYTES // (8 * maps.shape[1]))
         for part in self._slots.parts.values():
             columns = part.columns
-            parts = found[0, columns].split(count), self.values.detach()[:, columns].split(count, 1)
+            parts = squares[0, columns].split(count), self.values.detach()[:, columns].split(count, 1)
             for out, y in zip(*parts, strict=True):
                 out.copy_((maps[part.group] @ y.double()).norm(dim=0))
-        return {name: norms[0] for name, norms in self._slots.whole(found).items()}
+        return {name: norms[0] for name, norms in self._slots.gather_rows(squares).items()}
 
     def averaging(self, group_of: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Return the corrections of the averaging coefficients of all rows, (n, rows) float64 by tensor. Collective."""
         maps = self._averaging_maps()
-        whole = self._slots.whole(self.values.detach())
-        return {name: maps[group_of[name]] @ y.double() for name, y in whole.items()}
+        values = self._slots.gather_rows(self.values.detach())
+        return {name: maps[group_of[name]] @ y.double() for name, y in values.items()}
 
     def _averaging_maps(self) -> torch.Tensor:
         """Return the matrices from y to the corrections of the averaging coefficients, (G, n, k), float64."""
@@ -219,9 +219,9 @@ class RowCorrections:
             return self._read(file, state.stored.values)
         return self._of_all("rows.values", state.values)
 
-    def _of_all(self, where: str, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        self._require_rows(where, {name: tuple(value.shape) for name, value in whole.items()})
-        return self._slots.local(whole)
+    def _of_all(self, location: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self._require_rows(location, {name: tuple(value.shape) for name, value in values.items()})
+        return self._slots.local(values)
 
     def _read(self, file: RowsFile, kind: str) -> torch.Tensor:
         self._require_rows(f"rows: {kind}", file.shapes(kind))
@@ -239,8 +239,10 @@ class RowCorrections:
         """
         if state is None:
             raise StateError("state: rows: is missing; give the state of this average, or start a new run.")
-        own, given = self._averaging_maps(), state.maps.to(torch.float64).cpu()
-        if own.shape != given.shape or bool(((own - given).abs() > 1e-3 * own.abs().amax((1, 2), keepdim=True)).any()):
+        expected, saved = self._averaging_maps(), state.maps.to(torch.float64).cpu()
+        if expected.shape != saved.shape or bool(
+            ((expected - saved).abs() > 1e-3 * expected.abs().amax((1, 2), keepdim=True)).any()
+        ):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
         with _opened(state, directory) as file:
             values = self._values(state, file)
@@ -270,12 +272,12 @@ class RowCorrections:
     def _is_of_columns(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.shape == self.values.shape
 
-    def _require_rows(self, where: str, found: Mapping[str, tuple[int, ...]]) -> None:
+    def _require_rows(self, location: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         wanted = {name: (len(self.values), count) for name, count in self._slots.counts.items()}
-        if wanted != found:
-            name = next(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+        if wanted != shapes:
+            name = next(name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name))
             raise StateError(
-                f"state: {where}: {name!r} has shape {found.get(name, 'none')} in the state, and "
+                f"state: {location}: {name!r} has shape {shapes.get(name, 'none')} in the state, and "
                 f"{wanted.get(name, 'none')} here: directions x rows. Give the state of this model, or start a new run."
             )
 

@@ -46,10 +46,10 @@ class RowExchange:
             return
         if self._error is not None:
             values += self._error
-        mine = self._encoded(values)
-        self._error = values - self._decoded(mine, *values.shape)
+        encoded = self._encoded(values)
+        self._error = values - self._decoded(encoded, *values.shape)
         values.zero_()
-        for codes in self._reduction.gather_from_replicas(mine):
+        for codes in self._reduction.gather_from_replicas(encoded):
             values += self._decoded(codes, *values.shape)
         values /= self._reduction.num_replicas
 

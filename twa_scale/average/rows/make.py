@@ -24,9 +24,9 @@ def make_rows(
     """
     if not config.has_rows:
         return None
-    without = engine.complex_names  # tensors that are stored as pairs of real numbers
+    excluded = engine.complex_names  # tensors that are stored as pairs of real numbers
     lengths = row_lengths(
-        engine.module, {name: engine.parameters[name].shape for name in layout.group_of if name not in without}
+        engine.module, {name: engine.parameters[name].shape for name in layout.group_of if name not in excluded}
     )
     spans = {span: layout.group(span) for span in engine.spans() if span.name in layout.group_of}
     with pods.agree():
@@ -37,9 +37,9 @@ def make_rows(
             )
         if engine.replica_group.size < 1:
             raise ConfigError(_PODS)
-    held = engine.replica_group.gather(tuple(spans))
+    spans_of_ranks = engine.replica_group.gather(tuple(spans))
     with pods.agree():
-        if any(others != held[0] for others in held):
+        if any(others != spans_of_ranks[0] for others in spans_of_ranks):
             raise ConfigError(_PODS)
     sizes = {name: prod(engine.parameters[name].shape) for name in lengths}
     slots = RowSlots(spans, lengths, sizes, engine.shard_group, engine.device)

@@ -84,38 +84,38 @@ class RowSlots:
         for span, group in spans.items():
             if span.name not in lengths or not len(span):
                 continue
-            rows, segments, cut = rows_of(span, lengths[span.name])
+            rows, segments, is_partial = rows_of(span, lengths[span.name])
             columns = slice(self.num_columns, self.num_columns + segments.count)
             self.parts[span] = Part(group, segments, columns, rows)
             self.num_columns = columns.stop
-            partial.append(cut)
+            partial.append(is_partial)
             keys.append(first_key[span.name] + rows)
-        none = torch.empty(0, dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64)
         counts = torch.tensor([part.segments.count for part in self.parts.values()], dtype=torch.int64)
         groups = torch.tensor([part.group for part in self.parts.values()], dtype=torch.int64)
         self.groups = groups.repeat_interleave(counts).to(device)
         """The index of the group of each column, (R,), int64."""
-        self._find_cut_rows(torch.cat([none, *keys]), torch.cat([none.bool(), *partial]))
+        self._find_shared_rows(torch.cat([empty, *keys]), torch.cat([empty.bool(), *partial]))
         self.runs = tuple(self._runs(owned=False))
         """The rows of this rank."""
         self.owned_runs = tuple(self._runs(owned=True))
         """The rows that this rank owns. The owned runs of all ranks contain each row once."""
 
-    def _find_cut_rows(self, keys: torch.Tensor, partial: torch.Tensor) -> None:
+    def _find_shared_rows(self, keys: torch.Tensor, partial: torch.Tensor) -> None:
         """Find the rows that are divided over several ranks, and number them equally on all ranks. Collective."""
         columns = partial.nonzero()[:, 0]
-        mine = keys[columns]
-        of_ranks = self.shards.gather(mine)
+        local_keys = keys[columns]
+        of_ranks = self.shards.gather(local_keys)
         shared, position = torch.unique(torch.cat(of_ranks), return_inverse=True)
-        before = sum(len(of_rank) for of_rank in of_ranks[: self.shards.rank])
+        offset = sum(len(of_rank) for of_rank in of_ranks[: self.shards.rank])
         first = torch.full((len(shared),), len(position)).scatter_reduce_(
             0, position, torch.arange(len(position)), "amin"
         )
-        own = position[before : before + len(mine)]
+        local_positions = position[offset : offset + len(local_keys)]
         owned = torch.ones(self.num_columns, dtype=torch.bool)
-        owned[columns] = first[own] == torch.arange(before, before + len(mine))
+        owned[columns] = first[local_positions] == torch.arange(offset, offset + len(local_keys))
         self._num_shared = len(shared)
-        self._columns, self._own = columns.to(self._device), own.to(self._device)
+        self._columns, self._shared_positions = columns.to(self._device), local_positions.to(self._device)
         self.owned = owned.to(self._device)
         """Whether a column counts in sums over all rows, as one of the columns of a row does, (R,), bool."""
 
@@ -130,11 +130,11 @@ class RowSlots:
             reduction: sums over ranks.
             exchange: averages over replicas. Its values for rows that are cut are not used.
         """
-        cut = values.new_zeros(len(values), self._num_shared)
-        cut.index_add_(1, self._own, values[:, self._columns])
+        shared = values.new_zeros(len(values), self._num_shared)
+        shared.index_add_(1, self._shared_positions, values[:, self._columns])
         exchange.average_(values)
         if self._num_shared:
-            values[:, self._columns] = reduction.average_(cut)[:, self._own]
+            values[:, self._columns] = reduction.average_(shared)[:, self._shared_positions]
 
     def _runs(self, *, owned: bool) -> Iterator[RowRun]:
         for span, part in self.parts.items():
@@ -144,12 +144,12 @@ class RowSlots:
                 columns, rows = columns[kept], rows[kept]
             if not len(rows):
                 continue
-            cuts = ((rows.diff() != 1) | (columns.diff() != 1)).nonzero()[:, 0] + 1
-            edges = [0, *cuts.tolist(), len(rows)]
+            ends = ((rows.diff() != 1) | (columns.diff() != 1)).nonzero()[:, 0] + 1
+            edges = [0, *ends.tolist(), len(rows)]
             for start, stop in pairwise(edges):
                 yield RowRun(span.name, int(rows[start]), slice(int(columns[start]), int(columns[stop - 1]) + 1))
 
-    def whole(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gather_rows(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the values of all rows of each tensor, on the CPU of every rank. Collective.
 
         Args:
@@ -161,19 +161,19 @@ class RowSlots:
         parts: dict[str, list[Part]] = {name: [] for name in self.counts}
         for span, part in self.parts.items():
             parts[span.name].append(part)
-        found = {}
+        result = {}
         for name, count in self.counts.items():
-            whole = values.new_zeros(len(values), count)
+            out = values.new_zeros(len(values), count)
             for part in parts[name]:
                 owned = self.owned[part.columns]
-                whole[:, part.rows.to(self._device)[owned]] = values[:, part.columns][:, owned]
-            found[name] = self.shards.sum_(whole).cpu()
-        return found
+                out[:, part.rows.to(self._device)[owned]] = values[:, part.columns][:, owned]
+            result[name] = self.shards.sum_(out).cpu()
+        return result
 
-    def local(self, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def local(self, values_by_name: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the values of the columns of this rank, (k, R), from those of all rows by name."""
-        values = torch.empty(len(next(iter(whole.values()))), self.num_columns, device=self._device)
+        values = torch.empty(len(next(iter(values_by_name.values()))), self.num_columns, device=self._device)
         for span, part in self.parts.items():
-            of_tensor = whole[span.name]  # on any device
+            of_tensor = values_by_name[span.name]  # on any device
             values[:, part.columns] = of_tensor[:, part.rows.to(of_tensor.device)].to(self._device)
         return values

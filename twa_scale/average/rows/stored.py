@@ -31,7 +31,7 @@ def write_rows(output: Path, slots: RowSlots, kinds: Mapping[str, torch.Tensor],
     Raises:
         OutputError: a value is not finite, or the file could not be written. Raised on every rank; no file remains.
     """
-    directory, found = pods.broadcast(new_directory()), None
+    directory, result = pods.broadcast(new_directory()), None
     with pods.agree():
         # Only the ranks of the first pod call these collectives. `writing` and `digest` raise errors on all of them or
         # on none, so that no rank waits for another.
@@ -45,8 +45,8 @@ def write_rows(output: Path, slots: RowSlots, kinds: Mapping[str, torch.Tensor],
             with writing(output / directory, specs, slots.shards, base=BASE, max_shard_size=_ONE_FILE) as writer:
                 for kind, values in kinds.items():
                     _write(writer, slots, kind, values)
-            found = digest(output / directory, slots.shards)
-    nbytes, checksum = pods.broadcast(found)  # type: ignore[misc]
+            result = digest(output / directory, slots.shards)
+    nbytes, checksum = pods.broadcast(result)  # type: ignore[misc]
     return StoredRows(directory=directory, nbytes=nbytes, sha256=checksum, has_best=BEST in kinds)
 
 

@@ -14,7 +14,7 @@ from twa_scale.average.average import TrainableAverage
 from twa_scale.average.score import agreed_score
 from twa_scale.average.search.methods import Constraint, Method, Proposal, Proposals, proposals
 from twa_scale.average.search.record import Record, digest_of
-from twa_scale.base.names import nearest, some
+from twa_scale.base.names import nearest, quoted
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError, TwaError
 from twa_scale.ranks import require_same_settings
@@ -90,11 +90,11 @@ def search(
             proposer = _Proposer(source, kept, sign)
     with closing(proposer) if proposer else nullcontext():
         while len(evaluations) < budget:
-            found: tuple[Proposal | None, float | None] = (None, None)
+            proposed: tuple[Proposal | None, float | None] = (None, None)
             with pods.agree():
                 if proposer:
-                    found = proposer.next()
-            proposal, known = pods.broadcast(found)
+                    proposed = proposer.next()
+            proposal, known = pods.broadcast(proposed)
             if proposal is None:
                 break
             a = torch.from_numpy(proposal.coefficients)
@@ -120,11 +120,11 @@ def _check(average: TrainableAverage, method: Method, budget: int, constraint: C
     for name, value, known in (("method", method, get_args(Method)), ("constraint", constraint, get_args(Constraint))):
         if value not in known:
             raise ConfigError(
-                f"search: {name} {value!r} is unknown{nearest(str(value), known) or '.'} Use {some(known)}."
+                f"search: {name} {value!r} is unknown{nearest(str(value), known) or '.'} Use {quoted(known)}."
             )
-    for name, number, least in (("budget", budget, 1), ("seed", seed, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ConfigError(f"search: {name} is {number!r}; give an integer of at least {least}.")
+    for name, number, minimum in (("budget", budget, 1), ("seed", seed, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < minimum:
+            raise ConfigError(f"search: {name} is {number!r}; give an integer of at least {minimum}.")
     basis = average.config.basis
     if not average.can_start_from("last"):
         raise ConfigError(
@@ -197,9 +197,9 @@ def _measured(average: TrainableAverage, score: Callable[[], float], coefficient
 
 def _digest(average: TrainableAverage) -> str:
     """Return a digest of the candidates and the groups, which the scores depend on."""
-    found = sha256(average.fingerprint.checksums.cpu().numpy().tobytes())
+    hasher = sha256(average.fingerprint.checksums.cpu().numpy().tobytes())
     layout = average.layout
-    found.update(repr(list(layout.group_of.items())).encode())
+    hasher.update(repr(list(layout.group_of.items())).encode())
     if layout.experts:
-        found.update(repr([(name, layout.groups_of(name)) for name in layout.experts]).encode())
-    return found.hexdigest()
+        hasher.update(repr([(name, layout.groups_of(name)) for name in layout.experts]).encode())
+    return hasher.hexdigest()

@@ -85,12 +85,12 @@ def cma(start: Array, constraint: Constraint, seed: int) -> Proposals:
     Raises:
         ConfigError: there are too many coefficients, or the package is missing.
     """
-    own = _NumpyState()
-    with own:
+    numpy_state = _NumpyState()
+    with numpy_state:
         strategy = _strategy(start, constraint, seed)
     generation = 0
     while True:
-        with own:
+        with numpy_state:
             points = strategy.ask()
         losses = []
         for i, point in enumerate(points):
@@ -98,7 +98,7 @@ def cma(start: Array, constraint: Constraint, seed: int) -> Proposals:
             loss = yield Proposal(f"generation {generation}, {i}", a)
             losses.append(loss if isfinite(loss) else np.inf)
         worst = max((loss for loss in losses if isfinite(loss)), default=0.0)
-        with own:
+        with numpy_state:
             strategy.tell(points, [loss if isfinite(loss) else worst + 1 for loss in losses])
         generation += 1
 
@@ -139,11 +139,11 @@ def _coefficients(z: Array, start: Array, constraint: Constraint) -> Array:
         return moved
     logits = np.log(np.maximum(start, 1e-3)) + z
     powers = np.exp(logits - logits.max(0))
-    found: Array = powers / powers.sum(0)
-    return found
+    result: Array = powers / powers.sum(0)
+    return result
 
 
 def _uniform(n: int, members: list[int]) -> Array:
-    found = np.zeros(n)
-    found[members] = 1 / len(members)
-    return found
+    result = np.zeros(n)
+    result[members] = 1 / len(members)
+    return result

@@ -25,29 +25,29 @@ class Record:
     Args:
         path: a file of JSON lines; created if it does not exist.
         candidates: a digest of the candidates; a record of others is refused.
-        say: called with a message if the disk is full.
+        log: called with a message if the disk is full.
 
     Raises:
         StateError: the file is not a record, or of other candidates.
         OutputError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, candidates: str, say: Callable[[str], object]) -> None:
+    def __init__(self, path: Path, candidates: str, log: Callable[[str], object]) -> None:
         header = {"twa_scale": "search", "format": _FORMAT, "candidates": candidates}
         self.scores: dict[str, float] = {}
         lines = [header]
         if path.exists():
-            found = _lines(path)
-            if found[:1] != [header]:
+            existing = _lines(path)
+            if existing[:1] != [header]:
                 raise StateError(
                     f"{path}: is not the record of a search of these candidates. Give another file, or remove it."
                 )
-            lines = found
-            self.scores = {str(line["key"]): float(line["score"]) for line in found[1:]}
+            lines = existing
+            self.scores = {str(line["key"]): float(line["score"]) for line in existing[1:]}
         else:
             with output_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = AppendedFile(path, b"".join(map(_line, lines)), say)
+        self._file = AppendedFile(path, b"".join(map(_line, lines)), log)
 
     def add(self, label: str, coefficients: Array, score: float) -> None:
         """Write one score."""

@@ -48,15 +48,15 @@ def save_state(output: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(
-    output: Path, say: Callable[[str], object] = lambda _: None, *, rows: Literal["all", "size", "none"] = "all"
+    output: Path, log: Callable[[str], object] = lambda _: None, *, rows: Literal["all", "size", "none"] = "all"
 ) -> RunState:
     """Read the file of `save_state`, without running code from it.
 
-    If state.pt or its rows are missing or damaged, state.previous.pt is read instead, and reported by `say`.
+    If state.pt or its rows are missing or damaged, state.previous.pt is read instead, and reported by `log`.
 
     Args:
         output: the output directory of the run.
-        say: called with one line of text.
+        log: called with one line of text.
         rows: the check of the file of rows. "all" reads it and compares its checksum, "size" checks that it exists and
             has its size, "none" does not check it.
 
@@ -70,7 +70,7 @@ def load_state(
             state = _load(output / PREVIOUS, rows)
         except StateError:
             raise error from None
-        say(f"{error} Until then {PREVIOUS} is used, the state of step {state.step}.")
+        log(f"{error} Until then {PREVIOUS} is used, the state of step {state.step}.")
         return state
 
 
@@ -124,13 +124,13 @@ def require_stored_rows(directory: Path, stored: StoredRows, group: Group) -> No
     Raises:
         StateError: the file is missing or damaged; on every rank.
     """
-    place = directory / stored.directory
-    found = digest(place, group)
+    rows_directory = directory / stored.directory
+    actual = digest(rows_directory, group)
     with group.agree():
-        if found != (stored.nbytes, stored.sha256):
+        if actual != (stored.nbytes, stored.sha256):
             raise StateError(
-                f"{rows_path(place)}: is damaged: its content does not have the checksum that was saved in the state. "
-                f"{FIX}"
+                f"{rows_path(rows_directory)}: is damaged: its content does not have the checksum that was saved in "
+                f"the state. {FIX}"
             )
 
 

@@ -71,15 +71,18 @@ class StateForm:
             "version": VERSION,
             "config": self.settings(),
             "groups": list(layout.groups),
-            "group_of": {a: group for n, group in layout.group_of.items() for a in layout.held_as[n]},
-            "experts": {a: list(one.groups) for n, one in layout.experts.items() for a in layout.held_as[n]},
+            "group_of": {a: group for n, group in layout.group_of.items() for a in layout.names_in_candidates[n]},
+            "experts": {
+                a: list(experts.groups) for n, experts in layout.experts.items() for a in layout.names_in_candidates[n]
+            },
             "buffer_names": {name: layout.source(name) for name in layout.buffers},
-            "tied": [list(names) for names in layout.held_as.values() if len(names) > 1],
+            "tied": [list(names) for names in layout.names_in_candidates.values() if len(names) > 1],
             "x": x.detach().cpu().clone(),
             "coefficients": self.averaging(x).cpu(),
             "center_weights": self._basis.center_weights.cpu(),
             "optimizer": deepcopy(dict(optimizer)),
-            "rows": rows and {**rows, "names": {a: name for name in rows["names"] for a in layout.held_as[name]}},
+            "rows": rows
+            and {**rows, "names": {a: name for name in rows["names"] for a in layout.names_in_candidates[name]}},
             "buffers": {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()},
             "fingerprint": self._fingerprint.state_dict(),
             "conversions": self._conversions,
@@ -98,12 +101,12 @@ class StateForm:
         """
         saved = checked(AverageState, state, "state")
         self._fingerprint.require(saved.fingerprint.build())
-        now = self.config.with_lr(saved.config.lr)  # the average adopts this rate
-        require_same_settings(now.model_dump(mode="json"), saved.config.model_dump(mode="json"))
-        given, shape = saved.x.to(x), tuple(x.shape)
-        if tuple(given.shape) != shape or list(self._layout.groups) != saved.groups:
-            raise StateError(f"the state has {tuple(given.shape)} coefficients, this run {shape}: other groups.")
-        a = self.averaging(given)
+        config = self.config.with_lr(saved.config.lr)  # the average adopts this rate
+        require_same_settings(config.model_dump(mode="json"), saved.config.model_dump(mode="json"))
+        saved_x, shape = saved.x.to(x), tuple(x.shape)
+        if tuple(saved_x.shape) != shape or list(self._layout.groups) != saved.groups:
+            raise StateError(f"the state has {tuple(saved_x.shape)} coefficients, this run {shape}: other groups.")
+        a = self.averaging(saved_x)
         if not torch.allclose(a, saved.coefficients.to(a), rtol=1e-6, atol=1e-6):
             raise StateError("the basis of the state cannot be rebuilt from these candidates: its directions differ.")
         check_state(self.config, x, saved.optimizer)

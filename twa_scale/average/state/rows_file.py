@@ -48,10 +48,10 @@ def remove_rows(directory: Path, used: Callable[[], Collection[str] | None]) -> 
         directory: the directory of the states.
         used: returns the names of the directories to keep, or None to keep all. It is called only if there are any.
     """
-    found = [path for path in directory.glob("state.rows-*") if re.fullmatch(DIRECTORY, path.name)]
-    if not found or (names := used()) is None:
+    directories = [path for path in directory.glob("state.rows-*") if re.fullmatch(DIRECTORY, path.name)]
+    if not directories or (names := used()) is None:
         return
-    for path in found:
+    for path in directories:
         if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -65,19 +65,19 @@ def digest(directory: Path, group: Group) -> tuple[int, str]:
         StateError: the file cannot be read, or has another size on another rank; on every rank.
     """
     path, nbytes = rows_path(directory), 0
-    mine: dict[int, bytes] = {}
+    local: dict[int, bytes] = {}
     with group.agree(), _readable(path), os.fdopen(open_regular(path, StateError), "rb", buffering=0) as file:
         nbytes = os.fstat(file.fileno()).st_size
         for begin in range(group.rank * _CHUNK_BYTES, nbytes, group.size * _CHUNK_BYTES):
-            mine[begin] = _digest_of(file.fileno(), begin, min(begin + _CHUNK_BYTES, nbytes))
-    sizes, parts = zip(*group.gather((nbytes, mine)), strict=True)
+            local[begin] = _digest_of(file.fileno(), begin, min(begin + _CHUNK_BYTES, nbytes))
+    sizes, parts = zip(*group.gather((nbytes, local)), strict=True)
     with group.agree():
         if other := [size for size in sizes if size != nbytes]:
             raise StateError(
                 f"{path}: is damaged, or another file on some ranks: it has {nbytes} bytes on {group.name}, and "
                 f"{other[0]} on another. All ranks have to see the same file. {FIX}"
             )
-    chunks = {begin: found for of_rank in parts for begin, found in of_rank.items()}
+    chunks = {begin: checksum for of_rank in parts for begin, checksum in of_rank.items()}
     return nbytes, sha256(b"".join(chunks[begin] for begin in sorted(chunks))).hexdigest()
 
 
@@ -122,13 +122,13 @@ class RowsFile:
 
     def shapes(self, kind: str) -> dict[str, tuple[int, int]]:
         """Return the shapes (k, rows) of the values of a kind, by tensor of the model."""
-        found = {}
+        result = {}
         for name, entry in self._entries.items():
             of, _, tensor = name.partition("/")
             if of == kind:
                 rows, k = entry.shape
-                found[tensor] = (k, rows)
-        return found
+                result[tensor] = (k, rows)
+        return result
 
     def of_tensor(self, kind: str, name: str) -> torch.Tensor:
         """Return the values of all rows of a tensor, (k, rows), float32.
@@ -159,10 +159,10 @@ class RowsFile:
 
 
 def _digest_of(descriptor: int, begin: int, end: int) -> bytes:
-    found = sha256()
+    hasher = sha256()
     for _, piece in pieces_of(descriptor, begin, end):
-        found.update(piece)
-    return found.digest()
+        hasher.update(piece)
+    return hasher.digest()
 
 
 @contextmanager

@@ -25,16 +25,16 @@ _FIXED_SETTINGS = (
 )
 
 
-def require_same_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+def require_same_settings(current: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Check that the settings on which the coefficients depend are the same.
 
     Raises:
         StateError: names the first setting that differs.
     """
     for key in _FIXED_SETTINGS:
-        if then[key] != now[key]:
+        if saved[key] != current[key]:
             raise StateError(
-                f"{key}: the state was trained with {then[key]!r}, this run has {now[key]!r}, with which its "
+                f"{key}: the state was trained with {saved[key]!r}, this run has {current[key]!r}, with which its "
                 "coefficients have another meaning. Use the saved setting, or start a new run."
             )
 
@@ -72,15 +72,15 @@ def require_same_state(group: Group, state: AverageState) -> None:
 
 def _digest(rows: RowsState | None) -> str:
     """Return the SHA-256 of the corrections of rows and their moments, which may be large."""
-    found = sha256(
+    hasher = sha256(
         repr(rows and (rows.stored, rows.settings, rows.names, list(rows.values), list(rows.moments))).encode()
     )
     for tensors in (rows.values, *rows.moments.values()) if rows else ():
         for value in tensors.values() if isinstance(tensors, Mapping) else (tensors,):
-            found.update(
+            hasher.update(
                 value.detach().cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode()
             )
-    return found.hexdigest()
+    return hasher.hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -88,5 +88,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.dtype, value.tolist()
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

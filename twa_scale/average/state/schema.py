@@ -69,22 +69,22 @@ class MadeState(_Saved):
         _require("segments", self.segments, (rows, 3 + 2 * len(self.shape)), torch.int64)
         if bool((self.segments < 0).any()) or bool((self.segments[:, 0] >= len(self.stored)).any()):
             raise ValueError("segments: numbers that are out of range")
-        found = 0
+        count = 0
         for segment in made_of_state("", self.shape, self.stored, self.segments).segments:
-            found += segment.numel
-            if not _inside(segment, self.shape) or segment.reversed().stop > prod(self.stored[segment.source.name]):
+            count += segment.numel
+            if not _is_inside(segment, self.shape) or segment.reversed().stop > prod(self.stored[segment.source.name]):
                 raise ValueError(f"segments: one is not inside of the model's tensor and {segment.source.name!r}")
-        if found != prod(self.shape):
-            raise ValueError(f"segments: they have {found} elements, their tensor has {prod(self.shape)}")
+        if count != prod(self.shape):
+            raise ValueError(f"segments: they have {count} elements, their tensor has {prod(self.shape)}")
         return self
 
 
-def _inside(segment: Segment, shape: tuple[int, ...]) -> bool:
+def _is_inside(segment: Segment, shape: tuple[int, ...]) -> bool:
     """Return whether a box with the dimensions of `shape` is inside of it."""
     if segment.target.first >= prod(shape):
         return False
     starts = [segment.target.first // step % size for size, step in zip(shape, row_major(shape), strict=True)]
-    return all(start + own <= size for start, own, size in zip(starts, segment.sizes, shape, strict=True))
+    return all(start + length <= size for start, length, size in zip(starts, segment.sizes, shape, strict=True))
 
 
 class ConversionState(_Saved):
@@ -95,7 +95,9 @@ class ConversionState(_Saved):
 
     def build(self) -> Conversion:
         """Return the conversion."""
-        made = {name: made_of_state(name, one.shape, one.stored, one.segments) for name, one in self.made.items()}
+        made = {
+            name: made_of_state(name, state.shape, state.stored, state.segments) for name, state in self.made.items()
+        }
         return Conversion(self.names, made)
 
 
@@ -298,11 +300,11 @@ class RunState(_Saved):
             _require("kept.x", self.kept.x, tuple(self.twa.x.shape), torch.float64)
             _require("kept.coefficients", self.kept.coefficients, tuple(self.twa.coefficients.shape), torch.float64)
             rows = self.twa.rows.values if self.twa.rows else {}
-            for key, held, now in (
+            for key, steps, expected in (
                 ("buffers", self.kept.buffers, self.twa.buffers),
                 ("row_values", self.kept.row_values, rows),
             ):
-                if _shapes(held) != _shapes(now):
+                if _shapes(steps) != _shapes(expected):
                     raise ValueError(f"kept.{key}: other names or shapes than those of the last step")
             if self.twa.rows and self.twa.rows.stored and not self.twa.rows.stored.has_best:
                 raise ValueError("kept: the file of the corrections of rows does not have those of the best average")
@@ -348,19 +350,19 @@ def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: tor
 M = TypeVar("M", bound=_Saved)
 
 
-def checked(model: type[M], state: Any, where: str) -> M:
+def checked(model: type[M], state: Any, location: str) -> M:
     """Return `state` as a `model`.
 
     Raises:
         StateError: names the first field that is missing, unknown, or of another type, shape or version.
     """
     if not isinstance(state, Mapping):
-        raise StateError(f"{where}: is {type(state).__name__}, not a saved state, which maps names to values.")
+        raise StateError(f"{location}: is {type(state).__name__}, not a saved state, which maps names to values.")
     version = state.get("version")
     if model is AverageState and (version is None or (type(version) is int and version != VERSION)):
-        found = "no version" if version is None else f"version {version}"
+        described = "no version" if version is None else f"version {version}"
         raise StateError(
-            f"{where}: has {found} of the format, and this twa_scale reads version {VERSION}. Continue with the "
+            f"{location}: has {described} of the format, and this twa_scale reads version {VERSION}. Continue with the "
             "twa_scale that wrote it, or start a new run."
         )
     try:
@@ -370,8 +372,8 @@ def checked(model: type[M], state: Any, where: str) -> M:
         key = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise StateError(
-            f"{where}: {key + ': ' if key else ''}{message} (got {_shown(first['input'])}). It is not the state of a "
-            "run of this twa_scale. Give a saved state, or start a new run."
+            f"{location}: {key + ': ' if key else ''}{message} (got {_shown(first['input'])}). It is not the state of "
+            "a run of this twa_scale. Give a saved state, or start a new run."
         ) from None
 
 

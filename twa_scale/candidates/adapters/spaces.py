@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 from typing import Literal
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.candidates.adapters.adapter_config import ADAPTER_CONFIG, PREFIX, AdapterConfig, adapter_config
 from twa_scale.candidates.adapters.concatenated import concatenated
 from twa_scale.candidates.adapters.lora_factors import factors_in, other_parts, rank_of
@@ -217,7 +217,7 @@ def _require_products(candidate: Candidate, config: AdapterConfig) -> None:
             "parameters, which files of weights do not have"
         )
     elif others:
-        reason = f"{some(others, 2)} are neither A nor B of LoRA"
+        reason = f"{quoted(others, 2)} are neither A nor B of LoRA"
     elif not factors:
         reason = "it holds no factors of LoRA"
     if reason:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twa_scale.base.inputs import brief, integers, read_bounded, text
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.paths import identity
 from twa_scale.candidates.formats.deepspeed_universal import LATEST, is_universal, require_same, universal_weights
 from twa_scale.candidates.formats.file_handles import File
@@ -123,7 +123,7 @@ def tagged_folder(directory: Path) -> Path:
     if not tag or Path(tag).name != tag or not (directory / tag).is_dir():
         folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
         raise CandidateError(
-            f"{latest}: names {tag!r}, but the directory has no such folder; it has {some(folders) or 'none'}. Copy "
+            f"{latest}: names {tag!r}, but the directory has no such folder; it has {quoted(folders) or 'none'}. Copy "
             "that folder too, or give the folder of another step."
         )
     return directory / tag
@@ -324,7 +324,9 @@ def _world(files: _Files, optimizer: Mapping[str, Any]) -> int:
     missing = [rank for rank in range(checked) if rank not in files.optimizer]
     extra = [rank for rank in files.optimizer if rank is None or rank >= world]
     if missing or extra:
-        problem = f"those of ranks {some(map(str, missing))} are missing" if missing else f"there are {len(extra)} more"
+        problem = (
+            f"those of ranks {quoted(map(str, missing))} are missing" if missing else f"there are {len(extra)} more"
+        )
         raise CandidateError(
             f"{files.folder}: was saved by {world} ranks, each with its *_optim_states.pt, but {problem}. Copy the "
             "checkpoint again as one folder, or leave this candidate out."

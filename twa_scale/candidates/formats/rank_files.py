@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from twa_scale.base.inputs import integers
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.candidates.formats.boxes import Box, BoxTensor
 from twa_scale.candidates.formats.file_handles import File
 from twa_scale.candidates.formats.origin import Origin
@@ -108,8 +108,8 @@ def _require_same_names(states: Sequence[Mapping[str, Value]], paths: Sequence[P
     for state, path in zip(states, paths, strict=True):
         if differing := state.keys() ^ states[0].keys():
             raise CandidateError(
-                f"{path}: holds other tensors than {paths[0].name!r} ({some(sorted(differing))}). All files must come "
-                "from the same save: copy the folder again."
+                f"{path}: holds other tensors than {paths[0].name!r} ({quoted(sorted(differing))}). All files must "
+                "come from the same save: copy the folder again."
             )
 
 

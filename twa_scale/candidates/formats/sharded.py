@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from twa_scale.base.inputs import MAX_JSON, brief, parse_json, read_bounded
-from twa_scale.base.names import nearest, some
+from twa_scale.base.names import nearest, quoted
 from twa_scale.base.urls import Url
 from twa_scale.candidates.candidate import Candidate
 from twa_scale.candidates.formats.origin import Origin, origin_of
@@ -36,7 +36,7 @@ class ShardedCandidate:
         missing = sorted({file for file in file_of.values() if not (index.parent / file).is_file()})
         if missing:
             raise CandidateError(
-                f"{index}: names {some(missing)}, which {'is' if len(missing) == 1 else 'are'} not there. "
+                f"{index}: names {quoted(missing)}, which {'is' if len(missing) == 1 else 'are'} not there. "
                 "All files of the index must be in its directory: copy the rest, or leave this candidate out."
             )
         self._parts: dict[str, Candidate] = {}

@@ -85,13 +85,13 @@ class ZeroEngine(Engine):
 
         These include a boundary that `set_gradient_accumulation_boundary` has set.
         """
-        held = [(self._engine, name, getattr(self._engine, name)) for name in _COUNTERS]
+        saved = [(self._engine, name, getattr(self._engine, name)) for name in _COUNTERS]
         if self.loss_scale is not None:
             scaler = self._optimizer.loss_scaler
-            held += [(scaler, name, value) for name, value in vars(scaler).items()]
+            saved += [(scaler, name, value) for name, value in vars(scaler).items()]
 
         def restore() -> None:
-            for owner, name, value in held:
+            for owner, name, value in saved:
                 setattr(owner, name, value)
 
         return restore

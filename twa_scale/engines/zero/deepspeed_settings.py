@@ -140,17 +140,17 @@ def warn_of_clipping(engine: Any) -> None:
 
 
 def _check_stateless(engine: Any) -> None:
-    held = [
+    stateful = [
         (key, value)
         for state in engine.optimizer.optimizer.state.values()
         for key, value in state.items()
         if torch.is_tensor(value) and value.numel() > 1
     ]
-    if held:
-        elements = sum(value.numel() for _, value in held)
+    if stateful:
+        elements = sum(value.numel() for _, value in stateful)
         raise EngineError(
             f"the engine's {type(engine.optimizer.optimizer).__name__} holds {elements} elements of state "
-            f"({held[0][0]!r}, ...) on this rank, which training an average never uses: give deepspeed.initialize "
+            f"({stateful[0][0]!r}, ...) on this rank, which training an average never uses: give deepspeed.initialize "
             "optimizer=twa_scale.stateless_optimizer(model.parameters()), with "
             '"zero_allow_untested_optimizer": true and without an "optimizer" block.'
         )

@@ -65,11 +65,11 @@ class Zero12Engine(ZeroEngine):
             start = min(max(first - offset, 0), parameter.numel())
             stop = min(max(first + len(master) - offset, 0), parameter.numel())
             span = Span(names[id(parameter)], start, max(start, stop))
-            place = offset + start - first
+            position = offset + start - first
             self._spans[span.name] = span
-            self._masters[span.name] = master[place : place + len(span)] if len(span) else master[:0]
+            self._masters[span.name] = master[position : position + len(span)] if len(span) else master[:0]
             if len(span):
-                starts[place] = span
+                starts[position] = span
         return starts
 
     def spans(self) -> list[Span]:
@@ -120,11 +120,11 @@ class Zero12Engine(ZeroEngine):
         if any(pieces is None for pieces in groups):
             raise EngineError(NO_GRADIENT)
         for starts, pieces in zip(self._starts, groups, strict=True):
-            place = 0
+            position = 0
             for piece in pieces:  # in the order of the partition, with padding
-                if (span := starts.get(place)) is not None:
+                if (span := starts.get(position)) is not None:
                     self._consume(span, piece.reshape(-1)[: len(span)])
-                place += piece.numel()
+                position += piece.numel()
         self.forget()
 
     def forget(self) -> None:

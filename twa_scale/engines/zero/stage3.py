@@ -46,20 +46,20 @@ class Zero3Engine(ZeroEngine):
         self._spans: dict[str, Span] = {}
         self.parameters = {}
         for name, parameter in self._parameters.items():
-            held: Any = parameter
-            span = self._place(name, held)
-            local = held.ds_tensor
+            raw: Any = parameter
+            span = self._place(name, raw)
+            local = raw.ds_tensor
             if id(parameter) in optimized:
-                self._trained[name] = held
-                local = self._optimizer.get_local_fp32_param(held)
-            elif held.requires_grad and held.ds_numel:
+                self._trained[name] = raw
+                local = self._optimizer.get_local_fp32_param(raw)
+            elif raw.requires_grad and raw.ds_numel:
                 raise EngineError(
                     f"parameter {name!r} requires a gradient, but DeepSpeed's optimizer does not hold it; give the "
                     "optimizer all parameters, or freeze this one."
                 )
             self._spans[name] = span
             self._live[name] = local.detach().view(-1)[: len(span)]  # without padding
-            self.parameters[name] = replace(infos[name], shape=tuple(held.ds_shape), dtype=local.dtype)
+            self.parameters[name] = replace(infos[name], shape=tuple(raw.ds_shape), dtype=local.dtype)
 
     def _place(self, name: str, parameter: Any) -> Span:
         part = parameter.ds_tensor.ds_numel

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from twa_scale.base.names import some, without_wrappers
+from twa_scale.base.names import quoted, without_wrappers
 from twa_scale.candidates import Candidate
 from twa_scale.candidates.directory import is_averaged, is_of_fsdp, is_torch
 from twa_scale.candidates.entries import is_optimizer_entry
@@ -64,12 +64,12 @@ def check_other_copies(
     every = [keys for shapes in (*found.values(), *others.values()) for keys in shapes]
     if slow := sorted({".".join(keys) for keys in every if _is_slow(keys)}):
         notify(
-            f"{label}: {some(slow)} are weights that the optimizer keeps (Lookahead, schedule-free). They remain those "
-            f"of the last candidate, and training continues from both. {_WAY_OUT}, if this is not intended."
+            f"{label}: {quoted(slow)} are weights that the optimizer keeps (Lookahead, schedule-free). They remain "
+            f"those of the last candidate, and training continues from both. {_WAY_OUT}, if this is not intended."
         )
     if unread:
         notify(
-            f"{label}: {some(unread)} cannot be read and are copied unchanged. If they contain weights, training may "
+            f"{label}: {quoted(unread)} cannot be read and are copied unchanged. If they contain weights, training may "
             "resume from those instead of the average."
         )
 

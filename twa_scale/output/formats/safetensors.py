@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.candidates.formats.safetensors import Entry
 from twa_scale.errors import OutputError
 from twa_scale.output.file_layout import Shard, TensorSpec, index_name, index_of, lay_out
@@ -53,7 +53,7 @@ class SameSafetensorsFormat(SafetensorsFormat):
         """
         if lost := sorted(self._held.keys() - {spec.name for spec in specs}):
             raise OutputError(
-                f"tensors {some(lost)}: are in the file of the last candidate, but not in the output, because of "
+                f"tensors {quoted(lost)}: are in the file of the last candidate, but not in the output, because of "
                 "`ignore` (--ignore) or `weights_key`, or because the model lacks them. Training could not resume. "
                 "Average all tensors, or choose --format hf (format='hf')."
             )

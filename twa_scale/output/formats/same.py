@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.notices import notice
 from twa_scale.candidates.formats.dcp import DcpFolder, files_in_dcp
 from twa_scale.candidates.formats.megatron import copies_of_weights
@@ -159,5 +159,5 @@ def _tell_what_shares_storage(path: Path, weights: Collection[Keys], written: Se
                 others.add(".".join(keys))
     if others:
         notice(
-            f"{path}: {some(sorted(others))} are the same numbers in the file as weights, and become the average too."
+            f"{path}: {quoted(sorted(others))} are the same numbers in the file as weights, and become the average too."
         )

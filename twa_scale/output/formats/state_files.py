@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.candidates.directory import LOADERS, is_shard, is_variant
 from twa_scale.candidates.formats.dcp import METADATA
 from twa_scale.candidates.formats.dcp_safetensors import is_rank_shard
@@ -49,7 +49,7 @@ def state_files(
     found = _Found(root, {path.resolve() for path in weights}, code)
     files = [(str(path.relative_to(root)), path) for path in found.files(root)]
     for why, names in found.left_out.items():
-        notify(f"{root}: left out of the output: {some(sorted(names))} ({why}).")
+        notify(f"{root}: left out of the output: {quoted(sorted(names))} ({why}).")
     return files
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from twa_scale.base.inputs import brief
-from twa_scale.base.names import nearest, some
+from twa_scale.base.names import nearest, quoted
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.tokens import Array
 
@@ -171,7 +171,7 @@ def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
     for number, message in enumerate(chat, 1):
         if not isinstance(message.get("role"), str) or not {"content", "tool_calls"} & set(message):
             raise ConfigError(
-                f"{place}: message {number} has the keys {some(message)}. Each message needs `role` and `content`: "
+                f"{place}: message {number} has the keys {quoted(message)}. Each message needs `role` and `content`: "
                 "rename `from` to `role` (`human` to `user`, `gpt` to `assistant`) and `value` to `content`."
             )
     if not any(message["role"] == ANSWERS for message in chat):

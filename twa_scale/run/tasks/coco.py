@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twa_scale.base.inputs import brief, open_regular
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.packages import needed
 
@@ -66,7 +66,7 @@ def read_annotations(path: Path, images: Path, where: str) -> tuple[list[Annotat
     parts = content if isinstance(content, dict) else {}
     lacking = [key for key in ("images", "annotations", "categories") if not isinstance(parts.get(key), list)]
     if lacking:
-        raise ConfigError(f"{where}: {path} has no list {some(lacking)}. Write it in the format of COCO (instances).")
+        raise ConfigError(f"{where}: {path} has no list {quoted(lacking)}. Write it in the format of COCO (instances).")
     names = {_entry(c, "id", int, path, "categories", i): str(c.get("name")) for i, c in enumerate(parts["categories"])}
     objects: dict[int, list[dict[str, Any]]] = {}
     for i, image in enumerate(parts["images"]):

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from twa_scale.base.inputs import named_errors
 from twa_scale.base.notices import notice
-from twa_scale.base.paths import folders_below, identity, leads_nowhere, matching, num_links, path_of
+from twa_scale.base.paths import identity, is_dangling, matching, num_links, path_of, subfolders
 from twa_scale.config import Section
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.saved_datasets import saved_files, saved_splits, used_files
@@ -159,9 +159,9 @@ def data_files(root: Path, suffixes: tuple[str, ...], without: tuple[str, ...] =
         ConfigError: a link with one of the suffixes is dangling.
         OSError: a folder cannot be read.
     """
-    found = sorted(path for folder, paths in folders_below(root, without) for path in used_files(folder, paths))
+    found = sorted(path for folder, paths in subfolders(root, without) for path in used_files(folder, paths))
     named = [path for path in found if path.name.lower().endswith(suffixes)]
-    dangling = next((path for path in found if not path.name.lower().endswith(suffixes) and leads_nowhere(path)), None)
+    dangling = next((path for path in found if not path.name.lower().endswith(suffixes) and is_dangling(path)), None)
     if dangling:
         notice(f"{dangling}: is a dangling link. If its target was a folder of data, that data is left out.")
     for path in named:
@@ -199,7 +199,7 @@ def refuse_dangling(path: Path) -> None:
     Raises:
         ConfigError: names the link.
     """
-    if leads_nowhere(path):
+    if is_dangling(path):
         raise ConfigError(f"{path}: is a dangling link, or a link to itself. Remove it, or restore its target.")
 
 

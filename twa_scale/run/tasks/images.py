@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twa_scale.base.inputs import brief, named_errors, open_regular
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.paths import entries
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks.arrow_columns import Column
@@ -39,9 +39,9 @@ def read_npz(path: Path, prefix: str, where: str) -> tuple[Tensor, Tensor]:
             names = (f"{prefix}images", f"{prefix}labels")
             missing = [name for name in names if name not in arrays]
             if missing:
-                has = some(arrays.files)
+                has = quoted(arrays.files)
                 raise ConfigError(
-                    f"{where}: {path} has no array {some(missing)}; it has {has}. Save it under that name."
+                    f"{where}: {path} has no array {quoted(missing)}; it has {has}. Save it under that name."
                 )
             images, labels = (torch.from_numpy(_native(arrays[name])) for name in names)
     except ConfigError:

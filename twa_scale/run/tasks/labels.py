@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from twa_scale.base.inputs import brief
-from twa_scale.base.names import nearest, some
+from twa_scale.base.names import nearest, quoted
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError
 
@@ -58,7 +58,7 @@ def numbering(labels: Mapping[str, list[Label]], known: Mapping[str, int]) -> di
         unknown = next(name for name in names if name not in known)
         notice(
             f"task: the classes are numbered in sorted order, because the model's label2id has other names: "
-            f"{some(named)}, but not {unknown!r}. If the candidates were trained with that label2id, use its names."
+            f"{quoted(named)}, but not {unknown!r}. If the candidates were trained with that label2id, use its names."
         )
     return {name: number for number, name in enumerate(names)}
 
@@ -89,6 +89,6 @@ def _refuse_new_labels(labels: Mapping[str, list[Label]]) -> None:
         new = sorted({str(label) for label in column} - trained)
         if trained and new:
             raise ConfigError(
-                f"task.{split}: has the labels {some(new)}, which are not in the training data"
+                f"task.{split}: has the labels {quoted(new)}, which are not in the training data"
                 f"{nearest(new[0], trained) or '.'} Use the same labels in all files."
             )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from twa_scale.base.inputs import read_json_mapping
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.base.notices import notice
 from twa_scale.errors import ConfigError
 
@@ -26,8 +26,8 @@ def saved_files(folder: Path) -> list[Path]:
     if (folder / _SPLITS).is_file():
         names = _read(folder / _SPLITS).get("splits", [])
         raise ConfigError(
-            f"{folder}: is a DatasetDict with the splits {some(names)}. Give it alone, so that its splits are used, or "
-            f"the directory of one split, such as {folder / str(next(iter(names), 'train'))}."
+            f"{folder}: is a DatasetDict with the splits {quoted(names)}. Give it alone, so that its splits are used, "
+            f"or the directory of one split, such as {folder / str(next(iter(names), 'train'))}."
         )
     if not (folder / _STATE).is_file() or not (folder / _INFO).is_file():
         return []
@@ -36,7 +36,7 @@ def saved_files(folder: Path) -> list[Path]:
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{folder / _STATE}: does not list `_data_files`. Save the dataset again.") from error
     if gone := [file.name for file in files if not file.is_file()]:
-        raise ConfigError(f"{folder}: the files {some(gone)} that {_STATE} lists are missing. Copy it again.")
+        raise ConfigError(f"{folder}: the files {quoted(gone)} that {_STATE} lists are missing. Copy it again.")
     return files
 
 
@@ -57,11 +57,11 @@ def saved_splits(folder: Path, key: str) -> dict[str, list[str]] | None:
     unused = [name for name in names if name not in _SPLIT_OF]
     if not found:
         raise ConfigError(
-            f"{key}: {folder} has the splits {some(names)}, none of which is train, validation or test. Give the "
+            f"{key}: {folder} has the splits {quoted(names)}, none of which is train, validation or test. Give the "
             f"directory of each: {{train: {folder / names[0] if names else folder}}}."
         )
     if unused:
-        notice(f"{key}: the splits {some(unused)} of {folder} are not used.")
+        notice(f"{key}: the splits {quoted(unused)} of {folder} are not used.")
     return found
 
 

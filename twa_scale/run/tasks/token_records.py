@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from twa_scale.base.inputs import brief, integers
-from twa_scale.base.names import some
+from twa_scale.base.names import quoted
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import arrow, tables
 from twa_scale.run.tasks.tokens import IGNORED, Array, Spool, TokenArray, Tokens
@@ -55,8 +55,8 @@ def _add_lists(path: Path, columns: dict[str, str], others: list[str], where: st
         of_first = lists if of_first is None else of_first
         if lists != of_first:
             raise ConfigError(
-                f"{place}: has the lists {some([column, *lists])}, but the first record has {some([column, *of_first])}"
-                ". Give all records the same lists."
+                f"{place}: has the lists {quoted([column, *lists])}, but the first record has "
+                f"{quoted([column, *of_first])}. Give all records the same lists."
             )
         wanted = {setting: column, **{name: name for name in lists}}
         values = {name: _integers(record[name], place, _fix(setting, name)) for setting, name in wanted.items()}

@@ -13,7 +13,7 @@ import torch
 
 from twa_scale.average.bases import basis_class
 from twa_scale.average.basis import Gram
-from twa_scale.base.spans import whole
+from twa_scale.base.spans import whole_tensor
 from twa_scale.candidates import open_candidates
 from twa_scale.candidates.mapped import mapped
 from twa_scale.candidates.streaming import Stream
@@ -85,7 +85,7 @@ def _write(folder: Path, elements: int, n: int) -> list[Path]:
 def _export(weights: torch.Tensor, out: Path) -> None:
     spec = TensorSpec("w", tuple(weights.shape), torch.bfloat16)
     with writing(out, [spec], Group.alone()) as writer:
-        writer.write(whole("w", spec.shape), weights)
+        writer.write(whole_tensor("w", spec.shape), weights)
 
 
 def _copy(sources: Sequence[Path], out: Path, *, sync: bool) -> None:
@@ -123,7 +123,7 @@ def _attach(paths: Sequence[Path], config: TwaConfig, device: torch.device) -> N
     n = len(opened)
     store = make_store(config, n, device, lambda name: [mapped(candidate, name) for candidate in opened])
     gram = Gram(1, n, device, diagonal=basis_class(config.basis).norms_only)
-    span = whole("w", opened[0].shape("w"))
+    span = whole_tensor("w", opened[0].shape("w"))
     target = replace(store.reserve(span), products=gram.of(0))
     Stream(opened, store.kernels).make_deltas({span: target}, [1 / n] * n)
     gram.values.cpu()

@@ -101,7 +101,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     parameters, layout, n = tensors.parameters, tensors.layout, len(tensors.candidates)
     activations, notes = activation_bytes(task, model, config, stack([examples[0]] * micro))
     owned = {name: engine.owned_elements(info) for name, info in parameters.items()}
-    read = {name: size for name, size in owned.items() if name in layout.held_as}
+    read = {name: size for name, size in owned.items() if name in layout.names_in_candidates}
     local = {name: owned[name] for name in layout.group_of}
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     streaming = {"streaming": _streaming_bytes(tensors, read, config)}
@@ -195,7 +195,7 @@ def _span_sizes(layout: Layout, local: dict[str, int]) -> tuple[int, ...]:
     spans = []
     for name, size in local.items():
         experts = layout.experts.get(name)
-        spans += [span for _, span in Span(name, 0, size).cuts(max(1, experts.size if experts else size))]
+        spans += [span for _, span in Span(name, 0, size).split(max(1, experts.size if experts else size))]
     return tuple(len(span) for span in spans)
 
 
