@@ -90,7 +90,7 @@ def step_of_a_run(data: dict[str, Any], store: str) -> list[Call]:
     with patch.dict(os.environ, {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)}):
         world = World.from_environment()
     run = Run(validated(RunConfig, data), world, torch.device("cpu"), Report(active=False))
-    run._attach(run._found()[1])
+    run._attach(run._find_on_first_rank()[1])
     for number in range(3):
         traffic.calls.clear()
         run.take_step(number, number)

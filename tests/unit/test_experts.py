@@ -156,7 +156,7 @@ def test_the_report_has_a_tensor_for_each_expert(tmp_path: Path) -> None:
         names["blocks.0.experts.3.up"] == "blocks.0.experts.3"
         and names["blocks.1.experts.3.up"] == "blocks.1.experts.3"
     )
-    assert found.places["blocks.0.experts.3.up"] == found.places["blocks.0.experts.2.up"]
+    assert found.positions["blocks.0.experts.3.up"] == found.positions["blocks.0.experts.2.up"]
 
 
 @pytest.mark.parametrize(

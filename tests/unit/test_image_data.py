@@ -197,7 +197,7 @@ def test_models_that_return_an_object_with_logits(tmp_path: Path) -> None:
 
 def test_row_groups_are_shuffled_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches of rows come one after the other, in a random order, whatever the number of ranks."""
-    monkeypatch.setattr(arrow_columns, "_STRETCH", 1)
+    monkeypatch.setattr(arrow_columns, "_PIECE_COST", 1)
     monkeypatch.setattr(arrow_columns, "_CACHE", 1)
     raw = [encoded(image) for image in images()] * 8
     pyarrow.parquet.write_table(

@@ -16,7 +16,7 @@ from twa_scale.average.measures import effective_candidates, mean_coefficients
 from twa_scale.average.state import save_state
 from twa_scale.output import DirectoryLock
 from twa_scale.tools.report import write_report
-from twa_scale.tools.report.coefficients import OUTSIDE, merged, places
+from twa_scale.tools.report.coefficients import OUTSIDE, merged, positions
 from twa_scale.tools.report.curves import Curve, Level, chart, ticks
 
 
@@ -192,10 +192,10 @@ def test_effective_candidates() -> None:
 
 def test_places_of_tensors() -> None:
     names = ["embed.weight", "h.0.mlp.up.weight", "h.11.mlp.experts.3.up.weight", "head.0"]
-    found = places(names)
+    found = positions(names)
     assert [found[name].block for name in names] == [OUTSIDE, "0", "11", OUTSIDE]
     assert [found[name].kind for name in names[1:3]] == ["mlp.up.weight", "mlp.experts.*.up.weight"]
-    assert places(["encoder.0.a", "decoder.0.a"])["decoder.0.a"].block == "decoder.0"
+    assert positions(["encoder.0.a", "decoder.0.a"])["decoder.0.a"].block == "decoder.0"
 
 
 def test_charts_of_odd_numbers() -> None:

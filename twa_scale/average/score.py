@@ -26,8 +26,8 @@ def agreed_score(pods: Pods, value: Any, caller: str) -> float:
     with pods.agree():
         if other:
             raise ConfigError(
-                f"{caller}: the score is {other.mine} on {other.where} and {other.first} on {other.where_first}. Sum "
-                "it over the ranks, for example with torch.distributed.all_reduce."
+                f"{caller}: the score is {other.local} on {other.location} and {other.first} on "
+                f"{other.first_location}. Sum it over the ranks, for example with torch.distributed.all_reduce."
             )
     return float(value)
 

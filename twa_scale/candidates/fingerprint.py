@@ -105,8 +105,8 @@ class Fingerprint:
             assert isinstance(other.first, list)  # names and numbers were compared when the candidates were opened
             i = next(i for i, checksum in enumerate(columns[other.key]) if checksum != other.first[i])
             raise CandidateError(
-                f"{self.labels[i]}: tensor {other.key!r} on {other.where} is not that of {labels[i]} on "
-                f"{other.where_first}; give all pods the same candidates, in the same order."
+                f"{self.labels[i]}: tensor {other.key!r} on {other.location} is not that of {labels[i]} on "
+                f"{other.first_location}; give all pods the same candidates, in the same order."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -101,13 +101,13 @@ def _require_same(candidates: Sequence[Candidate], group: Group) -> None:
         rule = "Give all ranks the same candidates, in the same order; copies on local disks must be equal."
         if other.key == _NUMBER:
             raise CandidateError(
-                f"{candidates[0].label}: {other.where} has {other.mine} candidates and {other.where_first} has "
+                f"{candidates[0].label}: {other.location} has {other.local} candidates and {other.first_location} has "
                 f"{other.first}, from {labels[0]} on. {rule}"
             )
         i, name = other.key
         raise CandidateError(
-            f"{candidates[i].label}: tensor {name!r} on {other.where} is not that of {labels[i]} on "
-            f"{other.where_first}. {rule}"
+            f"{candidates[i].label}: tensor {name!r} on {other.location} is not that of {labels[i]} on "
+            f"{other.first_location}. {rule}"
         )
 
 

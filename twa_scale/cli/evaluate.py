@@ -61,7 +61,7 @@ def evaluate(
         if rank == 0 and out:
             replace_file(out, (json.dumps(_finite(measured), indent=2) + "\n").encode())
 
-    measured = evaluate_weights(settings, weights or (), Report(), recalibrate=recalibrate, found=write)
+    measured = evaluate_weights(settings, weights or (), Report(), recalibrate=recalibrate, callback=write)
     if rank == 0:
         typer.echo(rendered(metrics_table(f"Metrics on the {split} split", list(measured.items()))))
 

@@ -91,15 +91,15 @@ def average_fixed(
     options |= {"--space": space, "--rank": rank}
     options |= {f"--{key.replace('_', '-')}": value for key, value in select.model_dump().items()}
     require_same_settings(group, options)
-    given = _given(explicit, weights, select)
+    weights_given = _given(explicit, weights, select)
     opened = open_together(paths, group, 1, wanted, select)
     if explicit is not None and len(explicit) != len(opened):
         raise ConfigError(
             f"{len(explicit)} weights for {len(opened)} candidates: each PATH:WEIGHT must match one candidate."
         )
-    if isinstance(given, list):
-        given = _of_sum_one(given, normalize)
-    fixed = center_weights(given, len(opened), "--weights")
+    if isinstance(weights_given, list):
+        weights_given = _of_sum_one(weights_given, normalize)
+    fixed = center_weights(weights_given, len(opened), "--weights")
     of_buffers = _parsed_buffers(buffers, len(opened))
     low: Truncated | None = None
     with group.agree():
@@ -116,7 +116,12 @@ def average_fixed(
         output=output,
         carried=carried,
         origin=provenance(
-            "an average with fixed weights", labels, weights=fixed, asked=given, dtype=dtype, **_products(opened, rank)
+            "an average with fixed weights",
+            labels,
+            weights=fixed,
+            asked=weights_given,
+            dtype=dtype,
+            **_products(opened, rank),
         ),
         progress=progress,
         verify=lambda checksums: require_equal_ties(opened, checksums),

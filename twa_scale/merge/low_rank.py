@@ -24,12 +24,12 @@ def truncated(candidates: Sequence[Candidate], weights: Sequence[float], rank: i
 
 def truncation_line(low: Truncated, rank: int, group: Group) -> str:
     """Return a line that reports the relative error of the truncation. Collective."""
-    found: dict[str, Truncation] = {}
-    for one in group.gather(low.truncations):
-        found |= one
-    worst = max(found, key=lambda module: relative_error([found[module]]))
+    by_module: dict[str, Truncation] = {}
+    for rank_truncations in group.gather(low.truncations):
+        by_module |= rank_truncations
+    worst = max(by_module, key=lambda module: relative_error([by_module[module]]))
     return (
         f"rank {rank}: the products differ from their exact average, of rank {max(low.exact_ranks.values())}, by "
-        f"{relative_error(list(found.values())):.3g} of its norm, most in {worst!r} "
-        f"({relative_error([found[worst]]):.3g})."
+        f"{relative_error(list(by_module.values())):.3g} of its norm, most in {worst!r} "
+        f"({relative_error([by_module[worst]]):.3g})."
     )

@@ -96,10 +96,10 @@ def merge(
         merger = _Merger(candidates, combination, stored, writer, kernels)
         with group.agree():
             merger.require_one_sum(writer.shared)
-            merger.merge(_share(_cut(tensors, combination.part_weights), stored, group, combination.units), progress)
+            merger.merge(_share(_divide(tensors, combination.part_weights), stored, group, combination.units), progress)
         checksums = _total(group.gather(merger.checksums))
         _require_equal(candidates, writer.shared, checksums)
-        copied = {name: i for found in group.gather(merger.differing) for name, i in found.items()}
+        copied = {name: i for differing in group.gather(merger.differing) for name, i in differing.items()}
         if verify:
             verify(checksums)
     if group.rank == 0:
@@ -138,29 +138,29 @@ def _check_replace(shapes: Mapping[str, tuple[int, ...]], replace: Mapping[str, 
             )
 
 
-def _cut(tensors: Sequence[Span], parts: PartWeights) -> list[Span]:
+def _divide(tensors: Sequence[Span], parts: PartWeights) -> list[Span]:
     """Return the tensors, divided into parts if these have their own weights."""
-    found = []
+    pieces = []
     for tensor in tensors:
         count = len(parts.get(tensor.name, ())) or 1
-        found += [span for _, span in tensor.split(max(1, len(tensor) // count))]
-    return found
+        pieces += [span for _, span in tensor.split(max(1, len(tensor) // count))]
+    return pieces
 
 
 def _share(tensors: Sequence[Span], form: StoredForm, group: Group, units: Mapping[str, str]) -> list[Span]:
     """Return this rank's part of the chunks. Parts are equal and consecutive, so that files are read in order."""
     total = sum(map(form.nbytes, tensors))
-    mine = []
+    pieces = []
     done = 0
     rank_of: dict[str, int] = {}  # the rank of each unit
-    for _, piece in (cut for tensor in tensors for cut in tensor.pieces(_CHUNK)):
+    for _, piece in (part for tensor in tensors for part in tensor.pieces(_CHUNK)):
         rank = min(done * group.size // max(total, 1), group.size - 1)
         if piece.name in units:
             rank = rank_of.setdefault(units[piece.name], rank)
         if rank == group.rank:
-            mine.append(piece)
+            pieces.append(piece)
         done += form.nbytes(piece)
-    return mine
+    return pieces
 
 
 @dataclass
@@ -216,19 +216,22 @@ class _Merger:
         """
         names = {stored: name for name, stored in self.candidates[-1].stored_names.items()}
         for first, second in shared:
-            if not (first in names and second in names and self._alike(names[first], names[second])):
+            if not (first in names and second in names and self._have_equal_factors(names[first], names[second])):
                 raise CandidateError(
                     f"tensors {first!r} and {second!r} are one tensor in the files of {self.candidates[-1].label}, "
                     "which --format same (format='same') keeps, but have different coefficients. Choose hf, dcp or "
                     "pt, or put both into one group."
                 )
 
-    def _alike(self, first: str, second: str) -> bool:
+    def _have_equal_factors(self, first: str, second: str) -> bool:
         """Return whether two tensors are written with the same weights, weights of rows, or replacement."""
-        for given in (self.values, {name: make() for name in (first, second) if (make := self.row_weights.get(name))}):
-            if (first in given) != (second in given):
+        for factors in (
+            self.values,
+            {name: make() for name in (first, second) if (make := self.row_weights.get(name))},
+        ):
+            if (first in factors) != (second in factors):
                 return False
-            if first in given and not torch.equal(given[first], given[second]):
+            if first in factors and not torch.equal(factors[first], factors[second]):
                 return False
         return self._sources(first) == self._sources(second)
 
@@ -308,8 +311,8 @@ class _Merger:
         """Return the average with the weights of each row, (n, rows)."""
         self._add(part, self.kernels.checksums(part.sources))
         length = prod(self.candidates[-1].shape(part.span.name)) // weights.shape[1]
-        first, lead = divmod(part.element(0), length)
-        segments = Segments(length, lead, len(part.sources[0]))
+        first, offset = divmod(part.element(0), length)
+        segments = Segments(length, offset, len(part.sources[0]))
         wide = any(source.dtype == torch.float64 for source in part.sources)
         dtype = torch.float64 if wide else torch.float32
         reference = part.sources[0].to(dtype)

@@ -15,11 +15,13 @@ def require_equal_ties(candidates: Sequence[Candidate], checksums: Checksums) ->
         CandidateError: names the candidate and both tensors.
     """
     for pair in likely_ties(candidates):
-        found = [(i, sums[pair[0]] == sums[pair[1]]) for i, sums in enumerate(checksums) if sums.keys() >= set(pair)]
-        tied = [candidates[i].label for i, equal in found if equal]
+        comparisons = [
+            (i, sums[pair[0]] == sums[pair[1]]) for i, sums in enumerate(checksums) if sums.keys() >= set(pair)
+        ]
+        tied = [candidates[i].label for i, equal in comparisons if equal]
         if has_tied_embeddings(candidates[-1]):
             tied.append(f"{candidates[-1].label}/config.json (tie_word_embeddings)")
-        for i, equal in found:
+        for i, equal in comparisons:
             if tied and not equal:
                 raise CandidateError(
                     f"{candidates[i].label}: tensors {pair[0]!r} and {pair[1]!r} hold different values, but are tied "

@@ -120,14 +120,14 @@ class BackgroundWrite:
     def _all_written(self) -> bool:
         """Wait for the markers of all ranks or the result of `join`; give up on missing ranks after `_GRACE`."""
         progress: object = None
-        since = time.monotonic()
+        last_change = time.monotonic()
         while not self._decided.wait(_POLL):
-            found = {path.name: path.stat().st_mtime_ns for path in self._writer.directory.iterdir()}
-            if all(f".done-{rank}" in found or f".failed-{rank}" in found for rank in range(self._size)):
-                return not any(name.startswith(".failed-") for name in found)
-            if found != progress or threading.main_thread().is_alive():
-                progress, since = found, time.monotonic()
-            if time.monotonic() - since > _GRACE:
+            times = {path.name: path.stat().st_mtime_ns for path in self._writer.directory.iterdir()}
+            if all(f".done-{rank}" in times or f".failed-{rank}" in times for rank in range(self._size)):
+                return not any(name.startswith(".failed-") for name in times)
+            if times != progress or threading.main_thread().is_alive():
+                progress, last_change = times, time.monotonic()
+            if time.monotonic() - last_change > _GRACE:
                 _LOG.warning("%s: not published, because other ranks have not written their part", self._writer.target)
                 return False
         return self._all_wrote

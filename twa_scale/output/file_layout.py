@@ -46,9 +46,9 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-def stored_as(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """Return the type that a tensor is written in: `dtype`, if given, for floating point tensors, else `own`."""
-    return dtype if dtype is not None and own.is_floating_point else own
+def stored_as(source_dtype: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the type that a tensor is written in: `dtype`, if given, for floating point; else `source_dtype`."""
+    return dtype if dtype is not None and source_dtype.is_floating_point else source_dtype
 
 
 def check_dtype(dtype: object) -> None:
@@ -64,13 +64,13 @@ def check_dtype(dtype: object) -> None:
 def spec_of(
     name: str,
     shape: tuple[int, ...],
-    own: torch.dtype,
+    source_dtype: torch.dtype,
     dtype: torch.dtype | None,
     *,
     as_complex: bool = False,
 ) -> TensorSpec:
     """Return the spec of a tensor whose type in the file is `stored_as(own, dtype)`, or float32 if narrower complex."""
-    stored = stored_as(own, dtype)
+    stored = stored_as(source_dtype, dtype)
     return TensorSpec(name, shape, torch.float32 if as_complex and stored.itemsize < 4 else stored, as_complex)
 
 

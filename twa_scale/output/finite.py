@@ -26,14 +26,14 @@ def require_finite(span: Span, values: torch.Tensor, stored: torch.Tensor, *, al
     if not wrong.any():
         return
     i = int(wrong.nonzero()[0])
-    value, where = values[i].item(), f"tensor {span.name!r}, element {span.element(i)}"
+    value, location = values[i].item(), f"tensor {span.name!r}, element {span.element(i)}"
     if torch.isfinite(values[i]):
         raise OutputError(
-            f"{where}: holds {value:g}, too large for {stored.dtype}, whose maximum is "
+            f"{location}: holds {value:g}, too large for {stored.dtype}, whose maximum is "
             f"{torch.finfo(stored.dtype).max:g}. Choose a wider dtype."
         )
     raise OutputError(
-        f"{where}: holds {value}; only finite numbers are written. Look for candidates, coefficients or a learning "
+        f"{location}: holds {value}; only finite numbers are written. Look for candidates, coefficients or a learning "
         "rate that are too large, and go back to a state in which the weights are finite."
     )
 

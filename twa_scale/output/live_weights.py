@@ -33,9 +33,9 @@ def write_live(
     first = len(spans) * group.rank // group.size  # Ranks start in different files to avoid waiting for each other.
     nbytes = {span: sum(form.nbytes(replace(span, name=name)) for name in names[span.name]) for span in spans}
 
-    def write(own: str, span: Span, values: torch.Tensor) -> None:
-        masks = may_be_mask(engine, own)
-        for name in names.get(own, ()):
+    def write(model_name: str, span: Span, values: torch.Tensor) -> None:
+        masks = may_be_mask(engine, model_name)
+        for name in names.get(model_name, ()):
             for stored, part in form.spans(replace(span, name=name), values):
                 writer.write(stored, part, allow_infinite=masks)
 
@@ -44,8 +44,8 @@ def write_live(
         if progress:
             progress(nbytes[span], sum(nbytes.values()))
     if group.rank == 0:
-        for own, buffer in engine.buffers().items():
-            write(own, whole_tensor(own, tuple(buffer.shape)), buffer.reshape(-1))
+        for model_name, buffer in engine.buffers().items():
+            write(model_name, whole_tensor(model_name, tuple(buffer.shape)), buffer.reshape(-1))
 
 
 def may_be_mask(engine: Engine, name: str) -> bool:

@@ -16,8 +16,8 @@ CARD = "README.md"
 OF_WINDOW = "the snapshot of step "
 """The start of the labels of snapshots that a window holds, which are in no files."""
 _MARKS = "<!-- twa_scale: begin -->", "<!-- twa_scale: end -->"
-_OWN = re.compile(rf"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}\n?", re.DOTALL)
-_WHOLLY_OWN = re.compile(rf"---\n(?:(?!---).)*- twa_scale\n---\s*{_OWN.pattern}\s*", re.DOTALL)
+_OWN_CARD = re.compile(rf"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}\n?", re.DOTALL)
+_WHOLLY_OWN = re.compile(rf"---\n(?:(?!---).)*- twa_scale\n---\s*{_OWN_CARD.pattern}\s*", re.DOTALL)
 """A card of this program that nobody has changed. The metadata end with its last tag."""
 READ = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
 """Files with the library that loads the weights, and with the base model."""
@@ -43,31 +43,31 @@ def with_card(files: Mapping[str, bytes], origin: Mapping[str, Any], tags: Seque
     except UnicodeDecodeError:
         return dict(files)
     is_new = not carried.strip() or _WHOLLY_OWN.fullmatch(carried) is not None
-    own = f"{_MARKS[0]}\n{_section(origin, is_carried=not is_new)}\n{_MARKS[1]}\n"
+    section = f"{_MARKS[0]}\n{_section(origin, is_carried=not is_new)}\n{_MARKS[1]}\n"
     if is_new:
         metadata = yaml.safe_dump(_metadata(files, origin, tags), sort_keys=False, allow_unicode=True)
-        text = f"---\n{metadata}---\n\n{own}"
-    elif _OWN.search(carried):
-        text = _OWN.sub(lambda _: own, carried, count=1)
+        text = f"---\n{metadata}---\n\n{section}"
+    elif _OWN_CARD.search(carried):
+        text = _OWN_CARD.sub(lambda _: section, carried, count=1)
     else:
-        text = f"{carried.rstrip()}\n\n{own}"
+        text = f"{carried.rstrip()}\n\n{section}"
     return {**files, CARD: text.encode()}
 
 
 def _metadata(files: Mapping[str, bytes], origin: Mapping[str, Any], tags: Sequence[str]) -> dict[str, Any]:
     """Return the metadata of a new card: the base model and the library, where they are known, and tags."""
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     merged = [_IN_CACHE.search(f"{label}/") for label in origin.get("candidates", ())]
     if merged and all(merged):
-        found["base_model"] = list(dict.fromkeys(f"{match[1]}/{match[2]}" for match in merged if match))
-        found["base_model_relation"] = "merge"
+        metadata["base_model"] = list(dict.fromkeys(f"{match[1]}/{match[2]}" for match in merged if match))
+        metadata["base_model_relation"] = "merge"
     elif base := _base_model(files):
-        found["base_model"] = base
+        metadata["base_model"] = base
     if library := _library(files):
-        found["library_name"] = library
+        metadata["library_name"] = library
     merge = ["merge"] if origin.get("candidates") else []
     averaged = ["weight-averaging"] if merge or "ema" in origin else []
-    return {**found, "tags": [*tags, *merge, *averaged, "twa_scale"]}
+    return {**metadata, "tags": [*tags, *merge, *averaged, "twa_scale"]}
 
 
 def _base_model(files: Mapping[str, bytes]) -> str | None:
@@ -108,7 +108,7 @@ def _section(origin: Mapping[str, Any], *, is_carried: bool) -> str:
     parts = [f"{heading} {_title(origin)}"]
     if is_carried:
         parts.append("Text and metadata outside of this section are those of the last checkpoint, not of the average.")
-    parts.append(f"{_what(origin)} twa_scale {origin['version']} wrote them. {_method(origin)}".rstrip())
+    parts.append(f"{_description(origin)} twa_scale {origin['version']} wrote them. {_method(origin)}".rstrip())
     if coefficients:
         parts.append(_table(names, coefficients, origin.get("elements")))
     if coefficients or "config" in origin:
@@ -133,14 +133,14 @@ def _title(origin: Mapping[str, Any]) -> str:
     return "Running average of a training" if "ema" in origin else "Trained weights"
 
 
-def _what(origin: Mapping[str, Any]) -> str:
+def _description(origin: Mapping[str, Any]) -> str:
     """Return a sentence that describes the weights."""
     if origin.get("candidates"):
         return "The weights are the sum of a · w over the checkpoints w below, with the coefficients a."
-    said = [_code(str(origin["asked"]))] if "asked" in origin else []
+    sentences = [_code(str(origin["asked"]))] if "asked" in origin else []
     ema = origin.get("ema", {})
-    said += [f"{key.replace('_', '-')} {ema[key]}" for key in ("decay", "half_life") if key in ema]
-    named = f" ({', '.join(said)})" if said else ""
+    sentences += [f"{key.replace('_', '-')} {ema[key]}" for key in ("decay", "half_life") if key in ema]
+    named = f" ({', '.join(sentences)})" if sentences else ""
     step = f" at step {origin['step']}" if "step" in origin else ""
     return f"The weights are {origin['wrote']}{named}{step}."
 
@@ -163,9 +163,9 @@ def _method(origin: Mapping[str, Any]) -> str:
 
 def _coefficients(origin: Mapping[str, Any]) -> list[list[float]]:
     """Return the coefficients of each candidate, in each group."""
-    given = origin.get("coefficients")
-    found = given if given is not None else [[weight] for weight in origin.get("weights") or ()]
-    return found if len(found) == len(origin.get("candidates", ())) else []
+    coefficients = origin.get("coefficients")
+    columns = coefficients if coefficients is not None else [[weight] for weight in origin.get("weights") or ()]
+    return columns if len(columns) == len(origin.get("candidates", ())) else []
 
 
 def _table(names: Sequence[str], coefficients: Sequence[Sequence[float]], elements: Sequence[int] | None) -> str:
@@ -193,11 +193,11 @@ def _command(names: Sequence[str], coefficients: Sequence[Sequence[float]], orig
 
 def _code(text: str) -> str:
     """Return text that Markdown shows unchanged, also in a table."""
-    shown = escape(" ".join(text.split()))
+    escaped = escape(" ".join(text.split()))
     for mark in "|`*_[]$\\":
-        shown = shown.replace(mark, f"&#{ord(mark)};")
-    return f"<code>{shown}</code>"
+        escaped = escaped.replace(mark, f"&#{ord(mark)};")
+    return f"<code>{escaped}</code>"
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count} {plural(count, what)}"
+def _count(count: int, noun: str) -> str:
+    return f"{count} {plural(count, noun)}"

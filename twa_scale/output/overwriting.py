@@ -35,11 +35,11 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
             "--overwrite (overwrite=True)."
         )
     weights = own_weight_files(target)
-    found = foreign_files(target, weights)
-    if not found and weights:
+    foreign = foreign_files(target, weights)
+    if not foreign and weights:
         return
-    more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
-    reasons = [", ".join(found[:_MAX_NAMES]) + more] if found else []
+    more = f" and {len(foreign) - _MAX_NAMES} more" if len(foreign) > _MAX_NAMES else ""
+    reasons = [", ".join(foreign[:_MAX_NAMES]) + more] if foreign else []
     reasons += [] if weights else ["no weights that twa_scale has written"]
     raise OutputError(
         f"{target}: holds {' and holds '.join(reasons)}. --overwrite replaces only a whole earlier output; other files "
@@ -55,8 +55,10 @@ def own_weight_files(directory: Path, wrote: str | None = None) -> set[str]:
         wrote: if given, only files whose provenance has this "wrote" entry are returned.
     """
     origins = {path.name: _origin(path) for path in directory.glob("*.safetensors")}
-    own = {name for name, origin in origins.items() if origin is not None and wrote in (None, origin.get("wrote"))}
-    return own if wrote else own | _signed(directory)
+    own_names = {
+        name for name, origin in origins.items() if origin is not None and wrote in (None, origin.get("wrote"))
+    }
+    return own_names if wrote else own_names | _signed(directory)
 
 
 def _signed(directory: Path) -> set[str]:
@@ -75,20 +77,20 @@ def foreign_files(directory: Path, weights: Collection[str]) -> list[str]:
         directory: a directory.
         weights: its `own_weight_files`.
     """
-    own = {directory / name for name in weights} | _side_files(directory)
-    own |= {path for path in directory.glob(f"*{_INDEX}") if _names_only(path, weights)}
-    return list(_foreign_in(directory, own, {folder for path in own for folder in path.parents}, directory))
+    own_paths = {directory / name for name in weights} | _side_files(directory)
+    own_paths |= {path for path in directory.glob(f"*{_INDEX}") if _names_only(path, weights)}
+    return list(_foreign_in(directory, own_paths, {folder for path in own_paths for folder in path.parents}, directory))
 
 
-def _foreign_in(folder: Path, own: Collection[Path], folders: Collection[Path], root: Path) -> Iterator[str]:
+def _foreign_in(folder: Path, own_paths: Collection[Path], folders: Collection[Path], root: Path) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         name = repr(str(path.relative_to(root)))
         if path.is_dir() and not path.is_symlink():
             if path in folders:
-                yield from _foreign_in(path, own, folders, root)
+                yield from _foreign_in(path, own_paths, folders, root)
             else:
                 yield f"the directory {name}"
-        elif path not in own:
+        elif path not in own_paths:
             yield name
 
 

@@ -93,8 +93,8 @@ def with_signatures(files: Mapping[str, bytes | Path], signatures: Mapping[str, 
     return {**files, PROVENANCE: (json.dumps(signed, indent=2) + "\n").encode()}
 
 
-def _in_header(origin: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a safetensors header: the candidate's `own`, and `origin` under "twa_scale".
+def _in_header(origin: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a safetensors header: the candidate's `metadata`, and `origin` under "twa_scale".
 
     A long provenance is shortened to a few entries and the name of the file that holds all of it.
     """
@@ -103,7 +103,7 @@ def _in_header(origin: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, s
         text = json.dumps({key: origin[key] for key in _SHORT_KEYS if key in origin} | {"more": PROVENANCE})
     if len(text) > _MAX_HEADER_BYTES:
         text = json.dumps({"version": origin["version"], "wrote": origin["wrote"], "more": PROVENANCE})
-    return {**own, PROVENANCE_KEY: text}
+    return {**metadata, PROVENANCE_KEY: text}
 
 
 def _as_file(origin: Mapping[str, Any], files: Iterable[str]) -> bytes:

@@ -108,7 +108,9 @@ class Writer:
     def finish(self, checksums: Sequence[Mapping[int, int]]) -> None:
         """Write the checksums of all ranks into the files. For one rank, after all ranks have written."""
         with output_errors(self.target):
-            self._weights.finish({number: crc for found in checksums for number, crc in found.items()})
+            self._weights.finish(
+                {number: crc for rank_checksums in checksums for number, crc in rank_checksums.items()}
+            )
 
     def publish(self, files: Files, published: Callable[[], None] | None = None) -> None:
         """Add the small files, publish the directory and call `published`. For one rank, after all ranks have written.
@@ -208,10 +210,10 @@ def writing(
         check_tiling(writer.elements, specs, group)
         with group.agree():
             checksums = writer.checksums(group)
-        found = group.gather(checksums)
+        gathered = group.gather(checksums)
         with group.agree():
             if group.rank == 0:
-                writer.finish(found)
+                writer.finish(gathered)
                 writer.publish(files or {}, published)
     finally:
         if group.rank == 0:
@@ -238,11 +240,16 @@ def open_writer(
         OutputError: the files could not be created. Raised on every rank; no temporary files remain.
     """
     with group.agree():
-        own = target_of(out)
-    settings = {"output": str(own), "max_shard_size": max_shard_size, "overwrite": overwrite, "format": form.name}
+        own_target = target_of(out)
+    settings = {
+        "output": str(own_target),
+        "max_shard_size": max_shard_size,
+        "overwrite": overwrite,
+        "format": form.name,
+    }
     tensors = {f"tensor {spec.name!r}": (str(spec.dtype), spec.shape) for spec in specs}
     require_same_settings(group, {**settings, **tensors})
-    target = group.broadcast(own)
+    target = group.broadcast(own_target)
     base, metadata = group.broadcast((base, metadata))  # The layout depends on them.
     temporary: TemporaryName | None = None
     copies: list[Copy] = []
@@ -262,7 +269,7 @@ def open_writer(
         sizes = group.broadcast(sizes)
         with group.agree():
             _check_shared(target, directory, sizes)
-            return Writer(directory, target, specs, files, temporary, overwrite, [name for name, _ in form.beside])
+            return Writer(directory, target, specs, files, temporary, overwrite, [name for name, _ in form.extra_files])
     except BaseException:
         if temporary:
             temporary.discard()
@@ -272,7 +279,7 @@ def open_writer(
 def _prepare(target: Path, files: WeightFiles, form: OutputFormat, overwrite: bool) -> TemporaryName:
     with output_errors(target):
         remove_leftovers(target.parent, target.name)
-        check_target(target, files.nbytes + sum(path.stat().st_size for _, path in form.beside), overwrite)
+        check_target(target, files.nbytes + sum(path.stat().st_size for _, path in form.extra_files), overwrite)
         if not target.parent.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
         temporary = TemporaryName(target)
@@ -286,7 +293,7 @@ def _prepare(target: Path, files: WeightFiles, form: OutputFormat, overwrite: bo
 
 
 def _unchanged(form: OutputFormat) -> list[Copy]:
-    return [Copy(name, path, version_of(path.stat())) for name, path in form.beside]
+    return [Copy(name, path, version_of(path.stat())) for name, path in form.extra_files]
 
 
 def _copy(copies: Sequence[Copy], target: Path, directory: Path, group: Group) -> None:

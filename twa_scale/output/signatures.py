@@ -16,9 +16,9 @@ def signature(path: Path) -> str:
         OSError: the file cannot be read.
     """
     size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
+    hasher = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        found.update(file.read(_END_BYTES))
+        hasher.update(file.read(_END_BYTES))
         file.seek(max(0, size - _END_BYTES))
-        found.update(file.read(_END_BYTES))
-    return found.hexdigest()
+        hasher.update(file.read(_END_BYTES))
+    return hasher.hexdigest()

@@ -18,11 +18,11 @@ def snapshot_form(engine: Engine, dtype: torch.dtype | None) -> StoredForm:
         dtype: the type of floating point tensors in the files; None for their type in the model.
     """
     pairs = engine.complex_names
-    held = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
-    held |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
-    tensors = {name: Tensor(shape, own, name in pairs) for name, (shape, own) in held.items()}
-    live = {name: Traced.stored(name, shape, own) for name, (shape, own) in held.items()}
-    rules = transformers_rules(named_modules(engine.module), {name: shape for name, (shape, _) in held.items()})
+    stored = {info.name: (info.shape, info.dtype) for info in engine.parameters.values()}
+    stored |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in engine.buffers().items()}
+    tensors = {name: Tensor(shape, own_dtype, name in pairs) for name, (shape, own_dtype) in stored.items()}
+    live = {name: Traced.stored(name, shape, own_dtype) for name, (shape, own_dtype) in stored.items()}
+    rules = transformers_rules(named_modules(engine.module), {name: shape for name, (shape, _) in stored.items()})
     if rules is None or rules.prefix:  # No loader reads a part of a model from these files.
         return form_of_model(tensors, live, dtype)
     try:

@@ -87,8 +87,8 @@ class Snapshots:
         replica_group: dist.ProcessGroup | None = None,
         asynchronous: bool = False,
     ) -> None:
-        least = [(every_n_steps, 1), (start_step, 0)] + ([] if keep_last is None else [(keep_last, 1)])
-        if not all(_is_integer(number, low) for number, low in least):
+        minimums = [(every_n_steps, 1), (start_step, 0)] + ([] if keep_last is None else [(keep_last, 1)])
+        if not all(_is_integer(number, low) for number, low in minimums):
             raise ConfigError(
                 f"snapshots: every_n_steps={every_n_steps!r}, start_step={start_step!r}, keep_last={keep_last!r}; "
                 "give integers of at least 1, 0 and 1."
@@ -205,9 +205,9 @@ class Snapshots:
             copies: list[tuple[Span, torch.Tensor]] = []
             with group.agree():
                 dtypes = {spec.name: spec.dtype for spec in specs}
-                for held, live in _local_values(engine):
-                    masks = may_be_mask(engine, held.name)
-                    for span, values in form.spans(held, live.detach()):
+                for copy, live in _local_values(engine):
+                    masks = may_be_mask(engine, copy.name)
+                    for span, values in form.spans(copy, live.detach()):
                         copies.append((span, _host_copy(values, dtypes[span.name])))
                         require_finite(span, values, copies[-1][1], allow_infinite=masks)
             counts = dict.fromkeys(dtypes, 0)
@@ -251,8 +251,8 @@ def _host_copy(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _delete_older(directory: Path, step: int, keep: int | None) -> None:
     """Delete all but the newest candidates up to `step`. Later steps belong to another run and are not deleted."""
     if keep is not None:
-        found = [(number, path) for path in directory.iterdir() if (number := _step_of(path)) is not None]
-        for _, path in sorted(pair for pair in found if pair[0] <= step)[:-keep]:
+        snapshots = [(number, path) for path in directory.iterdir() if (number := _step_of(path)) is not None]
+        for _, path in sorted(pair for pair in snapshots if pair[0] <= step)[:-keep]:
             _delete(path)
 
 
@@ -278,5 +278,5 @@ def _checked(step: int) -> int:
     return int(step)
 
 
-def _is_integer(value: object, least: int) -> bool:
-    return type(value) is not bool and isinstance(value, Integral) and int(value) >= least
+def _is_integer(value: object, minimum: int) -> bool:
+    return type(value) is not bool and isinstance(value, Integral) and int(value) >= minimum

@@ -83,11 +83,11 @@ def form_of_candidates(candidates: Sequence[Candidate], names: Iterable[str], dt
     segments: dict[str, list[Segment]] = {}
     for name in names:
         tensors[name] = Tensor(last.shape(name), widest(candidates, name), name in pairs)
-        if (whole := made(last, name)) is None:
+        if (tensor := made(last, name)) is None:
             stored[last.stored_names[name]] = name, last.shape(name)
             continue
-        stored |= {raw: (name, shape) for raw, shape in whole.stored.items()}
-        segments[name] = list(whole.segments)
+        stored |= {raw: (name, shape) for raw, shape in tensor.stored.items()}
+        segments[name] = list(tensor.segments)
     return _form(tensors, stored, segments, dtype)
 
 

@@ -17,11 +17,11 @@ class Difference:
     """An entry whose value on this rank differs from the value on the first rank."""
 
     key: Any
-    mine: object
+    local: object
     first: object
-    where: str
+    location: str
     """The name of this rank, for messages."""
-    where_first: str
+    first_location: str
     """The name of the first rank, for messages."""
 
 
@@ -36,12 +36,12 @@ def first_difference(group: Group, entries: Mapping[K, object]) -> Difference | 
     digest = sha256(repr(list(entries.items())).encode()).digest()
     if len(set(group.gather(digest))) == 1:
         return None
-    where = group.name
-    where_first, first = group.broadcast((where, dict(entries)))
+    location = group.name
+    where_first, first = group.broadcast((location, dict(entries)))
     for key in (*entries, *(key for key in first if key not in entries)):
-        mine, other = entries.get(key, _ABSENT), first.get(key, _ABSENT)
-        if mine != other:
-            return Difference(key, mine, other, where, where_first)
+        local, other = entries.get(key, _ABSENT), first.get(key, _ABSENT)
+        if local != other:
+            return Difference(key, local, other, location, where_first)
     return None
 
 
@@ -55,6 +55,6 @@ def require_same_settings(group: Group, settings: Mapping[str, object]) -> None:
     with group.agree():
         if other:
             raise ConfigError(
-                f"{other.key}: {other.where} has {other.mine!r} and {other.where_first} has {other.first!r}; give all "
-                "ranks the same."
+                f"{other.key}: {other.location} has {other.local!r} and {other.first_location} has {other.first!r}; "
+                "give all ranks the same."
             )

@@ -110,10 +110,10 @@ def _cause(others: Sequence[int]) -> str:
         store.set(_key("informed", dist.get_rank()), "")
         if dist.get_rank() == 0:  # The store may live in this process, and other ranks still have to read it.
             deadline = time.monotonic() + _PATIENCE
-            late = [rank for rank in others if not _read(store, "failed", rank)]
-            while late and time.monotonic() < deadline:
+            missing = [rank for rank in others if not _read(store, "failed", rank)]
+            while missing and time.monotonic() < deadline:
                 time.sleep(_MIN_INTERVAL)
-                late = [rank for rank in late if not store.check([_key("informed", rank)])]
+                missing = [rank for rank in missing if not store.check([_key("informed", rank)])]
         return cause
     return f"{_STORE_OWNER}, has ended"
 

@@ -177,8 +177,8 @@ class MpiGroup(Group):
 
     def all_gather(self, out: torch.Tensor, local: torch.Tensor) -> None:
         """Fill `out`, 1-D of size * len(local) elements, with the 1-D `local` of every rank, ordered by rank."""
-        with self._memory(local) as part, self._memory(out) as whole:
-            self._communicator.Allgather(part, whole)
+        with self._memory(local) as part, self._memory(out) as gathered:
+            self._communicator.Allgather(part, gathered)
 
     @contextmanager
     def _memory(self, tensor: torch.Tensor) -> Iterator[Any]:

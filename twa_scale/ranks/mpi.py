@@ -42,11 +42,11 @@ def load_mpi(size: int | None = None) -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # A wheel that finds no MPI library raises RuntimeError.
         raise ConfigError(f"mpi4py cannot load MPI ({error}){_FIX}") from None
-    found = MPI.COMM_WORLD.size
-    if size not in (None, found):
+    mpi_size = MPI.COMM_WORLD.size
+    if size not in (None, mpi_size):
         library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
         raise ConfigError(
-            f"{size} ranks were started, but mpi4py sees {found}: it uses {library}, and mpirun belongs to another "
+            f"{size} ranks were started, but mpi4py sees {mpi_size}: it uses {library}, and mpirun belongs to another "
             "MPI. Rebuild mpi4py with the mpicc in the directory of this mpirun."
         )
     return MPI

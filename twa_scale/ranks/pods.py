@@ -27,17 +27,17 @@ class Pods(Group):
         Raises:
             EngineError: `replicas` does not hold the counterpart of this rank in every pod.
         """
-        outside = replicas.size < 1
-        known = Group.alone() if outside else replicas
-        places = known.gather((pod.rank, pod.size))
+        is_outside = replicas.size < 1
+        known = Group.alone() if is_outside else replicas
+        positions = known.gather((pod.rank, pod.size))
         with known.agree(), pod.agree():
-            if outside and pod.rank == 0:
+            if is_outside and pod.rank == 0:
                 raise EngineError(_MISPLACED + f", and lacks the first rank of a pod of {pod.size}.")
-            if any(rank != pod.rank for rank, _ in places):
-                raise EngineError(_MISPLACED + f"; it holds ranks {[rank for rank, _ in places]} of their pods.")
+            if any(rank != pod.rank for rank, _ in positions):
+                raise EngineError(_MISPLACED + f"; it holds ranks {[rank for rank, _ in positions]} of their pods.")
         self._pod = pod
         self._leaders = known
-        sizes, self.number = pod.broadcast(([size for _, size in places], known.rank))
+        sizes, self.number = pod.broadcast(([size for _, size in positions], known.rank))
         self.count = len(sizes)
         self.size = sum(sizes)
         self.rank = sum(sizes[: self.number]) + pod.rank

@@ -28,20 +28,20 @@ class Reduction:
         Raises:
             ConfigError: `comm` cannot connect these ranks. Raised on every rank.
         """
-        own = (shard_group, replica_group)
+        rank_groups = (shard_group, replica_group)
         self._made: list[Group] = []
         self._device: torch.device | None = None
         match comm:
             case "auto":
-                groups: Sequence[Group] = own
+                groups: Sequence[Group] = rank_groups
             case "mpi":
-                groups = [_over_mpi(group) for group in own]
+                groups = [_over_mpi(group) for group in rank_groups]
             case _:
                 self._device = torch.device("cuda" if comm == "nccl" else "cpu")
-                groups = _over_torch(comm, self._device, own)
-                self._made = [made for made, group in zip(groups, own, strict=True) if made is not group]
+                groups = _over_torch(comm, self._device, rank_groups)
+                self._made = [made for made, group in zip(groups, rank_groups, strict=True) if made is not group]
         self._replicas = groups[1]
-        self._pods = pods if groups == own else Pods(*groups)
+        self._pods = pods if groups == rank_groups else Pods(*groups)
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:
         """Return the sums over the shard groups, averaged over pods by their numbers of ranks, on the CPU. Collective.
@@ -66,9 +66,9 @@ class Reduction:
 
     def gather_from_replicas(self, local: torch.Tensor) -> torch.Tensor:
         """Return the 1-D tensor `local` of each rank of the replica group, (ranks, len(local)). Collective."""
-        there = local.to(self._device or local.device)
-        out = there.new_empty(self.num_replicas * len(there))
-        self._replicas.all_gather(out, there)
+        sent = local.to(self._device or local.device)
+        out = sent.new_empty(self.num_replicas * len(sent))
+        self._replicas.all_gather(out, sent)
         return out.view(self.num_replicas, -1).to(local.device)
 
     def _sum_(self, group: Group, values: torch.Tensor) -> torch.Tensor:
@@ -97,11 +97,11 @@ def _over_torch(backend: str, device: torch.device, groups: Sequence[Group]) -> 
             )
         if device.type == "cuda" and not (torch.cuda.is_available() and dist.is_nccl_available()):
             raise ConfigError(f"comm: {backend!r} needs a GPU on every rank; use comm: gloo or auto.")
-    mine = [group.ranks_to_connect(device.type, backend) for group in groups]
-    wanted = sorted({ranks for theirs in world.gather(mine) for ranks in theirs if ranks})
+    local = [group.ranks_to_connect(device.type, backend) for group in groups]
+    wanted = sorted({ranks for ranks_of_rank in world.gather(local) for ranks in ranks_of_rank if ranks})
     limit = default_timeout()
     made = {ranks: dist.new_group(ranks, backend=backend, timeout=limit) for ranks in wanted}
-    return [Group(made[ranks]) if ranks else group for ranks, group in zip(mine, groups, strict=True)]
+    return [Group(made[ranks]) if ranks else group for ranks, group in zip(local, groups, strict=True)]
 
 
 def _over_mpi(group: Group) -> Group:

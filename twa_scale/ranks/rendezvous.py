@@ -51,9 +51,11 @@ class RendezvousServer:
                 try:
                     client, _ = self._listener.accept()
                 except TimeoutError:
-                    late = ", ".join(map(str, sorted(self._missing)[:8])) + (", ..." if len(self._missing) > 8 else "")
+                    missing = ", ".join(map(str, sorted(self._missing)[:8])) + (
+                        ", ..." if len(self._missing) > 8 else ""
+                    )
                     raise ConfigError(
-                        f"rank 0 waited {timeout:.0f} s for rank {late}: did it start, and can its node reach "
+                        f"rank 0 waited {timeout:.0f} s for rank {missing}: did it start, and can its node reach "
                         f"{self.address.addresses[0]}? If not, set MASTER_ADDR and MASTER_PORT."
                     ) from None
                 with client, suppress(OSError, ValueError):  # an unrelated client, or a rank that will retry
@@ -165,10 +167,10 @@ def _line(connection: socket.socket) -> str:
 
 def _hosts() -> list[str]:
     """Return names and addresses of this host, best first: its name, its outgoing addresses, and localhost."""
-    found = [socket.gethostname()]
+    names = [socket.gethostname()]
     # Addresses reserved for documentation. Connecting a datagram socket sends nothing.
     for family, remote in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((remote, 9))
-            found.append(probe.getsockname()[0])
-    return [*dict.fromkeys(found), "localhost"]
+            names.append(probe.getsockname()[0])
+    return [*dict.fromkeys(names), "localhost"]

@@ -112,9 +112,9 @@ class World:
         try:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
         except (dist.DistError, RuntimeError) as error:
-            where = f" at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if self.has_master else ""
+            location = f" at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if self.has_master else ""
             raise RankError(
-                f"rank {self.rank} waited for the other ranks{where}, and not all of them joined in {timeout:.0f} s "
+                f"rank {self.rank} waited for the other ranks{location}, and not all of them joined in {timeout:.0f} s "
                 f"(`timeout`): {str(error).strip().splitlines()[0]}"
             ) from error
 
@@ -160,15 +160,15 @@ def _launchers(environment: Mapping[str, str]) -> Iterator[tuple[str, tuple[str,
 
 def _numbers(environment: Mapping[str, str], keys: tuple[str, str, str]) -> tuple[int, int, int]:
     missing = [key for key in keys if key not in environment]
-    found = {key: environment[key] for key in keys if key in environment}
-    settings = ", ".join(f"{key}={value}" for key, value in found.items())
+    values = {key: environment[key] for key in keys if key in environment}
+    settings = ", ".join(f"{key}={value}" for key, value in values.items())
     if missing:
         raise ConfigError(
             f"the environment sets {settings} but not {', '.join(missing)}: set all or none, or leave it to a launcher "
             "(torchrun, deepspeed, mpirun, srun)."
         )
     try:
-        rank, size, local_rank = map(int, found.values())
+        rank, size, local_rank = map(int, values.values())
     except ValueError:
         raise ConfigError(f"the environment sets {settings}: these have to be whole numbers.") from None
     if not 0 <= rank < size or local_rank < 0:

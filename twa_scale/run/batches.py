@@ -50,8 +50,8 @@ class Batches:
 
     def num_in_order(self, limit: int | None = None) -> int:
         """Return the number of global batches of `in_order`. The last one may be smaller."""
-        whole = -(-len(self._once) // self.batch_size)
-        return whole if limit is None else min(limit, whole)
+        total = -(-len(self._once) // self.batch_size)
+        return total if limit is None else min(limit, total)
 
     def in_order(self, limit: int | None = None, every: int = 1) -> Iterator[tuple[Batch, bool]]:
         """Yield each example once over all ranks, as (batch, counts).

@@ -68,12 +68,12 @@ class BestAverage:
             raise ConfigError(f"task: main_metric is {self.metric!r}; its metrics are {', '.join(sorted(metrics))}.")
         return metrics[self.metric]
 
-    def better(self, one: Mapping[str, float], other: Mapping[str, float]) -> bool:
-        """Return whether `one` is better than `other`. Finite values are better than others."""
-        left, right = self.value(one), self.value(other)
-        if not isfinite(left) or not isfinite(right):
-            return isfinite(left) and not isfinite(right)
-        return left > right if self.higher else left < right
+    def better(self, first: Mapping[str, float], second: Mapping[str, float]) -> bool:
+        """Return whether `first` is better than `second`. Finite values are better than others."""
+        first_value, second_value = self.value(first), self.value(second)
+        if not isfinite(first_value) or not isfinite(second_value):
+            return isfinite(first_value) and not isfinite(second_value)
+        return first_value > second_value if self.higher else first_value < second_value
 
     def update(
         self, step: int, metrics: dict[str, float], average: TrainableAverage, trial_lr: float | None = None

@@ -46,14 +46,14 @@ def start_at_best(
 
     def evaluated(names: list[str], every: int, part: str = "") -> list[tuple[str, Metrics]]:
         """Return the averages and their metrics, the best first."""
-        found: list[tuple[str, Metrics]] = []
+        results: list[tuple[str, Metrics]] = []
         for name in names:
             with average.weights(name):
                 metrics = measure(every)
             log(f"{name}{part}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
-            rank = sum(not kept.better(metrics, other) for _, other in found)
-            found.insert(rank, (name, metrics))
-        return found
+            rank = sum(not kept.better(metrics, other) for _, other in results)
+            results.insert(rank, (name, metrics))
+        return results
 
     names = averages(average.num_candidates, average.config.center)
     finalists = names = [name for name in names if average.can_start_from(name)]

@@ -20,21 +20,21 @@ def single(measured: Mapping[str, Any]) -> str:
 
 def verdict(kept: BestAverage, split: str, measured: Measured) -> str:
     """Return the comparison of the exported average with the best or last candidate and with the center."""
-    found, center = _against_candidate(kept, split, measured), measured.get(CENTER)
+    best_candidate, center = _against_candidate(kept, split, measured), measured.get(CENTER)
     if center is None or kept.better(measured[EXPORTED], center):
-        return found
-    how = "better" if kept.better(center, measured[EXPORTED]) else "as good"
-    return f"{found} The center, which needs no training, is {how}: {kept.value(center):.6g}."
+        return best_candidate
+    relation = "better" if kept.better(center, measured[EXPORTED]) else "as good"
+    return f"{best_candidate} The center, which needs no training, is {relation}: {kept.value(center):.6g}."
 
 
 def _against_candidate(kept: BestAverage, split: str, measured: Measured) -> str:
     other = single(measured)
-    ours, theirs = measured[EXPORTED], measured[other]
+    exported, candidate = measured[EXPORTED], measured[other]
     name = f"{split}/{kept.metric}"
-    numbers = f"{name} {kept.value(ours):.6g} against {kept.value(theirs):.6g}"
-    if kept.better(ours, theirs):
+    numbers = f"{name} {kept.value(exported):.6g} against {kept.value(candidate):.6g}"
+    if kept.better(exported, candidate):
         return f"The average is better than the {other}: {numbers}."
-    if kept.better(theirs, ours):
+    if kept.better(candidate, exported):
         return (
             f"The average is WORSE than the {other}: {numbers}. Use that candidate, or train with another rate, center "
             "or set of candidates."
@@ -89,13 +89,13 @@ def advice(kept: BestAverage, config: RunConfig, step: int, training_loss: float
     """
     if kept.best is None or kept.best.step > 0 or kept.best.trial_lr is not None or step == 0:
         return None
-    found = f"No step was better than the start on the {config.evaluate_split} split."
+    result = f"No step was better than the start on the {config.evaluate_split} split."
     is_held_out = config.evaluate_split != config.split
     held_out = kept.best.metrics.get("loss", 0.0) if is_held_out else 0.0
     if training_loss is None or held_out <= 0 or training_loss > MEMORIZED * held_out:
-        return f"{found} Try a lower optimizer.lr, fewer coefficients (groups), or candidates that are further apart."
+        return f"{result} Try a lower optimizer.lr, fewer coefficients (groups), or candidates that are further apart."
     return (
-        f"{found} There the loss at the start is {held_out:.4g}, and on the {config.split} split {training_loss:.4g}: "
+        f"{result} There the loss at the start is {held_out:.4g}, and on the {config.split} split {training_loss:.4g}: "
         "the candidates have memorized these data. Train the coefficients on data that they have not seen, and few of "
         "them (groups: global)."
     )

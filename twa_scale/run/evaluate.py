@@ -101,8 +101,8 @@ class Totals:
             if self._wrong:
                 raise ConfigError(self._wrong)
         names = list(dict.fromkeys(name for known in group.gather(list(self._totals)) for name in known))
-        none = torch.zeros(2, dtype=torch.float64, device=self._device)
-        stacked = torch.stack([self._totals.get(name, none) for name in names] or [none])
+        zeros = torch.zeros(2, dtype=torch.float64, device=self._device)
+        stacked = torch.stack([self._totals.get(name, zeros) for name in names] or [zeros])
         means = {}
         for name, (total, count) in zip(names, group.sum_(stacked).tolist(), strict=False):
             if count == 0:

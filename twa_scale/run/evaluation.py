@@ -27,7 +27,7 @@ def evaluate_weights(
     report: Report | None = None,
     *,
     recalibrate: bool = False,
-    found: Callable[[Measured], object] = lambda _: None,
+    callback: Callable[[Measured], object] = lambda _: None,
 ) -> Measured:
     """Evaluate weights in files on `evaluate_split`, one after another, on all ranks of the launcher. Collective.
 
@@ -38,7 +38,7 @@ def evaluate_weights(
             run has exported.
         report: the console output; by default, none.
         recalibrate: whether to compute the BatchNorm statistics of each from training data, as runs do.
-        found: called after each evaluation, on every rank, with the metrics so far.
+        callback: called after each evaluation, on every rank, with the metrics so far.
 
     Returns:
         The metrics of the task by path.
@@ -58,7 +58,7 @@ def evaluate_weights(
         for path in run.group.broadcast(paths):
             measured[path] = _measured(run, path, recalibrate)
             with run.group.agree():
-                found(measured)
+                callback(measured)
         return measured
 
 
@@ -82,7 +82,7 @@ def _measured(run: AttachedRun, path: str, recalibrate: bool) -> dict[str, float
 
 def _expanded(weights: Sequence[str]) -> list[str]:
     """Return the paths that patterns match, each once."""
-    return list(dict.fromkeys(str(path) for given in weights for path in expand(given)[0]))
+    return list(dict.fromkeys(str(path) for pattern in weights for path in expand(pattern)[0]))
 
 
 def _of_run(config: RunConfig) -> list[str]:

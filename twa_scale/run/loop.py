@@ -93,7 +93,7 @@ class Run(AttachedRun):
 
         A finished run returns its summary and changes no file.
         """
-        summary, state = self._found()
+        summary, state = self._find_on_first_rank()
         if summary is not None:
             return summary
         with self.group.agree():
@@ -109,16 +109,16 @@ class Run(AttachedRun):
         finally:
             self.services.close(finished=False)  # a finished run has closed them
 
-    def _found(self) -> tuple[dict[str, Any] | None, RunState | None]:
+    def _find_on_first_rank(self) -> tuple[dict[str, Any] | None, RunState | None]:
         """Return the summary of a finished run, else the state to continue from. Collective.
 
         Only one rank reads and locks the output directory, because ranks may see different files.
         """
-        found: tuple[dict[str, Any] | None, RunState | None] = (None, None)
+        result: tuple[dict[str, Any] | None, RunState | None] = (None, None)
         with self.group.agree():
             if self.group.rank == 0:
-                found = self._find()
-        return self.group.broadcast(found)
+                result = self._find()
+        return self.group.broadcast(result)
 
     def _find(self) -> tuple[dict[str, Any] | None, RunState | None]:
         config, log = self.config, self.report.log
@@ -243,7 +243,7 @@ class Run(AttachedRun):
         state = self._save()
         costs = self._costs()  # before comparison and export, which are not steps
         measured = self._compare() | {comparison.TRAINED: trained}
-        measured[comparison.EXPORTED] = self._take_kept(trained)
+        measured[comparison.EXPORTED] = self._load_kept(trained)
         start = time.perf_counter()
         with self.report.bytes("writing the average") as progress:
             limit = self.config.max_shard_size
@@ -265,26 +265,26 @@ class Run(AttachedRun):
         if not self.config.compare:
             return {}
         n = self.twa.num_candidates
-        alone = range(n) if self.config.compare == "candidates" else range(n - 1, n)
-        what = "every candidate" if len(alone) == n else "the last candidate"
+        indices = range(n) if self.config.compare == "candidates" else range(n - 1, n)
+        description = "every candidate" if len(indices) == n else "the last candidate"
         self.report.log(
-            f"comparing with {what} and the center: {len(alone) + 1} more evaluations (compare: false: none)"
+            f"comparing with {description} and the center: {len(indices) + 1} more evaluations (compare: false: none)"
         )
-        found = {which: self._measure_shown(which) for which in (*alone, "center")}
-        measured = {comparison.LAST: found[n - 1], comparison.CENTER: found["center"]}
-        if len(alone) == n:
-            best = alone[0]
-            for i in alone:
-                best = i if self.kept.better(found[i], found[best]) else best
+        results = {which: self._measure_shown(which) for which in (*indices, "center")}
+        measured = {comparison.LAST: results[n - 1], comparison.CENTER: results["center"]}
+        if len(indices) == n:
+            best = indices[0]
+            for i in indices:
+                best = i if self.kept.better(results[i], results[best]) else best
             self.report.log(f"the best candidate is {self.twa.fingerprint.labels[best]}")
-            measured = {comparison.BEST: found[best], **measured}
+            measured = {comparison.BEST: results[best], **measured}
         return measured
 
     def _measure_shown(self, which: Which) -> dict[str, float]:
         with self.twa.weights(which):
             return self.measure()
 
-    def _take_kept(self, trained: dict[str, float]) -> dict[str, float]:
+    def _load_kept(self, trained: dict[str, float]) -> dict[str, float]:
         """Load the average to export into the model, and return its metrics. Collective."""
         best = self.kept.best
         if self.config.keep == "last" or best is None or best.step == self.step:
@@ -319,9 +319,9 @@ class Run(AttachedRun):
 
     def _costs(self) -> dict[str, Any]:
         """Return the mean cost of a step of this process. Collective."""
-        where = self.twa, self.group, self.device
+        context = self.twa, self.group, self.device
         seconds = self.clock.read().get("forward+backward", 0.0) / max(self._steps_here, 1)
-        return {"attach_seconds": self.attach_seconds, **costs(*where, self._steps_here, seconds)}
+        return {"attach_seconds": self.attach_seconds, **costs(*context, self._steps_here, seconds)}
 
     def _save(self) -> dict[str, Any]:
         best = self.kept.best

@@ -20,12 +20,10 @@ from twa_scale.output.publish import replace_file
 
 Array = npt.NDArray[Any]
 
-INK, QUIET, LINE = "#22262e", "#8a8f99", "#d9dce1"
-LESS, MORE, MARK = "#2f6690", "#c8553d", "#3a7d44"
-DIVERGING = LinearSegmentedColormap.from_list(
-    "twa", ["#173b57", LESS, "#a9c4d6", "#f7f5f2", "#ecb9a6", MORE, "#7d2a1b"]
-)
-RISING = LinearSegmentedColormap.from_list("twa-rising", ["#f7f5f2", "#a9c4d6", LESS, "#173b57"])
+INK, MUTED, LINE = "#22262e", "#8a8f99", "#d9dce1"
+LOW, HIGH, MARK = "#2f6690", "#c8553d", "#3a7d44"
+DIVERGING = LinearSegmentedColormap.from_list("twa", ["#173b57", LOW, "#a9c4d6", "#f7f5f2", "#ecb9a6", HIGH, "#7d2a1b"])
+RISING = LinearSegmentedColormap.from_list("twa-rising", ["#f7f5f2", "#a9c4d6", LOW, "#173b57"])
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -108,10 +106,10 @@ def plot_cosines(path: str | Path, matrix: Array, labels: Sequence[str]) -> None
         figure = Figure(figsize=(size + 0.9, size), layout="constrained")
         axes = figure.subplots()
         if low < 0:
-            _heat(axes, matrix, DIVERGING, Normalize(-1, 1), labels, labels, 2)
+            _heat_map(axes, matrix, DIVERGING, Normalize(-1, 1), labels, labels, 2)
         else:
             # Cosines between checkpoints of one run often differ in the third digit: start the scale at the smallest.
-            _heat(
+            _heat_map(
                 axes,
                 matrix,
                 RISING,
@@ -136,18 +134,18 @@ def plot_rows(path: str | Path, corrections: Mapping[str, Array]) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    places = np.arange(len(corrections)) + 0.5
+    positions = np.arange(len(corrections)) + 0.5
     low, lower, middle, upper, high = np.array(
         [np.quantile(of_tensor, (0.05, 0.25, 0.5, 0.75, 0.95)) for of_tensor in corrections.values()]
     ).T
     with rc_context(STYLE):
-        figure = Figure(figsize=(max(6.0, 2.4 + 0.19 * min(len(places), 90)), 5.2), layout="constrained")
+        figure = Figure(figsize=(max(6.0, 2.4 + 0.19 * min(len(positions), 90)), 5.2), layout="constrained")
         axes = figure.subplots()
-        axes.bar(places, high - low, 0.3, low, color=LINE, label="5 to 95 % of the rows")
-        axes.bar(places, upper - lower, 0.6, lower, color=LESS, label="25 to 75 %")
-        axes.hlines(middle, places - 0.3, places + 0.3, color=MORE, linewidth=1.6, label="median")
+        axes.bar(positions, high - low, 0.3, low, color=LINE, label="5 to 95 % of the rows")
+        axes.bar(positions, upper - lower, 0.6, lower, color=LOW, label="25 to 75 %")
+        axes.hlines(middle, positions - 0.3, positions + 0.3, color=HIGH, linewidth=1.6, label="median")
         axes.set_ylim(bottom=0)
-        axes.set_xlim(0, len(places))
+        axes.set_xlim(0, len(positions))
         axes.grid(axis="y", color=LINE, linewidth=0.6)
         axes.set_axisbelow(True)
         _name_ticks(axes, "x", list(corrections))
@@ -162,7 +160,7 @@ def _coefficients(axes: Axes, values: Array, candidates: Sequence[str], groups: 
     uniform = 1 / len(values)
     reach = max(float(np.nanmax(np.abs(values - uniform), initial=0.0)), 0.1 * uniform)
     scale = Normalize(uniform - reach, uniform + reach)
-    bar = _heat(axes, values, DIVERGING, scale, candidates, groups, 2)
+    bar = _heat_map(axes, values, DIVERGING, scale, candidates, groups, 2)
     ticks = {uniform - reach: "", uniform: " uniform", uniform + reach: ""}
     if min(abs(tick) for tick in ticks) > 0.2 * reach and reach > uniform:
         ticks[0.0] = ""
@@ -170,7 +168,7 @@ def _coefficients(axes: Axes, values: Array, candidates: Sequence[str], groups: 
     axes.set_title("Averaging coefficients by candidate and group")
 
 
-def _heat(
+def _heat_map(
     axes: Axes,
     values: Array,
     colors: Colormap,
@@ -209,13 +207,13 @@ def _number(value: float, digits: int) -> str:
 
 def _name_ticks(axes: Axes, side: str, labels: Sequence[str]) -> None:
     every = -(-len(labels) // MOST_LABELS)
-    shown = range(0, len(labels), every)
+    indices = range(0, len(labels), every)
     names = list(_short(labels))
     axis = axes.yaxis if side == "y" else axes.xaxis
     upright = side == "x" and (len(labels) > 8 or max(map(len, names)) > 5)
     size = 8 if len(labels) <= 24 else 6.5
     turn: dict[str, Any] = {"rotation": 90} if upright else {}
-    axis.set_ticks([i + 0.5 for i in shown], labels=[names[i] for i in shown], fontsize=size, **turn)
+    axis.set_ticks([i + 0.5 for i in indices], labels=[names[i] for i in indices], fontsize=size, **turn)
 
 
 def _short(labels: Sequence[str], longest: int = 44) -> Iterator[str]:
@@ -226,22 +224,24 @@ def _short(labels: Sequence[str], longest: int = 44) -> Iterator[str]:
 
 def _bars(axes: Axes, values: Array, candidates: Sequence[str]) -> None:
     uniform = 1 / len(values)
-    colors = [MORE if value >= uniform else LESS for value in values]
-    places = np.arange(len(values)) + 0.5
-    axes.barh(places, values, height=0.72, color=colors)
+    colors = [HIGH if value >= uniform else LOW for value in values]
+    positions = np.arange(len(values)) + 0.5
+    axes.barh(positions, values, height=0.72, color=colors)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.axvline(uniform, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(uniform, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_ylim(len(values), 0)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.14)
     _name_ticks(axes, "y", candidates)
     if len(values) <= MOST_NUMBERS:
-        for place, value in zip(places, values, strict=True):
+        for position, value in zip(positions, values, strict=True):
             at: dict[str, Any] = {"xytext": (4, 0), "ha": "left"} if value >= 0 else {"xytext": (-4, 0), "ha": "right"}
             page = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # covers the dashed line
             number = _number(value, 2)
-            axes.annotate(number, (value, place), **at, textcoords="offset points", va="center", fontsize=8, bbox=page)
+            axes.annotate(
+                number, (value, position), **at, textcoords="offset points", va="center", fontsize=8, bbox=page
+            )
     axes.set_title("Coefficients by candidate")
     axes.set_xlabel("averaging coefficient; dashed: uniform")
 
@@ -251,10 +251,10 @@ def _losses(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
     if trained:
         steps, losses = zip(*trained, strict=True)
         smooth = _smooth(np.array(losses))
-        axes.plot(steps, losses, color=QUIET, linewidth=0.8, alpha=0.45)
+        axes.plot(steps, losses, color=MUTED, linewidth=0.8, alpha=0.45)
         axes.plot(steps, smooth, color=INK, linewidth=1.6, label="training batches")
     splits = dict.fromkeys(key for r in records for key in r if key.endswith("/loss"))
-    for key, color in zip(splits, (MORE, LESS, MARK), strict=False):
+    for key, color in zip(splits, (HIGH, LOW, MARK), strict=False):
         points = [(r["step"], r[key]) for r in records if key in r]
         if points[0][0] == 0:
             axes.axhline(points[0][1], color=color, linewidth=1, linestyle=(0, (4, 3)), label="before the first step")
@@ -289,8 +289,8 @@ def _fit_to_labeled_curves(axes: Axes) -> None:
 def _smooth(values: Array) -> Array:
     """Return the centered running mean over about a tenth of the run."""
     half = len(values) // 20
-    places = np.arange(len(values))
-    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    positions = np.arange(len(values))
+    first, last = np.maximum(positions - half, 0), np.minimum(positions + half + 1, len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     means: Array = (sums[last] - sums[first]) / (last - first)
     return means

@@ -7,7 +7,7 @@ from twa_scale.average.rates import choose_rate
 from twa_scale.average.state import RateState
 from twa_scale.run.attached import AttachedRun
 
-_LEAST, _MOST = 5, 20
+_MIN_STEPS, _MAX_STEPS = 5, 20
 
 
 class InterruptedSearch(Exception):
@@ -16,7 +16,7 @@ class InterruptedSearch(Exception):
 
 def trial_steps(num_steps: int) -> int:
     """Return the number of steps of a trial: a tenth of the steps of the run, from 5 to 20, but at most all of them."""
-    return min(num_steps, max(_LEAST, min(_MOST, round(num_steps / 10))))
+    return min(num_steps, max(_MIN_STEPS, min(_MAX_STEPS, round(num_steps / 10))))
 
 
 def position(step: int, count: int, num_steps: int) -> int:
@@ -62,7 +62,7 @@ def search_rate(run: AttachedRun) -> RateState:
     rates = [usual / 3, usual, 3 * usual]
     chosen = choose_rate(run.twa, train, score, rates, higher_is_better=run.kept.higher)
     values = [trial.score if isfinite(trial.score) else None for trial in chosen.tried]
-    found = RateState(
+    rate = RateState(
         lr=chosen.best.lr,
         tried=[trial.lr for trial in chosen.tried],
         metric=metric,
@@ -70,17 +70,17 @@ def search_rate(run: AttachedRun) -> RateState:
         steps=count,
         seconds=time.perf_counter() - start,
     )
-    run.report.log(_line(found))
-    return found
+    run.report.log(_line(rate))
+    return rate
 
 
-def _line(found: RateState) -> str:
+def _line(rate: RateState) -> str:
     tried = ", ".join(
         f"{lr:g}: " + ("not finite" if value is None else f"{value:.4f}")
-        for lr, value in zip(found.tried, found.values, strict=True)
+        for lr, value in zip(rate.tried, rate.values, strict=True)
     )
-    n = len(found.tried)
+    n = len(rate.tried)
     return (
-        f"optimizer.lr: {found.lr:g} has the best {found.metric} after {found.steps} steps with each rate ({tried}); "
-        f"the search took {n * found.steps} steps and {n} evaluations, {found.seconds:.1f} s"
+        f"optimizer.lr: {rate.lr:g} has the best {rate.metric} after {rate.steps} steps with each rate ({tried}); "
+        f"the search took {n * rate.steps} steps and {n} evaluations, {rate.seconds:.1f} s"
     )

@@ -107,9 +107,9 @@ def _read(directory: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.is_file():
         return [], 0
     with output_errors(path):
-        *whole, rest = path.read_bytes().split(b"\n")
-    lines = [line for line in map(_record, whole) if line is not None]
-    return lines, len(whole) - len(lines) + bool(rest)
+        *complete, rest = path.read_bytes().split(b"\n")
+    lines = [line for line in map(_record, complete) if line is not None]
+    return lines, len(complete) - len(lines) + bool(rest)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

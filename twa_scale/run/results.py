@@ -52,13 +52,13 @@ def costs(
             inside them.
     """
     cost = twa.cost(steps)
-    within = cost["project"]["seconds_in_backward"] + cost["combine"]["seconds_in_forward"]
+    overlapped = cost["project"]["seconds_in_backward"] + cost["combine"]["seconds_in_forward"]
     return {
         "bytes_read_per_rank": group.gather(twa.bytes_read),
         "store_bytes_per_rank": group.gather(twa.store_bytes),
         "rounding": twa.rounding and asdict(twa.rounding),
         "peak_resident_bytes_per_rank": group.gather(peak_resident()),
-        "forward_backward_seconds": forward_backward - within,
+        "forward_backward_seconds": forward_backward - overlapped,
         "cost": cost,
         "read_bandwidth": read_bandwidth(device),
     }

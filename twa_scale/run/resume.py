@@ -36,8 +36,8 @@ def find_state(
         return None
     state = load_state(output, log, rows=rows)
     _require_same_course(output / STATE, state, course(config, num_steps))
-    now = with_known_lr(config, state)
-    require_same_settings(now.model_dump(mode="json"), state.twa.config.model_dump(mode="json"))
+    current = with_known_lr(config, state)
+    require_same_settings(current.model_dump(mode="json"), state.twa.config.model_dump(mode="json"))
     return state
 
 
@@ -62,8 +62,8 @@ def finished_summary(config: RunConfig, num_steps: int, state: RunState) -> dict
     return summary if isinstance(summary, dict) and summary.get("steps") == state.step else None
 
 
-def _require_same_course(path: Path, state: RunState, now: dict[str, Any]) -> None:
-    for key, value in now.items():
+def _require_same_course(path: Path, state: RunState, current: dict[str, Any]) -> None:
+    for key, value in current.items():
         saved = state.course.get(key)
         if key == "steps":
             if not isinstance(saved, int) or value < saved:

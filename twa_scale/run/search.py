@@ -204,7 +204,11 @@ class _Search:
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         assert self._best is not None
-        tried = [{"label": one.label, "score": one.score} for one in self._tried if isfinite(one.score)]
+        tried = [
+            {"label": evaluation.label, "score": evaluation.score}
+            for evaluation in self._tried
+            if isfinite(evaluation.score)
+        ]
         return {
             "metric": self._name,
             "higher_is_better": self._higher,
@@ -216,7 +220,7 @@ class _Search:
                 "score": self._best.score,
                 "coefficients": self._best.coefficients.tolist(),
             },
-            "tried": sorted(tried, key=lambda one: one["score"], reverse=self._higher),
+            "tried": sorted(tried, key=lambda evaluation: evaluation["score"], reverse=self._higher),
             "not_finite": len(self._tried) - len(tried),
             "measured": self._measured,
             "seconds": seconds,
@@ -231,8 +235,8 @@ def _method(name: str) -> Method:
     """
     for method in get_args(Method):
         if name == method:
-            found: Method = method
-            return found
+            result: Method = method
+            return result
     known = get_args(Method)
     raise ConfigError(f"--method: {name!r} is unknown{nearest(name, known) or '.'} Use {', '.join(known)}.")
 
@@ -240,5 +244,7 @@ def _method(name: str) -> Method:
 def rows(summary: Mapping[str, Any], count: int = 10) -> list[tuple[str, float]]:
     """Return the best averages of a search, with the last candidate and the mean of all candidates, best first."""
     fixed = {"lawa:1": "last candidate", f"lawa:{summary['num_candidates']}": "mean of all"}
-    labeled = [(one["label"], fixed.get(one["label"], one["label"]), one["score"]) for one in summary["tried"]]
-    return [(shown, score) for i, (label, shown, score) in enumerate(labeled) if i < count or label in fixed]
+    labeled = [
+        (entry["label"], fixed.get(entry["label"], entry["label"]), entry["score"]) for entry in summary["tried"]
+    ]
+    return [(text, score) for i, (label, text, score) in enumerate(labeled) if i < count or label in fixed]

@@ -74,7 +74,7 @@ class Services:
             except Exception as error:
                 self.close(finished=False)
                 raise ConfigError(
-                    f"report_to: {name} could not begin a run: {_said(error)}. Check its settings in "
+                    f"report_to: {name} could not begin a run: {_first_line(error)}. Check its settings in "
                     f"the environment ({_HINTS[name]}), or leave {name} out of report_to."
                 ) from error
         if self._open:
@@ -89,7 +89,7 @@ class Services:
             except Exception as error:
                 del self._open[name]
                 self._log(
-                    f"report_to: {name} failed at step {line['step']}: {_said(error)}. The run "
+                    f"report_to: {name} failed at step {line['step']}: {_first_line(error)}. The run "
                     "continues without it; metrics.jsonl has all metrics."
                 )
 
@@ -100,10 +100,10 @@ class Services:
             try:
                 service.close(finished=finished)
             except Exception as error:
-                self._log(f"report_to: {name} could not end its run: {_said(error)}.")
+                self._log(f"report_to: {name} could not end its run: {_first_line(error)}.")
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """Return the message of an error of a package on one line."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
@@ -180,8 +180,8 @@ class _Mlflow(Service):
     def write(self, line: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        now, step = int(time.time() * 1000), line["step"]
-        metrics = [Metric(key, float(value), now, step) for key, value in line.items() if key != "step"]
+        milliseconds, step = int(time.time() * 1000), line["step"]
+        metrics = [Metric(key, float(value), milliseconds, step) for key, value in line.items() if key != "step"]
         self._client.log_batch(self.id, metrics=metrics)
 
     def close(self, *, finished: bool) -> None:

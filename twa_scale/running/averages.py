@@ -88,11 +88,11 @@ class RunningAverages:
         require_same_settings(self.pods, {"ema": repr(of_ema), "window": repr(of_window), "device": device})
         with self.pods.agree():
             live = self._parameters.live()
-            own = self._parameters.buffers() if self.pods.rank == 0 else {}  # statistics differ between ranks
+            buffers = self._parameters.buffers() if self.pods.rank == 0 else {}  # statistics differ between ranks
             self._window: Window | None = None
-            self._ema = None if of_ema is None else Ema(of_ema, live, own, self._parameters.allocate)
+            self._ema = None if of_ema is None else Ema(of_ema, live, buffers, self._parameters.allocate)
             if of_window is not None:
-                self._window = Window(of_window, live, own, self._engine.device, device)
+                self._window = Window(of_window, live, buffers, self._engine.device, device)
         self._step = 0
         self._counted: int | None = self._engine.steps_taken()
         held_on = torch.device("cpu") if device == "cpu" else None
@@ -223,9 +223,9 @@ class RunningAverages:
             The scores by name, which print as a table. A repeated name gets a number, as in "mean (2)".
         """
         scores = Scores()
-        for one in self.names if which is None else which:
-            with self.weights(one):
-                scores.add(str(one), float(score(self._engine.module)))
+        for name in self.names if which is None else which:
+            with self.weights(name):
+                scores.add(str(name), float(score(self._engine.module)))
         return scores
 
     def check_learn(self, config: TwaConfig | Mapping[str, Any] | None = None) -> None:
@@ -346,8 +346,8 @@ class RunningAverages:
                 checkpoint.check(state, self._engine, self._ema, self._window)
             checkpoint.require_same_counters(self.pods, state)
         except StateError:
-            own = self._state()
-            if checkpoint.is_live(state, own) and checkpoint.versions(own) != self._saved_versions:
+            own_state = self._state()
+            if checkpoint.is_live(state, own_state) and checkpoint.versions(own_state) != self._saved_versions:
                 self._intact.overwritten()
             raise
         self._step = checkpoint.load(state, self._engine, self._ema, self._window)
@@ -388,10 +388,10 @@ class RunningAverages:
         """Continue from the number of steps that the library of the engine has counted, if it counts them."""
         self._counted = self._engine.steps_taken()
 
-    def _require_own_weights(self, what: str) -> None:
+    def _require_own_weights(self, action: str) -> None:
         if self._learned:
-            raise TwaError(f"{what}: the model holds the average that learn() has made; call restore() first.")
+            raise TwaError(f"{action}: the model holds the average that learn() has made; call restore() first.")
         if self._showing:
-            raise TwaError(f"{what} inside weights(): the weights are not those that are trained; leave it first.")
+            raise TwaError(f"{action} inside weights(): the weights are not those that are trained; leave it first.")
         if self.lost:
-            raise TwaError(f"{what}: {self.lost}")
+            raise TwaError(f"{action}: {self.lost}")

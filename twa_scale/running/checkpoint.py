@@ -60,14 +60,14 @@ def state_of(engine: Engine, step: int, ema: Ema | None, window: Window | None, 
 
 
 def _window_state(engine: Engine, window: Window) -> State:
-    keep, held = window.settings.keep, {span: window.held(span) for span in window.spans}
+    keep, stored = window.settings.keep, {span: window.held(span) for span in window.spans}
     return {
         "steps": _padded(window.steps, keep),
         "order": _padded(window.order, keep - 1),
         "taken": torch.tensor(window.taken),
-        "errors": {_errors_key(window): window.errors} if held else {},
-        "base": _by_key(engine, {span: base for span, (_, base) in held.items()}),
-        "rows": {_row_key(s, i): t for s, (rows, _) in held.items() for i, t in enumerate(rows.tensors)},
+        "errors": {_errors_key(window): window.errors} if stored else {},
+        "base": _by_key(engine, {span: base for span, (_, base) in stored.items()}),
+        "rows": {_row_key(s, i): t for s, (rows, _) in stored.items() for i, t in enumerate(rows.tensors)},
         "buffers": dict(window.buffers),
     }
 
@@ -76,28 +76,31 @@ def _window_state(engine: Engine, window: Window) -> State:
 def load(state: object, engine: Engine, ema: Ema | None, window: Window | None) -> int:
     """Load a state that `check` has accepted, and return its step. Not collective."""
     assert isinstance(state, Mapping)
-    own = dict(_leaves(state_of(engine, 0, ema, window)))
-    given = dict(_leaves(state))
+    live_leaves = dict(_leaves(state_of(engine, 0, ema, window)))
+    leaves = dict(_leaves(state))
     with torch.no_grad():
-        for key, tensor in own.items():
+        for key, tensor in live_leaves.items():
             if isinstance(tensor, torch.Tensor):
-                local(tensor).copy_(local(given[key]))
+                local(tensor).copy_(local(leaves[key]))
     if ema:
         ema.updates = int(state["ema_updates"])
     if window:
-        held = state["window"]
-        window.steps, window.order = _listed(held["steps"]), _listed(held["order"])
-        window.taken = int(held["taken"])
+        window_state = state["window"]
+        window.steps, window.order = _listed(window_state["steps"]), _listed(window_state["order"])
+        window.taken = int(window_state["taken"])
     return int(state["step"])
 
 
-def is_live(state: object, own: State) -> bool:
-    """Return whether the tensors of a state share the memory of the tensors of `own`, a state of this object.
+def is_live(state: object, live_state: State) -> bool:
+    """Return whether the tensors of a state share the memory of the tensors of `live_state`, a state of this object.
 
     torch.distributed.checkpoint reads into the tensors that `state_of` returned, and passes them to `load_state_dict`.
     """
-    given, mine = dict(_leaves(state)), _tensors(own)
-    return all(isinstance(t := given.get(key), torch.Tensor) and _address(t) == _address(mine[key]) for key in mine)
+    leaves, live_tensors = dict(_leaves(state)), _tensors(live_state)
+    return all(
+        isinstance(t := leaves.get(key), torch.Tensor) and _address(t) == _address(live_tensors[key])
+        for key in live_tensors
+    )
 
 
 def versions(state: State) -> list[int]:
@@ -111,18 +114,18 @@ def require_same_counters(pods: Pods, state: Mapping[str, Any]) -> None:
     Raises:
         StateError: names the counter and two ranks, on every rank.
     """
-    held = state.get("window", {})
+    window_state = state.get("window", {})
     counters = {
         "step": int(state["step"]),
         "ema_updates": int(state.get("ema_updates", 0)),
-        "steps of the window": _listed(held["steps"]) if held else [],
+        "steps of the window": _listed(window_state["steps"]) if window_state else [],
     }
     other = first_difference(pods, counters)
     with pods.agree():
         if other:
             raise StateError(
-                f"the states of the ranks are of different steps: {other.key} is {other.mine} on {other.where} and "
-                f"{other.first} on {other.where_first}. Load those that all ranks have saved together."
+                f"the states of the ranks are of different steps: {other.key} is {other.local} on {other.location} and "
+                f"{other.first} on {other.first_location}. Load those that all ranks have saved together."
             )
 
 
@@ -137,55 +140,55 @@ def check(state: object, engine: Engine, ema: Ema | None, window: Window | None)
             "the state has no `settings`, so that it is not a state of RunningAverages. Give the result of "
             "state_dict()."
         )
-    whole = state_of(engine, 0, ema, window)
-    own, given = dict(_leaves(whole)), dict(_leaves(state))
-    _require_same_settings(json.loads(str(own["settings"])), state["settings"])
-    for key, tensor in own.items():
-        if key not in given:
-            raise StateError(f"the state has no {key!r}{nearest(key, list(given)) or '.'} {_OWN}")
+    expected_state = state_of(engine, 0, ema, window)
+    expected, leaves = dict(_leaves(expected_state)), dict(_leaves(state))
+    _require_same_settings(json.loads(str(expected["settings"])), state["settings"])
+    for key, tensor in expected.items():
+        if key not in leaves:
+            raise StateError(f"the state has no {key!r}{nearest(key, list(leaves)) or '.'} {_SETTINGS}")
         if isinstance(tensor, torch.Tensor):
-            _require_alike(key, tensor, given[key])
-    if unknown := [key for key in given if key not in own]:
-        raise StateError(f"the state has {unknown[0]!r}, which these averages do not hold. {_OWN}")
-    if given["layout"] != own["layout"] and not is_live(state, whole):
-        raise StateError(f"the state holds other parts of the weights than those of this rank. {_OWN}")
+            _require_same_kind(key, tensor, leaves[key])
+    if unknown := [key for key in leaves if key not in expected]:
+        raise StateError(f"the state has {unknown[0]!r}, which these averages do not hold. {_SETTINGS}")
+    if leaves["layout"] != expected["layout"] and not is_live(state, expected_state):
+        raise StateError(f"the state holds other parts of the weights than those of this rank. {_SETTINGS}")
     _require_counters(state, ema)
     if window:
         _require_window(state["window"], window.settings.keep, int(state["step"]))
         _require_finite(state["window"], window)
 
 
-_OWN = (
+_SETTINGS = (
     "Each rank saves and loads its own state, for the same number of ranks; under FSDP2 "
     "torch.distributed.checkpoint reshards exponential averages, but a window needs the ranks that it was saved on: "
     "write its snapshots with save() to change their number."
 )
 
 
-def _require_same_settings(own: Mapping[str, Any], text: str) -> None:
+def _require_same_settings(settings: Mapping[str, Any], text: str) -> None:
     try:
         saved = json.loads(text)
-        pairs = {key: (own[key], saved[key]) for key in ("version", "ema", "window")}
+        pairs = {key: (settings[key], saved[key]) for key in ("version", "ema", "window")}
     except (ValueError, KeyError, TypeError):
         raise StateError("the state's `settings` are damaged. Give the result of state_dict().") from None
-    for key, (mine, theirs) in pairs.items():
-        if mine != theirs:
+    for key, (current, stored) in pairs.items():
+        if current != stored:
             raise StateError(
-                f"the state was saved with {key}={json.dumps(theirs)}, and this object has {json.dumps(mine)}; make "
+                f"the state was saved with {key}={json.dumps(stored)}, and this object has {json.dumps(current)}; make "
                 "RunningAverages with the same settings."
             )
     if saved.get("broken"):
         raise StateError(f"the state was saved when the averages could not be used: {saved['broken']}")
 
 
-def _require_alike(key: str, own: torch.Tensor, given: object) -> None:
-    if not isinstance(given, torch.Tensor):
-        raise StateError(f"the state's {key!r} is a {type(given).__name__}; a tensor belongs there.")
-    mine, theirs = local(own), local(given)
-    if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+def _require_same_kind(key: str, expected: torch.Tensor, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise StateError(f"the state's {key!r} is a {type(value).__name__}; a tensor belongs there.")
+    expected_local, local_value = local(expected), local(value)
+    if (expected_local.shape, expected_local.dtype) != (local_value.shape, local_value.dtype):
         raise StateError(
-            f"the state's {key!r} is {theirs.dtype} of shape {tuple(theirs.shape)}; {mine.dtype} of shape "
-            f"{tuple(mine.shape)} belongs there."
+            f"the state's {key!r} is {local_value.dtype} of shape {tuple(local_value.shape)}; {expected_local.dtype} "
+            f"of shape {tuple(expected_local.shape)} belongs there."
         )
 
 
@@ -195,8 +198,8 @@ def _require_counters(state: Mapping[str, Any], ema: Ema | None) -> None:
         raise StateError(f"the state is damaged: it counts {step} steps and {updates} updates.")
 
 
-def _require_window(held: Mapping[str, Any], keep: int, step: int) -> None:
-    steps, order = _listed(held["steps"]), _listed(held["order"])
+def _require_window(window_state: Mapping[str, Any], keep: int, step: int) -> None:
+    steps, order = _listed(window_state["steps"]), _listed(window_state["order"])
     rows = set(order)
     wrong = (
         steps != sorted(set(steps))
@@ -204,7 +207,7 @@ def _require_window(held: Mapping[str, Any], keep: int, step: int) -> None:
         or len(order) != max(len(steps) - 1, 0)
         or len(rows) < len(order)
         or not rows <= set(range(keep - 1))
-        or int(held["taken"]) < len(steps)
+        or int(window_state["taken"]) < len(steps)
     )
     if wrong:
         raise StateError(
@@ -212,18 +215,18 @@ def _require_window(held: Mapping[str, Any], keep: int, step: int) -> None:
         )
 
 
-def _require_finite(held: Mapping[str, Any], window: Window) -> None:
+def _require_finite(window_state: Mapping[str, Any], window: Window) -> None:
     """Check that the snapshots are finite, unless their weights were not, which is recorded in their errors."""
-    order = _listed(held["order"])
-    if not window.spans or not bool(torch.isfinite(held["errors"][_errors_key(window)]).all()):
+    order = _listed(window_state["order"])
+    if not window.spans or not bool(torch.isfinite(window_state["errors"][_errors_key(window)]).all()):
         return
     for span in window.spans:
         rows, _ = window.held(span)
-        given = rows.over([held["rows"][_row_key(span, i)] for i in range(len(rows.tensors))])
-        scales = [tile[-1][:, order] for tile in given.tiles(0, rows.count)]  # or dense values
+        norms = rows.over([window_state["rows"][_row_key(span, i)] for i in range(len(rows.tensors))])
+        scales = [tile[-1][:, order] for tile in norms.tiles(0, rows.count)]  # or dense values
         if not all(bool(torch.isfinite(part).all()) for part in scales):
             raise StateError(f"the state is damaged: snapshots of tensor {span.name!r} are not finite.")
-    for key, base in held["base"].items() if _listed(held["steps"]) else ():
+    for key, base in window_state["base"].items() if _listed(window_state["steps"]) else ():
         if not bool(torch.isfinite(local(base)).all()):
             raise StateError(f"the state is damaged: the oldest snapshot of tensor {key!r} is not finite.")
 
@@ -245,11 +248,11 @@ def _leaves(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _by_key(engine: Engine, tensors: Mapping[Span, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
     for span, tensor in tensors.items():
         sharded = engine.sharded(span, tensor)
-        found[_key(span) if sharded is None else span.name] = tensor if sharded is None else sharded
-    return found
+        result[_key(span) if sharded is None else span.name] = tensor if sharded is None else sharded
+    return result
 
 
 def _key(span: Span) -> str:
@@ -259,9 +262,9 @@ def _key(span: Span) -> str:
 
 def _tensors(state: State) -> dict[str, torch.Tensor]:
     """Return the tensors of the averages by key, without counters."""
-    held = {key: state[key] for key in ("ema", "window") if key in state}
+    parts = {key: state[key] for key in ("ema", "window") if key in state}
     counted = ("window/steps", "window/order", "window/taken")
-    return {key: t for key, t in _leaves(held) if isinstance(t, torch.Tensor) and key not in counted}
+    return {key: t for key, t in _leaves(parts) if isinstance(t, torch.Tensor) and key not in counted}
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -40,12 +40,12 @@ class Ema:
         """The names of `averages`, which start with `names`."""
         self.updates = 0
         self.averages: list[dict[Span, torch.Tensor]] = [
-            {span: allocate(len(span), wide(values)) for span, values in live.items()} for _ in self.held
+            {span: allocate(len(span), averaging_dtype(values)) for span, values in live.items()} for _ in self.held
         ]
         """The values of each average, by span: float32, or float64 for weights in float64."""
-        held: Mapping[str, torch.Tensor] = buffers if settings.use_buffers else {}
+        averaged: Mapping[str, torch.Tensor] = buffers if settings.use_buffers else {}
         self.buffers: list[dict[str, torch.Tensor]] = [
-            {name: allocate(buffer.numel(), buffer.dtype).view(buffer.shape) for name, buffer in held.items()}
+            {name: allocate(buffer.numel(), buffer.dtype).view(buffer.shape) for name, buffer in averaged.items()}
             if average in self.names
             else {}
             for average in self.held
@@ -64,17 +64,17 @@ class Ema:
         updates = self.updates + 1
         gains = [1 - self.settings.decay(i, updates) for i in range(len(self.names))]
         for pieces in _buckets(live, self.averages[0]):
-            targets = [[average[span][cut] for span, cut in pieces] for average in self.averages]
-            values = _alike([live[span][cut] for span, cut in pieces], targets[0])
+            targets = [[average[span][part] for span, part in pieces] for average in self.averages]
+            values = _as_averages([live[span][part] for span, part in pieces], targets[0])
             if self.settings.bema:
-                *targets, corrected, inside, first = targets
-                targets.append(inside)
+                *targets, corrected, ema, first = targets
+                targets.append(ema)
             for gain, target in zip(gains, targets, strict=True):
                 _move(target, values, gain)
             if self.settings.bema:
                 if updates == 1:
                     torch._foreach_copy_(first, values)
-                _correct(corrected, inside, first, values, self.settings.alpha(updates))
+                _correct(corrected, ema, first, values, self.settings.alpha(updates))
         for gain, averages in zip(gains, self.buffers, strict=False):
             for name, average in averages.items():
                 _move([average], [buffers[name].to(average)], gain if average.is_floating_point() else 1.0)
@@ -100,43 +100,43 @@ class Ema:
             values.copy_(self.averages[index][span], non_blocking=True)
 
 
-def wide(values: torch.Tensor) -> torch.dtype:
+def averaging_dtype(values: torch.Tensor) -> torch.dtype:
     """Return the type in which weights are averaged: float32, or float64 for weights in float64."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
-Cut = tuple[Span, slice]
+SpanSlice = tuple[Span, slice]
 """Some elements of a span."""
 
 
-def _buckets(live: Mapping[Span, torch.Tensor], averages: Mapping[Span, torch.Tensor]) -> Iterator[list[Cut]]:
+def _buckets(live: Mapping[Span, torch.Tensor], averages: Mapping[Span, torch.Tensor]) -> Iterator[list[SpanSlice]]:
     """Yield cuts that are updated together: all that need no copy, and others up to `PIECE` elements of one type."""
-    copied = [span for span, values in live.items() if not _is_alike(values, averages[span])]
+    copied = [span for span, values in live.items() if not _has_same_type(values, averages[span])]
     direct = live.keys() - set(copied)
     for dtype in {averages[span].dtype for span in direct}:
         yield [(span, slice(None)) for span in live if span in direct and averages[span].dtype == dtype]
-    bucket: list[Cut] = []
+    bucket: list[SpanSlice] = []
     size = 0
     for span in sorted(copied, key=lambda span: (str(live[span].dtype), str(averages[span].dtype))):
         for start in range(0, len(span), PIECE):
-            cut = slice(start, min(start + PIECE, len(span)))
-            count = cut.stop - start
+            part = slice(start, min(start + PIECE, len(span)))
+            count = part.stop - start
             if bucket and (size + count > PIECE or live[bucket[0][0]].dtype != live[span].dtype):
                 yield bucket
                 bucket, size = [], 0
-            bucket.append((span, cut))
+            bucket.append((span, part))
             size += count
     if bucket:
         yield bucket
 
 
-def _is_alike(values: torch.Tensor, average: torch.Tensor) -> bool:
+def _has_same_type(values: torch.Tensor, average: torch.Tensor) -> bool:
     return values.dtype == average.dtype and values.device == average.device
 
 
-def _alike(values: list[torch.Tensor], averages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _as_averages(values: list[torch.Tensor], averages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the values in the type and on the device of the averages."""
-    if _is_alike(values[0], averages[0]):
+    if _has_same_type(values[0], averages[0]):
         return values
     copies = [torch.empty_like(average) for average in averages]
     torch._foreach_copy_(copies, values)

@@ -63,17 +63,17 @@ def settings_for(window: Window, config: TwaConfig | Mapping[str, Any] | None, s
     Raises:
         ConfigError: a key differs from the window's settings. The message names it.
     """
-    given = validated(TwaConfig, dict(config) if isinstance(config, Mapping) else config)
+    settings = validated(TwaConfig, dict(config) if isinstance(config, Mapping) else config)
     packed = window.settings.store.startswith("packed")
-    own = {"store": window.settings.store, "coding": "increments" if packed else "auto", "store_device": store_device}
-    for key, value in own.items():
-        if key in given.model_fields_set and getattr(given, key) not in (value, "auto"):
+    fixed = {"store": window.settings.store, "coding": "increments" if packed else "auto", "store_device": store_device}
+    for key, value in fixed.items():
+        if key in settings.model_fields_set and getattr(settings, key) not in (value, "auto"):
             raise ConfigError(
-                f"{key}: {getattr(given, key)!r} asked for, but the window holds the snapshots with {value!r}; leave "
-                f"{key} out, or set it in window={{..}} before training."
+                f"{key}: {getattr(settings, key)!r} asked for, but the window holds the snapshots with {value!r}; "
+                f"leave {key} out, or set it in window={{..}} before training."
             )
     return validated(
-        TwaConfig, {**given.model_dump(include=given.model_fields_set & set(TwaConfig.model_fields)), **own}
+        TwaConfig, {**settings.model_dump(include=settings.model_fields_set & set(TwaConfig.model_fields)), **fixed}
     )
 
 
@@ -100,8 +100,10 @@ def learn(engine: Engine, pods: Pods, window: Window, config: TwaConfig, carried
         stacked = experts_of(engine.module, engine.parameters, config)
         if stacked:
             engine = SplitEngine(engine, stacked)
-            held = set(window.spans)
-            span_parts = {span: parts for span, parts in engine.parts.items() if span.name in stacked and span in held}
+            window_spans = set(window.spans)
+            span_parts = {
+                span: parts for span, parts in engine.parts.items() if span.name in stacked and span in window_spans
+            }
         layout = matched(engine, candidates, config, stacked=stacked)
         weights = center_weights(config.center, len(candidates))
         check_settings(config, weights)
@@ -133,19 +135,19 @@ def _measured(
     for span in window.spans:
         sums, done = torch.zeros(n, dtype=torch.int64, device=device), 0
         for base, increments in window.parts(span):
-            beyond = torch.cat([torch.zeros_like(base)[None], increments.cumsum(0)])
-            sums += (base + beyond).view(torch.int32).sum(1)
+            offsets = torch.cat([torch.zeros_like(base)[None], increments.cumsum(0)])
+            sums += (base + offsets).view(torch.int32).sum(1)
             first, done = done, done + len(base)
             if span.name not in layout.group_of:
                 continue
-            shift = b @ beyond
-            rows = torch.cat([beyond - shift, (base + shift)[None]])
+            shift = b @ offsets
+            rows = torch.cat([offsets - shift, (base + shift)[None]])
             for start, part in span_parts.get(span, [(0, span)]):
                 low, high = max(start, first) - first, min(start + len(part), done) - first
                 if low < high:
                     products = gram.of(layout.group(part))
-                    held = rows[:, low:high]
-                    products += inner_products(held) if products.ndim == 2 else squared_norms(held)
+                    chunk = rows[:, low:high]
+                    products += inner_products(chunk) if products.ndim == 2 else squared_norms(chunk)
         checksums[layout.source(span.name)] = sums.cpu()
     errors = window.squared_errors().to(engine.device)
     return LoadedCandidates(gram.values.to(engine.device), errors, checksums, {}, {})
@@ -173,7 +175,7 @@ def _buffers(
         if isinstance(source, int):
             value = window.buffer(name, source).clone()
         else:
-            held = [window.buffer(name, i).double() * weight for i, weight in enumerate(source)]
-            value = torch.stack(held).sum(0).to(window.buffers[name].dtype)
+            weighted = [window.buffer(name, i).double() * weight for i, weight in enumerate(source)]
+            value = torch.stack(weighted).sum(0).to(window.buffers[name].dtype)
         values[name] = value.reshape(-1).cpu()
     return values

@@ -23,12 +23,12 @@ _LAWA = re.compile(r"lawa:(\d+)")
 
 def names(ema: Ema | None, window: Window | None) -> list[str]:
     """Return the names of the averages that can be shown now."""
-    found = [NOW[0]]
+    result = [NOW[0]]
     if ema and ema.updates:
         plain = [name for name in ema.names if name != BEMA]
-        found += ["ema"] if len(plain) == 1 else plain
-        found += [BEMA] if BEMA in ema.names else []
-    return found + (list(_FIXED) if window and window.count else [])
+        result += ["ema"] if len(plain) == 1 else plain
+        result += [BEMA] if BEMA in ema.names else []
+    return result + (list(_FIXED) if window and window.count else [])
 
 
 def mixture(which: Which, ema: Ema | None, window: Window | None) -> torch.Tensor | None:
@@ -82,13 +82,13 @@ def _ema(text: str, ema: Ema | None) -> int:
     if text == "ema" and len(plain) > 1:
         raise ConfigError(f"weights: 'ema' is one of several; {kept}.")
     text = plain[0] if text == "ema" and plain else text
-    found = next((name for name in names if _same(name, text)), None)
-    if found is None:
+    match = next((name for name in names if _same(name, text)), None)
+    if match is None:
         raise ConfigError(f"weights: {text!r} is not kept; {kept}.")
     if not ema.updates:
         start = ema.settings.start_step
         raise TwaError(f"weights: {text!r} has had no update yet; updates begin at step {max(start, 1)} or later.")
-    return names.index(found)
+    return names.index(match)
 
 
 def _same(name: str, text: str) -> bool:

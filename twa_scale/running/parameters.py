@@ -50,9 +50,9 @@ class Parameters:
         buffers = self._engine.buffers()
         if self._known_buffers is None:
             return buffers
-        known, now = self._known_buffers, _described(buffers)
-        for name in (*known, *(name for name in now if name not in known)):
-            before, after = known.get(name, "absent"), now.get(name, "absent")
+        known, current = self._known_buffers, _described(buffers)
+        for name in (*known, *(name for name in current if name not in known)):
+            before, after = known.get(name, "absent"), current.get(name, "absent")
             if before != after:
                 raise EngineError(
                     f"buffer {name!r} was {before} when RunningAverages was created, and is {after} now. Register "
@@ -113,13 +113,13 @@ class Parameters:
 
 def _trained_names(engine: Engine) -> frozenset[str]:
     parameters = engine.parameters.values()
-    found = frozenset(info.name for info in parameters if info.trainable and info.dtype.is_floating_point)
-    if not found:
+    names = frozenset(info.name for info in parameters if info.trainable and info.dtype.is_floating_point)
+    if not names:
         raise ConfigError(
             f"RunningAverages: none of the model's {len(parameters)} parameters requires a gradient, so that there is "
             "nothing to average. Set requires_grad first."
         )
-    return found
+    return names
 
 
 def _described(buffers: dict[str, torch.Tensor]) -> dict[str, str]:

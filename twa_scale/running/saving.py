@@ -71,14 +71,14 @@ def _save(
     with writing(
         path, form.specs, engine.shard_group, max_shard_size=max_shard_size, overwrite=True, base=BASE, **small_files
     ) as writer:
-        held = set(window.spans)
+        window_spans = set(window.spans)
 
         def write(span: Span, values: torch.Tensor) -> None:
             for stored, part in form.spans(span, values):
                 writer.write(stored, part, allow_infinite=may_be_mask(engine, span.name))
 
         for span in engine.spans():
-            pieces = _combined(window, i, span) if span in held else [(span, engine.live(span))]
+            pieces = _combined(window, i, span) if span in window_spans else [(span, engine.live(span))]
             for piece, values in pieces:
                 write(piece, values)
         if engine.shard_group.rank == 0:
@@ -91,5 +91,5 @@ def _combined(window: Window, i: int, span: Span) -> Iterator[tuple[Span, torch.
     if span.run:
         yield span, torch.cat([values for _, values in window.snapshot(i, span)])
         return
-    for cut, values in window.snapshot(i, span):
-        yield span.part(cut.start, cut.stop), values
+    for part, values in window.snapshot(i, span):
+        yield span.part(part.start, part.stop), values

@@ -155,10 +155,10 @@ class Showing:
         """Write the buffers of an average, which are on the first rank."""
         if not ema.settings.use_buffers:
             return
-        held = self._pods.broadcast({name: buffer.cpu() for name, buffer in ema.buffers[index].items()})
+        values = self._pods.broadcast({name: buffer.cpu() for name, buffer in ema.buffers[index].items()})
         with torch.no_grad():
             for name, buffer in self._parameters.buffers().items():
-                buffer.copy_(held[name])
+                buffer.copy_(values[name])
 
     def _report_writes(self) -> None:
         """Report that the weights were written while an average was shown, because the end of the block undoes it."""

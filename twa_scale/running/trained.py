@@ -28,7 +28,7 @@ class Trained:
     @property
     def nbytes(self) -> int:
         """The bytes of the copy."""
-        return sum(tensor.nbytes for held in (self._weights, self._buffers) for tensor in held.values())
+        return sum(tensor.nbytes for tensors in (self._weights, self._buffers) for tensor in tensors.values())
 
     @torch.no_grad()
     def keep(self, live: Mapping[Span, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:

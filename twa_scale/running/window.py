@@ -131,13 +131,13 @@ class Window:
         self, span: Span, values: torch.Tensor, row: int, dropped: torch.Tensor | None, newest: torch.Tensor
     ) -> None:
         combine = self.store.kernels.combine
-        for cut, part, base in self._pieces(span):
+        for indices, part, base in self._pieces(span):
             before = torch.empty_like(base)
             if dropped is not None:  # The new increment replaces it in its row, the only free one.
                 combine(part, dropped, base, 1.0, before)
                 base.copy_(before)
             combine(part, newest, base, 1.0, before)
-            difference = values[cut].to(before) - before
+            difference = values[indices].to(before) - before
             kept = write_row(part, row, difference)
             self.errors[row] += torch.linalg.vector_norm(difference - kept).double().square()
 
@@ -154,8 +154,8 @@ class Window:
         step = rows.run * max(1, size // run)
         for tile in range(0, rows.count, step):
             first, part = rows.part(tile, tile + step)
-            cut = slice(first, first + part.m)
-            yield cut, part, base[cut]
+            indices = slice(first, first + part.m)
+            yield indices, part, base[indices]
 
     def row_map(self, center: Sequence[float]) -> Trajectory:
         """Return the meaning of the rows for a center with these weights of the snapshots."""
@@ -171,15 +171,15 @@ class Window:
     def snapshot(self, i: int, span: Span) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield (columns, float32 values) of a span at snapshot `i`, in several parts."""
         factors = self._marked(self.order[:i])
-        for cut, part, base in self._pieces(span):
+        for indices, part, base in self._pieces(span):
             values = torch.empty_like(base)
             self.store.kernels.combine(part, factors, base, 1.0, values)
-            yield cut, values
+            yield indices, values
 
     def buffer(self, name: str, i: int) -> torch.Tensor:
         """Return a buffer at snapshot `i`. A mask or a table of integers is that of the last snapshot."""
-        held = self.buffers[name]
-        return held[(self.taken - self.count + i) % len(held)]
+        values = self.buffers[name]
+        return values[(self.taken - self.count + i) % len(values)]
 
     def parts(self, span: Span) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the base (k,) and the increments (n - 1, k) of a span in float32, k columns at a time."""

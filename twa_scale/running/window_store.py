@@ -28,13 +28,13 @@ class WindowStore:
         self.coding = coding
         self._margins: dict[Span, tuple[int, int]] = {}
         tiles: dict[Span, tuple[Span, int, int]] = {}
-        for whole, parts in (span_parts or {}).items():
-            rows, _ = window.held(whole)
-            for start, cut in parts if len(whole) else ():
-                first, last = rows.tiles_of(start, start + len(cut))
-                low, held = rows.part(first, last)
-                tiles[cut] = whole, first, last
-                self._margins[cut] = start - low, low + held.m - start - len(cut)
+        for span, parts in (span_parts or {}).items():
+            rows, _ = window.held(span)
+            for start, part in parts if len(span) else ():
+                first, last = rows.tiles_of(start, start + len(part))
+                low, part_rows = rows.part(first, last)
+                tiles[part] = span, first, last
+                self._margins[part] = start - low, low + part_rows.m - start - len(part)
         self._parts = window.store.with_parts(tiles)
 
     @property

@@ -63,7 +63,7 @@ def inspect(
     n = len(candidates)
     adapters = [candidate for candidate in candidates if isinstance(candidate, Concatenated)]
     factors = list(factors_in(candidates[0].names()).values()) if adapters else []
-    in_products = {name for one in factors for name in (one.a, one.b)}
+    in_products = {name for factor in factors for name in (factor.a, factor.b)}
     names = [
         name
         for name in candidates[0].names()
@@ -117,31 +117,31 @@ def _dtypes(counts: Counter[str]) -> str:
     return ", ".join(name for name, _ in counts.most_common())
 
 
-def inspection_json(found: Inspection) -> str:
+def inspection_json(inspection: Inspection) -> str:
     """Return the results as JSON. A cosine with a delta of zero norm is null."""
-    plain = asdict(found)
-    cosines = [[None if value != value else value for value in row] for row in found.cosines.tolist()]
-    return json.dumps({**plain, "cosines": cosines, "distances": found.distances.tolist()}, indent=2)
+    plain = asdict(inspection)
+    cosines = [[None if value != value else value for value in row] for row in inspection.cosines.tolist()]
+    return json.dumps({**plain, "cosines": cosines, "distances": inspection.distances.tolist()}, indent=2)
 
 
-def inspection_table(found: Inspection) -> Table:
+def inspection_table(inspection: Inspection) -> Table:
     """Return a table with one row for each candidate."""
     table = Table(caption="delta: to the mean of these candidates; cosine: of a delta and the one above")
-    with_adapters = any(found.adapters)
+    with_adapters = any(inspection.adapters)
     table.add_column("candidate", overflow="fold")
     for column in ("tensors", "elements", "dtype", "norm", "delta", "cosine"):
         table.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=column != "dtype")
     if with_adapters:
         table.add_column("adapter", overflow="fold")
-    for i, label in enumerate(found.labels):
+    for i, label in enumerate(inspection.labels):
         table.add_row(
             escape(Path(label).name),
-            f"{found.tensors[i]:,}",
-            f"{found.elements[i]:,}",
-            found.dtypes[i],
-            f"{found.norms[i]:.4g}",
-            f"{found.delta_norms[i]:.4g}",
-            f"{found.cosines[i, i - 1]:+.3f}" if i else "",
-            *([found.adapters[i] or ""] if with_adapters else []),
+            f"{inspection.tensors[i]:,}",
+            f"{inspection.elements[i]:,}",
+            inspection.dtypes[i],
+            f"{inspection.norms[i]:.4g}",
+            f"{inspection.delta_norms[i]:.4g}",
+            f"{inspection.cosines[i, i - 1]:+.3f}" if i else "",
+            *([inspection.adapters[i] or ""] if with_adapters else []),
         )
     return table

@@ -88,7 +88,7 @@ class Launch:
         return [_place("mpirun"), *ranks, *hosts, *threads, sys.executable, "-m", *self._run]
 
     def _slurm(self) -> list[str]:
-        script = next(place for place in _SCRIPTS if place.is_dir()) / "slurm.sbatch"
+        script = next(folder for folder in _SCRIPTS if folder.is_dir()) / "slurm.sbatch"
         ranks = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}"]
         python = f"--export=ALL,PYTHON={sys.executable}"  # the Python of the submitting shell may not have twa_scale
         return [_place("sbatch"), *ranks, python, str(script), self.config, *self.overrides]

@@ -65,8 +65,8 @@ def require_same_state(group: Group, state: AverageState) -> None:
     with group.agree():
         if other:
             raise StateError(
-                f"state: {other.key}: it differs between {other.where} and {other.where_first}; give all ranks the "
-                "same state."
+                f"state: {other.key}: it differs between {other.location} and {other.first_location}; give all ranks "
+                "the same state."
             )
 
 

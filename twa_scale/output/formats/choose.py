@@ -57,7 +57,7 @@ def output_format(
         return DcpFormat(_folder(last, origin), origin.nesting)
     with named_errors(OutputError, "--format same (format='same') copies what is in the directory."):
         chosen = _same(last, origin, carried, notify)
-    notify(_whose_state([candidate.label for candidate in candidates]))
+    notify(_state_notice([candidate.label for candidate in candidates]))
     return chosen
 
 
@@ -72,28 +72,28 @@ def _same(last: Candidate, origin: Origin, carried: CarriedFiles, notify: Callab
         return _same_deepspeed(last, origin, root, carried, notify)
     files = _weight_files(last, origin)
     is_directory = Path(last.label).is_dir()
-    beside = state_files(root, files, notify, code=carried.code) if is_directory else []
-    own = {path: other_tensors(path, held.values()) for path, held in origin.keys.items()}
-    check_other_copies(last, origin, own, beside, notify)
+    extra_files = state_files(root, files, notify, code=carried.code) if is_directory else []
+    own_shapes = {path: other_tensors(path, keys.values()) for path, keys in origin.keys.items()}
+    check_other_copies(last, origin, own_shapes, extra_files, notify)
     if origin.written_as == "hf":
         index = _index(last)
-        return SameSafetensorsFormat(_entries(files), None if index else last.file_name, beside)
+        return SameSafetensorsFormat(_entries(files), None if index else last.file_name, extra_files)
     if (index := _index(last)) and origin.written_as == "pt":
-        beside.append((index.name, index))
-    return SameFormat(origin, root, beside)
+        extra_files.append((index.name, index))
+    return SameFormat(origin, root, extra_files)
 
 
 def _same_deepspeed(
     last: Candidate, origin: Origin, root: Path, carried: CarriedFiles, notify: Callable[[str], None]
 ) -> OutputFormat:
     files = files_in_deepspeed(root)
-    beside = state_files(root, files, notify, code=carried.code, of_deepspeed=True)
-    own = shapes_in_deepspeed(root)
+    extra_files = state_files(root, files, notify, code=carried.code, of_deepspeed=True)
+    own_shapes = shapes_in_deepspeed(root)
     added = [
-        (str(path.relative_to(root)), path) for path in files if path not in own
+        (str(path.relative_to(root)), path) for path in files if path not in own_shapes
     ]  # added to the folder by a script
-    check_other_copies(last, origin, own, [*beside, *added], notify)
-    return SameDeepSpeedFormat(origin, root, beside)
+    check_other_copies(last, origin, own_shapes, [*extra_files, *added], notify)
+    return SameDeepSpeedFormat(origin, root, extra_files)
 
 
 def _root(last: Candidate, origin: Origin) -> Path:
@@ -114,36 +114,36 @@ def _root(last: Candidate, origin: Origin) -> Path:
             "or pt."
         )
     root = label if label.is_dir() else label.parent
-    if outside := next((path for path in origin.keys if not path.is_relative_to(root)), None):
+    if other := next((path for path in origin.keys if not path.is_relative_to(root)), None):
         raise OutputError(
-            f"{last.label}: its weights are in {outside}, which is not below it, and --format same (format='same') "
+            f"{last.label}: its weights are in {other}, which is not below it, and --format same (format='same') "
             "copies a directory. Name the directory of the weights, or choose hf, dcp or pt."
         )
     return root
 
 
-def _whose_state(labels: Sequence[str]) -> str:
+def _state_notice(labels: Sequence[str]) -> str:
     """Return a notice with the candidate whose state of the training is copied."""
-    said = f"--format same (format='same'): the state of the training is that of {labels[-1]}, the last candidate"
+    text = f"--format same (format='same'): the state of the training is that of {labels[-1]}, the last candidate"
     steps = {label: step for label in labels if (step := step_of(Path(label))) is not None}
     furthest = max(steps, key=lambda label: steps[label], default=labels[-1])
     if labels[-1] not in steps or steps[furthest] == steps[labels[-1]]:
-        return f"{said}."
+        return f"{text}."
     return (
-        f"{said}, though {furthest} is of a later step. Give the candidates in the order of the training (a pattern in "
+        f"{text}, though {furthest} is of a later step. Give the candidates in the order of the training (a pattern in "
         "quotes is put in that order) if that is not meant."
     )
 
 
 def _entries(files: Sequence[Path]) -> dict[str, Entry]:
     """Return the entry of each tensor in the headers of safetensors files."""
-    found: dict[str, Entry] = {}
+    result: dict[str, Entry] = {}
     for path in files:
         if not path.name.endswith(INDEX):
             file = File(path)
-            found |= read_header(file)[0]
+            result |= read_header(file)[0]
             file.close()
-    return found
+    return result
 
 
 def _weight_files(last: Candidate, origin: Origin) -> list[Path]:
@@ -172,5 +172,5 @@ def _file_name(last: Candidate, base: str) -> str:
 def _folder(last: Candidate, origin: Origin) -> str:
     """Return the folder of DCP files in an output, which is that of the last candidate in its directory."""
     root = Path(last.label)
-    inside = [path for path in origin.keys if path.is_dir() and path != root and path.is_relative_to(root)]
-    return str(inside[0].relative_to(root)) if inside else "."
+    folders = [path for path in origin.keys if path.is_dir() and path != root and path.is_relative_to(root)]
+    return str(folders[0].relative_to(root)) if folders else "."

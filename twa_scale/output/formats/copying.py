@@ -20,7 +20,7 @@ class Copy:
     source: Path
     version: tuple[int, int]
     """The size and the time of the last change of the source, in bytes and nanoseconds, which must not change."""
-    without: Sequence[tuple[int, int]] = ()
+    skipped_ranges: Sequence[tuple[int, int]] = ()
     """Ranges of bytes that are not copied, but become holes."""
 
     @property
@@ -50,7 +50,7 @@ def copy_file(copy: Copy, directory: Path) -> None:
     with os.fdopen(source, "rb", buffering=0) as old, target.open("wb", buffering=0) as new:
         _require_unchanged(copy, old.fileno())
         size, position = copy.version[0], 0
-        for begin, end in [*sorted(copy.without), (size, size)]:
+        for begin, end in [*sorted(copy.skipped_ranges), (size, size)]:
             for offset, piece in pieces_of(old.fileno(), position, begin):
                 write_at(new.fileno(), piece, offset)
             position = max(position, end)

@@ -23,7 +23,7 @@ from twa_scale.output.disk import write_at
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
 from twa_scale.output.formats.placed_files import PlacedFiles
-from twa_scale.output.formats.torch_api import BESIDE_NUMBERS, save_without_values, storage_info, without_values
+from twa_scale.output.formats.torch_api import NUMBERS_FILE, save_without_values, storage_info, without_values
 from twa_scale.output.publish import write_file
 
 _CHUNK_BYTES = 64 << 20  # A rank that loads a part of a tensor reads the whole chunks that hold it.
@@ -59,7 +59,7 @@ class _DcpFiles(PlacedFiles):
 
     @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self._specs) + len(self._chunks) * BESIDE_NUMBERS
+        return sum(spec.nbytes for spec in self._specs) + len(self._chunks) * NUMBERS_FILE
 
     @property
     def names(self) -> Sequence[str]:

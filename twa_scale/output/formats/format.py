@@ -97,7 +97,7 @@ class OutputFormat(ABC):
     """The name of the format in messages and settings."""
     of_last = False
     """Whether each tensor has the dtype of the last candidate, not the widest one of all."""
-    beside: Sequence[tuple[str, Path]] = ()
+    extra_files: Sequence[tuple[str, Path]] = ()
     """Files to copy unchanged, by their path in the output directory."""
 
     @abstractmethod

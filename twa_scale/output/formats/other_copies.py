@@ -23,14 +23,14 @@ _MASTER = re.compile(
 )
 _SLOW = re.compile(r"slow_(buffer|params?|weights?)")
 _ARCHIVE = b"PK\x03\x04"
-_WAY_OUT = "Choose --format hf, dcp or pt (format=), and start with a new optimizer"
+_FIX = "Choose --format hf, dcp or pt (format=), and start with a new optimizer"
 
 
 def check_other_copies(
     last: Candidate,
     origin: Origin,
-    own: Mapping[Path, Mapping[Keys, Shape]],
-    beside: Sequence[tuple[str, Path]],
+    own_shapes: Mapping[Path, Mapping[Keys, Shape]],
+    extra_files: Sequence[tuple[str, Path]],
     notify: Callable[[str], None],
 ) -> None:
     """Check that a training that resumes from copies of these files uses only weights that are replaced.
@@ -38,34 +38,36 @@ def check_other_copies(
     Args:
         last: the candidate.
         origin: the positions in its files of the weights that are replaced.
-        own: the shapes of the tensors in its files, by their paths of keys.
-        beside: the files that are copied unchanged, by their path in the directory.
+        own_shapes: the shapes of the tensors in its files, by their paths of keys.
+        extra_files: the files that are copied unchanged, by their path in the directory.
         notify: called with each notice for the user.
 
     Raises:
         OutputError: another file also contains the weights, or an optimizer has its own copy of them.
     """
     label, weight_files = last.label, {path.name for path in origin.keys}
-    for name, path in beside:
+    for name, path in extra_files:
         if is_rank_file(path) or (is_of_fsdp(outer := Path(name).parts[0]) and outer not in weight_files):
-            raise OutputError(_held_again(label, name))
-    found = {str(path): shapes for path, shapes in own.items()}
-    others, unread = _read(beside)
-    _require_no_master(label, {**found, **others})
+            raise OutputError(_stored_twice(label, name))
+    shapes_by_file = {str(path): shapes for path, shapes in own_shapes.items()}
+    others, unread = _read(extra_files)
+    _require_no_master(label, {**shapes_by_file, **others})
     weights = {name: last.shape(name) for name in last.names()}
-    copies = {name: held for name, shapes in others.items() if (held := _held(weights, shapes))}
+    copies = {name: stored for name, shapes in others.items() if (stored := _copies_of(weights, shapes))}
     if 2 * len(set().union(*copies.values())) >= max(1, len(weights)):
-        raise OutputError(_held_again(label, next(iter(copies))))
-    if origin.nesting != (OF_LIGHTNING,) and any(keys[0] == OF_LIGHTNING for held in found.values() for keys in held):
+        raise OutputError(_stored_twice(label, next(iter(copies))))
+    if origin.nesting != (OF_LIGHTNING,) and any(
+        keys[0] == OF_LIGHTNING for stored in shapes_by_file.values() for keys in stored
+    ):
         notify(
             f"{label}: Lightning's WeightAveraging resumes from {OF_LIGHTNING!r}, which stays that of the last "
             f"candidate. Set `weights_key: {OF_LIGHTNING}` (--weights-key) to average that."
         )
-    every = [keys for shapes in (*found.values(), *others.values()) for keys in shapes]
-    if slow := sorted({".".join(keys) for keys in every if _is_slow(keys)}):
+    all_keys = [keys for shapes in (*shapes_by_file.values(), *others.values()) for keys in shapes]
+    if slow := sorted({".".join(keys) for keys in all_keys if _is_slow(keys)}):
         notify(
             f"{label}: {quoted(slow)} are weights that the optimizer keeps (Lookahead, schedule-free). They remain "
-            f"those of the last candidate, and training continues from both. {_WAY_OUT}, if this is not intended."
+            f"those of the last candidate, and training continues from both. {_FIX}, if this is not intended."
         )
     if unread:
         notify(
@@ -88,22 +90,22 @@ def _require_no_master(label: str, files: Mapping[str, Mapping[Keys, Shape]]) ->
         if master := next((".".join(keys) for keys in shapes if _has(_MASTER, keys)), None):
             raise OutputError(
                 f"{label}: {name} holds {master!r}, the optimizer's copy of weights, from which training would resume, "
-                f"and not from the average. {_WAY_OUT}."
+                f"and not from the average. {_FIX}."
             )
 
 
-def _held_again(label: str, name: str) -> str:
+def _stored_twice(label: str, name: str) -> str:
     return (
         f"{label}: {name!r} holds the weights too. --format same (format='same') would keep those of the last "
-        f"candidate there, and training may resume from them. {_WAY_OUT}; or remove {name!r} if nothing loads it."
+        f"candidate there, and training may resume from them. {_FIX}; or remove {name!r} if nothing loads it."
     )
 
 
-def _read(beside: Sequence[tuple[str, Path]]) -> tuple[dict[str, Mapping[Keys, Shape]], list[str]]:
+def _read(extra_files: Sequence[tuple[str, Path]]) -> tuple[dict[str, Mapping[Keys, Shape]], list[str]]:
     """Return the shapes of the tensors in files of torch, and the names of those that cannot be read."""
     shapes: dict[str, Mapping[Keys, Shape]] = {}
     unread = []
-    for name, path in beside:
+    for name, path in extra_files:
         folder = path.name == METADATA
         if is_averaged(name) or not (folder or _is_archive(path)):
             if is_torch(name) and not is_averaged(name):
@@ -133,7 +135,7 @@ def other_tensors(path: Path, weights: Collection[Keys]) -> Mapping[Keys, Shape]
         raise OutputError(
             f"{path}: holds {buffer!r}, a flat buffer with the distributed optimizer's copy of weights, from which "
             "training would resume, and not from the average. Save checkpoints with "
-            f"--dist-ckpt-optim-fully-reshardable, which keeps this copy by name. {_WAY_OUT}."
+            f"--dist-ckpt-optim-fully-reshardable, which keeps this copy by name. {_FIX}."
         )
     written = set(weights).union(*copies_of_weights(weights, folder.shapes).values())
     others = {keys: shape for keys, shape in folder.shapes.items() if keys not in written}
@@ -142,7 +144,7 @@ def other_tensors(path: Path, weights: Collection[Keys]) -> Mapping[Keys, Shape]
 
 
 def _require_all_written(
-    path: Path, weights: Collection[Keys], others: Mapping[Keys, Shape], every: Collection[Keys]
+    path: Path, weights: Collection[Keys], others: Mapping[Keys, Shape], all_keys: Collection[Keys]
 ) -> None:
     """Check that `same` writes each copy that the optimizer has of a weight, and with copies each weight of the model.
 
@@ -150,30 +152,30 @@ def _require_all_written(
         path: the folder of DCP.
         weights: the paths of keys of the weights.
         others: the shapes of the tensors that are not written, by their paths of keys.
-        every: the paths of keys of all tensors.
+        all_keys: the paths of keys of all tensors.
 
     Raises:
         OutputError: a copy or a weight is not written. The message names it.
     """
     of_optimizer = any(map(weight_of_copy, weights))
-    way_out = _WAY_OUT
+    fix = _FIX
     if of_optimizer:
-        way_out += (
+        fix += (
             "; or leave out `weights_key`, or set it to optimizer.state.param or optimizer.state.fp32_param, which "
             "takes the copies of all optimizers"
         )
     copies = {keys: weight for keys in others if (weight := weight_of_copy(keys))}
     if copies:  # A module may be called `param`: its state in the optimizer is no copy.
-        of_model = {end for keys in every if not is_optimizer_entry(keys) for end in _ends(".".join(keys))}
+        of_model = {end for keys in all_keys if not is_optimizer_entry(keys) for end in _ends(".".join(keys))}
         if copy := next((keys for keys, weight in sorted(copies.items()) if weight in of_model), None):
             raise OutputError(
                 f"{path}: holds {'.'.join(copy)!r}, the optimizer's copy of weights, from which training would resume, "
-                f"and not from the average, in which no tensor has this name and the shape {others[copy]}. {way_out}."
+                f"and not from the average, in which no tensor has this name and the shape {others[copy]}. {fix}."
             )
     if of_optimizer and (old := min((keys for keys in others if not is_optimizer_entry(keys)), default=None)):
         raise OutputError(
             f"{path}: holds {'.'.join(old)!r} of the model, of which no optimizer's copy of the same shape is among "
-            f"the weights that are averaged: it would stay that of the last candidate. {way_out}."
+            f"the weights that are averaged: it would stay that of the last candidate. {fix}."
         )
 
 
@@ -187,7 +189,7 @@ def _is_archive(path: Path) -> bool:
         return file.read(len(_ARCHIVE)) == _ARCHIVE
 
 
-def _held(weights: Mapping[str, Shape], shapes: Mapping[Keys, Shape]) -> set[str]:
+def _copies_of(weights: Mapping[str, Shape], shapes: Mapping[Keys, Shape]) -> set[str]:
     """Return the weights that a file contains with their names, below any keys."""
     joined = {".".join(keys): shape for keys, shape in shapes.items() if not is_optimizer_entry(keys)}
     plain = without_wrappers(joined)

@@ -42,8 +42,8 @@ class PlacedFiles(WeightFiles):
 
     def places(self, directory: Path) -> Mapping[str, Sequence[Placeable]]:
         """Return the tensors in the files that hold each weight. Those after the first may have other dtypes."""
-        found = read_tensors({directory / path: held for path, held in self._keys.items()})
-        return {name: [tensor] for name, tensor in found.items()}
+        tensors = read_tensors({directory / path: stored_keys for path, stored_keys in self._keys.items()})
+        return {name: [tensor] for name, tensor in tensors.items()}
 
     @property
     def shared(self) -> Sequence[tuple[str, str]]:
@@ -59,9 +59,9 @@ class PlacedFiles(WeightFiles):
         shared: dict[tuple[str, str], None] = {}
         for spec in self._specs:
             for stored in self._storages(spec):
-                place = stored.record.file.path, stored.record.begin
-                records.setdefault(place, stored.record)
-                if stored.numel and (other := first.setdefault((*place, stored.first), spec.name)) != spec.name:
+                key = stored.record.file.path, stored.record.begin
+                records.setdefault(key, stored.record)
+                if stored.numel and (other := first.setdefault((*key, stored.first), spec.name)) != spec.name:
                     shared[other, spec.name] = None
         self._shared = list(shared)
         self._records = list(records.values())
@@ -86,12 +86,12 @@ class PlacedFiles(WeightFiles):
 
     def checksums(self, rank: int, size: int) -> Mapping[int, int]:
         """Return the CRC-32 of some records, by their number."""
-        found = {}
+        result = {}
         for number in range(rank, len(self._records), size):
             record = self._records[number]
             with Path(record.file.path).open("rb", buffering=0) as file:
-                found[number] = _crc(file.fileno(), record.begin, record.nbytes)
-        return found
+                result[number] = _crc(file.fileno(), record.begin, record.nbytes)
+        return result
 
     def finish(self, checksums: Mapping[int, int]) -> None:
         """Write the CRC-32 of every record into the archives."""
@@ -124,12 +124,12 @@ def _as(dtype: torch.dtype, values: torch.Tensor, name: str) -> torch.Tensor:
 def read_tensors(keys: Located) -> dict[str, Stored | BoxTensor]:
     """Return the tensors in files of torch.save, and in folders of DCP, by name."""
     tensors: dict[str, Stored | BoxTensor] = {}
-    for path, held in keys.items():
+    for path, stored_keys in keys.items():
         if path.is_dir():
-            tensors |= DcpFolder(path).tensors(held)
+            tensors |= DcpFolder(path).tensors(stored_keys)
         else:
-            found = tensors_in(path)
-            tensors |= {name: found[keys_of] for name, keys_of in held.items()}
+            file_tensors = tensors_in(path)
+            tensors |= {name: file_tensors[keys_of] for name, keys_of in stored_keys.items()}
     return tensors
 
 

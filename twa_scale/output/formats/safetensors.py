@@ -30,18 +30,18 @@ class SameSafetensorsFormat(SafetensorsFormat):
     """The safetensors files of the last candidate, with the state of its training.
 
     Args:
-        held: the tensors in its files.
+        entries: the tensors in its files.
         file: the name of its file; None if it has several and an index.
-        beside: the other files to copy.
+        extra_files: the other files to copy.
     """
 
     name = "same"
     of_last = True
 
-    def __init__(self, held: Mapping[str, Entry], file: str | None, beside: Sequence[tuple[str, Path]]) -> None:
-        self._held = held
+    def __init__(self, entries: Mapping[str, Entry], file: str | None, extra_files: Sequence[tuple[str, Path]]) -> None:
+        self._held = entries
         self._file = file
-        self.beside = beside
+        self.extra_files = extra_files
 
     def files(
         self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None

@@ -31,16 +31,16 @@ class SameFormat(OutputFormat):
     Args:
         origin: the format of the last candidate, and the positions of the weights in its files.
         root: the directory that becomes the output directory.
-        beside: the other files to copy.
+        extra_files: the other files to copy.
     """
 
     name = "same"
     of_last = True
 
-    def __init__(self, origin: Origin, root: Path, beside: Sequence[tuple[str, Path]]) -> None:
+    def __init__(self, origin: Origin, root: Path, extra_files: Sequence[tuple[str, Path]]) -> None:
         self._origin = origin
         self._root = root
-        self.beside = beside
+        self.extra_files = extra_files
 
     def files(
         self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None
@@ -50,8 +50,8 @@ class SameFormat(OutputFormat):
         Raises:
             OutputError: the files lack a tensor.
         """
-        held = {name for names in self._origin.keys.values() for name in names}
-        if absent := next((spec.name for spec in specs if spec.name not in held), None):
+        stored = {name for names in self._origin.keys.values() for name in names}
+        if absent := next((spec.name for spec in specs if spec.name not in stored), None):
             raise OutputError(
                 f"{self._root}: tensor {absent!r} is not in the files of the last candidate under this name, and "
                 "--format same (format='same') keeps them. Choose hf, dcp or pt."
@@ -61,10 +61,14 @@ class SameFormat(OutputFormat):
 
 class _SameFiles(PlacedFiles):
     def __init__(self, specs: Sequence[TensorSpec], origin: Origin, root: Path) -> None:
-        keys = {path.relative_to(root): held for path, held in origin.keys.items()}
+        keys = {path.relative_to(root): stored_keys for path, stored_keys in origin.keys.items()}
         names = {spec.name for spec in specs}
         super().__init__(
-            specs, {path: {name: held[name] for name in held if name in names} for path, held in keys.items()}
+            specs,
+            {
+                path: {name: stored_keys[name] for name in stored_keys if name in names}
+                for path, stored_keys in keys.items()
+            },
         )
         self._root = root
         self._versions = origin.versions
@@ -98,8 +102,8 @@ class _SameFiles(PlacedFiles):
             if stored.row_major():  # Other tensors may have gaps between their elements, which are copied.
                 replaced.setdefault(path, []).append(extent)
             stored.record.file.close()
-        for path, held in views.items():
-            _require_apart(path, held)
+        for path, path_views in views.items():
+            _require_apart(path, path_views)
         self._copies = [
             Copy(name, source, versions[source], replaced.get(source, ()))
             for source, name in zip(self._sources, self.names, strict=True)
@@ -110,15 +114,15 @@ class _SameFiles(PlacedFiles):
 
     def places(self, directory: Path) -> Mapping[str, Sequence[Placeable]]:
         """Return the tensors that hold each weight, and its copies by an optimizer in a folder of DCP."""
-        found = {name: [*tensors] for name, tensors in super().places(directory).items()}
-        for path, held in self._keys.items():
+        tensors_by_name = {name: [*tensors] for name, tensors in super().places(directory).items()}
+        for path, stored_keys in self._keys.items():
             if (directory / path).is_dir():
                 folder = DcpFolder(directory / path)
-                copies = copies_of_weights(held.values(), folder.shapes)
+                copies = copies_of_weights(stored_keys.values(), folder.shapes)
                 tensors = folder.tensors({".".join(copy): copy for others in copies.values() for copy in others})
-                for name, keys in held.items():
-                    found[name] += [tensors[".".join(copy)] for copy in copies[keys]]
-        return found
+                for name, keys in stored_keys.items():
+                    tensors_by_name[name] += [tensors[".".join(copy)] for copy in copies[keys]]
+        return tensors_by_name
 
 
 def _require_apart(path: Path, views: Collection[tuple[Extent, object]]) -> None:

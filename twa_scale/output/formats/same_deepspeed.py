@@ -22,16 +22,16 @@ class SameDeepSpeedFormat(OutputFormat):
     Args:
         origin: the format of the last candidate, and the versions of its files.
         root: its directory.
-        beside: the other files to copy.
+        extra_files: the other files to copy.
     """
 
     name = "same"
     of_last = True
 
-    def __init__(self, origin: Origin, root: Path, beside: Sequence[tuple[str, Path]]) -> None:
+    def __init__(self, origin: Origin, root: Path, extra_files: Sequence[tuple[str, Path]]) -> None:
         self._origin = origin
         self._root = root
-        self.beside = beside
+        self.extra_files = extra_files
 
     def files(
         self, specs: Sequence[TensorSpec], max_shard_size: int, base: str, metadata: Mapping[str, str] | None
@@ -73,10 +73,10 @@ class _DeepSpeedFiles(PlacedFiles):
 
     def places(self, directory: Path) -> Mapping[str, Sequence[Placeable]]:
         """Return the tensors that hold each weight."""
-        found = storages_in_deepspeed(directory)
-        if absent := next((spec.name for spec in self._specs if spec.name not in found), None):
+        storages = storages_in_deepspeed(directory)
+        if absent := next((spec.name for spec in self._specs if spec.name not in storages), None):
             raise OutputError(
                 f"{self._root}: tensor {absent!r} is not in the files of the last candidate under this name, and "
                 "--format same (format='same') keeps them. Choose hf, dcp or pt."
             )
-        return found
+        return storages

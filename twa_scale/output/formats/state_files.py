@@ -46,14 +46,14 @@ def state_files(
             "(format='same'), and put the result in its place in a copy of the last one; or choose --format hf "
             "(format='hf'), and load the average with from_pretrained."
         )
-    found = _Found(root, {path.resolve() for path in weights}, code)
-    files = [(str(path.relative_to(root)), path) for path in found.files(root)]
-    for why, names in found.left_out.items():
-        notify(f"{root}: left out of the output: {quoted(sorted(names))} ({why}).")
+    scan = _FileScan(root, {path.resolve() for path in weights}, code)
+    files = [(str(path.relative_to(root)), path) for path in scan.files(root)]
+    for reason, names in scan.left_out.items():
+        notify(f"{root}: left out of the output: {quoted(sorted(names))} ({reason}).")
     return files
 
 
-class _Found:
+class _FileScan:
     def __init__(self, root: Path, weights: Collection[Path], code: bool) -> None:
         self._root = root
         self._weights = weights
@@ -98,8 +98,8 @@ class _Found:
         return True
 
     def _holds_the_same(self, name: str) -> bool:
-        return name in _LOADED or is_shard(name) or any(is_variant(name, own) for own in self._names)
+        return name in _LOADED or is_shard(name) or any(is_variant(name, own_name) for own_name in self._names)
 
-    def _leave_out(self, path: Path, why: str) -> bool:
-        self.left_out.setdefault(why, []).append(str(path.relative_to(self._root)))
+    def _leave_out(self, path: Path, reason: str) -> bool:
+        self.left_out.setdefault(reason, []).append(str(path.relative_to(self._root)))
         return False

@@ -10,7 +10,7 @@ from twa_scale.errors import OutputError
 
 _TESTED = "2.6 to 2.14"
 _PROBE_BYTES = 1 << 16
-BESIDE_NUMBERS = 4096
+NUMBERS_FILE = 4096
 """The maximum number of bytes that an archive of torch.save has for each tensor in addition to its values."""
 _PLACES = {
     "FakeTensorMode": "torch._subclasses.fake_tensor",

@@ -8,7 +8,7 @@ from twa_scale.candidates.formats.origin import Keys
 from twa_scale.output.file_layout import TensorSpec
 from twa_scale.output.formats.format import OutputFormat, WeightFiles
 from twa_scale.output.formats.placed_files import PlacedFiles
-from twa_scale.output.formats.torch_api import BESIDE_NUMBERS, save_without_values, without_values
+from twa_scale.output.formats.torch_api import NUMBERS_FILE, save_without_values, without_values
 
 
 class TorchFormat(OutputFormat):
@@ -40,7 +40,7 @@ class _TorchFile(PlacedFiles):
 
     @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes + BESIDE_NUMBERS for spec in self._specs)
+        return sum(spec.nbytes + NUMBERS_FILE for spec in self._specs)
 
     @property
     def names(self) -> Sequence[str]:

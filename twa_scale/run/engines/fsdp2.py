@@ -34,8 +34,8 @@ class Fsdp2(RunEngine):
         mesh = mesh or init_device_mesh(device.type, (world.size,))
         with _EmptyOnMeta():
             model = task.model().to(torch.float32)
-        whole = keeps_values(self.config, model)
-        if whole:
+        keep_values = keeps_values(self.config, model)
+        if keep_values:
             model = task.model().to(torch.float32)
         computed = {name: buffer.clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
         policy = MixedPrecisionPolicy()
@@ -44,14 +44,14 @@ class Fsdp2(RunEngine):
         for block in blocks_of(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        if whole:
+        if keep_values:
             return model.to(device)
-        held = set(model.state_dict())
+        stored = set(model.state_dict())
         model.to_empty(device=device)
         for name, buffer in model.named_buffers():
             if name in computed:
                 buffer.copy_(computed[name])
-            elif name not in held:
+            elif name not in stored:
                 raise ConfigError(
                     f"task: buffer {name!r} of the model is neither computed when it is built nor held by checkpoints, "
                     "so its value would be lost under FSDP2. Register it with a value, or use engine: ddp."

@@ -23,12 +23,12 @@ def candidates_leave_values(config: RunConfig) -> bool:
     """
     if config.missing == "keep":
         return True
-    group, found = Group.world(), False
+    group, result = Group.world(), False
     with group.agree():
         if group.rank == 0:
             paths = find_sources(config.candidates, 1, ignore_notice, config.select)
-            found = any(isinstance(path, Path | Url) and (path / ADAPTER_CONFIG).is_file() for path in paths)
-    return group.broadcast(found)
+            result = any(isinstance(path, Path | Url) and (path / ADAPTER_CONFIG).is_file() for path in paths)
+    return group.broadcast(result)
 
 
 def keeps_values(config: RunConfig, model: nn.Module) -> bool:

@@ -169,7 +169,7 @@ def zero_settings(config: RunConfig, stage: int, ranks: int) -> dict[str, Any]:
     Raises:
         ConfigError: a batch size or the stage differs from that of the run.
     """
-    given = {k: v for k, v in (config.deepspeed or {}).items() if k not in ("optimizer", "scheduler")}
+    settings_given = {k: v for k, v in (config.deepspeed or {}).items() if k not in ("optimizer", "scheduler")}
     micro, accumulate = cut(config.batch_size, config.micro_batch_size, ranks)
     batch = {
         "train_batch_size": config.batch_size,
@@ -177,20 +177,20 @@ def zero_settings(config: RunConfig, stage: int, ranks: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulate,
     }
     for key, value in batch.items():
-        if given.get(key, "auto") not in ("auto", value):
+        if settings_given.get(key, "auto") not in ("auto", value):
             raise ConfigError(
-                f"deepspeed.{key} is {given[key]}, but batch_size {config.batch_size} on {ranks} ranks in "
+                f"deepspeed.{key} is {settings_given[key]}, but batch_size {config.batch_size} on {ranks} ranks in "
                 f"micro-batches of {micro} makes it {value}: leave it out, or make both agree."
             )
-    zero = {**ZERO, **given.get("zero_optimization", {})}
+    zero = {**ZERO, **settings_given.get("zero_optimization", {})}
     if zero.setdefault("stage", stage) != stage:
         raise ConfigError(
             f"deepspeed.zero_optimization.stage is {zero['stage']}, but engine is {config.engine!r}: remove one of "
             "them."
         )
-    settings = {"zero_allow_untested_optimizer": True, "steps_per_print": None, **given, **batch}
+    settings = {"zero_allow_untested_optimizer": True, "steps_per_print": None, **settings_given, **batch}
     precisions = ("bf16", "fp16", "torch_autocast")
-    if config.precision == "bfloat16" and not any(given.get(key, {}).get("enabled") for key in precisions):
+    if config.precision == "bfloat16" and not any(settings_given.get(key, {}).get("enabled") for key in precisions):
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return {**settings, "zero_optimization": zero}
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from twa_scale.base.inputs import open_regular, parse_json, text
 from twa_scale.base.names import nearest
 from twa_scale.errors import ConfigError
-from twa_scale.run.tasks.packages import needed
+from twa_scale.run.tasks.packages import require_module
 
 PARQUET = ".parquet"
 SUFFIXES = (PARQUET, ".arrow")
@@ -52,9 +52,9 @@ def batches(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
                 batch.validate(full=True)
                 yield batch
         else:
-            reader, found = _arrow(path)
+            reader, record_batches = _arrow(path)
             require_columns(path, reader.schema.names, columns)
-            for batch in found:
+            for batch in record_batches:
                 selected = batch.select(list(columns.values()))
                 selected.validate(full=True)
                 yield selected
@@ -71,12 +71,12 @@ def is_compressed(path: Path) -> bool:
     """Return whether the first record batch of an Arrow file is decompressed, so that it is not a view of the file."""
     with named_errors(path):
         mapped = _mapped(path)
-        whole = mapped.read_buffer()
+        file_buffer = mapped.read_buffer()
         mapped.seek(0)
         first = next(_read(mapped)[1], None)
         buffers = [buffer for column in (first.columns if first else ()) for buffer in column.buffers()]
-        inside = range(whole.address, whole.address + whole.size + 1)
-        return any(buffer.address not in inside for buffer in buffers if buffer is not None and buffer.size)
+        addresses = range(file_buffer.address, file_buffer.address + file_buffer.size + 1)
+        return any(buffer.address not in addresses for buffer in buffers if buffer is not None and buffer.size)
 
 
 def integer_lists(column: Any, path: Path, row: int, name: str, fix: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -120,7 +120,7 @@ def class_names(path: Path, column: str) -> list[str]:
         return []
 
 
-def require_columns(place: str | Path, known: list[str], columns: Mapping[str, str]) -> None:
+def require_columns(location: str | Path, known: list[str], columns: Mapping[str, str]) -> None:
     """Check that a file or row has the columns.
 
     Raises:
@@ -129,8 +129,8 @@ def require_columns(place: str | Path, known: list[str], columns: Mapping[str, s
     for setting, column in columns.items():
         if column not in known:
             raise ConfigError(
-                f"{place}: has no column {column!r}{nearest(column, known) or '.'} Its columns are {', '.join(known)}; "
-                f"set {setting} to one of them."
+                f"{location}: has no column {column!r}{nearest(column, known) or '.'} Its columns are "
+                f"{', '.join(known)}; set {setting} to one of them."
             )
 
 
@@ -140,7 +140,7 @@ def pyarrow(module: str = "pyarrow") -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    return needed(module, "task: parquet and Arrow files need the package pyarrow", "twa-scale[data]")
+    return require_module(module, "task: parquet and Arrow files need the package pyarrow", "twa-scale[data]")
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from twa_scale.run.tasks import arrow
 
-_STRETCH = 1 << 27  # decoded bytes of the row groups in a run of consecutive rows
-_CACHE = 2 * _STRETCH
+_PIECE_COST = 1 << 27  # decoded bytes of the row groups in a run of consecutive rows
+_CACHE = 2 * _PIECE_COST
 
 
 class _File(Protocol):
@@ -81,7 +81,7 @@ class Column:
         self._ends = list(accumulate(sizes))
         self._costs = costs
         self._cache: OrderedDict[int, Any] = OrderedDict()
-        self.stretches = _stretches(sizes, costs)
+        self.stretches = _pieces(sizes, costs)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -108,14 +108,14 @@ class Column:
         return self._cache[number]
 
 
-def _stretches(sizes: list[int], costs: list[int]) -> tuple[int, ...]:
-    """Return the numbers of rows in runs of pieces that cost at most `_STRETCH`, or of single pieces that cost more."""
-    found: list[int] = []
-    total = _STRETCH + 1
+def _pieces(sizes: list[int], costs: list[int]) -> tuple[int, ...]:
+    """Return the numbers of rows in runs of pieces that cost at most `_PIECE_COST`, or of pieces that cost more."""
+    result: list[int] = []
+    total = _PIECE_COST + 1
     for size, cost in zip(sizes, costs, strict=True):
         total += cost
-        if total > _STRETCH:
-            found.append(0)
+        if total > _PIECE_COST:
+            result.append(0)
             total = cost
-        found[-1] += size
-    return tuple(size for size in found if size)
+        result[-1] += size
+    return tuple(size for size in result if size)

@@ -167,21 +167,21 @@ class SourceReader:
             f"{self._section}.chat_template_kwargs",
         )
         truncated = unanswered = total = 0
-        for place, (messages,) in self._rows(paths, "messages_key", self._source.messages_key):
-            tokens, hidden = encoder.encode(messages, place)
+        for location, (messages,) in self._rows(paths, "messages_key", self._source.messages_key):
+            tokens, hidden = encoder.encode(messages, location)
             total += 1
             truncated += longest is not None and len(tokens) > longest
             tokens, hidden = tokens[:longest], hidden[:longest]
             if hidden[1:].all():
                 unanswered += 1
             else:
-                spool.add(place, tokens, hidden)
+                spool.add(location, tokens, hidden)
         if not total:
             raise ConfigError(f"{self.key}: the files hold no chats. Give files with records.")
         if total == unanswered:
-            within = f" in its first {longest} tokens" if longest else ""
+            limit = f" in its first {longest} tokens" if longest else ""
             raise ConfigError(
-                f"{self.key}: none of {total} chats has a predicted token{within}. Set a longer task.context."
+                f"{self.key}: none of {total} chats has a predicted token{limit}. Set a longer task.context."
             )
         if encoder.num_not_found:
             notice(
@@ -198,19 +198,21 @@ class SourceReader:
         tokenizer = huggingface.load_tokenizer(self._directory) if self._directory else None
         for path in paths:
             texts = self._texts([path]) if self._holds_records(path) else iter([(str(path), _read(path))])
-            while some := list(islice(texts, _BATCH)):
-                for (place, _), tokens in zip(some, _tokenize(tokenizer, [text for _, text in some]), strict=True):
-                    spool.add(place, tokens)
+            while chunk := list(islice(texts, _BATCH)):
+                for (location, _), tokens in zip(chunk, _tokenize(tokenizer, [text for _, text in chunk]), strict=True):
+                    spool.add(location, tokens)
 
     def _holds_records(self, path: Path) -> bool:
         return is_table(path) and (self._source.text_key is not None or path.suffix.lower() not in _PLAIN)
 
     def _texts(self, paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
-        for place, (text,) in self._rows(paths, "text_key", self._source.text_key or "text"):
+        for location, (text,) in self._rows(paths, "text_key", self._source.text_key or "text"):
             if not isinstance(text, str):
-                raise ConfigError(f"{place}: {brief(text)} is not a text. Set {self._section}.text_key to its column.")
+                raise ConfigError(
+                    f"{location}: {brief(text)} is not a text. Set {self._section}.text_key to its column."
+                )
             if text:
-                yield place, text
+                yield location, text
 
     def _rows(self, paths: Sequence[Path], setting: str, column: str) -> Iterator[tuple[str, list[Any]]]:
         for path in paths:

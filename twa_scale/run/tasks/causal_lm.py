@@ -97,9 +97,9 @@ class CausalLMOptions(Source):
             )
         if self.isolate_documents and self.model.directory is None:
             raise ValueError("`isolate_documents` is for a Hugging Face model; `byte_gpt` has no positions to set")
-        beside = sorted(self.model_fields_set & set(Source.model_fields))
-        if self.sources and beside:
-            raise ValueError(f"`{beside[0]}` has no effect beside `sources`; give it in the sources")
+        conflicts = sorted(self.model_fields_set & set(Source.model_fields))
+        if self.sources and conflicts:
+            raise ValueError(f"`{conflicts[0]}` has no effect beside `sources`; give it in the sources")
         return self
 
 
@@ -204,30 +204,32 @@ class CausalLM:
 
     def _examples(self, split: str) -> Examples:
         used = [i for i, reader in enumerate(self._readers) if reader.files[split]]
-        without = [reader.key for reader in self._readers if not reader.files[split]]
+        missing = [reader.key for reader in self._readers if not reader.files[split]]
         if not used:
             total = len({path for reader in self._readers for paths in reader.files.values() for path in paths})
             raise ConfigError(
-                f"{without[0]}, split {split!r}: 0 files of {total}. A list is divided over the splits by whole files: "
+                f"{missing[0]}, split {split!r}: 0 files of {total}. A list is divided over the splits by whole files: "
                 "give more files, or lists for `train`, `validation` and `test`."
             )
-        if without:
-            notice(f"{', '.join(without)}: has no files for the split {split!r}, which consists of the other sources.")
+        if missing:
+            notice(f"{', '.join(missing)}: has no files for the split {split!r}, which consists of the other sources.")
         length = self._options.context + 1
         longest = length if self._documents == "padded" else None
         read = [Concatenation(self._readers[i].sequences(split, longest), self._vocabulary) for i in used]
         labels = self._documents != "joined" or any(tokens.has_hidden for tokens in read)
         self._has_labels |= labels
-        found: list[Examples] = []
+        examples: list[Examples] = []
         for i, tokens in zip(used, read, strict=True):
-            where = f"{self._readers[i].key}, split {split!r}"
+            location = f"{self._readers[i].key}, split {split!r}"
             if self._documents == "padded":
-                found.append(Pieces(tokens, length, where))
+                examples.append(Pieces(tokens, length, location))
             else:
-                starts = tokens.starts(where) if self._documents == "packed" else None
+                starts = tokens.starts(location) if self._documents == "packed" else None
                 positions = self._options.isolate_documents
-                found.append(Windows(tokens, length, where, labels=labels, starts=starts, positions=positions))
-        return found[0] if len(found) == 1 else Mixture(found, [self._weights[i] for i in used], "task.sources")
+                examples.append(Windows(tokens, length, location, labels=labels, starts=starts, positions=positions))
+        return (
+            examples[0] if len(examples) == 1 else Mixture(examples, [self._weights[i] for i in used], "task.sources")
+        )
 
 
 def _num_predicted(batch: Batch) -> int:

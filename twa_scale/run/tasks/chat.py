@@ -73,65 +73,70 @@ class ChatEncoder:
         _require_used(self._variables, template, key)
         self._marked = bool(_MARKED.search(template)) and bool(tokenizer.is_fast)
 
-    def encode(self, messages: Any, place: str) -> tuple[Array, Array]:
+    def encode(self, messages: Any, location: str) -> tuple[Array, Array]:
         """Return the tokens of a chat (int64), and for each whether it is not predicted.
 
         Args:
             messages: a list of {"role": ..., "content": ...}.
-            place: the record in error messages.
+            location: the record in error messages.
 
         Raises:
             ConfigError: the messages are malformed, have no answer, or cannot be rendered; or the tokens of the answers
                 cannot be found.
         """
-        chat = _checked(messages, place)
+        chat = _checked(messages, location)
         if self._marked:
-            encoded = self._render(chat, place, return_dict=True, return_assistant_tokens_mask=True)
+            encoded = self._render(chat, location, return_dict=True, return_assistant_tokens_mask=True)
             tokens = np.asarray(encoded["input_ids"], np.int64)
             hidden = np.asarray(encoded["assistant_masks"], np.int64) == 0
         else:
-            tokens, hidden = self._by_prefixes(chat, place)
+            tokens, hidden = self._by_prefixes(chat, location)
         if hidden.all():
-            raise ConfigError(f"{place}: the chat template marks no token as an answer. {MARK}, or remove its markers.")
+            raise ConfigError(
+                f"{location}: the chat template marks no token as an answer. {MARK}, or remove its markers."
+            )
         return tokens, hidden
 
-    def _by_prefixes(self, chat: list[dict[str, Any]], place: str) -> tuple[Array, Array]:
-        tokens = self._tokens(chat, place)
+    def _by_prefixes(self, chat: list[dict[str, Any]], location: str) -> tuple[Array, Array]:
+        tokens = self._tokens(chat, location)
         hidden = np.ones(len(tokens), bool)
         not_found: list[int] = []
         for i, message in enumerate(chat):
             if message["role"] != ANSWERS:
                 continue
-            before = self._tokens(chat[:i], place, add_generation_prompt=True) if i else self._start(message, place)
-            after = self._tokens(chat[: i + 1], place)
+            before = (
+                self._tokens(chat[:i], location, add_generation_prompt=True) if i else self._start(message, location)
+            )
+            after = self._tokens(chat[: i + 1], location)
             if _begins(after, before) and _begins(tokens, after):
                 hidden[len(before) : len(after)] = False
             else:
                 not_found.append(i + 1)
         if not_found and hidden.all():
             raise ConfigError(
-                f"{place}: the tokens of message {not_found[0]} cannot be found, because the chat template renders a "
-                f"chat otherwise when messages follow. {MARK}, or write one record for each answer, which ends with it."
+                f"{location}: the tokens of message {not_found[0]} cannot be found, because the chat template renders "
+                f"a chat otherwise when messages follow. {MARK}, or write one record for each answer, which ends with "
+                "it."
             )
         self.num_not_found += len(not_found)
         return tokens, hidden
 
-    def _start(self, answer: dict[str, Any], place: str) -> Array:
+    def _start(self, answer: dict[str, Any], location: str) -> Array:
         """Return the tokens before an answer at the start of a chat, which do not depend on its content."""
-        one, other = (self._tokens([{"role": answer["role"], "content": text}], place) for text in ("a", "b"))
-        size = min(len(one), len(other))
-        return one[: int(np.append(one[:size] != other[:size], True).argmax())]
+        first, second = (self._tokens([{"role": answer["role"], "content": text}], location) for text in ("a", "b"))
+        size = min(len(first), len(second))
+        return first[: int(np.append(first[:size] != second[:size], True).argmax())]
 
-    def _tokens(self, chat: list[dict[str, Any]], place: str, **options: Any) -> Array:
-        return np.asarray(self._render(chat, place, return_dict=False, **options), np.int64)
+    def _tokens(self, chat: list[dict[str, Any]], location: str, **options: Any) -> Array:
+        return np.asarray(self._render(chat, location, return_dict=False, **options), np.int64)
 
-    def _render(self, chat: list[dict[str, Any]], place: str, **options: Any) -> Any:
+    def _render(self, chat: list[dict[str, Any]], location: str, **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(chat, tokenize=True, **self._variables, **options)
         except Exception as error:  # a template may raise anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise ConfigError(
-                f"{place}: the chat template cannot render the chat: {reason}. Change the messages or the template."
+                f"{location}: the chat template cannot render the chat: {reason}. Change the messages or the template."
             ) from error
 
 
@@ -163,19 +168,19 @@ def _begins(tokens: Array, prefix: Array) -> bool:
     return bool(np.array_equal(tokens[: len(prefix)], prefix))
 
 
-def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
+def _checked(messages: Any, location: str) -> list[dict[str, Any]]:
     """Return messages without keys whose value is null, because Arrow has all keys in all messages."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ConfigError(f"{place}: {brief(messages)} is not a list of messages with `role` and `content`.")
+        raise ConfigError(f"{location}: {brief(messages)} is not a list of messages with `role` and `content`.")
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
     for number, message in enumerate(chat, 1):
         if not isinstance(message.get("role"), str) or not {"content", "tool_calls"} & set(message):
             raise ConfigError(
-                f"{place}: message {number} has the keys {quoted(message)}. Each message needs `role` and `content`: "
-                "rename `from` to `role` (`human` to `user`, `gpt` to `assistant`) and `value` to `content`."
+                f"{location}: message {number} has the keys {quoted(message)}. Each message needs `role` and "
+                "`content`: rename `from` to `role` (`human` to `user`, `gpt` to `assistant`) and `value` to `content`."
             )
     if not any(message["role"] == ANSWERS for message in chat):
         raise ConfigError(
-            f"{place}: no message has the role `{ANSWERS}`, so that there is nothing to predict. Remove the record."
+            f"{location}: no message has the role `{ANSWERS}`, so that there is nothing to predict. Remove the record."
         )
     return chat

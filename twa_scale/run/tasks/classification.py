@@ -39,28 +39,28 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
     return {"loss": (loss, len(labels)), "accuracy": (correct, len(labels))}
 
 
-def integer_labels(labels: Tensor, num_labels: int | None, where: str) -> Tensor:
+def integer_labels(labels: Tensor, num_labels: int | None, location: str) -> Tensor:
     """Return labels as int64 after a check of their type and range.
 
     Args:
         labels: integers, shape (N,).
         num_labels: the number of classes, or None for no upper limit.
-        where: the setting or file in error messages.
+        location: the setting or file in error messages.
 
     Raises:
         ConfigError: the labels are not integers from 0 to num_labels - 1.
     """
     if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
         raise ConfigError(
-            f"{where}: has labels of dtype {labels.dtype} and shape {tuple(labels.shape)}. Give one integer for each "
-            "example."
+            f"{location}: has labels of dtype {labels.dtype} and shape {tuple(labels.shape)}. Give one integer for "
+            "each example."
         )
     labels = labels.to(torch.int64)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (num_labels is not None and high >= num_labels):
         top = "up" if num_labels is None else f"to {num_labels - 1}"
         raise ConfigError(
-            f"{where}: label {low if low < 0 else high} is out of range. Labels are integers from 0 {top}."
+            f"{location}: label {low if low < 0 else high} is out of range. Labels are integers from 0 {top}."
         )
     return labels
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from twa_scale.base.inputs import brief, open_regular
 from twa_scale.base.names import quoted
 from twa_scale.errors import ConfigError
-from twa_scale.run.tasks.packages import needed
+from twa_scale.run.tasks.packages import require_module
 
 Array = npt.NDArray[Any]
 
@@ -47,13 +47,13 @@ class Detections:
     scores: Array
 
 
-def read_annotations(path: Path, images: Path, where: str) -> tuple[list[Annotated], dict[int, str]]:
+def read_annotations(path: Path, images: Path, setting: str) -> tuple[list[Annotated], dict[int, str]]:
     """Return the images of a COCO file in its order, and the name of each category.
 
     Args:
         path: the JSON file, with `images`, `annotations` and `categories`.
         images: the folder of the images.
-        where: the setting in error messages.
+        setting: the setting in error messages.
 
     Raises:
         ConfigError: the file cannot be read, or an entry lacks a key or has a value of another kind.
@@ -62,26 +62,28 @@ def read_annotations(path: Path, images: Path, where: str) -> tuple[list[Annotat
         with os.fdopen(open_regular(path, ConfigError), encoding="utf-8") as file:
             content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: {path} cannot be read as JSON: {error}.") from error
+        raise ConfigError(f"{setting}: {path} cannot be read as JSON: {error}.") from error
     parts = content if isinstance(content, dict) else {}
     lacking = [key for key in ("images", "annotations", "categories") if not isinstance(parts.get(key), list)]
     if lacking:
-        raise ConfigError(f"{where}: {path} has no list {quoted(lacking)}. Write it in the format of COCO (instances).")
+        raise ConfigError(
+            f"{setting}: {path} has no list {quoted(lacking)}. Write it in the format of COCO (instances)."
+        )
     names = {_entry(c, "id", int, path, "categories", i): str(c.get("name")) for i, c in enumerate(parts["categories"])}
     objects: dict[int, list[dict[str, Any]]] = {}
     for i, image in enumerate(parts["images"]):
         objects[_entry(image, "id", int, path, "images", i)] = []
-    for i, found in enumerate(parts["annotations"]):
-        _check_object(found, objects, names, path, i)
-        objects[found["image_id"]].append(found)
+    for i, annotation in enumerate(parts["annotations"]):
+        _check_object(annotation, objects, names, path, i)
+        objects[annotation["image_id"]].append(annotation)
     annotated = [
         _annotated(image["id"], images / _entry(image, "file_name", str, path, "images", i), objects[image["id"]])
         for i, image in enumerate(parts["images"])
     ]
     if not annotated:
-        raise ConfigError(f"{where}: {path} has no images.")
+        raise ConfigError(f"{setting}: {path} has no images.")
     if gone := next((image.file for image in annotated if not image.file.is_file()), None):
-        raise ConfigError(f"{where}: {gone}, which {path} names, does not exist. Set the folder `images`.")
+        raise ConfigError(f"{setting}: {gone}, which {path} names, does not exist. Set the folder `images`.")
     return annotated, names
 
 
@@ -92,20 +94,20 @@ def pycocotools() -> tuple[Any, Any]:
         ConfigError: it is not installed.
     """
     coco, cocoeval = (
-        needed(f"pycocotools.{name}", "task: the average precision needs pycocotools", "twa-scale[detection]")
+        require_module(f"pycocotools.{name}", "task: the average precision needs pycocotools", "twa-scale[detection]")
         for name in ("coco", "cocoeval")
     )
     return coco, cocoeval
 
 
-def average_precision(found: Sequence[Detections]) -> dict[str, float]:
+def average_precision(images: Sequence[Detections]) -> dict[str, float]:
     """Return the mean average precision over IoU 0.5 to 0.95 (`ap`) and at IoU 0.5 (`ap50`), as pycocotools.
 
     Raises:
         ConfigError: pycocotools is not installed, or no image has an object.
     """
     coco, cocoeval = pycocotools()
-    unique = {detections.truth.identity: detections for detections in found}
+    unique = {detections.truth.identity: detections for detections in images}
     ordered = [unique[identity] for identity in sorted(unique)]
     truth, detected = _truth(ordered), _detected(ordered)
     if not any(not annotation["iscrowd"] for annotation in truth["annotations"]):
@@ -123,9 +125,9 @@ def average_precision(found: Sequence[Detections]) -> dict[str, float]:
     return {"ap": float(evaluation.stats[0]), "ap50": float(evaluation.stats[1])}
 
 
-def _truth(found: list[Detections]) -> dict[str, Any]:
+def _truth(detections_of_images: list[Detections]) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
-    for image in (detections.truth for detections in found):
+    for image in (detections.truth for detections in detections_of_images):
         for box, category, area, crowd in zip(image.boxes, image.categories, image.areas, image.crowd, strict=True):
             annotations.append(
                 {
@@ -137,46 +139,48 @@ def _truth(found: list[Detections]) -> dict[str, Any]:
                     "iscrowd": int(crowd),
                 }
             )
-    categories = sorted({a["category_id"] for a in annotations} | {int(c) for d in found for c in d.categories})
-    images = [{"id": detections.truth.identity} for detections in found]
+    categories = sorted(
+        {a["category_id"] for a in annotations} | {int(c) for d in detections_of_images for c in d.categories}
+    )
+    images = [{"id": detections.truth.identity} for detections in detections_of_images]
     return {"images": images, "annotations": annotations, "categories": [{"id": c} for c in categories]}
 
 
-def _detected(found: list[Detections]) -> list[dict[str, Any]]:
+def _detected(detections_of_images: list[Detections]) -> list[dict[str, Any]]:
     return [
         {"image_id": d.truth.identity, "category_id": int(category), "bbox": box.tolist(), "score": float(score)}
-        for d in found
+        for d in detections_of_images
         for box, category, score in zip(d.boxes, d.categories, d.scores, strict=True)
     ]
 
 
 def _annotated(identity: int, file: Path, objects: list[dict[str, Any]]) -> Annotated:
-    boxes = np.array([found["bbox"] for found in objects], np.float64).reshape(-1, 4)
-    areas = [float(found.get("area", box[2] * box[3])) for found, box in zip(objects, boxes, strict=True)]
+    boxes = np.array([entry["bbox"] for entry in objects], np.float64).reshape(-1, 4)
+    areas = [float(entry.get("area", box[2] * box[3])) for entry, box in zip(objects, boxes, strict=True)]
     return Annotated(
         identity,
         file,
         boxes,
-        np.array([found["category_id"] for found in objects], np.int64),
+        np.array([entry["category_id"] for entry in objects], np.int64),
         np.array(areas, np.float64),
-        np.array([bool(found.get("iscrowd", 0)) for found in objects], bool),
+        np.array([bool(entry.get("iscrowd", 0)) for entry in objects], bool),
     )
 
 
-def _check_object(found: Any, images: dict[int, Any], names: dict[int, str], path: Path, i: int) -> None:
-    image, category = (_entry(found, key, int, path, "annotations", i) for key in ("image_id", "category_id"))
-    box = _entry(found, "bbox", list, path, "annotations", i)
-    place = f"{path}, annotations[{i}]"
+def _check_object(annotation: Any, images: dict[int, Any], names: dict[int, str], path: Path, i: int) -> None:
+    image, category = (_entry(annotation, key, int, path, "annotations", i) for key in ("image_id", "category_id"))
+    box = _entry(annotation, "bbox", list, path, "annotations", i)
+    location = f"{path}, annotations[{i}]"
     if len(box) != 4 or not all(isinstance(n, int | float) and np.isfinite(n) for n in box):
-        raise ConfigError(f"{place}: bbox {brief(box)} is not [left, top, width, height] in pixels.")
+        raise ConfigError(f"{location}: bbox {brief(box)} is not [left, top, width, height] in pixels.")
     for key, value, known in (("image_id", image, images), ("category_id", category, names)):
         if value not in known:
-            raise ConfigError(f"{place}: {key} {value} is not the id of an entry of `{key[:5].rstrip('_')}`.")
+            raise ConfigError(f"{location}: {key} {value} is not the id of an entry of `{key[:5].rstrip('_')}`.")
 
 
 def _entry(entry: Any, key: str, kind: type, path: Path, part: str, i: int) -> Any:
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        what = {int: "an integer", str: "a text", list: "a list"}[kind]
-        raise ConfigError(f"{path}, {part}[{i}]: {key!r} is {brief(value)}. The format of COCO has {what} there.")
+        kind_name = {int: "an integer", str: "a text", list: "a list"}[kind]
+        raise ConfigError(f"{path}, {part}[{i}]: {key!r} is {brief(value)}. The format of COCO has {kind_name} there.")
     return value

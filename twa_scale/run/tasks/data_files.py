@@ -113,9 +113,9 @@ def report_shared_files(sources: Mapping[str, Mapping[str, list[Path]]]) -> None
         for split, paths in splits.items():
             for path in paths:
                 with named_errors(ConfigError, READABLE):
-                    other, where = first.setdefault(identity(path), (split, path))
+                    other, location = first.setdefault(identity(path), (split, path))
                 if other != split:
-                    notice(f"{key}: {str(path)!r} of split {split!r} is {str(where)!r} of split {other!r}.")
+                    notice(f"{key}: {str(path)!r} of split {split!r} is {str(location)!r} of split {other!r}.")
                     return
 
 
@@ -149,19 +149,21 @@ def _split_of(name: str, fractions: Fractions, seed: int) -> str:
     return "validation" if uniform < fractions.train + fractions.validation or fractions.test == 0 else "test"
 
 
-def data_files(root: Path, suffixes: tuple[str, ...], without: tuple[str, ...] = ()) -> list[Path]:
+def data_files(root: Path, suffixes: tuple[str, ...], excluded: tuple[str, ...] = ()) -> list[Path]:
     """Return all files with one of the suffixes in a folder and its subfolders, sorted. Links are followed.
 
-    Names that begin with a dot or with one of `without` are left out. A dangling link without one of the suffixes may
+    Names that begin with a dot or with one of `excluded` are left out. A dangling link without one of the suffixes may
     have been a link to a folder, and is reported.
 
     Raises:
         ConfigError: a link with one of the suffixes is dangling.
         OSError: a folder cannot be read.
     """
-    found = sorted(path for folder, paths in subfolders(root, without) for path in used_files(folder, paths))
-    named = [path for path in found if path.name.lower().endswith(suffixes)]
-    dangling = next((path for path in found if not path.name.lower().endswith(suffixes) and is_dangling(path)), None)
+    matching_paths = sorted(path for folder, paths in subfolders(root, excluded) for path in used_files(folder, paths))
+    named = [path for path in matching_paths if path.name.lower().endswith(suffixes)]
+    dangling = next(
+        (path for path in matching_paths if not path.name.lower().endswith(suffixes) and is_dangling(path)), None
+    )
     if dangling:
         notice(f"{dangling}: is a dangling link. If its target was a folder of data, that data is left out.")
     for path in named:
@@ -179,7 +181,7 @@ def table_files(entries: list[str], key: str) -> list[Path]:
     Raises:
         ConfigError: a pattern matches no file, or a file cannot be read or is not a table.
     """
-    found = []
+    tables = []
     for entry in entries:
         path = path_of(entry, ConfigError)
         with named_errors(ConfigError, READABLE):
@@ -189,8 +191,8 @@ def table_files(entries: list[str], key: str) -> list[Path]:
             raise ConfigError(f"{key}: {entry!r} matches no file. Give files that exist.")
         for file in files:
             require_table(file, key)
-        found += files
-    return found
+        tables += files
+    return tables
 
 
 def refuse_dangling(path: Path) -> None:
@@ -208,14 +210,14 @@ def _find(entries: list[str], suffixes: tuple[str, ...], key: str) -> list[tuple
 
     Of several paths to the same file, the one with the fewest links is used.
     """
-    found: dict[tuple[int, ...], dict[Path, str]] = defaultdict(dict)
+    by_identity: dict[tuple[int, ...], dict[Path, str]] = defaultdict(dict)
     for entry in entries:
         files = _standard_library() if entry == STDLIB else _matches(entry, suffixes)
         if not files:
             raise ConfigError(f"{key}: {entry!r} matches no file. Give files, globs or directories that exist.")
         for path, name in files:
-            found[identity(path)].setdefault(path, name)
-    kept = [(min(same, key=num_links) if len(same) > 1 else next(iter(same)), same) for same in found.values()]
+            by_identity[identity(path)].setdefault(path, name)
+    kept = [(min(same, key=num_links) if len(same) > 1 else next(iter(same)), same) for same in by_identity.values()]
     repeated = [(path, first) for first, same in kept for path in same if path != first]
     if repeated:
         path, first = repeated[0]
@@ -231,15 +233,15 @@ def _matches(entry: str, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
     if not path.exists() and suffixes != ("",) and (tokens := path.with_name(f"{path.name}.bin")).is_file():
         return [(tokens, tokens.name)]  # Megatron-LM names both files of a data set by their common prefix
     if path.is_dir():
-        root, found = path, data_files(path, suffixes)
+        root, paths = path, data_files(path, suffixes)
     else:
-        root, found = matching(path)
-        for match in found:
+        root, paths = matching(path)
+        for match in paths:
             refuse_dangling(match)
-        found = [file for match in found for file in (saved_files(match) or [match])]
+        paths = [file for match in paths for file in (saved_files(match) or [match])]
     # `is_file` leaves out named pipes, which would block the reader. A .bin file is read with its index.
-    found = [match for match in found if match.is_file() and not _is_index(match)]
-    return [(match, match.relative_to(root).as_posix()) for match in found]
+    paths = [match for match in paths if match.is_file() and not _is_index(match)]
+    return [(match, match.relative_to(root).as_posix()) for match in paths]
 
 
 def _is_index(path: Path) -> bool:

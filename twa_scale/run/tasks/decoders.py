@@ -13,14 +13,14 @@ from torch import Tensor
 from twa_scale.base.inputs import open_regular
 from twa_scale.errors import ConfigError
 from twa_scale.run.tasks import huggingface
-from twa_scale.run.tasks.packages import needed
+from twa_scale.run.tasks.packages import require_module
 
 
 class Decoder(Protocol):
     """Turns images into tensors of one shape."""
 
-    def __call__(self, image: Any, place: str) -> Tensor:
-        """Return the tensor of a PIL image in RGB. `place` is the file or record in error messages."""
+    def __call__(self, image: Any, location: str) -> Tensor:
+        """Return the tensor of a PIL image in RGB. `location` is the file or record in error messages."""
 
 
 class Square:
@@ -29,7 +29,7 @@ class Square:
     def __init__(self, size: int) -> None:
         self._size, self._ops = size, pillow("PIL.ImageOps")
 
-    def __call__(self, image: Any, place: str) -> Tensor:
+    def __call__(self, image: Any, location: str) -> Tensor:
         """Return the pixels."""
         square = self._ops.fit(image, (self._size, self._size), pillow("PIL.Image").Resampling.BILINEAR)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
@@ -41,7 +41,7 @@ class Stretched:
     def __init__(self, size: int) -> None:
         self._size = size
 
-    def __call__(self, image: Any, place: str) -> Tensor:
+    def __call__(self, image: Any, location: str) -> Tensor:
         """Return the pixels."""
         square = image.resize((self._size, self._size), pillow("PIL.Image").Resampling.BILINEAR)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
@@ -68,14 +68,15 @@ class Processor:
         self._options = {} if size is None else {"size": size, "do_pad": False}
         self._shape: tuple[int, ...] | None = None
 
-    def __call__(self, image: Any, place: str) -> Tensor:
+    def __call__(self, image: Any, location: str) -> Tensor:
         """Return the pixel values."""
         values = np.asarray(self._processor(image, return_tensors="np", **self._options)["pixel_values"][0], np.float32)
         self._shape = self._shape or values.shape
         if values.shape != self._shape:
             raise ConfigError(
-                f"{place}: the image processor returns shape {values.shape}, but {self._shape} for another image. Set "
-                "`crop_size` or a fixed `size` in preprocessor_config.json, or task.image_size, task.mean and task.std."
+                f"{location}: the image processor returns shape {values.shape}, but {self._shape} for another image. "
+                "Set `crop_size` or a fixed `size` in preprocessor_config.json, or task.image_size, task.mean and "
+                "task.std."
             )
         return torch.from_numpy(values)
 
@@ -86,10 +87,10 @@ class Processor:
             outputs: the outputs of the model.
             sizes: int64 (B, 2), height and width of each image.
         """
-        found: list[dict[str, Tensor]] = self._processor.post_process_object_detection(
+        results: list[dict[str, Tensor]] = self._processor.post_process_object_detection(
             outputs, threshold=0.0, target_sizes=sizes
         )
-        return found
+        return results
 
 
 def open_image(path: Path) -> Any:
@@ -106,24 +107,24 @@ def open_image(path: Path) -> Any:
         return image.convert("RGB")
 
 
-def decode(file: IO[bytes], decoder: Decoder, place: str) -> Tensor:
+def decode(file: IO[bytes], decoder: Decoder, location: str) -> Tensor:
     """Return the tensor of an encoded image, such as the content of a .jpg file.
 
     Raises:
         ConfigError: it cannot be decoded.
     """
-    with _named_errors(place), pillow("PIL.Image").open(file) as image:
-        return decoder(image.convert("RGB"), place)
+    with _named_errors(location), pillow("PIL.Image").open(file) as image:
+        return decoder(image.convert("RGB"), location)
 
 
 @contextmanager
-def _named_errors(place: str | Path) -> Iterator[None]:
+def _named_errors(location: str | Path) -> Iterator[None]:
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # for damaged images, decoders raise many kinds of exceptions
-        raise ConfigError(f"{place}: cannot be read as an image: {error}. Repair or remove it.") from error
+        raise ConfigError(f"{location}: cannot be read as an image: {error}. Repair or remove it.") from error
 
 
 def pillow(module: str) -> Any:
@@ -132,4 +133,4 @@ def pillow(module: str) -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    return needed(module, "task: images need Pillow", "twa-scale[data]")
+    return require_module(module, "task: images need Pillow", "twa-scale[data]")

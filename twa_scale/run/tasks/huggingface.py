@@ -8,7 +8,7 @@ from torch import nn
 from twa_scale.base.inputs import named_errors
 from twa_scale.base.paths import path_of
 from twa_scale.errors import ConfigError
-from twa_scale.run.tasks.packages import needed
+from twa_scale.run.tasks.packages import require_module
 
 
 def load_config(directory: str) -> Any:
@@ -70,7 +70,7 @@ def build_model(kind: str, config: Any, *, recompute: bool = False) -> nn.Module
     return model  # type: ignore[no-any-return]
 
 
-def _from_pretrained(kind: str, directory: str, what: str, **options: Any) -> Any:
+def _from_pretrained(kind: str, directory: str, part: str, **options: Any) -> Any:
     auto = getattr(_transformers(), kind)
     path = str(path_of(directory, ConfigError))
     try:
@@ -79,7 +79,7 @@ def _from_pretrained(kind: str, directory: str, what: str, **options: Any) -> An
     except Exception as error:  # for damaged files, transformers and tokenizers raise many kinds of exceptions
         _refuse_code(error, directory)
         raise ConfigError(
-            f"task.model: the {what} of {directory!r} cannot be used: {_first_line(error)} "
+            f"task.model: the {part} of {directory!r} cannot be used: {_first_line(error)} "
             "Save them there with save_pretrained."
         ) from error
 
@@ -99,4 +99,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _transformers() -> Any:
-    return needed("transformers", "task.model: a Hugging Face directory needs the package transformers", "transformers")
+    return require_module(
+        "transformers", "task.model: a Hugging Face directory needs the package transformers", "transformers"
+    )

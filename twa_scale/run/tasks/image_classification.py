@@ -98,7 +98,7 @@ class ImageClassification:
         if self._config:
             self._config.num_labels = options.num_labels or max(self._config.num_labels, len(self._number_of))
             for split, column in self._labels.items():
-                integer_labels(column, self._config.num_labels, self._data[split].where)
+                integer_labels(column, self._config.num_labels, self._data[split].key)
         self._datasets: dict[str, Examples] = {}
 
     def model(self) -> nn.Module:
@@ -148,8 +148,8 @@ class ImageClassification:
 
     def _make_decoder(self) -> Decoder | None:
         """Return the decoder of images, or None if there are only arrays that are used as they are."""
-        own = self._options.image_size is not None or bool(self._options.mean)
-        if self._directory and not own:
+        has_settings = self._options.image_size is not None or bool(self._options.mean)
+        if self._directory and not has_settings:
             return Processor(self._directory)
         if all(data.kind == "arrays" for data in self._data.values()):
             return None
@@ -163,7 +163,7 @@ class ImageClassification:
         """Return the labels of the rows of a table, or the names of the classes of a folder."""
         if data.kind == "table":
             return table_labels(data.paths, self._options.label_key, known)
-        return list(class_names(data.paths[0], data.where))
+        return list(class_names(data.paths[0], data.key))
 
     def _read(self, split: str, data: SplitData) -> Examples:
         path = data.paths[0]
@@ -178,7 +178,7 @@ class ImageClassification:
         if data.kind == "table":
             return ImageTable(data.paths, self._options.image_key, self._labels[split], self._decoder)
         classes = {str(name): number for name, number in self._number_of.items()}
-        return ImageFolder(path, classes, self._decoder, data.where)
+        return ImageFolder(path, classes, self._decoder, data.key)
 
 
 def _directory(model: str) -> str | None:

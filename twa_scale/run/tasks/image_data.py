@@ -26,46 +26,46 @@ class SplitData:
     """An npz file, a folder with a subfolder for each class, or parquet and Arrow files."""
     paths: list[Path]
     """One file or folder, or the tables."""
-    where: str
+    key: str
     """The setting in error messages."""
 
 
-def data_of_splits(data: str | None, given: dict[str, list[str]]) -> dict[str, SplitData]:
+def data_of_splits(data: str | None, entries: dict[str, list[str]]) -> dict[str, SplitData]:
     """Return the data of each split.
 
     Args:
         data: an npz file or a folder with all splits, or None.
-        given: the files or folder of each split, if `data` is None.
+        entries: the files or folder of each split, if `data` is None.
 
     Raises:
         ConfigError: a path does not exist, or is of another kind.
     """
     with named_errors(ConfigError):
         if data is None:
-            return {split: _split_data(paths, f"task.{split}") for split, paths in given.items() if paths}
+            return {split: _split_data(paths, f"task.{split}") for split, paths in entries.items() if paths}
         root = path_of(data, ConfigError)
         if not root.is_dir():
             if not root.is_file():
                 raise ConfigError(f"task.data: {root} does not exist. Give an .npz file or a folder.")
             return dict.fromkeys(SPLITS, SplitData("arrays", [root], "task.data"))
-        found = {s: _split_data([str(root / s)], f"task.{s}") for s in SPLITS if (root / s).is_dir()}
-        if not found:
+        splits = {s: _split_data([str(root / s)], f"task.{s}") for s in SPLITS if (root / s).is_dir()}
+        if not splits:
             raise ConfigError(f"task.data: {root} has no subfolder {', '.join(SPLITS)}. Set a path for each split.")
-        return found
+        return splits
 
 
-def _split_data(given: list[str], where: str) -> SplitData:
-    path = path_of(given[0], ConfigError)
-    if len(given) == 1 and path.is_dir() and not saved_files(path):
-        return SplitData("folder", [path], where)
-    if len(given) == 1 and path.is_file() and not is_table(path):
-        return SplitData("arrays", [path], where)
-    if len(given) == 1 and not path.exists() and not is_table(path) and not has_magic(given[0]):
-        raise ConfigError(f"{where}: {path} does not exist. {_KINDS}")
-    files = table_files(given, where)
+def _split_data(entries: list[str], key: str) -> SplitData:
+    path = path_of(entries[0], ConfigError)
+    if len(entries) == 1 and path.is_dir() and not saved_files(path):
+        return SplitData("folder", [path], key)
+    if len(entries) == 1 and path.is_file() and not is_table(path):
+        return SplitData("arrays", [path], key)
+    if len(entries) == 1 and not path.exists() and not is_table(path) and not has_magic(entries[0]):
+        raise ConfigError(f"{key}: {path} does not exist. {_KINDS}")
+    files = table_files(entries, key)
     if other := [file for file in files if file.suffix.lower() not in arrow.SUFFIXES]:
-        raise ConfigError(f"{where}: {other[0]} cannot hold images. {_KINDS}")
-    return SplitData("table", files, where)
+        raise ConfigError(f"{key}: {other[0]} cannot hold images. {_KINDS}")
+    return SplitData("table", files, key)
 
 
 def table_labels(files: list[Path], column: str, known: dict[str, int]) -> list[Label]:
@@ -86,9 +86,9 @@ def table_labels(files: list[Path], column: str, known: dict[str, int]) -> list[
     for file in files:
         names = arrow.class_names(file, column)
         named = bool(names) and set(names) <= set(known)
-        for place, (label,) in arrow.rows(file, {"task.label_key": column}):
+        for location, (label,) in arrow.rows(file, {"task.label_key": column}):
             if label is None:
-                raise ConfigError(f"{place}: has no value in column {column!r}. Fill it in, or remove the record.")
-            require_label(label, place)
+                raise ConfigError(f"{location}: has no value in column {column!r}. Fill it in, or remove the record.")
+            require_label(label, location)
             labels.append(names[label] if named and isinstance(label, int) and 0 <= label < len(names) else label)
     return class_labels(labels)

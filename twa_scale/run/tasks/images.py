@@ -23,13 +23,13 @@ from twa_scale.run.tasks.task import Batch
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def read_npz(path: Path, prefix: str, where: str) -> tuple[Tensor, Tensor]:
+def read_npz(path: Path, prefix: str, key: str) -> tuple[Tensor, Tensor]:
     """Return the arrays `images` (N, ...) in the stored dtype and `labels` (N,) as int64.
 
     Args:
         path: the npz file.
         prefix: the prefix of both array names, such as "train_".
-        where: the setting in error messages.
+        key: the setting in error messages.
 
     Raises:
         ConfigError: the file cannot be read, an array is missing, or shapes or dtypes are not valid.
@@ -41,39 +41,39 @@ def read_npz(path: Path, prefix: str, where: str) -> tuple[Tensor, Tensor]:
             if missing:
                 has = quoted(arrays.files)
                 raise ConfigError(
-                    f"{where}: {path} has no array {quoted(missing)}; it has {has}. Save it under that name."
+                    f"{key}: {path} has no array {quoted(missing)}; it has {has}. Save it under that name."
                 )
             images, labels = (torch.from_numpy(_native(arrays[name])) for name in names)
     except ConfigError:
         raise
     except Exception as error:  # for damaged archives, numpy, zipfile and zlib raise many kinds of exceptions
-        raise ConfigError(f"{where}: {path} cannot be read as arrays: {error}. Write it with numpy.savez.") from error
+        raise ConfigError(f"{key}: {path} cannot be read as arrays: {error}. Write it with numpy.savez.") from error
     if images.dim() < 2 or len(images) != len(labels) or not len(images):
         raise ConfigError(
-            f"{where}: {path} has images of shape {tuple(images.shape)} and labels of shape "
+            f"{key}: {path} has images of shape {tuple(images.shape)} and labels of shape "
             f"{tuple(labels.shape)}. Give one label for each image, and at least one of both."
         )
-    return images, integer_labels(labels, None, f"{where}: {path}")
+    return images, integer_labels(labels, None, f"{key}: {path}")
 
 
 def _native(array: Any) -> Any:
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
 
-def class_names(root: Path, where: str) -> list[str]:
+def class_names(root: Path, key: str) -> list[str]:
     """Return the names of the subfolders of an image folder, sorted. They are the classes. Hidden ones are left out.
 
     Raises:
         ConfigError: the folder has no subfolders or cannot be read, or a link in it is dangling.
     """
     with named_errors(ConfigError, READABLE):
-        inside = entries(root) if root.is_dir() else []
-        for path in inside:
+        folders = entries(root) if root.is_dir() else []
+        for path in folders:
             refuse_dangling(path)
-        names = [path.name for path in inside if path.is_dir()]
+        names = [path.name for path in folders if path.is_dir()]
     if not names:
         raise ConfigError(
-            f"{where}: {root} holds no subfolders. Give a folder with one subfolder of images for each class."
+            f"{key}: {root} holds no subfolders. Give a folder with one subfolder of images for each class."
         )
     return names
 
@@ -84,14 +84,14 @@ class ImageFolder:
     An image is decoded on access.
     """
 
-    def __init__(self, root: Path, classes: dict[str, int], decoder: Decoder, where: str) -> None:
+    def __init__(self, root: Path, classes: dict[str, int], decoder: Decoder, key: str) -> None:
         """List the images. Links are followed.
 
         Args:
             root: the folder.
             classes: the number of each class, by the name of its subfolder.
             decoder: makes the tensor of an image.
-            where: the setting in error messages.
+            key: the setting in error messages.
 
         Raises:
             ConfigError: there are no images, a folder cannot be read, or a link is dangling.
@@ -101,7 +101,7 @@ class ImageFolder:
             self._files = [(path, i) for folder, i in folders for path in data_files(folder, SUFFIXES)]
         self._decoder = decoder
         if not self._files:
-            raise ConfigError(f"{where}: {root} has no images. Put {', '.join(SUFFIXES)} files into its subfolders.")
+            raise ConfigError(f"{key}: {root} has no images. Put {', '.join(SUFFIXES)} files into its subfolders.")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -144,38 +144,38 @@ class ImageTable:
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        place, value = self._column.read(index)
+        location, value = self._column.read(index)
         raw = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(raw, bytes):
             raise ConfigError(
-                f"{place}: {brief(value)} is not an encoded image. Set task.image_key to a column of bytes, or save "
+                f"{location}: {brief(value)} is not an encoded image. Set task.image_key to a column of bytes, or save "
                 "the dataset with its images embedded."
             )
-        return {"images": decode(io.BytesIO(raw), self._decoder, place), "labels": self._labels[index]}
+        return {"images": decode(io.BytesIO(raw), self._decoder, location), "labels": self._labels[index]}
 
 
 class ProcessedArrays:
     """Examples of arrays in memory, each of which is passed to a decoder as an image."""
 
-    def __init__(self, images: Tensor, labels: Tensor, decoder: Decoder, where: str) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, decoder: Decoder, key: str) -> None:
         """Check the shape.
 
         Args:
             images: uint8 (N, 3, H, W) or (N, 1, H, W).
             labels: int64 (N,).
             decoder: makes the tensor of an image.
-            where: the setting in error messages.
+            key: the setting in error messages.
 
         Raises:
             ConfigError: the images have another shape or dtype.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
             raise ConfigError(
-                f"{where}: has images of dtype {images.dtype} and shape {tuple(images.shape[1:])}, which the image "
+                f"{key}: has images of dtype {images.dtype} and shape {tuple(images.shape[1:])}, which the image "
                 "processor of the model cannot take. Give uint8 of shape (3, H, W), or set task.mean and task.std, so "
                 "that the arrays are used as they are."
             )
-        self._images, self._labels, self._decoder, self._where = images, labels, decoder, where
+        self._images, self._labels, self._decoder, self._where = images, labels, decoder, key
 
     def __len__(self) -> int:
         return len(self._images)

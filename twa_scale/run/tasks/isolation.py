@@ -16,7 +16,7 @@ _TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 _LOW_PRECISION = 1e-2
 """The tolerance relative to the largest logit. The same kernels compute all rows, so isolated ones are nearly equal."""
 _KEY = "task.isolate_documents"
-_WAY_OUT = "Leave it out, or use `documents: padded`, where each example is from one document."
+_FIX = "Leave it out, or use `documents: padded`, where each example is from one document."
 
 
 def require_positions(model: nn.Module) -> None:
@@ -28,7 +28,7 @@ def require_positions(model: nn.Module) -> None:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ConfigError(
             f"{_KEY}: {type(model).__name__} takes no `position_ids`, which tell models of transformers where "
-            f"documents begin. {_WAY_OUT}"
+            f"documents begin. {_FIX}"
         )
 
 
@@ -58,13 +58,13 @@ def require_isolation(model: nn.Module, vocabulary: int, device: torch.device) -
     finally:
         for module in training:
             module.training = True
-    one, other = logits.float()
+    first_logits, second_logits = logits.float()
     tolerance = _TOLERANCES.get(logits.dtype, _LOW_PRECISION)
     if torch.is_autocast_enabled(device.type):
         tolerance = _LOW_PRECISION
-    if float((one - other).abs().max()) > tolerance * float(one.abs().max()):
+    if float((first_logits - second_logits).abs().max()) > tolerance * float(first_logits.abs().max()):
         raise ConfigError(
             f"{_KEY}: {type(model).__name__} lets tokens attend to the preceding document, although positions start "
             "again at each document: it has recurrent layers, for example, or an attention that needs a mask. "
-            f"{_WAY_OUT}"
+            f"{_FIX}"
         )

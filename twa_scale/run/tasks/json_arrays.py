@@ -49,6 +49,6 @@ def array_items(file: TextIO, text: str) -> Iterator[str]:
 
 
 def _end_of_space(text: str, start: int) -> int:
-    found = _SPACE.match(text, start)
-    assert found is not None
-    return found.end()
+    match = _SPACE.match(text, start)
+    assert match is not None
+    return match.end()

@@ -14,16 +14,18 @@ _DEFAULT = re.compile(r"LABEL_\d+")  # the names that transformers gives to clas
 _FRACTION = re.compile(r"-?\d*\.\d+")
 
 
-def require_label(label: Any, place: str) -> None:
+def require_label(label: Any, location: str) -> None:
     """Check that a label is a class. Lists, empty strings and NaN would become separate classes.
 
     Raises:
         ConfigError: names the place.
     """
     if isinstance(label, list | dict) or label == "" or label != label:
-        raise ConfigError(f"{place}: {brief(label)} is not a label. Give a name or an integer.")
+        raise ConfigError(f"{location}: {brief(label)} is not a label. Give a name or an integer.")
     if (isinstance(label, float) and not label.is_integer()) or (_FRACTION.fullmatch(str(label)) and float(label) % 1):
-        raise ConfigError(f"{place}: {brief(label)} is not a class. Set task.problem: regression to predict numbers.")
+        raise ConfigError(
+            f"{location}: {brief(label)} is not a class. Set task.problem: regression to predict numbers."
+        )
 
 
 def class_labels(labels: list[Any]) -> list[Label]:
@@ -63,7 +65,7 @@ def numbering(labels: Mapping[str, list[Label]], known: Mapping[str, int]) -> di
     return {name: number for number, name in enumerate(names)}
 
 
-def require_number(label: Any, place: str) -> None:
+def require_number(label: Any, location: str) -> None:
     """Check that a label is a finite number, also as text.
 
     Raises:
@@ -74,7 +76,7 @@ def require_number(label: Any, place: str) -> None:
     except (TypeError, ValueError):
         finite = False
     if not finite:
-        raise ConfigError(f"{place}: {brief(label)} is not a finite number, which regression needs as a label.")
+        raise ConfigError(f"{location}: {brief(label)} is not a finite number, which regression needs as a label.")
 
 
 def default_names(known: Mapping[str, int]) -> bool:

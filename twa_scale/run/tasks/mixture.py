@@ -74,6 +74,6 @@ class Mixture:
         before = 0
         for k, number in enumerate(self._numbers):
             # The l-th of source k comes before if (2l + 1) / number < (2j + 1) / numbers[i].
-            place = (2 * j + 1) * number - (k >= i)
-            before += (place // self._numbers[i] + 1) // 2
+            value = (2 * j + 1) * number - (k >= i)
+            before += (value // self._numbers[i] + 1) // 2
         return before

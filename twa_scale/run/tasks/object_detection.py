@@ -82,10 +82,10 @@ class ObjectDetection:
         for split in SPLITS:
             if data := getattr(options, split):
                 folder = path_of(data.images, ConfigError)
-                self._images[split], found = read_annotations(
+                self._images[split], annotations = read_annotations(
                     path_of(data.annotations, ConfigError), folder, f"task.{split}.annotations"
                 )
-                names |= found
+                names |= annotations
         self._class_of = _classes(names, self._config.label2id if self._config else {})
         self._category_of = {number: category for category, number in self._class_of.items()}
         if self._config:
@@ -126,16 +126,16 @@ class ObjectDetection:
     def collect(self, model: nn.Module, batch: Batch) -> tuple[Metrics, list[Detections]]:
         """Return the metrics, and the objects that the model finds in each image."""
         outputs, terms = self._outputs(model, batch), self.terms(batch)
-        found = self._found(outputs, batch["sizes"])
-        places = zip(batch["split"].tolist(), batch["index"].tolist(), strict=True)
-        truth = [self._images[SPLITS[split]][index] for split, index in places]
+        detections = self._detect(outputs, batch["sizes"])
+        indices = zip(batch["split"].tolist(), batch["index"].tolist(), strict=True)
+        truth = [self._images[SPLITS[split]][index] for split, index in indices]
         return {"loss": (outputs.loss * terms, terms)}, [
-            self._detections(image, result) for image, result in zip(truth, found, strict=True)
+            self._detections(image, result) for image, result in zip(truth, detections, strict=True)
         ]
 
-    def summarize(self, found: list[Detections]) -> dict[str, float]:
+    def summarize(self, detections: list[Detections]) -> dict[str, float]:
         """Return `ap` and `ap50` of the images of all ranks."""
-        return average_precision(found)
+        return average_precision(detections)
 
     def _outputs(self, model: nn.Module, batch: Batch) -> Any:
         used = [classes >= 0 for classes in batch["classes"]]
@@ -145,11 +145,11 @@ class ObjectDetection:
         ]
         return model(pixel_values=batch["images"], labels=labels)
 
-    def _found(self, outputs: Any, sizes: Tensor) -> list[dict[str, Tensor]]:
+    def _detect(self, outputs: Any, sizes: Tensor) -> list[dict[str, Tensor]]:
         """Return `scores`, `labels` and `boxes` (left, top, right, bottom in pixels) of each image."""
         if self._processor:
-            found: list[dict[str, Tensor]] = self._processor.detections(outputs, sizes)
-            return found
+            detections: list[dict[str, Tensor]] = self._processor.detections(outputs, sizes)
+            return detections
         scores, labels = outputs.logits.softmax(-1)[..., :-1].max(-1)  # the last class means that there is no object
         center, size = outputs.pred_boxes.chunk(2, -1)
         scale = sizes.flip(-1).repeat(1, 2)[:, None]
@@ -192,7 +192,7 @@ class DetectionExamples:
 
     def __getitem__(self, index: int) -> Batch:
         image = self._images[index]
-        place = str(image.file)
+        location = str(image.file)
         opened = open_image(image.file)
         width, height = opened.size
         corners = np.concatenate([image.boxes[:, :2], image.boxes[:, :2] + image.boxes[:, 2:]], 1)
@@ -205,7 +205,7 @@ class DetectionExamples:
         )
         classes[: len(corners)] = [self._class_of[int(category)] for category in image.categories[used]]
         return {
-            "images": self._decoder(opened, place),
+            "images": self._decoder(opened, location),
             "boxes": torch.from_numpy(boxes),
             "classes": torch.from_numpy(classes),
             "sizes": torch.tensor([height, width]),

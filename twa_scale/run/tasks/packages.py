@@ -6,7 +6,7 @@ from typing import Any
 from twa_scale.errors import ConfigError
 
 
-def needed(module: str, use: str, install: str) -> Any:
+def require_module(module: str, use: str, install: str) -> Any:
     """Return a module of a package that may be missing.
 
     Args:

@@ -53,16 +53,16 @@ def saved_splits(folder: Path, key: str) -> dict[str, list[str]] | None:
     if not (folder / _SPLITS).is_file():
         return None
     names = [str(name) for name in _read(folder / _SPLITS).get("splits", [])]
-    found = {_SPLIT_OF[name]: [str(folder / name)] for name in names if name in _SPLIT_OF}
+    splits = {_SPLIT_OF[name]: [str(folder / name)] for name in names if name in _SPLIT_OF}
     unused = [name for name in names if name not in _SPLIT_OF]
-    if not found:
+    if not splits:
         raise ConfigError(
             f"{key}: {folder} has the splits {quoted(names)}, none of which is train, validation or test. Give the "
             f"directory of each: {{train: {folder / names[0] if names else folder}}}."
         )
     if unused:
         notice(f"{key}: the splits {quoted(unused)} of {folder} are not used.")
-    return found
+    return splits
 
 
 def used_files(folder: Path, files: list[Path]) -> list[Path]:

@@ -68,8 +68,8 @@ class SequenceClassification:
             ConfigError: a file, column, label, model or tokenizer cannot be used.
         """
         self._options = options
-        given = {split: getattr(options, split) for split in SPLITS}
-        self._files = {s: table_files(paths, f"task.{s}") for s, paths in given.items() if paths}
+        files = {split: getattr(options, split) for split in SPLITS}
+        self._files = {s: table_files(paths, f"task.{s}") for s, paths in files.items() if paths}
         config = huggingface.load_config(options.model)
         self.problem = _problem(options, config)
         labels = {split: self._read_labels(split) for split in self._files}
@@ -99,7 +99,7 @@ class SequenceClassification:
             vocabulary = getattr(self._config.get_text_config(), "vocab_size", len(self._tokenizer))
             length, labels = self._options.max_length, self._labels[split]
             examples = TextExamples(self._tokenizer, vocabulary, length, labels, f"task.{split}")
-            examples.add((place, [str(text) for text in texts]) for place, texts, _ in self._rows(split))
+            examples.add((location, [str(text) for text in texts]) for location, texts, _ in self._rows(split))
             self._datasets[split] = examples
         return self._datasets[split]
 
@@ -124,18 +124,18 @@ class SequenceClassification:
         pair = {} if options.text_pair is None else {"task.text_pair": options.text_pair}
         columns = {"task.text": options.text, **pair, "task.label": options.label}
         for path in self._files[split]:
-            for place, (*texts, label) in rows(path, columns, f"task.{split}"):
-                yield place, texts, label
+            for location, (*texts, label) in rows(path, columns, f"task.{split}"):
+                yield location, texts, label
 
     def _read_labels(self, split: str) -> list[Any]:
         """Return the labels of all records, after a check of each record."""
         check = require_number if self.problem == "regression" else require_label
         labels = []
-        for place, texts, label in self._rows(split):
+        for location, texts, label in self._rows(split):
             for text in texts:
                 if isinstance(text, list | dict):
-                    raise ConfigError(f"{place}: {brief(text)} is not a text. Write one text for each example.")
-            check(label, place)
+                    raise ConfigError(f"{location}: {brief(text)} is not a text. Write one text for each example.")
+            check(label, location)
             labels.append(label)
         if not labels:
             raise ConfigError(f"task.{split}: {self._files[split][0]} holds no examples.")
@@ -145,8 +145,8 @@ class SequenceClassification:
         named: dict[str, list[Label]] = {split: class_labels(column) for split, column in labels.items()}
         number_of = numbering(named, config.label2id)
         self.num_labels = self._options.num_labels or len(number_of)
-        found = {split: torch.tensor([number_of[label] for label in column]) for split, column in named.items()}
-        return {s: integer_labels(column, self.num_labels, str(self._files[s][0])) for s, column in found.items()}
+        classes = {split: torch.tensor([number_of[label] for label in column]) for split, column in named.items()}
+        return {s: integer_labels(column, self.num_labels, str(self._files[s][0])) for s, column in classes.items()}
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -165,8 +165,8 @@ def _problem(options: SequenceClassificationOptions, config: Any) -> Problem:
             "task.model: its problem_type is multi_label_classification, which this task does not support. Write a "
             "task of your own, or set task.problem."
         )
-    one = options.num_labels == 1 or (options.num_labels is None and config.num_labels == 1)
-    problem = options.problem or ("regression" if stored == "regression" or one else "classification")
+    is_single = options.num_labels == 1 or (options.num_labels is None and config.num_labels == 1)
+    problem = options.problem or ("regression" if stored == "regression" or is_single else "classification")
     if problem == "regression" and options.num_labels not in (None, 1):
         raise ConfigError(f"task.num_labels: is {options.num_labels}, but regression predicts one number. Remove it.")
     return problem

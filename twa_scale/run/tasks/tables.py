@@ -31,68 +31,68 @@ def is_table(path: Path, formats: tuple[str, ...] = FORMATS) -> bool:
     return path.name.lower().endswith(formats)
 
 
-def rows(path: Path, columns: Mapping[str, str], where: str) -> Iterator[Row]:
+def rows(path: Path, columns: Mapping[str, str], key: str) -> Iterator[Row]:
     """Yield the rows of a file in order. CSV and TSV files have a header, and their values are strings.
 
     Args:
         path: the file.
         columns: the name of each wanted column, by the setting that names it.
-        where: the setting in error messages.
+        key: the setting in error messages.
 
     Raises:
         ConfigError: the file is missing, malformed or of another format, or a row lacks a column.
     """
     if path.suffix.lower() in arrow.SUFFIXES:
-        require_table(path, where)
-        found = arrow.rows(path, columns)
+        require_table(path, key)
+        entries = arrow.rows(path, columns)
     else:
-        found = _columns(records(path, where), columns)
-    for place, values in found:
+        entries = _columns(records(path, key), columns)
+    for location, values in entries:
         for column, value in zip(columns.values(), values, strict=True):
             if value is None:
-                raise ConfigError(f"{place}: has no value in column {column!r}. Fill it in, or remove the record.")
-        yield place, values
+                raise ConfigError(f"{location}: has no value in column {column!r}. Fill it in, or remove the record.")
+        yield location, values
 
 
-def records(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, values by column) of the rows of a CSV, TSV, JSONL or JSON file in order.
 
     Args:
         path: the file.
-        where: the setting in error messages.
+        key: the setting in error messages.
 
     Raises:
         ConfigError: the file is missing, malformed or of another format.
     """
-    require_table(path, where)
+    require_table(path, key)
     try:
         with _open_text(path) as file:
             yield from _dicts(file, path)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-        raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
+        raise ConfigError(f"{key}: {path} cannot be read: {error}.") from error
 
 
-def require_table(path: Path, where: str) -> None:
+def require_table(path: Path, key: str) -> None:
     """Check that a file can be read and has the name of a table.
 
     Raises:
-        ConfigError: names the setting `where` and the file.
+        ConfigError: names the setting `key` and the file.
     """
     if not is_table(path):
         raise ConfigError(
-            f"{where}: {path} is not .csv, .tsv, .jsonl, .parquet or .arrow, nor a directory of datasets.save_to_disk. "
+            f"{key}: {path} is not .csv, .tsv, .jsonl, .parquet or .arrow, nor a directory of datasets.save_to_disk. "
             "Convert it to one of these."
         )
     try:
         os.close(open_regular(path, ConfigError))
     except OSError as error:
-        raise ConfigError(f"{where}: {path} cannot be read: {error}.") from error
+        raise ConfigError(f"{key}: {path} cannot be read: {error}.") from error
 
 
-def _columns(found: Iterator[tuple[str, dict[str, Any]]], columns: Mapping[str, str]) -> Iterator[Row]:
-    for place, row in found:
-        arrow.require_columns(place, [key for key in row if key], columns)
-        yield place, [row[column] for column in columns.values()]
+def _columns(entries: Iterator[tuple[str, dict[str, Any]]], columns: Mapping[str, str]) -> Iterator[Row]:
+    for location, row in entries:
+        arrow.require_columns(location, [key for key in row if key], columns)
+        yield location, [row[column] for column in columns.values()]
 
 
 @contextmanager
@@ -109,15 +109,15 @@ def _dicts(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         csv.field_size_limit(max(csv.field_size_limit(), MAX_JSON))
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         names = reader.fieldnames or ()
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ConfigError(f"{path}: has two columns called {twice!r}. Rename or remove one.")
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"{path}: has two columns called {repeated!r}. Rename or remove one.")
         for row in reader:
-            place = f"{path}, line {reader.line_num}"
+            location = f"{path}, line {reader.line_num}"
             if None in row:
                 raise ConfigError(
-                    f"{place}: has more values than the {len(names)} columns. Quote texts that contain a delimiter."
+                    f"{location}: has more values than the {len(names)} columns. Quote texts that contain a delimiter."
                 )
-            yield place, row
+            yield location, row
         return
     start = file.read(_START) if ending == ".json" else ""
     if start.lstrip().startswith("["):
@@ -130,20 +130,20 @@ def _dicts(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _of_array(file: TextIO, start: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    place = f"{path}, item 1"
+    location = f"{path}, item 1"
     try:
         for number, item in enumerate(array_items(file, start), 1):
-            yield place, _json_object(item, place)
-            place = f"{path}, item {number + 1}"
+            yield location, _json_object(item, location)
+            location = f"{path}, item {number + 1}"
     except ValueError as error:
-        raise ConfigError(f"{place}: is not JSON: {error}. Write an array of objects.") from error
+        raise ConfigError(f"{location}: is not JSON: {error}. Write an array of objects.") from error
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
+def _json_object(line: str, key: str) -> dict[str, Any]:
     try:
         row = parse_json(line.encode())
     except ValueError as error:
-        raise ConfigError(f"{where}: is not JSON: {error}. Write one object per line.") from error
+        raise ConfigError(f"{key}: is not JSON: {error}. Write one object per line.") from error
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: holds {type(row).__name__}. Write one object per line.")
+        raise ConfigError(f"{key}: holds {type(row).__name__}. Write one object per line.")
     return row

@@ -22,7 +22,7 @@ class TextExamples:
     `token_counts` are the numbers of tokens of the examples, int64 (N,).
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, max_length: int, labels: Tensor, where: str) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int, max_length: int, labels: Tensor, key: str) -> None:
         """Create the temporary file, without examples.
 
         Args:
@@ -30,10 +30,10 @@ class TextExamples:
             vocabulary: the size of the model's vocabulary.
             max_length: the length to which texts are truncated and padded.
             labels: the label of each example that will be added.
-            where: the setting in error messages.
+            key: the setting in error messages.
         """
         self._tokenizer, self._max_length, self._labels = tokenizer, max_length, labels
-        self._spool = Spool(where, vocabulary)
+        self._spool = Spool(key, vocabulary)
         self._has_types = False
 
     def add(self, rows: Iterable[tuple[str, list[str]]]) -> None:
@@ -43,17 +43,17 @@ class TextExamples:
             ConfigError: a text has no tokens.
         """
         iterator = iter(rows)
-        while some := list(islice(iterator, _BATCH)):
-            texts = list(zip(*(texts for _, texts in some), strict=True))
+        while chunk := list(islice(iterator, _BATCH)):
+            texts = list(zip(*(texts for _, texts in chunk), strict=True))
             encoded = self._tokenizer(*map(list, texts), truncation=True, max_length=self._max_length, verbose=False)
             types = encoded.get("token_type_ids") if len(texts) > 1 else None
             self._has_types = types is not None
-            for i, (place, _) in enumerate(some):
+            for i, (location, _) in enumerate(chunk):
                 tokens = np.array(encoded["input_ids"][i], np.int64)
                 if not len(tokens):
-                    raise ConfigError(f"{place}: the text has no tokens. Remove the record.")
+                    raise ConfigError(f"{location}: the text has no tokens. Remove the record.")
                 # The second text of a pair is stored as the hidden tokens of the file.
-                self._spool.add(place, tokens, None if types is None else np.array(types[i]) == 1)
+                self._spool.add(location, tokens, None if types is None else np.array(types[i]) == 1)
         self._spool.finish()
         self._bounds = np.append(self._spool.starts, self._spool.count)
         self.token_counts: Array = np.diff(self._bounds)

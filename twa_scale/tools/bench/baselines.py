@@ -64,6 +64,6 @@ def published(n: int, gradient: torch.Tensor) -> Iterator[Measured]:
     def combine() -> torch.Tensor:
         return (codes * (scale * u)).sum(0) + (zero[:, None] * u).sum()
 
-    for what, function in (("published project", project), ("published combine", combine)):
-        small = measure(what, function, codes.nbytes + part.nbytes, gradient.device)
-        yield Measured(what, small.seconds * times, small.nbytes * times)
+    for name, function in (("published project", project), ("published combine", combine)):
+        small = measure(name, function, codes.nbytes + part.nbytes, gradient.device)
+        yield Measured(name, small.seconds * times, small.nbytes * times)

@@ -61,12 +61,12 @@ def run_streaming(
             config = validated(TwaConfig, {"store": name, "kernels": kernels}, "bench")
             attach = lambda config=config: _attach(paths, config, device)  # noqa: E731
             measured.append(_best(Case(f"attach, {name}", attach, nbytes)))
-        some = paths[: max(1, _EXPORT_BYTES // paths[0].stat().st_size)]
-        weights = torch.randn(elements * len(some), device=device)
-        written, merged = nbytes * len(some) / len(paths), nbytes * (1 + 1 / len(paths))
+        merged_paths = paths[: max(1, _EXPORT_BYTES // paths[0].stat().st_size)]
+        weights = torch.randn(elements * len(merged_paths), device=device)
+        written, merged = nbytes * len(merged_paths) / len(paths), nbytes * (1 + 1 / len(paths))
         cases = [
-            Case("copy", lambda: _copy(some, out, sync=False), written),
-            Case("copy and sync", lambda: _copy(some, out, sync=True), written),
+            Case("copy", lambda: _copy(merged_paths, out, sync=False), written),
+            Case("copy and sync", lambda: _copy(merged_paths, out, sync=True), written),
             Case("export and sync", lambda: _export(weights, out), written),
             Case("read all, copy one and sync", lambda: _read_and_copy(paths, out), merged),
             Case("merge and sync", lambda: _merge(paths, out), merged),

@@ -102,7 +102,7 @@ def forecast(plan: Plan, bench: Bench, files: Sequence[Measured]) -> Forecast:
         seconds = {row.what: scale * row.seconds for row in rows}
         nbytes = store_bytes(store, plan.num_candidates, plan.span_sizes)
         moved = update_bytes(nbytes, plan.local_elements)
-        project, combine = (Measured(what, seconds[what], moved[what]) for what in ("project", "combine"))
+        project, combine = (Measured(name, seconds[name], moved[name]) for name in ("project", "combine"))
         parts = [project, bench.reduction, bench.coefficients, combine]
         step = Measured("step", sum(part.seconds for part in parts), sum(part.nbytes for part in parts))
         attach = [Measured("attach", plan.bytes_read / rates[f"attach, {store}"], plan.bytes_read)] if rates else []

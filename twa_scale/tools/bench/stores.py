@@ -151,11 +151,11 @@ def _measure_store(
     group = Group.world()
 
     def project() -> torch.Tensor:
-        return torch.stack([store.project(span, gradient[cut], False) for span, cut in spans]).sum(0)
+        return torch.stack([store.project(span, gradient[indices], False) for span, indices in spans]).sum(0)
 
     def combine() -> None:
-        for span, cut in spans:
-            store.combine(span, x.detach()[0], 1.0, weights[cut])
+        for span, indices in spans:
+            store.combine(span, x.detach()[0], 1.0, weights[indices])
 
     def update() -> None:
         x.grad = group.sum_(project().repeat(groups, 1))[:, :-1].to(torch.float32)
@@ -178,17 +178,17 @@ def _measure_rows(
     gradient: torch.Tensor,
     weights: torch.Tensor,
 ) -> list[Measured]:
-    divided = [(span, cut, Segments(length, span.start % length, len(span))) for span, cut in spans]
+    divided = [(span, indices, Segments(length, span.start % length, len(span))) for span, indices in spans]
     count = sum(segments.count for *_, segments in divided)
     factors = [torch.randn(segments.count, n, device=gradient.device).T for *_, segments in divided]
 
     def project() -> None:
-        for span, cut, segments in divided:
-            store.project(span, gradient[cut], False, segments)
+        for span, indices, segments in divided:
+            store.project(span, gradient[indices], False, segments)
 
     def combine() -> None:
-        for (span, cut, segments), own in zip(divided, factors, strict=True):
-            store.combine(span, own, 1.0, weights[cut], segments)
+        for (span, indices, segments), row_factors in zip(divided, factors, strict=True):
+            store.combine(span, row_factors, 1.0, weights[indices], segments)
 
     moved = update_bytes(store.nbytes, len(gradient))
     return [

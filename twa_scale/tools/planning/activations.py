@@ -21,16 +21,16 @@ def activation_bytes(
     batch = {key: value.to("meta") for key, value in batch.items()}
     try:
         kept, passing = _kept(task, model, batch)
-        found = {"activations": int(scale * (kept + passing))}
+        result = {"activations": int(scale * (kept + passing))}
         if config.task.options.get("recompute_activations"):
             task = build_task(config.task.model_copy(update={"recompute_activations": False}))
             with torch.device("meta"):
                 model = task.model().to(torch.float32)
             of_blocks = _kept(task, model, batch)[0] - kept
-            found["activations of the block computed again"] = int(scale * of_blocks / max(1, len(blocks_of(model))))
+            result["activations of the block computed again"] = int(scale * of_blocks / max(1, len(blocks_of(model))))
     except Exception as error:
         return {}, (f"activations are not counted: the model does not run on the meta device ({type(error).__name__})",)
-    return found, ()
+    return result, ()
 
 
 def _kept(task: Task, model: nn.Module, batch: Batch) -> tuple[int, int]:
@@ -38,12 +38,12 @@ def _kept(task: Task, model: nn.Module, batch: Batch) -> tuple[int, int]:
 
     The second number is an estimate of the gradients of activations.
     """
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    parameter_storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()._cdata  # views of one storage, such as transposed weights, are counted once
-        if storage not in own:
+        if storage not in parameter_storages:
             kept[storage] = tensor
         return tensor
 

@@ -14,7 +14,7 @@ from twa_scale.errors import ConfigError
 from twa_scale.ranks import World
 from twa_scale.run.engines import run_engine
 from twa_scale.run.tasks import build_task
-from twa_scale.running.ema import wide
+from twa_scale.running.ema import averaging_dtype
 from twa_scale.running.settings import ema_settings, window_settings
 from twa_scale.running.window import kept_buffers
 from twa_scale.store import store_bytes
@@ -46,20 +46,22 @@ def averages_bytes(config: RunConfig, ranks: int, settings: Mapping[str, Any]) -
     trained = [info for info in parameters.values() if info.trainable and info.dtype.is_floating_point]
     sizes = {info.name: engine.owned_elements(info) for info in trained}
     buffers = {name: real_view(buffer) for name, buffer in persistent_buffers(model).items()}
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     if ema:
-        elements = sum(sizes[info.name] * wide(torch.empty(0, dtype=info.dtype)).itemsize for info in trained)
-        found[f"exponential averages ({', '.join(ema.held())})"] = len(ema.held()) * elements
+        elements = sum(
+            sizes[info.name] * averaging_dtype(torch.empty(0, dtype=info.dtype)).itemsize for info in trained
+        )
+        result[f"exponential averages ({', '.join(ema.held())})"] = len(ema.held()) * elements
         if ema.use_buffers:
-            held = sum(prod(buffer.shape) * buffer.element_size() for buffer in buffers.values())
-            found["their buffers, on the first rank"] = len(list(ema.names())) * held
+            buffer_bytes = sum(prod(buffer.shape) * buffer.element_size() for buffer in buffers.values())
+            result["their buffers, on the first rank"] = len(list(ema.names())) * buffer_bytes
     if window:
         name = f"window of {window.keep} snapshots ({window.store})"
-        found[name] = store_bytes(window.store, window.keep - 1, sizes.values())
-        held = sum(
+        result[name] = store_bytes(window.store, window.keep - 1, sizes.values())
+        buffer_bytes = sum(
             count * prod(buffers[name].shape) * buffers[name].element_size()
             for name, count in kept_buffers(buffers, window.keep).items()
         )
-        found |= {"buffers of the snapshots, on the first rank": held} if held else {}
-    found["the weights, while others are shown"] = sum(sizes[info.name] * info.dtype.itemsize for info in trained)
-    return found
+        result |= {"buffers of the snapshots, on the first rank": buffer_bytes} if buffer_bytes else {}
+    result["the weights, while others are shown"] = sum(sizes[info.name] * info.dtype.itemsize for info in trained)
+    return result

@@ -75,10 +75,10 @@ def choose_store(plan: Plan, memory: int | None = None, host_memory: int | None 
         memory: bytes of memory of a rank; by default, that of ranks on this machine.
         host_memory: bytes of host memory of a rank on a GPU; by default, that of ranks on this machine.
     """
-    found, assumed = (memory, "") if memory is not None else _memory_here(plan)
+    available, assumed = (memory, "") if memory is not None else _memory_here(plan)
     host, host_assumed = (host_memory, "") if host_memory is not None else _host_memory_here(plan)
-    stores = tuple(_choice(plan, store, found, host) for store in STORES)
-    return Choices(stores, plan.store, found, assumed, host, host_assumed)
+    stores = tuple(_choice(plan, store, available, host) for store in STORES)
+    return Choices(stores, plan.store, available, assumed, host, host_assumed)
 
 
 def _choice(plan: Plan, store: StoreName, memory: int, host_memory: int) -> Choice:

@@ -202,8 +202,8 @@ def _span_sizes(layout: Layout, local: dict[str, int]) -> tuple[int, ...]:
 def _jobs(tensors: _Tensors, owned: dict[str, int]) -> Iterator[Job]:
     """Yield the reads of attach on the first rank, which also reads the buffers."""
     candidates, layout = tensors.candidates, tensors.layout
-    found = {**owned, **{name: tensors.buffers[name].numel() for name in layout.buffers}}
-    for name, size in found.items():
+    counts = {**owned, **{name: tensors.buffers[name].numel() for name in layout.buffers}}
+    for name, size in counts.items():
         yield Span(layout.source(name), 0, size), range(len(candidates))
     yield from alias_jobs([Span(name, 0, size) for name, size in owned.items()], layout, candidates)
 

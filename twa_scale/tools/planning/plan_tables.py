@@ -34,12 +34,12 @@ def plan_tables(plan: Plan, choices: Choices) -> Group:
     return Group(_plan_table(plan), _stores_table(choices), verdict)
 
 
-def averages_table(found: Mapping[str, int], ranks: int) -> Table:
+def averages_table(bytes_by_part: Mapping[str, int], ranks: int) -> Table:
     """Return a table of the memory of running averages, by description."""
     table = Table(title=f"running averages in training, {ranks} {plural(ranks, 'rank')}")
     table.add_column("per rank, in addition to the weights")
     table.add_column("bytes", justify="right")
-    for name, nbytes in {**found, "sum": sum(found.values())}.items():
+    for name, nbytes in {**bytes_by_part, "sum": sum(bytes_by_part.values())}.items():
         table.add_row(name, human_bytes(nbytes))
     return table
 
@@ -53,14 +53,19 @@ def _stores_table(choices: Choices) -> Table:
     for column in ("store", "bytes", "peak", "moved in a step", "fits"):
         table.add_column(column, justify="left" if column in ("store", "fits") else "right")
     for choice in choices.stores:
-        own = choice.store == choices.configured
+        is_configured = choice.store == choices.configured
         fits = f"no: {choice.obstacle}" if choice.obstacle else "yes" if choice.fits else "no"
         if choice.page_cache:
             fits += f", with {human_bytes(choice.page_cache)} of page cache"
         if choice.host:
             fits += f", with {human_bytes(choice.host)} of host memory"
         sizes = (human_bytes(size) for size in (choice.nbytes, choice.peak, sum(choice.moved.values())))
-        table.add_row(choice.store + (", configured" if own else ""), *sizes, fits, style="bold" if own else "")
+        table.add_row(
+            choice.store + (", configured" if is_configured else ""),
+            *sizes,
+            fits,
+            style="bold" if is_configured else "",
+        )
     return table
 
 

@@ -23,10 +23,10 @@ _MOST_CANDIDATES = 500
 
 def coefficient_section(material: Material) -> Html | None:
     """Return the candidates, their coefficients by depth, kind and step, and the meaning of negative ones."""
-    found = material.coefficients
-    if found is None:
+    coefficients = material.coefficients
+    if coefficients is None:
         return None
-    n, groups = found.values.shape
+    n, groups = coefficients.values.shape
     of = f" at {material.coefficients_of}" if material.coefficients_of else ""
     return joined(
         el("h2", "Candidates and coefficients"),
@@ -36,10 +36,10 @@ def coefficient_section(material: Material) -> Html | None:
             f"and group of tensors ({_count(groups, 'group')}){of}. The mean is over all elements.",
         ),
         _rows_note(material),
-        _candidates(material, found),
-        el("p", f"{found.effective:.2f} effective candidates of {n}. {EFFECTIVE_IS}", class_="note"),
-        _negative(found),
-        el("div", *_maps(material, found), class_="maps"),
+        _candidates(material, coefficients),
+        el("p", f"{coefficients.effective:.2f} effective candidates of {n}. {EFFECTIVE_IS}", class_="note"),
+        _negative(coefficients),
+        el("div", *_maps(material, coefficients), class_="maps"),
     )
 
 
@@ -49,30 +49,30 @@ def _rows_note(material: Material) -> Html | None:
     return el("p", "Single rows of matrices have corrections, which are not part of the coefficients here: rows.png.")
 
 
-def _candidates(material: Material, found: Coefficients) -> Html:
+def _candidates(material: Material, coefficients: Coefficients) -> Html:
     distances = material.summary.candidate_distances if material.summary else []
-    sizes = [_size(path) for path in material.paths] if len(material.paths) == len(found.labels) else []
+    sizes = [_size(path) for path in material.paths] if len(material.paths) == len(coefficients.labels) else []
     head = ["candidate", "mean coefficient", ""]
-    several = found.values.shape[1] > 1
+    several = coefficients.values.shape[1] > 1
     head += ["smallest", "largest"] if several else []
-    head += ["step"] if any(step is not None for step in found.steps) else []
-    head += ["distance from the center"] if len(distances) == len(found.labels) else []
+    head += ["step"] if any(step is not None for step in coefficients.steps) else []
+    head += ["distance from the center"] if len(distances) == len(coefficients.labels) else []
     head += ["size on disk"] if sizes else []
-    low, high = min(0.0, *found.means), max(0.0, *found.means)
+    low, high = min(0.0, *coefficients.means), max(0.0, *coefficients.means)
     rows: list[list[Content]] = []
-    for i, name in enumerate(found.names[:_MOST_CANDIDATES]):
-        row: list[Content] = [el("span", name, title=found.labels[i]), f"{found.means[i]:.4f}"]
-        row.append(_bar(found.means[i], low, high, 1 / len(found.labels)))
+    for i, name in enumerate(coefficients.names[:_MOST_CANDIDATES]):
+        row: list[Content] = [el("span", name, title=coefficients.labels[i]), f"{coefficients.means[i]:.4f}"]
+        row.append(_bar(coefficients.means[i], low, high, 1 / len(coefficients.labels)))
         if several:
-            row += [f"{float(found.values[i].min()):.4f}", f"{float(found.values[i].max()):.4f}"]
+            row += [f"{float(coefficients.values[i].min()):.4f}", f"{float(coefficients.values[i].max()):.4f}"]
         if "step" in head:
-            row.append("" if found.steps[i] is None else str(found.steps[i]))
+            row.append("" if coefficients.steps[i] is None else str(coefficients.steps[i]))
         if "distance from the center" in head:
             row.append(f"{distances[i]:.5g}")
         if sizes:
             row.append(sizes[i])
         rows.append(row)
-    more = len(found.labels) - len(rows)
+    more = len(coefficients.labels) - len(rows)
     return joined(table(head, rows), el("p", f"and {more} more candidates", class_="note") if more else None)
 
 
@@ -84,18 +84,19 @@ def _bar(value: float, low: float, high: float, uniform: float) -> Html:
     return el("span", part, class_="bar", style=f"--zero:{zero:.1f}%")
 
 
-def _negative(found: Coefficients) -> Html:
+def _negative(coefficients: Coefficients) -> Html:
     """Return the meaning of negative coefficients, with the smallest one."""
-    count = found.values.numel()
-    if not found.negative:
+    count = coefficients.values.numel()
+    if not coefficients.negative:
         return el("p", "No coefficient is negative: the average is an interpolation of the candidates.")
-    value, candidate, group = found.negative[0]
-    where = f" (group {found.groups[group]})" if len(found.groups) > 1 else ""
+    value, candidate, group = coefficients.negative[0]
+    suffix = f" (group {coefficients.groups[group]})" if len(coefficients.groups) > 1 else ""
     return joined(
         el(
             "p",
-            f"{len(found.negative)} of {_count(count, 'coefficient')} are negative; the smallest is {value:.4f}, of "
-            f"{found.names[candidate]}{where}.",
+            f"{len(coefficients.negative)} of {_count(count, 'coefficient')} are negative; the smallest is "
+            f"{value:.4f}, of "
+            f"{coefficients.names[candidate]}{suffix}.",
         ),
         el(
             "details",
@@ -116,35 +117,41 @@ def _negative(found: Coefficients) -> Html:
     )
 
 
-def _maps(material: Material, found: Coefficients) -> list[Html]:
-    n = len(found.labels)
+def _maps(material: Material, coefficients: Coefficients) -> list[Html]:
+    n = len(coefficients.labels)
     uniform, maps = 1 / n, []
     over_time = _by_step(material.records, n)
     if len(over_time) > 1:
-        maps.append(heat_map("Mean coefficient by step", found.names, over_time, middle=uniform, corner="step"))
-    if found.values.shape[1] == 1:
+        maps.append(heat_map("Mean coefficient by step", coefficients.names, over_time, middle=uniform, corner="step"))
+    if coefficients.values.shape[1] == 1:
         return maps
-    most = most_columns(n)
+    max_columns = most_columns(n)
     for title, corner, columns in (
-        ("Coefficients by depth", "block", found.by(lambda place: place.block)),
-        ("Coefficients by kind of tensor", "kind", found.by(lambda place: place.kind)),
+        ("Coefficients by depth", "block", coefficients.by(lambda place: place.block)),
+        ("Coefficients by kind of tensor", "kind", coefficients.by(lambda place: place.kind)),
     ):
         if len(columns) > 1:
-            maps.append(heat_map(title, found.names, merged(columns, most), middle=uniform, corner=corner))
-    maps.extend(_effective_map(found))
+            maps.append(
+                heat_map(title, coefficients.names, merged(columns, max_columns), middle=uniform, corner=corner)
+            )
+    maps.extend(_effective_map(coefficients))
     return maps
 
 
-def _effective_map(found: Coefficients) -> list[Html]:
+def _effective_map(coefficients: Coefficients) -> list[Html]:
     """Return a map of the effective number of candidates by kind and block, if each tensor has its own group."""
-    kinds = list(dict.fromkeys(place.kind for place in found.places.values() if place.block != OUTSIDE))
-    blocks = list(dict.fromkeys(place.block for place in found.places.values() if place.block != OUTSIDE))
-    if len(kinds) < 2 or len(blocks) < 2 or len(found.groups) < 4 or len(kinds) > 64:
+    kinds = list(
+        dict.fromkeys(position.kind for position in coefficients.positions.values() if position.block != OUTSIDE)
+    )
+    blocks = list(
+        dict.fromkeys(position.block for position in coefficients.positions.values() if position.block != OUTSIDE)
+    )
+    if len(kinds) < 2 or len(blocks) < 2 or len(coefficients.groups) < 4 or len(kinds) > 64:
         return []
-    at = {found.places[tensor.name]: tensor.group for tensor in found.tensors}
+    at = {coefficients.positions[tensor.name]: tensor.group for tensor in coefficients.tensors}
     columns = {
         block: [
-            found.effective_of(at[place]) if (place := type(next(iter(at)))(block, kind)) in at else None
+            coefficients.effective_of(at[position]) if (position := type(next(iter(at)))(block, kind)) in at else None
             for kind in kinds
         ]
         for block in blocks[:: -(-len(blocks) // most_columns(len(kinds)))]
@@ -160,20 +167,20 @@ def _by_step(records: Sequence[dict[str, Any]], n: int) -> dict[str, list[float]
         values = [value for key, value in sorted(record.items()) if key.startswith(COEFFICIENTS)]
         if len(values) == n:
             columns[str(record["step"])] = values
-    return _few(columns, most_columns(n))
+    return _limited(columns, most_columns(n))
 
 
-def _few(columns: dict[str, list[float]], most: int) -> dict[str, list[float]]:
+def _limited(columns: dict[str, list[float]], limit: int) -> dict[str, list[float]]:
     names = list(columns)
-    kept = names[:: -(-len(names) // most)] if names else []
+    kept = names[:: -(-len(names) // limit)] if names else []
     return {name: columns[name] for name in dict.fromkeys([*kept, *names[-1:]])}
 
 
 def _size(path: str) -> str:
     """Return the size of the files of a candidate."""
-    found = Path(path)
+    on_disk = Path(path)
     try:
-        files = [found] if found.is_file() else [file for file in found.rglob("*") if file.is_file()]
+        files = [on_disk] if on_disk.is_file() else [file for file in on_disk.rglob("*") if file.is_file()]
         return size_text(sum(file.stat().st_size for file in files)) if files else "deleted"
     except OSError:
         return "unknown"
@@ -187,8 +194,8 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes"
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {plural(count, what)}"
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {plural(count, noun)}"
 
 
 def mean_distance(distances: Sequence[float]) -> float | None:

@@ -24,7 +24,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """The place of a tensor in the model: its block, and its kind, which is the same in all blocks."""
 
     block: str
@@ -77,19 +77,19 @@ class Coefficients:
     @cached_property
     def negative(self) -> list[tuple[float, int, int]]:
         """The negative coefficients: value, candidate and group, the smallest first."""
-        found = (self.values < 0).nonzero().tolist()
-        return sorted((float(self.values[i, g]), i, g) for i, g in found)
+        indices = (self.values < 0).nonzero().tolist()
+        return sorted((float(self.values[i, g]), i, g) for i, g in indices)
 
     @cached_property
-    def places(self) -> dict[str, Place]:
+    def positions(self) -> dict[str, Position]:
         """The place of each tensor, by name."""
-        return places([tensor.name for tensor in self.tensors])
+        return positions([tensor.name for tensor in self.tensors])
 
-    def by(self, key: Callable[[Place], str]) -> dict[str, list[float]]:
+    def by(self, key: Callable[[Position], str]) -> dict[str, list[float]]:
         """Return the mean coefficients over the elements of tensors with the same `key`, in the order of the model."""
         members: dict[str, list[Tensor]] = {}
         for tensor in self.tensors:
-            members.setdefault(key(self.places[tensor.name]), []).append(tensor)
+            members.setdefault(key(self.positions[tensor.name]), []).append(tensor)
         return {name: self._mean(tensors) for name, tensors in members.items()}
 
     def _mean(self, tensors: Sequence[Tensor]) -> list[float]:
@@ -97,7 +97,7 @@ class Coefficients:
         return [float(mean) for mean in mean_coefficients(columns, [tensor.elements for tensor in tensors])]
 
 
-def places(names: Sequence[str]) -> dict[str, Place]:
+def positions(names: Sequence[str]) -> dict[str, Position]:
     """Return the place of each tensor from its name. The first number in it is that of the block.
 
     `encoder.layers.3.experts.7.weight` is in block `encoder.layers.3`, and of the kind `experts.*.weight`. If there is
@@ -105,11 +105,11 @@ def places(names: Sequence[str]) -> dict[str, Place]:
     """
     split = {name: _split(name) for name in names}
     stacks = {stack for stack, number, _ in split.values() if number is not None}
-    found = {}
+    result = {}
     for name, (stack, number, kind) in split.items():
         block = OUTSIDE if number is None else number if len(stacks) == 1 else f"{stack}.{number}"
-        found[name] = Place(block, kind)
-    return found
+        result[name] = Position(block, kind)
+    return result
 
 
 def _split(name: str) -> tuple[str, str | None, str]:
@@ -121,14 +121,14 @@ def _split(name: str) -> tuple[str, str | None, str]:
     return ".".join(parts[:at]), parts[at], ".".join("*" if part.isdigit() else part for part in parts[at + 1 :])
 
 
-def merged(columns: Mapping[str, list[float]], most: int) -> dict[str, list[float]]:
-    """Return at most `most` columns. Neighbors are merged into their mean, with the names of the first and the last."""
-    size = -(-len(columns) // most) if most else 1
+def merged(columns: Mapping[str, list[float]], limit: int) -> dict[str, list[float]]:
+    """Return at most `limit` columns. Neighbors are merged into their mean, named after the first and the last."""
+    size = -(-len(columns) // limit) if limit else 1
     if size <= 1:
         return dict(columns)
-    names, found = list(columns), {}
+    names, result = list(columns), {}
     for start in range(0, len(names), size):
-        held = names[start : start + size]
-        label = held[0] if len(held) == 1 else f"{held[0]} to {held[-1]}"
-        found[label] = [sum(at) / len(held) for at in zip(*(columns[name] for name in held), strict=True)]
-    return found
+        group = names[start : start + size]
+        label = group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}"
+        result[label] = [sum(at) / len(group) for at in zip(*(columns[name] for name in group), strict=True)]
+    return result

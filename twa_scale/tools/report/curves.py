@@ -125,11 +125,11 @@ def smoothed(points: Sequence[Point]) -> tuple[list[Point], list[Point], list[Po
     half, every = max(len(points) // 20, 1), ceil(len(points) / _MOST)
     middle, low, high = [], [], []
     for i in range(0, len(points), every):
-        near = [value for _, value in points[max(i - half, 0) : i + half + 1]]
+        window = [value for _, value in points[max(i - half, 0) : i + half + 1]]
         step = points[i][0]
-        middle.append((step, sum(near) / len(near)))
-        low.append((step, min(near)))
-        high.append((step, max(near)))
+        middle.append((step, sum(window) / len(window)))
+        low.append((step, min(window)))
+        high.append((step, max(window)))
     return middle, low, high
 
 

@@ -20,12 +20,12 @@ def el(name: str, *children: Content, **attributes: object) -> Html:
         children: markup as `Html`. Other text is escaped, and None is left out.
         attributes: the attributes by name. `class_` is `class`, and other underscores become hyphens. None is left out.
     """
-    given = "".join(
+    attribute_text = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{name}{given}>{joined(*children)}</{name}>")
+    return Html(f"<{name}{attribute_text}>{joined(*children)}</{name}>")
 
 
 def joined(*children: Content) -> Html:

@@ -78,9 +78,9 @@ class Origin(_Read):
 
     @model_validator(mode="after")
     def _fits(self) -> "Origin":
-        given = self.by_candidate
+        weights = self.by_candidate
         groups = len(self.groups) if self.coefficients is not None else 1
-        if given and (len(given) != len(self.candidates) or any(len(row) != groups for row in given)):
+        if weights and (len(weights) != len(self.candidates) or any(len(row) != groups for row in weights)):
             raise ValueError("there is not one coefficient for each candidate and group")
         if self.elements is not None and len(self.elements) != len(self.groups):
             raise ValueError("elements: they do not have one number for each group")
@@ -224,13 +224,13 @@ def _coefficients_of_state(state: AverageState) -> Coefficients:
 
 
 def _coefficients_of_origin(origin: Origin) -> Coefficients | None:
-    given = origin.by_candidate
-    if not given:
+    weights = origin.by_candidate
+    if not weights:
         return None
     groups = origin.groups if origin.coefficients is not None else ["all tensors"]
     counts = origin.elements or [1] * len(groups)
     tensors = [Tensor(name, i, count) for i, (name, count) in enumerate(zip(groups, counts, strict=True))]
-    return Coefficients(origin.candidates, groups, torch.tensor(given, dtype=torch.float64), tensors)
+    return Coefficients(origin.candidates, groups, torch.tensor(weights, dtype=torch.float64), tensors)
 
 
 def _trainer_records(directory: Path) -> list[dict[str, Any]]:
@@ -283,9 +283,9 @@ def _parsed(model: type[M], path: Path) -> M | None:
         return model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        location = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
-        raise StateError(f"{path}: {where + ': ' if where else ''}{message}. {_FIX}") from None
+        raise StateError(f"{path}: {location + ': ' if location else ''}{message}. {_FIX}") from None
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -72,7 +72,7 @@ def _tiles(material: Material) -> Html | None:
 
 def _figures(material: Material) -> Iterator[tuple[str, str]]:
     """Yield the most important numbers with their descriptions."""
-    summary, found = material.summary, material.coefficients
+    summary, coefficients = material.summary, material.coefficients
     if summary:
         single = comparison.single(summary.comparison)
         exported, other = (summary.comparison.get(k, {}) for k in (comparison.EXPORTED, single))
@@ -80,8 +80,8 @@ def _figures(material: Material) -> Iterator[tuple[str, str]]:
             yield f"{exported[key]:.5g}", f"{key} of the average"
             if key in other:
                 yield f"{other[key]:.5g}", f"{key} of the {single}"
-    if found:
-        yield f"{found.effective:.2f} of {len(found.labels)}", "effective candidates"
+    if coefficients:
+        yield f"{coefficients.effective:.2f} of {len(coefficients.labels)}", "effective candidates"
     if summary and summary.distance is not None:
         mean = mean_distance(summary.candidate_distances)
         compared = f" (candidates: {mean:.3g} on average)" if mean else ""
@@ -128,18 +128,18 @@ def _compared(material: Material) -> list[tuple[str, dict[str, float]]]:
         if first and start != "center":
             rows.insert(-2 if len(rows) > 1 else 0, (f"start ({dumped(start)}), step 0", first))
         return rows
-    found = _evaluations(material)
-    ends = [found[0], found[-1]] if len(found) > 1 else found
+    evaluations = _evaluations(material)
+    ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
     return [(f"step {step}", metrics) for step, metrics in ends]
 
 
 def _evaluations(material: Material) -> list[tuple[int, dict[str, float]]]:
-    found = []
+    result = []
     for record in material.records:
         metrics = {key: value for key, value in record.items() if "/" in key and not key.startswith(COEFFICIENTS)}
         if metrics:
-            found.append((record["step"], metrics))
-    return found
+            result.append((record["step"], metrics))
+    return result
 
 
 def _curves(material: Material) -> Html | None:
@@ -226,8 +226,8 @@ def _step_cost(material: Material) -> Html | None:
     summary = material.summary
     if not summary or not summary.cost or summary.forward_backward_seconds is None:
         return None
-    whole = summary.forward_backward_seconds
-    parts = {"forward and backward": whole, **{name: part.seconds for name, part in summary.cost.items()}}
+    total_seconds = summary.forward_backward_seconds
+    parts = {"forward and backward": total_seconds, **{name: part.seconds for name, part in summary.cost.items()}}
     total = sum(parts.values()) or 1.0
     rows: list[list[Content]] = [
         [name, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}"] for name, seconds in parts.items()
@@ -243,32 +243,32 @@ def _configuration(material: Material) -> Html | None:
     if not material.config:
         return None
     defaults = dict(flattened(_defaults(RunConfig)))
-    given = dict(flattened(material.config))
+    settings = dict(flattened(material.config))
     changed: list[list[Content]] = [
         [key, dumped(value), dumped(defaults[key]) if key in defaults else ""]
-        for key, value in given.items()
+        for key, value in settings.items()
         if key not in defaults or defaults[key] != value
     ]
-    everything: list[list[Content]] = [[key, dumped(value)] for key, value in given.items()]
+    table_rows: list[list[Content]] = [[key, dumped(value)] for key, value in settings.items()]
     return joined(
         el("h2", "Configuration"),
         el("div", table(["setting", "value", "default"], changed, first=3), class_="settings"),
         el(
             "details",
-            el("summary", f"All {len(everything)} settings"),
-            el("div", table(["setting", "value"], everything, first=2), class_="settings"),
+            el("summary", f"All {len(table_rows)} settings"),
+            el("div", table(["setting", "value"], table_rows, first=2), class_="settings"),
         ),
     )
 
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
     """Return the defaults of a section of the configuration, as JSON has them."""
-    found = {}
+    result = {}
     for name, field in model.model_fields.items():
         if not field.is_required():
             value = field.get_default(call_default_factory=True)
-            found[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    return found
+            result[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return result
 
 
 def _provenance(material: Material) -> Html:
@@ -294,25 +294,25 @@ def _provenance(material: Material) -> Html:
 
 def _commands(material: Material) -> Iterator[tuple[str, str]]:
     """Yield the sentences and commands that reproduce results."""
-    here, found = str(material.directory), material.coefficients
+    directory, coefficients = str(material.directory), material.coefficients
     if material.is_run and material.config:
         ranks = material.summary.ranks if material.summary else 1
         program = f"torchrun --nproc-per-node {ranks} -m twa_scale" if ranks > 1 else "twa-scale"
-        config = shlex.quote(str(Path(here) / CONFIG))
+        config = shlex.quote(str(Path(directory) / CONFIG))
         yield (
             "Train again with the same settings, in the directory in which the run was started:",
-            f"{program} run {config} output={shlex.quote(here + '-again')}",
+            f"{program} run {config} output={shlex.quote(directory + '-again')}",
         )
-    if material.is_run and found:
+    if material.is_run and coefficients:
         yield (
             "Write the exact merge from the coefficients and the candidates, without the model:",
-            f"twa-scale export {shlex.quote(here)} --out merged",
+            f"twa-scale export {shlex.quote(directory)} --out merged",
         )
-    if found and found.values.shape[1] == 1 and not material.corrects_rows:
-        pairs = zip(material.paths or found.labels, found.values[:, 0].tolist(), strict=True)
+    if coefficients and coefficients.values.shape[1] == 1 and not material.corrects_rows:
+        pairs = zip(material.paths or coefficients.labels, coefficients.values[:, 0].tolist(), strict=True)
         words = " \\\n  ".join(shlex.quote(f"{path}:{a!r}") for path, a in pairs)
         yield "The same average with fixed weights:", f"twa-scale average {words} \\\n  --out merged"
-    yield "Create this page again:", f"twa-scale report {shlex.quote(here)}"
+    yield "Create this page again:", f"twa-scale report {shlex.quote(directory)}"
 
 
 def _duration(seconds: float) -> str:

@@ -41,8 +41,8 @@ class TokenFile(NothingHidden):
         """
         size = _size(path)
         width = np.dtype(dtype).itemsize
-        if width > 1 and (what := _other_format(path)):
-            raise ConfigError(f"{path}: is not a plain sequence of tokens, but {what}.")
+        if width > 1 and (format_name := _other_format(path)):
+            raise ConfigError(f"{path}: is not a plain sequence of tokens, but {format_name}.")
         if size % width:
             raise ConfigError(
                 f"{path}: {size} bytes are not a whole number of {dtype} tokens. Set the right `token_dtype`."
@@ -106,11 +106,11 @@ class TokenFile(NothingHidden):
 
     def divided_after(self, end: int) -> "TokenFile":
         """Return this file with the documents that end with the token `end`. It is read once, in pieces."""
-        found = [np.zeros(1, np.int64)]
+        document_starts = [np.zeros(1, np.int64)]
         for start in range(0, self.count, _SCANNED):
             piece = self.read(start, min(self.count, start + _SCANNED))
-            found.append(np.flatnonzero(piece == end) + (start + 1))
-        starts = np.concatenate(found)
+            document_starts.append(np.flatnonzero(piece == end) + (start + 1))
+        starts = np.concatenate(document_starts)
         return replace(self, starts=starts[starts < self.count])
 
     def has_ends(self, end: int) -> bool:
@@ -119,7 +119,7 @@ class TokenFile(NothingHidden):
         return several or (self.count > 0 and int(self.read(self.count - 1, self.count)[0]) == end)
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """Return the path."""
         return str(self.path)
 

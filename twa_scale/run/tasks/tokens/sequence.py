@@ -22,7 +22,7 @@ class Tokens(Protocol):
         """Return the number of tokens."""
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """Return the name of the sequence in error messages."""
 
     @property
@@ -58,7 +58,7 @@ class TokenArray(NothingHidden):
     """Tokens in memory or in a mapped file."""
 
     tokens: Array
-    where: str
+    location: str
     starts: Array | None = None
 
     @property
@@ -101,15 +101,16 @@ class Concatenation:
         Raises:
             ConfigError: the documents of a sequence are not known.
         """
-        found = []
+        result = []
         for sequence, end in zip(self._sequences, self._ends, strict=True):
             if sequence.starts is None:
                 raise ConfigError(
-                    f"{key}: the starts of documents in {sequence.where} are not known. Set task.document_end to the "
-                    "token that ends each document, give a file of Megatron with its .idx, or use documents: joined."
+                    f"{key}: the starts of documents in {sequence.location} are not known. Set task.document_end to "
+                    "the token that ends each document, give a file of Megatron with its .idx, or use documents: "
+                    "joined."
                 )
-            found.append(sequence.starts + (end - sequence.count))
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+            result.append(sequence.starts + (end - sequence.count))
+        return np.concatenate(result) if result else np.zeros(0, np.int64)
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[Tokens, int, int]]:
         """Yield (sequence, start, stop) in the sequences, for the tokens start..stop-1."""
@@ -128,7 +129,7 @@ class Concatenation:
         if unknown.any():
             at = int(unknown.argmax())
             raise ConfigError(
-                f"{sequence.where}: position {start + at}: token {stored[at]}; the vocabulary of the model is "
+                f"{sequence.location}: position {start + at}: token {stored[at]}; the vocabulary of the model is "
                 f"0 to {self._vocabulary - 1}. Use the tokenizer of the model, and set `token_dtype` for .bin files."
             )
         return tokens

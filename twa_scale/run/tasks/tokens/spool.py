@@ -22,17 +22,17 @@ class Spool:
     in memory, 8 bytes for each.
     """
 
-    def __init__(self, where: str, vocabulary: int) -> None:
+    def __init__(self, location: str, vocabulary: int) -> None:
         """Create the file in the directory for temporary files (TMPDIR).
 
         Args:
-            where: the name of the sequence in error messages.
+            location: the name of the sequence in error messages.
             vocabulary: tokens have to be less than this.
 
         Raises:
             ConfigError: the file cannot be created.
         """
-        self.where, self.count, self.has_hidden = where, 0, False
+        self.location, self.count, self.has_hidden = location, 0, False
         self._vocabulary = min(vocabulary, 1 << 31)
         self._starts = array("q")
         with _named_errors():
@@ -44,11 +44,11 @@ class Spool:
         """Return the positions of the first tokens of the documents, int64."""
         return np.frombuffer(self._starts, np.int64) if self._starts else np.zeros(0, np.int64)
 
-    def add(self, place: str, tokens: Array, hidden: Array | None = None) -> None:
+    def add(self, record: str, tokens: Array, hidden: Array | None = None) -> None:
         """Append a document.
 
         Args:
-            place: the record in error messages.
+            record: the record in error messages.
             tokens: integers.
             hidden: whether each token is not predicted.
 
@@ -58,7 +58,7 @@ class Spool:
         unknown = (tokens < 0) | (tokens >= self._vocabulary)
         if unknown.any():
             raise ConfigError(
-                f"{place}: token {tokens[int(unknown.argmax())]}; the vocabulary of the model is 0 to "
+                f"{record}: token {tokens[int(unknown.argmax())]}; the vocabulary of the model is 0 to "
                 f"{self._vocabulary - 1}. Use the tokenizer of the model."
             )
         stored = tokens.astype(_TYPE)
@@ -82,8 +82,8 @@ class Spool:
 
     def hidden(self, start: int, stop: int) -> Array:
         """Return for each of the tokens start..stop-1 whether it is not predicted."""
-        found: Array = self._stored(start, stop) < 0
-        return found
+        result: Array = self._stored(start, stop) < 0
+        return result
 
     def _stored(self, start: int, stop: int) -> Array:
         with _named_errors():

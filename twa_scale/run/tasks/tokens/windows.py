@@ -66,10 +66,10 @@ class Windows:
         example = {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
         if self._starts is not None:
             first, last = np.searchsorted(self._starts, (start + 1, stop))
-            inside = self._starts[first:last] - start
-            labels[inside - 1] = IGNORED
+            boundaries = self._starts[first:last] - start
+            labels[boundaries - 1] = IGNORED
             if self._positions:
-                example["positions"] = torch.from_numpy(_positions(inside, self._length - 1))
+                example["positions"] = torch.from_numpy(_positions(boundaries, self._length - 1))
         return example
 
 
@@ -96,8 +96,8 @@ class Pieces:
         starts = tokens.starts(key)
         sizes = np.diff(starts, append=tokens.count)
         numbers = np.maximum(-(-(sizes - 1) // (length - 1)), 0)
-        within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-        self._firsts = np.repeat(starts, numbers) + within * (length - 1)
+        offsets = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+        self._firsts = np.repeat(starts, numbers) + offsets * (length - 1)
         self._lasts = np.minimum(self._firsts + length, np.repeat(starts + sizes, numbers))
         if not len(self._firsts):
             raise ConfigError(f"{key}: no document has two tokens or more. Give documents with text.")
@@ -120,8 +120,8 @@ class Pieces:
 def _positions(starts: Array, length: int) -> Array:
     """Return the position of each token in its document, for documents that begin at 0 and at `starts`."""
     begins = np.zeros(length, np.int64)
-    inside = starts[starts < length]
-    begins[inside] = inside
+    boundaries = starts[starts < length]
+    begins[boundaries] = boundaries
     return np.arange(length) - np.maximum.accumulate(begins)
 
 
