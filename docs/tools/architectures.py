@@ -19,17 +19,17 @@ INTRODUCTION = """\
 
 # Architectures
 
-These {count} classes of transformers {version} were tried, each built from its configuration at tiny size. For each,
+These {count} classes of transformers {version} are tested, each built from its configuration at tiny size. For each,
 `tests/unit/test_architectures.py` checks that
 
-- `attach` puts the bits of every candidate, saved by `save_pretrained`, into the model as `from_pretrained` does;
-- `export` and `Snapshots` write the same tensors as `save_pretrained`, names, shapes and bits;
-- `from_pretrained(export, output_loading_info=True)` reports nothing missing, unexpected or mismatched.
+- after `attach` the model has the same bits as after `from_pretrained`, for candidates saved by `save_pretrained`;
+- `export` and `Snapshots` write the same names, shapes and bits as `save_pretrained`;
+- `from_pretrained(export, output_loading_info=True)` reports no missing, unexpected or mismatched tensors.
 
-The last column says how the files differ from the model. Other classes are converted by the same
-[rules](../candidates.md#names-and-layouts-that-differ-from-the-model), which are those of the installed transformers.
+The last column shows how the files differ from the model. Other classes are converted by the same
+[rules](../candidates.md#names-and-layouts-that-differ-from-the-model) of the installed transformers.
 
-| head | class | in files |
+| head | class | tensors in files |
 | --- | --- | --- |
 """
 
@@ -45,7 +45,7 @@ def stored(architecture: Architecture) -> str:
     saved = rules.saved({name: Traced.stored(name, shape, dtype) for name, (shape, dtype) in held.items()})
     cut = [name for name, tensor in saved.items() if tensor.origin() is None]
     if cut:
-        words = "parts of tensors are apart, such as the experts" if any("expert" in name for name in cut) else "cut"
+        words = "split, such as the experts" if any("expert" in name for name in cut) else "split"
         return f"{words}; some are transposed" if any(map(is_transposed, saved.values())) else words
     return "other names" if any(tensor.origin() != name for name, tensor in saved.items()) else "the same"
 

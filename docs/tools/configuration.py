@@ -17,9 +17,9 @@ INTRODUCTION = """\
 # Configuration
 
 `twa_scale.attach(config=...)` takes the keys of [TwaConfig](#twaconfig) as a dict. A file for
-`twa-scale run` takes them too, in YAML or JSON, and those of [RunConfig](#runconfig). On the command
-line a dotted override follows the file: `twa-scale run run.yaml optimizer.lr=3e-3`. A key that is not
-listed here is an error, except in the sections that say that they pass further keys on.
+`twa-scale run` has the same keys and those of [RunConfig](#runconfig), in YAML or JSON. Overrides with
+dots follow the file on the command line: `twa-scale run run.yaml optimizer.lr=3e-3`. An unknown key is an
+error, except in `optimizer` and `task`, which accept other keys.
 """
 BOUNDS = {
     "minimum": "≥ {}",

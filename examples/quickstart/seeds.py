@@ -14,30 +14,31 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
-This page is written by `make results`, which runs the steps of `make quickstart` once for each seed ({seeds}): another
-order of the training data and other random starting weights each time. Figures are the mean over the seeds and, in
-brackets, the lowest and the highest.
+`make results` writes this page. It runs the steps of `make quickstart` once for each seed ({seeds}). A seed sets the
+order of the training data and the initial weights. Figures are the mean over the seeds and, in parentheses, the lowest
+and the highest.
 
 Machine: {machine}{remark}. Date: {date}.
 
 ## Which average is best
 
 A byte-level GPT of {parameters:,} parameters is trained for {steps} steps on the sources of Python's own library at a
-constant rate. Averages are made of its last {keep} candidates, {every} steps apart, and TWA has {extra} steps. Losses
-are on test files that were not used before. Chosen on validation files were the decay of the EMA and the average that
-TWA starts from.
+constant rate. Averages use its last {keep} candidates, {every} steps apart. TWA has {extra} steps. Losses are on test
+files that were not used before. Validation files were used to choose the decay of the EMA and the average from which
+TWA starts.
 
 {quality}
 
-`optimizer steps` counts every forward and backward pass over a batch of 32 sequences that a method needs, including
-those of the run that made the candidates. `annealed` trains on from the last weights with a rate that falls linearly to
-zero, `TWA, then annealed` from the learned average with half of the rate. The decayed run branches off at 80 % of
-its steps; in a real project the branch is an additional cost, unless its end was known before. Evaluations on
-validation files are not counted.
+- `optimizer steps` counts every forward and backward pass over a batch of 32 sequences, including those of the run that
+  made the candidates. Evaluations on validation files are not counted.
+- `annealed` continues training from the last weights with a rate that falls linearly to zero. `TWA, then annealed`
+  continues from the learned average with half of the rate.
+- `decayed run` starts to decay the rate at 80 % of its steps. If the length of a run is not known in advance, this is
+  an additional run.
 
 {reading}
 
-[Performance](performance.md) has what a step costs.
+[Performance](performance.md) has the time of a step.
 """
 
 

@@ -21,7 +21,7 @@ class TwaConfig(Section):
         None,
         description="Named settings for a use, which replace the defaults of this page: `tail` (the end of a training "
         "run), `head` (its first half), `soup` (fine-tuned models). `docs/how-to/settings.md` lists them. "
-        "Settings that are given are kept.",
+        "A recipe does not change keys that are set.",
     )
     basis: BasisName = Field(
         "normalized",
@@ -66,7 +66,7 @@ class TwaConfig(Section):
     coding: Literal["auto", "increments", "center"] = Field(
         "auto",
         description="What packed stores encode: deltas to the `center`, or `increments`, each candidate minus the "
-        "rounded form of its neighbour, for candidates of one run in training order. `auto` encodes a sample with both "
+        "rounded form of its neighbor, for candidates of one run in training order. `auto` encodes a sample with both "
         "and uses the more exact one. Coefficients have the same meaning with both.",
     )
     store_device: Literal["auto", "cpu"] = Field(

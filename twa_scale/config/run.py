@@ -68,7 +68,7 @@ class RunConfig(TwaConfig):
     log_every: Count = Field(1, description="Steps between two lines of metrics.jsonl.")
     report_to: Loggers = Field(
         ["tensorboard"],
-        description="Further loggers for the metrics: `tensorboard`, `csv`, `wandb`, `mlflow`; `[]`: none.",
+        description="Additional loggers of the metrics: `tensorboard`, `csv`, `wandb`, `mlflow`; `[]`: none.",
     )
     evaluate_every: Count | None = Field(None, description="Steps between two evaluations on `evaluate_split`.")
     evaluate_split: str = Field("validation", description="Held-out data of the evaluations.")

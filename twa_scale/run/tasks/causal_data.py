@@ -75,7 +75,7 @@ class Source(Section):
     fractions: Fractions = Field(
         default_factory=Fractions, description="Fraction of the files in each split, if one list is divided."
     )
-    split_seed: int = Field(0, description="Seed of that division. Use the same for candidates and average.")
+    split_seed: int = Field(0, description="Seed of the division into splits. Use the same for candidates and average.")
 
     @model_validator(mode="after")
     def _settings_of_the_kind(self) -> "Source":
