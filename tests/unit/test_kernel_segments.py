@@ -140,7 +140,9 @@ def test_stores(name: str, length: int, span: Span) -> None:
     for row, weights in zip(held, torch.eye(n + 1), strict=True):
         store.combine(span, weights[:-1], float(weights[-1]), row)
     for with_center in (False, True):
-        found = store.project(span, gradient, with_center, segments)
+        found = torch.zeros(n + 1, segments.count, dtype=torch.float64)
+        for sums in store.project_rows(span, gradient, with_center, segments):
+            found[:, sums.segments] += sums.products
         want = sums_of((held * gradient).double(), segments)
         want[-1] *= with_center
         torch.testing.assert_close(found, want, rtol=2e-3, atol=0.02)

@@ -70,9 +70,9 @@ class Gradients:
             if self._rows is None or (part := self._rows.part(span)) is None:
                 self._sums[:, group] += self._store.project(span, gradient, self._with_center)
             else:
-                products = self._store.project(span, gradient, self._with_center, part.segments)
-                self._sums[:, group] += products.sum(1)
-                self._rows.add(part, products)
+                for sums in self._store.project_rows(span, gradient, self._with_center, part.segments):
+                    self._sums[:, group] += sums.products.sum(1)
+                    self._rows.add(part, sums)
 
     def _square(self, span: Span, gradient: torch.Tensor) -> None:
         if self._squares is None:

@@ -6,7 +6,7 @@ rows of a matrix), and `torch/reference.py` (the reference implementation).
 
 from twa_scale.kernels.backend import choose_kernels
 from twa_scale.kernels.coding import Coding, RowMap, Trajectory, of_deltas, of_increments
-from twa_scale.kernels.kernels import Differences, Kernels, Rows, Sources, Target
+from twa_scale.kernels.kernels import Differences, Kernels, Rows, Sources, Target, new_sums
 from twa_scale.kernels.packed_rows import Packed, packed_bytes
 from twa_scale.kernels.rows import Allocate, Dense
 from twa_scale.kernels.segments import Segments
@@ -25,6 +25,7 @@ __all__ = [
     "Target",
     "Trajectory",
     "choose_kernels",
+    "new_sums",
     "of_deltas",
     "of_increments",
     "packed_bytes",

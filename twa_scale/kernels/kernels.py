@@ -21,6 +21,11 @@ class Differences:
     center: torch.Tensor
     """The center c, (m,), float32."""
 
+    @property
+    def n(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
 
 Rows = Dense | Packed | Differences
 Sources = torch.Tensor | Sequence[torch.Tensor]
@@ -51,6 +56,13 @@ class Target:
         return next(output.device for output in outputs if output is not None)
 
 
+def new_sums(n: int, segments: Segments | None, device: torch.device) -> torch.Tensor:
+    """Return zeros for inner products of n rows, (n,), or (n, segments.count) in the layout of `Kernels.project`."""
+    if segments is None:
+        return torch.zeros(n, dtype=torch.float64, device=device)
+    return torch.zeros(segments.count, n, dtype=torch.float64, device=device).T
+
+
 class SourceChecks(NamedTuple):
     """Checksums and finiteness of the sources."""
 
@@ -69,13 +81,21 @@ class Kernels(Protocol):
 
     name: str
 
-    def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-        """Return the inner products <row_i, gradient>, (n,), float64.
+    def project(
+        self,
+        rows: Rows,
+        gradient: torch.Tensor,
+        segments: Segments | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add the inner products <row_i, gradient> to `out`, and return it.
 
         Args:
             rows: n rows of m elements.
             gradient: (m,), of any floating point type, on the device of the rows.
-            segments: if given, the inner products over each segment are returned, (n, segments.count).
+            segments: if given, the inner products are those over each segment.
+            out: (n,), or (n, segments.count) with the products of a segment next to each other in memory, float64.
+                Default: `new_sums`.
         """
 
     def combine(

@@ -1,5 +1,7 @@
 """The store of a window as the store of an average, also for parts of its spans."""
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import pad
 
@@ -7,6 +9,7 @@ from twa_scale.base.spans import Span
 from twa_scale.engines.split_spans import SpanParts
 from twa_scale.kernels import Kernels, RowMap, Segments, Target
 from twa_scale.running.window import Window
+from twa_scale.store.store import SegmentSums
 
 
 class WindowStore:
@@ -46,15 +49,19 @@ class WindowStore:
         """Raise an error, because the window has written the store."""
         raise AssertionError(f"{span} is in the window")
 
-    def project(
-        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
-    ) -> torch.Tensor:
+    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products of the rows and the base with the gradient of this span."""
         if span not in self._margins:
-            return self._store.project(span, gradient, with_center, segments)
-        assert segments is None, "parts have no corrections of rows"
+            return self._store.project(span, gradient, with_center)
         margins = self._margins[span]
         return self._parts.project(span, pad(gradient, margins) if any(margins) else gradient, with_center)
+
+    def project_rows(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments
+    ) -> Iterator[SegmentSums]:
+        """Yield the inner products over each segment, for a piece of the span at a time."""
+        assert span not in self._margins, "parts have no corrections of rows"
+        return self._store.project_rows(span, gradient, with_center, segments)
 
     def combine(
         self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None

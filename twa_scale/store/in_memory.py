@@ -1,13 +1,18 @@
 """Stores that hold the deltas in memory, as numbers or as codes of a few bits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 
 import torch
 
 from twa_scale.base.spans import Span
 from twa_scale.kernels import Allocate, Coding, Dense, Kernels, Packed, Segments, Target
-from twa_scale.store.projection import products
+from twa_scale.store.projection import pieces, products, segment_sums
+from twa_scale.store.store import SegmentSums
+
+# Bytes of sums over segments that are computed at a time: they stay in a CPU's cache; a GPU needs few, large launches.
+_CPU_SUMS = 8 << 20
+_GPU_SUMS = 64 << 20
 
 
 class InMemoryStore:
@@ -68,12 +73,19 @@ class InMemoryStore:
             parts._spans[part] = held, center[first : first + held.m]
         return parts
 
-    def project(
-        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
-    ) -> torch.Tensor:
+    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
         rows, center = self._spans[span]
-        return products(self.kernels, rows, center if with_center else None, gradient, segments)
+        return products(self.kernels, rows, center if with_center else None, gradient)
+
+    def project_rows(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments
+    ) -> Iterator[SegmentSums]:
+        """Yield the inner products over each segment, for a piece of the span at a time."""
+        rows, center = self._spans[span]
+        num_segments = (_CPU_SUMS if self.device.type == "cpu" else _GPU_SUMS) // (8 * (rows.n + 1))
+        for piece, part, base in pieces(rows, center, num_segments * segments.length // rows.tile):
+            yield segment_sums(self.kernels, part, base if with_center else None, gradient, segments, piece)
 
     def combine(
         self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None

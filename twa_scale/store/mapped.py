@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.kernels import Dense, Differences, Kernels, Segments, Target, of_deltas
-from twa_scale.store.projection import in_piece
+from twa_scale.kernels import Differences, Kernels, Segments, Target, new_sums, of_deltas
+from twa_scale.store.projection import in_piece, products, segment_sums
+from twa_scale.store.store import SegmentSums
 
 _PIECE = 1 << 20  # elements of a strided span that are copied into contiguous memory at a time
 
@@ -39,18 +40,19 @@ class MappedStore:
         self._spans[span] = self._mapped(span.name), torch.empty(len(span), dtype=torch.float32)
         return Target(center=self._spans[span][1])
 
-    def project(
-        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
-    ) -> torch.Tensor:
+    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span."""
-        shape = (self._n + 1, segments.count) if segments else (self._n + 1,)
-        result = torch.zeros(shape, dtype=torch.float64)
-        for cut, rows in self._pieces(span):
-            index, here = in_piece(segments, cut)
-            result[:-1][index] += self.kernels.project(rows, gradient[cut], here)
-        if with_center:
-            result[-1:] = self.kernels.project(Dense.one(self._spans[span][1]), gradient, segments)
-        return result
+        total = new_sums(self._n + 1, None, self.device)
+        for piece, rows in self._pieces(span):
+            products(self.kernels, rows, rows.center if with_center else None, gradient[piece], out=total)
+        return total
+
+    def project_rows(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments
+    ) -> Iterator[SegmentSums]:
+        """Yield the inner products over each segment, for a piece of the span at a time."""
+        for piece, rows in self._pieces(span):
+            yield segment_sums(self.kernels, rows, rows.center if with_center else None, gradient, segments, piece)
 
     def combine(
         self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None

@@ -6,11 +6,12 @@ from copy import copy
 import torch
 
 from twa_scale.base.spans import Span
-from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Segments, Target
+from twa_scale.kernels import Allocate, Dense, Kernels, Packed, Segments, Target, new_sums
 from twa_scale.store.host_memory import Pages
 from twa_scale.store.in_memory import InMemoryStore
-from twa_scale.store.projection import in_piece, products
+from twa_scale.store.projection import in_piece, pieces, products, segment_sums
 from twa_scale.store.staging import Staging
+from twa_scale.store.store import SegmentSums
 
 BUFFER = 64 << 20
 """The bytes of a piece, and of each of the two buffers on the device. A piece has at least one tile."""
@@ -62,20 +63,19 @@ class OffloadedStore:
         parts._inner = self._inner.with_parts(tiles)
         return parts
 
-    def project(
-        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
-    ) -> torch.Tensor:
+    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return the inner products with the gradient of this span, on its device."""
-        n = self._inner.held(span)[0].n
-        shape = (n + 1, segments.count) if segments else (n + 1,)
-        total = torch.zeros(shape, dtype=torch.float64, device=gradient.device)
-        for cut, rows, center in self._pieces(span):
-            with self._staging.lend([*rows.tensors, *([center] if with_center else [])]) as places:
-                near = rows.over(places[: len(rows.tensors)])
-                base = places[-1] if with_center else None
-                index, here = in_piece(segments, cut)
-                total[index] += products(self._compute, near, base, gradient[cut], here)
+        total = new_sums(self._inner.held(span)[0].n + 1, None, gradient.device)
+        for cut, rows, center in self._on_device(span, with_center):
+            products(self._compute, rows, center, gradient[cut], out=total)
         return total
+
+    def project_rows(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments
+    ) -> Iterator[SegmentSums]:
+        """Yield the inner products over each segment, for a piece of the span at a time."""
+        for cut, rows, center in self._on_device(span, with_center):
+            yield segment_sums(self._compute, rows, center, gradient, segments, cut)
 
     def combine(
         self, span: Span, weights: torch.Tensor, scale: float, out: torch.Tensor, segments: Segments | None = None
@@ -89,12 +89,13 @@ class OffloadedStore:
     def _pieces(self, span: Span) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor]]:
         """Yield columns, rows and center of pieces that fit into a buffer."""
         rows, center = self._inner.held(span)
-        run = rows.run * (rows.tile_bytes + rows.tile * center.itemsize)
-        step = rows.run * max(1, self._buffer // run)
-        for tile in range(0, rows.count, step):
-            first, part = rows.part(tile, tile + step)
-            cut = slice(first, first + part.m)
-            yield cut, part, center[cut]
+        return pieces(rows, center, self._buffer // (rows.tile_bytes + rows.tile * center.itemsize))
+
+    def _on_device(self, span: Span, with_center: bool) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor | None]]:
+        """Yield the same in the buffers on the device, whose memory is used again after the next piece."""
+        for piece, rows, center in self._pieces(span):
+            with self._staging.lend([*rows.tensors, *([center] if with_center else [])]) as copies:
+                yield piece, rows.over(copies[: len(rows.tensors)]), copies[-1] if with_center else None
 
     def close(self) -> None:
         """Wait for the device, then release the memory of host and device."""

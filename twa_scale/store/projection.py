@@ -1,10 +1,12 @@
 """Inner products of a gradient with the rows and the center of a span, and the pieces of a span."""
 
+from collections.abc import Iterator
 from types import EllipsisType
 
 import torch
 
-from twa_scale.kernels import Dense, Kernels, Rows, Segments
+from twa_scale.kernels import Dense, Kernels, Packed, Rows, Segments, new_sums
+from twa_scale.store.store import SegmentSums
 
 
 def products(
@@ -13,22 +15,54 @@ def products(
     center: torch.Tensor | None,
     gradient: torch.Tensor,
     segments: Segments | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return <row_i, gradient> and, last, <center, gradient> (zero without a center): float64.
+    """Add <row_i, gradient> and, last, <center, gradient> (zero without a center) to `out`, and return it.
 
-    The shape is (n + 1,), or (n + 1, count) with segments.
+    The shape of `out` is (n + 1,), or (n + 1, count) with segments. Default: `new_sums`.
     """
-    found = kernels.project(rows, gradient, segments)
-    # Kernels return the products of a segment next to each other. A copy in this order is several times faster.
-    result = found.new_zeros(*found.shape[1:], len(found) + 1)
-    result[..., :-1] = found.movedim(0, -1)
+    out = new_sums(rows.n + 1, segments, gradient.device) if out is None else out
+    kernels.project(rows, gradient, segments, out[:-1])
     if center is not None:
-        result[..., -1] = kernels.project(Dense.one(center), gradient, segments)[0]
-    return result.movedim(-1, 0)
+        kernels.project(Dense.one(center), gradient, segments, out[-1:])
+    return out
+
+
+def segment_sums(
+    kernels: Kernels,
+    rows: Rows,
+    center: torch.Tensor | None,
+    gradient: torch.Tensor,
+    segments: Segments,
+    piece: slice,
+) -> SegmentSums:
+    """Return the products over the segments of some columns of a span.
+
+    Args:
+        kernels: the kernels for the device of the rows.
+        rows: the rows of these columns.
+        center: the center of these columns, or None.
+        gradient: the gradient of the whole span.
+        segments: the segments of the whole span.
+        piece: the columns.
+    """
+    first, part = segments.part(piece.start, piece.stop)
+    return SegmentSums(slice(first, first + part.count), products(kernels, rows, center, gradient[piece], part))
+
+
+def pieces(
+    rows: Dense | Packed, center: torch.Tensor, tiles: int
+) -> Iterator[tuple[slice, Dense | Packed, torch.Tensor]]:
+    """Yield columns, rows and center of pieces of about this number of tiles, at least one run of tiles."""
+    step = rows.run * max(1, tiles // rows.run)
+    for tile in range(0, rows.count, step):
+        first, part = rows.part(tile, tile + step)
+        piece = slice(first, first + part.m)
+        yield piece, part, center[piece]
 
 
 def in_piece(segments: Segments | None, piece: slice) -> tuple[EllipsisType | tuple[slice, slice], Segments | None]:
-    """Return the index of the sums or weights of some columns of a span, and the segments of these columns."""
+    """Return the index of the weights of some columns of a span, and the segments of these columns."""
     if segments is None:
         return ..., None
     first, part = segments.part(piece.start, piece.stop)

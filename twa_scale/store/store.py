@@ -1,11 +1,21 @@
 """The interface of a store."""
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 
 from twa_scale.base.spans import Span
 from twa_scale.kernels import Kernels, RowMap, Segments, Target
+
+
+class SegmentSums(NamedTuple):
+    """Products of a gradient with the rows and the center, over some consecutive segments of a span."""
+
+    segments: slice
+    """The segments. The first and the last one may be in another piece, too; their products are the sum of both."""
+    products: torch.Tensor
+    """(num_rows + 1, number of segments), float64."""
 
 
 class Store(Protocol):
@@ -32,20 +42,31 @@ class Store(Protocol):
     def reserve(self, span: Span) -> Target:
         """Allocate a span. Return the memory into which `kernels` write its rows and its float32 center."""
 
-    def project(
-        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments | None = None
-    ) -> torch.Tensor:
+    def project(self, span: Span, gradient: torch.Tensor, with_center: bool) -> torch.Tensor:
         """Return <row_i, gradient> and, last, <center, gradient>, float64.
 
         Args:
             span: a reserved span.
             gradient: the gradient of its elements, (m,).
             with_center: whether the last product is needed. It is zero otherwise.
-            segments: the segments of the elements of the span, in the order of the gradient. If given, the products
-                over each segment are returned.
 
         Returns:
-            (num_rows + 1,), or (num_rows + 1, segments.count).
+            (num_rows + 1,).
+        """
+
+    def project_rows(
+        self, span: Span, gradient: torch.Tensor, with_center: bool, segments: Segments
+    ) -> Iterator[SegmentSums]:
+        """Yield the same products over each segment, for a piece of the span at a time.
+
+        The sums of all segments may need more memory than the rows. Those of a piece stay in a CPU's cache until the
+        caller has used them.
+
+        Args:
+            span: a reserved span.
+            gradient: the gradient of its elements, (m,).
+            with_center: whether the last product is needed. It is zero otherwise.
+            segments: the segments of the elements of the span, in the order of the gradient.
         """
 
     def combine(

@@ -22,6 +22,7 @@ from twa_scale.config import TwaConfig
 from twa_scale.errors import StateError
 from twa_scale.kernels import RowMap
 from twa_scale.ranks import Pods, Reduction
+from twa_scale.store import SegmentSums
 
 
 def row_bytes(config: TwaConfig, n: int, rows: int) -> int:
@@ -88,10 +89,10 @@ class RowCorrections:
         """Return the rows of a span, or None if its tensor has none."""
         return self._slots.parts.get(span)
 
-    def add(self, part: Part, products: torch.Tensor) -> None:
-        """Add to the gradient, from the products of one span, (rows of the store + 1, count), float64."""
-        local = self._maps[part.group].T.to(products.device) @ products[:-1]
-        self._gradient[:, part.columns] += local.to(self._gradient.device, torch.float32)
+    def add(self, part: Part, sums: SegmentSums) -> None:
+        """Add the products over some rows of a span to the gradient."""
+        gradient = self._maps[part.group].T.to(sums.products.device) @ sums.products[:-1]
+        self._gradient[:, part.columns][:, sums.segments] += gradient.to(self._gradient.device, torch.float32)
 
     def reduce(self, factor: float) -> None:
         """Multiply the gradient by `factor`, the same on all ranks, and sum it over ranks. Collective."""

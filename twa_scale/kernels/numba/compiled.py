@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from twa_scale.kernels.coding import CENTER, of_deltas
-from twa_scale.kernels.kernels import Differences, Rows, SourceChecks, Sources, Target
+from twa_scale.kernels.kernels import Differences, Rows, SourceChecks, Sources, Target, new_sums
 from twa_scale.kernels.numba import delta_loops, loops
 from twa_scale.kernels.numba.packed_loops import packed_loops
 from twa_scale.kernels.numba.threads import Threads
@@ -38,18 +38,25 @@ class NumbaKernels:
     def __init__(self) -> None:
         self._threads = Threads()
 
-    def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-        """Return the inner products <row_i, gradient>."""
-        n, right = len(rows.rows) if isinstance(rows, Differences) else rows.n, _array(gradient)
-        found = np.zeros((segments.count if segments else 1, n))
-        shared: list[tuple[int, int, Any]] = []
+    def project(
+        self,
+        rows: Rows,
+        gradient: torch.Tensor,
+        segments: Segments | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add the inner products <row_i, gradient> to `out`, and return it."""
+        n, right = rows.n, _array(gradient)
+        out = new_sums(n, segments, gradient.device) if out is None else out
+        found = out.T if segments else out[None]
+        shared: list[tuple[int, int, torch.Tensor]] = []
 
         def work(start: int, stop: int) -> None:
             first, count, part = _part(segments, rows, start, stop)
             # `own` is a view of `found`. If an earlier range has a part of the first segment, it is copied later.
             begins = start == 0 or (segments is not None and part[1] == 0)
-            own = found[first : first + count] if begins else np.zeros((count, n))
-            total = own.reshape(-1)
+            own = found[first : first + count] if begins else torch.zeros(count, n, dtype=torch.float64)
+            total = _flat(own), np.uint64(own.stride(0))
             match rows:
                 case Dense():
                     loops.project_dense(_array(rows.values), n, rows.m, TILE, right, part, start, stop, total)
@@ -61,15 +68,15 @@ class NumbaKernels:
                     cut, sums = (start * _PIECE, min(stop * _PIECE, len(right))), np.zeros((n, count))
                     for row, some in zip(rows.rows, sums, strict=True):
                         loops.project_differences(_array(row), rows.center.numpy(), right, *cut, _PART, part, some)
-                    own += sums.T
+                    own += torch.from_numpy(sums.T)
             if not begins:
-                found[first + 1 : first + count] = own[1:]
+                found[first + 1 : first + count] += own[1:]
                 shared.append((start, first, own[0]))
 
         self._threads.run(work, *_size(rows))
         for _, first, sums in sorted(shared, key=lambda part: part[0]):  # in the order of columns
             found[first] += sums
-        return torch.from_numpy(found.T if segments else found[0])
+        return out
 
     def combine(
         self,

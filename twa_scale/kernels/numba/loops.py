@@ -99,10 +99,11 @@ def bfloat16(x: Any) -> Any:
 def project_dense(
     values: Any, n: int, m: int, tile: int, gradient: Any, segments: Any, start: int, stop: int, total: Any
 ) -> None:
-    """Add <row_i, gradient> over tiles [start, stop) to `total`, (count, n), float64.
+    """Add <row_i, gradient> over tiles [start, stop) to `total`: sums (count, n), float64, flat, and their row stride.
 
     `segments` is the length of a segment, and the position of the first column of tile `start` in its segment.
     """
+    sums, pitch = total
     n, m, tile = U(n), U(m), U(tile)
     length, lead = segments
     right = np.empty(tile, np.float32)
@@ -122,7 +123,7 @@ def project_dense(
                 part = FLOAT0
                 for j in range(low, high):
                     part += widen(values[row + j]) * right[j]
-                total[segment * n + i] += part
+                sums[segment * pitch + i] += part
             low = high
 
 

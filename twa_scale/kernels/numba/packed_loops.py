@@ -83,6 +83,7 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
         words, scales, shape = rows
         n, _, lead = shape
         length, front = segments
+        products, pitch = total
         tile, chunks, size = block * fields, _chunks(n, fields), n * SIXTEEN
         factors, sums = np.empty(chunks * SIXTEEN, np.float32), np.empty(n + SIXTEEN, np.float32)
         lanes = np.zeros((fields if many else ONE) * size + SIXTEEN * SIXTEEN, np.float32)  # `sum_lanes` reads 16 rows
@@ -136,7 +137,7 @@ def _project_loop(bits: int, many: bool) -> Callable[..., None]:
                 for q in range(different):
                     sum_lanes(sums, lanes, q * size, n)
                     for i in range(n):
-                        total[owners[q] * n + i] += sums[i]
+                        products[owners[q] * pitch + i] += sums[i]
                 lanes[: different * size] = FLOAT0
 
     return project
@@ -210,7 +211,7 @@ class Loops(NamedTuple):
     """The compiled loops for one number of bits. They process tiles [start, stop).
 
     `segments` is the length of a segment, and the position of the first column of tile `start` in its segment. Sums and
-    weights are (count, n), from that segment on.
+    weights are (count, n), from that segment on. `total` is the sums, flat, and their row stride.
     """
 
     project: Callable[..., None]

@@ -82,7 +82,7 @@ def _level(word: Any, k: Any, bits: Any) -> Any:
 def project_rests(
     rows: Any, bits: Any, block: Any, tile: Any, rests: Any, count: Any, gradient: Any, total: Any
 ) -> None:
-    """Add the products of the rests of a tile to `total`, (count, n), and set their gradient to zero.
+    """Add the products of the rests of a tile to `total`, and set their gradient to zero.
 
     Args:
         rows: words and scales of packed rows, and n.
@@ -92,9 +92,10 @@ def project_rests(
         rests: from `divide`.
         count: the number of rests.
         gradient: the gradient of the tile, float32.
-        total: the sums.
+        total: the sums, (count, n), flat, and their row stride.
     """
     words, scales, n = rows
+    sums, pitch = total
     width, blocks, word, scale = tile
     starts, stops, segments = rests
     for r in range(U(count)):
@@ -103,7 +104,7 @@ def project_rests(
             row, first = FLOAT0, word + i * width - k * block
             for j in range(low, high):
                 row += _level(words[first + j], k, bits) * gradient[j]
-            total[segments[r] * n + i] += row * np.float32(0.5) * widen(scales[scale + i * blocks + k])
+            sums[segments[r] * pitch + i] += row * np.float32(0.5) * widen(scales[scale + i * blocks + k])
         gradient[low:high] = FLOAT0
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional as F
 
-from twa_scale.kernels.kernels import Differences, Rows, SourceChecks, Sources, Target
+from twa_scale.kernels.kernels import Differences, Rows, SourceChecks, Sources, Target, new_sums
 from twa_scale.kernels.packed_rows import Packed, zero_of
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.segments import Segments
@@ -21,12 +21,18 @@ class TorchKernels:
 
     name = "torch"
 
-    def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-        """Return the inner products <row_i, gradient>."""
-        n = len(rows.rows) if isinstance(rows, Differences) else rows.n
+    def project(
+        self,
+        rows: Rows,
+        gradient: torch.Tensor,
+        segments: Segments | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add the inner products <row_i, gradient> to `out`, and return it."""
+        total = new_sums(rows.n, segments, gradient.device) if out is None else out
         if segments:
-            return _project_segments(rows, n, gradient, segments)
-        total = torch.zeros(n, dtype=torch.float64, device=gradient.device)
+            _project_segments(rows, gradient, segments, total)
+            return total
         for start, part in widened(rows):
             count, _, width = part.shape
             right = _cut(gradient, start, count * width).to(torch.float32).view(count, 1, width)
@@ -62,13 +68,11 @@ class TorchKernels:
         return make_deltas(sources, weights, target, start)
 
 
-def _project_segments(rows: Rows, n: int, gradient: torch.Tensor, segments: Segments) -> torch.Tensor:
-    total = torch.zeros(n, segments.count, dtype=torch.float64, device=gradient.device)
+def _project_segments(rows: Rows, gradient: torch.Tensor, segments: Segments, total: torch.Tensor) -> None:
     for low, high, part in _columns(rows, len(gradient)):
         first, here = segments.part(low, high)
         products = part * gradient[low:high].to(torch.float32)
         total[:, first : first + here.count] += here.sums(products)
-    return total
 
 
 def _combine_segments(
@@ -117,7 +121,7 @@ def widened(rows: Rows) -> Iterator[tuple[int, torch.Tensor]]:
                 for start, words, scales in rows.tiles(tile, tile + step):
                     yield start, unpack(words, scales, rows.bits)
         case Differences():
-            step = _step(rows.center.device, len(rows.rows) * TILE) * TILE
+            step = _step(rows.center.device, rows.n * TILE) * TILE
             for start in range(0, len(rows.center), step):
                 cut = slice(start, start + step)
                 part = torch.stack([row[cut].to(torch.float32) for row in rows.rows]).sub_(rows.center[cut])

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from twa_scale.kernels.kernels import Differences, Rows
+from twa_scale.kernels.packed_rows import Packed
 from twa_scale.kernels.rows import TILE, Dense
 from twa_scale.kernels.segments import Segments
 from twa_scale.kernels.torch.reference import TorchKernels
@@ -175,13 +176,21 @@ class TritonKernels(TorchKernels):
 
     name = "triton"
 
-    def project(self, rows: Rows, gradient: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-        """Return <row_i, gradient>, added in float32 within a program and in float64 over programs."""
+    def project(
+        self,
+        rows: Rows,
+        gradient: torch.Tensor,
+        segments: Segments | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add <row_i, gradient> to `out`, in float32 within a program and in float64 over programs."""
         if isinstance(rows, Differences) or (segments and segments.length < SHORTEST):
-            return super().project(rows, gradient, segments)
+            return super().project(rows, gradient, segments, out)
         gradient = gradient.contiguous()
-        if segments:
-            return project_segments(rows, gradient, segments)
+        found = project_segments(rows, gradient, segments) if segments else self._project(rows, gradient)
+        return found if out is None else out.add_(found)
+
+    def _project(self, rows: Dense | Packed, gradient: torch.Tensor) -> torch.Tensor:
         shape = DENSE if isinstance(rows, Dense) else PROJECT[rows.bits]
         partial = gradient.new_empty(-(-rows.count // shape.tiles), rows.n, dtype=torch.float32)
         with torch.cuda.device_of(gradient):  # Triton launches on the current device.

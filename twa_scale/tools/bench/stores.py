@@ -184,7 +184,8 @@ def _measure_rows(
 
     def project() -> None:
         for span, indices, segments in divided:
-            store.project(span, gradient[indices], False, segments)
+            for _ in store.project_rows(span, gradient[indices], False, segments):
+                pass
 
     def combine() -> None:
         for (span, indices, segments), row_factors in zip(divided, factors, strict=True):
